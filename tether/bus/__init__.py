@@ -1,0 +1,1 @@
+"""The NATS form of the ports, and the only importer of nats."""

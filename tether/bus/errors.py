@@ -1,0 +1,114 @@
+"""NATS' errors as ours: the one place where foreign errors stop."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import ClassVar
+
+import msgspec
+import nats.errors
+
+from tether.errors import (
+    BrokerUnavailable,
+    ConfigError,
+    PayloadTooLarge,
+    PermissionDenied,
+    QueueFull,
+    ResultConflict,
+    TetherError,
+    VersionConflict,
+)
+
+_PERMISSION = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"', re.IGNORECASE)
+
+
+class JetStreamError(TetherError):
+    """The broker refused a JetStream request for a reason that has no class of its own."""
+
+    code: ClassVar[str] = "jetstream_error"
+
+    def __init__(self, message: str, *, err_code: int = 0, status: int = 0) -> None:
+        super().__init__(message)
+        self.err_code = err_code
+        self.status = status
+
+
+class ApiError(msgspec.Struct, frozen=True):
+    """The ``error`` object of a JetStream answer (NATS ADR-1)."""
+
+    code: int = 0
+    err_code: int = 0
+    description: str = ""
+
+
+class PubAck(msgspec.Struct, frozen=True, rename={"sequence": "seq"}):
+    """The broker's word that it stored a message; ``duplicate``: it already had one with this message id."""
+
+    sequence: int = 0
+    duplicate: bool = False
+    error: ApiError | None = None
+
+
+_ACK = msgspec.json.Decoder(PubAck)
+
+
+def parse_ack(data: bytes, headers: Mapping[str, str] | None, subject: str) -> PubAck:
+    """Read the answer to a JetStream publish.
+
+    Raises:
+        QueueFull, ResultConflict, VersionConflict, PayloadTooLarge, BrokerUnavailable, JetStreamError
+    """
+    status = (headers or {}).get("Status", "")
+    if status == "503":
+        raise BrokerUnavailable(f"no stream takes '{subject}' at the moment")
+    if status == "429":
+        raise QueueFull("the broker is taking in more than it can store")
+    try:
+        ack = _ACK.decode(data)
+    except msgspec.DecodeError as error:
+        raise JetStreamError(f"the broker answered a publish on '{subject}' with something else") from error
+    if ack.error is not None:
+        raise translate(ack.error)
+    return ack
+
+
+def translate(error: ApiError) -> TetherError:
+    """The most specific own class for an answer of the JetStream API."""
+    text = error.description
+    if error.err_code == 10077:
+        if "per subject" in text:
+            return ResultConflict("there is already an entry on this subject")
+        return QueueFull(f"the queue is at its limit ({text})")
+    if error.err_code in (10023, 10047) or error.code == 429:
+        return QueueFull(f"the broker is out of resources ({text})")
+    if error.err_code in (10071, 10164):
+        return VersionConflict(text)
+    if error.err_code == 10054:
+        return PayloadTooLarge(f"the message is larger than its stream allows ({text})")
+    if error.code == 503:
+        return BrokerUnavailable(f"JetStream is not available ({text})")
+    return JetStreamError(text or "JetStream refused the request", err_code=error.err_code, status=error.code)
+
+
+def permission_denied(message: str) -> PermissionDenied | None:
+    """The error of an asynchronous ``permissions violation``; ``field`` is the subject."""
+    match = _PERMISSION.search(message)
+    if match is None:
+        return None
+    return PermissionDenied(f"this identity has no {match[1]} permission for '{match[2]}'", field=match[2])
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turn what nats-py raises into errors of the tree; ``what`` says what was being tried."""
+    try:
+        yield
+    except nats.errors.MaxPayloadError as error:
+        raise PayloadTooLarge(f"{what}: the message is larger than the broker's max_payload") from error
+    except nats.errors.AuthorizationError as error:
+        raise ConfigError(f"{what}: the broker refused this identity; run 'tether doctor'") from error
+    except (nats.errors.Error, TimeoutError, asyncio.TimeoutError, OSError) as error:
+        raise BrokerUnavailable(f"{what}: no answer from the broker ({type(error).__name__})") from error

@@ -1,0 +1,219 @@
+"""Key-value buckets without consumers: direct gets to read, a core subscription to hear of changes.
+
+A bucket's stream takes what is published on ``$KV.<bucket>.<key>``; the same message reaches everyone subscribed to
+that subject. A watcher therefore subscribes, takes a snapshot by direct get, and fetches a key again when it hears of
+it: what it hears may have been refused by the stream. After a reconnect, and now and then, it takes a new snapshot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from tether.bus.connection import Bus, Message, Stored
+from tether.envelope import MessageType
+from tether.errors import BrokerUnavailable, TetherError, VersionConflict
+
+log = logging.getLogger(__name__)
+
+OnChange = Callable[[str, bytes | None], None]
+"""Called with a key and its new value; None when it is gone."""
+
+_RESYNC_S = 20.0
+_SETTLE_S = (0.0, 0.01, 0.05, 0.25)
+
+
+class KvBucket:
+    """One bucket; see :class:`tether.ports.Bucket`. Values are what the writer signed, unopened."""
+
+    def __init__(self, bus: Bus, name: str) -> None:
+        self._bus = bus
+        self.name = name
+        self.stream = bus.names.bucket_stream(name)
+        self._root = bus.names.bucket_key(name, "")
+
+    def subject(self, key: str) -> str:
+        return self._root + key
+
+    async def get(self, key: str) -> bytes | None:
+        found = await self._bus.direct_get(self.stream, self.subject(key))
+        return None if found is None else _value(found)
+
+    async def put(self, key: str, value: bytes, *, ttl_s: int | None = None) -> None:
+        """Store; gone again after ``ttl_s`` whole seconds, when given."""
+        headers = None if ttl_s is None else {"Nats-TTL": str(max(1, ttl_s))}
+        await self._bus.publish_acked(self.subject(key), value, headers=headers)
+
+    async def create(self, key: str, value: bytes) -> bool:
+        """Store only if there is none; False when there is."""
+        for _ in range(3):
+            last = await self._bus.direct_get(self.stream, self.subject(key))
+            if last is not None and _value(last) is not None:
+                return False
+            expected = "0" if last is None else str(last.sequence)
+            try:
+                await self._bus.publish_acked(
+                    self.subject(key), value, headers={"Nats-Expected-Last-Subject-Sequence": expected}
+                )
+            except VersionConflict:
+                continue
+            return True
+        return False
+
+    async def delete(self, key: str) -> None:
+        await self._bus.publish_acked(self.subject(key), b"", headers={"KV-Operation": "DEL"})
+
+    async def entries(self) -> dict[str, bytes]:
+        """Every key that has a value."""
+        found: dict[str, bytes] = {}
+        async for item in self._bus.direct_scan(self.stream, self._root + ">"):
+            value = _value(item)
+            if value is not None:
+                found[item.subject[len(self._root) :]] = value
+        return found
+
+    @asynccontextmanager
+    async def watch(self, on_change: OnChange, *, refetch: bool = True) -> AsyncIterator[None]:
+        """Call ``on_change`` for every entry there is, then for every change, until the block ends.
+
+        ``refetch=False`` believes what it hears without asking the stream: for heartbeats.
+        """
+        watcher = _Watcher(self._bus, self, on_change, refetch=refetch)
+        subscription = await self._bus.subscribe(self._root + ">", watcher.heard)
+        self._bus.on_reconnect(watcher.resync.set)
+        task = asyncio.create_task(watcher.run(), name=f"watch-{self.name}")
+        try:
+            await watcher.wait_first()
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            if self._bus.connected:
+                await subscription.unsubscribe()
+
+
+class _Watcher:
+    def __init__(self, bus: Bus, bucket: KvBucket, on_change: OnChange, *, refetch: bool) -> None:
+        self._bus = bus
+        self._bucket = bucket
+        self._on_change = on_change
+        self._refetch = refetch
+        self._known: dict[str, bytes] = {}
+        self._first = asyncio.Event()
+        self._root = len(bucket.subject(""))
+        self.resync = asyncio.Event()
+
+    async def wait_first(self) -> None:
+        await self._first.wait()
+
+    async def heard(self, message: Message) -> None:
+        key = message.subject[self._root :]
+        value = None if (message.headers or {}).get("KV-Operation") else message.data
+        if self._refetch:
+            value = await self._settled(key, value)
+        self._apply(key, value)
+
+    async def _settled(self, key: str, heard: bytes | None) -> bytes | None:
+        """What the stream holds; asked again for a moment while it is not yet what was heard."""
+        current: bytes | None = None
+        for pause in _SETTLE_S:
+            await asyncio.sleep(pause)
+            current = await self._bucket.get(key)
+            if current == heard:
+                break
+        return current
+
+    def _apply(self, key: str, value: bytes | None) -> None:
+        if value is None:
+            if self._known.pop(key, None) is not None:
+                self._on_change(key, None)
+        elif self._known.get(key) != value:
+            self._known[key] = value
+            self._on_change(key, value)
+
+    async def run(self) -> None:
+        while True:
+            self.resync.clear()
+            try:
+                await self._snapshot()
+                self._first.set()
+                pause = _RESYNC_S
+            except BrokerUnavailable:
+                pause = 0.25
+            except TetherError as error:
+                log.warning("bucket %s: %s", self._bucket.name, error, extra={"action": "watch_failed"})
+                pause = 1.0
+            try:
+                async with asyncio.timeout(pause):
+                    await self.resync.wait()
+            except TimeoutError:
+                continue
+
+    async def _snapshot(self) -> None:
+        entries = await self._bucket.entries()
+        if self._refetch:
+            for key in [key for key in self._known if key not in entries]:
+                self._apply(key, await self._bucket.get(key))
+        for key, value in entries.items():
+            if key not in self._known:
+                self._apply(key, value)
+            elif self._refetch and self._known[key] != value:
+                self._apply(key, await self._bucket.get(key))
+
+
+class SignedBucket:
+    """A bucket whose values are signed by whoever may write them: seals on the way in, verifies on the way out.
+
+    An entry whose signature, subject or type is wrong is counted and treated as if it were not there.
+    """
+
+    def __init__(self, bus: Bus, name: str, kind: MessageType) -> None:
+        self._bus = bus
+        self._kind = kind
+        self.raw = KvBucket(bus, name)
+
+    async def get(self, key: str) -> bytes | None:
+        frame = await self.raw.get(key)
+        return None if frame is None else self._open(key, frame)
+
+    async def put(self, key: str, body: bytes, *, ttl_s: int | None = None) -> None:
+        await self.raw.put(key, self._seal(key, body), ttl_s=ttl_s)
+
+    async def create(self, key: str, body: bytes) -> bool:
+        return await self.raw.create(key, self._seal(key, body))
+
+    async def delete(self, key: str) -> None:
+        await self.raw.delete(key)
+
+    async def entries(self) -> dict[str, bytes]:
+        opened = {key: self._open(key, frame) for key, frame in (await self.raw.entries()).items()}
+        return {key: body for key, body in opened.items() if body is not None}
+
+    @asynccontextmanager
+    async def watch(self, on_change: OnChange, *, refetch: bool = True) -> AsyncIterator[None]:
+        """:meth:`KvBucket.watch` with verified bodies; an entry that fails verification changes nothing."""
+
+        def verified(key: str, frame: bytes | None) -> None:
+            if frame is None:
+                on_change(key, None)
+                return
+            body = self._open(key, frame)
+            if body is not None:
+                on_change(key, body)
+
+        async with self.raw.watch(verified, refetch=refetch):
+            yield
+
+    def _seal(self, key: str, body: bytes) -> bytes:
+        return self._bus.signer.seal(self._kind, self.raw.subject(key), body)
+
+    def _open(self, key: str, frame: bytes) -> bytes | None:
+        envelope = self._bus.open_frame(frame, self.raw.subject(key), self._kind)
+        return None if envelope is None else envelope.body
+
+
+def _value(item: Stored) -> bytes | None:
+    gone = item.headers.get("KV-Operation") or item.headers.get("Nats-Marker-Reason")
+    return None if gone else item.data

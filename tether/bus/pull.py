@@ -1,0 +1,207 @@
+"""The raw long pull of one lane: credit in, deliveries out.
+
+A pull request asks for as many messages as the worker has free slots and waits at the broker until they come or it
+expires; the longer a lane rests, the longer the next pull (2 s to 60 s), so a resting lane costs next to nothing.
+Heartbeats tell that the broker still knows the pull: when they stop, the inbox is changed and the pull begun anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from tether import metrics
+from tether.bus.connection import Bus, Message, Subscription
+from tether.bus.topology import NANOSECONDS, PRIORITY_GROUP
+from tether.errors import BrokerUnavailable
+from tether.job import Lane
+
+log = logging.getLogger(__name__)
+
+HOT_S = 2.0
+COLD_S = 60.0
+_RETRY_S = (0.1, 0.2, 0.5, 1.0)
+_serial = itertools.count()
+
+
+class BusDelivery:
+    """One delivered message and the right to settle it; see :class:`tether.ports.Delivery`."""
+
+    __slots__ = ("_bus", "_settled", "ack_subject", "attempt", "frame", "lane", "on_settled", "subject")
+
+    def __init__(self, bus: Bus, lane: Lane, message: Message) -> None:
+        self._bus = bus
+        self._settled = False
+        self.lane = lane
+        self.subject = message.subject
+        self.frame = message.data
+        self.ack_subject = message.reply
+        self.attempt = delivery_count(message.reply)
+        self.on_settled: Callable[[BusDelivery], None] | None = None
+
+    async def ack(self) -> None:
+        """Done: the broker forgets the message."""
+        await self._settle(b"+ACK")
+
+    async def give_back(self) -> None:
+        """Not done: the broker delivers it again at once."""
+        await self._settle(b"-NAK")
+
+    async def _settle(self, verdict: bytes) -> None:
+        if self._settled:
+            return
+        self._settled = True
+        if self.on_settled is not None:
+            self.on_settled(self)
+        try:
+            await self._bus.publish(self.ack_subject, verdict)
+        except BrokerUnavailable:
+            log.info("not settled, the broker is away: it will be delivered again", extra={"action": "ack_lost"})
+
+
+def delivery_count(ack_subject: str) -> int:
+    """How often the message was delivered, from its ack subject (both forms: 9 tokens, or 11 and more)."""
+    tokens = ack_subject.split(".")
+    position = 4 if len(tokens) == 9 else 6
+    return int(tokens[position])
+
+
+class LanePull:
+    """Pulls one lane. ``on_delivery`` is called for each message; :meth:`release` gives its slot back.
+
+    ``credit`` is the number of messages this worker may hold of the lane at once.
+    """
+
+    def __init__(self, bus: Bus, lane: Lane, credit: int, on_delivery: Callable[[BusDelivery], None]) -> None:
+        self._bus = bus
+        self.lane = lane
+        self._credit = credit
+        self._on_delivery = on_delivery
+        self._target = f"$JS.API.CONSUMER.MSG.NEXT.{bus.names.lane_stream(lane)}.{bus.names.lane_consumer(lane)}"
+        self._inbox = ""
+        self._subscription: Subscription | None = None
+        self._held = 0
+        self._outstanding = 0
+        self._expiry_s = HOT_S
+        self._heard = 0.0
+        self._failures = 0
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._bus.on_reconnect(self._begin_anew)
+        self._task = asyncio.create_task(self._run(), name=f"pull-{self.lane.model}")
+
+    async def stop(self) -> None:
+        """Ask for no more. What was delivered stays with its receiver."""
+        self._stopping = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._unsubscribe()
+
+    def release(self) -> None:
+        """A message of this lane was settled: its slot is free."""
+        self._held -= 1
+        self._wake.set()
+
+    def _begin_anew(self) -> None:
+        self._outstanding = 0
+        self._heard = float("-inf")
+        self._wake.set()
+
+    async def _run(self) -> None:
+        while True:
+            self._wake.clear()
+            try:
+                await self._step()
+                self._failures = 0
+            except BrokerUnavailable:
+                self._failures += 1
+                await asyncio.sleep(_RETRY_S[min(self._failures, len(_RETRY_S)) - 1])
+                continue
+            try:
+                async with asyncio.timeout(self._patience()):
+                    await self._wake.wait()
+            except TimeoutError:
+                if self._outstanding:
+                    metrics.PULL_RESETS.inc()
+                    self._begin_anew()
+
+    async def _step(self) -> None:
+        now = self._bus.clock.monotonic()
+        if self._outstanding and now - self._heard <= self._silence_s():
+            want = self._credit - self._held - self._outstanding
+        else:
+            await self._resubscribe()
+            want = self._credit - self._held
+        if want > 0:
+            await self._ask(want)
+
+    def _silence_s(self) -> float:
+        """Without a message or heartbeat for this long the pull is lost."""
+        return 2 * self._heartbeat_s() + 0.5
+
+    def _patience(self) -> float:
+        return max(0.05, self._heard + self._silence_s() - self._bus.clock.monotonic())
+
+    def _heartbeat_s(self) -> float:
+        return min(15.0, self._expiry_s / 2)
+
+    async def _ask(self, count: int) -> None:
+        request = {
+            "batch": count,
+            "expires": int(self._expiry_s * NANOSECONDS),
+            "idle_heartbeat": int(self._heartbeat_s() * NANOSECONDS),
+            "group": PRIORITY_GROUP,
+            "priority": 0,
+        }
+        self._outstanding += count
+        self._heard = self._bus.clock.monotonic()
+        await self._bus.publish(self._target, msgspec.json.encode(request), reply=self._inbox)
+
+    async def _resubscribe(self) -> None:
+        await self._unsubscribe()
+        self._outstanding = 0
+        self._inbox = f"{self._bus.inbox}.p.{next(_serial):x}"
+        inbox = self._inbox
+
+        async def arrived(message: Message) -> None:
+            if inbox == self._inbox:
+                self._arrived(message)
+
+        self._subscription = await self._bus.subscribe(inbox, arrived)
+
+    async def _unsubscribe(self) -> None:
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None and self._bus.connected:
+            await subscription.unsubscribe()
+
+    def _arrived(self, message: Message) -> None:
+        self._heard = self._bus.clock.monotonic()
+        if message.reply and message.reply.startswith("$JS.ACK"):
+            self._outstanding = max(0, self._outstanding - 1)
+            self._held += 1
+            self._expiry_s = HOT_S
+            self._on_delivery(BusDelivery(self._bus, self.lane, message))
+            self._wake.set()
+        else:
+            self._status(message.headers or {})
+
+    def _status(self, headers: dict[str, str]) -> None:
+        status = headers.get("Status", "")
+        if status == "100":
+            return
+        left = int(headers.get("Nats-Pending-Messages", "0"))
+        self._outstanding = max(0, self._outstanding - left)
+        if status in ("404", "408"):
+            self._expiry_s = min(COLD_S, self._expiry_s * 2)
+            self._wake.set()
+            return
+        log.info("pull ended with status %s", status, extra={"action": "pull_ended", "model": self.lane.model})
+        asyncio.get_running_loop().call_later(0.2, self._begin_anew)

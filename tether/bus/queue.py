@@ -1,0 +1,63 @@
+"""Lanes and results in their NATS form: :class:`tether.ports.JobQueue` and :class:`tether.ports.ResultLog`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tether.bus.connection import Bus
+from tether.errors import ResultConflict
+from tether.job import Lane
+
+
+class BusQueue:
+    """Puts bundles into lanes."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+
+    async def enqueue(
+        self,
+        lane: Lane,
+        frame: bytes,
+        *,
+        message_id: str,
+        ttl_s: float | None,
+        timeout: float = 2.0,  # noqa: ASYNC109
+    ) -> None:
+        """Return when the broker holds the bundle; the same ``message_id`` twice adds nothing the second time.
+
+        Raises:
+            QueueFull: nothing was stored.
+            BrokerUnavailable: unknown whether it was stored; send it again with the same id.
+        """
+        headers = {"Nats-Msg-Id": message_id}
+        if ttl_s is not None:
+            headers["Nats-TTL"] = str(max(1, math.ceil(ttl_s)))
+        await self._bus.publish_acked(self._bus.names.lane(lane), frame, headers=headers, timeout=timeout)
+
+
+class BusResults:
+    """One stored end a job; the first one wins."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+
+    async def commit(self, job: str, frame: bytes) -> bool:
+        """Store how a job ended; False when it had already ended."""
+        try:
+            await self._bus.publish_acked(self._bus.names.result(job), frame)
+        except ResultConflict:
+            return False
+        return True
+
+    async def find(self, jobs: Sequence[str]) -> dict[str, bytes]:
+        """The stored frames of those jobs that have ended."""
+        names = self._bus.names
+        subjects = {names.result(job): job for job in jobs}
+        if len(subjects) == 1:
+            (subject, job) = next(iter(subjects.items()))
+            one = await self._bus.direct_get(names.results_stream, subject)
+            return {} if one is None else {job: one.data}
+        found = await self._bus.direct_batch(names.results_stream, list(subjects))
+        return {subjects[subject]: stored.data for subject, stored in found.items()}

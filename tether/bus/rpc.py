@@ -1,0 +1,108 @@
+"""Signed requests to service endpoints (nats.micro, so that ``nats micro ls`` sees them).
+
+The request's signature covers the inbox its answer goes to, the answer's signature covers that inbox, so an answer
+can neither be redirected nor taken from another request.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import nats.micro
+import nats.micro.service
+from nats.micro.request import Request
+
+from tether import codec
+from tether.bus.connection import Bus
+from tether.bus.errors import translated
+from tether.envelope import Envelope, MessageType
+from tether.errors import BadEncoding, BrokerUnavailable, EnvelopeError, TetherError, by_code
+from tether.job import Failure
+
+log = logging.getLogger(__name__)
+
+MAX_AGE_MS = 30_000
+"""A request older than this is refused; younger ones are refused when they come twice."""
+
+_OK = b"\x01"
+_FAILED = b"\x00"
+
+RpcHandler = Callable[[Envelope], Awaitable[bytes]]
+
+
+@asynccontextmanager
+async def serve(
+    bus: Bus, endpoint: str, *, accepts: MessageType, answers: MessageType, handler: RpcHandler
+) -> AsyncIterator[None]:
+    """Answer requests on ``endpoint`` until the block ends.
+
+    A :class:`TetherError` that ``handler`` raises reaches the caller as the same class; what is not signed by a key
+    that may send ``accepts`` is counted and gets no answer.
+    """
+    subject = bus.names.service(endpoint)
+
+    async def answer(request: Request) -> None:
+        message = request._msg  # noqa: SLF001 - the reply subject is part of what the signature covers
+        envelope = bus.open_frame(request.data, request.subject, accepts, once=True, max_age_ms=MAX_AGE_MS)
+        if envelope is None or envelope.header.reply != message.reply:
+            return
+        body = await _handled(handler, envelope)
+        frame = bus.signer.seal(answers, message.reply, body, message_id=envelope.header.message_id)
+        await bus.publish(message.reply, frame)
+
+    with translated(f"serving {endpoint}"):
+        service = await nats.micro.add_service(
+            bus._client,  # noqa: SLF001 - the micro framework needs the client itself
+            name=f"{bus.names.prefix}-{bus.signer.role.value}-{endpoint}",
+            version="1.0.0",
+            description=f"Tether {endpoint}",
+        )
+        await service.add_endpoint(name=endpoint, subject=subject, handler=answer)
+    try:
+        yield
+    finally:
+        if bus.connected:
+            with translated(f"ending {endpoint}"):
+                await service.stop()
+
+
+async def _handled(handler: RpcHandler, envelope: Envelope) -> bytes:
+    try:
+        return _OK + await handler(envelope)
+    except TetherError as error:
+        return _FAILED + codec.encode(Failure(error.code, error.message))
+    except Exception:
+        log.exception("a request failed", extra={"action": "rpc_failed", "sender": envelope.sender})
+        return _FAILED + codec.encode(Failure("internal", "the service failed; its log has the reason"))
+
+
+async def call(
+    bus: Bus,
+    endpoint: str,
+    kind: MessageType,
+    body: bytes,
+    *,
+    answers: MessageType,
+    timeout: float = 5.0,  # noqa: ASYNC109
+) -> bytes:
+    """Send a signed request and return the body of the verified answer.
+
+    Raises:
+        BrokerUnavailable: nobody serves the endpoint, or no answer within ``timeout`` seconds.
+        TetherError: what the handler raised.
+    """
+    subject, reply = bus.names.service(endpoint), bus.reply_inbox()
+    frame = bus.signer.seal(kind, subject, body, reply=reply, expires_at=bus.clock.utc_ms() + int(timeout * 1000))
+    message = await bus.ask_signed(subject, frame, reply, timeout=timeout)
+    try:
+        envelope = bus.verifier.open(message.data, subject=reply, types=(answers,))
+    except EnvelopeError as error:
+        raise BrokerUnavailable(f"the answer of '{endpoint}' could not be verified: {error}") from error
+    if envelope.body[:1] == _OK:
+        return envelope.body[1:]
+    failure = codec.decode(envelope.body[1:], Failure)
+    if failure.code == BadEncoding.code:
+        raise BadEncoding(failure.message)
+    raise by_code(failure.code, failure.message)

@@ -1,0 +1,185 @@
+"""Streams, buckets and lane consumers, as the platform needs them. Only the dispatcher creates them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from tether.bus.connection import Bus
+from tether.bus.errors import JetStreamError
+from tether.job import Lane, LaneKind, Priority
+from tether.settings import Settings
+from tether.subjects import Names
+
+log = logging.getLogger(__name__)
+
+NANOSECONDS = 1_000_000_000
+MAX_CONSUMERS = 20_000
+"""The server's default cap of 1,000 lanes a stream is too low."""
+
+STREAM_EXISTS = 10058
+PRIORITY_GROUP = "lane"
+_MB = 1 << 20
+
+
+def streams(names: Names, settings: Settings) -> list[dict[str, Any]]:
+    """The configuration of every stream and bucket, in JetStream API form."""
+    memory = settings.max_memory_mb * _MB
+    disk = settings.max_file_mb * _MB
+    infer = [_infer(names, shard, memory // (2 * names.infer_shards)) for shard in range(names.infer_shards)]
+    jobs = [_jobs(names, shard, disk // (4 * names.job_shards), settings) for shard in range(names.job_shards)]
+    buckets = [
+        _bucket(names, name, settings) for name in ("models", "aliases", "routes", "assign", "keyset", "apikeys")
+    ]
+    return [
+        *infer,
+        *jobs,
+        _results(names, disk // 4, settings),
+        _dead(names, disk // 16, settings),
+        *buckets,
+        _bucket(names, "jobs", settings, max_bytes=disk // 16),
+        _bucket(names, "attempts", settings, max_bytes=disk // 32, max_age=int(settings.result_ttl_s * NANOSECONDS)),
+        _bucket(names, "liveness", settings, storage="memory", max_bytes=memory // 16, max_age=60 * NANOSECONDS),
+        *(_objects(names, bucket, settings) for bucket in names.chunk_buckets()),
+    ]
+
+
+def _infer(names: Names, shard: int, max_bytes: int) -> dict[str, Any]:
+    return {
+        "name": names.infer_stream(shard),
+        "subjects": [names.infer_subjects(shard)],
+        "storage": "memory",
+        "retention": "workqueue",
+        "discard": "new",
+        "max_bytes": max_bytes,
+        "max_consumers": MAX_CONSUMERS,
+        "allow_msg_ttl": True,
+        "duplicate_window": 30 * NANOSECONDS,
+        "num_replicas": 1,
+    }
+
+
+def _jobs(names: Names, shard: int, max_bytes: int, settings: Settings) -> dict[str, Any]:
+    return {
+        "name": names.jobs_stream(shard),
+        "subjects": [names.jobs_subjects(shard)],
+        "storage": "file",
+        "retention": "workqueue",
+        "discard": "new",
+        "max_bytes": max_bytes,
+        "max_consumers": MAX_CONSUMERS,
+        "duplicate_window": 120 * NANOSECONDS,
+        "num_replicas": settings.replicas,
+    }
+
+
+def _results(names: Names, max_bytes: int, settings: Settings) -> dict[str, Any]:
+    return {
+        "name": names.results_stream,
+        "subjects": [names.results()],
+        "storage": "file",
+        "retention": "limits",
+        "discard": "new",
+        "discard_new_per_subject": True,
+        "max_msgs_per_subject": 1,
+        "max_age": int(settings.result_ttl_s * NANOSECONDS),
+        "max_bytes": max_bytes,
+        "allow_direct": True,
+        "num_replicas": settings.replicas,
+    }
+
+
+def _dead(names: Names, max_bytes: int, settings: Settings) -> dict[str, Any]:
+    return {
+        "name": names.dead_stream,
+        "subjects": [names.dead_subjects()],
+        "storage": "file",
+        "retention": "limits",
+        "discard": "new",
+        "max_age": 30 * 86400 * NANOSECONDS,
+        "max_bytes": max_bytes,
+        "allow_direct": True,
+        "num_replicas": settings.replicas,
+    }
+
+
+def _bucket(
+    names: Names, name: str, settings: Settings, *, storage: str = "file", max_bytes: int = -1, max_age: int = 0
+) -> dict[str, Any]:
+    return {
+        "name": names.bucket_stream(name),
+        "subjects": [names.bucket_key(name, ">")],
+        "storage": storage,
+        "retention": "limits",
+        "discard": "new",
+        "max_msgs_per_subject": 1,
+        "max_bytes": max_bytes,
+        "max_age": max_age,
+        "allow_direct": True,
+        "allow_msg_ttl": True,
+        "allow_rollup_hdrs": False,
+        "deny_delete": True,
+        "num_replicas": 1 if storage == "memory" else settings.replicas,
+    }
+
+
+def _objects(names: Names, bucket: str, settings: Settings) -> dict[str, Any]:
+    return {
+        "name": names.object_stream(bucket),
+        "subjects": [names.object_chunk(bucket, ">"), names.object_meta(bucket, ">")],
+        "storage": "file",
+        "retention": "limits",
+        "discard": "new",
+        "max_bytes": settings.max_file_mb * _MB // 2 // names.partitions,
+        "allow_direct": True,
+        "allow_rollup_hdrs": True,
+        "num_replicas": settings.replicas,
+    }
+
+
+async def ensure_platform(bus: Bus, settings: Settings) -> None:
+    """Create what is missing and bring the rest up to date; safe to repeat.
+
+    Raises:
+        JetStreamError: the server refuses a configuration (a limit that is too low, say).
+        BrokerUnavailable: it does not answer.
+    """
+    for config in streams(bus.names, settings):
+        await _ensure_stream(bus, config)
+
+
+async def _ensure_stream(bus: Bus, config: dict[str, Any]) -> None:
+    name = config["name"]
+    try:
+        await bus.api(f"STREAM.CREATE.{name}", config)
+    except JetStreamError as error:
+        if error.err_code != STREAM_EXISTS:
+            raise
+        await bus.api(f"STREAM.UPDATE.{name}", config)
+
+
+def lanes_of(model: str, version: int, region: str) -> list[Lane]:
+    """Every lane of a shared version in a region: one for waiting callers, one for each priority of jobs."""
+    infer = Lane(LaneKind.INFER, model, version, region)
+    return [infer, *(Lane(LaneKind.JOB, model, version, region, priority=level) for level in Priority)]
+
+
+async def ensure_lane(bus: Bus, lane: Lane, settings: Settings) -> None:
+    """Create the durable pull consumer of a lane, or bring it up to date."""
+    stream, name, subject = bus.names.lane_stream(lane), bus.names.lane_consumer(lane), bus.names.lane(lane)
+    wait = settings.infer_ack_wait_s if lane.kind is LaneKind.INFER else settings.jobs_ack_wait_s
+    config = {
+        "name": name,
+        "durable_name": name,
+        "filter_subject": subject,
+        "ack_policy": "explicit",
+        "deliver_policy": "all",
+        "replay_policy": "instant",
+        "ack_wait": int(wait * NANOSECONDS),
+        "max_deliver": -1,
+        "max_ack_pending": 20_000,
+        "max_waiting": 4096,
+        "priority_groups": [PRIORITY_GROUP],
+        "priority_policy": "prioritized",
+    }
+    await bus.api(f"CONSUMER.CREATE.{stream}.{name}.{subject}", {"stream_name": stream, "config": config})

@@ -1,0 +1,186 @@
+"""msgpack bytes to values and back. The only importer of msgpack.
+
+Values travel as positional arrays, so a message costs no field names; the order below is the format. Every decoder
+proves types and counts before it builds a value, and any failure is one :class:`~tether.errors.BadEncoding` that
+keeps the raw bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import msgpack
+import msgspec
+
+from tether.errors import BadEncoding
+from tether.job import AttemptNote, Failure, Job, JobId, JobRecord, JobState, Outcome
+from tether.tensor import Tensor
+
+MAX_ITEMS = 65536
+"""Longest array or map any message may hold."""
+
+T = TypeVar("T")
+
+_pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
+
+
+def pack(value: Any) -> bytes:
+    """Plain msgpack of a plain value."""
+    return bytes(_pack(value))
+
+
+def unpack(data: bytes) -> Any:
+    """Plain values from bytes that nobody has checked yet: arrays become tuples, no extension types.
+
+    Raises:
+        BadEncoding: for anything that is not exactly one well-formed value within the limits.
+    """
+    try:
+        return msgpack.unpackb(
+            data,
+            use_list=False,
+            raw=False,
+            strict_map_key=True,
+            max_array_len=min(MAX_ITEMS, len(data)),
+            max_map_len=min(1024, len(data)),
+            max_ext_len=0,
+            object_pairs_hook=_no_duplicates,
+        )
+    except BadEncoding:
+        raise
+    except Exception as error:
+        raise BadEncoding(f"not msgpack: {type(error).__name__}", raw=data) from error
+
+
+def _no_duplicates(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise BadEncoding("a map has the same key twice")
+    return found
+
+
+def encode(value: msgspec.Struct) -> bytes:
+    """A control value (manifest, heartbeat, route ...) as a msgpack map of its fields."""
+    return pack(msgspec.to_builtins(value))
+
+
+def decode(data: bytes, kind: type[T]) -> T:
+    """The control value of type ``kind`` that :func:`encode` wrote.
+
+    Raises:
+        BadEncoding: when bytes or fields do not fit ``kind``.
+    """
+    return _guard(data, lambda: msgspec.convert(unpack(data), kind, strict=True))
+
+
+def encode_jobs(jobs: Sequence[Job]) -> bytes:
+    """The body of a bundle. Job ids are not in it: they travel in the signed header, in the same order."""
+    return pack([_job_row(job) for job in jobs])
+
+
+def _job_row(job: Job) -> tuple[Any, ...]:
+    return (
+        job.tenant,
+        job.deadline,
+        job.request_id,
+        job.traceparent,
+        job.outputs,
+        [(t.name, t.datatype, t.shape, t.data) for t in job.inputs],
+    )
+
+
+def decode_jobs(data: bytes, ids: Sequence[str]) -> list[Job]:
+    """The jobs of a bundle whose header named ``ids``.
+
+    Raises:
+        BadEncoding: when the bytes are no bundle or their count is not that of ``ids``.
+    """
+    return _guard(data, lambda: [_job(row, job_id) for row, job_id in zip(unpack(data), ids, strict=True)])
+
+
+def _job(row: Any, job_id: str) -> Job:
+    tenant, deadline, request_id, traceparent, outputs, inputs = row
+    _texts(tenant, request_id, traceparent, *outputs)
+    if type(deadline) is not float:
+        raise TypeError("deadline")
+    return Job(JobId(job_id), tenant, _tensors(inputs), deadline, outputs, request_id, traceparent)
+
+
+def _tensors(rows: Any) -> tuple[Tensor, ...]:
+    return tuple([_tensor(row) for row in rows])
+
+
+def _tensor(row: Any) -> Tensor:
+    name, datatype, shape, data = row
+    _texts(name, datatype)
+    if type(data) is not bytes or type(shape) is not tuple or not all(type(axis) is int for axis in shape):
+        raise TypeError("tensor")
+    return Tensor(name, datatype, shape, data)
+
+
+def _texts(*values: Any) -> None:
+    for value in values:
+        if type(value) is not str:
+            raise TypeError("text")
+
+
+def encode_outcomes(outcomes: Sequence[Outcome]) -> bytes:
+    """The body of a reply bundle, or of one stored result."""
+    return pack([_outcome_row(outcome) for outcome in outcomes])
+
+
+def _outcome_row(outcome: Outcome) -> tuple[Any, ...]:
+    return (
+        outcome.job,
+        outcome.state.value,
+        [(t.name, t.datatype, t.shape, t.data) for t in outcome.outputs],
+        None if outcome.error is None else (outcome.error.code, outcome.error.message),
+        outcome.attempts,
+        outcome.worker,
+        outcome.started_at,
+        outcome.finished_at,
+    )
+
+
+def decode_outcomes(data: bytes) -> list[Outcome]:
+    """The outcomes :func:`encode_outcomes` wrote.
+
+    Raises:
+        BadEncoding: when the bytes are no reply bundle.
+    """
+    return _guard(data, lambda: [_outcome(row) for row in unpack(data)])
+
+
+def _outcome(row: Any) -> Outcome:
+    job, state, outputs, error, attempts, worker, started_at, finished_at = row
+    _texts(job, worker)
+    if type(attempts) is not int or type(started_at) is not float or type(finished_at) is not float:
+        raise TypeError("outcome")
+    failure = None
+    if error is not None:
+        code, message = error
+        _texts(code, message)
+        failure = Failure(code, message)
+    return Outcome(JobId(job), JobState(state), _tensors(outputs), failure, attempts, worker, started_at, finished_at)
+
+
+def encode_record(record: JobRecord) -> bytes:
+    return encode(record)
+
+
+def decode_record(data: bytes) -> JobRecord:
+    return decode(data, JobRecord)
+
+
+def decode_note(data: bytes) -> AttemptNote:
+    return decode(data, AttemptNote)
+
+
+def _guard(data: bytes, build: Callable[[], T]) -> T:
+    try:
+        return build()
+    except BadEncoding:
+        raise
+    except (TypeError, ValueError, msgspec.ValidationError, RecursionError) as error:
+        raise BadEncoding(f"the message does not have the expected form: {error}"[:200], raw=data) from error

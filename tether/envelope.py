@@ -1,0 +1,374 @@
+"""Signed envelopes and the keyset that says whose signature counts. The only importer of nacl.
+
+Frame, all integers big-endian::
+
+    magic "TTHR" | version u8 | header length u16 | signature 64 | header | body
+    header = key id (16 bytes) | msgpack array of the fields of Header, in order
+
+The Ed25519 (RFC 8032) signature covers ``DOMAIN | header``; the header carries the length and SHA-256 of the body,
+so every byte of the frame is covered. A receiver looks the key id up by its fixed place, verifies, and only then
+decodes anything: see :meth:`Verifier.open`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+
+import msgspec
+import nacl.exceptions
+import nacl.public
+import nacl.signing
+
+from tether import codec
+from tether.errors import (
+    BadEncoding,
+    BadSignature,
+    ClockSkew,
+    EnvelopeExpired,
+    KeyExpired,
+    KeysetError,
+    Replayed,
+    RoleNotAllowed,
+    SubjectMismatch,
+    UnknownKey,
+    Unsigned,
+)
+
+MAGIC = b"TTHR"
+VERSION = 1
+DOMAIN = b"tether/envelope/v1\0"
+KEYSET_DOMAIN = b"tether/keyset/v1\0"
+MAX_HEADER = 16 * 1024
+MAX_SKEW_MS = 30_000
+"""A message that claims to come from further in the future than this is refused."""
+
+_PREFIX = struct.Struct(">4sBH64s")
+_KID = 16
+
+
+class Role(StrEnum):
+    GATEWAY = "gateway"
+    DISPATCHER = "dispatcher"
+    WORKER = "worker"
+    MODELSTORE = "modelstore"
+    ADMIN = "admin"
+
+
+class MessageType(StrEnum):
+    """What a message asks its receiver to do. A key may send only the types of its role."""
+
+    INFER = "infer"  # bundle on an infer lane
+    JOB = "job"  # bundle on a jobs lane
+    ANSWER = "answer"  # reply bundle to a gateway
+    RESULT = "result"  # how a durable job ended
+    RECORD = "record"  # state record of an accepted job
+    ATTEMPT = "attempt"  # note that a worker began
+    DEAD = "dead"  # dead letter with the original frame inside
+    HEARTBEAT = "heartbeat"
+    REGISTER = "register"  # worker to dispatcher, RPC
+    REGISTERED = "registered"  # its answer
+    ASSIGN = "assign"
+    ROUTE = "route"
+    MANIFEST = "manifest"
+    ALIAS = "alias"
+    API_KEY = "api_key"
+    PUSH = "push"  # gateway to model store, RPC: make these chunks a version
+    PUSHED = "pushed"  # its answer
+
+
+ROLE_TYPES: Mapping[Role, frozenset[MessageType]] = {
+    Role.GATEWAY: frozenset(
+        {
+            MessageType.INFER,
+            MessageType.JOB,
+            MessageType.RECORD,
+            MessageType.RESULT,
+            MessageType.API_KEY,
+            MessageType.PUSH,
+        }
+    ),
+    Role.DISPATCHER: frozenset({MessageType.REGISTERED, MessageType.ASSIGN, MessageType.ROUTE}),
+    Role.WORKER: frozenset(
+        {
+            MessageType.ANSWER,
+            MessageType.RESULT,
+            MessageType.ATTEMPT,
+            MessageType.DEAD,
+            MessageType.HEARTBEAT,
+            MessageType.REGISTER,
+        }
+    ),
+    Role.MODELSTORE: frozenset({MessageType.MANIFEST, MessageType.ALIAS, MessageType.PUSHED}),
+    Role.ADMIN: frozenset({MessageType.API_KEY}),
+}
+"""The types each role may send. RESULT from a gateway is how a cancelled or expired job ends."""
+
+
+class Header(msgspec.Struct, frozen=True, array_like=True):
+    """What the signature vouches for. Times are UTC milliseconds since the epoch."""
+
+    role: Role
+    type: MessageType
+    subject: str
+    """The NATS subject the frame was published on; a receiver compares it with the one it arrived on."""
+    reply: str
+    message_id: str
+    jobs: tuple[str, ...]
+    attempt: int
+    tenant: str
+    issued_at: int
+    expires_at: int
+    """0: no expiry of its own (key-value entries)."""
+    nonce: bytes
+    content_type: str
+    body_length: int
+    body_digest: bytes
+    traceparent: str
+
+
+class Envelope(msgspec.Struct, frozen=True):
+    """A verified frame. ``sender`` is the identity's name from the keyset."""
+
+    header: Header
+    body: bytes
+    sender: str
+
+
+class IdentityRecord(msgspec.Struct, frozen=True):
+    """One identity in the keyset. Keys are raw bytes; times are UTC milliseconds."""
+
+    kid: bytes
+    name: str
+    role: Role
+    ed25519: bytes
+    x25519: bytes
+    types: tuple[MessageType, ...]
+    not_before: int
+    expires_at: int
+
+
+class Keyset(msgspec.Struct, frozen=True):
+    """Every identity whose messages count, as the root key signed it."""
+
+    version: int
+    not_before: int
+    expires_at: int
+    identities: tuple[IdentityRecord, ...]
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """A service's own secret. ``seed`` makes its Ed25519 key, ``box_seed`` its X25519 key; 32 bytes each."""
+
+    name: str
+    role: Role
+    seed: bytes
+    box_seed: bytes
+
+    def __repr__(self) -> str:
+        return f"Identity(name={self.name!r}, role={self.role.value!r}, seed=<secret>)"
+
+    @property
+    def kid(self) -> bytes:
+        return key_id(bytes(nacl.signing.SigningKey(self.seed).verify_key))
+
+    def record(self, *, not_before: int, expires_at: int) -> IdentityRecord:
+        """The public half, with the message types of its role."""
+        return IdentityRecord(
+            kid=self.kid,
+            name=self.name,
+            role=self.role,
+            ed25519=bytes(nacl.signing.SigningKey(self.seed).verify_key),
+            x25519=bytes(nacl.public.PrivateKey(self.box_seed).public_key),
+            types=tuple(sorted(ROLE_TYPES[self.role])),
+            not_before=not_before,
+            expires_at=expires_at,
+        )
+
+
+def key_id(public_key: bytes) -> bytes:
+    """16 bytes that name an Ed25519 public key: the start of its SHA-256."""
+    return hashlib.sha256(public_key).digest()[:_KID]
+
+
+def new_identity(name: str, role: Role) -> Identity:
+    return Identity(name, role, os.urandom(32), os.urandom(32))
+
+
+def root_public_key(seed: bytes) -> bytes:
+    return bytes(nacl.signing.SigningKey(seed).verify_key)
+
+
+def sign_keyset(root_seed: bytes, keyset: Keyset) -> bytes:
+    """The keyset as bytes for a file or a bucket: signature (64 bytes), then msgpack."""
+    body = codec.encode(keyset)
+    return nacl.signing.SigningKey(root_seed).sign(KEYSET_DOMAIN + body).signature + body
+
+
+def open_keyset(data: bytes, root_public: bytes, *, now_ms: int, newer_than: int = 0) -> Keyset:
+    """Decode a keyset after checking that the pinned root key signed it and that it is in force.
+
+    Raises:
+        KeysetError: unsigned, signed by another root, older than ``newer_than``, not yet valid or expired.
+    """
+    try:
+        nacl.signing.VerifyKey(root_public).verify(KEYSET_DOMAIN + data[64:], data[:64])
+    except (nacl.exceptions.BadSignatureError, ValueError, TypeError) as error:
+        raise KeysetError("the keyset is not signed by the pinned root key") from error
+    try:
+        keyset = codec.decode(data[64:], Keyset)
+    except BadEncoding as error:
+        raise KeysetError("the keyset cannot be decoded") from error
+    if keyset.version < newer_than:
+        raise KeysetError(f"keyset version {keyset.version} is older than version {newer_than}, which was seen before")
+    if not keyset.not_before - MAX_SKEW_MS <= now_ms < keyset.expires_at:
+        raise KeysetError(
+            "the keyset is expired or not yet valid; renew it with 'tether init --renew' or set the clock"
+        )
+    return keyset
+
+
+class Signer:
+    """Signs frames for one identity. ``now_ms`` is the UTC clock in milliseconds."""
+
+    def __init__(self, identity: Identity, now_ms: Callable[[], int]) -> None:
+        self.name = identity.name
+        self.role = identity.role
+        self._kid = identity.kid
+        self._key = nacl.signing.SigningKey(identity.seed)
+        self._now_ms = now_ms
+
+    def seal(
+        self,
+        kind: MessageType,
+        subject: str,
+        body: bytes,
+        *,
+        reply: str = "",
+        message_id: str = "",
+        jobs: tuple[str, ...] = (),
+        attempt: int = 0,
+        tenant: str = "",
+        expires_at: int = 0,
+        content_type: str = "application/msgpack",
+        traceparent: str = "",
+    ) -> bytes:
+        """Build the signed frame to publish on ``subject``.
+
+        Raises:
+            BadEncoding: the header would be larger than a receiver accepts (too many jobs in one bundle).
+        """
+        fields = (
+            self.role.value,
+            kind.value,
+            subject,
+            reply,
+            message_id,
+            jobs,
+            attempt,
+            tenant,
+            self._now_ms(),
+            expires_at,
+            os.urandom(16),
+            content_type,
+            len(body),
+            hashlib.sha256(body).digest(),
+            traceparent,
+        )
+        header = self._kid + codec.pack(fields)
+        if len(header) > MAX_HEADER:
+            raise BadEncoding(f"envelope header of {len(header)} bytes is over the limit of {MAX_HEADER}")
+        signature = self._key.sign(DOMAIN + header).signature
+        return b"".join((_PREFIX.pack(MAGIC, VERSION, len(header), signature), header, body))
+
+
+class Verifier:
+    """Opens frames against a keyset. One per process; verify keys are built once."""
+
+    def __init__(self, keyset: Keyset, now_ms: Callable[[], int], *, replay_capacity: int = 65536) -> None:
+        self._now_ms = now_ms
+        self._keys = {record.kid: (record, nacl.signing.VerifyKey(record.ed25519)) for record in keyset.identities}
+        self._seen: OrderedDict[bytes, int] = OrderedDict()
+        self._replay_capacity = replay_capacity
+
+    def open(
+        self, frame: bytes, *, subject: str, types: tuple[MessageType, ...], once: bool = False, max_age_ms: int = 0
+    ) -> Envelope:
+        """Verify ``frame``, which arrived on ``subject``, and hand out header and body.
+
+        ``types`` are the message types this receiver acts on there. ``once`` refuses a nonce seen in the last
+        minute, for requests that act on arrival; ``max_age_ms`` refuses older messages (0: any age).
+
+        Raises:
+            Unsigned, BadEncoding, UnknownKey, BadSignature, KeyExpired, RoleNotAllowed, SubjectMismatch,
+            EnvelopeExpired, ClockSkew, Replayed: before anything of the body was looked at, in this order.
+        """
+        record, header, body = self._authenticate(frame)
+        if header.role != record.role or header.type not in record.types:
+            raise RoleNotAllowed(f"'{record.name}' ({record.role}) may not send '{header.type}'")
+        if header.subject != subject:
+            raise SubjectMismatch("the frame was signed for another subject than the one it arrived on")
+        if header.type not in types:
+            raise RoleNotAllowed(f"'{header.type}' is not handled on this subject")
+        self._check_time(header, max_age_ms)
+        if len(body) != header.body_length or hashlib.sha256(body).digest() != header.body_digest:
+            raise BadSignature("the body is not the one that was signed")
+        if once:
+            self._refuse_replay(header.nonce)
+        return Envelope(header, body, record.name)
+
+    def _authenticate(self, frame: bytes) -> tuple[IdentityRecord, Header, bytes]:
+        if len(frame) < _PREFIX.size or frame[:4] != MAGIC:
+            raise Unsigned("the message is not a signed envelope")
+        _, version, length, signature = _PREFIX.unpack_from(frame)
+        end = _PREFIX.size + length
+        if version != VERSION or not _KID < length <= MAX_HEADER or end > len(frame):
+            raise BadEncoding("the envelope's version or length is not one this receiver knows")
+        header = frame[_PREFIX.size : end]
+        record, key = self._lookup(header[:_KID])
+        try:
+            key.verify(DOMAIN + header, signature)
+        except nacl.exceptions.BadSignatureError as error:
+            raise BadSignature("the envelope's signature does not match") from error
+        return record, _decode_header(header[_KID:]), frame[end:]
+
+    def _lookup(self, kid: bytes) -> tuple[IdentityRecord, nacl.signing.VerifyKey]:
+        found = self._keys.get(kid)
+        if found is None:
+            raise UnknownKey(f"no identity in the keyset has the key {kid.hex()}")
+        record, key = found
+        if not record.not_before - MAX_SKEW_MS <= self._now_ms() < record.expires_at:
+            raise KeyExpired(f"the key of '{record.name}' is expired or not yet valid")
+        return record, key
+
+    def _check_time(self, header: Header, max_age_ms: int) -> None:
+        now = self._now_ms()
+        skew = header.issued_at - now
+        if skew > MAX_SKEW_MS:
+            raise ClockSkew(f"the message was issued {skew} ms in the future; set the clocks")
+        if header.expires_at and now >= header.expires_at:
+            raise EnvelopeExpired(f"the message expired {now - header.expires_at} ms ago")
+        if max_age_ms and -skew > max_age_ms:
+            raise EnvelopeExpired(f"the message is {-skew} ms old; at most {max_age_ms} ms are allowed")
+
+    def _refuse_replay(self, nonce: bytes) -> None:
+        now = self._now_ms()
+        while self._seen and (
+            next(iter(self._seen.values())) < now - 60_000 or len(self._seen) >= self._replay_capacity
+        ):
+            self._seen.popitem(last=False)
+        if nonce in self._seen:
+            raise Replayed("the message was received before")
+        self._seen[nonce] = now
+
+
+def _decode_header(data: bytes) -> Header:
+    fields = codec.unpack(data)
+    try:
+        return msgspec.convert(fields, Header, strict=True)
+    except msgspec.ValidationError as error:
+        raise BadEncoding(f"the envelope's header does not have the expected form: {error}", raw=data) from error

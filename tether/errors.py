@@ -1,0 +1,248 @@
+"""The one error tree.
+
+::
+
+    TetherError
+    ├── InvalidRequest        the caller sent something wrong; nothing was queued
+    │   ├── BadJson           the body is not the JSON it should be
+    │   ├── BadTensor         a tensor's name, datatype, shape or bytes do not fit
+    │   ├── BadName           a name a client chose is not allowed
+    │   └── PayloadTooLarge   more bytes than a limit allows
+    ├── Unauthenticated       no valid API key
+    ├── Forbidden             the key is valid, the action is not its to do
+    ├── NotFound
+    │   ├── ModelNotFound
+    │   └── JobNotFound
+    ├── Conflict
+    │   ├── IdempotencyConflict   the key was used for another request
+    │   ├── ResultConflict        the job has already ended
+    │   └── VersionConflict       two writers wanted the same version
+    ├── Unavailable           try again later
+    │   ├── ModelNotReady
+    │   ├── QueueFull
+    │   └── BrokerUnavailable
+    ├── DeadlineExceeded
+    ├── JobCancelled
+    ├── InferenceFailed       the model raised, or its output does not fit
+    │   ├── AttemptsExhausted     every attempt ended without an answer
+    │   └── ResultTooLarge
+    ├── ModelRejected         a pushed model cannot be served
+    ├── CorruptChunk          stored bytes do not match their digest
+    ├── EnvelopeError         a message that must not be acted on
+    │   ├── Unsigned, BadEncoding, BadSignature, SubjectMismatch, Replayed
+    │   ├── EnvelopeExpired, ClockSkew
+    │   └── UnknownKey, KeyExpired, RoleNotAllowed
+    ├── KeysetError           the set of identities cannot be trusted
+    ├── ConfigError           a setting, a file or the machine is not as it must be
+    └── PermissionDenied      the broker refused a subject to this identity
+
+Every class has a stable ``code`` (an interface: clients match on it), and says whether the same request
+may succeed when it is sent again (``retryable``). HTTP statuses live in ``gateway_http``, not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+
+class TetherError(Exception):
+    """Base of every error Tether raises on purpose.
+
+    ``message`` is one line for a person; ``field`` names the input at fault, when there is one.
+    """
+
+    code: ClassVar[str] = "internal"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+
+class InvalidRequest(TetherError):
+    code = "invalid_request"
+
+
+class BadJson(InvalidRequest):
+    code = "bad_json"
+
+
+class BadTensor(InvalidRequest):
+    code = "bad_tensor"
+
+
+class BadName(InvalidRequest):
+    code = "bad_name"
+
+
+class PayloadTooLarge(InvalidRequest):
+    code = "payload_too_large"
+
+
+class Unauthenticated(TetherError):
+    code = "unauthenticated"
+
+
+class Forbidden(TetherError):
+    code = "forbidden"
+
+
+class NotFound(TetherError):
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+
+class JobNotFound(NotFound):
+    code = "job_not_found"
+
+
+class Conflict(TetherError):
+    code = "conflict"
+
+
+class IdempotencyConflict(Conflict):
+    code = "idempotency_conflict"
+
+
+class ResultConflict(Conflict):
+    code = "result_conflict"
+
+
+class VersionConflict(Conflict):
+    code = "version_conflict"
+    retryable = True
+
+
+class Unavailable(TetherError):
+    """``retry_after`` is how many seconds a caller should wait before the next try."""
+
+    code = "unavailable"
+    retryable = True
+
+    def __init__(self, message: str, *, field: str | None = None, retry_after: float = 1.0) -> None:
+        super().__init__(message, field=field)
+        self.retry_after = retry_after
+
+
+class ModelNotReady(Unavailable):
+    code = "model_not_ready"
+
+
+class QueueFull(Unavailable):
+    code = "queue_full"
+
+
+class BrokerUnavailable(Unavailable):
+    code = "broker_unavailable"
+
+
+class DeadlineExceeded(TetherError):
+    code = "deadline_exceeded"
+    retryable = True
+
+
+class JobCancelled(TetherError):
+    code = "job_cancelled"
+
+
+class InferenceFailed(TetherError):
+    code = "inference_failed"
+
+
+class AttemptsExhausted(InferenceFailed):
+    code = "attempts_exhausted"
+
+
+class ResultTooLarge(InferenceFailed):
+    code = "result_too_large"
+
+
+class ModelRejected(TetherError):
+    code = "model_rejected"
+
+
+class CorruptChunk(TetherError):
+    code = "corrupt_chunk"
+    retryable = True
+
+
+class EnvelopeError(TetherError):
+    code = "bad_envelope"
+
+
+class Unsigned(EnvelopeError):
+    code = "unsigned"
+
+
+class BadEncoding(EnvelopeError):
+    """``raw`` keeps the bytes that could not be decoded."""
+
+    code = "bad_encoding"
+
+    def __init__(self, message: str, *, field: str | None = None, raw: bytes = b"") -> None:
+        super().__init__(message, field=field)
+        self.raw = raw
+
+
+class BadSignature(EnvelopeError):
+    code = "bad_signature"
+
+
+class SubjectMismatch(EnvelopeError):
+    code = "subject_mismatch"
+
+
+class Replayed(EnvelopeError):
+    code = "replay"
+
+
+class EnvelopeExpired(EnvelopeError):
+    code = "expired"
+
+
+class ClockSkew(EnvelopeError):
+    code = "clock_skew"
+
+
+class UnknownKey(EnvelopeError):
+    code = "unknown_key"
+
+
+class KeyExpired(EnvelopeError):
+    code = "key_expired"
+
+
+class RoleNotAllowed(EnvelopeError):
+    code = "role_not_allowed"
+
+
+class KeysetError(TetherError):
+    code = "keyset_invalid"
+
+
+class ConfigError(TetherError):
+    code = "config_invalid"
+
+
+class PermissionDenied(TetherError):
+    code = "permission_denied"
+
+
+def all_errors(base: type[TetherError] = TetherError) -> Iterator[type[TetherError]]:
+    """Every class of the tree, the base first; the docs test and the HTTP map walk it."""
+    yield base
+    for child in base.__subclasses__():
+        yield from all_errors(child)
+
+
+def by_code(code: str, message: str) -> TetherError:
+    """Rebuild an error that crossed a wire from its code; an unknown code becomes the base class."""
+    for cls in all_errors():
+        if cls.code == code:
+            return cls(message)
+    return TetherError(message)

@@ -1,0 +1,135 @@
+"""The data directory of one machine: where keys, broker store, cache, logs and pid files lie.
+
+Key files are created with mode 0600 and refused when others may read them.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from tether.envelope import Identity, Role
+from tether.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Home:
+    """Paths below one data directory; nothing is created until it is written."""
+
+    root: Path
+
+    @classmethod
+    def at(cls, path: str) -> Home:
+        """The data directory of the settings; ``./.tether`` when none is set."""
+        return cls(Path(path or ".tether").absolute())
+
+    @property
+    def keys(self) -> Path:
+        return self.root / "keys"
+
+    @property
+    def root_key(self) -> Path:
+        return self.keys / "root.key"
+
+    @property
+    def root_public(self) -> Path:
+        return self.keys / "root.pub"
+
+    @property
+    def keyset(self) -> Path:
+        return self.keys / "keyset"
+
+    def identity(self, name: str) -> Path:
+        return self.keys / f"{name}.identity"
+
+    def nats_seed(self, role: Role | str) -> Path:
+        """Seed of the nkey that processes of a role log in to the broker with."""
+        return self.keys / f"nats-{str(role)}.seed"
+
+    @property
+    def admin_key(self) -> Path:
+        return self.root / "admin.key"
+
+    @property
+    def nats_config(self) -> Path:
+        return self.root / "nats.conf"
+
+    @property
+    def nats_store(self) -> Path:
+        return self.root / "nats"
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    def cache(self, worker: str) -> Path:
+        return self.root / "cache" / worker
+
+    @property
+    def endpoints(self) -> Path:
+        """JSON of what runs: written by ``tether up``, read by every other command."""
+        return self.run / "endpoints.json"
+
+
+def write_secret(path: Path, content: bytes) -> None:
+    """Write a file that only its owner may read, in one step: it is never there half written."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_secret(path: Path) -> bytes:
+    """Read a key file.
+
+    Raises:
+        ConfigError: it is missing, or group or others may read it; the message has the command that mends it.
+    """
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError as error:
+        raise ConfigError(f"key file {path} cannot be read; make it with 'tether init'") from error
+    if mode & 0o077:
+        raise ConfigError(f"key file {path} is open to others (mode {mode:04o}); run: chmod 600 {path}")
+    return path.read_bytes()
+
+
+def save_identity(path: Path, identity: Identity) -> None:
+    content = {
+        "name": identity.name,
+        "role": identity.role.value,
+        "seed": base64.b64encode(identity.seed).decode(),
+        "box_seed": base64.b64encode(identity.box_seed).decode(),
+    }
+    write_secret(path, json.dumps(content).encode())
+
+
+def load_identity(path: Path) -> Identity:
+    """Read what :func:`save_identity` wrote.
+
+    Raises:
+        ConfigError: missing, too open, or not an identity file.
+    """
+    raw = read_secret(path)
+    try:
+        content = json.loads(raw)
+        return Identity(
+            str(content["name"]),
+            Role(content["role"]),
+            base64.b64decode(content["seed"], validate=True),
+            base64.b64decode(content["box_seed"], validate=True),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"key file {path} is not an identity; make it anew with 'tether init'") from error

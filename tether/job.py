@@ -1,0 +1,127 @@
+"""Jobs, lanes, outcomes: the values that cross between services. Frozen, closed, without I/O."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from enum import StrEnum
+from typing import NewType
+
+import msgspec
+
+from tether.tensor import Tensor
+
+JobId = NewType("JobId", str)
+"""32 lower-case hex characters, unguessable."""
+
+Parameter = str | int | float | bool
+
+
+class JobState(StrEnum):
+    """Closed. Exactly one of the last five ends a job."""
+
+    SCHEDULED = "scheduled"  # waits for its time
+    QUEUED = "queued"  # in a lane, no worker has begun
+    RUNNING = "running"  # a worker holds it
+    SUCCEEDED = "succeeded"  # has outputs
+    FAILED = "failed"  # the model refused it; running it again would not help
+    CANCELLED = "cancelled"  # its owner took it back
+    EXPIRED = "expired"  # its deadline passed before it ended
+    DEAD = "dead"  # every attempt ended without an answer
+
+
+TERMINAL = frozenset(
+    {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED, JobState.DEAD},
+)
+
+
+class LaneKind(StrEnum):
+    INFER = "infer"  # memory-backed, a caller waits
+    JOB = "job"  # file-backed, durable
+
+
+class Priority(StrEnum):
+    """Order in which a worker takes durable jobs; infer lanes come before all of them."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+class Lane(msgspec.Struct, frozen=True):
+    """One queue: the jobs of a kind for one model version, in one region, of one scope."""
+
+    kind: LaneKind
+    model: str
+    version: int
+    region: str = "local"
+    scope: str = "shared"
+    priority: Priority = Priority.NORMAL
+
+
+class Job(msgspec.Struct, frozen=True):
+    """One request for one model version. ``deadline`` is UTC, seconds since the epoch."""
+
+    id: JobId
+    tenant: str
+    inputs: tuple[Tensor, ...]
+    deadline: float
+    outputs: tuple[str, ...] = ()
+    """Names of the wanted outputs in the wanted order; empty means all, in the model's order."""
+    request_id: str = ""
+    traceparent: str = ""
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Why a job did not succeed: an error code of the tree and one line for a person."""
+
+    code: str
+    message: str
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How one job ended. Times are UTC, seconds since the epoch; 0.0 means it never started."""
+
+    job: JobId
+    state: JobState
+    outputs: tuple[Tensor, ...] = ()
+    error: Failure | None = None
+    attempts: int = 0
+    worker: str = ""
+    started_at: float = 0.0
+    finished_at: float = 0.0
+
+
+class JobRecord(msgspec.Struct, frozen=True):
+    """What is known of a durable job from the moment it was accepted."""
+
+    id: JobId
+    tenant: str
+    model: str
+    version: int
+    priority: Priority
+    submitted_at: float
+    deadline: float
+    digest: str
+    """Digest of the request, so that an Idempotency-Key cannot be used for two different requests."""
+    bundle: str
+    """Message id of the bundle that carried the job: where its attempts are noted."""
+    request_id: str = ""
+
+
+class AttemptNote(msgspec.Struct, frozen=True):
+    """A worker began a bundle, or one job of a redelivered bundle. ``started_at`` is UTC seconds."""
+
+    attempt: int
+    worker: str
+    started_at: float
+
+
+def new_job_id() -> JobId:
+    return JobId(os.urandom(16).hex())
+
+
+def idempotent_job_id(tenant: str, key: str) -> JobId:
+    """The same tenant and key always give the same id, on every gateway and after every restart."""
+    digest = hashlib.blake2b(f"{tenant}\0{key}".encode(), digest_size=16, person=b"tether-idem")
+    return JobId(digest.hexdigest())

@@ -1,0 +1,48 @@
+"""All metrics of the platform in one place, each with unit and help. Names are an interface.
+
+They register with prometheus_client's own registry once per process, and a process is one service.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+BROKER_CONNECTED = Gauge("tether_broker_connected", "1 while this process is connected to the broker.")
+BROKER_RECONNECTS = Counter("tether_broker_reconnects_total", "Times this process reconnected to the broker.")
+PERMISSION_DENIED = Counter("tether_permission_denied_total", "Subjects the broker refused to this identity.")
+ENVELOPES_REJECTED = Counter(
+    "tether_envelopes_rejected_total", "Messages that were not acted on, by the error's code.", ["code"]
+)
+
+HTTP_REQUESTS = Counter("tether_http_requests_total", "Answered requests.", ["route", "status"])
+INFER_SECONDS = Histogram(
+    "tether_infer_seconds", "Seconds from a synchronous request's arrival to its answer.", ["model"], buckets=_SECONDS
+)
+INFER_INFLIGHT = Gauge("tether_infer_inflight", "Synchronous requests that wait for their answer.")
+INFER_RESUBMITTED = Counter("tether_infer_resubmitted_total", "Bundles sent again because no answer could come.")
+BUNDLE_JOBS = Histogram("tether_bundle_jobs", "Jobs in a published bundle.", ["kind"], buckets=_COUNTS)
+JOBS_ACCEPTED = Counter("tether_jobs_accepted_total", "Durable jobs accepted.", ["model"])
+JOBS_FINISHED = Counter("tether_jobs_finished_total", "Jobs that ended, by their last state.", ["model", "state"])
+ANSWERS_LATE = Counter("tether_answers_late_total", "Answers nobody waited for any more.")
+
+BATCH_ROWS = Histogram("tether_batch_rows", "Jobs joined in one run of a model.", ["model"], buckets=_COUNTS)
+RUN_SECONDS = Histogram("tether_run_seconds", "Seconds of one run of a model.", ["model"], buckets=_SECONDS)
+REDELIVERED = Counter("tether_redelivered_total", "Messages that were delivered more than once.", ["model"])
+DEAD_LETTERS = Counter("tether_dead_letters_total", "Jobs that became dead letters.", ["model"])
+RESULTS_REFUSED = Counter("tether_results_refused_total", "Results that came second and were refused.")
+PULL_RESETS = Counter("tether_pull_resets_total", "Pulls begun anew because the broker fell silent.")
+MODELS_LOADED = Gauge("tether_models_loaded", "Model versions this worker holds.")
+
+WORKERS_READY = Gauge("tether_workers_ready", "Workers that the dispatcher routes to.")
+LANES = Gauge("tether_lanes", "Lanes the dispatcher keeps consumers for.")
+
+MODELS_REGISTERED = Counter("tether_models_registered_total", "Versions that became ready.")
+MODELS_REJECTED = Counter("tether_models_rejected_total", "Pushed models that were refused.")
+
+
+def exposition() -> tuple[bytes, str]:
+    """All metrics in Prometheus' text form, and its content type."""
+    return generate_latest(), CONTENT_TYPE_LATEST

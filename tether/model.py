@@ -1,0 +1,197 @@
+"""Models, versions, manifests, routes: frozen values without I/O."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+from tether.errors import BadName, BadTensor
+from tether.tensor import Tensor
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """What a model declares of one input or output; -1 in ``shape`` is an axis of any length."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class ModelFile(msgspec.Struct, frozen=True):
+    """One file of a version. ``chunks`` are the SHA-256 digests (hex) of its pieces, in order."""
+
+    path: str
+    size: int
+    digest: str
+    chunks: tuple[str, ...]
+
+
+class Batching(msgspec.Struct, frozen=True):
+    """How jobs of a version are joined: rows per run, and how long a bundle may wait for company."""
+
+    max_batch_size: int = 0
+    """0: the model's first axis is not a batch axis and every job runs by itself."""
+    max_delay_ms: float = 2.0
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """The description of an immutable version; a version exists when its signed manifest does.
+
+    ``created_at`` is UTC seconds. ``platform`` is the OIP platform string.
+    """
+
+    name: str
+    version: int
+    platform: str
+    files: tuple[ModelFile, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    batching: Batching
+    created_at: float
+    publisher: str
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+class Route(msgspec.Struct, frozen=True):
+    """Which workers answer for a version just now, as the dispatcher saw it."""
+
+    model: str
+    version: int
+    workers: tuple[str, ...]
+    regions: tuple[str, ...] = ("local",)
+
+
+class ModelRef(msgspec.Struct, frozen=True):
+    """A version by name: what a worker is told to hold, and what it says it holds."""
+
+    model: str
+    version: int
+
+
+class Assignment(msgspec.Struct, frozen=True):
+    """What one worker should hold. ``epoch`` is the registration it is meant for."""
+
+    worker: str
+    epoch: int
+    models: tuple[ModelRef, ...]
+
+
+class Heartbeat(msgspec.Struct, frozen=True):
+    """A worker's sign of life. ``failed`` maps ``model:version`` to why it could not be loaded."""
+
+    worker: str
+    epoch: int
+    region: str
+    ready: tuple[ModelRef, ...]
+    failed: tuple[tuple[str, str], ...]
+    running: int
+    """Jobs in the worker's hands."""
+    slots: int
+    sent_at: float
+
+
+def check_name(name: str, *, field: str) -> str:
+    """Return ``name`` when a client may choose it.
+
+    Raises:
+        BadName: with the rule that it breaks.
+    """
+    if _NAME.fullmatch(name) is None:
+        shown = name[:64].encode("ascii", "backslashreplace").decode()
+        raise BadName(f"{field} {shown!r} does not match {NAME_PATTERN}", field=field)
+    return name
+
+
+def check_inputs(manifest: Manifest, inputs: tuple[Tensor, ...]) -> int:
+    """Compare a request's tensors with the version's signature; return the number of rows (0: not batched).
+
+    Raises:
+        BadTensor: naming the tensor, what was sent and what is expected.
+    """
+    specs = {spec.name: spec for spec in manifest.inputs}
+    rows = -1
+    for tensor in inputs:
+        spec = specs.pop(tensor.name, None)
+        if spec is None:
+            raise _unexpected(manifest, inputs, tensor)
+        _check_against(spec, tensor)
+        if manifest.batching.max_batch_size:
+            rows = _same_rows(manifest, tensor, rows)
+    if specs:
+        missing = next(iter(specs))
+        raise BadTensor(f"input '{missing}' is required by model '{manifest.name}' and missing", field=missing)
+    return max(rows, 0)
+
+
+def _same_rows(manifest: Manifest, tensor: Tensor, rows: int) -> int:
+    own = tensor.shape[0]
+    if rows not in (-1, own):
+        raise BadTensor(
+            f"input '{tensor.name}' has {own} rows and another input has {rows}; all inputs need the same first axis",
+            field=f"{tensor.name}.shape",
+        )
+    limit = manifest.batching.max_batch_size
+    if own > limit:
+        raise BadTensor(
+            f"input '{tensor.name}' has {own} rows; model '{manifest.name}' takes at most {limit} in one request",
+            field=f"{tensor.name}.shape",
+        )
+    return own
+
+
+def _unexpected(manifest: Manifest, inputs: tuple[Tensor, ...], tensor: Tensor) -> BadTensor:
+    if sum(other.name == tensor.name for other in inputs) > 1:
+        return BadTensor(f"input '{tensor.name}' is given twice", field=tensor.name)
+    known = ", ".join(f"'{spec.name}'" for spec in manifest.inputs)
+    shown = tensor.name[:64]
+    return BadTensor(f"model '{manifest.name}' has no input '{shown}'; its inputs are {known}", field=shown)
+
+
+def _check_against(spec: TensorSpec, tensor: Tensor) -> None:
+    if tensor.datatype != spec.datatype:
+        raise BadTensor(
+            f"input '{spec.name}' has datatype {tensor.datatype[:32]}; the model expects {spec.datatype}",
+            field=f"{spec.name}.datatype",
+        )
+    fits = len(tensor.shape) == len(spec.shape) and all(
+        want in (-1, have) for want, have in zip(spec.shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        raise BadTensor(
+            f"input '{spec.name}' has shape {list(tensor.shape)}; the model expects {list(spec.shape)}",
+            field=f"{spec.name}.shape",
+        )
+
+
+def check_outputs(manifest: Manifest, names: tuple[str, ...]) -> None:
+    """Prove that every requested output is one of the model's.
+
+    Raises:
+        BadTensor: naming the first that is not.
+    """
+    known = {spec.name for spec in manifest.outputs}
+    for name in names:
+        if name not in known:
+            listed = ", ".join(f"'{output}'" for output in sorted(known))
+            raise BadTensor(
+                f"model '{manifest.name}' has no output '{name[:64]}'; its outputs are {listed}", field="outputs"
+            )
+
+
+def metadata(manifest: Manifest, versions: tuple[int, ...]) -> dict[str, Any]:
+    """The OIP model metadata object."""
+    return {
+        "name": manifest.name,
+        "versions": [str(version) for version in versions],
+        "platform": manifest.platform,
+        "inputs": [msgspec.to_builtins(spec) for spec in manifest.inputs],
+        "outputs": [msgspec.to_builtins(spec) for spec in manifest.outputs],
+    }

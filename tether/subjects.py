@@ -1,0 +1,153 @@
+"""Every stream, subject, bucket and consumer name: built and parsed here alone.
+
+Names that clients choose match ``[a-z0-9][a-z0-9._-]*`` (see :func:`tether.model.check_name`); a dot would split a
+subject, so it is written ``=``, which no name can hold.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+from tether.job import Lane, LaneKind, Priority
+
+
+def token(name: str) -> str:
+    """A client-chosen name as one subject token."""
+    return name.replace(".", "=")
+
+
+def name_of(subject_token: str) -> str:
+    """The client-chosen name that :func:`token` wrote."""
+    return subject_token.replace("=", ".")
+
+
+class Names:
+    """All names of one platform. Two platforms with different prefixes can share a server."""
+
+    def __init__(
+        self, prefix: str = "tether", *, infer_shards: int = 1, job_shards: int = 1, partitions: int = 1
+    ) -> None:
+        self.prefix = prefix
+        self.infer_shards = infer_shards
+        self.job_shards = job_shards
+        self.partitions = partitions
+        self._upper = prefix.upper()
+        self.results_stream = f"{self._upper}_RESULTS"
+        self.dead_stream = f"{self._upper}_DEAD"
+
+    # streams
+
+    def infer_stream(self, shard: int) -> str:
+        return f"{self._upper}_INFER_{shard}"
+
+    def jobs_stream(self, shard: int) -> str:
+        return f"{self._upper}_JOBS_{shard}"
+
+    def lane_stream(self, lane: Lane) -> str:
+        """The stream that holds a lane: its model's shard."""
+        if lane.kind is LaneKind.INFER:
+            return self.infer_stream(_shard(lane.model, self.infer_shards))
+        return self.jobs_stream(_shard(lane.model, self.job_shards))
+
+    def infer_subjects(self, shard: int) -> str:
+        return f"{self.prefix}.infer.{shard}.>"
+
+    def jobs_subjects(self, shard: int) -> str:
+        return f"{self.prefix}.job.{shard}.>"
+
+    # lanes
+
+    def lane(self, lane: Lane) -> str:
+        """The subject bundles of a lane are published on."""
+        tail = f"{lane.region}.{token(lane.scope)}.{token(lane.model)}.{lane.version}"
+        if lane.kind is LaneKind.INFER:
+            return f"{self.prefix}.infer.{_shard(lane.model, self.infer_shards)}.{tail}"
+        return f"{self.prefix}.job.{_shard(lane.model, self.job_shards)}.{lane.priority.value}.{tail}"
+
+    def lane_consumer(self, lane: Lane) -> str:
+        """The durable pull consumer of a lane; unique within its stream."""
+        level = "" if lane.kind is LaneKind.INFER else f"{lane.priority.value}_"
+        return f"{level}{lane.region}_{token(lane.scope)}_{token(lane.model)}_{lane.version}"
+
+    def parse_lane(self, subject: str) -> Lane | None:
+        """The lane of a subject, or None when it is no lane of this platform."""
+        parts = subject.split(".")
+        try:
+            if parts[0] != self.prefix:
+                return None
+            if parts[1] == "infer":
+                _, _, _, region, scope, model, version = parts
+                return Lane(LaneKind.INFER, name_of(model), int(version), region, name_of(scope))
+            if parts[1] == "job":
+                _, _, _, priority, region, scope, model, version = parts
+                return Lane(LaneKind.JOB, name_of(model), int(version), region, name_of(scope), Priority(priority))
+        except (ValueError, IndexError):
+            return None
+        return None
+
+    # results, replies, dead letters
+
+    def result(self, job: str) -> str:
+        return f"{self.prefix}.result.{job}"
+
+    def results(self) -> str:
+        return f"{self.prefix}.result.*"
+
+    def reply(self, gateway: str) -> str:
+        """Where a gateway takes reply bundles; ``gateway`` is one run of one gateway."""
+        return f"{self.prefix}.reply.{gateway}"
+
+    def dead(self, lane: Lane) -> str:
+        return f"{self.prefix}.dead.{token(lane.scope)}.{token(lane.model)}.{lane.version}"
+
+    def dead_subjects(self) -> str:
+        return f"{self.prefix}.dead.>"
+
+    # services
+
+    def service(self, name: str) -> str:
+        """The request subject of a service endpoint such as ``registerWorker``."""
+        return f"{self.prefix}.svc.{name}"
+
+    # key-value buckets: liveness models aliases routes assign keyset apikeys jobs attempts
+
+    def bucket(self, name: str) -> str:
+        return f"{self._upper}_{name}"
+
+    def bucket_stream(self, name: str) -> str:
+        return f"KV_{self.bucket(name)}"
+
+    def bucket_key(self, name: str, key: str) -> str:
+        """The subject of one entry."""
+        return f"$KV.{self.bucket(name)}.{key}"
+
+    def version_key(self, model: str, version: int) -> str:
+        return f"{token(model)}.{version}"
+
+    # model chunks, in JetStream object-store form (NATS ADR-20)
+
+    def chunk_bucket(self, model: str) -> str:
+        return f"{self._upper}_CHUNKS_{_shard(model, self.partitions)}"
+
+    def chunk_buckets(self) -> list[str]:
+        return [f"{self._upper}_CHUNKS_{partition}" for partition in range(self.partitions)]
+
+    def object_stream(self, bucket: str) -> str:
+        return f"OBJ_{bucket}"
+
+    def object_chunk(self, bucket: str, nuid: str) -> str:
+        return f"$O.{bucket}.C.{nuid}"
+
+    def object_meta(self, bucket: str, encoded_name: str) -> str:
+        return f"$O.{bucket}.M.{encoded_name}"
+
+    # inboxes
+
+    def inbox(self, identity: str) -> str:
+        """The inbox prefix of one identity: it may subscribe below it and nowhere else."""
+        return f"_INBOX.{self.prefix}.{token(identity)}"
+
+
+def _shard(name: str, shards: int) -> int:
+    """Stable over processes and versions, unlike ``hash``."""
+    return zlib.crc32(name.encode()) % shards

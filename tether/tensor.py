@@ -1,0 +1,197 @@
+"""Tensors as they travel: a name, an OIP datatype, a shape, and row-major little-endian bytes.
+
+The byte form is the Open Inference Protocol's binary tensor extension: fixed-size elements without padding,
+BYTES elements as a little-endian ``uint32`` length followed by that many bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from enum import StrEnum
+from typing import Any
+
+import ml_dtypes
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from tether.errors import BadTensor
+
+MAX_RANK = 32
+"""More axes than this are refused; numpy itself stops at 64."""
+
+MAX_ELEMENTS = 2**40
+
+Array = npt.NDArray[Any]
+
+
+class Datatype(StrEnum):
+    """The datatypes of OIP v2 and Triton's BF16."""
+
+    BOOL = "BOOL"
+    UINT8 = "UINT8"
+    UINT16 = "UINT16"
+    UINT32 = "UINT32"
+    UINT64 = "UINT64"
+    INT8 = "INT8"
+    INT16 = "INT16"
+    INT32 = "INT32"
+    INT64 = "INT64"
+    FP16 = "FP16"
+    BF16 = "BF16"
+    FP32 = "FP32"
+    FP64 = "FP64"
+    BYTES = "BYTES"
+
+
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    "UINT8": np.dtype(np.uint8),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "INT8": np.dtype(np.int8),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+}
+"""Every datatype but BYTES, which has no fixed size."""
+
+_DATATYPES: dict[np.dtype[Any], str] = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
+_LENGTH = struct.Struct("<I")
+
+
+class Tensor(msgspec.Struct, frozen=True, gc=False):
+    """One named tensor. ``data`` holds the elements as described above and is never copied on the way."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+def element_count(shape: tuple[int, ...], *, name: str) -> int:
+    """Product of ``shape``, checked.
+
+    Raises:
+        BadTensor: a negative axis, too many axes, or a product no machine holds.
+    """
+    if len(shape) > MAX_RANK:
+        raise BadTensor(f"tensor '{name}' has {len(shape)} axes; at most {MAX_RANK} are allowed", field=f"{name}.shape")
+    if any(axis < 0 for axis in shape):
+        raise BadTensor(f"tensor '{name}' has a negative axis in its shape {list(shape)}", field=f"{name}.shape")
+    count = math.prod(shape)
+    if count > MAX_ELEMENTS:
+        raise BadTensor(f"tensor '{name}' has {count} elements, more than {MAX_ELEMENTS}", field=f"{name}.shape")
+    return count
+
+
+def check(tensor: Tensor) -> None:
+    """Prove that datatype, shape and bytes agree, before anything trusts them.
+
+    Raises:
+        BadTensor: naming the tensor and what does not fit.
+    """
+    count = element_count(tensor.shape, name=tensor.name)
+    dtype = NUMPY_DTYPES.get(tensor.datatype)
+    if dtype is not None:
+        expected = count * dtype.itemsize
+        if len(tensor.data) != expected:
+            raise BadTensor(
+                f"tensor '{tensor.name}' has {len(tensor.data)} bytes; {tensor.datatype} of shape "
+                f"{list(tensor.shape)} needs {expected}",
+                field=f"{tensor.name}.data",
+            )
+        return
+    if tensor.datatype != Datatype.BYTES:
+        raise unknown_datatype(tensor.name, tensor.datatype)
+    found = len(_split_bytes(tensor))
+    if found != count:
+        raise BadTensor(
+            f"tensor '{tensor.name}' has {found} BYTES elements; shape {list(tensor.shape)} needs {count}",
+            field=f"{tensor.name}.data",
+        )
+
+
+def unknown_datatype(name: str, datatype: str) -> BadTensor:
+    known = ", ".join(Datatype)
+    return BadTensor(
+        f"tensor '{name}' has the unknown datatype '{datatype[:32]}'; known: {known}", field=f"{name}.datatype"
+    )
+
+
+def to_numpy(tensor: Tensor) -> Array:
+    """The tensor as an array of its shape: a read-only view of its bytes, or ``object`` elements for BYTES.
+
+    Raises:
+        BadTensor: when datatype, shape and bytes do not agree.
+    """
+    check(tensor)
+    if tensor.datatype == Datatype.BYTES:
+        array = np.empty(len(elements := _split_bytes(tensor)), dtype=np.object_)
+        array[:] = elements
+        return array.reshape(tensor.shape)
+    return np.frombuffer(tensor.data, dtype=NUMPY_DTYPES[tensor.datatype]).reshape(tensor.shape)
+
+
+def from_numpy(name: str, array: Array) -> Tensor:
+    """Make a tensor of any array whose dtype OIP knows; strings and objects become BYTES (text as UTF-8).
+
+    Raises:
+        BadTensor: for a dtype that has no OIP name.
+    """
+    if array.dtype.kind in "OSUT":
+        return Tensor(name, "BYTES", tuple(array.shape), pack_bytes([_element(name, item) for item in array.ravel()]))
+    dtype = array.dtype.newbyteorder("<") if array.dtype.byteorder == ">" else array.dtype
+    datatype = _DATATYPES.get(dtype)
+    if datatype is None:
+        raise BadTensor(f"tensor '{name}' has the numpy dtype {array.dtype}, which OIP has no datatype for", field=name)
+    return Tensor(name, datatype, tuple(array.shape), np.ascontiguousarray(array, dtype=dtype).tobytes())
+
+
+def pack_bytes(elements: list[bytes]) -> bytes:
+    """Elements of a BYTES tensor in their wire form."""
+    return b"".join(part for element in elements for part in (_LENGTH.pack(len(element)), element))
+
+
+def unpack_bytes(tensor: Tensor) -> list[bytes]:
+    """The flat elements of a BYTES tensor.
+
+    Raises:
+        BadTensor: when the bytes are cut short, run over, or the count is not the shape's.
+    """
+    check(tensor)
+    return _split_bytes(tensor)
+
+
+def _split_bytes(tensor: Tensor) -> list[bytes]:
+    data, position, elements = tensor.data, 0, []
+    while position < len(data):
+        if position + 4 > len(data):
+            raise _cut_short(tensor)
+        (length,) = _LENGTH.unpack_from(data, position)
+        position += 4
+        if position + length > len(data):
+            raise _cut_short(tensor)
+        elements.append(bytes(data[position : position + length]))
+        position += length
+    return elements
+
+
+def _cut_short(tensor: Tensor) -> BadTensor:
+    return BadTensor(
+        f"tensor '{tensor.name}' has a BYTES element that runs past the end of its data", field=f"{tensor.name}.data"
+    )
+
+
+def _element(name: str, item: object) -> bytes:
+    if isinstance(item, bytes):
+        return item
+    if isinstance(item, str):
+        return item.encode()
+    raise BadTensor(f"tensor '{name}' holds a {type(item).__name__}; only text and bytes become BYTES", field=name)
