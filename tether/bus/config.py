@@ -1,0 +1,197 @@
+"""The nats.conf files: of the embedded broker, and those under ``ops/nats``. All come from one permission table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tether.bus.keys import SYSTEM_USER, nats_public_key
+from tether.bus.permissions import nats_block, role_permissions
+from tether.envelope import Role
+from tether.home import Home, write_secret
+from tether.settings import Settings
+from tether.subjects import Names
+
+Version = tuple[int, int, int]
+
+FLAGS_SINCE = (2, 14, 0)
+"""First version that knows ``feature_flags``; an older one refuses the word."""
+
+CLUSTER = ("nats-1", "nats-2", "nats-3")
+"""Host names of the servers of the shipped cluster."""
+
+_WRITTEN = "# Written by Tether"
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Loopback ports of a broker; -1 takes a free one."""
+
+    client: int = -1
+    monitor: int = -1
+
+
+def sync_interval(durability: str) -> str:
+    """The ``sync_interval`` of a durability profile, 'fast' or 'durable'."""
+    return "always" if durability == "durable" else "1s"
+
+
+def embedded_text(home: Home, settings: Settings, *, version: Version, ports: Ports) -> str:
+    """The nats.conf of the embedded broker. It holds public keys only."""
+    keys = {user: nats_public_key(home, user) for user in (*Role, SYSTEM_USER)}
+    flags = "feature_flags { js_ack_fc_v2: false }\n" if version >= FLAGS_SINCE else ""
+    return f"""{_WRITTEN} at every start; changes are lost.
+listen: "127.0.0.1:{ports.client}"
+http: "127.0.0.1:{ports.monitor}"
+server_name: "{settings.prefix}-embedded"
+ports_file_dir: {_quoted(home.run)}
+log_file: {_quoted(home.logs / "nats.log")}
+logfile_size_limit: 64MB
+logfile_max_num: 3
+{_limits(settings)}{_jetstream(settings, str(home.nats_store))}{flags}{_accounts(Names(settings.prefix), keys)}"""
+
+
+def _quoted(path: Path) -> str:
+    return json.dumps(str(path))
+
+
+def _limits(settings: Settings) -> str:
+    return f"""max_payload: {settings.max_payload_bytes}
+max_pending: {max(64 << 20, settings.max_payload_bytes)}
+write_deadline: "10s"
+ping_interval: "20s"
+ping_max: 2
+"""
+
+
+def _jetstream(settings: Settings, store: str) -> str:
+    return f"""jetstream {{
+  store_dir: {json.dumps(store)}
+  max_mem: {settings.max_memory_mb}MB
+  max_file: {settings.max_file_mb}MB
+  sync_interval: {sync_interval(settings.durability)}
+  strict: true
+}}
+"""
+
+
+def _accounts(names: Names, keys: dict[str, str]) -> str:
+    """One user per role in the platform's account, and the system account. No user may come without a key."""
+    users = "\n".join(
+        f"      {{\n        nkey: {keys[role]}\n        permissions: {nats_block(permissions, '        ')}\n      }}"
+        for role, permissions in role_permissions(names).items()
+    )
+    return f"""system_account: SYS
+accounts {{
+  SYS {{
+    users: [ {{ nkey: {keys[SYSTEM_USER]} }} ]
+  }}
+  TETHER {{
+    jetstream: enabled
+    users: [
+{users}
+    ]
+  }}
+}}
+"""
+
+
+def write_config(home: Home, settings: Settings, *, version: Version, ports: Ports) -> Path:
+    """Write :func:`embedded_text` to the home and return its path."""
+    write_secret(home.nats_config, embedded_text(home, settings, version=version, ports=ports).encode())
+    return home.nats_config
+
+
+# the files under ops/nats
+
+
+def users_text(home: Home) -> str:
+    """``users.conf``: the public keys of one home, as the variables that ``permissions.conf`` refers to."""
+    rows = "".join(f"{_variable(user)}: {nats_public_key(home, user)}\n" for user in (*Role, SYSTEM_USER))
+    return f"{_WRITTEN} 'init': public keys of the broker's users. No secrets.\n{rows}"
+
+
+def _variable(user: str) -> str:
+    return f"TETHER_NKEY_{user.upper()}"
+
+
+def ops_files() -> dict[str, str]:
+    """Name and text of every shipped configuration file, for the default prefix and limits."""
+    references = {str(user): f"${_variable(user)}" for user in (*Role, SYSTEM_USER)}
+    head = f"{_WRITTEN}; 'make nats-config' writes it again from the table in tether/bus/permissions.py.\n"
+    files = {
+        "permissions.conf": f'{head}# users.conf is made by: tether init --nats-config DIR\ninclude "users.conf"\n'
+        + _accounts(Names(), references),
+        "dev.conf": head + _dev(),
+        "container.conf": head + _container(),
+        "single.conf": head + _production("nats", ""),
+    }
+    for number, host in enumerate(CLUSTER, start=1):
+        files[f"cluster-{number}.conf"] = head + _production(host, _cluster(host))
+    return files
+
+
+def _dev() -> str:
+    return (
+        "# Development: loopback only, no TLS, synced every second.\n"
+        'listen: "127.0.0.1:4222"\nhttp: "127.0.0.1:8222"\nserver_name: "tether-dev"\n'
+        + _body(Settings(durability="fast"), ".tether/nats")
+    )
+
+
+def _container() -> str:
+    return (
+        "# One broker on a private network of containers that nothing else can reach: no TLS, every write synced.\n"
+        'listen: "0.0.0.0:4222"\nhttp: "0.0.0.0:8222"\nserver_name: "tether"\n'
+        + _body(Settings(durability="durable"), "/data")
+    )
+
+
+def _production(host: str, cluster: str) -> str:
+    return (
+        "# Production: TLS to clients, the monitor on loopback only, every write synced before it is acknowledged.\n"
+        f'listen: "0.0.0.0:4222"\nhttp: "127.0.0.1:8222"\nserver_name: "{host}"\n'
+        + _tls("", verify=False)
+        + cluster
+        + _body(Settings(durability="durable"), "/data")
+    )
+
+
+def _body(settings: Settings, store: str) -> str:
+    flags = "feature_flags { js_ack_fc_v2: false }\n"
+    return _limits(settings) + _jetstream(settings, store) + flags + 'include "permissions.conf"\n'
+
+
+def _tls(indent: str, *, verify: bool) -> str:
+    lines = [
+        "tls {",
+        '  cert_file: "/etc/nats/tls/server.crt"',
+        '  key_file: "/etc/nats/tls/server.key"',
+        '  ca_file: "/etc/nats/tls/ca.crt"',
+        f"  verify: {str(verify).lower()}",
+        '  min_version: "1.3"',
+        "}",
+    ]
+    return "".join(f"{indent}{line}\n" for line in lines)
+
+
+def _cluster(host: str) -> str:
+    routes = ", ".join(f'"nats-route://{other}:6222"' for other in CLUSTER if other != host)
+    return f"""cluster {{
+  name: tether
+  listen: "0.0.0.0:6222"
+  routes: [ {routes} ]
+{_tls("  ", verify=True)}}}
+"""
+
+
+def write_ops_files(folder: Path, home: Home | None = None) -> list[Path]:
+    """Write :func:`ops_files` to a folder, and ``users.conf`` with the keys of ``home`` when there is one."""
+    texts = ops_files()
+    if home is not None:
+        texts["users.conf"] = users_text(home)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return [folder / name for name in texts]
