@@ -19,6 +19,8 @@ from typing import Any
 from tether.errors import ConfigError
 
 ENV_PREFIX = "TETHER_"
+TEST_PREFIX = "TETHER_TEST_"
+"""Variables of the test suite, which starts services in its own environment."""
 HOME_VARIABLE = "TETHER_HOME"
 ENVIRONMENTS = ("dev", "prod", "local")
 SERVICES = ("gateway", "dispatcher", "worker", "modelstore", "broker")
@@ -188,7 +190,9 @@ def _from_environment(known: Mapping[str, SettingInfo], environ: Mapping[str, st
     by_env = {info.env: info for info in known.values()}
     found: dict[str, Any] = {}
     for variable, text in environ.items():
-        if not variable.startswith(ENV_PREFIX) or variable in ("TETHER_CONFIG_DIR", *OTHER_VARIABLES):
+        if not variable.startswith(ENV_PREFIX) or variable.startswith(TEST_PREFIX):
+            continue
+        if variable in ("TETHER_CONFIG_DIR", *OTHER_VARIABLES):
             continue
         info = by_env.get(variable)
         if info is None:

