@@ -1,0 +1,179 @@
+"""Small ONNX models for tests, made with the ``onnx`` helper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+ELEMENTS: dict[str, int] = {
+    "BOOL": TensorProto.BOOL,
+    "UINT8": TensorProto.UINT8,
+    "UINT16": TensorProto.UINT16,
+    "UINT32": TensorProto.UINT32,
+    "UINT64": TensorProto.UINT64,
+    "INT8": TensorProto.INT8,
+    "INT16": TensorProto.INT16,
+    "INT32": TensorProto.INT32,
+    "INT64": TensorProto.INT64,
+    "FP16": TensorProto.FLOAT16,
+    "BF16": TensorProto.BFLOAT16,
+    "FP32": TensorProto.FLOAT,
+    "FP64": TensorProto.DOUBLE,
+    "BYTES": TensorProto.STRING,
+}
+"""OIP datatypes and ONNX element types."""
+
+Shape = Sequence[int | str | None] | None
+
+
+def value(name: str, datatype: str, shape: Shape) -> Any:
+    """A named input or output; ``shape`` None declares no rank at all."""
+    return helper.make_tensor_value_info(name, ELEMENTS[datatype], shape)
+
+
+def model(
+    nodes: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any], weights: Sequence[Any] = (), **rest: Any
+) -> onnx.ModelProto:
+    graph = helper.make_graph(list(nodes), "test", list(inputs), list(outputs), list(weights))
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=9, **rest)
+
+
+def to_bytes(proto: onnx.ModelProto) -> bytes:
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def identity(datatype: str = "FP32", shape: Shape = ("n", 4)) -> bytes:
+    """``y = x``."""
+    node = helper.make_node("Identity", ["x"], ["y"])
+    return to_bytes(model([node], [value("x", datatype, shape)], [value("y", datatype, shape)]))
+
+
+def add(constant: float = 1.0, width: int = 4) -> bytes:
+    """``y = x + constant``; other constants make other files."""
+    weight = numpy_helper.from_array(np.array(constant, np.float32), "c")
+    node = helper.make_node("Add", ["x", "c"], ["y"])
+    proto = model([node], [value("x", "FP32", ["n", width])], [value("y", "FP32", ["n", width])], [weight])
+    return to_bytes(proto)
+
+
+def padded(size: int, seed: int = 0) -> bytes:
+    """:func:`add` with ``size`` bytes of random weights that nothing uses much."""
+    count = size // 4
+    weight = numpy_helper.from_array(np.random.default_rng(seed).standard_normal(count).astype(np.float32), "w")
+    nodes = [
+        helper.make_node("ReduceSum", ["w"], ["s"], keepdims=0),
+        helper.make_node("Add", ["x", "s"], ["y"]),
+    ]
+    return to_bytes(model(nodes, [value("x", "FP32", ["n", 1])], [value("y", "FP32", ["n", 1])], [weight]))
+
+
+def classifier() -> bytes:
+    """Two outputs of different types, as scikit-learn converters write them with zipmap off."""
+    weights = [
+        numpy_helper.from_array(np.random.default_rng(3).standard_normal((4, 3)).astype(np.float32), "w"),
+    ]
+    nodes = [
+        helper.make_node("MatMul", ["X", "w"], ["scores"]),
+        helper.make_node("Softmax", ["scores"], ["probabilities"], axis=1),
+        helper.make_node("ArgMax", ["scores"], ["label"], axis=1, keepdims=0),
+    ]
+    outputs = [value("label", "INT64", [None]), value("probabilities", "FP32", [None, 3])]
+    return to_bytes(model(nodes, [value("X", "FP32", [None, 4])], outputs, weights))
+
+
+def zipmap() -> bytes:
+    """A sequence of maps as output: what scikit-learn converters write unless told otherwise."""
+    node = helper.make_node("ZipMap", ["x"], ["probabilities"], domain="ai.onnx.ml", classlabels_int64s=[0, 1])
+    kind = helper.make_sequence_type_proto(
+        helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    )
+    output = helper.make_value_info("probabilities", kind)
+    return to_bytes(model([node], [value("x", "FP32", ["n", 2])], [output]))
+
+
+def over_batch() -> bytes:
+    """A softmax over the first axis: every row's answer depends on its neighbours."""
+    node = helper.make_node("Softmax", ["x"], ["y"], axis=0)
+    return to_bytes(model([node], [value("x", "FP32", ["n", 4])], [value("y", "FP32", ["n", 4])]))
+
+
+def first_row() -> bytes:
+    """One row out, whatever goes in, though its shape does not say so."""
+    weights = [numpy_helper.from_array(np.array([True]), "keep")]
+    node = helper.make_node("Compress", ["x", "keep"], ["y"], axis=0)
+    return to_bytes(model([node], [value("x", "FP32", ["n", 4])], [value("y", "FP32", ["m", 4])], weights))
+
+
+def looping(trips: int = 1 << 60) -> bytes:
+    """A loop that runs for ever on any input."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["go_on"]),
+            helper.make_node("Sin", ["state"], ["next"]),
+        ],
+        "body",
+        [
+            value("i", "INT64", []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            value("state", "FP32", None),
+        ],
+        [helper.make_tensor_value_info("go_on", TensorProto.BOOL, []), value("next", "FP32", None)],
+    )
+    weights = [numpy_helper.from_array(np.array(trips, np.int64), "trips")]
+    node = helper.make_node("Loop", ["trips", "", "x"], ["y"], body=body)
+    return to_bytes(model([node], [value("x", "FP32", ["n", 4])], [value("y", "FP32", ["n", 4])], weights))
+
+
+def swelling(elements: int = 1 << 40) -> bytes:
+    """Fills a tensor far larger than any machine's memory."""
+    nodes = [
+        helper.make_node("ConstantOfShape", ["size"], ["huge"]),
+        helper.make_node("ReduceSum", ["huge"], ["s"], keepdims=0),
+        helper.make_node("Add", ["x", "s"], ["y"]),
+    ]
+    weights = [numpy_helper.from_array(np.array([elements], np.int64), "size")]
+    return to_bytes(model(nodes, [value("x", "FP32", ["n", 4])], [value("y", "FP32", ["n", 4])], weights))
+
+
+def reshaping() -> bytes:
+    """Its middle axis is declared free, yet only 7 works; the first axis is named like the output's."""
+    weights = [numpy_helper.from_array(np.array([-1, 7, 2], np.int64), "shape")]
+    nodes = [helper.make_node("Reshape", ["x", "shape"], ["y"])]
+    return to_bytes(model(nodes, [value("x", "FP32", ["n", "w"])], [value("y", "FP32", ["n", 7, 2])], weights))
+
+
+def external(location: str = "weights.bin") -> bytes:
+    """Its weights are said to be in another file."""
+    proto = onnx.load_from_string(add())
+    tensor = proto.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    return to_bytes(proto)
+
+
+def operator(kind: str, domain: str, *, nested: bool = False) -> bytes:
+    """One node of a given operator set, in the graph or in a branch of an ``If``."""
+    node = helper.make_node(kind, ["x"], ["y"], domain=domain)
+    output = value("y", "FP32", ["n", 4])
+    if nested:
+        branch = helper.make_graph([node], "branch", [], [output])
+        node = helper.make_node("If", ["go"], ["y"], then_branch=branch, else_branch=branch)
+    inputs = [value("x", "FP32", ["n", 4]), helper.make_tensor_value_info("go", TensorProto.BOOL, [])]
+    return to_bytes(model([node], inputs, [output]))
+
+
+def with_function() -> bytes:
+    """A node of the model's own function, as PyTorch's exporter writes them."""
+    function = helper.make_function(
+        "pkg.own", "Twice", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])], [helper.make_opsetid("", 17)]
+    )
+    node = helper.make_node("Twice", ["x"], ["y"], domain="pkg.own")
+    proto = model([node], [value("x", "FP32", ["n", 4])], [value("y", "FP32", ["n", 4])], functions=[function])
+    proto.opset_import.append(helper.make_opsetid("pkg.own", 1))
+    return to_bytes(proto)

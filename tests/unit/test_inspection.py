@@ -1,0 +1,119 @@
+"""What a pushed ONNX file is taken for, and why one is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests import models
+from tether.errors import ModelRejected
+from tether.model import TensorSpec
+from tether.modelstore.inspection import Inspection, Limits, inspect
+
+LIMITS = Limits(memory_mb=3072, cpu_s=20, wall_s=40)
+
+
+async def look(folder: Path, content: bytes, limits: Limits = LIMITS) -> Inspection:
+    (folder / "model.onnx").write_bytes(content)
+    return await inspect(folder, "model.onnx", limits)
+
+
+async def refusal(folder: Path, content: bytes, limits: Limits = LIMITS) -> str:
+    with pytest.raises(ModelRejected) as caught:
+        await look(folder, content, limits)
+    message = caught.value.message
+    assert "\n" not in message
+    assert str(folder) not in message
+    assert not re.search(r"onnxruntime_src|/tmp/|\.cc:", message)
+    return message
+
+
+@pytest.mark.parametrize("datatype", list(models.ELEMENTS))
+async def test_every_datatype_has_its_oip_name(tmp_path: Path, datatype: str) -> None:
+    found = await look(tmp_path, models.identity(datatype))
+    assert found.inputs == (TensorSpec("x", datatype, (-1, 4)),)
+    assert found.outputs == (TensorSpec("y", datatype, (-1, 4)),)
+    assert found.max_batch_size > 1
+
+
+async def test_a_classifier_with_two_outputs_is_batched(tmp_path: Path) -> None:
+    found = await look(tmp_path, models.classifier())
+    assert [spec.name for spec in found.outputs] == ["label", "probabilities"]
+    assert found.outputs[0] == TensorSpec("label", "INT64", (-1,))
+    assert (found.max_batch_size, found.note) == (512, "")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (models.identity(shape=(1, 4)), "free first axis"),
+        (models.over_batch(), "other rows"),
+        (models.first_row(), "does not follow"),
+        (models.identity(shape=()), "free first axis"),
+    ],
+)
+async def test_rows_never_share_a_run_that_could_change_an_answer(tmp_path: Path, content: bytes, why: str) -> None:
+    found = await look(tmp_path, content)
+    assert found.max_batch_size == 0
+    assert why in found.note
+
+
+async def test_axes_that_cannot_be_guessed_are_taken_at_their_names(tmp_path: Path) -> None:
+    found = await look(tmp_path, models.reshaping())
+    assert found.inputs == (TensorSpec("x", "FP32", (-1, -1)),)
+    assert found.max_batch_size == 32
+
+
+async def test_a_models_own_functions_are_allowed(tmp_path: Path) -> None:
+    assert (await look(tmp_path, models.with_function())).max_batch_size > 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04 a zip", b"\x80\x04\x95pickle", models.add()[:-7], b"\x08\x09" * 40]
+)
+async def test_what_is_not_onnx_is_refused(tmp_path: Path, content: bytes) -> None:
+    assert "not an ONNX model" in await refusal(tmp_path, content)
+
+
+@pytest.mark.parametrize("location", ["weights.bin", "../../etc/passwd", "*/_ORT_MEM_ADDR_/1234"])
+async def test_external_data_is_refused_wherever_it_points(tmp_path: Path, location: str) -> None:
+    assert "external data" in await refusal(tmp_path, models.external(location))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+async def test_operators_from_outside_are_refused_in_any_graph(tmp_path: Path, nested: bool) -> None:
+    assert "'evil.ops'" in await refusal(tmp_path, models.operator("Run", "evil.ops", nested=nested))
+    assert "EPContext" in await refusal(tmp_path, models.operator("EPContext", "com.microsoft", nested=nested))
+
+
+async def test_a_zipmap_is_refused_with_its_fix(tmp_path: Path) -> None:
+    assert "'zipmap': False" in await refusal(tmp_path, models.zipmap())
+
+
+async def test_an_input_without_rank_is_refused(tmp_path: Path) -> None:
+    assert "input 'x' declares no shape" in await refusal(tmp_path, models.identity(shape=None))
+
+
+async def test_an_operator_that_does_not_exist_is_refused_in_one_line(tmp_path: Path) -> None:
+    assert "Nonsense" in await refusal(tmp_path, models.operator("Nonsense", ""))
+
+
+async def test_an_endless_loop_ends_at_the_limit(tmp_path: Path) -> None:
+    message = await refusal(tmp_path, models.looping(), Limits(memory_mb=3072, cpu_s=2, wall_s=30))
+    assert "longer than 2 s" in message
+
+
+async def test_a_wall_clock_limit_ends_it_too(tmp_path: Path) -> None:
+    message = await refusal(tmp_path, models.looping(), Limits(memory_mb=3072, cpu_s=60, wall_s=1.5))
+    assert "longer than 1.5 s" in message
+
+
+async def test_a_model_that_swells_is_refused(tmp_path: Path) -> None:
+    assert "memory" in await refusal(tmp_path, models.swelling())
+
+
+async def test_nothing_is_written_beside_the_model(tmp_path: Path) -> None:
+    await look(tmp_path, models.add())
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]

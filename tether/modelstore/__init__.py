@@ -1,0 +1,1 @@
+"""Keeper of models: takes pushed files, looks at them, and makes them versions."""

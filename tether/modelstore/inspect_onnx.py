@@ -1,0 +1,158 @@
+"""The child of an inspection: ``python -m tether.modelstore.inspect_onnx DIR FILE MEMORY_MB CPU_SECONDS``.
+
+Prints one JSON report. Before ONNX Runtime sees the file, :mod:`tether.modelstore.onnx_wire` walks its protobuf and
+refuses what could reach outside of it; no custom operator library is ever registered. The process limits its own
+memory and processor time and may not write a byte to any file.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tether.errors import ModelRejected
+from tether.model import TensorSpec
+from tether.modelstore import onnx_wire, warmup
+from tether.modelstore.inspection import Inspection, Report
+
+DATATYPES = {
+    "bool": "BOOL",
+    "uint8": "UINT8",
+    "uint16": "UINT16",
+    "uint32": "UINT32",
+    "uint64": "UINT64",
+    "int8": "INT8",
+    "int16": "INT16",
+    "int32": "INT32",
+    "int64": "INT64",
+    "float16": "FP16",
+    "bfloat16": "BF16",
+    "float": "FP32",
+    "double": "FP64",
+    "string": "BYTES",
+}
+"""ONNX Runtime's element names and OIP's."""
+
+MAX_TENSORS = 1024
+_TENSOR = re.compile(r"tensor\((\w+)\)")
+
+
+def main(arguments: list[str]) -> int:
+    directory, file, memory_mb, cpu_s = arguments
+    _limit(int(memory_mb), int(cpu_s))
+    # Libraries write to descriptor 1 as they please; the report gets a copy that they do not know.
+    report_to = os.dup(1)
+    os.dup2(2, 1)
+    os.write(report_to, msgspec.json.encode(_report(Path(directory) / file)))
+    return 0
+
+
+def _limit(memory_mb: int, cpu_s: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+
+
+def _report(path: Path) -> Report:
+    try:
+        return Report(inspection=_inspect(path))
+    except ModelRejected as error:
+        return Report(rejected=error.message, field=error.field or "file")
+    except MemoryError:
+        return Report(rejected="the model needs more memory than an inspection may use; push a smaller model")
+
+
+def _inspect(path: Path) -> Inspection:
+    facts = _walk(path)
+    session = _load(path)
+    inputs = _specs(session.get_inputs(), "input")
+    outputs = _specs(session.get_outputs(), "output")
+    if facts.unranked:
+        raise ModelRejected(
+            f"input '{facts.unranked[0][:64]}' declares no shape; export the model with the rank of every input",
+            field="file",
+        )
+    symbols = warmup.Symbols.of(session)
+    try:
+        return warmup.judge(session, inputs, outputs, symbols)
+    except (ModelRejected, MemoryError):
+        raise
+    except Exception as error:
+        raise _refused("its warm-up run failed", error, path) from error
+
+
+def _walk(path: Path) -> onnx_wire.Facts:
+    with path.open("rb") as file:
+        if path.stat().st_size == 0:
+            return onnx_wire.check_file(b"")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return onnx_wire.check_file(data)
+
+
+def _load(path: Path) -> Any:
+    import onnxruntime  # noqa: PLC0415 - only after the file was walked, and under the limits
+
+    onnxruntime.set_default_logger_severity(4)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.enable_cpu_mem_arena = False
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _refused("ONNX Runtime cannot load it", error, path) from error
+
+
+def _specs(nodes: list[Any], side: str) -> tuple[TensorSpec, ...]:
+    if len(nodes) > MAX_TENSORS:
+        raise ModelRejected(f"the model has {len(nodes)} {side}s; at most {MAX_TENSORS} are allowed", field="file")
+    return tuple(TensorSpec(node.name, _datatype(node, side), _shape(node.shape)) for node in nodes)
+
+
+def _shape(axes: list[Any]) -> tuple[int, ...]:
+    return tuple(axis if isinstance(axis, int) and axis >= 0 else -1 for axis in axes)
+
+
+def _datatype(node: Any, side: str) -> str:
+    name = node.name[:64]
+    match = _TENSOR.fullmatch(node.type)
+    if match is None:
+        raise ModelRejected(
+            f"{side} '{name}' is a {node.type[:64]}, and only tensors can be served; "
+            "a scikit-learn classifier is exported with options={'zipmap': False}",
+            field="file",
+        )
+    datatype = DATATYPES.get(match[1])
+    if datatype is None:
+        raise ModelRejected(
+            f"{side} '{name}' holds {match[1]}, which OIP has no datatype for; cast it to FP32", field="file"
+        )
+    return datatype
+
+
+def _refused(what: str, error: Exception, path: Path) -> ModelRejected:
+    """One line without this machine's paths: those of the file, and those ONNX Runtime was compiled under."""
+    text = str(error).replace(str(path), path.name).replace(str(path.parent), "")
+    if "bad_alloc" in text or "bad allocation" in text or "Failed to allocate memory" in text:
+        return ModelRejected(
+            "the model needs more memory than an inspection may use; push a smaller model", field="file"
+        )
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : |\S*onnxruntime_src/\S+|\S+\.(?:cc|h|hpp):\d+\S*", "", text)
+    text = " ".join(text.split())[:240]
+    return ModelRejected(f"the model was refused: {what}: {text}", field="file")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,140 @@
+"""Look at a pushed model in a process of its own, and say what it is or why it cannot be served."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from pathlib import Path
+
+import msgspec
+
+from tether.errors import ModelRejected
+from tether.model import TensorSpec
+
+MAX_REPORT = 1 << 20
+"""Bytes of the child's answer; a model whose signature is longer is refused."""
+
+_MB = 1 << 20
+
+
+class Inspection(msgspec.Struct, frozen=True):
+    """What a model is. ``max_batch_size`` is the rows one run may have, 0 when its first axis is no batch axis.
+
+    ``note`` says in one line why a model is not batched; empty when it is.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    max_batch_size: int
+    note: str = ""
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What an inspection may cost: MiB of address space, seconds of processor time, seconds of real time."""
+
+    memory_mb: int = 4096
+    cpu_s: int = 60
+    wall_s: float = 90.0
+
+    @classmethod
+    def for_size(cls, size: int) -> Limits:
+        """Limits for a file of ``size`` bytes: parsing and optimising hold a few copies of the weights."""
+        gigabytes = size / (1 << 30)
+        return cls(
+            memory_mb=4096 + 5 * size // _MB,
+            cpu_s=int(60 + 120 * gigabytes),
+            wall_s=min(240.0, 90.0 + 180.0 * gigabytes),
+        )
+
+
+class Report(msgspec.Struct, frozen=True):
+    """The child's one line: an inspection, or the reason for a refusal."""
+
+    inspection: Inspection | None = None
+    rejected: str = ""
+    field: str = "file"
+
+
+async def inspect(directory: Path, file: str, limits: Limits) -> Inspection:
+    """Inspect ``directory/file``. The child inherits no environment and may write no file.
+
+    Raises:
+        ModelRejected: the model cannot be served, or its inspection crashed, ran too long or needed too much memory.
+    """
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-s",
+        "-m",
+        "tether.modelstore.inspect_onnx",
+        str(directory),
+        file,
+        str(limits.memory_mb),
+        str(limits.cpu_s),
+        stdin=DEVNULL,
+        stdout=PIPE,
+        stderr=DEVNULL,
+        cwd=directory,
+        env=_environment(),
+        start_new_session=True,
+    )
+    try:
+        async with asyncio.timeout(limits.wall_s):
+            answer = await _read(process)
+            status = await process.wait()
+    except TimeoutError as error:
+        raise _too_long(limits.wall_s) from error
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return _judge(answer, status, limits)
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "PYTHONPATH": ":".join(entry for entry in sys.path if entry),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "LANG": "C.UTF-8",
+    }
+
+
+async def _read(process: Process) -> bytes:
+    assert process.stdout is not None  # noqa: S101 - PIPE was asked for
+    found = bytearray()
+    while part := await process.stdout.read(65536):
+        found += part
+        if len(found) > MAX_REPORT:
+            raise ModelRejected(
+                "the model's description is longer than 1 MiB; it has too many inputs or outputs", field="file"
+            )
+    return bytes(found)
+
+
+def _judge(answer: bytes, status: int, limits: Limits) -> Inspection:
+    if status == -24:  # SIGXCPU
+        raise _too_long(limits.cpu_s)
+    try:
+        report = msgspec.json.decode(answer, type=Report)
+    except msgspec.DecodeError as error:
+        raise ModelRejected(
+            f"loading the model ended its process ({_ending(status)}), within {limits.memory_mb} MiB; "
+            "run it with onnxruntime on your machine and export it again",
+            field="file",
+        ) from error
+    if report.inspection is None:
+        raise ModelRejected(report.rejected, field=report.field)
+    return report.inspection
+
+
+def _too_long(seconds: float) -> ModelRejected:
+    return ModelRejected(
+        f"loading and one warm-up run took longer than {seconds:g} s; push a smaller model", field="file"
+    )
+
+
+def _ending(status: int) -> str:
+    return f"signal {-status}" if status < 0 else f"exit status {status}"

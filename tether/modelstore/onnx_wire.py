@@ -1,0 +1,216 @@
+"""What must be known of an ONNX file before any library may load it, read from its protobuf bytes alone.
+
+The walk visits every graph, subgraph, function and tensor by its offsets. It copies no weights and needs no generated
+code, so it also works where the ``onnx`` package is not installed. Field numbers are those of ``onnx.proto3``.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, NoReturn
+
+from tether.errors import ModelRejected
+
+DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "com.microsoft"})
+"""Operator sets that ONNX Runtime itself brings; everything else would need code from outside."""
+
+MAX_FIELDS = 4_000_000
+MAX_NODES = 500_000
+MAX_DEPTH = 24
+"""Subgraphs inside subgraphs."""
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+Buffer = bytes | mmap.mmap
+
+
+class Field(NamedTuple):
+    """One field: number, wire type, its varint value or length-delimited range."""
+
+    number: int
+    kind: int
+    value: int
+    start: int
+    end: int
+
+
+class Facts(NamedTuple):
+    """``unranked`` are the graph inputs that declare no shape at all."""
+
+    ir_version: int
+    opset: int
+    nodes: int
+    unranked: tuple[str, ...]
+
+
+def check_file(data: Buffer) -> Facts:
+    """Walk a serialised ModelProto.
+
+    Raises:
+        ModelRejected: not ONNX, external data, EPContext nodes, operators of unknown sets, or too large a graph.
+    """
+    walk = _Walk(data)
+    try:
+        return walk.model()
+    except (IndexError, RecursionError) as error:
+        raise _not_onnx() from error
+
+
+def _not_onnx() -> ModelRejected:
+    return ModelRejected("the file is not an ONNX model; export the model to ONNX and push that file", field="file")
+
+
+class _Walk:
+    def __init__(self, data: Buffer) -> None:
+        self._data = data
+        self._fields = 0
+        self._nodes = 0
+        self._own: set[str] = set()
+
+    def model(self) -> Facts:
+        fields = list(self._each(0, len(self._data)))
+        graphs = [field for field in fields if field.number == 7 and field.kind == _BYTES]
+        functions = [field for field in fields if field.number == 25 and field.kind == _BYTES]
+        ir_version = next((field.value for field in fields if field.number == 1 and field.kind == _VARINT), 0)
+        if not graphs or not ir_version:
+            raise _not_onnx()
+        # Functions a model brings along are inlined before it runs, so their own domains are as good as none.
+        self._own = {self._text(part) for function in functions for part in self._inside(function, 10)}
+        for graph in graphs:
+            self._graph(graph, 0)
+        for function in functions:
+            self._parts(function, 0, {7: self._node, 11: self._attribute})
+        for training in fields:
+            if training.number == 20 and training.kind == _BYTES:
+                self._parts(training, 0, {1: self._graph, 2: self._graph})
+        unranked = tuple(name for graph in graphs for part in self._inside(graph, 11) if (name := self._unranked(part)))
+        return Facts(ir_version, self._opset(fields), self._nodes, unranked)
+
+    def _opset(self, fields: list[Field]) -> int:
+        for field in fields:
+            if field.number == 8 and field.kind == _BYTES:
+                inside = list(self._each(field.start, field.end))
+                domain = "".join(self._text(part) for part in inside if part.number == 1)
+                if domain in ("", "ai.onnx"):
+                    return max((part.value for part in inside if part.number == 2), default=0)
+        return 0
+
+    def _unranked(self, info: Field) -> str:
+        name = "".join(self._text(part) for part in self._inside(info, 1))
+        shapes = [
+            shape
+            for kind in self._inside(info, 2)
+            for tensor in self._inside(kind, 1)
+            for shape in self._inside(tensor, 2)
+        ]
+        tensors = [tensor for kind in self._inside(info, 2) for tensor in self._inside(kind, 1)]
+        return name if tensors and not shapes else ""
+
+    def _graph(self, graph: Field, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise ModelRejected(f"the graph has subgraphs nested deeper than {MAX_DEPTH}", field="file")
+        self._parts(graph, depth, {1: self._node, 5: self._tensor, 15: self._sparse})
+
+    def _node(self, node: Field, depth: int) -> None:
+        self._nodes += 1
+        if self._nodes > MAX_NODES:
+            raise ModelRejected(f"the graph has more than {MAX_NODES} nodes", field="file")
+        kind = domain = ""
+        for part in self._each(node.start, node.end):
+            if part.kind != _BYTES:
+                continue
+            if part.number == 4:
+                kind = self._text(part)
+            elif part.number == 7:
+                domain = self._text(part)
+            elif part.number == 5:
+                self._attribute(part, depth)
+        self._operator(kind, domain)
+
+    def _operator(self, kind: str, domain: str) -> None:
+        if kind == "EPContext":
+            raise ModelRejected(
+                "the graph holds a compiled EPContext node; push the model as it was before compilation", field="file"
+            )
+        if domain not in DOMAINS and domain not in self._own:
+            raise ModelRejected(
+                f"operator '{kind[:64]}' is of the set '{domain[:64]}', which needs a custom library; "
+                "export with standard ONNX operators only",
+                field="file",
+            )
+
+    def _attribute(self, attribute: Field, depth: int) -> None:
+        deeper = depth + 1
+        self._parts(
+            attribute,
+            deeper,
+            {5: self._tensor, 10: self._tensor, 6: self._graph, 11: self._graph, 22: self._sparse, 23: self._sparse},
+        )
+
+    def _sparse(self, sparse: Field, depth: int) -> None:
+        self._parts(sparse, depth, {1: self._tensor, 2: self._tensor})
+
+    def _tensor(self, tensor: Field, _depth: int) -> None:
+        for part in self._each(tensor.start, tensor.end):
+            # A location such as */_ORT_MEM_ADDR_/* is an entry of external_data too, so none of them passes.
+            if part.number == 13 or (part.number == 14 and (part.kind != _VARINT or part.value)):
+                raise ModelRejected(
+                    "the model keeps weights in another file (external data); save it as one self-contained file, "
+                    "e.g. onnx.save(model, path, save_as_external_data=False)",
+                    field="file",
+                )
+
+    def _parts(self, field: Field, depth: int, visitors: dict[int, Callable[[Field, int], None]]) -> None:
+        for part in self._each(field.start, field.end):
+            visit = visitors.get(part.number)
+            if visit is not None and part.kind == _BYTES:
+                visit(part, depth)
+
+    def _inside(self, field: Field, number: int) -> Iterator[Field]:
+        return (part for part in self._each(field.start, field.end) if part.number == number and part.kind == _BYTES)
+
+    def _text(self, field: Field) -> str:
+        return bytes(self._data[field.start : min(field.end, field.start + 256)]).decode("utf-8", "replace")
+
+    def _each(self, position: int, end: int) -> Iterator[Field]:
+        while position < end:
+            self._fields += 1
+            if self._fields > MAX_FIELDS:
+                raise ModelRejected(f"the graph has more than {MAX_FIELDS} protobuf fields", field="file")
+            tag, position = self._varint(position, end)
+            number, kind = tag >> 3, tag & 7
+            if number == 0:
+                raise _not_onnx()
+            value, start, position = self._payload(kind, position, end)
+            yield Field(number, kind, value, start, position)
+
+    def _payload(self, kind: int, position: int, end: int) -> tuple[int, int, int]:
+        if kind == _VARINT:
+            value, after = self._varint(position, end)
+            return value, position, after
+        if kind == _BYTES:
+            length, start = self._varint(position, end)
+        elif kind in (_FIXED64, _FIXED32):
+            length, start = (8 if kind == _FIXED64 else 4), position
+        else:
+            _refuse()
+        if start + length > end:
+            _refuse()
+        return 0, start, start + length
+
+    def _varint(self, position: int, end: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            if position >= end or shift > 63:
+                _refuse()
+            byte = self._data[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value, position
+            shift += 7
+
+
+def _refuse() -> NoReturn:
+    raise _not_onnx()
