@@ -119,10 +119,9 @@ def _variable(user: str) -> str:
 def ops_files() -> dict[str, str]:
     """Name and text of every shipped configuration file, for the default prefix and limits."""
     references = {str(user): f"${_variable(user)}" for user in (*Role, SYSTEM_USER)}
-    head = f"{_WRITTEN}; 'make nats-config' writes it again from the table in tether/bus/permissions.py.\n"
+    head = f"{_WRITTEN}: tether init --nats-config DIR (the table is in tether/bus/permissions.py).\n"
     files = {
-        "permissions.conf": f'{head}# users.conf is made by: tether init --nats-config DIR\ninclude "users.conf"\n'
-        + _accounts(Names(), references),
+        "permissions.conf": f'{head}include "users.conf"\n' + _accounts(Names(), references),
         "dev.conf": head + _dev(),
         "container.conf": head + _container(),
         "single.conf": head + _production("nats", ""),

@@ -129,7 +129,8 @@ class Bus:
                 if "authorization" in str(error).lower():
                     raise nats.errors.AuthorizationError from error
                 raise
-            await probe.close()
+            finally:
+                await probe.close()
             await self._client.connect(
                 **options,
                 allow_reconnect=True,
@@ -196,7 +197,8 @@ class Bus:
         metrics.PERMISSION_DENIED.inc()
         log.error("%s", denied, extra={"action": "permission_denied"})
         for call in list(self._calls.values()):
-            if call.subject == denied.field and not call.future.done():
+            # nats-py hands the server's message on in lower case
+            if call.subject.lower() == str(denied.field).lower() and not call.future.done():
                 call.future.set_exception(denied)
 
     async def _on_disconnect(self) -> None:

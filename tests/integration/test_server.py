@@ -1,0 +1,92 @@
+"""The embedded server starts under our configuration, survives a crash and keeps roles apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from brokers import Broker
+
+from tether.bus.connection import Bus
+from tether.bus.keys import create_home
+from tether.bus.server import Binary, EmbeddedServer, check_server, find_server
+from tether.errors import ConfigError, PermissionDenied
+from tether.home import Home
+from tether.processes import alive
+from tether.settings import Settings
+
+
+async def test_the_server_has_the_settings_tether_relies_on(broker: Broker) -> None:
+    report = await check_server(broker.monitor)
+    assert report.problems == ()
+    assert report.strict
+
+
+@pytest.mark.parametrize(("durability", "sync"), [("fast", "1s"), ("durable", "always")])
+async def test_the_durability_profile_sets_the_sync_interval(
+    home: Home, nats_binary: Binary, durability: str, sync: str
+) -> None:
+    settings = Settings(home=str(home.root), durability=durability)
+    async with EmbeddedServer(home, settings, binary=nats_binary) as server:
+        assert (await check_server(server.monitor)).sync == sync
+
+
+async def test_a_killed_server_comes_back_on_its_port_with_its_data(embedded_broker: Broker) -> None:
+    server = embedded_broker.server
+    assert server is not None
+    async with Bus.connect(embedded_broker.settings, embedded_broker.home, "dispatcher") as bus:
+        await bus.api("STREAM.CREATE.KEEP", {"name": "KEEP", "subjects": ["keep"], "storage": "file"})
+    url, first = server.url, server.pid
+    await server.kill()
+    assert not alive(first)
+    await server.start()
+    assert server.url == url
+    async with Bus.connect(embedded_broker.settings, embedded_broker.home, "dispatcher") as bus:
+        assert (await bus.api("STREAM.INFO.KEEP"))["config"]["name"] == "KEEP"
+
+
+async def test_stopping_leaves_no_process(home: Home, nats_binary: Binary) -> None:
+    server = EmbeddedServer(home, Settings(home=str(home.root)), binary=nats_binary)
+    await server.start()
+    pid = server.pid
+    await server.stop()
+    await server.stop()
+    assert not alive(pid)
+
+
+async def test_a_port_in_use_is_said_in_one_line(broker: Broker, home: Home, nats_binary: Binary) -> None:
+    port = int(broker.url.rpartition(":")[2])
+    with pytest.raises(ConfigError, match=r"did not start: .*address already in use"):
+        await EmbeddedServer(home, Settings(home=str(home.root), nats_port=port), binary=nats_binary).start()
+
+
+async def test_an_identity_the_server_does_not_know_is_refused(broker: Broker, tmp_path: Path) -> None:
+    stranger = Home(tmp_path)
+    create_home(stranger, workers=1)
+    with pytest.raises(ConfigError, match="refused"):
+        async with Bus.connect(broker.settings, stranger, "gateway"):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("identity", "subject"),
+    [
+        ("worker-1", "tether.infer.0.local.shared.m.1"),
+        ("worker-1", "$JS.API.STREAM.CREATE.X"),
+        ("worker-1", "$KV.TETHER_models.m.1"),
+        ("gateway", "$KV.TETHER_models.m.1"),
+        ("gateway", "$JS.API.CONSUMER.CREATE.TETHER_JOBS_0.x"),
+        ("modelstore", "$KV.TETHER_apikeys.x"),
+        ("dispatcher", "$JS.API.STREAM.DELETE.TETHER_JOBS_0"),
+        ("admin", "tether.infer.0.local.shared.m.1"),
+    ],
+)
+async def test_a_role_cannot_publish_on_what_is_not_its_own(broker: Broker, identity: str, subject: str) -> None:
+    async with Bus.connect(broker.settings, broker.home, identity) as bus:
+        with pytest.raises(PermissionDenied):
+            await bus.publish_acked(subject, b"x", timeout=2)
+
+
+def test_a_configured_path_that_is_no_server_is_named() -> None:
+    with pytest.raises(ConfigError, match="TETHER_NATS_SERVER"):
+        find_server(Settings(nats_server="/nonexistent/nats-server"))
