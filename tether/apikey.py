@@ -1,0 +1,58 @@
+"""API keys: what a client shows, and what is kept of it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import os
+import re
+import secrets
+
+import msgspec
+
+SCOPES = ("infer", "jobs", "models:read", "models:write", "admin")
+"""What a key may do; ``admin`` implies all others."""
+
+_TEXT = re.compile(r"tk_([a-z2-7]{8})_([A-Za-z0-9_-]{43})")
+
+
+class ApiKey(msgspec.Struct, frozen=True):
+    """The stored half of a key: everything but its secret. ``created_at`` is UTC seconds."""
+
+    id: str
+    hash: str
+    """Hex SHA-256 of the whole key text; the secret has 256 random bits, so it needs no slow hash."""
+    tenant: str
+    scopes: tuple[str, ...]
+    name: str
+    created_at: float
+    revoked: bool = False
+
+    def accepts(self, text: str) -> bool:
+        """Whether ``text`` is this key and the key still counts; takes the same time for every wrong text."""
+        return hmac.compare_digest(self.hash, key_hash(text)) and not self.revoked
+
+    def allows(self, scope: str) -> bool:
+        return scope in self.scopes or "admin" in self.scopes
+
+
+def new_key_text() -> str:
+    """A key to hand out once: ``tk_<8 character id>_<43 character secret>``."""
+    prefix = base64.b32encode(os.urandom(5)).decode().lower()
+    return f"tk_{prefix}_{secrets.token_urlsafe(32)}"
+
+
+def key_id(text: str) -> str | None:
+    """The public id inside a key text, or None when it has not the form of a key."""
+    found = _TEXT.fullmatch(text)
+    return None if found is None else found[1]
+
+
+def key_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stored_key(text: str, *, tenant: str, scopes: tuple[str, ...], name: str, created_at: float) -> ApiKey:
+    """What to keep of a key that :func:`new_key_text` made."""
+    return ApiKey(key_id(text) or "", key_hash(text), tenant, scopes, name, created_at)
