@@ -46,11 +46,16 @@ def unpack(data: bytes) -> Any:
             max_map_len=min(1024, len(data)),
             max_ext_len=0,
             object_pairs_hook=_no_duplicates,
+            ext_hook=_no_extensions,
         )
     except BadEncoding:
         raise
     except Exception as error:
         raise BadEncoding(f"not msgpack: {type(error).__name__}", raw=data) from error
+
+
+def _no_extensions(_code: int, _data: bytes) -> Any:
+    raise BadEncoding("extension types are not used")
 
 
 def _no_duplicates(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -102,13 +107,13 @@ def decode_jobs(data: bytes, ids: Sequence[str]) -> list[Job]:
 def _job(row: Any, job_id: str) -> Job:
     tenant, deadline, request_id, traceparent, outputs, inputs = row
     _texts(tenant, request_id, traceparent, *outputs)
-    if type(deadline) is not float:
-        raise TypeError("deadline")
+    if type(deadline) is not float or type(outputs) is not tuple:
+        raise TypeError("job")
     return Job(JobId(job_id), tenant, _tensors(inputs), deadline, outputs, request_id, traceparent)
 
 
 def _tensors(rows: Any) -> tuple[Tensor, ...]:
-    return tuple([_tensor(row) for row in rows])
+    return tuple([_tensor(row) for row in _row(rows)])
 
 
 def _tensor(row: Any) -> Tensor:
@@ -117,6 +122,12 @@ def _tensor(row: Any) -> Tensor:
     if type(data) is not bytes or type(shape) is not tuple or not all(type(axis) is int for axis in shape):
         raise TypeError("tensor")
     return Tensor(name, datatype, shape, data)
+
+
+def _row(value: Any) -> tuple[Any, ...]:
+    if type(value) is not tuple:
+        raise TypeError("array")
+    return value
 
 
 def _texts(*values: Any) -> None:
@@ -159,7 +170,7 @@ def _outcome(row: Any) -> Outcome:
         raise TypeError("outcome")
     failure = None
     if error is not None:
-        code, message = error
+        code, message = _row(error)
         _texts(code, message)
         failure = Failure(code, message)
     return Outcome(JobId(job), JobState(state), _tensors(outputs), failure, attempts, worker, started_at, finished_at)

@@ -47,6 +47,9 @@ MAX_HEADER = 16 * 1024
 MAX_SKEW_MS = 30_000
 """A message that claims to come from further in the future than this is refused."""
 
+REPLAY_WINDOW_MS = 60_000 + MAX_SKEW_MS
+"""How long nonces are remembered: a minute, and as long again as a sender's clock may run ahead."""
+
 _PREFIX = struct.Struct(">4sBH64s")
 _KID = 16
 
@@ -300,8 +303,9 @@ class Verifier:
     ) -> Envelope:
         """Verify ``frame``, which arrived on ``subject``, and hand out header and body.
 
-        ``types`` are the message types this receiver acts on there. ``once`` refuses a nonce seen in the last
-        minute, for requests that act on arrival; ``max_age_ms`` refuses older messages (0: any age).
+        ``types`` are the message types this receiver acts on there. ``once`` refuses a nonce seen within
+        ``REPLAY_WINDOW_MS``, for requests that act on arrival; ``max_age_ms`` refuses older messages (0: any age,
+        or a minute with ``once``, so that no nonce is forgotten before its message is too old).
 
         Raises:
             Unsigned, BadEncoding, UnknownKey, BadSignature, KeyExpired, RoleNotAllowed, SubjectMismatch,
@@ -314,7 +318,7 @@ class Verifier:
             raise SubjectMismatch("the frame was signed for another subject than the one it arrived on")
         if header.type not in types:
             raise RoleNotAllowed(f"'{header.type}' is not handled on this subject")
-        self._check_time(header, max_age_ms)
+        self._check_time(header, max_age_ms or (60_000 if once else 0))
         if len(body) != header.body_length or hashlib.sha256(body).digest() != header.body_digest:
             raise BadSignature("the body is not the one that was signed")
         if once:
@@ -358,7 +362,7 @@ class Verifier:
     def _refuse_replay(self, nonce: bytes) -> None:
         now = self._now_ms()
         while self._seen and (
-            next(iter(self._seen.values())) < now - 60_000 or len(self._seen) >= self._replay_capacity
+            next(iter(self._seen.values())) < now - REPLAY_WINDOW_MS or len(self._seen) >= self._replay_capacity
         ):
             self._seen.popitem(last=False)
         if nonce in self._seen:

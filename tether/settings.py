@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -18,6 +19,7 @@ from typing import Any
 
 from tether.errors import ConfigError
 
+_TOKEN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 ENV_PREFIX = "TETHER_"
 TEST_PREFIX = "TETHER_TEST_"
 """Variables of the test suite, which starts services in its own environment."""
@@ -224,7 +226,7 @@ def _checked(known: Mapping[str, SettingInfo], name: str, value: Any) -> Any:
     info = known.get(name)
     if info is None:
         raise _unknown("", name, known)
-    if info.type is float and type(value) is int:
+    if info.type is float and type(value) is int and abs(value) < 1 << 53:
         value = float(value)
     if type(value) is not info.type:
         raise ConfigError(f"setting '{name}' must be a {_type_name(info)}, not {value!r}", field=name)
@@ -240,6 +242,13 @@ def _type_name(info: SettingInfo) -> str:
 
 
 def _cross_check(settings: Settings) -> None:
+    for name in ("prefix", "region", "worker_name"):
+        if _TOKEN.fullmatch(value := getattr(settings, name)) is None:
+            raise ConfigError(
+                f"setting '{name}' must be lower-case letters, digits, '-' and '_' (it becomes part of subjects), "
+                f"not {value!r}",
+                field=name,
+            )
     if settings.max_body_bytes > settings.max_payload_bytes * 3 // 4:
         raise ConfigError(
             "setting 'max_body_bytes' must be at most three quarters of 'max_payload_bytes', "

@@ -65,9 +65,9 @@ class Names:
         return f"{self.prefix}.job.{_shard(lane.model, self.job_shards)}.{lane.priority.value}.{tail}"
 
     def lane_consumer(self, lane: Lane) -> str:
-        """The durable pull consumer of a lane; unique within its stream."""
-        level = "" if lane.kind is LaneKind.INFER else f"{lane.priority.value}_"
-        return f"{level}{lane.region}_{token(lane.scope)}_{token(lane.model)}_{lane.version}"
+        """The durable pull consumer of a lane; unique within its stream, since no name can hold a ``+``."""
+        level = "" if lane.kind is LaneKind.INFER else f"{lane.priority.value}+"
+        return f"{level}{lane.region}+{token(lane.scope)}+{token(lane.model)}+{lane.version}"
 
     def parse_lane(self, subject: str) -> Lane | None:
         """The lane of a subject, or None when it is no lane of this platform."""

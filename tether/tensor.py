@@ -193,5 +193,8 @@ def _element(name: str, item: object) -> bytes:
     if isinstance(item, bytes):
         return item
     if isinstance(item, str):
-        return item.encode()
+        try:
+            return item.encode()
+        except UnicodeEncodeError as error:
+            raise BadTensor(f"tensor '{name}' holds text that is not Unicode (a lone surrogate)", field=name) from error
     raise BadTensor(f"tensor '{name}' holds a {type(item).__name__}; only text and bytes become BYTES", field=name)
