@@ -7,10 +7,11 @@ import json
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Protocol, TypeVar
 
+from tether.errors import BrokerUnavailable
 from tether.home import Home, write_secret
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,10 @@ class Tasks:
     def __len__(self) -> int:
         return len(self._tasks)
 
+    def named(self, prefix: str) -> list[asyncio.Task[Any]]:
+        """The running tasks whose name begins with ``prefix``."""
+        return [task for task in self._tasks if task.get_name().startswith(prefix)]
+
     async def finish(self, within_s: float) -> bool:
         """Wait for the tasks to end by themselves; False when some did not in time."""
         if self._tasks:
@@ -81,3 +86,43 @@ async def first_of(*events: asyncio.Event) -> None:
         for wait in waits:
             wait.cancel()
         await asyncio.gather(*waits, return_exceptions=True)
+
+
+class Service(Protocol):
+    """What :func:`serve` needs of a running service."""
+
+    @property
+    def closed(self) -> asyncio.Event: ...
+
+
+S = TypeVar("S", bound=Service)
+
+
+async def serve(stop: asyncio.Event, service: AbstractAsyncContextManager[S], on_ready: Callable[[S], None]) -> None:
+    """Run ``service`` until ``stop`` is set, also while it is still starting; ``on_ready`` is called in between.
+
+    Raises:
+        BrokerUnavailable: the connection was closed for good; the supervisor starts the process anew.
+    """
+    started = asyncio.Event()
+
+    async def live() -> None:
+        async with service as running:
+            started.set()
+            on_ready(running)
+            await first_of(stop, running.closed)
+            if running.closed.is_set():
+                raise BrokerUnavailable("the broker closed the connection for good")
+
+    task = asyncio.ensure_future(live())
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not started.is_set() and not task.done():
+        task.cancel()
+    await asyncio.gather(stopping, return_exceptions=True)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not stop.is_set():
+            raise

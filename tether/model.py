@@ -60,6 +60,50 @@ class Manifest(msgspec.Struct, frozen=True):
         return sum(file.size for file in self.files)
 
 
+AUTOMATIC = -1
+"""As ``max_batch_size`` of a push: decide from the model itself."""
+
+
+class PushRequest(msgspec.Struct, frozen=True):
+    """Gateway to model store: make this stored file a version of ``name``. ``publisher`` is who pushed it."""
+
+    name: str
+    file: ModelFile
+    max_batch_size: int = AUTOMATIC
+    max_delay_ms: float = 2.0
+    publisher: str = ""
+
+
+class PushAnswer(msgspec.Struct, frozen=True):
+    """The version a push made; ``created`` is False when the newest version already was exactly this."""
+
+    manifest: Manifest
+    created: bool
+    aliases: dict[str, int]
+    """Every alias of the model and the version it names."""
+
+
+class Move(msgspec.Struct, frozen=True):
+    """An alias named ``version`` until ``moved_at`` (UTC seconds)."""
+
+    version: int
+    moved_at: float
+
+
+class Alias(msgspec.Struct, frozen=True):
+    """A movable name for a version. ``previous`` is its history, newest first; ``revision`` counts its moves."""
+
+    model: str
+    name: str
+    version: int
+    previous: tuple[Move, ...] = ()
+    revision: int = 1
+
+
+LATEST = "latest"
+"""The alias that follows every push."""
+
+
 class Route(msgspec.Struct, frozen=True):
     """Which workers answer for a version just now, as the dispatcher saw it."""
 
@@ -82,6 +126,21 @@ class Assignment(msgspec.Struct, frozen=True):
     worker: str
     epoch: int
     models: tuple[ModelRef, ...]
+
+
+class Registration(msgspec.Struct, frozen=True):
+    """What a worker says of itself when it asks for an epoch."""
+
+    worker: str
+    region: str
+    slots: int
+    platforms: tuple[str, ...]
+
+
+class Epoch(msgspec.Struct, frozen=True):
+    """The dispatcher's answer: heartbeats that carry this number count, older ones do not."""
+
+    epoch: int
 
 
 class Heartbeat(msgspec.Struct, frozen=True):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from tether.envelope import Envelope, MessageType
 from tether.job import Lane
-from tether.model import Manifest
-from tether.tensor import Tensor
+from tether.tensor import Array
 
 
 class Clock(Protocol):
@@ -105,10 +104,10 @@ class Runtime(Protocol):
     """A model in memory. Called from a thread, one call at a time; nothing here may touch the event loop."""
 
     @property
-    def manifest(self) -> Manifest: ...
+    def output_names(self) -> Sequence[str]: ...
 
-    def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
-        """Run once; ``outputs`` names what is wanted, empty for all.
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """Run once; ``outputs`` names what is wanted, empty for all in the model's order.
 
         Raises:
             InferenceFailed: the model refused its input.
@@ -116,6 +115,3 @@ class Runtime(Protocol):
 
     def close(self) -> None: ...
 
-
-LoadRuntime = Callable[[Manifest, str], Runtime]
-"""Make a runtime of a manifest and the directory that holds its files."""

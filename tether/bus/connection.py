@@ -81,6 +81,8 @@ class Bus:
         self.verifier = verifier
         self.clock = SystemClock()
         self.closed = asyncio.Event()
+        self.losses = 0
+        """Times the connection was lost: an answer expected from before one will not come."""
         self._client = nats.aio.client.Client()
         self._calls: dict[str, _Call] = {}
         self._numbers = itertools.count()
@@ -202,6 +204,7 @@ class Bus:
                 call.future.set_exception(denied)
 
     async def _on_disconnect(self) -> None:
+        self.losses += 1
         metrics.BROKER_CONNECTED.set(0)
         log.warning("lost the broker", extra={"action": "broker_lost"})
 

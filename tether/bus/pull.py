@@ -51,12 +51,17 @@ class BusDelivery:
         """Not done: the broker delivers it again at once."""
         await self._settle(b"-NAK")
 
+    def abandon(self) -> None:
+        """Neither done nor given back: the broker delivers it again when its ack wait is over."""
+        if not self._settled:
+            self._settled = True
+            if self.on_settled is not None:
+                self.on_settled(self)
+
     async def _settle(self, verdict: bytes) -> None:
         if self._settled:
             return
-        self._settled = True
-        if self.on_settled is not None:
-            self.on_settled(self)
+        self.abandon()
         try:
             await self._bus.publish(self.ack_subject, verdict)
         except BrokerUnavailable:

@@ -14,11 +14,11 @@ import nats.micro
 import nats.micro.service
 from nats.micro.request import Request
 
-from tether import codec
+from tether import codec, lifecycle
 from tether.bus.connection import Bus
 from tether.bus.errors import translated
 from tether.envelope import Envelope, MessageType
-from tether.errors import BadEncoding, BrokerUnavailable, EnvelopeError, TetherError, by_code
+from tether.errors import BadEncoding, BrokerUnavailable, EnvelopeError, TetherError, Unavailable, by_code
 from tether.job import Failure
 
 log = logging.getLogger(__name__)
@@ -34,24 +34,42 @@ RpcHandler = Callable[[Envelope], Awaitable[bytes]]
 
 @asynccontextmanager
 async def serve(
-    bus: Bus, endpoint: str, *, accepts: MessageType, answers: MessageType, handler: RpcHandler
+    bus: Bus,
+    endpoint: str,
+    *,
+    accepts: MessageType,
+    answers: MessageType,
+    handler: RpcHandler,
+    side_by_side: int = 1,
 ) -> AsyncIterator[None]:
-    """Answer requests on ``endpoint`` until the block ends.
+    """Answer requests on ``endpoint`` until the block ends; those in hand may then end, for ``drain_s`` at most.
 
     A :class:`TetherError` that ``handler`` raises reaches the caller as the same class; what is not signed by a key
-    that may send ``accepts`` is counted and gets no answer.
+    that may send ``accepts`` is counted and gets no answer. With ``side_by_side`` above 1 that many requests are
+    handled at a time, and one too many is told to come again; otherwise they are handled one after another.
     """
-    subject = bus.names.service(endpoint)
 
     async def answer(request: Request) -> None:
         message = request._msg  # noqa: SLF001 - the reply subject is part of what the signature covers
         envelope = bus.open_frame(request.data, request.subject, accepts, once=True, max_age_ms=MAX_AGE_MS)
         if envelope is None or envelope.header.reply != message.reply:
             return
-        body = await _handled(handler, envelope)
-        frame = bus.signer.seal(answers, message.reply, body, message_id=envelope.header.message_id)
-        await bus.publish(message.reply, frame)
+        if side_by_side == 1:
+            await _respond(bus, answers, handler, envelope)
+            return
+        work = _busy if len(running) >= side_by_side else handler
+        running.spawn(_respond(bus, answers, work, envelope), f"rpc-{endpoint}")
 
+    async with lifecycle.tasks() as running:
+        try:
+            async with _endpoint(bus, endpoint, answer):
+                yield
+        finally:
+            await running.finish(bus.settings.drain_s)
+
+
+@asynccontextmanager
+async def _endpoint(bus: Bus, endpoint: str, answer: Callable[[Request], Awaitable[None]]) -> AsyncIterator[None]:
     with translated(f"serving {endpoint}"):
         service = await nats.micro.add_service(
             bus._client,  # noqa: SLF001 - the micro framework needs the client itself
@@ -59,13 +77,27 @@ async def serve(
             version="1.0.0",
             description=f"Tether {endpoint}",
         )
-        await service.add_endpoint(name=endpoint, subject=subject, handler=answer)
+        await service.add_endpoint(name=endpoint, subject=bus.names.service(endpoint), handler=answer)
     try:
         yield
     finally:
         if bus.connected:
             with translated(f"ending {endpoint}"):
                 await service.stop()
+
+
+async def _respond(bus: Bus, kind: MessageType, handler: RpcHandler, envelope: Envelope) -> None:
+    header = envelope.header
+    body = await _handled(handler, envelope)
+    frame = bus.signer.seal(kind, header.reply, body, message_id=header.message_id)
+    try:
+        await bus.publish(header.reply, frame)
+    except BrokerUnavailable:
+        log.warning("the broker went away before an answer", extra={"action": "rpc_unanswered"})
+
+
+async def _busy(_: Envelope) -> bytes:
+    raise Unavailable("the service has too many requests in hand; try again", retry_after=2)
 
 
 async def _handled(handler: RpcHandler, envelope: Envelope) -> bytes:

@@ -17,7 +17,7 @@ NANOSECONDS = 1_000_000_000
 MAX_CONSUMERS = 20_000
 """The server's default cap of 1,000 lanes a stream is too low."""
 
-STREAM_EXISTS = 10058
+STREAM_NOT_FOUND = 10059
 PRIORITY_GROUP = "lane"
 _MB = 1 << 20
 
@@ -27,7 +27,7 @@ def streams(names: Names, settings: Settings) -> list[dict[str, Any]]:
     memory = settings.max_memory_mb * _MB
     disk = settings.max_file_mb * _MB
     infer = [_infer(names, shard, memory // (2 * names.infer_shards)) for shard in range(names.infer_shards)]
-    jobs = [_jobs(names, shard, disk // (4 * names.job_shards), settings) for shard in range(names.job_shards)]
+    jobs = [_jobs(names, shard, disk // (8 * names.job_shards), settings) for shard in range(names.job_shards)]
     buckets = [
         _bucket(names, name, settings) for name in ("models", "aliases", "routes", "assign", "keyset", "apikeys")
     ]
@@ -130,7 +130,7 @@ def _objects(names: Names, bucket: str, settings: Settings) -> dict[str, Any]:
         "storage": "file",
         "retention": "limits",
         "discard": "new",
-        "max_bytes": settings.max_file_mb * _MB // 2 // names.partitions,
+        "max_bytes": settings.max_file_mb * _MB * 3 // 8 // names.partitions,
         "allow_direct": True,
         "allow_rollup_hdrs": True,
         "num_replicas": settings.replicas,
@@ -151,11 +151,21 @@ async def ensure_platform(bus: Bus, settings: Settings) -> None:
 async def _ensure_stream(bus: Bus, config: dict[str, Any]) -> None:
     name = config["name"]
     try:
-        await bus.api(f"STREAM.CREATE.{name}", config)
+        current = (await bus.api(f"STREAM.INFO.{name}"))["config"]
     except JetStreamError as error:
-        if error.err_code != STREAM_EXISTS:
+        if error.err_code != STREAM_NOT_FOUND:
             raise
-        await bus.api(f"STREAM.UPDATE.{name}", config)
+        await bus.api(f"STREAM.CREATE.{name}", config)
+        return
+    changed = sorted(key for key, value in config.items() if current.get(key, _absent(value)) != value)
+    if changed:
+        log.info("stream %s: bringing %s up to date", name, ", ".join(changed), extra={"action": "stream_updated"})
+        await bus.api(f"STREAM.UPDATE.{name}", {**current, **config})
+
+
+def _absent(value: object) -> object:
+    """What a field the server leaves out of its answer stands for."""
+    return False if isinstance(value, bool) else 0 if isinstance(value, int) else None
 
 
 def lanes_of(model: str, version: int, region: str) -> list[Lane]:

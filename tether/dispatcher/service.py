@@ -1,0 +1,216 @@
+"""The dispatcher service: registration, liveness, lanes, assignments, routes.
+
+It keeps no state of its own: epochs live in ``assign``, versions in ``models``, and what is known of workers comes
+back with their next heartbeats. With it dead, loaded models keep answering.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from tether import codec, lifecycle, logs, metrics, ops_http
+from tether.bus import rpc
+from tether.bus.connection import Bus
+from tether.bus.kv import KvBucket, SignedBucket
+from tether.bus.topology import ensure_lane, ensure_platform, lanes_of
+from tether.dispatcher import placement
+from tether.envelope import Envelope, MessageType
+from tether.errors import BadEncoding, Forbidden, TetherError
+from tether.home import Home
+from tether.model import Assignment, Epoch, Heartbeat, Manifest, ModelRef, Registration, Route
+from tether.settings import Settings
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PORT = 8002
+_TICK_S = 0.5
+_ENSURE_S = 10.0
+
+
+class Dispatcher:
+    """One dispatcher on one connection. Use :func:`running`."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._settings = bus.settings
+        self._assign = SignedBucket(bus, "assign", MessageType.ASSIGN)
+        self._routes = SignedBucket(bus, "routes", MessageType.ROUTE)
+        self._epochs: dict[str, int] = {}
+        self._workers: dict[str, placement.Seen] = {}
+        self._models: set[ModelRef] = set()
+        self._regions: set[str] = {bus.settings.region}
+        self._lanes: set[tuple[ModelRef, str]] = set()
+        self._assigned: dict[str, Assignment] = {}
+        self._routed: dict[ModelRef, Route] = {}
+        self._changed = asyncio.Event()
+        self._platform_ok = False
+        self._since = bus.clock.monotonic()
+        """Start of the listening: until every worker had time for a heartbeat, no route loses a worker."""
+        bus.on_reconnect(self._begin_anew)
+
+    @property
+    def closed(self) -> asyncio.Event:
+        return self._bus.closed
+
+    def _begin_anew(self) -> None:
+        """The broker may have lost what it kept in memory: infer lanes and liveness."""
+        self._platform_ok = False
+        self._since = self._bus.clock.monotonic()
+        self._lanes.clear()
+        self._changed.set()
+
+    async def prepare(self) -> None:
+        """Create streams and buckets, and remember what the last dispatcher wrote."""
+        await ensure_platform(self._bus, self._settings)
+        self._platform_ok = True
+        for key, body in (await self._assign.entries()).items():
+            known = codec.decode(body, Assignment)
+            self._epochs[key] = known.epoch
+            self._assigned[key] = known
+        for body in (await self._routes.entries()).values():
+            route = codec.decode(body, Route)
+            self._routed[ModelRef(route.model, route.version)] = route
+
+    async def register(self, envelope: Envelope) -> bytes:
+        """``registerWorker``: give a worker the epoch its heartbeats must carry."""
+        request = codec.decode(envelope.body, Registration)
+        if request.worker != envelope.sender:
+            raise Forbidden(f"'{envelope.sender}' may not register as '{request.worker}'", field="worker")
+        epoch = self._epochs.get(request.worker, 0) + 1
+        self._epochs[request.worker] = epoch
+        self._workers.pop(request.worker, None)
+        if request.region not in self._regions:
+            self._regions.add(request.region)
+        await self._write_assignments()
+        self._changed.set()
+        log.info("epoch %d for %s", epoch, request.worker, extra={"action": "worker_registered", "worker": request.worker})
+        return codec.encode(Epoch(epoch))
+
+    def heard(self, key: str, frame: bytes | None) -> None:
+        """A heartbeat: believed when the worker itself signed it and it carries the worker's epoch."""
+        if frame is None:
+            return
+        envelope = self._bus.open_frame(
+            frame, self._bus.names.bucket_key("liveness", key), MessageType.HEARTBEAT, max_age_ms=60_000
+        )
+        if envelope is None or envelope.sender != key:
+            return
+        try:
+            beat = codec.decode(envelope.body, Heartbeat)
+        except BadEncoding as error:
+            log.warning("unreadable heartbeat: %s", error, extra={"action": "heartbeat_refused", "sender": key})
+            return
+        if beat.epoch != self._epochs.get(key):
+            return
+        last = self._workers.get(key)
+        self._workers[key] = placement.Seen(beat, self._bus.clock.monotonic())
+        if last is None or last.heartbeat.ready != beat.ready:
+            self._changed.set()
+
+    def model_changed(self, key: str, body: bytes | None) -> None:
+        if body is None:
+            self._models = {ref for ref in self._models if self._bus.names.version_key(ref.model, ref.version) != key}
+        else:
+            manifest = codec.decode(body, Manifest)
+            self._models.add(ModelRef(manifest.name, manifest.version))
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Bring lanes, assignments and routes in line with what is known: on every change and every half second."""
+        ensured = self._bus.clock.monotonic()
+        while True:
+            try:
+                async with asyncio.timeout(_TICK_S):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+            self._changed.clear()
+            try:
+                if not self._platform_ok or self._bus.clock.monotonic() - ensured > _ENSURE_S:
+                    await ensure_platform(self._bus, self._settings)
+                    self._platform_ok = True
+                    ensured = self._bus.clock.monotonic()
+                await self.reconcile()
+            except TetherError as error:
+                log.warning("will try again: %s", error, extra={"action": "reconcile_failed", "code": error.code})
+                self._platform_ok = False
+                await asyncio.sleep(0.2)
+
+    async def reconcile(self) -> None:
+        await self._ensure_lanes()
+        await self._write_assignments()
+        await self._write_routes()
+
+    async def _ensure_lanes(self) -> None:
+        for ref in list(self._models):
+            for region in list(self._regions):
+                if (ref, region) in self._lanes:
+                    continue
+                for lane in lanes_of(ref.model, ref.version, region):
+                    await ensure_lane(self._bus, lane, self._settings)
+                self._lanes.add((ref, region))
+        metrics.LANES.set(len(self._lanes))
+
+    async def _write_assignments(self) -> None:
+        for worker, assignment in placement.assignments(self._epochs, self._models).items():
+            if self._assigned.get(worker) != assignment:
+                await self._assign.put(worker, codec.encode(assignment))
+                self._assigned[worker] = assignment
+
+    async def _write_routes(self) -> None:
+        now = self._bus.clock.monotonic()
+        living = placement.alive(self._workers, now, self._settings.worker_timeout_s)
+        metrics.WORKERS_READY.set(len(living))
+        waiting = now - self._since < self._settings.worker_timeout_s
+        for ref, route in placement.routes(living, self._models).items():
+            before = self._routed.get(ref)
+            if waiting and before is not None and not set(before.workers) <= set(route.workers):
+                continue
+            if before != route:
+                await self._routes.put(self._bus.names.version_key(ref.model, ref.version), codec.encode(route))
+                self._routed[ref] = route
+
+    def checks(self) -> dict[str, str]:
+        return {
+            "broker": "ok" if self._bus.connected else "not connected",
+            "streams": "ok" if self._platform_ok else "not yet as they must be",
+        }
+
+
+@asynccontextmanager
+async def running(settings: Settings, home: Home) -> AsyncIterator[Dispatcher]:
+    """A dispatcher that works until the block ends."""
+    async with AsyncExitStack() as stack:
+        bus = await stack.enter_async_context(Bus.connect(settings, home, "dispatcher"))
+        dispatcher = Dispatcher(bus)
+        tasks = await stack.enter_async_context(lifecycle.tasks())
+        await dispatcher.prepare()
+        models = SignedBucket(bus, "models", MessageType.MANIFEST)
+        await stack.enter_async_context(models.watch(dispatcher.model_changed))
+        await stack.enter_async_context(KvBucket(bus, "liveness").watch(dispatcher.heard, refetch=False))
+        serving = rpc.serve(
+            bus,
+            "registerWorker",
+            accepts=MessageType.REGISTER,
+            answers=MessageType.REGISTERED,
+            handler=dispatcher.register,
+        )
+        await stack.enter_async_context(serving)
+        tasks.spawn(dispatcher.run(), "reconcile")
+        yield dispatcher
+
+
+async def main(settings: Settings) -> None:
+    """Run the dispatcher until SIGTERM or SIGINT."""
+    logs.setup(settings, "dispatcher")
+    stop = lifecycle.stop_on_signals()
+    home = Home.at(settings.home)
+    current: list[Dispatcher] = []
+    app = ops_http.operations(lambda: current[0].checks() if current else {"start": "not connected yet"})
+    port = DEFAULT_PORT if settings.ops_port < 0 else settings.ops_port
+    async with ops_http.listening(app, settings.ops_host, port) as bound:
+        lifecycle.write_endpoint(home, "dispatcher", bound)
+        await lifecycle.serve(stop, running(settings, home), current.append)

@@ -1,0 +1,91 @@
+"""Outcomes on their way out: reply bundles for waiting gateways, one committed result for each durable job."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+import msgspec
+
+from tether import codec, metrics
+from tether.bus.connection import Bus
+from tether.bus.queue import BusResults
+from tether.envelope import MessageType
+from tether.errors import BrokerUnavailable, PayloadTooLarge, QueueFull, ResultTooLarge
+from tether.job import Failure, JobState, Outcome
+
+log = logging.getLogger(__name__)
+
+_FRAME_ROOM = 64 * 1024
+"""Bytes of a message kept free for the envelope and the fields around the tensors."""
+
+_RETRY_S = 0.25
+
+
+class Answers:
+    """Publishes outcomes for one worker."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._results = BusResults(bus)
+        self._room = bus.settings.max_payload_bytes - _FRAME_ROOM
+
+    async def reply(self, to: str, outcomes: Sequence[Outcome]) -> None:
+        """Send reply bundles to a gateway: as few messages as fit."""
+        for group in self._grouped(outcomes):
+            ids = tuple(outcome.job for outcome in group)
+            frame = self._bus.signer.seal(MessageType.ANSWER, to, codec.encode_outcomes(group), jobs=ids)
+            try:
+                await self._bus.publish(to, frame)
+            except BrokerUnavailable:
+                log.info("a reply was not sent; the gateway asks again", extra={"action": "reply_lost"})
+
+    def _grouped(self, outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
+        groups: list[list[Outcome]] = []
+        filled = 0
+        for outcome in map(self._fitting, outcomes):
+            size = _size(outcome)
+            if not groups or filled + size > self._room or len(groups[-1]) >= self._bus.settings.bundle_max_jobs:
+                groups.append([])
+                filled = 0
+            groups[-1].append(outcome)
+            filled += size
+        return groups
+
+    def _fitting(self, outcome: Outcome) -> Outcome:
+        size = _size(outcome)
+        if size <= self._room:
+            return outcome
+        error = ResultTooLarge(f"the outputs take {size} bytes; one answer may have {self._room}: ask for fewer outputs")
+        return msgspec.structs.replace(
+            outcome, state=JobState.FAILED, outputs=(), error=Failure(error.code, error.message)
+        )
+
+    async def commit(self, model: str, outcomes: Sequence[Outcome]) -> None:
+        """Store how durable jobs ended; returns when every one is stored or was refused as second."""
+        await asyncio.gather(*[self._commit_one(model, self._fitting(outcome)) for outcome in outcomes])
+
+    async def _commit_one(self, model: str, outcome: Outcome) -> None:
+        subject = self._bus.names.result(outcome.job)
+        frame = self._bus.signer.seal(
+            MessageType.RESULT, subject, codec.encode_outcomes([outcome]), jobs=(outcome.job,), attempt=outcome.attempts
+        )
+        while True:
+            try:
+                first = await self._results.commit(outcome.job, frame)
+            except (BrokerUnavailable, QueueFull):
+                await asyncio.sleep(_RETRY_S)
+                continue
+            except PayloadTooLarge as error:
+                log.warning("%s", error, extra={"action": "result_too_large", "job_id": outcome.job})
+                return
+            if first:
+                metrics.JOBS_FINISHED.labels(model, outcome.state.value).inc()
+            else:
+                metrics.RESULTS_REFUSED.inc()
+            return
+
+
+def _size(outcome: Outcome) -> int:
+    return 256 + sum(len(tensor.data) + len(tensor.name) + 64 for tensor in outcome.outputs)

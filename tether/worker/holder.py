@@ -1,0 +1,118 @@
+"""The versions a worker holds: fetched, loaded, served, and let go again, as the dispatcher assigns."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from tether.bus.chunks import ObjectChunkStore
+from tether.bus.connection import Bus
+from tether.bus.kv import KvBucket
+from tether.bus.model_files import fetch_model, open_manifest
+from tether.errors import ModelNotFound, TetherError
+from tether.lifecycle import Tasks
+from tether.model import Manifest, ModelRef
+from tether.worker import runtimes
+from tether.worker.instance import ModelInstance
+from tether.worker.keepalive import KeepAlive
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = (0.5, 1.0, 2.0, 5.0, 15.0)
+
+
+class Holder:
+    """Brings what is held in line with what is wanted. One change at a time for each version."""
+
+    def __init__(self, bus: Bus, cache: Path, keepalive: KeepAlive) -> None:
+        self._bus = bus
+        self._cache = cache
+        self._keepalive = keepalive
+        self._manifests = KvBucket(bus, "models")
+        self._wanted: frozenset[ModelRef] = frozenset()
+        self._instances: dict[ModelRef, ModelInstance] = {}
+        self._failed: dict[ModelRef, str] = {}
+        self._busy: set[ModelRef] = set()
+        self._changed = asyncio.Event()
+        self._tasks = Tasks()
+        self.has_orders = False
+
+    def want(self, models: Sequence[ModelRef]) -> None:
+        self.has_orders = True
+        self._wanted = frozenset(models)
+        self._changed.set()
+
+    def ready(self) -> tuple[ModelRef, ...]:
+        return tuple(sorted(self._instances, key=lambda ref: (ref.model, ref.version)))
+
+    def failed(self) -> tuple[tuple[str, str], ...]:
+        return tuple((f"{ref.model}:{ref.version}", reason) for ref, reason in self._failed.items())
+
+    def running(self) -> int:
+        return sum(instance.running for instance in self._instances.values())
+
+    async def run(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            for ref in self._wanted - self._instances.keys() - self._busy:
+                self._busy.add(ref)
+                self._tasks.spawn(self._load(ref), f"load-{ref.model}")
+            for ref in self._instances.keys() - self._wanted - self._busy:
+                self._busy.add(ref)
+                self._tasks.spawn(self._unload(ref), f"unload-{ref.model}")
+
+    async def stop(self, drain_s: float) -> None:
+        """Let every version go, each finishing what it holds."""
+        await self._tasks.cancel()
+        instances = [self._instances.pop(ref) for ref in list(self._instances)]
+        await asyncio.gather(*[instance.stop(drain_s) for instance in instances])
+
+    async def _load(self, ref: ModelRef) -> None:
+        """Try until it is loaded or no longer wanted."""
+        tries = 0
+        try:
+            while ref in self._wanted:
+                try:
+                    self._instances[ref] = await self._loaded(ref)
+                    self._failed.pop(ref, None)
+                    log.info("loaded", extra={"action": "model_loaded", "model": ref.model, "version": ref.version})
+                    return
+                except TetherError as error:
+                    self._failed[ref] = f"{error.code}: {error.message}"
+                    log.warning("not loaded: %s", error, extra={"action": "load_failed", "model": ref.model})
+                await asyncio.sleep(_RETRY_S[min(tries, len(_RETRY_S) - 1)])
+                tries += 1
+            self._failed.pop(ref, None)
+        finally:
+            self._busy.discard(ref)
+            self._changed.set()
+
+    async def _loaded(self, ref: ModelRef) -> ModelInstance:
+        manifest = await self._manifest(ref)
+        store = ObjectChunkStore(self._bus, self._bus.names.chunk_bucket(ref.model))
+        directory = await fetch_model(self._bus, store, manifest, self._cache)
+        runtime = await asyncio.to_thread(
+            runtimes.load, manifest, directory, threads=self._bus.settings.onnx_threads
+        )
+        instance = ModelInstance(self._bus, manifest, runtime, self._keepalive)
+        await instance.start()
+        return instance
+
+    async def _manifest(self, ref: ModelRef) -> Manifest:
+        key = self._bus.names.version_key(ref.model, ref.version)
+        frame = await self._manifests.get(key)
+        if frame is None:
+            raise ModelNotFound(f"model '{ref.model}' has no version {ref.version}")
+        return open_manifest(self._bus.verifier, self._bus.names, key, frame)
+
+    async def _unload(self, ref: ModelRef) -> None:
+        try:
+            instance = self._instances.pop(ref)
+            await instance.stop(self._bus.settings.drain_s)
+            log.info("unloaded", extra={"action": "model_unloaded", "model": ref.model, "version": ref.version})
+        finally:
+            self._busy.discard(ref)
+            self._changed.set()

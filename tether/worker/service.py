@@ -1,0 +1,141 @@
+"""The worker service: register, hold what was assigned, tell that it lives, stop in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from tether import codec, lifecycle, logs, metrics, ops_http
+from tether.bus import rpc
+from tether.bus.connection import Bus
+from tether.bus.kv import KvBucket, SignedBucket
+from tether.envelope import MessageType
+from tether.errors import BrokerUnavailable, TetherError
+from tether.home import Home
+from tether.model import Assignment, Epoch, Heartbeat, Registration
+from tether.settings import Settings
+from tether.worker.holder import Holder
+from tether.worker.keepalive import KeepAlive
+from tether.worker.runtimes import ONNX_PLATFORM
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PORT = 8001
+_FORGOTTEN_S = 3.0
+"""Without an assignment for its epoch this long, a worker registers again."""
+
+
+class WorkerService:
+    """One worker on one connection. Use :func:`running`."""
+
+    def __init__(self, bus: Bus, home: Home, keepalive: KeepAlive) -> None:
+        self._bus = bus
+        self._settings = bus.settings
+        self.name = bus.signer.name
+        self.holder = Holder(bus, home.cache(self.name), keepalive)
+        self._liveness = KvBucket(bus, "liveness")
+        self._assign = SignedBucket(bus, "assign", MessageType.ASSIGN)
+        self._epoch = 0
+        self._remembered_at = float("-inf")
+
+    async def register(self) -> None:
+        """Ask the dispatcher for an epoch until there is one."""
+        body = codec.encode(
+            Registration(self.name, self._settings.region, self._settings.worker_slots, (ONNX_PLATFORM,))
+        )
+        while True:
+            try:
+                answer = await rpc.call(
+                    self._bus, "registerWorker", MessageType.REGISTER, body, answers=MessageType.REGISTERED, timeout=2.0
+                )
+            except BrokerUnavailable:
+                await asyncio.sleep(0.2)
+                continue
+            self._epoch = codec.decode(answer, Epoch).epoch
+            self._remembered_at = self._bus.clock.monotonic()
+            log.info("registered with epoch %d", self._epoch, extra={"action": "registered", "worker": self.name})
+            return
+
+    def assigned(self, key: str, body: bytes | None) -> None:
+        """The dispatcher's word on what to hold; another worker's, or one for an older epoch, is not for us."""
+        if key != self.name or body is None:
+            return
+        assignment = codec.decode(body, Assignment)
+        if assignment.epoch == self._epoch:
+            self._remembered_at = self._bus.clock.monotonic()
+            self.holder.want(assignment.models)
+
+    async def beat(self) -> None:
+        """Heartbeats, and a new registration when the dispatcher has forgotten this worker."""
+        while True:
+            await self.heartbeat()
+            if not self.holder.has_orders and self._bus.clock.monotonic() - self._remembered_at > _FORGOTTEN_S:
+                await self.register()
+            await asyncio.sleep(self._settings.heartbeat_s)
+
+    async def heartbeat(self, *, leaving: bool = False) -> None:
+        subject = self._liveness.subject(self.name)
+        ready = () if leaving else self.holder.ready()
+        metrics.MODELS_LOADED.set(len(ready))
+        body = codec.encode(
+            Heartbeat(
+                worker=self.name,
+                epoch=self._epoch,
+                region=self._settings.region,
+                ready=ready,
+                failed=self.holder.failed(),
+                running=self.holder.running(),
+                slots=self._settings.worker_slots,
+                sent_at=self._bus.clock.utc(),
+            )
+        )
+        frame = self._bus.signer.seal(MessageType.HEARTBEAT, subject, body)
+        try:
+            await self._bus.publish(subject, frame)
+        except TetherError as error:
+            log.debug("no heartbeat: %s", error, extra={"action": "heartbeat_lost"})
+
+    def checks(self) -> dict[str, str]:
+        """The dependencies of ``/readyz``."""
+        return {
+            "broker": "ok" if self._bus.connected else "not connected",
+            "registration": "ok" if self._epoch else "waiting for a dispatcher",
+        }
+
+    @property
+    def closed(self) -> asyncio.Event:
+        return self._bus.closed
+
+
+@asynccontextmanager
+async def running(settings: Settings, home: Home) -> AsyncIterator[WorkerService]:
+    """A worker that serves until the block ends, and then finishes what it holds."""
+    async with AsyncExitStack() as stack:
+        bus = await stack.enter_async_context(Bus.connect(settings, home, settings.worker_name))
+        keepalive = KeepAlive(settings, home, settings.worker_name)
+        keepalive.start()
+        stack.callback(keepalive.stop)
+        worker = WorkerService(bus, home, keepalive)
+        tasks = await stack.enter_async_context(lifecycle.tasks())
+        stack.push_async_callback(worker.holder.stop, settings.drain_s)
+        stack.push_async_callback(worker.heartbeat, leaving=True)
+        await worker.register()
+        await stack.enter_async_context(worker._assign.watch(worker.assigned))  # noqa: SLF001 - same module
+        tasks.spawn(worker.beat(), "heartbeat")
+        tasks.spawn(worker.holder.run(), "holder")
+        yield worker
+
+
+async def main(settings: Settings) -> None:
+    """Run the worker until SIGTERM or SIGINT, or until the connection is closed for good."""
+    logs.setup(settings, settings.worker_name)
+    stop = lifecycle.stop_on_signals()
+    home = Home.at(settings.home)
+    current: list[WorkerService] = []
+    app = ops_http.operations(lambda: current[0].checks() if current else {"start": "not connected yet"})
+    port = DEFAULT_PORT if settings.ops_port < 0 else settings.ops_port
+    async with ops_http.listening(app, settings.ops_host, port) as bound:
+        lifecycle.write_endpoint(home, settings.worker_name, bound)
+        await lifecycle.serve(stop, running(settings, home), current.append)
