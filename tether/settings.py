@@ -228,11 +228,11 @@ def _checked(known: Mapping[str, SettingInfo], name: str, value: Any) -> Any:
         raise _unknown("", name, known)
     if info.type is float and type(value) is int and abs(value) < 1 << 53:
         value = float(value)
-    if type(value) is not info.type:
+    if value.__class__ is not info.type:
         raise ConfigError(f"setting '{name}' must be a {_type_name(info)}, not {value!r}", field=name)
     if info.choices and value not in info.choices:
         raise ConfigError(f"setting '{name}' must be one of {', '.join(info.choices)}, not {value!r}", field=name)
-    if info.low is not None and not info.low <= value <= (info.high if info.high is not None else value):
+    if info.low is not None and info.high is not None and not info.low <= value <= info.high:
         raise ConfigError(f"setting '{name}' must be between {info.low:g} and {info.high:g}, not {value!r}", field=name)
     return value
 

@@ -1,0 +1,121 @@
+"""A request against a version's signature: what fits, and that each misfit names itself."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import pytest
+
+from tether import model
+from tether.errors import BadTensor, TetherError, all_errors, by_code
+from tether.job import JobState, idempotent_job_id, new_job_id
+from tether.model import Batching, Manifest, ModelFile, TensorSpec
+from tether.tensor import Tensor
+
+BATCHED = Manifest(
+    "m",
+    2,
+    "onnx_onnxv1",
+    (ModelFile("a", 3, "", ()), ModelFile("b", 4, "", ())),
+    (TensorSpec("x", "FP32", (-1, 4)), TensorSpec("mask", "BOOL", (-1,))),
+    (TensorSpec("y", "FP32", (-1, 2)), TensorSpec("z", "INT64", (-1,))),
+    Batching(8),
+    1.0,
+    "modelstore",
+)
+SINGLE = msgspec.structs.replace(BATCHED, batching=Batching(), inputs=(TensorSpec("x", "FP32", (2, -1)),))
+
+
+def x(*shape: int, datatype: str = "FP32", name: str = "x") -> Tensor:
+    return Tensor(name, datatype, shape, b"")
+
+
+def mask(rows: int) -> Tensor:
+    return x(rows, datatype="BOOL", name="mask")
+
+
+def test_rows_are_the_first_axis_of_a_batched_model() -> None:
+    assert model.check_inputs(BATCHED, (x(3, 4), mask(3))) == 3
+    assert model.check_inputs(BATCHED, (mask(8), x(8, 4))) == 8
+
+
+def test_a_model_without_batches_has_no_rows() -> None:
+    assert model.check_inputs(SINGLE, (x(2, 99),)) == 0
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ((), "'x' is required"),
+        ((x(1, 4),), "'mask' is required"),
+        ((x(1, 4), mask(1), x(1, 4)), "'x' is given twice"),
+        ((x(1, 4), mask(1), x(1, name="w")), "no input 'w'"),
+        ((x(1, 4, datatype="FP64"), mask(1)), "datatype FP64; the model expects FP32"),
+        ((x(1, 5), mask(1)), "shape [1, 5]; the model expects [-1, 4]"),
+        ((x(4), mask(1)), "shape [4]"),
+        ((x(), mask(1)), "shape []"),
+        ((x(2, 4), mask(3)), "3 rows and another input has 2"),
+        ((x(9, 4), mask(9)), "at most 8"),
+    ],
+)
+def test_what_does_not_fit_is_named(inputs: tuple[Tensor, ...], words: str) -> None:
+    with pytest.raises(BadTensor) as caught:
+        model.check_inputs(BATCHED, inputs)
+    assert words in caught.value.message
+    assert caught.value.field
+
+
+def test_only_the_models_outputs_can_be_asked_for() -> None:
+    model.check_outputs(BATCHED, ())
+    model.check_outputs(BATCHED, ("z", "y"))
+    with pytest.raises(BadTensor, match=r"'w'.*'y', 'z'"):
+        model.check_outputs(BATCHED, ("y", "w"))
+
+
+def test_metadata_is_the_protocols_object() -> None:
+    assert json.loads(json.dumps(model.metadata(BATCHED, (1, 2)))) == {
+        "name": "m",
+        "versions": ["1", "2"],
+        "platform": "onnx_onnxv1",
+        "inputs": [
+            {"name": "x", "datatype": "FP32", "shape": [-1, 4]},
+            {"name": "mask", "datatype": "BOOL", "shape": [-1]},
+        ],
+        "outputs": [
+            {"name": "y", "datatype": "FP32", "shape": [-1, 2]},
+            {"name": "z", "datatype": "INT64", "shape": [-1]},
+        ],
+    }
+
+
+def test_a_version_is_as_large_as_its_files() -> None:
+    assert BATCHED.size == 7
+
+
+# the error tree and ids
+
+
+@pytest.mark.parametrize("kind", list(all_errors()), ids=lambda kind: kind.__name__)
+def test_every_error_is_rebuilt_from_its_code(kind: type[TetherError]) -> None:
+    rebuilt = by_code(kind.code, "why")
+    assert type(rebuilt) is kind
+    assert rebuilt.message == str(rebuilt) == "why"
+
+
+def test_codes_are_unique_and_an_unknown_one_is_the_base() -> None:
+    codes = [kind.code for kind in all_errors()]
+    assert len(codes) == len(set(codes))
+    assert type(by_code("from_the_future", "why")) is TetherError
+
+
+def test_job_ids_are_unguessable_or_repeatable() -> None:
+    assert len({new_job_id() for _ in range(100)}) == 100
+    assert idempotent_job_id("t", "key") == idempotent_job_id("t", "key")
+    assert idempotent_job_id("t", "key") != idempotent_job_id("u", "key")
+    assert idempotent_job_id("a", "b") != idempotent_job_id("a\0b", "")
+    assert len(new_job_id()) == len(idempotent_job_id("t", "key")) == 32
+
+
+def test_states_are_the_closed_set() -> None:
+    assert set(JobState) == {"scheduled", "queued", "running", "succeeded", "failed", "cancelled", "expired", "dead"}
