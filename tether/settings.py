@@ -232,9 +232,13 @@ def _checked(known: Mapping[str, SettingInfo], name: str, value: Any) -> Any:
         raise ConfigError(f"setting '{name}' must be a {_type_name(info)}, not {value!r}", field=name)
     if info.choices and value not in info.choices:
         raise ConfigError(f"setting '{name}' must be one of {', '.join(info.choices)}, not {value!r}", field=name)
-    if info.low is not None and info.high is not None and not info.low <= value <= info.high:
+    if not _in_range(info, value):
         raise ConfigError(f"setting '{name}' must be between {info.low:g} and {info.high:g}, not {value!r}", field=name)
     return value
+
+
+def _in_range(info: SettingInfo, value: Any) -> bool:
+    return info.low is None or info.high is None or bool(info.low <= value <= info.high)
 
 
 def _type_name(info: SettingInfo) -> str:
