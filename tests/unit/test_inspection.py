@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import models
 import pytest
 
-from tests import models
 from tether.errors import ModelRejected
 from tether.model import TensorSpec
 from tether.modelstore.inspection import Inspection, Limits, inspect

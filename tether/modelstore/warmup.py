@@ -95,7 +95,7 @@ def _unproven(
     named = len(names) == 1 and isinstance(symbols.inputs[0], str) and set(symbols.outputs) == names
     if free and named:
         return Inspection(inputs, outputs, automatic_batch(inputs, outputs))
-    return Inspection(inputs, outputs, 0, "its shapes are not known well enough to try it")
+    return Inspection(inputs, outputs, 0, "its shapes are not known well enough to try it", unproven=free)
 
 
 def _first_run(session: Any, inputs: Sequence[TensorSpec], rows: int) -> tuple[list[Any], bool] | Exception:

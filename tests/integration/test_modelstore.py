@@ -1,0 +1,316 @@
+"""Pushing models through a real broker: pieces, versions, aliases, and what is left when something breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import models
+import nats
+import pytest
+from brokers import Broker, StartBroker, wait_until
+from nats.js.errors import ObjectNotFoundError
+
+from tether import codec
+from tether.bus import rpc
+from tether.bus.chunks import PIECE, ObjectChunkStore, digest_of
+from tether.bus.connection import Bus
+from tether.bus.kv import KvBucket
+from tether.bus.model_files import download, fetch_model, intact, open_manifest
+from tether.bus.topology import ensure_platform
+from tether.bus.upload import upload
+from tether.envelope import MessageType
+from tether.errors import (
+    CorruptChunk,
+    InvalidRequest,
+    ModelRejected,
+    PayloadTooLarge,
+    SubjectMismatch,
+    TetherError,
+)
+from tether.home import read_secret
+from tether.model import Alias, Manifest, ModelFile, PushAnswer, PushRequest
+from tether.modelstore import service
+from tether.modelstore.service import ENDPOINT
+
+
+@dataclass
+class Platform:
+    """A broker with streams, a model store on it, and a gateway's connection."""
+
+    broker: Broker
+    bus: Bus
+    stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    def store(self, model: str = "m") -> ObjectChunkStore:
+        return ObjectChunkStore(self.bus, self.bus.names.chunk_bucket(model), patience_s=20)
+
+    async def upload(self, content: bytes, *, model: str = "m", limit: int = 1 << 30) -> tuple[ModelFile, int]:
+        return await upload(self.bus, self.store(model), parts(content), limit=limit)
+
+    async def register(self, request: PushRequest) -> PushAnswer:
+        body = codec.encode(request)
+        answer = await rpc.call(self.bus, ENDPOINT, MessageType.PUSH, body, answers=MessageType.PUSHED, timeout=60)
+        return codec.decode(answer, PushAnswer)
+
+    async def push(self, content: bytes, *, model: str = "m", max_batch_size: int = -1) -> PushAnswer:
+        file, _ = await self.upload(content, model=model)
+        return await self.register(PushRequest(model, file, max_batch_size))
+
+    async def manifest(self, model: str, version: int) -> Manifest | None:
+        key = self.bus.names.version_key(model, version)
+        frame = await KvBucket(self.bus, "models").get(key)
+        return None if frame is None else open_manifest(self.bus.verifier, self.bus.names, key, frame)
+
+    async def latest(self, model: str) -> Alias:
+        found = await self.bus.direct_get(
+            self.bus.names.bucket_stream("aliases"), self.bus.names.bucket_key("aliases", f"{model}.latest")
+        )
+        assert found is not None
+        envelope = self.bus.verifier.open(found.data, subject=found.subject, types=(MessageType.ALIAS,))
+        assert envelope.sender == "modelstore"
+        return codec.decode(envelope.body, Alias)
+
+
+async def parts(content: bytes, size: int = 300_000) -> AsyncIterator[bytes]:
+    for start in range(0, len(content), size):
+        yield content[start : start + size]
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+@asynccontextmanager
+async def platform_on(broker: Broker, *, modelstores: int = 1) -> AsyncIterator[Platform]:
+    async with AsyncExitStack() as stack:
+        dispatcher = await stack.enter_async_context(Bus.connect(broker.settings, broker.home, "dispatcher"))
+        await ensure_platform(dispatcher, broker.settings)
+        bus = await stack.enter_async_context(Bus.connect(broker.settings, broker.home, "gateway"))
+        for _ in range(modelstores):
+            await stack.enter_async_context(service.running(broker.settings, broker.home))
+        yield Platform(broker, bus)
+
+
+@pytest.fixture
+async def platform(broker: Broker) -> AsyncIterator[Platform]:
+    async with platform_on(broker) as made:
+        yield made
+
+
+async def test_a_push_makes_version_1_and_the_same_again_makes_nothing(platform: Platform) -> None:
+    first = await platform.push(models.add(1.0))
+    again = await platform.push(models.add(1.0))
+    changed = await platform.push(models.add(2.0))
+    assert [(a.manifest.version, a.created) for a in (first, again, changed)] == [(1, True), (1, False), (2, True)]
+    assert changed.aliases == {"latest": 2}
+    assert await platform.manifest("m", 1) == first.manifest
+    assert first.manifest.platform == "onnxruntime_onnx"
+    assert first.manifest.batching.max_batch_size == 512
+    alias = await platform.latest("m")
+    assert (alias.version, alias.revision, [move.version for move in alias.previous]) == (2, 2, [1])
+
+
+async def test_the_same_file_with_other_batching_is_a_new_version(platform: Platform) -> None:
+    await platform.push(models.add())
+    changed = await platform.push(models.add(), max_batch_size=8)
+    assert (changed.manifest.version, changed.manifest.batching.max_batch_size) == (2, 8)
+
+
+async def test_only_what_changed_is_stored(platform: Platform) -> None:
+    content = noise(5 * PIECE + 17)
+    file, stored = await platform.upload(content)
+    assert stored == len(content) == file.size
+    assert file.digest == hashlib.sha256(content).hexdigest()
+    changed = content[: 2 * PIECE] + noise(PIECE, seed=9) + content[3 * PIECE :]
+    assert (await platform.upload(changed))[1] == PIECE
+    assert (await platform.upload(content))[1] == 0
+    assert (await platform.upload(bytes(4 * PIECE)))[1] == PIECE
+
+
+async def test_simultaneous_pushes_get_versions_of_their_own(start_broker: StartBroker) -> None:
+    async with start_broker() as broker, platform_on(broker, modelstores=2) as platform:
+        answers = await asyncio.gather(*(platform.push(models.add(float(n))) for n in range(6)))
+        assert sorted(answer.manifest.version for answer in answers) == [1, 2, 3, 4, 5, 6]
+        assert (await platform.latest("m")).version == 6
+
+
+async def test_a_dotted_name_is_a_model_of_its_own(platform: Platform) -> None:
+    await platform.push(models.add(1.0), model="a.b")
+    await platform.push(models.add(2.0), model="a")
+    assert (await platform.push(models.add(3.0), model="a.b")).manifest.version == 2
+
+
+async def test_an_interrupted_upload_is_invisible_and_resumed(platform: Platform) -> None:
+    content = noise(40 * PIECE)
+
+    async def broken() -> AsyncIterator[bytes]:
+        async for part in parts(content[: 24 * PIECE]):
+            yield part
+        raise ConnectionResetError
+
+    with pytest.raises(ConnectionResetError):
+        await upload(platform.bus, platform.store(), broken(), limit=1 << 30)
+    assert await platform.manifest("m", 1) is None
+    _, stored = await platform.upload(content)
+    assert stored < len(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "limit", "error"), [(b"", 100, InvalidRequest), (b"x" * 101, 100, PayloadTooLarge)]
+)
+async def test_a_body_that_cannot_be_a_model_is_refused_at_once(
+    platform: Platform, content: bytes, limit: int, error: type[TetherError]
+) -> None:
+    with pytest.raises(error):
+        await platform.upload(content, limit=limit)
+
+
+async def test_a_refused_model_leaves_no_version(platform: Platform) -> None:
+    with pytest.raises(ModelRejected, match="not an ONNX model"):
+        await platform.push(b"GIF89a" * 1000)
+    with pytest.raises(ModelRejected, match="cannot be batched"):
+        await platform.push(models.over_batch(), max_batch_size=4)
+    file, _ = await platform.upload(models.add())
+    with pytest.raises(InvalidRequest, match="max_delay_ms"):
+        await platform.register(PushRequest("m", file, max_delay_ms=-1.0))
+    assert await platform.manifest("m", 1) is None
+    assert (await platform.push(models.over_batch())).manifest.batching.max_batch_size == 0
+
+
+async def alter(platform: Platform, digest: str, content: bytes) -> None:
+    """Write other bytes where a piece lies."""
+    subject = platform.bus.names.object_chunk(platform.bus.names.chunk_bucket("m"), digest)
+    await platform.bus.publish_acked(subject, content)
+
+
+async def test_an_altered_piece_is_never_served_and_mended_by_the_next_push(platform: Platform, tmp_path: Path) -> None:
+    content = models.padded(3 * PIECE)
+    file, _ = await platform.upload(content)
+    await alter(platform, file.chunks[1], b"evil")
+    with pytest.raises(CorruptChunk, match=file.chunks[1]):
+        await download(platform.store(), file, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(CorruptChunk):
+        await platform.register(PushRequest("m", file))
+    _, stored = await platform.upload(content)
+    assert stored == PIECE
+    assert (await platform.register(PushRequest("m", file))).manifest.version == 1
+
+
+async def test_a_missing_piece_is_a_corrupt_one(platform: Platform, tmp_path: Path) -> None:
+    digest = digest_of(b"never stored")
+    file = ModelFile("model.onnx", 12, digest, (digest,))
+    with pytest.raises(CorruptChunk, match="not in the store"):
+        await download(platform.store(), file, tmp_path / "model.onnx")
+
+
+async def test_pieces_that_are_each_right_but_not_the_file_are_refused(platform: Platform, tmp_path: Path) -> None:
+    file, _ = await platform.upload(noise(2 * PIECE))
+    swapped = ModelFile(file.path, file.size, file.digest, file.chunks[::-1])
+    with pytest.raises(CorruptChunk, match="do not make up"):
+        await download(platform.store(), swapped, tmp_path / "model.onnx")
+
+
+async def test_a_cache_is_proven_at_every_use(platform: Platform, tmp_path: Path) -> None:
+    content = models.padded(2 * PIECE)
+    manifest = (await platform.push(content)).manifest
+    folders = await asyncio.gather(*(fetch_model(platform.bus, platform.store(), manifest, tmp_path) for _ in range(4)))
+    assert len(set(folders)) == 1
+    target = folders[0] / "model.onnx"
+    assert target.read_bytes() == content
+    target.write_bytes(content[:-1] + b"!")
+    await fetch_model(platform.bus, platform.store(), manifest, tmp_path)
+    assert target.read_bytes() == content
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(content)
+    target.unlink()
+    target.symlink_to(elsewhere)
+    assert not intact(target, manifest.files[0])
+    await fetch_model(platform.bus, platform.store(), manifest, tmp_path)
+    assert not target.is_symlink()
+    assert [path.name for path in folders[0].iterdir()] == ["model.onnx"]
+
+
+async def test_a_manifest_counts_only_under_its_own_key(platform: Platform) -> None:
+    manifest = (await platform.push(models.add())).manifest
+    names, bus = platform.bus.names, platform.bus
+    frame = await KvBucket(bus, "models").get(names.version_key("m", 1))
+    assert frame is not None
+    assert open_manifest(bus.verifier, names, "m.1", frame) == manifest
+    with pytest.raises(SubjectMismatch):
+        open_manifest(bus.verifier, names, "m.2", frame)
+
+
+async def test_a_push_outlives_a_restart_of_the_broker(embedded_broker: Broker) -> None:
+    content = models.padded(60 * PIECE)
+    server = embedded_broker.server
+    assert server is not None
+    async with platform_on(embedded_broker) as platform:
+        await platform.push(models.add())
+        half = asyncio.Event()
+
+        async def body() -> AsyncIterator[bytes]:
+            sent = 0
+            async for part in parts(content):
+                sent += len(part)
+                if sent > len(content) // 2:
+                    half.set()
+                yield part
+
+        task = asyncio.ensure_future(upload(platform.bus, platform.store(), body(), limit=1 << 30))
+        await half.wait()
+        await server.kill()
+        await server.start()
+        file, _ = await task
+        await wait_until(lambda: platform.bus.connected, "the gateway is connected again")
+        answer = await platform.register(PushRequest("m", file))
+        assert answer.manifest.version == 2
+        assert answer.manifest.files[0].digest == hashlib.sha256(content).hexdigest()
+
+
+async def test_a_model_store_that_died_before_the_alias_repairs_it_at_its_next_start(broker: Broker) -> None:
+    async with platform_on(broker) as platform:
+        await platform.push(models.add(1.0))
+        second = (await platform.push(models.add(2.0))).manifest
+        assert second.version == 2
+    async with Bus.connect(broker.settings, broker.home, "modelstore") as bus:
+        key, subject = "m.3", bus.names.bucket_key("models", "m.3")
+        orphan = Manifest(
+            **{name: getattr(second, name) for name in second.__struct_fields__ if name != "version"}, version=3
+        )
+        frame = bus.signer.seal(MessageType.MANIFEST, subject, codec.encode(orphan))
+        assert await KvBucket(bus, "models").create(key, frame)
+    async with platform_on(broker) as platform:
+        assert (await platform.latest("m")).version == 3
+
+
+async def test_the_clients_own_object_store_reads_our_pieces(platform: Platform) -> None:
+    content = noise(PIECE + 5)
+    file, _ = await platform.upload(content)
+    await platform.store().put(again(content[:PIECE]))
+    seed = read_secret(platform.broker.home.nats_seed("dispatcher")).decode().strip()
+    inbox = platform.bus.names.inbox("dispatcher")
+    client = await nats.connect(platform.broker.url, nkeys_seed_str=seed, inbox_prefix=inbox)
+    try:
+        objects = await client.jetstream().object_store(platform.bus.names.chunk_bucket("m"))
+        for digest, piece in zip(file.chunks, (content[:PIECE], content[PIECE:]), strict=True):
+            found = await objects.get(digest)
+            assert found.data == piece
+            assert (found.info.size, found.info.chunks, found.info.nuid) == (len(piece), 1, digest)
+        assert {info.name for info in await objects.list()} == set(file.chunks)
+        await platform.store().discard(file.chunks[1])
+        with pytest.raises(ObjectNotFoundError):
+            await objects.get(file.chunks[1])
+    finally:
+        await client.close()
+
+
+async def again(piece: bytes) -> AsyncIterator[tuple[str, bytes]]:
+    """A piece as ``put`` takes it."""
+    yield digest_of(piece), piece

@@ -1,0 +1,266 @@
+"""Pieces of model files as objects of a JetStream object store (NATS ADR-20), so that ``nats object`` reads them too.
+
+One piece is one object: its name and its nuid are the hex SHA-256 of its bytes, its data is one message on
+``$O.<bucket>.C.<nuid>``, its meta message follows when the data is stored. Both carry ``Nats-Rollup: sub``: storing a
+piece twice leaves one copy, and storing it again mends a damaged one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from tether.bus.connection import Bus
+from tether.errors import BrokerUnavailable, CorruptChunk, DeadlineExceeded, TetherError
+
+PIECE = 1 << 20
+"""Most bytes of one piece. The broker's ``max_payload`` must allow it."""
+
+WRITE_WINDOW = 32
+READ_WINDOW = 16
+LOOKUP = 256
+"""Pieces asked for in one look-up."""
+GROUP = 16
+"""Pieces of an upload that are looked up together, before any of them is sent."""
+
+_ROLLUP = {"Nats-Rollup": "sub"}
+
+T = TypeVar("T")
+
+
+class _Meta(msgspec.Struct, frozen=True, omit_defaults=True):
+    name: str
+    bucket: str
+    nuid: str
+    size: int
+    mtime: str
+    chunks: int
+    digest: str
+    deleted: bool = False
+
+
+class ObjectChunkStore:
+    """See :class:`tether.ports.ChunkStore`.
+
+    A broker that goes away is waited for: no single piece may take longer than ``patience_s``, and nothing longer
+    than ``deadline_s`` as a whole. At most a window of pieces is in memory.
+    """
+
+    def __init__(self, bus: Bus, bucket: str, *, deadline_s: float = 3600.0, patience_s: float = 30.0) -> None:
+        self._bus = bus
+        self._bucket = bucket
+        self._stream = bus.names.object_stream(bucket)
+        self._deadline_s = deadline_s
+        self._patience_s = patience_s
+
+    async def missing(self, digests: Sequence[str]) -> list[str]:
+        """Those of ``digests`` that are not stored, in their order, each once.
+
+        Raises:
+            BrokerUnavailable: no answer within ``patience_s``.
+        """
+        wanted = list(dict.fromkeys(digests))
+        present: set[str] = set()
+        for start in range(0, len(wanted), LOOKUP):
+            present |= await self._present(wanted[start : start + LOOKUP])
+        return [digest for digest in wanted if digest not in present]
+
+    async def _present(self, digests: list[str]) -> set[str]:
+        subjects = {self._meta_subject(digest): digest for digest in digests}
+        found = await self._patiently(lambda: self._bus.direct_batch(self._stream, list(subjects)))
+        return {subjects[subject] for subject, item in found.items() if not _deleted(item.data)}
+
+    async def put(self, pieces: AsyncIterator[tuple[str, bytes]]) -> int:
+        """Store pieces that are not there yet; returns their bytes.
+
+        Raises:
+            QueueFull: the bucket is at its limit.
+            DeadlineExceeded, BrokerUnavailable: it took too long, as a whole or for one piece.
+        """
+        stored = 0
+        seen: set[str] = set()
+        async with _deadline(self._deadline_s), Window(WRITE_WINDOW) as window:
+            async for group in _groups(pieces):
+                fresh = {digest: piece for digest, piece in group if digest not in seen}
+                seen.update(fresh)
+                for digest in await self.missing(list(fresh)):
+                    stored += len(fresh[digest])
+                    await window.start(self._store(digest, fresh[digest]))
+        return stored
+
+    async def get(self, digests: Sequence[str]) -> AsyncGenerator[bytes, None]:
+        """The pieces in order, several read ahead; close the iterator when you stop early.
+
+        Raises:
+            CorruptChunk: a piece is missing or altered; ``field`` is its digest.
+            DeadlineExceeded, BrokerUnavailable: it took too long, as a whole or for one piece.
+        """
+        clock = self._bus.clock
+        end = clock.monotonic() + self._deadline_s
+        ahead: deque[asyncio.Task[bytes]] = deque()
+        try:
+            for digest in digests:
+                ahead.append(asyncio.create_task(self._read(digest), name="read-piece"))
+                if len(ahead) == READ_WINDOW:
+                    yield await ahead.popleft()
+                if clock.monotonic() > end:
+                    raise _too_late(self._deadline_s)
+            while ahead:
+                yield await ahead.popleft()
+        finally:
+            for task in ahead:
+                task.cancel()
+            await asyncio.gather(*ahead, return_exceptions=True)
+
+    async def discard(self, digest: str) -> None:
+        """Mark a piece as gone, so that the next upload stores it anew."""
+        await self._publish_meta(digest, 0, deleted=True)
+
+    async def _store(self, digest: str, piece: bytes) -> None:
+        subject = self._bus.names.object_chunk(self._bucket, digest)
+        await self._publish(subject, piece)
+        await self._publish_meta(digest, len(piece))
+
+    async def _publish_meta(self, digest: str, size: int, *, deleted: bool = False) -> None:
+        meta = _Meta(
+            name=digest,
+            bucket=self._bucket,
+            nuid=digest,
+            size=size,
+            mtime=datetime.fromtimestamp(self._bus.clock.utc(), UTC).isoformat().replace("+00:00", "Z"),
+            chunks=0 if deleted else 1,
+            digest="" if deleted else "SHA-256=" + base64.urlsafe_b64encode(bytes.fromhex(digest)).decode(),
+            deleted=deleted,
+        )
+        await self._publish(self._meta_subject(digest), msgspec.json.encode(meta))
+
+    async def _publish(self, subject: str, payload: bytes) -> None:
+        limit = self._patience_s
+        await self._patiently(lambda: self._bus.publish_acked(subject, payload, headers=dict(_ROLLUP), timeout=limit))
+
+    async def _read(self, digest: str) -> bytes:
+        subject = self._bus.names.object_chunk(self._bucket, digest)
+        limit = self._patience_s
+        found = await self._patiently(lambda: self._bus.direct_get(self._stream, subject, timeout=limit))
+        if found is None:
+            raise CorruptChunk(f"piece {digest} is not in the store; push the model again", field=digest)
+        if await asyncio.to_thread(digest_of, found.data) != digest:
+            raise CorruptChunk(f"piece {digest} is altered in the store; push the model again", field=digest)
+        return found.data
+
+    def _meta_subject(self, digest: str) -> str:
+        return self._bus.names.object_meta(self._bucket, base64.urlsafe_b64encode(digest.encode()).decode())
+
+    async def _patiently(self, attempt: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Try again while the broker is away; what is tried must be harmless to repeat."""
+        clock = self._bus.clock
+        end = clock.monotonic() + self._patience_s
+        while True:
+            try:
+                return await self._unless_lost(attempt())
+            except BrokerUnavailable:
+                if clock.monotonic() >= end:
+                    raise
+            await asyncio.sleep(0.1)
+
+    async def _unless_lost(self, work: Coroutine[Any, Any, T]) -> T:
+        """Stop waiting soon after the connection is lost: the answer to what was sent before will not come."""
+        losses = self._bus.losses
+        task = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait({task}, timeout=0.5))[0]:
+                if self._bus.losses != losses:
+                    raise BrokerUnavailable("the connection to the broker was lost on the way")
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+
+def digest_of(piece: bytes) -> str:
+    """The name of a piece."""
+    return hashlib.sha256(piece).hexdigest()
+
+
+def _deleted(meta: bytes) -> bool:
+    try:
+        return msgspec.json.decode(meta, type=_Meta).deleted
+    except msgspec.DecodeError:
+        return True
+
+
+async def _groups(pieces: AsyncIterator[tuple[str, bytes]]) -> AsyncIterator[list[tuple[str, bytes]]]:
+    group: list[tuple[str, bytes]] = []
+    async for piece in pieces:
+        group.append(piece)
+        if len(group) == GROUP:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+@asynccontextmanager
+async def _deadline(seconds: float) -> AsyncIterator[None]:
+    """``asyncio.timeout`` whose end is an error of the tree."""
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            yield
+    except TimeoutError as error:
+        if limit.expired():
+            raise _too_late(seconds) from error
+        raise
+
+
+def _too_late(seconds: float) -> TetherError:
+    return DeadlineExceeded(
+        f"moving the model's pieces took longer than {seconds:g} s; what is stored is kept: try again"
+    )
+
+
+class Window:
+    """Runs at most ``size`` coroutines at a time; all have ended when the block ends. The first error ends the rest."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Start ``work`` as soon as there is room."""
+        try:
+            while len(self._running) >= self._size:
+                await self._settle(asyncio.FIRST_COMPLETED)
+        except BaseException:
+            work.close()
+            raise
+        self._running.add(asyncio.create_task(work, name="window"))
+
+    async def _settle(self, when: str) -> None:
+        done, self._running = await asyncio.wait(self._running, return_when=when)
+        errors = [error for task in done if (error := task.exception()) is not None]
+        if errors:
+            raise errors[0]
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            while kind is None and self._running:
+                await self._settle(asyncio.FIRST_COMPLETED)
+        finally:
+            for task in self._running:
+                task.cancel()
+            await asyncio.gather(*self._running, return_exceptions=True)

@@ -1,0 +1,148 @@
+"""A version's files on a local disk: fetched, proven, and proven again whenever they are used."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import re
+import secrets
+import stat
+from contextlib import aclosing
+from pathlib import Path
+from typing import BinaryIO
+
+from tether import codec
+from tether.bus.chunks import PIECE, ObjectChunkStore
+from tether.bus.connection import Bus
+from tether.envelope import MessageType, Role, Verifier
+from tether.errors import BadEncoding, CorruptChunk, RoleNotAllowed, SubjectMismatch, Unavailable
+from tether.model import Manifest, ModelFile, check_name
+from tether.subjects import Names
+
+log = logging.getLogger(__name__)
+
+_PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def open_manifest(verifier: Verifier, names: Names, key: str, frame: bytes) -> Manifest:
+    """Verify an entry of the ``models`` bucket and hand out the manifest it holds.
+
+    Raises:
+        EnvelopeError: not signed by a model store, moved from another key, or not a well-formed manifest.
+    """
+    subject = names.bucket_key("models", key)
+    envelope = verifier.open(frame, subject=subject, types=(MessageType.MANIFEST,))
+    if envelope.header.role is not Role.MODELSTORE:
+        raise RoleNotAllowed(f"'{envelope.sender}' is no model store and may not sign manifests")
+    manifest = codec.decode(envelope.body, Manifest)
+    if names.version_key(manifest.name, manifest.version) != key:
+        raise SubjectMismatch("the manifest is for another version than its key says")
+    for file in manifest.files:
+        check_file(file)
+    if len({file.path for file in manifest.files}) != len(manifest.files):
+        raise BadEncoding("the manifest names a file twice", field="files")
+    return manifest
+
+
+def check_file(file: ModelFile) -> None:
+    """Prove that a file's description can be acted on: a plain name, real digests, as many pieces as its size needs.
+
+    Raises:
+        BadEncoding: with the field that does not fit.
+    """
+    if _PATH.fullmatch(file.path) is None:
+        raise BadEncoding("a model file's path must be one plain name", field="path")
+    if not all(_DIGEST.fullmatch(digest) for digest in (file.digest, *file.chunks)):
+        raise BadEncoding("a model file's digests must be hex SHA-256", field="chunks")
+    if file.size <= 0 or len(file.chunks) != -(-file.size // PIECE):
+        raise BadEncoding("a model file's pieces do not add up to its size", field="size")
+
+
+def version_digest(manifest: Manifest) -> str:
+    """One digest over all files of a version: two versions with the same files share it."""
+    rows = sorted((file.path, file.size, file.digest) for file in manifest.files)
+    return hashlib.sha256(codec.pack(rows)).hexdigest()
+
+
+async def fetch_model(bus: Bus, store: ObjectChunkStore, manifest: Manifest, cache_dir: Path) -> Path:
+    """The directory below ``cache_dir`` that holds the version's files, whole and verified just now.
+
+    What is cached is hashed again; what is damaged or missing is fetched. Safe to run at the same time for the same
+    version: files appear in one step.
+
+    Raises:
+        CorruptChunk: the store's pieces are missing, altered, or do not make up the file that was signed.
+        Unavailable: the disk has no room, or the broker does not answer.
+    """
+    check_name(manifest.name, field="name")
+    directory = cache_dir / version_digest(manifest)
+    await asyncio.to_thread(directory.mkdir, mode=0o700, parents=True, exist_ok=True)
+    for file in manifest.files:
+        if not await asyncio.to_thread(intact, directory / file.path, file):
+            began = bus.clock.monotonic()
+            await download(store, file, directory / file.path)
+            seconds = bus.clock.monotonic() - began
+            log.info(
+                "fetched %d bytes in %.2f s",
+                file.size,
+                seconds,
+                extra={"action": "model_fetched", "model": manifest.name, "version": manifest.version},
+            )
+    return directory
+
+
+def intact(path: Path, file: ModelFile) -> bool:
+    """True when ``path`` is a plain file with exactly the bytes that were signed. Blocks: it reads all of them."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        with open(descriptor, "rb") as content:  # noqa: PTH123 - an open descriptor has no path
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or found.st_size != file.size:
+                return False
+            return hashlib.file_digest(content, "sha256").hexdigest() == file.digest
+    except OSError:
+        return False
+
+
+async def download(store: ObjectChunkStore, file: ModelFile, target: Path) -> None:
+    """Write one file: into a temporary one first, renamed when all of it is proven.
+
+    Raises:
+        CorruptChunk: a piece, or the file as a whole, is not what was signed.
+        Unavailable: the disk has no room, or the broker does not answer.
+    """
+    check_file(file)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    try:
+        await _write(store, file, temporary)
+        await asyncio.to_thread(temporary.replace, target)
+    except OSError as error:
+        raise Unavailable(
+            f"the model file cannot be written: {error.strerror}; free some disk", retry_after=30
+        ) from error
+    finally:
+        await asyncio.to_thread(temporary.unlink, missing_ok=True)
+
+
+async def _write(store: ObjectChunkStore, file: ModelFile, target: Path) -> None:
+    whole = hashlib.sha256()
+    out = await asyncio.to_thread(_create, target)
+
+    def add(piece: bytes) -> None:
+        whole.update(piece)
+        out.write(piece)
+
+    with out:
+        async with aclosing(store.get(file.chunks)) as pieces:
+            async for piece in pieces:
+                await asyncio.to_thread(add, piece)
+        size = out.tell()
+    if size != file.size or whole.hexdigest() != file.digest:
+        raise CorruptChunk("the stored pieces do not make up the file that was signed; push the model again")
+
+
+def _create(path: Path) -> BinaryIO:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")

@@ -1,0 +1,104 @@
+"""From a pushed file to the manifest of a version: fetch, verify, look at it, decide how it is batched."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from tether.bus.chunks import ObjectChunkStore
+from tether.bus.model_files import check_file, download
+from tether.bus.upload import MODEL_PATH
+from tether.errors import BadEncoding, CorruptChunk, InvalidRequest, ModelRejected, PayloadTooLarge
+from tether.model import AUTOMATIC, Batching, Manifest, PushRequest, check_name
+from tether.modelstore.inspection import Inspection, Limits, inspect
+
+PLATFORM = "onnxruntime_onnx"
+MAX_BATCH = 65536
+MAX_DELAY_MS = 10_000.0
+
+LARGEST_ONNX = (2 << 30) - 1
+"""Protobuf ends here, so no larger file can be one self-contained ONNX model."""
+
+
+def check_request(request: PushRequest, *, max_bytes: int) -> None:
+    """Prove that a push can be acted on, before any of its bytes is fetched.
+
+    Raises:
+        InvalidRequest: naming the field and what it may be.
+        PayloadTooLarge: the file is over a limit.
+    """
+    check_name(request.name, field="name")
+    try:
+        check_file(request.file)
+    except BadEncoding as error:
+        raise InvalidRequest(error.message, field="file") from error
+    if request.file.path != MODEL_PATH:
+        raise InvalidRequest(f"the file of an ONNX version is called '{MODEL_PATH}'", field="file")
+    limit = min(max_bytes, LARGEST_ONNX)
+    if request.file.size > limit:
+        raise PayloadTooLarge(
+            f"the model file has {request.file.size} bytes; at most {limit} are allowed", field="file"
+        )
+    if not AUTOMATIC <= request.max_batch_size <= MAX_BATCH:
+        raise InvalidRequest(f"max_batch_size must be -1 (automatic) to {MAX_BATCH}", field="max_batch_size")
+    if not 0 <= request.max_delay_ms <= MAX_DELAY_MS:
+        raise InvalidRequest(f"max_delay_ms must be 0 to {MAX_DELAY_MS:g}", field="max_delay_ms")
+
+
+async def examine(store: ObjectChunkStore, request: PushRequest, scratch: Path) -> Inspection:
+    """Fetch the file into a private folder below ``scratch``, verify it and look at it; the folder is gone afterwards.
+
+    Raises:
+        CorruptChunk: the stored pieces are not the file; damaged ones are marked, so that the next push mends them.
+        ModelRejected: it cannot be served.
+        Unavailable: no room on the disk, or no broker.
+    """
+    with tempfile.TemporaryDirectory(prefix="push-", dir=scratch, ignore_cleanup_errors=True) as folder:
+        target = Path(folder) / request.file.path
+        try:
+            await download(store, request.file, target)
+        except CorruptChunk as error:
+            if error.field is not None:
+                await store.discard(error.field)
+            raise
+        return await inspect(Path(folder), request.file.path, Limits.for_size(request.file.size))
+
+
+def batching(request: PushRequest, found: Inspection) -> Batching:
+    """How jobs of the version are joined: as the push says, within what the model can.
+
+    Raises:
+        ModelRejected: the push wants batches of a model that has none.
+    """
+    wanted = found.max_batch_size if request.max_batch_size == AUTOMATIC else request.max_batch_size
+    if found.max_batch_size or found.unproven:
+        return Batching(wanted, request.max_delay_ms)
+    if wanted > 1:
+        raise ModelRejected(
+            f"max_batch_size is {wanted}, but the model cannot be batched: {found.note}; push it with max_batch_size 0",
+            field="max_batch_size",
+        )
+    return Batching(0, request.max_delay_ms)
+
+
+def manifest_builder(
+    request: PushRequest, found: Inspection, *, created_at: float, publisher: str
+) -> Callable[[int], Manifest]:
+    """What makes the manifest of any version number."""
+    joined = batching(request, found)
+
+    def build(version: int) -> Manifest:
+        return Manifest(
+            name=request.name,
+            version=version,
+            platform=PLATFORM,
+            files=(request.file,),
+            inputs=found.inputs,
+            outputs=found.outputs,
+            batching=joined,
+            created_at=created_at,
+            publisher=publisher,
+        )
+
+    return build

@@ -1,0 +1,159 @@
+"""Versions and aliases in the broker's buckets: numbers without gaps in authority, aliases that only move whole.
+
+A version exists when its manifest does. Two model stores may work on one model at the same time: a version number
+and a move of an alias are each won by whoever's conditional write comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tether import codec
+from tether.bus.connection import Bus, Stored
+from tether.bus.kv import KvBucket
+from tether.bus.model_files import open_manifest
+from tether.envelope import MessageType
+from tether.errors import BrokerUnavailable, EnvelopeError, Unavailable, VersionConflict
+from tether.model import LATEST, Alias, Manifest, Move
+from tether.subjects import token
+
+TRIES = 16
+"""Conditional writes lost in a row before giving up."""
+
+HISTORY = 50
+"""Moves of an alias that are remembered."""
+
+
+class Versions(NamedTuple):
+    """What is known of a model: its newest readable manifest, and the highest number that was ever given out."""
+
+    newest: Manifest | None
+    highest: int
+
+
+class Registry:
+    """The ``models`` and ``aliases`` buckets, as the model store writes them."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._models = KvBucket(bus, "models")
+        self._aliases = KvBucket(bus, "aliases")
+
+    async def versions(self, model: str) -> Versions:
+        """Read a model's entries.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        newest: Manifest | None = None
+        highest = 0
+        prefix = f"{token(model)}."
+        async for item in self._bus.direct_scan(self._models.stream, self._models.subject(prefix + "*")):
+            key = item.subject[len(self._models.subject("")) :]
+            number = int(key[len(prefix) :])
+            highest = max(highest, number)
+            manifest = self._manifest(key, item)
+            if manifest is not None and (newest is None or number > newest.version):
+                newest = manifest
+        return Versions(newest, highest)
+
+    def _manifest(self, key: str, item: Stored) -> Manifest | None:
+        if item.headers.get("KV-Operation"):
+            return None
+        try:
+            return open_manifest(self._bus.verifier, self._bus.names, key, item.data)
+        except EnvelopeError:
+            return None
+
+    async def add(self, model: str, build: Callable[[int], Manifest]) -> tuple[Manifest, bool]:
+        """Give the next number to what ``build`` makes of it; False when the newest version is just the same.
+
+        Raises:
+            Unavailable: other writers won every time.
+            BrokerUnavailable: no answer.
+        """
+        for _ in range(TRIES):
+            newest, highest = await self.versions(model)
+            manifest = build(highest + 1)
+            if newest is not None and _same(newest, manifest):
+                return newest, False
+            if await self._create(manifest):
+                return manifest, True
+        raise Unavailable(f"too many pushes of model '{model}' at the same time; try again", retry_after=2)
+
+    async def _create(self, manifest: Manifest) -> bool:
+        key = self._bus.names.version_key(manifest.name, manifest.version)
+        frame = self._bus.signer.seal(MessageType.MANIFEST, self._models.subject(key), codec.encode(manifest))
+        try:
+            if await self._models.create(key, frame):
+                return True
+        except BrokerUnavailable:
+            # It may be stored all the same: what the bucket holds then decides.
+            if not await self._bus.wait_connected(10):
+                raise
+            if await self._models.get(key) is None:
+                return await self._models.create(key, frame)
+        return await self._models.get(key) == frame
+
+    async def move(self, model: str, name: str, version: int, *, forward_only: bool = False) -> Alias:
+        """Let alias ``name`` of ``model`` stand for ``version``; with ``forward_only`` it never goes back.
+
+        Raises:
+            Unavailable: other writers won every time.
+            BrokerUnavailable: no answer.
+        """
+        subject = self._aliases.subject(f"{token(model)}.{name}")
+        for _ in range(TRIES):
+            stored = await self._bus.direct_get(self._aliases.stream, subject)
+            current = None if stored is None else self._alias(stored)
+            if current is not None and (current.version == version or (forward_only and current.version > version)):
+                return current
+            moved = self._moved(current, model, name, version)
+            frame = self._bus.signer.seal(MessageType.ALIAS, subject, codec.encode(moved))
+            expected = {"Nats-Expected-Last-Subject-Sequence": str(0 if stored is None else stored.sequence)}
+            try:
+                await self._bus.publish_acked(subject, frame, headers=expected)
+            except VersionConflict:
+                continue
+            return moved
+        raise Unavailable(f"alias '{name}' of model '{model}' is moved by others all the time; try again")
+
+    def _moved(self, current: Alias | None, model: str, name: str, version: int) -> Alias:
+        if current is None:
+            return Alias(model, name, version)
+        past = (Move(current.version, self._bus.clock.utc()), *current.previous)[:HISTORY]
+        return Alias(model, name, version, past, current.revision + 1)
+
+    def _alias(self, stored: Stored) -> Alias | None:
+        if stored.headers.get("KV-Operation"):
+            return None
+        envelope = self._bus.open_frame(stored.data, stored.subject, MessageType.ALIAS)
+        return None if envelope is None else codec.decode(envelope.body, Alias)
+
+    async def aliases(self, model: str) -> dict[str, int]:
+        """Every alias of a model and the version it stands for."""
+        found: dict[str, int] = {}
+        subjects = self._aliases.subject(f"{token(model)}.*")
+        async for item in self._bus.direct_scan(self._aliases.stream, subjects):
+            alias = self._alias(item)
+            if alias is not None:
+                found[alias.name] = alias.version
+        return found
+
+    async def repair(self) -> None:
+        """Move every ``latest`` that was left behind when a model store died between a manifest and its alias."""
+        prefix = len(self._models.subject(""))
+        newest: dict[str, int] = {}
+        async for item in self._bus.direct_scan(self._models.stream, self._models.subject(">")):
+            manifest = self._manifest(item.subject[prefix:], item)
+            if manifest is not None:
+                newest[manifest.name] = max(newest.get(manifest.name, 0), manifest.version)
+        for model, version in newest.items():
+            await self.move(model, LATEST, version, forward_only=True)
+
+
+def _same(one: Manifest, other: Manifest) -> bool:
+    """Whether two versions would behave alike: same files, same platform, same batching."""
+    files = [(file.path, file.digest) for file in one.files] == [(file.path, file.digest) for file in other.files]
+    return files and one.platform == other.platform and one.batching == other.batching

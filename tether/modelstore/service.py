@@ -1,0 +1,147 @@
+"""The model store: answers ``registerModel`` and turns pushed files into versions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from tether import codec, lifecycle, logs, metrics, ops_http
+from tether.bus import rpc
+from tether.bus.chunks import ObjectChunkStore
+from tether.bus.connection import Bus
+from tether.envelope import Envelope, MessageType
+from tether.errors import BadEncoding, BrokerUnavailable, InvalidRequest, ModelRejected, TetherError
+from tether.home import Home
+from tether.model import LATEST, PushAnswer, PushRequest
+from tether.modelstore import assemble
+from tether.modelstore.inspection import Inspection
+from tether.modelstore.registry import Registry
+from tether.settings import Settings
+
+log = logging.getLogger(__name__)
+
+ENDPOINT = "registerModel"
+DEFAULT_PORT = 8004
+INSPECTIONS = 2
+"""Models looked at side by side; each may use a processor and the memory of a few copies of its weights."""
+
+WAITING = 32
+"""Pushes in hand; one more is told to come again."""
+
+
+class ModelStoreService:
+    """Handles pushes. ``scratch`` is a private folder of this process; what is in it is lost at the next start."""
+
+    def __init__(self, bus: Bus, scratch: Path) -> None:
+        self._bus = bus
+        self._scratch = scratch
+        self._inspections = asyncio.Semaphore(INSPECTIONS)
+        self._registry = Registry(bus)
+
+    @property
+    def closed(self) -> asyncio.Event:
+        """Set when the connection is gone for good."""
+        return self._bus.closed
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Answer pushes until the block ends; waits for the buckets, which the dispatcher makes."""
+        await asyncio.to_thread(_clear, self._scratch)
+        await self._repaired()
+        async with rpc.serve(
+            self._bus,
+            ENDPOINT,
+            accepts=MessageType.PUSH,
+            answers=MessageType.PUSHED,
+            handler=self.register,
+            side_by_side=WAITING,
+        ):
+            yield
+
+    async def _repaired(self) -> None:
+        while True:
+            try:
+                return await self._registry.repair()
+            except BrokerUnavailable as error:
+                log.info("waiting for the buckets: %s", error, extra={"action": "waiting"})
+            await asyncio.sleep(0.25)
+
+    async def register(self, envelope: Envelope) -> bytes:
+        """Make a version of what the envelope names; its manifest is stored last, then ``latest`` moves.
+
+        Raises:
+            InvalidRequest, PayloadTooLarge: the push itself is wrong.
+            ModelRejected: the file cannot be served.
+            CorruptChunk: the stored pieces are not the file; push again.
+            Unavailable: no room, too many writers, or no broker.
+        """
+        request = _decode(envelope)
+        try:
+            answer = await self._register(request, request.publisher or envelope.sender)
+        except TetherError as error:
+            if isinstance(error, ModelRejected):
+                metrics.MODELS_REJECTED.inc()
+            fields = {"action": "model_refused", "model": request.name[:64], "code": error.code}
+            log.warning("refused a push: %s", error, extra=fields)
+            raise
+        return codec.encode(answer)
+
+    async def _register(self, request: PushRequest, publisher: str) -> PushAnswer:
+        assemble.check_request(request, max_bytes=self._bus.settings.max_upload_bytes)
+        found = await self._look(request)
+        build = assemble.manifest_builder(request, found, created_at=self._bus.clock.utc(), publisher=publisher)
+        manifest, created = await self._registry.add(request.name, build)
+        await self._registry.move(request.name, LATEST, manifest.version, forward_only=True)
+        if created:
+            metrics.MODELS_REGISTERED.inc()
+        fields = {"action": "model_registered", "model": manifest.name, "version": manifest.version}
+        log.info("%s", "a version is ready" if created else "the newest version already is this", extra=fields)
+        return PushAnswer(manifest, created, await self._registry.aliases(request.name))
+
+    async def _look(self, request: PushRequest) -> Inspection:
+        store = ObjectChunkStore(self._bus, self._bus.names.chunk_bucket(request.name))
+        async with self._inspections:
+            return await assemble.examine(store, request, self._scratch)
+
+    def checks(self) -> dict[str, str]:
+        """What readiness depends on."""
+        return {"broker": "ok" if self._bus.connected else "not connected"}
+
+
+def _decode(envelope: Envelope) -> PushRequest:
+    try:
+        return codec.decode(envelope.body, PushRequest)
+    except BadEncoding as error:
+        raise InvalidRequest(f"the push cannot be read: {error.message}") from error
+
+
+def _clear(scratch: Path) -> None:
+    """An empty private folder: a model store that was killed leaves the file it looked at."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+@asynccontextmanager
+async def running(settings: Settings, home: Home) -> AsyncIterator[ModelStoreService]:
+    """A model store that works until the block ends."""
+    async with Bus.connect(settings, home, "modelstore") as bus:
+        service = ModelStoreService(bus, home.cache("modelstore"))
+        async with service.serving():
+            yield service
+
+
+async def main(settings: Settings) -> None:
+    """Run the model store until SIGTERM or SIGINT."""
+    logs.setup(settings, "modelstore")
+    stop = lifecycle.stop_on_signals()
+    home = Home.at(settings.home)
+    current: list[ModelStoreService] = []
+    app = ops_http.operations(lambda: current[0].checks() if current else {"start": "not connected yet"})
+    port = DEFAULT_PORT if settings.ops_port < 0 else settings.ops_port
+    async with ops_http.listening(app, settings.ops_host, port) as bound:
+        lifecycle.write_endpoint(home, "modelstore", bound)
+        await lifecycle.serve(stop, running(settings, home), current.append)
