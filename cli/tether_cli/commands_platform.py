@@ -1,0 +1,203 @@
+"""Commands that run the platform: init, up, down, status, doctor, and each service as a daemon of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tether_cli.output import JsonFlag, print_fields, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from tether.home import Home
+    from tether.settings import Settings
+
+DataDir = Annotated[str | None, typer.Option("--data-dir", metavar="DIR", help="Data directory; else TETHER_HOME.")]
+Http = Annotated[str | None, typer.Option("--http", metavar="HOST:PORT", help="Where the gateway listens.")]
+Nats = Annotated[str | None, typer.Option("--nats", metavar="URL", help="Use this broker, not an embedded one.")]
+Workers = Annotated[int | None, typer.Option("--workers", metavar="N", help="How many workers.")]
+OpsPort = Annotated[int | None, typer.Option("--ops-port", metavar="PORT", help="Port of /healthz, /readyz, /metrics.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command()(init)
+    app.command()(up)
+    app.command()(down)
+    app.command()(status)
+    app.command()(doctor)
+    app.command()(gateway)
+    app.command()(dispatcher)
+    app.command()(worker)
+    app.command()(modelstore)
+
+
+def _load(service: str, **overrides: Any) -> tuple[Settings, Home]:
+    from tether.home import Home
+    from tether.settings import load
+
+    settings = load(service, overrides=overrides)
+    return settings, Home.at(settings.home)
+
+
+def init(
+    data_dir: DataDir = None,
+    workers: Workers = None,
+    nats_config: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Also write the broker's configuration files to DIR.")
+    ] = None,
+) -> None:
+    """Make the keys of a data directory; what exists is kept."""
+    from pathlib import Path
+
+    from tether.bus.config import write_ops_files
+    from tether.bus.keys import create_home
+
+    settings, home = _load("broker", home=data_dir, workers=workers)
+    create_home(home, workers=settings.workers)
+    say(f"keys are in {home.keys}; keep root.key where only you can read it")
+    if nats_config is not None:
+        for path in write_ops_files(Path(nats_config), home):
+            say(f"wrote {path}")
+    typer.echo(str(home.root))
+
+
+def up(
+    *,
+    data_dir: DataDir = None,
+    http: Http = None,
+    workers: Workers = None,
+    nats: Nats = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return when it is ready; stop it with 'down'.")] = False,
+    log_files: Annotated[bool, typer.Option("--log-files", help="Write each service's log to DIR/logs.")] = False,
+) -> None:
+    """Run the whole platform: broker, model store, dispatcher, workers, gateway."""
+    from tether import logs
+    from tether_cli import up as running
+
+    settings, home = _load("broker", home=data_dir, workers=workers, nats_url=nats)
+    address = None if http is None else running.parse_address(http)
+    if detach:
+        given = {"--data-dir": str(home.root), "--http": http, "--workers": workers, "--nats": nats}
+        words = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+        typer.echo(f"ready {running.detach([*words, '--log-files'], home)}")
+        return
+    logs.setup(settings, "up")
+    asyncio.run(running.run(running.Plan(settings, address, to_files=log_files)))
+
+
+def down(data_dir: DataDir = None) -> None:
+    """Stop what 'tether up' started on this data directory and wait until it is gone."""
+    from tether_cli import up as running
+
+    _, home = _load("broker", home=data_dir)
+    stopped = asyncio.run(running.down(home))
+    say("stopped" if stopped else f"nothing runs on {home.root}")
+
+
+def status(data_dir: DataDir = None, json_output: JsonFlag = False) -> None:
+    """Show processes, broker and streams; exit status 1 when something is not as it should be."""
+    from tether_cli.status import collect
+
+    settings, home = _load("broker", home=data_dir)
+    found = asyncio.run(collect(settings, home))
+    if json_output:
+        print_json(found)
+    else:
+        _print_status(found)
+    if not (found["running"] and all(row["alive"] and row["ready"] for row in found["processes"])):
+        raise typer.Exit(1)
+
+
+def _print_status(found: dict[str, Any]) -> None:
+    if not found["running"]:
+        say(f"nothing runs on {found['home']}; start it with 'tether up'")
+        return
+    broker = found["broker"]
+    print_fields({"gateway": found["http"], "broker": broker["url"], "durability": broker["durability"]})
+    typer.echo()
+    columns = ("name", "pid", "alive", "ready", "port", "restarts")
+    print_table(columns, [[row[column] for column in columns] for row in found["processes"]])
+    typer.echo()
+    counts = ("messages", "bytes", "consumers")
+    rows = [[row["name"], *(row[count] for count in counts)] for row in broker.get("streams", [])]
+    print_table(("stream", *counts), rows)
+
+
+def doctor(data_dir: DataDir = None, json_output: JsonFlag = False) -> None:
+    """Check machine, keys, ports and broker: one line each, with the fix; exit status 1 when something fails."""
+    import msgspec
+
+    from tether_cli.doctor import examine
+
+    settings, home = _load("broker", home=data_dir)
+    found = asyncio.run(examine(settings, home))
+    if json_output:
+        print_json([msgspec.to_builtins(finding) for finding in found])
+    else:
+        for finding in found:
+            typer.echo(finding.line())
+    if any(finding.level == "fail" for finding in found):
+        raise typer.Exit(1)
+
+
+def gateway(data_dir: DataDir = None, nats: Nats = None, http: Http = None) -> None:
+    """Run the gateway."""
+    from tether.gateway_http import service
+    from tether_cli.up import parse_address
+
+    host, port = (None, None) if http is None else parse_address(http)
+    _serve(service.main, "gateway", home=data_dir, nats_url=nats, http_host=host, http_port=port)
+
+
+def dispatcher(data_dir: DataDir = None, nats: Nats = None, ops_port: OpsPort = None) -> None:
+    """Run the dispatcher."""
+    from tether.dispatcher import service
+
+    _serve(service.main, "dispatcher", home=data_dir, nats_url=nats, ops_port=ops_port)
+
+
+def worker(
+    data_dir: DataDir = None,
+    nats: Nats = None,
+    name: Annotated[str | None, typer.Option("--name", help="Which worker identity this is, e.g. worker-1.")] = None,
+    ops_port: OpsPort = None,
+) -> None:
+    """Run a worker."""
+    from tether.worker import service
+
+    _serve(service.main, "worker", home=data_dir, nats_url=nats, worker_name=name, ops_port=ops_port)
+
+
+def modelstore(data_dir: DataDir = None, nats: Nats = None, ops_port: OpsPort = None) -> None:
+    """Run the model store."""
+    from tether.modelstore import service
+
+    _serve(service.main, "modelstore", home=data_dir, nats_url=nats, ops_port=ops_port)
+
+
+def _serve(main: Any, name: str, **overrides: Any) -> None:
+    """Run a service until it is told to stop, on the broker of the settings or of the platform on this home."""
+    import dataclasses
+
+    import uvloop
+
+    from tether.errors import ConfigError
+
+    settings, home = _load(name, **overrides)
+    if not settings.nats_url:
+        running = _endpoints(home)
+        if running is None:
+            raise ConfigError(
+                f"{name} has no broker: give --nats, set TETHER_NATS_URL or start 'tether up' on {home.root}",
+                field="nats_url",
+            )
+        settings = dataclasses.replace(settings, nats_url=running["nats"])
+    uvloop.run(main(settings))
+
+
+def _endpoints(home: Home) -> dict[str, Any] | None:
+    from tether_cli.up import read_endpoints
+
+    return read_endpoints(home)

@@ -1,0 +1,88 @@
+"""``tether status``: what runs on one home, as the processes and the broker say."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import httpx
+
+from tether.bus.connection import Bus
+from tether.bus.server import check_server
+from tether.errors import TetherError
+from tether.home import Home
+from tether.processes import alive
+from tether.settings import Settings
+from tether_cli.supervisor import is_ready
+from tether_cli.up import is_locked, read_endpoints
+
+
+async def collect(settings: Settings, home: Home) -> dict[str, Any]:
+    """Everything ``tether status --json`` prints. ``running`` is false when no supervisor holds the home."""
+    found = read_endpoints(home)
+    if found is None or not is_locked(home):
+        return {"running": False, "home": str(home.root), "processes": [], "broker": None}
+    return {
+        "running": True,
+        "ready": found["ready"],
+        "home": str(home.root),
+        "http": found["http"],
+        "supervisor": found["supervisor"],
+        "processes": await _processes(found),
+        "broker": await _broker(settings, home, found),
+    }
+
+
+async def _processes(found: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    async with httpx.AsyncClient(trust_env=False, timeout=2) as http:
+        for name, pid in found["pids"].items():
+            port = found["ports"].get(name, 0)
+            rows.append(
+                {
+                    "name": name,
+                    "pid": pid,
+                    "alive": alive(pid),
+                    "ready": await _ready(http, found, name),
+                    "port": port or None,
+                    "restarts": found["restarts"].get(name, 0),
+                }
+            )
+    return rows
+
+
+async def _ready(http: httpx.AsyncClient, found: dict[str, Any], name: str) -> bool:
+    if name in found["ports"]:
+        return await is_ready(http, found["hosts"][name], found["ports"][name])
+    try:
+        return not (await check_server(found["monitor"])).problems
+    except TetherError:
+        return False
+
+
+async def _broker(settings: Settings, home: Home, found: dict[str, Any]) -> dict[str, Any]:
+    report: dict[str, Any] = {"url": found["nats"], "version": found["version"], "durability": found["durability"]}
+    try:
+        async with Bus.connect(dataclasses.replace(settings, nats_url=found["nats"]), home, "admin") as bus:
+            report["streams"] = await streams(bus)
+    except TetherError as error:
+        report["error"] = error.message
+    return report
+
+
+async def streams(bus: Bus) -> list[dict[str, Any]]:
+    """Every stream of the platform with its messages, bytes and consumers."""
+    rows: list[dict[str, Any]] = []
+    while True:
+        page = await bus.api("STREAM.LIST", {"offset": len(rows)})
+        rows += [
+            {
+                "name": stream["config"]["name"],
+                "messages": stream["state"]["messages"],
+                "bytes": stream["state"]["bytes"],
+                "consumers": stream["state"]["consumer_count"],
+            }
+            for stream in page.get("streams") or []
+        ]
+        if not page.get("streams") or len(rows) >= page["total"]:
+            return sorted(rows, key=lambda row: str(row["name"]))

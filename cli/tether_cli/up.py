@@ -1,0 +1,354 @@
+"""``tether up`` and ``tether down``: one machine's whole platform as one process tree."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tether import codec
+from tether.apikey import SCOPES, key_id, new_key_text, stored_key
+from tether.bus.connection import Bus
+from tether.bus.keys import create_home
+from tether.bus.kv import SignedBucket
+from tether.bus.server import EmbeddedServer, check_server
+from tether.envelope import MessageType
+from tether.errors import ConfigError, Conflict, Unavailable
+from tether.home import Home, read_secret, write_secret
+from tether.lifecycle import stop_on_signals
+from tether.processes import alive, send
+from tether.settings import Settings, load
+from tether_cli.supervisor import GATEWAY, Service, Supervisor
+
+log = logging.getLogger(__name__)
+
+START_S = 60.0
+"""Longest time from ``tether up`` to its ready line."""
+
+ADMIN_TENANT = "default"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``tether up`` was asked for. ``http``: address and port, None for the gateway's own settings."""
+
+    settings: Settings
+    http: tuple[str, int] | None = None
+    to_files: bool = False
+
+    @property
+    def home(self) -> Home:
+        return Home.at(self.settings.home)
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """``HOST:PORT``, ``[V6]:PORT`` or ``:PORT``.
+
+    Raises:
+        ConfigError: something else.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"'{text[:64]}' is not HOST:PORT, e.g. 127.0.0.1:8000", field="http")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def local(host: str) -> str:
+    """An address of this machine on which a server that listens on ``host`` answers."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def ops_ports(workers: int) -> dict[str, int]:
+    """The usual operations port of every service but the gateway."""
+    free = (port for port in range(8001, 8001 + 2 * workers + 4) if port not in (8002, 8004))
+    numbers = [port for port in free if port % 2]
+    return {
+        "modelstore": 8004,
+        "dispatcher": 8002,
+        **{f"worker-{number}": numbers[number - 1] for number in range(1, workers + 1)},
+    }
+
+
+def services(plan: Plan, nats_url: str) -> list[Service]:
+    """The services in starting order: model store, dispatcher, workers, gateway."""
+    common = {"TETHER_HOME": str(plan.home.root), "TETHER_NATS_URL": nats_url}
+    any_port = plan.settings.ops_port == 0 or (plan.http is not None and plan.http[1] == 0)
+    host = local(plan.settings.ops_host)
+    made = []
+    for name, usual in ops_ports(plan.settings.workers).items():
+        port = 0 if any_port or not _free(plan.settings.ops_host, usual) else usual
+        own = {**common, "TETHER_OPS_PORT": str(port), "TETHER_OPS_HOST": plan.settings.ops_host}
+        command = name
+        if name.startswith("worker-"):
+            command, own["TETHER_WORKER_NAME"] = "worker", name
+        made.append(Service(plan.home, name, command, own, host=host, to_file=plan.to_files))
+    address = plan.http or _gateway_address()
+    common |= {"TETHER_HTTP_HOST": address[0], "TETHER_HTTP_PORT": str(address[1])}
+    made.append(Service(plan.home, GATEWAY, GATEWAY, common, host=local(address[0]), to_file=plan.to_files))
+    return made
+
+
+def _gateway_address() -> tuple[str, int]:
+    settings = load(GATEWAY)
+    return settings.http_host, settings.http_port
+
+
+def _free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+@contextmanager
+def locked(home: Home) -> Iterator[None]:
+    """Hold the home for one supervisor.
+
+    Raises:
+        Conflict: another one holds it.
+    """
+    home.run.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (home.run / "up.lock").open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise Conflict(
+                f"Tether already runs on {home.root}; stop it with 'tether down' or choose another --data-dir"
+            ) from error
+        yield
+
+
+def is_locked(home: Home) -> bool:
+    """Whether a supervisor runs on the home."""
+    if not home.run.is_dir():
+        return False
+    try:
+        with locked(home):
+            return False
+    except Conflict:
+        return True
+
+
+def read_endpoints(home: Home) -> dict[str, Any] | None:
+    """What the supervisor last wrote of itself; None when nothing is there."""
+    try:
+        content = json.loads(home.endpoints.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+async def run(plan: Plan) -> None:
+    """Start everything, print the ready line, keep it running until SIGTERM or SIGINT, stop everything.
+
+    Raises:
+        Conflict: a supervisor already runs on this home.
+        ConfigError, Unavailable: something did not start; everything else was stopped again.
+    """
+    home = plan.home
+    create_home(home, workers=plan.settings.workers)
+    with locked(home):
+        home.endpoints.unlink(missing_ok=True)
+        try:
+            await _supervise(plan)
+        finally:
+            home.endpoints.unlink(missing_ok=True)
+
+
+class Platform:
+    """The supervisor of a plan, and the file that tells other commands about it."""
+
+    def __init__(self, plan: Plan, stopping: asyncio.Event) -> None:
+        self.plan = plan
+        self.broker = None if plan.settings.nats_url else EmbeddedServer(plan.home, plan.settings)
+        grace_s = plan.settings.drain_s + 2.0
+        self.supervisor = Supervisor(self.broker, stopping=stopping, grace_s=grace_s, on_change=self.publish)
+        self.version = ""
+        self.ready = False
+
+    @property
+    def nats_url(self) -> str:
+        return self.plan.settings.nats_url if self.broker is None else self.broker.url
+
+    @property
+    def http(self) -> str:
+        """The gateway's URL; empty while there is none."""
+        for service in self.supervisor.services:
+            if service.name == GATEWAY:
+                host, port = service.address
+                return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return ""
+
+    async def start(self) -> None:
+        await self.supervisor.start_broker()
+        if self.broker is not None:
+            report = await check_server(self.broker.monitor)
+            if report.problems:
+                raise ConfigError(f"the broker is not fit: {'; '.join(report.problems)}")
+            self.version = report.version
+        await self.supervisor.start_services(services(self.plan, self.nats_url), timeout_s=START_S)
+        await provide_admin_key(dataclasses.replace(self.plan.settings, nats_url=self.nats_url), self.plan.home)
+        self.ready = True
+        self.publish()
+
+    def publish(self) -> None:
+        """Write what runs to the home's endpoints file."""
+        entries, own = self.supervisor.entries, self.supervisor.services
+        content = {
+            "ready": self.ready,
+            "supervisor": os.getpid(),
+            "http": self.http,
+            "nats": self.nats_url,
+            "monitor": "" if self.broker is None else self.broker.monitor,
+            "version": self.version,
+            "durability": "external" if self.broker is None else self.plan.settings.durability,
+            "pids": {name: entry.part.pid for name, entry in entries.items()},
+            "restarts": {name: entry.restarts for name, entry in entries.items()},
+            "hosts": {service.name: service.address[0] for service in own},
+            "ports": {service.name: service.address[1] for service in own},
+        }
+        write_secret(self.plan.home.endpoints, json.dumps(content, indent=1).encode())
+
+
+async def _supervise(plan: Plan) -> None:
+    stop = stop_on_signals()
+    platform = Platform(plan, stop)
+    try:
+        await platform.start()
+        print(f"ready {platform.http}", flush=True)
+        await stop.wait()
+    except Unavailable:
+        if not stop.is_set():  # being told to stop while starting is no failure
+            raise
+    finally:
+        await platform.supervisor.stop()
+
+
+async def provide_admin_key(settings: Settings, home: Home, *, timeout_s: float = START_S) -> None:
+    """Make ``admin.key`` unless it exists, and see to it that the platform accepts it."""
+    if not home.admin_key.exists():
+        write_secret(home.admin_key, f"{new_key_text()}\n".encode())
+    text = read_secret(home.admin_key).decode().strip()
+    identity = key_id(text)
+    if identity is None:
+        raise ConfigError(f"{home.admin_key} is not an API key; remove it and start again")
+    end = time.monotonic() + timeout_s
+    async with Bus.connect(settings, home, "admin") as bus:
+        while True:
+            try:
+                await _store_key(bus, identity, text)
+                return
+            except Unavailable:  # the dispatcher has not made the bucket yet
+                if time.monotonic() > end:
+                    raise
+                await asyncio.sleep(0.1)
+
+
+async def _store_key(bus: Bus, identity: str, text: str) -> None:
+    bucket = SignedBucket(bus, "apikeys", MessageType.API_KEY)
+    if await bucket.get(identity) is None:
+        key = stored_key(text, tenant=ADMIN_TENANT, scopes=SCOPES, name="tether up", created_at=bus.clock.utc())
+        await bucket.put(identity, codec.encode(key))
+
+
+def detach(arguments: list[str], home: Home) -> str:
+    """Start ``tether up`` in the background and wait for its ready line; returns the gateway's URL.
+
+    Raises:
+        Conflict: a supervisor already runs on this home.
+        Unavailable: it did not become ready; the message has the last line of its log.
+    """
+    with locked(home):
+        pass
+    home.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = home.logs / "up.log"
+    with path.open("ab") as output:
+        before = output.tell()
+        child = subprocess.Popen(
+            [sys.executable, "-m", "tether_cli", "up", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    end = time.monotonic() + START_S + 20
+    while child.poll() is None and time.monotonic() < end:
+        found = read_endpoints(home)
+        if found is not None and found["ready"] and found["supervisor"] == child.pid:
+            return str(found["http"])
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(0.1)
+    if child.poll() is None:
+        child.terminate()
+        child.wait()
+    raise Unavailable(f"the platform did not start: {_last_line(path, before)}")
+
+
+def _last_line(path: Path, start: int) -> str:
+    lines = path.read_bytes()[start:].decode(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("error: ") if lines else f"see {path}"
+
+
+async def down(home: Home, *, timeout_s: float = 90.0) -> bool:
+    """Stop the platform of a home and wait until it is gone; False when none ran.
+
+    Raises:
+        Unavailable: it still runs after ``timeout_s`` seconds and after SIGKILL.
+    """
+    found = read_endpoints(home)
+    if not is_locked(home):
+        return _sweep(home, found) > 0
+    if found is None:  # it has just been started, or is just ending
+        raise Unavailable(f"the platform on {home.root} is starting or stopping; try again in a moment")
+    send(int(found["supervisor"]), signal.SIGTERM)
+    if not await _gone(home, timeout_s):
+        send(int(found["supervisor"]), signal.SIGKILL)
+        if not await _gone(home, 5):
+            raise Unavailable(f"process {found['supervisor']} does not end")
+        _sweep(home, found)
+    return True
+
+
+async def _gone(home: Home, timeout_s: float) -> bool:
+    end = time.monotonic() + timeout_s
+    while is_locked(home):
+        if time.monotonic() > end:
+            return False
+        await asyncio.sleep(0.05)
+    return True
+
+
+def _sweep(home: Home, found: Mapping[str, Any] | None) -> int:
+    """End what a killed supervisor left behind; how many processes that were."""
+    left = [pid for pid in (found or {}).get("pids", {}).values() if alive(pid) and _ours(pid)]
+    for pid in left:
+        send(pid, signal.SIGKILL)
+    home.endpoints.unlink(missing_ok=True)
+    return len(left)
+
+
+def _ours(pid: int) -> bool:
+    """Not another program that got the number since."""
+    import psutil
+
+    try:
+        words = psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return False
+    return "tether_cli" in words or any("nats-server" in word for word in words[:1])
