@@ -33,6 +33,13 @@ def register(app: typer.Typer) -> None:
     app.command()(modelstore)
 
 
+def _quiet() -> None:
+    """What a command has to say it prints; log lines of the parts it uses would only repeat it."""
+    import logging
+
+    logging.getLogger("tether").setLevel(logging.CRITICAL)
+
+
 def _load(service: str, **overrides: Any) -> tuple[Settings, Home]:
     from tether.home import Home
     from tether.settings import load
@@ -100,6 +107,7 @@ def status(data_dir: DataDir = None, json_output: JsonFlag = False) -> None:
     """Show processes, broker and streams; exit status 1 when something is not as it should be."""
     from tether_cli.status import collect
 
+    _quiet()
     settings, home = _load("broker", home=data_dir)
     found = asyncio.run(collect(settings, home))
     if json_output:
@@ -131,6 +139,7 @@ def doctor(data_dir: DataDir = None, json_output: JsonFlag = False) -> None:
 
     from tether_cli.doctor import examine
 
+    _quiet()
     settings, home = _load("broker", home=data_dir)
     found = asyncio.run(examine(settings, home))
     if json_output:
