@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 MODEL_PATH = "model.onnx"
 """What the one file of an ONNX version is called."""
 
+LARGEST_ONNX = (2 << 30) - 1
+"""Protobuf ends here, so no larger file can be one self-contained ONNX model."""
+
 
 async def upload(
     bus: Bus, store: ChunkStore, body: AsyncIterator[bytes], *, limit: int, path: str = MODEL_PATH
@@ -31,7 +34,7 @@ async def upload(
     Only a window of pieces is in memory. Until a manifest names them, stored pieces mean nothing to anybody.
 
     Raises:
-        PayloadTooLarge: ``body`` has more than ``limit`` bytes; nothing more of it was read.
+        PayloadTooLarge: ``body`` has more than ``limit`` bytes, or than ONNX allows; nothing more of it was read.
         InvalidRequest: ``body`` is empty.
         QueueFull, DeadlineExceeded, BrokerUnavailable: from the store.
     """
@@ -42,7 +45,7 @@ async def upload(
 
     async def pieces() -> AsyncIterator[tuple[str, bytes]]:
         nonlocal size
-        async for piece in cut(body, limit):
+        async for piece in cut(body, min(limit, LARGEST_ONNX)):
             digest = await asyncio.to_thread(_hash_both, whole, piece)
             digests.append(digest)
             size += len(piece)
@@ -67,7 +70,9 @@ async def cut(body: AsyncIterator[bytes], limit: int) -> AsyncIterator[bytes]:
     async for part in body:
         total += len(part)
         if total > limit:
-            raise PayloadTooLarge(f"the model file has more than {limit} bytes (max_upload_bytes)", field="body")
+            raise PayloadTooLarge(
+                f"the model file has more than {limit} bytes, the most this platform takes", field="body"
+            )
         rest = memoryview(part)
         while rest:
             room = PIECE - len(pending)

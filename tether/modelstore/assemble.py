@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tether.bus.chunks import ObjectChunkStore
 from tether.bus.model_files import check_file, download
-from tether.bus.upload import MODEL_PATH
+from tether.bus.upload import LARGEST_ONNX, MODEL_PATH
 from tether.errors import BadEncoding, CorruptChunk, InvalidRequest, ModelRejected, PayloadTooLarge
 from tether.model import AUTOMATIC, Batching, Manifest, PushRequest, check_name
 from tether.modelstore.inspection import Inspection, Limits, inspect
@@ -16,9 +16,6 @@ from tether.modelstore.inspection import Inspection, Limits, inspect
 PLATFORM = "onnxruntime_onnx"
 MAX_BATCH = 65536
 MAX_DELAY_MS = 10_000.0
-
-LARGEST_ONNX = (2 << 30) - 1
-"""Protobuf ends here, so no larger file can be one self-contained ONNX model."""
 
 
 def check_request(request: PushRequest, *, max_bytes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from pathlib import Path
@@ -11,6 +12,7 @@ import msgspec
 
 from tether.errors import ModelRejected
 from tether.model import TensorSpec
+from tether.processes import die_with_parent
 
 MAX_REPORT = 1 << 20
 """Bytes of the child's answer; a model whose signature is longer is refused."""
@@ -79,6 +81,7 @@ async def inspect(directory: Path, file: str, limits: Limits) -> Inspection:
         cwd=directory,
         env=_environment(),
         start_new_session=True,
+        preexec_fn=die_with_parent(signal.SIGKILL),
     )
     try:
         async with asyncio.timeout(limits.wall_s):

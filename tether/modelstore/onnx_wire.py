@@ -36,10 +36,8 @@ class Field(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """``unranked`` are the graph inputs that declare no shape at all."""
+    """``nodes`` counts those of all graphs; ``unranked`` are the graph inputs that declare no shape at all."""
 
-    ir_version: int
-    opset: int
     nodes: int
     unranked: tuple[str, ...]
 
@@ -85,16 +83,7 @@ class _Walk:
             if training.number == 20 and training.kind == _BYTES:
                 self._parts(training, 0, {1: self._graph, 2: self._graph})
         unranked = tuple(name for graph in graphs for part in self._inside(graph, 11) if (name := self._unranked(part)))
-        return Facts(ir_version, self._opset(fields), self._nodes, unranked)
-
-    def _opset(self, fields: list[Field]) -> int:
-        for field in fields:
-            if field.number == 8 and field.kind == _BYTES:
-                inside = list(self._each(field.start, field.end))
-                domain = "".join(self._text(part) for part in inside if part.number == 1)
-                if domain in ("", "ai.onnx"):
-                    return max((part.value for part in inside if part.number == 2), default=0)
-        return 0
+        return Facts(self._nodes, unranked)
 
     def _unranked(self, info: Field) -> str:
         name = "".join(self._text(part) for part in self._inside(info, 1))
@@ -180,8 +169,9 @@ class _Walk:
                 raise ModelRejected(f"the graph has more than {MAX_FIELDS} protobuf fields", field="file")
             tag, position = self._varint(position, end)
             number, kind = tag >> 3, tag & 7
-            if number == 0:
-                raise _not_onnx()
+            # A parser that cuts a longer tag to 32 bits would see another field than this walk.
+            if number == 0 or tag >= 1 << 32:
+                _refuse()
             value, start, position = self._payload(kind, position, end)
             yield Field(number, kind, value, start, position)
 
