@@ -164,11 +164,18 @@ async def run(plan: Plan) -> None:
     home = plan.home
     create_home(home, workers=plan.settings.workers)
     with locked(home):
-        home.endpoints.unlink(missing_ok=True)
+        _forget(home)
         try:
             await _supervise(plan)
         finally:
-            home.endpoints.unlink(missing_ok=True)
+            _forget(home)
+
+
+def _forget(home: Home) -> None:
+    """Remove what says that something runs: endpoints and pid files."""
+    for pattern in ("*.pid", "*.json"):
+        for path in home.run.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 class Platform:
@@ -210,6 +217,7 @@ class Platform:
     def publish(self) -> None:
         """Write what runs to the home's endpoints file."""
         entries, own = self.supervisor.entries, self.supervisor.services
+        pids = {name: entry.part.pid for name, entry in entries.items()}
         content = {
             "ready": self.ready,
             "supervisor": os.getpid(),
@@ -218,12 +226,14 @@ class Platform:
             "monitor": "" if self.broker is None else self.broker.monitor,
             "version": self.version,
             "durability": "external" if self.broker is None else self.plan.settings.durability,
-            "pids": {name: entry.part.pid for name, entry in entries.items()},
+            "pids": pids,
             "restarts": {name: entry.restarts for name, entry in entries.items()},
             "hosts": {service.name: service.address[0] for service in own},
             "ports": {service.name: service.address[1] for service in own},
         }
         write_secret(self.plan.home.endpoints, json.dumps(content, indent=1).encode())
+        for name, pid in {"up": os.getpid(), **pids}.items():
+            write_secret(self.plan.home.run / f"{name}.pid", f"{pid}\n".encode())
 
 
 async def _supervise(plan: Plan) -> None:
@@ -339,7 +349,7 @@ def _sweep(home: Home, found: Mapping[str, Any] | None) -> int:
     left = [pid for pid in (found or {}).get("pids", {}).values() if alive(pid) and _ours(pid)]
     for pid in left:
         send(pid, signal.SIGKILL)
-    home.endpoints.unlink(missing_ok=True)
+    _forget(home)
     return len(left)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -150,5 +151,5 @@ def certificate(folder: Path) -> None:
     """A self-signed certificate where the production files look for theirs."""
     key, public = folder / "server.key", folder / "server.crt"
     words = f"req -x509 -newkey ed25519 -nodes -subj /CN=nats -days 2 -keyout {key} -out {public}".split()
-    subprocess.run(["openssl", *words], capture_output=True, check=True)
+    subprocess.run([shutil.which("openssl") or "openssl", *words], capture_output=True, check=True)
     (folder / "ca.crt").write_bytes(public.read_bytes())
