@@ -354,6 +354,12 @@ class Bus:
         answer = await self.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", b"", timeout=timeout)
         return _stored(answer)
 
+    async def direct_last(self, stream: str, subjects: str, *, timeout: float = 5.0) -> int:  # noqa: ASYNC109
+        """The sequence of the last message of ``stream`` that matches ``subjects``; 0 when there is none."""
+        body = msgspec.json.encode({"last_by_subj": subjects})
+        found = _stored(await self.request(f"$JS.API.DIRECT.GET.{stream}", body, timeout=timeout))
+        return 0 if found is None else found.sequence
+
     async def direct_batch(self, stream: str, subjects: Sequence[str], *, timeout: float = 5.0) -> dict[str, Stored]:  # noqa: ASYNC109
         """The last message of each of ``subjects`` that has one, in as few round trips as the server allows."""
         found: dict[str, Stored] = {}

@@ -86,7 +86,9 @@ class Dispatcher:
             self._regions.add(request.region)
         await self._write_assignments()
         self._changed.set()
-        log.info("epoch %d for %s", epoch, request.worker, extra={"action": "worker_registered", "worker": request.worker})
+        log.info(
+            "epoch %d for %s", epoch, request.worker, extra={"action": "worker_registered", "worker": request.worker}
+        )
         return codec.encode(Epoch(epoch))
 
     def heard(self, key: str, frame: bytes | None) -> None:

@@ -57,7 +57,9 @@ class Answers:
         size = _size(outcome)
         if size <= self._room:
             return outcome
-        error = ResultTooLarge(f"the outputs take {size} bytes; one answer may have {self._room}: ask for fewer outputs")
+        error = ResultTooLarge(
+            f"the outputs take {size} bytes; one answer may have {self._room}: ask for fewer outputs"
+        )
         return msgspec.structs.replace(
             outcome, state=JobState.FAILED, outputs=(), error=Failure(error.code, error.message)
         )

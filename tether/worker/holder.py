@@ -94,9 +94,7 @@ class Holder:
         manifest = await self._manifest(ref)
         store = ObjectChunkStore(self._bus, self._bus.names.chunk_bucket(ref.model))
         directory = await fetch_model(self._bus, store, manifest, self._cache)
-        runtime = await asyncio.to_thread(
-            runtimes.load, manifest, directory, threads=self._bus.settings.onnx_threads
-        )
+        runtime = await asyncio.to_thread(runtimes.load, manifest, directory, threads=self._bus.settings.onnx_threads)
         instance = ModelInstance(self._bus, manifest, runtime, self._keepalive)
         await instance.start()
         return instance

@@ -202,13 +202,10 @@ class ModelInstance:
         metrics.RUN_SECONDS.labels(self.manifest.name).observe(self._bus.clock.monotonic() - began)
         finished = self._bus.clock.utc()
         return [
-            self._outcome(job, result, attempt, started, finished)
-            for job, result in zip(jobs, results, strict=True)
+            self._outcome(job, result, attempt, started, finished) for job, result in zip(jobs, results, strict=True)
         ]
 
-    def _outcome(
-        self, job: Job, result: batching.Result, attempt: int, started: float, finished: float
-    ) -> Outcome:
+    def _outcome(self, job: Job, result: batching.Result, attempt: int, started: float, finished: float) -> Outcome:
         worker = self._bus.signer.name
         if isinstance(result, TetherError):
             failure = Failure(result.code, result.message)

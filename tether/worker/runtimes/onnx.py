@@ -71,7 +71,9 @@ def _text(name: str, array: Array) -> Array:
     try:
         return np.array([item.decode() for item in array.ravel()], dtype=np.object_).reshape(array.shape)
     except UnicodeDecodeError as error:
-        raise InferenceFailed(f"input '{name}' holds bytes that are not UTF-8 text, which ONNX strings must be") from error
+        raise InferenceFailed(
+            f"input '{name}' holds bytes that are not UTF-8 text, which ONNX strings must be"
+        ) from error
 
 
 def _to_value(array: Array) -> Any:

@@ -1,0 +1,281 @@
+"""Waiting requests on their way to a lane: many jobs, one message, one signature.
+
+A bundle leaves at once while fewer bundles are in flight than workers answer, so one caller waits for nobody. When as
+many are in flight, jobs gather until an answer arrives, the bundle is full, or the delay is up, so a thousand callers
+batch. Every job in flight is remembered until it is answered: after a broker restart its bundle is sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from tether import codec, metrics
+from tether.bus.connection import Bus, Message
+from tether.bus.queue import BusQueue
+from tether.envelope import MessageType
+from tether.errors import (
+    BadEncoding,
+    BrokerUnavailable,
+    DeadlineExceeded,
+    InferenceFailed,
+    TetherError,
+    Unavailable,
+    by_code,
+)
+from tether.job import Job, JobId, JobState, Lane, Outcome, new_job_id
+from tether.lifecycle import Tasks
+from tether.tensor import Tensor
+
+log = logging.getLogger(__name__)
+
+Answer = tuple[Tensor, ...]
+
+_RECONNECT_S = 0.5
+
+
+class Flight:
+    """One bundle on its way, and which of its jobs nobody has answered yet."""
+
+    __slots__ = ("bundler", "jobs", "open", "sends")
+
+    def __init__(self, bundler: LaneBundler, jobs: list[Job]) -> None:
+        self.bundler = bundler
+        self.jobs = jobs
+        self.open = {job.id for job in jobs}
+        self.sends = 0
+
+
+class Waiting:
+    """One job somebody waits for."""
+
+    __slots__ = ("flight", "future", "timer")
+
+    def __init__(self, future: asyncio.Future[Answer], timer: asyncio.TimerHandle) -> None:
+        self.future = future
+        self.timer = timer
+        self.flight: Flight | None = None
+
+
+class InferBundler:
+    """All lanes of one gateway, and the inbox its answers come to."""
+
+    def __init__(self, bus: Bus, tasks: Tasks, workers: Callable[[Lane], int]) -> None:
+        self._bus = bus
+        self._tasks = tasks
+        self._workers = workers
+        self._queue = BusQueue(bus)
+        self._lanes: dict[Lane, LaneBundler] = {}
+        self._waiting: dict[JobId, Waiting] = {}
+        self.flights: set[Flight] = set()
+        self.reply = bus.names.reply(new_job_id())
+        bus.on_reconnect(self._send_all_again)
+
+    async def start(self) -> None:
+        await self._bus.subscribe(self.reply, self._answered)
+
+    def submit(self, lane: Lane, job: Job, timeout_s: float) -> asyncio.Future[Answer]:
+        """Put a job on its way; the future has its outputs, or the error it ended with.
+
+        Raises:
+            Unavailable: this gateway holds as many requests as it may.
+        """
+        if len(self._waiting) >= self._bus.settings.max_inflight:
+            raise Unavailable(f"this gateway already holds {len(self._waiting)} requests; try again")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer] = loop.create_future()
+        timer = loop.call_later(timeout_s, self._fail, job.id, None)
+        self._waiting[job.id] = Waiting(future, timer)
+        metrics.INFER_INFLIGHT.set(len(self._waiting))
+        bundler = self._lanes.get(lane)
+        if bundler is None:
+            bundler = self._lanes[lane] = LaneBundler(self, lane)
+        bundler.add(job)
+        return future
+
+    # called by lanes
+
+    def workers(self, lane: Lane) -> int:
+        return max(1, self._workers(lane))
+
+    @property
+    def settings_delay_s(self) -> float:
+        return self._bus.settings.bundle_delay_ms / 1000
+
+    @property
+    def max_jobs(self) -> int:
+        return self._bus.settings.bundle_max_jobs
+
+    @property
+    def max_bytes(self) -> int:
+        return self._bus.settings.max_body_bytes
+
+    def launch(self, flight: Flight) -> None:
+        """Send a bundle, again and again until the broker has it or nobody waits for it any more."""
+        self.flights.add(flight)
+        for job in flight.jobs:
+            waiting = self._waiting.get(job.id)
+            if waiting is None:
+                flight.open.discard(job.id)
+            else:
+                waiting.flight = flight
+        if not flight.open:
+            self._land(flight)
+            return
+        self._tasks.spawn(self._send(flight), "send-bundle")
+
+    async def _send(self, flight: Flight) -> None:
+        lane = flight.bundler.lane
+        subject = self._bus.names.lane(lane)
+        jobs = [job for job in flight.jobs if job.id in flight.open]
+        if not jobs:
+            return
+        flight.sends += 1
+        message_id = new_job_id()
+        deadline = max(job.deadline for job in jobs)
+        frame = self._bus.signer.seal(
+            MessageType.INFER,
+            subject,
+            codec.encode_jobs(jobs),
+            reply=self.reply,
+            message_id=message_id,
+            jobs=tuple(job.id for job in jobs),
+            attempt=flight.sends,
+            expires_at=int(deadline * 1000),
+        )
+        metrics.BUNDLE_JOBS.labels(lane.kind.value).observe(len(jobs))
+        while flight.open:
+            try:
+                ttl = max(1.0, deadline - self._bus.clock.utc())
+                await self._queue.enqueue(lane, frame, message_id=message_id, ttl_s=ttl)
+                return
+            except BrokerUnavailable:
+                await self._bus.wait_connected(_RECONNECT_S)
+                await asyncio.sleep(0.05)
+            except TetherError as error:
+                for job in jobs:
+                    self._fail(job.id, error)
+                return
+
+    def _send_all_again(self) -> None:
+        """The broker was away: infer lanes live in its memory, and answers may have been lost on the way."""
+        for flight in list(self.flights):
+            metrics.INFER_RESUBMITTED.inc()
+            self._tasks.spawn(self._send(flight), "send-again")
+
+    # answers
+
+    async def _answered(self, message: Message) -> None:
+        envelope = self._bus.open(message, MessageType.ANSWER)
+        if envelope is None:
+            return
+        try:
+            outcomes = codec.decode_outcomes(envelope.body)
+        except BadEncoding as error:
+            metrics.ENVELOPES_REJECTED.labels(error.code).inc()
+            return
+        for outcome in outcomes:
+            self._settle(outcome)
+
+    def _settle(self, outcome: Outcome) -> None:
+        waiting = self._waiting.get(outcome.job)
+        if waiting is None:
+            metrics.ANSWERS_LATE.inc()
+            return
+        if outcome.state is JobState.SUCCEEDED:
+            self._forget(outcome.job, waiting)
+            if not waiting.future.done():
+                waiting.future.set_result(outcome.outputs)
+        else:
+            self._fail(outcome.job, _error_of(outcome))
+
+    def _fail(self, job: JobId, error: TetherError | None) -> None:
+        waiting = self._waiting.get(job)
+        if waiting is None:
+            return
+        self._forget(job, waiting)
+        if not waiting.future.done():
+            waiting.future.set_exception(error or DeadlineExceeded("no answer before the request's deadline"))
+
+    def _forget(self, job: JobId, waiting: Waiting) -> None:
+        del self._waiting[job]
+        waiting.timer.cancel()
+        metrics.INFER_INFLIGHT.set(len(self._waiting))
+        flight = waiting.flight
+        if flight is not None:
+            flight.open.discard(job)
+            if not flight.open:
+                self._land(flight)
+
+    def _land(self, flight: Flight) -> None:
+        if flight in self.flights:
+            self.flights.discard(flight)
+            flight.bundler.landed()
+
+
+class LaneBundler:
+    """The jobs of one lane that have not left yet."""
+
+    def __init__(self, owner: InferBundler, lane: Lane) -> None:
+        self._owner = owner
+        self.lane = lane
+        self._pending: list[Job] = []
+        self._bytes = 0
+        self._in_flight = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._soon = False
+
+    def add(self, job: Job) -> None:
+        self._pending.append(job)
+        self._bytes += sum(len(tensor.data) for tensor in job.inputs)
+        if len(self._pending) >= self._owner.max_jobs or self._bytes >= self._owner.max_bytes // 2:
+            self._flush()
+        elif self._in_flight < self._owner.workers(self.lane):
+            self._flush_soon()
+        elif self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._owner.settings_delay_s, self._flush)
+
+    def landed(self) -> None:
+        """All of a bundle was answered: the next may leave."""
+        self._in_flight -= 1
+        if self._pending:
+            self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        """After what is already waiting to be read has been read: it may bring more jobs for this bundle."""
+        if not self._soon:
+            self._soon = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._soon = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._pending:
+            jobs = self._fitting()
+            self._in_flight += 1
+            self._owner.launch(Flight(self, jobs))
+
+    def _fitting(self) -> list[Job]:
+        """As many of the pending jobs, in order, as fit one message."""
+        jobs: list[Job] = []
+        size = 0
+        for job in self._pending[: self._owner.max_jobs]:
+            own = sum(len(tensor.data) for tensor in job.inputs)
+            if jobs and size + own > self._owner.max_bytes:
+                break
+            jobs.append(job)
+            size += own
+        del self._pending[: len(jobs)]
+        self._bytes = max(0, self._bytes - size) if self._pending else 0
+        return jobs
+
+
+def _error_of(outcome: Outcome) -> TetherError:
+    failure = outcome.error
+    if outcome.state is JobState.EXPIRED:
+        return DeadlineExceeded("the deadline passed before the job could run")
+    return InferenceFailed("the job failed") if failure is None else by_code(failure.code, failure.message)

@@ -1,0 +1,156 @@
+"""Models, aliases and routes as the gateway last heard of them; every request is resolved here, in memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tether import codec
+from tether.bus.connection import Bus
+from tether.bus.kv import SignedBucket
+from tether.envelope import MessageType
+from tether.errors import BadEncoding, ModelNotFound, ModelNotReady
+from tether.job import Lane, LaneKind, Priority
+from tether.model import LATEST, Alias, Manifest, Route, TensorSpec, check_name
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Served:
+    """One version, ready to be asked: what the hot path needs, worked out once."""
+
+    manifest: Manifest
+    specs: dict[str, TensorSpec]
+    infer_lane: Lane
+
+    def job_lane(self, priority: Priority) -> Lane:
+        lane = self.infer_lane
+        return Lane(LaneKind.JOB, lane.model, lane.version, lane.region, lane.scope, priority)
+
+
+class Catalog:
+    """Follows the buckets ``models``, ``aliases`` and ``routes``."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._served: dict[str, dict[int, Served]] = {}
+        self._aliases: dict[str, dict[str, int]] = {}
+        self._routes: dict[tuple[str, int], Route] = {}
+        self._keys: dict[str, tuple[str, int]] = {}
+
+    @asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            for name, kind, changed in (
+                ("models", MessageType.MANIFEST, self._model_changed),
+                ("aliases", MessageType.ALIAS, self._alias_changed),
+                ("routes", MessageType.ROUTE, self._route_changed),
+            ):
+                await stack.enter_async_context(SignedBucket(self._bus, name, kind).watch(changed))
+            yield
+
+    def _model_changed(self, key: str, body: bytes | None) -> None:
+        if body is None:
+            name, version = self._keys.pop(key, ("", 0))
+            self._served.get(name, {}).pop(version, None)
+            if name and not self._served.get(name):
+                self._served.pop(name, None)
+            return
+        manifest = _decoded(body, Manifest)
+        if manifest is None or self._bus.names.version_key(manifest.name, manifest.version) != key:
+            return
+        lane = Lane(LaneKind.INFER, manifest.name, manifest.version, self._bus.settings.region)
+        specs = {spec.name: spec for spec in manifest.inputs}
+        self._keys[key] = (manifest.name, manifest.version)
+        self._served.setdefault(manifest.name, {})[manifest.version] = Served(manifest, specs, lane)
+
+    def _alias_changed(self, key: str, body: bytes | None) -> None:
+        if body is None:
+            return
+        alias = _decoded(body, Alias)
+        if alias is not None:
+            self._aliases.setdefault(alias.model, {})[alias.name] = alias.version
+
+    def _route_changed(self, key: str, body: bytes | None) -> None:
+        if body is None:
+            return
+        route = _decoded(body, Route)
+        if route is not None:
+            self._routes[(route.model, route.version)] = route
+
+    # reading
+
+    def resolve(self, model: str, version: str) -> Served:
+        """The version that a name and a version (a number, an alias, or empty for ``latest``) mean just now.
+
+        Raises:
+            BadName: the name is not one a model could have.
+            ModelNotFound: there is no such model, version or alias.
+        """
+        versions = self._served.get(model)
+        if versions is None:
+            check_name(model, field="model")
+            raise ModelNotFound(f"there is no model '{model}'", field="model")
+        number = int(version) if version.isdecimal() and len(version) < 10 else self._alias(model, version or LATEST)
+        served = versions.get(number)
+        if served is None:
+            raise ModelNotFound(f"model '{model}' has no version '{version[:64]}'", field="version")
+        return served
+
+    def _alias(self, model: str, name: str) -> int:
+        found = self._aliases.get(model, {}).get(name)
+        if found is None:
+            return max(self._served[model], default=0) if name == LATEST else 0
+        return found
+
+    def workers(self, served: Served) -> tuple[str, ...]:
+        """Who answers for a version just now; empty when nobody does."""
+        route = self._routes.get((served.manifest.name, served.manifest.version))
+        return () if route is None else route.workers
+
+    def worker_count(self, model: str, version: int) -> int:
+        route = self._routes.get((model, version))
+        return 0 if route is None else len(route.workers)
+
+    def require_lane(self, served: Served) -> None:
+        """Prove that the version has lanes, so that a job for it will be found.
+
+        Raises:
+            ModelNotReady: it was pushed a moment ago and has none yet.
+        """
+        if (served.manifest.name, served.manifest.version) not in self._routes:
+            raise ModelNotReady(
+                f"model '{served.manifest.name}' version {served.manifest.version} is not ready yet; try again"
+            )
+
+    def names(self) -> list[str]:
+        return sorted(self._served)
+
+    def versions(self, model: str) -> dict[int, Served]:
+        """Every version of a model by number.
+
+        Raises:
+            BadName, ModelNotFound
+        """
+        versions = self._served.get(model)
+        if versions is None:
+            check_name(model, field="model")
+            raise ModelNotFound(f"there is no model '{model}'", field="model")
+        return dict(sorted(versions.items()))
+
+    def aliases(self, model: str) -> dict[str, int]:
+        return dict(sorted(self._aliases.get(model, {}).items()))
+
+
+def _decoded(body: bytes, kind: type[T]) -> T | None:
+    try:
+        return codec.decode(body, kind)
+    except BadEncoding as error:
+        log.warning("unreadable entry: %s", error, extra={"action": "entry_refused"})
+        return None

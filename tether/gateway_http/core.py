@@ -1,0 +1,94 @@
+"""The gateway's heart: validate, resolve, put on its way, wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from tether import lifecycle, metrics
+from tether.bus.connection import Bus
+from tether.gateway_http.auth import ApiKeys
+from tether.gateway_http.bundler import InferBundler
+from tether.gateway_http.catalog import Catalog, Served
+from tether.gateway_http.jobs import JobService
+from tether.home import Home
+from tether.job import Job, Lane, new_job_id
+from tether.lifecycle import Tasks
+from tether.model import check_inputs, check_outputs
+from tether.settings import Settings
+from tether.tensor import Tensor
+
+
+class Gateway:
+    """What every route works with. Use :func:`running`."""
+
+    def __init__(self, bus: Bus, tasks: Tasks) -> None:
+        self.bus = bus
+        self.settings = bus.settings
+        self.catalog = Catalog(bus)
+        self.keys = ApiKeys(bus)
+        self.jobs = JobService(bus, self.catalog, tasks)
+        self._bundler = InferBundler(bus, tasks, self._workers)
+
+    @property
+    def closed(self) -> asyncio.Event:
+        return self.bus.closed
+
+    @property
+    def inflight(self) -> int:
+        """Bundles whose answers are not complete."""
+        return len(self._bundler.flights)
+
+    def _workers(self, lane: Lane) -> int:
+        return self.catalog.worker_count(lane.model, lane.version)
+
+    async def start(self) -> None:
+        await self._bundler.start()
+
+    async def infer(
+        self,
+        served: Served,
+        tenant: str,
+        inputs: tuple[Tensor, ...],
+        outputs: tuple[str, ...],
+        *,
+        request_id: str,
+        traceparent: str = "",
+        timeout_s: float,
+    ) -> tuple[Tensor, ...]:
+        """Run one synchronous request; outputs in the order asked for.
+
+        Raises:
+            BadTensor: inputs or outputs are not those of the model's signature; nothing was queued.
+            ModelNotReady, QueueFull, Unavailable: try again later.
+            DeadlineExceeded: no answer within ``timeout_s`` seconds.
+            InferenceFailed: the model failed on this input.
+        """
+        check_inputs(served.manifest, inputs)
+        if outputs:
+            check_outputs(served.manifest, outputs)
+        self.catalog.require_lane(served)
+        began = self.bus.clock.monotonic()
+        deadline = self.bus.clock.utc() + timeout_s
+        job = Job(new_job_id(), tenant, inputs, deadline, outputs, request_id, traceparent)
+        answer = await self._bundler.submit(served.infer_lane, job, timeout_s)
+        metrics.INFER_SECONDS.labels(served.manifest.name).observe(self.bus.clock.monotonic() - began)
+        return answer
+
+    def checks(self) -> dict[str, str]:
+        """The dependencies of ``/readyz``."""
+        return {"broker": "ok" if self.bus.connected else "not connected"}
+
+
+@asynccontextmanager
+async def running(settings: Settings, home: Home) -> AsyncIterator[Gateway]:
+    """A connected gateway whose caches are filled, until the block ends. It does not listen yet."""
+    async with AsyncExitStack() as stack:
+        bus = await stack.enter_async_context(Bus.connect(settings, home, "gateway"))
+        tasks = await stack.enter_async_context(lifecycle.tasks())
+        gateway = Gateway(bus, tasks)
+        await stack.enter_async_context(gateway.keys.watching())
+        await stack.enter_async_context(gateway.catalog.watching())
+        await gateway.start()
+        yield gateway

@@ -1,0 +1,52 @@
+"""The error tree as HTTP statuses, and error bodies."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from tether import errors
+
+STATUSES: dict[type[errors.TetherError], int] = {
+    errors.TetherError: 500,
+    errors.InvalidRequest: 400,
+    errors.PayloadTooLarge: 413,
+    errors.Unauthenticated: 401,
+    errors.Forbidden: 403,
+    errors.NotFound: 404,
+    errors.Conflict: 409,
+    errors.Unavailable: 503,
+    errors.QueueFull: 429,
+    errors.DeadlineExceeded: 504,
+    errors.JobCancelled: 409,
+    errors.ModelRejected: 422,
+    errors.CorruptChunk: 503,
+}
+"""By class; a class that is not here has its nearest base's status."""
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """The body of every error."""
+
+    error: str
+    code: str
+    request_id: str
+
+
+def status_of(error: errors.TetherError) -> int:
+    for cls in type(error).__mro__:
+        if cls in STATUSES:
+            return STATUSES[cls]
+    return 500
+
+
+def error_response(error: errors.TetherError, request_id: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, extra headers and body of an error. What is ours alone (500) is not told in detail."""
+    status = status_of(error)
+    headers: list[tuple[bytes, bytes]] = []
+    if isinstance(error, errors.Unavailable):
+        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after))).encode()))
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    return status, headers, msgspec.json.encode(ErrorBody(error.message, error.code, request_id))

@@ -1,0 +1,131 @@
+"""Durable jobs on their way into their lanes: many jobs, one message, one signature.
+
+What arrives while a lane's last bundle is being stored travels together in the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+
+from tether import codec, metrics
+from tether.bus.connection import Bus
+from tether.bus.kv import SignedBucket
+from tether.bus.queue import BusQueue
+from tether.envelope import MessageType
+from tether.errors import BrokerUnavailable, TetherError
+from tether.job import Job, JobRecord, Lane, new_job_id
+from tether.lifecycle import Tasks
+
+_PATIENCE_S = 10.0
+"""How long an accepting gateway waits for a broker that is away, before it says so."""
+
+
+class Submission(msgspec.Struct, frozen=True):
+    """A job, the lane it goes to, and its record (whose ``bundle`` is filled in when it leaves)."""
+
+    lane: Lane
+    job: Job
+    record: JobRecord
+
+
+_Waiting = tuple[Submission, "asyncio.Future[None]"]
+
+
+class JobBundler:
+    """The jobs of every lane that have not been stored yet."""
+
+    def __init__(self, bus: Bus, tasks: Tasks) -> None:
+        self._bus = bus
+        self._tasks = tasks
+        self._queue = BusQueue(bus)
+        self._records = SignedBucket(bus, "jobs", MessageType.RECORD)
+        self._pending: dict[Lane, list[_Waiting]] = {}
+        self._storing: set[Lane] = set()
+
+    def add(self, item: Submission) -> asyncio.Future[None]:
+        """Put a job on its way; the future is done when the broker holds it, or has the reason why it does not."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pending.setdefault(item.lane, []).append((item, future))
+        if item.lane not in self._storing:
+            self._storing.add(item.lane)
+            self._tasks.spawn(self._store_all(item.lane), "store-jobs")
+        return future
+
+    async def _store_all(self, lane: Lane) -> None:
+        try:
+            while waiting := self._pending.get(lane):
+                batch = self._fitting(waiting)
+                try:
+                    await self._store(lane, [item for item, _ in batch])
+                except TetherError as error:
+                    _settle(batch, error)
+                else:
+                    _settle(batch, None)
+        finally:
+            self._storing.discard(lane)
+
+    def _fitting(self, waiting: list[_Waiting]) -> list[_Waiting]:
+        limit, size = self._bus.settings.max_body_bytes, 0
+        count = 0
+        for item, _ in waiting[: self._bus.settings.bundle_max_jobs]:
+            size += sum(len(tensor.data) for tensor in item.job.inputs)
+            if count and size > limit:
+                break
+            count += 1
+        batch = waiting[:count]
+        del waiting[:count]
+        return batch
+
+    async def _store(self, lane: Lane, items: Sequence[Submission]) -> None:
+        """Bundle and records at the same time; both are needed, and storing either twice changes nothing."""
+        message_id = new_job_id()
+        subject = self._bus.names.lane(lane)
+        jobs = [item.job for item in items]
+        frame = self._bus.signer.seal(
+            MessageType.JOB,
+            subject,
+            codec.encode_jobs(jobs),
+            message_id=message_id,
+            jobs=tuple(job.id for job in jobs),
+            attempt=1,
+        )
+        metrics.BUNDLE_JOBS.labels(lane.kind.value).observe(len(jobs))
+        end = self._bus.clock.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                await self._store_once(lane, frame, message_id, items)
+                return
+            except BrokerUnavailable:
+                if self._bus.clock.monotonic() >= end:
+                    raise
+                await self._bus.wait_connected(1.0)
+                await asyncio.sleep(0.05)
+
+    async def _store_once(self, lane: Lane, frame: bytes, message_id: str, items: Sequence[Submission]) -> None:
+        work = [
+            self._queue.enqueue(lane, frame, message_id=message_id, ttl_s=None, timeout=5.0),
+            *[self._keep(item.record, message_id) for item in items],
+        ]
+        done = await asyncio.gather(*work, return_exceptions=True)
+        for result in done:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _keep(self, record: JobRecord, bundle: str) -> None:
+        body = codec.encode_record(msgspec.structs.replace(record, bundle=bundle))
+        now = self._bus.clock.utc()
+        ttl = int(max(0.0, record.deadline - now) + self._bus.settings.result_ttl_s) + 1
+        await self._records.put(record.id, body, ttl_s=ttl)
+
+
+def _settle(batch: Sequence[_Waiting], error: TetherError | None) -> None:
+    for _, future in batch:
+        if future.done():
+            continue
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)

@@ -1,0 +1,50 @@
+"""The gateway as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from tether import lifecycle, logs, ops_http
+from tether.gateway_http import app, core
+from tether.gateway_http.core import Gateway
+from tether.home import Home
+from tether.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+@asynccontextmanager
+async def listening(settings: Settings, home: Home) -> AsyncIterator[tuple[Gateway, int]]:
+    """A gateway that answers on its port until the block ends; what it holds is answered first."""
+    async with core.running(settings, home) as gateway:
+        async with ops_http.listening(app.build(gateway), settings.http_host, settings.http_port) as port:
+            yield gateway, port
+            await _drained(gateway, settings.drain_s)
+
+
+async def _drained(gateway: Gateway, within_s: float) -> None:
+    end = gateway.bus.clock.monotonic() + within_s
+    while gateway.inflight and gateway.bus.clock.monotonic() < end:
+        await asyncio.sleep(0.02)
+
+
+async def main(settings: Settings) -> None:
+    """Run the gateway until SIGTERM or SIGINT."""
+    logs.setup(settings, "gateway")
+    home = Home.at(settings.home)
+    stop = lifecycle.stop_on_signals()
+    await lifecycle.serve(stop, _serving(settings, home), _started)
+
+
+@asynccontextmanager
+async def _serving(settings: Settings, home: Home) -> AsyncIterator[Gateway]:
+    async with listening(settings, home) as (gateway, port):
+        lifecycle.write_endpoint(home, "gateway", port)
+        yield gateway
+
+
+def _started(gateway: Gateway) -> None:
+    log.info("listening on %s", gateway.settings.http_host, extra={"action": "gateway_started"})
