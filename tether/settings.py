@@ -207,6 +207,23 @@ OTHER_VARIABLES = ("TETHER_API_KEY", "TETHER_URL")
 """Read by the client and the command line, not settings of a service."""
 
 
+@dataclass(frozen=True)
+class ClientEnvironment:
+    """What the environment tells a client; empty where it tells nothing."""
+
+    url: str
+    api_key: str
+    home: str
+
+
+def client_environment(environ: Mapping[str, str] | None = None) -> ClientEnvironment:
+    """Read TETHER_URL, TETHER_API_KEY and TETHER_HOME."""
+    environ = os.environ if environ is None else environ
+    return ClientEnvironment(
+        environ.get("TETHER_URL", ""), environ.get("TETHER_API_KEY", ""), environ.get(HOME_VARIABLE, "")
+    )
+
+
 def _unknown(where: str, name: str, known: Mapping[str, Any]) -> ConfigError:
     near = difflib.get_close_matches(name, list(known), n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ""

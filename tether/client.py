@@ -1,0 +1,243 @@
+"""The Python SDK: :class:`Client` blocks, :class:`AsyncClient` awaits; both do exactly the same.
+
+Arrays go to the server and come back in binary form. Errors are those of :mod:`tether.errors`, by the code the server
+sent.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+from tether import client_flows as flows
+from tether.client_async import AsyncClient, AsyncJobHandle
+from tether.client_flows import Inputs, JobInfo, JobOptions, JobPage, Json, Outputs, Version
+from tether.client_http import Flow, Lost, Pause, Policy, Progress, Reply
+from tether.client_wire import Wire
+from tether.job import JobState
+
+__all__ = ["AsyncClient", "AsyncJobHandle", "Client", "JobHandle", "JobInfo", "JobPage"]
+
+T = TypeVar("T")
+
+
+class JobHandle:
+    """A submitted job. Iterating over it yields a :class:`JobInfo` for each state it comes to, its end included."""
+
+    def __init__(self, client: Client, job_id: str) -> None:
+        self._client = client
+        self.id = job_id
+
+    def info(self) -> JobInfo:
+        return self._client.job(self.id)
+
+    def state(self) -> JobState:
+        return self.info().state
+
+    def result(self, timeout: float | None = None) -> Outputs:
+        """Wait for the end, at most ``timeout`` seconds (None: as long as it takes), and return the outputs.
+
+        Raises:
+            DeadlineExceeded: the job had not ended in time, or its own deadline passed.
+            JobCancelled, InferenceFailed, AttemptsExhausted: it ended otherwise.
+        """
+        return self._client.wait_many([self.id], timeout=timeout)[0].outputs()
+
+    def cancel(self) -> JobInfo:
+        return self._client.cancel(self.id)
+
+    def __iter__(self) -> Iterator[JobInfo]:
+        known: JobState | None = None
+        while True:
+            info = self._client.run(partial(flows.change, job_id=self.id, known=known))
+            yield info
+            if info.ended:
+                return
+            known = info.state
+
+    def __repr__(self) -> str:
+        return f"JobHandle({self.id!r})"
+
+
+class Client:
+    """A connection to a Tether server, for blocking code; safe to share between threads.
+
+    Server and key come from the arguments, else TETHER_URL and TETHER_API_KEY, else the data directory TETHER_HOME of
+    this machine. ``timeout`` is in seconds, for one operation with all its tries.
+    """
+
+    def __init__(
+        self, url: str | None = None, api_key: str | None = None, *, timeout: float = 30.0, tries: int = 8
+    ) -> None:
+        self._policy = Policy(timeout=timeout, tries=tries)
+        self._wire = Wire(url, api_key)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._wire.close()
+
+    @property
+    def url(self) -> str:
+        """The server's address."""
+        return self._wire.url
+
+    def run(self, flow: Callable[[Policy], Flow[T]], timeout: float | None = None) -> T:
+        """Drive a flow of :mod:`tether.client_flows` to its result."""
+        steps = flow(self._policy if timeout is None else replace(self._policy, timeout=timeout))
+        answer: Reply | Lost | None = None
+        try:
+            while True:
+                step = steps.send(answer)
+                if isinstance(step, Pause):
+                    threading.Event().wait(step.seconds)
+                    answer = None
+                else:
+                    answer = self._wire.send(step)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+    # inference
+
+    def infer(
+        self,
+        model: str,
+        inputs: Inputs,
+        version: Version = None,
+        outputs: Sequence[str] = (),
+        timeout: float | None = None,
+    ) -> Outputs:
+        """Run ``model`` once on ``inputs`` and return its outputs by name (all of them when ``outputs`` is empty).
+
+        Arrays keep their dtype; lists and numbers take the datatype the model declares.
+
+        Raises:
+            TetherError: what the server refused, or Unavailable when it cannot be reached.
+        """
+        return self.run(lambda policy: flows.infer(policy, model, inputs, version, outputs), timeout)
+
+    # jobs
+
+    def submit(
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        version: Version = None,
+        priority: str | None = None,
+        deadline: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> JobHandle:
+        """Queue a durable job. ``deadline`` is in seconds from now, ``priority`` high, normal or low.
+
+        A repeat after a lost answer, or with the same ``idempotency_key``, is the same job.
+        """
+        options = JobOptions(version, priority, deadline)
+        info = self.run(lambda policy: flows.submit(policy, model, inputs, options, idempotency_key))
+        return JobHandle(self, info.id)
+
+    def submit_many(
+        self,
+        model: str,
+        rows: Iterable[Inputs],
+        *,
+        version: Version = None,
+        priority: str | None = None,
+        deadline: float | None = None,
+        progress: Progress | None = None,
+    ) -> list[JobHandle]:
+        """Queue one job for each of ``rows``, 200 in a request; ``progress`` is called with how many are queued."""
+        options = JobOptions(version, priority, deadline)
+        infos = self.run(lambda policy: flows.submit_many(policy, model, rows, options, progress))
+        return [JobHandle(self, info.id) for info in infos]
+
+    def wait_many(
+        self, ids: Sequence[str], *, timeout: float | None = None, progress: Progress | None = None
+    ) -> list[JobInfo]:
+        """Wait until all of these jobs have ended; they come in the order of ``ids``.
+
+        Raises:
+            DeadlineExceeded: some had not ended after ``timeout`` seconds (None: as long as it takes).
+        """
+        return self.run(lambda policy: flows.wait_many(policy, ids, timeout, progress))
+
+    def job(self, job_id: str, *, wait: float = 0.0) -> JobInfo:
+        """A job as it is, or as it is when it ends within ``wait`` seconds."""
+        return self.run(lambda policy: flows.job(policy, job_id, wait))
+
+    def jobs(
+        self, *, state: str | None = None, model: str | None = None, limit: int | None = None, cursor: str | None = None
+    ) -> JobPage:
+        """The tenant's jobs, newest first."""
+        params = {"state": state, "model": model, "limit": limit, "cursor": cursor}
+        return self.run(lambda policy: flows.jobs(policy, params))
+
+    def cancel(self, job_id: str) -> JobInfo:
+        """Take a job back.
+
+        Raises:
+            ResultConflict: it has already ended.
+        """
+        return self.run(lambda policy: flows.cancel(policy, job_id))
+
+    # models
+
+    def models(self) -> list[Json]:
+        """Every model with its versions and aliases."""
+        return self.run(lambda policy: flows.get(policy, "/v1/models", "models"))
+
+    def model(self, name: str) -> Json:
+        """One model with the signature and the files of each version."""
+        return self.run(lambda policy: flows.get(policy, flows.model_path(name)))
+
+    def push(
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        max_batch_size: int | None = None,
+        max_delay_ms: float | None = None,
+        progress: Progress | None = None,
+        timeout: float = flows.PUSH_TIMEOUT_S,
+    ) -> Json:
+        """Make the file at ``path`` the next version of ``name``; ``progress`` is called with the bytes sent.
+
+        Raises:
+            ModelRejected: the file is no model that can be served.
+            InvalidRequest: it cannot be read.
+        """
+        body, digest = flows.file_body(Path(path), progress)
+        params = {"max_batch_size": max_batch_size, "max_delay_ms": max_delay_ms}
+        return self.run(lambda policy: flows.push(policy, name, body, digest, params), timeout)
+
+    # administration
+
+    def create_key(self, tenant: str, scopes: Sequence[str], name: str = "") -> Json:
+        """Make an API key; its text is in the answer's ``key`` and is never shown again."""
+        return self.run(lambda policy: flows.create_key(policy, tenant, scopes, name))
+
+    def keys(self) -> list[Json]:
+        """Every API key without its secret."""
+        return self.run(lambda policy: flows.get(policy, "/v1/keys", "keys"))
+
+    def revoke_key(self, key_id: str) -> None:
+        self.run(lambda policy: flows.revoke_key(policy, key_id))
+
+    def workers(self) -> list[Json]:
+        """Every worker the platform hears of, and what it holds."""
+        return self.run(lambda policy: flows.get(policy, "/v1/workers", "workers"))
+
+    def server_ready(self) -> bool:
+        """Whether the server answers and can serve; False when it cannot be reached."""
+        return self.run(flows.ready)

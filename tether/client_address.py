@@ -1,0 +1,58 @@
+"""Where a client's server is and which key it shows there."""
+
+from __future__ import annotations
+
+import json
+from urllib.parse import urlsplit
+
+from tether.errors import ConfigError
+from tether.home import Home, read_secret
+from tether.settings import ClientEnvironment, client_environment
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def resolve_url(url: str | None, environment: ClientEnvironment) -> str:
+    """``url``, else TETHER_URL, else the platform that runs in the data directory, else port 8000 of this machine.
+
+    Raises:
+        ConfigError: it is no HTTP address.
+    """
+    found = url or environment.url or _running_url(environment) or DEFAULT_URL
+    if not found.startswith(("http://", "https://")) or not urlsplit(found).hostname:
+        raise ConfigError(f"'{found}' is not a URL like {DEFAULT_URL}", field="url")
+    return found.rstrip("/")
+
+
+def _running_url(environment: ClientEnvironment) -> str:
+    try:
+        return str(json.loads(Home.at(environment.home).endpoints.read_bytes())["http"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def resolve_key(url: str, api_key: str | None, environment: ClientEnvironment) -> str:
+    """``api_key``, else TETHER_API_KEY, else the data directory's admin key when ``url`` is this machine.
+
+    Raises:
+        ConfigError: the admin key's file may be read by others.
+    """
+    if api_key or environment.api_key:
+        return api_key or environment.api_key
+    file = Home.at(environment.home).admin_key
+    if not is_local(url) or not file.is_file():
+        return ""
+    return read_secret(file).decode("ascii", "replace").strip()
+
+
+def is_local(url: str) -> bool:
+    """Whether ``url`` is this machine by its loopback address."""
+    return urlsplit(url).hostname in _LOCAL
+
+
+def resolve(url: str | None, api_key: str | None) -> tuple[str, str]:
+    """URL and API key (empty: none) from arguments, the environment and the data directory, in this order."""
+    environment = client_environment()
+    found = resolve_url(url, environment)
+    return found, resolve_key(found, api_key, environment)

@@ -1,0 +1,235 @@
+"""The asynchronous half of the Python SDK; :mod:`tether.client` has the blocking one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+from tether import client_flows as flows
+from tether.client_flows import Inputs, JobInfo, JobOptions, JobPage, Json, Outputs, Version
+from tether.client_http import Flow, Lost, Pause, Policy, Progress, Reply
+from tether.client_wire import AsyncWire
+from tether.job import JobState
+
+T = TypeVar("T")
+
+
+class AsyncJobHandle:
+    """A submitted job. ``async for`` yields a :class:`JobInfo` for each state it comes to, its end included."""
+
+    def __init__(self, client: AsyncClient, job_id: str) -> None:
+        self._client = client
+        self.id = job_id
+
+    async def info(self) -> JobInfo:
+        return await self._client.job(self.id)
+
+    async def state(self) -> JobState:
+        return (await self.info()).state
+
+    async def result(self, timeout: float | None = None) -> Outputs:  # noqa: ASYNC109 - the server is told to wait
+        """As :meth:`JobHandle.result`."""
+        return (await self._client.wait_many([self.id], timeout=timeout))[0].outputs()
+
+    async def cancel(self) -> JobInfo:
+        return await self._client.cancel(self.id)
+
+    async def __aiter__(self) -> AsyncIterator[JobInfo]:
+        known: JobState | None = None
+        while True:
+            info = await self._client.run(partial(flows.change, job_id=self.id, known=known))
+            yield info
+            if info.ended:
+                return
+            known = info.state
+
+    def __repr__(self) -> str:
+        return f"AsyncJobHandle({self.id!r})"
+
+
+class AsyncClient:
+    """A connection to a Tether server, for asynchronous code.
+
+    Server and key come from the arguments, else TETHER_URL and TETHER_API_KEY, else the data directory TETHER_HOME of
+    this machine. ``timeout`` is in seconds, for one operation with all its tries.
+    """
+
+    def __init__(
+        self, url: str | None = None, api_key: str | None = None, *, timeout: float = 30.0, tries: int = 8
+    ) -> None:
+        self._policy = Policy(timeout=timeout, tries=tries)
+        self._wire = AsyncWire(url, api_key)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._wire.close()
+
+    @property
+    def url(self) -> str:
+        """The server's address."""
+        return self._wire.url
+
+    async def run(self, flow: Callable[[Policy], Flow[T]], timeout: float | None = None) -> T:  # noqa: ASYNC109
+        """Drive a flow of :mod:`tether.client_flows` to its result."""
+        steps = flow(self._policy if timeout is None else replace(self._policy, timeout=timeout))
+        answer: Reply | Lost | None = None
+        try:
+            while True:
+                step = steps.send(answer)
+                if isinstance(step, Pause):
+                    await asyncio.sleep(step.seconds)
+                    answer = None
+                else:
+                    answer = await self._wire.send(step)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+    # inference
+
+    async def infer(
+        self,
+        model: str,
+        inputs: Inputs,
+        version: Version = None,
+        outputs: Sequence[str] = (),
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> Outputs:
+        """Run ``model`` once on ``inputs`` and return its outputs by name (all of them when ``outputs`` is empty).
+
+        Arrays keep their dtype; lists and numbers take the datatype the model declares.
+
+        Raises:
+            TetherError: what the server refused, or Unavailable when it cannot be reached.
+        """
+        return await self.run(lambda policy: flows.infer(policy, model, inputs, version, outputs), timeout)
+
+    # jobs
+
+    async def submit(
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        version: Version = None,
+        priority: str | None = None,
+        deadline: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> AsyncJobHandle:
+        """Queue a durable job. ``deadline`` is in seconds from now, ``priority`` high, normal or low.
+
+        A repeat after a lost answer, or with the same ``idempotency_key``, is the same job.
+        """
+        options = JobOptions(version, priority, deadline)
+        info = await self.run(lambda policy: flows.submit(policy, model, inputs, options, idempotency_key))
+        return AsyncJobHandle(self, info.id)
+
+    async def submit_many(
+        self,
+        model: str,
+        rows: Iterable[Inputs],
+        *,
+        version: Version = None,
+        priority: str | None = None,
+        deadline: float | None = None,
+        progress: Progress | None = None,
+    ) -> list[AsyncJobHandle]:
+        """Queue one job for each of ``rows``, 200 in a request; ``progress`` is called with how many are queued."""
+        options = JobOptions(version, priority, deadline)
+        infos = await self.run(lambda policy: flows.submit_many(policy, model, rows, options, progress))
+        return [AsyncJobHandle(self, info.id) for info in infos]
+
+    async def wait_many(
+        self,
+        ids: Sequence[str],
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+        progress: Progress | None = None,
+    ) -> list[JobInfo]:
+        """Wait until all of these jobs have ended; they come in the order of ``ids``.
+
+        Raises:
+            DeadlineExceeded: some had not ended after ``timeout`` seconds (None: as long as it takes).
+        """
+        return await self.run(lambda policy: flows.wait_many(policy, ids, timeout, progress))
+
+    async def job(self, job_id: str, *, wait: float = 0.0) -> JobInfo:
+        """A job as it is, or as it is when it ends within ``wait`` seconds."""
+        return await self.run(lambda policy: flows.job(policy, job_id, wait))
+
+    async def jobs(
+        self, *, state: str | None = None, model: str | None = None, limit: int | None = None, cursor: str | None = None
+    ) -> JobPage:
+        """The tenant's jobs, newest first."""
+        params = {"state": state, "model": model, "limit": limit, "cursor": cursor}
+        return await self.run(lambda policy: flows.jobs(policy, params))
+
+    async def cancel(self, job_id: str) -> JobInfo:
+        """Take a job back.
+
+        Raises:
+            ResultConflict: it has already ended.
+        """
+        return await self.run(lambda policy: flows.cancel(policy, job_id))
+
+    # models
+
+    async def models(self) -> list[Json]:
+        """Every model with its versions and aliases."""
+        return await self.run(lambda policy: flows.get(policy, "/v1/models", "models"))
+
+    async def model(self, name: str) -> Json:
+        """One model with the signature and the files of each version."""
+        return await self.run(lambda policy: flows.get(policy, flows.model_path(name)))
+
+    async def push(
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        max_batch_size: int | None = None,
+        max_delay_ms: float | None = None,
+        progress: Progress | None = None,
+        timeout: float = flows.PUSH_TIMEOUT_S,  # noqa: ASYNC109
+    ) -> Json:
+        """Make the file at ``path`` the next version of ``name``; ``progress`` is called with the bytes sent.
+
+        Raises:
+            ModelRejected: the file is no model that can be served.
+            InvalidRequest: it cannot be read.
+        """
+        body, digest = await asyncio.to_thread(flows.file_body, Path(path), progress)
+        params = {"max_batch_size": max_batch_size, "max_delay_ms": max_delay_ms}
+        return await self.run(lambda policy: flows.push(policy, name, body, digest, params), timeout)
+
+    # administration
+
+    async def create_key(self, tenant: str, scopes: Sequence[str], name: str = "") -> Json:
+        """Make an API key; its text is in the answer's ``key`` and is never shown again."""
+        return await self.run(lambda policy: flows.create_key(policy, tenant, scopes, name))
+
+    async def keys(self) -> list[Json]:
+        """Every API key without its secret."""
+        return await self.run(lambda policy: flows.get(policy, "/v1/keys", "keys"))
+
+    async def revoke_key(self, key_id: str) -> None:
+        await self.run(lambda policy: flows.revoke_key(policy, key_id))
+
+    async def workers(self) -> list[Json]:
+        """Every worker the platform hears of, and what it holds."""
+        return await self.run(lambda policy: flows.get(policy, "/v1/workers", "workers"))
+
+    async def server_ready(self) -> bool:
+        """Whether the server answers and can serve; False when it cannot be reached."""
+        return await self.run(flows.ready)

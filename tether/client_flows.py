@@ -1,0 +1,342 @@
+"""The operations of a client as flows (see :mod:`tether.client_http`): the same for blocking and asynchronous use."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from tether import oip
+from tether.client_http import FileBody, Flow, Policy, Progress, Reply, Send, exchange, exchange_json
+from tether.errors import (
+    AttemptsExhausted,
+    BadTensor,
+    DeadlineExceeded,
+    InferenceFailed,
+    InvalidRequest,
+    JobCancelled,
+    TetherError,
+    by_code,
+)
+from tether.job import TERMINAL, Failure, JobState
+from tether.tensor import NUMPY_DTYPES, Array, from_numpy, to_numpy
+
+Inputs = Mapping[str, npt.ArrayLike]
+Outputs = dict[str, Array]
+Json = dict[str, Any]
+Version = int | str | None
+
+PUSH_TIMEOUT_S = 600.0
+
+BATCH = 200
+"""Jobs of one ``/v1/jobs:batch`` request, and ids of one waiting request."""
+
+POLL_S = 20.0
+"""How long one waiting request may be held open."""
+
+_BY_STATE: dict[JobState, type[TetherError]] = {
+    JobState.FAILED: InferenceFailed,
+    JobState.CANCELLED: JobCancelled,
+    JobState.EXPIRED: DeadlineExceeded,
+    JobState.DEAD: AttemptsExhausted,
+}
+
+
+class JobInfo(msgspec.Struct, frozen=True):
+    """A durable job as the gateway tells it."""
+
+    id: str
+    state: JobState
+    model: str
+    version: int | str
+    priority: str = "normal"
+    attempts: int = 0
+    submitted_at: datetime | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    result: msgspec.Raw | None = None
+    error: Failure | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.state in TERMINAL
+
+    def outputs(self) -> Outputs:
+        """The outputs of a job that succeeded.
+
+        Raises:
+            TetherError: why there are none, by the class of the job's error code.
+        """
+        if self.state is JobState.SUCCEEDED and self.result is not None:
+            try:
+                result = _result_decoder.decode(self.result)
+            except msgspec.MsgspecError as error:
+                raise oip.bad_json(error, where="the job's result") from error
+            return {tensor.name: to_numpy(tensor) for tensor in oip.tensors_from_json(result.outputs, where="outputs")}
+        if self.error is not None:
+            raise by_code(self.error.code, self.error.message)
+        raise _BY_STATE.get(self.state, InvalidRequest)(f"job {self.id} is {self.state.value} and has no outputs")
+
+
+class JobPage(msgspec.Struct, frozen=True):
+    """Some jobs, and where the next ones begin (None: there are no more)."""
+
+    jobs: list[JobInfo]
+    next_cursor: str | None = None
+
+
+class _Result(msgspec.Struct):
+    outputs: list[oip.WireTensor]
+
+
+_result_decoder = msgspec.json.Decoder(_Result)
+
+
+def encoded_job(job: JobInfo) -> Json:
+    """A job as the plain object the gateway sent."""
+    plain = msgspec.json.decode(msgspec.json.encode(job))
+    return {name: value for name, value in plain.items() if value is not None}
+
+
+# inference
+
+
+def _model_path(model: str, version: Version) -> str:
+    tail = "" if version is None else f"/versions/{quote(str(version), safe='')}"
+    return f"/v2/models/{quote(model, safe='')}{tail}"
+
+
+def arrays(policy: Policy, model: str, version: Version, inputs: Inputs) -> Flow[dict[str, Array]]:
+    """Inputs as arrays. Arrays keep their dtype; other values take the model's, which the server is asked for."""
+    if all(isinstance(value, np.ndarray) for value in inputs.values()):
+        return {name: np.asarray(value) for name, value in inputs.items()}
+    told = yield from exchange_json(policy, Send("GET", _model_path(model, version)), dict[str, Any])
+    datatypes = {spec["name"]: spec["datatype"] for spec in told.get("inputs", [])}
+    return {name: _as_array(name, value, datatypes.get(name)) for name, value in inputs.items()}
+
+
+def _as_array(name: str, value: npt.ArrayLike, datatype: str | None) -> Array:
+    if isinstance(value, np.ndarray):
+        return value
+    dtype = NUMPY_DTYPES.get(datatype or "")
+    try:
+        plain: Array = np.asarray(value)
+        if dtype is None or plain.dtype == dtype:
+            return plain
+        with np.errstate(all="ignore"):
+            cast = plain.astype(dtype)
+        if plain.dtype.kind in "OSU" or not _same_values(plain, cast):
+            raise ValueError(f"a value does not fit {datatype}")
+        return cast
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BadTensor(
+            f"input '{name}' is not an array of {datatype or 'one datatype'}: {error}", field=name
+        ) from error
+
+
+def _same_values(plain: Array, cast: Array) -> bool:
+    """Rounding to a shorter float is what was asked for; anything else would change the values."""
+    if cast.dtype.kind in "biu":
+        return bool(np.array_equal(plain, cast))
+    wide = cast.astype(np.float64)
+    return bool(np.array_equal(np.isfinite(plain), np.isfinite(wide)))
+
+
+def infer(policy: Policy, model: str, inputs: Inputs, version: Version, outputs: Sequence[str]) -> Flow[Outputs]:
+    given = yield from arrays(policy, model, version, inputs)
+    body, length = oip.build_infer_request(given, outputs=outputs)
+    headers = {"content-type": "application/octet-stream", oip.HEADER_LENGTH: str(length)}
+    path = f"{_model_path(model, version)}/infer"
+    reply = yield from exchange(policy, Send("POST", path, body, headers=headers))
+    told = reply.headers.get(oip.HEADER_LENGTH)
+    if told is not None and not told.isdecimal():
+        raise InvalidRequest(f"the server sent {oip.HEADER_LENGTH}: {told[:40]!r}", field=oip.HEADER_LENGTH)
+    return oip.parse_infer_response(reply.body, None if told is None else int(told)).outputs
+
+
+# jobs
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What a job may say of itself besides its inputs. ``deadline`` is in seconds from now."""
+
+    version: Version = None
+    priority: str | None = None
+    deadline: float | None = None
+
+
+def job_body(model: str, inputs: Mapping[str, Array], options: JobOptions) -> Json:
+    """The JSON body of one job."""
+    tensors = [oip.tensor_to_json(from_numpy(name, array), compact=True) for name, array in inputs.items()]
+    body: Json = {"model": model, "inputs": tensors}
+    if options.version is not None:
+        text = str(options.version)
+        body["version"] = int(text) if text.isdecimal() else text
+    if options.priority is not None:
+        body["priority"] = str(options.priority)
+    if options.deadline is not None:
+        body["deadline_ms"] = max(1, round(options.deadline * 1000))
+    return body
+
+
+def _post(path: str, body: Json, **more: Any) -> Send:
+    headers = {"content-type": "application/json", **more.pop("headers", {})}
+    return Send("POST", path, msgspec.json.encode(body), headers=headers, **more)
+
+
+def submit(policy: Policy, model: str, inputs: Inputs, options: JobOptions, key: str | None) -> Flow[JobInfo]:
+    given = yield from arrays(policy, model, options.version, inputs)
+    headers = {"idempotency-key": key or uuid.uuid4().hex}
+    ask = _post("/v1/jobs", job_body(model, given, options), headers=headers)
+    return (yield from exchange_json(policy, ask, JobInfo))
+
+
+def submit_batch(policy: Policy, model: str, rows: Sequence[Inputs], options: JobOptions) -> Flow[list[JobInfo]]:
+    """One request of at most :data:`BATCH` jobs; it has one key, so that a repeat submits nothing twice."""
+    bodies = []
+    for row in rows:
+        given = yield from arrays(policy, model, options.version, row)
+        bodies.append(job_body(model, given, options))
+    headers = {"idempotency-key": uuid.uuid4().hex}
+    page = yield from exchange_json(policy, _post("/v1/jobs:batch", {"jobs": bodies}, headers=headers), JobPage)
+    return page.jobs
+
+
+def submit_many(
+    policy: Policy,
+    model: str,
+    rows: Iterable[Inputs],
+    options: JobOptions,
+    progress: Progress | None,
+) -> Flow[list[JobInfo]]:
+    found: list[JobInfo] = []
+    batch: list[Inputs] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == BATCH:
+            found += yield from submit_batch(policy, model, batch, options)
+            batch = []
+            _tell(progress, len(found))
+    if batch:
+        found += yield from submit_batch(policy, model, batch, options)
+        _tell(progress, len(found))
+    return found
+
+
+def _tell(progress: Progress | None, done: int) -> None:
+    if progress is not None:
+        progress(done)
+
+
+def _job_path(job_id: str) -> str:
+    return f"/v1/jobs/{quote(job_id, safe='')}"
+
+
+def job(policy: Policy, job_id: str, wait: float) -> Flow[JobInfo]:
+    params = {"wait": f"{wait:.3f}"} if wait else {}
+    return (yield from exchange_json(policy, Send("GET", _job_path(job_id), params=params), JobInfo, longer=wait))
+
+
+def cancel(policy: Policy, job_id: str) -> Flow[JobInfo]:
+    return (yield from exchange_json(policy, Send("DELETE", _job_path(job_id)), JobInfo))
+
+
+def change(policy: Policy, job_id: str, known: JobState | None) -> Flow[JobInfo]:
+    """The job as soon as its state is another than ``known``."""
+    while True:
+        info = yield from job(policy, job_id, 0.0 if known is None else 1.0)
+        if info.state is not known:
+            return info
+
+
+def wait_many(
+    policy: Policy,
+    ids: Sequence[str],
+    within: float | None,
+    progress: Progress | None,
+) -> Flow[list[JobInfo]]:
+    """Every job's end, in the order of ``ids``; ``within`` is in seconds (None: as long as it takes)."""
+    end = None if within is None else policy.monotonic() + within
+    ended: dict[str, JobInfo] = {}
+    open_ids = list(dict.fromkeys(ids))
+    while open_ids:
+        part = open_ids[:BATCH]
+        left = POLL_S if end is None else min(POLL_S, end - policy.monotonic())
+        if left < 0:
+            raise DeadlineExceeded(f"{len(open_ids)} of {len(set(ids))} jobs had not ended after {within:g} s")
+        params = {"ids": ",".join(part), "wait": f"{left:.3f}"}
+        ask = Send("GET", "/v1/jobs", params=params)
+        page = yield from exchange_json(policy, ask, JobPage, longer=left)
+        ended.update({info.id: info for info in page.jobs if info.ended})
+        open_ids = [job_id for job_id in open_ids if job_id not in ended]
+        _tell(progress, len(ended))
+    return [ended[job_id] for job_id in ids]
+
+
+def jobs(policy: Policy, params: Mapping[str, Any]) -> Flow[JobPage]:
+    given = {name: str(value) for name, value in params.items() if value is not None}
+    return (yield from exchange_json(policy, Send("GET", "/v1/jobs", params=given), JobPage))
+
+
+# models, keys, health
+
+
+def get(policy: Policy, path: str, key: str | None = None) -> Flow[Any]:
+    """A JSON object, or what it holds under ``key``."""
+    found = yield from exchange_json(policy, Send("GET", path), dict[str, Any])
+    return found if key is None else found.get(key, [])
+
+
+def model_path(name: str) -> str:
+    return f"/v1/models/{quote(name, safe='')}"
+
+
+def file_body(path: Path, progress: Progress | None) -> tuple[FileBody, str]:
+    """The file and the hex SHA-256 of all of it; reads it once.
+
+    Raises:
+        InvalidRequest: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileBody(path, path.stat().st_size, progress), digest
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {path}: {error.strerror}", field="path") from error
+
+
+def push(policy: Policy, name: str, body: FileBody, digest: str, params: Mapping[str, Any]) -> Flow[Json]:
+    headers = {
+        "content-type": "application/octet-stream",
+        "content-length": str(body.size),
+        "x-tether-filename": quote(body.path.name),
+        "x-tether-sha256": digest,
+    }
+    given = {key: str(value) for key, value in params.items() if value is not None}
+    path = f"{model_path(name)}/versions"
+    ask = Send("POST", path, body, params=given, headers=headers, repeatable=False)
+    return (yield from exchange_json(policy, ask, dict[str, Any]))
+
+
+def create_key(policy: Policy, tenant: str, scopes: Sequence[str], name: str) -> Flow[Json]:
+    body = {"tenant": tenant, "scopes": list(scopes), **({"name": name} if name else {})}
+    return (yield from exchange_json(policy, _post("/v1/keys", body, repeatable=False), dict[str, Any]))
+
+
+def revoke_key(policy: Policy, key_id: str) -> Flow[None]:
+    yield from exchange(policy, Send("DELETE", f"/v1/keys/{quote(key_id, safe='')}"))
+
+
+def ready(policy: Policy) -> Flow[bool]:
+    got = yield Send("GET", "/v2/health/ready", timeout=policy.timeout)
+    return isinstance(got, Reply) and got.status == 200

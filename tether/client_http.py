@@ -1,0 +1,173 @@
+"""What a client asks and how it reads the answers, without a socket.
+
+Every operation is a *flow*: a generator that yields :class:`Send` or :class:`Pause`, is sent a :class:`Reply` or
+:class:`Lost` for each ``Send``, and returns its result. :mod:`tether.client` drives the same flows with blocking and
+with asynchronous HTTP.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from tether.errors import (
+    Conflict,
+    DeadlineExceeded,
+    Forbidden,
+    InvalidRequest,
+    ModelRejected,
+    NotFound,
+    PayloadTooLarge,
+    QueueFull,
+    TetherError,
+    Unauthenticated,
+    Unavailable,
+    by_code,
+)
+from tether.oip import bad_json
+
+T = TypeVar("T")
+Progress = Callable[[int], None]
+
+_BY_STATUS: dict[int, type[TetherError]] = {
+    400: InvalidRequest,
+    401: Unauthenticated,
+    403: Forbidden,
+    404: NotFound,
+    409: Conflict,
+    413: PayloadTooLarge,
+    422: ModelRejected,
+    429: QueueFull,
+    502: Unavailable,
+    503: Unavailable,
+    504: DeadlineExceeded,
+}
+
+
+class FileBody(msgspec.Struct, frozen=True):
+    """A file to stream. ``progress`` is called with the bytes sent so far."""
+
+    path: Path
+    size: int
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class Send:
+    """One HTTP request. ``timeout`` is in seconds; ``repeatable``: sending it twice does what sending it once does."""
+
+    method: str
+    path: str
+    content: bytes | FileBody = b""
+    params: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    repeatable: bool = True
+    timeout: float = 30.0
+
+
+@dataclass(frozen=True)
+class Pause:
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An HTTP answer; header names are lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Lost:
+    """No answer came. ``sent``: the server may have acted on the request; ``late``: its time was up."""
+
+    reason: str
+    sent: bool
+    late: bool = False
+
+
+Flow = Generator[Send | Pause, Reply | Lost | None, T]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a client waits: seconds for one operation, tries in a row without an answer, its clock and its chance."""
+
+    timeout: float = 30.0
+    tries: int = 8
+    monotonic: Callable[[], float] = time.monotonic
+    chance: Callable[[], float] = random.random
+
+    def pause(self, tried: int, at_least: float = 0.0) -> float:
+        """Seconds before the next try: doubling up to two seconds, half of it by chance, never under ``at_least``."""
+        return max(at_least, float(min(2.0, 0.1 * 2 ** (tried - 1)) * (0.5 + self.chance() / 2)))
+
+
+def failure(got: Reply | Lost | None) -> TetherError | None:
+    """The error an answer stands for, None when it is a good one."""
+    if not isinstance(got, Reply):
+        reason = got.reason if got else "no answer"
+        late = isinstance(got, Lost) and got.late
+        return DeadlineExceeded(f"no answer in time: {reason}") if late else Unavailable(f"no answer: {reason}")
+    if got.status < 400:
+        return None
+    try:
+        told = msgspec.json.decode(got.body)
+        error = by_code(str(told["code"]), str(told["error"]))
+    except (msgspec.MsgspecError, KeyError, TypeError):
+        text = got.body[:200].decode("utf-8", "replace").strip() or "no body"
+        error = _BY_STATUS.get(got.status, TetherError)(f"the server answered HTTP {got.status}: {text}")
+    if isinstance(error, Unavailable):
+        error.retry_after = _seconds(got.headers.get("retry-after", ""))
+    return error
+
+
+def _seconds(text: str) -> float:
+    try:
+        return min(max(0.0, float(text)), 3600.0)
+    except ValueError:
+        return 1.0
+
+
+def exchange(policy: Policy, ask: Send, *, longer: float = 0.0) -> Flow[Reply]:
+    """Send until there is an answer, within ``policy.timeout`` and ``longer`` seconds in all.
+
+    Connections that were refused are tried again, and 429 and 503 after their ``Retry-After``; an answer that got
+    lost only where ``ask.repeatable``.
+
+    Raises:
+        TetherError: what the server answered, or Unavailable or DeadlineExceeded when it did not.
+    """
+    end = policy.monotonic() + policy.timeout + longer
+    tried = lost = 0
+    while True:
+        got = yield replace(ask, timeout=max(0.05, end - policy.monotonic()))
+        error = failure(got)
+        if error is None and isinstance(got, Reply):
+            return got
+        tried += 1
+        lost = lost + 1 if isinstance(got, Lost) else 0
+        may = ask.repeatable or (not got.sent if isinstance(got, Lost) else isinstance(error, QueueFull))
+        if error is None or not may or not isinstance(error, Unavailable) or lost >= policy.tries:
+            raise error or Unavailable("no answer")
+        pause = policy.pause(tried, 0.0 if isinstance(got, Lost) else error.retry_after)
+        if policy.monotonic() + pause >= end:
+            raise error
+        yield Pause(pause)
+
+
+def exchange_json(policy: Policy, ask: Send, kind: type[T], *, longer: float = 0.0) -> Flow[T]:
+    """The same, the answer decoded as ``kind``."""
+    reply = yield from exchange(policy, ask, longer=longer)
+    try:
+        return msgspec.json.decode(reply.body, type=kind)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise bad_json(error, where=f"the answer to {ask.method} {ask.path}") from error

@@ -1,0 +1,100 @@
+"""A client's requests over HTTP, blocking and asynchronous. The only importer of httpx."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+
+from tether.client_address import is_local, resolve
+from tether.client_http import FileBody, Lost, Reply, Send
+from tether.errors import ConfigError
+
+_PIECE = 1 << 20
+
+
+def _options(url: str | None, api_key: str | None) -> dict[str, Any]:
+    base, key = resolve(url, api_key)
+    try:
+        httpx.URL(base)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"'{base}' is not a URL: {error}", field="url") from error
+    headers = {"x-api-key": key} if key else {}
+    return {"base_url": base, "headers": headers, "trust_env": not is_local(base)}
+
+
+def _request(send: Send) -> dict[str, Any]:
+    return {
+        "method": send.method,
+        "url": send.path,
+        "params": dict(send.params),
+        "headers": dict(send.headers),
+        "timeout": httpx.Timeout(send.timeout, connect=min(5.0, send.timeout)),
+    }
+
+
+def _reply(answer: httpx.Response) -> Reply:
+    return Reply(answer.status_code, {name.lower(): value for name, value in answer.headers.items()}, answer.content)
+
+
+def _lost(error: httpx.RequestError) -> Lost:
+    reason = f"{type(error).__name__}: {error}".rstrip(": ")
+    if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)):
+        return Lost(reason, sent=False)
+    return Lost(reason, sent=True, late=isinstance(error, httpx.TimeoutException))
+
+
+def _pieces(body: FileBody) -> Iterator[bytes]:
+    sent = 0
+    with body.path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            yield piece
+            sent += len(piece)
+            if body.progress is not None:
+                body.progress(sent)
+
+
+async def _async_pieces(body: FileBody) -> AsyncIterator[bytes]:
+    pieces = _pieces(body)
+    while piece := await asyncio.to_thread(next, pieces, b""):
+        yield piece
+
+
+class Wire:
+    """One connection pool for blocking use."""
+
+    def __init__(self, url: str | None, api_key: str | None) -> None:
+        options = _options(url, api_key)
+        self.url = str(options["base_url"])
+        self._http = httpx.Client(**options)
+
+    def send(self, send: Send) -> Reply | Lost:
+        content = _pieces(send.content) if isinstance(send.content, FileBody) else send.content
+        try:
+            return _reply(self._http.request(content=content, **_request(send)))
+        except httpx.RequestError as error:
+            return _lost(error)
+
+    def close(self) -> None:
+        self._http.close()
+
+
+class AsyncWire:
+    """One connection pool for asynchronous use."""
+
+    def __init__(self, url: str | None, api_key: str | None) -> None:
+        options = _options(url, api_key)
+        self.url = str(options["base_url"])
+        self._http = httpx.AsyncClient(**options)
+
+    async def send(self, send: Send) -> Reply | Lost:
+        content = _async_pieces(send.content) if isinstance(send.content, FileBody) else send.content
+        try:
+            return _reply(await self._http.request(content=content, **_request(send)))
+        except httpx.RequestError as error:
+            return _lost(error)
+
+    async def close(self) -> None:
+        await self._http.aclose()
