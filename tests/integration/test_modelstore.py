@@ -234,6 +234,8 @@ async def test_a_cache_is_proven_at_every_use(platform: Platform, tmp_path: Path
     assert not intact(target, manifest.files[0])
     await fetch_model(platform.bus, platform.store(), manifest, tmp_path)
     assert not target.is_symlink()
+    (folders[0] / f".model.onnx.{2**22 + 1}.ab").write_bytes(b"half a file of a process that was killed")
+    await fetch_model(platform.bus, platform.store(), manifest, tmp_path)
     assert [path.name for path in folders[0].iterdir()] == ["model.onnx"]
 
 

@@ -19,6 +19,7 @@ from tether.bus.connection import Bus
 from tether.envelope import MessageType, Role, Verifier
 from tether.errors import BadEncoding, CorruptChunk, RoleNotAllowed, SubjectMismatch, Unavailable
 from tether.model import Manifest, ModelFile, check_name
+from tether.processes import alive
 from tether.subjects import Names
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ async def fetch_model(bus: Bus, store: ObjectChunkStore, manifest: Manifest, cac
     """
     check_name(manifest.name, field="name")
     directory = cache_dir / version_digest(manifest)
-    await asyncio.to_thread(directory.mkdir, mode=0o700, parents=True, exist_ok=True)
+    await asyncio.to_thread(_prepare, directory)
     for file in manifest.files:
         if not await asyncio.to_thread(intact, directory / file.path, file):
             began = bus.clock.monotonic()
@@ -92,6 +93,15 @@ async def fetch_model(bus: Bus, store: ObjectChunkStore, manifest: Manifest, cac
                 extra={"action": "model_fetched", "model": manifest.name, "version": manifest.version},
             )
     return directory
+
+
+def _prepare(directory: Path) -> None:
+    """Make the folder, without the unfinished files of processes that were killed."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in directory.glob(".*"):
+        owner = path.name.split(".")[-2]
+        if not owner.isdecimal() or not alive(int(owner)):
+            path.unlink(missing_ok=True)
 
 
 def intact(path: Path, file: ModelFile) -> bool:
@@ -115,7 +125,7 @@ async def download(store: ObjectChunkStore, file: ModelFile, target: Path) -> No
         Unavailable: the disk has no room, or the broker does not answer.
     """
     check_file(file)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(8)}")
     try:
         await _write(store, file, temporary)
         await asyncio.to_thread(temporary.replace, target)
