@@ -13,6 +13,7 @@ from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import httpx
@@ -80,6 +81,7 @@ class Service:
         self._command = command
         self._port_variable = "TETHER_HTTP_PORT" if name == GATEWAY else "TETHER_OPS_PORT"
         self._to_file = to_file
+        self._log = home.logs / f"{name}.log"
         self._process: Process | None = None
 
     @property
@@ -103,12 +105,18 @@ class Service:
         """Have the next process listen where clients look for this one."""
         self.environment[self._port_variable] = str(self.port())
 
+    def last_words(self) -> str:
+        """The last line it logged, or where to look for it."""
+        if not self._to_file:
+            return "it says why above"
+        return last_line(self._log) or f"{self._log} is empty"
+
     async def start(self) -> None:
         with ExitStack() as stack:
             output = sys.stderr.fileno()
             if self._to_file:
-                self._home.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
-                output = stack.enter_context((self._home.logs / f"{self.name}.log").open("ab")).fileno()
+                self._log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                output = stack.enter_context(self._log.open("ab")).fileno()
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -254,6 +262,15 @@ class Supervisor:
             await asyncio.gather(*(part.stop(grace_s=self._grace_s) for part in parts))
         await self._tasks.finish(self._grace_s)
         await self._tasks.cancel()
+
+
+def last_line(path: Path, start: int = 0) -> str:
+    """The last line of a text file after byte ``start``; empty when there is none."""
+    try:
+        lines = path.read_bytes()[start:].decode(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return lines[-1].removeprefix("error: ") if lines else ""
 
 
 async def is_ready(http: httpx.AsyncClient, host: str, port: int) -> bool:

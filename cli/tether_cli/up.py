@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tether import codec
@@ -31,7 +30,7 @@ from tether.home import Home, read_secret, write_secret
 from tether.lifecycle import stop_on_signals
 from tether.processes import alive, send
 from tether.settings import Settings, load
-from tether_cli.supervisor import GATEWAY, Service, Supervisor
+from tether_cli.supervisor import GATEWAY, Service, Supervisor, last_line
 
 log = logging.getLogger(__name__)
 
@@ -307,12 +306,7 @@ def detach(arguments: list[str], home: Home) -> str:
     if child.poll() is None:
         child.terminate()
         child.wait()
-    raise Unavailable(f"the platform did not start: {_last_line(path, before)}")
-
-
-def _last_line(path: Path, start: int) -> str:
-    lines = path.read_bytes()[start:].decode(errors="replace").strip().splitlines()
-    return lines[-1].removeprefix("error: ") if lines else f"see {path}"
+    raise Unavailable(f"the platform did not start: {last_line(path, before) or f'see {path}'}")
 
 
 async def down(home: Home, *, timeout_s: float = 90.0) -> bool:
