@@ -88,6 +88,7 @@ class Bus:
         self._numbers = itertools.count()
         self._reconnected: list[Callable[[], None]] = []
         self._watchdog: asyncio.Task[None] | None = None
+        self._closing = False
         self.inbox = f"{names.inbox(signer.role.value)}.{signer.name}.{os.urandom(6).hex()}"
         self._answers = f"{self.inbox}.r."
 
@@ -101,11 +102,11 @@ class Bus:
             BrokerUnavailable: no broker answers at ``settings.nats_url``.
         """
         bus = cls.prepare(settings, home, identity)
-        await bus._open(_nats_seed(home, bus.signer.role.value))
+        await bus.open_connection(_nats_seed(home, bus.signer.role.value))
         try:
             yield bus
         finally:
-            await bus._close()
+            await bus.close()
 
     @classmethod
     def prepare(cls, settings: Settings, home: Home, identity: str) -> Bus:
@@ -121,7 +122,7 @@ class Bus:
         names = Names(settings.prefix)
         return cls(settings, names, Signer(own, clock.utc_ms), Verifier(keyset, clock.utc_ms))
 
-    async def _open(self, seed: str) -> None:
+    async def open_connection(self, seed: str) -> None:
         options = self._options(seed)
         probe = nats.aio.client.Client()
         with translated(f"connecting to {self.settings.nats_url}"):
@@ -161,7 +162,8 @@ class Bus:
             "skip_subject_validation": True,
         }
 
-    async def _close(self) -> None:
+    async def close(self) -> None:
+        self._closing = True
         if self._watchdog is not None:
             self._watchdog.cancel()
             await asyncio.gather(self._watchdog, return_exceptions=True)
@@ -184,7 +186,7 @@ class Bus:
         """Call ``callback`` after every reconnect; it must not block."""
         self._reconnected.append(callback)
 
-    async def wait_connected(self, timeout: float) -> bool:  # noqa: ASYNC109 - a bounded wait is what it is for
+    async def wait_connected(self, timeout: float) -> bool:
         """True as soon as the broker is there, False after ``timeout`` seconds without it."""
         end = self.clock.monotonic() + timeout
         while not self.connected and self.clock.monotonic() < end:
@@ -206,6 +208,8 @@ class Bus:
     async def _on_disconnect(self) -> None:
         self.losses += 1
         metrics.BROKER_CONNECTED.set(0)
+        if self._closing:
+            return
         log.warning("lost the broker", extra={"action": "broker_lost"})
 
     async def _on_reconnect(self) -> None:
@@ -226,7 +230,7 @@ class Bus:
                 continue
             try:
                 await self._client.flush(timeout=4)
-            except (nats.errors.Error, TimeoutError, asyncio.TimeoutError, OSError):
+            except (nats.errors.Error, TimeoutError, OSError):
                 log.warning("the broker does not answer; reconnecting", extra={"action": "broker_deaf"})
                 await self._client.force_reconnect()
 
@@ -264,7 +268,7 @@ class Bus:
         payload: bytes,
         *,
         headers: dict[str, str] | None = None,
-        timeout: float = 5.0,  # noqa: ASYNC109
+        timeout: float = 5.0,
     ) -> PubAck:
         """Publish into a stream and return when it is stored.
 
@@ -276,7 +280,7 @@ class Bus:
         answer = await self._ask(subject, payload, headers, timeout)
         return parse_ack(answer.data, answer.headers, subject)
 
-    async def request(self, subject: str, payload: bytes, *, timeout: float) -> Message:  # noqa: ASYNC109
+    async def request(self, subject: str, payload: bytes, *, timeout: float) -> Message:
         """Publish and return the one answer.
 
         Raises:
@@ -298,7 +302,7 @@ class Bus:
         headers: dict[str, str] | None,
         timeout: float,
         *,
-        reply: str = "",  # noqa: ASYNC109
+        reply: str = "",
     ) -> Message:
         inbox = reply or self.reply_inbox()
         with self._calling(inbox, subject, timeout) as call:
@@ -318,7 +322,7 @@ class Bus:
             timer.cancel()
             self._calls.pop(token, None)
 
-    async def ask_signed(self, subject: str, frame: bytes, reply: str, *, timeout: float) -> Message:  # noqa: ASYNC109
+    async def ask_signed(self, subject: str, frame: bytes, reply: str, *, timeout: float) -> Message:
         """:meth:`request` with an inbox from :meth:`reply_inbox`, which the frame's signature covers."""
         answer = await self._ask(subject, frame, None, timeout, reply=reply)
         if (answer.headers or {}).get("Status") == "503":
@@ -336,7 +340,7 @@ class Bus:
 
     # JetStream
 
-    async def api(self, path: str, body: object | None = None, *, timeout: float = 5.0) -> dict[str, Any]:  # noqa: ASYNC109
+    async def api(self, path: str, body: object | None = None, *, timeout: float = 5.0) -> dict[str, Any]:
         """Call ``$JS.API.<path>`` and return its JSON answer.
 
         Raises:
@@ -349,18 +353,18 @@ class Bus:
             raise translate(msgspec.convert(content["error"], ApiError))
         return content
 
-    async def direct_get(self, stream: str, subject: str, *, timeout: float = 5.0) -> Stored | None:  # noqa: ASYNC109
+    async def direct_get(self, stream: str, subject: str, *, timeout: float = 5.0) -> Stored | None:
         """The last message of ``subject`` in ``stream`` (NATS ADR-31), or None."""
         answer = await self.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", b"", timeout=timeout)
         return _stored(answer)
 
-    async def direct_last(self, stream: str, subjects: str, *, timeout: float = 5.0) -> int:  # noqa: ASYNC109
+    async def direct_last(self, stream: str, subjects: str, *, timeout: float = 5.0) -> int:
         """The sequence of the last message of ``stream`` that matches ``subjects``; 0 when there is none."""
         body = msgspec.json.encode({"last_by_subj": subjects})
         found = _stored(await self.request(f"$JS.API.DIRECT.GET.{stream}", body, timeout=timeout))
         return 0 if found is None else found.sequence
 
-    async def direct_batch(self, stream: str, subjects: Sequence[str], *, timeout: float = 5.0) -> dict[str, Stored]:  # noqa: ASYNC109
+    async def direct_batch(self, stream: str, subjects: Sequence[str], *, timeout: float = 5.0) -> dict[str, Stored]:
         """The last message of each of ``subjects`` that has one, in as few round trips as the server allows."""
         found: dict[str, Stored] = {}
         for start in range(0, len(subjects), MULTI_LAST):
@@ -378,7 +382,7 @@ class Bus:
         *,
         start: int = 1,
         batch: int = 256,
-        timeout: float = 5.0,  # noqa: ASYNC109
+        timeout: float = 5.0,
     ) -> AsyncIterator[Stored]:
         """Every message of ``stream`` that matches ``subjects``, by sequence from ``start``, without a consumer."""
         while True:
@@ -390,7 +394,7 @@ class Bus:
             if complete or not got:
                 return
 
-    async def _batch(self, stream: str, request: object, timeout: float) -> tuple[list[Stored], bool]:  # noqa: ASYNC109
+    async def _batch(self, stream: str, request: object, timeout: float) -> tuple[list[Stored], bool]:
         inbox = self.reply_inbox()
         with self._calling(inbox, stream, timeout) as call:
             call.collected = []

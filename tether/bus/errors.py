@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,10 @@ from tether.errors import (
 )
 
 _PERMISSION = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"', re.IGNORECASE)
+
+
+_FULL = (10077, 10023, 10047)
+"""Stream limit reached; insufficient resources; insufficient storage."""
 
 
 class JetStreamError(TetherError):
@@ -78,12 +81,10 @@ def parse_ack(data: bytes, headers: Mapping[str, str] | None, subject: str) -> P
 def translate(error: ApiError) -> TetherError:
     """The most specific own class for an answer of the JetStream API."""
     text = error.description
-    if error.err_code == 10077:
-        if "per subject" in text:
-            return ResultConflict("there is already an entry on this subject")
-        return QueueFull(f"the queue is at its limit ({text})")
-    if error.err_code in (10023, 10047) or error.code == 429:
-        return QueueFull(f"the broker is out of resources ({text})")
+    if error.err_code == 10077 and "per subject" in text:
+        return ResultConflict("there is already an entry on this subject")
+    if error.err_code in _FULL or error.code == 429:
+        return QueueFull(f"the broker is at its limit ({text})")
     if error.err_code in (10071, 10164):
         return VersionConflict(text)
     if error.err_code == 10054:
@@ -110,5 +111,5 @@ def translated(what: str) -> Iterator[None]:
         raise PayloadTooLarge(f"{what}: the message is larger than the broker's max_payload") from error
     except nats.errors.AuthorizationError as error:
         raise ConfigError(f"{what}: the broker refused this identity; run 'tether doctor'") from error
-    except (nats.errors.Error, TimeoutError, asyncio.TimeoutError, OSError) as error:
+    except (nats.errors.Error, TimeoutError, OSError) as error:
         raise BrokerUnavailable(f"{what}: no answer from the broker ({type(error).__name__})") from error

@@ -23,7 +23,7 @@ class BusQueue:
         *,
         message_id: str,
         ttl_s: float | None,
-        timeout: float = 2.0,  # noqa: ASYNC109
+        timeout: float = 2.0,
     ) -> None:
         """Return when the broker holds the bundle; the same ``message_id`` twice adds nothing the second time.
 

@@ -117,7 +117,7 @@ async def call(
     body: bytes,
     *,
     answers: MessageType,
-    timeout: float = 5.0,  # noqa: ASYNC109
+    timeout: float = 5.0,
 ) -> bytes:
     """Send a signed request and return the body of the verified answer.
 

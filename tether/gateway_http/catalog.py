@@ -15,6 +15,7 @@ from tether.envelope import MessageType
 from tether.errors import BadEncoding, ModelNotFound, ModelNotReady
 from tether.job import Lane, LaneKind, Priority
 from tether.model import LATEST, Alias, Manifest, Route, TensorSpec, check_name
+from tether.subjects import token
 
 log = logging.getLogger(__name__)
 
@@ -71,17 +72,13 @@ class Catalog:
         self._served.setdefault(manifest.name, {})[manifest.version] = Served(manifest, specs, lane)
 
     def _alias_changed(self, key: str, body: bytes | None) -> None:
-        if body is None:
-            return
-        alias = _decoded(body, Alias)
-        if alias is not None:
+        alias = None if body is None else _decoded(body, Alias)
+        if alias is not None and key == f"{token(alias.model)}.{token(alias.name)}":
             self._aliases.setdefault(alias.model, {})[alias.name] = alias.version
 
     def _route_changed(self, key: str, body: bytes | None) -> None:
-        if body is None:
-            return
-        route = _decoded(body, Route)
-        if route is not None:
+        route = None if body is None else _decoded(body, Route)
+        if route is not None and key == self._bus.names.version_key(route.model, route.version):
             self._routes[(route.model, route.version)] = route
 
     # reading

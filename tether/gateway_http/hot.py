@@ -12,7 +12,7 @@ from tether.errors import InvalidRequest, PayloadTooLarge, TetherError
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.errors import error_response
 from tether.gateway_http.jobs import NewJob
-from tether.gateway_http.request import Heading, Headers, read_body, respond
+from tether.gateway_http.request import Headers, Heading, read_body, respond
 from tether.job import Priority
 from tether.ops_http import Receive, Scope, Send
 

@@ -50,6 +50,13 @@ _WINDOW = 512
 _MAX_WINDOWS = 20
 
 
+Row = tuple[int, JobRecord]
+"""A record and its sequence in the bucket's stream."""
+
+Rows = list[Row]
+Page = tuple[list[dict[str, Any]], str | None]
+
+
 class NewJob(msgspec.Struct, frozen=True):
     """A request for a durable job, parsed and resolved."""
 
@@ -188,9 +195,7 @@ class JobService:
         now = self._bus.clock.utc()
         return [job for job in ids if job not in ended and states[job].record.deadline + GRACE_S > now]
 
-    async def list(
-        self, tenant: str, *, state: str, model: str, limit: int, cursor: str
-    ) -> tuple[list[dict[str, Any]], str | None]:
+    async def list(self, tenant: str, *, state: str, model: str, limit: int, cursor: str) -> Page:
         """A tenant's jobs, newest first, and the cursor of the next page (None: that was all)."""
         stream, subjects = self._records.raw.stream, self._records.raw.subject(">")
         upper = int(cursor) - 1 if cursor else await self._bus.direct_last(stream, subjects)
@@ -211,8 +216,8 @@ class JobService:
             upper = lower - 1
         return found, str(upper + 1)
 
-    async def _window(self, tenant: str, model: str, lower: int, upper: int) -> list[tuple[int, JobRecord]]:
-        rows: list[tuple[int, JobRecord]] = []
+    async def _window(self, tenant: str, model: str, lower: int, upper: int) -> Rows:
+        rows: Rows = []
         stream, subjects = self._records.raw.stream, self._records.raw.subject(">")
         async for item in self._bus.direct_scan(stream, subjects, start=lower, batch=_WINDOW):
             if item.sequence > upper:

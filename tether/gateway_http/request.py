@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterable
 
 from tether.errors import InvalidRequest, PayloadTooLarge
-from tether.ops_http import Receive, Scope, Send
+from tether.ops_http import Receive, Send
 
 _COMPRESS_FROM = 512
 """Smaller answers cost more to compress than to send."""

@@ -19,10 +19,12 @@ log = logging.getLogger(__name__)
 @asynccontextmanager
 async def listening(settings: Settings, home: Home) -> AsyncIterator[tuple[Gateway, int]]:
     """A gateway that answers on its port until the block ends; what it holds is answered first."""
-    async with core.running(settings, home) as gateway:
-        async with ops_http.listening(app.build(gateway), settings.http_host, settings.http_port) as port:
-            yield gateway, port
-            await _drained(gateway, settings.drain_s)
+    async with (
+        core.running(settings, home) as gateway,
+        ops_http.listening(app.build(gateway), settings.http_host, settings.http_port) as port,
+    ):
+        yield gateway, port
+        await _drained(gateway, settings.drain_s)
 
 
 async def _drained(gateway: Gateway, within_s: float) -> None:

@@ -89,8 +89,9 @@ def _from_value(value: Any) -> Array:
     if 0 in shape:
         return np.empty(shape, dtype=ml_dtypes.bfloat16)
     pointer = ctypes.cast(value.data_ptr(), ctypes.POINTER(ctypes.c_uint16))
-    bits = np.ctypeslib.as_array(pointer, shape=shape or (1,)).copy()
-    return bits.view(ml_dtypes.bfloat16).reshape(shape)
+    bits: Array = np.ctypeslib.as_array(pointer, shape=shape or (1,)).copy()
+    array: Array = bits.view(ml_dtypes.bfloat16).reshape(shape)
+    return array
 
 
 def _one_line(error: Exception) -> str:
