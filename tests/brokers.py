@@ -18,8 +18,8 @@ import pytest
 
 from tether.bus.config import write_ops_files
 from tether.bus.keys import create_home
-from tether.bus.server import Binary, EmbeddedServer, check_server, find_server
-from tether.errors import BrokerUnavailable, ConfigError
+from tether.bus.server import Binary, EmbeddedServer, find_server
+from tether.errors import ConfigError
 from tether.home import Home
 from tether.settings import Settings
 
@@ -86,28 +86,21 @@ async def container(home: Home, **changes: Any) -> AsyncIterator[Broker]:
         _absent(f"{IMAGE_VARIABLE} does not name a nats-server image")
     os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
     os.environ.setdefault("TESTCONTAINERS_HOST_OVERRIDE", "127.0.0.1")
-    from testcontainers.community.nats import NatsContainer  # noqa: PLC0415 - only where containers run
+    from testcontainers.core.container import DockerContainer  # noqa: PLC0415 - only where containers run
+    from testcontainers.core.wait_strategies import LogMessageWaitStrategy  # noqa: PLC0415
 
     settings = Settings(home=str(home.root), durability="durable", **changes)
     folder = home.root / "nats-config"
     files = write_ops_files(folder, home)
-    started = NatsContainer(image).with_command("-c /etc/tether/container.conf")
+    started = DockerContainer(image).with_exposed_ports(4222, 8222).with_command("-c /etc/tether/container.conf")
+    started = started.waiting_for(LogMessageWaitStrategy("Server is ready"))
     for file in files:
         started = started.with_copy_into_container(file, f"/etc/tether/{file.name}")
-    with started as running:
+    with contextlib.closing(started.get_docker_client().client), started as running:
         host = running.get_container_host_ip()
         client, monitor = running.get_exposed_port(4222), running.get_exposed_port(8222)
-        yield Broker(
-            home, dataclasses.replace(settings, nats_url=f"nats://{host}:{client}"), f"http://{host}:{monitor}"
-        )
-
-
-async def answering(broker: Broker) -> bool:
-    try:
-        report = await check_server(broker.monitor)
-    except BrokerUnavailable:
-        return False
-    return not report.problems
+        settings = dataclasses.replace(settings, nats_url=f"nats://{host}:{client}")
+        yield Broker(home, settings, f"http://{host}:{monitor}")
 
 
 async def wait_until(

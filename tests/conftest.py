@@ -1,18 +1,32 @@
-"""Fixtures that every suite shares. ``--broker=container`` runs the same tests on a server in a container."""
+"""Fixtures that every suite shares.
+
+A test that uses ``broker`` runs on the embedded server and, where TETHER_TEST_NATS_IMAGE names an image, once more on a
+server in a container; ``--broker`` chooses one of them.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from brokers import Broker, StartBroker, container, embedded, server_binary, temporary_home
+from brokers import IMAGE_VARIABLE, Broker, StartBroker, container, embedded, server_binary, temporary_home
 
 from tether.bus.server import Binary
 from tether.home import Home
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--broker", choices=("embedded", "container"), default="embedded", help="where nats-server runs")
+    parser.addoption("--broker", choices=("embedded", "container"), help="run on one kind of broker only")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "start_broker" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("--broker")
+        containers = IMAGE_VARIABLE in os.environ or "CI" in os.environ
+        kinds = [chosen] if chosen else ["embedded", "container"] if containers else ["embedded"]
+        marked = [pytest.param(kind, marks=pytest.mark.container if kind == "container" else ()) for kind in kinds]
+        metafunc.parametrize("start_broker", marked, indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +44,7 @@ def home() -> Iterator[Home]:
 @pytest.fixture
 def start_broker(home: Home, request: pytest.FixtureRequest) -> StartBroker:
     """Start a broker with other settings than the default; it has the keys of ``home``."""
-    if request.config.getoption("--broker") == "container":
+    if request.param == "container":
         return lambda **changes: container(home, **changes)
     binary: Binary = request.getfixturevalue("nats_binary")
     return lambda **changes: embedded(home, binary, **changes)
