@@ -28,6 +28,7 @@ from tether.errors import (
     by_code,
 )
 from tether.job import TERMINAL, Failure, JobState
+from tether.model import TensorSpec
 from tether.tensor import NUMPY_DTYPES, Array, from_numpy, to_numpy
 
 Inputs = Mapping[str, npt.ArrayLike]
@@ -39,6 +40,9 @@ PUSH_TIMEOUT_S = 600.0
 
 BATCH = 200
 """Jobs of one ``/v1/jobs:batch`` request, and ids of one waiting request."""
+
+BATCH_BYTES = 2 << 20
+"""A batch of larger bodies has fewer jobs, so that it stays below the gateway's limit for one request."""
 
 POLL_S = 20.0
 """How long one waiting request may be held open."""
@@ -94,6 +98,10 @@ class JobPage(msgspec.Struct, frozen=True):
     next_cursor: str | None = None
 
 
+class _Metadata(msgspec.Struct):
+    inputs: list[TensorSpec] = []
+
+
 class _Result(msgspec.Struct):
     outputs: list[oip.WireTensor]
 
@@ -115,13 +123,25 @@ def _model_path(model: str, version: Version) -> str:
     return f"/v2/models/{quote(model, safe='')}{tail}"
 
 
-def arrays(policy: Policy, model: str, version: Version, inputs: Inputs) -> Flow[dict[str, Array]]:
-    """Inputs as arrays. Arrays keep their dtype; other values take the model's, which the server is asked for."""
+def datatypes(policy: Policy, model: str, version: Version = None) -> Flow[dict[str, str]]:
+    """The datatype of each of the model's inputs, in the model's order."""
+    told = yield from exchange_json(policy, Send("GET", _model_path(model, version)), _Metadata)
+    return {spec.name: spec.datatype for spec in told.inputs}
+
+
+def arrays(
+    policy: Policy, model: str, version: Version, inputs: Inputs, known: dict[str, str] | None = None
+) -> Flow[dict[str, Array]]:
+    """Inputs as arrays. Arrays keep their dtype; other values take the model's, which the server is asked for once.
+
+    ``known`` remembers what the server said, for the next inputs of the same model.
+    """
     if all(isinstance(value, np.ndarray) for value in inputs.values()):
         return {name: np.asarray(value) for name, value in inputs.items()}
-    told = yield from exchange_json(policy, Send("GET", _model_path(model, version)), dict[str, Any])
-    datatypes = {spec["name"]: spec["datatype"] for spec in told.get("inputs", [])}
-    return {name: _as_array(name, value, datatypes.get(name)) for name, value in inputs.items()}
+    found = known or (yield from datatypes(policy, model, version))
+    if known is not None:
+        known.update(found)
+    return {name: _as_array(name, value, found.get(name)) for name, value in inputs.items()}
 
 
 def _as_array(name: str, value: npt.ArrayLike, datatype: str | None) -> Array:
@@ -201,36 +221,34 @@ def submit(policy: Policy, model: str, inputs: Inputs, options: JobOptions, key:
     return (yield from exchange_json(policy, ask, JobInfo))
 
 
-def submit_batch(policy: Policy, model: str, rows: Sequence[Inputs], options: JobOptions) -> Flow[list[JobInfo]]:
-    """One request of at most :data:`BATCH` jobs; it has one key, so that a repeat submits nothing twice."""
-    bodies = []
+def submit_many(
+    policy: Policy, model: str, rows: Iterable[Inputs], options: JobOptions, progress: Progress | None
+) -> Flow[list[JobInfo]]:
+    """One job a row, up to :data:`BATCH` of them and :data:`BATCH_BYTES` in a request."""
+    found: list[JobInfo] = []
+    known: dict[str, str] = {}
+    bodies: list[msgspec.Raw] = []
+    size = 0
     for row in rows:
-        given = yield from arrays(policy, model, options.version, row)
-        bodies.append(job_body(model, given, options))
+        given = yield from arrays(policy, model, options.version, row, known)
+        body = msgspec.json.encode(job_body(model, given, options))
+        if bodies and (len(bodies) == BATCH or size + len(body) > BATCH_BYTES):
+            found += yield from _submit_batch(policy, bodies)
+            _tell(progress, len(found))
+            bodies, size = [], 0
+        bodies.append(msgspec.Raw(body))
+        size += len(body)
+    if bodies:
+        found += yield from _submit_batch(policy, bodies)
+        _tell(progress, len(found))
+    return found
+
+
+def _submit_batch(policy: Policy, bodies: Sequence[msgspec.Raw]) -> Flow[list[JobInfo]]:
+    """The request has one key, from which the server makes one a job, so that a repeat submits nothing twice."""
     headers = {"idempotency-key": uuid.uuid4().hex}
     page = yield from exchange_json(policy, _post("/v1/jobs:batch", {"jobs": bodies}, headers=headers), JobPage)
     return page.jobs
-
-
-def submit_many(
-    policy: Policy,
-    model: str,
-    rows: Iterable[Inputs],
-    options: JobOptions,
-    progress: Progress | None,
-) -> Flow[list[JobInfo]]:
-    found: list[JobInfo] = []
-    batch: list[Inputs] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == BATCH:
-            found += yield from submit_batch(policy, model, batch, options)
-            batch = []
-            _tell(progress, len(found))
-    if batch:
-        found += yield from submit_batch(policy, model, batch, options)
-        _tell(progress, len(found))
-    return found
 
 
 def _tell(progress: Progress | None, done: int) -> None:

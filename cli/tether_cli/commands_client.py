@@ -1,0 +1,148 @@
+"""Commands that speak to a running platform; the ones about jobs are in :mod:`tether_cli.commands_jobs`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from tether_cli import commands_config, commands_jobs
+from tether_cli.options import ModelName, Timeout, Url, connect
+from tether_cli.output import JsonFlag, print_json, print_table, progress, say
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command()(commands_jobs.submit)
+    app.command()(commands_jobs.infer)
+    groups: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        (
+            "job",
+            "Durable jobs: list, look, wait, cancel.",
+            {
+                "list": commands_jobs.listing,
+                "get": commands_jobs.get,
+                "wait": commands_jobs.wait,
+                "cancel": commands_jobs.cancel,
+            },
+        ),
+        ("model", "Models: push, list, show.", {"push": model_push, "list": model_list, "show": model_show}),
+        ("key", "API keys: create, list, revoke.", {"create": key_create, "list": key_list, "revoke": key_revoke}),
+        (
+            "config",
+            "Settings: show, check, schema.",
+            {"show": commands_config.show, "check": commands_config.check, "schema": commands_config.schema},
+        ),
+    )
+    for name, text, commands in groups:
+        group = typer.Typer(name=name, help=text, no_args_is_help=True, rich_markup_mode=None)
+        for command, function in commands.items():
+            group.command(command)(function)
+        app.add_typer(group)
+
+
+def model_push(
+    name: ModelName,
+    path: Annotated[str, typer.Argument(metavar="FILE.onnx", help="The model's file.")],
+    *,
+    max_batch_size: Annotated[
+        int | None, typer.Option("--max-batch-size", metavar="N", min=0, help="Most rows in one run; 0: no batches.")
+    ] = None,
+    max_delay_ms: Annotated[
+        float | None, typer.Option("--max-delay-ms", metavar="MS", min=0, help="How long a job may wait for company.")
+    ] = None,
+    url: Url = None,
+    timeout: Timeout = 600.0,
+    json_output: JsonFlag = False,
+) -> None:
+    """Make a file the next version of a model."""
+    from pathlib import Path
+
+    size = Path(path).stat().st_size if Path(path).is_file() else None
+    with connect(url, timeout) as client, progress("pushing", size, unit="bytes") as done:
+        told = client.push(
+            name, path, max_batch_size=max_batch_size, max_delay_ms=max_delay_ms, progress=done, timeout=timeout
+        )
+    if json_output:
+        print_json(told)
+        return
+    typer.echo(f"{told['name']} {told['version']}")
+    say(f"{told.get('size')} bytes, {told.get('stored_bytes')} of them new")
+
+
+def model_list(*, url: Url = None, json_output: JsonFlag = False) -> None:
+    """List models with their versions and aliases."""
+    with connect(url) as client:
+        models = client.models()
+    if json_output:
+        print_json({"models": models})
+        return
+    heading = ("NAME", "VERSIONS", "ALIASES", "READY", "PLATFORM", "BYTES")
+    print_table(heading, [_model_row(entry) for entry in models])
+
+
+def _model_row(entry: dict[str, Any]) -> tuple[Any, ...]:
+    aliases = [f"{alias}={version}" for alias, version in entry.get("aliases", {}).items()]
+    ready = "yes" if entry.get("ready") else "no"
+    return (entry["name"], entry.get("versions", []), aliases, ready, entry.get("platform"), entry.get("size"))
+
+
+def model_show(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) -> None:
+    """Show a model: the signature, files and workers of each version."""
+    import json
+
+    with connect(url) as client:
+        found = client.model(name)
+    if json_output:
+        print_json(found)
+    else:
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+
+
+def key_create(
+    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="Whose key it is.")],
+    *,
+    scopes: Annotated[
+        list[str],
+        typer.Option(
+            "--scope", metavar="SCOPE", help="infer, jobs, models:read, models:write or admin; may be given again."
+        ),
+    ],
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="What the key is for.")] = "",
+    url: Url = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Make an API key and print it; it is never shown again."""
+    with connect(url) as client:
+        made = client.create_key(tenant, scopes, name)
+    if json_output:
+        print_json(made)
+        return
+    say(f"key {made['id']} of {made['tenant']}; keep it now, it is not shown again")
+    typer.echo(made["key"])
+
+
+def key_list(*, url: Url = None, json_output: JsonFlag = False) -> None:
+    """List API keys without their secrets."""
+    with connect(url) as client:
+        keys = client.keys()
+    if json_output:
+        print_json({"keys": keys})
+        return
+    heading = ("ID", "TENANT", "NAME", "SCOPES", "CREATED")
+    print_table(heading, [[entry.get(field.lower()) for field in (*heading[:4], "CREATED_AT")] for entry in keys])
+
+
+def key_revoke(
+    key_id: Annotated[str, typer.Argument(metavar="KEY", help="The id from 'key list'.")],
+    *,
+    url: Url = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Make a key count no more."""
+    with connect(url) as client:
+        client.revoke_key(key_id)
+    if json_output:
+        print_json({"id": key_id, "revoked": True})
+    else:
+        say(f"key {key_id} is revoked")

@@ -1,0 +1,103 @@
+"""Inputs of a request from files: OIP JSON, plain JSON, ``.npy``, ``.npz``, or any of them on standard input."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tether import oip
+from tether.errors import InvalidRequest
+from tether.tensor import Array, to_numpy
+
+UNNAMED = ""
+"""Name of an input whose source does not say it: the model's only input is meant."""
+
+
+def read(source: str) -> dict[str, Any]:
+    """Inputs by name: arrays, or nested lists where the source was plain JSON.
+
+    Raises:
+        InvalidRequest: the source cannot be read, or is none of the known forms.
+    """
+    data = _bytes(source)
+    if data.startswith(b"\x93NUMPY"):
+        return {UNNAMED: _numpy(source, data)}
+    if data.startswith(b"PK"):
+        return _archive(source, data)
+    return _json(source, data)
+
+
+def _bytes(source: str) -> bytes:
+    if source == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return Path(source).read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {source}: {error.strerror}", field="inputs") from error
+
+
+def _numpy(source: str, data: bytes) -> Array:
+    try:
+        return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+    except (ValueError, OSError, EOFError) as error:
+        raise InvalidRequest(f"{source} is no array that can be read: {error}", field="inputs") from error
+
+
+def _archive(source: str, data: bytes) -> dict[str, Any]:
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise InvalidRequest(f"{source} is no .npz file that can be read: {error}", field="inputs") from error
+
+
+def _json(source: str, data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{source} is not JSON, .npy or .npz: {error}", field="inputs") from error
+    if isinstance(found, list):
+        return {UNNAMED: found}
+    if not isinstance(found, dict) or not found:
+        raise InvalidRequest(
+            f'{source} must hold {{"name": [...]}}, {{"inputs": [tensors]}} or one nested list', field="inputs"
+        )
+    tensors = found.get("inputs")
+    if isinstance(tensors, list) and tensors and all(isinstance(item, dict) for item in tensors):
+        return {tensor.name: to_numpy(tensor) for tensor in oip.tensors_from_json(tensors)}
+    return found
+
+
+def named(inputs: dict[str, Any], datatypes: Mapping[str, str]) -> dict[str, Any]:
+    """Give an unnamed input the name of the model's only one.
+
+    Raises:
+        InvalidRequest: the model has more than one.
+    """
+    if UNNAMED not in inputs:
+        return inputs
+    if len(datatypes) != 1:
+        listed = ", ".join(f"'{name}'" for name in datatypes)
+        raise InvalidRequest(f"the model's inputs are {listed}; name them in an .npz or JSON file", field="inputs")
+    return {next(iter(datatypes)): inputs[UNNAMED]}
+
+
+def rows(inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
+    """Each row of the first axis as inputs of its own, its first axis kept with length 1.
+
+    Raises:
+        InvalidRequest: an input has no first axis, or they differ in length.
+    """
+    lengths = {name: array.shape[0] if array.ndim else None for name, array in inputs.items()}
+    if None in lengths.values() or len(set(lengths.values())) != 1:
+        told = ", ".join(f"'{name}' has {length}" for name, length in lengths.items())
+        raise InvalidRequest(f"--rows needs inputs of the same first axis: {told}", field="inputs")
+    count = next(iter(lengths.values())) or 0
+    return ({name: array[index : index + 1] for name, array in inputs.items()} for index in range(count))
