@@ -232,9 +232,8 @@ class Supervisor:
                 return
             entry.restarts += 1
             if not entry.proven and entry.restarts >= START_ATTEMPTS:
-                self._failed = ConfigError(
-                    f"{name} ended {entry.restarts} times with status {status}; its log says why"
-                )
+                words = entry.part.last_words() if isinstance(entry.part, Service) else "see its log"
+                self._failed = ConfigError(f"{name} ended {entry.restarts} times with status {status}: {words}")
                 return
             delay = backoff.after(time.monotonic() - began)
             log.warning("%s ended (%d), restart in %.1f s", name, status, delay, extra={"action": "child_died"})
