@@ -67,7 +67,7 @@ class JobInfo(msgspec.Struct, frozen=True):
     submitted_at: datetime | None = None
     started_at: datetime | None = None
     finished_at: datetime | None = None
-    result: msgspec.Raw | None = None
+    result: msgspec.Raw = msgspec.Raw(b"null")
     error: Failure | None = None
 
     @property
@@ -80,7 +80,7 @@ class JobInfo(msgspec.Struct, frozen=True):
         Raises:
             TetherError: why there are none, by the class of the job's error code.
         """
-        if self.state is JobState.SUCCEEDED and self.result is not None:
+        if self.state is JobState.SUCCEEDED:
             try:
                 result = _result_decoder.decode(self.result)
             except msgspec.MsgspecError as error:

@@ -1,0 +1,67 @@
+"""Drives a client's flows without a socket: answers in, requests and pauses out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tether import oip
+from tether.client_http import Flow, Lost, Pause, Policy, Reply, Send
+from tether.tensor import from_numpy
+
+T = TypeVar("T")
+REFUSED = Lost("connection refused", sent=False)
+BROKEN = Lost("connection closed", sent=True)
+
+
+class Drive:
+    """Answers what a flow sends, one answer after another, and notes everything it did."""
+
+    def __init__(self, answers: Iterable[Reply | Lost], **policy: Any) -> None:
+        self.answers = iter(answers)
+        self.now = 0.0
+        self.sent: list[Send] = []
+        self.pauses: list[float] = []
+        self.policy = Policy(monotonic=lambda: self.now, chance=lambda: 1.0, **policy)
+
+    def __call__(self, flow: Callable[[Policy], Flow[T]]) -> T:
+        steps = flow(self.policy)
+        answer: Reply | Lost | None = None
+        try:
+            while True:
+                step = steps.send(answer)
+                answer = None
+                if isinstance(step, Pause):
+                    self.now += step.seconds
+                    self.pauses.append(step.seconds)
+                else:
+                    self.sent.append(step)
+                    answer = next(self.answers)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+    def body(self, index: int = -1) -> Any:
+        content = self.sent[index].content
+        assert isinstance(content, bytes)
+        return json.loads(content)
+
+
+def reply(value: Any, status: int = 200, **headers: str) -> Reply:
+    body = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return Reply(status, {name.replace("_", "-"): text for name, text in headers.items()}, body)
+
+
+def refusal(code: str, status: int, message: str = "why", **headers: str) -> Reply:
+    return reply({"error": message, "code": code, "request_id": "r"}, status, **headers)
+
+
+def job(state: str = "queued", job_id: str = "j", **more: Any) -> dict[str, Any]:
+    return {"id": job_id, "state": state, "model": "m", "version": 1, "submitted_at": "2026-01-02T03:04:05.5Z", **more}
+
+
+def done(job_id: str = "j", value: float = 1.0) -> dict[str, Any]:
+    outputs = [oip.tensor_to_json(from_numpy("y", np.array([value], dtype=np.float32)))]
+    return job("succeeded", job_id, result={"model_name": "m", "model_version": "1", "outputs": outputs})

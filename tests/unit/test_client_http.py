@@ -1,0 +1,112 @@
+"""When a client tries again and when it gives up, with a clock of the test's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from drive import BROKEN, REFUSED, Drive, refusal, reply
+
+from tether import client_flows as flows
+from tether.client_http import Flow, Lost, Policy, Reply, Send, exchange, failure
+from tether.errors import (
+    BadJson,
+    Conflict,
+    DeadlineExceeded,
+    Forbidden,
+    ModelNotFound,
+    NotFound,
+    QueueFull,
+    TetherError,
+    Unavailable,
+)
+
+# tries
+
+
+def asking(**more: Any) -> Callable[[Policy], Flow[Reply]]:
+    return lambda policy: exchange(policy, Send("GET", "/", **more))
+
+
+def test_a_refused_connection_is_tried_again_with_growing_pauses() -> None:
+    drive = Drive([REFUSED, REFUSED, REFUSED, reply({})])
+    assert drive(asking(repeatable=False)).status == 200
+    assert drive.pauses == [0.1, 0.2, 0.4]
+
+
+def test_tries_are_bounded() -> None:
+    drive = Drive([REFUSED] * 99, tries=3)
+    with pytest.raises(Unavailable, match="connection refused"):
+        drive(asking())
+    assert len(drive.sent) == 3
+
+
+def test_an_answer_that_got_lost_is_asked_for_again_only_where_that_is_harmless() -> None:
+    assert Drive([BROKEN, reply({})])(asking()).status == 200
+    drive = Drive([BROKEN, reply({})])
+    with pytest.raises(Unavailable):
+        drive(asking(repeatable=False))
+    assert len(drive.sent) == 1
+
+
+@pytest.mark.parametrize(("code", "status"), [("queue_full", 429), ("unavailable", 503), ("model_not_ready", 503)])
+def test_overload_waits_as_long_as_the_server_says(code: str, status: int) -> None:
+    drive = Drive([refusal(code, status, retry_after="3"), reply({})])
+    assert drive(asking()).status == 200
+    assert drive.pauses == [3.0]
+
+
+def test_overload_is_waited_out_for_longer_than_a_dead_server_but_not_past_the_timeout() -> None:
+    drive = Drive([refusal("queue_full", 429, retry_after="1")] * 99, tries=3, timeout=10.0)
+    with pytest.raises(QueueFull):
+        drive(asking())
+    assert len(drive.sent) > 3
+    assert drive.now < 10.0
+
+
+def test_a_full_queue_stored_nothing_so_anything_may_be_sent_again() -> None:
+    assert Drive([refusal("queue_full", 429), reply({})])(asking(repeatable=False)).status == 200
+    with pytest.raises(Unavailable):
+        Drive([refusal("unavailable", 503), reply({})])(asking(repeatable=False))
+
+
+def test_each_try_has_what_is_left_of_the_time() -> None:
+    drive = Drive([refusal("unavailable", 503, retry_after="4"), reply({})], timeout=10.0)
+    drive(asking())
+    assert [send.timeout for send in drive.sent] == [10.0, 6.0]
+
+
+def test_a_late_answer_is_a_deadline() -> None:
+    with pytest.raises(DeadlineExceeded):
+        Drive([Lost("timed out", sent=True, late=True)])(asking())
+
+
+@pytest.mark.parametrize(
+    ("got", "kind"),
+    [
+        (refusal("model_not_found", 404), ModelNotFound),
+        (refusal("from_the_future", 418), TetherError),
+        (reply(b"<html>", 404), NotFound),
+        (reply(b"", 403), Forbidden),
+        (reply(b"bad gateway", 502), Unavailable),
+        (reply([], 409), Conflict),
+        (reply({"error": "x"}, 500), TetherError),
+    ],
+)
+def test_errors_take_the_class_of_their_code_or_else_of_their_status(got: Reply, kind: type[TetherError]) -> None:
+    error = failure(got)
+    assert type(error) is kind
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("7", 7.0), ("", 1.0), ("soon", 1.0), ("-1", 0.0), ("1e9", 3600.0)])
+def test_retry_after_is_read_with_care(text: str, seconds: float) -> None:
+    error = failure(refusal("unavailable", 503, retry_after=text))
+    assert isinstance(error, Unavailable)
+    assert error.retry_after == seconds
+
+
+def test_an_answer_that_is_not_json_is_bad_json() -> None:
+    for body in (b"<html>", b"[]", b"\xff"):
+        with pytest.raises(BadJson):
+            Drive([reply(body)])(lambda policy: flows.cancel(policy, "j"))
