@@ -26,16 +26,20 @@ def key_files(home: Home, name: str, role: Role) -> list[Path]:
     return [home.root_public, home.keyset, home.identity(name), home.nats_seed(role)]
 
 
-def share(home: Home, name: str, role: Role) -> None:
-    """Copy the keys of one service into its volume, readable by that service only."""
-    folder = SHARE / name
-    folder.chmod(0o700)
+def own(path: Path, mode: int) -> None:
+    """Give a file or folder to the services' user alone."""
+    path.chmod(mode)
+    os.chown(path, OWNER, OWNER)
+
+
+def share(home: Home, name: str, role: Role, folder: Path) -> None:
+    """Copy the keys of one service into its folder, readable by that service only."""
+    folder.mkdir(exist_ok=True)
     for source in key_files(home, name, role):
         target = folder / source.name
         shutil.copyfile(source, target)
-        target.chmod(0o600)
-        os.chown(target, OWNER, OWNER)
-    os.chown(folder, OWNER, OWNER)
+        own(target, 0o600)
+    own(folder, 0o700)
 
 
 def main() -> None:
@@ -43,10 +47,13 @@ def main() -> None:
     home = Home.at(str(AUTHORITY))
     create_home(home, workers=WORKERS)
     write_ops_files(SHARE / "broker", home)
-    for role in (Role.GATEWAY, Role.DISPATCHER, Role.MODELSTORE, Role.ADMIN):
-        share(home, role.value, role)
+    for role in (Role.GATEWAY, Role.DISPATCHER, Role.MODELSTORE):
+        share(home, role.value, role, SHARE / role.value)
     for number in range(1, WORKERS + 1):
-        share(home, f"worker-{number}", Role.WORKER)
+        name = f"worker-{number}"
+        share(home, name, Role.WORKER, SHARE / name)
+    own(SHARE / "admin", 0o700)  # a whole home: the administrator's key is written there
+    share(home, Role.ADMIN.value, Role.ADMIN, SHARE / "admin" / "keys")
 
 
 if __name__ == "__main__":
