@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
+import msgspec
+
 from tether import codec
 from tether.apikey import ApiKey
 from tether.bus.connection import Bus
@@ -42,6 +44,26 @@ class ApiKeys:
 
     def find(self, key_id: str) -> ApiKey | None:
         return self._by_id.get(key_id)
+
+    async def store(self, record: ApiKey) -> None:
+        """Keep a key; this gateway accepts it at once, others within their watch's delay.
+
+        Raises:
+            BrokerUnavailable: it may be kept all the same.
+        """
+        body = codec.encode(record)
+        await self.bucket.put(record.id, body)
+        self._changed(record.id, body)
+
+    async def revoke(self, record: ApiKey) -> ApiKey:
+        """The key as it is kept from now on: known, and refused.
+
+        Raises:
+            BrokerUnavailable: it may be revoked all the same.
+        """
+        revoked = msgspec.structs.replace(record, revoked=True)
+        await self.store(revoked)
+        return revoked
 
     def authenticate(self, headers: Iterable[tuple[bytes, bytes]], scope: str) -> ApiKey:
         """The key that a request's headers carry, when it may do what ``scope`` names.

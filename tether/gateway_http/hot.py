@@ -12,7 +12,7 @@ from tether.errors import InvalidRequest, PayloadTooLarge, TetherError
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.errors import error_response
 from tether.gateway_http.jobs import NewJob
-from tether.gateway_http.request import Headers, Heading, read_body, respond
+from tether.gateway_http.request import Headers, Heading, read_body, respond, timeout_of
 from tether.job import Priority
 from tether.ops_http import Receive, Scope, Send
 
@@ -106,7 +106,7 @@ class HotRoutes:
             tuple([output.name for output in request.outputs]),
             request_id=heading.request_id,
             traceparent=heading.traceparent,
-            timeout_s=self._timeout(request.parameters.get("timeout")),
+            timeout_s=timeout_of(request.parameters, self._timeout_s),
         )
         manifest = served.manifest
         answer, length = oip.build_infer_response(
@@ -117,14 +117,6 @@ class HotRoutes:
             extra = [(b"inference-header-content-length", str(length).encode())]
         await respond(send, 200, answer, heading, content_type=_JSON if length is None else _BINARY, extra=extra)
         return 200
-
-    def _timeout(self, asked: object) -> float:
-        """Seconds until the request's deadline; a request may shorten it, in microseconds, as Triton has it."""
-        if asked is None or asked == 0:
-            return self._timeout_s
-        if type(asked) is not int or asked < 0:
-            raise InvalidRequest("parameters.timeout must be whole microseconds", field="parameters.timeout")
-        return min(self._timeout_s, asked / 1e6)
 
     async def _submit(self, scope: Scope, receive: Receive, send: Send) -> int:
         heading = Heading(scope["headers"])

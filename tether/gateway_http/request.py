@@ -5,9 +5,10 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tether.errors import InvalidRequest, PayloadTooLarge
+from tether.job import Parameter
 from tether.ops_http import Receive, Send
 
 _COMPRESS_FROM = 512
@@ -115,6 +116,18 @@ def _decompressed(body: bytes, encoding: bytes, limit: int) -> bytes:
 
 def _too_large(limit: int) -> PayloadTooLarge:
     return PayloadTooLarge(f"the body is larger than {limit} bytes (setting max_body_bytes)", field="body")
+
+
+def timeout_of(parameters: Mapping[str, Parameter], limit_s: float) -> float:
+    """Seconds a request may take: ``limit_s``, or less when its parameter ``timeout`` says so, in microseconds.
+
+    Raises:
+        InvalidRequest: it is not a whole number.
+    """
+    asked = parameters.get("timeout", 0)
+    if type(asked) is not int or asked < 0:
+        raise InvalidRequest("parameters.timeout must be whole microseconds", field="parameters.timeout")
+    return min(limit_s, asked / 1e6) if asked else limit_s
 
 
 async def respond(

@@ -1,0 +1,360 @@
+"""What HTTP bodies hold, as the OpenAPI document shows it. Field names and their order are the interface."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from tether.job import JobState, Parameter, Priority
+
+Scope = Literal["infer", "jobs", "models:read", "models:write", "admin"]
+
+# Open Inference Protocol
+
+
+class Tensor(Struct, omit_defaults=True):
+    """A tensor: `data` flat or nested as `shape`, or in the binary part when `binary_data_size` is given."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: dict[str, Parameter] | UnsetType = UNSET
+    data: Any = UNSET
+
+
+class WantedOutput(Struct, omit_defaults=True):
+    """An output to answer. Parameters: `binary_data` (bool), `classification` (how many of the best classes)."""
+
+    name: str
+    parameters: dict[str, Parameter] | UnsetType = UNSET
+
+
+class InferBody(Struct, omit_defaults=True):
+    """An inference request. Parameters: `binary_data_output` (bool), `timeout` (microseconds)."""
+
+    inputs: list[Tensor]
+    id: str | UnsetType = UNSET
+    parameters: dict[str, Parameter] | UnsetType = UNSET
+    outputs: list[WantedOutput] | UnsetType = UNSET
+
+
+class InferAnswer(Struct, omit_defaults=True):
+    """An inference answer; `id` is the request's, when it had one."""
+
+    model_name: str
+    model_version: str
+    outputs: list[Tensor]
+    id: str | UnsetType = UNSET
+
+
+class ServerMetadata(Struct):
+    """The server and the protocol extensions it speaks."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class ServerLive(Struct):
+    """The process answers."""
+
+    live: bool
+
+
+class ServerReady(Struct):
+    """The process answers, and can do its work."""
+
+    live: bool
+    ready: bool
+
+
+class TensorSpec(Struct):
+    """An input or output of a model; -1 is an axis of any length."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(Struct):
+    """A model's versions, and the signature of the one asked for."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+
+
+class ModelReady(Struct):
+    """Whether a worker answers for the version just now."""
+
+    name: str
+    ready: bool
+
+
+class ConfigTensor(Struct):
+    """An input or output in Triton's terms; `dims` are without the batch axis when `max_batch_size` is above 0."""
+
+    name: str
+    data_type: str
+    dims: list[int]
+
+
+class DynamicBatching(Struct):
+    """How long a request may wait for company, in microseconds."""
+
+    max_queue_delay_microseconds: int
+
+
+class ModelConfig(Struct, omit_defaults=True):
+    """Triton's model configuration, as far as it applies."""
+
+    name: str
+    platform: str
+    backend: str
+    max_batch_size: int
+    input: list[ConfigTensor]
+    output: list[ConfigTensor]
+    default_model_filename: str
+    dynamic_batching: DynamicBatching | UnsetType = UNSET
+
+
+class IndexBody(Struct):
+    """Which versions to list: all, or those that are ready."""
+
+    ready: bool = False
+
+
+class IndexEntry(Struct):
+    """One version. `state` is READY or UNAVAILABLE, and `reason` says why it is the latter."""
+
+    name: str
+    version: str
+    state: str
+    reason: str
+
+
+# the simple route
+
+
+class InferenceBody(Struct, rename="camel", omit_defaults=True):
+    """`inputData`: an object of input name and nested list, one nested list for a model with one input, or tensors."""
+
+    model_id: str = ""
+    input_data: msgspec.Raw | UnsetType = UNSET
+    version: str | int | None = None
+    parameters: dict[str, Parameter] = {}
+
+
+class InferenceAnswer(Struct, rename="camel"):
+    """`output`: nested lists by output name."""
+
+    model_id: str
+    version: str
+    output: dict[str, Any]
+
+
+# jobs
+
+
+class JobName(Struct):
+    """An output by its name."""
+
+    name: str
+
+
+class NewJob(Struct, omit_defaults=True):
+    """A durable job; `deadline_ms` counts from now."""
+
+    model: str
+    inputs: list[Tensor]
+    version: str | int | UnsetType = UNSET
+    outputs: list[JobName] | UnsetType = UNSET
+    priority: Priority = Priority.NORMAL
+    deadline_ms: Annotated[float, Meta(gt=0)] | UnsetType = UNSET
+
+
+class NewJobs(Struct):
+    """1 to 1000 durable jobs, accepted together."""
+
+    jobs: Annotated[list[NewJob], Meta(min_length=1, max_length=1000)]
+
+
+class JobError(Struct):
+    """Why a job did not succeed."""
+
+    code: str
+    message: str
+
+
+class Job(Struct, omit_defaults=True):
+    """A durable job; times are RFC 3339, UTC."""
+
+    id: str
+    state: JobState
+    model: str
+    version: str
+    priority: Priority
+    attempts: int
+    submitted_at: str
+    started_at: str | UnsetType = UNSET
+    finished_at: str | UnsetType = UNSET
+    result: InferAnswer | UnsetType = UNSET
+    error: JobError | UnsetType = UNSET
+
+
+class Jobs(Struct, omit_defaults=True):
+    """Jobs, newest first or in the order of the ids asked for; `next_cursor` is there when there are more."""
+
+    jobs: list[Job]
+    next_cursor: str | UnsetType = UNSET
+
+
+# models
+
+
+class ModelSummary(Struct):
+    """A model; platform, size (bytes) and creation time are those of its newest version."""
+
+    name: str
+    versions: list[int]
+    aliases: dict[str, int]
+    ready: bool
+    platform: str
+    size: int
+    created_at: str
+
+
+class Models(Struct):
+    """Every model, by name."""
+
+    models: list[ModelSummary]
+
+
+class StoredFile(Struct):
+    """A file of a version; `digest` is its SHA-256 in hex."""
+
+    path: str
+    size: int
+    digest: str
+
+
+class VersionDetail(Struct):
+    """One immutable version. `workers`: how many answer for it just now."""
+
+    version: int
+    platform: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    max_batch_size: int
+    max_delay_ms: float
+    files: list[StoredFile]
+    size: int
+    created_at: str
+    publisher: str
+    workers: int
+    ready: bool
+
+
+class ModelDetail(Struct):
+    """A model with all of its versions, oldest first."""
+
+    name: str
+    aliases: dict[str, int]
+    versions: list[VersionDetail]
+
+
+class PushedVersion(Struct):
+    """The version a push made; `stored_bytes` of its `size` were not in the store before."""
+
+    name: str
+    version: int
+    platform: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    size: int
+    digest: str
+    stored_bytes: int
+    aliases: dict[str, int]
+
+
+# keys and workers
+
+
+class NewKey(Struct, forbid_unknown_fields=True):
+    """An API key to make; `admin` implies every other scope."""
+
+    tenant: str
+    scopes: Annotated[list[Scope], Meta(min_length=1, max_length=16)]
+    name: Annotated[str, Meta(max_length=200)] = ""
+
+
+class CreatedKey(Struct):
+    """A new API key. `key` is its text: it is not stored and never shown again."""
+
+    id: str
+    key: str
+    tenant: str
+    scopes: list[str]
+    name: str
+    created_at: str
+
+
+class Key(Struct):
+    """An API key without its secret."""
+
+    id: str
+    tenant: str
+    scopes: list[str]
+    name: str
+    created_at: str
+    revoked: bool
+
+
+class Keys(Struct):
+    """Every API key, oldest first."""
+
+    keys: list[Key]
+
+
+class HeldModel(Struct):
+    """A version that a worker answers for."""
+
+    model: str
+    version: int
+
+
+class FailedModel(Struct):
+    """A version that a worker could not load, and why."""
+
+    model: str
+    version: int
+    reason: str
+
+
+class Worker(Struct):
+    """A worker as its last heartbeat told; `age_s` is how many seconds ago that was."""
+
+    name: str
+    region: str
+    ready: list[HeldModel]
+    failed: list[FailedModel]
+    running: int
+    slots: int
+    age_s: float
+
+
+class Workers(Struct):
+    """Every worker, by name."""
+
+    workers: list[Worker]
+
+
+class Readiness(Struct):
+    """What the gateway depends on: `ok`, or what is wrong with it."""
+
+    ready: bool
+    checks: dict[str, str]

@@ -1,0 +1,187 @@
+"""Models: list, look, push."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from tether import codec
+from tether.bus import rpc
+from tether.bus.chunks import ObjectChunkStore
+from tether.bus.upload import upload
+from tether.envelope import MessageType
+from tether.errors import InvalidRequest, PayloadTooLarge
+from tether.gateway_http import bodies
+from tether.gateway_http.catalog import Catalog, Served
+from tether.gateway_http.job_view import rfc3339
+from tether.gateway_http.routing import OCTETS, Call, Header, Media, Reply, Row
+from tether.model import AUTOMATIC, ModelFile, PushAnswer, PushRequest, TensorSpec, check_name
+
+TAG = "Models"
+
+REGISTER_S = 280.0
+"""How long the model store may look at a pushed file: the broker holds its right to answer for five minutes."""
+
+_HEX = re.compile(r"[0-9a-fA-F]{64}")
+
+
+class PushQuery(Struct, forbid_unknown_fields=True):
+    """Query of a push."""
+
+    max_batch_size: Annotated[
+        int, Meta(ge=-1, le=65536, description="Most rows of one run; 0: not batched; -1: as the model allows.")
+    ] = AUTOMATIC
+    max_delay_ms: Annotated[float, Meta(ge=0, le=10_000, description="How long a request may wait for company.")] = 2.0
+
+
+async def _list(call: Call) -> Reply:
+    catalog = call.gateway.catalog
+    return Reply(bodies.Models([_summary(catalog, name) for name in catalog.names()]))
+
+
+def _summary(catalog: Catalog, name: str) -> bodies.ModelSummary:
+    versions = catalog.versions(name)
+    newest = versions[max(versions)]
+    return bodies.ModelSummary(
+        name=name,
+        versions=list(versions),
+        aliases=catalog.aliases(name),
+        ready=bool(catalog.workers(newest)),
+        platform=newest.manifest.platform,
+        size=newest.manifest.size,
+        created_at=rfc3339(newest.manifest.created_at),
+    )
+
+
+async def _show(call: Call) -> Reply:
+    catalog, name = call.gateway.catalog, call.path("name")
+    versions = catalog.versions(name)
+    details = [_detail(served, len(catalog.workers(served))) for served in versions.values()]
+    return Reply(bodies.ModelDetail(name, catalog.aliases(name), details))
+
+
+def _detail(served: Served, workers: int) -> bodies.VersionDetail:
+    manifest = served.manifest
+    return bodies.VersionDetail(
+        version=manifest.version,
+        platform=manifest.platform,
+        inputs=_specs(manifest.inputs),
+        outputs=_specs(manifest.outputs),
+        max_batch_size=manifest.batching.max_batch_size,
+        max_delay_ms=manifest.batching.max_delay_ms,
+        files=[bodies.StoredFile(file.path, file.size, file.digest) for file in manifest.files],
+        size=manifest.size,
+        created_at=rfc3339(manifest.created_at),
+        publisher=manifest.publisher,
+        workers=workers,
+        ready=workers > 0,
+    )
+
+
+def _specs(specs: tuple[TensorSpec, ...]) -> list[bodies.TensorSpec]:
+    return [msgspec.convert(spec, bodies.TensorSpec, from_attributes=True) for spec in specs]
+
+
+async def _push(call: Call) -> Reply:
+    """Store the body's pieces, then ask the model store to make a version of them."""
+    gateway, name = call.gateway, check_name(call.path("name"), field="name")
+    wanted = _wanted_digest(call)
+    _check_filename(call)
+    limit = gateway.settings.max_upload_bytes
+    if call.heading.length > limit:
+        raise PayloadTooLarge(f"the model file has more than {limit} bytes (max_upload_bytes)", field="body")
+    if call.heading.encoding not in (b"", b"identity"):
+        raise InvalidRequest("send the model file without Content-Encoding", field="content-encoding")
+    store = ObjectChunkStore(gateway.bus, gateway.bus.names.chunk_bucket(name))
+    file, stored = await upload(gateway.bus, store, _parts(call), limit=limit)
+    if wanted and wanted != file.digest:
+        raise InvalidRequest(
+            f"the body's SHA-256 is {file.digest}, x-tether-sha256 says {wanted}; send the file again",
+            field="x-tether-sha256",
+        )
+    query: PushQuery = call.query
+    publisher = f"key:{call.key.id}" if call.key is not None else ""
+    answer = await _registered(call, PushRequest(name, file, query.max_batch_size, query.max_delay_ms, publisher))
+    return Reply(_pushed(answer, file, stored), 201 if answer.created else 200)
+
+
+async def _parts(call: Call) -> AsyncIterator[bytes]:
+    async for part in call.request.stream():
+        yield part
+
+
+def _wanted_digest(call: Call) -> str:
+    text = call.request.headers.get("x-tether-sha256", "")
+    if text and _HEX.fullmatch(text) is None:
+        raise InvalidRequest("x-tether-sha256 must be 64 hex digits", field="x-tether-sha256")
+    return text.lower()
+
+
+def _check_filename(call: Call) -> None:
+    text = call.request.headers.get("x-tether-filename", "model.onnx")
+    if len(text) > 255 or not text.lower().endswith(".onnx"):
+        raise InvalidRequest(
+            "x-tether-filename must end in .onnx: only ONNX models are served", field="x-tether-filename"
+        )
+
+
+async def _registered(call: Call, request: PushRequest) -> PushAnswer:
+    body = await rpc.call(
+        call.gateway.bus,
+        "registerModel",
+        MessageType.PUSH,
+        codec.encode(request),
+        answers=MessageType.PUSHED,
+        timeout=REGISTER_S,
+    )
+    return codec.decode(body, PushAnswer)
+
+
+def _pushed(answer: PushAnswer, file: ModelFile, stored: int) -> bodies.PushedVersion:
+    manifest = answer.manifest
+    return bodies.PushedVersion(
+        name=manifest.name,
+        version=manifest.version,
+        platform=manifest.platform,
+        inputs=_specs(manifest.inputs),
+        outputs=_specs(manifest.outputs),
+        size=file.size,
+        digest=file.digest,
+        stored_bytes=stored,
+        aliases=answer.aliases,
+    )
+
+
+ROWS = [
+    Row("GET", "/v1/models", "List models", TAG, _list, {200: bodies.Models}, "models:read"),
+    Row(
+        "GET",
+        "/v1/models/{name}",
+        "Show a model and its versions",
+        TAG,
+        _show,
+        {200: bodies.ModelDetail},
+        "models:read",
+        errors=(404,),
+    ),
+    Row(
+        "POST",
+        "/v1/models/{name}/versions",
+        "Push a model file as the next version",
+        TAG,
+        _push,
+        {201: bodies.PushedVersion, 200: bodies.PushedVersion},
+        "models:write",
+        binary=Media(OCTETS, "The bytes of the .onnx file; 200 when the newest version already is exactly this."),
+        query=PushQuery,
+        headers=(
+            Header("x-tether-sha256", "Hex SHA-256 of the whole body; another body is refused."),
+            Header("x-tether-filename", "The file's name, which must end in .onnx."),
+        ),
+        errors=(422, 429, 503, 504),
+    ),
+]

@@ -1,0 +1,63 @@
+"""Health, metrics, documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tether import metrics
+from tether.gateway_http import bodies
+from tether.gateway_http.routing import Call, Handler, Media, Reply, Row
+
+TAG = "Operations"
+
+_NO_SCRIPTS = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'"
+
+
+async def _healthz(call: Call) -> Reply:
+    del call
+    return Reply(bodies.ServerLive(live=True))
+
+
+async def _readyz(call: Call) -> Reply:
+    checks = call.gateway.checks()
+    ready = all(state == "ok" for state in checks.values())
+    return Reply(bodies.Readiness(ready, checks), 200 if ready else 503)
+
+
+async def _metrics(call: Call) -> Reply:
+    del call
+    content, content_type = metrics.exposition()
+    return Reply(content, content_type=content_type)
+
+
+def rows(document: Callable[[], bytes], page: Callable[[], bytes]) -> list[Row]:
+    """The rows; ``document`` and ``page`` are asked for when somebody wants to see them."""
+
+    async def openapi(call: Call) -> Reply:
+        del call
+        return Reply(document())
+
+    async def docs(call: Call) -> Reply:
+        del call
+        return Reply(
+            page(), content_type="text/html; charset=utf-8", headers=[("content-security-policy", _NO_SCRIPTS)]
+        )
+
+    return [
+        _row("/healthz", "Whether the gateway runs", _healthz, bodies.ServerLive),
+        Row(
+            "GET",
+            "/readyz",
+            "Whether the gateway can do its work, and if not, why",
+            TAG,
+            _readyz,
+            {200: bodies.Readiness, 503: bodies.Readiness},
+        ),
+        _row("/metrics", "Metrics", _metrics, Media("text/plain", "Prometheus' text form.")),
+        _row("/openapi.json", "This document", openapi, Media("application/json", "OpenAPI 3.1.")),
+        _row("/docs", "This document as a page", docs, Media("text/html", "A page without scripts.")),
+    ]
+
+
+def _row(path: str, summary: str, handler: Handler, answer: object) -> Row:
+    return Row("GET", path, summary, TAG, handler, {200: answer})

@@ -1,0 +1,247 @@
+"""One table row per route: who may call it, what it reads, what it answers. Rows become routes and documentation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.routing import Route
+
+from tether import metrics, oip_json
+from tether.apikey import ApiKey
+from tether.errors import InvalidRequest, NotFound, TetherError
+from tether.gateway_http.core import Gateway
+from tether.gateway_http.errors import error_response
+from tether.gateway_http.request import Headers, Heading, read_body, respond
+from tether.ops_http import Receive, Scope, Send
+
+log = logging.getLogger(__name__)
+
+JSON = "application/json"
+OCTETS = "application/octet-stream"
+
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True)
+class Media:
+    """A body that is no JSON of a struct: its content type, and in one sentence what it is."""
+
+    type: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """A request header that a route reads."""
+
+    name: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer: ``value`` is encoded as JSON unless it is bytes already."""
+
+    value: Any
+    status: int = 200
+    content_type: str = JSON
+    headers: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request, authenticated and parsed. ``body`` and ``query`` are of the row's types."""
+
+    gateway: Gateway
+    request: Request
+    heading: Heading
+    key: ApiKey | None
+    body: Any
+    query: Any
+
+    @property
+    def tenant(self) -> str:
+        return "" if self.key is None else self.key.tenant
+
+    def path(self, name: str) -> str:
+        return str(self.request.path_params.get(name, ""))
+
+
+Handler = Callable[[Call], Awaitable[Reply]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of one path. Without a ``handler`` it is served by the hot path and only documented here.
+
+    ``scope`` None means that no API key is needed. ``answers`` maps statuses to what they carry, ``errors`` are the
+    error statuses beyond those that follow from the other columns.
+    """
+
+    method: str
+    path: str
+    summary: str
+    tag: str
+    handler: Handler | None
+    answers: Mapping[int, Any]
+    scope: str | None = None
+    body: Any = None
+    body_optional: bool = False
+    binary: Media | None = None
+    """A second form that the body may have; alone, it is streamed and not read for the handler."""
+    query: type[msgspec.Struct] | None = None
+    headers: Sequence[Header] = ()
+    errors: Sequence[int] = ()
+
+    def statuses(self) -> list[int]:
+        """Every error status the route can answer."""
+        found = {500, *self.errors}
+        if self.scope is not None:
+            found |= {401, 403}
+        if self.body is not None or self.binary is not None:
+            found |= {400, 413}
+        if self.query is not None or "{" in self.path:
+            found.add(400)
+        return sorted(found - set(self.answers))
+
+
+@dataclass
+class _Seen:
+    """What is known of a request so far, for the case that it fails."""
+
+    heading: Heading
+    status: int = 500
+    sent: bool = False
+
+
+class Endpoint:
+    """All methods of one path, as an ASGI application."""
+
+    def __init__(self, gateway: Gateway, rows: Sequence[Row]) -> None:
+        self._gateway = gateway
+        self._path = rows[0].path
+        self._rows = {row.method: (row, row.handler) for row in rows if row.handler is not None}
+        if "GET" in self._rows:
+            self._rows["HEAD"] = self._rows["GET"]
+        self._allow = ", ".join(sorted({row.method for row in rows} | set(self._rows) | {"OPTIONS"}))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method = scope["method"]
+        seen = _Seen(_only_id(scope))
+
+        async def noting(message: Any) -> None:
+            seen.sent = True
+            await send(message)
+
+        try:
+            await self._answer(seen, method, scope, receive, noting)
+        except TetherError as error:
+            seen.status = await refuse(error, seen.heading, send)
+        except ClientDisconnect:
+            seen.status = 499
+        except Exception:
+            log.exception("a request failed", extra={"action": "request_failed", "request_id": seen.heading.request_id})
+            seen.status = 500
+            if seen.sent:
+                raise
+            await refuse(TetherError("the gateway failed; its log has the reason"), seen.heading, send)
+        metrics.HTTP_REQUESTS.labels(self._path, str(seen.status)).inc()
+
+    async def _answer(self, seen: _Seen, method: str, scope: Scope, receive: Receive, send: Send) -> None:
+        found = self._rows.get(method)
+        if found is None:
+            seen.status = await self._without_row(method, seen.heading, send)
+            return
+        row, handler = found
+        reply = await handler(await self._call(row, seen, scope, receive))
+        content = reply.value if isinstance(reply.value, bytes) else _encode(reply.value)
+        extra = [(name.encode(), value.encode()) for name, value in reply.headers]
+        extra.append((b"x-content-type-options", b"nosniff"))
+        await respond(send, reply.status, content, seen.heading, content_type=reply.content_type.encode(), extra=extra)
+        seen.status = reply.status
+
+    async def _without_row(self, method: str, heading: Heading, send: Send) -> int:
+        allow = (b"allow", self._allow.encode())
+        if method == "OPTIONS":
+            await respond(send, 204, b"", heading, content_type=JSON.encode(), extra=[allow])
+            return 204
+        error = InvalidRequest(f"{method[:32]} is not allowed here; allowed: {self._allow}", field="method")
+        return await refuse(error, heading, send, status=405, extra=[allow])
+
+    async def _call(self, row: Row, seen: _Seen, scope: Scope, receive: Receive) -> Call:
+        gateway = self._gateway
+        seen.heading = heading = Heading(scope["headers"])
+        key = None if row.scope is None else gateway.keys.authenticate(scope["headers"], row.scope)
+        request = Request(scope, receive)
+        query = None if row.query is None else read_query(request.query_params.multi_items(), row.query)
+        body = None
+        if row.body is not None:
+            content = await read_body(heading, receive, gateway.settings.max_body_bytes)
+            body = row.body() if row.body_optional and not content else oip_json.parse(_decoder(row.body), content)
+        return Call(gateway, request, heading, key, body, query)
+
+
+def _only_id(scope: Scope) -> Heading:
+    return Heading([item for item in scope["headers"] if item[0] == b"x-request-id"])
+
+
+@lru_cache(maxsize=64)
+def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(kind)
+
+
+def read_query(items: Iterable[tuple[str, str]], kind: type[msgspec.Struct]) -> msgspec.Struct:
+    """Query parameters as a struct.
+
+    Raises:
+        InvalidRequest: an unknown one, one given twice, or one whose value does not fit; naming it.
+    """
+    known = {item.encode_name for item in msgspec.structs.fields(kind)}
+    found: dict[str, str] = {}
+    for name, value in items:
+        shown = name[:64]
+        if name not in known:
+            raise InvalidRequest(
+                f"there is no query parameter {shown!r} here; known: {', '.join(sorted(known))}", field=shown
+            )
+        if name in found:
+            raise InvalidRequest(f"query parameter '{name}' is given twice", field=name)
+        found[name] = value
+    try:
+        return msgspec.convert(found, kind, strict=False)
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at ")
+        name = path.strip("`").removeprefix("$.")
+        raise InvalidRequest(f"query parameter '{name}' does not fit: {reason}", field=name) from error
+
+
+async def refuse(
+    error: TetherError, heading: Heading, send: Send, *, status: int | None = None, extra: Headers | None = None
+) -> int:
+    """Answer with an error; its status is the error's own unless one is given."""
+    own, headers, body = error_response(error, heading.request_id)
+    status = own if status is None else status
+    await respond(send, status, body, heading, content_type=JSON.encode(), extra=[*headers, *(extra or [])])
+    return status
+
+
+async def nowhere(scope: Scope, receive: Receive, send: Send) -> None:
+    """The answer on every path that nothing is served on."""
+    del receive
+    shown = scope["path"][:200].encode("ascii", "backslashreplace").decode()
+    status = await refuse(NotFound(f"nothing is served on '{shown}'; see /docs", field="path"), _only_id(scope), send)
+    metrics.HTTP_REQUESTS.labels("none", str(status)).inc()
+
+
+def routes(gateway: Gateway, rows: Sequence[Row]) -> list[Route]:
+    """Starlette's routes of a table: one for each path, in the order of the table."""
+    by_path: dict[str, list[Row]] = {}
+    for row in rows:
+        by_path.setdefault(row.path, []).append(row)
+    return [Route(path, Endpoint(gateway, group)) for path, group in by_path.items()]
