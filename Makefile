@@ -59,7 +59,7 @@ format: $(VENV)/.setup-dev ## rewrite the sources in the agreed form
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.setup-dev ## measure beside raw ONNX Runtime and a bare FastAPI server; writes bench/results.md
-	$(BIN)/python bench/run.py $(BENCH_ARGS)
+	$(BIN)/python -m bench.run $(BENCH_ARGS)
 
 clean: ## remove everything that the other targets made
 	rm -rf $(VENV) build dist .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

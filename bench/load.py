@@ -3,7 +3,7 @@
 It works on raw protocols and fixed request bytes, so that on a small machine it takes little from the server that it
 measures. Answers must carry Content-Length. As a program it prints one JSON object::
 
-    python bench/load.py http://127.0.0.1:8000/v2/models/digits/infer --body request.json --connections 16 --seconds 5
+    python -m bench.load http://127.0.0.1:8000/v2/models/digits/infer --body request.json --connections 16 --seconds 5
 """
 
 from __future__ import annotations
