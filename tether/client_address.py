@@ -20,9 +20,17 @@ def resolve_url(url: str | None, environment: ClientEnvironment) -> str:
         ConfigError: it is no HTTP address.
     """
     found = url or environment.url or _running_url(environment) or DEFAULT_URL
-    if not found.startswith(("http://", "https://")) or not urlsplit(found).hostname:
+    if not _well_formed(found):
         raise ConfigError(f"'{found}' is not a URL like {DEFAULT_URL}", field="url")
     return found.rstrip("/")
+
+
+def _well_formed(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and len(url.split()) == 1
+    except ValueError:
+        return False
 
 
 def _running_url(environment: ClientEnvironment) -> str:

@@ -46,7 +46,13 @@ def _save(path: str, outputs: Outputs) -> None:
 
 
 def _plain(outputs: Outputs) -> dict[str, Any]:
-    return {name: _nested(array.tolist()) for name, array in outputs.items()}
+    return {name: _nested(_shortest(array).tolist()) for name, array in outputs.items()}
+
+
+def _shortest(array: Array) -> Array:
+    """Floats under 64 bits with the fewest digits that name them: 0.1, not 0.10000000149011612."""
+    short = array.dtype.kind not in "biuOSU" and array.dtype.itemsize < 8
+    return array.astype(str).astype(float) if short else array
 
 
 def _nested(value: Any) -> Any:

@@ -34,7 +34,8 @@ from tether.tensor import Tensor, from_numpy, pack_bytes
 def answer(*outputs: Tensor) -> Reply:
     request = oip.InferRequest("", (), binary_default=True)
     body, length = oip.build_infer_response(model="m", version="1", request=request, outputs=outputs)
-    return reply(body, **({} if length is None else {"inference_header_content_length": str(length)}))
+    headers = {} if length is None else {"inference-header-content-length": str(length)}
+    return Reply(200, headers, body)
 
 
 def test_arrays_travel_as_binary_both_ways() -> None:
