@@ -177,3 +177,10 @@ def with_function() -> bytes:
     proto = model([node], [value("x", "FP32", ["n", 4])], [value("y", "FP32", ["n", 4])], functions=[function])
     proto.opset_import.append(helper.make_opsetid("pkg.own", 1))
     return to_bytes(proto)
+
+
+def gather() -> bytes:
+    """Looks rows up by index; an index that is out of range fails the whole run."""
+    table = helper.make_tensor("table", onnx.TensorProto.FLOAT, [3], [1.0, 2.0, 3.0])
+    node = helper.make_node("Gather", ["table", "x"], ["y"])
+    return to_bytes(model([node], [value("x", "INT64", ("n", 1))], [value("y", "FP32", ("n", 1))], [table]))

@@ -182,9 +182,10 @@ class Bus:
     def connected(self) -> bool:
         return bool(self._client.is_connected)
 
-    def on_reconnect(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` after every reconnect; it must not block."""
+    def on_reconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call ``callback`` after every reconnect; it must not block. Returns what ends that."""
         self._reconnected.append(callback)
+        return lambda: self._reconnected.remove(callback)
 
     async def wait_connected(self, timeout: float) -> bool:
         """True as soon as the broker is there, False after ``timeout`` seconds without it."""
@@ -216,7 +217,7 @@ class Bus:
         metrics.BROKER_CONNECTED.set(1)
         metrics.BROKER_RECONNECTS.inc()
         log.info("the broker is back", extra={"action": "broker_back"})
-        for callback in self._reconnected:
+        for callback in list(self._reconnected):
             callback()
 
     async def _on_closed(self) -> None:
@@ -235,6 +236,11 @@ class Bus:
                 await self._client.force_reconnect()
 
     # publish and subscribe
+
+    async def flush(self) -> None:
+        """Return when the broker has seen everything sent so far, subscriptions too."""
+        with translated("waiting for the broker"):
+            await self._client.flush(timeout=5)
 
     async def subscribe(self, subject: str, handler: Handler) -> Subscription:
         """Hand every message on ``subject`` to ``handler``, one at a time; its errors are logged, never lost."""

@@ -82,12 +82,13 @@ class KvBucket:
         """
         watcher = _Watcher(self._bus, self, on_change, refetch=refetch)
         subscription = await self._bus.subscribe(self._root + ">", watcher.heard)
-        self._bus.on_reconnect(watcher.resync.set)
+        forget = self._bus.on_reconnect(watcher.resync.set)
         task = asyncio.create_task(watcher.run(), name=f"watch-{self.name}")
         try:
             await watcher.wait_first()
             yield
         finally:
+            forget()
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             if self._bus.connected:

@@ -95,16 +95,17 @@ class LanePull:
         self._heard = 0.0
         self._failures = 0
         self._wake = asyncio.Event()
-        self._stopping = False
+        self._lost = True
+        self._forget: Callable[[], None] = _nothing
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        self._bus.on_reconnect(self._begin_anew)
+        self._forget = self._bus.on_reconnect(self._begin_anew)
         self._task = asyncio.create_task(self._run(), name=f"pull-{self.lane.model}")
 
     async def stop(self) -> None:
         """Ask for no more. What was delivered stays with its receiver."""
-        self._stopping = True
+        self._forget()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -116,8 +117,8 @@ class LanePull:
         self._wake.set()
 
     def _begin_anew(self) -> None:
-        self._outstanding = 0
-        self._heard = float("-inf")
+        """What the broker knew of this pull is gone."""
+        self._lost = True
         self._wake.set()
 
     async def _run(self) -> None:
@@ -134,17 +135,15 @@ class LanePull:
                 async with asyncio.timeout(self._patience()):
                     await self._wake.wait()
             except TimeoutError:
-                if self._outstanding:
+                if self._outstanding and self._bus.clock.monotonic() - self._heard > self._silence_s():
                     metrics.PULL_RESETS.inc()
-                    self._begin_anew()
+                    self._lost = True
 
     async def _step(self) -> None:
-        now = self._bus.clock.monotonic()
-        if self._outstanding and now - self._heard <= self._silence_s():
-            want = self._credit - self._held - self._outstanding
-        else:
+        if self._lost:
             await self._resubscribe()
-            want = self._credit - self._held
+            self._lost = False
+        want = self._credit - self._held - self._outstanding
         if want > 0:
             await self._ask(want)
 
@@ -210,3 +209,7 @@ class LanePull:
             return
         log.info("pull ended with status %s", status, extra={"action": "pull_ended", "model": self.lane.model})
         asyncio.get_running_loop().call_later(0.2, self._begin_anew)
+
+
+def _nothing() -> None:
+    """Before a pull has begun there is nothing to forget."""

@@ -78,6 +78,7 @@ async def _endpoint(bus: Bus, endpoint: str, answer: Callable[[Request], Awaitab
             description=f"Tether {endpoint}",
         )
         await service.add_endpoint(name=endpoint, subject=bus.names.service(endpoint), handler=answer)
+        await bus.flush()
     try:
         yield
     finally:

@@ -38,13 +38,14 @@ _RECONNECT_S = 0.5
 class Flight:
     """One bundle on its way, and which of its jobs nobody has answered yet."""
 
-    __slots__ = ("bundler", "jobs", "open", "sends")
+    __slots__ = ("bundler", "jobs", "open", "sending", "sends")
 
     def __init__(self, bundler: LaneBundler, jobs: list[Job]) -> None:
         self.bundler = bundler
         self.jobs = jobs
-        self.open = {job.id for job in jobs}
+        self.open: set[JobId] = {job.id for job in jobs}
         self.sends = 0
+        self.sending = False
 
 
 class Waiting:
@@ -145,6 +146,11 @@ class InferBundler:
             expires_at=int(deadline * 1000),
         )
         metrics.BUNDLE_JOBS.labels(lane.kind.value).observe(len(jobs))
+        flight.sending = True
+        await self._store(flight, lane, frame, message_id, deadline)
+        flight.sending = False
+
+    async def _store(self, flight: Flight, lane: Lane, frame: bytes, message_id: str, deadline: float) -> None:
         while flight.open:
             try:
                 ttl = max(1.0, deadline - self._bus.clock.utc())
@@ -154,13 +160,13 @@ class InferBundler:
                 await self._bus.wait_connected(_RECONNECT_S)
                 await asyncio.sleep(0.05)
             except TetherError as error:
-                for job in jobs:
-                    self._fail(job.id, error)
+                for job_id in list(flight.open):
+                    self._fail(job_id, error)
                 return
 
     def _send_all_again(self) -> None:
         """The broker was away: infer lanes live in its memory, and answers may have been lost on the way."""
-        for flight in list(self.flights):
+        for flight in [flight for flight in self.flights if not flight.sending]:
             metrics.INFER_RESUBMITTED.inc()
             self._tasks.spawn(self._send(flight), "send-again")
 

@@ -1,0 +1,120 @@
+"""All services in the test's own event loop, on a real broker: for tests that look inside."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from brokers import Broker, wait_until
+
+from tether import codec
+from tether.bus import rpc
+from tether.bus.chunks import ObjectChunkStore
+from tether.bus.connection import Bus
+from tether.bus.upload import upload
+from tether.dispatcher import service as dispatcher_service
+from tether.dispatcher.service import Dispatcher
+from tether.envelope import MessageType
+from tether.errors import ModelNotFound
+from tether.gateway_http import core
+from tether.gateway_http.catalog import Served
+from tether.gateway_http.core import Gateway
+from tether.gateway_http.jobs import NewJob
+from tether.home import Home
+from tether.job import Priority
+from tether.model import PushAnswer, PushRequest
+from tether.modelstore import service as modelstore_service
+from tether.settings import Settings
+from tether.tensor import Array, Tensor, from_numpy
+from tether.worker import service as worker_service
+from tether.worker.service import WorkerService
+
+TENANT = "acme"
+
+
+@dataclass
+class Services:
+    """A running platform. ``stack`` owns what runs; more can be started on it."""
+
+    home: Home
+    settings: Settings
+    stack: AsyncExitStack
+    gateway: Gateway
+    dispatcher: Dispatcher | None = None
+    workers: list[WorkerService] = field(default_factory=list)
+
+    @property
+    def bus(self) -> Bus:
+        return self.gateway.bus
+
+    async def start_worker(self, name: str) -> WorkerService:
+        settings = dataclasses.replace(self.settings, worker_name=name)
+        worker = await self.stack.enter_async_context(worker_service.running(settings, self.home))
+        self.workers.append(worker)
+        return worker
+
+    async def push(self, name: str, model: bytes, *, max_batch_size: int = -1, workers: int | None = None) -> Served:
+        """Push a model and wait until ``workers`` (default: all) answer for it."""
+
+        async def body() -> AsyncIterator[bytes]:
+            yield model
+
+        store = ObjectChunkStore(self.bus, self.bus.names.chunk_bucket(name))
+        file, _ = await upload(self.bus, store, body(), limit=1 << 30)
+        request = codec.encode(PushRequest(name, file, max_batch_size=max_batch_size))
+        answer = await rpc.call(
+            self.bus, "registerModel", MessageType.PUSH, request, answers=MessageType.PUSHED, timeout=60
+        )
+        version = codec.decode(answer, PushAnswer).manifest.version
+        wanted = len(self.workers) if workers is None else workers
+        await wait_until(lambda: self._ready(name, version) >= wanted, f"{wanted} workers hold {name}:{version}")
+        return self.gateway.catalog.resolve(name, str(version))
+
+    def _ready(self, name: str, version: int) -> int:
+        try:
+            self.gateway.catalog.require_lane(served := self.gateway.catalog.resolve(name, str(version)))
+        except Exception as error:
+            if isinstance(error, ModelNotFound) or getattr(error, "retryable", False):
+                return -1
+            raise
+        return len(self.gateway.catalog.workers(served))
+
+    async def infer(self, served: Served, array: Array, *, timeout_s: float = 20.0) -> Array:
+        """One synchronous request with one input; its first output."""
+        name = served.manifest.inputs[0].name
+        inputs = (from_numpy(name, array),)
+        answer = await self.gateway.infer(served, TENANT, inputs, (), request_id="test", timeout_s=timeout_s)
+        return first(answer)
+
+
+def first(tensors: tuple[Tensor, ...]) -> Array:
+    return np.frombuffer(tensors[0].data, dtype="<f4").reshape(tensors[0].shape)
+
+
+def new_job(
+    served: Served, array: Array, *, key: str = "", deadline_s: float = 60.0, priority: Priority = Priority.NORMAL
+) -> NewJob:
+    name = served.manifest.inputs[0].name
+    return NewJob(served, (from_numpy(name, array),), (), priority, deadline_s, key, "test")
+
+
+def row(value: float) -> Array:
+    """One row for the models of :func:`models.add`."""
+    return np.full((1, 4), value, dtype=np.float32)
+
+
+@asynccontextmanager
+async def services(broker: Broker, *, workers: int = 1) -> AsyncIterator[Services]:
+    """Dispatcher, model store, workers and a gateway that does not listen."""
+    settings = broker.settings
+    async with AsyncExitStack() as stack:
+        dispatcher = await stack.enter_async_context(dispatcher_service.running(settings, broker.home))
+        await stack.enter_async_context(modelstore_service.running(settings, broker.home))
+        gateway = await stack.enter_async_context(core.running(settings, broker.home))
+        running = Services(broker.home, settings, stack, gateway, dispatcher)
+        for number in range(1, workers + 1):
+            await running.start_worker(f"worker-{number}")
+        yield running
