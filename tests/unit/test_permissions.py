@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import wildcards
 
 from tether.bus.config import ops_files, write_ops_files
 from tether.bus.permissions import BUCKETS, Permissions, nats_block, role_inbox, role_permissions
@@ -21,29 +22,12 @@ NAMES = Names("acme", infer_shards=2, job_shards=3, partitions=2)
 TABLE = role_permissions(NAMES)
 
 
-def matches(pattern: str, subject: str) -> bool:
-    """NATS wildcard rules."""
-    wanted, given = pattern.split("."), subject.split(".")
-    for index, token in enumerate(wanted):
-        if token == ">":
-            return len(given) > index
-        if index >= len(given) or token not in ("*", given[index]):
-            return False
-    return len(wanted) == len(given)
-
-
-def may_publish(role: Role, subject: str) -> bool:
-    table = TABLE[role]
-    denied = any(matches(pattern, subject) for pattern in table.publish_deny)
-    return not denied and any(matches(pattern, subject) for pattern in table.publish)
-
-
 def may_subscribe(role: Role, subject: str) -> bool:
-    return any(matches(pattern, subject) for pattern in TABLE[role].subscribe)
+    return wildcards.may_subscribe(TABLE[role], subject)
 
 
 def publishers(subject: str) -> set[Role]:
-    return {role for role in Role if may_publish(role, subject)}
+    return {role for role in Role if wildcards.may_publish(TABLE[role], subject)}
 
 
 WRITERS = {
