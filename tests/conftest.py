@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from brokers import IMAGE_VARIABLE, Broker, StartBroker, container, embedded, server_binary, temporary_home
+from served import Served
+from served import served as serving
 
 from tether.bus.server import Binary
 from tether.home import Home
@@ -61,4 +63,11 @@ async def broker(start_broker: StartBroker) -> AsyncIterator[Broker]:
 async def embedded_broker(home: Home, nats_binary: Binary) -> AsyncIterator[Broker]:
     """The embedded server whatever ``--broker`` says, for tests that kill and restart it."""
     async with embedded(home, nats_binary) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def served(nats_binary: Binary) -> Iterator[Served]:
+    """A whole platform behind HTTP, shared: a test that changes it names what it makes after itself."""
+    with serving(nats_binary) as running:
         yield running

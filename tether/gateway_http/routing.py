@@ -169,7 +169,9 @@ class Endpoint:
     async def _without_row(self, method: str, heading: Heading, send: Send) -> int:
         allow = (b"allow", self._allow.encode())
         if method == "OPTIONS":
-            await respond(send, 204, b"", heading, content_type=JSON.encode(), extra=[allow])
+            headers: Headers = [allow, (b"x-request-id", heading.request_id.encode())]
+            await send({"type": "http.response.start", "status": 204, "headers": headers})
+            await send({"type": "http.response.body", "body": b""})
             return 204
         error = InvalidRequest(f"{method[:32]} is not allowed here; allowed: {self._allow}", field="method")
         return await refuse(error, heading, send, status=405, extra=[allow])

@@ -1,0 +1,120 @@
+"""All services and the HTTP gateway on a thread of their own, so that blocking clients can talk to them."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import threading
+import time
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, contextmanager
+from typing import Any, TypeVar
+
+import httpx
+from brokers import embedded, temporary_home
+from services import Services, services
+
+from tether import apikey, ops_http
+from tether.bus.server import Binary
+from tether.gateway_http import app
+from tether.home import Home
+
+T = TypeVar("T")
+
+TENANT = "acme"
+
+
+@dataclasses.dataclass
+class Served:
+    """A platform behind a URL. ``key`` may do everything; :meth:`new_key` makes lesser ones."""
+
+    url: str
+    key: str
+    home: Home
+    services: Services
+    loop: asyncio.AbstractEventLoop
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine where the services run."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
+
+    def new_key(self, *scopes: str, tenant: str = TENANT) -> str:
+        text = apikey.new_key_text()
+        record = apikey.stored_key(text, tenant=tenant, scopes=scopes, name="test", created_at=time.time())
+        self.run(self.services.gateway.keys.store(record))
+        return text
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"x-api-key": self.key}
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers=self.headers, timeout=60, trust_env=False, **options)
+
+    def push(self, name: str, content: bytes, **query: float) -> int:
+        """Push a model over HTTP and wait until a worker answers for it; its version."""
+        with self.client() as http:
+            digest = hashlib.sha256(content).hexdigest()
+            answer = http.post(
+                f"/v1/models/{name}/versions", content=content, params=query, headers={"x-tether-sha256": digest}
+            )
+            assert answer.status_code in (200, 201), answer.text
+            version = int(answer.json()["version"])
+            path = f"/v2/models/{name}/versions/{version}/ready"
+            until(lambda: http.get(path).status_code == 200, f"{name}:{version} is ready")
+            return version
+
+
+def until(true: Any, what: str, timeout_s: float = 20.0) -> None:
+    """Wait in a thread that has no event loop."""
+    end = time.monotonic() + timeout_s
+    pause = threading.Event()
+    while not true():
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {timeout_s:g} s: {what}")
+        pause.wait(0.02)
+
+
+@contextmanager
+def served(binary: Binary, **changes: Any) -> Iterator[Served]:
+    """Broker, dispatcher, model store, one worker and a gateway that listens on a free port."""
+    with temporary_home(workers=1) as home:
+        ready: Future[Served] = Future()
+        stop: Future[asyncio.Event] = Future()
+        thread = threading.Thread(target=_main, args=(home, binary, changes, ready, stop), name="served")
+        thread.start()
+        try:
+            found = ready.result(60)
+            yield found
+        finally:
+            if stop.done():
+                ready.result().loop.call_soon_threadsafe(stop.result().set)
+            thread.join(60)
+        assert not thread.is_alive()
+
+
+def _main(home: Home, binary: Binary, changes: Any, ready: Future[Served], stop: Future[asyncio.Event]) -> None:
+    async def live() -> None:
+        async with AsyncExitStack() as stack:
+            broker = await stack.enter_async_context(embedded(home, binary, **changes))
+            running = await stack.enter_async_context(services(broker))
+            listening = ops_http.listening(app.build(running.gateway), "127.0.0.1", 0)
+            port = await stack.enter_async_context(listening)
+            made = Served(f"http://127.0.0.1:{port}", "", home, running, asyncio.get_running_loop())
+            text = apikey.new_key_text()
+            key = apikey.stored_key(text, tenant=TENANT, scopes=apikey.SCOPES, name="test", created_at=time.time())
+            await running.gateway.keys.store(key)
+            made.key = text
+            ended = asyncio.Event()
+            stop.set_result(ended)
+            ready.set_result(made)
+            await ended.wait()
+
+    try:
+        asyncio.run(live())
+    except BaseException as error:
+        if ready.done():
+            raise
+        ready.set_exception(error)
