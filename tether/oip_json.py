@@ -217,12 +217,12 @@ def json_values(tensor: Tensor) -> Sequence[Any]:
             message says to ask for binary data.
         BadTensor: datatype, shape and bytes do not agree.
     """
-    check(tensor)
     if tensor.datatype == Datatype.BYTES:
         try:
             return [element.decode() for element in unpack_bytes(tensor)]
         except UnicodeDecodeError as error:
             raise _binary_only(tensor, "BYTES that are not UTF-8") from error
+    check(tensor)
     if tensor.datatype in _BINARY_ONLY:
         raise _binary_only(tensor, tensor.datatype)
     code = _STRUCT_CODES[tensor.datatype]
