@@ -1,0 +1,415 @@
+"""A whole platform, a model, a killed worker, and no lost job: what ``make demo`` runs.
+
+Everything happens in a folder of its own on free ports; nothing of it is left, whatever happens. Exit status 0 only when
+all that the demo says is true.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+
+from tether import AsyncClient
+from tether.errors import TetherError
+from tether.processes import alive, die_with_parent, send
+
+HERE = Path(__file__).resolve().parent
+MODEL = "digits"
+JOBS = 2000
+CALLERS = 16
+WORKERS = 2
+VICTIM = "worker-1"
+ACCURACY = 0.95
+LIMIT_S = 60.0
+BRIGHTEST = 16.0
+WIDTH = 13
+"""Columns that each part of the story's first word takes."""
+
+Images = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+
+class DemoFailed(Exception):
+    """Something that the demo promises did not hold."""
+
+
+def check(held: bool, otherwise: str) -> None:
+    if not held:
+        raise DemoFailed(otherwise)
+
+
+@contextlib.asynccontextmanager
+async def within(seconds: float, otherwise: str) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise DemoFailed(f"{otherwise} within {seconds:g} s") from error
+
+
+# what it prints
+
+
+def emphasised(text: str, code: str = "1") -> str:
+    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
+    return text if plain else f"\x1b[{code}m{text}\x1b[0m"
+
+
+def tell(text: str, word: str = "") -> None:
+    print(f"  {emphasised(word.ljust(WIDTH))}{text}", flush=True)
+
+
+def step(word: str, command: str) -> None:
+    print()
+    tell(emphasised(command, "36"), word)
+
+
+def shades() -> str:
+    """From dark to bright, in what the terminal can show."""
+    try:
+        " ░▒▓█".encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        return " .+#@"
+    return " ░▒▓█"
+
+
+def drawn(image: Images) -> list[str]:
+    """The eight lines of an 8x8 image; a pixel is two columns wide, as high as it is wide."""
+    scale = shades()
+    levels = np.rint(image.reshape(8, 8) / BRIGHTEST * (len(scale) - 1)).astype(int)
+    return ["".join(scale[level] * 2 for level in row) for row in levels]
+
+
+def draw(images: Sequence[Images], captions: Sequence[str]) -> None:
+    """Digits side by side, each over its caption."""
+    for line in zip(*(drawn(image) for image in images), strict=True):
+        tell("  ".join(line))
+    tell("  ".join(caption.center(16) for caption in captions))
+
+
+# the platform
+
+
+def environment(home: Path) -> dict[str, str]:
+    """This process's without anything that would lead elsewhere."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TETHER_")}
+    return {**kept, "TETHER_HOME": str(home), "TETHER_CONFIG_DIR": str(home)}
+
+
+@dataclass
+class Platform:
+    """What ``tether up`` runs on ``home``, and the ``tether`` command beside it."""
+
+    home: Path
+    url: str = ""
+
+    async def start_command(self, *words: str, **streams: Any) -> Process:
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tether_cli", *words),
+            cwd=self.home,
+            env=environment(self.home),
+            start_new_session=True,  # a Ctrl-C is for the demo, which then stops this one
+            preexec_fn=die_with_parent(signal.SIGTERM),
+            **streams,
+        )
+
+    async def tether(self, *words: str, stdin: str = "", statuses: Sequence[int] = (0,), watch: bool = False) -> str:
+        """Run a command to its end and return what it printed; ``watch`` shows its progress bar."""
+        errors = None if watch and sys.stderr.isatty() else PIPE
+        process = await self.start_command(*words, stdin=PIPE, stdout=PIPE, stderr=errors)
+        try:
+            output, words_for_us = await process.communicate(stdin.encode())
+        except BaseException:
+            send(process.pid, signal.SIGKILL)
+            raise
+        why = (words_for_us or b"").decode().strip()
+        check(process.returncode in statuses, f"'tether {' '.join(words)}' ended with {process.returncode}: {why}")
+        return output.decode()
+
+    async def status(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(await self.tether("status", "--json", statuses=(0, 1)))
+        return content
+
+    async def process(self, name: str) -> dict[str, Any]:
+        """What ``tether status`` says of one process."""
+        rows: list[dict[str, Any]] = (await self.status())["processes"]
+        return next(row for row in rows if row["name"] == name)
+
+    def last_words(self) -> str:
+        lines = []
+        for path in sorted((self.home / "logs").glob("*.log")):
+            lines += [f"    {path.stem}: {line[:300]}" for line in path.read_text(errors="replace").splitlines()[-2:]]
+        return "\n".join(lines)
+
+
+@contextlib.asynccontextmanager
+async def platform(home: Path) -> AsyncIterator[Platform]:
+    """Start everything, and stop everything however the block ends."""
+    running = Platform(home)
+    pids: list[int] = []
+    (home / "logs").mkdir()
+    with (home / "logs" / "up.log").open("wb") as log:
+        words = ("up", "--http", "127.0.0.1:0", "--workers", str(WORKERS), "--log-files")
+        supervisor = await running.start_command(*words, stdin=DEVNULL, stdout=PIPE, stderr=log)
+    try:
+        assert supervisor.stdout is not None  # noqa: S101 - it was asked for
+        line = (await supervisor.stdout.readline()).decode().split()
+        check(line[:1] == ["ready"], "the platform did not start")
+        running.url = line[1]
+        yield running
+        status = await running.status()
+        pids = [status["supervisor"], *(row["pid"] for row in status["processes"])]
+    except BaseException:
+        print(running.last_words(), file=sys.stderr)
+        raise
+    finally:
+        await stop(running, supervisor)
+    left = [pid for pid in pids if alive(pid)]
+    check(not left, f"processes were left behind: {left}")
+
+
+async def stop(running: Platform, supervisor: Process) -> None:
+    """SIGTERM; what has not ended after that is killed, its children with it."""
+    send(supervisor.pid, signal.SIGTERM)
+    try:
+        async with asyncio.timeout(30):
+            await supervisor.wait()
+    except BaseException:
+        send(supervisor.pid, signal.SIGKILL)
+        await supervisor.wait()
+        await running.tether("down", statuses=(0, 1))
+        raise
+
+
+# the story
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the model said of each image, and how long each answer took, in seconds."""
+
+    labels: Labels
+    probabilities: npt.NDArray[np.float32]
+    seconds: npt.NDArray[np.float64]
+    per_s: float
+
+
+async def ask(client: AsyncClient, images: Images) -> Answers:
+    """One request an image, ``CALLERS`` at a time."""
+    labels = np.zeros(len(images), np.int64)
+    probabilities = np.zeros((len(images), 10), np.float32)
+    seconds = np.zeros(len(images))
+    numbers = iter(range(len(images)))
+
+    async def caller() -> None:
+        for number in numbers:
+            begun = time.perf_counter()
+            outputs = await client.infer(MODEL, {"image": images[number : number + 1]})
+            seconds[number] = time.perf_counter() - begun
+            labels[number], probabilities[number] = outputs["label"][0], outputs["probabilities"][0]
+
+    await client.infer(MODEL, {"image": images[:1]})
+    begun = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(CALLERS):
+            group.create_task(caller())
+    return Answers(labels, probabilities, seconds, len(images) / (time.perf_counter() - begun))
+
+
+def show_answers(images: Images, labels: Labels, answers: Answers) -> None:
+    right = int((answers.labels == labels).sum())
+    accuracy = right / len(labels)
+    check(accuracy >= ACCURACY, f"accuracy is {accuracy:.3f}, below {ACCURACY}")
+    p50, p99 = np.percentile(answers.seconds, (50, 99)) * 1000
+    tell(f"{right} of {len(labels)} right: accuracy {accuracy:.1%}")
+    tell(f"{answers.per_s:,.0f} requests/s, p50 {p50:.1f} ms, p99 {p99:.1f} ms, from one Python client")
+    print()
+    hits, misses = np.flatnonzero(answers.labels == labels), np.flatnonzero(answers.labels != labels)
+    chosen = [*hits[:4], *misses[:1]]
+    draw([images[number] for number in chosen], [caption(answers, labels, number) for number in chosen])
+
+
+def caption(answers: Answers, labels: Labels, number: int) -> str:
+    label = int(answers.labels[number])
+    wrong = "" if label == labels[number] else f", is {labels[number]}"
+    return f"{label} ({answers.probabilities[number][label]:.1%}){wrong}"
+
+
+async def finished(http: httpx.AsyncClient, ports: Sequence[int]) -> int:
+    """Jobs that these workers have ended, by their own count."""
+    total = 0.0
+    for port in ports:
+        text = (await http.get(f"http://127.0.0.1:{port}/metrics")).text
+        total += sum(map(float, re.findall(r"^tether_jobs_finished_total\{.*\} (\S+)$", text, re.MULTILINE)))
+    return int(total)
+
+
+@dataclass(frozen=True)
+class Round:
+    """Jobs that were submitted while a worker was killed. ``ended``: how many had ended by then, as the workers say."""
+
+    ids: list[str]
+    pid: int
+    ended: int
+    killed_at: float
+
+
+async def submit_and_kill(running: Platform, images: Path) -> Round:
+    """Submit every image of a file as a job of its own; SIGKILL a worker once half of the jobs have ended."""
+    rows = (await running.status())["processes"]
+    pid = next(row["pid"] for row in rows if row["name"] == VICTIM)
+    ports = [row["port"] for row in rows if row["name"].startswith("worker-")]
+    async with asyncio.TaskGroup() as group:
+        submitting = group.create_task(running.tether("submit", MODEL, str(images), "--rows", "--json", watch=True))
+        async with httpx.AsyncClient(trust_env=False, timeout=10) as http:
+            while (ended := await finished(http, ports)) < JOBS // 2:
+                await asyncio.sleep(0.002)
+        os.kill(pid, signal.SIGKILL)
+        killed_at = time.time()
+    ids = json.loads(submitting.result())["jobs"]
+    return Round(ids, pid, ended, killed_at)
+
+
+def moment(job: dict[str, Any], name: str) -> float:
+    """A time of a job in seconds since 1970."""
+    return datetime.fromisoformat(job[name]).timestamp()
+
+
+def label_of(job: dict[str, Any]) -> int:
+    outputs = job["result"]["outputs"]
+    return int(next(output["data"][0] for output in outputs if output["name"] == "label"))
+
+
+def show_jobs(jobs: Sequence[dict[str, Any]], killed: Round, expected: Labels) -> None:
+    """Each ended exactly once, as the model says it must; and how fast."""
+    states = Counter(job["state"] for job in jobs)
+    check(len(set(killed.ids)) == JOBS, f"{len(set(killed.ids))} jobs were accepted, not {JOBS}")
+    check(states == {"succeeded": JOBS}, f"jobs ended as {dict(states)}, not {JOBS} succeeded")
+    tell(f"{JOBS:,} of {JOBS:,} jobs succeeded, none lost")
+    wrong = sum(label_of(job) != label for job, label in zip(jobs, expected, strict=True))
+    check(wrong == 0, f"{wrong} jobs answered otherwise than the same image over HTTP")
+    tell(f"{JOBS:,} answers are those that the same images got over HTTP")
+    again = [job for job in jobs if job["attempts"] > 1]
+    first = [job for job in jobs if job["attempts"] <= 1]
+    begun = min(moment(job, "submitted_at") for job in jobs)
+    if again:
+        late = max(moment(job, "finished_at") for job in again) - killed.killed_at
+        tell(f"{len(again):,} of them were in the dead worker's hands, and had ended elsewhere {late:.1f} s later")
+    lasted = max(moment(job, "finished_at") for job in first) - begun
+    tell(f"{len(first) / lasted:,.0f} jobs/s from the first submitted to the last ended of the other {len(first):,}")
+
+
+async def show_streams(running: Platform) -> None:
+    """One stored result a job, nothing left in the queue, nothing dead: the broker's own count."""
+    wanted = {"TETHER_RESULTS": JOBS, "TETHER_JOBS_0": 0, "TETHER_DEAD": 0}
+    async with within(15, "the queue was not empty, with one result a job,"):
+        while True:
+            streams = (await running.status())["broker"]["streams"]
+            counts = {row["name"]: row["messages"] for row in streams if row["name"] in wanted}
+            if counts == wanted:
+                break
+            check(counts["TETHER_RESULTS"] <= JOBS, f"{counts['TETHER_RESULTS']} results for {JOBS} jobs")
+            await asyncio.sleep(0.2)
+    tell(f"{JOBS:,} results stored, 0 jobs still queued, 0 dead letters, as the broker counts")
+
+
+async def show_restart(running: Platform, old_pid: int) -> None:
+    async with within(20, f"{VICTIM} was not back"):
+        while not ((found := await running.process(VICTIM))["ready"] and found["pid"] != old_pid):
+            await asyncio.sleep(0.2)
+    tell(f"{VICTIM} is back as process {found['pid']}, restarted {found['restarts']} time by the supervisor")
+
+
+async def story(running: Platform) -> None:
+    with np.load(HERE / "digits_holdout.npz") as holdout:
+        images, labels = holdout["images"], holdout["labels"]
+
+    step("push", f"tether model push {MODEL} digits.onnx")
+    pushed = json.loads(await running.tether("model", "push", MODEL, str(HERE / "digits.onnx"), "--json"))
+    tell(f"{pushed['name']} version {pushed['version']}: {pushed['size']:,} bytes, checked, warmed up and signed")
+
+    step("ask", f"{len(images)} held-out images, one HTTP request each, {CALLERS} at a time")
+    key = (running.home / "admin.key").read_text().strip()
+    async with AsyncClient(running.url, key) as client:
+        answers = await ask(client, images)
+    show_answers(images, labels, answers)
+
+    step("submit", f"tether submit {MODEL} images.npz --rows    ({JOBS:,} durable jobs)")
+    file = running.home / "images.npz"
+    np.savez(file, image=np.resize(images, (JOBS, images.shape[1])))
+    killed = await submit_and_kill(running, file)
+    step("kill", f"kill -KILL {killed.pid}    ({VICTIM}, when {killed.ended:,} jobs had ended)")
+    ended = await running.tether(
+        "job", "wait", "-", "--within", "45", "--json", stdin="\n".join(killed.ids), watch=True
+    )
+    show_jobs(json.loads(ended)["jobs"], killed, np.resize(answers.labels, JOBS))
+    await show_streams(running)
+    await show_restart(running, killed.pid)
+    step("stop", "tether down")
+
+
+async def demo() -> None:
+    """The whole demo within its time limit.
+
+    Raises:
+        DemoFailed: something did not hold.
+    """
+    begun = time.monotonic()
+    async with within(LIMIT_S, "the demo did not end"):
+        with tempfile.TemporaryDirectory(prefix="tether-demo-") as folder:
+            step("start", f"tether up --workers {WORKERS}")
+            async with platform(Path(folder)) as running:
+                tell(f"broker, model store, dispatcher, workers, gateway: ready in {time.monotonic() - begun:.1f} s")
+                await story(running)
+            tell("every process has ended")
+    print(f"\n  {emphasised('All of it held', '1;32')}, in {time.monotonic() - begun:.1f} s.\n")
+
+
+async def run() -> None:
+    """The demo, which SIGTERM and SIGHUP end as Ctrl-C does."""
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - this is one
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    await demo()
+
+
+def main() -> int:
+    try:
+        asyncio.run(run())
+    except (DemoFailed, TetherError, BaseExceptionGroup) as error:
+        print(f"\n  {emphasised('FAILED', '1;31')}: {reason(error)}\n", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("\n  stopped; nothing was left behind\n", file=sys.stderr)
+        return 130
+    return 0
+
+
+def reason(error: BaseException) -> str:
+    """The first error of a group, in one line."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())
