@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from urllib.parse import unquote
-
 from tether.gateway_http import rest
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.hot import HotRoutes
@@ -21,10 +19,10 @@ def build(gateway: Gateway) -> App:
             if path.startswith("/v2/models/") and path.endswith("/infer"):
                 parts = path.split("/")
                 if len(parts) == 5:
-                    await hot.infer(unquote(parts[3]), "", scope, receive, send)
+                    await hot.infer(parts[3], "", scope, receive, send)
                     return
                 if len(parts) == 7 and parts[4] == "versions":
-                    await hot.infer(unquote(parts[3]), unquote(parts[5]), scope, receive, send)
+                    await hot.infer(parts[3], parts[5], scope, receive, send)
                     return
             elif path == "/v1/jobs":
                 await hot.submit(scope, receive, send)
