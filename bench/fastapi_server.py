@@ -3,6 +3,8 @@
 It answers the same JSON as Tether does, for one model, in one process, without a queue, signatures, keys or workers::
 
     python -m bench.fastapi_server --port 8080
+
+``--http h11`` is what ``pip install fastapi uvicorn`` gives, ``--http httptools`` the faster parser of fastapi[standard].
 """
 
 from __future__ import annotations
@@ -78,7 +80,9 @@ def main() -> None:
     """Serve on loopback until told to stop."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--port", type=int, default=8080)
-    uvicorn.run(app, host="127.0.0.1", port=parser.parse_args().port, access_log=False, log_level="warning")
+    parser.add_argument("--http", choices=("h11", "httptools"), default="h11")
+    given = parser.parse_args()
+    uvicorn.run(app, host="127.0.0.1", port=given.port, http=given.http, access_log=False, log_level="warning")
 
 
 if __name__ == "__main__":

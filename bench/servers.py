@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import msgspec
@@ -71,13 +72,15 @@ def wait_for(url: str, headers: dict[str, str] | None = None, until_s: float = R
 
 
 @contextmanager
-def bare_fastapi() -> Iterator[Server]:
-    """The comparison server; gone when the block ends."""
+def bare_fastapi(parser: Literal["h11", "httptools"]) -> Iterator[Server]:
+    """The comparison server with one of uvicorn's two HTTP parsers; gone when the block ends."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-m", "bench.fastapi_server", "--port", str(port)], cwd=ROOT, env=environment()
+        [sys.executable, "-m", "bench.fastapi_server", "--port", str(port), "--http", parser],
+        cwd=ROOT,
+        env=environment(),
     )
     try:
         server = Server(f"http://127.0.0.1:{port}")
