@@ -32,7 +32,9 @@ def die_with_parent(number: signal.Signals) -> Callable[[], None] | None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process exists and is more than an exit status nobody has read."""
+    """Whether a process exists and is more than an exit status nobody has read; 0 is nobody's number."""
+    if pid <= 0:
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -50,6 +52,8 @@ def _zombie(pid: int) -> bool:
 
 
 def send(pid: int, number: signal.Signals) -> None:
-    """Signal a process that may be gone already."""
+    """Signal a process that may be gone already; never a group of them."""
+    if pid <= 0:
+        return
     with suppress(ProcessLookupError):
         os.kill(pid, number)

@@ -126,11 +126,15 @@ def _print_status(found: dict[str, Any]) -> None:
     print_fields({"gateway": found["http"], "broker": broker["url"], "durability": broker["durability"]})
     typer.echo()
     columns = ("name", "pid", "alive", "ready", "port", "restarts")
-    print_table(columns, [[row[column] for column in columns] for row in found["processes"]])
+    print_table(columns, [[_word(row[column]) for column in columns] for row in found["processes"]])
     typer.echo()
     counts = ("messages", "bytes", "consumers")
     rows = [[row["name"], *(row[count] for count in counts)] for row in broker.get("streams", [])]
     print_table(("stream", *counts), rows)
+
+
+def _word(value: Any) -> Any:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
 
 def doctor(data_dir: DataDir = None, json_output: JsonFlag = False) -> None:

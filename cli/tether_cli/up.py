@@ -161,8 +161,8 @@ async def run(plan: Plan) -> None:
         ConfigError, Unavailable: something did not start; everything else was stopped again.
     """
     home = plan.home
-    create_home(home, workers=plan.settings.workers)
     with locked(home):
+        create_home(home, workers=plan.settings.workers)
         _forget(home)
         try:
             await _supervise(plan)
@@ -202,6 +202,7 @@ class Platform:
         return ""
 
     async def start(self) -> None:
+        self.publish()
         await self.supervisor.start_broker()
         if self.broker is not None:
             report = await check_server(self.broker.monitor)
@@ -216,7 +217,7 @@ class Platform:
     def publish(self) -> None:
         """Write what runs to the home's endpoints file."""
         entries, own = self.supervisor.entries, self.supervisor.services
-        pids = {name: entry.part.pid for name, entry in entries.items()}
+        pids = {name: entry.part.pid for name, entry in entries.items() if entry.part.pid}
         content = {
             "ready": self.ready,
             "supervisor": os.getpid(),

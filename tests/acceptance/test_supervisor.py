@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from brokers import wait_until
+from brokers import Broker, wait_until
 from platforms import Platform, command, environment, platform, tether
 
 from tether.home import Home
@@ -111,6 +111,18 @@ def test_down_ends_every_process_and_may_be_run_twice() -> None:
         assert not [name for name, pid in pids.items() if alive(pid)]
         assert not list(started.home.run.glob("*.pid"))
         assert started.run("status").returncode == 1
+
+
+def test_up_uses_a_broker_that_runs_already(broker: Broker) -> None:
+    started = Platform(broker.home)
+    try:
+        done = started.run("up", "--detach", "--nats", broker.url, "--http", "127.0.0.1:0", "--workers", "1")
+        assert done.returncode == 0, done.stderr + started.logs()
+        assert started.endpoints["nats"] == broker.url
+        assert set(started.endpoints["pids"]) == set(PARTS) - {"nats"}
+        assert started.ready()
+    finally:
+        assert started.run("down").returncode == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
