@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from typing import Self
 
 import pytest
 from brokers import Broker, StartBroker, wait_until
@@ -77,7 +78,7 @@ class Puller:
         await wait_until(lambda: len(self.got) >= count, f"{count} deliveries", timeout_s)
         return self.got
 
-    async def __aenter__(self) -> Puller:
+    async def __aenter__(self) -> Self:
         await self.pull.start()
         return self
 
@@ -172,14 +173,20 @@ async def test_a_pull_goes_on_when_its_consumer_was_deleted_and_made_anew(buses:
         await puller.got[1].ack()
 
 
+async def fits(buses: Buses, number: int) -> bool:
+    try:
+        await buses.enqueue(f"m{number}", b"x" * (1 << 20))
+    except QueueFull:
+        return False
+    return True
+
+
 async def test_a_full_lane_refuses_and_keeps_what_it_has(start_broker: StartBroker) -> None:
     async with start_broker(max_memory_mb=64) as broker, AsyncExitStack() as stack:
         buses = await connected(stack, broker)
         accepted = 0
-        with pytest.raises(QueueFull):
-            for number in range(100):
-                await buses.enqueue(f"m{number}", b"x" * (1 << 20))
-                accepted += 1
+        while await fits(buses, accepted):
+            accepted += 1
         assert 20 < accepted < 40
         assert await pending(buses.dispatcher, buses.lane) == (accepted, 0)
 
@@ -245,7 +252,7 @@ async def test_a_watcher_sees_what_is_stored_and_not_what_was_refused(buses: Bus
     bucket = KvBucket(buses.dispatcher, "assign")
     seen: dict[str, bytes | None] = {}
     await bucket.put("before", b"0")
-    async with bucket.watch(lambda key, value: seen.__setitem__(key, value)):
+    async with bucket.watch(seen.__setitem__):
         assert seen == {"before": b"0"}
         await bucket.put("k", b"1")
         await wait_until(lambda: seen.get("k") == b"1", "the change was seen")
@@ -265,7 +272,7 @@ async def test_a_watcher_is_right_again_within_three_seconds_of_a_restart(restar
     assert broker.server is not None
     bucket = KvBucket(buses.dispatcher, "assign")
     seen: dict[str, bytes | None] = {}
-    async with KvBucket(buses.worker, "assign").watch(lambda key, value: seen.__setitem__(key, value)):
+    async with KvBucket(buses.worker, "assign").watch(seen.__setitem__):
         await bucket.put("k", b"1")
         await wait_until(lambda: seen.get("k") == b"1", "the change was seen")
         await broker.server.kill()

@@ -88,8 +88,8 @@ async def test_bad_input_is_refused_before_anything_is_queued(one: Services) -> 
         await one.infer(served, np.ones((served.manifest.batching.max_batch_size + 1, 4), dtype=np.float32))
     with pytest.raises(ModelNotFound):
         one.gateway.catalog.resolve("bump", "9")
+    inputs = (from_numpy("x", row(1)),)
     with pytest.raises(BadTensor, match="no output"):
-        inputs = (from_numpy("x", row(1)),)
         await one.gateway.infer(served, TENANT, inputs, ("nope",), request_id="", timeout_s=1)
 
 

@@ -150,6 +150,7 @@ def _container() -> str:
 def _production(host: str, cluster: str) -> str:
     return (
         "# Production: TLS to clients, the monitor on loopback only, every write synced before it is acknowledged.\n"
+        "# Services trust the CA that SSL_CERT_FILE names in their environment.\n"
         f'listen: "0.0.0.0:4222"\nhttp: "127.0.0.1:8222"\nserver_name: "{host}"\n'
         + _tls("", verify=False)
         + cluster

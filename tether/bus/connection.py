@@ -50,6 +50,9 @@ Handler = Callable[[Message], Awaitable[None]]
 class Subscription(Protocol):
     async def unsubscribe(self) -> None: ...
 
+    async def drain(self) -> None:
+        """:meth:`unsubscribe` once everything that was already on its way has been handled."""
+
 
 class Stored(msgspec.Struct, frozen=True):
     """A message read back from a stream."""

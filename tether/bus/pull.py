@@ -16,6 +16,7 @@ import msgspec
 
 from tether import metrics
 from tether.bus.connection import Bus, Message, Subscription
+from tether.bus.errors import translated
 from tether.bus.topology import NANOSECONDS, PRIORITY_GROUP
 from tether.errors import BrokerUnavailable
 from tether.job import Lane
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 HOT_S = 2.0
 COLD_S = 60.0
+_DRAIN_S = 2.0
 _RETRY_S = (0.1, 0.2, 0.5, 1.0)
 _serial = itertools.count()
 
@@ -104,12 +106,16 @@ class LanePull:
         self._task = asyncio.create_task(self._run(), name=f"pull-{self.lane.model}")
 
     async def stop(self) -> None:
-        """Ask for no more. What was delivered stays with its receiver."""
+        """Ask for no more. What the broker had already sent still arrives and stays with its receiver."""
         self._forget()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        await self._unsubscribe()
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None and self._bus.connected:
+            with translated(f"ending the pull of {self.lane.model}"):
+                async with asyncio.timeout(_DRAIN_S):
+                    await subscription.drain()
 
     def release(self) -> None:
         """A message of this lane was settled: its slot is free."""

@@ -79,8 +79,9 @@ class ModelInstance:
 
     async def stop(self, drain_s: float) -> None:
         """Ask for no more, give back what has not begun, finish what has, free the model."""
-        for pull in self._pulls:
-            await pull.stop()
+        for ended in await asyncio.gather(*[pull.stop() for pull in self._pulls], return_exceptions=True):
+            if isinstance(ended, Exception):
+                log.info("a pull did not end in order: %s", ended, extra={"action": "pull_not_drained"})
         waiting, self._waiting = self._waiting, []
         for _, _, delivery in waiting:
             await delivery.give_back()

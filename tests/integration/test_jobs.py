@@ -1,0 +1,250 @@
+"""Durable jobs: accepted once, run, fenced, cancelled, expired, buried."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import models
+import numpy as np
+import pytest
+from brokers import Broker, wait_until
+from services import TENANT, Services, new_job, row, services
+
+from tether import codec, oip
+from tether.bus.connection import Bus
+from tether.bus.kv import SignedBucket
+from tether.bus.pull import BusDelivery, LanePull
+from tether.bus.queue import BusResults
+from tether.envelope import MessageType
+from tether.errors import BadTensor, IdempotencyConflict, JobNotFound, ResultConflict
+from tether.gateway_http.catalog import Served
+from tether.job import AttemptNote, JobId, JobState, Lane, Outcome, Priority
+from tether.tensor import from_numpy, to_numpy
+
+
+@pytest.fixture
+async def one(broker: Broker) -> AsyncIterator[Services]:
+    async with services(broker, workers=1) as running:
+        yield running
+
+
+@pytest.fixture
+async def restartable(embedded_broker: Broker) -> AsyncIterator[tuple[Broker, Services]]:
+    async with services(embedded_broker, workers=1) as running:
+        yield embedded_broker, running
+
+
+async def bump(running: Services) -> Served:
+    return await running.push("bump", models.add())
+
+
+async def submit(running: Services, *jobs: object) -> list[str]:
+    shown = await running.gateway.jobs.submit(TENANT, jobs)  # type: ignore[arg-type]
+    return [job["id"] for job in shown]
+
+
+def output(job: dict[str, object]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    (tensor,) = oip.tensors_from_json(job["result"]["outputs"])  # type: ignore[index]
+    return to_numpy(tensor)
+
+
+class Thief:
+    """Takes one bundle of a lane and keeps it."""
+
+    def __init__(self, bus: Bus, lane: Lane) -> None:
+        self.got: list[BusDelivery] = []
+        self.pull = LanePull(bus, lane, 1, self.got.append)
+
+
+async def test_jobs_are_run_and_their_results_kept(one: Services) -> None:
+    served = await bump(one)
+    ids = await submit(one, *[new_job(served, row(number)) for number in range(300)])
+    assert len(set(ids)) == 300
+    for start in range(0, 300, 100):
+        for offset, job in enumerate(await one.gateway.jobs.get_many(TENANT, ids[start : start + 100], 20)):
+            assert job["state"] == "succeeded"
+            assert job["attempts"] == 1
+            assert np.array_equal(output(job), row(start + offset + 1))
+            assert job["submitted_at"] <= job["started_at"] <= job["finished_at"]
+
+
+async def test_a_job_that_is_not_valid_queues_none_of_its_batch(one: Services) -> None:
+    served = await bump(one)
+    with pytest.raises(BadTensor):
+        await submit(one, new_job(served, row(1)), new_job(served, np.ones((1, 3), np.float32)))
+    assert await one.gateway.jobs.list(TENANT, state="", model="", limit=10, cursor="") == ([], None)
+
+
+async def test_the_same_key_is_the_same_job_also_after_a_restart(restartable: tuple[Broker, Services]) -> None:
+    broker, running = restartable
+    assert broker.server is not None
+    served = await bump(running)
+    (first,) = await submit(running, new_job(served, row(1), key="k"))
+    done = await running.gateway.jobs.get(TENANT, first, 20)
+    assert done["state"] == "succeeded"
+    await broker.server.kill()
+    await broker.server.start()
+    assert await running.bus.wait_connected(5)
+    (again,) = await running.gateway.jobs.submit(TENANT, [new_job(served, row(1), key="k")])
+    assert (again["id"], again["state"], again["finished_at"]) == (first, "succeeded", done["finished_at"])
+    with pytest.raises(IdempotencyConflict):
+        await submit(running, new_job(served, row(2), key="k"))
+
+
+async def test_another_tenants_job_is_not_there(one: Services) -> None:
+    served = await bump(one)
+    (job_id,) = await submit(one, new_job(served, row(1)))
+    with pytest.raises(JobNotFound):
+        await one.gateway.jobs.get("other", job_id)
+    with pytest.raises(JobNotFound):
+        await one.gateway.jobs.cancel("other", job_id)
+    for nonsense in ("", "x" * 32, "a.*", ">", "../x"):
+        with pytest.raises(JobNotFound):
+            await one.gateway.jobs.get(TENANT, nonsense)
+
+
+async def test_a_cancelled_job_never_runs_and_stays_cancelled(one: Services) -> None:
+    served = await bump(one)
+    await one.workers[0].holder.stop(1)
+    cancelled, kept = await submit(one, new_job(served, row(1)), new_job(served, row(2)))
+    assert (await one.gateway.jobs.cancel(TENANT, cancelled))["state"] == "cancelled"
+    with pytest.raises(ResultConflict):
+        await one.gateway.jobs.cancel(TENANT, cancelled)
+    await one.start_worker("worker-2")
+    assert (await one.gateway.jobs.get(TENANT, kept, 20))["state"] == "succeeded"
+    job = await one.gateway.jobs.get(TENANT, cancelled)
+    assert (job["state"], job["attempts"], "result" in job) == ("cancelled", 0, False)
+
+
+async def test_a_job_expires_when_nobody_runs_it_in_time(one: Services) -> None:
+    served = await bump(one)
+    await one.workers[0].holder.stop(1)
+    (job_id,) = await submit(one, new_job(served, row(1), deadline_s=0.2))
+    job = await one.gateway.jobs.get(TENANT, job_id, 10)
+    assert (job["state"], job["error"]["code"]) == ("expired", "deadline_exceeded")
+    await one.start_worker("worker-2")
+    (later,) = await submit(one, new_job(served, row(2)))
+    assert (await one.gateway.jobs.get(TENANT, later, 20))["state"] == "succeeded"
+    assert (await one.gateway.jobs.get(TENANT, job_id))["state"] == "expired"
+
+
+async def test_a_model_that_refuses_its_input_fails_only_that_job(one: Services) -> None:
+    served = await one.push("gather", models.gather(), max_batch_size=8)
+    arrays = [np.full((1, 1), value, dtype=np.int64) for value in (0, 99, 1)]
+    ids = await submit(one, *[new_job(served, array) for array in arrays])
+    jobs = await one.gateway.jobs.get_many(TENANT, ids, 20)
+    assert [job["state"] for job in jobs] == ["succeeded", "failed", "succeeded"]
+    assert jobs[1]["error"]["code"] == "inference_failed"
+
+
+async def test_jobs_outlive_a_killed_broker(restartable: tuple[Broker, Services]) -> None:
+    broker, running = restartable
+    assert broker.server is not None
+    served = await bump(running)
+    await running.workers[0].holder.stop(1)
+    ids = await submit(running, *[new_job(served, row(number)) for number in range(100)])
+    await broker.server.kill()
+    await broker.server.start()
+    await running.start_worker("worker-2")
+    jobs = await running.gateway.jobs.get_many(TENANT, ids, 30)
+    assert {job["state"] for job in jobs} == {"succeeded"}
+
+
+async def test_what_a_dead_worker_held_is_run_again_with_attempt_two(one: Services) -> None:
+    served = await bump(one)
+    await one.workers[0].holder.stop(1)
+    thief = Thief(one.workers[0]._bus, served.job_lane(Priority.NORMAL))
+    await thief.pull.start()
+    ids = await submit(one, *[new_job(served, row(number)) for number in range(3)])
+    await wait_until(lambda: bool(thief.got), "the thief holds a bundle")
+    await thief.pull.stop()
+    await thief.got[0].give_back()
+    await one.start_worker("worker-2")
+    jobs = await one.gateway.jobs.get_many(TENANT, ids, 30)
+    assert {(job["state"], job["attempts"]) for job in jobs} == {("succeeded", 2)}
+
+
+async def test_a_job_that_keeps_killing_its_worker_is_buried_and_its_neighbours_live(one: Services) -> None:
+    """Worker after worker died while this job ran alone: their notes say so."""
+    served = await bump(one)
+    bus, lane = one.workers[0]._bus, served.job_lane(Priority.NORMAL)
+    await one.workers[0].holder.stop(1)
+    thief = Thief(bus, lane)
+    await thief.pull.start()
+    ids = await submit(one, *[new_job(served, row(number)) for number in range(3)])
+    await wait_until(lambda: bool(thief.got), "the thief holds the bundle")
+    await thief.pull.stop()
+    note = AttemptNote(one.settings.max_attempts, "worker-1", bus.clock.utc())
+    await SignedBucket(bus, "attempts", MessageType.ATTEMPT).put(ids[1], codec.encode(note))
+    await thief.got[0].give_back()
+    await one.start_worker("worker-2")
+    jobs = await one.gateway.jobs.get_many(TENANT, ids, 30)
+    assert [job["state"] for job in jobs] == ["succeeded", "dead", "succeeded"]
+    assert jobs[1]["error"]["code"] == "attempts_exhausted"
+    letter = await buried(one, lane)
+    assert letter["job"] == ids[1]
+    assert letter["frame"] == thief.got[0].frame
+
+
+async def buried(running: Services, lane: Lane) -> dict[str, object]:
+    """The dead letter of a lane, verified."""
+    assert running.dispatcher is not None
+    bus, subject = running.dispatcher._bus, running.bus.names.dead(lane)
+    found = await bus.direct_get(bus.names.dead_stream, subject)
+    assert found is not None
+    envelope = bus.open_frame(found.data, subject, MessageType.DEAD)
+    assert envelope is not None
+    letter: dict[str, object] = codec.unpack(envelope.body)
+    return letter
+
+
+async def test_a_late_result_changes_nothing(one: Services) -> None:
+    served = await bump(one)
+    (job_id,) = await submit(one, new_job(served, row(1)))
+    before = await one.gateway.jobs.get(TENANT, job_id, 20)
+    bus = one.workers[0]._bus
+    late = Outcome(JobId(job_id), JobState.SUCCEEDED, (from_numpy("y", row(99)),), None, 2, "worker-1", 1.0, 2.0)
+    subject = bus.names.result(job_id)
+    frame = bus.signer.seal(MessageType.RESULT, subject, codec.encode_outcomes([late]), jobs=(job_id,))
+    assert not await BusResults(bus).commit(job_id, frame)
+    assert await one.gateway.jobs.get(TENANT, job_id) == before
+
+
+async def test_a_gateway_cannot_make_a_job_succeed(one: Services) -> None:
+    served = await bump(one)
+    await one.workers[0].holder.stop(1)
+    (job_id,) = await submit(one, new_job(served, row(1)))
+    forged = Outcome(JobId(job_id), JobState.SUCCEEDED, (from_numpy("y", row(9)),), None, 1, "gateway", 1.0, 2.0)
+    subject = one.bus.names.result(job_id)
+    frame = one.bus.signer.seal(MessageType.RESULT, subject, codec.encode_outcomes([forged]), jobs=(job_id,))
+    assert await BusResults(one.bus).commit(job_id, frame)
+    assert (await one.gateway.jobs.get(TENANT, job_id))["state"] != "succeeded"
+
+
+async def test_lists_are_newest_first_filtered_and_paged(one: Services) -> None:
+    served = await bump(one)
+    ids = []
+    for number in range(7):
+        ids += await submit(one, new_job(served, row(number)))
+    await one.gateway.jobs.get_many(TENANT, ids, 20)
+    page, cursor = await one.gateway.jobs.list(TENANT, state="", model="", limit=3, cursor="")
+    assert [job["id"] for job in page] == ids[:3:-1]
+    assert cursor is not None
+    rest, end = await one.gateway.jobs.list(TENANT, state="succeeded", model="bump", limit=10, cursor=cursor)
+    assert [job["id"] for job in rest] == ids[3::-1]
+    assert end is None
+    assert await one.gateway.jobs.list(TENANT, state="dead", model="", limit=10, cursor="") == ([], None)
+    assert await one.gateway.jobs.list("other", state="", model="", limit=10, cursor="") == ([], None)
+
+
+async def test_jobs_of_every_priority_have_a_lane_and_are_run(one: Services) -> None:
+    served = await bump(one)
+    await one.workers[0].holder.stop(1)
+    (low,) = await submit(one, new_job(served, row(1), priority=Priority.LOW))
+    (high,) = await submit(one, new_job(served, row(2), priority=Priority.HIGH))
+    (normal,) = await submit(one, new_job(served, row(3)))
+    await one.start_worker("worker-2")
+    jobs = await asyncio.gather(*[one.gateway.jobs.get(TENANT, job, 20) for job in (low, high, normal)])
+    assert [job["priority"] for job in jobs] == ["low", "high", "normal"]
+    assert {job["state"] for job in jobs} == {"succeeded"}
