@@ -7,13 +7,13 @@ import dataclasses
 import hashlib
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import httpx
-from brokers import embedded, temporary_home
+from brokers import Broker, embedded, temporary_home
 from services import Services, services
 
 from tether import apikey, ops_http
@@ -33,6 +33,7 @@ class Served:
     url: str
     key: str
     home: Home
+    broker: Broker
     services: Services
     loop: asyncio.AbstractEventLoop
 
@@ -78,12 +79,13 @@ def until(true: Any, what: str, timeout_s: float = 20.0) -> None:
 
 
 @contextmanager
-def served(binary: Binary, **changes: Any) -> Iterator[Served]:
-    """Broker, dispatcher, model store, one worker and a gateway that listens on a free port."""
+def served(binary: Binary, *, workers: int = 1, **changes: Any) -> Iterator[Served]:
+    """Broker, dispatcher, model store, workers and a gateway that listens on a free port; ``changes`` are settings."""
     with temporary_home(workers=1) as home:
         ready: Future[Served] = Future()
         stop: Future[asyncio.Event] = Future()
-        thread = threading.Thread(target=_main, args=(home, binary, changes, ready, stop), name="served")
+        platform = _platform(home, binary, workers, changes)
+        thread = threading.Thread(target=_main, args=(platform, ready, stop), name="served")
         thread.start()
         try:
             found = ready.result(60)
@@ -95,18 +97,22 @@ def served(binary: Binary, **changes: Any) -> Iterator[Served]:
         assert not thread.is_alive()
 
 
-def _main(home: Home, binary: Binary, changes: Any, ready: Future[Served], stop: Future[asyncio.Event]) -> None:
+@asynccontextmanager
+async def _platform(home: Home, binary: Binary, workers: int, changes: Any) -> AsyncIterator[Served]:
+    async with (
+        embedded(home, binary, **changes) as broker,
+        services(broker, workers=workers) as running,
+        ops_http.listening(app.build(running.gateway), "127.0.0.1", 0) as port,
+    ):
+        text = apikey.new_key_text()
+        key = apikey.stored_key(text, tenant=TENANT, scopes=apikey.SCOPES, name="test", created_at=time.time())
+        await running.gateway.keys.store(key)
+        yield Served(f"http://127.0.0.1:{port}", text, home, broker, running, asyncio.get_running_loop())
+
+
+def _main(platform: AbstractAsyncContextManager[Served], ready: Future[Served], stop: Future[asyncio.Event]) -> None:
     async def live() -> None:
-        async with AsyncExitStack() as stack:
-            broker = await stack.enter_async_context(embedded(home, binary, **changes))
-            running = await stack.enter_async_context(services(broker))
-            listening = ops_http.listening(app.build(running.gateway), "127.0.0.1", 0)
-            port = await stack.enter_async_context(listening)
-            made = Served(f"http://127.0.0.1:{port}", "", home, running, asyncio.get_running_loop())
-            text = apikey.new_key_text()
-            key = apikey.stored_key(text, tenant=TENANT, scopes=apikey.SCOPES, name="test", created_at=time.time())
-            await running.gateway.keys.store(key)
-            made.key = text
+        async with platform as made:
             ended = asyncio.Event()
             stop.set_result(ended)
             ready.set_result(made)
