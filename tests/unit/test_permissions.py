@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import wildcards
+from brokers import make_certificate
 
 from tether.bus.config import ops_files, write_ops_files
 from tether.bus.permissions import BUCKETS, Permissions, nats_block, role_inbox, role_permissions
@@ -125,15 +125,7 @@ def test_production_files_have_tls_and_no_file_has_an_anonymous_user(name: str) 
 def test_the_server_accepts_a_shipped_file(name: str, home: Home, nats_binary: Binary, tmp_path: Path) -> None:
     write_ops_files(tmp_path, home)
     config = tmp_path / name
-    certificate(tmp_path)
+    make_certificate(tmp_path)
     config.write_text(config.read_text().replace("/etc/nats/tls", str(tmp_path)))
     done = subprocess.run([nats_binary.path, "-t", "-c", config], capture_output=True, text=True, check=False)
     assert "is valid" in done.stderr, done.stderr
-
-
-def certificate(folder: Path) -> None:
-    """A self-signed certificate where the production files look for theirs."""
-    key, public = folder / "server.key", folder / "server.crt"
-    words = f"req -x509 -newkey ed25519 -nodes -subj /CN=nats -days 2 -keyout {key} -out {public}".split()
-    subprocess.run([shutil.which("openssl") or "openssl", *words], capture_output=True, check=True)
-    (folder / "ca.crt").write_bytes(public.read_bytes())

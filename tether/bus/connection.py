@@ -136,7 +136,10 @@ class Bus:
                     raise nats.errors.AuthorizationError from error
                 raise
             finally:
-                await probe.close()
+                # after a failed TLS handshake nats-py waits here for ever
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1):
+                        await probe.close()
             await self._client.connect(
                 **options,
                 allow_reconnect=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import ClassVar
@@ -111,5 +112,8 @@ def translated(what: str) -> Iterator[None]:
         raise PayloadTooLarge(f"{what}: the message is larger than the broker's max_payload") from error
     except nats.errors.AuthorizationError as error:
         raise ConfigError(f"{what}: the broker refused this identity; run 'tether doctor'") from error
+    except ssl.SSLError as error:
+        reason = getattr(error, "verify_message", "") or error.reason or "TLS failed"
+        raise BrokerUnavailable(f"{what}: {reason}; name the broker's CA file in SSL_CERT_FILE") from error
     except (nats.errors.Error, TimeoutError, OSError) as error:
         raise BrokerUnavailable(f"{what}: no answer from the broker ({type(error).__name__})") from error
