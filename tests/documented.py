@@ -67,3 +67,11 @@ class Document:
             trust_env=False,
             event_hooks={"response": [self.check]},
         )
+
+
+def assert_error(answer: httpx.Response, status: int, code: str, *words: str) -> None:
+    """A typed error whose one line has all of ``words``."""
+    assert answer.status_code == status, answer.text
+    assert answer.json()["code"] == code, answer.text
+    for word in words:
+        assert word in answer.json()["error"], answer.text

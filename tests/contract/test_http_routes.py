@@ -1,4 +1,4 @@
-"""What each route does: simple inference, jobs, models, keys, workers, the index."""
+"""What each route does: simple inference, jobs, models, the index."""
 
 from __future__ import annotations
 
@@ -12,16 +12,9 @@ import httpx
 import models
 import numpy as np
 import pytest
-from documented import Document
+from documented import Document, assert_error
 from onnx import helper
 from served import Served, until
-
-
-def assert_error(answer: httpx.Response, status: int, code: str, *words: str) -> None:
-    assert answer.status_code == status, answer.text
-    assert answer.json()["code"] == code, answer.text
-    for word in words:
-        assert word in answer.json()["error"], answer.text
 
 
 def reciprocal() -> bytes:
@@ -333,66 +326,6 @@ def test_a_push_that_cannot_be_served_leaves_no_version(
 def test_the_index_reads_an_empty_body_too(http: httpx.Client, body: str) -> None:
     entries = http.post("/v2/repository/index", content=body).json()
     assert {"name": "plus", "version": "1", "state": "READY", "reason": ""} in entries
-
-
-# keys
-
-
-def test_a_key_is_shown_once_works_at_once_and_not_after_it_was_revoked(http: httpx.Client, served: Served) -> None:
-    wanted = {"tenant": "new-tenant", "scopes": ["jobs", "infer", "jobs"], "name": "the new one"}
-    answer = http.post("/v1/keys", json=wanted)
-    assert answer.status_code == 201
-    made = answer.json()
-    assert (made["tenant"], made["scopes"], made["name"]) == ("new-tenant", ["infer", "jobs"], "the new one")
-    own = {"x-api-key": made["key"]}
-    body = {"modelId": "plus", "inputData": [[1, 2, 3, 4]]}
-    assert http.post("/v1/inference", json=body, headers=own).status_code == 200
-    assert_error(http.get("/v1/models", headers=own), 403, "forbidden")
-    listed = http.get("/v1/keys")
-    assert made["key"] not in listed.text
-    assert made["key"].rpartition("_")[2] not in listed.text
-    (entry,) = [key for key in listed.json()["keys"] if key["id"] == made["id"]]
-    assert (entry["tenant"], entry["revoked"]) == ("new-tenant", False)
-    revoked = http.delete(f"/v1/keys/{made['id']}")
-    assert (revoked.status_code, revoked.json()["revoked"]) == (200, True)
-    assert_error(http.post("/v1/inference", json=body, headers=own), 401, "unauthenticated")
-    stored = served.run(served.services.gateway.keys.bucket.get(made["id"]))
-    assert stored is not None
-    assert made["key"].encode() not in stored
-
-
-@pytest.mark.parametrize(
-    ("body", "code", "words"),
-    [
-        ({}, "bad_json", ["tenant"]),
-        ({"tenant": "a"}, "bad_json", ["scopes"]),
-        ({"tenant": "a", "scopes": []}, "bad_json", ["scopes"]),
-        ({"tenant": "a", "scopes": ["everything"]}, "bad_json", ["everything"]),
-        ({"tenant": "A B", "scopes": ["infer"]}, "bad_name", ["tenant"]),
-        ({"tenant": "a.*.>", "scopes": ["infer"]}, "bad_name", ["tenant"]),
-        ({"tenant": "a", "scopes": ["infer"], "name": "x" * 201}, "bad_json", ["name"]),
-        ({"tenant": "a", "scopes": ["infer"], "expires": 5}, "bad_json", ["expires"]),
-    ],
-)
-def test_a_key_that_cannot_be_is_refused_by_field(
-    http: httpx.Client, body: dict[str, Any], code: str, words: list[str]
-) -> None:
-    assert_error(http.post("/v1/keys", json=body), 400, code, *words)
-
-
-def test_a_key_cannot_revoke_itself_and_an_unknown_one_is_not_there(http: httpx.Client, served: Served) -> None:
-    assert_error(http.delete(f"/v1/keys/{served.key.split('_')[1]}"), 409, "conflict", "itself")
-    assert_error(http.delete("/v1/keys/aaaaaaaa"), 404, "not_found", "aaaaaaaa")
-
-
-# workers
-
-
-def test_workers_tell_what_they_hold(http: httpx.Client) -> None:
-    until(lambda: {"model": "plus", "version": 1} in http.get("/v1/workers").json()["workers"][0]["ready"], "a beat")
-    (worker,) = http.get("/v1/workers").json()["workers"]
-    assert (worker["name"], worker["region"], worker["slots"]) == ("worker-1", "local", 2)
-    assert worker["age_s"] < 5
 
 
 def test_jobs_and_json_answers_agree_with_the_binary_route(http: httpx.Client) -> None:

@@ -5,107 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-import ml_dtypes
-import models
 import numpy as np
-import numpy.typing as npt
 import pytest
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
-from onnx import helper
+from oip_cases import BINARY_ONLY, MODELS, VALUES, assert_same, given, refused, two_inputs
 from served import Served
 from tritonclient.utils import InferenceServerException
-
-Array = npt.NDArray[Any]
-
-VALUES: dict[str, Array] = {
-    "BOOL": np.array([[True, False, True, False], [False, True, True, False]]),
-    "UINT8": np.array([[0, 1, 2, 255], [9, 8, 7, 6]], np.uint8),
-    "UINT16": np.array([[0, 1, 2, 65535], [9, 8, 7, 6]], np.uint16),
-    "UINT32": np.array([[0, 1, 2, 2**32 - 1], [9, 8, 7, 6]], np.uint32),
-    "UINT64": np.array([[0, 1, 2, 2**64 - 1], [9, 8, 7, 6]], np.uint64),
-    "INT8": np.array([[0, -1, 127, -128], [9, 8, 7, 6]], np.int8),
-    "INT16": np.array([[0, -1, 32767, -32768], [9, 8, 7, 6]], np.int16),
-    "INT32": np.array([[0, -1, 2**31 - 1, -(2**31)], [9, 8, 7, 6]], np.int32),
-    "INT64": np.array([[0, -1, 2**63 - 1, -(2**63)], [9, 8, 7, 6]], np.int64),
-    "FP16": np.array([[0, -1.5, 65504, 1e-7], [9, 8, 7, 6]], np.float16),
-    "BF16": np.array([[0, -1.5, 3e38, 1e-7], [9, 8, 7, 6]], ml_dtypes.bfloat16),
-    "FP32": np.array([[0, -1.5, 3.4e38, 1e-30], [9, 8, 7, 6]], np.float32),
-    "FP64": np.array([[0, -1.5, 1.7e308, 1e-300], [9, 8, 7, 6]], np.float64),
-    "BYTES": np.array([["", "a", "grüße", "汉字"], ["9", "8", "7", "6" * 300]], np.object_),
-}
-BINARY_ONLY = ("FP16", "BF16")
-
-
-def two_outputs() -> bytes:
-    """``total = a + b`` and ``left = a``, from two inputs."""
-    nodes = [helper.make_node("Add", ["a", "b"], ["total"]), helper.make_node("Identity", ["a"], ["left"])]
-    inputs = [models.value(name, "FP32", ["n", 3]) for name in ("a", "b")]
-    outputs = [models.value(name, "FP32", ["n", 3]) for name in ("total", "left")]
-    return models.to_bytes(models.model(nodes, inputs, outputs))
-
-
-MODELS = {
-    **{f"same-{datatype.lower()}": models.identity(datatype) for datatype in VALUES},
-    "two": two_outputs(),
-    "classifier": models.classifier(),
-    "fixed": models.identity("FP32", (4,)),
-}
-
-
-@pytest.fixture(scope="module")
-def oip(served: Served) -> Served:
-    for name, content in MODELS.items():
-        served.push(name, content)
-    return served
-
-
-@pytest.fixture
-def client(oip: Served) -> Iterator[triton.InferenceServerClient]:
-    with triton.InferenceServerClient(oip.url.removeprefix("http://"), network_timeout=60) as made:
-        yield made
-
-
-@pytest.fixture
-def headers(oip: Served) -> dict[str, str]:
-    return dict(oip.headers)
-
-
-def given(name: str, array: Array, datatype: str = "FP32", *, binary: bool = True) -> triton.InferInput:
-    made = triton.InferInput(name, list(array.shape), datatype)
-    made.set_data_from_numpy(array, binary_data=binary)
-    return made
-
-
-def texts(array: Array) -> list[bytes]:
-    return [item if isinstance(item, bytes) else str(item).encode() for item in array.ravel()]
-
-
-def assert_same(datatype: str, got: Array, sent: Array) -> None:
-    assert got.shape == sent.shape
-    if datatype == "BYTES":
-        assert texts(got) == texts(sent)
-    else:
-        assert got.dtype == sent.dtype
-        np.testing.assert_array_equal(got, sent)
-
-
-def two_inputs() -> list[triton.InferInput]:
-    return [given("a", np.full((2, 3), 1.5, np.float32)), given("b", np.full((2, 3), 2.0, np.float32))]
-
-
-def refused(work: Any, *words: str, status: str = "400") -> None:
-    """``work`` fails with this status, and the client can show our own message."""
-    with pytest.raises(InferenceServerException) as caught:
-        work()
-    text = str(caught.value)
-    assert f"[{status}]" in text, text
-    for word in words:
-        assert word in text, text
-
 
 # datatypes
 
@@ -288,133 +196,6 @@ def test_a_body_that_unpacks_to_more_than_the_limit_is_refused(oip: Served) -> N
     assert (answer.status_code, answer.json()["code"]) == (413, "payload_too_large")
 
 
-# what is refused
-
-
-def test_an_unknown_model_or_version_is_not_found(
-    client: triton.InferenceServerClient, headers: dict[str, str]
-) -> None:
-    inputs = [given("x", VALUES["FP32"])]
-    refused(lambda: client.infer("nothing", inputs, headers=headers), "nothing", status="404")
-    refused(lambda: client.infer("same-fp32", inputs, model_version="9", headers=headers), "version '9'", status="404")
-    refused(lambda: client.get_model_metadata("nothing", headers=headers), "nothing", status="404")
-    refused(lambda: client.get_model_config("same-fp32", "9", headers=headers), "version", status="404")
-
-
-@pytest.mark.parametrize("name", ["Not Allowed", "../../etc", "%2e", "ü", "a" * 65])
-def test_a_name_no_model_can_have_is_refused(
-    client: triton.InferenceServerClient, headers: dict[str, str], name: str
-) -> None:
-    with pytest.raises(InferenceServerException) as caught:
-        client.infer(name, [given("x", VALUES["FP32"])], headers=headers)
-    assert str(caught.value).startswith(("[400]", "[404]"))
-
-
-@pytest.mark.parametrize(
-    ("inputs", "words"),
-    [
-        ([given("x", np.zeros((2, 5), np.float32))], ("'x'", "[2, 5]", "[-1, 4]")),
-        ([given("x", np.zeros(4, np.float32))], ("'x'", "[4]", "[-1, 4]")),
-        ([given("x", np.zeros((2, 4), np.float64), "FP64")], ("'x'", "FP64", "FP32")),
-        ([given("wrong", np.zeros((2, 4), np.float32))], ("'wrong'", "'x'")),
-        ([given("x", VALUES["FP32"]), given("more", VALUES["FP32"])], ("'more'",)),
-        ([given("x", VALUES["FP32"]), given("x", VALUES["FP32"])], ("'x'", "twice")),
-        ([], ("'x'", "missing")),
-    ],
-)
-def test_inputs_that_do_not_fit_are_refused_by_name(
-    client: triton.InferenceServerClient,
-    headers: dict[str, str],
-    inputs: Sequence[triton.InferInput],
-    words: tuple[str, ...],
-) -> None:
-    refused(lambda: client.infer("same-fp32", list(inputs), headers=headers), *words)
-
-
-def test_an_unknown_output_is_refused_by_name(client: triton.InferenceServerClient, headers: dict[str, str]) -> None:
-    outputs = [triton.InferRequestedOutput("z")]
-    refused(lambda: client.infer("same-fp32", [given("x", VALUES["FP32"])], outputs=outputs, headers=headers), "'z'")
-
-
-def body_of(shape: Sequence[int], datatype: str, size: int, content: bytes) -> tuple[bytes, int]:
-    head = json.dumps(
-        {"inputs": [{"name": "x", "shape": shape, "datatype": datatype, "parameters": {"binary_data_size": size}}]}
-    ).encode()
-    return head + content, len(head)
-
-
-@pytest.mark.parametrize(
-    ("shape", "datatype", "size", "content", "words"),
-    [
-        ([1, 4], "FP32", 16, b"\0" * 15, ("binary_data_size", "'x'")),
-        ([1, 4], "FP32", 12, b"\0" * 12, ("'x'", "12 bytes", "16")),
-        ([1, 4], "FP32", 16, b"\0" * 20, ("4 bytes",)),
-        ([1, 4], "FP33", 16, b"\0" * 16, ("FP33", "FP32")),
-        ([1, -4], "FP32", 16, b"\0" * 16, ("'x'", "negative")),
-        ([2**40, 2**40], "FP32", 16, b"\0" * 16, ("'x'",)),
-        ([1] * 40, "FP32", 4, b"\0" * 4, ("'x'", "axes")),
-    ],
-)
-def test_sizes_and_shapes_that_cannot_be_are_refused(
-    oip: Served, *, shape: Sequence[int], datatype: str, size: int, content: bytes, words: tuple[str, ...]
-) -> None:
-    body, length = body_of(shape, datatype, size, content)
-    with oip.client() as http:
-        answer = http.post(
-            "/v2/models/same-fp32/infer", content=body, headers={"inference-header-content-length": str(length)}
-        )
-    assert answer.status_code == 400
-    for word in words:
-        assert word in answer.json()["error"]
-
-
-@pytest.mark.parametrize("length", ["-1", "x", "99999", "1e3", "", "9" * 30])
-def test_a_header_length_outside_the_body_is_refused(oip: Served, length: str) -> None:
-    body, _ = body_of([1, 4], "FP32", 16, b"\0" * 16)
-    with oip.client() as http:
-        answer = http.post(
-            "/v2/models/same-fp32/infer", content=body, headers={"inference-header-content-length": length}
-        )
-    assert answer.status_code == 400
-    assert "inference-header-content-length" in answer.json()["error"].lower()
-
-
-def test_binary_data_without_the_header_is_refused_with_its_name(oip: Served) -> None:
-    body, length = body_of([1, 4], "FP32", 16, b"")
-    with oip.client() as http:
-        answer = http.post("/v2/models/same-fp32/infer", content=body[:length])
-    assert answer.status_code == 400
-    assert "inference-header-content-length" in answer.json()["error"]
-
-
-# raw requests
-
-
-def test_a_raw_request_is_the_only_input_and_gets_binary_back(oip: Served) -> None:
-    sent = np.arange(4, dtype=np.float32)
-    with oip.client() as http:
-        answer = http.post(
-            "/v2/models/same-fp32/infer",
-            content=sent.tobytes(),
-            headers={"inference-header-content-length": "0", "content-type": "application/octet-stream"},
-        )
-    assert answer.status_code == 200
-    length = int(answer.headers["inference-header-content-length"])
-    assert answer.headers["content-type"] == "application/octet-stream"
-    assert json.loads(answer.content[:length])["outputs"][0]["shape"] == [1, 4]
-    np.testing.assert_array_equal(np.frombuffer(answer.content[length:], np.float32), sent)
-
-
-@pytest.mark.parametrize(("model", "content"), [("two", b"\0" * 12), ("same-fp32", b"\0" * 7), ("fixed", b"\0" * 12)])
-def test_a_raw_request_that_does_not_fit_the_model_is_refused(oip: Served, model: str, content: bytes) -> None:
-    with oip.client() as http:
-        answer = http.post(
-            f"/v2/models/{model}/infer", content=content, headers={"inference-header-content-length": "0"}
-        )
-    assert answer.status_code == 400
-    assert answer.json()["code"] in ("bad_tensor", "invalid_request")
-
-
 # about server and models
 
 
@@ -463,27 +244,6 @@ def test_the_index_lists_every_version_with_its_state(
     told = {(entry["name"], entry["version"]): entry for entry in client.get_model_repository_index(headers=headers)}
     assert told["two", "1"] == {"name": "two", "version": "1", "state": "READY", "reason": ""}
     assert {(name, "1") for name in MODELS} <= set(told)
-
-
-# keys
-
-
-@pytest.mark.parametrize("sent", [{}, {"x-api-key": "tk_wrong"}, {"authorization": "Bearer nothing"}])
-def test_without_a_valid_key_nothing_is_told(client: triton.InferenceServerClient, sent: dict[str, str]) -> None:
-    inputs = [given("x", VALUES["FP32"])]
-    refused(lambda: client.infer("same-fp32", inputs, headers=sent), "Invalid API key", status="401")
-    refused(lambda: client.infer("nothing", inputs, headers=sent), "Invalid API key", status="401")
-    refused(lambda: client.get_model_metadata("same-fp32", headers=sent), "Invalid API key", status="401")
-    refused(lambda: client.get_model_repository_index(headers=sent), "Invalid API key", status="401")
-
-
-def test_a_key_may_come_as_a_bearer_token_and_does_what_its_scopes_say(
-    oip: Served, client: triton.InferenceServerClient
-) -> None:
-    sent = {"Authorization": f"Bearer {oip.new_key('infer')}"}
-    answer = client.infer("same-fp32", [given("x", VALUES["FP32"])], headers=sent)
-    assert_same("FP32", answer.as_numpy("y"), VALUES["FP32"])
-    refused(lambda: client.get_model_metadata("same-fp32", headers=sent), "models:read", status="403")
 
 
 # the other clients
