@@ -321,18 +321,20 @@ async def down(home: Home, *, timeout_s: float = 90.0) -> bool:
         return _sweep(home, found) > 0
     if found is None:  # it has just been started, or is just ending
         raise Unavailable(f"the platform on {home.root} is starting or stopping; try again in a moment")
-    send(int(found["supervisor"]), signal.SIGTERM)
-    if not await _gone(home, timeout_s):
-        send(int(found["supervisor"]), signal.SIGKILL)
-        if not await _gone(home, 5):
+    supervisor = int(found["supervisor"])
+    send(supervisor, signal.SIGTERM)
+    if not await _gone(home, supervisor, timeout_s):
+        send(supervisor, signal.SIGKILL)
+        if not await _gone(home, supervisor, 5):
             raise Unavailable(f"process {found['supervisor']} does not end")
         _sweep(home, found)
     return True
 
 
-async def _gone(home: Home, timeout_s: float) -> bool:
+async def _gone(home: Home, supervisor: int, timeout_s: float) -> bool:
+    """The lock is given up a moment before the process ends; whoever asked wants to see neither."""
     end = time.monotonic() + timeout_s
-    while is_locked(home):
+    while is_locked(home) or alive(supervisor):
         if time.monotonic() > end:
             return False
         await asyncio.sleep(0.05)
