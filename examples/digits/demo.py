@@ -226,7 +226,7 @@ async def ask(client: AsyncClient, images: Images) -> Answers:
             seconds[number] = time.perf_counter() - begun
             labels[number], probabilities[number] = outputs["label"][0], outputs["probabilities"][0]
 
-    await client.infer(MODEL, {"image": images[:1]})
+    await asyncio.gather(*(client.infer(MODEL, {"image": images[:1]}) for _ in range(CALLERS)))  # opens connections
     begun = time.perf_counter()
     async with asyncio.TaskGroup() as group:
         for _ in range(CALLERS):
@@ -253,39 +253,43 @@ def caption(answers: Answers, labels: Labels, number: int) -> str:
     return f"{label} ({answers.probabilities[number][label]:.1%}){wrong}"
 
 
-async def finished(http: httpx.AsyncClient, ports: Sequence[int]) -> int:
-    """Jobs that these workers have ended, by their own count."""
-    total = 0.0
-    for port in ports:
-        text = (await http.get(f"http://127.0.0.1:{port}/metrics")).text
-        total += sum(map(float, re.findall(r"^tether_jobs_finished_total\{.*\} (\S+)$", text, re.MULTILINE)))
-    return int(total)
+async def until_ended(http: httpx.AsyncClient, ports: Sequence[int], wanted: int) -> int:
+    """Wait until the workers on these ports have ended ``wanted`` jobs, by their own count; how many they have."""
+    while True:
+        texts = [(await http.get(f"http://127.0.0.1:{port}/metrics")).text for port in ports]
+        counts = re.findall(r"^tether_jobs_finished_total\{.*\} (\S+)$", "\n".join(texts), re.MULTILINE)
+        if (ended := int(sum(map(float, counts)))) >= wanted:
+            return ended
+        await asyncio.sleep(0.002)
 
 
 @dataclass(frozen=True)
-class Round:
-    """Jobs that were submitted while a worker was killed. ``ended``: how many had ended by then, as the workers say."""
+class Killed:
+    """A worker's death: its process, when it was (seconds since 1970), how many jobs had ended, and all the jobs."""
 
-    ids: list[str]
     pid: int
+    at: float
     ended: int
-    killed_at: float
+    ids: list[str]
 
 
-async def submit_and_kill(running: Platform, images: Path) -> Round:
-    """Submit every image of a file as a job of its own; SIGKILL a worker once half of the jobs have ended."""
-    rows = (await running.status())["processes"]
-    pid = next(row["pid"] for row in rows if row["name"] == VICTIM)
-    ports = [row["port"] for row in rows if row["name"].startswith("worker-")]
-    async with asyncio.TaskGroup() as group:
-        submitting = group.create_task(running.tether("submit", MODEL, str(images), "--rows", "--json", watch=True))
-        async with httpx.AsyncClient(trust_env=False, timeout=10) as http:
-            while (ended := await finished(http, ports)) < JOBS // 2:
-                await asyncio.sleep(0.002)
+async def submit_and_kill(running: Platform, name: str) -> Killed:
+    """Submit every image of a file as a job of its own; SIGKILL a worker when half of the jobs have ended.
+
+    It is frozen at its first answers: what it takes after that is in its hands when it dies.
+    """
+    async with httpx.AsyncClient(trust_env=False, timeout=10) as http, asyncio.TaskGroup() as group:
+        rows = (await running.status())["processes"]
+        pid = next(row["pid"] for row in rows if row["name"] == VICTIM)
+        ports = {row["name"]: row["port"] for row in rows if row["name"].startswith("worker-")}
+        before = {worker: await until_ended(http, [port], 0) for worker, port in ports.items()}
+        submitting = group.create_task(running.tether("submit", MODEL, name, "--rows", "--json", watch=True))
+        mine = await until_ended(http, [ports.pop(VICTIM)], before[VICTIM] + 1)
+        os.kill(pid, signal.SIGSTOP)
+        ended = mine + await until_ended(http, list(ports.values()), sum(before.values()) + JOBS // 2 - mine)
         os.kill(pid, signal.SIGKILL)
-        killed_at = time.time()
-    ids = json.loads(submitting.result())["jobs"]
-    return Round(ids, pid, ended, killed_at)
+        at = time.time()
+    return Killed(pid, at, ended - sum(before.values()), json.loads(submitting.result())["jobs"])
 
 
 def moment(job: dict[str, Any], name: str) -> float:
@@ -298,23 +302,26 @@ def label_of(job: dict[str, Any]) -> int:
     return int(next(output["data"][0] for output in outputs if output["name"] == "label"))
 
 
-def show_jobs(jobs: Sequence[dict[str, Any]], killed: Round, expected: Labels) -> None:
-    """Each ended exactly once, as the model says it must; and how fast."""
+def show_jobs(jobs: Sequence[dict[str, Any]], killed: Killed, expected: Labels) -> None:
+    """Each ended exactly once, as the model says it must."""
+    distinct = len({job["id"] for job in jobs})
     states = Counter(job["state"] for job in jobs)
-    check(len(set(killed.ids)) == JOBS, f"{len(set(killed.ids))} jobs were accepted, not {JOBS}")
+    check(distinct == JOBS, f"{distinct} jobs were accepted, not {JOBS}")
     check(states == {"succeeded": JOBS}, f"jobs ended as {dict(states)}, not {JOBS} succeeded")
     tell(f"{JOBS:,} of {JOBS:,} jobs succeeded, none lost")
     wrong = sum(label_of(job) != label for job, label in zip(jobs, expected, strict=True))
     check(wrong == 0, f"{wrong} jobs answered otherwise than the same image over HTTP")
     tell(f"{JOBS:,} answers are those that the same images got over HTTP")
-    again = [job for job in jobs if job["attempts"] > 1]
-    first = [job for job in jobs if job["attempts"] <= 1]
-    begun = min(moment(job, "submitted_at") for job in jobs)
+    show_speed([job for job in jobs if job["attempts"] <= 1], [job for job in jobs if job["attempts"] > 1], killed)
+
+
+def show_speed(first: Sequence[dict[str, Any]], again: Sequence[dict[str, Any]], killed: Killed) -> None:
+    """How fast the jobs were that met no dead worker, and when the others ended."""
+    took = max(moment(job, "finished_at") for job in first) - min(moment(job, "submitted_at") for job in first)
+    tell(f"{len(first) / took:,.0f} jobs/s, submitted to ended, for the {len(first):,} that never met the dead worker")
     if again:
-        late = max(moment(job, "finished_at") for job in again) - killed.killed_at
-        tell(f"{len(again):,} of them were in the dead worker's hands, and had ended elsewhere {late:.1f} s later")
-    lasted = max(moment(job, "finished_at") for job in first) - begun
-    tell(f"{len(first) / lasted:,.0f} jobs/s from the first submitted to the last ended of the other {len(first):,}")
+        late = max(moment(job, "finished_at") for job in again) - killed.at
+        tell(f"{len(again):,} were in its hands: given to another worker, all ended {late:.1f} s after the kill")
 
 
 async def show_streams(running: Platform) -> None:
@@ -328,14 +335,14 @@ async def show_streams(running: Platform) -> None:
                 break
             check(counts["TETHER_RESULTS"] <= JOBS, f"{counts['TETHER_RESULTS']} results for {JOBS} jobs")
             await asyncio.sleep(0.2)
-    tell(f"{JOBS:,} results stored, 0 jobs still queued, 0 dead letters, as the broker counts")
+    tell(f"{JOBS:,} results stored, no job still queued, no dead letter: the broker's own count")
 
 
 async def show_restart(running: Platform, old_pid: int) -> None:
     async with within(20, f"{VICTIM} was not back"):
         while not ((found := await running.process(VICTIM))["ready"] and found["pid"] != old_pid):
             await asyncio.sleep(0.2)
-    tell(f"{VICTIM} is back as process {found['pid']}, restarted {found['restarts']} time by the supervisor")
+    tell(f"{VICTIM} is back as process {found['pid']}: the supervisor restarted it")
 
 
 async def story(running: Platform) -> None:
@@ -352,15 +359,17 @@ async def story(running: Platform) -> None:
         answers = await ask(client, images)
     show_answers(images, labels, answers)
 
-    step("submit", f"tether submit {MODEL} images.npz --rows    ({JOBS:,} durable jobs)")
-    file = running.home / "images.npz"
-    np.savez(file, image=np.resize(images, (JOBS, images.shape[1])))
-    killed = await submit_and_kill(running, file)
-    step("kill", f"kill -KILL {killed.pid}    ({VICTIM}, when {killed.ended:,} jobs had ended)")
-    ended = await running.tether(
-        "job", "wait", "-", "--within", "45", "--json", stdin="\n".join(killed.ids), watch=True
+    np.savez(running.home / "images.npz", image=np.resize(images, (JOBS, images.shape[1])))
+    step("submit", f"tether submit {MODEL} images.npz --rows")
+    killed = await submit_and_kill(running, "images.npz")
+    tell(f"{len(killed.ids):,} durable jobs, an image each")
+
+    step("kill", f"kill -KILL {killed.pid}")
+    tell(f"that was {VICTIM}, when {killed.ended:,} of {JOBS:,} jobs had ended")
+    output = await running.tether(
+        "job", "wait", "-", "--within", "40", "--json", stdin=" ".join(killed.ids), watch=True
     )
-    show_jobs(json.loads(ended)["jobs"], killed, np.resize(answers.labels, JOBS))
+    show_jobs(json.loads(output)["jobs"], killed, np.resize(answers.labels, JOBS))
     await show_streams(running)
     await show_restart(running, killed.pid)
     step("stop", "tether down")
