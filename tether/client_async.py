@@ -32,7 +32,7 @@ class AsyncJobHandle:
     async def state(self) -> JobState:
         return (await self.info()).state
 
-    async def result(self, timeout: float | None = None) -> Outputs:  # noqa: ASYNC109 - the server is told to wait
+    async def result(self, timeout: float | None = None) -> Outputs:
         """As :meth:`JobHandle.result`."""
         return (await self._client.wait_many([self.id], timeout=timeout))[0].outputs()
 
@@ -81,7 +81,7 @@ class AsyncClient:
         """The server's address."""
         return self._wire.url
 
-    async def run(self, flow: Callable[[Policy], Flow[T]], timeout: float | None = None) -> T:  # noqa: ASYNC109
+    async def run(self, flow: Callable[[Policy], Flow[T]], timeout: float | None = None) -> T:
         """Drive a flow of :mod:`tether.client_flows` to its result."""
         steps = flow(self._policy if timeout is None else replace(self._policy, timeout=timeout))
         answer: Reply | Lost | None = None
@@ -104,7 +104,7 @@ class AsyncClient:
         inputs: Inputs,
         version: Version = None,
         outputs: Sequence[str] = (),
-        timeout: float | None = None,  # noqa: ASYNC109
+        timeout: float | None = None,
     ) -> Outputs:
         """Run ``model`` once on ``inputs`` and return its outputs by name (all of them when ``outputs`` is empty).
 
@@ -154,7 +154,7 @@ class AsyncClient:
         self,
         ids: Sequence[str],
         *,
-        timeout: float | None = None,  # noqa: ASYNC109
+        timeout: float | None = None,
         progress: Progress | None = None,
     ) -> list[JobInfo]:
         """Wait until all of these jobs have ended; they come in the order of ``ids``.
@@ -201,7 +201,7 @@ class AsyncClient:
         max_batch_size: int | None = None,
         max_delay_ms: float | None = None,
         progress: Progress | None = None,
-        timeout: float = flows.PUSH_TIMEOUT_S,  # noqa: ASYNC109
+        timeout: float = flows.PUSH_TIMEOUT_S,
     ) -> Json:
         """Make the file at ``path`` the next version of ``name``; ``progress`` is called with the bytes sent.
 

@@ -48,7 +48,7 @@ class Home:
 
     def nats_seed(self, role: Role | str) -> Path:
         """Seed of the nkey that processes of a role log in to the broker with."""
-        return self.keys / f"nats-{str(role)}.seed"
+        return self.keys / f"nats-{role!s}.seed"
 
     @property
     def admin_key(self) -> Path:
