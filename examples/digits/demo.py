@@ -39,6 +39,9 @@ WORKERS = 2
 VICTIM = "worker-1"
 ACCURACY = 0.95
 LIMIT_S = 60.0
+STOP_S = 10.0
+"""What of the limit is kept for stopping everything."""
+
 BRIGHTEST = 16.0
 WIDTH = 13
 """Columns that each part of the story's first word takes."""
@@ -177,8 +180,8 @@ async def platform(home: Path) -> AsyncIterator[Platform]:
         yield running
         status = await running.status()
         pids = [status["supervisor"], *(row["pid"] for row in status["processes"])]
-    except BaseException:
-        print(running.last_words(), file=sys.stderr)
+    except Exception:
+        print(f"\n{running.last_words()}", file=sys.stderr)
         raise
     finally:
         await stop(running, supervisor)
@@ -387,7 +390,8 @@ async def demo() -> None:
             step("start", f"tether up --workers {WORKERS}")
             async with platform(Path(folder)) as running:
                 tell(f"broker, model store, dispatcher, workers, gateway: ready in {time.monotonic() - begun:.1f} s")
-                await story(running)
+                async with within(LIMIT_S - STOP_S, "the demo did not end"):
+                    await story(running)
             tell("every process has ended")
     print(f"\n  {emphasised('All of it held', '1;32')}, in {time.monotonic() - begun:.1f} s.\n")
 
