@@ -7,7 +7,6 @@ all that the demo says is true.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import re
@@ -15,9 +14,8 @@ import signal
 import sys
 import tempfile
 import time
-from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,10 +24,10 @@ from typing import Any
 import httpx
 import numpy as np
 import numpy.typing as npt
+from stage import DemoFailed, Images, Platform, check, draw, emphasised, platform, step, tell, within
 
 from tether import AsyncClient
 from tether.errors import TetherError
-from tether.processes import alive, die_with_parent, send
 
 HERE = Path(__file__).resolve().parent
 MODEL = "digits"
@@ -42,167 +40,7 @@ LIMIT_S = 60.0
 STOP_S = 10.0
 """What of the limit is kept for stopping everything."""
 
-BRIGHTEST = 16.0
-WIDTH = 13
-"""Columns that each part of the story's first word takes."""
-
-Images = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
-
-
-class DemoFailed(Exception):
-    """Something that the demo promises did not hold."""
-
-
-def check(held: bool, otherwise: str) -> None:
-    if not held:
-        raise DemoFailed(otherwise)
-
-
-@contextlib.asynccontextmanager
-async def within(seconds: float, otherwise: str) -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError as error:
-        raise DemoFailed(f"{otherwise} within {seconds:g} s") from error
-
-
-# what it prints
-
-
-def emphasised(text: str, code: str = "1") -> str:
-    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
-    return text if plain else f"\x1b[{code}m{text}\x1b[0m"
-
-
-def tell(text: str, word: str = "") -> None:
-    print(f"  {emphasised(word.ljust(WIDTH))}{text}", flush=True)
-
-
-def step(word: str, command: str) -> None:
-    print()
-    tell(emphasised(command, "36"), word)
-
-
-def shades() -> str:
-    """From dark to bright, in what the terminal can show."""
-    try:
-        " ░▒▓█".encode(sys.stdout.encoding)
-    except UnicodeEncodeError:
-        return " .+#@"
-    return " ░▒▓█"
-
-
-def drawn(image: Images) -> list[str]:
-    """The eight lines of an 8x8 image; a pixel is two columns wide, as high as it is wide."""
-    scale = shades()
-    levels = np.rint(image.reshape(8, 8) / BRIGHTEST * (len(scale) - 1)).astype(int)
-    return ["".join(scale[level] * 2 for level in row) for row in levels]
-
-
-def draw(images: Sequence[Images], captions: Sequence[str]) -> None:
-    """Digits side by side, each over its caption."""
-    for line in zip(*(drawn(image) for image in images), strict=True):
-        tell("  ".join(line))
-    tell("  ".join(caption.center(16) for caption in captions))
-
-
-# the platform
-
-
-def environment(home: Path) -> dict[str, str]:
-    """This process's without anything that would lead elsewhere."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TETHER_")}
-    return {**kept, "TETHER_HOME": str(home), "TETHER_CONFIG_DIR": str(home)}
-
-
-@dataclass
-class Platform:
-    """What ``tether up`` runs on ``home``, and the ``tether`` command beside it."""
-
-    home: Path
-    url: str = ""
-
-    async def start_command(self, *words: str, **streams: Any) -> Process:
-        return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tether_cli", *words),
-            cwd=self.home,
-            env=environment(self.home),
-            start_new_session=True,  # a Ctrl-C is for the demo, which then stops this one
-            preexec_fn=die_with_parent(signal.SIGTERM),
-            **streams,
-        )
-
-    async def tether(self, *words: str, stdin: str = "", statuses: Sequence[int] = (0,), watch: bool = False) -> str:
-        """Run a command to its end and return what it printed; ``watch`` shows its progress bar."""
-        errors = None if watch and sys.stderr.isatty() else PIPE
-        process = await self.start_command(*words, stdin=PIPE, stdout=PIPE, stderr=errors)
-        try:
-            output, words_for_us = await process.communicate(stdin.encode())
-        except BaseException:
-            send(process.pid, signal.SIGKILL)
-            raise
-        why = (words_for_us or b"").decode().strip()
-        check(process.returncode in statuses, f"'tether {' '.join(words)}' ended with {process.returncode}: {why}")
-        return output.decode()
-
-    async def status(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads(await self.tether("status", "--json", statuses=(0, 1)))
-        return content
-
-    async def process(self, name: str) -> dict[str, Any]:
-        """What ``tether status`` says of one process."""
-        rows: list[dict[str, Any]] = (await self.status())["processes"]
-        return next(row for row in rows if row["name"] == name)
-
-    def last_words(self) -> str:
-        lines = []
-        for path in sorted((self.home / "logs").glob("*.log")):
-            lines += [f"    {path.stem}: {line[:300]}" for line in path.read_text(errors="replace").splitlines()[-2:]]
-        return "\n".join(lines)
-
-
-@contextlib.asynccontextmanager
-async def platform(home: Path) -> AsyncIterator[Platform]:
-    """Start everything, and stop everything however the block ends."""
-    running = Platform(home)
-    pids: list[int] = []
-    (home / "logs").mkdir()
-    with (home / "logs" / "up.log").open("wb") as log:
-        words = ("up", "--http", "127.0.0.1:0", "--workers", str(WORKERS), "--log-files")
-        supervisor = await running.start_command(*words, stdin=DEVNULL, stdout=PIPE, stderr=log)
-    try:
-        assert supervisor.stdout is not None  # noqa: S101 - it was asked for
-        line = (await supervisor.stdout.readline()).decode().split()
-        check(line[:1] == ["ready"], "the platform did not start")
-        running.url = line[1]
-        yield running
-        status = await running.status()
-        pids = [status["supervisor"], *(row["pid"] for row in status["processes"])]
-    except Exception:
-        print(f"\n{running.last_words()}", file=sys.stderr)
-        raise
-    finally:
-        await stop(running, supervisor)
-    left = [pid for pid in pids if alive(pid)]
-    check(not left, f"processes were left behind: {left}")
-
-
-async def stop(running: Platform, supervisor: Process) -> None:
-    """SIGTERM; what has not ended after that is killed, its children with it."""
-    send(supervisor.pid, signal.SIGTERM)
-    try:
-        async with asyncio.timeout(30):
-            await supervisor.wait()
-    except BaseException:
-        send(supervisor.pid, signal.SIGKILL)
-        await supervisor.wait()
-        await running.tether("down", statuses=(0, 1))
-        raise
-
-
-# the story
 
 
 @dataclass(frozen=True)
@@ -324,7 +162,7 @@ def show_speed(first: Sequence[dict[str, Any]], again: Sequence[dict[str, Any]],
     tell(f"{len(first) / took:,.0f} jobs/s, submitted to ended, for the {len(first):,} that never met the dead worker")
     if again:
         late = max(moment(job, "finished_at") for job in again) - killed.at
-        tell(f"{len(again):,} were in its hands: given to another worker, all ended {late:.1f} s after the kill")
+        tell(f"{len(again):,} were in its hands: given to another worker, ended {late:.1f} s after the kill")
 
 
 async def show_streams(running: Platform) -> None:
@@ -369,6 +207,7 @@ async def story(running: Platform) -> None:
 
     step("kill", f"kill -KILL {killed.pid}")
     tell(f"that was {VICTIM}, when {killed.ended:,} of {JOBS:,} jobs had ended")
+    tell("what it had in its hands comes back when it has given no sign for 10 s: one moment ...")
     output = await running.tether(
         "job", "wait", "-", "--within", "40", "--json", stdin=" ".join(killed.ids), watch=True
     )
@@ -388,7 +227,7 @@ async def demo() -> None:
     async with within(LIMIT_S, "the demo did not end"):
         with tempfile.TemporaryDirectory(prefix="tether-demo-") as folder:
             step("start", f"tether up --workers {WORKERS}")
-            async with platform(Path(folder)) as running:
+            async with platform(Path(folder), WORKERS) as running:
                 tell(f"broker, model store, dispatcher, workers, gateway: ready in {time.monotonic() - begun:.1f} s")
                 async with within(LIMIT_S - STOP_S, "the demo did not end"):
                     await story(running)
