@@ -1,11 +1,6 @@
 #!/usr/bin/env bash
-# Every test: the integration suite against a broker in a container when there is one, then everything on the embedded
-# broker with coverage. Further arguments go to pytest. The last line printed is pytest's own.
+# Every test with coverage; those that need a broker run on the embedded server and, where TETHER_TEST_NATS_IMAGE names an
+# image, once more on a server in a container. Arguments go to pytest, whose closing line is the last one printed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${VENV:-.venv}/bin/python
-
-if [ -n "${TETHER_TEST_NATS_IMAGE:-}" ]; then
-    "$python" -m pytest tests/integration --broker=container -q "$@"
-fi
-exec "$python" -m pytest --cov --cov-report=term:skip-covered "$@"
+exec "${VENV:-.venv}/bin/python" -m pytest --cov --cov-report=term:skip-covered "$@"

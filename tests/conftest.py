@@ -7,6 +7,7 @@ server in a container; ``--broker`` chooses one of them.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -16,6 +17,12 @@ from served import served as serving
 
 from tether.bus.server import Binary
 from tether.home import Home
+
+
+def pytest_configure() -> None:
+    """A job in the background of a shell ignores SIGINT, and so would every process that a test starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

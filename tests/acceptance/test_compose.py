@@ -81,9 +81,11 @@ def stack() -> Iterator[Stack]:
     """The platform, up; its logs are shown when the test fails and nothing of it stays."""
     command = compose_command()
     image, nats = os.environ.get("TETHER_TEST_IMAGE"), os.environ.get("TETHER_TEST_NATS_IMAGE")
-    if not (command and image and nats):
+    if not command or image is None or nats is None:
         reason = "needs Docker with Compose and the images of scripts/build-images.sh: run scripts/with-docker.sh"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TETHER_")}
     environment |= {"SERVICE_IMAGE": image, "NATS_IMAGE": nats, "HTTP_PORT": str(port)}
