@@ -91,8 +91,7 @@ class KvBucket:
             forget()
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            if self._bus.connected:
-                await subscription.unsubscribe()
+            await subscription.unsubscribe()
 
 
 class _Watcher:
@@ -113,7 +112,11 @@ class _Watcher:
         key = message.subject[self._root :]
         value = None if (message.headers or {}).get("KV-Operation") else message.data
         if self._refetch:
-            value = await self._settled(key, value)
+            try:
+                value = await self._settled(key, value)
+            except BrokerUnavailable:
+                self.resync.set()
+                return
         self._apply(key, value)
 
     async def _settled(self, key: str, heard: bytes | None) -> bytes | None:
@@ -127,12 +130,16 @@ class _Watcher:
         return current
 
     def _apply(self, key: str, value: bytes | None) -> None:
+        if self._known.get(key) == value:
+            return
         if value is None:
-            if self._known.pop(key, None) is not None:
-                self._on_change(key, None)
-        elif self._known.get(key) != value:
+            del self._known[key]
+        else:
             self._known[key] = value
+        try:
             self._on_change(key, value)
+        except Exception:
+            log.exception("bucket %s: an entry was not acted on", self._bucket.name, extra={"action": "watch_failed"})
 
     async def run(self) -> None:
         while True:

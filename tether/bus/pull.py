@@ -16,7 +16,6 @@ import msgspec
 
 from tether import metrics
 from tether.bus.connection import Bus, Message, Subscription
-from tether.bus.errors import translated
 from tether.bus.topology import NANOSECONDS, PRIORITY_GROUP
 from tether.errors import BrokerUnavailable
 from tether.job import Lane
@@ -95,6 +94,9 @@ class LanePull:
         self._outstanding = 0
         self._expiry_s = HOT_S
         self._heard = 0.0
+        self._slowest_s = 0.0
+        """Seconds between heartbeats of the slowest pull that may still be outstanding, until ``_slowest_until``."""
+        self._slowest_until = 0.0
         self._failures = 0
         self._wake = asyncio.Event()
         self._lost = True
@@ -112,10 +114,11 @@ class LanePull:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         subscription, self._subscription = self._subscription, None
-        if subscription is not None and self._bus.connected:
-            with translated(f"ending the pull of {self.lane.model}"):
-                async with asyncio.timeout(_DRAIN_S):
-                    await subscription.drain()
+        try:
+            if subscription is not None:
+                await subscription.drain(_DRAIN_S)
+        finally:
+            self._inbox = ""
 
     def release(self) -> None:
         """A message of this lane was settled: its slot is free."""
@@ -135,17 +138,25 @@ class LanePull:
                 self._failures = 0
             except BrokerUnavailable:
                 self._failures += 1
-                await asyncio.sleep(_RETRY_S[min(self._failures, len(_RETRY_S)) - 1])
+                await self._woken(_RETRY_S[min(self._failures, len(_RETRY_S)) - 1])
                 continue
-            try:
-                async with asyncio.timeout(self._patience()):
-                    await self._wake.wait()
-            except TimeoutError:
-                if self._outstanding and self._bus.clock.monotonic() - self._heard > self._silence_s():
-                    metrics.PULL_RESETS.inc()
-                    self._lost = True
+            if await self._woken(self._patience()):
+                continue
+            if self._outstanding and self._bus.clock.monotonic() - self._heard > self._silence_s():
+                metrics.PULL_RESETS.inc()
+                self._lost = True
+
+    async def _woken(self, within_s: float) -> bool:
+        try:
+            async with asyncio.timeout(within_s):
+                await self._wake.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def _step(self) -> None:
+        if not self._bus.connected:
+            raise BrokerUnavailable("the broker is not connected")
         if self._lost:
             await self._resubscribe()
             self._lost = False
@@ -154,10 +165,13 @@ class LanePull:
             await self._ask(want)
 
     def _silence_s(self) -> float:
-        """Without a message or heartbeat for this long the pull is lost."""
-        return 2 * self._heartbeat_s() + 0.5
+        """Without a message or heartbeat for this long the pull is lost; the slowest outstanding pull counts."""
+        slowest = self._slowest_s if self._bus.clock.monotonic() < self._slowest_until else self._heartbeat_s()
+        return 2 * slowest + 0.5
 
     def _patience(self) -> float:
+        if not self._outstanding:
+            return COLD_S
         return max(0.05, self._heard + self._silence_s() - self._bus.clock.monotonic())
 
     def _heartbeat_s(self) -> float:
@@ -172,12 +186,15 @@ class LanePull:
             "priority": 0,
         }
         self._outstanding += count
-        self._heard = self._bus.clock.monotonic()
+        self._heard = now = self._bus.clock.monotonic()
+        if self._heartbeat_s() >= self._slowest_s or now >= self._slowest_until:
+            self._slowest_s, self._slowest_until = self._heartbeat_s(), now + self._expiry_s
         await self._bus.publish(self._target, msgspec.json.encode(request), reply=self._inbox)
 
     async def _resubscribe(self) -> None:
         await self._unsubscribe()
         self._outstanding = 0
+        self._slowest_s = 0.0
         self._inbox = f"{self._bus.inbox}.p.{next(_serial):x}"
         inbox = self._inbox
 
@@ -189,7 +206,7 @@ class LanePull:
 
     async def _unsubscribe(self) -> None:
         subscription, self._subscription = self._subscription, None
-        if subscription is not None and self._bus.connected:
+        if subscription is not None:
             await subscription.unsubscribe()
 
     def _arrived(self, message: Message) -> None:

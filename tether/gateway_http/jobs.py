@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 import msgspec
@@ -174,8 +175,10 @@ class JobService:
 
         end = self._bus.clock.monotonic() + wait_s
         open_ids = [job_id for job_id, state in states.items() if not state.ended]
-        subscriptions = [await self._bus.subscribe(self._bus.names.result(job_id), arrived) for job_id in open_ids]
-        try:
+        async with AsyncExitStack() as stack:
+            for job_id in open_ids:
+                subscription = await self._bus.subscribe(self._bus.names.result(job_id), arrived)
+                stack.push_async_callback(subscription.unsubscribe)
             while open_ids and (left := end - self._bus.clock.monotonic()) > 0:
                 heard.clear()
                 open_ids = await self._still_open(open_ids, states)
@@ -186,9 +189,6 @@ class JobService:
                             await asyncio.sleep(_GATHER_S if len(open_ids) > 1 else 0)
                     except TimeoutError:
                         continue
-        finally:
-            if self._bus.connected:
-                await asyncio.gather(*[subscription.unsubscribe() for subscription in subscriptions])
 
     async def _still_open(self, ids: list[JobId], states: dict[JobId, State]) -> list[JobId]:
         ended = await self._results.find(ids)

@@ -1,0 +1,127 @@
+"""What subscribes must also end: pulls, watches and waits, with and without a broker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import models
+import pytest
+from brokers import Broker, wait_until
+from services import TENANT, Services, new_job, row, services
+
+from tether import metrics
+from tether.bus.connection import Bus
+from tether.bus.kv import KvBucket
+from tether.bus.pull import COLD_S, BusDelivery, LanePull
+from tether.bus.topology import lanes_of
+from tether.errors import BrokerUnavailable
+
+
+@pytest.fixture
+async def one(broker: Broker) -> AsyncIterator[Services]:
+    async with services(broker, workers=1) as running:
+        yield running
+
+
+@pytest.fixture
+async def restartable(embedded_broker: Broker) -> AsyncIterator[tuple[Broker, Services]]:
+    async with services(embedded_broker, workers=1) as running:
+        yield embedded_broker, running
+
+
+def subscriptions(bus: Bus) -> int:
+    return len(bus._client._subs)
+
+
+async def test_an_outage_leaves_no_subscription_behind(restartable: tuple[Broker, Services]) -> None:
+    broker, running = restartable
+    assert broker.server is not None
+    served = await running.push("bump", models.add())
+    await running.workers[0].holder.stop(1)
+    (job,) = await running.gateway.jobs.submit(TENANT, [new_job(served, row(1))])
+    pull = LanePull(running.workers[0]._bus, served.infer_lane, 2, lambda _: None)
+    gateway, worker = subscriptions(running.bus), subscriptions(running.workers[0]._bus)
+    await pull.start()
+    waiting = [asyncio.create_task(running.gateway.jobs.get(TENANT, job["id"], 30.0)) for _ in range(3)]
+    await wait_until(lambda: subscriptions(running.bus) == gateway + 3, "three wait")
+    await wait_until(lambda: subscriptions(running.workers[0]._bus) == worker + 1, "the lane is pulled")
+    await broker.server.kill()
+    await wait_until(lambda: not running.bus.connected, "the broker is gone")
+    pull._begin_anew()
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await pull.stop()
+    await broker.server.start()
+    assert await running.bus.wait_connected(10)
+    assert subscriptions(running.bus) == gateway
+    assert subscriptions(running.workers[0]._bus) == worker
+
+
+async def test_a_lane_that_was_cold_is_not_begun_anew_while_its_first_message_is_worked_on(one: Services) -> None:
+    served = await one.push("bump", models.add())
+    await one.workers[0].holder.stop(1)
+    got: list[BusDelivery] = []
+    pull = LanePull(one.workers[0]._bus, served.job_lane(new_job(served, row(1)).priority), 3, got.append)
+    pull._expiry_s = COLD_S
+    await pull.start()
+    await wait_until(lambda: pull._outstanding == 3, "the lane is pulled")
+    resets = metrics.PULL_RESETS._value.get()
+    await one.gateway.jobs.submit(TENANT, [new_job(served, row(1))])
+    await wait_until(lambda: len(got) == 1, "the job was delivered")
+    inbox = pull._inbox
+    await asyncio.sleep(3)
+    assert (metrics.PULL_RESETS._value.get(), pull._inbox) == (resets, inbox)
+    await pull.stop()
+
+
+async def test_what_arrives_for_a_pull_that_has_ended_is_left_to_others(one: Services) -> None:
+    got: list[BusDelivery] = []
+    pull = LanePull(one.workers[0]._bus, lanes_of("bump", 1, "local")[0], 1, got.append)
+    await pull.start()
+    await wait_until(lambda: bool(pull._inbox), "the pull has an inbox")
+    assert pull._subscription is not None
+    late = pull._subscription._inner._cb
+    assert late is not None
+    inbox = pull._inbox
+    await pull.stop()
+
+    class Late:
+        subject, data, headers = inbox, b"", None
+        reply = "$JS.ACK.s.c.1.1.1.1.0"
+
+    await late(Late())
+    assert not got
+
+
+async def test_an_entry_that_its_reader_cannot_take_hides_no_other(one: Services) -> None:
+    seen: list[str] = []
+
+    def changed(key: str, _: bytes | None) -> None:
+        if key == "bad":
+            raise ValueError(key)
+        seen.append(key)
+
+    bucket = KvBucket(one.bus, "apikeys")
+    for key in ("a", "bad", "z"):
+        await bucket.put(key, b"x")
+    async with asyncio.timeout(10), bucket.watch(changed):
+        assert {"a", "z"} <= set(seen)
+        await bucket.put("later", b"x")
+        await wait_until(lambda: "later" in seen, "changes are heard of")
+
+
+async def test_a_change_heard_while_the_stream_cannot_be_read_is_looked_up_again(
+    one: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, bytes | None] = {}
+    bucket = KvBucket(one.bus, "apikeys")
+
+    async def away(_: str) -> bytes | None:
+        raise BrokerUnavailable("away")
+
+    monkeypatch.setattr(bucket, "get", away)
+    async with bucket.watch(seen.__setitem__):
+        await bucket.put("key", b"x")
+        await wait_until(lambda: seen.get("key") == b"x", "the change is seen", 5)

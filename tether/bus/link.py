@@ -1,0 +1,321 @@
+"""One identity's connection to the broker: publish, subscribe, request.
+
+Every answer comes back on one wildcard inbox below the identity's own prefix; a token in its subject says which
+call it belongs to. Every call has a deadline of its own, because nats-py's reconnect buffering has none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, Protocol
+
+import nats
+import nats.aio.client
+import nats.aio.subscription
+import nats.errors
+
+from tether import metrics
+from tether.bus.errors import permission_denied, translated
+from tether.clock import SystemClock
+from tether.envelope import Signer, Verifier
+from tether.errors import BrokerUnavailable
+from tether.settings import Settings
+from tether.subjects import Names
+
+log = logging.getLogger(__name__)
+
+
+class Message(Protocol):
+    """What arrives on a subscription."""
+
+    subject: str
+    data: bytes
+    reply: str
+    headers: dict[str, str] | None
+
+
+Handler = Callable[[Message], Awaitable[None]]
+
+
+class Subscription:
+    """Interest in a subject, until it is ended; ending it is safe at any time, also while the broker is away."""
+
+    def __init__(self, client: nats.aio.client.Client, inner: nats.aio.subscription.Subscription) -> None:
+        self._client = client
+        self._inner = inner
+
+    async def unsubscribe(self) -> None:
+        """End it at once. Nothing of it comes back with the next reconnect."""
+        with contextlib.suppress(nats.errors.Error, OSError):
+            await self._inner.unsubscribe()
+
+    async def drain(self, within_s: float) -> None:
+        """:meth:`unsubscribe` once everything that was already on its way has been handled.
+
+        Raises:
+            BrokerUnavailable: not within ``within_s``; ended all the same.
+        """
+        if not self._client.is_connected:
+            await self.unsubscribe()
+            return
+        try:
+            with translated(f"draining {self._inner.subject}"):
+                async with asyncio.timeout(within_s):
+                    await self._inner.drain()
+        finally:
+            # a drain that fails half-way would come back with the next reconnect
+            self._inner._stop_processing()  # noqa: SLF001 - nats-py has no public way
+            self._client._remove_sub(self._inner._id)  # noqa: SLF001
+
+
+class _Call:
+    """One outstanding request: a future for a single answer, or a list for a batch."""
+
+    __slots__ = ("collected", "future", "subject")
+
+    def __init__(self, future: asyncio.Future[Message], subject: str) -> None:
+        self.future = future
+        self.subject = subject
+        self.collected: list[Message] | None = None
+
+
+class Link:
+    """Publish, subscribe, ask. Not thread-safe: it belongs to the event loop it was made on."""
+
+    def __init__(self, settings: Settings, names: Names, signer: Signer, verifier: Verifier) -> None:
+        self.settings = settings
+        self.names = names
+        self.signer = signer
+        self.verifier = verifier
+        self.clock = SystemClock()
+        self.closed = asyncio.Event()
+        self.losses = 0
+        """Times the connection was lost: an answer expected from before one will not come."""
+        self._client = nats.aio.client.Client()
+        self._calls: dict[str, _Call] = {}
+        self._numbers = itertools.count()
+        self._reconnected: list[Callable[[], None]] = []
+        self._watchdog: asyncio.Task[None] | None = None
+        self._closing = False
+        self.inbox = f"{names.inbox(signer.role.value)}.{signer.name}.{os.urandom(6).hex()}"
+        self._answers = f"{self.inbox}.r."
+
+    async def open_connection(self, seed: str) -> None:
+        options = self._options(seed)
+        probe = nats.aio.client.Client()
+        with translated(f"connecting to {self.settings.nats_url}"):
+            try:
+                await probe.connect(**{**options, "allow_reconnect": False, "error_cb": _ignore})
+            except nats.errors.Error as error:
+                if "authorization" in str(error).lower():
+                    raise nats.errors.AuthorizationError from error
+                raise
+            finally:
+                # after a failed TLS handshake nats-py waits here for ever
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1):
+                        await probe.close()
+            await self._client.connect(
+                **options,
+                allow_reconnect=True,
+                max_reconnect_attempts=-1,
+                reconnect_time_wait=0.1,
+                error_cb=self._on_error,
+                disconnected_cb=self._on_disconnect,
+                reconnected_cb=self._on_reconnect,
+                closed_cb=self._on_closed,
+            )
+            await self._client.subscribe(self._answers + "*", cb=self._on_answer)
+        metrics.BROKER_CONNECTED.set(1)
+        self._watchdog = asyncio.create_task(self._watch(), name="bus-watchdog")
+
+    def _options(self, seed: str) -> dict[str, Any]:
+        return {
+            "servers": self.settings.nats_url.split(","),
+            "nkeys_seed_str": seed,
+            "inbox_prefix": self.inbox,
+            "name": f"tether {self.signer.name}",
+            "connect_timeout": 2,
+            "ping_interval": 10,
+            "max_outstanding_pings": 2,
+            "flush_timeout": 5,
+            "pending_size": 8 * 1024 * 1024,
+            "skip_subject_validation": True,
+        }
+
+    async def close(self) -> None:
+        self._closing = True
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            await asyncio.gather(self._watchdog, return_exceptions=True)
+        for call in self._calls.values():
+            if not call.future.done():
+                call.future.cancel()
+        with contextlib.suppress(nats.errors.Error, TimeoutError, asyncio.TimeoutError, OSError):
+            async with asyncio.timeout(3):
+                if self._client.is_connected:
+                    await self._client.flush(timeout=2)
+                await self._client.close()
+
+    # connection state
+
+    @property
+    def connected(self) -> bool:
+        return bool(self._client.is_connected)
+
+    def on_reconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call ``callback`` after every reconnect; it must not block. Returns what ends that."""
+        self._reconnected.append(callback)
+        return lambda: self._reconnected.remove(callback)
+
+    async def wait_connected(self, timeout: float) -> bool:
+        """True as soon as the broker is there, False after ``timeout`` seconds without it."""
+        end = self.clock.monotonic() + timeout
+        while not self.connected and self.clock.monotonic() < end:
+            await asyncio.sleep(0.05)
+        return self.connected
+
+    async def _on_error(self, error: Exception) -> None:
+        denied = permission_denied(str(error))
+        if denied is None:
+            log.debug("broker connection: %s", error, extra={"action": "broker_error"})
+            return
+        metrics.PERMISSION_DENIED.inc()
+        log.error("%s", denied, extra={"action": "permission_denied"})
+        for call in list(self._calls.values()):
+            # nats-py hands the server's message on in lower case
+            if call.subject.lower() == str(denied.field).lower() and not call.future.done():
+                call.future.set_exception(denied)
+
+    async def _on_disconnect(self) -> None:
+        self.losses += 1
+        metrics.BROKER_CONNECTED.set(0)
+        if self._closing:
+            return
+        log.warning("lost the broker", extra={"action": "broker_lost"})
+
+    async def _on_reconnect(self) -> None:
+        metrics.BROKER_CONNECTED.set(1)
+        metrics.BROKER_RECONNECTS.inc()
+        log.info("the broker is back", extra={"action": "broker_back"})
+        for callback in list(self._reconnected):
+            callback()
+
+    async def _on_closed(self) -> None:
+        self.closed.set()
+
+    async def _watch(self) -> None:
+        """nats-py can be connected and deaf; a round trip every five seconds notices."""
+        while True:
+            await asyncio.sleep(5)
+            if not self.connected:
+                continue
+            try:
+                await self._client.flush(timeout=4)
+            except (nats.errors.Error, TimeoutError, OSError):
+                log.warning("the broker does not answer; reconnecting", extra={"action": "broker_deaf"})
+                await self._client.force_reconnect()
+
+    # publish and subscribe
+
+    async def flush(self) -> None:
+        """Return when the broker has seen everything sent so far, subscriptions too."""
+        with translated("waiting for the broker"):
+            await self._client.flush(timeout=5)
+
+    async def subscribe(self, subject: str, handler: Handler) -> Subscription:
+        """Hand every message on ``subject`` to ``handler``, one at a time; its errors are logged, never lost."""
+
+        async def guarded(message: Message) -> None:
+            try:
+                await handler(message)
+            except Exception:
+                log.exception("a handler failed", extra={"action": "handler_failed"})
+
+        with translated(f"subscribing to {subject}"):
+            return Subscription(self._client, await self._client.subscribe(subject, cb=guarded))
+
+    async def publish(
+        self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        """Send without asking whether anyone took it.
+
+        Raises:
+            BrokerUnavailable: not connected just now; nothing was sent.
+        """
+        if not self._client.is_connected:
+            raise BrokerUnavailable("the broker is not connected")
+        with translated(f"publishing on {subject}"):
+            await self._client.publish(subject, payload, reply, headers)
+
+    async def request(self, subject: str, payload: bytes, *, timeout: float) -> Message:
+        """Publish and return the one answer.
+
+        Raises:
+            BrokerUnavailable: nobody serves ``subject``, or no answer within ``timeout`` seconds.
+        """
+        answer = await self._ask(subject, payload, None, timeout)
+        if (answer.headers or {}).get("Status") == "503":
+            raise BrokerUnavailable(f"nobody answers on '{subject}' at the moment")
+        return answer
+
+    def reply_inbox(self) -> str:
+        """A fresh inbox subject for one answer."""
+        return self._answers + format(next(self._numbers), "x")
+
+    async def _ask(
+        self,
+        subject: str,
+        payload: bytes,
+        headers: dict[str, str] | None,
+        timeout: float,
+        *,
+        reply: str = "",
+    ) -> Message:
+        inbox = reply or self.reply_inbox()
+        with self._calling(inbox, subject, timeout) as call:
+            await self.publish(subject, payload, reply=inbox, headers=headers)
+            return await call.future
+
+    @contextlib.contextmanager
+    def _calling(self, inbox: str, subject: str, timeout: float) -> Iterator[_Call]:
+        """Expect an answer on ``inbox`` for at most ``timeout`` seconds."""
+        token = inbox[len(self._answers) :]
+        loop = asyncio.get_running_loop()
+        call = self._calls[token] = _Call(loop.create_future(), subject)
+        timer = loop.call_later(timeout, _expire, call.future, subject)
+        try:
+            yield call
+        finally:
+            timer.cancel()
+            self._calls.pop(token, None)
+
+    async def ask_signed(self, subject: str, frame: bytes, reply: str, *, timeout: float) -> Message:
+        """:meth:`request` with an inbox from :meth:`reply_inbox`, which the frame's signature covers."""
+        answer = await self._ask(subject, frame, None, timeout, reply=reply)
+        if (answer.headers or {}).get("Status") == "503":
+            raise BrokerUnavailable(f"nobody answers on '{subject}' at the moment")
+        return answer
+
+    async def _on_answer(self, message: Message) -> None:
+        call = self._calls.get(message.subject[len(self._answers) :])
+        if call is None or call.future.done():
+            return
+        if call.collected is None or (message.headers or {}).get("Status"):
+            call.future.set_result(message)
+            return
+        call.collected.append(message)
+
+
+def _expire(future: asyncio.Future[Message], subject: str) -> None:
+    if not future.done():
+        future.set_exception(BrokerUnavailable(f"no answer on '{subject}' in time"))
+
+
+async def _ignore(_: Exception) -> None:
+    """The preflight connection's errors are raised, not reported twice."""
