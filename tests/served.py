@@ -16,9 +16,9 @@ import httpx
 from brokers import Broker, embedded, temporary_home
 from services import Services, services
 
-from tether import apikey, ops_http
+from tether import apikey
 from tether.bus.server import Binary
-from tether.gateway_http import app
+from tether.gateway_http import service
 from tether.home import Home
 
 T = TypeVar("T")
@@ -102,7 +102,7 @@ async def _platform(home: Home, binary: Binary, workers: int, changes: Any) -> A
     async with (
         embedded(home, binary, **changes) as broker,
         services(broker, workers=workers) as running,
-        ops_http.listening(app.build(running.gateway), "127.0.0.1", 0) as port,
+        service.listen(running.gateway, "127.0.0.1", 0) as port,
     ):
         text = apikey.new_key_text()
         key = apikey.stored_key(text, tenant=TENANT, scopes=apikey.SCOPES, name="test", created_at=time.time())

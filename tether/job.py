@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from enum import StrEnum
 from typing import NewType
 
@@ -13,6 +14,9 @@ from tether.tensor import Tensor
 
 JobId = NewType("JobId", str)
 """32 lower-case hex characters, unguessable."""
+
+LONGEST_DEADLINE_S = 30 * 86400
+"""The latest deadline a durable job may have, from its submission."""
 
 Parameter = str | int | float | bool
 
@@ -117,8 +121,33 @@ class AttemptNote(msgspec.Struct, frozen=True):
     started_at: float
 
 
+class _Random(threading.local):
+    """Random bytes from the system, fetched for many ids at once; each thread, and a forked child, has its own."""
+
+    def __init__(self) -> None:
+        self._pool = b""
+        self._next = 0
+        self._pid = 0
+
+    def take(self, count: int) -> bytes:
+        end = self._next + count
+        if end > len(self._pool) or self._pid != os.getpid():
+            self._pool, self._next, end, self._pid = os.urandom(4096), 0, count, os.getpid()
+        taken = self._pool[self._next : end]
+        self._next = end
+        return taken
+
+
+_random = _Random()
+
+
 def new_job_id() -> JobId:
-    return JobId(os.urandom(16).hex())
+    return JobId(_random.take(16).hex())
+
+
+def new_request_id() -> str:
+    """16 lower-case hex characters."""
+    return _random.take(8).hex()
 
 
 def idempotent_job_id(tenant: str, key: str) -> JobId:

@@ -41,10 +41,10 @@ def bind(host: str, port: int) -> int:
 
 
 @asynccontextmanager
-async def listening(app: App, host: str, port: int) -> AsyncIterator[int]:
-    """Serve ``app`` until the block ends; yields the port."""
+async def listening(app: Any, host: str, port: int, *, interface: Interfaces = Interfaces.ASGINL) -> AsyncIterator[int]:
+    """Serve ``app``, an application of ``interface``, until the block ends; yields the port."""
     port = bind(host, port)
-    server = Server(app, address=host, port=port, interface=Interfaces.ASGINL, log_enabled=False, websockets=False)
+    server = Server(app, address=host, port=port, interface=interface, log_enabled=False, websockets=False)
     task = asyncio.create_task(server.serve(), name="http")
     try:
         await _accepting(host, port, task)

@@ -15,10 +15,12 @@ import models
 import openapi_spec_validator
 import pytest
 from documented import Document
+from granian.constants import Interfaces
 from served import Served
 from starlette.applications import Starlette
 
-from tether.gateway_http import app, rest, routing
+from tether import ops_http
+from tether.gateway_http import app, rest, routing, rsgi
 from tether.gateway_http.routing import Call, Reply, Row
 
 ROWS = rest.table()
@@ -321,8 +323,11 @@ def with_origin(served: Served, method: str, path: str, headers: dict[str, str],
     settings = dataclasses.replace(served.services.settings, cors_origins=origins)
 
     async def ask() -> httpx.Response:
-        opened = rest.with_cors(app.build(served.services.gateway), settings)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(opened), base_url="http://t") as client:
+        opened = rsgi.entry(lambda _method, _path: None, app.whole(served.services.gateway, settings))
+        async with (
+            ops_http.listening(opened, "127.0.0.1", 0, interface=Interfaces.RSGI) as port,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+        ):
             return await client.request(method, path, headers=headers)
 
     return served.run(ask())
@@ -344,16 +349,14 @@ def test_a_preflight_of_an_allowed_origin_is_answered_without_a_key(served: Serv
 
 
 def test_errors_and_answers_may_be_read_by_an_allowed_origin_only(served: Served) -> None:
-    for path, status in (("/v2", 200), ("/v1/models", 401)):
-        answer = with_origin(served, "GET", path, {"origin": ORIGIN}, ORIGIN)
+    for method, path, status in (("GET", "/v2", 200), ("GET", "/v1/models", 401), ("POST", "/v1/jobs", 401)):
+        answer = with_origin(served, method, path, {"origin": ORIGIN}, ORIGIN)
         assert answer.status_code == status
         assert answer.headers["access-control-allow-origin"] == ORIGIN
         assert "x-request-id" in answer.headers["access-control-expose-headers"].lower()
-        other = with_origin(served, "GET", path, {"origin": "https://evil.example"}, ORIGIN)
+        other = with_origin(served, method, path, {"origin": "https://evil.example"}, ORIGIN)
         assert "access-control-allow-origin" not in other.headers
 
 
 def test_without_the_setting_no_origin_is_allowed(served: Served, http: httpx.Client) -> None:
-    closed = app.build(served.services.gateway)
-    assert rest.with_cors(closed, served.services.settings) is closed
     assert "access-control-allow-origin" not in http.get("/v2", headers={"origin": ORIGIN}).headers

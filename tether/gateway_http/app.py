@@ -1,35 +1,35 @@
-"""The ASGI entry: hot routes are recognised by hand, everything else goes to the framework."""
+"""The whole HTTP interface: hot routes are recognised by hand, everything else goes to the framework."""
 
 from __future__ import annotations
 
-from tether.gateway_http import rest
+from tether.gateway_http import rest, rsgi
+from tether.gateway_http.asgi import AsgiIncoming, send_reply
 from tether.gateway_http.core import Gateway
-from tether.gateway_http.hot import HotRoutes
+from tether.gateway_http.hot import Handler, HotRoutes
 from tether.ops_http import App, Receive, Scope, Send
+from tether.settings import Settings
 
 
-def build(gateway: Gateway) -> App:
-    """The whole HTTP interface of one gateway."""
-    hot = HotRoutes(gateway)
-    cold = rest.build(gateway)
+def build(gateway: Gateway) -> rsgi.RsgiApp:
+    """What Granian serves. Where browsers of other origins may call, every request goes the framework's way."""
+    if gateway.settings.cors_origins:
+        return rsgi.entry(_none_is_hot, whole(gateway, gateway.settings))
+    return rsgi.entry(HotRoutes(gateway).find, rest.build(gateway))
+
+
+def _none_is_hot(_method: str, _path: str) -> Handler | None:
+    return None
+
+
+def whole(gateway: Gateway, settings: Settings) -> App:
+    """Every route as one ASGI application, open to the origins of ``settings``."""
+    hot, cold = HotRoutes(gateway), rest.build(gateway)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST":
-            path: str = scope["path"]
-            if path.startswith("/v2/models/") and path.endswith("/infer"):
-                parts = path.split("/")
-                if len(parts) == 5:
-                    await hot.infer(parts[3], "", scope, receive, send)
-                    return
-                if len(parts) == 7 and parts[4] == "versions":
-                    await hot.infer(parts[3], parts[5], scope, receive, send)
-                    return
-            elif path == "/v1/jobs":
-                await hot.submit(scope, receive, send)
-                return
-            elif path == "/v1/jobs:batch":
-                await hot.submit_many(scope, receive, send)
-                return
-        await cold(scope, receive, send)
+        handler = hot.find(scope["method"], scope["path"]) if scope["type"] == "http" else None
+        if handler is None:
+            await cold(scope, receive, send)
+        else:
+            await send_reply(send, await handler(AsgiIncoming(scope, receive)))
 
-    return rest.with_cors(app, gateway.settings)
+    return rest.with_cors(app, settings)

@@ -1,7 +1,7 @@
 """Waiting requests on their way to a lane: many jobs, one message, one signature.
 
-A bundle leaves at once while fewer bundles are in flight than workers answer, so one caller waits for nobody. When as
-many are in flight, jobs gather until an answer arrives, the bundle is full, or the delay is up, so a thousand callers
+A bundle leaves at once while none is in flight (none on any worker, for a model that takes long to run), so one caller
+waits for nobody. Otherwise jobs gather until an answer arrives, the bundle is full, or the delay is up, so a thousand callers
 batch. Every job in flight is remembered until it is answered: after a broker restart its bundle is sent again.
 """
 
@@ -33,12 +33,17 @@ log = logging.getLogger(__name__)
 Answer = tuple[Tensor, ...]
 
 _RECONNECT_S = 0.5
+_BUSY = 0.4
+"""Share of a bundle's time in flight above which the model is what takes the time."""
+
+_LEARN = 0.1
+"""Weight of the newest bundle in that share."""
 
 
 class Flight:
     """One bundle on its way, and which of its jobs nobody has answered yet."""
 
-    __slots__ = ("bundler", "jobs", "open", "sending", "sends")
+    __slots__ = ("bundler", "jobs", "open", "sending", "sends", "sent_at")
 
     def __init__(self, bundler: LaneBundler, jobs: list[Job]) -> None:
         self.bundler = bundler
@@ -46,6 +51,7 @@ class Flight:
         self.open: set[JobId] = {job.id for job in jobs}
         self.sends = 0
         self.sending = False
+        self.sent_at = 0.0
 
 
 class Waiting:
@@ -72,6 +78,7 @@ class InferBundler:
         self.flights: set[Flight] = set()
         self.reply = bus.names.reply(new_job_id())
         bus.on_reconnect(self._send_all_again)
+        metrics.INFER_INFLIGHT.set_function(self._waiting.__len__)
 
     async def start(self) -> None:
         await self._bus.subscribe(self.reply, self._answered)
@@ -88,7 +95,6 @@ class InferBundler:
         future: asyncio.Future[Answer] = loop.create_future()
         timer = loop.call_later(timeout_s, self._fail, job.id, None)
         self._waiting[job.id] = Waiting(future, timer)
-        metrics.INFER_INFLIGHT.set(len(self._waiting))
         bundler = self._lanes.get(lane)
         if bundler is None:
             bundler = self._lanes[lane] = LaneBundler(self, lane)
@@ -110,11 +116,12 @@ class InferBundler:
 
     @property
     def max_bytes(self) -> int:
-        return self._bus.settings.max_body_bytes
+        return min(self._bus.settings.max_body_bytes, self._bus.room)
 
     def launch(self, flight: Flight) -> None:
         """Send a bundle, again and again until the broker has it or nobody waits for it any more."""
         self.flights.add(flight)
+        flight.sent_at = self._bus.clock.monotonic()
         for job in flight.jobs:
             waiting = self._waiting.get(job.id)
             if waiting is None:
@@ -190,7 +197,7 @@ class InferBundler:
             metrics.ANSWERS_LATE.inc()
             return
         if outcome.state is JobState.SUCCEEDED:
-            self._forget(outcome.job, waiting)
+            self._forget(outcome.job, waiting, outcome.finished_at - outcome.started_at)
             if not waiting.future.done():
                 waiting.future.set_result(outcome.outputs)
         else:
@@ -204,20 +211,19 @@ class InferBundler:
         if not waiting.future.done():
             waiting.future.set_exception(error or DeadlineExceeded("no answer before the request's deadline"))
 
-    def _forget(self, job: JobId, waiting: Waiting) -> None:
+    def _forget(self, job: JobId, waiting: Waiting, run_s: float = 0.0) -> None:
         del self._waiting[job]
         waiting.timer.cancel()
-        metrics.INFER_INFLIGHT.set(len(self._waiting))
         flight = waiting.flight
         if flight is not None:
             flight.open.discard(job)
             if not flight.open:
-                self._land(flight)
+                self._land(flight, run_s)
 
-    def _land(self, flight: Flight) -> None:
+    def _land(self, flight: Flight, run_s: float = 0.0) -> None:
         if flight in self.flights:
             self.flights.discard(flight)
-            flight.bundler.landed()
+            flight.bundler.landed(run_s, self._bus.clock.monotonic() - flight.sent_at)
 
 
 class LaneBundler:
@@ -229,6 +235,7 @@ class LaneBundler:
         self._pending: list[Job] = []
         self._bytes = 0
         self._in_flight = 0
+        self._busy_share = 1.0
         self._timer: asyncio.TimerHandle | None = None
         self._soon = False
 
@@ -237,14 +244,21 @@ class LaneBundler:
         self._bytes += sum(len(tensor.data) for tensor in job.inputs)
         if len(self._pending) >= self._owner.max_jobs or self._bytes >= self._owner.max_bytes // 2:
             self._flush()
-        elif self._in_flight < self._owner.workers(self.lane):
+        elif self._in_flight < self._allowed():
             self._flush_soon()
         elif self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._owner.settings_delay_s, self._flush)
 
-    def landed(self) -> None:
-        """All of a bundle was answered: the next may leave."""
+    def _allowed(self) -> int:
+        """Bundles that may be in flight before jobs gather: one for each worker while running the model is what takes
+        the time; just one while it is the way there and back, which fuller bundles make cheaper."""
+        return self._owner.workers(self.lane) if self._busy_share > _BUSY else 1
+
+    def landed(self, run_s: float, total_s: float) -> None:
+        """All of a bundle was answered, ``run_s`` of its ``total_s`` seconds by the model: the next may leave."""
+        if run_s > 0:
+            self._busy_share += _LEARN * (min(1.0, run_s / max(total_s, 1e-6)) - self._busy_share)
         self._in_flight -= 1
         if self._pending:
             self._flush_soon()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import lru_cache
 
 from tether import lifecycle, metrics
 from tether.bus.connection import Bus
@@ -30,6 +31,7 @@ class Gateway:
         self.keys = ApiKeys(bus)
         self.jobs = JobService(bus, self.catalog, tasks)
         self._bundler = InferBundler(bus, tasks, self._workers)
+        self._seconds = lru_cache(maxsize=4096)(metrics.INFER_SECONDS.labels)
 
     @property
     def closed(self) -> asyncio.Event:
@@ -73,7 +75,7 @@ class Gateway:
         deadline = self.bus.clock.utc() + timeout_s
         job = Job(new_job_id(), tenant, inputs, deadline, outputs, request_id, traceparent)
         answer = await self._bundler.submit(served.infer_lane, job, timeout_s)
-        metrics.INFER_SECONDS.labels(served.manifest.name).observe(self.bus.clock.monotonic() - began)
+        self._seconds(served.manifest.name).observe(self.bus.clock.monotonic() - began)
         return answer
 
     def checks(self) -> dict[str, str]:

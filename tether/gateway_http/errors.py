@@ -41,12 +41,12 @@ def status_of(error: errors.TetherError) -> int:
     return 500
 
 
-def error_response(error: errors.TetherError, request_id: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+def error_response(error: errors.TetherError, request_id: str) -> tuple[int, list[tuple[str, str]], bytes]:
     """Status, extra headers and body of an error. What is ours alone (500) is not told in detail."""
     status = status_of(error)
-    headers: list[tuple[bytes, bytes]] = []
+    headers: list[tuple[str, str]] = []
     if isinstance(error, errors.Unavailable):
-        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after))).encode()))
+        headers.append(("retry-after", str(max(1, math.ceil(error.retry_after)))))
     if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
+        headers.append(("www-authenticate", "Bearer"))
     return status, headers, msgspec.json.encode(ErrorBody(error.message, error.code, request_id))

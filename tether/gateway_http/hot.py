@@ -1,8 +1,10 @@
-"""The routes that carry the load, as bare ASGI handlers: infer, submit a job, submit many."""
+"""The routes that carry the load, without a framework around them: infer, submit a job, submit many."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -12,17 +14,16 @@ from tether.errors import InvalidRequest, PayloadTooLarge, TetherError
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.errors import error_response
 from tether.gateway_http.jobs import NewJob
-from tether.gateway_http.request import Headers, Heading, read_body, respond, timeout_of
+from tether.gateway_http.request import Heading, Incoming, Reply, only_id, read_body, reply, timeout_of
 from tether.job import Priority
-from tether.ops_http import Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 
 MAX_BATCH = 1000
 """Jobs in one ``POST /v1/jobs:batch``."""
 
-_JSON = b"application/json"
-_BINARY = b"application/octet-stream"
+_JSON = "application/json"
+_BINARY = "application/octet-stream"
 _encode = msgspec.json.Encoder().encode
 
 
@@ -52,6 +53,10 @@ _job_decoder = msgspec.json.Decoder(JobBody)
 _batch_decoder = msgspec.json.Decoder(BatchBody)
 
 
+Handler = Callable[[Incoming], Coroutine[Any, Any, Reply]]
+"""Answers one request, errors included."""
+
+
 class HotRoutes:
     """Handlers for one gateway."""
 
@@ -61,43 +66,44 @@ class HotRoutes:
         self._timeout_s = gateway.settings.request_timeout_s
         self._counters: dict[tuple[str, int], Any] = {}
 
-    async def infer(self, model: str, version: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """``POST /v2/models/{model}[/versions/{version}]/infer``."""
-        await self._answered("infer", self._infer(model, version, scope, receive, send), scope, send)
+    def find(self, method: str, path: str) -> Handler | None:
+        """The handler of a request, or None when it is not one of the hot ones. ``path`` is decoded."""
+        if method != "POST":
+            return None
+        if path.startswith("/v2/models/") and path.endswith("/infer"):
+            parts = path.split("/")
+            if len(parts) == 5:
+                return partial(self._answered, "infer", partial(self._infer, parts[3], ""))
+            if len(parts) == 7 and parts[4] == "versions":
+                return partial(self._answered, "infer", partial(self._infer, parts[3], parts[5]))
+        elif path == "/v1/jobs":
+            return partial(self._answered, "jobs", self._submit)
+        elif path == "/v1/jobs:batch":
+            return partial(self._answered, "jobs:batch", self._submit_many)
+        return None
 
-    async def submit(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """``POST /v1/jobs``."""
-        await self._answered("jobs", self._submit(scope, receive, send), scope, send)
-
-    async def submit_many(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """``POST /v1/jobs:batch``."""
-        await self._answered("jobs:batch", self._submit_many(scope, receive, send), scope, send)
-
-    async def _answered(self, route: str, work: Any, scope: Scope, send: Send) -> None:
+    async def _answered(self, route: str, handler: Handler, incoming: Incoming) -> Reply:
         try:
-            status = await work
+            answer = await handler(incoming)
         except TetherError as error:
-            status = await self._refuse(error, scope, send)
+            answer = _refusal(error, incoming)
         except Exception:
             log.exception("a request failed", extra={"action": "request_failed"})
-            status = await self._refuse(TetherError("the gateway failed; its log has the reason"), scope, send)
-        counter = self._counters.get((route, status))
+            answer = _refusal(TetherError("the gateway failed; its log has the reason"), incoming)
+        counter = self._counters.get((route, answer.status))
         if counter is None:
-            counter = self._counters[route, status] = metrics.HTTP_REQUESTS.labels(route, str(status))
+            counter = metrics.HTTP_REQUESTS.labels(route, str(answer.status))
+            self._counters[route, answer.status] = counter
         counter.inc()
+        return answer
 
-    async def _refuse(self, error: TetherError, scope: Scope, send: Send) -> int:
-        heading = Heading([item for item in scope["headers"] if item[0] == b"x-request-id"])
-        status, extra, body = error_response(error, heading.request_id)
-        await respond(send, status, body, heading, content_type=_JSON, extra=extra)
-        return status
-
-    async def _infer(self, model: str, version: str, scope: Scope, receive: Receive, send: Send) -> int:
+    async def _infer(self, model: str, version: str, incoming: Incoming) -> Reply:
+        """``POST /v2/models/{model}[/versions/{version}]/infer``."""
         gateway = self._gateway
-        heading = Heading(scope["headers"])
-        key = gateway.keys.authenticate(heading.raw, "infer")
+        heading = Heading(incoming.headers)
+        key = gateway.keys.authenticate(heading.key, "infer")
         served = gateway.catalog.resolve(model, version)
-        body = await read_body(heading, receive, self._limit)
+        body = await read_body(heading, incoming, self._limit)
         request = oip.parse_infer_request(body, heading.json_length, specs=served.specs)
         tensors = await gateway.infer(
             served,
@@ -112,31 +118,30 @@ class HotRoutes:
         answer, length = oip.build_infer_response(
             model=manifest.name, version=manifest.version, request=request, outputs=tensors
         )
-        extra: Headers | None = None
-        if length is not None:
-            extra = [(b"inference-header-content-length", str(length).encode())]
-        await respond(send, 200, answer, heading, content_type=_JSON if length is None else _BINARY, extra=extra)
-        return 200
+        if length is None:
+            return reply(200, answer, heading, content_type=_JSON)
+        extra = [("inference-header-content-length", str(length))]
+        return reply(200, answer, heading, content_type=_BINARY, extra=extra)
 
-    async def _submit(self, scope: Scope, receive: Receive, send: Send) -> int:
-        heading = Heading(scope["headers"])
-        key = self._gateway.keys.authenticate(heading.raw, "jobs")
-        body: JobBody = oip_json.parse(_job_decoder, await read_body(heading, receive, self._limit))
+    async def _submit(self, incoming: Incoming) -> Reply:
+        """``POST /v1/jobs``."""
+        heading = Heading(incoming.headers)
+        key = self._gateway.keys.authenticate(heading.key, "jobs")
+        body: JobBody = oip_json.parse(_job_decoder, await read_body(heading, incoming, self._limit))
         (job,) = await self._gateway.jobs.submit(key.tenant, [self._new_job(body, heading, "")])
-        location = [(b"location", f"/v1/jobs/{job['id']}".encode())]
-        await respond(send, 202, _encode(job), heading, content_type=_JSON, extra=location)
-        return 202
+        extra = [("location", f"/v1/jobs/{job['id']}")]
+        return reply(202, _encode(job), heading, content_type=_JSON, extra=extra)
 
-    async def _submit_many(self, scope: Scope, receive: Receive, send: Send) -> int:
-        heading = Heading(scope["headers"])
-        key = self._gateway.keys.authenticate(heading.raw, "jobs")
-        body: BatchBody = oip_json.parse(_batch_decoder, await read_body(heading, receive, self._limit))
+    async def _submit_many(self, incoming: Incoming) -> Reply:
+        """``POST /v1/jobs:batch``."""
+        heading = Heading(incoming.headers)
+        key = self._gateway.keys.authenticate(heading.key, "jobs")
+        body: BatchBody = oip_json.parse(_batch_decoder, await read_body(heading, incoming, self._limit))
         if not 0 < len(body.jobs) <= MAX_BATCH:
             raise PayloadTooLarge(f"a batch has 1 to {MAX_BATCH} jobs, not {len(body.jobs)}", field="jobs")
         requests = [self._new_job(job, heading, f"/{index}") for index, job in enumerate(body.jobs)]
         jobs = await self._gateway.jobs.submit(key.tenant, requests)
-        await respond(send, 202, _encode({"jobs": jobs}), heading, content_type=_JSON)
-        return 202
+        return reply(202, _encode({"jobs": jobs}), heading, content_type=_JSON)
 
     def _new_job(self, body: JobBody, heading: Heading, suffix: str) -> NewJob:
         settings = self._gateway.settings
@@ -154,3 +159,9 @@ class HotRoutes:
             request_id=heading.request_id,
             traceparent=heading.traceparent,
         )
+
+
+def _refusal(error: TetherError, incoming: Incoming) -> Reply:
+    heading = only_id(incoming.headers)
+    status, extra, body = error_response(error, heading.request_id)
+    return reply(status, body, heading, content_type=_JSON, extra=extra)

@@ -6,6 +6,7 @@ What arrives while a lane's last bundle is being stored travels together in the 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 
 import msgspec
@@ -19,6 +20,8 @@ from tether.errors import BrokerUnavailable, TetherError
 from tether.job import Job, JobRecord, Lane, new_job_id
 from tether.lifecycle import Tasks
 
+log = logging.getLogger(__name__)
+
 _PATIENCE_S = 10.0
 """How long an accepting gateway waits for a broker that is away, before it says so."""
 
@@ -31,6 +34,26 @@ class Submission(msgspec.Struct, frozen=True):
     record: JobRecord
 
 
+class Records:
+    """The ``jobs`` bucket as gateways write it: a record whose ``bundle`` is empty was claimed and not yet accepted."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._bucket = SignedBucket(bus, "jobs", MessageType.RECORD)
+
+    async def claim(self, record: JobRecord) -> bool:
+        """Take the job's id, before anything is queued; False when it was taken already."""
+        return await self._bucket.create(record.id, codec.encode_record(record), ttl_s=self._ttl_s(record))
+
+    async def accept(self, record: JobRecord, bundle: str) -> None:
+        body = codec.encode_record(msgspec.structs.replace(record, bundle=bundle))
+        await self._bucket.put(record.id, body, ttl_s=self._ttl_s(record))
+
+    def _ttl_s(self, record: JobRecord) -> int:
+        left = max(0.0, record.deadline - self._bus.clock.utc())
+        return int(left + self._bus.settings.result_ttl_s) + 1
+
+
 _Waiting = tuple[Submission, "asyncio.Future[None]"]
 
 
@@ -41,7 +64,7 @@ class JobBundler:
         self._bus = bus
         self._tasks = tasks
         self._queue = BusQueue(bus)
-        self._records = SignedBucket(bus, "jobs", MessageType.RECORD)
+        self._records = Records(bus)
         self._pending: dict[Lane, list[_Waiting]] = {}
         self._storing: set[Lane] = set()
 
@@ -62,13 +85,16 @@ class JobBundler:
                     await self._store(lane, [item for item, _ in batch])
                 except TetherError as error:
                     _settle(batch, error)
+                except Exception:
+                    log.exception("jobs were not stored", extra={"action": "store_failed", "model": lane.model})
+                    _settle(batch, TetherError("the gateway could not store the job; its log has the reason"))
                 else:
                     _settle(batch, None)
         finally:
             self._storing.discard(lane)
 
     def _fitting(self, waiting: list[_Waiting]) -> list[_Waiting]:
-        limit, size = self._bus.settings.max_body_bytes, 0
+        limit, size = min(self._bus.settings.max_body_bytes, self._bus.room), 0
         count = 0
         for item, _ in waiting[: self._bus.settings.bundle_max_jobs]:
             size += sum(len(tensor.data) for tensor in item.job.inputs)
@@ -80,7 +106,7 @@ class JobBundler:
         return batch
 
     async def _store(self, lane: Lane, items: Sequence[Submission]) -> None:
-        """Bundle and records at the same time; both are needed, and storing either twice changes nothing."""
+        """The bundle first: a lane that is full leaves no record of a job that was refused. Repeating is harmless."""
         message_id = new_job_id()
         subject = self._bus.names.lane(lane)
         jobs = [item.job for item in items]
@@ -105,20 +131,11 @@ class JobBundler:
                 await asyncio.sleep(0.05)
 
     async def _store_once(self, lane: Lane, frame: bytes, message_id: str, items: Sequence[Submission]) -> None:
-        work = [
-            self._queue.enqueue(lane, frame, message_id=message_id, ttl_s=None, timeout=5.0),
-            *[self._keep(item.record, message_id) for item in items],
-        ]
-        done = await asyncio.gather(*work, return_exceptions=True)
-        for result in done:
+        await self._queue.enqueue(lane, frame, message_id=message_id, ttl_s=None, timeout=5.0)
+        accepted = [self._records.accept(item.record, message_id) for item in items]
+        for result in await asyncio.gather(*accepted, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
-
-    async def _keep(self, record: JobRecord, bundle: str) -> None:
-        body = codec.encode_record(msgspec.structs.replace(record, bundle=bundle))
-        now = self._bus.clock.utc()
-        ttl = int(max(0.0, record.deadline - now) + self._bus.settings.result_ttl_s) + 1
-        await self._records.put(record.id, body, ttl_s=ttl)
 
 
 def _settle(batch: Sequence[_Waiting], error: TetherError | None) -> None:

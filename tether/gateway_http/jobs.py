@@ -22,7 +22,7 @@ from tether.bus.queue import BusResults
 from tether.envelope import MessageType
 from tether.errors import DeadlineExceeded, IdempotencyConflict, JobCancelled, JobNotFound, ResultConflict
 from tether.gateway_http.catalog import Catalog, Served
-from tether.gateway_http.job_bundler import JobBundler, Submission
+from tether.gateway_http.job_bundler import JobBundler, Records, Submission
 from tether.gateway_http.job_view import State, read_outcome, view
 from tether.job import (
     AttemptNote,
@@ -80,6 +80,7 @@ class JobService:
         self._results = BusResults(bus)
         self._records = SignedBucket(bus, "jobs", MessageType.RECORD)
         self._attempts = SignedBucket(bus, "attempts", MessageType.ATTEMPT)
+        self._claims = Records(bus)
         self._bundler = JobBundler(bus, tasks)
 
     # submit
@@ -131,15 +132,20 @@ class JobService:
         return Submission(lane, job, record)
 
     async def _known(self, items: Sequence[Submission]) -> dict[JobId, JobRecord]:
-        """Jobs that were accepted before under the same idempotency key."""
-        if not items:
-            return {}
-        records = await self._read_records([item.job.id for item in items])
-        for item in items:
-            record = records.get(item.job.id)
-            if record is not None and record.digest != item.record.digest:
-                raise _conflict()
-        return records
+        """Jobs that were accepted before under the same idempotency key; the other keys are ours from now on.
+
+        A key that was claimed and never accepted belongs to whoever sends the same request again.
+        """
+        while items:
+            records = await self._read_records([item.job.id for item in items], accepted=False)
+            for item in items:
+                record = records.get(item.job.id)
+                if record is not None and record.digest != item.record.digest:
+                    raise _conflict()
+            new = [item.record for item in items if item.job.id not in records]
+            if all(await asyncio.gather(*[self._claims.claim(record) for record in new])):
+                return {job: record for job, record in records.items() if record.bundle}
+        return {}
 
     # look
 
@@ -223,7 +229,9 @@ class JobService:
             if item.sequence > upper:
                 break
             record = self._open_record(item.subject, item.data)
-            if record is not None and record.tenant == tenant and model in ("", record.model):
+            if record is None or record.tenant != tenant or not record.bundle:
+                continue
+            if model in ("", record.model):
                 rows.append((item.sequence, record))
         return rows
 
@@ -238,16 +246,18 @@ class JobService:
         """
         shown = await self.get(tenant, job_id)
         failure = Failure(JobCancelled.code, "the job was cancelled")
-        if not await self._end(JobId(job_id), JobState.CANCELLED, failure, int(shown["attempts"])):
+        (record,) = (await self._read_records([job_id])).values()
+        if not await self._end(record, JobState.CANCELLED, failure, int(shown["attempts"])):
             shown = await self.get(tenant, job_id)
             raise ResultConflict(f"job '{job_id}' has already ended: {shown['state']}", field="id")
         return await self.get(tenant, job_id)
 
-    async def _end(self, job: JobId, state: JobState, failure: Failure, attempts: int) -> bool:
+    async def _end(self, record: JobRecord, state: JobState, failure: Failure, attempts: int) -> bool:
+        job = record.id
         outcome = Outcome(job, state, (), failure, attempts, self._bus.signer.name, 0.0, self._bus.clock.utc())
         subject = self._bus.names.result(job)
         frame = self._bus.signer.seal(MessageType.RESULT, subject, codec.encode_outcomes([outcome]), jobs=(job,))
-        first = await self._results.commit(job, frame)
+        first = await self._results.commit(job, frame, deadline=record.deadline)
         if first:
             metrics.JOBS_FINISHED.labels("", state.value).inc()
         return first
@@ -263,7 +273,7 @@ class JobService:
         late = [record for record in records if record.id not in outcomes and record.deadline + GRACE_S < now]
         if late:
             failure = Failure(DeadlineExceeded.code, "the deadline passed before the job ended")
-            await asyncio.gather(*[self._end(record.id, JobState.EXPIRED, failure, 0) for record in late])
+            await asyncio.gather(*[self._end(record, JobState.EXPIRED, failure, 0) for record in late])
             outcomes.update(await self._outcomes([record.id for record in late]))
         notes = await self._notes([record for record in records if record.id not in outcomes])
         return {record.id: State(record, outcomes.get(record.id), notes.get(record.id)) for record in records}
@@ -288,12 +298,12 @@ class JobService:
         found = {record.id: notes.get(record.id) or notes.get(record.bundle) for record in records}
         return {job: note for job, note in found.items() if note is not None}
 
-    async def _read_records(self, ids: Sequence[str]) -> dict[JobId, JobRecord]:
+    async def _read_records(self, ids: Sequence[str], *, accepted: bool = True) -> dict[JobId, JobRecord]:
         bucket = self._records.raw
         subjects = [bucket.subject(job_id) for job_id in ids if _is_job_id(job_id)]
         stored = await self._bus.direct_batch(bucket.stream, subjects)
         records = [self._open_record(subject, item.data) for subject, item in stored.items()]
-        return {record.id: record for record in records if record is not None}
+        return {record.id: record for record in records if record is not None and (record.bundle or not accepted)}
 
     def _open_record(self, subject: str, frame: bytes) -> JobRecord | None:
         envelope = self._bus.open_frame(frame, subject, MessageType.RECORD)

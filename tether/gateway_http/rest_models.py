@@ -94,7 +94,7 @@ async def _push(call: Call) -> Reply:
     limit = gateway.settings.max_upload_bytes
     if call.heading.length > limit:
         raise PayloadTooLarge(f"the model file has more than {limit} bytes (max_upload_bytes)", field="body")
-    if call.heading.encoding not in (b"", b"identity"):
+    if call.heading.encoding not in ("", "identity"):
         raise InvalidRequest("send the model file without Content-Encoding", field="content-encoding")
     store = ObjectChunkStore(gateway.bus, gateway.bus.names.chunk_bucket(name))
     file, stored = await upload(gateway.bus, store, _parts(call), limit=limit)

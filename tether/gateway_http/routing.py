@@ -15,9 +15,10 @@ from starlette.routing import Route
 from tether import metrics, oip_json
 from tether.apikey import ApiKey
 from tether.errors import InvalidRequest, NotFound, TetherError
+from tether.gateway_http.asgi import AsgiIncoming, send_reply
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.errors import error_response
-from tether.gateway_http.request import Headers, Heading, read_body, respond
+from tether.gateway_http.request import Headers, Heading, Incoming, only_id, read_body, reply
 from tether.ops_http import Receive, Scope, Send
 
 log = logging.getLogger(__name__)
@@ -132,15 +133,15 @@ class Endpoint:
         self._allow = ", ".join(sorted({row.method for row in rows} | set(self._rows) | {"OPTIONS"}))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        method = scope["method"]
-        seen = _Seen(_only_id(scope))
+        incoming = AsgiIncoming(scope, receive)
+        seen = _Seen(only_id(incoming.headers))
 
         async def noting(message: Any) -> None:
             seen.sent = True
             await send(message)
 
         try:
-            await self._answer(seen, method, scope, receive, noting)
+            await self._answer(seen, incoming, scope, receive, noting)
         except TetherError as error:
             seen.status = await refuse(error, seen.heading, send)
         except ClientDisconnect:
@@ -153,44 +154,39 @@ class Endpoint:
             await refuse(TetherError("the gateway failed; its log has the reason"), seen.heading, send)
         metrics.HTTP_REQUESTS.labels(self._path, str(seen.status)).inc()
 
-    async def _answer(self, seen: _Seen, method: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, seen: _Seen, incoming: Incoming, scope: Scope, receive: Receive, send: Send) -> None:
+        method = scope["method"]
         found = self._rows.get(method)
         if found is None:
             seen.status = await self._without_row(method, seen.heading, send)
             return
         row, handler = found
-        reply = await handler(await self._call(row, seen, scope, receive))
-        content = reply.value if isinstance(reply.value, bytes) else _encode(reply.value)
-        extra = [(name.encode(), value.encode()) for name, value in reply.headers]
-        extra.append((b"x-content-type-options", b"nosniff"))
-        await respond(send, reply.status, content, seen.heading, content_type=reply.content_type.encode(), extra=extra)
-        seen.status = reply.status
+        given = await handler(await self._call(row, seen, incoming, Request(scope, receive)))
+        content = given.value if isinstance(given.value, bytes) else _encode(given.value)
+        extra = [*given.headers, ("x-content-type-options", "nosniff")]
+        await send_reply(send, reply(given.status, content, seen.heading, content_type=given.content_type, extra=extra))
+        seen.status = given.status
 
     async def _without_row(self, method: str, heading: Heading, send: Send) -> int:
-        allow = (b"allow", self._allow.encode())
+        allow = ("allow", self._allow)
         if method == "OPTIONS":
-            headers: Headers = [allow, (b"x-request-id", heading.request_id.encode())]
+            headers = [(b"allow", self._allow.encode()), (b"x-request-id", heading.request_id.encode())]
             await send({"type": "http.response.start", "status": 204, "headers": headers})
             await send({"type": "http.response.body", "body": b""})
             return 204
         error = InvalidRequest(f"{method[:32]} is not allowed here; allowed: {self._allow}", field="method")
         return await refuse(error, heading, send, status=405, extra=[allow])
 
-    async def _call(self, row: Row, seen: _Seen, scope: Scope, receive: Receive) -> Call:
+    async def _call(self, row: Row, seen: _Seen, incoming: Incoming, request: Request) -> Call:
         gateway = self._gateway
-        seen.heading = heading = Heading(scope["headers"])
-        key = None if row.scope is None else gateway.keys.authenticate(scope["headers"], row.scope)
-        request = Request(scope, receive)
+        seen.heading = heading = Heading(incoming.headers)
+        key = None if row.scope is None else gateway.keys.authenticate(heading.key, row.scope)
         query = None if row.query is None else read_query(request.query_params.multi_items(), row.query)
         body = None
         if row.body is not None:
-            content = await read_body(heading, receive, gateway.settings.max_body_bytes)
+            content = await read_body(heading, incoming, gateway.settings.max_body_bytes)
             body = row.body() if row.body_optional and not content else oip_json.parse(_decoder(row.body), content)
         return Call(gateway, request, heading, key, body, query)
-
-
-def _only_id(scope: Scope) -> Heading:
-    return Heading([item for item in scope["headers"] if item[0] == b"x-request-id"])
 
 
 @lru_cache(maxsize=64)
@@ -229,15 +225,15 @@ async def refuse(
     """Answer with an error; its status is the error's own unless one is given."""
     own, headers, body = error_response(error, heading.request_id)
     status = own if status is None else status
-    await respond(send, status, body, heading, content_type=JSON.encode(), extra=[*headers, *(extra or [])])
+    await send_reply(send, reply(status, body, heading, content_type=JSON, extra=[*headers, *(extra or [])]))
     return status
 
 
 async def nowhere(scope: Scope, receive: Receive, send: Send) -> None:
     """The answer on every path that nothing is served on."""
-    del receive
     shown = scope["path"][:200].encode("ascii", "backslashreplace").decode()
-    status = await refuse(NotFound(f"nothing is served on '{shown}'; see /docs", field="path"), _only_id(scope), send)
+    heading = only_id(AsgiIncoming(scope, receive).headers)
+    status = await refuse(NotFound(f"nothing is served on '{shown}'; see /docs", field="path"), heading, send)
     metrics.HTTP_REQUESTS.labels("none", str(status)).inc()
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from granian.constants import Interfaces
 
 from tether import lifecycle, logs, ops_http
 from tether.gateway_http import app, core
@@ -16,12 +18,17 @@ from tether.settings import Settings
 log = logging.getLogger(__name__)
 
 
+def listen(gateway: Gateway, host: str, port: int) -> AbstractAsyncContextManager[int]:
+    """Answer on a port (0: a free one) until the block ends; the value is the port."""
+    return ops_http.listening(app.build(gateway), host, port, interface=Interfaces.RSGI)
+
+
 @asynccontextmanager
 async def listening(settings: Settings, home: Home) -> AsyncIterator[tuple[Gateway, int]]:
     """A gateway that answers on its port until the block ends; what it holds is answered first."""
     async with (
         core.running(settings, home) as gateway,
-        ops_http.listening(app.build(gateway), settings.http_host, settings.http_port) as port,
+        listen(gateway, settings.http_host, settings.http_port) as port,
     ):
         yield gateway, port
         await _drained(gateway, settings.drain_s)

@@ -1,0 +1,165 @@
+"""The gateway's entry over RSGI, Granian's own interface: one call for a body, one call for an answer.
+
+Hot routes are answered right here. Everything else goes to the ASGI application through :func:`bridge`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+from tether.errors import TetherError
+from tether.gateway_http.errors import error_response
+from tether.gateway_http.hot import Handler
+from tether.gateway_http.request import Headers, too_large
+from tether.ops_http import App
+
+log = logging.getLogger(__name__)
+
+
+class RsgiHeaders(Protocol):
+    def items(self) -> Headers: ...
+
+
+class RsgiScope(Protocol):
+    """The parts of Granian's scope that are used; ``path`` is decoded, ``query_string`` is not."""
+
+    proto: str
+    method: str
+    path: str
+    query_string: str
+    scheme: str
+    http_version: str
+    client: str
+    server: str
+    headers: RsgiHeaders
+
+
+class RsgiTransport(Protocol):
+    async def send_bytes(self, data: bytes) -> None: ...
+
+
+class RsgiProtocol(Protocol):
+    """Granian's side of one request."""
+
+    async def __call__(self) -> bytes: ...
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+
+    def response_bytes(self, status: int, headers: Headers, body: bytes) -> None: ...
+
+    def response_stream(self, status: int, headers: Headers) -> RsgiTransport: ...
+
+    async def client_disconnect(self) -> None: ...
+
+
+RsgiApp = Callable[[RsgiScope, RsgiProtocol], Awaitable[None]]
+
+
+class RsgiIncoming:
+    """See :class:`tether.gateway_http.request.Incoming`."""
+
+    __slots__ = ("_protocol", "headers")
+
+    def __init__(self, scope: RsgiScope, protocol: RsgiProtocol) -> None:
+        self._protocol = protocol
+        self.headers = scope.headers.items()
+
+    async def read(self, limit: int, announced: int) -> bytes:
+        """A body of announced length is taken whole; one without is counted as it comes."""
+        if announced:
+            return await self._protocol()
+        parts, size = [], 0
+        async for part in self._protocol:
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                raise too_large(limit)
+        return b"".join(parts)
+
+
+def entry(route: Callable[[str, str], Handler | None], cold: App) -> RsgiApp:
+    """An RSGI application: ``route`` finds the handler of a hot request, ``cold`` has the rest."""
+
+    async def app(scope: RsgiScope, protocol: RsgiProtocol) -> None:
+        handler = route(scope.method, scope.path)
+        if handler is None:
+            await bridge(cold, scope, protocol)
+            return
+        answer = await handler(RsgiIncoming(scope, protocol))
+        protocol.response_bytes(answer.status, answer.headers, answer.body)
+
+    return app
+
+
+class _Bridge:
+    """One request's way through an ASGI application."""
+
+    def __init__(self, protocol: RsgiProtocol) -> None:
+        self._protocol = protocol
+        self._body = protocol.__aiter__()
+        self._read = False
+        self._status = 0
+        self._headers: Headers = []
+        self._transport: RsgiTransport | None = None
+        self.answered = False
+
+    async def receive(self) -> dict[str, Any]:
+        if self._read:
+            await self._protocol.client_disconnect()
+            return {"type": "http.disconnect"}
+        try:
+            part = await anext(self._body)
+        except StopAsyncIteration:
+            self._read = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        return {"type": "http.request", "body": part, "more_body": True}
+
+    async def send(self, message: Mapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            self._headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in message["headers"]]
+            return
+        body, more = message.get("body", b""), message.get("more_body", False)
+        self.answered = True
+        if self._transport is None and not more:
+            self._protocol.response_bytes(self._status, self._headers, body)
+            return
+        if self._transport is None:
+            self._transport = self._protocol.response_stream(self._status, self._headers)
+        await self._transport.send_bytes(body)
+
+
+async def bridge(app: App, scope: RsgiScope, protocol: RsgiProtocol) -> None:
+    """Run an ASGI application (asgi.readthedocs.io, HTTP 2.4) for one RSGI request."""
+    crossing = _Bridge(protocol)
+    try:
+        await app(_asgi_scope(scope), crossing.receive, crossing.send)
+    except Exception:
+        log.exception("a request failed", extra={"action": "request_failed"})
+        if not crossing.answered:
+            status, headers, body = error_response(TetherError("the gateway failed; its log has the reason"), "")
+            protocol.response_bytes(status, headers, body)
+
+
+def _asgi_scope(scope: RsgiScope) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": scope.http_version,
+        "method": scope.method,
+        "scheme": scope.scheme,
+        "path": scope.path,
+        "raw_path": scope.path.encode(),
+        "query_string": scope.query_string.encode(),
+        "root_path": "",
+        "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in scope.headers.items()],
+        "client": _address(scope.client),
+        "server": _address(scope.server),
+    }
+
+
+def _address(text: str) -> tuple[str, int] | None:
+    host, _, port = text.rpartition(":")
+    return (host, int(port)) if port.isdecimal() else None
