@@ -231,12 +231,14 @@ def _check_against(spec: TensorSpec, tensor: Tensor) -> None:
 
 
 def check_outputs(manifest: Manifest, names: tuple[str, ...]) -> None:
-    """Prove that every requested output is one of the model's.
+    """Prove that every requested output is one of the model's, and asked for once.
 
     Raises:
         BadTensor: naming the first that is not.
     """
     known = {spec.name for spec in manifest.outputs}
+    if len(set(names)) != len(names):
+        raise BadTensor("an output is asked for twice", field="outputs")
     for name in names:
         if name not in known:
             listed = ", ".join(f"'{output}'" for output in sorted(known))

@@ -50,7 +50,7 @@ class JobQueue(Protocol):
 class ResultLog(Protocol):
     """How durable jobs ended: one entry a job, the first one wins."""
 
-    async def commit(self, job: str, frame: bytes) -> bool:
+    async def commit(self, job: str, frame: bytes, *, deadline: float | None = None) -> bool:
         """Store the end of a job; False when the job had already ended."""
 
     async def find(self, jobs: Sequence[str]) -> dict[str, bytes]:
@@ -114,4 +114,3 @@ class Runtime(Protocol):
         """
 
     def close(self) -> None: ...
-

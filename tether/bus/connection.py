@@ -166,11 +166,24 @@ class Bus(Link):
     ) -> Envelope | None:
         """Verify a frame that belongs to ``subject``; None (logged and counted) when it must not be acted on."""
         try:
+            return self.verified(frame, subject, *types, once=once, max_age_ms=max_age_ms)
+        except EnvelopeError:
+            return None
+
+    def verified(
+        self, frame: bytes, subject: str, *types: MessageType, once: bool = False, max_age_ms: int = 0
+    ) -> Envelope:
+        """:meth:`open_frame` for who acts on the reason.
+
+        Raises:
+            EnvelopeError: logged and counted.
+        """
+        try:
             return self.verifier.open(frame, subject=subject, types=types, once=once, max_age_ms=max_age_ms)
         except EnvelopeError as error:
             metrics.ENVELOPES_REJECTED.labels(error.code).inc()
             log.warning("refused a message: %s", error, extra={"action": "envelope_refused", "code": error.code})
-            return None
+            raise
 
 
 def _stored(message: Message) -> Stored | None:

@@ -46,8 +46,9 @@ class KvBucket:
         headers = None if ttl_s is None else {"Nats-TTL": str(max(1, ttl_s))}
         await self._bus.publish_acked(self.subject(key), value, headers=headers)
 
-    async def create(self, key: str, value: bytes) -> bool:
+    async def create(self, key: str, value: bytes, *, ttl_s: int | None = None) -> bool:
         """Store only if there is none; False when there is."""
+        headers = {} if ttl_s is None else {"Nats-TTL": str(max(1, ttl_s))}
         for _ in range(3):
             last = await self._bus.direct_get(self.stream, self.subject(key))
             if last is not None and _value(last) is not None:
@@ -55,7 +56,7 @@ class KvBucket:
             expected = "0" if last is None else str(last.sequence)
             try:
                 await self._bus.publish_acked(
-                    self.subject(key), value, headers={"Nats-Expected-Last-Subject-Sequence": expected}
+                    self.subject(key), value, headers={**headers, "Nats-Expected-Last-Subject-Sequence": expected}
                 )
             except VersionConflict:
                 continue
@@ -189,8 +190,8 @@ class SignedBucket:
     async def put(self, key: str, body: bytes, *, ttl_s: int | None = None) -> None:
         await self.raw.put(key, self._seal(key, body), ttl_s=ttl_s)
 
-    async def create(self, key: str, body: bytes) -> bool:
-        return await self.raw.create(key, self._seal(key, body))
+    async def create(self, key: str, body: bytes, *, ttl_s: int | None = None) -> bool:
+        return await self.raw.create(key, self._seal(key, body), ttl_s=ttl_s)
 
     async def delete(self, key: str) -> None:
         await self.raw.delete(key)

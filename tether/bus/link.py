@@ -30,6 +30,9 @@ from tether.subjects import Names
 log = logging.getLogger(__name__)
 
 
+_FRAME_ROOM = 64 * 1024
+
+
 class Message(Protocol):
     """What arrives on a subscription."""
 
@@ -167,6 +170,12 @@ class Link:
     @property
     def connected(self) -> bool:
         return bool(self._client.is_connected)
+
+    @property
+    def room(self) -> int:
+        """Bytes of tensors that one message may carry: what the broker takes, less the envelope and the fields."""
+        largest: int = min(self.settings.max_payload_bytes, self._client.max_payload)
+        return largest - min(_FRAME_ROOM, largest // 4)
 
     def on_reconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call ``callback`` after every reconnect; it must not block. Returns what ends that."""

@@ -9,6 +9,9 @@ from tether.bus.connection import Bus
 from tether.errors import ResultConflict
 from tether.job import Lane
 
+RESULT_MARGIN_S = 120
+"""A result is kept this much longer than the record of its job: clocks differ, and storing takes time."""
+
 
 class BusQueue:
     """Puts bundles into lanes."""
@@ -43,10 +46,18 @@ class BusResults:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
 
-    async def commit(self, job: str, frame: bytes) -> bool:
-        """Store how a job ended; False when it had already ended."""
+    async def commit(self, job: str, frame: bytes, *, deadline: float | None = None) -> bool:
+        """Store how a job ended; False when it had already ended.
+
+        It outlives the job's record, which is kept until ``deadline`` (UTC seconds) and ``result_ttl_s`` are over:
+        a job whose end were forgotten first would end a second time. Without a deadline it is kept the longest.
+        """
+        headers: dict[str, str] = {}
+        if deadline is not None:
+            left = max(0.0, deadline - self._bus.clock.utc())
+            headers["Nats-TTL"] = str(math.ceil(left + self._bus.settings.result_ttl_s) + RESULT_MARGIN_S)
         try:
-            await self._bus.publish_acked(self._bus.names.result(job), frame)
+            await self._bus.publish_acked(self._bus.names.result(job), frame, headers=headers)
         except ResultConflict:
             return False
         return True

@@ -7,7 +7,8 @@ from typing import Any
 
 from tether.bus.connection import Bus
 from tether.bus.errors import JetStreamError
-from tether.job import Lane, LaneKind, Priority
+from tether.bus.queue import RESULT_MARGIN_S
+from tether.job import LONGEST_DEADLINE_S, Lane, LaneKind, Priority
 from tether.settings import Settings
 from tether.subjects import Names
 
@@ -82,9 +83,11 @@ def _results(names: Names, max_bytes: int, settings: Settings) -> dict[str, Any]
         "discard": "new",
         "discard_new_per_subject": True,
         "max_msgs_per_subject": 1,
-        "max_age": int(settings.result_ttl_s * NANOSECONDS),
+        # each result has a time to live of its own; this is for those without
+        "max_age": int((LONGEST_DEADLINE_S + settings.result_ttl_s) * NANOSECONDS) + RESULT_MARGIN_S * NANOSECONDS,
         "max_bytes": max_bytes,
         "allow_direct": True,
+        "allow_msg_ttl": True,
         "num_replicas": settings.replicas,
     }
 

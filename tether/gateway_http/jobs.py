@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any
@@ -20,7 +21,15 @@ from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
 from tether.bus.queue import BusResults
 from tether.envelope import MessageType
-from tether.errors import DeadlineExceeded, IdempotencyConflict, JobCancelled, JobNotFound, ResultConflict
+from tether.errors import (
+    BadEncoding,
+    DeadlineExceeded,
+    IdempotencyConflict,
+    JobCancelled,
+    JobNotFound,
+    ResultConflict,
+    Unavailable,
+)
 from tether.gateway_http.catalog import Catalog, Served
 from tether.gateway_http.job_bundler import JobBundler, Records, Submission
 from tether.gateway_http.job_view import State, read_outcome, view
@@ -40,12 +49,17 @@ from tether.lifecycle import Tasks
 from tether.model import check_inputs, check_outputs
 from tether.tensor import Tensor
 
+log = logging.getLogger(__name__)
+
 GRACE_S = 2.0
 """After its deadline a job gets this long for a result that is on its way, before anyone may call it expired."""
 
 _POLL_S = 1.0
 _GATHER_S = 0.02
 """Of many jobs many end together: one look for all of them."""
+
+_CLAIM_TRIES = 3
+"""A claim that is lost is looked at once more: its winner may have sent another request."""
 
 _WINDOW = 512
 _MAX_WINDOWS = 20
@@ -136,7 +150,9 @@ class JobService:
 
         A key that was claimed and never accepted belongs to whoever sends the same request again.
         """
-        while items:
+        if not items:
+            return {}
+        for _ in range(_CLAIM_TRIES):
             records = await self._read_records([item.job.id for item in items], accepted=False)
             for item in items:
                 record = records.get(item.job.id)
@@ -145,7 +161,7 @@ class JobService:
             new = [item.record for item in items if item.job.id not in records]
             if all(await asyncio.gather(*[self._claims.claim(record) for record in new])):
                 return {job: record for job, record in records.items() if record.bundle}
-        return {}
+        raise Unavailable("the Idempotency-Key is in use just now; try again")
 
     # look
 
@@ -307,7 +323,13 @@ class JobService:
 
     def _open_record(self, subject: str, frame: bytes) -> JobRecord | None:
         envelope = self._bus.open_frame(frame, subject, MessageType.RECORD)
-        return None if envelope is None else codec.decode_record(envelope.body)
+        if envelope is None:
+            return None
+        try:
+            return codec.decode_record(envelope.body)
+        except BadEncoding as error:
+            log.warning("unreadable record: %s", error, extra={"action": "entry_refused"})
+            return None
 
 
 def _is_job_id(text: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -13,12 +13,9 @@ from tether.bus.connection import Bus
 from tether.bus.queue import BusResults
 from tether.envelope import MessageType
 from tether.errors import BrokerUnavailable, PayloadTooLarge, QueueFull, ResultTooLarge
-from tether.job import Failure, JobState, Outcome
+from tether.job import Failure, JobId, JobState, Outcome
 
 log = logging.getLogger(__name__)
-
-_FRAME_ROOM = 64 * 1024
-"""Bytes of a message kept free for the envelope and the fields around the tensors."""
 
 _RETRY_S = 0.25
 
@@ -29,7 +26,6 @@ class Answers:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._results = BusResults(bus)
-        self._room = bus.settings.max_payload_bytes - _FRAME_ROOM
 
     async def reply(self, to: str, outcomes: Sequence[Outcome]) -> None:
         """Send reply bundles to a gateway: as few messages as fit."""
@@ -46,7 +42,7 @@ class Answers:
         filled = 0
         for outcome in map(self._fitting, outcomes):
             size = _size(outcome)
-            if not groups or filled + size > self._room or len(groups[-1]) >= self._bus.settings.bundle_max_jobs:
+            if not groups or filled + size > self._bus.room or len(groups[-1]) >= self._bus.settings.bundle_max_jobs:
                 groups.append([])
                 filled = 0
             groups[-1].append(outcome)
@@ -54,33 +50,37 @@ class Answers:
         return groups
 
     def _fitting(self, outcome: Outcome) -> Outcome:
-        size = _size(outcome)
-        if size <= self._room:
-            return outcome
+        return outcome if _size(outcome) <= self._bus.room else self._too_large(outcome)
+
+    def _too_large(self, outcome: Outcome) -> Outcome:
         error = ResultTooLarge(
-            f"the outputs take {size} bytes; one answer may have {self._room}: ask for fewer outputs"
+            f"the outputs take {_size(outcome)} bytes; one answer may have {self._bus.room}: ask for fewer outputs"
         )
         return msgspec.structs.replace(
             outcome, state=JobState.FAILED, outputs=(), error=Failure(error.code, error.message)
         )
 
-    async def commit(self, model: str, outcomes: Sequence[Outcome]) -> None:
+    async def commit(self, model: str, outcomes: Sequence[Outcome], deadlines: Mapping[JobId, float]) -> None:
         """Store how durable jobs ended; returns when every one is stored or was refused as second."""
-        await asyncio.gather(*[self._commit_one(model, self._fitting(outcome)) for outcome in outcomes])
+        await asyncio.gather(
+            *[self._commit_one(model, self._fitting(outcome), deadlines.get(outcome.job)) for outcome in outcomes]
+        )
 
-    async def _commit_one(self, model: str, outcome: Outcome) -> None:
+    async def _commit_one(self, model: str, outcome: Outcome, deadline: float | None) -> None:
         subject = self._bus.names.result(outcome.job)
         frame = self._bus.signer.seal(
             MessageType.RESULT, subject, codec.encode_outcomes([outcome]), jobs=(outcome.job,), attempt=outcome.attempts
         )
         while True:
             try:
-                first = await self._results.commit(outcome.job, frame)
+                first = await self._results.commit(outcome.job, frame, deadline=deadline)
             except (BrokerUnavailable, QueueFull):
                 await asyncio.sleep(_RETRY_S)
                 continue
-            except PayloadTooLarge as error:
-                log.warning("%s", error, extra={"action": "result_too_large", "job_id": outcome.job})
+            except PayloadTooLarge:
+                if not outcome.outputs:
+                    raise
+                await self._commit_one(model, self._too_large(outcome), deadline)
                 return
             if first:
                 metrics.JOBS_FINISHED.labels(model, outcome.state.value).inc()

@@ -20,8 +20,17 @@ from tether.bus.pull import BusDelivery, LanePull
 from tether.bus.queue import BusResults
 from tether.bus.topology import lanes_of
 from tether.envelope import Header, MessageType
-from tether.errors import BadEncoding, DeadlineExceeded, TetherError
-from tether.job import AttemptNote, Failure, Job, JobState, Lane, LaneKind, Outcome, Priority
+from tether.errors import (
+    BadEncoding,
+    ClockSkew,
+    DeadlineExceeded,
+    EnvelopeError,
+    InferenceFailed,
+    KeyExpired,
+    SubjectMismatch,
+    TetherError,
+)
+from tether.job import AttemptNote, Failure, Job, JobId, JobState, Lane, LaneKind, Outcome, Priority
 from tether.lifecycle import Tasks
 from tether.model import Manifest
 from tether.ports import Runtime
@@ -157,19 +166,41 @@ class ModelInstance:
             await bundle.delivery.ack()
 
     async def _open(self, delivery: BusDelivery) -> Bundle | None:
-        """Verify, then decode. What fails is acknowledged: delivering it again would change nothing."""
+        """Verify, then decode. What fails is acknowledged: delivering it again would change nothing.
+
+        Unless this worker's own clock may be to blame: then the bundle is left for another worker.
+        """
         kind = MessageType.INFER if delivery.lane.kind is LaneKind.INFER else MessageType.JOB
-        subject = self._bus.names.lane(delivery.lane)
-        envelope = None
-        if delivery.subject == subject:
-            envelope = self._bus.open_frame(delivery.frame, subject, kind)
-        if envelope is not None:
-            try:
-                return Bundle(delivery, envelope.header, codec.decode_jobs(envelope.body, envelope.header.jobs))
-            except BadEncoding as error:
-                metrics.ENVELOPES_REJECTED.labels(error.code).inc()
-        await delivery.ack()
-        return None
+        try:
+            if delivery.subject != self._bus.names.lane(delivery.lane):
+                raise SubjectMismatch("the message did not come from the lane that was pulled")
+            envelope = self._bus.verified(delivery.frame, delivery.subject, kind)
+        except (ClockSkew, KeyExpired):
+            delivery.abandon()
+            return None
+        except EnvelopeError:
+            await delivery.ack()
+            return None
+        try:
+            return Bundle(delivery, envelope.header, codec.decode_jobs(envelope.body, envelope.header.jobs))
+        except BadEncoding as error:
+            metrics.ENVELOPES_REJECTED.labels(error.code).inc()
+            await self._unreadable(Bundle(delivery, envelope.header, []))
+            return None
+
+    async def _unreadable(self, bundle: Bundle) -> None:
+        """A gateway signed it, so somebody waits for these jobs: they end here, although they cannot be run."""
+        failure = Failure(
+            InferenceFailed.code, "the worker cannot read the job; are gateway and worker of one version?"
+        )
+        name, now = self._bus.signer.name, self._bus.clock.utc()
+        ends = [
+            Outcome(JobId(job), JobState.FAILED, (), failure, bundle.delivery.attempt, name, 0.0, now)
+            for job in bundle.header.jobs
+        ]
+        log.error("a bundle cannot be read", extra={"action": "bundle_unreadable", "model": self.manifest.name})
+        await self.deliver([bundle], ends)
+        await bundle.delivery.ack()
 
     async def _ended(self, bundles: Sequence[Bundle]) -> frozenset[str]:
         """Jobs that need no run: cancelled while they waited. Notes at the same time that the rest begin."""
@@ -220,14 +251,15 @@ class ModelInstance:
     async def deliver(self, bundles: Sequence[Bundle], outcomes: Sequence[Outcome]) -> None:
         """Hand outcomes to whoever waits for them: results for jobs lanes, reply bundles for infer lanes."""
         if bundles[0].delivery.lane.kind is LaneKind.JOB:
-            await self._answers.commit(self.manifest.name, outcomes)
+            deadlines = {job.id: job.deadline for bundle in bundles for job in bundle.jobs}
+            await self._answers.commit(self.manifest.name, outcomes, deadlines)
             return
         for outcome in outcomes:
             metrics.JOBS_FINISHED.labels(self.manifest.name, outcome.state.value).inc()
-        by_id = {outcome.job: outcome for outcome in outcomes}
+        by_id: dict[str, Outcome] = {outcome.job: outcome for outcome in outcomes}
         by_reply: dict[str, list[Outcome]] = {}
         for bundle in bundles:
-            found = [by_id[job.id] for job in bundle.jobs if job.id in by_id]
+            found = [by_id[job] for job in bundle.header.jobs if job in by_id]
             by_reply.setdefault(bundle.header.reply, []).extend(found)
         for reply, group in by_reply.items():
             if reply.startswith(self._bus.names.reply("")):
