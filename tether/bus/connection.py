@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from tether import metrics
-from tether.bus.errors import ApiError, PubAck, parse_ack, translate
+from tether.bus.errors import ApiError, JetStreamError, PubAck, parse_ack, translate
 from tether.bus.link import Link, Message, Subscription
 from tether.clock import SystemClock
 from tether.envelope import Envelope, MessageType, Signer, Verifier, open_keyset
@@ -95,7 +95,10 @@ class Bus(Link):
         """
         payload = b"" if body is None else msgspec.json.encode(body)
         answer = await self.request(f"$JS.API.{path}", payload, timeout=timeout)
-        content: dict[str, Any] = msgspec.json.decode(answer.data)
+        try:
+            content: dict[str, Any] = msgspec.json.decode(answer.data, type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise JetStreamError(f"'{path}' was answered with something else than JSON") from error
         if "error" in content:
             raise translate(msgspec.convert(content["error"], ApiError))
         return content

@@ -17,7 +17,7 @@ import msgspec
 from tether import metrics
 from tether.bus.connection import Bus, Message, Subscription
 from tether.bus.topology import NANOSECONDS, PRIORITY_GROUP
-from tether.errors import BrokerUnavailable
+from tether.errors import BrokerUnavailable, TetherError
 from tether.job import Lane
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,9 @@ class LanePull:
             try:
                 await self._step()
                 self._failures = 0
-            except BrokerUnavailable:
+            except TetherError as error:
+                if not isinstance(error, BrokerUnavailable):
+                    log.warning("cannot pull: %s", error, extra={"action": "pull_failed", "model": self.lane.model})
                 self._failures += 1
                 await self._woken(_RETRY_S[min(self._failures, len(_RETRY_S)) - 1])
                 continue

@@ -20,7 +20,7 @@ from tether.dispatcher import placement
 from tether.envelope import Envelope, MessageType
 from tether.errors import BadEncoding, Forbidden, TetherError
 from tether.home import Home
-from tether.model import Assignment, Epoch, Heartbeat, Manifest, ModelRef, Registration, Route
+from tether.model import Assignment, Epoch, Heartbeat, Manifest, ModelRef, Registration, Route, check_name
 from tether.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -77,13 +77,13 @@ class Dispatcher:
     async def register(self, envelope: Envelope) -> bytes:
         """``registerWorker``: give a worker the epoch its heartbeats must carry."""
         request = codec.decode(envelope.body, Registration)
+        check_name(request.region, field="region")
         if request.worker != envelope.sender:
             raise Forbidden(f"'{envelope.sender}' may not register as '{request.worker}'", field="worker")
         epoch = self._epochs.get(request.worker, 0) + 1
         self._epochs[request.worker] = epoch
         self._workers.pop(request.worker, None)
-        if request.region not in self._regions:
-            self._regions.add(request.region)
+        self._regions.add(request.region)
         await self._write_assignments()
         self._changed.set()
         log.info(
@@ -105,8 +105,10 @@ class Dispatcher:
         except BadEncoding as error:
             log.warning("unreadable heartbeat: %s", error, extra={"action": "heartbeat_refused", "sender": key})
             return
-        if beat.epoch != self._epochs.get(key):
+        # a worker of whom no record is left keeps the epoch it has
+        if beat.epoch != self._epochs.setdefault(key, beat.epoch):
             return
+        self._regions.add(beat.region)
         last = self._workers.get(key)
         self._workers[key] = placement.Seen(beat, self._bus.clock.monotonic())
         if last is None or last.heartbeat.ready != beat.ready:

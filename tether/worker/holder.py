@@ -37,6 +37,7 @@ class Holder:
         self._busy: set[ModelRef] = set()
         self._changed = asyncio.Event()
         self._tasks = Tasks()
+        self._stopping = False
         self.has_orders = False
 
     def want(self, models: Sequence[ModelRef]) -> None:
@@ -57,6 +58,8 @@ class Holder:
         while True:
             await self._changed.wait()
             self._changed.clear()
+            if self._stopping:
+                return
             for ref in self._wanted - self._instances.keys() - self._busy:
                 self._busy.add(ref)
                 self._tasks.spawn(self._load(ref), f"load-{ref.model}")
@@ -66,6 +69,7 @@ class Holder:
 
     async def stop(self, drain_s: float) -> None:
         """Let every version go, each finishing what it holds."""
+        self._stopping = True
         await self._tasks.cancel()
         instances = [self._instances.pop(ref) for ref in list(self._instances)]
         await asyncio.gather(*[instance.stop(drain_s) for instance in instances])
@@ -83,6 +87,9 @@ class Holder:
                 except TetherError as error:
                     self._failed[ref] = f"{error.code}: {error.message}"
                     log.warning("not loaded: %s", error, extra={"action": "load_failed", "model": ref.model})
+                except Exception as error:
+                    self._failed[ref] = f"{TetherError.code}: {type(error).__name__}; the worker's log has the reason"
+                    log.exception("not loaded", extra={"action": "load_failed", "model": ref.model})
                 await asyncio.sleep(_RETRY_S[min(tries, len(_RETRY_S) - 1)])
                 tries += 1
             self._failed.pop(ref, None)

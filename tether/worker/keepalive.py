@@ -60,11 +60,13 @@ class KeepAlive:
                 asyncio.run(self._serve())
             except TetherError as error:
                 log.warning("keep-alive: %s", error, extra={"action": "keepalive_lost"})
-                self._stop.wait(1)
+            except Exception:
+                log.exception("keep-alive failed", extra={"action": "keepalive_lost"})
+            self._stop.wait(1)
 
     async def _serve(self) -> None:
         async with Bus.connect(self._settings, self._home, self._identity) as bus:
-            while not self._stop.is_set():
+            while not (self._stop.is_set() or bus.closed.is_set()):
                 await self._send_due(bus)
                 await asyncio.sleep(_TICK_S)
 

@@ -15,7 +15,7 @@ from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
 from tether.bus.queue import BusResults
 from tether.envelope import MessageType
-from tether.errors import AttemptsExhausted, PayloadTooLarge
+from tether.errors import AttemptsExhausted, PayloadTooLarge, QueueFull
 from tether.job import AttemptNote, Failure, Job, JobState, LaneKind, Outcome
 
 if TYPE_CHECKING:
@@ -70,12 +70,11 @@ class Redelivery:
             "lane": self._bus.names.lane(lane),
             "frame": bundle.delivery.frame,
         }
-        message_id = f"dead:{job.id}"
         try:
-            await self._publish(subject, letter, message_id)
-        except PayloadTooLarge:
-            body = codec.encode_jobs([job])
-            await self._publish(subject, {**letter, "frame": b"", "body": body}, message_id)
+            await self._keep_letter(subject, letter, job)
+        except QueueFull as full:
+            # its end is kept all the same, and the jobs behind it in the bundle must not wait for room
+            log.warning("a dead letter is lost: %s", full, extra={"action": "dead_letter_lost", "job_id": job.id})
         metrics.DEAD_LETTERS.labels(lane.model).inc()
         log.error("a job is dead: %s", error, extra={"action": "job_dead", "job_id": job.id, "model": lane.model})
         return Outcome(
@@ -88,6 +87,15 @@ class Redelivery:
             0.0,
             self._bus.clock.utc(),
         )
+
+    async def _keep_letter(self, subject: str, letter: dict[str, object], job: Job) -> None:
+        """Whole, or without its neighbours when that is too large."""
+        message_id = f"dead:{job.id}"
+        try:
+            await self._publish(subject, letter, message_id)
+        except PayloadTooLarge:
+            body = codec.encode_jobs([job])
+            await self._publish(subject, {**letter, "frame": b"", "body": body}, message_id)
 
     async def _publish(self, subject: str, letter: dict[str, object], message_id: str) -> None:
         frame = self._bus.signer.seal(MessageType.DEAD, subject, codec.pack(letter), message_id=message_id)

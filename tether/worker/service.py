@@ -12,7 +12,7 @@ from tether.bus import rpc
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket, SignedBucket
 from tether.envelope import MessageType
-from tether.errors import BrokerUnavailable, TetherError
+from tether.errors import TetherError, Unavailable
 from tether.home import Home
 from tether.model import Assignment, Epoch, Heartbeat, Registration
 from tether.settings import Settings
@@ -38,6 +38,7 @@ class WorkerService:
         self._liveness = KvBucket(bus, "liveness")
         self._assign = SignedBucket(bus, "assign", MessageType.ASSIGN)
         self._epoch = 0
+        self._told: Assignment | None = None
         self._remembered_at = float("-inf")
 
     async def register(self) -> None:
@@ -50,11 +51,12 @@ class WorkerService:
                 answer = await rpc.call(
                     self._bus, "registerWorker", MessageType.REGISTER, body, answers=MessageType.REGISTERED, timeout=2.0
                 )
-            except BrokerUnavailable:
+            except Unavailable:
                 await asyncio.sleep(0.2)
                 continue
             self._epoch = codec.decode(answer, Epoch).epoch
             self._remembered_at = self._bus.clock.monotonic()
+            self._follow()
             log.info("registered with epoch %d", self._epoch, extra={"action": "registered", "worker": self.name})
             return
 
@@ -62,17 +64,24 @@ class WorkerService:
         """The dispatcher's word on what to hold; another worker's, or one for an older epoch, is not for us."""
         if key != self.name or body is None:
             return
-        assignment = codec.decode(body, Assignment)
-        if assignment.epoch == self._epoch:
+        self._told = codec.decode(body, Assignment)
+        self._follow()
+
+    def _follow(self) -> None:
+        """The assignment may arrive before the answer with the epoch that it is meant for."""
+        if self._told is not None and self._told.epoch == self._epoch:
             self._remembered_at = self._bus.clock.monotonic()
-            self.holder.want(assignment.models)
+            self.holder.want(self._told.models)
 
     async def beat(self) -> None:
         """Heartbeats, and a new registration when the dispatcher has forgotten this worker."""
         while True:
             await self.heartbeat()
             if not self.holder.has_orders and self._bus.clock.monotonic() - self._remembered_at > _FORGOTTEN_S:
-                await self.register()
+                try:
+                    await self.register()
+                except TetherError as error:
+                    log.warning("not registered: %s", error, extra={"action": "register_failed", "code": error.code})
             await asyncio.sleep(self._settings.heartbeat_s)
 
     async def heartbeat(self, *, leaving: bool = False) -> None:

@@ -1,0 +1,168 @@
+"""Workers and dispatchers that went on without doing their work: one failure ended a task that nobody began again."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator
+from typing import Any
+
+import models
+import pytest
+from brokers import Broker, wait_until
+from services import TENANT, Services, new_job, row, services
+
+from tether import codec
+from tether.bus import rpc
+from tether.bus.kv import KvBucket
+from tether.bus.pull import BusDelivery
+from tether.dispatcher import service as dispatcher_service
+from tether.dispatcher.service import Dispatcher
+from tether.envelope import Header, MessageType
+from tether.errors import BadName, QueueFull, TetherError
+from tether.job import Job, JobState, new_job_id
+from tether.model import Assignment, Epoch, Registration
+from tether.worker import service as worker_service
+from tether.worker.instance import Bundle
+from tether.worker.keepalive import KeepAlive
+from tether.worker.redelivery import Redelivery
+
+
+@pytest.fixture
+async def one(broker: Broker) -> AsyncIterator[Services]:
+    async with services(broker, workers=1) as running:
+        yield running
+
+
+async def second_dispatcher(running: Services) -> Dispatcher:
+    return await running.stack.enter_async_context(dispatcher_service.running(running.settings, running.home))
+
+
+async def test_a_model_that_a_full_disk_refuses_is_reported_and_tried_again_later(
+    one: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = 0
+
+    async def full(*_: object) -> None:
+        nonlocal tries
+        tries += 1
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tether.worker.holder.fetch_model", full)
+        await one.push("bump", models.add(), workers=0)
+        await wait_until(lambda: bool(one.workers[0].holder.failed()), "the failure is told")
+        await asyncio.sleep(1)
+        assert tries <= 3
+    await wait_until(lambda: bool(one.workers[0].holder.ready()), "it is loaded in the end")
+
+
+async def test_a_worker_that_stops_while_it_loads_does_not_begin_again(
+    one: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading = 0
+
+    async def slow(*_: object) -> None:
+        nonlocal loading
+        loading += 1
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("tether.worker.holder.fetch_model", slow)
+    await one.push("bump", models.add(), workers=0)
+    await wait_until(lambda: loading == 1, "it loads")
+    await one.workers[0].holder.stop(1)
+    await asyncio.sleep(0.2)
+    assert (loading, len(one.workers[0].holder._tasks)) == (1, 0)
+
+
+async def test_a_registration_that_fails_inside_the_dispatcher_is_tried_again(
+    one: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, call, failures = one.workers[0], rpc.call, 0
+
+    async def failing(*args: Any, **options: Any) -> bytes:
+        nonlocal failures
+        failures += 1
+        if failures == 1:
+            raise TetherError("the service failed")
+        return await call(*args, **options)
+
+    monkeypatch.setattr(rpc, "call", failing)
+    epoch = worker._epoch
+    worker.holder.has_orders, worker._remembered_at = False, float("-inf")
+    await wait_until(lambda: worker._epoch > epoch, "it is registered again")
+    await wait_until(lambda: worker.holder.has_orders, "it has orders")
+
+
+async def test_an_assignment_that_overtakes_the_epoch_it_is_for_is_followed(
+    one: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = one.workers[0]
+    epoch = worker._epoch + 1
+
+    async def late(*_: object, **__: object) -> bytes:
+        return codec.encode(Epoch(epoch))
+
+    monkeypatch.setattr(rpc, "call", late)
+    worker.holder.has_orders = False
+    worker.assigned(worker.name, codec.encode(Assignment(worker.name, epoch, ())))
+    assert not worker.holder.has_orders
+    await worker.register()
+    assert worker.holder.has_orders
+
+
+async def test_signs_of_life_go_on_after_an_error(one: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    keepalive, send, calls = one.workers[0].holder._keepalive, KeepAlive._send_due, 0
+
+    async def once(self: KeepAlive, bus: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise RuntimeError("dictionary changed size during iteration")
+        await send(self, bus)
+
+    monkeypatch.setattr(KeepAlive, "_send_due", once)
+    await wait_until(lambda: calls > 2, "the thread goes on")
+    assert keepalive._thread.is_alive()
+
+
+async def test_a_dispatcher_without_records_takes_workers_as_they_are(one: Services) -> None:
+    edge = dataclasses.replace(one.settings, worker_name="worker-2", region="edge")
+    worker = await one.stack.enter_async_context(worker_service.running(edge, one.home))
+    assert one.dispatcher is not None
+    await KvBucket(one.dispatcher._bus, "assign").delete("worker-2")
+    fresh = await second_dispatcher(one)
+    await wait_until(lambda: "worker-2" in fresh._workers, "its heartbeats count")
+    assert fresh._epochs["worker-2"] == worker._epoch
+    assert "edge" in fresh._regions
+
+
+async def test_a_region_that_is_no_name_is_refused(one: Services) -> None:
+    bus = one.workers[0]._bus
+    body = codec.encode(Registration("worker-1", "edge.>", 1, ()))
+    with pytest.raises(BadName):
+        await rpc.call(bus, "registerWorker", MessageType.REGISTER, body, answers=MessageType.REGISTERED)
+
+
+async def test_a_full_dead_letter_stream_keeps_no_job_from_ending(
+    one: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = await one.push("bump", models.add())
+    instance = next(iter(one.workers[0].holder._instances.values()))
+
+    async def full(*_: object) -> None:
+        raise QueueFull("full")
+
+    monkeypatch.setattr(Redelivery, "_publish", full)
+    job = Job(new_job_id(), TENANT, new_job(served, row(1)).inputs, one.bus.clock.utc() + 60)
+    frame = one.bus.signer.seal(MessageType.INFER, "s", b"", jobs=(job.id,))
+
+    class Message:
+        subject, data = "s", frame
+        headers: dict[str, str] | None = None
+        reply = "$JS.ACK.s.c.9.1.1.1.0"
+
+    header = Header(*[None] * 15)  # type: ignore[arg-type]
+    bundle = Bundle(BusDelivery(one.bus, served.infer_lane, Message()), header, [job])
+    outcome = await instance._redelivery._bury(bundle, job, 3)
+    assert outcome.state is JobState.DEAD
