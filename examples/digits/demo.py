@@ -207,7 +207,7 @@ async def story(running: Platform) -> None:
 
     step("kill", f"kill -KILL {killed.pid}")
     tell(f"that was {VICTIM}, when {killed.ended:,} of {JOBS:,} jobs had ended")
-    tell("what it had in its hands comes back when it has given no sign for 10 s: one moment ...")
+    tell("what it had in its hands comes back after 10 s without a sign of it: one moment ...")
     output = await running.tether(
         "job", "wait", "-", "--within", "40", "--json", stdin=" ".join(killed.ids), watch=True
     )
