@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Self
 
 import pytest
@@ -300,6 +300,12 @@ async def ping(envelope: Envelope) -> bytes:
     return codec.encode(Epoch(len(envelope.body)))
 
 
+def serving(bus: Bus, handler: rpc.RpcHandler) -> AbstractAsyncContextManager[None]:
+    return rpc.serve(
+        bus, "registerWorker", accepts=MessageType.REGISTER, answers=MessageType.REGISTERED, handler=handler
+    )
+
+
 async def call(bus: Bus, body: bytes, timeout_s: float = 2.0) -> bytes:
     return await rpc.call(
         bus, "registerWorker", MessageType.REGISTER, body, answers=MessageType.REGISTERED, timeout=timeout_s
@@ -310,10 +316,9 @@ async def test_a_request_is_answered_and_an_error_keeps_its_class(buses: Buses) 
     async def failing(_: Envelope) -> bytes:
         raise QueueFull("no room")
 
-    types = {"accepts": MessageType.REGISTER, "answers": MessageType.REGISTERED}
-    async with rpc.serve(buses.dispatcher, "registerWorker", handler=ping, **types):
+    async with serving(buses.dispatcher, ping):
         assert codec.decode(await call(buses.worker, b"12345"), Epoch).epoch == 5
-    async with rpc.serve(buses.dispatcher, "registerWorker", handler=failing, **types):
+    async with serving(buses.dispatcher, failing):
         with pytest.raises(QueueFull, match="no room"):
             await call(buses.worker, b"")
 
@@ -330,9 +335,8 @@ async def test_replayed_and_redirected_requests_are_not_answered(buses: Buses) -
         handled.append(envelope.body)
         return b""
 
-    types = {"accepts": MessageType.REGISTER, "answers": MessageType.REGISTERED}
     subject = buses.worker.names.service("registerWorker")
-    async with rpc.serve(buses.dispatcher, "registerWorker", handler=keep, **types):
+    async with serving(buses.dispatcher, keep):
         reply = buses.worker.reply_inbox()
         frame = buses.worker.signer.seal(MessageType.REGISTER, subject, b"x", reply=reply)
         await buses.worker.ask_signed(subject, frame, reply, timeout=2)

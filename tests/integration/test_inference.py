@@ -182,7 +182,7 @@ async def test_messages_that_are_unsigned_tampered_or_misdirected_run_nothing(on
         await bus.publish_acked(bus.names.lane(lane), frame)
 
         def counted(code: str = code, before: float = before) -> bool:
-            return metrics.ENVELOPES_REJECTED.labels(code)._value.get() == before + 1
+            return float(metrics.ENVELOPES_REJECTED.labels(code)._value.get()) == before + 1
 
         await wait_until(counted, f"{code} was counted")
     assert sample("tether_run_seconds_count", model="bump") == runs

@@ -96,7 +96,7 @@ async def test_no_subject_acts_on_it(one: Services, what: str) -> None:
             continue  # only the model store may publish there: see the permission matrix
         count = rejected()
         await publish(target, frames(target)[what])
-        await wait_until(lambda count=count: rejected() > count, f"{target.name}: it was counted")  # type: ignore[misc]
+        await wait_until(lambda count=count: rejected() > count, f"{target.name}: it was counted")
     assert await state(one) == before
     served = one.gateway.catalog.resolve("bump", "")
     assert (await one.infer(served, row(1))).tolist() == row(2).tolist()

@@ -75,7 +75,7 @@ class Heading:
             case "traceparent":
                 self.traceparent = clean_id(value)
             case _:
-                self.idempotency_key = clean_id(value, limit=256)
+                self.idempotency_key = _idempotency_key(value)
 
 
 _LOOKED_AT = frozenset(
@@ -101,6 +101,13 @@ def only_id(headers: Iterable[tuple[str, str]]) -> Heading:
 def clean_id(value: str, *, limit: int = 128) -> str:
     """An id a client chose, when it is short printable ASCII; else nothing, and ours is used."""
     return value if 0 < len(value) <= limit and value.isascii() and value.isprintable() else ""
+
+
+def _idempotency_key(value: str) -> str:
+    """A key that were dropped in silence would not keep a repeated request from becoming a second job."""
+    if value and not clean_id(value, limit=256):
+        raise InvalidRequest("Idempotency-Key must be at most 256 printable ASCII characters", field="Idempotency-Key")
+    return value
 
 
 def _number(value: str, header: str) -> int:
@@ -156,7 +163,7 @@ def timeout_of(parameters: Mapping[str, Parameter], limit_s: float) -> float:
     asked = parameters.get("timeout", 0)
     if type(asked) is not int or asked < 0:
         raise InvalidRequest("parameters.timeout must be whole microseconds", field="parameters.timeout")
-    return min(limit_s, asked / 1e6) if asked else limit_s
+    return min(asked, int(limit_s * 1e6)) / 1e6 if asked else limit_s
 
 
 def reply(status: int, body: bytes, heading: Heading, *, content_type: str, extra: Headers | None = None) -> Reply:
