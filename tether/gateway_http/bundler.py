@@ -223,7 +223,7 @@ class InferBundler:
     def _land(self, flight: Flight, run_s: float = 0.0) -> None:
         if flight in self.flights:
             self.flights.discard(flight)
-            flight.bundler.landed(run_s, self._bus.clock.monotonic() - flight.sent_at)
+            flight.bundler.landed(len(flight.jobs), run_s, self._bus.clock.monotonic() - flight.sent_at)
 
 
 class LaneBundler:
@@ -235,6 +235,7 @@ class LaneBundler:
         self._pending: list[Job] = []
         self._bytes = 0
         self._in_flight = 0
+        self._jobs_in_flight = 0
         self._busy_share = 1.0
         self._timer: asyncio.TimerHandle | None = None
         self._soon = False
@@ -244,23 +245,28 @@ class LaneBundler:
         self._bytes += sum(len(tensor.data) for tensor in job.inputs)
         if len(self._pending) >= self._owner.max_jobs or self._bytes >= self._owner.max_bytes // 2:
             self._flush()
-        elif self._in_flight < self._allowed():
+        elif self._may_leave():
             self._flush_soon()
         elif self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._owner.settings_delay_s, self._flush)
 
-    def _allowed(self) -> int:
-        """Bundles that may be in flight before jobs gather: one for each worker while running the model is what takes
-        the time; just one while it is the way there and back, which fuller bundles make cheaper."""
-        return self._owner.workers(self.lane) if self._busy_share > _BUSY else 1
+    def _may_leave(self) -> bool:
+        """Whether a bundle should leave now: nothing is in flight; or a worker has none, and running the model is what
+        takes the time, or as many jobs have gathered as are in flight, so that halves follow one another."""
+        if self._in_flight == 0:
+            return True
+        if self._in_flight >= self._owner.workers(self.lane):
+            return False
+        return self._busy_share > _BUSY or len(self._pending) >= self._jobs_in_flight
 
-    def landed(self, run_s: float, total_s: float) -> None:
-        """All of a bundle was answered, ``run_s`` of its ``total_s`` seconds by the model: the next may leave."""
+    def landed(self, jobs: int, run_s: float, total_s: float) -> None:
+        """All ``jobs`` of a bundle are answered, ``run_s`` of its ``total_s`` seconds by the model: more may leave."""
+        self._jobs_in_flight -= jobs
         if run_s > 0:
             self._busy_share += _LEARN * (min(1.0, run_s / max(total_s, 1e-6)) - self._busy_share)
         self._in_flight -= 1
-        if self._pending:
+        if self._pending and self._may_leave():
             self._flush_soon()
 
     def _flush_soon(self) -> None:
@@ -277,6 +283,7 @@ class LaneBundler:
         while self._pending:
             jobs = self._fitting()
             self._in_flight += 1
+            self._jobs_in_flight += len(jobs)
             self._owner.launch(Flight(self, jobs))
 
     def _fitting(self) -> list[Job]:
