@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import models
+import numpy as np
 import pytest
 from brokers import Broker, wait_until
 from services import TENANT, Services, new_job, row, services
@@ -18,9 +19,10 @@ from tether.bus.kv import KvBucket
 from tether.bus.pull import BusDelivery
 from tether.dispatcher import service as dispatcher_service
 from tether.dispatcher.service import Dispatcher
-from tether.envelope import Header, MessageType
-from tether.errors import BadName, QueueFull, TetherError
-from tether.job import Job, JobState, new_job_id
+from tether.envelope import MessageType
+from tether.errors import BadName, BrokerUnavailable, QueueFull, TetherError
+from tether.gateway_http.catalog import Served
+from tether.job import Job, JobState, Outcome, new_job_id
 from tether.model import Assignment, Epoch, Registration
 from tether.worker import service as worker_service
 from tether.worker.instance import Bundle
@@ -28,10 +30,28 @@ from tether.worker.keepalive import KeepAlive
 from tether.worker.redelivery import Redelivery
 
 
+@dataclasses.dataclass
+class Delivered:
+    subject: str
+    data: bytes
+    reply: str
+    headers: dict[str, str] | None = None
+
+
 @pytest.fixture
 async def one(broker: Broker) -> AsyncIterator[Services]:
     async with services(broker, workers=1) as running:
         yield running
+
+
+def redelivered(running: Services, served: Served, jobs: list[Job]) -> Bundle:
+    """A bundle that some worker had in its hands before."""
+    ids = tuple(job.id for job in jobs)
+    subject = running.bus.names.lane(served.infer_lane)
+    sealed = running.bus.signer.seal(MessageType.INFER, subject, codec.encode_jobs(jobs), jobs=ids)
+    message = Delivered(subject, sealed, "$JS.ACK.s.c.2.1.1.1.0")
+    header = running.bus.verified(sealed, subject, MessageType.INFER).header
+    return Bundle(BusDelivery(running.workers[0]._bus, served.infer_lane, message), header, jobs)
 
 
 async def second_dispatcher(running: Services) -> Dispatcher:
@@ -155,14 +175,52 @@ async def test_a_full_dead_letter_stream_keeps_no_job_from_ending(
 
     monkeypatch.setattr(Redelivery, "_publish", full)
     job = Job(new_job_id(), TENANT, new_job(served, row(1)).inputs, one.bus.clock.utc() + 60)
-    frame = one.bus.signer.seal(MessageType.INFER, "s", b"", jobs=(job.id,))
-
-    class Message:
-        subject, data = "s", frame
-        headers: dict[str, str] | None = None
-        reply = "$JS.ACK.s.c.9.1.1.1.0"
-
-    header = Header(*[None] * 15)  # type: ignore[arg-type]
-    bundle = Bundle(BusDelivery(one.bus, served.infer_lane, Message()), header, [job])
+    bundle = redelivered(one, served, [job])
     outcome = await instance._redelivery._bury(bundle, job, 3)
     assert outcome.state is JobState.DEAD
+
+
+async def test_a_caller_is_answered_once_although_a_neighbour_keeps_killing_the_worker(
+    one: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = await one.push("bump", models.add())
+    instance = next(iter(one.workers[0].holder._instances.values()))
+    inputs, deadline = new_job(served, row(1)).inputs, one.bus.clock.utc() + 60
+    good, poison = [Job(new_job_id(), TENANT, inputs, deadline) for _ in range(2)]
+    delivered: list[tuple[str, JobState]] = []
+    run = instance.run
+
+    async def dying(jobs: Sequence[Job], attempt: int) -> list[Outcome]:
+        if jobs[0] is poison:
+            raise ConnectionError("as if the process had died")
+        return await run(jobs, attempt)
+
+    async def deliver(_: Sequence[Bundle], outcomes: Sequence[Outcome]) -> None:
+        delivered.extend((outcome.job, outcome.state) for outcome in outcomes)
+
+    monkeypatch.setattr(instance, "run", dying)
+    monkeypatch.setattr(instance, "deliver", deliver)
+    for _ in range(one.settings.max_attempts - 1):
+        with pytest.raises(ConnectionError):
+            await instance._redelivery.work(redelivered(one, served, [good, poison]))
+    await instance._redelivery.work(redelivered(one, served, [good, poison]))
+    assert delivered == [(good.id, JobState.SUCCEEDED), (poison.id, JobState.DEAD)]
+
+
+async def test_a_bundle_whose_answer_could_not_be_sent_is_not_acknowledged(
+    one: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = await one.push("bump", models.add())
+    bus = one.workers[0]._bus
+    publish, lost = bus.publish, 0
+
+    async def flaky(subject: str, *args: Any, **options: Any) -> None:
+        nonlocal lost
+        if subject == one.gateway._bundler.reply and not lost:
+            lost += 1
+            raise BrokerUnavailable("away for a moment")
+        await publish(subject, *args, **options)
+
+    monkeypatch.setattr(bus, "publish", flaky)
+    assert np.array_equal(await one.infer(served, row(1), timeout_s=10), row(2))
+    assert lost == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -14,8 +13,6 @@ from tether.bus.queue import BusResults
 from tether.envelope import MessageType
 from tether.errors import BrokerUnavailable, PayloadTooLarge, QueueFull, ResultTooLarge
 from tether.job import Failure, JobId, JobState, Outcome
-
-log = logging.getLogger(__name__)
 
 _RETRY_S = 0.25
 
@@ -28,14 +25,15 @@ class Answers:
         self._results = BusResults(bus)
 
     async def reply(self, to: str, outcomes: Sequence[Outcome]) -> None:
-        """Send reply bundles to a gateway: as few messages as fit."""
+        """Send reply bundles to a gateway: as few messages as fit.
+
+        Raises:
+            BrokerUnavailable: not all were sent; the bundle must come again.
+        """
         for group in self._grouped(outcomes):
             ids = tuple(outcome.job for outcome in group)
             frame = self._bus.signer.seal(MessageType.ANSWER, to, codec.encode_outcomes(group), jobs=ids)
-            try:
-                await self._bus.publish(to, frame)
-            except BrokerUnavailable:
-                log.info("a reply was not sent; the gateway asks again", extra={"action": "reply_lost"})
+            await self._bus.publish(to, frame)
 
     def _grouped(self, outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
         groups: list[list[Outcome]] = []

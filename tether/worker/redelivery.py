@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+_ANSWERED = 0
+"""As the attempt of a job whose caller has its answer; infer lanes keep no results that would tell."""
+
+
 class Redelivery:
     """Works off redelivered bundles for one model instance."""
 
@@ -43,19 +47,27 @@ class Redelivery:
         await bundle.delivery.ack()
 
     async def _alone(self, bundle: Bundle, job: Job) -> None:
-        attempt = await self._next_attempt(job)
+        last = await self._last_attempt(job)
+        if last == _ANSWERED:
+            return
+        attempt = last + 1
         if attempt > self._bus.settings.max_attempts:
             outcome = await self._bury(bundle, job, attempt - 1)
         else:
-            note = AttemptNote(attempt, self._bus.signer.name, self._bus.clock.utc())
-            await self._notes.put(job.id, codec.encode(note))
+            await self._note(job, attempt)
             (outcome,) = await self._instance.run([job], attempt)
         await self._instance.deliver([bundle], [outcome])
+        if bundle.delivery.lane.kind is LaneKind.INFER:
+            await self._note(job, _ANSWERED)
 
-    async def _next_attempt(self, job: Job) -> int:
-        """The first try was in the bundle; after that, one more than the last note says."""
+    async def _note(self, job: Job, attempt: int) -> None:
+        note = AttemptNote(attempt, self._bus.signer.name, self._bus.clock.utc())
+        await self._notes.put(job.id, codec.encode(note))
+
+    async def _last_attempt(self, job: Job) -> int:
+        """The first try was in the bundle; after that, the last note says it."""
         stored = await self._notes.get(job.id)
-        return 2 if stored is None else codec.decode(stored, AttemptNote).attempt + 1
+        return 1 if stored is None else codec.decode(stored, AttemptNote).attempt
 
     async def _bury(self, bundle: Bundle, job: Job, attempts: int) -> Outcome:
         """Store the dead letter, with the original frame inside, before the job is told to be dead."""
