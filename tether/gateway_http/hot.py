@@ -15,7 +15,7 @@ from tether.gateway_http.core import Gateway
 from tether.gateway_http.errors import error_response
 from tether.gateway_http.jobs import NewJob
 from tether.gateway_http.request import Heading, Incoming, Reply, only_id, read_body, reply, timeout_of
-from tether.job import Priority
+from tether.job import LONGEST_DEADLINE_S, Priority
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class HotRoutes:
     def _new_job(self, body: JobBody, heading: Heading, suffix: str) -> NewJob:
         settings = self._gateway.settings
         deadline_s = settings.job_deadline_s if body.deadline_ms is None else body.deadline_ms / 1000
-        if not 0 < deadline_s <= 30 * 86400:
+        if not 0 < deadline_s <= LONGEST_DEADLINE_S:
             raise InvalidRequest("deadline_ms must be more than 0 and at most 30 days", field="deadline_ms")
         key = heading.idempotency_key
         return NewJob(
@@ -164,4 +164,7 @@ class HotRoutes:
 def _refusal(error: TetherError, incoming: Incoming) -> Reply:
     heading = only_id(incoming.headers)
     status, extra, body = error_response(error, heading.request_id)
+    level = logging.WARNING if status == 500 else logging.DEBUG
+    fields = {"action": "request_refused", "code": error.code, "request_id": heading.request_id}
+    log.log(level, "%s", error.message, extra=fields)
     return reply(status, body, heading, content_type=_JSON, extra=extra)

@@ -120,6 +120,8 @@ class JobService:
         await asyncio.gather(*[self._bundler.add(item) for item in fresh])
         for item in fresh:
             metrics.JOBS_ACCEPTED.labels(item.record.model).inc()
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("accepted", extra={"action": "job_accepted", **_ids(item.record)})
         states = {item.job.id: State(item.record) for item in fresh}
         if known:
             states.update(await self._states(list(known.values())))
@@ -275,7 +277,8 @@ class JobService:
         frame = self._bus.signer.seal(MessageType.RESULT, subject, codec.encode_outcomes([outcome]), jobs=(job,))
         first = await self._results.commit(job, frame, deadline=record.deadline)
         if first:
-            metrics.JOBS_FINISHED.labels("", state.value).inc()
+            metrics.JOBS_FINISHED.labels(record.model, state.value).inc()
+            log.info("ended here", extra={"action": "job_ended", "state": state.value, **_ids(record)})
         return first
 
     # states
@@ -330,6 +333,17 @@ class JobService:
         except BadEncoding as error:
             log.warning("unreadable record: %s", error, extra={"action": "entry_refused"})
             return None
+
+
+def _ids(record: JobRecord) -> dict[str, Any]:
+    """The fields by which a job is found in logs."""
+    return {
+        "job_id": record.id,
+        "request_id": record.request_id,
+        "tenant": record.tenant,
+        "model": record.model,
+        "version": record.version,
+    }
 
 
 def _is_job_id(text: str) -> bool:

@@ -238,6 +238,8 @@ class ModelInstance:
     def _outcome(self, job: Job, result: batching.Result, attempt: int, started: float, finished: float) -> Outcome:
         worker = self._bus.signer.name
         if isinstance(result, TetherError):
+            ids = {"job_id": job.id, "request_id": job.request_id, "tenant": job.tenant, "model": self.manifest.name}
+            log.info("a job failed: %s", result, extra={"action": "job_failed", "code": result.code, **ids})
             failure = Failure(result.code, result.message)
             return Outcome(job.id, JobState.FAILED, (), failure, attempt, worker, started, finished)
         return Outcome(job.id, JobState.SUCCEEDED, result, None, attempt, worker, started, finished)
