@@ -41,6 +41,9 @@ def _reply(answer: httpx.Response) -> Reply:
 
 def _lost(error: httpx.RequestError) -> Lost:
     reason = f"{type(error).__name__}: {error}".rstrip(": ")
+    if isinstance(error, httpx.ConnectError):
+        url = error.request.url
+        reason = f"nothing listens at {url.scheme}://{url.netloc.decode()} ({error}); start it with 'tether up', or name it with TETHER_URL"
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)):
         return Lost(reason, sent=False)
     return Lost(reason, sent=True, late=isinstance(error, httpx.TimeoutException))

@@ -198,7 +198,7 @@ def _from_environment(known: Mapping[str, SettingInfo], environ: Mapping[str, st
             continue
         info = by_env.get(variable)
         if info is None:
-            raise _unknown("environment variable ", variable, by_env)
+            raise _unknown("environment: ", variable, by_env)
         found[info.name] = _parse(info, text)
     return found
 
