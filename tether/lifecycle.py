@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -88,6 +89,13 @@ async def first_of(*events: asyncio.Event) -> None:
         await asyncio.gather(*waits, return_exceptions=True)
 
 
+def spare_the_collector() -> None:
+    """What was made while starting stays: the garbage collector need not walk it again in the middle of a request."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
+
+
 class Service(Protocol):
     """What :func:`serve` needs of a running service."""
 
@@ -110,6 +118,7 @@ async def serve(stop: asyncio.Event, service: AbstractAsyncContextManager[S], on
         async with service as running:
             started.set()
             on_ready(running)
+            spare_the_collector()
             await first_of(stop, running.closed)
             if running.closed.is_set():
                 raise BrokerUnavailable("the broker closed the connection for good")
