@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -57,3 +58,15 @@ def send(pid: int, number: signal.Signals) -> None:
         return
     with suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def can_listen(host: str, port: int) -> bool:
+    """Whether this process could listen on a TCP port just now; port 0 is always free."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import socket
 import stat
 import sys
 import time
@@ -20,6 +19,7 @@ from tether.bus.server import EmbeddedServer, check_server, find_server, show_ve
 from tether.envelope import Role, open_keyset
 from tether.errors import ConfigError, KeysetError, NotFound, PermissionDenied, TetherError
 from tether.home import Home
+from tether.processes import can_listen
 from tether.settings import Settings
 from tether_cli.up import is_locked, ops_ports, read_endpoints
 
@@ -102,23 +102,13 @@ def ports(home: Home, settings: Settings) -> Iterator[Finding]:
         return
     wanted = {"gateway": (settings.http_host, settings.http_port)}
     wanted |= {name: (settings.ops_host, port) for name, port in ops_ports(settings.workers).items()}
-    taken = {name: where for name, where in wanted.items() if not _can_listen(*where)}
+    taken = {name: where for name, where in wanted.items() if not can_listen(*where)}
     for name, (host, port) in taken.items():
         level: Level = "fail" if name == "gateway" else "warn"
         fix = "choose another with --http" if name == "gateway" else "'tether up' takes a free one instead"
         yield Finding(level, f"port {host}:{port} ({name}) is taken", fix)
     if not taken:
         yield Finding("ok", f"ports: {', '.join(str(port) for _, port in wanted.values())} are free")
-
-
-def _can_listen(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 def binary(settings: Settings) -> Finding:

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ from tether.envelope import MessageType
 from tether.errors import ConfigError, Conflict, Unavailable
 from tether.home import Home, read_secret, write_secret
 from tether.lifecycle import stop_on_signals
-from tether.processes import alive, send
+from tether.processes import alive, can_listen, send
 from tether.settings import Settings, load
 from tether_cli.supervisor import GATEWAY, Service, Supervisor, last_line
 
@@ -88,7 +87,7 @@ def services(plan: Plan, nats_url: str) -> list[Service]:
     host = local(plan.settings.ops_host)
     made = []
     for name, usual in ops_ports(plan.settings.workers).items():
-        port = 0 if any_port or not _free(plan.settings.ops_host, usual) else usual
+        port = 0 if any_port or not can_listen(plan.settings.ops_host, usual) else usual
         own = {**common, "TETHER_OPS_PORT": str(port), "TETHER_OPS_HOST": plan.settings.ops_host}
         command = name
         if name.startswith("worker-"):
@@ -103,16 +102,6 @@ def services(plan: Plan, nats_url: str) -> list[Service]:
 def _gateway_address() -> tuple[str, int]:
     settings = load(GATEWAY)
     return settings.http_host, settings.http_port
-
-
-def _free(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 @contextmanager

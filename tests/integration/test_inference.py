@@ -24,18 +24,6 @@ from tether.job import Job, JobState, Lane, Outcome, new_job_id
 from tether.tensor import from_numpy
 
 
-@pytest.fixture
-async def one(broker: Broker) -> AsyncIterator[Services]:
-    async with services(broker, workers=1) as running:
-        yield running
-
-
-@pytest.fixture
-async def restartable(embedded_broker: Broker) -> AsyncIterator[tuple[Broker, Services]]:
-    async with services(embedded_broker, workers=1) as running:
-        yield embedded_broker, running
-
-
 def sample(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import models
 import numpy as np
 import pytest
 from brokers import Broker, wait_until
-from services import TENANT, Services, new_job, row, services
+from services import TENANT, Services, new_job, row
 
 from tether import codec, oip
 from tether.bus.connection import Bus
@@ -21,18 +20,6 @@ from tether.errors import BadTensor, IdempotencyConflict, JobNotFound, ResultCon
 from tether.gateway_http.catalog import Served
 from tether.job import AttemptNote, JobId, JobState, Lane, Outcome, Priority
 from tether.tensor import from_numpy, to_numpy
-
-
-@pytest.fixture
-async def one(broker: Broker) -> AsyncIterator[Services]:
-    async with services(broker, workers=1) as running:
-        yield running
-
-
-@pytest.fixture
-async def restartable(embedded_broker: Broker) -> AsyncIterator[tuple[Broker, Services]]:
-    async with services(embedded_broker, workers=1) as running:
-        yield embedded_broker, running
 
 
 async def bump(running: Services) -> Served:

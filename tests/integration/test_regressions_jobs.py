@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import models
 import numpy as np
 import pytest
-from brokers import Broker, wait_until
-from services import TENANT, Services, new_job, row, services
+from brokers import wait_until
+from services import TENANT, Services, new_job, row
 
 from tether import codec, oip
 from tether.bus.connection import Bus
@@ -20,12 +19,6 @@ from tether.gateway_http import core
 from tether.gateway_http.catalog import Served
 from tether.job import Priority, new_job_id
 from tether.tensor import to_numpy
-
-
-@pytest.fixture
-async def one(broker: Broker) -> AsyncIterator[Services]:
-    async with services(broker, workers=1) as running:
-        yield running
 
 
 async def bump(running: Services) -> Served:

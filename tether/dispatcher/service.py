@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from tether import codec, lifecycle, logs, metrics, ops_http
+from tether import codec, daemon, lifecycle, metrics
 from tether.bus import rpc
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket, SignedBucket
@@ -209,12 +209,4 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Dispatcher]:
 
 async def main(settings: Settings) -> None:
     """Run the dispatcher until SIGTERM or SIGINT."""
-    logs.setup(settings, "dispatcher")
-    stop = lifecycle.stop_on_signals()
-    home = Home.at(settings.home)
-    current: list[Dispatcher] = []
-    app = ops_http.operations(lambda: current[0].checks() if current else {"start": "not connected yet"})
-    port = DEFAULT_PORT if settings.ops_port < 0 else settings.ops_port
-    async with ops_http.listening(app, settings.ops_host, port) as bound:
-        lifecycle.write_endpoint(home, "dispatcher", bound)
-        await lifecycle.serve(stop, running(settings, home), current.append)
+    await daemon.run(settings, "dispatcher", DEFAULT_PORT, running)

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from tether import codec, lifecycle, logs, metrics, ops_http
+from tether import codec, daemon, metrics
 from tether.bus import rpc
 from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
@@ -136,12 +136,4 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[ModelStoreSer
 
 async def main(settings: Settings) -> None:
     """Run the model store until SIGTERM or SIGINT."""
-    logs.setup(settings, "modelstore")
-    stop = lifecycle.stop_on_signals()
-    home = Home.at(settings.home)
-    current: list[ModelStoreService] = []
-    app = ops_http.operations(lambda: current[0].checks() if current else {"start": "not connected yet"})
-    port = DEFAULT_PORT if settings.ops_port < 0 else settings.ops_port
-    async with ops_http.listening(app, settings.ops_host, port) as bound:
-        lifecycle.write_endpoint(home, "modelstore", bound)
-        await lifecycle.serve(stop, running(settings, home), current.append)
+    await daemon.run(settings, "modelstore", DEFAULT_PORT, running)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from tether import codec, lifecycle, logs, metrics, ops_http
+from tether import codec, daemon, lifecycle, metrics
 from tether.bus import rpc
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket, SignedBucket
@@ -139,12 +139,4 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[WorkerService
 
 async def main(settings: Settings) -> None:
     """Run the worker until SIGTERM or SIGINT, or until the connection is closed for good."""
-    logs.setup(settings, settings.worker_name)
-    stop = lifecycle.stop_on_signals()
-    home = Home.at(settings.home)
-    current: list[WorkerService] = []
-    app = ops_http.operations(lambda: current[0].checks() if current else {"start": "not connected yet"})
-    port = DEFAULT_PORT if settings.ops_port < 0 else settings.ops_port
-    async with ops_http.listening(app, settings.ops_host, port) as bound:
-        lifecycle.write_endpoint(home, settings.worker_name, bound)
-        await lifecycle.serve(stop, running(settings, home), current.append)
+    await daemon.run(settings, settings.worker_name, DEFAULT_PORT, running)

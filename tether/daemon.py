@@ -1,0 +1,44 @@
+"""A service as a process: logs, signals, operations port, and the file that says where it listens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol, TypeVar
+
+from tether import lifecycle, logs, ops_http
+from tether.home import Home
+from tether.settings import Settings
+
+
+class Daemon(lifecycle.Service, Protocol):
+    """A running service that can say how it is."""
+
+    def checks(self) -> dict[str, str]: ...
+
+
+D = TypeVar("D", bound=Daemon)
+
+
+async def run(
+    settings: Settings,
+    name: str,
+    usual_port: int,
+    running: Callable[[Settings, Home], AbstractAsyncContextManager[D]],
+) -> None:
+    """Keep ``running`` alive until SIGTERM or SIGINT, or until its connection is closed for good.
+
+    Its health is answered from the start, also while it waits for a broker.
+
+    Raises:
+        ConfigError, BrokerUnavailable: what kept it from starting or going on.
+    """
+    logs.setup(settings, name)
+    stop = lifecycle.stop_on_signals()
+    home = Home.at(settings.home)
+    current: list[D] = []
+    app = ops_http.operations(lambda: current[0].checks() if current else {"start": "not connected yet"})
+    port = usual_port if settings.ops_port < 0 else settings.ops_port
+    async with ops_http.listening(app, settings.ops_host, port) as bound:
+        lifecycle.write_endpoint(home, name, bound)
+        await lifecycle.serve(stop, running(settings, home), current.append)
