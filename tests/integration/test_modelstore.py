@@ -147,11 +147,16 @@ async def test_a_dotted_name_is_a_model_of_its_own(platform: Platform) -> None:
 
 
 async def test_an_interrupted_upload_is_invisible_and_resumed(platform: Platform) -> None:
-    content = noise(40 * PIECE)
+    content = noise(60 * PIECE)
+    first = hashlib.sha256(content[:PIECE]).hexdigest()
+
+    async def is_stored() -> bool:
+        return not await platform.store().missing([first])
 
     async def broken() -> AsyncIterator[bytes]:
-        async for part in parts(content[: 24 * PIECE]):
+        async for part in parts(content[: 40 * PIECE]):
             yield part
+        await wait_until(is_stored, "a piece is stored before the upload breaks")
         raise ConnectionResetError
 
     with pytest.raises(ConnectionResetError):
