@@ -28,6 +28,18 @@ class ApiKey(msgspec.Struct, frozen=True):
     name: str
     created_at: float
     revoked: bool = False
+    models: tuple[str, ...] = ("*",)
+    """Patterns of the models it may use, within those of its tenant."""
+    rate: float = 0.0
+    """Requests a second over all gateways; 0: no limit of its own."""
+    burst: int = 0
+    """Requests that may come at once; 0: as many as ``rate`` allows in a second."""
+    concurrency: int = 0
+    """Requests that may be open at the same time over all gateways; 0: no limit of its own."""
+    expires_at: float = 0.0
+    """UTC seconds; 0.0: never."""
+    replaces: str = ""
+    """The id of the key that this one took over from when it was rotated."""
 
     def accepts(self, text: str) -> bool:
         """Whether ``text`` is this key and the key still counts; takes the same time for every wrong text."""

@@ -20,6 +20,8 @@
     ├── Unavailable           try again later
     │   ├── ModelNotReady
     │   ├── QueueFull
+    │   ├── RateLimited       the key or its tenant asks more often than it may
+    │   ├── QuotaExceeded     the tenant has as much as it may have
     │   └── BrokerUnavailable
     ├── DeadlineExceeded
     ├── JobCancelled
@@ -31,7 +33,7 @@
     ├── EnvelopeError         a message that must not be acted on
     │   ├── Unsigned, BadEncoding, BadSignature, SubjectMismatch, Replayed
     │   ├── EnvelopeExpired, ClockSkew
-    │   └── UnknownKey, KeyExpired, RoleNotAllowed
+    │   └── UnknownKey, KeyExpired, KeyRevoked, RoleNotAllowed
     ├── KeysetError           the set of identities cannot be trusted
     ├── ConfigError           a setting, a file or the machine is not as it must be
     └── PermissionDenied      the broker refused a subject to this identity
@@ -137,6 +139,31 @@ class QueueFull(Unavailable):
     code = "queue_full"
 
 
+class RateLimited(Unavailable):
+    """``limit`` requests are allowed in the window that ends in ``reset`` seconds, and ``remaining`` of them are left."""
+
+    code = "rate_limited"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        retry_after: float = 1.0,
+        limit: int = 0,
+        remaining: int = 0,
+        reset: float = 1.0,
+    ) -> None:
+        super().__init__(message, field=field, retry_after=retry_after)
+        self.limit = limit
+        self.remaining = remaining
+        self.reset = reset
+
+
+class QuotaExceeded(Unavailable):
+    code = "quota_exceeded"
+
+
 class BrokerUnavailable(Unavailable):
     code = "broker_unavailable"
 
@@ -215,6 +242,10 @@ class UnknownKey(EnvelopeError):
 
 class KeyExpired(EnvelopeError):
     code = "key_expired"
+
+
+class KeyRevoked(EnvelopeError):
+    code = "key_revoked"
 
 
 class RoleNotAllowed(EnvelopeError):

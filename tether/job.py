@@ -52,14 +52,18 @@ class Priority(StrEnum):
     LOW = "low"
 
 
+SHARED = "shared"
+"""The scope of every tenant that is not isolated; no tenant may have this name."""
+
+
 class Lane(msgspec.Struct, frozen=True):
-    """One queue: the jobs of a kind for one model version, in one region, of one scope."""
+    """One queue: the jobs of a kind for one model version, in one region, of one scope: shared, or an isolated tenant's."""
 
     kind: LaneKind
     model: str
     version: int
     region: str = "local"
-    scope: str = "shared"
+    scope: str = SHARED
     priority: Priority = Priority.NORMAL
 
 

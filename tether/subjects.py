@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 
-from tether.job import Lane, LaneKind, Priority
+from tether.job import SHARED, Lane, LaneKind, Priority
 
 
 def token(name: str) -> str:
@@ -19,6 +19,11 @@ def token(name: str) -> str:
 def name_of(subject_token: str) -> str:
     """The client-chosen name that :func:`token` wrote."""
     return subject_token.replace("=", ".")
+
+
+def scope_token(scope: str) -> str:
+    """The token of an isolated tenant's own streams and keys; no shard number and no job id looks like it."""
+    return f"={token(scope)}"
 
 
 class Names:
@@ -34,26 +39,40 @@ class Names:
         self._upper = prefix.upper()
         self.results_stream = f"{self._upper}_RESULTS"
         self.dead_stream = f"{self._upper}_DEAD"
+        self.audit_stream = f"{self._upper}_AUDIT"
 
     # streams
 
-    def infer_stream(self, shard: int) -> str:
+    def infer_stream(self, shard: int | str) -> str:
         return f"{self._upper}_INFER_{shard}"
 
-    def jobs_stream(self, shard: int) -> str:
+    def jobs_stream(self, shard: int | str) -> str:
         return f"{self._upper}_JOBS_{shard}"
 
     def lane_stream(self, lane: Lane) -> str:
-        """The stream that holds a lane: its model's shard."""
+        """The stream that holds a lane: its model's shard, or its isolated tenant's own."""
         if lane.kind is LaneKind.INFER:
-            return self.infer_stream(_shard(lane.model, self.infer_shards))
-        return self.jobs_stream(_shard(lane.model, self.job_shards))
+            return self.infer_stream(self._infer_shard(lane))
+        return self.jobs_stream(self._jobs_shard(lane))
 
-    def infer_subjects(self, shard: int) -> str:
+    def infer_subjects(self, shard: int | str) -> str:
         return f"{self.prefix}.infer.{shard}.>"
 
-    def jobs_subjects(self, shard: int) -> str:
+    def jobs_subjects(self, shard: int | str) -> str:
         return f"{self.prefix}.job.{shard}.>"
+
+    def _infer_shard(self, lane: Lane) -> int | str:
+        return _shard(lane.model, self.infer_shards) if lane.scope == SHARED else scope_token(lane.scope)
+
+    def _jobs_shard(self, lane: Lane) -> int | str:
+        return _shard(lane.model, self.job_shards) if lane.scope == SHARED else scope_token(lane.scope)
+
+    def scope_infer_stream(self, scope: str) -> str:
+        """The infer stream of an isolated tenant."""
+        return self.infer_stream(scope_token(scope))
+
+    def scope_jobs_stream(self, scope: str) -> str:
+        return self.jobs_stream(scope_token(scope))
 
     # lanes
 
@@ -61,8 +80,8 @@ class Names:
         """The subject bundles of a lane are published on."""
         tail = f"{lane.region}.{token(lane.scope)}.{token(lane.model)}.{lane.version}"
         if lane.kind is LaneKind.INFER:
-            return f"{self.prefix}.infer.{_shard(lane.model, self.infer_shards)}.{tail}"
-        return f"{self.prefix}.job.{_shard(lane.model, self.job_shards)}.{lane.priority.value}.{tail}"
+            return f"{self.prefix}.infer.{self._infer_shard(lane)}.{tail}"
+        return f"{self.prefix}.job.{self._jobs_shard(lane)}.{lane.priority.value}.{tail}"
 
     def lane_consumer(self, lane: Lane) -> str:
         """The durable pull consumer of a lane; unique within its stream, since no name can hold a ``+``."""
@@ -87,11 +106,20 @@ class Names:
 
     # results, replies, dead letters
 
-    def result(self, job: str) -> str:
-        return f"{self.prefix}.result.{job}"
+    def result(self, job: str, scope: str = SHARED) -> str:
+        return f"{self.prefix}.result.{job}" if scope == SHARED else f"{self.prefix}.result.{scope_token(scope)}.{job}"
 
-    def results(self) -> str:
-        return f"{self.prefix}.result.*"
+    def results(self, scope: str = SHARED) -> str:
+        """Every result of a scope; an isolated tenant's are a level deeper."""
+        return self.result("*", scope)
+
+    def scope_results_stream(self, scope: str) -> str:
+        """The stream of a scope's results."""
+        return self.results_stream if scope == SHARED else f"{self.results_stream}_{scope_token(scope)}"
+
+    def attempt_key(self, id: str, scope: str = SHARED) -> str:
+        """The key of an attempt note in its bucket."""
+        return id if scope == SHARED else f"{scope_token(scope)}.{id}"
 
     def reply(self, gateway: str) -> str:
         """Where a gateway takes reply bundles; ``gateway`` is one run of one gateway."""
@@ -100,8 +128,22 @@ class Names:
     def dead(self, lane: Lane) -> str:
         return f"{self.prefix}.dead.{token(lane.scope)}.{token(lane.model)}.{lane.version}"
 
-    def dead_subjects(self) -> str:
-        return f"{self.prefix}.dead.>"
+    def dead_subjects(self, scope: str = "") -> str:
+        """Every dead letter, or those of one scope."""
+        return f"{self.prefix}.dead.{token(scope)}.>" if scope else f"{self.prefix}.dead.>"
+
+    # audit and limits
+
+    def audit(self, tenant: str, kind: str) -> str:
+        """Entries of one tenant and kind; ``-`` stands for no tenant."""
+        return f"{self.prefix}.audit.{token(tenant) or '-'}.{kind}"
+
+    def audit_subjects(self) -> str:
+        return f"{self.prefix}.audit.>"
+
+    def demand(self) -> str:
+        """Where gateways tell one another what each key asked of them; plain NATS, nothing is stored."""
+        return f"{self.prefix}.demand"
 
     # services
 
@@ -109,7 +151,7 @@ class Names:
         """The request subject of a service endpoint such as ``registerWorker``."""
         return f"{self.prefix}.svc.{name}"
 
-    # key-value buckets: liveness models aliases routes assign keyset apikeys jobs attempts
+    # key-value buckets: see tether.bus.permissions.BUCKETS
 
     def bucket(self, name: str) -> str:
         return f"{self._upper}_{name}"

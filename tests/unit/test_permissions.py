@@ -39,7 +39,10 @@ WRITERS = {
     "jobs": {Role.GATEWAY},
     "attempts": {Role.WORKER},
     "liveness": {Role.WORKER},
-    "keyset": set(),
+    "keyset": {Role.ADMIN, Role.DISPATCHER},  # what counts in it is the root key's signature
+    "keyuse": {Role.GATEWAY},
+    "tenants": {Role.GATEWAY, Role.ADMIN},
+    "tenantkeys": {Role.GATEWAY},
 }
 
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tether.errors import BadName
-from tether.job import Lane, LaneKind, Priority
+from tether.job import SHARED, Lane, LaneKind, Priority
 from tether.model import NAME_PATTERN, check_name
-from tether.subjects import Names, name_of, token
+from tether.subjects import Names, name_of, scope_token, token
 
 client_names = st.from_regex(NAME_PATTERN, fullmatch=True).filter(lambda name: not name.endswith("\n"))
 lanes = st.builds(
@@ -20,7 +20,7 @@ lanes = st.builds(
     model=client_names,
     version=st.integers(1, 2**31),
     region=st.sampled_from(["local", "eu-west_1"]),
-    scope=client_names,
+    scope=st.just(SHARED) | client_names,
     priority=st.just(Priority.NORMAL),
 )
 NAMES = Names("tether", infer_shards=3, job_shards=2, partitions=4)
@@ -40,8 +40,11 @@ def test_a_lane_is_read_back_from_its_subject(lane: Lane, priority: Priority) ->
     assert NAMES.parse_lane(subject) == lane
     shards = NAMES.infer_shards if lane.kind is LaneKind.INFER else NAMES.job_shards
     wildcards = NAMES.infer_subjects if lane.kind is LaneKind.INFER else NAMES.jobs_subjects
-    assert [wildcards(shard) for shard in range(shards) if subject.startswith(wildcards(shard)[:-1])]
-    assert NAMES.lane_stream(lane).startswith("TETHER_")
+    stream = NAMES.infer_stream if lane.kind is LaneKind.INFER else NAMES.jobs_stream
+    own = scope_token(lane.scope)
+    found = [shard for shard in (*range(shards), own) if subject.startswith(wildcards(shard)[:-1])]
+    assert [stream(shard) for shard in found] == [NAMES.lane_stream(lane)]
+    assert (found == [own]) == (lane.scope != SHARED)
 
 
 @given(lanes, lanes)

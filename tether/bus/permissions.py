@@ -11,7 +11,20 @@ from dataclasses import dataclass
 from tether.envelope import Role
 from tether.subjects import Names
 
-BUCKETS = ("liveness", "models", "aliases", "routes", "assign", "keyset", "apikeys", "jobs", "attempts")
+BUCKETS = (
+    "liveness",
+    "models",
+    "aliases",
+    "routes",
+    "assign",
+    "keyset",
+    "apikeys",
+    "keyuse",
+    "tenants",
+    "tenantkeys",
+    "jobs",
+    "attempts",
+)
 """Every key-value bucket of the platform."""
 
 DISPATCHER_SERVICES = ("registerWorker", "findAvailableWorker", "listWorkers")
@@ -71,28 +84,33 @@ def _gateway(names: Names) -> Permissions:
             f"{names.prefix}.job.>",
             names.results(),
             names.service("*"),
-            *_keys(names, "jobs", "apikeys"),
+            names.audit_subjects(),
+            names.demand(),
+            *_keys(names, "jobs", "apikeys", "keyuse", "tenants", "tenantkeys"),
             *_objects(names),
-            *_read(names, "jobs", "attempts", "models", "aliases", "routes", "apikeys", "liveness"),
+            *_read(names, "jobs", "attempts", "models", "aliases", "routes", "apikeys", "keyuse", "tenants"),
+            *_read(names, "tenantkeys", "liveness", "keyset"),
             *_get(names.results_stream),
+            *_get(names.audit_stream),
             *_read_objects(names),
         ),
         subscribe=(
             role_inbox(names, Role.GATEWAY),
             names.reply("*"),
             names.results(),
-            *_keys(names, "models", "aliases", "routes", "apikeys", "liveness"),
+            names.demand(),
+            *_keys(names, "models", "aliases", "routes", "apikeys", "liveness", "tenants", "tenantkeys", "keyset"),
         ),
     )
 
 
 def _dispatcher(names: Names) -> Permissions:
     return Permissions(
-        publish=("$JS.API.>", *_keys(names, "assign", "routes"), _DISCOVERY),
+        publish=("$JS.API.>", *_keys(names, "assign", "routes", "keyset"), names.audit_subjects(), _DISCOVERY),
         publish_deny=_NEVER,
         subscribe=(
             role_inbox(names, Role.DISPATCHER),
-            *_keys(names, "liveness", "models", "aliases", "assign", "routes"),
+            *_keys(names, "liveness", "models", "aliases", "assign", "routes", "tenants", "keyset"),
             *_services(names, DISPATCHER_SERVICES),
         ),
         responds=True,
@@ -114,13 +132,13 @@ def _worker(names: Names) -> Permissions:
             # one key each: a worker has a single-token name
             names.bucket_key("liveness", "*"),
             names.bucket_key("attempts", "*"),
-            *_read(names, "models", "assign", "attempts"),
+            *_read(names, "models", "assign", "attempts", "tenantkeys", "keyset"),
             *_get(names.results_stream),
             *_read_objects(names),
         ),
         subscribe=(
             role_inbox(names, Role.WORKER),
-            *_keys(names, "assign", "models"),
+            *_keys(names, "assign", "models", "tenantkeys", "keyset"),
             *_services(names, WORKER_SERVICES),
         ),
         responds=True,
@@ -131,13 +149,14 @@ def _modelstore(names: Names) -> Permissions:
     return Permissions(
         publish=(
             *_keys(names, "models", "aliases"),
+            names.audit_subjects(),
             *_objects(names),
-            *_read(names, "models", "aliases"),
+            *_read(names, "models", "aliases", "tenants", "keyset"),
             *_read_objects(names),
         ),
         subscribe=(
             role_inbox(names, Role.MODELSTORE),
-            *_keys(names, "models", "aliases"),
+            *_keys(names, "models", "aliases", "tenants", "keyset"),
             *_services(names, MODELSTORE_SERVICES),
         ),
         responds=True,
@@ -146,7 +165,13 @@ def _modelstore(names: Names) -> Permissions:
 
 def _admin(names: Names) -> Permissions:
     return Permissions(
-        publish=(*_LOOK, *_keys(names, "apikeys"), names.service("*"), _DISCOVERY),
+        publish=(
+            *_LOOK,
+            *_keys(names, "apikeys", "tenants", "keyset"),
+            names.audit_subjects(),
+            names.service("*"),
+            _DISCOVERY,
+        ),
         subscribe=(role_inbox(names, Role.ADMIN), *_keys(names, *BUCKETS)),
     )
 

@@ -18,6 +18,17 @@ NANOSECONDS = 1_000_000_000
 MAX_CONSUMERS = 20_000
 """The server's default cap of 1,000 lanes a stream is too low."""
 
+PLAIN_BUCKETS = (
+    "models",
+    "aliases",
+    "routes",
+    "assign",
+    "keyset",
+    "apikeys",
+    "keyuse",
+    "tenants",
+    "tenantkeys",
+)
 STREAM_NOT_FOUND = 10059
 PRIORITY_GROUP = "lane"
 _MB = 1 << 20
@@ -29,14 +40,13 @@ def streams(names: Names, settings: Settings) -> list[dict[str, Any]]:
     disk = settings.max_file_mb * _MB
     infer = [_infer(names, shard, memory // (2 * names.infer_shards)) for shard in range(names.infer_shards)]
     jobs = [_jobs(names, shard, disk // (8 * names.job_shards), settings) for shard in range(names.job_shards)]
-    buckets = [
-        _bucket(names, name, settings) for name in ("models", "aliases", "routes", "assign", "keyset", "apikeys")
-    ]
+    buckets = [_bucket(names, name, settings) for name in PLAIN_BUCKETS]
     return [
         *infer,
         *jobs,
         _results(names, disk // 4, settings),
         _dead(names, disk // 16, settings),
+        _audit(names, disk // 16, settings),
         *buckets,
         _bucket(names, "jobs", settings, max_bytes=disk // 16),
         _bucket(names, "attempts", settings, max_bytes=disk // 32, max_age=int(settings.result_ttl_s * NANOSECONDS)),
@@ -102,6 +112,23 @@ def _dead(names: Names, max_bytes: int, settings: Settings) -> dict[str, Any]:
         "max_age": 30 * 86400 * NANOSECONDS,
         "max_bytes": max_bytes,
         "allow_direct": True,
+        "num_replicas": settings.replicas,
+    }
+
+
+def _audit(names: Names, max_bytes: int, settings: Settings) -> dict[str, Any]:
+    return {
+        "name": names.audit_stream,
+        "subjects": [names.audit_subjects()],
+        "storage": "file",
+        "retention": "limits",
+        "discard": "new",
+        "max_age": 365 * 86400 * NANOSECONDS,
+        "max_bytes": max_bytes,
+        "allow_direct": True,
+        "deny_delete": True,
+        "deny_purge": True,
+        "duplicate_window": 120 * NANOSECONDS,
         "num_replicas": settings.replicas,
     }
 

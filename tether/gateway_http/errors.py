@@ -18,6 +18,8 @@ STATUSES: dict[type[errors.TetherError], int] = {
     errors.Conflict: 409,
     errors.Unavailable: 503,
     errors.QueueFull: 429,
+    errors.RateLimited: 429,
+    errors.QuotaExceeded: 429,
     errors.DeadlineExceeded: 504,
     errors.JobCancelled: 409,
     errors.ModelRejected: 422,

@@ -1,4 +1,4 @@
-"""Signed envelopes and the keyset that says whose signature counts. The only importer of nacl.
+"""Signed frames: what crosses between services.
 
 Frame, all integers big-endian::
 
@@ -16,22 +16,21 @@ import hashlib
 import os
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from enum import StrEnum
+from collections.abc import Callable
 
 import msgspec
 import nacl.exceptions
-import nacl.public
 import nacl.signing
 
 from tether import codec
+from tether.envelope.keyset import KID_BYTES, MAX_SKEW_MS, Identity, IdentityRecord, Keyset
+from tether.envelope.roles import MessageType, Role
 from tether.errors import (
     BadEncoding,
     BadSignature,
     ClockSkew,
     EnvelopeExpired,
     KeyExpired,
-    KeysetError,
     Replayed,
     RoleNotAllowed,
     SubjectMismatch,
@@ -42,74 +41,11 @@ from tether.errors import (
 MAGIC = b"TTHR"
 VERSION = 1
 DOMAIN = b"tether/envelope/v1\0"
-KEYSET_DOMAIN = b"tether/keyset/v1\0"
 MAX_HEADER = 16 * 1024
-MAX_SKEW_MS = 30_000
-"""A message that claims to come from further in the future than this is refused."""
-
 REPLAY_WINDOW_MS = 60_000 + MAX_SKEW_MS
 """How long nonces are remembered: a minute, and as long again as a sender's clock may run ahead."""
 
 _PREFIX = struct.Struct(">4sBH64s")
-_KID = 16
-
-
-class Role(StrEnum):
-    GATEWAY = "gateway"
-    DISPATCHER = "dispatcher"
-    WORKER = "worker"
-    MODELSTORE = "modelstore"
-    ADMIN = "admin"
-
-
-class MessageType(StrEnum):
-    """What a message asks its receiver to do. A key may send only the types of its role."""
-
-    INFER = "infer"  # bundle on an infer lane
-    JOB = "job"  # bundle on a jobs lane
-    ANSWER = "answer"  # reply bundle to a gateway
-    RESULT = "result"  # how a durable job ended
-    RECORD = "record"  # state record of an accepted job
-    ATTEMPT = "attempt"  # note that a worker began
-    DEAD = "dead"  # dead letter with the original frame inside
-    HEARTBEAT = "heartbeat"
-    REGISTER = "register"  # worker to dispatcher, RPC
-    REGISTERED = "registered"  # its answer
-    ASSIGN = "assign"
-    ROUTE = "route"
-    MANIFEST = "manifest"
-    ALIAS = "alias"
-    API_KEY = "api_key"
-    PUSH = "push"  # gateway to model store, RPC: make these chunks a version
-    PUSHED = "pushed"  # its answer
-
-
-ROLE_TYPES: Mapping[Role, frozenset[MessageType]] = {
-    Role.GATEWAY: frozenset(
-        {
-            MessageType.INFER,
-            MessageType.JOB,
-            MessageType.RECORD,
-            MessageType.RESULT,
-            MessageType.API_KEY,
-            MessageType.PUSH,
-        }
-    ),
-    Role.DISPATCHER: frozenset({MessageType.REGISTERED, MessageType.ASSIGN, MessageType.ROUTE}),
-    Role.WORKER: frozenset(
-        {
-            MessageType.ANSWER,
-            MessageType.RESULT,
-            MessageType.ATTEMPT,
-            MessageType.DEAD,
-            MessageType.HEARTBEAT,
-            MessageType.REGISTER,
-        }
-    ),
-    Role.MODELSTORE: frozenset({MessageType.MANIFEST, MessageType.ALIAS, MessageType.PUSHED}),
-    Role.ADMIN: frozenset({MessageType.API_KEY}),
-}
-"""The types each role may send. RESULT from a gateway is how a cancelled or expired job ends."""
 
 
 class Header(msgspec.Struct, frozen=True, array_like=True):
@@ -135,104 +71,13 @@ class Header(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Envelope(msgspec.Struct, frozen=True):
-    """A verified frame. ``sender`` is the identity's name from the keyset."""
+    """A verified frame. ``sender`` is the identity's name from the keyset, ``sender_tenant`` the isolated tenant that
+    it is bound to, or empty."""
 
     header: Header
     body: bytes
     sender: str
-
-
-class IdentityRecord(msgspec.Struct, frozen=True):
-    """One identity in the keyset. Keys are raw bytes; times are UTC milliseconds."""
-
-    kid: bytes
-    name: str
-    role: Role
-    ed25519: bytes
-    x25519: bytes
-    types: tuple[MessageType, ...]
-    not_before: int
-    expires_at: int
-
-
-class Keyset(msgspec.Struct, frozen=True):
-    """Every identity whose messages count, as the root key signed it."""
-
-    version: int
-    not_before: int
-    expires_at: int
-    identities: tuple[IdentityRecord, ...]
-
-
-class Identity(msgspec.Struct, frozen=True):
-    """A service's own secret. ``seed`` makes its Ed25519 key, ``box_seed`` its X25519 key; 32 bytes each."""
-
-    name: str
-    role: Role
-    seed: bytes
-    box_seed: bytes
-
-    def __repr__(self) -> str:
-        return f"Identity(name={self.name!r}, role={self.role.value!r}, seed=<secret>)"
-
-    @property
-    def kid(self) -> bytes:
-        return key_id(bytes(nacl.signing.SigningKey(self.seed).verify_key))
-
-    def record(self, *, not_before: int, expires_at: int) -> IdentityRecord:
-        """The public half, with the message types of its role."""
-        return IdentityRecord(
-            kid=self.kid,
-            name=self.name,
-            role=self.role,
-            ed25519=bytes(nacl.signing.SigningKey(self.seed).verify_key),
-            x25519=bytes(nacl.public.PrivateKey(self.box_seed).public_key),
-            types=tuple(sorted(ROLE_TYPES[self.role])),
-            not_before=not_before,
-            expires_at=expires_at,
-        )
-
-
-def key_id(public_key: bytes) -> bytes:
-    """16 bytes that name an Ed25519 public key: the start of its SHA-256."""
-    return hashlib.sha256(public_key).digest()[:_KID]
-
-
-def new_identity(name: str, role: Role) -> Identity:
-    return Identity(name, role, os.urandom(32), os.urandom(32))
-
-
-def root_public_key(seed: bytes) -> bytes:
-    return bytes(nacl.signing.SigningKey(seed).verify_key)
-
-
-def sign_keyset(root_seed: bytes, keyset: Keyset) -> bytes:
-    """The keyset as bytes for a file or a bucket: signature (64 bytes), then msgpack."""
-    body = codec.encode(keyset)
-    return nacl.signing.SigningKey(root_seed).sign(KEYSET_DOMAIN + body).signature + body
-
-
-def open_keyset(data: bytes, root_public: bytes, *, now_ms: int, newer_than: int = 0) -> Keyset:
-    """Decode a keyset after checking that the pinned root key signed it and that it is in force.
-
-    Raises:
-        KeysetError: unsigned, signed by another root, older than ``newer_than``, not yet valid or expired.
-    """
-    try:
-        nacl.signing.VerifyKey(root_public).verify(KEYSET_DOMAIN + data[64:], data[:64])
-    except (nacl.exceptions.BadSignatureError, ValueError, TypeError) as error:
-        raise KeysetError("the keyset is not signed by the pinned root key") from error
-    try:
-        keyset = codec.decode(data[64:], Keyset)
-    except BadEncoding as error:
-        raise KeysetError("the keyset cannot be decoded") from error
-    if keyset.version < newer_than:
-        raise KeysetError(f"keyset version {keyset.version} is older than version {newer_than}, which was seen before")
-    if not keyset.not_before - MAX_SKEW_MS <= now_ms < keyset.expires_at:
-        raise KeysetError(
-            "the keyset is expired or not yet valid; renew it with 'tether init --renew' or set the clock"
-        )
-    return keyset
+    sender_tenant: str = ""
 
 
 class Signer:
@@ -323,22 +168,22 @@ class Verifier:
             raise BadSignature("the body is not the one that was signed")
         if once:
             self._refuse_replay(header.nonce)
-        return Envelope(header, body, record.name)
+        return Envelope(header, body, record.name, record.tenant)
 
     def _authenticate(self, frame: bytes) -> tuple[IdentityRecord, Header, bytes]:
         if len(frame) < _PREFIX.size or frame[:4] != MAGIC:
             raise Unsigned("the message is not a signed envelope")
         _, version, length, signature = _PREFIX.unpack_from(frame)
         end = _PREFIX.size + length
-        if version != VERSION or not _KID < length <= MAX_HEADER or end > len(frame):
+        if version != VERSION or not KID_BYTES < length <= MAX_HEADER or end > len(frame):
             raise BadEncoding("the envelope's version or length is not one this receiver knows")
         header = frame[_PREFIX.size : end]
-        record, key = self._lookup(header[:_KID])
+        record, key = self._lookup(header[:KID_BYTES])
         try:
             key.verify(DOMAIN + header, signature)
         except nacl.exceptions.BadSignatureError as error:
             raise BadSignature("the envelope's signature does not match") from error
-        return record, _decode_header(header[_KID:]), frame[end:]
+        return record, _decode_header(header[KID_BYTES:]), frame[end:]
 
     def _lookup(self, kid: bytes) -> tuple[IdentityRecord, nacl.signing.VerifyKey]:
         found = self._keys.get(kid)

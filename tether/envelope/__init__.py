@@ -1,0 +1,53 @@
+"""Signed envelopes and the keyset that says whose signature counts. The only importer of nacl."""
+
+from tether.envelope.frame import (
+    DOMAIN,
+    MAGIC,
+    MAX_HEADER,
+    REPLAY_WINDOW_MS,
+    VERSION,
+    Envelope,
+    Header,
+    Signer,
+    Verifier,
+)
+from tether.envelope.keyset import (
+    KEYSET_DOMAIN,
+    MAX_SKEW_MS,
+    Identity,
+    IdentityRecord,
+    Keyset,
+    Revocation,
+    key_id,
+    new_identity,
+    open_keyset,
+    root_public_key,
+    sign_keyset,
+)
+from tether.envelope.roles import ROLE_TYPES, MessageType, Role
+
+__all__ = [
+    "DOMAIN",
+    "KEYSET_DOMAIN",
+    "MAGIC",
+    "MAX_HEADER",
+    "MAX_SKEW_MS",
+    "REPLAY_WINDOW_MS",
+    "ROLE_TYPES",
+    "VERSION",
+    "Envelope",
+    "Header",
+    "Identity",
+    "IdentityRecord",
+    "Keyset",
+    "MessageType",
+    "Revocation",
+    "Role",
+    "Signer",
+    "Verifier",
+    "key_id",
+    "new_identity",
+    "open_keyset",
+    "root_public_key",
+    "sign_keyset",
+]
