@@ -46,9 +46,9 @@ class Home:
     def identity(self, name: str) -> Path:
         return self.keys / f"{name}.identity"
 
-    def nats_seed(self, role: Role | str) -> Path:
-        """Seed of the nkey that processes of a role log in to the broker with."""
-        return self.keys / f"nats-{role!s}.seed"
+    def nats_seed(self, name: str) -> Path:
+        """Seed of the nkey that one identity logs in to the broker with."""
+        return self.keys / f"nats-{name!s}.seed"
 
     @property
     def admin_key(self) -> Path:

@@ -21,9 +21,9 @@ OWNER = 10001
 """User and group that the services run as; see the Dockerfile."""
 
 
-def key_files(home: Home, name: str, role: Role) -> list[Path]:
+def key_files(home: Home, name: str) -> list[Path]:
     """What one service needs: whom to trust, who it is, and its login at the broker."""
-    return [home.root_public, home.keyset, home.identity(name), home.nats_seed(role)]
+    return [home.root_public, home.keyset, home.identity(name), home.nats_seed(name)]
 
 
 def own(path: Path, mode: int) -> None:
@@ -32,10 +32,10 @@ def own(path: Path, mode: int) -> None:
     os.chown(path, OWNER, OWNER)
 
 
-def share(home: Home, name: str, role: Role, folder: Path) -> None:
+def share(home: Home, name: str, folder: Path) -> None:
     """Copy the keys of one service into its folder, readable by that service only."""
     folder.mkdir(exist_ok=True)
-    for source in key_files(home, name, role):
+    for source in key_files(home, name):
         target = folder / source.name
         shutil.copyfile(source, target)
         own(target, 0o600)
@@ -48,12 +48,12 @@ def main() -> None:
     create_home(home, workers=WORKERS)
     write_ops_files(SHARE / "broker", home)
     for role in (Role.GATEWAY, Role.DISPATCHER, Role.MODELSTORE):
-        share(home, role.value, role, SHARE / role.value)
+        share(home, role.value, SHARE / role.value)
     for number in range(1, WORKERS + 1):
         name = f"worker-{number}"
-        share(home, name, Role.WORKER, SHARE / name)
+        share(home, name, SHARE / name)
     own(SHARE / "admin", 0o700)  # a whole home: the administrator's key is written there
-    share(home, Role.ADMIN.value, Role.ADMIN, SHARE / "admin" / "keys")
+    share(home, Role.ADMIN.value, SHARE / "admin" / "keys")
 
 
 if __name__ == "__main__":

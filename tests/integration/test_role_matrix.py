@@ -26,7 +26,7 @@ async def refused(broker: Broker, role: Role) -> tuple[set[str], set[str]]:
         errors.append(str(error))
 
     client = Client()
-    seed = read_secret(broker.home.nats_seed(role)).decode()
+    seed = read_secret(broker.home.nats_seed("worker-1" if role is Role.WORKER else role)).decode()
     await client.connect(broker.url, nkeys_seed_str=seed, error_cb=collect, allow_reconnect=False)
     try:
         for subject in PUBLISH + FOREIGN:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tether.bus.keys import SYSTEM_USER, nats_public_key
+from tether.bus.keys import SYSTEM_USER, broker_logins, nats_public_key
 from tether.bus.permissions import nats_block, role_permissions
 from tether.envelope import Role
 from tether.home import Home, write_secret
@@ -22,6 +23,7 @@ CLUSTER = ("nats-1", "nats-2", "nats-3")
 """Host names of the servers of the shipped cluster."""
 
 _WRITTEN = "# Written by Tether"
+_HEAD = f"{_WRITTEN}: tether init --nats-config DIR (the table is in tether/bus/permissions.py).\n"
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,6 @@ def sync_interval(durability: str) -> str:
 
 def embedded_text(home: Home, settings: Settings, *, version: Version, ports: Ports) -> str:
     """The nats.conf of the embedded broker. It holds public keys only."""
-    keys = {user: nats_public_key(home, user) for user in (*Role, SYSTEM_USER)}
     flags = "feature_flags { js_ack_fc_v2: false }\n" if version >= FLAGS_SINCE else ""
     return f"""{_WRITTEN} at every start; changes are lost.
 listen: "127.0.0.1:{ports.client}"
@@ -49,7 +50,7 @@ ports_file_dir: {_quoted(home.run)}
 log_file: {_quoted(home.logs / "nats.log")}
 logfile_size_limit: 64MB
 logfile_max_num: 3
-{_limits(settings)}{_jetstream(settings, str(home.nats_store))}{flags}{_accounts(Names(settings.prefix), keys)}"""
+{_limits(settings)}{_jetstream(settings, str(home.nats_store))}{flags}{_embedded_accounts(home, Names(settings.prefix))}"""
 
 
 def _quoted(path: Path) -> str:
@@ -76,16 +77,21 @@ def _jetstream(settings: Settings, store: str) -> str:
 """
 
 
-def _accounts(names: Names, keys: dict[str, str]) -> str:
-    """One user per role in the platform's account, and the system account. No user may come without a key."""
+def _embedded_accounts(home: Home, names: Names) -> str:
+    blocks = {role: nats_block(permissions, "        ") for role, permissions in role_permissions(names).items()}
+    return _accounts(home, blocks)
+
+
+def _accounts(home: Home, permissions: Mapping[Role, str]) -> str:
+    """One user per identity in the platform's account, and the system account. No user may come without a key."""
     users = "\n".join(
-        f"      {{\n        nkey: {keys[role]}\n        permissions: {nats_block(permissions, '        ')}\n      }}"
-        for role, permissions in role_permissions(names).items()
+        f"      {{  # {record.name}\n        nkey: {record.nats}\n        permissions: {permissions[record.role]}\n      }}"
+        for record in broker_logins(home)
     )
     return f"""system_account: SYS
 accounts {{
   SYS {{
-    users: [ {{ nkey: {keys[SYSTEM_USER]} }} ]
+    users: [ {{ nkey: {nats_public_key(home, SYSTEM_USER)} }} ]
   }}
   TETHER {{
     jetstream: enabled
@@ -107,27 +113,34 @@ def write_config(home: Home, settings: Settings, *, version: Version, ports: Por
 
 
 def users_text(home: Home) -> str:
-    """``users.conf``: the public keys of one home, as the variables that ``permissions.conf`` refers to."""
-    rows = "".join(f"{_variable(user)}: {nats_public_key(home, user)}\n" for user in (*Role, SYSTEM_USER))
-    return f"{_WRITTEN} 'init': public keys of the broker's users. No secrets.\n{rows}"
+    """``users.conf``: the accounts, with the public keys of one home's identities. It includes ``permissions.conf``."""
+    head = f"{_WRITTEN} 'init': public keys of the broker's users. No secrets.\ninclude \"permissions.conf\"\n"
+    return head + _accounts(home, {role: f"${_variable(role)}" for role in Role})
 
 
-def _variable(user: str) -> str:
-    return f"TETHER_NKEY_{user.upper()}"
+def _permissions_text(roles: Iterable[Role]) -> str:
+    """``permissions.conf``: the allow lists of ``roles``, as the variables that ``users.conf`` refers to.
+
+    The server refuses a variable that nothing refers to.
+    """
+    table = role_permissions(Names())
+    return "".join(f"{_variable(role)}: {nats_block(table[role], '')}\n" for role in roles)
+
+
+def _variable(role: Role) -> str:
+    return f"TETHER_{role.name}"
 
 
 def ops_files() -> dict[str, str]:
     """Name and text of every shipped configuration file, for the default prefix and limits."""
-    references = {str(user): f"${_variable(user)}" for user in (*Role, SYSTEM_USER)}
-    head = f"{_WRITTEN}: tether init --nats-config DIR (the table is in tether/bus/permissions.py).\n"
     files = {
-        "permissions.conf": f'{head}include "users.conf"\n' + _accounts(Names(), references),
-        "dev.conf": head + _dev(),
-        "container.conf": head + _container(),
-        "single.conf": head + _production("nats", ""),
+        "permissions.conf": _HEAD + _permissions_text(Role),
+        "dev.conf": _HEAD + _dev(),
+        "container.conf": _HEAD + _container(),
+        "single.conf": _HEAD + _production("nats", ""),
     }
     for number, host in enumerate(CLUSTER, start=1):
-        files[f"cluster-{number}.conf"] = head + _production(host, _cluster(host))
+        files[f"cluster-{number}.conf"] = _HEAD + _production(host, _cluster(host))
     return files
 
 
@@ -160,7 +173,7 @@ def _production(host: str, cluster: str) -> str:
 
 def _body(settings: Settings, store: str) -> str:
     flags = "feature_flags { js_ack_fc_v2: false }\n"
-    return _limits(settings) + _jetstream(settings, store) + flags + 'include "permissions.conf"\n'
+    return _limits(settings) + _jetstream(settings, store) + flags + 'include "users.conf"\n'
 
 
 def _tls(indent: str, *, verify: bool) -> str:
@@ -190,6 +203,8 @@ def write_ops_files(folder: Path, home: Home | None = None) -> list[Path]:
     """Write :func:`ops_files` to a folder, and ``users.conf`` with the keys of ``home`` when there is one."""
     texts = ops_files()
     if home is not None:
+        used = {record.role for record in broker_logins(home)}
+        texts["permissions.conf"] = _HEAD + _permissions_text(role for role in Role if role in used)
         texts["users.conf"] = users_text(home)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():

@@ -47,7 +47,7 @@ class Bus(Link):
             BrokerUnavailable: no broker answers at ``settings.nats_url``.
         """
         bus = cls.prepare(settings, home, identity)
-        await bus.open_connection(_nats_seed(home, bus.signer.role.value))
+        await bus.open_connection(_nats_seed(home, identity))
         try:
             yield bus
         finally:
@@ -196,8 +196,8 @@ def _stored(message: Message) -> Stored | None:
     return Stored(headers["Nats-Subject"], message.data, int(headers["Nats-Sequence"]), headers)
 
 
-def _nats_seed(home: Home, role: str) -> str:
-    return read_secret(home.nats_seed(role)).decode().strip()
+def _nats_seed(home: Home, name: str) -> str:
+    return read_secret(home.nats_seed(name)).decode().strip()
 
 
 __all__ = ["Bus", "Message", "PubAck", "Stored", "Subscription"]

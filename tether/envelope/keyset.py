@@ -74,8 +74,8 @@ class Identity(msgspec.Struct, frozen=True):
     def kid(self) -> bytes:
         return key_id(bytes(nacl.signing.SigningKey(self.seed).verify_key))
 
-    def record(self, *, not_before: int, expires_at: int) -> IdentityRecord:
-        """The public half, with the message types of its role."""
+    def record(self, *, not_before: int, expires_at: int, tenant: str = "", nats: str = "") -> IdentityRecord:
+        """The public half, with the message types of its role; ``tenant`` and ``nats`` as in the record."""
         return IdentityRecord(
             kid=self.kid,
             name=self.name,
@@ -85,6 +85,8 @@ class Identity(msgspec.Struct, frozen=True):
             types=tuple(sorted(ROLE_TYPES[self.role])),
             not_before=not_before,
             expires_at=expires_at,
+            tenant=tenant,
+            nats=nats,
         )
 
 
