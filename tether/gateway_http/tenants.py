@@ -1,0 +1,72 @@
+"""What the platform knows of each tenant: records from the ``tenants`` bucket, kept in memory by name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from tether import codec
+from tether.bus.connection import Bus
+from tether.bus.kv import SignedBucket
+from tether.envelope import MessageType
+from tether.errors import BadEncoding
+from tether.job import SHARED
+from tether.subjects import token
+from tether.tenant import Tenant
+
+log = logging.getLogger(__name__)
+
+
+class Tenants:
+    """Follows the bucket. A tenant without a record is one with every default."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bucket = SignedBucket(bus, "tenants", MessageType.TENANT)
+        self._known: dict[str, Tenant] = {}
+        self._scopes: dict[str, str] = {}
+
+    @asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        async with self.bucket.watch(self._changed):
+            yield
+
+    def _changed(self, key: str, body: bytes | None) -> None:
+        if body is None:
+            for name in [name for name in self._known if token(name) == key]:
+                del self._known[name]
+                self._scopes.pop(name, None)
+            return
+        try:
+            record = codec.decode(body, Tenant)
+        except BadEncoding as error:
+            log.warning("unreadable tenant: %s", error, extra={"action": "entry_refused"})
+            return
+        if token(record.name) != key:
+            return
+        self._known[record.name] = record
+        self._scopes[record.name] = record.scope
+
+    def known(self) -> list[Tenant]:
+        return sorted(self._known.values(), key=lambda record: record.name)
+
+    def find(self, name: str) -> Tenant | None:
+        return self._known.get(name)
+
+    def get(self, name: str) -> Tenant:
+        """The tenant's record, or the defaults when it has none."""
+        return self._known.get(name) or Tenant(name)
+
+    def scope(self, name: str) -> str:
+        """Whose lanes the tenant's jobs go to: its own when it is isolated, else the shared ones."""
+        return self._scopes.get(name, SHARED)
+
+    async def store(self, record: Tenant) -> None:
+        """Keep a record; this gateway follows it at once, others within their watch's delay.
+
+        Raises:
+            BrokerUnavailable: it may be kept all the same.
+        """
+        key, body = token(record.name), codec.encode(record)
+        await self.bucket.put(key, body)
+        self._changed(key, body)
