@@ -45,6 +45,10 @@ class ApiKey(msgspec.Struct, frozen=True):
         """Whether ``text`` is this key and the key still counts; takes the same time for every wrong text."""
         return hmac.compare_digest(self.hash, key_hash(text)) and not self.revoked
 
+    def counts(self, now: float) -> bool:
+        """Whether it is neither revoked nor expired at ``now`` (UTC seconds)."""
+        return not self.revoked and (not self.expires_at or now < self.expires_at)
+
     def allows(self, scope: str) -> bool:
         return scope in self.scopes or "admin" in self.scopes
 

@@ -315,6 +315,19 @@ def get(policy: Policy, path: str, key: str | None = None) -> Flow[Any]:
     return found if key is None else found.get(key, [])
 
 
+def ask(policy: Policy, method: str, path: str, body: Json | None = None) -> Flow[Json]:
+    """One request with a JSON answer; only a GET is sent again when its answer was lost."""
+    content = b"" if body is None else msgspec.json.encode(body)
+    headers = {} if body is None else {"content-type": "application/json"}
+    sent = Send(method, path, content, headers=headers, repeatable=method == "GET")
+    return (yield from exchange_json(policy, sent, dict[str, Any]))
+
+
+def below(path: str, name: str) -> str:
+    """``path`` with ``name`` as its last segment."""
+    return f"{path}/{quote(name, safe='')}"
+
+
 def model_path(name: str) -> str:
     return f"/v1/models/{quote(name, safe='')}"
 

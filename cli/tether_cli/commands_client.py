@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tether_cli import commands_config, commands_jobs
+from tether_cli import commands_config, commands_jobs, commands_tenants
 from tether_cli.options import ModelName, Timeout, Url, connect
 from tether_cli.output import JsonFlag, print_json, print_table, progress, say
 
@@ -28,6 +28,17 @@ def register(app: typer.Typer) -> None:
         ),
         ("model", "Models: push, list, show.", {"push": model_push, "list": model_list, "show": model_show}),
         ("key", "API keys: create, list, revoke.", {"create": key_create, "list": key_list, "revoke": key_revoke}),
+        (
+            "tenant",
+            "Tenants: create, list, show, set, delete.",
+            {
+                "create": commands_tenants.create,
+                "list": commands_tenants.listing,
+                "show": commands_tenants.show,
+                "set": commands_tenants.change,
+                "delete": commands_tenants.delete,
+            },
+        ),
         (
             "config",
             "Settings: show, check, schema.",

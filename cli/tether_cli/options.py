@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,3 +41,15 @@ def connect(url: str | None, timeout: float = 30.0) -> Client:
     from tether.client import Client
 
     return Client(url, timeout=timeout, tries=4)
+
+
+def ask(
+    url: str | None, method: str, path: str, body: dict[str, Any] | None = None, *, last: str = ""
+) -> dict[str, Any]:
+    """The JSON object that the gateway answers; ``last`` is added to ``path`` as one segment."""
+    from tether import client_flows
+
+    whole = client_flows.below(path, last) if last else path
+    with connect(url) as client:
+        found: dict[str, Any] = client.run(lambda policy: client_flows.ask(policy, method, whole, body))
+    return found

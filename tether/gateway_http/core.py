@@ -13,6 +13,7 @@ from tether.gateway_http.auth import ApiKeys
 from tether.gateway_http.bundler import InferBundler
 from tether.gateway_http.catalog import Catalog, Served
 from tether.gateway_http.jobs import JobService
+from tether.gateway_http.open_jobs import OpenJobs
 from tether.gateway_http.tenants import Tenants
 from tether.home import Home
 from tether.job import Job, Lane, new_job_id
@@ -29,8 +30,9 @@ class Gateway:
         self.bus = bus
         self.settings = bus.settings
         self.catalog = Catalog(bus)
-        self.keys = ApiKeys(bus)
         self.tenants = Tenants(bus)
+        self.keys = ApiKeys(bus)
+        self.open_jobs = OpenJobs(bus)
         self.jobs = JobService(bus, self.catalog, tasks)
         self._bundler = InferBundler(bus, tasks, self._workers)
         self._seconds = lru_cache(maxsize=4096)(metrics.INFER_SECONDS.labels)
@@ -92,8 +94,8 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Gateway]:
         bus = await stack.enter_async_context(Bus.connect(settings, home, "gateway"))
         tasks = await stack.enter_async_context(lifecycle.tasks())
         gateway = Gateway(bus, tasks)
-        await stack.enter_async_context(gateway.keys.watching())
         await stack.enter_async_context(gateway.tenants.watching())
+        await stack.enter_async_context(gateway.keys.watching())
         await stack.enter_async_context(gateway.catalog.watching())
         await gateway.start()
         yield gateway

@@ -22,6 +22,7 @@ _PARAMETERS = {
     "name": "A model's name.",
     "version": "A version's number, or an alias such as `latest`.",
     "id": "The id.",
+    "tenant": "A tenant's name.",
 }
 
 _DESCRIPTION = (

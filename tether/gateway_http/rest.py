@@ -8,13 +8,23 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 
-from tether.gateway_http import docs_page, openapi, rest_admin, rest_jobs, rest_models, rest_oip, rest_ops, rest_simple
+from tether.gateway_http import (
+    docs_page,
+    openapi,
+    rest_admin,
+    rest_jobs,
+    rest_models,
+    rest_oip,
+    rest_ops,
+    rest_simple,
+    rest_tenants,
+)
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.routing import Row, nowhere, routes
 from tether.ops_http import App
 from tether.settings import Settings
 
-_METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS")
+_METHODS = ("GET", "POST", "PATCH", "DELETE", "HEAD", "OPTIONS")
 _TOLD = ("x-request-id", "retry-after", "location", "inference-header-content-length", "content-encoding")
 
 
@@ -34,6 +44,7 @@ def table() -> list[Row]:
         *rest_simple.ROWS,
         *rest_jobs.ROWS,
         *rest_models.ROWS,
+        *rest_tenants.ROWS,
         *rest_admin.ROWS,
         *rest_ops.rows(document, page),
     ]

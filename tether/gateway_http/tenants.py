@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from tether import codec
@@ -25,17 +25,23 @@ class Tenants:
         self.bucket = SignedBucket(bus, "tenants", MessageType.TENANT)
         self._known: dict[str, Tenant] = {}
         self._scopes: dict[str, str] = {}
+        self._listeners: list[Callable[[str], None]] = []
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
         async with self.bucket.watch(self._changed):
             yield
 
+    def on_change(self, listener: Callable[[str], None]) -> None:
+        """Call ``listener`` with a tenant's name whenever its record came, changed or went."""
+        self._listeners.append(listener)
+
     def _changed(self, key: str, body: bytes | None) -> None:
         if body is None:
             for name in [name for name in self._known if token(name) == key]:
                 del self._known[name]
                 self._scopes.pop(name, None)
+                self._tell(name)
             return
         try:
             record = codec.decode(body, Tenant)
@@ -46,6 +52,11 @@ class Tenants:
             return
         self._known[record.name] = record
         self._scopes[record.name] = record.scope
+        self._tell(record.name)
+
+    def _tell(self, name: str) -> None:
+        for listener in self._listeners:
+            listener(name)
 
     def known(self) -> list[Tenant]:
         return sorted(self._known.values(), key=lambda record: record.name)
@@ -70,3 +81,24 @@ class Tenants:
         key, body = token(record.name), codec.encode(record)
         await self.bucket.put(key, body)
         self._changed(key, body)
+
+    async def create(self, record: Tenant) -> bool:
+        """Keep the record of a new tenant; False when there is one of its name.
+
+        Raises:
+            BrokerUnavailable: it may be kept all the same.
+        """
+        key, body = token(record.name), codec.encode(record)
+        made = await self.bucket.create(key, body)
+        if made:
+            self._changed(key, body)
+        return made
+
+    async def remove(self, name: str) -> None:
+        """Forget a tenant's record.
+
+        Raises:
+            BrokerUnavailable: it may be gone all the same.
+        """
+        await self.bucket.delete(token(name))
+        self._changed(token(name), None)

@@ -1,0 +1,87 @@
+"""Tenants over HTTP: records, and what may not be changed while it matters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import models
+import pytest
+from documented import Document, assert_error
+from served import Served, until
+
+
+@pytest.fixture(scope="module")
+def document(served: Served) -> Document:
+    served.push("plus", models.add())
+    served.push("slow", models.looping(1_000_000))
+    return Document.of(served)
+
+
+@pytest.fixture
+def http(served: Served, document: Document) -> Iterator[httpx.Client]:
+    with document.client(served) as client:
+        yield client
+
+
+def test_a_tenant_is_made_changed_listed_and_removed(http: httpx.Client) -> None:
+    made = http.post("/v1/tenants", json={"name": "made", "models": ["a-*", "b"], "quotas": {"queued_jobs": 5}})
+    assert made.status_code == 201, made.text
+    assert made.json()["quotas"] == {"queued_jobs": 5, "stored_bytes": 0, "requests_per_minute": 0}
+    assert (made.json()["isolated"], made.json()["sealed"], made.json()["weight"]) == (False, False, 1.0)
+    assert_error(http.post("/v1/tenants", json={"name": "made"}), 409, "conflict", "made")
+    changed = http.patch("/v1/tenants/made", json={"weight": 2.5, "quotas": {"stored_bytes": 9}})
+    assert changed.status_code == 200
+    assert (changed.json()["weight"], changed.json()["models"]) == (2.5, ["a-*", "b"])
+    assert changed.json()["quotas"] == {"queued_jobs": 5, "stored_bytes": 9, "requests_per_minute": 0}
+    shown = http.get("/v1/tenants/made").json()
+    assert shown["use"]["keys"] == shown["use"]["queued_jobs"] == 0
+    assert "made" in [entry["name"] for entry in http.get("/v1/tenants").json()["tenants"]]
+    assert http.delete("/v1/tenants/made").status_code == 200
+    assert_error(http.get("/v1/tenants/made"), 404, "not_found", "made")
+    assert_error(http.patch("/v1/tenants/made", json={}), 404, "not_found")
+    assert_error(http.delete("/v1/tenants/made"), 404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "words"),
+    [
+        ({}, "bad_json", ["name"]),
+        ({"name": "shared"}, "bad_name", ["reserved"]),
+        ({"name": "A b"}, "bad_name", ["name"]),
+        ({"name": "x", "models": []}, "bad_json", ["models"]),
+        ({"name": "x", "models": ["Ä"]}, "invalid_request", ["models"]),
+        ({"name": "x", "models": ["*a*b*c*d*"]}, "invalid_request", ["models"]),
+        ({"name": "x", "weight": 0}, "bad_json", ["weight"]),
+        ({"name": "x", "quotas": {"queued_jobs": -1}}, "bad_json", ["queued_jobs"]),
+        ({"name": "x", "quotas": {"jobs": 1}}, "bad_json", ["jobs"]),
+        ({"name": "x", "limits": 1}, "bad_json", ["limits"]),
+    ],
+)
+def test_a_tenant_that_cannot_be_is_refused_by_field(
+    http: httpx.Client, body: dict[str, Any], code: str, words: list[str]
+) -> None:
+    assert_error(http.post("/v1/tenants", json=body), 400, code, *words)
+
+
+def test_a_tenant_with_keys_that_count_stays(http: httpx.Client) -> None:
+    assert http.post("/v1/tenants", json={"name": "keyed"}).status_code == 201
+    key = http.post("/v1/keys", json={"tenant": "keyed", "scopes": ["infer"]}).json()
+    assert http.get("/v1/tenants/keyed").json()["use"]["keys"] == 1
+    assert_error(http.delete("/v1/tenants/keyed"), 409, "conflict", "keys")
+    assert http.delete(f"/v1/keys/{key['id']}").status_code == 200
+    assert http.delete("/v1/tenants/keyed").status_code == 200
+
+
+def test_a_tenant_changes_its_isolation_only_without_open_jobs(http: httpx.Client, served: Served) -> None:
+    own = {"x-api-key": served.new_key("jobs", tenant="moving")}
+    body = {"model": "slow", "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]}
+    ids = [http.post("/v1/jobs", json=body, headers=own).json()["id"] for _ in range(20)]
+    assert_error(http.post("/v1/tenants", json={"name": "moving", "isolated": True}), 409, "conflict", "isolated")
+    assert http.post("/v1/tenants", json={"name": "moving", "weight": 3}).status_code == 201
+    assert_error(http.patch("/v1/tenants/moving", json={"isolated": True}), 409, "conflict", "isolated")
+    for job in ids:
+        http.delete(f"/v1/jobs/{job}", headers=own)
+    until(lambda: http.get("/v1/tenants/moving").json()["use"]["queued_jobs"] == 0, "no open jobs")
+    assert http.patch("/v1/tenants/moving", json={"isolated": True}).json()["isolated"] is True

@@ -1,0 +1,118 @@
+"""Which durable jobs of a tenant were accepted and have not ended, counted from their records and results.
+
+Nothing is written for the count. A gateway reads the records that came since it last looked, whoever accepted them, and
+forgets a job when its result is stored or its deadline is over. After a start, and after the broker was away, it begins
+at the first record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from tether import codec
+from tether.bus.connection import Bus
+from tether.bus.kv import SignedBucket
+from tether.bus.queue import BusResults
+from tether.envelope import MessageType
+from tether.errors import BadEncoding
+from tether.job import JobId, JobRecord
+
+_BATCH = 512
+_AFTER_DEADLINE_S = 2.0
+"""A result may still be on its way for this long after a job's deadline."""
+
+
+@dataclass
+class _Count:
+    """One tenant's open jobs: when each of them has ended at the latest, in UTC seconds."""
+
+    ends: dict[JobId, float] = field(default_factory=dict)
+    seen: int = 0
+    """The last record that was read, by its sequence."""
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class OpenJobs:
+    """Counts for the tenants that were asked about; no other tenant costs anything."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._records = SignedBucket(bus, "jobs", MessageType.RECORD)
+        self._results = BusResults(bus)
+        self._counts: dict[str, _Count] = {}
+        bus.on_reconnect(self._begin_anew)
+
+    def _begin_anew(self) -> None:
+        for count in self._counts.values():
+            count.seen = 0
+
+    def known(self, tenant: str) -> int:
+        """How many there were when this gateway last looked, and those it accepted since."""
+        count = self._counts.get(tenant)
+        return 0 if count is None else len(count.ends)
+
+    def accepted(self, tenant: str, records: Iterable[JobRecord]) -> None:
+        """Count jobs that this gateway accepted."""
+        count = self._counts.get(tenant)
+        if count is not None:
+            count.ends.update({record.id: record.deadline + _AFTER_DEADLINE_S for record in records})
+
+    async def count(self, tenant: str) -> int:
+        """How many there are just now.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        await self.read(tenant)
+        return await self.settle(tenant)
+
+    async def read(self, tenant: str) -> int:
+        """Take in the records that came since the last look; how many jobs are open at most.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        count = self._counts.setdefault(tenant, _Count())
+        async with count.lock:
+            bucket = self._records.raw
+            async for item in self._bus.direct_scan(
+                bucket.stream, bucket.subject(">"), start=count.seen + 1, batch=_BATCH
+            ):
+                count.seen = item.sequence
+                job = JobId(item.subject.rpartition(".")[2])
+                if job not in count.ends and (record := self._record(item.subject, item.data)) is not None:
+                    self._take(count, tenant, record)
+        return len(count.ends)
+
+    def _take(self, count: _Count, tenant: str, record: JobRecord) -> None:
+        end = record.deadline + _AFTER_DEADLINE_S
+        if record.tenant == tenant and record.bundle and end > self._bus.clock.utc():
+            count.ends[record.id] = end
+
+    def _record(self, subject: str, frame: bytes) -> JobRecord | None:
+        envelope = self._bus.open_frame(frame, subject, MessageType.RECORD) if frame else None
+        try:
+            return None if envelope is None else codec.decode_record(envelope.body)
+        except BadEncoding:
+            return None
+
+    async def settle(self, tenant: str, *, enough: int = 0) -> int:
+        """Forget jobs that have ended, oldest first, until at most ``enough`` are left; how many are.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        count = self._counts.setdefault(tenant, _Count())
+        async with count.lock:
+            now = self._bus.clock.utc()
+            for job in [job for job, end in count.ends.items() if end <= now]:
+                del count.ends[job]
+            jobs = list(count.ends)
+            for start in range(0, len(jobs), _BATCH):
+                if len(count.ends) <= enough:
+                    break
+                for ended in await self._results.find(jobs[start : start + _BATCH]):
+                    count.ends.pop(JobId(ended), None)
+        return len(count.ends)
