@@ -22,13 +22,28 @@ class TensorSpec(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
 
 
+FIXED_PIECE = 1 << 20
+"""Bytes of every piece but the last in files that were not cut by their content."""
+
+
 class ModelFile(msgspec.Struct, frozen=True):
-    """One file of a version. ``chunks`` are the SHA-256 digests (hex) of its pieces, in order."""
+    """One file of a version. ``chunks`` are the SHA-256 digests (hex) of its pieces, in order, ``sizes`` their bytes.
+
+    Versions from before there were ``sizes`` have none, and pieces of ``FIXED_PIECE`` bytes.
+    """
 
     path: str
     size: int
     digest: str
     chunks: tuple[str, ...]
+    sizes: tuple[int, ...] = ()
+
+    def pieces(self) -> list[tuple[str, int]]:
+        """Digest and bytes of every piece, in order."""
+        if self.sizes:
+            return list(zip(self.chunks, self.sizes, strict=True))
+        left = range(self.size, 0, -FIXED_PIECE)
+        return [(digest, min(FIXED_PIECE, rest)) for digest, rest in zip(self.chunks, left, strict=True)]
 
 
 class Batching(msgspec.Struct, frozen=True):

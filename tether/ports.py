@@ -81,10 +81,10 @@ class ChunkStore(Protocol):
         """Store pieces, several in flight; returns the bytes that were not there before."""
 
     def get(self, digests: Sequence[str]) -> AsyncIterator[bytes]:
-        """The pieces in order, each checked against its digest.
+        """The pieces in order, as they are stored: whoever uses them compares.
 
         Raises:
-            CorruptChunk: one is missing or altered.
+            CorruptChunk: one is missing.
         """
 
 

@@ -18,7 +18,7 @@ from nats.js.errors import ObjectNotFoundError
 
 from tether import codec
 from tether.bus import rpc
-from tether.bus.chunks import PIECE, ObjectChunkStore, digest_of
+from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket
 from tether.bus.model_files import download, fetch_model, intact, open_manifest
@@ -37,6 +37,9 @@ from tether.home import read_secret
 from tether.model import Alias, Manifest, ModelFile, PushAnswer, PushRequest
 from tether.modelstore import service
 from tether.modelstore.service import ENDPOINT
+from tether.pieces import Cutter, digest_of
+
+MB = 1 << 20
 
 
 @dataclass
@@ -123,14 +126,15 @@ async def test_the_same_file_with_other_batching_is_a_new_version(platform: Plat
 
 
 async def test_only_what_changed_is_stored(platform: Platform) -> None:
-    content = noise(5 * PIECE + 17)
+    content = noise(60 * MB + 17)
     file, stored = await platform.upload(content)
     assert stored == len(content) == file.size
     assert file.digest == hashlib.sha256(content).hexdigest()
-    changed = content[: 2 * PIECE] + noise(PIECE, seed=9) + content[3 * PIECE :]
-    assert (await platform.upload(changed))[1] == PIECE
+    overwritten = content[: 20 * MB] + noise(300_000, seed=9) + content[20 * MB + 300_000 :]
+    assert 300_000 <= (await platform.upload(overwritten))[1] <= 8 * MB
+    inserted = content[: 30 * MB] + b"a few bytes in the middle" + content[30 * MB :]
+    assert (await platform.upload(inserted))[1] <= 4 * MB
     assert (await platform.upload(content))[1] == 0
-    assert (await platform.upload(bytes(4 * PIECE)))[1] == PIECE
 
 
 async def test_simultaneous_pushes_get_versions_of_their_own(start_broker: StartBroker) -> None:
@@ -147,14 +151,14 @@ async def test_a_dotted_name_is_a_model_of_its_own(platform: Platform) -> None:
 
 
 async def test_an_interrupted_upload_is_invisible_and_resumed(platform: Platform) -> None:
-    content = noise(60 * PIECE)
-    first = hashlib.sha256(content[:PIECE]).hexdigest()
+    content = noise(90 * MB)
+    (first, _), *_ = Cutter().cut((content[: 20 * MB],))
 
     async def is_stored() -> bool:
         return not await platform.store().missing([first])
 
     async def broken() -> AsyncIterator[bytes]:
-        async for part in parts(content[: 40 * PIECE]):
+        async for part in parts(content[: 60 * MB]):
             yield part
         await wait_until(is_stored, "a piece is stored before the upload breaks")
         raise ConnectionResetError
@@ -195,7 +199,7 @@ async def alter(platform: Platform, digest: str, content: bytes) -> None:
 
 
 async def test_an_altered_piece_is_never_served_and_mended_by_the_next_push(platform: Platform, tmp_path: Path) -> None:
-    content = models.padded(3 * PIECE)
+    content = models.padded(12 * MB)
     file, _ = await platform.upload(content)
     await alter(platform, file.chunks[1], b"evil")
     with pytest.raises(CorruptChunk, match=file.chunks[1]):
@@ -204,7 +208,7 @@ async def test_an_altered_piece_is_never_served_and_mended_by_the_next_push(plat
     with pytest.raises(CorruptChunk):
         await platform.register(PushRequest("m", file))
     _, stored = await platform.upload(content)
-    assert stored == PIECE
+    assert stored == file.sizes[1]
     assert (await platform.register(PushRequest("m", file))).manifest.version == 1
 
 
@@ -216,14 +220,14 @@ async def test_a_missing_piece_is_a_corrupt_one(platform: Platform, tmp_path: Pa
 
 
 async def test_pieces_that_are_each_right_but_not_the_file_are_refused(platform: Platform, tmp_path: Path) -> None:
-    file, _ = await platform.upload(noise(2 * PIECE))
-    swapped = ModelFile(file.path, file.size, file.digest, file.chunks[::-1])
+    file, _ = await platform.upload(noise(5 * MB))
+    swapped = ModelFile(file.path, file.size, file.digest, file.chunks[::-1], file.sizes[::-1])
     with pytest.raises(CorruptChunk, match="do not make up"):
         await download(platform.store(), swapped, tmp_path / "model.onnx")
 
 
 async def test_a_cache_is_proven_at_every_use(platform: Platform, tmp_path: Path) -> None:
-    content = models.padded(2 * PIECE)
+    content = models.padded(2 * MB)
     manifest = (await platform.push(content)).manifest
     folders = await asyncio.gather(*(fetch_model(platform.bus, platform.store(), manifest, tmp_path) for _ in range(4)))
     assert len(set(folders)) == 1
@@ -255,7 +259,7 @@ async def test_a_manifest_counts_only_under_its_own_key(platform: Platform) -> N
 
 
 async def test_a_push_outlives_a_restart_of_the_broker(embedded_broker: Broker) -> None:
-    content = models.padded(60 * PIECE)
+    content = models.padded(60 * MB)
     server = embedded_broker.server
     assert server is not None
     async with platform_on(embedded_broker) as platform:
@@ -298,15 +302,18 @@ async def test_a_model_store_that_died_before_the_alias_repairs_it_at_its_next_s
 
 
 async def test_the_clients_own_object_store_reads_our_pieces(platform: Platform) -> None:
-    content = noise(PIECE + 5)
+    content = noise(5 * MB)
     file, _ = await platform.upload(content)
-    await platform.store().put(again(content[:PIECE]))
+    await platform.store().put(again(content[: file.sizes[0]]))
     seed = read_secret(platform.broker.home.nats_seed("dispatcher")).decode().strip()
     inbox = platform.bus.names.inbox("dispatcher")
     client = await nats.connect(platform.broker.url, nkeys_seed_str=seed, inbox_prefix=inbox)
     try:
         objects = await client.jetstream().object_store(platform.bus.names.chunk_bucket("m"))
-        for digest, piece in zip(file.chunks, (content[:PIECE], content[PIECE:]), strict=True):
+        start = 0
+        for digest, size in file.pieces():
+            piece = content[start : start + size]
+            start += size
             found = await objects.get(digest)
             assert found.data == piece
             assert (found.info.size, found.info.chunks, found.info.nuid) == (len(piece), 1, digest)

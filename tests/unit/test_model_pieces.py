@@ -3,54 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import AsyncIterator
 
 import pytest
 
 from tether import codec
-from tether.bus.chunks import PIECE, Window
+from tether.bus.chunks import Window
 from tether.bus.model_files import check_file, version_digest
-from tether.bus.upload import cut
-from tether.errors import BadEncoding, ModelRejected, PayloadTooLarge, QueueFull
-from tether.model import Batching, Manifest, ModelFile, PushAnswer, PushRequest, TensorSpec
+from tether.errors import BadEncoding, ModelRejected, QueueFull
+from tether.model import FIXED_PIECE, Batching, Manifest, ModelFile, PushAnswer, PushRequest, TensorSpec
 from tether.modelstore.assemble import batching
 from tether.modelstore.inspection import Inspection, Limits
 from tether.modelstore.warmup import automatic_batch
+from tether.pieces import LARGEST
 
 DIGEST = "ab" * 32
 FILE = ModelFile("model.onnx", 3, DIGEST, (DIGEST,))
-
-
-async def body(*sizes: int) -> AsyncIterator[bytes]:
-    for size in sizes:
-        yield bytes(size)
-
-
-@pytest.mark.parametrize("sizes", [(1,), (PIECE,), (PIECE + 1,), (3 * PIECE + 5,), (0, 7, PIECE, 0, 9)])
-async def test_pieces_are_full_but_for_the_last(sizes: tuple[int, ...]) -> None:
-    found = [len(piece) async for piece in cut(body(*sizes), 1 << 30)]
-    assert sum(found) == sum(sizes)
-    assert all(size == PIECE for size in found[:-1])
-    assert 0 < found[-1] <= PIECE
-
-
-async def test_cutting_does_not_depend_on_how_the_body_arrives() -> None:
-    content = random.Random(1).randbytes(2 * PIECE + 99)
-
-    async def torn() -> AsyncIterator[bytes]:
-        position, sizes = 0, random.Random(2)
-        while position < len(content):
-            step = sizes.randint(1, 200_000)
-            yield content[position : position + step]
-            position += step
-
-    assert b"".join([piece async for piece in cut(torn(), 1 << 30)]) == content
-
-
-async def test_a_body_over_its_limit_ends_there() -> None:
-    with pytest.raises(PayloadTooLarge, match="more than 10 bytes"):
-        _ = [piece async for piece in cut(body(8, 3), 10)]
 
 
 async def test_a_window_never_runs_more_than_its_size() -> None:
@@ -97,7 +64,11 @@ async def test_the_first_error_of_a_window_ends_the_rest() -> None:
         ModelFile("a/b", 3, DIGEST, (DIGEST,)),
         ModelFile("model.onnx\n", 3, DIGEST, (DIGEST,)),
         ModelFile("model.onnx", 0, DIGEST, ()),
-        ModelFile("model.onnx", PIECE + 1, DIGEST, (DIGEST,)),
+        ModelFile("model.onnx", FIXED_PIECE + 1, DIGEST, (DIGEST,)),
+        ModelFile("model.onnx", 3, DIGEST, (DIGEST,), (4,)),
+        ModelFile("model.onnx", 3, DIGEST, (DIGEST,), (1, 2)),
+        ModelFile("model.onnx", 3, DIGEST, (DIGEST, DIGEST), (3, 0)),
+        ModelFile("model.onnx", LARGEST + 1, DIGEST, (DIGEST,), (LARGEST + 1,)),
         ModelFile("model.onnx", 3, DIGEST.upper(), (DIGEST,)),
         ModelFile("model.onnx", 3, DIGEST, ("*",)),
     ],
@@ -106,6 +77,14 @@ def test_a_description_that_could_reach_elsewhere_is_refused(file: ModelFile) ->
     with pytest.raises(BadEncoding):
         check_file(file)
     check_file(FILE)
+
+
+def test_files_from_before_content_defined_cutting_keep_their_pieces() -> None:
+    old = ModelFile("model.onnx", FIXED_PIECE + 5, DIGEST, (DIGEST, DIGEST))
+    check_file(old)
+    assert [size for _, size in old.pieces()] == [FIXED_PIECE, 5]
+    new = ModelFile("model.onnx", 12, DIGEST, (DIGEST, DIGEST), (5, 7))
+    assert [size for _, size in new.pieces()] == [5, 7]
 
 
 def manifest(version: int) -> Manifest:

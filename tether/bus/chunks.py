@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -22,15 +21,13 @@ import msgspec
 from tether.bus.connection import Bus
 from tether.errors import BrokerUnavailable, CorruptChunk, DeadlineExceeded, TetherError
 
-PIECE = 1 << 20
-"""Most bytes of one piece. The broker's ``max_payload`` must allow it."""
-
-WRITE_WINDOW = 32
+WRITE_WINDOW = 24
 READ_WINDOW = 16
 LOOKUP = 256
 """Pieces asked for in one look-up."""
-GROUP = 16
+GROUP = 8
 """Pieces of an upload that are looked up together, before any of them is sent."""
+LOOKUPS_AHEAD = 1
 
 _ROLLUP = {"Nats-Rollup": "sub"}
 
@@ -82,26 +79,47 @@ class ObjectChunkStore:
     async def put(self, pieces: AsyncIterator[tuple[str, bytes]]) -> int:
         """Store pieces that are not there yet; returns their bytes.
 
+        Groups of pieces are looked up ahead of those that are being sent: a question waits behind what is sent already.
+
         Raises:
             QueueFull: the bucket is at its limit.
             DeadlineExceeded, BrokerUnavailable: it took too long, as a whole or for one piece.
         """
         stored = 0
         seen: set[str] = set()
+        asked: deque[tuple[asyncio.Task[list[str]], dict[str, bytes]]] = deque()
+
+        async def send() -> None:
+            nonlocal stored
+            question, group = asked[0]
+            for digest in await question:
+                stored += len(group[digest])
+                await window.start(self._store(digest, group[digest]))
+            asked.popleft()
+
         async with _deadline(self._deadline_s), Window(WRITE_WINDOW) as window:
-            async for group in _groups(pieces):
-                fresh = {digest: piece for digest, piece in group if digest not in seen}
-                seen.update(fresh)
-                for digest in await self.missing(list(fresh)):
-                    stored += len(fresh[digest])
-                    await window.start(self._store(digest, fresh[digest]))
+            try:
+                async for group in _groups(pieces):
+                    fresh = {digest: piece for digest, piece in group if digest not in seen}
+                    seen.update(fresh)
+                    asked.append((asyncio.create_task(self.missing(list(fresh)), name="look-up"), fresh))
+                    if len(asked) > LOOKUPS_AHEAD:
+                        await send()
+                while asked:
+                    await send()
+            finally:
+                for question, _ in asked:
+                    question.cancel()
+                await asyncio.gather(*(question for question, _ in asked), return_exceptions=True)
         return stored
 
     async def get(self, digests: Sequence[str]) -> AsyncGenerator[bytes, None]:
-        """The pieces in order, several read ahead; close the iterator when you stop early.
+        """The pieces in order, as they are stored: whoever uses them compares. Several are read ahead.
+
+        Close the iterator when you stop early.
 
         Raises:
-            CorruptChunk: a piece is missing or altered; ``field`` is its digest.
+            CorruptChunk: a piece is missing; ``field`` is its digest.
             DeadlineExceeded, BrokerUnavailable: it took too long, as a whole or for one piece.
         """
         clock = self._bus.clock
@@ -153,8 +171,6 @@ class ObjectChunkStore:
         found = await self._patiently(lambda: self._bus.direct_get(self._stream, subject, timeout=limit))
         if found is None:
             raise CorruptChunk(f"piece {digest} is not in the store; push the model again", field=digest)
-        if await asyncio.to_thread(digest_of, found.data) != digest:
-            raise CorruptChunk(f"piece {digest} is altered in the store; push the model again", field=digest)
         return found.data
 
     def _meta_subject(self, digest: str) -> str:
@@ -185,11 +201,6 @@ class ObjectChunkStore:
             if not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-
-
-def digest_of(piece: bytes) -> str:
-    """The name of a piece."""
-    return hashlib.sha256(piece).hexdigest()
 
 
 def _deleted(meta: bytes) -> bool:

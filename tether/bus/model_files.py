@@ -9,16 +9,18 @@ import os
 import re
 import secrets
 import stat
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import BinaryIO
 
 from tether import codec
-from tether.bus.chunks import PIECE, ObjectChunkStore
+from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
 from tether.envelope import MessageType, Role, Verifier
 from tether.errors import BadEncoding, CorruptChunk, RoleNotAllowed, SubjectMismatch, Unavailable
-from tether.model import Manifest, ModelFile, check_name
+from tether.model import FIXED_PIECE, Manifest, ModelFile, check_name
+from tether.pieces import LARGEST, digest_of
 from tether.processes import alive
 from tether.subjects import Names
 
@@ -58,8 +60,17 @@ def check_file(file: ModelFile) -> None:
         raise BadEncoding("a model file's path must be one plain name", field="path")
     if not all(_DIGEST.fullmatch(digest) for digest in (file.digest, *file.chunks)):
         raise BadEncoding("a model file's digests must be hex SHA-256", field="chunks")
-    if file.size <= 0 or len(file.chunks) != -(-file.size // PIECE):
+    if not _adds_up(file):
         raise BadEncoding("a model file's pieces do not add up to its size", field="size")
+
+
+def _adds_up(file: ModelFile) -> bool:
+    if file.size <= 0:
+        return False
+    if not file.sizes:
+        return len(file.chunks) == -(-file.size // FIXED_PIECE)
+    fits = all(0 < size <= LARGEST for size in file.sizes)
+    return fits and len(file.sizes) == len(file.chunks) and sum(file.sizes) == file.size
 
 
 def version_digest(manifest: Manifest) -> str:
@@ -138,20 +149,60 @@ async def download(store: ObjectChunkStore, file: ModelFile, target: Path) -> No
 
 
 async def _write(store: ObjectChunkStore, file: ModelFile, target: Path) -> None:
+    """Receive some pieces while those before them are written in a thread.
+
+    The hash of the whole vouches for every piece; only when it is wrong is it worth the time to look for the one that is.
+    """
     whole = hashlib.sha256()
     out = await asyncio.to_thread(_create, target)
 
-    def add(piece: bytes) -> None:
-        whole.update(piece)
-        out.write(piece)
+    def add(group: list[bytes]) -> None:
+        for piece in group:
+            whole.update(piece)
+            out.write(piece)
 
+    writing: asyncio.Task[None] | None = None
     with out:
-        async with aclosing(store.get(file.chunks)) as pieces:
-            async for piece in pieces:
-                await asyncio.to_thread(add, piece)
+        try:
+            async with aclosing(store.get(file.chunks)) as pieces:
+                async for group in _groups(pieces):
+                    if writing is not None:
+                        await writing
+                    writing = asyncio.create_task(asyncio.to_thread(add, group), name="write-pieces")
+        finally:
+            if writing is not None:
+                await asyncio.wait({writing})
+        if writing is not None:
+            writing.result()
         size = out.tell()
     if size != file.size or whole.hexdigest() != file.digest:
-        raise CorruptChunk("the stored pieces do not make up the file that was signed; push the model again")
+        await asyncio.to_thread(_blame, file, target)
+
+
+def _blame(file: ModelFile, target: Path) -> None:
+    """Say which piece is to blame for a file that is not the one that was signed.
+
+    Raises:
+        CorruptChunk: always; ``field`` is the piece's digest, when one is to blame.
+    """
+    with target.open("rb") as content:
+        for digest, size in file.pieces():
+            if digest_of(content.read(size)) != digest:
+                raise CorruptChunk(f"piece {digest} is altered in the store; push the model again", field=digest)
+    raise CorruptChunk("the stored pieces do not make up the file that was signed; push the model again")
+
+
+async def _groups(pieces: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
+    group: list[bytes] = []
+    size = 0
+    async for piece in pieces:
+        group.append(piece)
+        size += len(piece)
+        if size >= LARGEST:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _create(path: Path) -> BinaryIO:

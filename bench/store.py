@@ -1,0 +1,202 @@
+"""The chunk store beside nats-py's own object store: MB/s of push and pull into a file, and what a small change moves.
+
+Each has a broker of the same build and settings, in alternating rounds; theirs asks for no permissions. Ours hashes every piece and the whole file on both ways, as it always
+does; theirs hashes the whole. Run with ``python -m bench.store``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import resource
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nats
+import numpy as np
+import uvloop
+
+from tether.bus.chunks import ObjectChunkStore
+from tether.bus.connection import Bus
+from tether.bus.keys import create_home
+from tether.bus.model_files import download
+from tether.bus.server import EmbeddedServer, find_server
+from tether.bus.topology import ensure_platform
+from tether.bus.upload import upload
+from tether.home import Home
+from tether.model import ModelFile
+from tether.settings import Settings
+
+PART = 1 << 18
+
+
+def make_file(path: Path, size: int) -> None:
+    """Random float32 weights: what models are made of, and what no compression helps."""
+    rng = np.random.default_rng(7)
+    with path.open("wb") as file:
+        for start in range(0, size, 16 << 20):
+            count = min(16 << 20, size - start) // 4
+            file.write(rng.standard_normal(count, dtype=np.float32).tobytes())
+
+
+def change(source: Path, target: Path, share: float) -> None:
+    """A copy in which ``share`` of the bytes differ: half of them overwritten in one place, half put into the middle."""
+    content = bytearray(source.read_bytes())
+    rng = np.random.default_rng(8)
+    half = int(len(content) * share / 2)
+    content[half : 2 * half] = rng.bytes(half)
+    middle = len(content) // 2
+    content[middle:middle] = rng.bytes(half)
+    target.write_bytes(content)
+
+
+async def parts(path: Path) -> AsyncIterator[bytes]:
+    """A body as the gateway receives it."""
+    with path.open("rb") as file:
+        while part := file.read(PART):
+            yield part
+
+
+async def ours(bus: Bus, path: Path, target: Path) -> tuple[float, float, ModelFile, int]:
+    """Seconds to push, seconds to pull, what was pushed, and the bytes of it that were new."""
+    store = ObjectChunkStore(bus, bus.names.chunk_bucket("bench"))
+    began = time.perf_counter()
+    file, stored = await upload(bus, store, parts(path), limit=1 << 40)
+    pushed = time.perf_counter() - began
+    began = time.perf_counter()
+    await download(store, file, target)
+    return pushed, time.perf_counter() - began, file, stored
+
+
+async def theirs(objects: nats.js.object_store.ObjectStore, path: Path, target: Path) -> tuple[float, float]:
+    """The same through nats-py's object store."""
+    with path.open("rb") as file:
+        began = time.perf_counter()
+        await objects.put("bench", file)
+        pushed = time.perf_counter() - began
+    with target.open("wb") as out:
+        began = time.perf_counter()
+        await objects.get("bench", writeinto=out)
+        return pushed, time.perf_counter() - began
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where it is measured: our broker's settings and home, the files' folder, the other broker's address."""
+
+    settings: Settings
+    home: Home
+    folder: Path
+    url: str
+
+
+@dataclasses.dataclass
+class Times:
+    """Seconds of every round, and the most memory (MB) this process had used when the first one ended."""
+
+    peak_mb: float = 0.0
+
+    push: list[float] = dataclasses.field(default_factory=list)
+    pull: list[float] = dataclasses.field(default_factory=list)
+
+
+async def measure(size: int, rounds: int) -> str:
+    """The table."""
+    own, other = Times(), Times()
+    with tempfile.TemporaryDirectory(prefix="tether-bench-") as name:
+        folder = Path(name)
+        home = Home.at(str(folder / "home"))
+        create_home(home, workers=1)
+        settings = Settings(home=str(home.root), max_file_mb=max(20480, 16 * size >> 20))
+        make_file(folder / "model", size)
+        async with EmbeddedServer(home, settings, binary=find_server(settings)) as server:
+            settings = dataclasses.replace(settings, nats_url=server.url)
+            async with Bus.connect(settings, home, "dispatcher") as admin:
+                await ensure_platform(admin, settings)
+                with open_broker(folder) as url:
+                    for _ in range(rounds):
+                        await one_round(Place(settings, home, folder, url), own, other)
+                delta = await small_change(settings, home, folder)
+    return table(size, own, other, delta)
+
+
+@contextmanager
+def open_broker(folder: Path) -> Iterator[str]:
+    """A server that lets everybody in, with the sync interval of ours; its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = folder / "open.conf"
+    config.write_text(
+        f'listen: "127.0.0.1:{port}"\nmax_payload: 8MB\n'
+        f'jetstream {{ store_dir: "{folder / "open"}", max_mem: 1GB, max_file: 40GB, sync_interval: 1s }}\n'
+    )
+    server = subprocess.Popen([find_server(Settings()).path, "-c", config], stderr=subprocess.DEVNULL)
+    try:
+        yield f"nats://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+async def one_round(place: Place, own: Times, other: Times) -> None:
+    """One push and pull each. Both start with nothing stored."""
+    folder = place.folder
+    async with Bus.connect(place.settings, place.home, "gateway") as bus:
+        pushed, pulled, file, _ = await ours(bus, folder / "model", folder / "pulled")
+        own.push.append(pushed)
+        own.pull.append(pulled)
+        own.peak_mb = own.peak_mb or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        store = ObjectChunkStore(bus, bus.names.chunk_bucket("bench"))
+        for digest in file.chunks:
+            await store.discard(digest)
+    client = await nats.connect(place.url)
+    try:
+        objects = await client.jetstream().create_object_store("bench")
+        pushed, pulled = await theirs(objects, folder / "model", folder / "pulled")
+        await client.jetstream().delete_object_store("bench")
+    finally:
+        await client.close()
+    other.push.append(pushed)
+    other.pull.append(pulled)
+
+
+async def small_change(settings: Settings, home: Home, folder: Path) -> float:
+    """Share of a changed file's bytes that a push stores, when 1 % of them changed."""
+    async with Bus.connect(settings, home, "gateway") as bus:
+        store = ObjectChunkStore(bus, bus.names.chunk_bucket("bench"))
+        await upload(bus, store, parts(folder / "model"), limit=1 << 40)
+        change(folder / "model", folder / "changed", 0.01)
+        file, stored = await upload(bus, store, parts(folder / "changed"), limit=1 << 40)
+        return stored / file.size
+
+
+def table(size: int, own: Times, other: Times, delta: float) -> str:
+    """Markdown."""
+    mb = size / (1 << 20)
+    rows = ["| | this store | nats-py's object store | ratio |", "|---|---|---|---|"]
+    for name, mine, its in (("push", own.push, other.push), ("pull into a file", own.pull, other.pull)):
+        fast, slow = mb / statistics.median(mine), mb / statistics.median(its)
+        rows.append(f"| {name}, MB/s | {fast:.0f} | {slow:.0f} | {fast / slow:.1f} x |")
+    rows.append(f"| bytes stored when 1 % changed | {delta:.2%} | 100 % | |")
+    rows.append(f"| memory of this process at most, MB | {own.peak_mb:.0f} | | |")
+    return f"{mb:.0f} MB of random float32, medians of {len(own.push)} alternating rounds\n\n" + "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--mb", type=int, default=512, help="size of the model file")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each")
+    given = parser.parse_args()
+    print(uvloop.run(measure(given.mb << 20, given.rounds)))
+
+
+if __name__ == "__main__":
+    main()

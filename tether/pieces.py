@@ -1,0 +1,113 @@
+"""Content-defined cutting: where a file is cut depends on the bytes around the cut, not on how far in they are.
+
+So bytes that are put in or taken out change the pieces they fall into, and no others. The algorithm is FastCDC (Xia et
+al., "The Design of Fast Content-Defined Chunking for Data Deduplication Based Storage Systems", IEEE TPDS 2020), as the
+library pyfastcdc has it, with its published gear table and normalisation level 1. Client and gateway cut alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+
+from pyfastcdc import FastCDC
+
+from tether.errors import PayloadTooLarge
+
+SMALLEST = 256 << 10
+MEAN = 1 << 20
+LARGEST = 4 << 20
+"""Bytes of a piece. Only the last one of a file may have less than ``SMALLEST``. The broker's ``max_payload`` must
+allow the largest."""
+
+_ENOUGH = 2 * LARGEST
+"""Bytes to gather before they are cut: what lies behind the last cut is looked at twice."""
+
+
+class Cutter:
+    """Cuts one file that arrives in parts, and knows what it cut: each piece's digest and size, and the whole's hash.
+
+    Where it cuts does not depend on the parts.
+    """
+
+    def __init__(self) -> None:
+        self._cdc = FastCDC(MEAN, min_size=SMALLEST, max_size=LARGEST)
+        self._pending = bytearray()
+        self.whole = hashlib.sha256()
+        self.digests: list[str] = []
+        self.sizes: list[int] = []
+
+    def cut(self, parts: Iterable[bytes], *, last: bool = False) -> list[tuple[str, bytes]]:
+        """Digest and bytes of the pieces that ``parts`` complete; with ``last`` of all that are left. Blocks."""
+        for part in parts:
+            self._pending += part
+        with memoryview(self._pending) as pending:
+            found = [(chunk.offset, chunk.length) for chunk in self._cdc.cut_buf(pending)] if pending else []
+            if found and not last:
+                found.pop()  # it ends where the buffer does; more bytes may belong to it
+            pieces = [self._named(bytes(pending[start : start + length])) for start, length in found]
+        del self._pending[: sum(length for _, length in found)]
+        return pieces
+
+    def _named(self, piece: bytes) -> tuple[str, bytes]:
+        self.whole.update(piece)
+        self.digests.append(digest_of(piece))
+        self.sizes.append(len(piece))
+        return self.digests[-1], piece
+
+
+async def cut(body: AsyncIterator[bytes], limit: int, cutter: Cutter) -> AsyncIterator[tuple[str, bytes]]:
+    """Digest and bytes of a body's pieces, while it arrives: one part of it is cut in a thread while the next is read.
+
+    Raises:
+        PayloadTooLarge: more than ``limit`` bytes came.
+    """
+    cutting: asyncio.Task[list[tuple[str, bytes]]] | None = None
+    try:
+        async for parts in _gathered(body, limit):
+            found = [] if cutting is None else await cutting
+            cutting = asyncio.create_task(asyncio.to_thread(cutter.cut, parts), name="cut")
+            for piece in found:
+                yield piece
+        for piece in [] if cutting is None else await cutting:
+            yield piece
+        for piece in await asyncio.to_thread(cutter.cut, (), last=True):
+            yield piece
+    finally:
+        if cutting is not None:
+            await asyncio.wait({cutting})
+
+
+async def _gathered(body: AsyncIterator[bytes], limit: int) -> AsyncIterator[list[bytes]]:
+    parts: list[bytes] = []
+    total = size = 0
+    async for part in body:
+        total += len(part)
+        if total > limit:
+            raise PayloadTooLarge(
+                f"the model file has more than {limit} bytes, the most this platform takes", field="body"
+            )
+        parts.append(part)
+        size += len(part)
+        if size >= _ENOUGH:
+            yield parts
+            parts, size = [], 0
+    if parts:
+        yield parts
+
+
+def cut_file(path: Path) -> Cutter:
+    """Cut a file without keeping its pieces: what is known afterwards is the cutter's. Blocks."""
+    cutter = Cutter()
+    with path.open("rb") as file:
+        while part := file.read(_ENOUGH):
+            cutter.cut((part,))
+    cutter.cut((), last=True)
+    return cutter
+
+
+def digest_of(piece: bytes) -> str:
+    """The name of a piece: the hex SHA-256 of its bytes."""
+    return hashlib.sha256(piece).hexdigest()
