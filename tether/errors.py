@@ -7,6 +7,7 @@
     │   ├── BadJson           the body is not the JSON it should be
     │   ├── BadTensor         a tensor's name, datatype, shape or bytes do not fit
     │   ├── BadName           a name a client chose is not allowed
+    │   ├── RequestTimeout    the body did not arrive in time
     │   └── PayloadTooLarge   more bytes than a limit allows
     ├── Unauthenticated       no valid API key
     ├── Forbidden             the key is valid, the action is not its to do
@@ -81,6 +82,11 @@ class BadName(InvalidRequest):
 
 class PayloadTooLarge(InvalidRequest):
     code = "payload_too_large"
+
+
+class RequestTimeout(InvalidRequest):
+    code = "request_timeout"
+    retryable = True
 
 
 class Unauthenticated(TetherError):

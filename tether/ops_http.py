@@ -7,9 +7,11 @@ import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from granian.constants import Interfaces
+from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP1Settings
 from granian.server.embed import Server
 
 from tether import metrics
@@ -22,6 +24,12 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 Checks = Callable[[], dict[str, str]]
 """Every dependency by name and ``ok`` or what is wrong with it."""
+
+
+HEADER_BYTES = 64 << 10
+"""A request line and headers of more than about this, or more than a hundred headers, are answered with 431 or 414."""
+
+BACKLOG = 1024
 
 
 def bind(host: str, port: int) -> int:
@@ -40,11 +48,35 @@ def bind(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What connections may cost. ``header_s``: seconds to send a request's headers, and to rest between requests."""
+
+    connections: int = 256
+    header_s: float = 30.0
+
+
 @asynccontextmanager
-async def listening(app: Any, host: str, port: int, *, interface: Interfaces = Interfaces.ASGINL) -> AsyncIterator[int]:
-    """Serve ``app``, an application of ``interface``, until the block ends; yields the port."""
+async def listening(
+    app: Any, host: str, port: int, *, interface: Interfaces = Interfaces.ASGINL, limits: Limits = Limits()
+) -> AsyncIterator[int]:
+    """Serve ``app``, an application of ``interface``, until the block ends; yields the port.
+
+    HTTP/1.1 alone: nothing here needs HTTP/2, and its streams would be a second way around the limits.
+    """
     port = bind(host, port)
-    server = Server(app, address=host, port=port, interface=interface, log_enabled=False, websockets=False)
+    server = Server(
+        app,
+        address=host,
+        port=port,
+        interface=interface,
+        log_enabled=False,
+        websockets=False,
+        http=HTTPModes.http1,
+        http1_settings=HTTP1Settings(header_read_timeout=int(limits.header_s * 1000), max_buffer_size=HEADER_BYTES),
+        backlog=BACKLOG,
+        backpressure=limits.connections,
+    )
     task = asyncio.create_task(server.serve(), name="http")
     try:
         await _accepting(host, port, task)

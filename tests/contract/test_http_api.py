@@ -323,7 +323,7 @@ def with_origin(served: Served, method: str, path: str, headers: dict[str, str],
     settings = dataclasses.replace(served.services.settings, cors_origins=origins)
 
     async def ask() -> httpx.Response:
-        opened = rsgi.entry(lambda _method, _path: None, app.whole(served.services.gateway, settings))
+        opened = rsgi.entry(lambda _method, _path: None, app.whole(served.services.gateway, settings), part_s=30)
         async with (
             ops_http.listening(opened, "127.0.0.1", 0, interface=Interfaces.RSGI) as port,
             httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,

@@ -12,9 +12,10 @@ from tether.settings import Settings
 
 def build(gateway: Gateway) -> rsgi.RsgiApp:
     """What Granian serves. Where browsers of other origins may call, every request goes the framework's way."""
-    if gateway.settings.cors_origins:
-        return rsgi.entry(_none_is_hot, whole(gateway, gateway.settings))
-    return rsgi.entry(HotRoutes(gateway).find, rest.build(gateway))
+    settings = gateway.settings
+    if settings.cors_origins:
+        return rsgi.entry(_none_is_hot, whole(gateway, settings), part_s=settings.body_timeout_s)
+    return rsgi.entry(HotRoutes(gateway).find, rest.build(gateway), part_s=settings.body_timeout_s)
 
 
 def _none_is_hot(_method: str, _path: str) -> Handler | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from tether.errors import InvalidRequest
-from tether.gateway_http.request import Headers, Reply, too_large
+from tether.gateway_http.request import Headers, Reply, cut_short, too_large
 from tether.ops_http import Receive, Scope, Send
 
 
@@ -20,7 +19,7 @@ class AsgiIncoming:
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
-                raise InvalidRequest("the client left before the body was complete")
+                raise cut_short()
             part = message.get("body", b"")
             parts.append(part)
             size += len(part)

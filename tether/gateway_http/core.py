@@ -14,6 +14,7 @@ from tether.gateway_http.bundler import InferBundler
 from tether.gateway_http.catalog import Catalog, Served
 from tether.gateway_http.jobs import JobService
 from tether.gateway_http.open_jobs import OpenJobs
+from tether.gateway_http.patience import Patience
 from tether.gateway_http.tenants import Tenants
 from tether.home import Home
 from tether.job import Job, Lane, new_job_id
@@ -29,6 +30,7 @@ class Gateway:
     def __init__(self, bus: Bus, tasks: Tasks) -> None:
         self.bus = bus
         self.settings = bus.settings
+        self.patience = Patience(bus.settings.body_timeout_s)
         self.catalog = Catalog(bus)
         self.tenants = Tenants(bus)
         self.keys = ApiKeys(bus)

@@ -12,6 +12,7 @@ STATUSES: dict[type[errors.TetherError], int] = {
     errors.TetherError: 500,
     errors.InvalidRequest: 400,
     errors.PayloadTooLarge: 413,
+    errors.RequestTimeout: 408,
     errors.Unauthenticated: 401,
     errors.Forbidden: 403,
     errors.NotFound: 404,

@@ -97,13 +97,16 @@ class HotRoutes:
         counter.inc()
         return answer
 
+    def _body(self, heading: Heading, incoming: Incoming) -> Coroutine[Any, Any, bytes]:
+        return read_body(heading, incoming, self._limit, self._gateway.patience)
+
     async def _infer(self, model: str, version: str, incoming: Incoming) -> Reply:
         """``POST /v2/models/{model}[/versions/{version}]/infer``."""
         gateway = self._gateway
         heading = Heading(incoming.headers)
         key = gateway.keys.authenticate(heading.key, "infer")
         served = gateway.catalog.resolve(model, version)
-        body = await read_body(heading, incoming, self._limit)
+        body = await self._body(heading, incoming)
         request = oip.parse_infer_request(body, heading.json_length, specs=served.specs)
         tensors = await gateway.infer(
             served,
@@ -127,7 +130,7 @@ class HotRoutes:
         """``POST /v1/jobs``."""
         heading = Heading(incoming.headers)
         key = self._gateway.keys.authenticate(heading.key, "jobs")
-        body: JobBody = oip_json.parse(_job_decoder, await read_body(heading, incoming, self._limit))
+        body: JobBody = oip_json.parse(_job_decoder, await self._body(heading, incoming))
         (job,) = await self._gateway.jobs.submit(key.tenant, [self._new_job(body, heading, "")])
         extra = [("location", f"/v1/jobs/{job['id']}")]
         return reply(202, _encode(job), heading, content_type=_JSON, extra=extra)
@@ -136,7 +139,7 @@ class HotRoutes:
         """``POST /v1/jobs:batch``."""
         heading = Heading(incoming.headers)
         key = self._gateway.keys.authenticate(heading.key, "jobs")
-        body: BatchBody = oip_json.parse(_batch_decoder, await read_body(heading, incoming, self._limit))
+        body: BatchBody = oip_json.parse(_batch_decoder, await self._body(heading, incoming))
         if not 0 < len(body.jobs) <= MAX_BATCH:
             raise PayloadTooLarge(f"a batch has 1 to {MAX_BATCH} jobs, not {len(body.jobs)}", field="jobs")
         requests = [self._new_job(job, heading, f"/{index}") for index, job in enumerate(body.jobs)]

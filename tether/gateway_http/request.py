@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
-from tether.errors import InvalidRequest, PayloadTooLarge
+from tether.errors import InvalidRequest, PayloadTooLarge, RequestTimeout
 from tether.job import Parameter, new_request_id
 
 _COMPRESS_FROM = 512
 """Smaller answers cost more to compress than to send."""
+
+MANY_PARTS = 4096
+SMALL_PART = 256
+"""A body of more than ``MANY_PARTS`` parts that have fewer bytes on average than this is refused."""
 
 Headers = list[tuple[str, str]]
 
@@ -116,16 +120,23 @@ def _number(value: str, header: str) -> int:
     return int(value)
 
 
-async def read_body(heading: Heading, incoming: Incoming, limit: int) -> bytes:
+class Reads(Protocol):
+    """Waits for a body as long as it may take; see :class:`tether.gateway_http.patience.Patience`."""
+
+    async def read(self, body: Awaitable[bytes]) -> bytes: ...
+
+
+async def read_body(heading: Heading, incoming: Incoming, limit: int, patience: Reads) -> bytes:
     """The whole body, decompressed.
 
     Raises:
-        PayloadTooLarge: more than ``limit`` bytes, before or after decompression.
+        PayloadTooLarge: more than ``limit`` bytes, before or after decompression, or too many small pieces.
+        RequestTimeout: it was not complete in time.
         InvalidRequest: an unknown or broken encoding, or the client left.
     """
     if heading.length > limit:
         raise too_large(limit)
-    body = await incoming.read(limit, heading.length)
+    body = await patience.read(incoming.read(limit, heading.length))
     if heading.encoding in ("", "identity"):
         return body
     return _decompressed(body, heading.encoding, limit)
@@ -152,6 +163,38 @@ def _decompressed(body: bytes, encoding: str, limit: int) -> bytes:
 
 def too_large(limit: int) -> PayloadTooLarge:
     return PayloadTooLarge(f"the body is larger than {limit} bytes (setting max_body_bytes)", field="body")
+
+
+def too_slow(seconds: float) -> RequestTimeout:
+    return RequestTimeout(f"the body did not arrive within {seconds:g} s (setting body_timeout_s)", field="body")
+
+
+def cut_short() -> InvalidRequest:
+    return InvalidRequest("the client left, or its chunks were broken, before the body was complete", field="body")
+
+
+class PartCounter:
+    """Refuses a body that comes in very many very small parts: each costs as much time as a large one."""
+
+    __slots__ = ("parts", "size")
+
+    def __init__(self) -> None:
+        self.parts = 0
+        self.size = 0
+
+    def add(self, part: bytes) -> None:
+        """Count one part.
+
+        Raises:
+            PayloadTooLarge: there are too many for what they carry.
+        """
+        self.parts += 1
+        self.size += len(part)
+        if self.parts > MANY_PARTS and self.size < self.parts * SMALL_PART:
+            raise PayloadTooLarge(
+                f"the body comes in more than {MANY_PARTS} chunks of less than {SMALL_PART} bytes; send larger chunks",
+                field="body",
+            )
 
 
 def timeout_of(parameters: Mapping[str, Parameter], limit_s: float) -> float:

@@ -106,7 +106,7 @@ class Row:
         if self.scope is not None:
             found |= {401, 403}
         if self.body is not None or self.binary is not None:
-            found |= {400, 413}
+            found |= {400, 408, 413}
         if self.query is not None or "{" in self.path:
             found.add(400)
         return sorted(found - set(self.answers))
@@ -184,7 +184,7 @@ class Endpoint:
         query = None if row.query is None else read_query(request.query_params.multi_items(), row.query)
         body = None
         if row.body is not None:
-            content = await read_body(heading, incoming, gateway.settings.max_body_bytes)
+            content = await read_body(heading, incoming, gateway.settings.max_body_bytes, gateway.patience)
             body = row.body() if row.body_optional and not content else oip_json.parse(_decoder(row.body), content)
         return Call(gateway, request, heading, key, body, query)
 

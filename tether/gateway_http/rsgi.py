@@ -5,14 +5,17 @@ Hot routes are answered right here. Everything else goes to the ASGI application
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
+from granian.rsgi import ProtocolClosed
+
 from tether.errors import TetherError
 from tether.gateway_http.errors import error_response
 from tether.gateway_http.hot import Handler
-from tether.gateway_http.request import Headers, too_large
+from tether.gateway_http.request import Headers, PartCounter, cut_short, too_large, too_slow
 from tether.ops_http import App
 
 log = logging.getLogger(__name__)
@@ -69,23 +72,44 @@ class RsgiIncoming:
     async def read(self, limit: int, announced: int) -> bytes:
         """A body of announced length is taken whole; one without is counted as it comes."""
         if announced:
-            return await self._protocol()
-        parts, size = [], 0
-        async for part in self._protocol:
+            try:
+                return await self._protocol()
+            except ProtocolClosed as error:
+                raise cut_short() from error
+        parts, counter = [], PartCounter()
+        async for part in body_parts(self._protocol):
             parts.append(part)
-            size += len(part)
-            if size > limit:
+            counter.add(part)
+            if counter.size > limit:
                 raise too_large(limit)
         return b"".join(parts)
 
 
-def entry(route: Callable[[str, str], Handler | None], cold: App) -> RsgiApp:
-    """An RSGI application: ``route`` finds the handler of a hot request, ``cold`` has the rest."""
+async def body_parts(protocol: RsgiProtocol) -> AsyncIterator[bytes]:
+    """The parts of a body as they come.
+
+    Raises:
+        InvalidRequest: it ended before it was complete. Granian tells that only so: the empty part that ends every
+            body is followed by another one (trailers look the same, and are refused with it).
+    """
+    ended = False
+    async for part in protocol:
+        if ended:
+            raise cut_short()
+        ended = not part
+        yield part
+
+
+def entry(route: Callable[[str, str], Handler | None], cold: App, *, part_s: float) -> RsgiApp:
+    """An RSGI application: ``route`` finds the handler of a hot request, ``cold`` has the rest.
+
+    ``part_s``: seconds that ``cold`` waits for each part of a body.
+    """
 
     async def app(scope: RsgiScope, protocol: RsgiProtocol) -> None:
         handler = route(scope.method, scope.path)
         if handler is None:
-            await bridge(cold, scope, protocol)
+            await bridge(cold, scope, protocol, part_s)
             return
         answer = await handler(RsgiIncoming(scope, protocol))
         protocol.response_bytes(answer.status, answer.headers, answer.body)
@@ -96,9 +120,11 @@ def entry(route: Callable[[str, str], Handler | None], cold: App) -> RsgiApp:
 class _Bridge:
     """One request's way through an ASGI application."""
 
-    def __init__(self, protocol: RsgiProtocol) -> None:
+    def __init__(self, protocol: RsgiProtocol, part_s: float) -> None:
         self._protocol = protocol
-        self._body = protocol.__aiter__()
+        self._part_s = part_s
+        self._body = body_parts(protocol)
+        self._counter = PartCounter()
         self._read = False
         self._status = 0
         self._headers: Headers = []
@@ -110,10 +136,14 @@ class _Bridge:
             await self._protocol.client_disconnect()
             return {"type": "http.disconnect"}
         try:
-            part = await anext(self._body)
+            async with asyncio.timeout(self._part_s):
+                part = await anext(self._body)
         except StopAsyncIteration:
             self._read = True
             return {"type": "http.request", "body": b"", "more_body": False}
+        except TimeoutError as error:
+            raise too_slow(self._part_s) from error
+        self._counter.add(part)
         return {"type": "http.request", "body": part, "more_body": True}
 
     async def send(self, message: Mapping[str, Any]) -> None:
@@ -131,9 +161,9 @@ class _Bridge:
         await self._transport.send_bytes(body)
 
 
-async def bridge(app: App, scope: RsgiScope, protocol: RsgiProtocol) -> None:
+async def bridge(app: App, scope: RsgiScope, protocol: RsgiProtocol, part_s: float) -> None:
     """Run an ASGI application (asgi.readthedocs.io, HTTP 2.4) for one RSGI request."""
-    crossing = _Bridge(protocol)
+    crossing = _Bridge(protocol, part_s)
     try:
         await app(_asgi_scope(scope), crossing.receive, crossing.send)
     except Exception:

@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 def listen(gateway: Gateway, host: str, port: int) -> AbstractAsyncContextManager[int]:
     """Answer on a port (0: a free one) until the block ends; the value is the port."""
-    return ops_http.listening(app.build(gateway), host, port, interface=Interfaces.RSGI)
+    limits = ops_http.Limits(gateway.settings.max_connections, gateway.settings.header_timeout_s)
+    return ops_http.listening(app.build(gateway), host, port, interface=Interfaces.RSGI, limits=limits)
 
 
 @asynccontextmanager

@@ -1,0 +1,20 @@
+"""A platform that hostile clients meet: short times, so that tests of slow clients are fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import models
+import pytest
+from served import Served, served
+
+from tether.bus.server import Binary
+
+CONNECTIONS = 64
+
+
+@pytest.fixture(scope="session")
+def target(nats_binary: Binary) -> Iterator[Served]:
+    with served(nats_binary, body_timeout_s=1.0, header_timeout_s=1.0, max_connections=CONNECTIONS) as running:
+        running.push("bump", models.add())
+        yield running
