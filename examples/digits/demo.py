@@ -187,7 +187,7 @@ async def show_restart(running: Platform, old_pid: int) -> None:
 
 
 async def story(running: Platform) -> None:
-    with np.load(HERE / "digits_holdout.npz") as holdout:
+    with np.load(HERE / "digits_holdout.npz", allow_pickle=False) as holdout:
         images, labels = holdout["images"], holdout["labels"]
 
     step("push", f"tether model push {MODEL} digits.onnx")

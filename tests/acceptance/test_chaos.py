@@ -37,7 +37,7 @@ def push(running: Platform) -> None:
 
 @pytest.fixture(scope="module")
 def images() -> Any:
-    with np.load(DIGITS / "digits_holdout.npz") as held_out:
+    with np.load(DIGITS / "digits_holdout.npz", allow_pickle=False) as held_out:
         return held_out["images"].astype(np.float32).reshape(-1, 64)
 
 

@@ -120,7 +120,7 @@ async def infer(http: httpx.AsyncClient, image: list[float]) -> int:
 
 
 async def test_containers_answer_and_survive_a_killed_worker(stack: Stack) -> None:
-    holdout = np.load(DIGITS / "digits_holdout.npz")
+    holdout = np.load(DIGITS / "digits_holdout.npz", allow_pickle=False)
     image, label = holdout["images"][0].tolist(), int(holdout["labels"][0])
     address = f"http://127.0.0.1:{stack.port}"
     async with httpx.AsyncClient(base_url=address, timeout=35, trust_env=False) as http:

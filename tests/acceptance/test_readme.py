@@ -77,10 +77,10 @@ def test_what_the_readme_says_to_type_works(reader: Reader) -> None:
         # right after a kill, status says with its exit status that a worker is still starting
         assert done.returncode == 0 or line == "tether status", f"{line}\n{done.stdout}\n{done.stderr}"
         said[line] = done.stdout
-    labels = np.load(HOLDOUT)["labels"]
+    labels = np.load(HOLDOUT, allow_pickle=False)["labels"]
     assert re.search(rf"^label +\[{labels[0]}\]$", said["tether infer digits image.npy"], re.MULTILINE)
     assert all('"outputs"' in answer for line, answer in said.items() if line.startswith("curl"))
-    with np.load(reader.folder / "labels.npz") as saved:
+    with np.load(reader.folder / "labels.npz", allow_pickle=False) as saved:
         assert len(saved["label"]) == len(labels)
         assert float((saved["label"] == labels).mean()) > 0.95
     assert "worker-1" in said["tether status"]
