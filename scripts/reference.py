@@ -17,6 +17,7 @@ from typer.main import get_command
 
 from tether import metrics, settings
 from tether.gateway_http import rest
+from tether.gateway_http.auth import ANY_SCOPE
 from tether.gateway_http.routing import Row
 from tether_cli.main import application
 
@@ -108,7 +109,12 @@ def _allowed(info: settings.SettingInfo) -> str:
 
 def routes_table() -> str:
     rows = [
-        [f"`{row.method} {row.path}`", f"`{row.scope}`" if row.scope else "none", row.summary, _statuses(row)]
+        [
+            f"`{row.method} {row.path}`",
+            "any" if row.scope == ANY_SCOPE else f"`{row.scope}`" if row.scope else "none",
+            row.summary,
+            _statuses(row),
+        ]
         for row in rest.table()
     ]
     return table(("route", "scope", "what it does", "answers"), rows)

@@ -70,5 +70,13 @@ def key_hash(text: str) -> str:
 
 
 def stored_key(text: str, *, tenant: str, scopes: tuple[str, ...], name: str, created_at: float) -> ApiKey:
-    """What to keep of a key that :func:`new_key_text` made."""
+    """What to keep of a key that :func:`new_key_text` made; it has no limits and does not expire."""
     return ApiKey(key_id(text) or "", key_hash(text), tenant, scopes, name, created_at)
+
+
+def rotated(record: ApiKey, text: str, now: float) -> ApiKey:
+    """The key that takes over from ``record`` at ``now``: the same rights, and the same lifetime from now on."""
+    expires_at = now + (record.expires_at - record.created_at) if record.expires_at else 0.0
+    return msgspec.structs.replace(
+        record, id=key_id(text) or "", hash=key_hash(text), created_at=now, expires_at=expires_at, replaces=record.id
+    )

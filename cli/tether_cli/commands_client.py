@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tether_cli import commands_config, commands_jobs, commands_tenants
+from tether_cli import commands_config, commands_jobs, commands_keys, commands_tenants
 from tether_cli.options import ModelName, Timeout, Url, connect
 from tether_cli.output import JsonFlag, print_json, print_table, progress, say
 
@@ -27,7 +27,16 @@ def register(app: typer.Typer) -> None:
             },
         ),
         ("model", "Models: push, list, show.", {"push": model_push, "list": model_list, "show": model_show}),
-        ("key", "API keys: create, list, revoke.", {"create": key_create, "list": key_list, "revoke": key_revoke}),
+        (
+            "key",
+            "API keys: create, list, revoke, rotate.",
+            {
+                "create": commands_keys.create,
+                "list": commands_keys.listing,
+                "revoke": commands_keys.revoke,
+                "rotate": commands_keys.rotate,
+            },
+        ),
         (
             "tenant",
             "Tenants: create, list, show, set, delete.",
@@ -108,52 +117,3 @@ def model_show(name: ModelName, *, url: Url = None, json_output: JsonFlag = Fals
         print_json(found)
     else:
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
-
-
-def key_create(
-    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="Whose key it is.")],
-    *,
-    scopes: Annotated[
-        list[str],
-        typer.Option(
-            "--scope", metavar="SCOPE", help="infer, jobs, models:read, models:write or admin; may be given again."
-        ),
-    ],
-    name: Annotated[str, typer.Option("--name", metavar="NAME", help="What the key is for.")] = "",
-    url: Url = None,
-    json_output: JsonFlag = False,
-) -> None:
-    """Make an API key and print it; it is never shown again."""
-    with connect(url) as client:
-        made = client.create_key(tenant, scopes, name)
-    if json_output:
-        print_json(made)
-        return
-    say(f"key {made['id']} of {made['tenant']}; keep it now, it is not shown again")
-    typer.echo(made["key"])
-
-
-def key_list(*, url: Url = None, json_output: JsonFlag = False) -> None:
-    """List API keys without their secrets."""
-    with connect(url) as client:
-        keys = client.keys()
-    if json_output:
-        print_json({"keys": keys})
-        return
-    heading = ("ID", "TENANT", "NAME", "SCOPES", "CREATED")
-    print_table(heading, [[entry.get(field.lower()) for field in (*heading[:4], "CREATED_AT")] for entry in keys])
-
-
-def key_revoke(
-    key_id: Annotated[str, typer.Argument(metavar="KEY", help="The id from 'key list'.")],
-    *,
-    url: Url = None,
-    json_output: JsonFlag = False,
-) -> None:
-    """Make a key count no more."""
-    with connect(url) as client:
-        client.revoke_key(key_id)
-    if json_output:
-        print_json({"id": key_id, "revoked": True})
-    else:
-        say(f"key {key_id} is revoked")

@@ -83,7 +83,8 @@ COMMANDS = (
     "infer",
     *(f"job {name}" for name in ("list", "get", "wait", "cancel")),
     *(f"model {name}" for name in ("push", "list", "show")),
-    *(f"key {name}" for name in ("create", "list", "revoke")),
+    *(f"key {name}" for name in ("create", "list", "revoke", "rotate")),
+    *(f"tenant {name}" for name in ("create", "list", "show", "set", "delete")),
     *(f"config {name}" for name in ("show", "check", "schema")),
 )
 
@@ -104,7 +105,7 @@ def test_every_command_explains_itself_and_speaks_json(command: str) -> None:
         ("nonsense",),
         ("submit",),
         ("infer", "m", "x.npy", "--nonsense"),
-        ("key", "create", "t"),
+        ("key", "create", "--tenant", "t"),
         ("job", "list", "--limit", "0"),
         ("config", "show", "nonsense"),
         ("submit", "m", "x.npy", "--rows", "--idempotency-key", "k"),

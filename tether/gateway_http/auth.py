@@ -1,28 +1,77 @@
-"""Who is calling: API keys from the ``apikeys`` bucket, kept in memory by their hash."""
+"""Who is calling and what they may do: API keys from the ``apikeys`` bucket, in memory by the hash of their text."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import msgspec
 
 from tether import codec
-from tether.apikey import ApiKey
+from tether.apikey import SCOPES, ApiKey
 from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
 from tether.envelope import MessageType
 from tether.errors import Forbidden, Unauthenticated
+from tether.gateway_http.catalog import no_model
+from tether.gateway_http.key_use import KeyUses
+from tether.gateway_http.tenants import Tenants
+from tether.tenant import Tenant, allows_model
+
+ANY_SCOPE = "any"
+"""What a route asks for that any key which counts may use."""
+
+_DECISIONS = 4096
+"""Model names that a caller's decision is remembered for; names are chosen by clients, so there is an end to it."""
+
+
+class Caller:
+    """An API key with its tenant's rights, as a request uses them. A change of either makes a new one."""
+
+    __slots__ = ("_decisions", "_patterns", "expires_at", "id", "key", "scopes", "tenant")
+
+    def __init__(self, key: ApiKey, tenant: Tenant) -> None:
+        self.key = key
+        self.id = key.id
+        self.tenant = tenant.name
+        self.expires_at = key.expires_at
+        self.scopes = frozenset((*(SCOPES if "admin" in key.scopes else key.scopes), ANY_SCOPE))
+        self._patterns = (key.models, tenant.models)
+        self._decisions: dict[str, bool] = {}
+
+    def sees(self, model: str) -> bool:
+        """Whether key and tenant both allow a model's name."""
+        found = self._decisions.get(model)
+        if found is None:
+            if len(self._decisions) >= _DECISIONS:
+                self._decisions.clear()
+            found = all(allows_model(patterns, model) for patterns in self._patterns)
+            self._decisions[model] = found
+        return found
+
+    def check_model(self, model: str) -> None:
+        """Refuse a model that this caller may not use as if there were none of its name.
+
+        Raises:
+            BadName: no model could have this name.
+            ModelNotFound: it may not be used.
+        """
+        if not self.sees(model):
+            raise no_model(model)
 
 
 class ApiKeys:
     """Looks keys up by the SHA-256 of their text, so a wrong one costs what a right one costs."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, tenants: Tenants) -> None:
         self.bucket = SignedBucket(bus, "apikeys", MessageType.API_KEY)
-        self._by_hash: dict[str, ApiKey] = {}
+        self.uses = KeyUses(bus)
+        self._now: Callable[[], float] = bus.clock.utc
+        self._tenants = tenants
+        self._callers: dict[bytes, Caller] = {}
         self._by_id: dict[str, ApiKey] = {}
+        tenants.on_change(self._tenant_changed)
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
@@ -30,14 +79,22 @@ class ApiKeys:
             yield
 
     def _changed(self, key: str, body: bytes | None) -> None:
+        record = None if body is None else codec.decode(body, ApiKey)
         old = self._by_id.pop(key, None)
         if old is not None:
-            self._by_hash.pop(old.hash, None)
-        if body is not None:
-            record = codec.decode(body, ApiKey)
-            self._by_id[record.id] = record
-            if not record.revoked:
-                self._by_hash[record.hash] = record
+            self._callers.pop(bytes.fromhex(old.hash), None)
+        if record is not None and record.id == key:
+            self._by_id[key] = record
+            self._admit(record)
+
+    def _admit(self, record: ApiKey) -> None:
+        if not record.revoked:
+            self._callers[bytes.fromhex(record.hash)] = Caller(record, self._tenants.get(record.tenant))
+
+    def _tenant_changed(self, name: str) -> None:
+        for record in self._by_id.values():
+            if record.tenant == name:
+                self._admit(record)
 
     def known(self) -> list[ApiKey]:
         return sorted(self._by_id.values(), key=lambda record: record.created_at)
@@ -65,16 +122,18 @@ class ApiKeys:
         await self.store(revoked)
         return revoked
 
-    def authenticate(self, text: str, scope: str) -> ApiKey:
-        """The key that a request presented, when it may do what ``scope`` names.
+    def authenticate(self, text: str, scope: str) -> Caller:
+        """Who presented a key, when it may do what ``scope`` names.
 
         Raises:
-            Unauthenticated: no key, or not a valid one; both say the same.
+            Unauthenticated: no key, or none that counts; missing, unknown, wrong, revoked and expired say the same.
             Forbidden: the key lacks the scope.
         """
-        record = self._by_hash.get(hashlib.sha256(text.encode()).hexdigest())
-        if record is None:
+        caller = self._callers.get(hashlib.sha256(text.encode()).digest())
+        now = self._now()
+        if caller is None or 0.0 < caller.expires_at <= now:
             raise Unauthenticated("Invalid API key")
-        if not record.allows(scope):
+        if scope not in caller.scopes:
             raise Forbidden(f"this API key lacks the scope '{scope}'", field="scope")
-        return record
+        self.uses.noted[caller.id] = now
+        return caller

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from tether.job import JobState, Parameter, Priority
-
-Scope = Literal["infer", "jobs", "models:read", "models:write", "admin"]
 
 # Open Inference Protocol
 
@@ -281,43 +279,7 @@ class PushedVersion(Struct):
     aliases: dict[str, int]
 
 
-# keys and workers
-
-
-class NewKey(Struct, forbid_unknown_fields=True):
-    """An API key to make; `admin` implies every other scope."""
-
-    tenant: str
-    scopes: Annotated[list[Scope], Meta(min_length=1, max_length=16)]
-    name: Annotated[str, Meta(max_length=200)] = ""
-
-
-class CreatedKey(Struct):
-    """A new API key. `key` is its text: it is not stored and never shown again."""
-
-    id: str
-    key: str
-    tenant: str
-    scopes: list[str]
-    name: str
-    created_at: str
-
-
-class Key(Struct):
-    """An API key without its secret."""
-
-    id: str
-    tenant: str
-    scopes: list[str]
-    name: str
-    created_at: str
-    revoked: bool
-
-
-class Keys(Struct):
-    """Every API key, oldest first."""
-
-    keys: list[Key]
+# workers
 
 
 class HeldModel(Struct):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
+
+Scope = Literal["infer", "jobs", "models:read", "models:write", "admin"]
 
 # tenants
 
@@ -70,3 +72,58 @@ class Tenants(Struct):
     """Every tenant that has a record, by name."""
 
     tenants: list[Tenant]
+
+
+# keys
+
+Years = 10 * 365 * 86400
+
+
+class NewKey(Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """An API key to make; `admin` implies every other scope. `rate` is requests a second, `expires_s` counts from now; 0
+    means no limit, and for ever."""
+
+    tenant: str
+    scopes: Annotated[list[Scope], Meta(min_length=1, max_length=16)]
+    name: Annotated[str, Meta(max_length=200)] = ""
+    models: Patterns | UnsetType = UNSET
+    rate: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    burst: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
+    concurrency: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    expires_s: Annotated[float, Meta(ge=0, le=Years)] = 0.0
+
+
+class Key(Struct, omit_defaults=True, kw_only=True):
+    """An API key without its secret; `replaces` is the key that it took over from."""
+
+    id: str
+    tenant: str
+    scopes: list[str]
+    name: str
+    created_at: str
+    revoked: bool
+    models: list[str]
+    rate: float
+    burst: int
+    concurrency: int
+    expires_at: str | UnsetType = UNSET
+    last_used_at: str | UnsetType = UNSET
+    replaces: str | UnsetType = UNSET
+
+
+class CreatedKey(Key, kw_only=True):
+    """A new API key. `key` is its text: it is not stored and never shown again."""
+
+    key: str
+
+
+class Keys(Struct):
+    """Every API key, oldest first."""
+
+    keys: list[Key]
+
+
+class Rotation(Struct, forbid_unknown_fields=True):
+    """For how many seconds the old key still counts."""
+
+    grace_s: Annotated[float, Meta(ge=0, le=90 * 86400)] = 0.0

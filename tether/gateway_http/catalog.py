@@ -92,8 +92,7 @@ class Catalog:
         """
         versions = self._served.get(model)
         if versions is None:
-            check_name(model, field="model")
-            raise ModelNotFound(f"there is no model '{model}'", field="model")
+            raise no_model(model)
         number = int(version) if version.isdecimal() and len(version) < 10 else self._alias(model, version or LATEST)
         served = versions.get(number)
         if served is None:
@@ -137,12 +136,21 @@ class Catalog:
         """
         versions = self._served.get(model)
         if versions is None:
-            check_name(model, field="model")
-            raise ModelNotFound(f"there is no model '{model}'", field="model")
+            raise no_model(model)
         return dict(sorted(versions.items()))
 
     def aliases(self, model: str) -> dict[str, int]:
         return dict(sorted(self._aliases.get(model, {}).items()))
+
+
+def no_model(model: str) -> ModelNotFound:
+    """The refusal of a model that is not there, and of one that the caller may not know of.
+
+    Raises:
+        BadName: no model could have this name.
+    """
+    check_name(model, field="model")
+    return ModelNotFound(f"there is no model '{model}'", field="model")
 
 
 def _decoded(body: bytes, kind: type[T]) -> T | None:

@@ -33,7 +33,7 @@ class Gateway:
         self.patience = Patience(bus.settings.body_timeout_s)
         self.catalog = Catalog(bus)
         self.tenants = Tenants(bus)
-        self.keys = ApiKeys(bus)
+        self.keys = ApiKeys(bus, self.tenants)
         self.open_jobs = OpenJobs(bus)
         self.jobs = JobService(bus, self.catalog, tasks)
         self._bundler = InferBundler(bus, tasks, self._workers)
@@ -98,6 +98,7 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Gateway]:
         gateway = Gateway(bus, tasks)
         await stack.enter_async_context(gateway.tenants.watching())
         await stack.enter_async_context(gateway.keys.watching())
+        tasks.spawn(gateway.keys.uses.keep(), "key-uses")
         await stack.enter_async_context(gateway.catalog.watching())
         await gateway.start()
         yield gateway

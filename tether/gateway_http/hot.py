@@ -11,6 +11,7 @@ import msgspec
 
 from tether import metrics, oip, oip_json
 from tether.errors import InvalidRequest, PayloadTooLarge, TetherError
+from tether.gateway_http.auth import Caller
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.errors import error_response
 from tether.gateway_http.jobs import NewJob
@@ -105,6 +106,7 @@ class HotRoutes:
         gateway = self._gateway
         heading = Heading(incoming.headers)
         key = gateway.keys.authenticate(heading.key, "infer")
+        key.check_model(model)
         served = gateway.catalog.resolve(model, version)
         body = await self._body(heading, incoming)
         request = oip.parse_infer_request(body, heading.json_length, specs=served.specs)
@@ -131,7 +133,7 @@ class HotRoutes:
         heading = Heading(incoming.headers)
         key = self._gateway.keys.authenticate(heading.key, "jobs")
         body: JobBody = oip_json.parse(_job_decoder, await self._body(heading, incoming))
-        (job,) = await self._gateway.jobs.submit(key.tenant, [self._new_job(body, heading, "")])
+        (job,) = await self._gateway.jobs.submit(key.tenant, [self._new_job(key, body, heading, "")])
         extra = [("location", f"/v1/jobs/{job['id']}")]
         return reply(202, _encode(job), heading, content_type=_JSON, extra=extra)
 
@@ -142,15 +144,16 @@ class HotRoutes:
         body: BatchBody = oip_json.parse(_batch_decoder, await self._body(heading, incoming))
         if not 0 < len(body.jobs) <= MAX_BATCH:
             raise PayloadTooLarge(f"a batch has 1 to {MAX_BATCH} jobs, not {len(body.jobs)}", field="jobs")
-        requests = [self._new_job(job, heading, f"/{index}") for index, job in enumerate(body.jobs)]
+        requests = [self._new_job(key, job, heading, f"/{index}") for index, job in enumerate(body.jobs)]
         jobs = await self._gateway.jobs.submit(key.tenant, requests)
         return reply(202, _encode({"jobs": jobs}), heading, content_type=_JSON)
 
-    def _new_job(self, body: JobBody, heading: Heading, suffix: str) -> NewJob:
+    def _new_job(self, caller: Caller, body: JobBody, heading: Heading, suffix: str) -> NewJob:
         settings = self._gateway.settings
         deadline_s = settings.job_deadline_s if body.deadline_ms is None else body.deadline_ms / 1000
         if not 0 < deadline_s <= LONGEST_DEADLINE_S:
             raise InvalidRequest("deadline_ms must be more than 0 and at most 30 days", field="deadline_ms")
+        caller.check_model(body.model)
         key = heading.idempotency_key
         return NewJob(
             served=self._gateway.catalog.resolve(body.model, str(body.version)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -70,6 +70,13 @@ Row = tuple[int, JobRecord]
 
 Rows = list[Row]
 Page = tuple[list[dict[str, Any]], str | None]
+
+Sees = Callable[[str], bool]
+"""Whether the caller may use a model of this name."""
+
+
+def _all(_model: str) -> bool:
+    return True
 
 
 class NewJob(msgspec.Struct, frozen=True):
@@ -167,21 +174,21 @@ class JobService:
 
     # look
 
-    async def get(self, tenant: str, job_id: str, wait_s: float = 0.0) -> dict[str, Any]:
+    async def get(self, tenant: str, job_id: str, wait_s: float = 0.0, sees: Sees = _all) -> dict[str, Any]:
         """The job object; with ``wait_s`` as soon as the job has ended, or after that many seconds.
 
         Raises:
-            JobNotFound: there is no such job, or it is another tenant's.
+            JobNotFound: there is no such job, it is another tenant's, or of a model that the caller may not use.
         """
-        (found,) = await self.get_many(tenant, [job_id], wait_s)
+        (found,) = await self.get_many(tenant, [job_id], wait_s, sees)
         return found
 
-    async def get_many(self, tenant: str, ids: Sequence[str], wait_s: float) -> list[dict[str, Any]]:
+    async def get_many(self, tenant: str, ids: Sequence[str], wait_s: float, sees: Sees = _all) -> list[dict[str, Any]]:
         """Job objects in the order of ``ids``; with ``wait_s`` as soon as all of them have ended."""
         records = await self._read_records(ids)
         for job_id in ids:
             record = records.get(JobId(job_id))
-            if record is None or record.tenant != tenant:
+            if record is None or record.tenant != tenant or not sees(record.model):
                 raise JobNotFound(f"there is no job '{job_id[:64]}'", field="id")
         ordered = [records[JobId(job_id)] for job_id in ids]
         states = await self._states(ordered)
@@ -219,8 +226,8 @@ class JobService:
         now = self._bus.clock.utc()
         return [job for job in ids if job not in ended and states[job].record.deadline + GRACE_S > now]
 
-    async def list(self, tenant: str, *, state: str, model: str, limit: int, cursor: str) -> Page:
-        """A tenant's jobs, newest first, and the cursor of the next page (None: that was all)."""
+    async def list(self, tenant: str, *, state: str, model: str, limit: int, cursor: str, sees: Sees = _all) -> Page:
+        """A tenant's jobs of models that the caller sees, newest first; and the next page's cursor (None: no more)."""
         stream, subjects = self._records.raw.stream, self._records.raw.subject(">")
         upper = int(cursor) - 1 if cursor else await self._bus.direct_last(stream, subjects)
         found: list[dict[str, Any]] = []
@@ -228,7 +235,7 @@ class JobService:
             if upper < 1:
                 return found, None
             lower = max(1, upper - _WINDOW + 1)
-            rows = await self._window(tenant, model, lower, upper)
+            rows = await self._window(tenant, lambda name: model in ("", name) and sees(name), lower, upper)
             states = await self._states([record for _, record in rows])
             for sequence, record in reversed(rows):
                 shown = view(states[record.id])
@@ -240,7 +247,7 @@ class JobService:
             upper = lower - 1
         return found, str(upper + 1)
 
-    async def _window(self, tenant: str, model: str, lower: int, upper: int) -> Rows:
+    async def _window(self, tenant: str, wanted: Sees, lower: int, upper: int) -> Rows:
         rows: Rows = []
         stream, subjects = self._records.raw.stream, self._records.raw.subject(">")
         async for item in self._bus.direct_scan(stream, subjects, start=lower, batch=_WINDOW):
@@ -249,20 +256,20 @@ class JobService:
             record = self._open_record(item.subject, item.data)
             if record is None or record.tenant != tenant or not record.bundle:
                 continue
-            if model in ("", record.model):
+            if wanted(record.model):
                 rows.append((item.sequence, record))
         return rows
 
     # cancel
 
-    async def cancel(self, tenant: str, job_id: str) -> dict[str, Any]:
+    async def cancel(self, tenant: str, job_id: str, sees: Sees = _all) -> dict[str, Any]:
         """End a job that has not ended.
 
         Raises:
-            JobNotFound: there is no such job, or it is another tenant's.
+            JobNotFound: as :meth:`get`.
             ResultConflict: it had already ended.
         """
-        shown = await self.get(tenant, job_id)
+        shown = await self.get(tenant, job_id, sees=sees)
         failure = Failure(JobCancelled.code, "the job was cancelled")
         (record,) = (await self._read_records([job_id])).values()
         if not await self._end(record, JobState.CANCELLED, failure, int(shown["attempts"])):

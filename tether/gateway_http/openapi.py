@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from tether import __version__
+from tether.gateway_http.auth import ANY_SCOPE
 from tether.gateway_http.errors import ErrorBody
 from tether.gateway_http.routing import JSON, Media, Row
 
@@ -85,7 +86,8 @@ def _operation(row: Row, by_type: dict[str, Any]) -> dict[str, Any]:
         "responses": _responses(row, by_type),
     }
     if row.scope is not None:
-        found["description"] = f"Needs an API key with the scope `{row.scope}`."
+        scope = "." if row.scope == ANY_SCOPE else f" with the scope `{row.scope}`."
+        found["description"] = f"Needs an API key{scope}"
     content = _content((row.body, row.binary), by_type)
     if content:
         found["requestBody"] = {"required": not row.body_optional, "content": content}

@@ -13,6 +13,7 @@ from tether.gateway_http import (
     openapi,
     rest_admin,
     rest_jobs,
+    rest_keys,
     rest_models,
     rest_oip,
     rest_ops,
@@ -45,6 +46,7 @@ def table() -> list[Row]:
         *rest_jobs.ROWS,
         *rest_models.ROWS,
         *rest_tenants.ROWS,
+        *rest_keys.ROWS,
         *rest_admin.ROWS,
         *rest_ops.rows(document, page),
     ]

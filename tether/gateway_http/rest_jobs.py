@@ -48,18 +48,20 @@ def _wait(call: Call) -> float:
 
 
 async def _get(call: Call) -> Reply:
-    return Reply(await call.gateway.jobs.get(call.tenant, call.path("id"), _wait(call)))
+    return Reply(await call.gateway.jobs.get(call.tenant, call.path("id"), _wait(call), call.caller.sees))
 
 
 async def _list(call: Call) -> Reply:
     query: JobsQuery = call.query
     jobs, wait = call.gateway.jobs, _wait(call)
     if query.ids:
-        return Reply({"jobs": await jobs.get_many(call.tenant, _ids(query), wait)})
+        return Reply({"jobs": await jobs.get_many(call.tenant, _ids(query), wait, call.caller.sees)})
     if wait:
         raise InvalidRequest("query parameter 'wait' needs 'ids'", field="wait")
     state = "" if query.state is None else query.state.value
-    found, cursor = await jobs.list(call.tenant, state=state, model=query.model, limit=query.limit, cursor=query.cursor)
+    found, cursor = await jobs.list(
+        call.tenant, state=state, model=query.model, limit=query.limit, cursor=query.cursor, sees=call.caller.sees
+    )
     return Reply({"jobs": found} if cursor is None else {"jobs": found, "next_cursor": cursor})
 
 
@@ -76,7 +78,7 @@ def _ids(query: JobsQuery) -> list[str]:
 
 
 async def _cancel(call: Call) -> Reply:
-    return Reply(await call.gateway.jobs.cancel(call.tenant, call.path("id")))
+    return Reply(await call.gateway.jobs.cancel(call.tenant, call.path("id"), call.caller.sees))
 
 
 _KEY = Header("idempotency-key", "The same key makes the same job, however often it is sent.")

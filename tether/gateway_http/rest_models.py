@@ -40,7 +40,7 @@ class PushQuery(Struct, forbid_unknown_fields=True):
 
 async def _list(call: Call) -> Reply:
     catalog = call.gateway.catalog
-    return Reply(bodies.Models([_summary(catalog, name) for name in catalog.names()]))
+    return Reply(bodies.Models([_summary(catalog, name) for name in catalog.names() if call.caller.sees(name)]))
 
 
 def _summary(catalog: Catalog, name: str) -> bodies.ModelSummary:
@@ -59,6 +59,7 @@ def _summary(catalog: Catalog, name: str) -> bodies.ModelSummary:
 
 async def _show(call: Call) -> Reply:
     catalog, name = call.gateway.catalog, call.path("name")
+    call.caller.check_model(name)
     versions = catalog.versions(name)
     details = [_detail(served, len(catalog.workers(served))) for served in versions.values()]
     return Reply(bodies.ModelDetail(name, catalog.aliases(name), details))
@@ -89,6 +90,7 @@ def _specs(specs: tuple[TensorSpec, ...]) -> list[bodies.TensorSpec]:
 async def _push(call: Call) -> Reply:
     """Store the body's pieces, then ask the model store to make a version of them."""
     gateway, name = call.gateway, check_name(call.path("name"), field="name")
+    call.caller.check_model(name)
     wanted = _wanted_digest(call)
     _check_filename(call)
     limit = gateway.settings.max_upload_bytes
@@ -104,7 +106,7 @@ async def _push(call: Call) -> Reply:
             field="x-tether-sha256",
         )
     query: PushQuery = call.query
-    publisher = f"key:{call.key.id}" if call.key is not None else ""
+    publisher = f"key:{call.caller.id}"
     answer = await _registered(call, PushRequest(name, file, query.max_batch_size, query.max_delay_ms, publisher))
     return Reply(_pushed(answer, file, stored), 201 if answer.created else 200)
 
@@ -182,6 +184,6 @@ ROWS = [
             Header("x-tether-sha256", "Hex SHA-256 of the whole body; another body is refused."),
             Header("x-tether-filename", "The file's name, which must end in .onnx."),
         ),
-        errors=(422, 429, 503, 504),
+        errors=(404, 422, 429, 503, 504),
     ),
 ]

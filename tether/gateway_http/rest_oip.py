@@ -36,6 +36,7 @@ async def _ready(call: Call) -> Reply:
 
 
 def _served(call: Call) -> Served:
+    call.caller.check_model(call.path("model"))
     return call.gateway.catalog.resolve(call.path("model"), call.path("version"))
 
 
@@ -87,6 +88,7 @@ async def _index(call: Call) -> Reply:
     entries = [
         _index_entry(served, ready=bool(catalog.workers(served)))
         for name in catalog.names()
+        if call.caller.sees(name)
         for served in catalog.versions(name).values()
     ]
     return Reply([entry for entry in entries if entry.state == "READY" or not wanted])

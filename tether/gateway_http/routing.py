@@ -13,9 +13,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Route
 
 from tether import metrics, oip_json
-from tether.apikey import ApiKey
-from tether.errors import InvalidRequest, NotFound, TetherError
+from tether.errors import InvalidRequest, NotFound, TetherError, Unauthenticated
 from tether.gateway_http.asgi import AsgiIncoming, send_reply
+from tether.gateway_http.auth import Caller
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.errors import error_response
 from tether.gateway_http.request import Headers, Heading, Incoming, only_id, read_body, reply
@@ -57,18 +57,26 @@ class Reply:
 
 @dataclass(frozen=True)
 class Call:
-    """One request, authenticated and parsed. ``body`` and ``query`` are of the row's types."""
+    """One request, authenticated and parsed. ``body`` and ``query`` are of the row's types; ``key`` is None only on a
+    route that needs none."""
 
     gateway: Gateway
     request: Request
     heading: Heading
-    key: ApiKey | None
+    key: Caller | None
     body: Any
     query: Any
 
     @property
     def tenant(self) -> str:
         return "" if self.key is None else self.key.tenant
+
+    @property
+    def caller(self) -> Caller:
+        """Who called a route that needs a key."""
+        if self.key is None:
+            raise Unauthenticated("Invalid API key")
+        return self.key
 
     def path(self, name: str) -> str:
         return str(self.request.path_params.get(name, ""))
@@ -81,7 +89,7 @@ Handler = Callable[[Call], Awaitable[Reply]]
 class Row:
     """One method of one path. Without a ``handler`` it is served by the hot path and only documented here.
 
-    ``scope`` None means that no API key is needed. ``answers`` maps statuses to what they carry, ``errors`` are the
+    ``scope`` None means that no API key is needed, ANY_SCOPE that any will do. ``answers`` maps statuses to what they carry, ``errors`` are the
     error statuses beyond those that follow from the other columns.
     """
 

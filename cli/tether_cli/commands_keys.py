@@ -1,0 +1,129 @@
+"""API keys: create, list, revoke, rotate."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import typer
+
+from tether_cli.options import Url, ask
+from tether_cli.output import JsonFlag, print_json, print_table, say
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd])")
+_RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?)/([smh])")
+
+KeyId = Annotated[str, typer.Argument(metavar="KEY", help="The id from 'key list'.")]
+
+
+def seconds(text: str) -> float:
+    """A duration such as ``90d``, ``1h``, ``30m`` or ``45s``.
+
+    Raises:
+        BadParameter: it is none.
+    """
+    found = _DURATION.fullmatch(text)
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no duration; write a number and s, m, h or d, as in 90d")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def per_second(text: str) -> float:
+    """A rate such as ``100/s`` or ``100/m`` in requests a second.
+
+    Raises:
+        BadParameter: it is none.
+    """
+    found = _RATE.fullmatch(text)
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no rate; write a number, a slash and s, m or h, as in 100/s")
+    return float(found[1]) / _UNITS[found[2]]
+
+
+def create(
+    *,
+    tenant: Annotated[str, typer.Option("--tenant", metavar="TENANT", help="Whose key it is.")],
+    scopes: Annotated[
+        list[str],
+        typer.Option(
+            "--scope", metavar="SCOPE", help="infer, jobs, models:read, models:write or admin; may be given again."
+        ),
+    ],
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--models", metavar="PATTERN", help="Models it may use, as 'fraud-*'; may be given again."),
+    ] = None,
+    rate: Annotated[
+        str | None, typer.Option("--rate", metavar="N/s", help="Requests a second (N/s), minute (N/m) or hour (N/h).")
+    ] = None,
+    burst: Annotated[
+        int | None, typer.Option("--burst", metavar="N", min=0, help="Requests that may come at once.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option("--concurrency", metavar="N", min=0, help="Requests open at the same time.")
+    ] = None,
+    expires: Annotated[
+        str | None, typer.Option("--expires", metavar="DURATION", help="For how long it counts, as 90d, 12h.")
+    ] = None,
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="What the key is for.")] = "",
+    url: Url = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Make an API key and print it; it is never shown again."""
+    body: dict[str, Any] = {"tenant": tenant, "scopes": scopes, "name": name}
+    limits: dict[str, Any] = {"models": models or None, "burst": burst, "concurrency": concurrency}
+    limits["rate"] = None if rate is None else per_second(rate)
+    limits["expires_s"] = None if expires is None else seconds(expires)
+    body.update({field: value for field, value in limits.items() if value is not None})
+    _print_key(ask(url, "POST", "/v1/keys", body), json_output)
+
+
+def _print_key(made: dict[str, Any], json_output: bool) -> None:
+    if json_output:
+        print_json(made)
+        return
+    say(f"key {made['id']} of {made['tenant']}; keep it now, it is not shown again")
+    typer.echo(made["key"])
+
+
+def listing(*, url: Url = None, json_output: JsonFlag = False) -> None:
+    """List API keys without their secrets."""
+    found = ask(url, "GET", "/v1/keys")
+    if json_output:
+        print_json(found)
+        return
+    heading = ("ID", "TENANT", "NAME", "SCOPES", "MODELS", "LIMITS", "STATE", "LAST USED")
+    print_table(heading, [_row(entry) for entry in found["keys"]])
+
+
+def _row(entry: dict[str, Any]) -> tuple[Any, ...]:
+    limits = [f"{name}={entry[name]:g}" for name in ("rate", "burst", "concurrency") if entry.get(name)]
+    expires = entry.get("expires_at")
+    state = "revoked" if entry["revoked"] else f"until {expires}" if expires else "counts"
+    shown = [entry[field] for field in ("id", "tenant", "name", "scopes", "models")]
+    return (*shown, limits, state, entry.get("last_used_at"))
+
+
+def revoke(key_id: KeyId, *, url: Url = None, json_output: JsonFlag = False) -> None:
+    """Make a key count no more."""
+    ask(url, "DELETE", "/v1/keys", last=key_id)
+    if json_output:
+        print_json({"id": key_id, "revoked": True})
+    else:
+        say(f"key {key_id} is revoked")
+
+
+def rotate(
+    key_id: KeyId,
+    *,
+    grace: Annotated[
+        str, typer.Option("--grace", metavar="DURATION", help="For how long the old key still counts, as 1h.")
+    ] = "0s",
+    url: Url = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Make a key with the rights of another, which ends after the grace, and print it; it is never shown again."""
+    path = f"/v1/keys/{quote(key_id, safe='')}/rotate"
+    _print_key(ask(url, "POST", path, {"grace_s": seconds(grace)}), json_output)

@@ -1,0 +1,220 @@
+"""Who may call what: every route of the table with every kind of key. A route that is not in :data:`ASKED` fails here."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import models
+import msgspec
+import pytest
+from served import Served
+
+from tether import apikey
+from tether.gateway_http import rest
+from tether.gateway_http.auth import ANY_SCOPE
+from tether.gateway_http.routing import Row
+
+OTHER = "rival"
+HIDDEN = "walk-hidden"
+ABSENT = "walk-absent"
+TENSOR = {"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A request that only access can stand in the way of. ``names``: what it names, for which 404 is the refusal;
+    ``{model}`` and ``{job}`` stand for names in ``body`` and ``query`` too. ``lists``: where models or jobs are listed."""
+
+    names: str = ""
+    body: Any = None
+    query: str = ""
+    lists: str = ""
+
+
+MODEL = Asked("model")
+NOTHING = Asked()
+INFER = {"inputs": [TENSOR]}
+JOB = {"model": "{model}", "inputs": [TENSOR]}
+KEY = {"tenant": "walked", "scopes": ["infer"]}
+
+ASKED: dict[tuple[str, str], Asked] = {
+    **dict.fromkeys([("GET", path) for path in ("/v2", "/v2/health/live", "/v2/health/ready")], NOTHING),
+    **dict.fromkeys(
+        [
+            ("GET", root + tail)
+            for root in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+            for tail in ("", "/ready", "/config")
+        ],
+        MODEL,
+    ),
+    ("POST", "/v2/models/{model}/infer"): Asked("model", INFER),
+    ("POST", "/v2/models/{model}/versions/{version}/infer"): Asked("model", INFER),
+    ("POST", "/v2/repository/index"): Asked(lists="model"),
+    ("POST", "/v1/inference"): Asked("model", {"modelId": "{model}", "inputData": [[1, 2, 3, 4]]}),
+    ("POST", "/v1/jobs"): Asked("model", JOB),
+    ("POST", "/v1/jobs:batch"): Asked("model", {"jobs": [JOB]}),
+    ("GET", "/v1/jobs"): Asked("job", query="?ids={job}", lists="job"),
+    ("GET", "/v1/jobs/{id}"): Asked("job"),
+    ("DELETE", "/v1/jobs/{id}"): Asked("job"),
+    ("GET", "/v1/models"): Asked(lists="model"),
+    ("GET", "/v1/models/{name}"): MODEL,
+    ("POST", "/v1/models/{name}/versions"): MODEL,
+    ("POST", "/v1/tenants"): Asked(body={"name": "walked"}),
+    ("GET", "/v1/tenants"): NOTHING,
+    ("GET", "/v1/tenants/{tenant}"): NOTHING,
+    ("PATCH", "/v1/tenants/{tenant}"): Asked(body={}),
+    ("DELETE", "/v1/tenants/{tenant}"): NOTHING,
+    ("POST", "/v1/keys"): Asked(body=KEY),
+    ("GET", "/v1/keys"): NOTHING,
+    ("DELETE", "/v1/keys/{id}"): NOTHING,
+    ("POST", "/v1/keys/{id}/rotate"): NOTHING,
+    ("GET", "/v1/workers"): NOTHING,
+    **dict.fromkeys([("GET", path) for path in ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs")], NOTHING),
+}
+
+ROWS = rest.table()
+
+
+def label(row: Row) -> str:
+    return f"{row.method} {row.path}"
+
+
+@dataclasses.dataclass
+class Walk:
+    """A client without a key, the model ``HIDDEN`` and a job of it that tenant acme owns."""
+
+    http: httpx.Client
+    served: Served
+    job: str
+
+    def ask(self, row: Row, key: str | None, *, model: str = HIDDEN, job: str = "") -> httpx.Response:
+        asked = ASKED[row.method, row.path]
+        names = {"model": model, "name": model, "version": "1", "tenant": "walked-off", "job": job or self.job}
+        names["id"] = names["job"] if row.path.startswith("/v1/jobs") else "aaaaaaaa"
+        path = filled(row.path + asked.query, names)
+        content = b"" if asked.body is None else filled(msgspec.json.encode(asked.body).decode(), names).encode()
+        headers = {} if key is None else {"x-api-key": key}
+        return self.http.request(row.method, path, content=content, headers=headers)
+
+
+def filled(text: str, names: dict[str, str]) -> str:
+    return re.sub(r"\{(model|name|version|tenant|job|id)\}", lambda found: names[found[1]], text)
+
+
+@pytest.fixture(scope="module")
+def walk(served: Served) -> Iterator[Walk]:
+    served.push(HIDDEN, models.add())
+    with httpx.Client(base_url=served.url, timeout=60, trust_env=False) as http:
+        body = {"model": HIDDEN, "inputs": [TENSOR]}
+        made = http.post("/v1/jobs", json=body, headers=served.headers)
+        assert made.status_code == 202
+        yield Walk(http, served, made.json()["id"])
+
+
+def narrow(walk: Walk, row: Row, **changes: Any) -> str:
+    """A key that has the route's scope, and what ``changes`` say of it."""
+    text = walk.served.new_key(*scopes_of(row))
+    keys = walk.served.services.gateway.keys
+    record = keys.find(apikey.key_id(text) or "")
+    assert record is not None
+    walk.served.run(keys.store(msgspec.structs.replace(record, **changes)))
+    return text
+
+
+def scopes_of(row: Row) -> tuple[str, ...]:
+    return ("infer",) if row.scope == ANY_SCOPE else (str(row.scope),)
+
+
+def test_every_route_is_walked_and_none_that_is_not_there() -> None:
+    assert {(row.method, row.path) for row in ROWS} == set(ASKED)
+
+
+def test_a_route_that_names_a_model_or_a_job_is_asked_for_one() -> None:
+    for row in ROWS:
+        if re.search(r"\{(model|name)\}", row.path):
+            assert ASKED[row.method, row.path].names == "model", row.path
+        if row.path.startswith("/v1/jobs/"):
+            assert ASKED[row.method, row.path].names == "job", row.path
+
+
+@pytest.mark.parametrize("row", ROWS, ids=label)
+def test_without_a_key_only_open_routes_answer(walk: Walk, row: Row) -> None:
+    for key in (None, "", apikey.new_key_text()):
+        answer = walk.ask(row, key)
+        assert (answer.status_code == 401) is (row.scope is not None), answer.text
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.scope not in (None, ANY_SCOPE)], ids=label)
+def test_without_its_scope_a_key_is_refused_and_with_it_alone_it_is_not(walk: Walk, row: Row) -> None:
+    lesser = [scope for scope in apikey.SCOPES if scope not in (row.scope, "admin")]
+    for scopes in [*([scope] for scope in lesser), lesser]:
+        answer = walk.ask(row, walk.served.new_key(*scopes))
+        assert (answer.status_code, answer.json()["code"]) == (403, "forbidden"), scopes
+    assert walk.ask(row, narrow(walk, row)).status_code not in (401, 403)
+
+
+NAMING = [row for row in ROWS if ASKED.get((row.method, row.path), NOTHING).names]
+
+
+@pytest.mark.parametrize("row", [row for row in NAMING if ASKED[row.method, row.path].names == "model"], ids=label)
+def test_a_model_that_a_key_may_not_use_looks_like_one_that_is_not_there(walk: Walk, row: Row) -> None:
+    key = narrow(walk, row, models=("other-*", ABSENT))
+    hidden, absent = walk.ask(row, key), walk.ask(row, key, model=ABSENT)
+    assert hidden.status_code == 404, hidden.text
+    assert hidden.json()["code"] == "model_not_found"
+    if row.scope != "models:write":
+        assert seen(hidden, HIDDEN) == seen(absent, ABSENT)
+
+
+def seen(answer: httpx.Response, name: str) -> tuple[Any, ...]:
+    body = answer.json()
+    body.pop("request_id")
+    headers = sorted(name for name in answer.headers if name not in ("content-length", "connection"))
+    return answer.status_code, {field: text.replace(name, "NAME") for field, text in body.items()}, headers
+
+
+@pytest.mark.parametrize("row", [row for row in NAMING if ASKED[row.method, row.path].names == "job"], ids=label)
+def test_a_job_of_another_tenant_or_of_a_hidden_model_looks_like_one_that_is_not_there(walk: Walk, row: Row) -> None:
+    absent = "0" * 32
+    for changes in ({"tenant": OTHER}, {"models": ("other-*",)}):
+        key = narrow(walk, row, **changes)
+        answer = walk.ask(row, key)
+        assert answer.status_code == 404, answer.text
+        assert answer.json()["code"] == "job_not_found"
+        assert seen(answer, walk.job) == seen(walk.ask(row, key, job=absent), absent)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if ASKED.get((row.method, row.path), NOTHING).lists], ids=label)
+def test_lists_leave_out_what_a_key_may_not_use(walk: Walk, row: Row) -> None:
+    what = HIDDEN if ASKED[row.method, row.path].lists == "model" else walk.job
+
+    def listed(key: str) -> str:
+        return walk.http.request(row.method, row.path, headers={"x-api-key": key}).text
+
+    assert what in listed(narrow(walk, row))
+    assert what not in listed(narrow(walk, row, models=("other-*",)))
+    if what == walk.job:
+        assert what not in listed(narrow(walk, row, tenant=OTHER))
+
+
+def test_the_tenants_patterns_bound_those_of_its_keys_at_once(walk: Walk) -> None:
+    row = next(row for row in ROWS if row.path == "/v2/models/{model}/infer")
+    key = narrow(walk, row, tenant="bounded")
+    admin = {"headers": walk.served.headers}
+    assert walk.ask(row, key).status_code == 200
+    walk.http.post("/v1/tenants", json={"name": "bounded", "models": ["other-*"]}, **admin)  # type: ignore[arg-type]
+    assert walk.ask(row, key).status_code == 404
+    walk.http.patch("/v1/tenants/bounded", json={"models": ["walk-*"]}, **admin)  # type: ignore[arg-type]
+    assert walk.ask(row, key).status_code == 200
+
+
+def test_what_a_caller_may_use_is_remembered_within_bounds(walk: Walk) -> None:
+    key = walk.served.new_key("infer")
+    caller = walk.served.services.gateway.keys.authenticate(key, "infer")
+    assert all(caller.sees(f"m{number}") for number in itertools.islice(itertools.count(), 10_000))
+    assert len(caller._decisions) <= 4096
