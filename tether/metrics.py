@@ -18,6 +18,11 @@ ENVELOPES_REJECTED = Counter(
 )
 
 HTTP_REQUESTS = Counter("tether_http_requests_total", "Answered requests.", ["route", "status"])
+LIMITED = Counter(
+    "tether_limited_total",
+    "Requests refused by a limit: a key's rate or concurrency, its tenant's requests a minute, or a full gateway.",
+    ["reason"],
+)
 INFER_SECONDS = Histogram(
     "tether_infer_seconds", "Seconds from a synchronous request's arrival to its answer.", ["model"], buckets=_SECONDS
 )

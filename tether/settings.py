@@ -95,6 +95,12 @@ class Settings:
     max_inflight: int = _setting(
         8192, "Synchronous requests a gateway holds before it answers 503.", low=1, high=1 << 20
     )
+    key_rate: float = _setting(
+        0.0, "Requests a second of an API key that has no rate of its own; 0: as many as come.", low=0, high=1e6
+    )
+    key_concurrency: int = _setting(
+        0, "Requests that an API key without a limit of its own may have open; 0: any number.", low=0, high=1 << 20
+    )
     wait_limit_s: float = _setting(60.0, "Longest ?wait= of one job request.", low=0, high=600)
 
     bundle_max_jobs: int = _setting(256, "Most jobs that travel in one message.", low=1, high=400)

@@ -13,6 +13,7 @@ from tether.gateway_http.auth import ApiKeys
 from tether.gateway_http.bundler import InferBundler
 from tether.gateway_http.catalog import Catalog, Served
 from tether.gateway_http.jobs import JobService
+from tether.gateway_http.limits import Limits
 from tether.gateway_http.open_jobs import OpenJobs
 from tether.gateway_http.patience import Patience
 from tether.gateway_http.tenants import Tenants
@@ -35,6 +36,7 @@ class Gateway:
         self.tenants = Tenants(bus)
         self.keys = ApiKeys(bus, self.tenants)
         self.open_jobs = OpenJobs(bus)
+        self.limits = Limits(bus, tasks, self.keys.find, self.tenants.find)
         self.jobs = JobService(bus, self.catalog, tasks)
         self._bundler = InferBundler(bus, tasks, self._workers)
         self._seconds = lru_cache(maxsize=4096)(metrics.INFER_SECONDS.labels)
@@ -100,5 +102,6 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Gateway]:
         await stack.enter_async_context(gateway.keys.watching())
         tasks.spawn(gateway.keys.uses.keep(), "key-uses")
         await stack.enter_async_context(gateway.catalog.watching())
+        await stack.enter_async_context(gateway.limits.talking())
         await gateway.start()
         yield gateway

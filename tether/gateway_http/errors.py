@@ -37,6 +37,15 @@ class ErrorBody(msgspec.Struct, frozen=True):
     request_id: str
 
 
+def limit_headers(limit: int, remaining: int, reset_s: float) -> list[tuple[str, str]]:
+    """What a limit allows at once, how much of it is left, and in how many seconds all of it is there again."""
+    return [
+        ("x-ratelimit-limit", str(limit)),
+        ("x-ratelimit-remaining", str(remaining)),
+        ("x-ratelimit-reset", str(math.ceil(reset_s))),
+    ]
+
+
 def status_of(error: errors.TetherError) -> int:
     for cls in type(error).__mro__:
         if cls in STATUSES:
@@ -50,6 +59,8 @@ def error_response(error: errors.TetherError, request_id: str) -> tuple[int, lis
     headers: list[tuple[str, str]] = []
     if isinstance(error, errors.Unavailable):
         headers.append(("retry-after", str(max(1, math.ceil(error.retry_after)))))
+    if isinstance(error, errors.RateLimited):
+        headers += limit_headers(error.limit, error.remaining, error.reset)
     if status == 401:
         headers.append(("www-authenticate", "Bearer"))
     return status, headers, msgspec.json.encode(ErrorBody(error.message, error.code, request_id))

@@ -15,6 +15,7 @@ from tether.gateway_http.auth import Caller
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.errors import error_response
 from tether.gateway_http.jobs import NewJob
+from tether.gateway_http.limits import Ticket
 from tether.gateway_http.request import Heading, Incoming, Reply, only_id, read_body, reply, timeout_of
 from tether.job import LONGEST_DEADLINE_S, Priority
 
@@ -57,6 +58,9 @@ _batch_decoder = msgspec.json.Decoder(BatchBody)
 Handler = Callable[[Incoming], Coroutine[Any, Any, Reply]]
 """Answers one request, errors included."""
 
+Work = Callable[[Incoming, Heading, Caller, Ticket | None], Coroutine[Any, Any, Reply]]
+"""Answers a request that was let in."""
+
 
 class HotRoutes:
     """Handlers for one gateway."""
@@ -74,23 +78,33 @@ class HotRoutes:
         if path.startswith("/v2/models/") and path.endswith("/infer"):
             parts = path.split("/")
             if len(parts) == 5:
-                return partial(self._answered, "infer", partial(self._infer, parts[3], ""))
+                return partial(self._answered, "infer", "infer", partial(self._infer, parts[3], ""))
             if len(parts) == 7 and parts[4] == "versions":
-                return partial(self._answered, "infer", partial(self._infer, parts[3], parts[5]))
+                return partial(self._answered, "infer", "infer", partial(self._infer, parts[3], parts[5]))
         elif path == "/v1/jobs":
-            return partial(self._answered, "jobs", self._submit)
+            return partial(self._answered, "jobs", "jobs", self._submit)
         elif path == "/v1/jobs:batch":
-            return partial(self._answered, "jobs:batch", self._submit_many)
+            return partial(self._answered, "jobs:batch", "jobs", self._submit_many)
         return None
 
-    async def _answered(self, route: str, handler: Handler, incoming: Incoming) -> Reply:
+    async def _answered(self, route: str, scope: str, work: Work, incoming: Incoming) -> Reply:
+        """Authenticate, let in or refuse, work, and give back what the request held, however it ends."""
+        ticket = None
         try:
-            answer = await handler(incoming)
+            heading = Heading(incoming.headers)
+            key = self._gateway.keys.authenticate(heading.key, scope)
+            ticket = self._gateway.limits.enter(key.key)
+            answer = await work(incoming, heading, key, ticket)
         except TetherError as error:
             answer = _refusal(error, incoming)
         except Exception:
             log.exception("a request failed", extra={"action": "request_failed"})
             answer = _refusal(TetherError("the gateway failed; its log has the reason"), incoming)
+        finally:
+            if ticket is not None:
+                ticket.leave()
+        if ticket is not None:
+            answer.headers.extend(ticket.headers())
         counter = self._counters.get((route, answer.status))
         if counter is None:
             counter = metrics.HTTP_REQUESTS.labels(route, str(answer.status))
@@ -101,11 +115,11 @@ class HotRoutes:
     def _body(self, heading: Heading, incoming: Incoming) -> Coroutine[Any, Any, bytes]:
         return read_body(heading, incoming, self._limit, self._gateway.patience)
 
-    async def _infer(self, model: str, version: str, incoming: Incoming) -> Reply:
+    async def _infer(
+        self, model: str, version: str, incoming: Incoming, heading: Heading, key: Caller, _ticket: Ticket | None
+    ) -> Reply:
         """``POST /v2/models/{model}[/versions/{version}]/infer``."""
         gateway = self._gateway
-        heading = Heading(incoming.headers)
-        key = gateway.keys.authenticate(heading.key, "infer")
         key.check_model(model)
         served = gateway.catalog.resolve(model, version)
         body = await self._body(heading, incoming)
@@ -128,22 +142,20 @@ class HotRoutes:
         extra = [("inference-header-content-length", str(length))]
         return reply(200, answer, heading, content_type=_BINARY, extra=extra)
 
-    async def _submit(self, incoming: Incoming) -> Reply:
+    async def _submit(self, incoming: Incoming, heading: Heading, key: Caller, _ticket: Ticket | None) -> Reply:
         """``POST /v1/jobs``."""
-        heading = Heading(incoming.headers)
-        key = self._gateway.keys.authenticate(heading.key, "jobs")
         body: JobBody = oip_json.parse(_job_decoder, await self._body(heading, incoming))
         (job,) = await self._gateway.jobs.submit(key.tenant, [self._new_job(key, body, heading, "")])
         extra = [("location", f"/v1/jobs/{job['id']}")]
         return reply(202, _encode(job), heading, content_type=_JSON, extra=extra)
 
-    async def _submit_many(self, incoming: Incoming) -> Reply:
-        """``POST /v1/jobs:batch``."""
-        heading = Heading(incoming.headers)
-        key = self._gateway.keys.authenticate(heading.key, "jobs")
+    async def _submit_many(self, incoming: Incoming, heading: Heading, key: Caller, ticket: Ticket | None) -> Reply:
+        """``POST /v1/jobs:batch``; it counts as as many requests as it has jobs."""
         body: BatchBody = oip_json.parse(_batch_decoder, await self._body(heading, incoming))
         if not 0 < len(body.jobs) <= MAX_BATCH:
             raise PayloadTooLarge(f"a batch has 1 to {MAX_BATCH} jobs, not {len(body.jobs)}", field="jobs")
+        if ticket is not None:
+            ticket.count(len(body.jobs) - 1)
         requests = [self._new_job(key, job, heading, f"/{index}") for index, job in enumerate(body.jobs)]
         jobs = await self._gateway.jobs.submit(key.tenant, requests)
         return reply(202, _encode({"jobs": jobs}), heading, content_type=_JSON)

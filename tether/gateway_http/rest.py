@@ -26,7 +26,16 @@ from tether.ops_http import App
 from tether.settings import Settings
 
 _METHODS = ("GET", "POST", "PATCH", "DELETE", "HEAD", "OPTIONS")
-_TOLD = ("x-request-id", "retry-after", "location", "inference-header-content-length", "content-encoding")
+_TOLD = (
+    "x-request-id",
+    "retry-after",
+    "x-ratelimit-limit",
+    "x-ratelimit-remaining",
+    "x-ratelimit-reset",
+    "location",
+    "inference-header-content-length",
+    "content-encoding",
+)
 
 
 def table() -> list[Row]:

@@ -18,6 +18,7 @@ from tether.gateway_http.asgi import AsgiIncoming, send_reply
 from tether.gateway_http.auth import Caller
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.errors import error_response
+from tether.gateway_http.limits import Ticket
 from tether.gateway_http.request import Headers, Heading, Incoming, only_id, read_body, reply
 from tether.ops_http import Receive, Scope, Send
 
@@ -112,7 +113,7 @@ class Row:
         """Every error status the route can answer."""
         found = {500, *self.errors}
         if self.scope is not None:
-            found |= {401, 403}
+            found |= {401, 403, 429}
         if self.body is not None or self.binary is not None:
             found |= {400, 408, 413}
         if self.query is not None or "{" in self.path:
@@ -127,6 +128,11 @@ class _Seen:
     heading: Heading
     status: int = 500
     sent: bool = False
+    ticket: Ticket | None = None
+
+    def limits(self) -> Headers:
+        """What its key may still ask for, when it is under a limit."""
+        return [] if self.ticket is None else self.ticket.headers()
 
 
 class Endpoint:
@@ -151,7 +157,7 @@ class Endpoint:
         try:
             await self._answer(seen, incoming, scope, receive, noting)
         except TetherError as error:
-            seen.status = await refuse(error, seen.heading, send)
+            seen.status = await refuse(error, seen.heading, send, extra=seen.limits())
         except ClientDisconnect:
             seen.status = 499
         except Exception:
@@ -160,6 +166,9 @@ class Endpoint:
             if seen.sent:
                 raise
             await refuse(TetherError("the gateway failed; its log has the reason"), seen.heading, send)
+        finally:
+            if seen.ticket is not None:
+                seen.ticket.leave()
         metrics.HTTP_REQUESTS.labels(self._path, str(seen.status)).inc()
 
     async def _answer(self, seen: _Seen, incoming: Incoming, scope: Scope, receive: Receive, send: Send) -> None:
@@ -171,7 +180,7 @@ class Endpoint:
         row, handler = found
         given = await handler(await self._call(row, seen, incoming, Request(scope, receive)))
         content = given.value if isinstance(given.value, bytes) else _encode(given.value)
-        extra = [*given.headers, ("x-content-type-options", "nosniff")]
+        extra = [*given.headers, ("x-content-type-options", "nosniff"), *seen.limits()]
         await send_reply(send, reply(given.status, content, seen.heading, content_type=given.content_type, extra=extra))
         seen.status = given.status
 
@@ -188,7 +197,10 @@ class Endpoint:
     async def _call(self, row: Row, seen: _Seen, incoming: Incoming, request: Request) -> Call:
         gateway = self._gateway
         seen.heading = heading = Heading(incoming.headers)
-        key = None if row.scope is None else gateway.keys.authenticate(heading.key, row.scope)
+        key = None
+        if row.scope is not None:
+            key = gateway.keys.authenticate(heading.key, row.scope)
+            seen.ticket = gateway.limits.enter(key.key)
         query = None if row.query is None else read_query(request.query_params.multi_items(), row.query)
         body = None
         if row.body is not None:
