@@ -19,10 +19,13 @@ from tether.model import TensorSpec
 from tether.oip_json import (
     WireTensor,
     bad_json,
+    check_count,
     check_heading,
+    check_parameters,
     from_wire,
     json_values,
     parse,
+    parse_body,
     tensor_to_json,
     tensors_from_json,
 )
@@ -136,7 +139,9 @@ def parse_infer_request(
     if json_length == 0:
         return _raw_request(body, specs)
     head, rest = _split(body, json_length)
-    wire: _WireRequest = parse(_request_decoder, head)
+    wire: _WireRequest = parse_body(_request_decoder, head)
+    check_parameters(wire.parameters, "parameters")
+    check_count(wire.outputs, "outputs")
     default = _flag(wire.parameters, "binary_data_output", "parameters")
     outputs = tuple([_requested(output, default, place) for place, output in enumerate(wire.outputs)])
     return InferRequest(wire.id, _tensors(wire.inputs, rest, "inputs"), outputs, default, wire.parameters)
@@ -155,13 +160,12 @@ def _split(body: bytes, json_length: int | None) -> tuple[bytes, bytes | None]:
 
 def _tensors(wires: list[WireTensor], rest: bytes | None, section: str) -> tuple[Tensor, ...]:
     """Tensors of a body: those with ``binary_data_size`` take their bytes from ``rest``, in order."""
+    check_count(wires, section)
     found, position = [], 0
     for index, wire in enumerate(wires):
         where = f"{section}[{index}]"
         parameters = wire.parameters
         if not parameters or "binary_data_size" not in parameters:
-            if parameters and "shared_memory_region" in parameters:
-                raise BadTensor(f"{where} ('{wire.name[:64]}') is in shared memory, which is not served", field=where)
             found.append(from_wire(wire, where))
             continue
         check_heading(wire, where)
@@ -205,6 +209,7 @@ def _requested(wire: _WireOutput, default: bool, place: int) -> RequestedOutput:
     if not wire.parameters:
         return RequestedOutput(wire.name, default)
     where = f"outputs[{place}].parameters"
+    check_parameters(wire.parameters, where)
     count = wire.parameters.get("classification", 0)
     if type(count) is not int or count < 0:
         raise InvalidRequest(f"{where}.classification must be a whole number", field=f"{where}.classification")

@@ -7,7 +7,7 @@ What JSON may say, and what it may not:
   text is no number; BOOL is ``true``/``false`` or ``1``/``0``; BYTES are strings, sent as UTF-8.
 - FP16 and BF16 have no JSON form (nor in Triton), nor have NaN, infinities, or BYTES that are not UTF-8.
 - The parameter ``"base64": true`` makes ``data`` one string: the tensor's binary form, for whatever has no JSON form.
-- A key that is given twice in an object counts as its last value. Nests deeper than the parser's stack are refused.
+- A key that is given twice in an object, and nests deeper than the parser's stack, are refused.
 """
 
 from __future__ import annotations
@@ -26,10 +26,17 @@ import msgspec
 
 from tether.errors import BadJson, BadTensor, InvalidRequest
 from tether.job import Parameter
+from tether.json_keys import refuse_duplicates
 from tether.tensor import Datatype, Tensor, check, element_count, pack_bytes, unknown_datatype, unpack_bytes
 
 MAX_NAME = 256
 """Longest tensor name, in characters."""
+
+MAX_TENSORS = 1024
+"""Most inputs or outputs of a request; a model has at most as many."""
+
+MAX_PARAMETERS = 256
+"""Most parameters of a request, or of one tensor in it."""
 
 _STRUCT_CODES: dict[str, str] = {
     "BOOL": "?",
@@ -88,6 +95,17 @@ def parse(decoder: msgspec.json.Decoder[Any], data: bytes | msgspec.Raw, *, wher
         raise bad_json(error, where=where) from error
 
 
+def parse_body(decoder: msgspec.json.Decoder[Any], data: bytes) -> Any:
+    """:func:`parse` of a whole body that a client sent.
+
+    Raises:
+        BadJson: also when an object says a key twice.
+    """
+    found = parse(decoder, data)
+    refuse_duplicates(data)
+    return found
+
+
 def wire_tensor(item: WireTensor | msgspec.Raw | Mapping[str, Any], where: str) -> WireTensor:
     """One tensor object, whatever stage of decoding it is in.
 
@@ -105,8 +123,30 @@ def wire_tensor(item: WireTensor | msgspec.Raw | Mapping[str, Any], where: str) 
     return parse(_wire_decoder, encoded, where=where)  # type: ignore[no-any-return]
 
 
+def check_count(items: Sequence[Any], where: str) -> None:
+    """Refuse more tensors than any model has, before each of them is looked at.
+
+    Raises:
+        BadTensor: naming the list.
+    """
+    if len(items) > MAX_TENSORS:
+        raise BadTensor(f"{where} has {len(items)} entries; at most {MAX_TENSORS} are allowed", field=where)
+
+
+def check_parameters(parameters: Mapping[str, Parameter] | None, where: str) -> None:
+    """Refuse more parameters than anybody needs.
+
+    Raises:
+        InvalidRequest: naming the object.
+    """
+    if parameters and len(parameters) > MAX_PARAMETERS:
+        raise InvalidRequest(
+            f"{where} has {len(parameters)} entries; at most {MAX_PARAMETERS} are allowed", field=where
+        )
+
+
 def check_heading(wire: WireTensor, where: str) -> None:
-    """Refuse names nobody could read in an error, and datatypes that do not exist.
+    """Refuse names nobody could read in an error, datatypes that do not exist, and very many parameters.
 
     Raises:
         BadTensor: naming the field.
@@ -115,6 +155,7 @@ def check_heading(wire: WireTensor, where: str) -> None:
         raise BadTensor(f"{where}.name must be 1 to {MAX_NAME} printable characters", field=f"{where}.name")
     if wire.datatype not in Datatype.__members__:
         raise unknown_datatype(wire.name, wire.datatype)
+    check_parameters(wire.parameters, f"{where}.parameters")
 
 
 def from_wire(wire: WireTensor, where: str) -> Tensor:
@@ -124,6 +165,9 @@ def from_wire(wire: WireTensor, where: str) -> Tensor:
         BadTensor: naming the tensor, the place in the body and what does not fit.
     """
     check_heading(wire, where)
+    for elsewhere in ("binary_data_size", "shared_memory_region"):
+        if wire.parameters and elsewhere in wire.parameters:
+            raise BadTensor(f"{where} ('{wire.name}') has {elsewhere}, which is not served here", field=where)
     if not memoryview(wire.data):
         raise BadTensor(f"{where} ('{wire.name}') has no data", field=f"{where}.data")
     if wire.parameters and wire.parameters.get("base64") is True:
@@ -269,6 +313,7 @@ def tensors_from_json(
     Raises:
         BadJson, BadTensor: naming the place in the body and what does not fit.
     """
+    check_count(items, where)
     found = []
     for index, item in enumerate(items):
         place = f"{where}[{index}]"

@@ -22,6 +22,8 @@ MAX_RANK = 32
 """More axes than this are refused; numpy itself stops at 64."""
 
 MAX_ELEMENTS = 2**40
+MAX_BESIDE_ZERO = 2**56
+"""Product of the other axes of an empty tensor."""
 
 Array = npt.NDArray[Any]
 
@@ -86,8 +88,12 @@ def element_count(shape: tuple[int, ...], *, name: str) -> int:
     if any(axis < 0 for axis in shape):
         raise BadTensor(f"tensor '{name}' has a negative axis in its shape {list(shape)}", field=f"{name}.shape")
     count = math.prod(shape)
-    if count > MAX_ELEMENTS:
-        raise BadTensor(f"tensor '{name}' has {count} elements, more than {MAX_ELEMENTS}", field=f"{name}.shape")
+    # Libraries multiply the axes of an empty tensor too, with numbers that overflow.
+    if count > MAX_ELEMENTS or (not count and math.prod(axis or 1 for axis in shape) > MAX_BESIDE_ZERO):
+        raise BadTensor(
+            f"tensor '{name}' has a shape of more than {MAX_ELEMENTS} elements: {str(list(shape))[:200]}",
+            field=f"{name}.shape",
+        )
     return count
 
 

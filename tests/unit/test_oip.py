@@ -197,8 +197,9 @@ def test_what_is_no_request_object_is_bad_json(raw: bytes, field: str | None) ->
         assert caught.value.field == field
 
 
-def test_the_last_of_two_equal_keys_counts() -> None:
-    assert oip.parse_infer_request(b'{"id":"a","inputs":[],"id":"b"}', None).id == "b"
+def test_a_key_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(BadJson, match="'id' twice"):
+        oip.parse_infer_request(b'{"id":"a","inputs":[],"id":"b"}', None)
 
 
 def test_unknown_keys_are_ignored() -> None:

@@ -144,14 +144,14 @@ class HotRoutes:
 
     async def _submit(self, incoming: Incoming, heading: Heading, key: Caller, _ticket: Ticket | None) -> Reply:
         """``POST /v1/jobs``."""
-        body: JobBody = oip_json.parse(_job_decoder, await self._body(heading, incoming))
+        body: JobBody = oip_json.parse_body(_job_decoder, await self._body(heading, incoming))
         (job,) = await self._gateway.jobs.submit(key.tenant, [self._new_job(key, body, heading, "")])
         extra = [("location", f"/v1/jobs/{job['id']}")]
         return reply(202, _encode(job), heading, content_type=_JSON, extra=extra)
 
     async def _submit_many(self, incoming: Incoming, heading: Heading, key: Caller, ticket: Ticket | None) -> Reply:
         """``POST /v1/jobs:batch``; it counts as as many requests as it has jobs."""
-        body: BatchBody = oip_json.parse(_batch_decoder, await self._body(heading, incoming))
+        body: BatchBody = oip_json.parse_body(_batch_decoder, await self._body(heading, incoming))
         if not 0 < len(body.jobs) <= MAX_BATCH:
             raise PayloadTooLarge(f"a batch has 1 to {MAX_BATCH} jobs, not {len(body.jobs)}", field="jobs")
         if ticket is not None:
@@ -162,6 +162,8 @@ class HotRoutes:
 
     def _new_job(self, caller: Caller, body: JobBody, heading: Heading, suffix: str) -> NewJob:
         settings = self._gateway.settings
+        oip_json.check_count(body.outputs, "outputs")
+        oip_json.check_parameters(body.parameters, "parameters")
         deadline_s = settings.job_deadline_s if body.deadline_ms is None else body.deadline_ms / 1000
         if not 0 < deadline_s <= LONGEST_DEADLINE_S:
             raise InvalidRequest("deadline_ms must be more than 0 and at most 30 days", field="deadline_ms")

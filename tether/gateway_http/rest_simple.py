@@ -33,6 +33,7 @@ async def _inference(call: Call) -> Reply:
         raise InvalidRequest("modelId is required", field="modelId")
     if isinstance(body.input_data, msgspec.UnsetType) or bytes(body.input_data) == b"null":
         raise InvalidRequest("inputData is required", field="inputData")
+    oip_json.check_parameters(body.parameters, "parameters")
     gateway = call.gateway
     call.caller.check_model(body.model_id)
     served = gateway.catalog.resolve(body.model_id, "" if body.version is None else str(body.version))

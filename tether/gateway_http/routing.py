@@ -205,7 +205,7 @@ class Endpoint:
         body = None
         if row.body is not None:
             content = await read_body(heading, incoming, gateway.settings.max_body_bytes, gateway.patience)
-            body = row.body() if row.body_optional and not content else oip_json.parse(_decoder(row.body), content)
+            body = row.body() if row.body_optional and not content else oip_json.parse_body(_decoder(row.body), content)
         return Call(gateway, request, heading, key, body, query)
 
 
