@@ -20,7 +20,7 @@ def refuse_duplicates(data: bytes) -> None:
     Where no key occurs twice in the whole text, as in a request with one tensor, this costs about a microsecond.
 
     Raises:
-        BadJson: with the key.
+        BadJson: with the key; or a key cannot be read.
     """
     if b"\\" not in data:
         # A string's end and the next one's beginning can look like a key here. That only sends us the longer way: a
@@ -28,7 +28,11 @@ def refuse_duplicates(data: bytes) -> None:
         keys = _PLAIN_KEY.findall(data)
         if len(keys) == len(set(keys)):
             return
-    _walk(data)
+    try:
+        _walk(data)
+    except (ValueError, IndexError) as error:
+        # A parser may pass over what it does not want without looking at it.
+        raise BadJson("the body has text that is not UTF-8, or is not JSON") from error
 
 
 def _walk(data: bytes) -> None:

@@ -211,3 +211,11 @@ def test_nan_and_infinity_travel_as_binary_and_never_as_json() -> None:
     sent, length = oip.build_infer_request({"x": np.array([np.nan, np.inf], np.float32)})
     (found,) = oip.parse_infer_request(sent, length).inputs
     assert np.isnan(np.frombuffer(found.data, np.float32)[0])
+
+
+@pytest.mark.parametrize(
+    "data", [b'{"a": 1, "\\u00zz": 1, "b": 1}', b'{"a": 1, "a\xff": "\\\\"}', b'"a": "\\\\"', b"}}\\"]
+)
+def test_what_a_parser_passed_over_is_read_with_the_same_error(data: bytes) -> None:
+    with pytest.raises(BadJson):
+        json_keys.refuse_duplicates(data)
