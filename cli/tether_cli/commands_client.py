@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tether_cli import commands_config, commands_jobs, commands_keys, commands_tenants
+from tether_cli import commands_config, commands_jobs, commands_keys, commands_sessions, commands_tenants
 from tether_cli.options import ModelName, Timeout, Url, connect
 from tether_cli.output import JsonFlag, print_json, print_table, progress, say
 
@@ -37,6 +37,7 @@ def register(app: typer.Typer) -> None:
                 "rotate": commands_keys.rotate,
             },
         ),
+        ("session", "Session tokens: create.", {"create": commands_sessions.create}),
         (
             "tenant",
             "Tenants: create, list, show, set, delete.",

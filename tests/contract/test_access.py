@@ -64,6 +64,7 @@ ASKED: dict[tuple[str, str], Asked] = {
     ("GET", "/v1/models"): Asked(lists="model"),
     ("GET", "/v1/models/{name}"): MODEL,
     ("POST", "/v1/models/{name}/versions"): MODEL,
+    ("POST", "/v1/sessions"): NOTHING,
     ("POST", "/v1/tenants"): Asked(body={"name": "walked"}),
     ("GET", "/v1/tenants"): NOTHING,
     ("GET", "/v1/tenants/{tenant}"): NOTHING,

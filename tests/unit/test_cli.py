@@ -84,6 +84,7 @@ COMMANDS = (
     *(f"job {name}" for name in ("list", "get", "wait", "cancel")),
     *(f"model {name}" for name in ("push", "list", "show")),
     *(f"key {name}" for name in ("create", "list", "revoke", "rotate")),
+    "session create",
     *(f"tenant {name}" for name in ("create", "list", "show", "set", "delete")),
     *(f"config {name}" for name in ("show", "check", "schema")),
 )

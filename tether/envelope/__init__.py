@@ -25,6 +25,7 @@ from tether.envelope.keyset import (
     sign_keyset,
 )
 from tether.envelope.roles import ROLE_TYPES, MessageType, Role
+from tether.envelope.session import SESSION_DOMAIN, SESSION_PREFIX, Session, issue_session, open_session
 
 __all__ = [
     "DOMAIN",
@@ -34,6 +35,8 @@ __all__ = [
     "MAX_SKEW_MS",
     "REPLAY_WINDOW_MS",
     "ROLE_TYPES",
+    "SESSION_DOMAIN",
+    "SESSION_PREFIX",
     "VERSION",
     "Envelope",
     "Header",
@@ -43,11 +46,14 @@ __all__ = [
     "MessageType",
     "Revocation",
     "Role",
+    "Session",
     "Signer",
     "Verifier",
+    "issue_session",
     "key_id",
     "new_identity",
     "open_keyset",
+    "open_session",
     "root_public_key",
     "sign_keyset",
 ]

@@ -86,7 +86,7 @@ class Signer:
     def __init__(self, identity: Identity, now_ms: Callable[[], int]) -> None:
         self.name = identity.name
         self.role = identity.role
-        self._kid = identity.kid
+        self.kid = self._kid = identity.kid
         self._key = nacl.signing.SigningKey(identity.seed)
         self._now_ms = now_ms
 
@@ -133,12 +133,17 @@ class Signer:
         signature = self._key.sign(DOMAIN + header).signature
         return b"".join((_PREFIX.pack(MAGIC, VERSION, len(header), signature), header, body))
 
+    def sign(self, domain: bytes, statement: bytes) -> bytes:
+        """The signature (64 bytes) of a statement that travels by itself: key id, ``domain`` and ``statement``."""
+        return self._key.sign(domain + self._kid + statement).signature
+
 
 class Verifier:
     """Opens frames against a keyset. One per process; verify keys are built once."""
 
     def __init__(self, keyset: Keyset, now_ms: Callable[[], int], *, replay_capacity: int = 65536) -> None:
         self._now_ms = now_ms
+        self.keyset = keyset
         self._keys = {record.kid: (record, nacl.signing.VerifyKey(record.ed25519)) for record in keyset.identities}
         self._seen: OrderedDict[bytes, int] = OrderedDict()
         self._replay_capacity = replay_capacity
@@ -169,6 +174,19 @@ class Verifier:
         if once:
             self._refuse_replay(header.nonce)
         return Envelope(header, body, record.name, record.tenant)
+
+    def check(self, domain: bytes, kid: bytes, statement: bytes, signature: bytes) -> IdentityRecord:
+        """Who signed a statement with :meth:`Signer.sign`.
+
+        Raises:
+            UnknownKey, KeyRevoked, KeyExpired, BadSignature: nobody whose word counts.
+        """
+        record, key = self._lookup(kid)
+        try:
+            key.verify(domain + kid + statement, signature)
+        except (nacl.exceptions.BadSignatureError, ValueError) as error:
+            raise BadSignature("the statement's signature does not match") from error
+        return record
 
     def _authenticate(self, frame: bytes) -> tuple[IdentityRecord, Header, bytes]:
         if len(frame) < _PREFIX.size or frame[:4] != MAGIC:

@@ -12,10 +12,11 @@ from tether import codec
 from tether.apikey import SCOPES, ApiKey
 from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
-from tether.envelope import MessageType
+from tether.envelope import MessageType, Session
 from tether.errors import Forbidden, Unauthenticated
 from tether.gateway_http.catalog import no_model
 from tether.gateway_http.key_use import KeyUses
+from tether.gateway_http.sessions import CACHED, Sessions
 from tether.gateway_http.tenants import Tenants
 from tether.tenant import Tenant, allows_model
 
@@ -29,15 +30,20 @@ _DECISIONS = 4096
 class Caller:
     """An API key with its tenant's rights, as a request uses them. A change of either makes a new one."""
 
-    __slots__ = ("_decisions", "_patterns", "expires_at", "id", "key", "scopes", "tenant")
+    __slots__ = ("_decisions", "_patterns", "expires_at", "id", "key", "scopes", "session", "tenant")
 
-    def __init__(self, key: ApiKey, tenant: Tenant) -> None:
+    def __init__(self, key: ApiKey, tenant: Tenant, session: Session | None = None) -> None:
         self.key = key
         self.id = key.id
         self.tenant = tenant.name
         self.expires_at = key.expires_at
         self.scopes = frozenset((*(SCOPES if "admin" in key.scopes else key.scopes), ANY_SCOPE))
-        self._patterns = (key.models, tenant.models)
+        self.session = session
+        self._patterns = [key.models, tenant.models]
+        if session is not None:
+            self.expires_at = min(session.expires_at, key.expires_at or session.expires_at)
+            self.scopes &= {*session.scopes, ANY_SCOPE}
+            self._patterns.append(session.models)
         self._decisions: dict[str, bool] = {}
 
     def sees(self, model: str) -> bool:
@@ -67,9 +73,11 @@ class ApiKeys:
     def __init__(self, bus: Bus, tenants: Tenants) -> None:
         self.bucket = SignedBucket(bus, "apikeys", MessageType.API_KEY)
         self.uses = KeyUses(bus)
+        self.sessions = Sessions(bus)
         self._now: Callable[[], float] = bus.clock.utc
         self._tenants = tenants
         self._callers: dict[bytes, Caller] = {}
+        self._in_session: dict[bytes, Caller] = {}
         self._by_id: dict[str, ApiKey] = {}
         tenants.on_change(self._tenant_changed)
 
@@ -83,6 +91,7 @@ class ApiKeys:
         old = self._by_id.pop(key, None)
         if old is not None:
             self._callers.pop(bytes.fromhex(old.hash), None)
+        self._in_session.clear()
         if record is not None and record.id == key:
             self._by_id[key] = record
             self._admit(record)
@@ -92,6 +101,7 @@ class ApiKeys:
             self._callers[bytes.fromhex(record.hash)] = Caller(record, self._tenants.get(record.tenant))
 
     def _tenant_changed(self, name: str) -> None:
+        self._in_session.clear()
         for record in self._by_id.values():
             if record.tenant == name:
                 self._admit(record)
@@ -129,11 +139,27 @@ class ApiKeys:
             Unauthenticated: no key, or none that counts; missing, unknown, wrong, revoked and expired say the same.
             Forbidden: the key lacks the scope.
         """
-        caller = self._callers.get(hashlib.sha256(text.encode()).digest())
+        digest = hashlib.sha256(text.encode()).digest()
+        caller = self._callers.get(digest) or self._of_session(text, digest)
         now = self._now()
         if caller is None or 0.0 < caller.expires_at <= now:
             raise Unauthenticated("Invalid API key")
         if scope not in caller.scopes:
             raise Forbidden(f"this API key lacks the scope '{scope}'", field="scope")
         self.uses.noted[caller.id] = now
+        return caller
+
+    def _of_session(self, text: str, digest: bytes) -> Caller | None:
+        """Who presented a session token: its API key, with what the session left of its rights."""
+        session = self.sessions.open(text, digest)
+        if session is None:
+            return None
+        caller = self._in_session.get(digest)
+        if caller is None:
+            key = self._by_id.get(session.key)
+            if key is None or key.revoked or key.tenant != session.tenant:
+                return None
+            if len(self._in_session) >= CACHED:
+                self._in_session.clear()
+            caller = self._in_session[digest] = Caller(key, self._tenants.get(key.tenant), session)
         return caller

@@ -127,3 +127,28 @@ class Rotation(Struct, forbid_unknown_fields=True):
     """For how many seconds the old key still counts."""
 
     grace_s: Annotated[float, Meta(ge=0, le=90 * 86400)] = 0.0
+
+
+# sessions
+
+SessionScope = Literal["infer", "jobs", "models:read", "models:write"]
+
+
+class NewSession(Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """A session to make: `ttl_s` seconds long; what is left out is as its API key has it, but never `admin`."""
+
+    ttl_s: Annotated[float, Meta(ge=1, le=3600)] = 900.0
+    scopes: Annotated[list[SessionScope], Meta(min_length=1, max_length=16)] | UnsetType = UNSET
+    models: Patterns | UnsetType = UNSET
+
+
+class Session(Struct):
+    """A new session. `token` is sent as an API key is; it is not stored and never shown again."""
+
+    token: str
+    id: str
+    key: str
+    tenant: str
+    scopes: list[str]
+    models: list[str]
+    expires_at: str

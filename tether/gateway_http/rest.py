@@ -17,6 +17,7 @@ from tether.gateway_http import (
     rest_models,
     rest_oip,
     rest_ops,
+    rest_sessions,
     rest_simple,
     rest_tenants,
 )
@@ -54,6 +55,7 @@ def table() -> list[Row]:
         *rest_simple.ROWS,
         *rest_jobs.ROWS,
         *rest_models.ROWS,
+        *rest_sessions.ROWS,
         *rest_tenants.ROWS,
         *rest_keys.ROWS,
         *rest_admin.ROWS,
