@@ -118,8 +118,9 @@ class Names:
         return self.results_stream if scope == SHARED else f"{self.results_stream}_{scope_token(scope)}"
 
     def attempt_key(self, id: str, scope: str = SHARED) -> str:
-        """The key of an attempt note in its bucket."""
-        return id if scope == SHARED else f"{scope_token(scope)}.{id}"
+        """The key of an attempt note in its bucket. The scope comes last: a worker's right to read, which leaves the
+        id open, then ends in the scope, and no wildcard that it might put in the id's place reaches another scope's."""
+        return f"{id}.{SHARED if scope == SHARED else scope_token(scope)}"
 
     def reply(self, gateway: str) -> str:
         """Where a gateway takes reply bundles; ``gateway`` is one run of one gateway."""
@@ -185,9 +186,9 @@ class Names:
 
     # inboxes
 
-    def inbox(self, identity: str) -> str:
+    def inbox(self, role: str, identity: str) -> str:
         """The inbox prefix of one identity: it may subscribe below it and nowhere else."""
-        return f"_INBOX.{self.prefix}.{token(identity)}"
+        return f"_INBOX.{self.prefix}.{role}.{token(identity)}"
 
 
 def _shard(name: str, shards: int) -> int:

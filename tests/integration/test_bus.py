@@ -272,14 +272,16 @@ async def test_a_watcher_is_right_again_within_three_seconds_of_a_restart(restar
     assert broker.server is not None
     bucket = KvBucket(buses.dispatcher, "assign")
     seen: dict[str, bytes | None] = {}
-    async with KvBucket(buses.worker, "assign").watch(seen.__setitem__):
-        await bucket.put("k", b"1")
-        await wait_until(lambda: seen.get("k") == b"1", "the change was seen")
+    key = buses.worker.signer.name
+    async with KvBucket(buses.worker, "assign").watch(seen.__setitem__, key=key):
+        await bucket.put("worker-2", b"of another")
+        await bucket.put(key, b"1")
+        await wait_until(lambda: seen == {key: b"1"}, "the change was seen")
         await broker.server.kill()
         await broker.server.start()
         assert await buses.dispatcher.wait_connected(5)
-        await bucket.put("k", b"2")
-        await wait_until(lambda: seen.get("k") == b"2", "the change after the restart was seen", 3.0)
+        await bucket.put(key, b"2")
+        await wait_until(lambda: seen == {key: b"2"}, "the change after the restart was seen", 3.0)
 
 
 async def test_entries_that_are_unsigned_misdirected_or_of_the_wrong_role_do_not_exist(buses: Buses) -> None:

@@ -163,7 +163,7 @@ async def test_a_job_that_keeps_killing_its_worker_is_buried_and_its_neighbours_
     await wait_until(lambda: bool(thief.got), "the thief holds the bundle")
     await thief.pull.stop()
     note = AttemptNote(one.settings.max_attempts, "worker-1", bus.clock.utc())
-    await SignedBucket(bus, "attempts", MessageType.ATTEMPT).put(ids[1], codec.encode(note))
+    await SignedBucket(bus, "attempts", MessageType.ATTEMPT).put(bus.names.attempt_key(ids[1]), codec.encode(note))
     await thief.got[0].give_back()
     await one.start_worker("worker-2")
     jobs = await one.gateway.jobs.get_many(TENANT, ids, 30)

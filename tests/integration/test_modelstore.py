@@ -306,7 +306,7 @@ async def test_the_clients_own_object_store_reads_our_pieces(platform: Platform)
     file, _ = await platform.upload(content)
     await platform.store().put(again(content[: file.sizes[0]]))
     seed = read_secret(platform.broker.home.nats_seed("dispatcher")).decode().strip()
-    inbox = platform.bus.names.inbox("dispatcher")
+    inbox = platform.bus.names.inbox("dispatcher", "dispatcher")
     client = await nats.connect(platform.broker.url, nkeys_seed_str=seed, inbox_prefix=inbox)
     try:
         objects = await client.jetstream().object_store(platform.bus.names.chunk_bucket("m"))

@@ -3,95 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import socket
-import subprocess
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
 from brokers import make_certificate, wait_until
+from shipped import nodes, running
 
-from tether.bus.config import CLUSTER, write_ops_files
 from tether.bus.connection import Bus
 from tether.bus.server import Binary, check_server
 from tether.bus.topology import ensure_platform
 from tether.errors import BrokerUnavailable
 from tether.home import Home
-from tether.processes import die_with_parent
 from tether.settings import Settings
-
-
-@dataclass
-class Node:
-    """One server of a shipped file, moved to free loopback ports and a folder of its own."""
-
-    config: Path
-    client: int
-    monitor: int
-    route: int
-    process: subprocess.Popen[bytes] | None = None
-
-    def start(self, binary: Binary) -> None:
-        self.process = subprocess.Popen(
-            [binary.path, "-c", self.config],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            preexec_fn=die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - it only makes one system call
-        )
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-
-    async def healthy(self) -> bool:
-        async with httpx.AsyncClient(trust_env=False) as http:
-            with contextlib.suppress(httpx.HTTPError):
-                return (await http.get(f"http://127.0.0.1:{self.monitor}/healthz")).status_code == 200
-        return False
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def nodes(folder: Path, home: Home, names: list[str]) -> list[Node]:
-    """The files ``names`` as :class:`Node`; the hosts of the cluster become its route ports."""
-    ports = free_ports(3 * len(names))
-    made = []
-    for index, name in enumerate(names):
-        client, monitor, route = ports[3 * index : 3 * index + 3]
-        place = folder / name
-        write_ops_files(place, home)
-        text = (place / f"{name}.conf").read_text()
-        text = text.replace("/etc/nats/tls", str(folder)).replace("/data", str(place / "data"))
-        text = text.replace("0.0.0.0:4222", f"127.0.0.1:{client}").replace("127.0.0.1:8222", f"127.0.0.1:{monitor}")
-        text = text.replace("0.0.0.0:6222", f"127.0.0.1:{route}")
-        for other, host in enumerate(CLUSTER[: len(names)]):
-            text = text.replace(f"{host}:6222", f"127.0.0.1:{ports[3 * other + 2]}")
-        (place / f"{name}.conf").write_text(text)
-        made.append(Node(place / f"{name}.conf", client, monitor, route))
-    return made
-
-
-@contextlib.asynccontextmanager
-async def running(made: list[Node], binary: Binary) -> AsyncIterator[None]:
-    try:
-        for node in made:
-            node.start(binary)
-        for node in made:
-            await wait_until(node.healthy, f"{node.config.name} is healthy", 30)
-        yield
-    finally:
-        for node in made:
-            node.kill()
 
 
 @pytest.fixture

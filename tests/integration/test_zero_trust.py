@@ -125,7 +125,7 @@ async def test_stored_results_records_and_notes_that_are_not_signed_do_not_count
     (job,) = await one.gateway.jobs.submit(TENANT, [new_job(served, row(1))])
     worker, names = one.workers[0]._bus, one.bus.names
     note = codec.encode(AttemptNote(2, "worker-1", 1.0))
-    await worker.publish_acked(names.bucket_key("attempts", job["id"]), note)
+    await worker.publish_acked(names.bucket_key("attempts", names.attempt_key(job["id"])), note)
     done = Outcome(JobId(job["id"]), JobState.SUCCEEDED, (from_numpy("y", row(9)),), None, 1, "worker-1", 1.0, 2.0)
     await worker.publish_acked(names.result(job["id"]), codec.encode_outcomes([done]))
     assert (await one.gateway.jobs.get(TENANT, job["id"]))["state"] == "queued"

@@ -9,40 +9,48 @@ import pytest
 import wildcards
 from brokers import make_certificate
 
-from tether.bus.config import ops_files, write_ops_files
-from tether.bus.permissions import BUCKETS, Permissions, nats_block, role_inbox, role_permissions
+from tether.bus.config import DEFAULT_LOGINS, logins_of, ops_files, write_ops_files
+from tether.bus.keys import create_home
+from tether.bus.permissions import BUCKETS, Permissions, identity_permissions, nats_block
 from tether.bus.server import Binary
 from tether.envelope import Role
 from tether.home import Home
-from tether.job import Lane, LaneKind
+from tether.job import SHARED, Lane, LaneKind
 from tether.subjects import Names
 
 SHIPPED = Path(__file__).parents[2] / "ops" / "nats"
 NAMES = Names("acme", infer_shards=2, job_shards=3, partitions=2)
-TABLE = role_permissions(NAMES)
+WORKERS = (("shared-1", ""), ("shared-2", ""), ("own-1", "acme.eu"), ("own-2", "other"))
+"""Name and isolated tenant."""
+TABLE = {
+    **{role.value: identity_permissions(NAMES, role, role.value) for role in Role if role is not Role.WORKER},
+    **{name: identity_permissions(NAMES, Role.WORKER, name, tenant) for name, tenant in WORKERS},
+}
+ALL_WORKERS = {name for name, _ in WORKERS}
+SHARED_WORKERS = {"shared-1", "shared-2"}
 
 
-def may_subscribe(role: Role, subject: str) -> bool:
-    return wildcards.may_subscribe(TABLE[role], subject)
+def may_subscribe(name: str, subject: str) -> bool:
+    return wildcards.may_subscribe(TABLE[name], subject)
 
 
-def publishers(subject: str) -> set[Role]:
-    return {role for role in Role if wildcards.may_publish(TABLE[role], subject)}
+def publishers(subject: str) -> set[str]:
+    return {name for name, row in TABLE.items() if wildcards.may_publish(row, subject)}
 
 
 WRITERS = {
-    "models": {Role.MODELSTORE},
-    "aliases": {Role.MODELSTORE},
-    "routes": {Role.DISPATCHER},
-    "assign": {Role.DISPATCHER},
-    "apikeys": {Role.GATEWAY, Role.ADMIN},
-    "jobs": {Role.GATEWAY},
-    "attempts": {Role.WORKER},
-    "liveness": {Role.WORKER},
-    "keyset": {Role.ADMIN, Role.DISPATCHER},  # what counts in it is the root key's signature
-    "keyuse": {Role.GATEWAY},
-    "tenants": {Role.GATEWAY, Role.ADMIN},
-    "tenantkeys": {Role.GATEWAY},
+    "models": {"modelstore"},
+    "aliases": {"modelstore"},
+    "routes": {"dispatcher"},
+    "assign": {"dispatcher"},
+    "apikeys": {"gateway", "admin"},
+    "jobs": {"gateway"},
+    "attempts": set(),  # each worker those of its scope
+    "liveness": set(),  # each worker its own
+    "keyset": {"admin", "dispatcher"},  # what counts in it is the root key's signature
+    "keyuse": {"gateway"},
+    "tenants": {"gateway", "admin"},
+    "tenantkeys": {"gateway"},
 }
 
 
@@ -57,46 +65,76 @@ def test_only_its_writers_may_write_a_bucket(bucket: str) -> None:
 
 @pytest.mark.parametrize("kind", LaneKind)
 @pytest.mark.parametrize("model", ["a", "b", "c", "digits"])
-def test_only_gateways_fill_lanes_and_only_workers_empty_them(kind: LaneKind, model: str) -> None:
-    lane = Lane(kind, model, 1)
+@pytest.mark.parametrize(
+    ("scope", "workers"), [(SHARED, SHARED_WORKERS), ("acme.eu", {"own-1"}), ("other", {"own-2"}), ("third", set())]
+)
+def test_only_gateways_fill_lanes_and_only_workers_of_their_scope_empty_them(
+    kind: LaneKind, model: str, scope: str, workers: set[str]
+) -> None:
+    lane = Lane(kind, model, 1, scope=scope)
     stream, consumer = NAMES.lane_stream(lane), NAMES.lane_consumer(lane)
-    assert publishers(NAMES.lane(lane)) == {Role.GATEWAY}
-    assert publishers(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}") == {Role.WORKER, Role.DISPATCHER}
-    assert publishers(f"$JS.ACK.{stream}.{consumer}.1.2.3.4.5") == {Role.WORKER}
-    assert publishers(f"$JS.ACK._.hash.{stream}.{consumer}.1.2.3.4.5.token") == {Role.WORKER}
+    assert publishers(NAMES.lane(lane)) == {"gateway"}
+    assert publishers(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}") == workers
+    assert publishers(f"$JS.ACK.{stream}.{consumer}.1.2.3.4.5") == workers
+    assert publishers(f"$JS.ACK._.hash.{stream}.{consumer}.1.2.3.4.5.token") == workers
+    assert publishers(NAMES.dead(lane)) == workers
+    assert publishers(NAMES.result("job", scope)) == workers | {"gateway"}
+    note = NAMES.bucket_key("attempts", NAMES.attempt_key("job", scope))
+    assert publishers(note) == workers
+    results, notes = NAMES.scope_results_stream(scope), NAMES.bucket_stream("attempts")
+    readers = workers | {"gateway", "dispatcher"}
+    assert publishers(f"$JS.API.DIRECT.GET.{results}") == readers
+    assert publishers(f"$JS.API.DIRECT.GET.{results}.{NAMES.result('job', scope)}") == readers
+    assert publishers(f"$JS.API.DIRECT.GET.{notes}.{note}") == readers
 
 
 def test_only_the_dispatcher_changes_streams_and_it_destroys_none() -> None:
     stream = NAMES.jobs_stream(0)
-    for verb in ("STREAM.CREATE", "STREAM.UPDATE"):
-        assert publishers(f"$JS.API.{verb}.{stream}") == {Role.DISPATCHER}
-    assert publishers(f"$JS.API.CONSUMER.CREATE.{stream}.lane") == {Role.DISPATCHER}
+    for verb in ("STREAM.CREATE", "STREAM.UPDATE", "CONSUMER.DELETE", "STREAM.MSG.DELETE"):
+        assert publishers(f"$JS.API.{verb}.{stream}") == {"dispatcher"}
+    for form in ("", ".lane", ".lane.subject"):
+        assert publishers(f"$JS.API.CONSUMER.CREATE.{stream}{form}") == {"dispatcher"}
+        assert publishers(f"$JS.API.CONSUMER.DURABLE.CREATE.{stream}{form}") == {"dispatcher"}
     for verb in ("DELETE", "PURGE", "RESTORE", "SNAPSHOT"):
         assert publishers(f"$JS.API.STREAM.{verb}.{stream}") == set()
 
 
-def test_a_role_hears_its_own_answers_and_nobody_elses() -> None:
-    for role in Role:
-        for other in Role:
-            heard = may_subscribe(role, f"{NAMES.inbox(other.value)}.some-identity.1")
-            assert heard == (role is other)
-        assert not may_subscribe(role, "_INBOX.anyone")
-        assert role_inbox(NAMES, role) in TABLE[role].subscribe
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_no_worker_can_list_a_bucket(bucket: str) -> None:
+    listing = publishers(f"$JS.API.DIRECT.GET.{NAMES.bucket_stream(bucket)}")
+    assert listing & ALL_WORKERS == (ALL_WORKERS if bucket == "keyset" else set())
+
+
+def test_a_worker_writes_its_own_heartbeat_and_reads_its_own_orders() -> None:
+    for name in ALL_WORKERS:
+        order = NAMES.bucket_key("assign", name)
+        assert publishers(NAMES.bucket_key("liveness", name)) == {name}
+        assert publishers(f"$JS.API.DIRECT.GET.{NAMES.bucket_stream('assign')}.{order}") & ALL_WORKERS == {name}
+        assert {other for other in ALL_WORKERS if may_subscribe(other, order)} == {name}
+
+
+def test_an_identity_hears_its_own_answers_and_nobody_elses() -> None:
+    roles = {name: Role.WORKER if name in ALL_WORKERS else Role(name) for name in TABLE}
+    for name, role in roles.items():
+        heard = {other for other in TABLE if may_subscribe(other, f"{NAMES.inbox(role.value, name)}.f00.r.1")}
+        assert heard == {name}
+        assert not may_subscribe(name, "_INBOX.anyone")
 
 
 def test_services_are_served_by_their_own_role_only() -> None:
     served = {
-        "registerWorker": {Role.DISPATCHER},
-        "registerModel": {Role.MODELSTORE},
-        "runInference": {Role.WORKER},
+        "registerWorker": ({"dispatcher"}, ALL_WORKERS),
+        "registerModel": ({"modelstore"}, {"gateway"}),
+        "anything": (set(), set()),
     }
-    for endpoint, roles in served.items():
-        assert {role for role in Role if may_subscribe(role, NAMES.service(endpoint))} == roles
+    for endpoint, (servers, callers) in served.items():
+        assert {name for name in TABLE if may_subscribe(name, NAMES.service(endpoint))} == servers
+        assert publishers(NAMES.service(endpoint)) == callers
 
 
-@pytest.mark.parametrize("role", Role)
-def test_no_list_is_empty_or_of_another_prefix(role: Role) -> None:
-    table = TABLE[role]
+@pytest.mark.parametrize("name", TABLE)
+def test_no_list_is_empty_or_of_another_prefix(name: str) -> None:
+    table = TABLE[name]
     assert table.publish
     assert table.subscribe
     for subject in table.publish + table.subscribe:
@@ -114,10 +152,21 @@ def test_the_shipped_files_are_the_table() -> None:
     assert shipped == ops_files(), "run: tether init --nats-config, and copy the changed files to ops/nats"
 
 
+def test_a_new_home_has_the_identities_that_the_shipped_files_name(home: Home, tmp_path: Path) -> None:
+    create_home(home, workers=2)
+    write_ops_files(tmp_path, home)
+    assert {path.name: path.read_text() for path in tmp_path.glob("*.conf") if path.name != "users.conf"} == ops_files()
+    assert [login.name for login in logins_of(home)] == [login.name for login in DEFAULT_LOGINS]
+
+
 @pytest.mark.parametrize("name", sorted(ops_files()))
 def test_production_files_have_tls_and_no_file_has_an_anonymous_user(name: str) -> None:
     text = ops_files()[name]
-    assert "no_auth_user" not in text
+    words = {line.split()[0].strip("{:") for line in text.splitlines() if line.strip()}
+    assert (
+        words & {"no_auth_user", "mqtt", "websocket", "leafnodes", "gateway", "authorization", "default_permissions"}
+        == set()
+    )
     if name.startswith(("single", "cluster")):
         assert "cert_file" in text
         assert "sync_interval: always" in text

@@ -92,7 +92,7 @@ def test_everything_has_a_name_under_the_prefix() -> None:
     assert names.service("registerWorker") == "acme.svc.registerWorker"
     assert names.bucket_stream("models") == "KV_ACME_models"
     assert names.bucket_key("models", names.version_key("m.v2", 3)) == "$KV.ACME_models.m=v2.3"
-    assert names.inbox("worker-1") == "_INBOX.acme.worker-1"
+    assert names.inbox("worker", "worker-1") == "_INBOX.acme.worker.worker-1"
     assert names.chunk_bucket("m") == names.chunk_buckets()[0] == "ACME_CHUNKS_0"
     assert names.object_stream("B") == "OBJ_B"
     assert names.object_chunk("B", "n") == "$O.B.C.n"

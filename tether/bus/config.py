@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tether.bus.keys import SYSTEM_USER, broker_logins, nats_public_key
-from tether.bus.permissions import nats_block, role_permissions
+from tether.bus.permissions import identity_permissions, nats_block
 from tether.envelope import Role
+from tether.errors import ConfigError
 from tether.home import Home, write_secret
 from tether.settings import Settings
 from tether.subjects import Names
@@ -24,6 +26,29 @@ CLUSTER = ("nats-1", "nats-2", "nats-3")
 
 _WRITTEN = "# Written by Tether"
 _HEAD = f"{_WRITTEN}: tether init --nats-config DIR (the table is in tether/bus/permissions.py).\n"
+
+
+ACCOUNTS = "system_account: SYS"
+"""First line of the accounts in every configuration; they are the rest of the file."""
+
+
+@dataclass(frozen=True)
+class Login:
+    """One user of the broker: an identity and its public nkey; without a role it is the system account's."""
+
+    name: str
+    nkey: str = ""
+    role: Role | None = None
+    tenant: str = ""
+
+
+DEFAULT_LOGINS = (
+    *(Login(role.value, role=role) for role in sorted(Role) if role is not Role.WORKER),
+    Login("worker-1", role=Role.WORKER),
+    Login("worker-2", role=Role.WORKER),
+    Login(SYSTEM_USER),
+)
+"""The identities that the shipped files name: those of a new home."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +75,7 @@ ports_file_dir: {_quoted(home.run)}
 log_file: {_quoted(home.logs / "nats.log")}
 logfile_size_limit: 64MB
 logfile_max_num: 3
-{_limits(settings)}{_jetstream(settings, str(home.nats_store))}{flags}{_embedded_accounts(home, Names(settings.prefix))}"""
+{_limits(settings)}{_jetstream(settings, str(home.nats_store))}{flags}{accounts_text(logins_of(home), Names(settings.prefix))}"""
 
 
 def _quoted(path: Path) -> str:
@@ -77,30 +102,55 @@ def _jetstream(settings: Settings, store: str) -> str:
 """
 
 
-def _embedded_accounts(home: Home, names: Names) -> str:
-    blocks = {role: nats_block(permissions, "        ") for role, permissions in role_permissions(names).items()}
-    return _accounts(home, blocks)
+def accounts_text(logins: Iterable[Login], names: Names) -> str:
+    """One user per identity in the platform's account, and the system account apart. No user may come without a key.
 
-
-def _accounts(home: Home, permissions: Mapping[Role, str]) -> str:
-    """One user per identity in the platform's account, and the system account. No user may come without a key."""
-    users = "\n".join(
-        f"      {{  # {record.name}\n        nkey: {record.nats}\n        permissions: {permissions[record.role]}\n      }}"
-        for record in broker_logins(home)
-    )
-    return f"""system_account: SYS
+    Every accounts block we write ends its file, and begins with :data:`ACCOUNTS`.
+    """
+    users, system = [], ""
+    for login in logins:
+        if login.role is None:
+            system = login.nkey
+            continue
+        permissions = nats_block(identity_permissions(names, login.role, login.name, login.tenant), "        ")
+        users.append(
+            f"      {{ # {login.name}\n        nkey: {login.nkey}\n        permissions: {permissions}\n      }}"
+        )
+    listed = "\n".join(users)
+    return f"""{ACCOUNTS}
 accounts {{
   SYS {{
-    users: [ {{ nkey: {nats_public_key(home, SYSTEM_USER)} }} ]
+    users: [ {{ nkey: {system} }} ]
   }}
   TETHER {{
     jetstream: enabled
     users: [
-{users}
+{listed}
     ]
   }}
 }}
 """
+
+
+def logins_of(home: Home) -> list[Login]:
+    """Who may log in to the broker of a home: what its keyset names and neither revokes nor has let expire."""
+    found = [Login(record.name, record.nats, record.role, record.tenant) for record in broker_logins(home)]
+    return [*found, Login(SYSTEM_USER, nats_public_key(home, SYSTEM_USER))]
+
+
+def write_accounts(home: Home, settings: Settings) -> None:
+    """Bring the accounts in the embedded broker's configuration up to date; the rest of it stays as it was.
+
+    Raises:
+        ConfigError: there is no configuration, or it is not ours.
+    """
+    try:
+        before, mark, _ = home.nats_config.read_text().partition(ACCOUNTS)
+    except OSError as error:
+        raise ConfigError(f"{home.nats_config} cannot be read; 'tether up' writes it") from error
+    if not mark:
+        raise ConfigError(f"{home.nats_config} was changed by hand; 'tether up' writes it anew")
+    write_secret(home.nats_config, (before + accounts_text(logins_of(home), Names(settings.prefix))).encode())
 
 
 def write_config(home: Home, settings: Settings, *, version: Version, ports: Ports) -> Path:
@@ -112,29 +162,27 @@ def write_config(home: Home, settings: Settings, *, version: Version, ports: Por
 # the files under ops/nats
 
 
-def users_text(home: Home) -> str:
-    """``users.conf``: the accounts, with the public keys of one home's identities. It includes ``permissions.conf``."""
-    head = f"{_WRITTEN} 'init': public keys of the broker's users. No secrets.\ninclude \"permissions.conf\"\n"
-    return head + _accounts(home, {role: f"${_variable(role)}" for role in Role})
+def _variable(name: str, position: int) -> str:
+    """A name may have characters that a variable may not, so names that differ in those alone need the number."""
+    return f"TETHER_NKEY_{position}_{re.sub('[^A-Z0-9]', '_', name.upper())}"
 
 
-def _permissions_text(roles: Iterable[Role]) -> str:
-    """``permissions.conf``: the allow lists of ``roles``, as the variables that ``users.conf`` refers to.
-
-    The server refuses a variable that nothing refers to.
-    """
-    table = role_permissions(Names())
-    return "".join(f"{_variable(role)}: {nats_block(table[role], '')}\n" for role in roles)
-
-
-def _variable(role: Role) -> str:
-    return f"TETHER_{role.name}"
+def _login_files(logins: Sequence[Login], names: Names) -> dict[str, str]:
+    """``permissions.conf`` for ``logins``, and ``users.conf`` with their keys: the server refuses a variable that is
+    not used, so the two belong together."""
+    variables = [_variable(login.name, position) for position, login in enumerate(logins, start=1)]
+    referring = [replace(login, nkey=f"${variable}") for login, variable in zip(logins, variables, strict=True)]
+    rows = "".join(f"{variable}: {login.nkey}\n" for login, variable in zip(logins, variables, strict=True))
+    return {
+        "permissions.conf": f'{_HEAD}include "users.conf"\n{accounts_text(referring, names)}',
+        "users.conf": f"{_WRITTEN} 'init': public keys of the broker's users. No secrets.\n{rows}",
+    }
 
 
 def ops_files() -> dict[str, str]:
-    """Name and text of every shipped configuration file, for the default prefix and limits."""
+    """Name and text of every shipped configuration file, for the default identities, prefix and limits."""
     files = {
-        "permissions.conf": _HEAD + _permissions_text(Role),
+        "permissions.conf": _login_files(DEFAULT_LOGINS, Names())["permissions.conf"],
         "dev.conf": _HEAD + _dev(),
         "container.conf": _HEAD + _container(),
         "single.conf": _HEAD + _production("nats", ""),
@@ -173,7 +221,7 @@ def _production(host: str, cluster: str) -> str:
 
 def _body(settings: Settings, store: str) -> str:
     flags = "feature_flags { js_ack_fc_v2: false }\n"
-    return _limits(settings) + _jetstream(settings, store) + flags + 'include "users.conf"\n'
+    return _limits(settings) + _jetstream(settings, store) + flags + 'include "permissions.conf"\n'
 
 
 def _tls(indent: str, *, verify: bool) -> str:
@@ -200,12 +248,10 @@ def _cluster(host: str) -> str:
 
 
 def write_ops_files(folder: Path, home: Home | None = None) -> list[Path]:
-    """Write :func:`ops_files` to a folder, and ``users.conf`` with the keys of ``home`` when there is one."""
+    """Write :func:`ops_files` to a folder; with ``home``, for the identities it has, and their keys."""
     texts = ops_files()
     if home is not None:
-        used = {record.role for record in broker_logins(home)}
-        texts["permissions.conf"] = _HEAD + _permissions_text(role for role in Role if role in used)
-        texts["users.conf"] = users_text(home)
+        texts |= _login_files(logins_of(home), Names())
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (folder / name).write_text(text)

@@ -95,12 +95,18 @@ def translate(error: ApiError) -> TetherError:
     return JetStreamError(text or "JetStream refused the request", err_code=error.err_code, status=error.code)
 
 
-def permission_denied(message: str) -> PermissionDenied | None:
-    """The error of an asynchronous ``permissions violation``; ``field`` is the subject."""
+def denied_subject(message: str) -> tuple[str, str] | None:
+    """What an asynchronous ``permissions violation`` refused, 'publish' or 'subscription', and the subject.
+
+    nats-py hands the server's words on in lower case.
+    """
     match = _PERMISSION.search(message)
-    if match is None:
-        return None
-    return PermissionDenied(f"this identity has no {match[1]} permission for '{match[2]}'", field=match[2])
+    return None if match is None else (match[1].lower(), match[2].lower())
+
+
+def permission_denied(verb: str, subject: str) -> PermissionDenied:
+    """``verb`` is 'publish' or 'subscription'; ``field`` is the subject."""
+    return PermissionDenied(f"this identity has no {verb} permission for '{subject}'", field=subject)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 
 from tether.bus.connection import Bus, Message, Stored
 from tether.envelope import MessageType
-from tether.errors import BrokerUnavailable, TetherError, VersionConflict
+from tether.errors import BrokerUnavailable, PermissionDenied, TetherError, VersionConflict
 
 log = logging.getLogger(__name__)
 
@@ -76,17 +76,18 @@ class KvBucket:
         return found
 
     @asynccontextmanager
-    async def watch(self, on_change: OnChange, *, refetch: bool = True) -> AsyncIterator[None]:
+    async def watch(self, on_change: OnChange, *, key: str = "", refetch: bool = True) -> AsyncIterator[None]:
         """Call ``on_change`` for every entry there is, then for every change, until the block ends.
 
-        ``refetch=False`` believes what it hears without asking the stream: for heartbeats.
+        With ``key`` only for that one, which needs no right to read the others. ``refetch=False`` believes what it
+        hears without asking the stream: for heartbeats.
         """
-        watcher = _Watcher(self._bus, self, on_change, refetch=refetch)
-        subscription = await self._bus.subscribe(self._root + ">", watcher.heard)
+        watcher = _Watcher(self._bus, self, on_change, key=key, refetch=refetch)
+        subscription = await self._bus.subscribe(self._root + (key or ">"), watcher.heard)
         forget = self._bus.on_reconnect(watcher.resync.set)
         task = asyncio.create_task(watcher.run(), name=f"watch-{self.name}")
         try:
-            await watcher.wait_first()
+            await watcher.wait_first(task)
             yield
         finally:
             forget()
@@ -96,8 +97,9 @@ class KvBucket:
 
 
 class _Watcher:
-    def __init__(self, bus: Bus, bucket: KvBucket, on_change: OnChange, *, refetch: bool) -> None:
+    def __init__(self, bus: Bus, bucket: KvBucket, on_change: OnChange, *, key: str, refetch: bool) -> None:
         self._bus = bus
+        self._key = key
         self._bucket = bucket
         self._on_change = on_change
         self._refetch = refetch
@@ -106,8 +108,19 @@ class _Watcher:
         self._root = len(bucket.subject(""))
         self.resync = asyncio.Event()
 
-    async def wait_first(self) -> None:
-        await self._first.wait()
+    async def wait_first(self, task: asyncio.Task[None]) -> None:
+        """Wait for the first snapshot.
+
+        Raises:
+            PermissionDenied: this identity may not read the bucket.
+        """
+        first = asyncio.ensure_future(self._first.wait())
+        try:
+            await asyncio.wait({first, task}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+        finally:
+            first.cancel()
 
     async def heard(self, message: Message) -> None:
         key = message.subject[self._root :]
@@ -152,6 +165,8 @@ class _Watcher:
             except BrokerUnavailable:
                 pause = 0.25
             except TetherError as error:
+                if isinstance(error, PermissionDenied) and not self._first.is_set():
+                    raise  # who waits for the first snapshot would wait for ever
                 log.warning("bucket %s: %s", self._bucket.name, error, extra={"action": "watch_failed"})
                 pause = 1.0
             try:
@@ -160,8 +175,14 @@ class _Watcher:
             except TimeoutError:
                 continue
 
+    async def _entries(self) -> dict[str, bytes]:
+        if not self._key:
+            return await self._bucket.entries()
+        value = await self._bucket.get(self._key)
+        return {} if value is None else {self._key: value}
+
     async def _snapshot(self) -> None:
-        entries = await self._bucket.entries()
+        entries = await self._entries()
         if self._refetch:
             for key in [key for key in self._known if key not in entries]:
                 self._apply(key, await self._bucket.get(key))
@@ -201,7 +222,7 @@ class SignedBucket:
         return {key: body for key, body in opened.items() if body is not None}
 
     @asynccontextmanager
-    async def watch(self, on_change: OnChange, *, refetch: bool = True) -> AsyncIterator[None]:
+    async def watch(self, on_change: OnChange, *, key: str = "", refetch: bool = True) -> AsyncIterator[None]:
         """:meth:`KvBucket.watch` with verified bodies; an entry that fails verification changes nothing."""
 
         def verified(key: str, frame: bytes | None) -> None:
@@ -212,7 +233,7 @@ class SignedBucket:
             if body is not None:
                 on_change(key, body)
 
-        async with self.raw.watch(verified, refetch=refetch):
+        async with self.raw.watch(verified, key=key, refetch=refetch):
             yield
 
     def _seal(self, key: str, body: bytes) -> bytes:

@@ -20,7 +20,7 @@ import nats.aio.subscription
 import nats.errors
 
 from tether import metrics
-from tether.bus.errors import permission_denied, translated
+from tether.bus.errors import denied_subject, permission_denied, translated
 from tether.clock import SystemClock
 from tether.envelope import Signer, Verifier
 from tether.errors import BrokerUnavailable
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 
 _FRAME_ROOM = 64 * 1024
+_REFUSALS = 3
+"""Logins in a row that each server may refuse before a connection that once stood is given up."""
 
 
 class Message(Protocol):
@@ -101,11 +103,15 @@ class Link:
         """Times the connection was lost: an answer expected from before one will not come."""
         self._client = nats.aio.client.Client()
         self._calls: dict[str, _Call] = {}
+        self._unheard: set[str] = set()
+        """Subjects, in lower case, that the broker refused a subscription to since the last one was asked for."""
+        self._refusals = 0
         self._numbers = itertools.count()
         self._reconnected: list[Callable[[], None]] = []
         self._watchdog: asyncio.Task[None] | None = None
+        self._giving_up: asyncio.Task[None] | None = None
         self._closing = False
-        self.inbox = f"{names.inbox(signer.role.value)}.{signer.name}.{os.urandom(6).hex()}"
+        self.inbox = f"{names.inbox(signer.role.value, signer.name)}.{os.urandom(6).hex()}"
         self._answers = f"{self.inbox}.r."
 
     async def open_connection(self, seed: str) -> None:
@@ -162,7 +168,7 @@ class Link:
         with contextlib.suppress(nats.errors.Error, TimeoutError, asyncio.TimeoutError, OSError):
             async with asyncio.timeout(3):
                 if self._client.is_connected:
-                    await self._client.flush(timeout=2)
+                    await self._round_trip(2)
                 await self._client.close()
 
     # connection state
@@ -190,16 +196,33 @@ class Link:
         return self.connected
 
     async def _on_error(self, error: Exception) -> None:
-        denied = permission_denied(str(error))
+        denied = denied_subject(str(error))
         if denied is None:
+            self._note_refusal(error)
             log.debug("broker connection: %s", error, extra={"action": "broker_error"})
             return
+        verb, subject = denied
         metrics.PERMISSION_DENIED.inc()
-        log.error("%s", denied, extra={"action": "permission_denied"})
+        log.error("%s", permission_denied(verb, subject), extra={"action": "permission_denied"})
+        if verb != "publish":
+            self._unheard.add(subject)
+            return
         for call in list(self._calls.values()):
-            # nats-py hands the server's message on in lower case
-            if call.subject.lower() == str(denied.field).lower() and not call.future.done():
-                call.future.set_exception(denied)
+            if call.subject.lower() == subject and not call.future.done():
+                call.future.set_exception(permission_denied(verb, call.subject))
+
+    def _note_refusal(self, error: Exception) -> None:
+        """A login that every server refuses time and again was revoked: it will not be accepted by waiting."""
+        if "authorization violation" not in str(error).lower():
+            return
+        self._refusals += 1
+        if self._refusals == _REFUSALS * (self.settings.nats_url.count(",") + 1) and not self._closing:
+            log.error(
+                "the broker refuses '%s': its login was revoked or replaced",
+                self.signer.name,
+                extra={"action": "login_refused"},
+            )
+            self._giving_up = asyncio.create_task(self._client.close(), name="give-up")
 
     async def _on_disconnect(self) -> None:
         self.losses += 1
@@ -209,6 +232,7 @@ class Link:
         log.warning("lost the broker", extra={"action": "broker_lost"})
 
     async def _on_reconnect(self) -> None:
+        self._refusals = 0
         metrics.BROKER_CONNECTED.set(1)
         metrics.BROKER_RECONNECTS.inc()
         log.info("the broker is back", extra={"action": "broker_back"})
@@ -235,10 +259,21 @@ class Link:
     async def flush(self) -> None:
         """Return when the broker has seen everything sent so far, subscriptions too."""
         with translated("waiting for the broker"):
-            await self._client.flush(timeout=5)
+            await self._round_trip(5)
 
-    async def subscribe(self, subject: str, handler: Handler) -> Subscription:
-        """Hand every message on ``subject`` to ``handler``, one at a time; its errors are logged, never lost."""
+    async def _round_trip(self, timeout: int) -> None:
+        """nats-py's flush alone lets its ping overtake what still waits to be written."""
+        await self._client._flush_pending(force_flush=True)  # noqa: SLF001
+        await self._client.flush(timeout=timeout)
+
+    async def subscribe(self, subject: str, handler: Handler, *, confirmed: bool = True) -> Subscription:
+        """Hand every message on ``subject`` to ``handler``, one at a time; its errors are logged, never lost.
+
+        Returns when the broker knows of it; with ``confirmed=False`` at once, and a refusal is only logged.
+
+        Raises:
+            PermissionDenied: this identity may not subscribe there.
+        """
 
         async def guarded(message: Message) -> None:
             try:
@@ -247,7 +282,19 @@ class Link:
                 log.exception("a handler failed", extra={"action": "handler_failed"})
 
         with translated(f"subscribing to {subject}"):
-            return Subscription(self._client, await self._client.subscribe(subject, cb=guarded))
+            subscription = Subscription(self._client, await self._client.subscribe(subject, cb=guarded))
+        if confirmed and self.connected:
+            await self._confirm(subject, subscription)
+        return subscription
+
+    async def _confirm(self, subject: str, subscription: Subscription) -> None:
+        """A refusal comes before the answer to a ping that was sent after what was refused."""
+        self._unheard.discard(subject.lower())
+        with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):  # it is asked for again when reconnected
+            await self._round_trip(5)
+        if subject.lower() in self._unheard:
+            await subscription.unsubscribe()
+            raise permission_denied("subscription", subject)
 
     async def publish(
         self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None

@@ -1,4 +1,4 @@
-"""What each role may publish and subscribe on the broker: one table, read by every server configuration we write.
+"""What each identity may publish and subscribe on the broker: one table, read by every configuration we write.
 
 A NATS wildcard stands for whole tokens only, so streams and buckets are listed one by one. An empty allow list would
 allow everything; no role has one.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tether.envelope import Role
+from tether.job import SHARED
 from tether.subjects import Names
 
 BUCKETS = (
@@ -27,9 +28,8 @@ BUCKETS = (
 )
 """Every key-value bucket of the platform."""
 
-DISPATCHER_SERVICES = ("registerWorker", "findAvailableWorker", "listWorkers")
+DISPATCHER_SERVICES = ("registerWorker",)
 MODELSTORE_SERVICES = ("registerModel",)
-WORKER_SERVICES = ("runInference", "checkCapacity", "getModelStatus")
 
 _DISCOVERY = "$SRV.>"
 _NEVER = (
@@ -37,7 +37,9 @@ _NEVER = (
     "$JS.API.STREAM.PURGE.>",
     "$JS.API.STREAM.RESTORE.>",
     "$JS.API.STREAM.SNAPSHOT.>",
+    "$JS.API.CONSUMER.MSG.NEXT.>",
 )
+"""Neither destroying nor copying a stream, nor taking work from a lane: not even the dispatcher, who makes both."""
 _LOOK = (
     "$JS.API.INFO",
     "$JS.API.STREAM.NAMES",
@@ -46,8 +48,6 @@ _LOOK = (
     "$JS.API.CONSUMER.NAMES.*",
     "$JS.API.CONSUMER.LIST.*",
     "$JS.API.CONSUMER.INFO.*.*",
-    "$JS.API.STREAM.MSG.GET.*",
-    "$JS.API.DIRECT.GET.>",
 )
 
 
@@ -61,55 +61,57 @@ class Permissions:
     responds: bool = False
 
 
-def role_permissions(names: Names) -> dict[Role, Permissions]:
-    """The table, for one platform's prefix, shards and partitions."""
-    return {
-        Role.GATEWAY: _gateway(names),
-        Role.DISPATCHER: _dispatcher(names),
-        Role.WORKER: _worker(names),
-        Role.MODELSTORE: _modelstore(names),
-        Role.ADMIN: _admin(names),
-    }
+def identity_permissions(names: Names, role: Role, name: str, tenant: str = "") -> Permissions:
+    """What one identity may do; ``tenant`` is the isolated tenant that a worker is bound to, or empty."""
+    inbox = f"{names.inbox(role.value, name)}.>"
+    match role:
+        case Role.GATEWAY:
+            return _gateway(names, inbox)
+        case Role.DISPATCHER:
+            return _dispatcher(names, inbox)
+        case Role.WORKER:
+            return _worker(names, inbox, name, tenant or SHARED)
+        case Role.MODELSTORE:
+            return _modelstore(names, inbox)
+        case Role.ADMIN:
+            return _admin(names, inbox)
 
 
-def role_inbox(names: Names, role: Role) -> str:
-    """Where answers to a role's requests arrive; each identity has its own branch below it."""
-    return f"{names.inbox(role.value)}.>"
-
-
-def _gateway(names: Names) -> Permissions:
+def _gateway(names: Names, inbox: str) -> Permissions:
+    """Gateways serve every tenant. The streams of isolated ones come and go, so no list could name them."""
     return Permissions(
         publish=(
             f"{names.prefix}.infer.>",
             f"{names.prefix}.job.>",
-            names.results(),
-            names.service("*"),
+            f"{names.prefix}.result.>",
+            names.service("registerModel"),
             names.audit_subjects(),
             names.demand(),
             *_keys(names, "jobs", "apikeys", "keyuse", "tenants", "tenantkeys"),
             *_objects(names),
-            *_read(names, "jobs", "attempts", "models", "aliases", "routes", "apikeys", "keyuse", "tenants"),
-            *_read(names, "tenantkeys", "liveness", "keyset"),
-            *_get(names.results_stream),
-            *_get(names.audit_stream),
-            *_read_objects(names),
+            "$JS.API.DIRECT.GET.*",
+            *_read_last(names, "jobs", "attempts", "models", "aliases", "routes", "apikeys", "keyuse", "tenants"),
+            *_read_last(names, "tenantkeys", "liveness", "keyset"),
+            f"$JS.API.DIRECT.GET.*.{names.prefix}.result.>",
+            f"$JS.API.DIRECT.GET.{names.audit_stream}.>",
+            *(f"$JS.API.DIRECT.GET.{names.object_stream(bucket)}.>" for bucket in names.chunk_buckets()),
         ),
         subscribe=(
-            role_inbox(names, Role.GATEWAY),
+            inbox,
             names.reply("*"),
-            names.results(),
+            f"{names.prefix}.result.>",
             names.demand(),
             *_keys(names, "models", "aliases", "routes", "apikeys", "liveness", "tenants", "tenantkeys", "keyset"),
         ),
     )
 
 
-def _dispatcher(names: Names) -> Permissions:
+def _dispatcher(names: Names, inbox: str) -> Permissions:
     return Permissions(
         publish=("$JS.API.>", *_keys(names, "assign", "routes", "keyset"), names.audit_subjects(), _DISCOVERY),
         publish_deny=_NEVER,
         subscribe=(
-            role_inbox(names, Role.DISPATCHER),
+            inbox,
             *_keys(names, "liveness", "models", "aliases", "assign", "routes", "tenants", "keyset"),
             *_services(names, DISPATCHER_SERVICES),
         ),
@@ -117,35 +119,42 @@ def _dispatcher(names: Names) -> Permissions:
     )
 
 
-def _worker(names: Names) -> Permissions:
-    lanes = [names.infer_stream(shard) for shard in range(names.infer_shards)]
-    lanes += [names.jobs_stream(shard) for shard in range(names.job_shards)]
+def _worker(names: Names, inbox: str, name: str, scope: str) -> Permissions:
+    """One worker: its own key in ``assign`` and ``liveness``, and the lanes, results, notes and dead letters of its
+    scope. All but results are read one subject at a time, so that it cannot enumerate what it was not told of."""
+    lanes = _lane_streams(names, scope)
+    own_order, note = names.bucket_key("assign", name), names.bucket_key("attempts", names.attempt_key("*", scope))
     return Permissions(
         publish=(
             *(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.*" for stream in lanes),
             *(f"$JS.ACK.{stream}.>" for stream in lanes),
             *(f"$JS.ACK.*.*.{stream}.>" for stream in lanes),
             names.reply("*"),
-            names.results(),
-            names.dead_subjects(),
+            names.results(scope),
+            names.dead_subjects(scope),
             names.service("registerWorker"),
-            # one key each: a worker has a single-token name
-            names.bucket_key("liveness", "*"),
-            names.bucket_key("attempts", "*"),
-            *_read(names, "models", "assign", "attempts", "tenantkeys", "keyset"),
-            *_get(names.results_stream),
-            *_read_objects(names),
+            names.bucket_key("liveness", name),
+            note,
+            _last(names.bucket_stream("attempts"), note),
+            _last(names.bucket_stream("assign"), own_order),
+            *_read_last(names, "models", "tenantkeys"),
+            *_read(names, "keyset"),
+            f"$JS.API.DIRECT.GET.{names.scope_results_stream(scope)}",
+            _last(names.scope_results_stream(scope), names.results(scope)),
+            *(_last(names.object_stream(bucket), names.object_chunk(bucket, "*")) for bucket in names.chunk_buckets()),
         ),
-        subscribe=(
-            role_inbox(names, Role.WORKER),
-            *_keys(names, "assign", "models", "tenantkeys", "keyset"),
-            *_services(names, WORKER_SERVICES),
-        ),
-        responds=True,
+        subscribe=(inbox, own_order, *_keys(names, "tenantkeys", "keyset")),
     )
 
 
-def _modelstore(names: Names) -> Permissions:
+def _lane_streams(names: Names, scope: str) -> list[str]:
+    if scope != SHARED:
+        return [names.scope_infer_stream(scope), names.scope_jobs_stream(scope)]
+    shards = [names.infer_stream(shard) for shard in range(names.infer_shards)]
+    return shards + [names.jobs_stream(shard) for shard in range(names.job_shards)]
+
+
+def _modelstore(names: Names, inbox: str) -> Permissions:
     return Permissions(
         publish=(
             *_keys(names, "models", "aliases"),
@@ -155,7 +164,7 @@ def _modelstore(names: Names) -> Permissions:
             *_read_objects(names),
         ),
         subscribe=(
-            role_inbox(names, Role.MODELSTORE),
+            inbox,
             *_keys(names, "models", "aliases", "tenants", "keyset"),
             *_services(names, MODELSTORE_SERVICES),
         ),
@@ -163,16 +172,17 @@ def _modelstore(names: Names) -> Permissions:
     )
 
 
-def _admin(names: Names) -> Permissions:
+def _admin(names: Names, inbox: str) -> Permissions:
     return Permissions(
         publish=(
             *_LOOK,
             *_keys(names, "apikeys", "tenants", "keyset"),
+            *_read(names, "apikeys", "tenants", "keyset"),
+            *_get(names.audit_stream),
             names.audit_subjects(),
-            names.service("*"),
             _DISCOVERY,
         ),
-        subscribe=(role_inbox(names, Role.ADMIN), *_keys(names, *BUCKETS)),
+        subscribe=(inbox, *_keys(names, "apikeys", "tenants", "keyset")),
     )
 
 
@@ -182,11 +192,21 @@ def _keys(names: Names, *buckets: str) -> tuple[str, ...]:
 
 
 def _get(stream: str) -> tuple[str, str]:
+    """Both forms of a direct get: what is wanted in the body, which may be anything in the stream, or in the subject."""
     return f"$JS.API.DIRECT.GET.{stream}", f"$JS.API.DIRECT.GET.{stream}.>"
+
+
+def _last(stream: str, subject: str) -> str:
+    """A direct get of the last message of one subject; the server refuses a body with it."""
+    return f"$JS.API.DIRECT.GET.{stream}.{subject}"
 
 
 def _read(names: Names, *buckets: str) -> tuple[str, ...]:
     return tuple(subject for bucket in buckets for subject in _get(names.bucket_stream(bucket)))
+
+
+def _read_last(names: Names, *buckets: str) -> tuple[str, ...]:
+    return tuple(_last(names.bucket_stream(bucket), names.bucket_key(bucket, ">")) for bucket in buckets)
 
 
 def _objects(names: Names) -> tuple[str, ...]:

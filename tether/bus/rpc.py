@@ -1,7 +1,8 @@
 """Signed requests to service endpoints (nats.micro, so that ``nats micro ls`` sees them).
 
 The request's signature covers the inbox its answer goes to, the answer's signature covers that inbox, so an answer
-can neither be redirected nor taken from another request.
+can neither be redirected nor taken from another request. A caller whose inbox is not its own gets none: we have the
+right to answer wherever a request points to, and would store it there on behalf of who has not.
 """
 
 from __future__ import annotations
@@ -14,11 +15,19 @@ import nats.micro
 import nats.micro.service
 from nats.micro.request import Request
 
-from tether import codec, lifecycle
+from tether import codec, lifecycle, metrics
 from tether.bus.connection import Bus
 from tether.bus.errors import translated
 from tether.envelope import Envelope, MessageType
-from tether.errors import BadEncoding, BrokerUnavailable, EnvelopeError, TetherError, Unavailable, by_code
+from tether.errors import (
+    BadEncoding,
+    BrokerUnavailable,
+    EnvelopeError,
+    SubjectMismatch,
+    TetherError,
+    Unavailable,
+    by_code,
+)
 from tether.job import Failure
 
 log = logging.getLogger(__name__)
@@ -52,7 +61,7 @@ async def serve(
     async def answer(request: Request) -> None:
         message = request._msg  # noqa: SLF001 - the reply subject is part of what the signature covers
         envelope = bus.open_frame(request.data, request.subject, accepts, once=True, max_age_ms=MAX_AGE_MS)
-        if envelope is None or envelope.header.reply != message.reply:
+        if envelope is None or not _is_own_inbox(bus, envelope, message.reply):
             return
         if side_by_side == 1:
             await _respond(bus, answers, handler, envelope)
@@ -66,6 +75,16 @@ async def serve(
                 yield
         finally:
             await running.finish(bus.settings.drain_s)
+
+
+def _is_own_inbox(bus: Bus, envelope: Envelope, reply: str) -> bool:
+    """Whether the answer goes where the request's sender signed that it hears answers, and may hear them."""
+    own = bus.names.inbox(envelope.header.role.value, envelope.sender) + "."
+    if envelope.header.reply == reply and reply.startswith(own):
+        return True
+    metrics.ENVELOPES_REJECTED.labels(SubjectMismatch.code).inc()
+    log.warning("refused a request: its answer is not for its sender", extra={"action": "envelope_refused"})
+    return False
 
 
 @asynccontextmanager

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
+import time
 from asyncio.subprocess import DEVNULL, Process
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,10 +19,10 @@ from typing import Any, Self
 
 import httpx
 
-from tether.bus.config import Ports, Version, write_config
+from tether.bus.config import Ports, Version, write_accounts, write_config
 from tether.errors import BrokerUnavailable, ConfigError
 from tether.home import Home
-from tether.processes import die_with_parent
+from tether.processes import alive, die_with_parent
 from tether.settings import Settings
 
 MIN_VERSION = (2, 12, 0)
@@ -210,6 +212,48 @@ class EmbeddedServer:
             self._process.kill()
         await self._process.wait()
         (self.home.run / f"nats-server_{self.pid}.ports").unlink(missing_ok=True)
+
+
+def reload_embedded(home: Home, settings: Settings, *, timeout_s: float = 5.0) -> bool:
+    """Tell the broker that runs on ``home`` who may log in by now; False when none runs there.
+
+    Who may no longer is disconnected at once, and whose keys or rights did not change keeps its connection. Call it
+    after the keyset of ``home`` was written.
+
+    Raises:
+        ConfigError: the keyset names no logins, or the configuration is not ours.
+        BrokerUnavailable: the broker did not take it within ``timeout_s`` seconds.
+    """
+    running = _running_on(home)
+    if running is None:
+        return False
+    pid, monitor = running
+    with httpx.Client(trust_env=False, timeout=2) as http:
+        before = _loaded_at(http, monitor)
+        write_accounts(home, settings)
+        os.kill(pid, signal.SIGHUP)
+        end = time.monotonic() + timeout_s
+        while _loaded_at(http, monitor) == before:
+            if time.monotonic() > end:
+                raise BrokerUnavailable(f"the broker did not take its new users; see {home.logs}/nats.log")
+            time.sleep(0.01)
+    return True
+
+
+def _running_on(home: Home) -> tuple[int, str] | None:
+    """Process id and monitor of the broker that runs on a home."""
+    for file in home.run.glob("nats-server_*.ports"):
+        pid, ports = int(file.stem.rpartition("_")[2]), _read_ports(file)
+        if ports is not None and alive(pid):
+            return pid, f"http://127.0.0.1:{ports.monitor}"
+    return None
+
+
+def _loaded_at(http: httpx.Client, monitor: str) -> str:
+    try:
+        return str(http.get(f"{monitor}/varz").json()["config_load_time"])
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        raise BrokerUnavailable(f"the broker's monitoring port {monitor} does not answer") from error
 
 
 def _read_ports(file: Path) -> Ports | None:

@@ -208,7 +208,7 @@ class JobService:
         open_ids = [job_id for job_id, state in states.items() if not state.ended]
         async with AsyncExitStack() as stack:
             for job_id in open_ids:
-                subscription = await self._bus.subscribe(self._bus.names.result(job_id), arrived)
+                subscription = await self._bus.subscribe(self._bus.names.result(job_id), arrived, confirmed=False)
                 stack.push_async_callback(subscription.unsubscribe)
             while open_ids and (left := end - self._bus.clock.monotonic()) > 0:
                 heard.clear()
@@ -313,8 +313,8 @@ class JobService:
         """The last attempt of each job: a note of its own counts more than its bundle's."""
         if not records:
             return {}
-        bucket = self._attempts.raw
-        keys = {bucket.subject(key): key for record in records for key in (record.bundle, record.id) if key}
+        bucket, key_of = self._attempts.raw, self._bus.names.attempt_key
+        keys = {bucket.subject(key_of(item)): item for record in records for item in (record.bundle, record.id) if item}
         stored = await self._bus.direct_batch(bucket.stream, list(keys))
         notes: dict[str, AttemptNote] = {}
         for subject, item in stored.items():

@@ -206,7 +206,8 @@ class ModelInstance:
         """Jobs that need no run: cancelled while they waited. Notes at the same time that the rest begin."""
         ids = [job.id for bundle in bundles for job in bundle.jobs]
         note = AttemptNote(1, self._bus.signer.name, self._bus.clock.utc())
-        notes = [self._attempts.put(bundle.header.message_id, codec.encode(note)) for bundle in bundles]
+        keys = [self._bus.names.attempt_key(bundle.header.message_id) for bundle in bundles]
+        notes = [self._attempts.put(key, codec.encode(note)) for key in keys]
         found, _ = await asyncio.gather(self._results.find(ids), asyncio.gather(*notes))
         return frozenset(found)
 

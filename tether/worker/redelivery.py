@@ -62,11 +62,11 @@ class Redelivery:
 
     async def _note(self, job: Job, attempt: int) -> None:
         note = AttemptNote(attempt, self._bus.signer.name, self._bus.clock.utc())
-        await self._notes.put(job.id, codec.encode(note))
+        await self._notes.put(self._bus.names.attempt_key(job.id), codec.encode(note))
 
     async def _last_attempt(self, job: Job) -> int:
         """The first try was in the bundle; after that, the last note says it."""
-        stored = await self._notes.get(job.id)
+        stored = await self._notes.get(self._bus.names.attempt_key(job.id))
         return 1 if stored is None else codec.decode(stored, AttemptNote).attempt
 
     async def _bury(self, bundle: Bundle, job: Job, attempts: int) -> Outcome:

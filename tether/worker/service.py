@@ -131,7 +131,8 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[WorkerService
         stack.push_async_callback(worker.holder.stop, settings.drain_s)
         stack.push_async_callback(worker.heartbeat, leaving=True)
         await worker.register()
-        await stack.enter_async_context(worker._assign.watch(worker.assigned))  # noqa: SLF001 - same module
+        own = worker._assign.watch(worker.assigned, key=worker.name)  # noqa: SLF001 - same module
+        await stack.enter_async_context(own)
         tasks.spawn(worker.beat(), "heartbeat")
         tasks.spawn(worker.holder.run(), "holder")
         yield worker
