@@ -64,7 +64,7 @@ class Services:
 
         store = ObjectChunkStore(self.bus, self.bus.names.chunk_bucket(name))
         file, _ = await upload(self.bus, store, body(), limit=1 << 30)
-        request = codec.encode(PushRequest(name, file, max_batch_size=max_batch_size))
+        request = codec.encode(PushRequest(name, (file,), max_batch_size=max_batch_size))
         answer = await rpc.call(
             self.bus, "registerModel", MessageType.PUSH, request, answers=MessageType.PUSHED, timeout=60
         )

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from tether import client_flows as flows
+from tether import client_push
 from tether.client_flows import Inputs, JobInfo, JobOptions, JobPage, Json, Outputs, Version
 from tether.client_http import Flow, Lost, Pause, Policy, Progress, Reply
 from tether.client_wire import AsyncWire
@@ -201,17 +202,20 @@ class AsyncClient:
         max_batch_size: int | None = None,
         max_delay_ms: float | None = None,
         progress: Progress | None = None,
-        timeout: float = flows.PUSH_TIMEOUT_S,
+        timeout: float = client_push.PUSH_TIMEOUT_S,
     ) -> Json:
-        """Make the file at ``path`` the next version of ``name``; ``progress`` is called with the bytes sent.
+        """Make the file at ``path`` the next version of ``name``.
+
+        Only pieces that the store does not have are sent, so a push that broke off goes on where it was.
+        ``progress`` is called with the bytes that are there.
 
         Raises:
             ModelRejected: the file is no model that can be served.
             InvalidRequest: it cannot be read.
         """
-        body, digest = await asyncio.to_thread(flows.file_body, Path(path), progress)
+        files = await asyncio.to_thread(client_push.local_model, Path(path))
         params = {"max_batch_size": max_batch_size, "max_delay_ms": max_delay_ms}
-        return await self.run(lambda policy: flows.push(policy, name, body, digest, params), timeout)
+        return await self.run(lambda policy: client_push.push(policy, name, files, params, progress), timeout)
 
     # administration
 

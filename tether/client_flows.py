@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -16,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tether import oip
-from tether.client_http import FileBody, Flow, Policy, Progress, Reply, Send, exchange, exchange_json
+from tether.client_http import Flow, Policy, Progress, Reply, Send, exchange, exchange_json
 from tether.errors import (
     AttemptsExhausted,
     BadTensor,
@@ -35,8 +33,6 @@ Inputs = Mapping[str, npt.ArrayLike]
 Outputs = dict[str, Array]
 Json = dict[str, Any]
 Version = int | str | None
-
-PUSH_TIMEOUT_S = 600.0
 
 BATCH = 200
 """Jobs of one ``/v1/jobs:batch`` request, and ids of one waiting request."""
@@ -209,7 +205,7 @@ def job_body(model: str, inputs: Mapping[str, Array], options: JobOptions) -> Js
     return body
 
 
-def _post(path: str, body: Json, **more: Any) -> Send:
+def post(path: str, body: Json, **more: Any) -> Send:
     headers = {"content-type": "application/json", **more.pop("headers", {})}
     return Send("POST", path, msgspec.json.encode(body), headers=headers, **more)
 
@@ -217,7 +213,7 @@ def _post(path: str, body: Json, **more: Any) -> Send:
 def submit(policy: Policy, model: str, inputs: Inputs, options: JobOptions, key: str | None) -> Flow[JobInfo]:
     given = yield from arrays(policy, model, options.version, inputs)
     headers = {"idempotency-key": key or uuid.uuid4().hex}
-    ask = _post("/v1/jobs", job_body(model, given, options), headers=headers)
+    ask = post("/v1/jobs", job_body(model, given, options), headers=headers)
     return (yield from exchange_json(policy, ask, JobInfo))
 
 
@@ -234,24 +230,24 @@ def submit_many(
         body = msgspec.json.encode(job_body(model, given, options))
         if bodies and (len(bodies) == BATCH or size + len(body) > BATCH_BYTES):
             found += yield from _submit_batch(policy, bodies)
-            _tell(progress, len(found))
+            tell(progress, len(found))
             bodies, size = [], 0
         bodies.append(msgspec.Raw(body))
         size += len(body)
     if bodies:
         found += yield from _submit_batch(policy, bodies)
-        _tell(progress, len(found))
+        tell(progress, len(found))
     return found
 
 
 def _submit_batch(policy: Policy, bodies: Sequence[msgspec.Raw]) -> Flow[list[JobInfo]]:
     """The request has one key, from which the server makes one a job, so that a repeat submits nothing twice."""
     headers = {"idempotency-key": uuid.uuid4().hex}
-    page = yield from exchange_json(policy, _post("/v1/jobs:batch", {"jobs": bodies}, headers=headers), JobPage)
+    page = yield from exchange_json(policy, post("/v1/jobs:batch", {"jobs": bodies}, headers=headers), JobPage)
     return page.jobs
 
 
-def _tell(progress: Progress | None, done: int) -> None:
+def tell(progress: Progress | None, done: int) -> None:
     if progress is not None:
         progress(done)
 
@@ -297,7 +293,7 @@ def wait_many(
         page = yield from exchange_json(policy, ask, JobPage, longer=left)
         ended.update({info.id: info for info in page.jobs if info.ended})
         open_ids = [job_id for job_id in open_ids if job_id not in ended]
-        _tell(progress, len(ended))
+        tell(progress, len(ended))
     return [ended[job_id] for job_id in ids]
 
 
@@ -332,36 +328,9 @@ def model_path(name: str) -> str:
     return f"/v1/models/{quote(name, safe='')}"
 
 
-def file_body(path: Path, progress: Progress | None) -> tuple[FileBody, str]:
-    """The file and the hex SHA-256 of all of it; reads it once.
-
-    Raises:
-        InvalidRequest: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileBody(path, path.stat().st_size, progress), digest
-    except OSError as error:
-        raise InvalidRequest(f"cannot read {path}: {error.strerror}", field="path") from error
-
-
-def push(policy: Policy, name: str, body: FileBody, digest: str, params: Mapping[str, Any]) -> Flow[Json]:
-    headers = {
-        "content-type": "application/octet-stream",
-        "content-length": str(body.size),
-        "x-tether-filename": quote(body.path.name),
-        "x-tether-sha256": digest,
-    }
-    given = {key: str(value) for key, value in params.items() if value is not None}
-    path = f"{model_path(name)}/versions"
-    ask = Send("POST", path, body, params=given, headers=headers, repeatable=False)
-    return (yield from exchange_json(policy, ask, dict[str, Any]))
-
-
 def create_key(policy: Policy, tenant: str, scopes: Sequence[str], name: str) -> Flow[Json]:
     body = {"tenant": tenant, "scopes": list(scopes), **({"name": name} if name else {})}
-    return (yield from exchange_json(policy, _post("/v1/keys", body, repeatable=False), dict[str, Any]))
+    return (yield from exchange_json(policy, post("/v1/keys", body, repeatable=False), dict[str, Any]))
 
 
 def revoke_key(policy: Policy, key_id: str) -> Flow[None]:

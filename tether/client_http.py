@@ -11,7 +11,6 @@ import random
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -50,21 +49,13 @@ _BY_STATUS: dict[int, type[TetherError]] = {
 }
 
 
-class FileBody(msgspec.Struct, frozen=True):
-    """A file to stream. ``progress`` is called with the bytes sent so far."""
-
-    path: Path
-    size: int
-    progress: Progress | None = None
-
-
 @dataclass(frozen=True)
 class Send:
     """One HTTP request. ``timeout`` is in seconds; ``repeatable``: sending it twice does what sending it once does."""
 
     method: str
     path: str
-    content: bytes | FileBody = b""
+    content: bytes = b""
     params: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     repeatable: bool = True

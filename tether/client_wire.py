@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
 
 from tether.client_address import is_local, resolve
-from tether.client_http import FileBody, Lost, Reply, Send
+from tether.client_http import Lost, Reply, Send
 from tether.errors import ConfigError
-
-_PIECE = 1 << 20
 
 
 def _options(url: str | None, api_key: str | None) -> dict[str, Any]:
@@ -49,22 +45,6 @@ def _lost(error: httpx.RequestError) -> Lost:
     return Lost(reason, sent=True, late=isinstance(error, httpx.TimeoutException))
 
 
-def _pieces(body: FileBody) -> Iterator[bytes]:
-    sent = 0
-    with body.path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            yield piece
-            sent += len(piece)
-            if body.progress is not None:
-                body.progress(sent)
-
-
-async def _async_pieces(body: FileBody) -> AsyncIterator[bytes]:
-    pieces = _pieces(body)
-    while piece := await asyncio.to_thread(next, pieces, b""):
-        yield piece
-
-
 class Wire:
     """One connection pool for blocking use."""
 
@@ -74,9 +54,8 @@ class Wire:
         self._http = httpx.Client(**options)
 
     def send(self, send: Send) -> Reply | Lost:
-        content = _pieces(send.content) if isinstance(send.content, FileBody) else send.content
         try:
-            return _reply(self._http.request(content=content, **_request(send)))
+            return _reply(self._http.request(content=send.content, **_request(send)))
         except httpx.RequestError as error:
             return _lost(error)
 
@@ -93,9 +72,8 @@ class AsyncWire:
         self._http = httpx.AsyncClient(**options)
 
     async def send(self, send: Send) -> Reply | Lost:
-        content = _async_pieces(send.content) if isinstance(send.content, FileBody) else send.content
         try:
-            return _reply(await self._http.request(content=content, **_request(send)))
+            return _reply(await self._http.request(content=send.content, **_request(send)))
         except httpx.RequestError as error:
             return _lost(error)
 

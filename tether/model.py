@@ -80,10 +80,10 @@ AUTOMATIC = -1
 
 
 class PushRequest(msgspec.Struct, frozen=True):
-    """Gateway to model store: make this stored file a version of ``name``. ``publisher`` is who pushed it."""
+    """Gateway to model store: make these stored files a version of ``name``. ``publisher`` is who pushed it."""
 
     name: str
-    file: ModelFile
+    files: tuple[ModelFile, ...]
     max_batch_size: int = AUTOMATIC
     max_delay_ms: float = 2.0
     publisher: str = ""

@@ -76,7 +76,7 @@ def model_push(
     timeout: Timeout = 600.0,
     json_output: JsonFlag = False,
 ) -> None:
-    """Make a file the next version of a model."""
+    """Make a file the next version of a model. Only what the store does not have is sent."""
     from pathlib import Path
 
     size = Path(path).stat().st_size if Path(path).is_file() else None
@@ -88,7 +88,7 @@ def model_push(
         print_json(told)
         return
     typer.echo(f"{told['name']} {told['version']}")
-    say(f"{told.get('size')} bytes, {told.get('stored_bytes')} of them new")
+    say(f"{told.get('size')} bytes, {told.get('stored_bytes')} of them sent; the rest was there already")
 
 
 def model_list(*, url: Url = None, json_output: JsonFlag = False) -> None:

@@ -63,7 +63,7 @@ class Platform:
 
     async def push(self, content: bytes, *, model: str = "m", max_batch_size: int = -1) -> PushAnswer:
         file, _ = await self.upload(content, model=model)
-        return await self.register(PushRequest(model, file, max_batch_size))
+        return await self.register(PushRequest(model, (file,), max_batch_size))
 
     async def manifest(self, model: str, version: int) -> Manifest | None:
         key = self.bus.names.version_key(model, version)
@@ -187,7 +187,7 @@ async def test_a_refused_model_leaves_no_version(platform: Platform) -> None:
         await platform.push(models.over_batch(), max_batch_size=4)
     file, _ = await platform.upload(models.add())
     with pytest.raises(InvalidRequest, match="max_delay_ms"):
-        await platform.register(PushRequest("m", file, max_delay_ms=-1.0))
+        await platform.register(PushRequest("m", (file,), max_delay_ms=-1.0))
     assert await platform.manifest("m", 1) is None
     assert (await platform.push(models.over_batch())).manifest.batching.max_batch_size == 0
 
@@ -206,10 +206,10 @@ async def test_an_altered_piece_is_never_served_and_mended_by_the_next_push(plat
         await download(platform.store(), file, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(CorruptChunk):
-        await platform.register(PushRequest("m", file))
+        await platform.register(PushRequest("m", (file,)))
     _, stored = await platform.upload(content)
     assert stored == file.sizes[1]
-    assert (await platform.register(PushRequest("m", file))).manifest.version == 1
+    assert (await platform.register(PushRequest("m", (file,)))).manifest.version == 1
 
 
 async def test_a_missing_piece_is_a_corrupt_one(platform: Platform, tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ async def test_a_push_outlives_a_restart_of_the_broker(embedded_broker: Broker) 
         await server.start()
         file, _ = await task
         await wait_until(lambda: platform.bus.connected, "the gateway is connected again")
-        answer = await platform.register(PushRequest("m", file))
+        answer = await platform.register(PushRequest("m", (file,)))
         assert answer.manifest.version == 2
         assert answer.manifest.files[0].digest == hashlib.sha256(content).hexdigest()
 

@@ -59,7 +59,7 @@ def hijack(running: Services) -> list[Target]:
         Target("register", worker, names.service("registerWorker"), MessageType.REGISTER,
                text(Registration("worker-1", "local", 1, ())), (), False),
         Target("push", gateway, names.service("registerModel"), MessageType.PUSH,
-               text(PushRequest("bump", served.manifest.files[0])), (), False),
+               text(PushRequest("bump", served.manifest.files)), (), False),
         Target("heartbeat", worker, entry("liveness", "worker-1"), MessageType.HEARTBEAT, text(beat)),
         Target("assignment", dispatcher, entry("assign", "worker-1"), MessageType.ASSIGN, text(Assignment("worker-1", 1, ()))),
         Target("route", dispatcher, entry("routes", "bump.1"), MessageType.ROUTE, text(Route("bump", 1, ()))),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ def serving(answer: Answer) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(content)
 
-        do_GET = do_POST = do_DELETE = handle_any  # noqa: N815 - the names http.server looks for
+        do_GET = do_POST = do_PUT = do_DELETE = handle_any  # noqa: N815 - the names http.server looks for
 
         def log_message(self, format: str, *args: Any) -> None:
             """Tests read assertions, not access logs."""
@@ -146,29 +147,39 @@ def test_blocking_and_asynchronous_clients_do_the_same() -> None:
         np.testing.assert_array_equal(asyncio.run(asynchronous(url))["y"], X * 2)
 
 
-def test_a_push_streams_the_whole_file_and_tells_how_far_it_is(tmp_path: Path) -> None:
-    content = bytes(range(256)) * 10_000
-    file = tmp_path / "model.onnx"
+def test_a_push_sends_what_is_missing_and_tells_how_far_it_is(tmp_path: Path) -> None:
+    content = random.Random(3).randbytes(9 << 20)
+    file = tmp_path / "any name.onnx"
     file.write_bytes(content)
+    stored: dict[str, bytes] = {}
 
     def answer(handler: BaseHTTPRequestHandler, body: bytes) -> tuple[int, Any]:
-        right = hashlib.sha256(body).hexdigest() == handler.headers["x-tether-sha256"]
-        return 201, {"name": handler.headers["x-tether-filename"], "size": len(body), "right": right}
+        if handler.path.endswith("chunks:missing"):
+            return 200, {"missing": [digest for digest in json.loads(body)["chunks"] if digest not in stored]}
+        if handler.command == "PUT":
+            assert handler.path.rsplit("/", 1)[1] == hashlib.sha256(body).hexdigest()
+            stored[hashlib.sha256(body).hexdigest()] = body
+            return 201, {}
+        (told,) = json.loads(body)["files"]
+        whole = b"".join(stored[digest] for digest in told["chunks"])
+        right = whole == content and told["digest"] == hashlib.sha256(content).hexdigest()
+        return 201, {"path": told["path"], "size": told["size"], "right": right}
 
     async def asynchronous(url: str, told: list[int]) -> Any:
         async with AsyncClient(url, "k") as client:
             return await client.push("m", file, progress=told.append)
 
-    expected = {"name": "model.onnx", "size": len(content), "right": True}
+    expected = {"path": "model.onnx", "size": len(content), "right": True}
     with serving(answer) as url:
         told: list[int] = []
         with Client(url, "k") as client:
-            assert client.push("m", file, progress=told.append) == expected
+            assert client.push("m", file, progress=told.append) == {**expected, "stored_bytes": len(content)}
         assert told == sorted(told)
-        assert told[-1] == len(content)
+        assert (told[0], told[-1]) == (0, len(content))
+        gone = stored.popitem()[1]
         told.clear()
-        assert asyncio.run(asynchronous(url, told)) == expected
-        assert told[-1] == len(content)
+        assert asyncio.run(asynchronous(url, told)) == {**expected, "stored_bytes": len(gone)}
+        assert told == [len(content) - len(gone), len(content)]
 
 
 def lose_the_first(seen: list[str]) -> Answer:

@@ -10,9 +10,9 @@ import pytest
 from drive import BROKEN, REFUSED, Drive, done, job, refusal, reply
 
 from tether import client_flows as flows
-from tether import oip
+from tether import client_push, oip
 from tether.client_flows import JobInfo, JobOptions
-from tether.client_http import FileBody, Lost, Reply
+from tether.client_http import Lost, Reply
 from tether.errors import (
     AttemptsExhausted,
     BadJson,
@@ -23,7 +23,6 @@ from tether.errors import (
     JobCancelled,
     ResultConflict,
     TetherError,
-    Unavailable,
 )
 from tether.job import JobState
 from tether.tensor import Tensor, from_numpy, pack_bytes
@@ -221,24 +220,28 @@ def test_a_list_of_jobs_is_narrowed_by_what_is_given() -> None:
 # models, keys, health
 
 
-def test_a_push_streams_the_file_and_is_not_repeated(tmp_path: Path) -> None:
-    file = tmp_path / "größe.onnx"
+def test_a_push_goes_on_where_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "größe.ONNX"
     file.write_bytes(b"abc")
-    body, digest = flows.file_body(file, None)
-    assert body == FileBody(file, 3)
-    assert digest == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    drive = Drive([BROKEN])
-    with pytest.raises(Unavailable):
-        drive(lambda policy: flows.push(policy, "m", body, digest, {"max_batch_size": 0, "max_delay_ms": None}))
-    (sent,) = drive.sent
-    assert (sent.method, sent.path, sent.params) == ("POST", "/v1/models/m/versions", {"max_batch_size": "0"})
-    assert (sent.headers["content-length"], sent.headers["x-tether-sha256"]) == ("3", digest)
-    assert sent.headers["x-tether-filename"].isascii()
+    files = client_push.local_model(file)
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert [(item.path, item.digest, item.pieces) for item in files] == [("model.onnx", digest, ((digest, 0, 3),))]
+    drive = Drive([reply({"missing": [digest]}), BROKEN, reply({}, 201), BROKEN, reply({"version": 1}, 201)])
+    options = {"max_batch_size": 0, "max_delay_ms": None}
+    told = drive(lambda policy: client_push.push(policy, "m", files, options, None))
+    assert told == {"version": 1, "stored_bytes": 3}
+    paths = [(sent.method, sent.path.removeprefix("/v1/models/m/")) for sent in drive.sent]
+    piece, register = ("PUT", f"chunks/{digest}"), ("POST", "versions:register")
+    assert paths == [("POST", "chunks:missing"), piece, piece, register, register]
+    described = {"path": "model.onnx", "size": 3, "digest": digest, "chunks": [digest], "sizes": [3]}
+    assert drive.body() == {"files": [described], "max_batch_size": 0}
 
 
 def test_a_file_that_is_not_there_is_told() -> None:
     with pytest.raises(InvalidRequest, match="cannot read"):
-        flows.file_body(Path("/nonexistent/model.onnx"), None)
+        client_push.local_model(Path("/nonexistent/model.onnx"))
+    with pytest.raises(InvalidRequest, match="only ONNX models"):
+        client_push.local_model(Path("/nonexistent/model.pt"))
 
 
 def test_keys_are_made_once_and_revoked() -> None:

@@ -97,7 +97,7 @@ def test_versions_with_the_same_files_share_a_cache_entry() -> None:
 
 
 def test_pushes_and_answers_cross_the_wire_whole() -> None:
-    request = PushRequest("m", FILE, 8, 1.0, "alice")
+    request = PushRequest("m", (FILE,), 8, 1.0, "alice")
     answer = PushAnswer(manifest(1), created=True, aliases={"latest": 1})
     assert codec.decode(codec.encode(request), PushRequest) == request
     assert codec.decode(codec.encode(answer), PushAnswer) == answer
@@ -106,7 +106,7 @@ def test_pushes_and_answers_cross_the_wire_whole() -> None:
 def test_batching_is_what_the_push_wants_and_the_model_can() -> None:
     def made(wanted: int, **rest: object) -> int:
         found = Inspection(**{"inputs": (), "outputs": (), "max_batch_size": 64, **rest})  # type: ignore[arg-type]
-        return batching(PushRequest("m", FILE, wanted), found).max_batch_size
+        return batching(PushRequest("m", (FILE,), wanted), found).max_batch_size
 
     assert [made(-1), made(0), made(7)] == [64, 0, 7]
     assert [made(-1, max_batch_size=0), made(1, max_batch_size=0)] == [0, 0]

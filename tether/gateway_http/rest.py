@@ -12,6 +12,7 @@ from tether.gateway_http import (
     docs_page,
     openapi,
     rest_admin,
+    rest_chunks,
     rest_jobs,
     rest_keys,
     rest_models,
@@ -26,7 +27,7 @@ from tether.gateway_http.routing import Row, nowhere, routes
 from tether.ops_http import App
 from tether.settings import Settings
 
-_METHODS = ("GET", "POST", "PATCH", "DELETE", "HEAD", "OPTIONS")
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 _TOLD = (
     "x-request-id",
     "retry-after",
@@ -56,6 +57,7 @@ def table() -> list[Row]:
         *rest_jobs.ROWS,
         *rest_models.ROWS,
         *rest_sessions.ROWS,
+        *rest_chunks.ROWS,
         *rest_tenants.ROWS,
         *rest_keys.ROWS,
         *rest_admin.ROWS,

@@ -19,7 +19,7 @@ from tether.gateway_http import bodies
 from tether.gateway_http.catalog import Catalog, Served
 from tether.gateway_http.job_view import rfc3339
 from tether.gateway_http.routing import OCTETS, Call, Header, Media, Reply, Row
-from tether.model import AUTOMATIC, ModelFile, PushAnswer, PushRequest, TensorSpec, check_name
+from tether.model import AUTOMATIC, PushAnswer, PushRequest, TensorSpec, check_name
 
 TAG = "Models"
 
@@ -107,8 +107,8 @@ async def _push(call: Call) -> Reply:
         )
     query: PushQuery = call.query
     publisher = f"key:{call.caller.id}"
-    answer = await _registered(call, PushRequest(name, file, query.max_batch_size, query.max_delay_ms, publisher))
-    return Reply(_pushed(answer, file, stored), 201 if answer.created else 200)
+    answer = await registered(call, PushRequest(name, (file,), query.max_batch_size, query.max_delay_ms, publisher))
+    return Reply(pushed(answer, stored), 201 if answer.created else 200)
 
 
 async def _parts(call: Call) -> AsyncIterator[bytes]:
@@ -131,7 +131,7 @@ def _check_filename(call: Call) -> None:
         )
 
 
-async def _registered(call: Call, request: PushRequest) -> PushAnswer:
+async def registered(call: Call, request: PushRequest) -> PushAnswer:
     body = await rpc.call(
         call.gateway.bus,
         "registerModel",
@@ -143,7 +143,7 @@ async def _registered(call: Call, request: PushRequest) -> PushAnswer:
     return codec.decode(body, PushAnswer)
 
 
-def _pushed(answer: PushAnswer, file: ModelFile, stored: int) -> bodies.PushedVersion:
+def pushed(answer: PushAnswer, stored: int) -> bodies.PushedVersion:
     manifest = answer.manifest
     return bodies.PushedVersion(
         name=manifest.name,
@@ -151,8 +151,8 @@ def _pushed(answer: PushAnswer, file: ModelFile, stored: int) -> bodies.PushedVe
         platform=manifest.platform,
         inputs=_specs(manifest.inputs),
         outputs=_specs(manifest.outputs),
-        size=file.size,
-        digest=file.digest,
+        size=manifest.size,
+        digest=manifest.files[0].digest if len(manifest.files) == 1 else "",
         stored_bytes=stored,
         aliases=answer.aliases,
     )

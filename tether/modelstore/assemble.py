@@ -26,17 +26,16 @@ def check_request(request: PushRequest, *, max_bytes: int) -> None:
         PayloadTooLarge: the file is over a limit.
     """
     check_name(request.name, field="name")
-    try:
-        check_file(request.file)
-    except BadEncoding as error:
-        raise InvalidRequest(error.message, field="file") from error
-    if request.file.path != MODEL_PATH:
-        raise InvalidRequest(f"the file of an ONNX version is called '{MODEL_PATH}'", field="file")
-    limit = min(max_bytes, LARGEST_ONNX)
-    if request.file.size > limit:
-        raise PayloadTooLarge(
-            f"the model file has {request.file.size} bytes; at most {limit} are allowed", field="file"
-        )
+    for file in request.files:
+        try:
+            check_file(file)
+        except BadEncoding as error:
+            raise InvalidRequest(error.message, field="files") from error
+    if [file.path for file in request.files] != [MODEL_PATH]:
+        raise InvalidRequest(f"an ONNX version has one file, called '{MODEL_PATH}'", field="files")
+    size, limit = sum(file.size for file in request.files), min(max_bytes, LARGEST_ONNX)
+    if size > limit:
+        raise PayloadTooLarge(f"the model has {size} bytes; at most {limit} are allowed", field="files")
     if not AUTOMATIC <= request.max_batch_size <= MAX_BATCH:
         raise InvalidRequest(f"max_batch_size must be -1 (automatic) to {MAX_BATCH}", field="max_batch_size")
     if not 0 <= request.max_delay_ms <= MAX_DELAY_MS:
@@ -44,22 +43,22 @@ def check_request(request: PushRequest, *, max_bytes: int) -> None:
 
 
 async def examine(store: ObjectChunkStore, request: PushRequest, scratch: Path) -> Inspection:
-    """Fetch the file into a private folder below ``scratch``, verify it and look at it; the folder is gone afterwards.
+    """Fetch the files into a private folder below ``scratch``, verify and look at them; the folder is gone afterwards.
 
     Raises:
-        CorruptChunk: the stored pieces are not the file; damaged ones are marked, so that the next push mends them.
+        CorruptChunk: the stored pieces are not the files; damaged ones are marked, so that the next push mends them.
         ModelRejected: it cannot be served.
         Unavailable: no room on the disk, or no broker.
     """
     with tempfile.TemporaryDirectory(prefix="push-", dir=scratch, ignore_cleanup_errors=True) as folder:
-        target = Path(folder) / request.file.path
-        try:
-            await download(store, request.file, target)
-        except CorruptChunk as error:
-            if error.field is not None:
-                await store.discard(error.field)
-            raise
-        return await inspect(Path(folder), request.file.path, Limits.for_size(request.file.size))
+        for file in request.files:
+            try:
+                await download(store, file, Path(folder) / file.path)
+            except CorruptChunk as error:
+                if error.field is not None:
+                    await store.discard(error.field)
+                raise
+        return await inspect(Path(folder), MODEL_PATH, Limits.for_size(sum(file.size for file in request.files)))
 
 
 def batching(request: PushRequest, found: Inspection) -> Batching:
@@ -90,7 +89,7 @@ def manifest_builder(
             name=request.name,
             version=version,
             platform=PLATFORM,
-            files=(request.file,),
+            files=request.files,
             inputs=found.inputs,
             outputs=found.outputs,
             batching=joined,

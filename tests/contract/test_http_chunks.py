@@ -1,0 +1,107 @@
+"""Resumable pushes over HTTP: pieces one by one, then the version they make up."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import models
+import pytest
+from served import Served
+
+from tether import Client
+from tether.client_push import LocalFile, local_model
+
+
+@pytest.fixture
+def http(served: Served) -> Iterator[httpx.Client]:
+    with served.client() as client:
+        yield client
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> LocalFile:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(models.padded(8 << 20, seed=11))
+    (described,) = local_model(path)
+    assert len(described.pieces) > 2
+    return described
+
+
+def piece(model: LocalFile, number: int) -> tuple[str, bytes]:
+    digest, offset, size = model.pieces[number]
+    return digest, model.source.read_bytes()[offset : offset + size]
+
+
+def test_a_push_that_broke_off_goes_on_where_it_was(served: Served, http: httpx.Client, model: LocalFile) -> None:
+    name = "resumed"
+    digest, content = piece(model, 1)
+    first = http.put(f"/v1/models/{name}/chunks/{digest}", content=content)
+    assert (first.status_code, first.json()) == (
+        201,
+        {"digest": digest, "size": len(content), "stored_bytes": len(content)},
+    )
+    again = http.put(f"/v1/models/{name}/chunks/{digest}", content=content)
+    assert (again.status_code, again.json()["stored_bytes"]) == (200, 0)
+    asked = [entry[0] for entry in model.pieces]
+    missing = http.post(f"/v1/models/{name}/chunks:missing", json={"chunks": asked}).json()["missing"]
+    assert missing == [entry for entry in asked if entry != digest]
+    assert http.get(f"/v1/models/{name}").status_code == 404
+    with Client(served.url, served.key) as client:
+        told = client.push(name, model.source)
+    assert (told["version"], told["size"], told["stored_bytes"]) == (1, model.size, model.size - len(content))
+    assert told["digest"] == hashlib.sha256(model.source.read_bytes()).hexdigest()
+    with Client(served.url, served.key) as client:
+        same = client.push(name, model.source)
+    assert (same["version"], same["stored_bytes"]) == (1, 0)
+
+
+def test_a_version_needs_all_of_its_pieces(http: httpx.Client, model: LocalFile) -> None:
+    for number in range(1, len(model.pieces)):
+        digest, content = piece(model, number)
+        assert http.put(f"/v1/models/torn/chunks/{digest}", content=content).is_success
+    first = model.pieces[0][0]
+    refused = http.post("/v1/models/elsewhere/versions:register", json={"files": [model.described()]})
+    if first in http.post("/v1/models/torn/chunks:missing", json={"chunks": [first]}).json()["missing"]:
+        assert (refused.status_code, refused.json()["code"]) == (503, "corrupt_chunk")
+        assert first in refused.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "word"),
+    [
+        ("PUT", "chunks/" + "0" * 64, b"something else", 400, "SHA-256"),
+        ("PUT", "chunks/" + "A" * 64, b"x", 400, "64 lower-case hex"),
+        ("PUT", "chunks/..%2f..", b"x", 404, "nothing is served"),
+        ("PUT", "chunks/" + "0" * 64, bytes((4 << 20) + 1), 413, "at most"),
+        ("POST", "chunks:missing", b'{"chunks": ["../x"]}', 400, "64 lower-case hex"),
+        ("POST", "chunks:missing", b"{}", 400, "chunks"),
+        ("POST", "versions:register", b'{"files": []}', 400, "files"),
+    ],
+)
+def test_what_is_no_piece_is_refused(
+    http: httpx.Client, *, method: str, path: str, body: bytes, status: int, word: str
+) -> None:
+    answer = http.request(method, f"/v1/models/m/{path}", content=body)
+    assert answer.status_code == status, answer.text
+    assert word in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"path": "../../etc/passwd"}, "path"),
+        ({"path": "other.onnx"}, "model.onnx"),
+        ({"sizes": [1]}, "add up"),
+        ({"size": 0}, "add up"),
+        ({"chunks": ["zz"]}, "SHA-256"),
+    ],
+)
+def test_a_description_that_does_not_add_up_is_refused(
+    http: httpx.Client, model: LocalFile, change: dict[str, object], word: str
+) -> None:
+    answer = http.post("/v1/models/m/versions:register", json={"files": [{**model.described(), **change}]})
+    assert answer.status_code == 400, answer.text
+    assert word in answer.json()["error"]

@@ -1,0 +1,99 @@
+"""Pushing models as a flow: cut here, ask what is missing, send that, make a version of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tether.client_flows import Json, model_path, post, tell
+from tether.client_http import Flow, Policy, Progress, Send, exchange, exchange_json
+from tether.errors import InvalidRequest
+
+PUSH_TIMEOUT_S = 600.0
+
+LOOKUP = 4096
+"""Pieces of one ``chunks:missing`` request."""
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file to push, and how it is cut: digest, offset and bytes of each piece, in order."""
+
+    source: Path
+    path: str
+    digest: str
+    pieces: tuple[tuple[str, int, int], ...]
+
+    @property
+    def size(self) -> int:
+        return sum(size for _, _, size in self.pieces)
+
+    def described(self) -> Json:
+        """The file as ``versions:register`` takes it."""
+        chunks, sizes = [digest for digest, _, _ in self.pieces], [size for _, _, size in self.pieces]
+        return {"path": self.path, "size": self.size, "digest": self.digest, "chunks": chunks, "sizes": sizes}
+
+
+def local_model(path: Path) -> list[LocalFile]:
+    """The files of a model, cut into pieces; reads all of them once.
+
+    Raises:
+        InvalidRequest: it cannot be read, or is no ``.onnx`` file.
+    """
+    if path.suffix.lower() != ".onnx":
+        raise InvalidRequest(f"{path.name!r} does not end in .onnx: only ONNX models are served", field="path")
+    return [_local_file(path, "model.onnx")]
+
+
+def _local_file(source: Path, path: str) -> LocalFile:
+    from tether.pieces import cut_file  # noqa: PLC0415 - only a push needs the library that cuts
+
+    try:
+        cutter = cut_file(source)
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {source}: {error.strerror}", field="path") from error
+    offsets = itertools.accumulate(cutter.sizes, initial=0)
+    pieces = tuple(zip(cutter.digests, offsets, cutter.sizes, strict=False))
+    return LocalFile(source, path, cutter.whole.hexdigest(), pieces)
+
+
+def push(
+    policy: Policy, name: str, files: Sequence[LocalFile], params: Mapping[str, Any], progress: Progress | None
+) -> Flow[Json]:
+    """Send the pieces that the store does not have, then make a version; ``progress`` counts those it has as done."""
+    pieces = {digest: (file.source, offset, size) for file in files for digest, offset, size in file.pieces}
+    missing = yield from _missing(policy, name, list(pieces))
+    whole = sum(size for _, _, size in pieces.values())
+    sent, left = 0, sum(pieces[digest][2] for digest in missing)
+    tell(progress, whole - left)
+    for digest in missing:
+        piece = _read(*pieces[digest])
+        headers = {"content-type": "application/octet-stream"}
+        yield from exchange(policy, Send("PUT", f"{model_path(name)}/chunks/{digest}", piece, headers=headers))
+        sent += len(piece)
+        tell(progress, whole - left + sent)
+    given = {key: value for key, value in params.items() if value is not None}
+    body = {"files": [file.described() for file in files], **given}
+    told = yield from exchange_json(policy, post(f"{model_path(name)}/versions:register", body), dict[str, Any])
+    return {**told, "stored_bytes": sent}
+
+
+def _missing(policy: Policy, name: str, digests: Sequence[str]) -> Flow[list[str]]:
+    missing: list[str] = []
+    for start in range(0, len(digests), LOOKUP):
+        body = {"chunks": digests[start : start + LOOKUP]}
+        told = yield from exchange_json(policy, post(f"{model_path(name)}/chunks:missing", body), dict[str, list[str]])
+        missing += told.get("missing", [])
+    return missing
+
+
+def _read(source: Path, offset: int, size: int) -> bytes:
+    try:
+        with source.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {source}: {error.strerror}", field="path") from error

@@ -1,0 +1,109 @@
+"""Resumable pushes: which pieces are missing, each of them, then the version they make up."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+
+from tether.bus.chunks import ObjectChunkStore
+from tether.errors import InvalidRequest, PayloadTooLarge
+from tether.gateway_http import bodies
+from tether.gateway_http.rest_models import TAG, pushed, registered
+from tether.gateway_http.routing import OCTETS, Call, Media, Reply, Row
+from tether.model import ModelFile, PushRequest, check_name
+from tether.pieces import LARGEST, digest_of
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def _name(call: Call) -> str:
+    name = check_name(call.path("name"), field="name")
+    call.caller.check_model(name)
+    return name
+
+
+def _store(call: Call) -> ObjectChunkStore:
+    name = _name(call)
+    return ObjectChunkStore(call.gateway.bus, call.gateway.bus.names.chunk_bucket(name))
+
+
+def _digest(text: str, field: str) -> str:
+    if _DIGEST.fullmatch(text) is None:
+        raise InvalidRequest(f"{field} must be 64 lower-case hex digits: the SHA-256 of the piece", field=field)
+    return text
+
+
+async def _missing(call: Call) -> Reply:
+    store, asked = _store(call), [_digest(text, "chunks") for text in call.body.chunks]
+    return Reply(bodies.MissingChunks(await store.missing(asked)))
+
+
+async def _put(call: Call) -> Reply:
+    store, digest = _store(call), _digest(call.path("digest"), "digest")
+    piece = await _piece(call)
+    if digest_of(piece) != digest:
+        raise InvalidRequest("the body is not the piece that the path names: its SHA-256 differs", field="body")
+
+    async def only() -> AsyncIterator[tuple[str, bytes]]:
+        yield digest, piece
+
+    stored = await store.put(only())
+    return Reply(bodies.StoredChunk(digest, len(piece), stored), 201 if stored else 200)
+
+
+async def _piece(call: Call) -> bytes:
+    if call.heading.encoding not in ("", "identity"):
+        raise InvalidRequest("send the piece without Content-Encoding", field="content-encoding")
+    found = bytearray()
+    async for part in call.request.stream():
+        found += part
+        if len(found) > LARGEST:
+            raise PayloadTooLarge(f"a piece has at most {LARGEST} bytes", field="body")
+    return bytes(found)
+
+
+async def _register(call: Call) -> Reply:
+    name, wanted = _name(call), call.body
+    files = tuple(
+        ModelFile(file.path, file.size, file.digest, tuple(file.chunks), tuple(file.sizes)) for file in wanted.files
+    )
+    request = PushRequest(name, files, wanted.max_batch_size, wanted.max_delay_ms, f"key:{call.caller.id}")
+    answer = await registered(call, request)
+    return Reply(pushed(answer, 0), 201 if answer.created else 200)
+
+
+ROWS = [
+    Row(
+        "POST",
+        "/v1/models/{name}/chunks:missing",
+        "Ask which pieces the store does not have",
+        TAG,
+        _missing,
+        {200: bodies.MissingChunks},
+        "models:write",
+        body=bodies.WantedChunks,
+        errors=(404, 503),
+    ),
+    Row(
+        "PUT",
+        "/v1/models/{name}/chunks/{digest}",
+        "Store one piece of a model file",
+        TAG,
+        _put,
+        {201: bodies.StoredChunk, 200: bodies.StoredChunk},
+        "models:write",
+        binary=Media(OCTETS, "At most 4 MiB whose SHA-256 is the digest in the path; 200 when it was there already."),
+        errors=(404, 429, 503, 504),
+    ),
+    Row(
+        "POST",
+        "/v1/models/{name}/versions:register",
+        "Make stored pieces the next version",
+        TAG,
+        _register,
+        {201: bodies.PushedVersion, 200: bodies.PushedVersion},
+        "models:write",
+        body=bodies.NewVersion,
+        errors=(404, 422, 429, 503, 504),
+    ),
+]
