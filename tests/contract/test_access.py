@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import re
 from collections.abc import Iterator
@@ -40,6 +41,8 @@ MODEL = Asked("model")
 NOTHING = Asked()
 INFER = {"inputs": [TENSOR]}
 JOB = {"model": "{model}", "inputs": [TENSOR]}
+DIGEST = hashlib.sha256(b"").hexdigest()
+FILE = {"path": "model.onnx", "size": 1, "digest": DIGEST, "chunks": [DIGEST], "sizes": [1]}
 KEY = {"tenant": "walked", "scopes": ["infer"]}
 
 ASKED: dict[tuple[str, str], Asked] = {
@@ -65,6 +68,9 @@ ASKED: dict[tuple[str, str], Asked] = {
     ("GET", "/v1/models/{name}"): MODEL,
     ("POST", "/v1/models/{name}/versions"): MODEL,
     ("POST", "/v1/sessions"): NOTHING,
+    ("POST", "/v1/models/{name}/chunks:missing"): Asked("model", {"chunks": []}),
+    ("PUT", "/v1/models/{name}/chunks/{digest}"): MODEL,
+    ("POST", "/v1/models/{name}/versions:register"): Asked("model", {"files": [FILE]}),
     ("POST", "/v1/tenants"): Asked(body={"name": "walked"}),
     ("GET", "/v1/tenants"): NOTHING,
     ("GET", "/v1/tenants/{tenant}"): NOTHING,
@@ -95,7 +101,14 @@ class Walk:
 
     def ask(self, row: Row, key: str | None, *, model: str = HIDDEN, job: str = "") -> httpx.Response:
         asked = ASKED[row.method, row.path]
-        names = {"model": model, "name": model, "version": "1", "tenant": "walked-off", "job": job or self.job}
+        names = {
+            "model": model,
+            "name": model,
+            "version": "1",
+            "tenant": "walked-off",
+            "digest": DIGEST,
+            "job": job or self.job,
+        }
         names["id"] = names["job"] if row.path.startswith("/v1/jobs") else "aaaaaaaa"
         path = filled(row.path + asked.query, names)
         content = b"" if asked.body is None else filled(msgspec.json.encode(asked.body).decode(), names).encode()
@@ -104,7 +117,7 @@ class Walk:
 
 
 def filled(text: str, names: dict[str, str]) -> str:
-    return re.sub(r"\{(model|name|version|tenant|job|id)\}", lambda found: names[found[1]], text)
+    return re.sub(r"\{(model|name|version|tenant|digest|job|id)\}", lambda found: names[found[1]], text)
 
 
 @pytest.fixture(scope="module")
