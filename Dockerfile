@@ -16,7 +16,7 @@ RUN python3 -m venv /opt/tether \
 FROM ${PYTHON_IMAGE}
 RUN groupadd --system --gid 10001 tether \
  && useradd --system --uid 10001 --gid 10001 --home-dir /data --no-create-home --shell /usr/sbin/nologin tether \
- && install -d -o 10001 -g 10001 -m 0700 /data /data/cache
+ && install -d -o 10001 -g 10001 -m 0700 /data /data/cache /data/audit
 COPY --from=build /opt/tether /opt/tether
 ENV PATH=/opt/tether/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONUNBUFFERED=1 \

@@ -57,6 +57,8 @@ class TetherError(Exception):
 
     code: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
+    hidden = False
+    """It is there, and not for this caller: told as if it were not, and audited as a refusal."""
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)

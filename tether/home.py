@@ -70,6 +70,11 @@ class Home:
     def logs(self) -> Path:
         return self.root / "logs"
 
+    @property
+    def audit(self) -> Path:
+        """Audit blocks on their way, a folder for each identity."""
+        return self.root / "audit"
+
     def cache(self, worker: str) -> Path:
         return self.root / "cache" / worker
 

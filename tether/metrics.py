@@ -44,6 +44,11 @@ MODELS_LOADED = Gauge("tether_models_loaded", "Model versions this worker holds.
 WORKERS_READY = Gauge("tether_workers_ready", "Workers that the dispatcher routes to.")
 LANES = Gauge("tether_lanes", "Lanes the dispatcher keeps consumers for.")
 
+AUDIT_ENTRIES = Counter("tether_audit_entries_total", "Audit entries written by this service.", ["kind"])
+AUDIT_LOST = Counter("tether_audit_lost_total", "Audit entries lost because spool and memory were full: alarm on any.")
+AUDIT_SPOOL_BYTES = Gauge("tether_audit_spool_bytes", "Audit blocks that wait for the broker on this service's disk.")
+AUDIT_FULL = Gauge("tether_audit_full", "1 while the audit stream is at its size bound and takes nothing: alarm on 1.")
+
 MODELS_REGISTERED = Counter("tether_models_registered_total", "Versions that became ready.")
 MODELS_REJECTED = Counter("tether_models_rejected_total", "Pushed models that were refused.")
 

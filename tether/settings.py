@@ -127,6 +127,19 @@ class Settings:
     heartbeat_s: float = _setting(0.5, "Time between a worker's heartbeats.", low=0.1, high=60)
     worker_timeout_s: float = _setting(2.5, "A worker that is silent this long is not routed to.", low=0.5, high=600)
 
+    audit: str = _setting(
+        "full",
+        "What is audited: 'full', 'security' (all but inference and jobs) or 'off'.",
+        choices=("off", "security", "full"),
+    )
+    audit_retention_days: int = _setting(365, "How long audit entries are kept.", low=1, high=3650)
+    audit_max_mb: int = _setting(
+        0, "Disk the audit log may use of max_file_mb, at most half of it; 0: a sixteenth.", low=0, high=1 << 23
+    )
+    audit_spool_mb: int = _setting(
+        256, "Disk for a service's audit entries that the broker has not taken yet.", low=1, high=1 << 20
+    )
+
     workers: int = _setting(2, "Workers that 'tether up' starts.", low=1, high=256)
     log_level: str = _setting("info", "Least severity that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = _setting("json", "Form of log lines.", choices=("json", "text"))
@@ -299,6 +312,8 @@ def _cross_check(settings: Settings) -> None:
         )
     if settings.worker_timeout_s < 2 * settings.heartbeat_s:
         raise ConfigError("setting 'worker_timeout_s' must be at least twice 'heartbeat_s'", field="worker_timeout_s")
+    if settings.audit_max_mb > settings.max_file_mb // 2:
+        raise ConfigError("setting 'audit_max_mb' must be at most half of 'max_file_mb'", field="audit_max_mb")
     if settings.replicas > 1 and not settings.nats_url:
         raise ConfigError("setting 'replicas' above 1 needs a cluster: set 'nats_url'", field="replicas")
 

@@ -185,6 +185,8 @@ class Bus(Link):
             return self.verifier.open(frame, subject=subject, types=types, once=once, max_age_ms=max_age_ms)
         except EnvelopeError as error:
             metrics.ENVELOPES_REJECTED.labels(error.code).inc()
+            if self.on_refused is not None:
+                self.on_refused(error.code, subject)
             log.warning("refused a message: %s", error, extra={"action": "envelope_refused", "code": error.code})
             raise
 

@@ -101,6 +101,8 @@ class Link:
         self.closed = asyncio.Event()
         self.losses = 0
         """Times the connection was lost: an answer expected from before one will not come."""
+        self.on_refused: Callable[[str, str], None] | None = None
+        """Told the error code and subject of every message that is not acted on."""
         self._client = nats.aio.client.Client()
         self._calls: dict[str, _Call] = {}
         self._unheard: set[str] = set()

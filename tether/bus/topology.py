@@ -8,6 +8,7 @@ from typing import Any
 from tether.bus.connection import Bus
 from tether.bus.errors import JetStreamError
 from tether.bus.queue import RESULT_MARGIN_S
+from tether.errors import QueueFull
 from tether.job import LONGEST_DEADLINE_S, Lane, LaneKind, Priority
 from tether.settings import Settings
 from tether.subjects import Names
@@ -37,7 +38,8 @@ _MB = 1 << 20
 def streams(names: Names, settings: Settings) -> list[dict[str, Any]]:
     """The configuration of every stream and bucket, in JetStream API form."""
     memory = settings.max_memory_mb * _MB
-    disk = settings.max_file_mb * _MB
+    audit = _audit_mb(settings) * _MB
+    disk = _rest(settings)
     infer = [_infer(names, shard, memory // (2 * names.infer_shards)) for shard in range(names.infer_shards)]
     jobs = [_jobs(names, shard, disk // (8 * names.job_shards), settings) for shard in range(names.job_shards)]
     buckets = [_bucket(names, name, settings) for name in PLAIN_BUCKETS]
@@ -46,13 +48,22 @@ def streams(names: Names, settings: Settings) -> list[dict[str, Any]]:
         *jobs,
         _results(names, disk // 4, settings),
         _dead(names, disk // 16, settings),
-        _audit(names, disk // 16, settings),
+        _audit(names, audit, settings),
         *buckets,
         _bucket(names, "jobs", settings, max_bytes=disk // 16),
         _bucket(names, "attempts", settings, max_bytes=disk // 32, max_age=int(settings.result_ttl_s * NANOSECONDS)),
         _bucket(names, "liveness", settings, storage="memory", max_bytes=memory // 16, max_age=60 * NANOSECONDS),
         *(_objects(names, bucket, settings) for bucket in names.chunk_buckets()),
     ]
+
+
+def _audit_mb(settings: Settings) -> int:
+    return settings.audit_max_mb or settings.max_file_mb // 16
+
+
+def _rest(settings: Settings) -> int:
+    """Bytes that everything but the audit log shares: of a sixteenth more than there is, it leaves a sixteenth."""
+    return (settings.max_file_mb - _audit_mb(settings)) * _MB * 16 // 15
 
 
 def _infer(names: Names, shard: int, max_bytes: int) -> dict[str, Any]:
@@ -123,8 +134,9 @@ def _audit(names: Names, max_bytes: int, settings: Settings) -> dict[str, Any]:
         "storage": "file",
         "retention": "limits",
         "discard": "new",
-        "max_age": 365 * 86400 * NANOSECONDS,
+        "max_age": settings.audit_retention_days * 86400 * NANOSECONDS,
         "max_bytes": max_bytes,
+        "compression": "s2",
         "allow_direct": True,
         "deny_delete": True,
         "deny_purge": True,
@@ -160,7 +172,7 @@ def _objects(names: Names, bucket: str, settings: Settings) -> dict[str, Any]:
         "storage": "file",
         "retention": "limits",
         "discard": "new",
-        "max_bytes": settings.max_file_mb * _MB * 3 // 8 // names.partitions,
+        "max_bytes": _rest(settings) * 3 // 8 // names.partitions,
         "allow_direct": True,
         "allow_rollup_hdrs": True,
         "num_replicas": settings.replicas,
@@ -174,7 +186,14 @@ async def ensure_platform(bus: Bus, settings: Settings) -> None:
         JetStreamError: the server refuses a configuration (a limit that is too low, say).
         BrokerUnavailable: it does not answer.
     """
+    without_room = []
     for config in streams(bus.names, settings):
+        try:
+            await _ensure_stream(bus, config)
+        except QueueFull:
+            without_room.append(config)
+    # what grows may need the room that another one leaves
+    for config in without_room:
         await _ensure_stream(bus, config)
 
 

@@ -11,6 +11,7 @@ from tether.envelope.frame import (
     Signer,
     Verifier,
 )
+from tether.envelope.historical import Historical, body_of, kid_of, open_old_keyset
 from tether.envelope.keyset import (
     KEYSET_DOMAIN,
     MAX_SKEW_MS,
@@ -40,6 +41,7 @@ __all__ = [
     "VERSION",
     "Envelope",
     "Header",
+    "Historical",
     "Identity",
     "IdentityRecord",
     "Keyset",
@@ -49,10 +51,13 @@ __all__ = [
     "Session",
     "Signer",
     "Verifier",
+    "body_of",
     "issue_session",
     "key_id",
+    "kid_of",
     "new_identity",
     "open_keyset",
+    "open_old_keyset",
     "open_session",
     "root_public_key",
     "sign_keyset",

@@ -11,7 +11,12 @@ class AsgiIncoming:
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self._receive = receive
+        self._client = scope.get("client")
         self.headers: Headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+
+    @property
+    def peer(self) -> str:
+        return "{}:{}".format(*self._client) if self._client else ""
 
     async def read(self, limit: int, announced: int) -> bytes:
         del announced

@@ -64,7 +64,9 @@ class Caller:
             ModelNotFound: it may not be used.
         """
         if not self.sees(model):
-            raise no_model(model)
+            error = no_model(model)
+            error.hidden = True
+            raise error
 
 
 class ApiKeys:

@@ -8,7 +8,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import lru_cache
 
 from tether import lifecycle, metrics
+from tether.audit import NOBODY, clean
+from tether.bus.audit import AuditLog, writing
 from tether.bus.connection import Bus
+from tether.errors import JobCancelled, TetherError
 from tether.gateway_http.auth import ApiKeys
 from tether.gateway_http.bundler import InferBundler
 from tether.gateway_http.catalog import Catalog, Served
@@ -28,8 +31,9 @@ from tether.tensor import Tensor
 class Gateway:
     """What every route works with. Use :func:`running`."""
 
-    def __init__(self, bus: Bus, tasks: Tasks) -> None:
+    def __init__(self, bus: Bus, tasks: Tasks, audit: AuditLog) -> None:
         self.bus = bus
+        self.audit = audit
         self.settings = bus.settings
         self.patience = Patience(bus.settings.body_timeout_s)
         self.catalog = Catalog(bus)
@@ -66,6 +70,7 @@ class Gateway:
         request_id: str,
         traceparent: str = "",
         timeout_s: float,
+        actor: str = NOBODY,
     ) -> tuple[Tensor, ...]:
         """Run one synchronous request; outputs in the order asked for.
 
@@ -82,8 +87,30 @@ class Gateway:
         began = self.bus.clock.monotonic()
         deadline = self.bus.clock.utc() + timeout_s
         job = Job(new_job_id(), tenant, inputs, deadline, outputs, request_id, traceparent)
-        answer = await self._bundler.submit(served.infer_lane, job, timeout_s)
-        self._seconds(served.manifest.name).observe(self.bus.clock.monotonic() - began)
+        outcome = JobCancelled.code
+        answer: tuple[Tensor, ...] = ()
+        try:
+            answer = await self._bundler.submit(served.infer_lane, job, timeout_s)
+            outcome = "ok"
+        except TetherError as error:
+            outcome = error.code
+            raise
+        finally:
+            seconds = self.bus.clock.monotonic() - began
+            self.audit.inference(
+                tenant,
+                actor,
+                "infer",
+                outcome,
+                served.manifest.name,
+                served.manifest.version,
+                job.id,
+                clean(request_id),
+                sum([len(tensor.data) for tensor in inputs]),
+                sum([len(tensor.data) for tensor in answer]),
+                int(seconds * 1e6),
+            )
+        self._seconds(served.manifest.name).observe(seconds)
         return answer
 
     def checks(self) -> dict[str, str]:
@@ -97,7 +124,8 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Gateway]:
     async with AsyncExitStack() as stack:
         bus = await stack.enter_async_context(Bus.connect(settings, home, "gateway"))
         tasks = await stack.enter_async_context(lifecycle.tasks())
-        gateway = Gateway(bus, tasks)
+        audit = await stack.enter_async_context(writing(bus, home, tasks))
+        gateway = Gateway(bus, tasks, audit)
         await stack.enter_async_context(gateway.tenants.watching())
         await stack.enter_async_context(gateway.keys.watching())
         tasks.spawn(gateway.keys.uses.keep(), "key-uses")

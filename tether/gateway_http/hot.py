@@ -11,6 +11,7 @@ import msgspec
 
 from tether import metrics, oip, oip_json
 from tether.errors import InvalidRequest, PayloadTooLarge, TetherError
+from tether.gateway_http import audited
 from tether.gateway_http.auth import Caller
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.errors import error_response
@@ -96,6 +97,7 @@ class HotRoutes:
             ticket = self._gateway.limits.enter(key.key)
             answer = await work(incoming, heading, key, ticket)
         except TetherError as error:
+            audited.refused(self._gateway, error, incoming, route)
             answer = _refusal(error, incoming)
         except Exception:
             log.exception("a request failed", extra={"action": "request_failed"})
@@ -132,6 +134,7 @@ class HotRoutes:
             request_id=heading.request_id,
             traceparent=heading.traceparent,
             timeout_s=timeout_of(request.parameters, self._timeout_s),
+            actor=f"key:{key.id}",
         )
         manifest = served.manifest
         answer, length = oip.build_infer_response(
@@ -145,7 +148,7 @@ class HotRoutes:
     async def _submit(self, incoming: Incoming, heading: Heading, key: Caller, _ticket: Ticket | None) -> Reply:
         """``POST /v1/jobs``."""
         body: JobBody = oip_json.parse_body(_job_decoder, await self._body(heading, incoming))
-        (job,) = await self._gateway.jobs.submit(key.tenant, [self._new_job(key, body, heading, "")])
+        (job,) = await self._taken(key, [self._new_job(key, body, heading, "")])
         extra = [("location", f"/v1/jobs/{job['id']}")]
         return reply(202, _encode(job), heading, content_type=_JSON, extra=extra)
 
@@ -157,8 +160,14 @@ class HotRoutes:
         if ticket is not None:
             ticket.count(len(body.jobs) - 1)
         requests = [self._new_job(key, job, heading, f"/{index}") for index, job in enumerate(body.jobs)]
-        jobs = await self._gateway.jobs.submit(key.tenant, requests)
+        jobs = await self._taken(key, requests)
         return reply(202, _encode({"jobs": jobs}), heading, content_type=_JSON)
+
+    async def _taken(self, key: Caller, requests: list[NewJob]) -> list[dict[str, Any]]:
+        jobs = await self._gateway.jobs.submit(key.tenant, requests)
+        sizes = [sum([len(tensor.data) for tensor in request.inputs]) for request in requests]
+        audited.submitted(self._gateway, key, jobs, sizes, requests[0].request_id)
+        return jobs
 
     def _new_job(self, caller: Caller, body: JobBody, heading: Heading, suffix: str) -> NewJob:
         settings = self._gateway.settings

@@ -189,7 +189,9 @@ class JobService:
         for job_id in ids:
             record = records.get(JobId(job_id))
             if record is None or record.tenant != tenant or not sees(record.model):
-                raise JobNotFound(f"there is no job '{job_id[:64]}'", field="id")
+                error = JobNotFound(f"there is no job '{job_id[:64]}'", field="id")
+                error.hidden = record is not None
+                raise error
         ordered = [records[JobId(job_id)] for job_id in ids]
         states = await self._states(ordered)
         if wait_s > 0 and not all(state.ended for state in states.values()):

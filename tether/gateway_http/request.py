@@ -26,6 +26,10 @@ class Incoming(Protocol):
     @property
     def headers(self) -> Iterable[tuple[str, str]]: ...
 
+    @property
+    def peer(self) -> str:
+        """Address and port of the other end of the connection; empty when they are not known."""
+
     async def read(self, limit: int, announced: int) -> bytes:
         """The body; ``announced`` is its Content-Length, 0 when there was none.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from tether import oip, oip_json
 from tether.errors import BadTensor, InvalidRequest
-from tether.gateway_http import bodies
+from tether.gateway_http import audited, bodies
 from tether.gateway_http.catalog import Served
 from tether.gateway_http.request import timeout_of
 from tether.gateway_http.routing import Call, Reply, Row
@@ -45,6 +45,7 @@ async def _inference(call: Call) -> Reply:
         request_id=call.heading.request_id,
         traceparent=call.heading.traceparent,
         timeout_s=timeout_of(body.parameters, gateway.settings.request_timeout_s),
+        actor=audited.actor(call.key),
     )
     manifest = served.manifest
     answer = {tensor.name: nested(tensor) for tensor in outputs}

@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from tether import metrics, oip_json
 from tether.errors import InvalidRequest, NotFound, TetherError, Unauthenticated
+from tether.gateway_http import audited
 from tether.gateway_http.asgi import AsgiIncoming, send_reply
 from tether.gateway_http.auth import Caller
 from tether.gateway_http.core import Gateway
@@ -129,6 +130,8 @@ class _Seen:
     status: int = 500
     sent: bool = False
     ticket: Ticket | None = None
+    call: Call | None = None
+    """There once the request is authenticated and parsed."""
 
     def limits(self) -> Headers:
         """What its key may still ask for, when it is under a limit."""
@@ -157,6 +160,8 @@ class Endpoint:
         try:
             await self._answer(seen, incoming, scope, receive, noting)
         except TetherError as error:
+            audited.refused(self._gateway, error, incoming, self._route(scope))
+            self._audit(seen, scope, error.code, None)
             seen.status = await refuse(error, seen.heading, send, extra=seen.limits())
         except ClientDisconnect:
             seen.status = 499
@@ -178,11 +183,28 @@ class Endpoint:
             seen.status = await self._without_row(method, seen.heading, send)
             return
         row, handler = found
-        given = await handler(await self._call(row, seen, incoming, Request(scope, receive)))
+        seen.call = call = await self._call(row, seen, incoming, Request(scope, receive))
+        given = await handler(call)
+        if self._audit(seen, scope, "ok", given.value):
+            await self._gateway.audit.settled()
         content = given.value if isinstance(given.value, bytes) else _encode(given.value)
         extra = [*given.headers, ("x-content-type-options", "nosniff"), *seen.limits()]
         await send_reply(send, reply(given.status, content, seen.heading, content_type=given.content_type, extra=extra))
         seen.status = given.status
+
+    def _route(self, scope: Scope) -> str:
+        return f"{scope['method']} {self._path}"
+
+    def _audit(self, seen: _Seen, scope: Scope, outcome: str, answer: Any) -> bool:
+        """Whether the request was an act that the audit log tells of; then it is recorded."""
+        found, call = self._rows.get(scope["method"]), seen.call
+        if found is None or call is None or not audited.acts(scope["method"], found[0].scope):
+            return False
+        path, request_id = call.request.path_params, seen.heading.request_id
+        audited.act(
+            self._gateway, call.key, self._route(scope), path, request_id=request_id, outcome=outcome, answer=answer
+        )
+        return True
 
     async def _without_row(self, method: str, heading: Heading, send: Send) -> int:
         allow = ("allow", self._allow)

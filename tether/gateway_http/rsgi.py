@@ -63,11 +63,16 @@ RsgiApp = Callable[[RsgiScope, RsgiProtocol], Awaitable[None]]
 class RsgiIncoming:
     """See :class:`tether.gateway_http.request.Incoming`."""
 
-    __slots__ = ("_protocol", "headers")
+    __slots__ = ("_protocol", "_scope", "headers")
 
     def __init__(self, scope: RsgiScope, protocol: RsgiProtocol) -> None:
         self._protocol = protocol
+        self._scope = scope
         self.headers = scope.headers.items()
+
+    @property
+    def peer(self) -> str:
+        return self._scope.client
 
     async def read(self, limit: int, announced: int) -> bytes:
         """A body of announced length is taken whole; one without is counted as it comes."""

@@ -1,0 +1,44 @@
+"""The audit log as bytes: entries, the chain they hang in, and the check that nothing of it was touched. No I/O."""
+
+from tether.audit.chain import (
+    BLOCK_ENTRIES,
+    DOMAIN,
+    Block,
+    Chain,
+    decode_block,
+    entries_of,
+    first_unfit,
+    marks_of,
+    message_id,
+    parse_message_id,
+)
+from tether.audit.check import ALIVE_MS, Checker, Problem, Report
+from tether.audit.entries import NOBODY, Entry, Kind, Mark, What, clean, encode
+from tether.audit.records import Record, read_records, write_record
+
+__all__ = [
+    "ALIVE_MS",
+    "BLOCK_ENTRIES",
+    "DOMAIN",
+    "NOBODY",
+    "Block",
+    "Chain",
+    "Checker",
+    "Entry",
+    "Kind",
+    "Mark",
+    "Problem",
+    "Record",
+    "Report",
+    "What",
+    "clean",
+    "decode_block",
+    "encode",
+    "entries_of",
+    "first_unfit",
+    "marks_of",
+    "message_id",
+    "parse_message_id",
+    "read_records",
+    "write_record",
+]
