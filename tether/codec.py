@@ -14,7 +14,7 @@ import msgpack
 import msgspec
 
 from tether.errors import BadEncoding
-from tether.job import AttemptNote, Failure, Job, JobId, JobRecord, JobState, Outcome
+from tether.job import AttemptNote, Failure, Job, JobId, JobRecord, JobState, Outcome, Sealed
 from tether.tensor import Tensor
 
 MAX_ITEMS = 65536
@@ -85,14 +85,40 @@ def encode_jobs(jobs: Sequence[Job]) -> bytes:
 
 
 def _job_row(job: Job) -> tuple[Any, ...]:
+    if job.sealed is not None:
+        return (job.tenant, job.deadline, job.request_id, job.traceparent, job.sealed.key_id, job.sealed.box)
     return (
         job.tenant,
         job.deadline,
         job.request_id,
         job.traceparent,
         job.outputs,
-        [(t.name, t.datatype, t.shape, t.data) for t in job.inputs],
+        _tensor_rows(job.inputs),
     )
+
+
+def _tensor_rows(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return [(t.name, t.datatype, t.shape, t.data) for t in tensors]
+
+
+def encode_inputs(job: Job) -> bytes:
+    """What is inside the seal of a sealed job."""
+    return pack((job.outputs, _tensor_rows(job.inputs)))
+
+
+def decode_inputs(data: bytes) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+    """Inputs and names of the wanted outputs, as :func:`encode_inputs` wrote them.
+
+    Raises:
+        BadEncoding
+    """
+
+    def build() -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+        outputs, inputs = _row(unpack(data))
+        _texts(*_row(outputs))
+        return _tensors(inputs), outputs
+
+    return _guard(data, build)
 
 
 def decode_jobs(data: bytes, ids: Sequence[str]) -> list[Job]:
@@ -106,10 +132,20 @@ def decode_jobs(data: bytes, ids: Sequence[str]) -> list[Job]:
 
 def _job(row: Any, job_id: str) -> Job:
     tenant, deadline, request_id, traceparent, outputs, inputs = row
+    if type(outputs) is bytes:
+        return _sealed_job(row, job_id)
     _texts(tenant, request_id, traceparent, *outputs)
     if type(deadline) is not float or type(outputs) is not tuple:
         raise TypeError("job")
     return Job(JobId(job_id), tenant, _tensors(inputs), deadline, outputs, request_id, traceparent)
+
+
+def _sealed_job(row: Any, job_id: str) -> Job:
+    tenant, deadline, request_id, traceparent, key_id, box = row
+    _texts(tenant, request_id, traceparent)
+    if type(deadline) is not float or type(box) is not bytes:
+        raise TypeError("sealed job")
+    return Job(JobId(job_id), tenant, (), deadline, (), request_id, traceparent, Sealed(key_id, box))
 
 
 def _tensors(rows: Any) -> tuple[Tensor, ...]:
@@ -141,12 +177,44 @@ def encode_outcomes(outcomes: Sequence[Outcome]) -> bytes:
     return pack([_outcome_row(outcome) for outcome in outcomes])
 
 
+def encode_end(outcome: Outcome) -> bytes:
+    """What is inside the seal of a sealed outcome."""
+    return pack((_tensor_rows(outcome.outputs), _failure_row(outcome.error)))
+
+
+def decode_end(data: bytes) -> tuple[tuple[Tensor, ...], Failure | None]:
+    """Outputs and failure, as :func:`encode_end` wrote them.
+
+    Raises:
+        BadEncoding
+    """
+
+    def build() -> tuple[tuple[Tensor, ...], Failure | None]:
+        outputs, error = _row(unpack(data))
+        return _tensors(outputs), _failure(error)
+
+    return _guard(data, build)
+
+
+def _failure_row(error: Failure | None) -> tuple[str, str] | None:
+    return None if error is None else (error.code, error.message)
+
+
+def _failure(row: Any) -> Failure | None:
+    if row is None:
+        return None
+    code, message = _row(row)
+    _texts(code, message)
+    return Failure(code, message)
+
+
 def _outcome_row(outcome: Outcome) -> tuple[Any, ...]:
+    sealed = outcome.sealed
     return (
         outcome.job,
         outcome.state.value,
-        [(t.name, t.datatype, t.shape, t.data) for t in outcome.outputs],
-        None if outcome.error is None else (outcome.error.code, outcome.error.message),
+        _tensor_rows(outcome.outputs) if sealed is None else sealed.key_id,
+        _failure_row(outcome.error) if sealed is None else sealed.box,
         outcome.attempts,
         outcome.worker,
         outcome.started_at,
@@ -168,12 +236,11 @@ def _outcome(row: Any) -> Outcome:
     _texts(job, worker)
     if type(attempts) is not int or type(started_at) is not float or type(finished_at) is not float:
         raise TypeError("outcome")
-    failure = None
-    if error is not None:
-        code, message = _row(error)
-        _texts(code, message)
-        failure = Failure(code, message)
-    return Outcome(JobId(job), JobState(state), _tensors(outputs), failure, attempts, worker, started_at, finished_at)
+    end = JobId(job), JobState(state)
+    if type(outputs) is bytes and type(error) is bytes:
+        sealed = Sealed(outputs, error)
+        return Outcome(*end, (), None, attempts, worker, started_at, finished_at, sealed)
+    return Outcome(*end, _tensors(outputs), _failure(error), attempts, worker, started_at, finished_at)
 
 
 def encode_record(record: JobRecord) -> bytes:

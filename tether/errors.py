@@ -34,7 +34,9 @@
     ├── EnvelopeError         a message that must not be acted on
     │   ├── Unsigned, BadEncoding, BadSignature, SubjectMismatch, Replayed
     │   ├── EnvelopeExpired, ClockSkew
-    │   └── UnknownKey, KeyExpired, KeyRevoked, RoleNotAllowed
+    │   ├── UnknownKey, KeyExpired, KeyRevoked, RoleNotAllowed
+    │   ├── KvBinding         an entry of another key, or one that was replaced
+    │   └── NotEntitled, BadSeal  a sealed payload cannot be opened here
     ├── KeysetError           the set of identities cannot be trusted
     ├── ConfigError           a setting, a file or the machine is not as it must be
     └── PermissionDenied      the broker refused a subject to this identity
@@ -258,6 +260,18 @@ class KeyRevoked(EnvelopeError):
 
 class RoleNotAllowed(EnvelopeError):
     code = "role_not_allowed"
+
+
+class KvBinding(EnvelopeError):
+    code = "kv_binding"
+
+
+class NotEntitled(EnvelopeError):
+    code = "not_entitled"
+
+
+class BadSeal(EnvelopeError):
+    code = "bad_seal"
 
 
 class KeysetError(TetherError):

@@ -67,6 +67,13 @@ class Lane(msgspec.Struct, frozen=True):
     priority: Priority = Priority.NORMAL
 
 
+class Sealed(msgspec.Struct, frozen=True):
+    """A payload that only holders of the data key ``key_id`` can open."""
+
+    key_id: bytes
+    box: bytes
+
+
 class Job(msgspec.Struct, frozen=True):
     """One request for one model version. ``deadline`` is UTC, seconds since the epoch."""
 
@@ -78,6 +85,13 @@ class Job(msgspec.Struct, frozen=True):
     """Names of the wanted outputs in the wanted order; empty means all, in the model's order."""
     request_id: str = ""
     traceparent: str = ""
+    sealed: Sealed | None = None
+    """A sealed tenant's inputs and outputs; where they are opened, ``inputs`` and ``outputs`` have them too."""
+
+    @property
+    def size(self) -> int:
+        """About how many bytes its payload takes in a message."""
+        return sum([len(tensor.data) for tensor in self.inputs]) if self.sealed is None else len(self.sealed.box)
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -98,6 +112,8 @@ class Outcome(msgspec.Struct, frozen=True):
     worker: str = ""
     started_at: float = 0.0
     finished_at: float = 0.0
+    sealed: Sealed | None = None
+    """``outputs`` and ``error`` of a sealed tenant's job, which are then empty."""
 
 
 class JobRecord(msgspec.Struct, frozen=True):

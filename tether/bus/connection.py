@@ -184,11 +184,15 @@ class Bus(Link):
         try:
             return self.verifier.open(frame, subject=subject, types=types, once=once, max_age_ms=max_age_ms)
         except EnvelopeError as error:
-            metrics.ENVELOPES_REJECTED.labels(error.code).inc()
-            if self.on_refused is not None:
-                self.on_refused(error.code, subject)
-            log.warning("refused a message: %s", error, extra={"action": "envelope_refused", "code": error.code})
+            self.count_refused(error, subject)
             raise
+
+    def count_refused(self, error: EnvelopeError, subject: str) -> None:
+        """A message is not acted on: it is counted and logged."""
+        metrics.ENVELOPES_REJECTED.labels(error.code).inc()
+        if self.on_refused is not None:
+            self.on_refused(error.code, subject)
+        log.warning("refused a message: %s", error, extra={"action": "envelope_refused", "code": error.code})
 
 
 def _stored(message: Message) -> Stored | None:

@@ -12,9 +12,19 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import msgspec
+
 from tether.bus.connection import Bus, Message, Stored
-from tether.envelope import MessageType
-from tether.errors import BrokerUnavailable, PermissionDenied, TetherError, VersionConflict
+from tether.envelope import Envelope, MessageType
+from tether.errors import (
+    BrokerUnavailable,
+    EnvelopeError,
+    KvBinding,
+    PermissionDenied,
+    SubjectMismatch,
+    TetherError,
+    VersionConflict,
+)
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +33,11 @@ OnChange = Callable[[str, bytes | None], None]
 
 _RESYNC_S = 20.0
 _SETTLE_S = (0.0, 0.01, 0.05, 0.25)
+_TRIES = 16
+
+ORDERED = frozenset({"models", "aliases", "routes", "assign", "apikeys", "tenants", "tenantkeys"})
+"""Buckets whose entries never go back: a reader that has seen an entry refuses one that was issued before it. Jobs,
+their attempts and heartbeats are too many to be remembered, and what they say is checked against the results."""
 
 
 class KvBucket:
@@ -193,15 +208,27 @@ class _Watcher:
                 self._apply(key, await self._bucket.get(key))
 
 
+class Latest(msgspec.Struct, frozen=True):
+    """What a key has just now: its verified body (None: there is none that counts), sequence, and time of issue."""
+
+    body: bytes | None = None
+    sequence: int = 0
+    issued_at: int = 0
+
+
 class SignedBucket:
     """A bucket whose values are signed by whoever may write them: seals on the way in, verifies on the way out.
 
-    An entry whose signature, subject or type is wrong is counted and treated as if it were not there.
+    An entry whose signature, subject or type is wrong is counted and treated as if it were not there, and in
+    :data:`ORDERED` buckets also one that was issued before another that this object has seen at its key. A writer
+    therefore issues an entry after the one that it replaces, whatever its own clock says.
     """
 
     def __init__(self, bus: Bus, name: str, kind: MessageType) -> None:
         self._bus = bus
         self._kind = kind
+        self._ordered = name in ORDERED
+        self._issued: dict[str, int] = {}
         self.raw = KvBucket(bus, name)
 
     async def get(self, key: str) -> bytes | None:
@@ -209,7 +236,50 @@ class SignedBucket:
         return None if frame is None else self._open(key, frame)
 
     async def put(self, key: str, body: bytes, *, ttl_s: int | None = None) -> None:
-        await self.raw.put(key, self._seal(key, body), ttl_s=ttl_s)
+        """Store, whatever was there.
+
+        Raises:
+            VersionConflict: in an ordered bucket, others wrote the key every time.
+            BrokerUnavailable: it may be stored all the same.
+        """
+        if not self._ordered:
+            await self.raw.put(key, self._seal(key, body), ttl_s=ttl_s)
+            return
+        for attempt in range(_TRIES):
+            try:
+                await self.replace(key, body, await self.latest(key), ttl_s=ttl_s)
+                return
+            except VersionConflict:
+                if attempt == _TRIES - 1:
+                    raise
+
+    async def latest(self, key: str) -> Latest:
+        """The entry to hand to :meth:`replace`."""
+        found = await self._bus.direct_get(self.raw.stream, self.raw.subject(key))
+        if found is None:
+            return Latest()
+        frame = _value(found)
+        envelope = None if frame is None else self._envelope(key, frame)
+        if envelope is None:
+            return Latest(None, found.sequence)
+        return Latest(envelope.body, found.sequence, envelope.header.issued_at)
+
+    async def replace(self, key: str, body: bytes, latest: Latest, *, ttl_s: int | None = None) -> None:
+        """Store if the key still has ``latest``.
+
+        Raises:
+            VersionConflict: it has something else by now.
+            BrokerUnavailable: it may be stored all the same.
+        """
+        headers = {"Nats-Expected-Last-Subject-Sequence": str(latest.sequence)}
+        if ttl_s is not None:
+            headers["Nats-TTL"] = str(max(1, ttl_s))
+        after = max(latest.issued_at, self._issued.get(key, 0))
+        issued = max(self._bus.clock.utc_ms(), after + 1)
+        frame = self._bus.signer.seal(self._kind, self.raw.subject(key), body, after=issued - 1)
+        await self._bus.publish_acked(self.raw.subject(key), frame, headers=headers)
+        if self._ordered:
+            self._issued[key] = max(issued, self._issued.get(key, 0))
 
     async def create(self, key: str, body: bytes, *, ttl_s: int | None = None) -> bool:
         return await self.raw.create(key, self._seal(key, body), ttl_s=ttl_s)
@@ -237,11 +307,35 @@ class SignedBucket:
             yield
 
     def _seal(self, key: str, body: bytes) -> bytes:
-        return self._bus.signer.seal(self._kind, self.raw.subject(key), body)
+        return self._bus.signer.seal(self._kind, self.raw.subject(key), body, after=self._issued.get(key, 0))
 
     def _open(self, key: str, frame: bytes) -> bytes | None:
-        envelope = self._bus.open_frame(frame, self.raw.subject(key), self._kind)
+        envelope = self._envelope(key, frame)
         return None if envelope is None else envelope.body
+
+    def _envelope(self, key: str, frame: bytes) -> Envelope | None:
+        """The verified entry of a key; None (logged and counted) when it must not be acted on."""
+        try:
+            try:
+                envelope = self._bus.verifier.open(frame, subject=self.raw.subject(key), types=(self._kind,))
+            except SubjectMismatch as error:
+                raise KvBinding(f"an entry of bucket '{self.raw.name}' was signed for another key") from error
+            self._check_order(key, envelope.header.issued_at)
+        except EnvelopeError as error:
+            self._bus.count_refused(error, self.raw.subject(key))
+            return None
+        return envelope
+
+    def _check_order(self, key: str, issued_at: int) -> None:
+        if not self._ordered:
+            return
+        newest = self._issued.get(key, 0)
+        if issued_at < newest:
+            behind = newest - issued_at
+            raise KvBinding(
+                f"bucket '{self.raw.name}': an entry was replaced {behind} ms after it was issued, and is back"
+            )
+        self._issued[key] = issued_at
 
 
 def _value(item: Stored) -> bytes | None:

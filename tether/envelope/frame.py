@@ -81,9 +81,16 @@ class Envelope(msgspec.Struct, frozen=True):
 
 
 class Signer:
-    """Signs frames for one identity. ``now_ms`` is the UTC clock in milliseconds."""
+    """Signs frames for one identity. ``now_ms`` is the UTC clock in milliseconds; ``nonces`` makes 16 bytes that no
+    other frame has (anything but random ones is for test vectors)."""
 
-    def __init__(self, identity: Identity, now_ms: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        now_ms: Callable[[], int],
+        nonces: Callable[[], bytes] = lambda: os.urandom(16),
+    ) -> None:
+        self._nonces = nonces
         self.name = identity.name
         self.role = identity.role
         self.kid = self._kid = identity.kid
@@ -104,8 +111,11 @@ class Signer:
         expires_at: int = 0,
         content_type: str = "application/msgpack",
         traceparent: str = "",
+        after: int = 0,
     ) -> bytes:
         """Build the signed frame to publish on ``subject``.
+
+        ``after`` is when the value that this one replaces was issued: this one is issued later, whatever the clock says.
 
         Raises:
             BadEncoding: the header would be larger than a receiver accepts (too many jobs in one bundle).
@@ -119,9 +129,9 @@ class Signer:
             jobs,
             attempt,
             tenant,
-            self._now_ms(),
+            max(self._now_ms(), after + 1),
             expires_at,
-            os.urandom(16),
+            self._nonces(),
             content_type,
             len(body),
             hashlib.sha256(body).digest(),
@@ -142,6 +152,7 @@ class Verifier:
     """Opens frames against a keyset. One per process; verify keys are built once."""
 
     def __init__(self, keyset: Keyset, now_ms: Callable[[], int], *, replay_capacity: int = 65536) -> None:
+        self.keyset = keyset
         self._now_ms = now_ms
         self.keyset = keyset
         self._keys = {record.kid: (record, nacl.signing.VerifyKey(record.ed25519)) for record in keyset.identities}

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from tether import codec, metrics
 from tether.bus.connection import Bus, Message
 from tether.bus.queue import BusQueue
+from tether.bus.tenant_keys import Keyring
 from tether.envelope import MessageType
 from tether.errors import (
     BadEncoding,
@@ -57,21 +58,23 @@ class Flight:
 class Waiting:
     """One job somebody waits for."""
 
-    __slots__ = ("flight", "future", "timer")
+    __slots__ = ("flight", "future", "tenant", "timer")
 
-    def __init__(self, future: asyncio.Future[Answer], timer: asyncio.TimerHandle) -> None:
+    def __init__(self, future: asyncio.Future[Answer], timer: asyncio.TimerHandle, tenant: str) -> None:
         self.future = future
         self.timer = timer
+        self.tenant = tenant
         self.flight: Flight | None = None
 
 
 class InferBundler:
     """All lanes of one gateway, and the inbox its answers come to."""
 
-    def __init__(self, bus: Bus, tasks: Tasks, workers: Callable[[Lane], int]) -> None:
+    def __init__(self, bus: Bus, tasks: Tasks, workers: Callable[[Lane], int], keyring: Keyring) -> None:
         self._bus = bus
         self._tasks = tasks
         self._workers = workers
+        self._keyring = keyring
         self._queue = BusQueue(bus)
         self._lanes: dict[Lane, LaneBundler] = {}
         self._waiting: dict[JobId, Waiting] = {}
@@ -94,7 +97,7 @@ class InferBundler:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
         timer = loop.call_later(timeout_s, self._fail, job.id, None)
-        self._waiting[job.id] = Waiting(future, timer)
+        self._waiting[job.id] = Waiting(future, timer, job.tenant)
         bundler = self._lanes.get(lane)
         if bundler is None:
             bundler = self._lanes[lane] = LaneBundler(self, lane)
@@ -189,7 +192,11 @@ class InferBundler:
             metrics.ENVELOPES_REJECTED.labels(error.code).inc()
             return
         for outcome in outcomes:
-            self._settle(outcome)
+            self._settle(outcome if outcome.sealed is None else await self._opened(outcome))
+
+    async def _opened(self, outcome: Outcome) -> Outcome:
+        waiting = self._waiting.get(outcome.job)
+        return outcome if waiting is None else await self._keyring.open_outcome(waiting.tenant, outcome)
 
     def _settle(self, outcome: Outcome) -> None:
         waiting = self._waiting.get(outcome.job)
@@ -242,7 +249,7 @@ class LaneBundler:
 
     def add(self, job: Job) -> None:
         self._pending.append(job)
-        self._bytes += sum(len(tensor.data) for tensor in job.inputs)
+        self._bytes += job.size
         if len(self._pending) >= self._owner.max_jobs or self._bytes >= self._owner.max_bytes // 2:
             self._flush()
         elif self._may_leave():
@@ -291,7 +298,7 @@ class LaneBundler:
         jobs: list[Job] = []
         size = 0
         for job in self._pending[: self._owner.max_jobs]:
-            own = sum(len(tensor.data) for tensor in job.inputs)
+            own = job.size
             if jobs and size + own > self._owner.max_bytes:
                 break
             jobs.append(job)

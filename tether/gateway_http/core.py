@@ -11,6 +11,7 @@ from tether import lifecycle, metrics
 from tether.audit import NOBODY, clean
 from tether.bus.audit import AuditLog, writing
 from tether.bus.connection import Bus
+from tether.bus.tenant_keys import Keyring, TenantSeals
 from tether.errors import JobCancelled, TetherError
 from tether.gateway_http.auth import ApiKeys
 from tether.gateway_http.bundler import InferBundler
@@ -31,7 +32,7 @@ from tether.tensor import Tensor
 class Gateway:
     """What every route works with. Use :func:`running`."""
 
-    def __init__(self, bus: Bus, tasks: Tasks, audit: AuditLog) -> None:
+    def __init__(self, bus: Bus, tasks: Tasks, audit: AuditLog, keyring: Keyring) -> None:
         self.bus = bus
         self.audit = audit
         self.settings = bus.settings
@@ -41,8 +42,9 @@ class Gateway:
         self.keys = ApiKeys(bus, self.tenants)
         self.open_jobs = OpenJobs(bus)
         self.limits = Limits(bus, tasks, self.keys.find, self.tenants.find)
-        self.jobs = JobService(bus, self.catalog, tasks)
-        self._bundler = InferBundler(bus, tasks, self._workers)
+        self.seals = TenantSeals(bus, keyring, self.tenants)
+        self.jobs = JobService(bus, self.catalog, tasks, self.seals)
+        self._bundler = InferBundler(bus, tasks, self._workers, keyring)
         self._seconds = lru_cache(maxsize=4096)(metrics.INFER_SECONDS.labels)
 
     @property
@@ -90,7 +92,7 @@ class Gateway:
         outcome = JobCancelled.code
         answer: tuple[Tensor, ...] = ()
         try:
-            answer = await self._bundler.submit(served.infer_lane, job, timeout_s)
+            answer = await self._bundler.submit(served.infer_lane, self.seals.seal(job), timeout_s)
             outcome = "ok"
         except TetherError as error:
             outcome = error.code
@@ -125,10 +127,12 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Gateway]:
         bus = await stack.enter_async_context(Bus.connect(settings, home, "gateway"))
         tasks = await stack.enter_async_context(lifecycle.tasks())
         audit = await stack.enter_async_context(writing(bus, home, tasks))
-        gateway = Gateway(bus, tasks, audit)
+        gateway = Gateway(bus, tasks, audit, Keyring(bus, home, every=True))
         await stack.enter_async_context(gateway.tenants.watching())
         await stack.enter_async_context(gateway.keys.watching())
         tasks.spawn(gateway.keys.uses.keep(), "key-uses")
+        await stack.enter_async_context(gateway.seals.keyring.watching())
+        tasks.spawn(gateway.seals.keep(), "tenant-keys")
         await stack.enter_async_context(gateway.catalog.watching())
         await stack.enter_async_context(gateway.limits.talking())
         await gateway.start()

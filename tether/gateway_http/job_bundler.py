@@ -32,6 +32,8 @@ class Submission(msgspec.Struct, frozen=True):
     lane: Lane
     job: Job
     record: JobRecord
+    digest: str = ""
+    """Digest of the request as only this process knows it; the record has what may be stored."""
 
 
 class Records:
@@ -97,7 +99,7 @@ class JobBundler:
         limit, size = min(self._bus.settings.max_body_bytes, self._bus.room), 0
         count = 0
         for item, _ in waiting[: self._bus.settings.bundle_max_jobs]:
-            size += sum(len(tensor.data) for tensor in item.job.inputs)
+            size += item.job.size
             if count and size > limit:
                 break
             count += 1

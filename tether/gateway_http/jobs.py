@@ -20,6 +20,7 @@ from tether import codec, metrics
 from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
 from tether.bus.queue import BusResults
+from tether.bus.tenant_keys import TenantSeals
 from tether.envelope import MessageType
 from tether.errors import (
     BadEncoding,
@@ -95,8 +96,9 @@ class NewJob(msgspec.Struct, frozen=True):
 class JobService:
     """Jobs of every tenant, as one gateway sees them."""
 
-    def __init__(self, bus: Bus, catalog: Catalog, tasks: Tasks) -> None:
+    def __init__(self, bus: Bus, catalog: Catalog, tasks: Tasks, seals: TenantSeals) -> None:
         self._bus = bus
+        self._seals = seals
         self._catalog = catalog
         self._results = BusResults(bus)
         self._records = SignedBucket(bus, "jobs", MessageType.RECORD)
@@ -139,6 +141,7 @@ class JobService:
         job_id = idempotent_job_id(tenant, key) if key else new_job_id()
         deadline = now + request.deadline_s
         job = Job(job_id, tenant, request.inputs, deadline, request.outputs, request.request_id, request.traceparent)
+        digest = _digest(request) if key else ""
         lane = request.served.job_lane(request.priority)
         record = JobRecord(
             id=job_id,
@@ -148,11 +151,11 @@ class JobService:
             priority=request.priority,
             submitted_at=now,
             deadline=deadline,
-            digest=_digest(request) if key else "",
+            digest=self._seals.digest(tenant, digest),
             bundle="",
             request_id=request.request_id,
         )
-        return Submission(lane, job, record)
+        return Submission(lane, self._seals.seal(job), record, digest)
 
     async def _known(self, items: Sequence[Submission]) -> dict[JobId, JobRecord]:
         """Jobs that were accepted before under the same idempotency key; the other keys are ours from now on.
@@ -165,7 +168,7 @@ class JobService:
             records = await self._read_records([item.job.id for item in items], accepted=False)
             for item in items:
                 record = records.get(item.job.id)
-                if record is not None and record.digest != item.record.digest:
+                if record is not None and not await self._seals.same_digest(record.tenant, record.digest, item.digest):
                     raise _conflict()
             new = [item.record for item in items if item.job.id not in records]
             if all(await asyncio.gather(*[self._claims.claim(record) for record in new])):
@@ -296,20 +299,25 @@ class JobService:
         """What is known of each job; those whose deadline is over without a result are ended here."""
         if not records:
             return {}
-        outcomes = await self._outcomes([record.id for record in records])
+        outcomes = await self._outcomes(records)
         now = self._bus.clock.utc()
         late = [record for record in records if record.id not in outcomes and record.deadline + GRACE_S < now]
         if late:
             failure = Failure(DeadlineExceeded.code, "the deadline passed before the job ended")
             await asyncio.gather(*[self._end(record, JobState.EXPIRED, failure, 0) for record in late])
-            outcomes.update(await self._outcomes([record.id for record in late]))
+            outcomes.update(await self._outcomes(late))
         notes = await self._notes([record for record in records if record.id not in outcomes])
         return {record.id: State(record, outcomes.get(record.id), notes.get(record.id)) for record in records}
 
-    async def _outcomes(self, ids: Sequence[JobId]) -> dict[JobId, Outcome]:
-        frames = await self._results.find(ids)
-        opened = {job: read_outcome(self._bus, JobId(job), frame) for job, frame in frames.items()}
-        return {JobId(job): outcome for job, outcome in opened.items() if outcome is not None}
+    async def _outcomes(self, records: Sequence[JobRecord]) -> dict[JobId, Outcome]:
+        frames = await self._results.find([record.id for record in records])
+        found: dict[JobId, Outcome] = {}
+        for record in records:
+            frame = frames.get(record.id)
+            outcome = None if frame is None else read_outcome(self._bus, record.id, frame)
+            if outcome is not None:
+                found[record.id] = await self._seals.keyring.open_outcome(record.tenant, outcome)
+        return found
 
     async def _notes(self, records: Sequence[JobRecord]) -> dict[JobId, AttemptNote]:
         """The last attempt of each job: a note of its own counts more than its bundle's."""

@@ -106,11 +106,12 @@ class Registry:
         subject = self._aliases.subject(f"{token(model)}.{name}")
         for _ in range(TRIES):
             stored = await self._bus.direct_get(self._aliases.stream, subject)
-            current = None if stored is None else self._alias(stored)
+            found = None if stored is None else self._alias(stored)
+            current, issued_at = (None, 0) if found is None else found
             if current is not None and (current.version == version or (forward_only and current.version > version)):
                 return current
             moved = self._moved(current, model, name, version)
-            frame = self._bus.signer.seal(MessageType.ALIAS, subject, codec.encode(moved))
+            frame = self._bus.signer.seal(MessageType.ALIAS, subject, codec.encode(moved), after=issued_at)
             expected = {"Nats-Expected-Last-Subject-Sequence": str(0 if stored is None else stored.sequence)}
             try:
                 await self._bus.publish_acked(subject, frame, headers=expected)
@@ -125,20 +126,21 @@ class Registry:
         past = (Move(current.version, self._bus.clock.utc()), *current.previous)[:HISTORY]
         return Alias(model, name, version, past, current.revision + 1)
 
-    def _alias(self, stored: Stored) -> Alias | None:
+    def _alias(self, stored: Stored) -> tuple[Alias, int] | None:
+        """An alias and when it was issued."""
         if stored.headers.get("KV-Operation"):
             return None
         envelope = self._bus.open_frame(stored.data, stored.subject, MessageType.ALIAS)
-        return None if envelope is None else codec.decode(envelope.body, Alias)
+        return None if envelope is None else (codec.decode(envelope.body, Alias), envelope.header.issued_at)
 
     async def aliases(self, model: str) -> dict[str, int]:
         """Every alias of a model and the version it stands for."""
         found: dict[str, int] = {}
         subjects = self._aliases.subject(f"{token(model)}.*")
         async for item in self._bus.direct_scan(self._aliases.stream, subjects):
-            alias = self._alias(item)
-            if alias is not None:
-                found[alias.name] = alias.version
+            stored = self._alias(item)
+            if stored is not None:
+                found[stored[0].name] = stored[0].version
         return found
 
     async def repair(self) -> None:

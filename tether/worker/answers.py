@@ -55,7 +55,7 @@ class Answers:
             f"the outputs take {_size(outcome)} bytes; one answer may have {self._bus.room}: ask for fewer outputs"
         )
         return msgspec.structs.replace(
-            outcome, state=JobState.FAILED, outputs=(), error=Failure(error.code, error.message)
+            outcome, state=JobState.FAILED, outputs=(), error=Failure(error.code, error.message), sealed=None
         )
 
     async def commit(self, model: str, outcomes: Sequence[Outcome], deadlines: Mapping[JobId, float]) -> None:
@@ -76,7 +76,7 @@ class Answers:
                 await asyncio.sleep(_RETRY_S)
                 continue
             except PayloadTooLarge:
-                if not outcome.outputs:
+                if not outcome.outputs and outcome.sealed is None:
                     raise
                 await self._commit_one(model, self._too_large(outcome), deadline)
                 return
@@ -88,4 +88,6 @@ class Answers:
 
 
 def _size(outcome: Outcome) -> int:
+    if outcome.sealed is not None:
+        return 256 + len(outcome.sealed.box)
     return 256 + sum(len(tensor.data) + len(tensor.name) + 64 for tensor in outcome.outputs)

@@ -11,6 +11,7 @@ from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket
 from tether.bus.model_files import fetch_model, open_manifest
+from tether.bus.tenant_keys import Keyring
 from tether.errors import ModelNotFound, TetherError
 from tether.lifecycle import Tasks
 from tether.model import Manifest, ModelRef
@@ -26,8 +27,9 @@ _RETRY_S = (0.5, 1.0, 2.0, 5.0, 15.0)
 class Holder:
     """Brings what is held in line with what is wanted. One change at a time for each version."""
 
-    def __init__(self, bus: Bus, cache: Path, keepalive: KeepAlive) -> None:
+    def __init__(self, bus: Bus, cache: Path, keepalive: KeepAlive, keyring: Keyring) -> None:
         self._bus = bus
+        self._keyring = keyring
         self._cache = cache
         self._keepalive = keepalive
         self._manifests = KvBucket(bus, "models")
@@ -102,7 +104,7 @@ class Holder:
         store = ObjectChunkStore(self._bus, self._bus.names.chunk_bucket(ref.model))
         directory = await fetch_model(self._bus, store, manifest, self._cache)
         runtime = await asyncio.to_thread(runtimes.load, manifest, directory, threads=self._bus.settings.onnx_threads)
-        instance = ModelInstance(self._bus, manifest, runtime, self._keepalive)
+        instance = ModelInstance(self._bus, manifest, runtime, self._keepalive, self._keyring)
         await instance.start()
         return instance
 

@@ -18,6 +18,7 @@ from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
 from tether.bus.pull import BusDelivery, LanePull
 from tether.bus.queue import BusResults
+from tether.bus.tenant_keys import Keyring
 from tether.bus.topology import lanes_of
 from tether.envelope import Header, MessageType
 from tether.errors import (
@@ -34,7 +35,7 @@ from tether.job import AttemptNote, Failure, Job, JobId, JobState, Lane, LaneKin
 from tether.lifecycle import Tasks
 from tether.model import Manifest
 from tether.ports import Runtime
-from tether.worker import batching
+from tether.worker import batching, sealed
 from tether.worker.answers import Answers
 from tether.worker.keepalive import KeepAlive
 from tether.worker.redelivery import Redelivery
@@ -58,8 +59,9 @@ class Bundle:
 class ModelInstance:
     """Serves one loaded version from its lanes until it is stopped."""
 
-    def __init__(self, bus: Bus, manifest: Manifest, runtime: Runtime, keepalive: KeepAlive) -> None:
+    def __init__(self, bus: Bus, manifest: Manifest, runtime: Runtime, keepalive: KeepAlive, keyring: Keyring) -> None:
         self._bus = bus
+        self._keyring = keyring
         self._settings = bus.settings
         self.manifest = manifest
         self._runtime = runtime
@@ -182,11 +184,23 @@ class ModelInstance:
             await delivery.ack()
             return None
         try:
-            return Bundle(delivery, envelope.header, codec.decode_jobs(envelope.body, envelope.header.jobs))
+            bundle = Bundle(delivery, envelope.header, codec.decode_jobs(envelope.body, envelope.header.jobs))
         except BadEncoding as error:
             metrics.ENVELOPES_REJECTED.labels(error.code).inc()
             await self._unreadable(Bundle(delivery, envelope.header, []))
             return None
+        if any(job.sealed is not None for job in bundle.jobs):
+            await self._unseal(bundle)
+        return bundle
+
+    async def _unseal(self, bundle: Bundle) -> None:
+        """Open the jobs of sealed tenants; those that do not open end here and say why."""
+        jobs, refused = await sealed.opened(self._keyring, bundle.jobs)
+        if refused:
+            name, now = self._bus.signer.name, self._bus.clock.utc()
+            ends = sealed.refusals(refused, attempt=bundle.delivery.attempt, worker=name, now=now)
+            await self.deliver([bundle], ends)
+        bundle.jobs = jobs
 
     async def _unreadable(self, bundle: Bundle) -> None:
         """A gateway signed it, so somebody waits for these jobs: they end here, although they cannot be run."""
@@ -253,6 +267,7 @@ class ModelInstance:
 
     async def deliver(self, bundles: Sequence[Bundle], outcomes: Sequence[Outcome]) -> None:
         """Hand outcomes to whoever waits for them: results for jobs lanes, reply bundles for infer lanes."""
+        outcomes = sealed.closed(self._keyring, [job for bundle in bundles for job in bundle.jobs], outcomes)
         if bundles[0].delivery.lane.kind is LaneKind.JOB:
             deadlines = {job.id: job.deadline for bundle in bundles for job in bundle.jobs}
             await self._answers.commit(self.manifest.name, outcomes, deadlines)

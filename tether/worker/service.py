@@ -11,6 +11,7 @@ from tether import codec, daemon, lifecycle, metrics
 from tether.bus import rpc
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket, SignedBucket
+from tether.bus.tenant_keys import Keyring
 from tether.envelope import MessageType
 from tether.errors import TetherError, Unavailable
 from tether.home import Home
@@ -34,7 +35,8 @@ class WorkerService:
         self._bus = bus
         self._settings = bus.settings
         self.name = bus.signer.name
-        self.holder = Holder(bus, home.cache(self.name), keepalive)
+        self.keyring = Keyring(bus, home, every=False)
+        self.holder = Holder(bus, home.cache(self.name), keepalive, self.keyring)
         self._liveness = KvBucket(bus, "liveness")
         self._assign = SignedBucket(bus, "assign", MessageType.ASSIGN)
         self._epoch = 0
@@ -130,6 +132,7 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[WorkerService
         tasks = await stack.enter_async_context(lifecycle.tasks())
         stack.push_async_callback(worker.holder.stop, settings.drain_s)
         stack.push_async_callback(worker.heartbeat, leaving=True)
+        await stack.enter_async_context(worker.keyring.watching())
         await worker.register()
         own = worker._assign.watch(worker.assigned, key=worker.name)  # noqa: SLF001 - same module
         await stack.enter_async_context(own)
