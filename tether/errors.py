@@ -275,7 +275,13 @@ class BadSeal(EnvelopeError):
 
 
 class KeysetError(TetherError):
+    """``reason`` is one word for metrics: unsigned, undecodable, older, conflict or not_in_force."""
+
     code = "keyset_invalid"
+
+    def __init__(self, message: str, *, field: str | None = None, reason: str = "unsigned") -> None:
+        super().__init__(message, field=field)
+        self.reason = reason
 
 
 class ConfigError(TetherError):

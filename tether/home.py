@@ -6,9 +6,12 @@ Key files are created with mode 0600 and refused when others may read them.
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +45,11 @@ class Home:
     @property
     def keyset(self) -> Path:
         return self.keys / "keyset"
+
+    @property
+    def keyset_seen(self) -> Path:
+        """A newer keyset than ``keys`` holds, where ``keys`` cannot be written."""
+        return self.run / "keyset"
 
     def identity(self, name: str) -> Path:
         return self.keys / f"{name}.identity"
@@ -84,9 +92,48 @@ class Home:
         return self.run / "endpoints.json"
 
 
+def private_folder(path: Path) -> None:
+    """Make a folder that only its owner may enter, and what is missing above it; one that exists stays as it is."""
+    if not path.is_dir():
+        private_folder(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
+def check_folder(path: Path) -> None:
+    """Insist that nobody else can put files where keys or models lie. A folder that is not there is nobody's.
+
+    Raises:
+        ConfigError: it belongs to another user, or group or others may write into it.
+    """
+    try:
+        found = path.stat()
+    except OSError:
+        return
+    if found.st_uid not in (os.geteuid(), 0):
+        raise ConfigError(
+            f"folder {path} belongs to another user (uid {found.st_uid}); run: chown {os.geteuid()} {path}"
+        )
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & 0o022 and not mode & stat.S_ISVTX:
+        raise ConfigError(f"others may write into folder {path} (mode {mode:04o}); run: chmod go-w {path}")
+
+
+@contextmanager
+def keys_locked(home: Home) -> Iterator[None]:
+    """Hold a home's keys while reading, changing and writing them; others wait.
+
+    Raises:
+        OSError: the folder of keys cannot be written.
+    """
+    descriptor = os.open(home.keys / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    with os.fdopen(descriptor, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def write_secret(path: Path, content: bytes) -> None:
     """Write a file that only its owner may read, in one step: it is never there half written."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
@@ -100,12 +147,17 @@ def read_secret(path: Path) -> bytes:
     """Read a key file.
 
     Raises:
-        ConfigError: it is missing, or group or others may read it; the message has the command that mends it.
+        ConfigError: it is missing or another user's, group or others may read it, or they may write into its folder;
+            the message has the command that mends it.
     """
     try:
-        mode = stat.S_IMODE(path.stat().st_mode)
+        found = path.stat()
     except OSError as error:
         raise ConfigError(f"key file {path} cannot be read; make it with 'tether init'") from error
+    if found.st_uid != os.geteuid():
+        raise ConfigError(f"key file {path} is another user's (uid {found.st_uid}); run: chown {os.geteuid()} {path}")
+    check_folder(path.parent)
+    mode = stat.S_IMODE(found.st_mode)
     if mode & 0o077:
         raise ConfigError(f"key file {path} is open to others (mode {mode:04o}); run: chmod 600 {path}")
     return path.read_bytes()

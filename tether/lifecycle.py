@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
-from tether.errors import BrokerUnavailable
+from tether.errors import BrokerUnavailable, TetherError
 from tether.home import Home, write_secret
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,18 @@ def stop_on_signals() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, event.set)
     return event
+
+
+class Ended(asyncio.Event):
+    """Set when a service cannot go on. ``reason`` is None when the broker closed the connection."""
+
+    reason: TetherError | None = None
+
+    def end(self, reason: TetherError) -> None:
+        """Set it, unless it is set already."""
+        if not self.is_set():
+            self.reason = reason
+            self.set()
 
 
 class Tasks:
@@ -100,7 +112,7 @@ class Service(Protocol):
     """What :func:`serve` needs of a running service."""
 
     @property
-    def closed(self) -> asyncio.Event: ...
+    def closed(self) -> Ended: ...
 
 
 S = TypeVar("S", bound=Service)
@@ -111,6 +123,7 @@ async def serve(stop: asyncio.Event, service: AbstractAsyncContextManager[S], on
 
     Raises:
         BrokerUnavailable: the connection was closed for good; the supervisor starts the process anew.
+        KeyRevoked, KeyExpired, UnknownKey: nobody believes this identity any more.
     """
     started = asyncio.Event()
 
@@ -121,7 +134,7 @@ async def serve(stop: asyncio.Event, service: AbstractAsyncContextManager[S], on
             spare_the_collector()
             await first_of(stop, running.closed)
             if running.closed.is_set():
-                raise BrokerUnavailable("the broker closed the connection for good")
+                raise running.closed.reason or BrokerUnavailable("the broker closed the connection for good")
 
     task = asyncio.ensure_future(live())
     stopping = asyncio.ensure_future(stop.wait())

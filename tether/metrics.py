@@ -17,6 +17,13 @@ ENVELOPES_REJECTED = Counter(
     "tether_envelopes_rejected_total", "Messages that were not acted on, by the error's code.", ["code"]
 )
 
+KEYSET_VERSION = Gauge("tether_keyset_version", "Version of the keyset that this process goes by.")
+KEYSETS_REFUSED = Counter(
+    "tether_keysets_refused_total",
+    "Keysets that were refused, by why: unsigned, undecodable, older, conflict, not_in_force.",
+    ["reason"],
+)
+
 HTTP_REQUESTS = Counter("tether_http_requests_total", "Answered requests.", ["route", "status"])
 LIMITED = Counter(
     "tether_limited_total",

@@ -237,7 +237,8 @@ def _from_environment(known: Mapping[str, SettingInfo], environ: Mapping[str, st
     return found
 
 
-OTHER_VARIABLES = ("TETHER_API_KEY", "TETHER_URL")
+ROOT_PASSPHRASE = "TETHER_ROOT_PASSPHRASE"  # noqa: S105 - the name, not the passphrase
+OTHER_VARIABLES = ("TETHER_API_KEY", "TETHER_URL", ROOT_PASSPHRASE)
 """Read by the client and the command line, not settings of a service."""
 
 
@@ -256,6 +257,11 @@ def client_environment(environ: Mapping[str, str] | None = None) -> ClientEnviro
     return ClientEnvironment(
         environ.get("TETHER_URL", ""), environ.get("TETHER_API_KEY", ""), environ.get(HOME_VARIABLE, "")
     )
+
+
+def root_passphrase(environ: Mapping[str, str] | None = None) -> str:
+    """TETHER_ROOT_PASSPHRASE, which opens a locked root key; empty when it is not set."""
+    return (os.environ if environ is None else environ).get(ROOT_PASSPHRASE, "")
 
 
 def _unknown(where: str, name: str, known: Mapping[str, Any]) -> ConfigError:

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tether_cli.options import DataDir, Nats, RootKeyPath, root_key
 from tether_cli.output import JsonFlag, print_fields, print_json, print_table, say
 
 if TYPE_CHECKING:
     from tether.home import Home
     from tether.settings import Settings
 
-DataDir = Annotated[str | None, typer.Option("--data-dir", metavar="DIR", help="Data directory; else TETHER_HOME.")]
 Http = Annotated[str | None, typer.Option("--http", metavar="HOST:PORT", help="Where the gateway listens.")]
-Nats = Annotated[str | None, typer.Option("--nats", metavar="URL", help="Use this broker, not an embedded one.")]
 Workers = Annotated[int | None, typer.Option("--workers", metavar="N", help="How many workers.")]
 OpsPort = Annotated[int | None, typer.Option("--ops-port", metavar="PORT", help="Port of /healthz, /readyz, /metrics.")]
 
@@ -54,16 +53,22 @@ def init(
     nats_config: Annotated[
         str | None, typer.Option(metavar="DIR", help="Also write the broker's configuration files to DIR.")
     ] = None,
+    root: RootKeyPath = None,
+    passphrase: Annotated[
+        bool, typer.Option("--passphrase", help="Lock a new root key with a passphrase; else TETHER_ROOT_PASSPHRASE.")
+    ] = False,
 ) -> None:
     """Make the keys of a data directory; what exists is kept."""
     from pathlib import Path
 
     from tether.bus.config import write_ops_files
     from tether.bus.keys import create_home
+    from tether.settings import root_passphrase
 
     settings, home = _load("broker", home=data_dir, workers=workers)
-    create_home(home, workers=settings.workers)
-    say(f"keys are in {home.keys}; keep root.key where only you can read it")
+    key = root_key(home, root, confirm=passphrase and not home.keyset.exists())
+    create_home(home, workers=settings.workers, root=key, lock=passphrase or bool(root_passphrase()))
+    say(f"keys are in {home.keys}; keep {key.path} where only you can read it")
     if nats_config is not None:
         for path in write_ops_files(Path(nats_config), home):
             say(f"wrote {path}")

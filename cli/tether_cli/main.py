@@ -9,7 +9,7 @@ import typer
 
 from tether import __version__
 from tether.errors import TetherError
-from tether_cli import commands_client, commands_platform
+from tether_cli import commands_client, commands_identity, commands_platform
 
 
 def _version(wanted: bool) -> None:
@@ -41,6 +41,7 @@ def application() -> typer.Typer:
     app.callback()(_root)
     commands_platform.register(app)
     commands_client.register(app)
+    commands_identity.register(app)
     return app
 
 

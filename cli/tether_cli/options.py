@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from tether.bus.keys import RootKey
     from tether.client import Client
+    from tether.home import Home
+
+DataDir = Annotated[str | None, typer.Option("--data-dir", metavar="DIR", help="Data directory; else TETHER_HOME.")]
+Nats = Annotated[str | None, typer.Option("--nats", metavar="URL", help="Use this broker, not an embedded one.")]
+RootKeyPath = Annotated[
+    Path | None, typer.Option("--root-key", metavar="FILE", help="Where the root key lies; else keys/root.key.")
+]
 
 Url = Annotated[
     str | None,
@@ -35,6 +44,26 @@ Source = Annotated[
 Version = Annotated[str | None, typer.Option("--version", metavar="VERSION", help="Version or alias; else latest.")]
 Output = Annotated[str | None, typer.Option("--output", metavar="FILE.npz", help="Write the outputs to this file.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.")]
+
+
+def root_key(home: Home, path: Path | None, *, confirm: bool = False) -> RootKey:
+    """The root key of a home; its passphrase is TETHER_ROOT_PASSPHRASE, or what a person types."""
+    import sys
+
+    from tether.bus.keys import RootKey
+    from tether.errors import ConfigError
+    from tether.settings import root_passphrase
+
+    def ask() -> str:
+        if given := root_passphrase():
+            return given
+        if not sys.stdin.isatty():
+            raise ConfigError(
+                "the root key's passphrase cannot be asked for here; set TETHER_ROOT_PASSPHRASE", field="passphrase"
+            )
+        return str(typer.prompt("Passphrase of the root key", hide_input=True, err=True, confirmation_prompt=confirm))
+
+    return RootKey(home.root_key if path is None else path.absolute(), ask)
 
 
 def connect(url: str | None, timeout: float = 30.0) -> Client:

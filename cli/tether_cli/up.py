@@ -25,7 +25,7 @@ from tether.bus.kv import SignedBucket
 from tether.bus.server import EmbeddedServer, check_server
 from tether.envelope import MessageType
 from tether.errors import ConfigError, Conflict, Unavailable
-from tether.home import Home, read_secret, write_secret
+from tether.home import Home, private_folder, read_secret, write_secret
 from tether.lifecycle import stop_on_signals
 from tether.processes import alive, can_listen, send
 from tether.settings import Settings, load
@@ -111,7 +111,7 @@ def locked(home: Home) -> Iterator[None]:
     Raises:
         Conflict: another one holds it.
     """
-    home.run.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(home.run)
     with (home.run / "up.lock").open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -275,7 +275,7 @@ def detach(arguments: list[str], home: Home) -> str:
     """
     with locked(home):
         pass
-    home.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(home.logs)
     path = home.logs / "up.log"
     with path.open("ab") as output:
         before = output.tell()

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 import msgspec
 
 from tether import metrics
 from tether.bus.errors import ApiError, JetStreamError, PubAck, parse_ack, translate
+from tether.bus.keyset import SeenKeyset, following, standing
 from tether.bus.link import Link, Message, Subscription
 from tether.clock import SystemClock
-from tether.envelope import Envelope, MessageType, Signer, Verifier, open_keyset
-from tether.errors import BrokerUnavailable, ConfigError, EnvelopeError
+from tether.envelope import Envelope, MessageType, Signer, Verifier
+from tether.errors import BrokerUnavailable, EnvelopeError, KeyRevoked
 from tether.home import Home, load_identity, read_secret
 from tether.settings import Settings
 from tether.subjects import Names
@@ -39,33 +40,37 @@ class Bus(Link):
 
     @classmethod
     @asynccontextmanager
-    async def connect(cls, settings: Settings, home: Home, identity: str) -> AsyncIterator[Bus]:
+    async def connect(cls, settings: Settings, home: Home, identity: str, *, follow: bool = True) -> AsyncIterator[Bus]:
         """Connect as ``identity``, whose key files are in ``home``; the connection reconnects for ever.
 
+        It goes by the newest keyset there is unless ``follow`` is off, for a connection that verifies nothing.
+
         Raises:
+            KeyRevoked: the key of ``identity`` counts no more.
             ConfigError: key files missing or open to others, or the broker refuses this identity.
             BrokerUnavailable: no broker answers at ``settings.nats_url``.
         """
-        bus = cls.prepare(settings, home, identity)
+        bus, newest = cls.prepare(settings, home, identity)
         await bus.open_connection(_nats_seed(home, identity))
         try:
-            yield bus
+            async with following(bus, home, home.identity(identity), newest) if follow else nullcontext():
+                yield bus
         finally:
             await bus.close()
 
     @classmethod
-    def prepare(cls, settings: Settings, home: Home, identity: str) -> Bus:
+    def prepare(cls, settings: Settings, home: Home, identity: str) -> tuple[Bus, SeenKeyset]:
         """Read keys and keyset; no network."""
         clock = SystemClock()
+        newest = SeenKeyset.load(home)
+        if not home.identity(identity).exists() and (gone := newest.revoked(identity)) is not None:
+            raise gone
         own = load_identity(home.identity(identity))
-        try:
-            keyset = open_keyset(home.keyset.read_bytes(), home.root_public.read_bytes(), now_ms=clock.utc_ms())
-        except OSError as error:
-            raise ConfigError(
-                f"{home.keyset} or {home.root_public} cannot be read; make them with 'tether init'"
-            ) from error
+        problem = standing(newest.keyset, own.kid, own.name, clock.utc_ms())
+        if isinstance(problem, KeyRevoked):
+            raise problem
         names = Names(settings.prefix)
-        return cls(settings, names, Signer(own, clock.utc_ms), Verifier(keyset, clock.utc_ms))
+        return cls(settings, names, Signer(own, clock.utc_ms), Verifier(newest.keyset, clock.utc_ms)), newest
 
     # JetStream
 
@@ -162,7 +167,10 @@ class Bus(Link):
 
     def open(self, message: Message, *types: MessageType, once: bool = False, max_age_ms: int = 0) -> Envelope | None:
         """Verify what arrived on a subscription; None (logged and counted) when it must not be acted on."""
-        return self.open_frame(message.data, message.subject, *types, once=once, max_age_ms=max_age_ms)
+        try:
+            return self.verified(message.data, message.subject, *types, once=once, max_age_ms=max_age_ms, stored=False)
+        except EnvelopeError:
+            return None
 
     def open_frame(
         self, frame: bytes, subject: str, *types: MessageType, once: bool = False, max_age_ms: int = 0
@@ -174,15 +182,24 @@ class Bus(Link):
             return None
 
     def verified(
-        self, frame: bytes, subject: str, *types: MessageType, once: bool = False, max_age_ms: int = 0
+        self,
+        frame: bytes,
+        subject: str,
+        *types: MessageType,
+        once: bool = False,
+        max_age_ms: int = 0,
+        stored: bool = True,
     ) -> Envelope:
-        """:meth:`open_frame` for who acts on the reason.
+        """:meth:`open_frame` for who acts on the reason. What must be young or comes once is not ``stored``.
 
         Raises:
             EnvelopeError: logged and counted.
         """
+        stored = stored and not (once or max_age_ms)
         try:
-            return self.verifier.open(frame, subject=subject, types=types, once=once, max_age_ms=max_age_ms)
+            return self.verifier.open(
+                frame, subject=subject, types=types, once=once, max_age_ms=max_age_ms, stored=stored
+            )
         except EnvelopeError as error:
             self.count_refused(error, subject)
             raise

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import nkeys
 
+from tether.bus.keyset import SeenKeyset
 from tether.clock import SystemClock
 from tether.envelope import (
     ROLE_TYPES,
@@ -14,43 +18,103 @@ from tether.envelope import (
     IdentityRecord,
     Keyset,
     Role,
+    is_locked,
+    lock_root_key,
     new_identity,
-    open_keyset,
     root_public_key,
     sign_keyset,
+    unlock_root_key,
 )
 from tether.errors import ConfigError
-from tether.home import Home, load_identity, read_secret, save_identity, write_secret
+from tether.home import (
+    Home,
+    keys_locked,
+    load_identity,
+    private_folder,
+    read_secret,
+    save_identity,
+    write_secret,
+)
 
 SYSTEM_USER = "system"
 """The NATS user of the system account; no service logs in with it."""
 
-VALIDITY_MS = 10 * 365 * 86_400_000
+DAY_MS = 86_400_000
+VALIDITY_DAYS = 3650
 """How long a new keyset and its identities are valid."""
 
 _SHARED_WORKER_SEED = "worker"
 """Until 0.1 all workers of a home had one login."""
 
 
-def create_home(home: Home, *, workers: int) -> None:
+def _no_passphrase() -> str:
+    raise ConfigError("the root key is locked with a passphrase; set TETHER_ROOT_PASSPHRASE or use 'tether init'")
+
+
+@dataclass(frozen=True)
+class RootKey:
+    """Where the root key lies, and who is asked for its passphrase when it is locked."""
+
+    path: Path
+    passphrase: Callable[[], str] = _no_passphrase
+
+    def open(self, home: Home) -> bytes:
+        """The seed, when it is the one that ``home`` trusts.
+
+        Raises:
+            ConfigError: it is missing, open to others, locked with another passphrase, or not the key of this home.
+        """
+        data = read_secret(self.path)
+        seed = unlock_root_key(data, self.passphrase()) if is_locked(data) else data
+        if len(seed) != 32:
+            raise ConfigError(f"key file {self.path} must hold 32 bytes, not {len(seed)}; restore it from its backup")
+        if home.root_public.exists() and home.root_public.read_bytes() != root_public_key(seed):
+            raise ConfigError(f"{self.path} is not the root key that {home.root_public} belongs to")
+        return seed
+
+    def create(self, home: Home, *, lock: bool) -> bytes:
+        """Make the root key of a new home, locked with the passphrase if ``lock``."""
+        seed = os.urandom(32)
+        write_secret(self.path, lock_root_key(seed, self.passphrase()) if lock else seed)
+        write_secret(home.root_public, root_public_key(seed))
+        return seed
+
+
+def create_home(home: Home, *, workers: int, root: RootKey | None = None, lock: bool = False) -> None:
     """Make every key that is missing and sign the keyset anew when what it says of an identity is no longer so.
 
-    What exists is kept, so a second call changes nothing. ``workers`` is how many worker identities there must be.
+    What exists is kept, so a second call changes nothing, and needs no root key. ``workers`` is how many worker
+    identities there must be; ``root`` is keys/root.key unless it is kept elsewhere.
 
     Raises:
-        ConfigError: a key file is unreadable, open to others or not what it should be, or the root key is needed
-            and not there.
-        KeysetError: the existing keyset is not signed by the root key beside it.
+        ConfigError: a key file is unreadable, open to others or not what it should be; an identity was revoked; or
+            the root key is needed and not there.
+        KeysetError: the existing keyset is not signed by the root key of this home.
     """
-    home.keys.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if home.keyset.exists() and not home.root_key.exists():
-        _require_complete(home, workers)
+    private_folder(home.keys)
+    root = RootKey(home.root_key) if root is None else root
+    needed = _services(workers)
+    if home.keyset.exists() and not (lacking := _lacking(home, needed)):
         return
-    root_seed = _root_key(home)
-    make_nats_seed(home, SYSTEM_USER)
-    identities = [_identity(home, name, role) for name, role in _wanted(home, workers)]
-    _forget_shared_seed(home, identities)
-    _sign(home, root_seed, identities)
+    if not home.keyset.exists():
+        seed = root.open(home) if root.path.exists() else root.create(home, lock=lock)
+    elif root.path.exists():
+        seed = root.open(home)
+    else:
+        raise ConfigError(f"{lacking} and {root.path} is not there to sign it; put the root key back")
+    if not home.root_public.exists():
+        write_secret(home.root_public, root_public_key(seed))
+    with keys_locked(home):
+        make_nats_seed(home, SYSTEM_USER)
+        for name, role in needed:
+            if not home.identity(name).exists():
+                save_identity(home.identity(name), new_identity(name, role))
+        identities = own_identities(home)
+        for identity in identities:
+            make_nats_seed(home, identity.name)
+        if all(identity.name != _SHARED_WORKER_SEED for identity in identities):
+            home.nats_seed(_SHARED_WORKER_SEED).unlink(missing_ok=True)
+        _sign(home, seed, identities)
 
 
 def nats_public_key(home: Home, name: str) -> str:
@@ -81,13 +145,7 @@ def read_keyset(home: Home) -> Keyset:
         ConfigError: there is none, or no root.pub beside it.
         KeysetError: it is not in force.
     """
-    try:
-        data, root_public = home.keyset.read_bytes(), home.root_public.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"{home.keyset} or {home.root_public} cannot be read; make them with 'tether init'"
-        ) from error
-    return open_keyset(data, root_public, now_ms=SystemClock().utc_ms())
+    return SeenKeyset.load(home).keyset
 
 
 def broker_logins(home: Home) -> list[IdentityRecord]:
@@ -105,27 +163,9 @@ def broker_logins(home: Home) -> list[IdentityRecord]:
     return sorted(found.values(), key=lambda record: record.name)
 
 
-def _require_complete(home: Home, workers: int) -> None:
-    """Without the root key a home goes on as it is, if it has what its services need."""
-    known = {record.name for record in read_keyset(home).identities}
-    needed = [name for name, _ in _services(workers)]
-    for name in needed:
-        if name not in known or not home.identity(name).exists() or not home.nats_seed(name).exists():
-            raise ConfigError(
-                f"identity '{name}' has no keys in {home.keys} and {home.root_key} is not there to make them; "
-                "put the root key back"
-            )
-
-
-def _root_key(home: Home) -> bytes:
-    if not home.root_key.exists():
-        write_secret(home.root_key, os.urandom(32))
-    seed = read_secret(home.root_key)
-    if len(seed) != 32:
-        raise ConfigError(f"key file {home.root_key} must hold 32 bytes, not {len(seed)}; restore it from its backup")
-    if not home.root_public.exists():
-        write_secret(home.root_public, root_public_key(seed))
-    return seed
+def own_identities(home: Home) -> list[Identity]:
+    """Every identity whose file is in a home, by name."""
+    return [load_identity(path) for path in sorted(home.keys.glob("*.identity"))]
 
 
 def _services(workers: int) -> list[tuple[str, Role]]:
@@ -133,45 +173,41 @@ def _services(workers: int) -> list[tuple[str, Role]]:
     return [*services, *((f"worker-{number}", Role.WORKER) for number in range(1, workers + 1))]
 
 
-def _wanted(home: Home, workers: int) -> list[tuple[str, Role]]:
-    wanted = _services(workers)
-    known = {name for name, _ in wanted}
-    for path in sorted(home.keys.glob("*.identity")):
-        if path.stem not in known:
-            wanted.append((path.stem, load_identity(path).role))
-    return wanted
+def _lacking(home: Home, needed: list[tuple[str, Role]]) -> str:
+    """What a home with a keyset lacks for its services to start; empty when nothing."""
+    keyset = read_keyset(home)
+    records = {record.kid: record for record in keyset.identities}
+    revoked = {item.kid for item in keyset.revoked}
+    gone = {item.name for item in keyset.revoked} - {record.name for record in keyset.identities}
+    for name, role in needed:
+        if name in gone:
+            raise ConfigError(f"identity '{name}' was revoked; make it anew: tether identity add {name} --role {role}")
+        if not home.identity(name).exists():
+            return f"identity '{name}' has no keys in {home.keys}"
+    for identity in own_identities(home):
+        if identity.kid in revoked:
+            continue
+        record = records.get(identity.kid)
+        if record is None or not home.nats_seed(identity.name).exists() or record != _current(home, record):
+            return f"identity '{identity.name}' is not in the keyset as this version needs it"
+    return "" if home.nats_seed(SYSTEM_USER).exists() else "the broker's system user has no key"
 
 
-def _identity(home: Home, name: str, role: Role) -> Identity:
-    path = home.identity(name)
-    if not path.exists():
-        save_identity(path, new_identity(name, role))
-    make_nats_seed(home, name)
-    return load_identity(path)
+def _current(home: Home, record: IdentityRecord) -> IdentityRecord:
+    """A record with the message types that its role has in this version, and its login."""
+    nats = nats_public_key(home, record.name) if home.nats_seed(record.name).exists() else record.nats
+    return msgspec.structs.replace(record, types=tuple(sorted(ROLE_TYPES[record.role])), nats=nats)
 
 
-def _forget_shared_seed(home: Home, identities: list[Identity]) -> None:
-    if all(identity.name != _SHARED_WORKER_SEED for identity in identities):
-        home.nats_seed(_SHARED_WORKER_SEED).unlink(missing_ok=True)
-
-
-def _sign(home: Home, root_seed: bytes, identities: list[Identity]) -> None:
-    """Sign a newer keyset unless the one there says the same of every identity; what else is in it stays in it."""
+def _sign(home: Home, seed: bytes, identities: list[Identity]) -> None:
+    """Sign a newer keyset with these identities; what else is in it stays in it."""
     now = SystemClock().utc_ms()
-    old = Keyset(0, now, now + VALIDITY_MS, ())
-    if home.keyset.exists():
-        old = open_keyset(home.keyset.read_bytes(), root_public_key(root_seed), now_ms=now)
-    records = {record.kid: _current(record) for record in old.identities}
+    end = now + VALIDITY_DAYS * DAY_MS
+    old = SeenKeyset.load(home).keyset if home.keyset.exists() else Keyset(0, now, end, ())
+    revoked = {item.kid for item in old.revoked}
+    records = {record.kid: record for record in old.identities}
     for identity in identities:
-        nats = nats_public_key(home, identity.name)
-        before = records.get(identity.kid, identity.record(not_before=now, expires_at=now + VALIDITY_MS))
-        records[identity.kid] = msgspec.structs.replace(before, nats=nats)
-    if tuple(records.values()) == old.identities:
-        return
-    made = Keyset(old.version + 1, now, now + VALIDITY_MS, tuple(records.values()), old.revoked)
-    write_secret(home.keyset, sign_keyset(root_seed, made))
-
-
-def _current(record: IdentityRecord) -> IdentityRecord:
-    """A record with the message types that its role has in this version."""
-    return msgspec.structs.replace(record, types=tuple(sorted(ROLE_TYPES[record.role])))
+        if identity.kid not in revoked:
+            records.setdefault(identity.kid, identity.record(not_before=now, expires_at=end))
+    current = tuple(_current(home, record) for record in records.values())
+    write_secret(home.keyset, sign_keyset(seed, Keyset(old.version + 1, now, end, current, old.revoked)))

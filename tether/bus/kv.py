@@ -11,10 +11,10 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from tether.bus.connection import Bus, Message, Stored
 from tether.envelope import Envelope, MessageType
 from tether.errors import (
     BrokerUnavailable,
@@ -25,6 +25,9 @@ from tether.errors import (
     TetherError,
     VersionConflict,
 )
+
+if TYPE_CHECKING:
+    from tether.bus.connection import Bus, Message, Stored
 
 log = logging.getLogger(__name__)
 

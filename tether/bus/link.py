@@ -24,6 +24,7 @@ from tether.bus.errors import denied_subject, permission_denied, translated
 from tether.clock import SystemClock
 from tether.envelope import Signer, Verifier
 from tether.errors import BrokerUnavailable
+from tether.lifecycle import Ended
 from tether.settings import Settings
 from tether.subjects import Names
 
@@ -98,7 +99,7 @@ class Link:
         self.signer = signer
         self.verifier = verifier
         self.clock = SystemClock()
-        self.closed = asyncio.Event()
+        self.closed = Ended()
         self.losses = 0
         """Times the connection was lost: an answer expected from before one will not come."""
         self.on_refused: Callable[[str, str], None] | None = None

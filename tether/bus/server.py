@@ -21,7 +21,7 @@ import httpx
 
 from tether.bus.config import Ports, Version, write_accounts, write_config
 from tether.errors import BrokerUnavailable, ConfigError
-from tether.home import Home
+from tether.home import Home, private_folder
 from tether.processes import alive, die_with_parent
 from tether.settings import Settings
 
@@ -138,7 +138,7 @@ class EmbeddedServer:
             BrokerUnavailable: JetStream did not answer in ``timeout_s`` seconds.
         """
         for folder in (self.home.run, self.home.logs, self.home.nats_store):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            private_folder(folder)
         for stale in self.home.run.glob("nats-server_*.ports"):
             stale.unlink(missing_ok=True)
         config = write_config(self.home, self.settings, version=self.binary.version, ports=self._ports)

@@ -52,7 +52,7 @@ class Dispatcher:
         bus.on_reconnect(self._begin_anew)
 
     @property
-    def closed(self) -> asyncio.Event:
+    def closed(self) -> lifecycle.Ended:
         return self._bus.closed
 
     def _begin_anew(self) -> None:

@@ -26,6 +26,7 @@ from tether.envelope.keyset import (
     sign_keyset,
 )
 from tether.envelope.roles import ROLE_TYPES, MessageType, Role
+from tether.envelope.rootkey import is_locked, lock_root_key, unlock_root_key
 from tether.envelope.session import SESSION_DOMAIN, SESSION_PREFIX, Session, issue_session, open_session
 
 __all__ = [
@@ -52,13 +53,16 @@ __all__ = [
     "Signer",
     "Verifier",
     "body_of",
+    "is_locked",
     "issue_session",
     "key_id",
     "kid_of",
+    "lock_root_key",
     "new_identity",
     "open_keyset",
     "open_old_keyset",
     "open_session",
     "root_public_key",
     "sign_keyset",
+    "unlock_root_key",
 ]

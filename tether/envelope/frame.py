@@ -16,7 +16,7 @@ import hashlib
 import os
 import struct
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 import nacl.exceptions
@@ -31,6 +31,7 @@ from tether.errors import (
     ClockSkew,
     EnvelopeExpired,
     KeyExpired,
+    KeyRevoked,
     Replayed,
     RoleNotAllowed,
     SubjectMismatch,
@@ -93,9 +94,29 @@ class Signer:
         self._nonces = nonces
         self.name = identity.name
         self.role = identity.role
-        self.kid = self._kid = identity.kid
-        self._key = nacl.signing.SigningKey(identity.seed)
         self._now_ms = now_ms
+        self._key: nacl.signing.SigningKey | None
+        self.replace(identity)
+
+    @property
+    def kid(self) -> bytes:
+        """The key that signs now."""
+        return self._kid
+
+    def replace(self, identity: Identity) -> None:
+        """Sign with another key of the same identity from now on."""
+        if (identity.name, identity.role) != (self.name, self.role):
+            raise ValueError(f"'{identity.name}' ({identity.role}) is not '{self.name}' ({self.role})")
+        self._kid, self._key = identity.kid, nacl.signing.SigningKey(identity.seed)
+
+    def retire(self) -> None:
+        """Sign nothing any more: the key was revoked."""
+        self._key = None
+
+    def _signing(self) -> nacl.signing.SigningKey:
+        if self._key is None:
+            raise KeyRevoked(f"the key of '{self.name}' was revoked; it signs nothing")
+        return self._key
 
     def seal(
         self,
@@ -119,7 +140,9 @@ class Signer:
 
         Raises:
             BadEncoding: the header would be larger than a receiver accepts (too many jobs in one bundle).
+            KeyRevoked: this identity's key was revoked.
         """
+        key = self._signing()
         fields = (
             self.role.value,
             kind.value,
@@ -140,39 +163,91 @@ class Signer:
         header = self._kid + codec.pack(fields)
         if len(header) > MAX_HEADER:
             raise BadEncoding(f"envelope header of {len(header)} bytes is over the limit of {MAX_HEADER}")
-        signature = self._key.sign(DOMAIN + header).signature
+        signature = key.sign(DOMAIN + header).signature
         return b"".join((_PREFIX.pack(MAGIC, VERSION, len(header), signature), header, body))
 
     def sign(self, domain: bytes, statement: bytes) -> bytes:
         """The signature (64 bytes) of a statement that travels by itself: key id, ``domain`` and ``statement``."""
-        return self._key.sign(domain + self._kid + statement).signature
+        return self._signing().sign(domain + self._kid + statement).signature
+
+
+class _Trusted:
+    """A keyset by key id, with the verify keys that were made before where they are the same."""
+
+    __slots__ = ("keys", "keyset", "revoked")
+
+    def __init__(self, keyset: Keyset, known: Mapping[bytes, tuple[IdentityRecord, nacl.signing.VerifyKey]]) -> None:
+        self.keyset = keyset
+        self.revoked = {item.kid: item.name for item in keyset.revoked}
+        self.keys = {
+            record.kid: (record, _verify_key(record, known))
+            for record in keyset.identities
+            if record.kid not in self.revoked
+        }
+
+    def lookup(self, kid: bytes, now: int, *, stored: bool) -> tuple[IdentityRecord, nacl.signing.VerifyKey]:
+        found = self.keys.get(kid)
+        if found is None:
+            if (name := self.revoked.get(kid)) is not None:
+                raise KeyRevoked(f"the key of '{name}' was revoked")
+            raise UnknownKey(f"no identity in the keyset has the key {kid.hex()}")
+        record = found[0]
+        if now >= self.keyset.expires_at:
+            raise KeyExpired("the keyset is expired; renew it with 'tether identity renew'")
+        if record.not_before - MAX_SKEW_MS > now or (now >= record.expires_at and not stored):
+            raise KeyExpired(f"the key of '{record.name}' is expired or not yet valid")
+        return found
+
+
+def _verify_key(
+    record: IdentityRecord, known: Mapping[bytes, tuple[IdentityRecord, nacl.signing.VerifyKey]]
+) -> nacl.signing.VerifyKey:
+    before = known.get(record.kid)
+    if before is not None and before[0].ed25519 == record.ed25519:
+        return before[1]
+    return nacl.signing.VerifyKey(record.ed25519)
 
 
 class Verifier:
-    """Opens frames against a keyset. One per process; verify keys are built once."""
+    """Opens frames against a keyset, which may change. One per connection; a verify key is built once."""
 
     def __init__(self, keyset: Keyset, now_ms: Callable[[], int], *, replay_capacity: int = 65536) -> None:
-        self.keyset = keyset
         self._now_ms = now_ms
-        self.keyset = keyset
-        self._keys = {record.kid: (record, nacl.signing.VerifyKey(record.ed25519)) for record in keyset.identities}
         self._seen: OrderedDict[bytes, int] = OrderedDict()
         self._replay_capacity = replay_capacity
+        self._trusted = _Trusted(keyset, {})
+
+    @property
+    def keyset(self) -> Keyset:
+        """Whose messages count at the moment."""
+        return self._trusted.keyset
+
+    def replace(self, keyset: Keyset) -> None:
+        """Go by another keyset from the next frame on; what was seen stays remembered."""
+        self._trusted = _Trusted(keyset, self._trusted.keys)
 
     def open(
-        self, frame: bytes, *, subject: str, types: tuple[MessageType, ...], once: bool = False, max_age_ms: int = 0
+        self,
+        frame: bytes,
+        *,
+        subject: str,
+        types: tuple[MessageType, ...],
+        once: bool = False,
+        max_age_ms: int = 0,
+        stored: bool = False,
     ) -> Envelope:
         """Verify ``frame``, which arrived on ``subject``, and hand out header and body.
 
         ``types`` are the message types this receiver acts on there. ``once`` refuses a nonce seen within
         ``REPLAY_WINDOW_MS``, for requests that act on arrival; ``max_age_ms`` refuses older messages (0: any age,
-        or a minute with ``once``, so that no nonce is forgotten before its message is too old).
+        or a minute with ``once``, so that no nonce is forgotten before its message is too old). What was ``stored``
+        counts for as long as it is kept if its key was in force when it was signed; a revoked key never counts.
 
         Raises:
-            Unsigned, BadEncoding, UnknownKey, BadSignature, KeyExpired, RoleNotAllowed, SubjectMismatch,
-            EnvelopeExpired, ClockSkew, Replayed: before anything of the body was looked at, in this order.
+            Unsigned, BadEncoding, UnknownKey, KeyRevoked, KeyExpired, BadSignature, RoleNotAllowed, SubjectMismatch,
+            EnvelopeExpired, ClockSkew, Replayed: before anything of the body was looked at.
         """
-        record, header, body = self._authenticate(frame)
+        record, header, body = self._authenticate(frame, stored=stored)
         if header.role != record.role or header.type not in record.types:
             raise RoleNotAllowed(f"'{record.name}' ({record.role}) may not send '{header.type}'")
         if header.subject != subject:
@@ -192,14 +267,14 @@ class Verifier:
         Raises:
             UnknownKey, KeyRevoked, KeyExpired, BadSignature: nobody whose word counts.
         """
-        record, key = self._lookup(kid)
+        record, key = self._trusted.lookup(kid, self._now_ms(), stored=False)
         try:
             key.verify(domain + kid + statement, signature)
         except (nacl.exceptions.BadSignatureError, ValueError) as error:
             raise BadSignature("the statement's signature does not match") from error
         return record
 
-    def _authenticate(self, frame: bytes) -> tuple[IdentityRecord, Header, bytes]:
+    def _authenticate(self, frame: bytes, *, stored: bool) -> tuple[IdentityRecord, Header, bytes]:
         if len(frame) < _PREFIX.size or frame[:4] != MAGIC:
             raise Unsigned("the message is not a signed envelope")
         _, version, length, signature = _PREFIX.unpack_from(frame)
@@ -207,21 +282,15 @@ class Verifier:
         if version != VERSION or not KID_BYTES < length <= MAX_HEADER or end > len(frame):
             raise BadEncoding("the envelope's version or length is not one this receiver knows")
         header = frame[_PREFIX.size : end]
-        record, key = self._lookup(header[:KID_BYTES])
+        record, key = self._trusted.lookup(header[:KID_BYTES], self._now_ms(), stored=stored)
         try:
             key.verify(DOMAIN + header, signature)
         except nacl.exceptions.BadSignatureError as error:
             raise BadSignature("the envelope's signature does not match") from error
-        return record, _decode_header(header[KID_BYTES:]), frame[end:]
-
-    def _lookup(self, kid: bytes) -> tuple[IdentityRecord, nacl.signing.VerifyKey]:
-        found = self._keys.get(kid)
-        if found is None:
-            raise UnknownKey(f"no identity in the keyset has the key {kid.hex()}")
-        record, key = found
-        if not record.not_before - MAX_SKEW_MS <= self._now_ms() < record.expires_at:
-            raise KeyExpired(f"the key of '{record.name}' is expired or not yet valid")
-        return record, key
+        fields = _decode_header(header[KID_BYTES:])
+        if stored and fields.issued_at >= record.expires_at:
+            raise KeyExpired(f"the key of '{record.name}' was expired when it signed this")
+        return record, fields, frame[end:]
 
     def _check_time(self, header: Header, max_age_ms: int) -> None:
         now = self._now_ms()

@@ -109,8 +109,10 @@ def sign_keyset(root_seed: bytes, keyset: Keyset) -> bytes:
     return nacl.signing.SigningKey(root_seed).sign(KEYSET_DOMAIN + body).signature + body
 
 
-def open_keyset(data: bytes, root_public: bytes, *, now_ms: int, newer_than: int = 0) -> Keyset:
-    """Decode a keyset after checking that the pinned root key signed it and that it is in force.
+def open_keyset(data: bytes, root_public: bytes, *, now_ms: int | None, newer_than: int = 0) -> Keyset:
+    """Decode a keyset after checking that the pinned root key signed it and that it is in force at ``now_ms``.
+
+    Without a time it may be expired, for who renews it.
 
     Raises:
         KeysetError: unsigned, signed by another root, older than ``newer_than``, not yet valid or expired.
@@ -122,11 +124,14 @@ def open_keyset(data: bytes, root_public: bytes, *, now_ms: int, newer_than: int
     try:
         keyset = codec.decode(data[64:], Keyset)
     except BadEncoding as error:
-        raise KeysetError("the keyset cannot be decoded") from error
+        raise KeysetError("the keyset cannot be decoded", reason="undecodable") from error
     if keyset.version < newer_than:
-        raise KeysetError(f"keyset version {keyset.version} is older than version {newer_than}, which was seen before")
-    if not keyset.not_before - MAX_SKEW_MS <= now_ms < keyset.expires_at:
         raise KeysetError(
-            "the keyset is expired or not yet valid; renew it with 'tether init --renew' or set the clock"
+            f"keyset version {keyset.version} is older than version {newer_than}, which was seen before", reason="older"
+        )
+    if now_ms is not None and not keyset.not_before - MAX_SKEW_MS <= now_ms < keyset.expires_at:
+        raise KeysetError(
+            "the keyset is expired or not yet valid; renew it with 'tether identity renew' or set the clock",
+            reason="not_in_force",
         )
     return keyset

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import lru_cache
@@ -48,7 +47,7 @@ class Gateway:
         self._seconds = lru_cache(maxsize=4096)(metrics.INFER_SECONDS.labels)
 
     @property
-    def closed(self) -> asyncio.Event:
+    def closed(self) -> lifecycle.Ended:
         return self.bus.closed
 
     @property

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from tether import codec, daemon, metrics
+from tether import codec, daemon, lifecycle, metrics
 from tether.bus import rpc
 from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
@@ -43,7 +43,7 @@ class ModelStoreService:
         self._registry = Registry(bus)
 
     @property
-    def closed(self) -> asyncio.Event:
+    def closed(self) -> lifecycle.Ended:
         """Set when the connection is gone for good."""
         return self._bus.closed
 

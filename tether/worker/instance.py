@@ -30,6 +30,7 @@ from tether.errors import (
     KeyExpired,
     SubjectMismatch,
     TetherError,
+    UnknownKey,
 )
 from tether.job import AttemptNote, Failure, Job, JobId, JobState, Lane, LaneKind, Outcome, Priority
 from tether.lifecycle import Tasks
@@ -180,6 +181,10 @@ class ModelInstance:
         except (ClockSkew, KeyExpired):
             delivery.abandon()
             return None
+        except UnknownKey:
+            # the key may be so new that this worker has not heard of it
+            await self._later(delivery)
+            return None
         except EnvelopeError:
             await delivery.ack()
             return None
@@ -201,6 +206,12 @@ class ModelInstance:
             ends = sealed.refusals(refused, attempt=bundle.delivery.attempt, worker=name, now=now)
             await self.deliver([bundle], ends)
         bundle.jobs = jobs
+
+    async def _later(self, delivery: BusDelivery) -> None:
+        if delivery.attempt <= self._settings.max_attempts:
+            delivery.abandon()
+        else:
+            await delivery.ack()
 
     async def _unreadable(self, bundle: Bundle) -> None:
         """A gateway signed it, so somebody waits for these jobs: they end here, although they cannot be run."""

@@ -65,7 +65,7 @@ class KeepAlive:
             self._stop.wait(1)
 
     async def _serve(self) -> None:
-        async with Bus.connect(self._settings, self._home, self._identity) as bus:
+        async with Bus.connect(self._settings, self._home, self._identity, follow=False) as bus:
             while not (self._stop.is_set() or bus.closed.is_set()):
                 await self._send_due(bus)
                 await asyncio.sleep(_TICK_S)

@@ -14,7 +14,7 @@ from tether.bus.kv import KvBucket, SignedBucket
 from tether.bus.tenant_keys import Keyring
 from tether.envelope import MessageType
 from tether.errors import TetherError, Unavailable
-from tether.home import Home
+from tether.home import Home, check_folder, private_folder
 from tether.model import Assignment, Epoch, Heartbeat, Registration
 from tether.settings import Settings
 from tether.worker.holder import Holder
@@ -102,8 +102,8 @@ class WorkerService:
                 sent_at=self._bus.clock.utc(),
             )
         )
-        frame = self._bus.signer.seal(MessageType.HEARTBEAT, subject, body)
         try:
+            frame = self._bus.signer.seal(MessageType.HEARTBEAT, subject, body)
             await self._bus.publish(subject, frame)
         except TetherError as error:
             log.debug("no heartbeat: %s", error, extra={"action": "heartbeat_lost"})
@@ -116,7 +116,7 @@ class WorkerService:
         }
 
     @property
-    def closed(self) -> asyncio.Event:
+    def closed(self) -> lifecycle.Ended:
         return self._bus.closed
 
 
@@ -125,6 +125,8 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[WorkerService
     """A worker that serves until the block ends, and then finishes what it holds."""
     async with AsyncExitStack() as stack:
         bus = await stack.enter_async_context(Bus.connect(settings, home, settings.worker_name))
+        private_folder(home.cache(settings.worker_name))
+        check_folder(home.cache(settings.worker_name))
         keepalive = KeepAlive(settings, home, settings.worker_name)
         keepalive.start()
         stack.callback(keepalive.stop)

@@ -1,0 +1,222 @@
+"""Identities of services: add, list, rotate, revoke, renew. Each change signs a newer keyset and tells the services."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tether_cli.options import DataDir, Nats, RootKeyPath, root_key
+from tether_cli.output import JsonFlag, print_fields, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from tether.envelope import IdentityRecord
+    from tether.home import Home
+    from tether.settings import Settings
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The identity's name.")]
+Who = Annotated[str, typer.Argument(metavar="NAME|KEY", help="An identity, or the start of one key's id.")]
+RoleName = Annotated[
+    str, typer.Option("--role", metavar="ROLE", help="gateway, dispatcher, worker, modelstore or admin.")
+]
+TenantName = Annotated[
+    str, typer.Option("--tenant", metavar="TENANT", help="The isolated tenant that a worker serves, and nobody else.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Also write a data directory for the machine that it runs on to DIR."),
+]
+ValidDays = Annotated[int, typer.Option("--valid-days", metavar="N", min=1, max=36500, help="How long the key counts.")]
+Grace = Annotated[
+    int, typer.Option("--grace", metavar="SECONDS", min=0, max=31_536_000, help="How long the old key still counts.")
+]
+
+
+def add(
+    name: Name,
+    *,
+    role: RoleName,
+    tenant: TenantName = "",
+    out: Out = None,
+    valid_days: ValidDays = 3650,
+    data_dir: DataDir = None,
+    nats: Nats = None,
+    root: RootKeyPath = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Make an identity with keys of its own."""
+    from tether.bus import identities
+
+    settings, home = _open(data_dir, nats)
+    made = identities.add(home, root_key(home, root), name, _role(role), tenant=tenant, valid_days=valid_days)
+    _done(settings, home, made, out, json_output)
+
+
+def listing(data_dir: DataDir = None, json_output: JsonFlag = False) -> None:
+    """List every key in the keyset; a key's state is current, outgoing, expired or revoked."""
+    import dataclasses
+
+    from tether.bus import identities
+
+    _, home = _open(data_dir, None)
+    rows = [dataclasses.asdict(row) for row in identities.listing(home)]
+    for row in rows:
+        for time in ("not_before", "expires_at"):
+            row[time] = _date(row[time])
+    if json_output:
+        print_json(rows)
+        return
+    columns = ("name", "role", "tenant", "kid", "state", "expires_at")
+    print_table(columns, [[row[column] for column in columns] for row in rows])
+
+
+def rotate(
+    name: Name,
+    *,
+    grace: Grace = 3600,
+    out: Out = None,
+    valid_days: ValidDays = 3650,
+    data_dir: DataDir = None,
+    nats: Nats = None,
+    root: RootKeyPath = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Give an identity a new signing key; a service on this data directory takes it up while it runs."""
+    from tether.bus import identities
+
+    settings, home = _open(data_dir, nats)
+    made = identities.rotate(home, root_key(home, root), name, grace_s=grace, valid_days=valid_days)
+    _done(settings, home, made, out, json_output)
+
+
+def revoke(
+    who: Who,
+    *,
+    data_dir: DataDir = None,
+    nats: Nats = None,
+    root: RootKeyPath = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Let an identity, or one of its keys, count no more; its service stops."""
+    from tether.bus import identities
+
+    settings, home = _open(data_dir, nats)
+    gone = identities.revoke(home, root_key(home, root), who)
+    told = _tell(settings, home)
+    rows = [{"name": item.name, "kid": item.kid.hex()} for item in gone]
+    if json_output:
+        print_json({"revoked": rows, "published": told})
+    else:
+        for row in rows:
+            print_fields(row)
+
+
+def renew(
+    *,
+    valid_days: ValidDays = 3650,
+    data_dir: DataDir = None,
+    nats: Nats = None,
+    root: RootKeyPath = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Sign the keyset anew, so that it and every current key count for longer."""
+    from tether.bus import identities
+
+    settings, home = _open(data_dir, nats)
+    made = identities.renew(home, root_key(home, root), valid_days=valid_days)
+    fields = {"version": made.version, "expires_at": _date(made.expires_at)}
+    told = _tell(settings, home)
+    if json_output:
+        print_json({**fields, "published": told})
+    else:
+        print_fields(fields)
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``tether identity`` to the application."""
+    group = typer.Typer(help="Who the services are: their keys, and whose count.", no_args_is_help=True)
+    group.command("add")(add)
+    group.command("list")(listing)
+    group.command("rotate")(rotate)
+    group.command("revoke")(revoke)
+    group.command("renew")(renew)
+    app.add_typer(group, name="identity")
+
+
+def _open(data_dir: str | None, nats: str | None) -> tuple[Settings, Home]:
+    import dataclasses
+
+    from tether.home import Home
+    from tether.settings import load
+    from tether_cli.up import read_endpoints
+
+    settings = load("broker", overrides={"home": data_dir, "nats_url": nats})
+    home = Home.at(settings.home)
+    running = None if settings.nats_url else read_endpoints(home)
+    return (settings if running is None else dataclasses.replace(settings, nats_url=running["nats"])), home
+
+
+def _role(text: str) -> Any:
+    from tether.envelope import Role
+    from tether.errors import InvalidRequest
+
+    if text not in set(Role):
+        raise InvalidRequest(f"'{text[:64]}' is not a role; take one of {', '.join(Role)}", field="role")
+    return Role(text)
+
+
+def _date(milliseconds: int) -> str:
+    """RFC 3339 UTC; empty for 0."""
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(milliseconds // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if milliseconds else ""
+
+
+def _done(settings: Settings, home: Home, made: IdentityRecord, out: Path | None, json_output: bool) -> None:
+    from tether.bus import identities
+
+    fields = {
+        "name": made.name,
+        "role": str(made.role),
+        "tenant": made.tenant,
+        "kid": made.kid.hex(),
+        "expires_at": _date(made.expires_at),
+    }
+    if out is not None:
+        fields["out"] = str(identities.export(home, made.name, out))
+    told = _tell(settings, home)
+    if json_output:
+        print_json({**fields, "published": told})
+    else:
+        print_fields(fields)
+
+
+def _tell(settings: Settings, home: Home) -> bool:
+    """Put the keyset where running services see it; whether a broker took it."""
+    import logging
+
+    from tether.errors import TetherError
+
+    logging.getLogger("tether").setLevel(logging.CRITICAL)
+    if not settings.nats_url:
+        say("no platform runs on this data directory; services learn of it when they start")
+        return False
+    try:
+        asyncio.run(_publish(settings, home))
+    except TetherError as error:
+        say(
+            f"the services were not told ({error.code}: {error.message}); the dispatcher tells them when it has this keyset"
+        )
+        return False
+    say("the running services were told")
+    return True
+
+
+async def _publish(settings: Settings, home: Home) -> None:
+    from tether.bus.connection import Bus
+    from tether.bus.keyset import SeenKeyset, offer
+
+    async with Bus.connect(settings, home, "admin", follow=False) as bus:
+        await offer(bus, SeenKeyset.load(home))
