@@ -33,8 +33,7 @@ async def writer(broker: Broker, name: str = "gateway", **changes: object) -> As
 
 
 async def reader(bus: Bus, home: Home) -> AuditReader:
-    keysets = await audit_read.keysets(bus, home)
-    return AuditReader(bus, audit_read.historical(keysets, home.root_public.read_bytes()))
+    return await audit_read.reader(bus, home)
 
 
 async def entries(bus: Bus, home: Home, **wanted: object) -> list[Found]:

@@ -6,7 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from tether_cli import commands_config, commands_jobs, commands_keys, commands_sessions, commands_tenants
+from tether_cli import (
+    commands_audit,
+    commands_config,
+    commands_jobs,
+    commands_keys,
+    commands_sessions,
+    commands_tenants,
+)
 from tether_cli.options import ModelName, Timeout, Url, connect
 from tether_cli.output import JsonFlag, print_json, print_table, progress, say
 
@@ -47,6 +54,16 @@ def register(app: typer.Typer) -> None:
                 "show": commands_tenants.show,
                 "set": commands_tenants.change,
                 "delete": commands_tenants.delete,
+            },
+        ),
+        (
+            "audit",
+            "The audit log: tail, search, verify, export.",
+            {
+                "tail": commands_audit.tail,
+                "search": commands_audit.search,
+                "verify": commands_audit.verify,
+                "export": commands_audit.export,
             },
         ),
         (

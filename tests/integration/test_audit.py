@@ -83,8 +83,8 @@ async def test_a_process_that_died_leaves_its_blocks_to_the_next(broker: Broker,
     """Its first blocks are in the stream and not known to be; the next process neither loses nor repeats one."""
     async with AsyncExitStack() as dying:
         bus = await dying.enter_async_context(Bus.connect(broker.settings, broker.home, "gateway"))
-        log = AuditLog(bus)
-        sender = await log.begin(broker.home.audit / "gateway")
+        log = AuditLog(bus, broker.home)
+        sender = await log.begin()
         for number in range(300):
             act(log, number)
         await log.settled()

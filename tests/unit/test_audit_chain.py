@@ -339,6 +339,8 @@ def test_entries_keep_their_fields_and_cost_nothing_for_what_is_not_said() -> No
 def test_a_text_of_a_client_is_kept_short_printable_and_without_secrets() -> None:
     text = "tk_abcdefgh_" + "S" * 43
     assert audit.clean(f"/v1/keys/{text}") == "/v1/keys/tk_abcdefgh_..."
+    assert audit.clean("Bearer ts_" + "aB3-" * 30 + "." + "x" * 86) == "Bearer ts_..."
+    assert audit.clean("outputs_of_tests") == "outputs_of_tests"
     assert audit.clean("a\nb\x00ü") == r"a\nb\x00\xfc"
     assert len(audit.clean("x" * 5000)) == 200
     assert len(audit.clean("\n" * 5000)) == 200

@@ -14,7 +14,7 @@ from tether import codec
 NOBODY = "-"
 """Stands for an actor that is not known, and on subjects for no tenant."""
 
-_KEY_TEXT = re.compile(r"(tk_[A-Za-z0-9]{1,16})_[A-Za-z0-9_-]+")
+_SECRETS = re.compile(r"(tk_[A-Za-z0-9]{1,16})_[A-Za-z0-9_-]+|\b(ts)_[A-Za-z0-9_-]{20,}[A-Za-z0-9_.-]*")
 _LONGEST = 200
 
 
@@ -93,8 +93,8 @@ def encode(row: Sequence[Any]) -> bytes:
 
 
 def clean(text: str) -> str:
-    """A text that a client chose, fit to be kept: short, printable, and without the secret of an API key."""
+    """A text that a client chose, fit to be kept: short, printable, and without the secret of a key or session."""
     shown = text[:_LONGEST]
     if not (shown.isascii() and shown.isprintable()):
         shown = shown.encode("unicode_escape").decode()[:_LONGEST]
-    return _KEY_TEXT.sub(r"\1_...", shown) if "tk_" in shown else shown
+    return _SECRETS.sub(r"\1\2_...", shown) if "tk_" in shown or "ts_" in shown else shown

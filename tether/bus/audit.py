@@ -21,6 +21,8 @@ import msgspec
 
 from tether import audit, codec, metrics
 from tether.audit import NOBODY, Chain, Kind, Mark, Record, What, clean, encode
+from tether.bus import audit_read
+from tether.bus.audit_read import AuditReader
 from tether.bus.audit_send import Sender
 from tether.bus.audit_spool import Leftover, Spool, State, forget, leftovers
 from tether.bus.connection import Bus
@@ -52,8 +54,9 @@ Pending = tuple[Kind, str, tuple[Any, ...]]
 class AuditLog:
     """One writer; use :func:`writing`. Not thread-safe: it belongs to the event loop of its service."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, home: Home) -> None:
         self._bus = bus
+        self._home = home
         mode = bus.settings.audit
         self._kinds = {"off": frozenset[Kind](), "security": _SECURITY, "full": frozenset(Kind)}[mode]
         self._all = mode == "full"
@@ -140,6 +143,14 @@ class AuditLog:
     async def settled(self) -> None:
         """Return when everything recorded so far is in the spool, or cannot be put there."""
         await self._flush(everything=True)
+
+    async def reader(self) -> AuditReader:
+        """What reads the whole log back.
+
+        Raises:
+            BrokerUnavailable
+        """
+        return await audit_read.reader(self._bus, self._home)
 
     def _lose(self, count: int) -> None:
         if not self._lost:
@@ -271,8 +282,9 @@ class AuditLog:
 
     # from one run to the next
 
-    async def begin(self, folder: Path) -> Sender:
+    async def begin(self) -> Sender:
         """Take over what earlier runs left and say so; from now on there is a spool."""
+        folder = self._home.audit / self._bus.signer.name
         sync = self._bus.settings.durability == "durable"
         with _usable(folder), leftovers(folder) as found:
             self._spool = await asyncio.to_thread(Spool, folder, self.run, sync=sync)
@@ -324,11 +336,11 @@ def _usable(folder: Path) -> Iterator[None]:
 async def writing(bus: Bus, home: Home, tasks: Tasks) -> AsyncIterator[AuditLog]:
     """The audit log of this process until the block ends; with the setting ``audit`` off it takes everything and
     keeps nothing."""
-    written = AuditLog(bus)
+    written = AuditLog(bus, home)
     if bus.settings.audit == "off":
         yield written
         return
-    sender = await written.begin(home.audit / bus.signer.name)
+    sender = await written.begin()
     flushing = tasks.spawn(written.run_flush(), "audit-flush")
     sending = tasks.spawn(sender.run(), "audit-send")
     bus.on_refused = written.refused_envelope

@@ -140,6 +140,15 @@ def _record(item: Stored) -> Record:
     return Record(item.sequence, item.subject, at, item.headers.get("Nats-Msg-Id", ""), item.data)
 
 
+async def reader(bus: Bus, home: Home) -> AuditReader:
+    """A reader with every keyset that is known here.
+
+    Raises:
+        BrokerUnavailable, KeysetError
+    """
+    return AuditReader(bus, historical(await keysets(bus, home), home.root_public.read_bytes()))
+
+
 async def keysets(bus: Bus, home: Home) -> list[bytes]:
     """Every keyset this machine and the bucket ``keyset`` know, as the root key signed them."""
     found = [home.keyset.read_bytes()] if home.keyset.is_file() else []
@@ -188,4 +197,5 @@ __all__ = [
     "historical",
     "keysets",
     "left_behind",
+    "reader",
 ]

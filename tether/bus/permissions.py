@@ -161,6 +161,7 @@ def _modelstore(names: Names, inbox: str) -> Permissions:
             names.audit_subjects(),
             *_objects(names),
             *_read(names, "models", "aliases", "tenants", "keyset"),
+            *_get(names.audit_stream),
             *_read_objects(names),
         ),
         subscribe=(

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tether import apikey
 from tether.audit import NOBODY, Kind
+from tether.envelope import SESSION_PREFIX
 from tether.errors import Forbidden, QuotaExceeded, RateLimited, TetherError, Unauthenticated
-from tether.gateway_http.auth import Caller
+from tether.gateway_http.auth import ANY_SCOPE, Caller
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.request import Incoming
 
 _KINDS = {"keys": Kind.KEY, "tenants": Kind.TENANT, "models": Kind.MODEL, "jobs": Kind.JOB, "sessions": Kind.AUTH}
 """By what follows the version in a path; every other act is one of administration."""
 
-_ACTS = ("admin", "models:write", "jobs")
+_ACTS = ("admin", "models:write", "jobs", ANY_SCOPE)
 """Scopes of routes that act; what ``infer`` allows is recorded where it is done."""
 
 _TOLD = ("id", "name", "version", "tenant", "scopes", "models", "isolated", "sealed", "weight", "quotas", "aliases")
@@ -35,7 +37,7 @@ def refused(gateway: Gateway, error: TetherError, incoming: Incoming, action: st
     else:
         return
     shown, request_id = _presented(incoming)
-    key_id = apikey.key_id(shown) or ""
+    key_id = apikey.key_id(shown) or _of_session(gateway, shown)
     record = None if kind is Kind.AUTH else gateway.keys.find(key_id)
     gateway.audit.count(
         kind,
@@ -47,6 +49,14 @@ def refused(gateway: Gateway, error: TetherError, incoming: Incoming, action: st
         detail="" if kind is Kind.AUTH else error.message,
         request_id=request_id,
     )
+
+
+def _of_session(gateway: Gateway, text: str) -> str:
+    """The key of a session token that counts, else nothing."""
+    if not text.startswith(SESSION_PREFIX):
+        return ""
+    session = gateway.keys.sessions.open(text, hashlib.sha256(text.encode()).digest())
+    return "" if session is None else session.key
 
 
 def _presented(incoming: Incoming) -> tuple[str, str]:
@@ -62,9 +72,9 @@ def _presented(incoming: Incoming) -> tuple[str, str]:
     return key, request_id
 
 
-def acts(method: str, scope: str | None) -> bool:
-    """Whether a route changes something that the audit log tells of."""
-    return method not in ("GET", "HEAD") and scope in _ACTS
+def acts(method: str, path: str, scope: str | None) -> bool:
+    """Whether a route changes something that the audit log tells of; pieces of a model are told of when they are one."""
+    return method not in ("GET", "HEAD") and scope in _ACTS and "/chunks" not in path
 
 
 def act(

@@ -152,3 +152,36 @@ class Session(Struct):
     scopes: list[str]
     models: list[str]
     expires_at: str
+
+
+# audit log
+
+
+class AuditEntry(Struct, omit_defaults=True):
+    """One entry of the audit log; what does not apply is left out. `writer` is the service that saw it, `actor` the key
+    (`key:<id>`) that did it, `count` how many alike it stands for."""
+
+    at: str
+    kind: str
+    writer: str
+    actor: str
+    action: str
+    outcome: str
+    tenant: str = ""
+    model: str = ""
+    version: int = 0
+    job: str = ""
+    request_id: str = ""
+    bytes_in: int = 0
+    bytes_out: int = 0
+    seconds: float = 0.0
+    count: int = 1
+    address: str = ""
+    detail: str = ""
+
+
+class AuditEntries(Struct, omit_defaults=True):
+    """Entries, newest first; `next_cursor` is there when there may be more."""
+
+    entries: list[AuditEntry]
+    next_cursor: str | UnsetType = UNSET

@@ -198,7 +198,7 @@ class Endpoint:
     def _audit(self, seen: _Seen, scope: Scope, outcome: str, answer: Any) -> bool:
         """Whether the request was an act that the audit log tells of; then it is recorded."""
         found, call = self._rows.get(scope["method"]), seen.call
-        if found is None or call is None or not audited.acts(scope["method"], found[0].scope):
+        if found is None or call is None or not audited.acts(scope["method"], self._path, found[0].scope):
             return False
         path, request_id = call.request.path_params, seen.heading.request_id
         audited.act(
