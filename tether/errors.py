@@ -51,6 +51,15 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 
+def one_line(text: str) -> str:
+    """``text`` with its control and format characters escaped: what others chose ends no line and moves no cursor."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
+    )
+
+
 class TetherError(Exception):
     """Base of every error Tether raises on purpose.
 
@@ -63,6 +72,7 @@ class TetherError(Exception):
     """It is there, and not for this caller: told as if it were not, and audited as a refusal."""
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
+        message = one_line(message)
         super().__init__(message)
         self.message = message
         self.field = field

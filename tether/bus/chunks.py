@@ -206,7 +206,7 @@ class ObjectChunkStore:
 def _deleted(meta: bytes) -> bool:
     try:
         return msgspec.json.decode(meta, type=_Meta).deleted
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, ValueError, RecursionError):
         return True
 
 

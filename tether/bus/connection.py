@@ -102,7 +102,7 @@ class Bus(Link):
         answer = await self.request(f"$JS.API.{path}", payload, timeout=timeout)
         try:
             content: dict[str, Any] = msgspec.json.decode(answer.data, type=dict[str, Any])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise JetStreamError(f"'{path}' was answered with something else than JSON") from error
         if "error" in content:
             raise translate(msgspec.convert(content["error"], ApiError))

@@ -72,7 +72,7 @@ def parse_ack(data: bytes, headers: Mapping[str, str] | None, subject: str) -> P
         raise QueueFull("the broker is taking in more than it can store")
     try:
         ack = _ACK.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise JetStreamError(f"the broker answered a publish on '{subject}' with something else") from error
     if ack.error is not None:
         raise translate(ack.error)
@@ -81,7 +81,7 @@ def parse_ack(data: bytes, headers: Mapping[str, str] | None, subject: str) -> P
 
 def translate(error: ApiError) -> TetherError:
     """The most specific own class for an answer of the JetStream API."""
-    text = error.description
+    text = error.description or f"JetStream error {error.err_code}"
     if error.err_code == 10077 and "per subject" in text:
         return ResultConflict("there is already an entry on this subject")
     if error.err_code in _FULL or error.code == 429:

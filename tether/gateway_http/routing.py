@@ -257,8 +257,8 @@ def read_query(items: Iterable[tuple[str, str]], kind: type[msgspec.Struct]) -> 
         return msgspec.convert(found, kind, strict=False)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at ")
-        name = path.strip("`").removeprefix("$.")
-        raise InvalidRequest(f"query parameter '{name}' does not fit: {reason}", field=name) from error
+        name = path.strip("`").removeprefix("$.")[:64]
+        raise InvalidRequest(f"query parameter '{name}' does not fit: {reason[:300]}", field=name) from error
 
 
 async def refuse(

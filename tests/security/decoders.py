@@ -1,0 +1,206 @@
+"""Every decoder that reads bytes somebody else chose: how to call it, what it is given, which errors it may raise."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from urllib.parse import parse_qsl
+
+import models
+import msgspec
+import nacl.signing
+import numpy as np
+
+from tether import apikey, codec, envelope, job, json_keys, model, oip, oip_json, tenant
+from tether.bus import chunks, model_files
+from tether.bus.errors import parse_ack
+from tether.envelope import MessageType, Role, Signer, Verifier
+from tether.errors import TetherError
+from tether.gateway_http import rest, rest_jobs
+from tether.gateway_http.request import Heading, Reads, read_body
+from tether.gateway_http.routing import read_query
+from tether.job import Job, JobId, JobState, Outcome
+from tether.modelstore import onnx_wire
+from tether.subjects import Names
+from tether.tensor import Tensor
+
+NOW = 1_800_000_000_000
+YEAR = 365 * 86_400_000
+ROOT = os.urandom(32)
+GATEWAY = envelope.new_identity("gateway", Role.GATEWAY)
+MODELSTORE = envelope.new_identity("modelstore", Role.MODELSTORE)
+SUBJECT = "tether.infer.0.local.shared.m.1"
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """``seeds`` are well-formed inputs to start from; ``read`` may raise nothing but our own errors."""
+
+    name: str
+    seeds: tuple[bytes, ...]
+    read: Callable[[bytes], object]
+
+
+def keyset() -> envelope.Keyset:
+    records = tuple(who.record(not_before=NOW - 1000, expires_at=NOW + YEAR) for who in (GATEWAY, MODELSTORE))
+    return envelope.Keyset(3, NOW - 1000, NOW + YEAR, records)
+
+
+def seal(body: bytes, **more: Any) -> bytes:
+    return Signer(GATEWAY, lambda: NOW).seal(MessageType.INFER, SUBJECT, body, **more)
+
+
+def _resigned(header: bytes) -> bytes:
+    """A frame whose signature is good whatever its header holds: what a stolen key can send."""
+    whole = GATEWAY.kid + header[:16_000]
+    signature = nacl.signing.SigningKey(GATEWAY.seed).sign(envelope.DOMAIN + whole).signature
+    return b"TTHR\x01" + len(whole).to_bytes(2, "big") + signature + whole
+
+
+def _tensors() -> tuple[Tensor, ...]:
+    return (Tensor("x", "FP32", (1, 4), b"\0" * 16), Tensor("b", "BYTES", (2,), b"\1\0\0\0a\0\0\0\0"))
+
+
+def _jobs() -> bytes:
+    return codec.encode_jobs([Job(JobId(str(n)), "acme", _tensors(), 1.5, ("y",), "r", "00-x") for n in range(3)])
+
+
+def _outcomes() -> bytes:
+    failed = Outcome(JobId("b"), JobState.FAILED, (), job.Failure("x", "y"), 1, "w", 1.0, 2.0)
+    return codec.encode_outcomes([Outcome(JobId("a"), JobState.SUCCEEDED, _tensors(), None, 1, "w", 1.0, 2.0), failed])
+
+
+def structs() -> list[type[msgspec.Struct]]:
+    """Every control value of the modules that define them."""
+    kinds = [envelope.Keyset, envelope.IdentityRecord, envelope.Revocation]
+    for module in (model, tenant, apikey, job):
+        found = [
+            value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__
+        ]
+        kinds += [kind for kind in found if issubclass(kind, msgspec.Struct)]
+    return kinds  # type: ignore[return-value]
+
+
+def _example(kind: Any) -> Any:
+    """Some value of a struct's shape, from its annotations alone."""
+    return codec.pack({name: _filler(typ) for name, typ in msgspec.structs.fields(kind) and _types(kind)})
+
+
+def _types(kind: Any) -> list[tuple[str, Any]]:
+    return [(field.encode_name, field.type) for field in msgspec.structs.fields(kind)]
+
+
+def _filler(typ: Any) -> Any:
+    text = str(typ)
+    if isinstance(typ, type) and issubclass(typ, msgspec.Struct):
+        return {name: _filler(inner) for name, inner in _types(typ)}
+    for word, value in (("tuple", []), ("dict", {}), ("bytes", b"\1" * 16), ("float", 1.0), ("int", 1), ("bool", True)):
+        if word in text:
+            return value
+    return "queued" if "State" in text else "a"
+
+
+def _binary() -> tuple[bytes, int]:
+    body, length = oip.build_infer_request(
+        {"x": np.ones((1, 4), np.float32), "b": np.array([b"a", b""], np.object_)}, outputs=["y"]
+    )
+    assert length is not None
+    return body, length
+
+
+class _Given:
+    """A request of these bytes: headers as lines, an empty line, the body."""
+
+    def __init__(self, data: bytes) -> None:
+        head, _, self._body = data.partition(b"\n\n")
+        lines = [line.decode("latin-1").partition(":") for line in head.split(b"\n")]
+        self.headers = [(name.lower(), value.strip()) for name, _, value in lines]
+
+    async def read(self, limit: int, announced: int) -> bytes:
+        del limit, announced
+        return self._body
+
+
+class _AtOnce(Reads):
+    async def read(self, body: Any) -> bytes:
+        found: bytes = await body
+        return found
+
+
+def _request(data: bytes) -> bytes:
+    incoming = _Given(data)
+    coroutine = read_body(Heading(incoming.headers), incoming, 1 << 20, _AtOnce())
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return bytes(done.value)
+    raise AssertionError("nothing here waits")
+
+
+def _many(read: Callable[[bytes, Any], object], kinds: list[Any]) -> Callable[[bytes], object]:
+    """One input read as each of several types."""
+
+    def each(data: bytes) -> None:
+        for kind in kinds:
+            with contextlib.suppress(TetherError):
+                read(data, kind)
+
+    return each
+
+
+HEAD = b"x-api-key: k\ncontent-length: 4\ntraceparent: 00-aa\nidempotency-key: i\naccept-encoding: gzip\ncontent-encoding: %b\n\n"
+MANIFEST = model.Manifest(
+    "m", 1, "p", (model.ModelFile("model.onnx", 9, "f" * 64, ("e" * 64,)),), (), (), model.Batching(), 1.0, "modelstore"
+)
+
+
+@cache
+def decoders() -> tuple[Decoder, ...]:
+    verifier, strict = Verifier(keyset(), lambda: NOW), {"subject": SUBJECT, "types": (MessageType.INFER,)}
+    frame, (binary, length) = seal(_jobs(), jobs=("0", "1", "2"), reply="r"), _binary()
+    plain, _ = oip.build_infer_request({"x": np.ones((1, 4), np.float32)}, binary=False, parameters={"timeout": 1})
+    empty = seal(b"", jobs=("0",))
+    header = empty[71 + 16 : 71 + int.from_bytes(empty[5:7], "big")]
+    names, root = Names("tether"), envelope.root_public_key(ROOT)
+    signed = envelope.sign_keyset(ROOT, keyset())
+    manifest = codec.encode(MANIFEST)
+    stored = Signer(MODELSTORE, lambda: NOW).seal(MessageType.MANIFEST, names.bucket_key("models", "m.1"), manifest)
+    kinds = structs()
+    job_body = b'{"model": "m", "inputs": [%b], "outputs": [{"name": "y"}], "deadline_ms": 5}' % plain
+    return (
+        Decoder("frame", (frame, seal(b"")), lambda data: verifier.open(data, **strict)),  # type: ignore[arg-type]
+        Decoder("signed header", (header,), lambda data: verifier.open(_resigned(data), **strict)),  # type: ignore[arg-type]
+        Decoder("msgpack", (_jobs(), _outcomes(), manifest, header), codec.unpack),
+        Decoder("jobs", (_jobs(),), lambda data: codec.decode_jobs(data, ["0", "1", "2"])),
+        Decoder("outcomes", (_outcomes(),), codec.decode_outcomes),
+        Decoder("structs", (manifest, *map(_example, kinds)), _many(codec.decode, kinds)),
+        Decoder("keyset", (signed,), lambda data: envelope.open_keyset(data, root, now_ms=NOW)),
+        Decoder("manifest", (stored,), lambda data: model_files.open_manifest(verifier, names, "m.1", data)),
+        Decoder("oip json", (plain,), lambda data: oip.parse_infer_request(data, None)),
+        Decoder("oip binary", (binary,), lambda data: oip.parse_infer_request(data, length)),
+        Decoder("oip answer", (binary.replace(b'"inputs"', b'"outputs"'),), lambda data: oip.parse_infer_response(data, length)),
+        Decoder("json keys", (plain, job_body, b'{"a": {"a\\u0061": ":"}}'), json_keys.refuse_duplicates),
+        Decoder("onnx", (models.add(), models.looping(), models.with_function(), models.external()), onnx_wire.check_file),
+        Decoder("piece meta", (b'{"name":"a","bucket":"b","nuid":"c","size":1,"mtime":"","chunks":1,"digest":""}',), chunks._deleted),
+        Decoder("ack", (b'{"stream":"S","seq":1,"error":{"code":400,"err_code":10071}}',), lambda data: parse_ack(data, None, "s")),
+        Decoder("key text", (apikey.new_key_text().encode(),), lambda data: apikey.key_id(data.decode("latin-1"))),
+        Decoder("headers", tuple(HEAD % word + b"body" for word in (b"", b"gzip", b"br")), _request),
+        Decoder("query", (b"ids=a&wait=1.5", b"state=queued&limit=5&cursor=77&model=m"), _query),
+        Decoder("bodies", (plain, job_body, b'{"tenant": "a", "scopes": ["infer"]}'), _many(_body, _body_kinds())),
+    )  # fmt: skip
+
+
+def _query(data: bytes) -> object:
+    return read_query(parse_qsl(data.decode("latin-1"), keep_blank_values=True), rest_jobs.JobsQuery)
+
+
+def _body_kinds() -> list[Any]:
+    return list(dict.fromkeys(row.body for row in rest.table() if row.body is not None))
+
+
+def _body(data: bytes, kind: Any) -> object:
+    return oip_json.parse_body(msgspec.json.Decoder(kind), data)
