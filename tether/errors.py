@@ -30,6 +30,9 @@
     │   ├── AttemptsExhausted     every attempt ended without an answer
     │   └── ResultTooLarge
     ├── ModelRejected         a pushed model cannot be served
+    │   ├── FormatNotAllowed  it is of a format that is not served
+    │   ├── UnsafeModel       it reaches outside of itself
+    │   └── ModelLimits       looking at it took more than it may
     ├── CorruptChunk          stored bytes do not match their digest
     ├── EnvelopeError         a message that must not be acted on
     │   ├── Unsigned, BadEncoding, BadSignature, SubjectMismatch, Replayed
@@ -211,6 +214,18 @@ class ResultTooLarge(InferenceFailed):
 
 class ModelRejected(TetherError):
     code = "model_rejected"
+
+
+class FormatNotAllowed(ModelRejected):
+    code = "format_not_allowed"
+
+
+class UnsafeModel(ModelRejected):
+    code = "unsafe_model"
+
+
+class ModelLimits(ModelRejected):
+    code = "model_limits"
 
 
 class CorruptChunk(TetherError):

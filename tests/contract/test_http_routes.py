@@ -296,7 +296,7 @@ def test_a_streamed_push_needs_no_length(http: httpx.Client) -> None:
     ("path", "content", "headers", "status", "code", "words"),
     [
         ("m", b"", {}, 400, "invalid_request", ["empty"]),
-        ("m", b"not a model", {}, 422, "model_rejected", []),
+        ("m", b"not a model", {}, 422, "format_not_allowed", []),
         ("m", models.zipmap(), {}, 422, "model_rejected", []),
         ("m?max_batch_size=4", models.identity("FP32", (4,)), {}, 422, "model_rejected", ["max_batch_size"]),
         ("m", models.add(), {"x-tether-sha256": "0" * 64}, 400, "invalid_request", ["x-tether-sha256"]),

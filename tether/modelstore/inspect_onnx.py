@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from tether.errors import ModelRejected
+from tether.errors import ModelLimits, ModelRejected
 from tether.model import TensorSpec
 from tether.modelstore import onnx_wire, warmup
 from tether.modelstore.inspection import Inspection, Report
@@ -41,6 +41,7 @@ DATATYPES = {
 """ONNX Runtime's element names and OIP's."""
 
 MAX_TENSORS = 1024
+_MEMORY = "the model needs more memory than an inspection may use; push a smaller model"
 _TENSOR = re.compile(r"tensor\((\w+)\)")
 
 
@@ -66,9 +67,9 @@ def _report(path: Path) -> Report:
     try:
         return Report(inspection=_inspect(path))
     except ModelRejected as error:
-        return Report(rejected=error.message, field=error.field or "file")
+        return Report(rejected=error.message, field=error.field or "file", code=error.code)
     except MemoryError:
-        return Report(rejected="the model needs more memory than an inspection may use; push a smaller model")
+        return Report(rejected=_MEMORY, code=ModelLimits.code)
 
 
 def _inspect(path: Path) -> Inspection:
@@ -146,9 +147,7 @@ def _refused(what: str, error: Exception, path: Path) -> ModelRejected:
     """One line without this machine's paths: those of the file, and those ONNX Runtime was compiled under."""
     text = str(error).replace(str(path), path.name).replace(str(path.parent), "")
     if "bad_alloc" in text or "bad allocation" in text or "Failed to allocate memory" in text:
-        return ModelRejected(
-            "the model needs more memory than an inspection may use; push a smaller model", field="file"
-        )
+        return ModelLimits(_MEMORY, field="file")
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : |\S*onnxruntime_src/\S+|\S+\.(?:cc|h|hpp):\d+\S*", "", text)
     text = " ".join(text.split())[:240]
     return ModelRejected(f"the model was refused: {what}: {text}", field="file")

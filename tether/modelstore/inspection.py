@@ -10,12 +10,15 @@ from pathlib import Path
 
 import msgspec
 
-from tether.errors import ModelRejected
+from tether.errors import FormatNotAllowed, ModelLimits, ModelRejected, UnsafeModel
 from tether.model import TensorSpec
 from tether.processes import die_with_parent
 
 MAX_REPORT = 1 << 20
 """Bytes of the child's answer; a model whose signature is longer is refused."""
+
+REFUSALS = {kind.code: kind for kind in (ModelRejected, FormatNotAllowed, UnsafeModel, ModelLimits)}
+"""The errors that a child may report."""
 
 _MB = 1 << 20
 
@@ -58,6 +61,7 @@ class Report(msgspec.Struct, frozen=True):
     inspection: Inspection | None = None
     rejected: str = ""
     field: str = "file"
+    code: str = ModelRejected.code
 
 
 async def inspect(directory: Path, file: str, limits: Limits) -> Inspection:
@@ -125,18 +129,18 @@ def _judge(answer: bytes, status: int, limits: Limits) -> Inspection:
     try:
         report = msgspec.json.decode(answer, type=Report)
     except msgspec.DecodeError as error:
-        raise ModelRejected(
+        raise ModelLimits(
             f"loading the model ended its process ({_ending(status)}), within {limits.memory_mb} MiB; "
             "run it with onnxruntime on your machine and export it again",
             field="file",
         ) from error
     if report.inspection is None:
-        raise ModelRejected(report.rejected, field=report.field)
+        raise REFUSALS.get(report.code, ModelRejected)(report.rejected, field=report.field)
     return report.inspection
 
 
-def _too_long(seconds: float) -> ModelRejected:
-    return ModelRejected(
+def _too_long(seconds: float) -> ModelLimits:
+    return ModelLimits(
         f"loading and one warm-up run took longer than {seconds:g} s; push a smaller model", field="file"
     )
 

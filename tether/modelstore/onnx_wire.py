@@ -10,7 +10,7 @@ import mmap
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, NoReturn
 
-from tether.errors import ModelRejected
+from tether.errors import FormatNotAllowed, ModelLimits, UnsafeModel
 
 DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "com.microsoft"})
 """Operator sets that ONNX Runtime itself brings; everything else would need code from outside."""
@@ -46,7 +46,9 @@ def check_file(data: Buffer) -> Facts:
     """Walk a serialised ModelProto.
 
     Raises:
-        ModelRejected: not ONNX, external data, EPContext nodes, operators of unknown sets, or too large a graph.
+        FormatNotAllowed: not ONNX.
+        UnsafeModel: external data, EPContext nodes, operators of unknown sets.
+        ModelLimits: too large a graph.
     """
     walk = _Walk(data)
     try:
@@ -55,8 +57,8 @@ def check_file(data: Buffer) -> Facts:
         raise _not_onnx() from error
 
 
-def _not_onnx() -> ModelRejected:
-    return ModelRejected("the file is not an ONNX model; export the model to ONNX and push that file", field="file")
+def _not_onnx() -> FormatNotAllowed:
+    return FormatNotAllowed("the file is not an ONNX model; export the model to ONNX and push that file", field="file")
 
 
 class _Walk:
@@ -98,13 +100,13 @@ class _Walk:
 
     def _graph(self, graph: Field, depth: int) -> None:
         if depth > MAX_DEPTH:
-            raise ModelRejected(f"the graph has subgraphs nested deeper than {MAX_DEPTH}", field="file")
+            raise ModelLimits(f"the graph has subgraphs nested deeper than {MAX_DEPTH}", field="file")
         self._parts(graph, depth, {1: self._node, 5: self._tensor, 15: self._sparse})
 
     def _node(self, node: Field, depth: int) -> None:
         self._nodes += 1
         if self._nodes > MAX_NODES:
-            raise ModelRejected(f"the graph has more than {MAX_NODES} nodes", field="file")
+            raise ModelLimits(f"the graph has more than {MAX_NODES} nodes", field="file")
         kind = domain = ""
         for part in self._each(node.start, node.end):
             if part.kind != _BYTES:
@@ -119,11 +121,11 @@ class _Walk:
 
     def _operator(self, kind: str, domain: str) -> None:
         if kind == "EPContext":
-            raise ModelRejected(
+            raise UnsafeModel(
                 "the graph holds a compiled EPContext node; push the model as it was before compilation", field="file"
             )
         if domain not in DOMAINS and domain not in self._own:
-            raise ModelRejected(
+            raise UnsafeModel(
                 f"operator '{kind[:64]}' is of the set '{domain[:64]}', which needs a custom library; "
                 "export with standard ONNX operators only",
                 field="file",
@@ -144,7 +146,7 @@ class _Walk:
         for part in self._each(tensor.start, tensor.end):
             # A location such as */_ORT_MEM_ADDR_/* is an entry of external_data too, so none of them passes.
             if part.number == 13 or (part.number == 14 and (part.kind != _VARINT or part.value)):
-                raise ModelRejected(
+                raise UnsafeModel(
                     "the model keeps weights in another file (external data); save it as one self-contained file, "
                     "e.g. onnx.save(model, path, save_as_external_data=False)",
                     field="file",
@@ -166,7 +168,7 @@ class _Walk:
         while position < end:
             self._fields += 1
             if self._fields > MAX_FIELDS:
-                raise ModelRejected(f"the graph has more than {MAX_FIELDS} protobuf fields", field="file")
+                raise ModelLimits(f"the graph has more than {MAX_FIELDS} protobuf fields", field="file")
             tag, position = self._varint(position, end)
             number, kind = tag >> 3, tag & 7
             # A parser that cuts a longer tag to 32 bits would see another field than this walk.

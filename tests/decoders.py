@@ -87,7 +87,7 @@ def structs() -> list[type[msgspec.Struct]]:
 
 def _example(kind: Any) -> Any:
     """Some value of a struct's shape, from its annotations alone."""
-    return codec.pack({name: _filler(typ) for name, typ in msgspec.structs.fields(kind) and _types(kind)})
+    return codec.pack({name: _filler(typ) for name, typ in _types(kind)})
 
 
 def _types(kind: Any) -> list[tuple[str, Any]]:
@@ -119,6 +119,10 @@ class _Given:
         head, _, self._body = data.partition(b"\n\n")
         lines = [line.decode("latin-1").partition(":") for line in head.split(b"\n")]
         self.headers = [(name.lower(), value.strip()) for name, _, value in lines]
+
+    @property
+    def peer(self) -> str:
+        return "127.0.0.1:9"
 
     async def read(self, limit: int, announced: int) -> bytes:
         del limit, announced
