@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Protocol, TypeVar
 
@@ -16,7 +16,7 @@ import msgspec
 from tether import codec
 from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
-from tether.envelope import MessageType
+from tether.envelope import Keyset, MessageType
 from tether.envelope.sealing import (
     DataKey,
     KeyOpener,
@@ -200,6 +200,8 @@ class TenantSeals:
         self._bus = bus
         self.keyring = keyring
         self._tenants = tenants
+        self.keyset: Callable[[], Keyset] = lambda: bus.verifier.keyset
+        """Who there is just now."""
         self._kept: dict[str, tuple[object, ...]] = {}
         self._look = asyncio.Event()
 
@@ -255,7 +257,7 @@ class TenantSeals:
 
     async def _keep_one(self, tenant: Tenant) -> None:
         minute = int(self._bus.clock.monotonic() // _EXPIRY_LOOK_S)
-        seen = (tenant, self._bus.verifier.keyset.version, self.keyring.stored(tenant.name), minute)
+        seen = (tenant, self.keyset().version, self.keyring.stored(tenant.name), minute)
         if self._kept.get(tenant.name) == seen:
             return
         try:
@@ -290,7 +292,7 @@ class TenantSeals:
         raise Unavailable(f"the keys of tenant '{tenant.name}' are written by others all the time")
 
     def _wanted(self, tenant: Tenant, current: TenantKeys) -> TenantKeys:
-        keyset, now_ms = self._bus.verifier.keyset, self._bus.clock.utc_ms()
+        keyset, now_ms = self.keyset(), self._bus.clock.utc_ms()
         holders = entitled(keyset.identities, tenant.name if tenant.isolated else "", now_ms)
         return brought_up_to_date(
             current,
