@@ -21,11 +21,11 @@ from tether.tensor import from_numpy
 
 
 def refused(code: str) -> float:
-    return metrics.ENVELOPES_REJECTED.labels(code)._value.get()
+    return float(metrics.ENVELOPES_REJECTED.labels(code)._value.get())
 
 
 def runs(model: str) -> float:
-    return metrics.RUN_SECONDS.labels(model)._sum.get()
+    return float(metrics.RUN_SECONDS.labels(model)._sum.get())
 
 
 async def bump(running: Services) -> Served:

@@ -15,7 +15,9 @@ from services import Services, first, new_job, row, services
 from taps import tapped
 
 from tether import codec
+from tether.bus import identities
 from tether.bus.connection import Bus
+from tether.bus.keys import RootKey
 from tether.bus.kv import SignedBucket
 from tether.bus.pull import BusDelivery, LanePull
 from tether.envelope import MessageType
@@ -249,3 +251,18 @@ async def test_a_payload_that_was_moved_to_another_job_does_not_open(one: Servic
     opened = await one.gateway.seals.keyring.open_outcome("bank", refused)
     assert opened.error is not None
     assert opened.error.code in (BadSeal.code, NotEntitled.code)
+
+
+async def test_identities_that_rotate_keep_opening_what_was_and_what_will_be_sealed(one: Services) -> None:
+    served = await one.push("bump", models.add())
+    await seal_tenant(one)
+    done = await run_job(one, SEALED, served)
+    for name in ("worker-1", "gateway"):
+        before = one.gateway.seals.keyring.stored(SEALED)
+        identities.rotate(one.home, RootKey(one.home.root_key), name, grace_s=0)
+        await wait_until(
+            lambda before=before: one.gateway.seals.keyring.stored(SEALED) != before, "keys were passed on"
+        )
+        assert await infer(one, SEALED, served) == OUT
+    assert await one.gateway.jobs.get(SEALED, done["id"]) == done
+    assert shown(await run_job(one, SEALED, served)) == OUT
