@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from tether import client_flows as flows
-from tether import client_push
+from tether import client_models, client_push
 from tether.client_flows import Inputs, JobInfo, JobOptions, JobPage, Json, Outputs, Version
 from tether.client_http import Flow, Lost, Pause, Policy, Progress, Reply
 from tether.client_wire import AsyncWire
@@ -216,6 +216,52 @@ class AsyncClient:
         files = await asyncio.to_thread(client_push.local_model, Path(path))
         params = {"max_batch_size": max_batch_size, "max_delay_ms": max_delay_ms}
         return await self.run(lambda policy: client_push.push(policy, name, files, params, progress), timeout)
+
+    async def promote(
+        self,
+        name: str,
+        version: int,
+        *,
+        alias: str = client_models.PRODUCTION,
+        canary: float | None = None,
+        sticky: bool = False,
+        force: bool = False,
+    ) -> Json:
+        """Let ``alias`` stand for ``version``; with ``canary`` it gets that many percent of the alias's requests.
+
+        With ``sticky`` the same API key always gets the same version. ``force`` does not wait for a worker to hold it.
+
+        Raises:
+            ModelNotFound: there is no such version.
+            ModelNotReady: no worker holds it yet.
+            InvalidRequest: a canary needs an alias that stands for another version.
+        """
+        return await self.run(
+            lambda policy: client_models.promote(policy, name, version, alias, canary, sticky=sticky, force=force)
+        )
+
+    async def rollback(self, name: str, *, alias: str = client_models.PRODUCTION) -> Json:
+        """Let ``alias`` stand for what it stood for before.
+
+        Raises:
+            Conflict: it has stood for nothing else.
+        """
+        return await self.run(lambda policy: client_models.rollback(policy, name, alias))
+
+    async def alias(self, name: str, alias: str) -> Json:
+        """What an alias stands for, and its history."""
+        return await self.run(lambda policy: flows.get(policy, client_models.alias_path(name, alias)))
+
+    async def delete_alias(self, name: str, alias: str) -> None:
+        await self.run(lambda policy: client_models.delete_alias(policy, name, alias))
+
+    async def delete_version(self, name: str, version: int) -> None:
+        """Delete a version for good.
+
+        Raises:
+            Conflict: an alias stands for it.
+        """
+        await self.run(lambda policy: client_models.delete(policy, name, version))
 
     # administration
 

@@ -210,6 +210,10 @@ def post(path: str, body: Json, **more: Any) -> Send:
     return Send("POST", path, msgspec.json.encode(body), headers=headers, **more)
 
 
+def put(path: str, body: Json) -> Send:
+    return Send("PUT", path, msgspec.json.encode(body), headers={"content-type": "application/json"})
+
+
 def submit(policy: Policy, model: str, inputs: Inputs, options: JobOptions, key: str | None) -> Flow[JobInfo]:
     given = yield from arrays(policy, model, options.version, inputs)
     headers = {"idempotency-key": key or uuid.uuid4().hex}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 from typing import Any
 
 import msgspec
@@ -98,21 +99,71 @@ class PushAnswer(msgspec.Struct, frozen=True):
     """Every alias of the model and the version it names."""
 
 
+class Share(msgspec.Struct, frozen=True):
+    """One version's part of an alias's traffic; weights count relative to one another."""
+
+    version: int
+    weight: float
+
+
 class Move(msgspec.Struct, frozen=True):
-    """An alias named ``version`` until ``moved_at`` (UTC seconds)."""
+    """What an alias stood for until ``moved_at`` (UTC seconds)."""
 
     version: int
     moved_at: float
+    split: tuple[Share, ...] = ()
+    sticky: bool = False
 
 
 class Alias(msgspec.Struct, frozen=True):
-    """A movable name for a version. ``previous`` is its history, newest first; ``revision`` counts its moves."""
+    """A movable name for a version, or for several that share its traffic.
+
+    ``previous`` is its history, newest first; ``revision`` counts its moves. With a ``split`` each request gets one of
+    its versions by weight; the same ``x-tether-sticky`` header always gets the same one, and with ``sticky`` so does the
+    same API key. ``version`` is then the one with the most weight.
+    """
 
     model: str
     name: str
     version: int
     previous: tuple[Move, ...] = ()
     revision: int = 1
+    split: tuple[Share, ...] = ()
+    sticky: bool = False
+    undone: tuple[Move, ...] = ()
+    """What was rolled back since it was last set, newest first."""
+
+    @property
+    def versions(self) -> frozenset[int]:
+        """Every version that it can stand for."""
+        return frozenset({self.version, *(share.version for share in self.split)})
+
+
+class Change(StrEnum):
+    """What a model store is asked to do with a model's versions and aliases."""
+
+    SET_ALIAS = "set_alias"
+    DELETE_ALIAS = "delete_alias"
+    ROLLBACK = "rollback"
+    DELETE_VERSION = "delete_version"
+
+
+class ChangeRequest(msgspec.Struct, frozen=True):
+    """Gateway to model store: change a model. Which fields count follows from ``change``; ``by`` is who asked."""
+
+    change: Change
+    model: str
+    alias: str = ""
+    version: int = 0
+    split: tuple[Share, ...] = ()
+    sticky: bool = False
+    by: str = ""
+
+
+class ChangeAnswer(msgspec.Struct, frozen=True):
+    """The alias as it is now; None when it, or a version, is gone."""
+
+    alias: Alias | None = None
 
 
 LATEST = "latest"

@@ -11,6 +11,7 @@ from tether_cli import (
     commands_config,
     commands_jobs,
     commands_keys,
+    commands_models,
     commands_sessions,
     commands_tenants,
 )
@@ -33,7 +34,18 @@ def register(app: typer.Typer) -> None:
                 "cancel": commands_jobs.cancel,
             },
         ),
-        ("model", "Models: push, list, show.", {"push": model_push, "list": model_list, "show": model_show}),
+        (
+            "model",
+            "Models: push, list, show, promote, roll back, delete.",
+            {
+                "push": model_push,
+                "list": model_list,
+                "show": model_show,
+                "promote": commands_models.promote,
+                "rollback": commands_models.rollback,
+                "delete": commands_models.delete,
+            },
+        ),
         (
             "key",
             "API keys: create, list, revoke, rotate.",

@@ -68,6 +68,11 @@ ASKED: dict[tuple[str, str], Asked] = {
     ("GET", "/v1/models/{name}"): MODEL,
     ("POST", "/v1/models/{name}/versions"): MODEL,
     ("POST", "/v1/sessions"): NOTHING,
+    ("GET", "/v1/models/{name}/aliases/{alias}"): MODEL,
+    ("PUT", "/v1/models/{name}/aliases/{alias}"): Asked("model", {"version": 1}),
+    ("DELETE", "/v1/models/{name}/aliases/{alias}"): MODEL,
+    ("POST", "/v1/models/{name}/rollback"): Asked("model", {"alias": "walked"}),
+    ("DELETE", "/v1/models/{name}/versions/{version}"): MODEL,
     ("POST", "/v1/models/{name}/chunks:missing"): Asked("model", {"chunks": []}),
     ("PUT", "/v1/models/{name}/chunks/{digest}"): MODEL,
     ("POST", "/v1/models/{name}/versions:register"): Asked("model", {"files": [FILE]}),
@@ -81,6 +86,7 @@ ASKED: dict[tuple[str, str], Asked] = {
     ("DELETE", "/v1/keys/{id}"): NOTHING,
     ("POST", "/v1/keys/{id}/rotate"): NOTHING,
     ("GET", "/v1/workers"): NOTHING,
+    ("GET", "/v1/audit"): NOTHING,
     **dict.fromkeys([("GET", path) for path in ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs")], NOTHING),
 }
 
@@ -107,6 +113,7 @@ class Walk:
             "version": "1",
             "tenant": "walked-off",
             "digest": DIGEST,
+            "alias": "walked",
             "job": job or self.job,
         }
         names["id"] = names["job"] if row.path.startswith("/v1/jobs") else "aaaaaaaa"
@@ -117,7 +124,7 @@ class Walk:
 
 
 def filled(text: str, names: dict[str, str]) -> str:
-    return re.sub(r"\{(model|name|version|tenant|digest|job|id)\}", lambda found: names[found[1]], text)
+    return re.sub(r"\{(model|name|version|tenant|digest|alias|job|id)\}", lambda found: names[found[1]], text)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ BUCKETS = (
 """Every key-value bucket of the platform."""
 
 DISPATCHER_SERVICES = ("registerWorker",)
-MODELSTORE_SERVICES = ("registerModel",)
+MODELSTORE_SERVICES = ("registerModel", "changeModel")
 
 _DISCOVERY = "$SRV.>"
 _NEVER = (
@@ -85,6 +85,7 @@ def _gateway(names: Names, inbox: str) -> Permissions:
             f"{names.prefix}.job.>",
             f"{names.prefix}.result.>",
             names.service("registerModel"),
+            names.service("changeModel"),
             names.audit_subjects(),
             names.demand(),
             *_keys(names, "jobs", "apikeys", "keyuse", "tenants", "tenantkeys"),

@@ -34,6 +34,8 @@ class MessageType(StrEnum):
     API_KEY = "api_key"
     PUSH = "push"  # gateway to model store, RPC: make these chunks a version
     PUSHED = "pushed"  # its answer
+    CHANGE = "change"  # gateway to model store, RPC: move an alias, delete a version
+    CHANGED = "changed"  # its answer
     TENANT = "tenant"  # a tenant's limits and what it may see
     TENANT_KEY = "tenant_key"  # a tenant's data key, sealed to the identities that are entitled to it
     KEY_USE = "key_use"  # when an API key was last used
@@ -50,6 +52,7 @@ ROLE_TYPES: Mapping[Role, frozenset[MessageType]] = {
             MessageType.RESULT,
             MessageType.API_KEY,
             MessageType.PUSH,
+            MessageType.CHANGE,
             MessageType.TENANT,
             MessageType.TENANT_KEY,
             MessageType.KEY_USE,
@@ -68,7 +71,9 @@ ROLE_TYPES: Mapping[Role, frozenset[MessageType]] = {
             MessageType.REGISTER,
         }
     ),
-    Role.MODELSTORE: frozenset({MessageType.MANIFEST, MessageType.ALIAS, MessageType.PUSHED, MessageType.AUDIT}),
+    Role.MODELSTORE: frozenset(
+        {MessageType.MANIFEST, MessageType.ALIAS, MessageType.PUSHED, MessageType.CHANGED, MessageType.AUDIT}
+    ),
     Role.ADMIN: frozenset({MessageType.API_KEY, MessageType.TENANT, MessageType.AUDIT}),
 }
 """The types each role may send. RESULT from a gateway is how a cancelled or expired job ends."""

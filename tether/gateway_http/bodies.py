@@ -280,44 +280,6 @@ class PushedVersion(Struct):
     aliases: dict[str, int]
 
 
-class WantedChunks(Struct, forbid_unknown_fields=True):
-    """Hex SHA-256 of pieces."""
-
-    chunks: Annotated[list[str], Meta(max_length=16384)]
-
-
-class MissingChunks(Struct):
-    """Those of the pieces that the store does not have, in the order asked."""
-
-    missing: list[str]
-
-
-class StoredChunk(Struct):
-    """A piece that the store has now; `stored_bytes` is 0 when it had it before."""
-
-    digest: str
-    size: int
-    stored_bytes: int
-
-
-class NewFile(Struct, forbid_unknown_fields=True):
-    """A file of a version: `chunks` are the digests of its pieces in order, `sizes` their bytes."""
-
-    path: str
-    size: int
-    digest: str
-    chunks: Annotated[list[str], Meta(max_length=131072)]
-    sizes: Annotated[list[int], Meta(max_length=131072)]
-
-
-class NewVersion(Struct, forbid_unknown_fields=True):
-    """Files whose pieces are stored, to become a version. Batching is as for a push of one file."""
-
-    files: Annotated[list[NewFile], Meta(min_length=1, max_length=1024)]
-    max_batch_size: Annotated[int, Meta(ge=-1, le=65536)] = -1
-    max_delay_ms: Annotated[float, Meta(ge=0, le=10_000)] = 2.0
-
-
 # workers
 
 

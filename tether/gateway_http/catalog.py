@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from tether.envelope import MessageType
 from tether.errors import BadEncoding, ModelNotFound, ModelNotReady
 from tether.job import Lane, LaneKind, Priority
 from tether.model import LATEST, Alias, Manifest, Route, TensorSpec, check_name
-from tether.subjects import token
+from tether.subjects import name_of, token
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class Catalog:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._served: dict[str, dict[int, Served]] = {}
-        self._aliases: dict[str, dict[str, int]] = {}
+        self._aliases: dict[str, dict[str, Alias]] = {}
         self._routes: dict[tuple[str, int], Route] = {}
         self._keys: dict[str, tuple[str, int]] = {}
 
@@ -73,8 +75,11 @@ class Catalog:
 
     def _alias_changed(self, key: str, body: bytes | None) -> None:
         alias = None if body is None else _decoded(body, Alias)
-        if alias is not None and key == f"{token(alias.model)}.{token(alias.name)}":
-            self._aliases.setdefault(alias.model, {})[alias.name] = alias.version
+        if body is None:
+            model, _, name = key.partition(".")
+            self._aliases.get(name_of(model), {}).pop(name_of(name), None)
+        elif alias is not None and key == f"{token(alias.model)}.{token(alias.name)}":
+            self._aliases.setdefault(alias.model, {})[alias.name] = alias
 
     def _route_changed(self, key: str, body: bytes | None) -> None:
         route = None if body is None else _decoded(body, Route)
@@ -83,8 +88,11 @@ class Catalog:
 
     # reading
 
-    def resolve(self, model: str, version: str) -> Served:
+    def resolve(self, model: str, version: str, sticky: str = "", caller: str = "") -> Served:
         """The version that a name and a version (a number, an alias, or empty for ``latest``) mean just now.
+
+        Of an alias that several versions share, the same ``sticky`` gets the same one, or, where the alias says so, the
+        same ``caller``.
 
         Raises:
             BadName: the name is not one a model could have.
@@ -93,17 +101,30 @@ class Catalog:
         versions = self._served.get(model)
         if versions is None:
             raise no_model(model)
-        number = int(version) if version.isdecimal() and len(version) < 10 else self._alias(model, version or LATEST)
+        number = (
+            int(version)
+            if version.isdecimal() and len(version) < 10
+            else self._alias(model, version or LATEST, sticky, caller)
+        )
         served = versions.get(number)
         if served is None:
             raise ModelNotFound(f"model '{model}' has no version '{version[:64]}'", field="version")
         return served
 
-    def _alias(self, model: str, name: str) -> int:
+    def _alias(self, model: str, name: str, sticky: str, caller: str) -> int:
         found = self._aliases.get(model, {}).get(name)
         if found is None:
             return max(self._served[model], default=0) if name == LATEST else 0
-        return found
+        if found.split:
+            return drawn(found, sticky or (caller if found.sticky else ""))
+        if name == LATEST and found.previous and not self.worker_count(model, found.version):
+            return self._still_ready(model, found)
+        return found.version
+
+    def _still_ready(self, model: str, latest: Alias) -> int:
+        """While nobody holds what was pushed last, ``latest`` stays what it was."""
+        before = latest.previous[0].version
+        return before if before in self._served[model] and self.worker_count(model, before) else latest.version
 
     def workers(self, served: Served) -> tuple[str, ...]:
         """Who answers for a version just now; empty when nobody does."""
@@ -140,7 +161,34 @@ class Catalog:
         return dict(sorted(versions.items()))
 
     def aliases(self, model: str) -> dict[str, int]:
-        return dict(sorted(self._aliases.get(model, {}).items()))
+        return {name: alias.version for name, alias in sorted(self._aliases.get(model, {}).items())}
+
+    def alias(self, model: str, name: str) -> Alias:
+        """An alias with its history.
+
+        Raises:
+            BadName, ModelNotFound
+        """
+        found = self._aliases.get(model, {}).get(name)
+        if found is None:
+            self.versions(model)
+            raise ModelNotFound(f"model '{model}' has no alias '{name[:64]}'", field="alias")
+        return found
+
+
+def drawn(alias: Alias, sticky: str) -> int:
+    """The version of a split that one request gets: by its ``sticky`` text, or by chance when that is empty."""
+    if sticky:
+        digest = hashlib.blake2b(f"{alias.model}\0{alias.name}\0{sticky}".encode(), digest_size=8).digest()
+        point = int.from_bytes(digest) / 2**64
+    else:
+        point = random.random()  # noqa: S311 - spreading load, not secrets
+    point *= sum(share.weight for share in alias.split)
+    for share in alias.split:
+        point -= share.weight
+        if point < 0:
+            return share.version
+    return alias.split[-1].version
 
 
 def no_model(model: str) -> ModelNotFound:

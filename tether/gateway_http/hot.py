@@ -123,7 +123,7 @@ class HotRoutes:
         """``POST /v2/models/{model}[/versions/{version}]/infer``."""
         gateway = self._gateway
         key.check_model(model)
-        served = gateway.catalog.resolve(model, version)
+        served = gateway.catalog.resolve(model, version, heading.sticky, key.id)
         body = await self._body(heading, incoming)
         request = oip.parse_infer_request(body, heading.json_length, specs=served.specs)
         tensors = await gateway.infer(
@@ -179,7 +179,7 @@ class HotRoutes:
         caller.check_model(body.model)
         key = heading.idempotency_key
         return NewJob(
-            served=self._gateway.catalog.resolve(body.model, str(body.version)),
+            served=self._gateway.catalog.resolve(body.model, str(body.version), heading.sticky, caller.id),
             inputs=oip.tensors_from_json(body.inputs),
             outputs=tuple([output.name for output in body.outputs]),
             priority=body.priority,

@@ -24,6 +24,7 @@ _PARAMETERS = {
     "version": "A version's number, or an alias such as `latest`.",
     "id": "The id.",
     "tenant": "A tenant's name.",
+    "alias": "An alias's name.",
     "digest": "The hex SHA-256 of a piece.",
 }
 

@@ -50,13 +50,23 @@ class Reply(NamedTuple):
 class Heading:
     """The headers the hot path looks at, collected in one pass."""
 
-    __slots__ = ("accept", "encoding", "idempotency_key", "json_length", "key", "length", "request_id", "traceparent")
+    __slots__ = (
+        "accept",
+        "encoding",
+        "idempotency_key",
+        "json_length",
+        "key",
+        "length",
+        "request_id",
+        "sticky",
+        "traceparent",
+    )
 
     def __init__(self, headers: Iterable[tuple[str, str]]) -> None:
         self.json_length: int | None = None
         self.length = 0
         self.encoding = self.accept = self.key = ""
-        self.request_id = self.traceparent = self.idempotency_key = ""
+        self.request_id = self.traceparent = self.idempotency_key = self.sticky = ""
         for name, value in headers:
             if name in _LOOKED_AT:
                 self._take(name, value)
@@ -83,12 +93,19 @@ class Heading:
             case "traceparent":
                 self.traceparent = clean_id(value)
             case _:
-                self.idempotency_key = _idempotency_key(value)
+                self._take_choice(name, value)
+
+    def _take_choice(self, name: str, value: str) -> None:
+        if name == "x-tether-sticky":
+            self.sticky = value[:256]
+        else:
+            self.idempotency_key = _idempotency_key(value)
 
 
 _LOOKED_AT = frozenset(
     {
         "x-api-key",
+        "x-tether-sticky",
         "authorization",
         "content-length",
         "inference-header-content-length",

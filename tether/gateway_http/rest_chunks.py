@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 from tether.bus.chunks import ObjectChunkStore
 from tether.errors import InvalidRequest, PayloadTooLarge
-from tether.gateway_http import bodies
+from tether.gateway_http import bodies, bodies_models
 from tether.gateway_http.rest_models import TAG, pushed, registered
 from tether.gateway_http.routing import OCTETS, Call, Media, Reply, Row
 from tether.model import ModelFile, PushRequest, check_name
@@ -35,7 +35,7 @@ def _digest(text: str, field: str) -> str:
 
 async def _missing(call: Call) -> Reply:
     store, asked = _store(call), [_digest(text, "chunks") for text in call.body.chunks]
-    return Reply(bodies.MissingChunks(await store.missing(asked)))
+    return Reply(bodies_models.MissingChunks(await store.missing(asked)))
 
 
 async def _put(call: Call) -> Reply:
@@ -48,7 +48,7 @@ async def _put(call: Call) -> Reply:
         yield digest, piece
 
     stored = await store.put(only())
-    return Reply(bodies.StoredChunk(digest, len(piece), stored), 201 if stored else 200)
+    return Reply(bodies_models.StoredChunk(digest, len(piece), stored), 201 if stored else 200)
 
 
 async def _piece(call: Call) -> bytes:
@@ -79,9 +79,9 @@ ROWS = [
         "Ask which pieces the store does not have",
         TAG,
         _missing,
-        {200: bodies.MissingChunks},
+        {200: bodies_models.MissingChunks},
         "models:write",
-        body=bodies.WantedChunks,
+        body=bodies_models.WantedChunks,
         errors=(404, 503),
     ),
     Row(
@@ -90,7 +90,7 @@ ROWS = [
         "Store one piece of a model file",
         TAG,
         _put,
-        {201: bodies.StoredChunk, 200: bodies.StoredChunk},
+        {201: bodies_models.StoredChunk, 200: bodies_models.StoredChunk},
         "models:write",
         binary=Media(OCTETS, "At most 4 MiB whose SHA-256 is the digest in the path; 200 when it was there already."),
         errors=(404, 429, 503, 504),
@@ -103,7 +103,7 @@ ROWS = [
         _register,
         {201: bodies.PushedVersion, 200: bodies.PushedVersion},
         "models:write",
-        body=bodies.NewVersion,
+        body=bodies_models.NewVersion,
         errors=(404, 422, 429, 503, 504),
     ),
 ]

@@ -36,7 +36,9 @@ async def _inference(call: Call) -> Reply:
     oip_json.check_parameters(body.parameters, "parameters")
     gateway = call.gateway
     call.caller.check_model(body.model_id)
-    served = gateway.catalog.resolve(body.model_id, "" if body.version is None else str(body.version))
+    served = gateway.catalog.resolve(
+        body.model_id, "" if body.version is None else str(body.version), call.heading.sticky, call.caller.id
+    )
     outputs = await gateway.infer(
         served,
         call.tenant,

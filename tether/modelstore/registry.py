@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
+
 from tether import codec
 from tether.bus.connection import Bus, Stored
 from tether.bus.kv import KvBucket
@@ -103,28 +105,73 @@ class Registry:
             Unavailable: other writers won every time.
             BrokerUnavailable: no answer.
         """
-        subject = self._aliases.subject(f"{token(model)}.{name}")
+
+        def moved(current: Alias | None) -> Alias | None:
+            if current is not None and forward_only and current.version >= version:
+                return current
+            return self.next_alias(current, Alias(model, name, version))
+
+        alias = await self.change(model, name, moved)
+        return alias or Alias(model, name, version)
+
+    async def change(self, model: str, name: str, decide: Callable[[Alias | None], Alias | None]) -> Alias | None:
+        """Replace an alias by what ``decide`` makes of it (None: it is to be gone), and return that.
+
+        ``decide`` sees the alias as it is and is asked again when another writer came first.
+
+        Raises:
+            Unavailable: other writers won every time.
+            BrokerUnavailable: no answer.
+        """
+        subject = self._aliases.subject(f"{token(model)}.{token(name)}")
         for _ in range(TRIES):
             stored = await self._bus.direct_get(self._aliases.stream, subject)
             found = None if stored is None else self._alias(stored)
             current, issued_at = (None, 0) if found is None else found
-            if current is not None and (current.version == version or (forward_only and current.version > version)):
+            wanted = decide(current)
+            if wanted == current:
                 return current
-            moved = self._moved(current, model, name, version)
-            frame = self._bus.signer.seal(MessageType.ALIAS, subject, codec.encode(moved), after=issued_at)
-            expected = {"Nats-Expected-Last-Subject-Sequence": str(0 if stored is None else stored.sequence)}
+            headers = {"Nats-Expected-Last-Subject-Sequence": str(0 if stored is None else stored.sequence)}
+            if wanted is None:
+                headers["KV-Operation"] = "DEL"
+                frame = b""
+            else:
+                frame = self._bus.signer.seal(MessageType.ALIAS, subject, codec.encode(wanted), after=issued_at)
             try:
-                await self._bus.publish_acked(subject, frame, headers=expected)
+                await self._bus.publish_acked(subject, frame, headers=headers)
             except VersionConflict:
                 continue
-            return moved
+            return wanted
         raise Unavailable(f"alias '{name}' of model '{model}' is moved by others all the time; try again")
 
-    def _moved(self, current: Alias | None, model: str, name: str, version: int) -> Alias:
+    def next_alias(self, current: Alias | None, wanted: Alias) -> Alias:
+        """``wanted`` with the history of what it takes over from; ``current`` itself when it already says the same."""
         if current is None:
-            return Alias(model, name, version)
-        past = (Move(current.version, self._bus.clock.utc()), *current.previous)[:HISTORY]
-        return Alias(model, name, version, past, current.revision + 1)
+            return wanted
+        if (current.version, current.split, current.sticky) == (wanted.version, wanted.split, wanted.sticky):
+            return current
+        past = (self.as_move(current), *current.previous)[:HISTORY]
+        return msgspec.structs.replace(wanted, previous=past, revision=current.revision + 1)
+
+    def as_move(self, alias: Alias) -> Move:
+        """What an alias stands for, as an entry of its history."""
+        return Move(alias.version, self._bus.clock.utc(), alias.split, alias.sticky)
+
+    async def exists(self, model: str, version: int) -> bool:
+        """Whether a version has a manifest that can be read."""
+        key = self._bus.names.version_key(model, version)
+        frame = await self._models.get(key)
+        if frame is None:
+            return False
+        try:
+            open_manifest(self._bus.verifier, self._bus.names, key, frame)
+        except EnvelopeError:
+            return False
+        return True
+
+    async def delete(self, model: str, version: int) -> None:
+        """Take a version away for good; its number is never given out again."""
+        await self._models.delete(self._bus.names.version_key(model, version))
 
     def _alias(self, stored: Stored) -> tuple[Alias, int] | None:
         """An alias and when it was issued."""
@@ -135,12 +182,16 @@ class Registry:
 
     async def aliases(self, model: str) -> dict[str, int]:
         """Every alias of a model and the version it stands for."""
-        found: dict[str, int] = {}
+        return {alias.name: alias.version for alias in await self.all_aliases(model)}
+
+    async def all_aliases(self, model: str) -> list[Alias]:
+        """Every alias of a model."""
+        found: list[Alias] = []
         subjects = self._aliases.subject(f"{token(model)}.*")
         async for item in self._bus.direct_scan(self._aliases.stream, subjects):
             stored = self._alias(item)
             if stored is not None:
-                found[stored[0].name] = stored[0].version
+                found.append(stored[0])
         return found
 
     async def repair(self) -> None:

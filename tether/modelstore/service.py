@@ -17,7 +17,8 @@ from tether.envelope import Envelope, MessageType
 from tether.errors import BadEncoding, BrokerUnavailable, InvalidRequest, ModelRejected, TetherError
 from tether.home import Home
 from tether.model import LATEST, PushAnswer, PushRequest
-from tether.modelstore import assemble
+from tether.modelstore import assemble, changes
+from tether.modelstore.changes import Changes
 from tether.modelstore.inspection import Inspection
 from tether.modelstore.registry import Registry
 from tether.settings import Settings
@@ -41,6 +42,7 @@ class ModelStoreService:
         self._scratch = scratch
         self._inspections = asyncio.Semaphore(INSPECTIONS)
         self._registry = Registry(bus)
+        self._changes = Changes(bus, self._registry)
 
     @property
     def closed(self) -> lifecycle.Ended:
@@ -52,13 +54,22 @@ class ModelStoreService:
         """Answer pushes until the block ends; waits for the buckets, which the dispatcher makes."""
         await asyncio.to_thread(_clear, self._scratch)
         await self._repaired()
-        async with rpc.serve(
-            self._bus,
-            ENDPOINT,
-            accepts=MessageType.PUSH,
-            answers=MessageType.PUSHED,
-            handler=self.register,
-            side_by_side=WAITING,
+        async with (
+            rpc.serve(
+                self._bus,
+                ENDPOINT,
+                accepts=MessageType.PUSH,
+                answers=MessageType.PUSHED,
+                handler=self.register,
+                side_by_side=WAITING,
+            ),
+            rpc.serve(
+                self._bus,
+                changes.ENDPOINT,
+                accepts=MessageType.CHANGE,
+                answers=MessageType.CHANGED,
+                handler=self._changes.handle,
+            ),
         ):
             yield
 

@@ -1,0 +1,64 @@
+"""Promoting, rolling back and deleting versions, as flows."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import quote
+
+from tether.client_flows import Json, model_path, post, put
+from tether.client_http import Flow, Policy, Send, exchange_json
+from tether.errors import InvalidRequest, ModelNotFound
+
+PRODUCTION = "production"
+
+
+def alias_path(name: str, alias: str) -> str:
+    return f"{model_path(name)}/aliases/{quote(alias, safe='')}"
+
+
+def promote(
+    policy: Policy, name: str, version: int, alias: str, canary: float | None, *, sticky: bool, force: bool
+) -> Flow[Json]:
+    """Let ``alias`` stand for ``version``, or give it ``canary`` percent of the alias's requests.
+
+    Raises:
+        InvalidRequest: ``canary`` is no percentage, or there is nothing that the rest could go to.
+    """
+    body: Json = {"version": version}
+    if canary is not None:
+        body = {"split": (yield from _split(policy, name, version, alias, canary)), "sticky": sticky}
+    ask = put(alias_path(name, alias), {**body, "force": force})
+    return (yield from exchange_json(policy, ask, dict[str, Any]))
+
+
+def _split(policy: Policy, name: str, version: int, alias: str, canary: float) -> Flow[list[Json]]:
+    if not 0 < canary < 100:
+        raise InvalidRequest(f"canary must be more than 0 and less than 100 percent, not {canary:g}", field="canary")
+    try:
+        now = yield from exchange_json(policy, Send("GET", alias_path(name, alias)), dict[str, Any])
+    except ModelNotFound as error:
+        raise InvalidRequest(
+            f"{error.message}: promote a version to it first, then a canary beside it", field="alias"
+        ) from error
+    stable = now["version"]
+    others = [share["version"] for share in now["split"] if share["version"] != version]
+    stable = others[0] if stable == version and others else stable
+    if stable == version:
+        raise InvalidRequest(f"alias '{alias}' stands for version {version} already", field="version")
+    return [{"version": stable, "weight": 100 - canary}, {"version": version, "weight": canary}]
+
+
+def rollback(policy: Policy, name: str, alias: str) -> Flow[Json]:
+    """Let ``alias`` stand for what it stood for before."""
+    ask = post(f"{model_path(name)}/rollback", {"alias": alias}, repeatable=False)
+    return (yield from exchange_json(policy, ask, dict[str, Any]))
+
+
+def delete(policy: Policy, name: str, version: int) -> Flow[Json]:
+    """Delete a version that no alias stands for."""
+    ask = Send("DELETE", f"{model_path(name)}/versions/{version}")
+    return (yield from exchange_json(policy, ask, dict[str, Any]))
+
+
+def delete_alias(policy: Policy, name: str, alias: str) -> Flow[Json]:
+    return (yield from exchange_json(policy, Send("DELETE", alias_path(name, alias)), dict[str, Any]))

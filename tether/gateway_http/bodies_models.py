@@ -1,0 +1,97 @@
+"""Bodies of resumable pushes, and of aliases."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+
+class Share(Struct, forbid_unknown_fields=True):
+    """A version's part of an alias's requests; weights count relative to one another."""
+
+    version: Annotated[int, Meta(ge=1)]
+    weight: Annotated[float, Meta(gt=0, le=1_000_000)]
+
+
+class WantedAlias(Struct, forbid_unknown_fields=True):
+    """What an alias is to stand for: one `version`, or several that share its requests. With `sticky` an API key always
+    gets the same one; a header `x-tether-sticky` does that for whatever it names. Without `force` a version that no
+    worker holds is refused."""
+
+    version: Annotated[int, Meta(ge=0)] = 0
+    split: Annotated[list[Share], Meta(max_length=16)] = []
+    sticky: bool = False
+    force: bool = False
+
+
+class WantedRollback(Struct, forbid_unknown_fields=True):
+    """The alias to roll back."""
+
+    alias: str
+
+
+class AliasMove(Struct):
+    """What an alias stood for until `until`."""
+
+    version: int
+    split: list[Share]
+    until: str
+
+
+class AliasDetail(Struct):
+    """An alias: what it stands for, stood for before, and what was rolled back since; newest first."""
+
+    model: str
+    alias: str
+    version: int
+    split: list[Share]
+    sticky: bool
+    revision: int
+    previous: list[AliasMove]
+    undone: list[AliasMove]
+
+
+class Gone(Struct):
+    """What was deleted: an alias's name or a version's number."""
+
+    model: str
+    deleted: str
+
+
+class WantedChunks(Struct, forbid_unknown_fields=True):
+    """Hex SHA-256 of pieces."""
+
+    chunks: Annotated[list[str], Meta(max_length=16384)]
+
+
+class MissingChunks(Struct):
+    """Those of the pieces that the store does not have, in the order asked."""
+
+    missing: list[str]
+
+
+class StoredChunk(Struct):
+    """A piece that the store has now; `stored_bytes` is 0 when it had it before."""
+
+    digest: str
+    size: int
+    stored_bytes: int
+
+
+class NewFile(Struct, forbid_unknown_fields=True):
+    """A file of a version: `chunks` are the digests of its pieces in order, `sizes` their bytes."""
+
+    path: str
+    size: int
+    digest: str
+    chunks: Annotated[list[str], Meta(max_length=131072)]
+    sizes: Annotated[list[int], Meta(max_length=131072)]
+
+
+class NewVersion(Struct, forbid_unknown_fields=True):
+    """Files whose pieces are stored, to become a version. Batching is as for a push of one file."""
+
+    files: Annotated[list[NewFile], Meta(min_length=1, max_length=1024)]
+    max_batch_size: Annotated[int, Meta(ge=-1, le=65536)] = -1
+    max_delay_ms: Annotated[float, Meta(ge=0, le=10_000)] = 2.0

@@ -1,0 +1,155 @@
+"""Aliases and the end of versions: promote, split, roll back, delete."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tether import codec
+from tether.bus import rpc
+from tether.envelope import MessageType
+from tether.errors import InvalidRequest, ModelNotReady, TetherError
+from tether.gateway_http import bodies_models
+from tether.gateway_http.job_view import rfc3339
+from tether.gateway_http.rest_models import TAG
+from tether.gateway_http.routing import Call, Reply, Row
+from tether.model import Alias, Change, ChangeAnswer, ChangeRequest, Move, Share, check_name
+
+
+def _model(call: Call) -> str:
+    name = check_name(call.path("name"), field="name")
+    call.caller.check_model(name)
+    return name
+
+
+async def _changed(call: Call, change: Change, alias: str, **fields: Any) -> Alias | None:
+    request = ChangeRequest(change, _model(call), alias, by=f"key:{call.caller.id}", **fields)
+    answer = await rpc.call(
+        call.gateway.bus, "changeModel", MessageType.CHANGE, codec.encode(request), answers=MessageType.CHANGED
+    )
+    return codec.decode(answer, ChangeAnswer).alias
+
+
+async def _set(call: Call) -> Reply:
+    wanted: bodies_models.WantedAlias = call.body
+    split = tuple(Share(share.version, share.weight) for share in wanted.split)
+    if bool(split) == bool(wanted.version):
+        raise InvalidRequest("give either 'version' or 'split'", field="version")
+    if not wanted.force:
+        _require_ready(call, [wanted.version, *(share.version for share in split)])
+    sticky = wanted.sticky and bool(split)
+    alias = await _changed(
+        call, Change.SET_ALIAS, call.path("alias"), version=wanted.version, split=split, sticky=sticky
+    )
+    return Reply(_alias(alias))
+
+
+def _require_ready(call: Call, versions: list[int]) -> None:
+    """Refuse to send requests where nobody would answer them."""
+    catalog, model = call.gateway.catalog, _model(call)
+    for number in filter(None, versions):
+        if not catalog.workers(catalog.resolve(model, str(number))):
+            raise ModelNotReady(
+                f"no worker holds version {number} of model '{model}' yet; wait, or set 'force'", field="version"
+            )
+
+
+async def _show(call: Call) -> Reply:
+    return Reply(_alias(call.gateway.catalog.alias(_model(call), call.path("alias"))))
+
+
+async def _rollback(call: Call) -> Reply:
+    return Reply(_alias(await _changed(call, Change.ROLLBACK, call.body.alias)))
+
+
+async def _delete_alias(call: Call) -> Reply:
+    await _changed(call, Change.DELETE_ALIAS, call.path("alias"))
+    return Reply(bodies_models.Gone(_model(call), call.path("alias")))
+
+
+async def _delete_version(call: Call) -> Reply:
+    text = call.path("version")
+    if not text.isdecimal() or not 0 < len(text) < 10:
+        raise InvalidRequest("version must be a number; an alias has a path of its own", field="version")
+    await _changed(call, Change.DELETE_VERSION, "", version=int(text))
+    return Reply(bodies_models.Gone(_model(call), text))
+
+
+def _alias(alias: Alias | None) -> bodies_models.AliasDetail:
+    if alias is None:
+        raise TetherError("the model store answered without an alias")
+    return bodies_models.AliasDetail(
+        model=alias.model,
+        alias=alias.name,
+        version=alias.version,
+        split=_shares(alias.split),
+        sticky=alias.sticky,
+        revision=alias.revision,
+        previous=[_move(move) for move in alias.previous],
+        undone=[_move(move) for move in alias.undone],
+    )
+
+
+def _move(move: Move) -> bodies_models.AliasMove:
+    return bodies_models.AliasMove(move.version, _shares(move.split), rfc3339(move.moved_at))
+
+
+def _shares(split: tuple[Share, ...]) -> list[bodies_models.Share]:
+    return [bodies_models.Share(share.version, share.weight) for share in split]
+
+
+_ALIAS = "/v1/models/{name}/aliases/{alias}"
+
+ROWS = [
+    Row(
+        "GET",
+        _ALIAS,
+        "Show an alias and its history",
+        TAG,
+        _show,
+        {200: bodies_models.AliasDetail},
+        "models:read",
+        errors=(404,),
+    ),
+    Row(
+        "PUT",
+        _ALIAS,
+        "Let an alias stand for a version, or split its requests",
+        TAG,
+        _set,
+        {200: bodies_models.AliasDetail},
+        "models:write",
+        body=bodies_models.WantedAlias,
+        errors=(404, 409, 503),
+    ),
+    Row(
+        "DELETE",
+        _ALIAS,
+        "Remove an alias",
+        TAG,
+        _delete_alias,
+        {200: bodies_models.Gone},
+        "models:write",
+        errors=(404, 503),
+    ),
+    Row(
+        "POST",
+        "/v1/models/{name}/rollback",
+        "Let an alias stand for what it stood for before",
+        TAG,
+        _rollback,
+        {200: bodies_models.AliasDetail},
+        "models:write",
+        body=bodies_models.WantedRollback,
+        errors=(404, 409, 503),
+    ),
+    Row(
+        "DELETE",
+        "/v1/models/{name}/versions/{version}",
+        "Delete a version that no alias stands for",
+        TAG,
+        _delete_version,
+        {200: bodies_models.Gone},
+        "models:write",
+        errors=(404, 409, 503),
+    ),
+]

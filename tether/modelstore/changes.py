@@ -1,0 +1,145 @@
+"""Moves of aliases and the end of versions, one after another: the rules of what may follow what."""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import partial
+
+from tether import codec
+from tether.bus.connection import Bus
+from tether.envelope import Envelope
+from tether.errors import BadEncoding, Conflict, InvalidRequest, ModelNotFound, TetherError
+from tether.model import Alias, Change, ChangeAnswer, ChangeRequest, Share, check_name
+from tether.modelstore.registry import Registry
+
+log = logging.getLogger(__name__)
+
+ENDPOINT = "changeModel"
+MOST_SHARES = 16
+
+
+class Changes:
+    """Handles ``changeModel``."""
+
+    def __init__(self, bus: Bus, registry: Registry) -> None:
+        self._bus = bus
+        self._registry = registry
+
+    async def handle(self, envelope: Envelope) -> bytes:
+        """Do what the request says.
+
+        Raises:
+            InvalidRequest, BadName: the request itself is wrong.
+            ModelNotFound: there is no such version or alias.
+            Conflict: a version that an alias names cannot be deleted; an alias without a past cannot be rolled back.
+            Unavailable: try again.
+        """
+        try:
+            request = codec.decode(envelope.body, ChangeRequest)
+        except BadEncoding as error:
+            raise InvalidRequest(f"the change cannot be read: {error.message}") from error
+        check_name(request.model, field="name")
+        fields = {"action": f"model_{request.change.value}", "model": request.model, "by": request.by[:64]}
+        try:
+            alias = await self._changed(request)
+        except TetherError as error:
+            log.info("refused: %s", error, extra={**fields, "code": error.code})
+            raise
+        log.info("changed", extra={**fields, "alias": request.alias, "version": alias.version if alias else 0})
+        return codec.encode(ChangeAnswer(alias))
+
+    async def _changed(self, request: ChangeRequest) -> Alias | None:
+        if request.change is Change.DELETE_VERSION:
+            return await self._delete_version(request.model, request.version)
+        check_alias_name(request.alias)
+        match request.change:
+            case Change.SET_ALIAS:
+                return await self._set(request)
+            case Change.ROLLBACK:
+                return await self._rollback(request)
+            case _:
+                return await self._registry.change(request.model, request.alias, partial(_gone, request))
+
+    async def _set(self, request: ChangeRequest) -> Alias | None:
+        version = check_split(request.split).version if request.split else request.version
+        wanted = Alias(request.model, request.alias, version, split=request.split, sticky=request.sticky)
+        for number in sorted(wanted.versions):
+            await self._require(request.model, number)
+        return await self._registry.change(
+            request.model, request.alias, lambda current: self._registry.next_alias(current, wanted)
+        )
+
+    async def _require(self, model: str, version: int) -> None:
+        if not await self._registry.exists(model, version):
+            raise ModelNotFound(f"model '{model}' has no version {version}", field="version")
+
+    async def _rollback(self, request: ChangeRequest) -> Alias | None:
+        def back(current: Alias | None) -> Alias:
+            if current is None:
+                raise _no_alias(request)
+            if not current.previous:
+                raise Conflict(f"alias '{request.alias}' has stood for nothing else before", field="alias")
+            last, *rest = current.previous
+            return Alias(
+                request.model,
+                request.alias,
+                last.version,
+                previous=tuple(rest),
+                revision=current.revision + 1,
+                split=last.split,
+                sticky=last.sticky,
+                undone=(self._registry.as_move(current), *current.undone),
+            )
+
+        known = {alias.name: alias for alias in await self._registry.all_aliases(request.model)}.get(request.alias)
+        for number in sorted(back(known).versions):
+            await self._require(request.model, number)
+        return await self._registry.change(request.model, request.alias, back)
+
+    async def _delete_version(self, model: str, version: int) -> Alias | None:
+        await self._require(model, version)
+        naming = [alias.name for alias in await self._registry.all_aliases(model) if version in alias.versions]
+        if naming:
+            listed = ", ".join(f"'{name}'" for name in sorted(naming))
+            raise Conflict(
+                f"version {version} of model '{model}' is what alias {listed} stands for; move or delete the alias first",
+                field="version",
+            )
+        await self._registry.delete(model, version)
+        return None
+
+
+def check_alias_name(name: str) -> None:
+    """Prove that an alias may have a name.
+
+    Raises:
+        BadName, InvalidRequest: it is no name, or one that looks like a version's number.
+    """
+    if check_name(name, field="alias").isdecimal():
+        raise InvalidRequest("an alias cannot be a number: it would look like a version", field="alias")
+
+
+def check_split(split: tuple[Share, ...]) -> Share:
+    """Prove that a split can be acted on; returns the share with the most weight.
+
+    Raises:
+        InvalidRequest: a version twice, a weight that is no positive number, or too many.
+    """
+    if len(split) > MOST_SHARES:
+        raise InvalidRequest(f"an alias can be split between at most {MOST_SHARES} versions", field="split")
+    if len({share.version for share in split}) != len(split):
+        raise InvalidRequest("a split names a version twice", field="split")
+    if not all(math.isfinite(share.weight) and 0 < share.weight <= 1e6 for share in split):
+        raise InvalidRequest("each weight of a split must be more than 0 and at most 1000000", field="split")
+    return max(split, key=lambda share: share.weight)
+
+
+def _gone(request: ChangeRequest, alias: Alias | None) -> Alias | None:
+    if alias is None:
+        raise _no_alias(request)
+    return None
+
+
+def _no_alias(request: ChangeRequest) -> ModelNotFound:
+    return ModelNotFound(f"model '{request.model}' has no alias '{request.alias}'", field="alias")
