@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from bench import durable, transfer
+from bench import durable, signing, transfer
 from bench.servers import ROOT, Server, bare_fastapi, environment, tether_platform
 
 CONNECTIONS = (1, 16, 64)
@@ -121,6 +121,10 @@ def one_round(samples: Samples, plan: Plan, servers: dict[str, Server], folder: 
     samples.add("jobs done", jobs.done)
     say(f"durable jobs: {jobs.done:,.0f}/s end to end")
     move_model(samples, plan, tether, folder / "table.onnx")
+    spent = signing.measure(tether, (folder / "body.json").read_bytes(), connections=64, seconds=plan.seconds)
+    samples.add("signing", spent.share * 100)
+    samples.add("gateway cpu", spent.cpu_s / spent.requests * 1e6)
+    say(f"signing and verifying: {spent.share:.1%} of a gateway's CPU")
 
 
 def move_model(samples: Samples, plan: Plan, tether: Server, path: Path) -> None:
@@ -144,6 +148,8 @@ def table(samples: Samples, plan: Plan) -> str:
         ("durable jobs, end to end, two workers", "jobs done", "jobs/s"),
         (f"model push, {plan.model_mb} MiB of random weights, inspection included", "push", "MB/s"),
         ("model pull, verified and synced to disk", "pull", "MB/s"),
+        ("CPU of a gateway at 64 connections", "gateway cpu", "µs a request"),
+        ("of it for signing and verifying", "signing", "%"),
     ]
     rest = [f"| {label} | {samples.show(name)} | {unit} |" for label, name, unit in measured]
     return "\n".join([machine(plan), "", head, *lines, "", "| measure | median | unit |\n|---|---:|---|", *rest, ""])
