@@ -1,4 +1,4 @@
-"""Versions in use: promote, roll back, delete."""
+"""Models: push, look, promote, roll back, delete."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tether_cli.options import ModelName, Url, connect
-from tether_cli.output import JsonFlag, print_json, say
+from tether_cli.options import ModelName, Timeout, Url, connect
+from tether_cli.output import JsonFlag, print_json, print_table, progress, say
 
 Version = Annotated[int, typer.Argument(metavar="VERSION", min=1, help="The version's number.")]
 AliasName = Annotated[str, typer.Option("--alias", metavar="ALIAS", help="The alias to move.")]
@@ -66,3 +66,61 @@ def delete(
         print_json({"model": name, "deleted": str(version)})
     else:
         say(f"version {version} of model {name} is deleted; its number is never given out again")
+
+
+def push(
+    name: ModelName,
+    path: Annotated[str, typer.Argument(metavar="FILE.onnx", help="The model's file.")],
+    *,
+    max_batch_size: Annotated[
+        int | None, typer.Option("--max-batch-size", metavar="N", min=0, help="Most rows in one run; 0: no batches.")
+    ] = None,
+    max_delay_ms: Annotated[
+        float | None, typer.Option("--max-delay-ms", metavar="MS", min=0, help="How long a job may wait for company.")
+    ] = None,
+    url: Url = None,
+    timeout: Timeout = 600.0,
+    json_output: JsonFlag = False,
+) -> None:
+    """Make a file the next version of a model. Only what the store does not have is sent."""
+    from pathlib import Path
+
+    size = Path(path).stat().st_size if Path(path).is_file() else None
+    with connect(url, timeout) as client, progress("pushing", size, unit="bytes") as done:
+        told = client.push(
+            name, path, max_batch_size=max_batch_size, max_delay_ms=max_delay_ms, progress=done, timeout=timeout
+        )
+    if json_output:
+        print_json(told)
+        return
+    typer.echo(f"{told['name']} {told['version']}")
+    say(f"{told.get('size')} bytes, {told.get('stored_bytes')} of them sent; the rest was there already")
+
+
+def listing(*, url: Url = None, json_output: JsonFlag = False) -> None:
+    """List models with their versions and aliases."""
+    with connect(url) as client:
+        models = client.models()
+    if json_output:
+        print_json({"models": models})
+        return
+    heading = ("NAME", "VERSIONS", "ALIASES", "READY", "PLATFORM", "BYTES")
+    print_table(heading, [_model_row(entry) for entry in models])
+
+
+def _model_row(entry: dict[str, Any]) -> tuple[Any, ...]:
+    aliases = [f"{alias}={version}" for alias, version in entry.get("aliases", {}).items()]
+    ready = "yes" if entry.get("ready") else "no"
+    return (entry["name"], entry.get("versions", []), aliases, ready, entry.get("platform"), entry.get("size"))
+
+
+def show(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) -> None:
+    """Show a model: the signature, files and workers of each version."""
+    import json
+
+    with connect(url) as client:
+        found = client.model(name)
+    if json_output:
+        print_json(found)
+    else:
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
