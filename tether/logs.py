@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 
+from tether.errors import one_line
 from tether.settings import Settings
 
 FIELDS = (
@@ -23,6 +25,29 @@ FIELDS = (
     "state",
 )
 """The fields a record may carry through ``extra``."""
+
+
+_SECRETS = re.compile(r"(tk_[a-z2-7]{8})_[A-Za-z0-9_-]{20,}|(ts_[A-Za-z0-9]{1,12})[A-Za-z0-9_.-]{20,}")
+
+
+def without_secrets(text: str) -> str:
+    """``text`` with API keys and session tokens cut to what names them, wherever somebody put one."""
+    return _SECRETS.sub(lambda found: f"{found[1] or found[2]}_<secret>", text)
+
+
+class TextFormatter(logging.Formatter):
+    """For eyes: one line a record, control characters escaped; an exception follows on lines of its own."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self._service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line = f"{time} {record.levelname:<7} {self._service} {one_line(record.getMessage())}"
+        if record.exc_info:
+            line += "".join(f"\n  {one_line(part)}" for part in self.formatException(record.exc_info).splitlines())
+        return without_secrets(line)
 
 
 class JsonFormatter(logging.Formatter):
@@ -42,7 +67,7 @@ class JsonFormatter(logging.Formatter):
         line.update({name: getattr(record, name) for name in FIELDS if hasattr(record, name)})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return without_secrets(json.dumps(line, default=str))
 
 
 def setup(settings: Settings, service: str) -> None:
@@ -51,7 +76,7 @@ def setup(settings: Settings, service: str) -> None:
     if settings.log_format == "json":
         handler.setFormatter(JsonFormatter(service))
     else:
-        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s {service} %(message)s"))
+        handler.setFormatter(TextFormatter(service))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())

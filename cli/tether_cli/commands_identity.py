@@ -104,7 +104,7 @@ def revoke(
 
     settings, home = _open(data_dir, nats)
     gone = identities.revoke(home, root_key(home, root), who)
-    told = _tell(settings, home)
+    told = _tell(settings, home, lock_out=True)
     rows = [{"name": item.name, "kid": item.kid.hex()} for item in gone]
     if json_output:
         print_json({"revoked": rows, "published": told})
@@ -193,10 +193,15 @@ def _done(settings: Settings, home: Home, made: IdentityRecord, out: Path | None
         print_fields(fields)
 
 
-def _tell(settings: Settings, home: Home) -> bool:
-    """Put the keyset where running services see it; whether a broker took it."""
+def _tell(settings: Settings, home: Home, *, lock_out: bool = False) -> bool:
+    """Put the keyset where running services see it, and have the broker go by it; whether a broker took it.
+
+    A new login is let in before anybody hears of it. To ``lock_out`` one, its owner hears of it first, so that it can give
+    back what it has in hand.
+    """
     import logging
 
+    from tether.bus.keyset import SETTLE_S
     from tether.errors import TetherError
 
     logging.getLogger("tether").setLevel(logging.CRITICAL)
@@ -204,19 +209,31 @@ def _tell(settings: Settings, home: Home) -> bool:
         say("no platform runs on this data directory; services learn of it when they start")
         return False
     try:
-        asyncio.run(_publish(settings, home))
+        if not lock_out:
+            _reload(settings, home)
+        asyncio.run(_publish(settings, home, settle_s=SETTLE_S if lock_out else 0.0))
+        if lock_out:
+            _reload(settings, home)
     except TetherError as error:
         say(
-            f"the services were not told ({error.code}: {error.message}); the dispatcher tells them when it has this keyset"
+            f"not all was told ({error.code}: {error.message}); the dispatcher tells the services when it has this keyset"
         )
         return False
     say("the running services were told")
     return True
 
 
-async def _publish(settings: Settings, home: Home) -> None:
+def _reload(settings: Settings, home: Home) -> None:
+    from tether.bus.server import reload_embedded
+
+    if not reload_embedded(home, settings):
+        say("the broker is not this data directory's: give it the users.conf of 'tether init --nats-config DIR'")
+
+
+async def _publish(settings: Settings, home: Home, *, settle_s: float) -> None:
     from tether.bus.connection import Bus
     from tether.bus.keyset import SeenKeyset, offer
 
     async with Bus.connect(settings, home, "admin", follow=False) as bus:
         await offer(bus, SeenKeyset.load(home))
+        await asyncio.sleep(settle_s)

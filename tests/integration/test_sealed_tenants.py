@@ -14,8 +14,18 @@ from brokers import Broker, wait_until
 from services import Services, first, new_job, row, services
 from taps import tapped
 
-from tether.errors import IdempotencyConflict, InferenceFailed
+from tether import codec
+from tether.bus import identities
+from tether.bus.connection import Bus
+from tether.bus.keys import RootKey
+from tether.bus.kv import SignedBucket
+from tether.bus.pull import BusDelivery, LanePull
+from tether.envelope import MessageType
+from tether.envelope.sealing import seal_job
+from tether.errors import BadSeal, IdempotencyConflict, InferenceFailed, NotEntitled
+from tether.gateway_http import core
 from tether.gateway_http.catalog import Served
+from tether.job import AttemptNote, Job, Lane, Outcome, Priority, new_job_id
 from tether.tenant import Tenant
 from tether.tensor import from_numpy
 
@@ -52,6 +62,14 @@ async def run_job(running: Services, tenant: str, served: Served, value: float =
 
 def shown(job: dict[str, Any]) -> float:
     return float(job["result"]["outputs"][0]["data"][0])
+
+
+class Thief:
+    """Takes one bundle of a lane and keeps it."""
+
+    def __init__(self, bus: Bus, lane: Lane) -> None:
+        self.got: list[BusDelivery] = []
+        self.pull = LanePull(bus, lane, 1, self.got.append)
 
 
 def on_disk(broker: Broker, pattern: bytes) -> bool:
@@ -110,3 +128,141 @@ async def test_a_failure_says_its_reason_to_the_caller_alone(embedded_broker: Br
                 message = failed["error"]["message"]
                 assert str(index) in message
                 assert tap.heard(message.encode()) == (tenant == OPEN)
+
+
+async def test_who_is_revoked_cannot_open_what_is_sealed_afterwards_and_its_jobs_end(one: Services) -> None:
+    """As soon as the gateway has heard of it. The worker keeps pulling; what it is sent ends with a reason, once."""
+    served = await one.push("bump", models.add())
+    await seal_tenant(one)
+    assert await infer(one, SEALED, served) == OUT
+    seals, everyone = one.gateway.seals, one.bus.verifier.keyset
+    ring = seals.keyring
+    before = ring.newest(SEALED)
+    left = tuple(record for record in everyone.identities if record.name != "worker-1")
+    without = msgspec.structs.replace(everyone, version=everyone.version + 1, identities=left)
+    seals.keyset = lambda: without
+    await wait_until(lambda: ring.newest(SEALED) is not before, "there is a new key")
+    with pytest.raises(NotEntitled):
+        await infer(one, SEALED, served)
+    failed = await run_job(one, SEALED, served)
+    assert (failed["state"], failed["error"]["code"]) == ("failed", NotEntitled.code)
+    assert await infer(one, OPEN, served) == OUT
+    worker = one.workers[0].keyring
+    stored = ring.stored(SEALED)
+    assert stored is not None
+    assert [worker.opener.open(key) is None for key in stored.keys] == [True, True]
+    assert [ring.opener.open(key) is None for key in stored.keys] == [False, False]
+    again = msgspec.structs.replace(everyone, version=everyone.version + 2)
+    seals.keyset = lambda: again
+    await wait_until(lambda: ring.stored(SEALED) != stored, "it is entitled again")
+    assert await infer(one, SEALED, served) == OUT
+
+
+async def test_an_isolated_tenants_keys_are_not_for_shared_workers(one: Services) -> None:
+    await seal_tenant(one, isolated=True)
+    stored = one.gateway.seals.keyring.stored(SEALED)
+    assert stored is not None
+    names = {record.kid: record.name for record in one.bus.verifier.keyset.identities}
+    assert {names[kid] for kid in stored.keys[0].holders()} == {"gateway"}
+
+
+async def test_a_second_gateway_opens_what_the_first_sealed_and_all_of_it_outlives_a_restart(
+    embedded_broker: Broker,
+) -> None:
+    async with services(embedded_broker, workers=1) as running:
+        served = await running.push("bump", models.add())
+        await seal_tenant(running)
+        done = await run_job(running, SEALED, served)
+        other = await running.stack.enter_async_context(core.running(running.settings, running.home))
+        assert await other.jobs.get(SEALED, done["id"]) == done
+        await running.workers[0].holder.stop(1)
+        (waiting,) = await other.jobs.submit(SEALED, [new_job(served, row(IN))])
+    assert embedded_broker.server is not None
+    await embedded_broker.server.kill()
+    await embedded_broker.server.start()
+    async with services(embedded_broker, workers=1) as running:
+        assert await running.gateway.jobs.get(SEALED, done["id"]) == done
+        assert shown(await running.gateway.jobs.get(SEALED, waiting["id"], 30)) == OUT
+
+
+async def test_a_large_payload_is_sealed_too(one: Services) -> None:
+    served = await one.push("wide", models.add(width=1 << 16))
+    await seal_tenant(one)
+    rows = np.arange(1 << 20, dtype=np.float32).reshape(-1, 1 << 16)
+    answer = await one.gateway.infer(served, SEALED, (from_numpy("x", rows),), (), request_id="r", timeout_s=30)
+    assert np.array_equal(first(answer), rows + 1)
+
+
+async def test_a_job_that_comes_again_and_one_that_is_buried_stay_sealed(one: Services) -> None:
+    served = await one.push("bump", models.add())
+    await seal_tenant(one)
+    bus, lane = one.workers[0]._bus, served.job_lane(Priority.NORMAL)
+    await one.workers[0].holder.stop(1)
+    thief = Thief(bus, lane)
+    await thief.pull.start()
+    requests = [new_job(served, row(IN)) for _ in range(2)]
+    ids = [job["id"] for job in await one.gateway.jobs.submit(SEALED, requests)]
+    await wait_until(lambda: bool(thief.got), "the thief holds the bundle")
+    await thief.pull.stop()
+    note = AttemptNote(one.settings.max_attempts, "worker-1", bus.clock.utc())
+    attempts = SignedBucket(bus, "attempts", MessageType.ATTEMPT)
+    await attempts.put(bus.names.attempt_key(ids[1]), codec.encode(note))
+    await thief.got[0].give_back()
+    await one.start_worker("worker-2")
+    again, dead = await one.gateway.jobs.get_many(SEALED, ids, 30)
+    assert (shown(again), again["attempts"]) == (OUT, 2)
+    assert (dead["state"], dead["error"]["code"]) == ("dead", "attempts_exhausted")
+    assert one.dispatcher is not None
+    letters = await one.dispatcher._bus.direct_get(bus.names.dead_stream, bus.names.dead(lane))
+    assert letters is not None
+    assert ids[1].encode() in letters.data
+    assert tensor(IN) not in letters.data
+
+
+async def test_a_payload_that_was_moved_to_another_job_does_not_open(one: Services) -> None:
+    """A gateway's bundle in which one job has another's ciphertext, or says that it is another tenant's."""
+    served = await one.push("bump", models.add())
+    await seal_tenant(one)
+    await seal_tenant(one, "bank")
+    key = one.gateway.seals.keyring.newest(SEALED)
+    assert key is not None
+    deadline = one.bus.clock.utc() + 30
+    good = seal_job(key, Job(new_job_id(), SEALED, (from_numpy("x", row(IN)),), deadline))
+    moved = msgspec.structs.replace(good, id=new_job_id())
+    lent = msgspec.structs.replace(good, id=good.id, tenant="bank")
+    answers: dict[str, Outcome] = {}
+    reply = one.bus.names.reply(new_job_id())
+
+    async def answered(message: Any) -> None:
+        envelope = one.bus.open(message, MessageType.ANSWER)
+        assert envelope is not None
+        answers.update({outcome.job: outcome for outcome in codec.decode_outcomes(envelope.body)})
+
+    await one.bus.subscribe(reply, answered)
+    for jobs, ends in (((good, moved), ("succeeded", "failed")), ((lent,), ("failed",))):
+        answers.clear()
+        subject = one.bus.names.lane(served.infer_lane)
+        ids = tuple(job.id for job in jobs)
+        frame = one.bus.signer.seal(MessageType.INFER, subject, codec.encode_jobs(jobs), reply=reply, jobs=ids)
+        await one.bus.publish_acked(subject, frame)
+        await wait_until(lambda ids=ids: set(answers) == set(ids), "every job has an answer")
+        assert [answers[job].state.value for job in ids] == list(ends)
+    (refused,) = answers.values()
+    opened = await one.gateway.seals.keyring.open_outcome("bank", refused)
+    assert opened.error is not None
+    assert opened.error.code in (BadSeal.code, NotEntitled.code)
+
+
+async def test_identities_that_rotate_keep_opening_what_was_and_what_will_be_sealed(one: Services) -> None:
+    served = await one.push("bump", models.add())
+    await seal_tenant(one)
+    done = await run_job(one, SEALED, served)
+    for name in ("worker-1", "gateway"):
+        before = one.gateway.seals.keyring.stored(SEALED)
+        identities.rotate(one.home, RootKey(one.home.root_key), name, grace_s=0)
+        await wait_until(
+            lambda before=before: one.gateway.seals.keyring.stored(SEALED) != before, "keys were passed on"
+        )
+        assert await infer(one, SEALED, served) == OUT
+    assert await one.gateway.jobs.get(SEALED, done["id"]) == done
+    assert shown(await run_job(one, SEALED, served)) == OUT

@@ -197,6 +197,12 @@ def test_who_knows_an_older_keyset_changes_nothing(platform: Platform) -> None:
     assert platform.keep("gateway", "w1", "w2", version=6) is newer
 
 
+def test_a_gateway_that_is_not_entitled_changes_nothing(platform: Platform) -> None:
+    assert platform.keep("gateway", "w1", by="gateway-2").keys == ()
+    kept = platform.keep("gateway", "w1")
+    assert platform.keep("w1", by="gateway") is kept
+
+
 def test_replaced_keys_are_dropped_after_their_time(platform: Platform) -> None:
     platform.keep("gateway", "w1", "w2")
     platform.keep("gateway", "w1")

@@ -15,7 +15,7 @@ from tether.bus.keyset import SeenKeyset, following, standing
 from tether.bus.link import Link, Message, Subscription
 from tether.clock import SystemClock
 from tether.envelope import Envelope, MessageType, Signer, Verifier
-from tether.errors import BrokerUnavailable, EnvelopeError, KeyRevoked
+from tether.errors import BrokerUnavailable, EnvelopeError, KeyRevoked, TetherError
 from tether.home import Home, load_identity, read_secret
 from tether.settings import Settings
 from tether.subjects import Names
@@ -204,7 +204,7 @@ class Bus(Link):
             self.count_refused(error, subject)
             raise
 
-    def count_refused(self, error: EnvelopeError, subject: str) -> None:
+    def count_refused(self, error: TetherError, subject: str) -> None:
         """A message is not acted on: it is counted and logged."""
         metrics.ENVELOPES_REJECTED.labels(error.code).inc()
         if self.on_refused is not None:

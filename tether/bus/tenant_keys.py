@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Protocol, TypeVar
 
@@ -16,7 +16,7 @@ import msgspec
 from tether import codec
 from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
-from tether.envelope import MessageType
+from tether.envelope import Keyset, MessageType
 from tether.envelope.sealing import (
     DataKey,
     KeyOpener,
@@ -28,7 +28,7 @@ from tether.envelope.sealing import (
     open_outcome,
     seal_job,
 )
-from tether.errors import BadEncoding, NotEntitled, TetherError, Unavailable, VersionConflict
+from tether.errors import BadEncoding, ConfigError, NotEntitled, TetherError, Unavailable, VersionConflict
 from tether.home import Home, load_identity
 from tether.job import LONGEST_DEADLINE_S, Failure, Job, JobState, Outcome
 from tether.subjects import name_of, token
@@ -66,7 +66,8 @@ class Keyring:
         self._followed = AsyncExitStack()
         self._following: dict[str, asyncio.Task[None]] = {}
         self.bucket = SignedBucket(bus, "tenantkeys", MessageType.TENANT_KEY)
-        self.opener = KeyOpener(load_identity(home.identity(bus.signer.name)))
+        self._file = home.identity(bus.signer.name)
+        self.opener = KeyOpener(load_identity(self._file))
         self._keys: dict[tuple[str, bytes], DataKey] = {}
         self._newest: dict[str, DataKey] = {}
         self._opened: dict[str, dict[WrappedKey, DataKey | None]] = {}
@@ -99,6 +100,18 @@ class Keyring:
         except TetherError:
             self._following.pop(tenant, None)
             raise
+
+    def refresh(self) -> None:
+        """Take the key that the identity's file holds now; the ones before it still open what is theirs."""
+        try:
+            found = load_identity(self._file)
+        except ConfigError as error:
+            log.warning("the identity file is not followed: %s", error, extra={"action": "identity_unread"})
+            return
+        if found.kid not in self.opener:
+            self.opener.add(found)
+            for tenant, stored in list(self._stored.items()):
+                self.changed(token(tenant), codec.encode(stored))
 
     def changed(self, key: str, body: bytes | None) -> None:
         """A tenant's keys as its entry has them now."""
@@ -141,6 +154,7 @@ class Keyring:
         """
         wanted = (tenant, key_id)
         if wanted not in self._keys:
+            self.refresh()
             await self._follow(tenant)
         end = self._bus.clock.monotonic() + _PATIENCE_S
         while (found := self._keys.get(wanted)) is None:
@@ -200,6 +214,8 @@ class TenantSeals:
         self._bus = bus
         self.keyring = keyring
         self._tenants = tenants
+        self.keyset: Callable[[], Keyset] = lambda: bus.verifier.keyset
+        """Who there is just now."""
         self._kept: dict[str, tuple[object, ...]] = {}
         self._look = asyncio.Event()
 
@@ -255,9 +271,10 @@ class TenantSeals:
 
     async def _keep_one(self, tenant: Tenant) -> None:
         minute = int(self._bus.clock.monotonic() // _EXPIRY_LOOK_S)
-        seen = (tenant, self._bus.verifier.keyset.version, self.keyring.stored(tenant.name), minute)
+        seen = (tenant, self.keyset(), self.keyring.stored(tenant.name), minute)
         if self._kept.get(tenant.name) == seen:
             return
+        self.keyring.refresh()
         try:
             await self._ensure(tenant)
         except TetherError as error:
@@ -290,7 +307,7 @@ class TenantSeals:
         raise Unavailable(f"the keys of tenant '{tenant.name}' are written by others all the time")
 
     def _wanted(self, tenant: Tenant, current: TenantKeys) -> TenantKeys:
-        keyset, now_ms = self._bus.verifier.keyset, self._bus.clock.utc_ms()
+        keyset, now_ms = self.keyset(), self._bus.clock.utc_ms()
         holders = entitled(keyset.identities, tenant.name if tenant.isolated else "", now_ms)
         return brought_up_to_date(
             current,

@@ -176,9 +176,9 @@ def brought_up_to_date(
 
     A new generation is made when there is none, when ``opener`` cannot open the newest, or when somebody who holds the
     newest is entitled no longer. Older ones lose such holders' boxes and get those of new holders; a generation that
-    was replaced more than ``keep_ms`` ago is dropped. Whoever knows an older keyset than the last writer changes nothing.
+    was replaced more than ``keep_ms`` ago is dropped. Whoever knows an older keyset than the last writer, or is not entitled, changes nothing.
     """
-    if current.keyset_version > keyset_version:
+    if current.keyset_version > keyset_version or not any(kid in opener for kid in holders):
         return current
     newest = current.keys[-1] if current.keys else None
     kept = [

@@ -2,7 +2,8 @@
 
 A bundle leaves at once while none is in flight (none on any worker, for a model that takes long to run), so one caller
 waits for nobody. Otherwise jobs gather until an answer arrives, the bundle is full, or the delay is up, so a thousand callers
-batch. Every job in flight is remembered until it is answered: after a broker restart its bundle is sent again.
+batch. Only so many bundles are in flight for a lane as keep its workers busy: what is beyond that waits here, in a queue that
+is fair between tenants, and not in the lane, which is first come, first served. Every job in flight is remembered until it is answered: after a broker restart its bundle is sent again.
 """
 
 from __future__ import annotations
@@ -25,17 +26,35 @@ from tether.errors import (
     Unavailable,
     by_code,
 )
+from tether.gateway_http.fair import FairQueue, Pace
 from tether.job import Job, JobId, JobState, Lane, Outcome, new_job_id
 from tether.lifecycle import Tasks
 from tether.tensor import Tensor
 
 log = logging.getLogger(__name__)
 
+_refused_full = metrics.LIMITED.labels("gateway")
+
 Answer = tuple[Tensor, ...]
 
 _RECONNECT_S = 0.5
 _BUSY = 0.4
 """Share of a bundle's time in flight above which the model is what takes the time."""
+
+_SHARED_S = 1.0
+"""How long a lane counts as shared after jobs of another tenant than the last came."""
+
+_ALONE_RUN_S = 0.025
+"""About how long a bundle should run at most: what is in flight is what nobody can overtake."""
+
+_SHARED_RUN_S = 0.005
+"""The same on a lane that tenants share."""
+
+_SLOW_S = 0.003
+"""Bundles that run longer need fewer in flight to keep a worker busy."""
+
+_OVERFULL = 1.25
+"""How far above ``max_inflight`` those who hold less than their share may still come in."""
 
 _LEARN = 0.1
 """Weight of the newest bundle in that share."""
@@ -44,7 +63,7 @@ _LEARN = 0.1
 class Flight:
     """One bundle on its way, and which of its jobs nobody has answered yet."""
 
-    __slots__ = ("bundler", "jobs", "open", "sending", "sends", "sent_at")
+    __slots__ = ("began", "bundler", "ended", "jobs", "open", "sending", "sends", "sent_at")
 
     def __init__(self, bundler: LaneBundler, jobs: list[Job]) -> None:
         self.bundler = bundler
@@ -53,6 +72,13 @@ class Flight:
         self.sends = 0
         self.sending = False
         self.sent_at = 0.0
+        self.began = self.ended = 0.0
+
+    def ran(self, outcome: Outcome) -> None:
+        """Note when its first job began and its last one ended, on the worker's clock."""
+        if self.began == 0.0 or outcome.started_at < self.began:
+            self.began = outcome.started_at
+        self.ended = max(self.ended, outcome.finished_at)
 
 
 class Waiting:
@@ -70,14 +96,23 @@ class Waiting:
 class InferBundler:
     """All lanes of one gateway, and the inbox its answers come to."""
 
-    def __init__(self, bus: Bus, tasks: Tasks, workers: Callable[[Lane], int], keyring: Keyring) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        tasks: Tasks,
+        workers: Callable[[Lane], int],
+        keyring: Keyring,
+        weight: Callable[[str], float],
+    ) -> None:
         self._bus = bus
         self._tasks = tasks
         self._workers = workers
         self._keyring = keyring
+        self.weight = weight
         self._queue = BusQueue(bus)
         self._lanes: dict[Lane, LaneBundler] = {}
         self._waiting: dict[JobId, Waiting] = {}
+        self._held: dict[str, int] = {}
         self.flights: set[Flight] = set()
         self.reply = bus.names.reply(new_job_id())
         bus.on_reconnect(self._send_all_again)
@@ -90,10 +125,12 @@ class InferBundler:
         """Put a job on its way; the future has its outputs, or the error it ended with.
 
         Raises:
-            Unavailable: this gateway holds as many requests as it may.
+            Unavailable: this gateway holds as many requests as it may, of this tenant or of all.
         """
+        held = self._held.get(job.tenant, 0)
         if len(self._waiting) >= self._bus.settings.max_inflight:
-            raise Unavailable(f"this gateway already holds {len(self._waiting)} requests; try again")
+            self._refuse_above_share(job.tenant, held)
+        self._held[job.tenant] = held + 1
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
         timer = loop.call_later(timeout_s, self._fail, job.id, None)
@@ -104,7 +141,26 @@ class InferBundler:
         bundler.add(job)
         return future
 
+    def _refuse_above_share(self, tenant: str, held: int) -> None:
+        """A full gateway still takes in tenants that hold less than their share, up to a quarter more."""
+        most = self._bus.settings.max_inflight
+        weights = {name: self.weight(name) for name in (*self._held, tenant)}
+        if held >= most * weights[tenant] / sum(weights.values()) or len(self._waiting) >= _OVERFULL * most:
+            _refused_full.inc()
+            raise Unavailable(f"this gateway already holds {len(self._waiting)} requests; try again")
+
     # called by lanes
+
+    def wanted(self, job: Job) -> bool:
+        """Whether somebody still waits for it."""
+        return job.id in self._waiting
+
+    def slots(self) -> int:
+        """Bundles that a worker keeps at hand."""
+        return max(2, self._bus.settings.worker_slots)
+
+    def now(self) -> float:
+        return self._bus.clock.monotonic()
 
     def workers(self, lane: Lane) -> int:
         return max(1, self._workers(lane))
@@ -204,7 +260,9 @@ class InferBundler:
             metrics.ANSWERS_LATE.inc()
             return
         if outcome.state is JobState.SUCCEEDED:
-            self._forget(outcome.job, waiting, outcome.finished_at - outcome.started_at)
+            if waiting.flight is not None:
+                waiting.flight.ran(outcome)
+            self._forget(outcome.job, waiting)
             if not waiting.future.done():
                 waiting.future.set_result(outcome.outputs)
         else:
@@ -218,19 +276,25 @@ class InferBundler:
         if not waiting.future.done():
             waiting.future.set_exception(error or DeadlineExceeded("no answer before the request's deadline"))
 
-    def _forget(self, job: JobId, waiting: Waiting, run_s: float = 0.0) -> None:
+    def _forget(self, job: JobId, waiting: Waiting) -> None:
         del self._waiting[job]
         waiting.timer.cancel()
+        held = self._held[waiting.tenant]
+        if held > 1:
+            self._held[waiting.tenant] = held - 1
+        else:
+            del self._held[waiting.tenant]
         flight = waiting.flight
         if flight is not None:
             flight.open.discard(job)
             if not flight.open:
-                self._land(flight, run_s)
+                self._land(flight)
 
-    def _land(self, flight: Flight, run_s: float = 0.0) -> None:
+    def _land(self, flight: Flight) -> None:
         if flight in self.flights:
             self.flights.discard(flight)
-            flight.bundler.landed(len(flight.jobs), run_s, self._bus.clock.monotonic() - flight.sent_at)
+            total_s = self._bus.clock.monotonic() - flight.sent_at
+            flight.bundler.landed(len(flight.jobs), flight.ended - flight.began, total_s)
 
 
 class LaneBundler:
@@ -239,18 +303,26 @@ class LaneBundler:
     def __init__(self, owner: InferBundler, lane: Lane) -> None:
         self._owner = owner
         self.lane = lane
-        self._pending: list[Job] = []
-        self._bytes = 0
+        self._pending: FairQueue[Job] = FairQueue(owner.weight)
+        self._pace = Pace()
         self._in_flight = 0
         self._jobs_in_flight = 0
         self._busy_share = 1.0
         self._timer: asyncio.TimerHandle | None = None
         self._soon = False
+        self._overdue = False
+        self._tenant = ""
+        self._mixed_at = -_SHARED_S
 
     def add(self, job: Job) -> None:
-        self._pending.append(job)
-        self._bytes += job.size
-        if len(self._pending) >= self._owner.max_jobs or self._bytes >= self._owner.max_bytes // 2:
+        if job.tenant != self._tenant:
+            self._mixed_at = self._owner.now() if self._tenant else self._mixed_at
+            self._tenant = job.tenant
+        pending = self._pending
+        pending.add(job.tenant, job, job.size)
+        if self._overdue:
+            return
+        if len(pending) >= self._owner.max_jobs or pending.size >= self._owner.max_bytes // 2:
             self._flush()
         elif self._may_leave():
             self._flush_soon()
@@ -272,8 +344,9 @@ class LaneBundler:
         self._jobs_in_flight -= jobs
         if run_s > 0:
             self._busy_share += _LEARN * (min(1.0, run_s / max(total_s, 1e-6)) - self._busy_share)
+            self._pace.learn(jobs, run_s)
         self._in_flight -= 1
-        if self._pending and self._may_leave():
+        if self._pending and (self._overdue or self._may_leave()):
             self._flush_soon()
 
     def _flush_soon(self) -> None:
@@ -283,29 +356,30 @@ class LaneBundler:
             asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
+        """Send what is pending, as far as there is room; the rest is overdue and leaves as soon as a bundle lands."""
         self._soon = False
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        while self._pending:
-            jobs = self._fitting()
-            self._in_flight += 1
-            self._jobs_in_flight += len(jobs)
-            self._owner.launch(Flight(self, jobs))
+        owner, pending = self._owner, self._pending
+        most, jobs_at_once = self._room()
+        while pending and self._in_flight < most:
+            jobs = pending.take(jobs_at_once, owner.max_bytes, owner.wanted)
+            if jobs:
+                self._in_flight += 1
+                self._jobs_in_flight += len(jobs)
+                owner.launch(Flight(self, jobs))
+        self._overdue = bool(pending)
 
-    def _fitting(self) -> list[Job]:
-        """As many of the pending jobs, in order, as fit one message."""
-        jobs: list[Job] = []
-        size = 0
-        for job in self._pending[: self._owner.max_jobs]:
-            own = job.size
-            if jobs and size + own > self._owner.max_bytes:
-                break
-            jobs.append(job)
-            size += own
-        del self._pending[: len(jobs)]
-        self._bytes = max(0, self._bytes - size) if self._pending else 0
-        return jobs
+    def _room(self) -> tuple[int, int]:
+        """Bundles that may be in flight, and jobs in each: enough to keep every worker busy, and on a lane that tenants
+        share little more, since whoever comes next waits for what is in flight."""
+        owner = self._owner
+        workers = owner.workers(self.lane)
+        if owner.now() - self._mixed_at > _SHARED_S:
+            return workers * owner.slots(), self._pace.most(owner.max_jobs, _ALONE_RUN_S)
+        most = workers + workers // 2 if self._pace.span_s > _SLOW_S else workers * owner.slots()
+        return most, self._pace.most(owner.max_jobs, _SHARED_RUN_S)
 
 
 def _error_of(outcome: Outcome) -> TetherError:

@@ -42,8 +42,8 @@ class Gateway:
         self.open_jobs = OpenJobs(bus)
         self.limits = Limits(bus, tasks, self.keys.find, self.tenants.find)
         self.seals = TenantSeals(bus, keyring, self.tenants)
-        self.jobs = JobService(bus, self.catalog, tasks, self.seals)
-        self._bundler = InferBundler(bus, tasks, self._workers, keyring)
+        self.jobs = JobService(bus, self.catalog, tasks, self.seals, self._weight)
+        self._bundler = InferBundler(bus, tasks, self._workers, keyring, self._weight)
         self._seconds = lru_cache(maxsize=4096)(metrics.INFER_SECONDS.labels)
 
     @property
@@ -57,6 +57,9 @@ class Gateway:
 
     def _workers(self, lane: Lane) -> int:
         return self.catalog.worker_count(lane.model, lane.version)
+
+    def _weight(self, tenant: str) -> float:
+        return self.tenants.get(tenant).weight
 
     async def start(self) -> None:
         await self._bundler.start()

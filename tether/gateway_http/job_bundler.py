@@ -1,13 +1,14 @@
 """Durable jobs on their way into their lanes: many jobs, one message, one signature.
 
-What arrives while a lane's last bundle is being stored travels together in the next one.
+What arrives while a lane's last bundle is being stored travels together in the next one, in an order that is fair between
+tenants.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -17,6 +18,7 @@ from tether.bus.kv import SignedBucket
 from tether.bus.queue import BusQueue
 from tether.envelope import MessageType
 from tether.errors import BrokerUnavailable, TetherError
+from tether.gateway_http.fair import FairQueue
 from tether.job import Job, JobRecord, Lane, new_job_id
 from tether.lifecycle import Tasks
 
@@ -62,18 +64,22 @@ _Waiting = tuple[Submission, "asyncio.Future[None]"]
 class JobBundler:
     """The jobs of every lane that have not been stored yet."""
 
-    def __init__(self, bus: Bus, tasks: Tasks) -> None:
+    def __init__(self, bus: Bus, tasks: Tasks, weight: Callable[[str], float]) -> None:
         self._bus = bus
         self._tasks = tasks
+        self._weight = weight
         self._queue = BusQueue(bus)
         self._records = Records(bus)
-        self._pending: dict[Lane, list[_Waiting]] = {}
+        self._pending: dict[Lane, FairQueue[_Waiting]] = {}
         self._storing: set[Lane] = set()
 
     def add(self, item: Submission) -> asyncio.Future[None]:
         """Put a job on its way; the future is done when the broker holds it, or has the reason why it does not."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._pending.setdefault(item.lane, []).append((item, future))
+        pending = self._pending.get(item.lane)
+        if pending is None:
+            pending = self._pending[item.lane] = FairQueue(self._weight)
+        pending.add(item.job.tenant, (item, future), item.job.size)
         if item.lane not in self._storing:
             self._storing.add(item.lane)
             self._tasks.spawn(self._store_all(item.lane), "store-jobs")
@@ -82,7 +88,8 @@ class JobBundler:
     async def _store_all(self, lane: Lane) -> None:
         try:
             while waiting := self._pending.get(lane):
-                batch = self._fitting(waiting)
+                limit = min(self._bus.settings.max_body_bytes, self._bus.room)
+                batch = waiting.take(self._bus.settings.bundle_max_jobs, limit, _any)
                 try:
                     await self._store(lane, [item for item, _ in batch])
                 except TetherError as error:
@@ -94,18 +101,6 @@ class JobBundler:
                     _settle(batch, None)
         finally:
             self._storing.discard(lane)
-
-    def _fitting(self, waiting: list[_Waiting]) -> list[_Waiting]:
-        limit, size = min(self._bus.settings.max_body_bytes, self._bus.room), 0
-        count = 0
-        for item, _ in waiting[: self._bus.settings.bundle_max_jobs]:
-            size += item.job.size
-            if count and size > limit:
-                break
-            count += 1
-        batch = waiting[:count]
-        del waiting[:count]
-        return batch
 
     async def _store(self, lane: Lane, items: Sequence[Submission]) -> None:
         """The bundle first: a lane that is full leaves no record of a job that was refused. Repeating is harmless."""
@@ -138,6 +133,11 @@ class JobBundler:
         for result in await asyncio.gather(*accepted, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
+
+
+def _any(_: _Waiting) -> bool:
+    """A durable job is stored also when its client has left."""
+    return True
 
 
 def _settle(batch: Sequence[_Waiting], error: TetherError | None) -> None:

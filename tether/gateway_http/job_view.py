@@ -9,8 +9,8 @@ import msgspec
 
 from tether import codec, oip
 from tether.bus.connection import Bus
-from tether.envelope import MessageType, Role
-from tether.errors import BadEncoding
+from tether.envelope import Header, MessageType, Role
+from tether.errors import BadEncoding, ResultConflict
 from tether.job import TERMINAL, AttemptNote, JobId, JobRecord, JobState, Outcome
 
 _BY_GATEWAY = (JobState.CANCELLED, JobState.EXPIRED)
@@ -41,11 +41,23 @@ def read_outcome(bus: Bus, job: JobId, frame: bytes) -> Outcome | None:
     if envelope is None:
         return None
     try:
-        (outcome,) = codec.decode_outcomes(envelope.body)
-    except (BadEncoding, ValueError):
+        outcomes = codec.decode_outcomes(envelope.body)
+    except BadEncoding as error:
+        bus.count_refused(error, bus.names.result(job))
         return None
-    allowed = TERMINAL if envelope.header.role is Role.WORKER else _BY_GATEWAY
-    return outcome if outcome.job == job and outcome.state in allowed else None
+    if len(outcomes) == 1 and _is_end_of(job, envelope.header, outcomes[0]):
+        return outcomes[0]
+    bus.count_refused(ResultConflict(f"a stored result is not one that job '{job}' can have"), bus.names.result(job))
+    return None
+
+
+def _is_end_of(job: JobId, header: Header, outcome: Outcome) -> bool:
+    """Whether header and outcome speak of this job, and of the same attempt, and the sender may end a job so."""
+    if header.jobs != (job,) or outcome.job != job:
+        return False
+    if header.role is not Role.WORKER:
+        return outcome.state in _BY_GATEWAY
+    return outcome.state in TERMINAL and header.attempt == outcome.attempts
 
 
 def view(state: State) -> dict[str, Any]:

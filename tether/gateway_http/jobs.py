@@ -96,7 +96,9 @@ class NewJob(msgspec.Struct, frozen=True):
 class JobService:
     """Jobs of every tenant, as one gateway sees them."""
 
-    def __init__(self, bus: Bus, catalog: Catalog, tasks: Tasks, seals: TenantSeals) -> None:
+    def __init__(
+        self, bus: Bus, catalog: Catalog, tasks: Tasks, seals: TenantSeals, weight: Callable[[str], float]
+    ) -> None:
         self._bus = bus
         self._seals = seals
         self._catalog = catalog
@@ -104,7 +106,7 @@ class JobService:
         self._records = SignedBucket(bus, "jobs", MessageType.RECORD)
         self._attempts = SignedBucket(bus, "attempts", MessageType.ATTEMPT)
         self._claims = Records(bus)
-        self._bundler = JobBundler(bus, tasks)
+        self._bundler = JobBundler(bus, tasks, weight)
 
     # submit
 

@@ -1,0 +1,30 @@
+"""docs/security.md names a test for every attack, and each of them exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "security.md").read_text()
+ROWS = dict(re.findall(r"^\| (S\d+) \|(.*)\|$", PAGE, re.MULTILINE))
+_TEST = re.compile(r"\[`([\w.]+)::(\w+)`\]\(\.\./(tests/[\w/]+\.py)\)")
+
+
+def test_every_case_has_its_row() -> None:
+    assert list(ROWS) == [f"S{number}" for number in range(1, 31)]
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_every_row_names_tests_that_exist(case: str) -> None:
+    found = _TEST.findall(ROWS[case])
+    assert found
+    assert len(found) == ROWS[case].count("::")
+    for shown, function, file in found:
+        assert Path(file).name == shown
+        tree = ast.parse((ROOT / file).read_text())
+        names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        assert function in names, f"{file} has no {function}"

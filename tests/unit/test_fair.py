@@ -1,0 +1,139 @@
+"""Who is next, and how much goes at once: no time, no I/O."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tether.gateway_http.fair import JOB_BYTES, FairQueue, Pace
+
+MANY = 1 << 30
+
+
+def queue(**weights: float) -> FairQueue[str]:
+    return FairQueue(lambda tenant: weights.get(tenant, 1.0))
+
+
+def taken(waiting: FairQueue[str], count: int, size: int = MANY) -> list[str]:
+    return waiting.take(count, size, lambda _: True)
+
+
+def test_one_tenants_jobs_keep_their_order() -> None:
+    waiting = queue()
+    for number in range(10):
+        waiting.add("a", f"a{number}", 100)
+    assert taken(waiting, 4) == ["a0", "a1", "a2", "a3"]
+    assert taken(waiting, 100) == ["a4", "a5", "a6", "a7", "a8", "a9"]
+    assert (len(waiting), waiting.size, taken(waiting, 1)) == (0, 0, [])
+
+
+def test_a_flood_waits_behind_itself() -> None:
+    waiting = queue()
+    for number in range(1000):
+        waiting.add("flood", f"f{number}", 100)
+    assert taken(waiting, 3) == ["f0", "f1", "f2"]
+    waiting.add("calm", "c0", 100)
+    waiting.add("calm", "c1", 100)
+    assert taken(waiting, 4) == ["c0", "f3", "c1", "f4"]
+    assert taken(waiting, 2) == ["f5", "f6"]
+    waiting.add("calm", "c2", 100)
+    assert taken(waiting, 2) == ["c2", "f7"]
+
+
+@pytest.mark.parametrize(("heavy", "light"), [(1.0, 1.0), (3.0, 1.0), (1.0, 0.25), (10.0, 0.5)])
+def test_tenants_that_all_wait_get_their_weights(heavy: float, light: float) -> None:
+    waiting = queue(heavy=heavy, light=light)
+    for _ in range(2000):
+        waiting.add("light", "light", 1000)
+        waiting.add("heavy", "heavy", 1000)
+    found = Counter(taken(waiting, 1000))
+    assert found["heavy"] / found["light"] == pytest.approx(heavy / light, rel=0.05)
+
+
+def test_large_jobs_cost_more_turns_than_small_ones() -> None:
+    waiting = queue()
+    for _ in range(1000):
+        waiting.add("large", "large", 10 * JOB_BYTES - JOB_BYTES)
+        waiting.add("small", "small", 0)
+    found = Counter(taken(waiting, 550))
+    assert found["small"] == pytest.approx(10 * found["large"], rel=0.05)
+
+
+def test_a_tenant_that_comes_back_at_once_gets_no_more_than_its_weight() -> None:
+    waiting = queue(poor=0.1)
+    waiting.add("poor", "poor", 100)
+    for _ in range(1000):
+        waiting.add("rich", "rich", 100)
+    found: Counter[str] = Counter()
+    for _ in range(500):
+        (item,) = taken(waiting, 1)
+        found[item] += 1
+        if item == "poor":
+            waiting.add("poor", "poor", 100)
+    assert found["poor"] == pytest.approx(500 / 11, abs=3)
+
+
+def test_a_message_has_room_for_so_much() -> None:
+    waiting = queue()
+    for size in (600, 600, 100):
+        waiting.add("a", str(size), size)
+    assert taken(waiting, 10, 1000) == ["600"]
+    assert taken(waiting, 10, 500) == ["600"]
+    assert taken(waiting, 10, 10) == ["100"]
+
+
+def test_what_nobody_waits_for_takes_no_place() -> None:
+    waiting = queue()
+    for number in range(6):
+        waiting.add("a", str(number), 100)
+    assert waiting.take(2, MANY, lambda item: item not in ("0", "2", "4", "5")) == ["1", "3"]
+    assert waiting.take(2, MANY, lambda item: item not in ("4", "5")) == []
+    assert (len(waiting), waiting.size) == (0, 0)
+
+
+def test_tenants_at_rest_are_forgotten() -> None:
+    waiting = queue()
+    for number in range(5000):
+        waiting.add(f"tenant-{number}", "job", 10)
+        assert taken(waiting, 1) == ["job"]
+    assert len(waiting._flows) <= 600
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5000)), max_size=200),
+    st.integers(1, 20),
+    st.integers(1, 10_000),
+)
+def test_nothing_is_lost_and_each_tenants_order_is_kept(jobs: list[tuple[str, int]], count: int, size: int) -> None:
+    waiting: FairQueue[tuple[str, int]] = FairQueue(lambda tenant: 1.0 + ord(tenant) % 3)
+    for number, (tenant, own) in enumerate(jobs):
+        waiting.add(tenant, (tenant, number), own)
+    found: list[tuple[str, int]] = []
+    while waiting:
+        part = waiting.take(count, size, lambda _: True)
+        assert 1 <= len(part) <= count
+        found += part
+    assert sorted(found, key=lambda item: item[1]) == [(tenant, number) for number, (tenant, _) in enumerate(jobs)]
+    for name in "abc":
+        own_order = [number for tenant, number in found if tenant == name]
+        assert own_order == sorted(own_order)
+
+
+@pytest.mark.parametrize(("fixed", "each"), [(0.0, 0.005), (0.01, 0.0001), (0.0002, 0.000003), (0.002, 0.001)])
+def test_a_bundle_is_as_large_as_its_time_allows(fixed: float, each: float) -> None:
+    """Learned while it decides, from spans that vary by a fifth."""
+    noise, pace, jobs = random.Random(5), Pace(), 256
+    for _ in range(300):
+        pace.learn(jobs, (fixed + each * jobs) * noise.uniform(0.8, 1.2))
+        jobs = pace.most(256, 0.005)
+    span = fixed + each * jobs
+    assert span <= 2.6 * max(0.005, 2 * fixed)
+    assert jobs == 256 or span >= min(0.005, 2 * fixed + each) / 2.6
+
+
+def test_before_anything_was_learned_a_bundle_may_be_full() -> None:
+    assert Pace().most(256, 0.005) == 256

@@ -1,0 +1,143 @@
+"""Who is next when there is more to do than room to do it: fair queueing between tenants, and how much goes at once.
+
+Pure: no I/O, no time but what is handed in.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+JOB_BYTES = 512
+"""What a job costs beyond the bytes of its inputs: headers, hashing, an answer."""
+
+_FORGET_AT = 256
+"""Tenants at rest that are remembered before those whose account is settled are forgotten."""
+
+
+class _Flow(Generic[T]):
+    """One tenant's items, and the virtual time at which the first of them may start."""
+
+    __slots__ = ("items", "number", "start", "weight")
+
+    def __init__(self, number: int, start: float, weight: float) -> None:
+        self.items: deque[tuple[T, int]] = deque()
+        self.number = number
+        self.start = start
+        self.weight = weight
+
+    def __lt__(self, other: _Flow[T]) -> bool:
+        return (self.start, self.number) < (other.start, other.number)
+
+
+class FairQueue(Generic[T]):
+    """Start-time fair queueing (Goyal, Vin, Cheng 1996): each tenant's items in order; between tenants, bytes taken
+    are in proportion to weights while all of them wait; who has waited for nothing is next."""
+
+    def __init__(self, weight: Callable[[str], float]) -> None:
+        self._weight = weight
+        self._flows: dict[str, _Flow[T]] = {}
+        self._waiting: list[_Flow[T]] = []
+        self._now = self._last = 0.0
+        self._count = 0
+        self._number = 0
+        self.size = 0
+        """Bytes of everything that waits."""
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, tenant: str, item: T, size: int) -> None:
+        flow = self._flows.get(tenant)
+        if flow is None:
+            self._forget()
+            self._number += 1
+            flow = self._flows[tenant] = _Flow(self._number, self._now, 1.0)
+        if not flow.items:
+            flow.weight = max(self._weight(tenant), 1e-3)
+            flow.start = max(flow.start, self._now)
+            heapq.heappush(self._waiting, flow)
+        flow.items.append((item, size))
+        self._count += 1
+        self.size += size
+
+    def take(self, count: int, size: int, wanted: Callable[[T], bool]) -> list[T]:
+        """At most ``count`` items of together at most ``size`` bytes, but one at least; what is not wanted any more is
+        dropped."""
+        taken: list[T] = []
+        used = 0
+        waiting = self._waiting
+        while waiting and len(taken) < count:
+            flow = waiting[0]
+            item, own = flow.items[0]
+            keep = wanted(item)
+            if keep and taken and used + own > size:
+                break
+            flow.items.popleft()
+            self._count -= 1
+            self.size -= own
+            if keep:
+                taken.append(item)
+                used += own
+                self._now = flow.start
+                flow.start += (own + JOB_BYTES) / flow.weight
+            if not flow.items:
+                heapq.heappop(waiting)
+                self._last = max(self._last, flow.start)
+                if not waiting:
+                    self._now = self._last
+            elif len(waiting) > 1:
+                heapq.heapreplace(waiting, flow)
+        return taken
+
+    def _forget(self) -> None:
+        """Tenants at rest whose last item is long past: they would begin where a new one begins."""
+        if len(self._flows) >= len(self._waiting) + _FORGET_AT:
+            self._flows = {name: flow for name, flow in self._flows.items() if flow.items or flow.start > self._now}
+
+
+class Pace:
+    """How long a lane's bundles run, learned as ``fixed + each * jobs`` from those that were answered."""
+
+    def __init__(self) -> None:
+        self._jobs = self._span = self._squares = self._products = 0.0
+        self._learned = False
+
+    _NEW = 0.05
+    """Weight of the newest bundle."""
+
+    def learn(self, jobs: int, span_s: float) -> None:
+        """A bundle of ``jobs`` ran for ``span_s`` seconds on its worker."""
+        if not self._learned:
+            self._learned = True
+            self._jobs, self._span, self._squares, self._products = jobs, span_s, jobs * jobs, jobs * span_s
+            return
+        new = self._NEW
+        self._jobs += new * (jobs - self._jobs)
+        self._span += new * (span_s - self._span)
+        self._squares += new * (jobs * jobs - self._squares)
+        self._products += new * (jobs * span_s - self._products)
+
+    def most(self, limit: int, within_s: float) -> int:
+        """Jobs, at most ``limit``, that run in about ``within_s``; more when that would waste most of each run."""
+        if not self._learned or self._span <= 0:
+            return limit
+        average = self._span / self._jobs
+        found = within_s / average
+        variance = self._squares - self._jobs * self._jobs
+        if variance > 0.01 * self._squares:
+            each = (self._products - self._jobs * self._span) / variance
+            fixed = max(0.0, self._span - each * self._jobs)
+            if each * limit <= within_s - fixed:
+                return limit
+            found = max(found, max(within_s - fixed, fixed) / each)
+        return max(1, min(limit, int(found)))
+
+    @property
+    def span_s(self) -> float:
+        """Seconds that a bundle ran lately, on average."""
+        return self._span
