@@ -264,6 +264,12 @@ def root_passphrase(environ: Mapping[str, str] | None = None) -> str:
     return (os.environ if environ is None else environ).get(ROOT_PASSPHRASE, "")
 
 
+def without_passphrase(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment for a service, which has no business with the root key."""
+    environ = os.environ if environ is None else environ
+    return {name: value for name, value in environ.items() if name != ROOT_PASSPHRASE}
+
+
 def _unknown(where: str, name: str, known: Mapping[str, Any]) -> ConfigError:
     near = difflib.get_close_matches(name, list(known), n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ""

@@ -63,11 +63,10 @@ def init(
 
     from tether.bus.config import write_ops_files
     from tether.bus.keys import create_home
-    from tether.settings import root_passphrase
 
     settings, home = _load("broker", home=data_dir, workers=workers)
     key = root_key(home, root, confirm=passphrase and not home.keyset.exists())
-    create_home(home, workers=settings.workers, root=key, lock=passphrase or bool(root_passphrase()))
+    create_home(home, workers=settings.workers, root=key, lock=passphrase)
     say(f"keys are in {home.keys}; keep {key.path} where only you can read it")
     if nats_config is not None:
         for path in write_ops_files(Path(nats_config), home):

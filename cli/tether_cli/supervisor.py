@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import signal
 import sys
 import time
@@ -23,6 +22,7 @@ from tether.errors import ConfigError, TetherError, Unavailable
 from tether.home import Home
 from tether.lifecycle import Tasks
 from tether.processes import die_with_parent
+from tether.settings import without_passphrase
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class Service:
                 "-m",
                 "tether_cli",
                 self._command,
-                env={**os.environ, **self.environment},
+                env={**without_passphrase(), **self.environment},
                 stdin=DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -35,6 +35,7 @@ from tether.home import (
     save_identity,
     write_secret,
 )
+from tether.settings import root_passphrase
 
 SYSTEM_USER = "system"
 """The NATS user of the system account; no service logs in with it."""
@@ -47,7 +48,9 @@ _SHARED_WORKER_SEED = "worker"
 """Until 0.1 all workers of a home had one login."""
 
 
-def _no_passphrase() -> str:
+def _given_passphrase() -> str:
+    if given := root_passphrase():
+        return given
     raise ConfigError("the root key is locked with a passphrase; set TETHER_ROOT_PASSPHRASE or use 'tether init'")
 
 
@@ -56,7 +59,7 @@ class RootKey:
     """Where the root key lies, and who is asked for its passphrase when it is locked."""
 
     path: Path
-    passphrase: Callable[[], str] = _no_passphrase
+    passphrase: Callable[[], str] = _given_passphrase
 
     def open(self, home: Home) -> bytes:
         """The seed, when it is the one that ``home`` trusts.
@@ -84,7 +87,8 @@ def create_home(home: Home, *, workers: int, root: RootKey | None = None, lock: 
     """Make every key that is missing and sign the keyset anew when what it says of an identity is no longer so.
 
     What exists is kept, so a second call changes nothing, and needs no root key. ``workers`` is how many worker
-    identities there must be; ``root`` is keys/root.key unless it is kept elsewhere.
+    identities there must be; ``root`` is keys/root.key unless it is kept elsewhere; a new one is locked if ``lock`` or if
+    TETHER_ROOT_PASSPHRASE is set.
 
     Raises:
         ConfigError: a key file is unreadable, open to others or not what it should be; an identity was revoked; or
@@ -97,7 +101,7 @@ def create_home(home: Home, *, workers: int, root: RootKey | None = None, lock: 
     if home.keyset.exists() and not (lacking := _lacking(home, needed)):
         return
     if not home.keyset.exists():
-        seed = root.open(home) if root.path.exists() else root.create(home, lock=lock)
+        seed = root.open(home) if root.path.exists() else root.create(home, lock=lock or bool(root_passphrase()))
     elif root.path.exists():
         seed = root.open(home)
     else:

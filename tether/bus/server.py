@@ -23,7 +23,7 @@ from tether.bus.config import Ports, Version, write_accounts, write_config
 from tether.errors import BrokerUnavailable, ConfigError
 from tether.home import Home, private_folder
 from tether.processes import alive, die_with_parent
-from tether.settings import Settings
+from tether.settings import Settings, without_passphrase
 
 MIN_VERSION = (2, 12, 0)
 _FIX = (
@@ -147,6 +147,7 @@ class EmbeddedServer:
                 self.binary.path,
                 "-c",
                 config,
+                env=without_passphrase(),
                 stdin=DEVNULL,
                 stdout=DEVNULL,
                 stderr=errors,

@@ -123,10 +123,10 @@ class WorkerService:
 @asynccontextmanager
 async def running(settings: Settings, home: Home) -> AsyncIterator[WorkerService]:
     """A worker that serves until the block ends, and then finishes what it holds."""
+    private_folder(home.cache(settings.worker_name))
+    check_folder(home.cache(settings.worker_name))
     async with AsyncExitStack() as stack:
         bus = await stack.enter_async_context(Bus.connect(settings, home, settings.worker_name))
-        private_folder(home.cache(settings.worker_name))
-        check_folder(home.cache(settings.worker_name))
         keepalive = KeepAlive(settings, home, settings.worker_name)
         keepalive.start()
         stack.callback(keepalive.stop)

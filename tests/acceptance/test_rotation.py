@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 from brokers import temporary_home, wait_until
 from platforms import ROOT, Platform, platform, tether
@@ -22,6 +23,7 @@ from platforms import ROOT, Platform, platform, tether
 from bench.load import HEAD_END, content_length
 from tether.bus.connection import Bus
 from tether.bus.keys import read_keyset
+from tether.envelope import is_locked
 from tether.errors import ConfigError
 from tether.home import Home, load_identity
 from tether.settings import Settings
@@ -203,6 +205,12 @@ def test_commands_say_what_they_did_and_what_is_wrong() -> None:
             assert done.stdout == ""
         renewed = json.loads(tether(home, "identity", "renew", "--valid-days", "1", "--json").stdout)
         assert renewed["version"] == 3
+        cache = home.cache("worker-1")
+        cache.mkdir(parents=True)
+        cache.chmod(0o777)
+        refused = tether(home, "worker", "--nats", "nats://127.0.0.1:1")
+        assert refused.returncode == 1
+        assert f"chmod go-w {cache}" in refused.stderr
         home.identity("gateway").chmod(0o644)
         refused = tether(home, "gateway", "--nats", "nats://127.0.0.1:1")
         assert refused.returncode == 1
@@ -221,3 +229,12 @@ def test_a_locked_root_key_away_from_home_is_needed_for_changes_only(tmp_path: P
     assert "TETHER_ROOT_PASSPHRASE" in locked.stderr
     done = tether(home, "identity", "rotate", "gateway", "--root-key", stick, env=env)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_service_is_handed_the_passphrase_of_the_root_key() -> None:
+    env = {"TETHER_ROOT_PASSPHRASE": "correct horse"}
+    with platform(workers=1, env=env) as started:
+        assert is_locked(started.home.root_key.read_bytes())
+        for name, pid in started.pids.items():
+            if name != "up":
+                assert "correct horse" not in psutil.Process(pid).environ().values(), name
