@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -172,3 +174,47 @@ def test_an_error_gives_its_slot_back(http: httpx.Client, served: Served, body: 
     for path in (INFER, "/v1/jobs", "/v1/inference", "/v1/jobs:batch"):
         assert http.post(path, content=body, headers=key).status_code == 400
         assert slots(served, key) == 0
+
+
+async def _crowd(served: Served, key: dict[str, str], connections: int, each: int) -> list[bytes]:
+    """One request after the other on many connections; the heads of the answers."""
+    address, body = httpx.URL(served.url), json.dumps(BODY).encode()
+    head = f"POST {INFER} HTTP/1.1\r\nhost: x\r\nx-api-key: {key['x-api-key']}\r\ncontent-length: {len(body)}\r\n\r\n"
+
+    async def one() -> list[bytes]:
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        try:
+            heads = []
+            for _ in range(each):
+                writer.write(head.encode() + body)
+                heads.append(await reader.readuntil(b"\r\n\r\n"))
+                length = re.search(rb"content-length: (\d+)", heads[-1])
+                await reader.readexactly(int(length[1]) if length else 0)
+            return heads
+        finally:
+            writer.close()
+            await writer.wait_closed()
+
+    return [head for heads in await asyncio.gather(*[one() for _ in range(connections)]) for head in heads]
+
+
+def test_ten_thousand_requests_over_a_limit_do_not_keep_another_key_out(http: httpx.Client, served: Served) -> None:
+    """Every refusal says when to come again, and the other key's requests are all answered meanwhile."""
+    flood, calm = key_with(served, rate=20.0, burst=20), key_with(served, tenant="calm")
+
+    async def both() -> tuple[list[bytes], list[int], float]:
+        began = time.monotonic()
+        flooding = asyncio.create_task(_crowd(served, flood, 100, 100))
+        async with httpx.AsyncClient(base_url=served.url, headers=calm, timeout=30, trust_env=False) as client:
+            answers = [await client.post(INFER, json=BODY) for _ in range(50)]
+        heads = await flooding
+        return heads, [answer.status_code for answer in answers], time.monotonic() - began
+
+    heads, calm_answers, elapsed = asyncio.run(both())
+    assert calm_answers == [200] * 50
+    refused = [head for head in heads if head.startswith(b"HTTP/1.1 429")]
+    admitted = [head for head in heads if head.startswith(b"HTTP/1.1 200")]
+    assert len(refused) + len(admitted) == 10_000
+    assert 20 <= len(admitted) <= 1.1 * (20 + 20 * elapsed)
+    assert all(b"retry-after: 1\r\n" in head and b"x-ratelimit-remaining: 0\r\n" in head for head in refused)
+    print(f"\n10,000 requests in {elapsed:.1f} s: {len(admitted)} let in, {len(refused)} refused")  # noqa: T201
