@@ -30,7 +30,7 @@ INPUTS, WIDTH, LAYERS = 8, 512, 64
 
 
 def slow_model(path: Path) -> None:
-    """Layers of one matrix, so that each row costs the same time, joined or not."""
+    """Layers of one matrix: work that takes a core's time and little of anything else."""
     weights = np.random.default_rng(1).standard_normal((WIDTH, WIDTH)).astype(np.float32) / WIDTH**0.5
     nodes, last = [helper.make_node("MatMul", ["x", "first"], ["t"])], "t"
     for layer in range(LAYERS):
