@@ -70,6 +70,8 @@ class Manifest(msgspec.Struct, frozen=True):
     batching: Batching
     created_at: float
     publisher: str
+    tenant: str = ""
+    """Whose key pushed it, so whose quota its bytes count against; empty when no tenant did."""
 
     @property
     def size(self) -> int:
@@ -88,6 +90,7 @@ class PushRequest(msgspec.Struct, frozen=True):
     max_batch_size: int = AUTOMATIC
     max_delay_ms: float = 2.0
     publisher: str = ""
+    tenant: str = ""
 
 
 class PushAnswer(msgspec.Struct, frozen=True):

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import msgspec
 
-from tether.errors import BadName, InvalidRequest
+from tether.errors import BadName, InvalidRequest, QuotaExceeded
 from tether.job import SHARED
 from tether.model import check_name
 
@@ -58,6 +58,22 @@ def check_tenant_name(name: str, *, field: str = "tenant") -> str:
     if check_name(name, field=field) == SHARED:
         raise BadName(f"{field} '{SHARED}' is reserved; choose another name", field=field)
     return name
+
+
+def check_stored_bytes(tenant: Tenant, stored: int, more: int) -> None:
+    """Prove that a tenant may store ``more`` bytes of versions beside ``stored``.
+
+    Raises:
+        QuotaExceeded: its quota ``stored_bytes`` is too small.
+    """
+    limit = tenant.quotas.stored_bytes
+    if limit and stored + more > limit:
+        raise QuotaExceeded(
+            f"tenant '{tenant.name}' has {stored} bytes of model versions and {more} more would come; "
+            f"its quota stored_bytes is {limit}",
+            field="stored_bytes",
+            retry_after=60,
+        )
 
 
 def check_patterns(patterns: tuple[str, ...], *, field: str = "models") -> tuple[str, ...]:

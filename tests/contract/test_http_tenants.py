@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,3 +86,34 @@ def test_a_tenant_changes_its_isolation_only_without_open_jobs(http: httpx.Clien
         http.delete(f"/v1/jobs/{job}", headers=own)
     until(lambda: http.get("/v1/tenants/moving").json()["use"]["queued_jobs"] == 0, "no open jobs")
     assert http.patch("/v1/tenants/moving", json={"isolated": True}).json()["isolated"] is True
+
+
+def test_a_quota_of_jobs_answers_429_and_names_itself(http: httpx.Client, served: Served) -> None:
+    own = {"x-api-key": served.new_key("jobs", tenant="few-jobs")}
+    body = {"model": "slow", "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]}
+    assert http.post("/v1/tenants", json={"name": "few-jobs", "quotas": {"queued_jobs": 2}}).status_code == 201
+    refused = http.post("/v1/jobs:batch", json={"jobs": [body] * 3}, headers=own)
+    assert_error(refused, 429, "quota_exceeded", "few-jobs", "queued_jobs", "is 2")
+    assert int(refused.headers["retry-after"]) >= 1
+    answer = http.post("/v1/jobs:batch", json={"jobs": [body] * 2}, headers=own)
+    assert answer.status_code == 202
+    for job in answer.json()["jobs"]:
+        http.delete(f"/v1/jobs/{job['id']}", headers=own)
+
+
+def test_a_quota_of_bytes_is_held_before_the_file_is_read(http: httpx.Client, served: Served) -> None:
+    own = {"x-api-key": served.new_key("models:write", tenant="few-bytes")}
+    content = models.add()
+    digest = hashlib.sha256(content).hexdigest()
+    quotas = {"stored_bytes": len(content) + 10}
+    assert http.post("/v1/tenants", json={"name": "few-bytes", "quotas": quotas}).status_code == 201
+
+    def push(name: str, data: Any, **headers: str) -> httpx.Response:
+        return http.post(f"/v1/models/{name}/versions", content=data, headers={**own, **headers})
+
+    assert push("few-one", content).status_code == 201
+    until(lambda: http.get("/v1/tenants/few-bytes").json()["use"]["stored_bytes"] == len(content), "it counts")
+    assert_error(push("few-two", content), 429, "quota_exceeded", "few-bytes", "stored_bytes")
+    assert_error(push("few-two", iter([content[:50], content[50:]])), 429, "quota_exceeded", "stored_bytes")
+    again = push("few-one", content, **{"x-tether-sha256": digest})
+    assert again.status_code == 200, "the same version again is no new one"

@@ -49,9 +49,10 @@ class NewTenant(TenantChange, kw_only=True):
 
 
 class TenantUse(Struct):
-    """Durable jobs that have not ended, and keys that count."""
+    """Durable jobs that have not ended, bytes of the versions it pushed, and keys that count."""
 
     queued_jobs: int
+    stored_bytes: int
     keys: int
 
 

@@ -160,6 +160,11 @@ class Catalog:
             raise no_model(model)
         return dict(sorted(versions.items()))
 
+    def stored_bytes(self, tenant: str) -> int:
+        """Bytes of the versions that a tenant's keys pushed."""
+        served = (one for versions in self._served.values() for one in versions.values())
+        return sum(one.manifest.size for one in served if one.manifest.tenant == tenant)
+
     def aliases(self, model: str) -> dict[str, int]:
         return {name: alias.version for name, alias in sorted(self._aliases.get(model, {}).items())}
 

@@ -15,9 +15,9 @@ from tether.errors import JobCancelled, TetherError
 from tether.gateway_http.auth import ApiKeys
 from tether.gateway_http.bundler import InferBundler
 from tether.gateway_http.catalog import Catalog, Served
+from tether.gateway_http.job_room import JobRoom
 from tether.gateway_http.jobs import JobService
 from tether.gateway_http.limits import Limits
-from tether.gateway_http.open_jobs import OpenJobs
 from tether.gateway_http.patience import Patience
 from tether.gateway_http.tenants import Tenants
 from tether.home import Home
@@ -39,10 +39,10 @@ class Gateway:
         self.catalog = Catalog(bus)
         self.tenants = Tenants(bus)
         self.keys = ApiKeys(bus, self.tenants)
-        self.open_jobs = OpenJobs(bus)
         self.limits = Limits(bus, tasks, self.keys.find, self.tenants.find)
         self.seals = TenantSeals(bus, keyring, self.tenants)
-        self.jobs = JobService(bus, self.catalog, tasks, self.seals, self._weight)
+        room = JobRoom(bus, self.tenants)
+        self.jobs = JobService(bus, self.catalog, tasks, self.seals, weight=self._weight, room=room)
         self._bundler = InferBundler(bus, tasks, self._workers, keyring, self._weight)
         self._seconds = lru_cache(maxsize=4096)(metrics.INFER_SECONDS.labels)
 

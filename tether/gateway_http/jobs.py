@@ -33,6 +33,7 @@ from tether.errors import (
 )
 from tether.gateway_http.catalog import Catalog, Served
 from tether.gateway_http.job_bundler import JobBundler, Records, Submission
+from tether.gateway_http.job_room import JobRoom
 from tether.gateway_http.job_view import State, read_outcome, view
 from tether.job import (
     AttemptNote,
@@ -97,10 +98,18 @@ class JobService:
     """Jobs of every tenant, as one gateway sees them."""
 
     def __init__(
-        self, bus: Bus, catalog: Catalog, tasks: Tasks, seals: TenantSeals, weight: Callable[[str], float]
+        self,
+        bus: Bus,
+        catalog: Catalog,
+        tasks: Tasks,
+        seals: TenantSeals,
+        *,
+        weight: Callable[[str], float],
+        room: JobRoom,
     ) -> None:
         self._bus = bus
         self._seals = seals
+        self.room = room
         self._catalog = catalog
         self._results = BusResults(bus)
         self._records = SignedBucket(bus, "jobs", MessageType.RECORD)
@@ -116,7 +125,7 @@ class JobService:
         Raises:
             BadTensor, ModelNotReady: before anything was queued.
             IdempotencyConflict: a key was used for another request.
-            QueueFull, BrokerUnavailable: try again with the same key.
+            QuotaExceeded, QueueFull, BrokerUnavailable: try again with the same key.
         """
         for request in requests:
             check_inputs(request.served.manifest, request.inputs)
@@ -128,7 +137,8 @@ class JobService:
             [item for item, request in zip(submissions, requests, strict=True) if request.idempotency_key]
         )
         fresh = [item for item in submissions if item.job.id not in known]
-        await asyncio.gather(*[self._bundler.add(item) for item in fresh])
+        async with self.room.hold(tenant, [item.record for item in fresh]):
+            await asyncio.gather(*[self._bundler.add(item) for item in fresh])
         for item in fresh:
             metrics.JOBS_ACCEPTED.labels(item.record.model).inc()
             if log.isEnabledFor(logging.DEBUG):

@@ -32,6 +32,8 @@ class _Count:
     seen: int = 0
     """The last record that was read, by its sequence."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    looks: int = 0
+    """How many looks have begun."""
 
 
 class OpenJobs:
@@ -59,32 +61,59 @@ class OpenJobs:
         if count is not None:
             count.ends.update({record.id: record.deadline + _AFTER_DEADLINE_S for record in records})
 
+    def seen(self, tenant: str) -> int:
+        """How far the records were read."""
+        count = self._counts.get(tenant)
+        return 0 if count is None else count.seen
+
+    def take_back(self, tenant: str, records: Iterable[JobRecord], seen: int) -> None:
+        """Forget jobs that were not accepted, or not for sure; the records after ``seen`` tell at the next look."""
+        count = self._counts.get(tenant)
+        if count is not None:
+            for record in records:
+                count.ends.pop(record.id, None)
+            count.seen = min(count.seen, seen)
+
+    def forget(self, tenant: str) -> None:
+        """Follow a tenant's jobs no more."""
+        self._counts.pop(tenant, None)
+
     async def count(self, tenant: str) -> int:
-        """How many there are just now.
+        """How many there are just now; a tenant that was not followed is not followed from now on either.
 
         Raises:
             BrokerUnavailable: no answer.
         """
-        await self.read(tenant)
-        return await self.settle(tenant)
+        followed = tenant in self._counts
+        try:
+            return await self.look(tenant, enough=0)
+        finally:
+            if not followed:
+                self.forget(tenant)
 
-    async def read(self, tenant: str) -> int:
-        """Take in the records that came since the last look; how many jobs are open at most.
+    async def look(self, tenant: str, *, enough: int) -> int:
+        """Take in the records that came since the last look, and when that makes more than ``enough`` open jobs, forget
+        those that have ended; how many are open at most. Who asks while another look waits to begin shares it.
 
         Raises:
             BrokerUnavailable: no answer.
         """
         count = self._counts.setdefault(tenant, _Count())
+        begun = count.looks
         async with count.lock:
-            bucket = self._records.raw
-            async for item in self._bus.direct_scan(
-                bucket.stream, bucket.subject(">"), start=count.seen + 1, batch=_BATCH
-            ):
-                count.seen = item.sequence
-                job = JobId(item.subject.rpartition(".")[2])
-                if job not in count.ends and (record := self._record(item.subject, item.data)) is not None:
-                    self._take(count, tenant, record)
+            if count.looks == begun:
+                count.looks += 1
+                await self._read(count, tenant)
+                await self._settle(count, enough)
         return len(count.ends)
+
+    async def _read(self, count: _Count, tenant: str) -> None:
+        bucket = self._records.raw
+        async for item in self._bus.direct_scan(bucket.stream, bucket.subject(">"), start=count.seen + 1, batch=_BATCH):
+            count.seen = item.sequence
+            job = JobId(item.subject.rpartition(".")[2])
+            if job not in count.ends and (record := self._record(item.subject, item.data)) is not None:
+                self._take(count, tenant, record)
 
     def _take(self, count: _Count, tenant: str, record: JobRecord) -> None:
         end = record.deadline + _AFTER_DEADLINE_S
@@ -98,21 +127,14 @@ class OpenJobs:
         except BadEncoding:
             return None
 
-    async def settle(self, tenant: str, *, enough: int = 0) -> int:
-        """Forget jobs that have ended, oldest first, until at most ``enough`` are left; how many are.
-
-        Raises:
-            BrokerUnavailable: no answer.
-        """
-        count = self._counts.setdefault(tenant, _Count())
-        async with count.lock:
-            now = self._bus.clock.utc()
-            for job in [job for job, end in count.ends.items() if end <= now]:
-                del count.ends[job]
-            jobs = list(count.ends)
-            for start in range(0, len(jobs), _BATCH):
-                if len(count.ends) <= enough:
-                    break
-                for ended in await self._results.find(jobs[start : start + _BATCH]):
-                    count.ends.pop(JobId(ended), None)
-        return len(count.ends)
+    async def _settle(self, count: _Count, enough: int) -> None:
+        """Oldest first, and no more than is needed: each result is read once."""
+        now = self._bus.clock.utc()
+        for job in [job for job, end in count.ends.items() if end <= now]:
+            del count.ends[job]
+        jobs = list(count.ends)
+        for start in range(0, len(jobs), _BATCH):
+            if len(count.ends) <= enough:
+                return
+            for ended in await self._results.find(jobs[start : start + _BATCH]):
+                count.ends.pop(JobId(ended), None)

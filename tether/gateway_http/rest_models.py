@@ -20,6 +20,7 @@ from tether.gateway_http.catalog import Catalog, Served
 from tether.gateway_http.job_view import rfc3339
 from tether.gateway_http.routing import OCTETS, Call, Header, Media, Reply, Row
 from tether.model import AUTOMATIC, PushAnswer, PushRequest, TensorSpec, check_name
+from tether.tenant import Tenant, check_stored_bytes
 
 TAG = "Models"
 
@@ -98,8 +99,12 @@ async def _push(call: Call) -> Reply:
         raise PayloadTooLarge(f"the model file has more than {limit} bytes (max_upload_bytes)", field="body")
     if call.heading.encoding not in ("", "identity"):
         raise InvalidRequest("send the model file without Content-Encoding", field="content-encoding")
+    tenant = gateway.tenants.get(call.tenant)
+    known = _is_newest(gateway.catalog, name, wanted)
+    if not known:
+        check_stored_bytes(tenant, gateway.catalog.stored_bytes(tenant.name), call.heading.length)
     store = ObjectChunkStore(gateway.bus, gateway.bus.names.chunk_bucket(name))
-    file, stored = await upload(gateway.bus, store, _parts(call), limit=limit)
+    file, stored = await upload(gateway.bus, store, _parts(call, None if known else tenant), limit=limit)
     if wanted and wanted != file.digest:
         raise InvalidRequest(
             f"the body's SHA-256 is {file.digest}, x-tether-sha256 says {wanted}; send the file again",
@@ -111,8 +116,19 @@ async def _push(call: Call) -> Reply:
     return Reply(pushed(answer, stored), 201 if answer.created else 200)
 
 
-async def _parts(call: Call) -> AsyncIterator[bytes]:
+def _is_newest(catalog: Catalog, name: str, digest: str) -> bool:
+    """Whether the newest version is this file, so that pushing it makes no new one."""
+    versions = catalog.versions(name) if name in catalog.names() else {}
+    return bool(versions) and versions[max(versions)].manifest.files[0].digest == digest
+
+
+async def _parts(call: Call, tenant: Tenant | None) -> AsyncIterator[bytes]:
+    """The body as it comes; what comes is held against the tenant's quota, whatever length was announced."""
+    stored = 0 if tenant is None else call.gateway.catalog.stored_bytes(tenant.name)
     async for part in call.request.stream():
+        stored += len(part)
+        if tenant is not None:
+            check_stored_bytes(tenant, stored, 0)
         yield part
 
 
@@ -132,6 +148,8 @@ def _check_filename(call: Call) -> None:
 
 
 async def registered(call: Call, request: PushRequest) -> PushAnswer:
+    """Let the model store make the version, for the tenant of whoever calls."""
+    request = msgspec.structs.replace(request, tenant=call.tenant)
     body = await rpc.call(
         call.gateway.bus,
         "registerModel",

@@ -52,7 +52,7 @@ async def _check_isolation(gateway: Gateway, wanted: Tenant) -> None:
     """
     if gateway.tenants.get(wanted.name).isolated == wanted.isolated:
         return
-    jobs = await gateway.open_jobs.count(wanted.name)
+    jobs = await gateway.jobs.room.open.count(wanted.name)
     if jobs:
         raise Conflict(
             f"tenant '{wanted.name}' has {jobs} durable jobs that have not ended; "
@@ -84,7 +84,11 @@ async def _show(call: Call) -> Reply:
 async def _use(gateway: Gateway, name: str) -> bodies.TenantUse:
     now = gateway.bus.clock.utc()
     keys = [key for key in gateway.keys.known() if key.tenant == name and key.counts(now)]
-    return bodies.TenantUse(queued_jobs=await gateway.open_jobs.count(name), keys=len(keys))
+    return bodies.TenantUse(
+        queued_jobs=await gateway.jobs.room.open.count(name),
+        stored_bytes=gateway.catalog.stored_bytes(name),
+        keys=len(keys),
+    )
 
 
 async def _change(call: Call) -> Reply:

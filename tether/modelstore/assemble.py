@@ -95,6 +95,7 @@ def manifest_builder(
             batching=joined,
             created_at=created_at,
             publisher=publisher,
+            tenant=request.tenant,
         )
 
     return build

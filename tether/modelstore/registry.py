@@ -6,7 +6,7 @@ and a move of an alias are each won by whoever's conditional write comes first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 import msgspec
@@ -25,6 +25,9 @@ TRIES = 16
 
 HISTORY = 50
 """Moves of an alias that are remembered."""
+
+
+Admit = Callable[[Manifest], Awaitable[None]]
 
 
 class Versions(NamedTuple):
@@ -68,8 +71,9 @@ class Registry:
         except EnvelopeError:
             return None
 
-    async def add(self, model: str, build: Callable[[int], Manifest]) -> tuple[Manifest, bool]:
-        """Give the next number to what ``build`` makes of it; False when the newest version is just the same.
+    async def add(self, model: str, build: Callable[[int], Manifest], admit: Admit) -> tuple[Manifest, bool]:
+        """Give the next number to what ``build`` makes of it; False when the newest version is just the same. ``admit``
+        is asked before a new version is made, and raises when there must be none.
 
         Raises:
             Unavailable: other writers won every time.
@@ -80,6 +84,7 @@ class Registry:
             manifest = build(highest + 1)
             if newest is not None and _same(newest, manifest):
                 return newest, False
+            await admit(manifest)
             if await self._create(manifest):
                 return manifest, True
         raise Unavailable(f"too many pushes of model '{model}' at the same time; try again", retry_after=2)
@@ -193,6 +198,19 @@ class Registry:
             if stored is not None:
                 found.append(stored[0])
         return found
+
+    async def stored_bytes(self, tenant: str) -> int:
+        """Bytes of the versions that a tenant's keys pushed.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        prefix, total = len(self._models.subject("")), 0
+        async for item in self._bus.direct_scan(self._models.stream, self._models.subject(">")):
+            manifest = self._manifest(item.subject[prefix:], item)
+            if manifest is not None and manifest.tenant == tenant:
+                total += manifest.size
+        return total
 
     async def repair(self) -> None:
         """Move every ``latest`` that was left behind when a model store died between a manifest and its alias."""

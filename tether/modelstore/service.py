@@ -20,6 +20,7 @@ from tether.model import LATEST, PushAnswer, PushRequest
 from tether.modelstore import assemble, changes
 from tether.modelstore.changes import Changes
 from tether.modelstore.inspection import Inspection
+from tether.modelstore.quota import StorageQuota
 from tether.modelstore.registry import Registry
 from tether.settings import Settings
 
@@ -43,6 +44,7 @@ class ModelStoreService:
         self._inspections = asyncio.Semaphore(INSPECTIONS)
         self._registry = Registry(bus)
         self._changes = Changes(bus, self._registry)
+        self._quota = StorageQuota(bus, self._registry)
 
     @property
     def closed(self) -> lifecycle.Ended:
@@ -88,6 +90,7 @@ class ModelStoreService:
             InvalidRequest, PayloadTooLarge: the push itself is wrong.
             ModelRejected: the file cannot be served.
             CorruptChunk: the stored pieces are not the file; push again.
+            QuotaExceeded: the tenant has as many bytes as it may have.
             Unavailable: no room, too many writers, or no broker.
         """
         request = _decode(envelope)
@@ -105,7 +108,8 @@ class ModelStoreService:
         assemble.check_request(request, max_bytes=self._bus.settings.max_upload_bytes)
         found = await self._look(request)
         build = assemble.manifest_builder(request, found, created_at=self._bus.clock.utc(), publisher=publisher)
-        manifest, created = await self._registry.add(request.name, build)
+        async with self._quota.turn(request.tenant):
+            manifest, created = await self._registry.add(request.name, build, self._quota.check)
         await self._registry.move(request.name, LATEST, manifest.version, forward_only=True)
         if created:
             metrics.MODELS_REGISTERED.inc()
