@@ -15,12 +15,14 @@ from brokers import Broker, StartBroker, wait_until
 from services import TENANT, Services, new_job, row
 
 from tether import metrics
-from tether.audit import Kind, Record, What
+from tether.audit import Checker, Kind, Record, What
 from tether.bus import audit as audit_log
+from tether.bus import audit_read, identities
 from tether.bus.audit import AuditLog
 from tether.bus.audit_read import Filter
 from tether.bus.audit_spool import look
 from tether.bus.connection import Bus
+from tether.bus.keys import RootKey
 from tether.bus.topology import ensure_platform
 from tether.envelope import MessageType
 from tether.errors import PermissionDenied, TetherError
@@ -344,3 +346,47 @@ async def test_a_cancelled_request_and_its_job_are_told_apart(one: Services) -> 
         return [f.entry.outcome for f in await entries(one.bus, one.home, kind=Kind.INFERENCE)] == ["job_cancelled"]
 
     await wait_until(arrived, "the entry says that its caller left")
+
+
+async def test_the_other_services_write_too(one: Services) -> None:
+    await one.push("bump", models.add())
+
+    async def arrived() -> bool:
+        found = await entries(one.bus, one.home)
+        return {(item.writer, item.entry.action) for item in found} >= {
+            ("modelstore", "register"),
+            ("dispatcher", "register worker"),
+        }
+
+    await wait_until(arrived, "both services' entries are there")
+    (pushed,) = await entries(one.bus, one.home, kind=Kind.MODEL)
+    assert (pushed.entry.model, pushed.entry.version, pushed.entry.actor) == ("bump", 1, "gateway")
+    (joined,) = await entries(one.bus, one.home, kind=Kind.IDENTITY)
+    assert (joined.entry.actor, joined.entry.outcome) == ("worker-1", "ok")
+    report = check(one.home, await everything(one.bus, one.home))
+    assert (report.problems, set(report.writers)) == ((), {"dispatcher", "gateway", "modelstore"})
+
+
+async def test_entries_signed_with_a_key_that_was_replaced_still_count(one: Services) -> None:
+    home, gateway = one.home, one.gateway
+    act(gateway.audit, 1)
+    await gateway.audit.settled()
+    old = gateway.bus.signer.kid
+    identities.rotate(home, RootKey(home.root_key), "gateway", grace_s=0)
+    await wait_until(lambda: gateway.bus.signer.kid != old, "the gateway signs with its new key", 15)
+    act(gateway.audit, 2)
+    await gateway.audit.settled()
+
+    async def arrived() -> bool:
+        return await numbers(one.bus, home) == [1, 2]
+
+    await wait_until(arrived, "entries of both keys are read")
+    async with Bus.connect(one.settings, home, "admin") as admin:
+        signed = await audit_read.keysets(admin, home)
+    assert len(signed) >= 2
+    checker = Checker(audit_read.historical(signed, home.root_public.read_bytes()), 365 * 86_400_000)
+    for record in await everything(one.bus, home):
+        checker.add(record)
+    assert checker.finish().problems == ()
+    seen = [found.entry for found in await entries(one.bus, home, kind=Kind.IDENTITY) if found.entry.action == "keyset"]
+    assert any("gateway" in entry.detail for entry in seen)

@@ -277,7 +277,7 @@ def test_one_chain_cannot_be_taken_out_under_cover_of_the_retention() -> None:
 
 
 def test_keys_that_expired_or_were_revoked_since_still_count_for_what_they_signed() -> None:
-    revoked = envelope.Revocation(GATEWAY.kid, "gateway", LOG[5].stored_at + 1)
+    revoked = envelope.Revocation(GATEWAY.kid, "gateway", LOG[5].stored_at + 1 - 10_000)
     later = msgspec.structs.replace(KEYS, version=2, identities=(), revoked=(revoked,))
     found = check(LOG, keys=Historical([KEYS, later]))
     assert {problem.sequence for problem in found.problems if problem.sequence} >= set(range(7, len(LOG) + 1))
@@ -321,7 +321,7 @@ def test_stored_frames_are_verified_as_of_when_they_were_signed() -> None:
     short = GATEWAY.record(not_before=NOW - 2 * DAY, expires_at=NOW - DAY)
     with pytest.raises(KeyExpired):
         Historical([msgspec.structs.replace(KEYS, identities=(short,))]).header(frame)
-    gone = envelope.Revocation(GATEWAY.kid, "gateway", NOW)
+    gone = envelope.Revocation(GATEWAY.kid, "gateway", NOW - 10_000)
     with pytest.raises(KeyRevoked):
         Historical([msgspec.structs.replace(KEYS, revoked=(gone,))]).header(frame)
 

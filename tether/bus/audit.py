@@ -27,7 +27,7 @@ from tether.bus.audit_send import Sender
 from tether.bus.audit_spool import Leftover, Spool, State, forget, leftovers
 from tether.bus.connection import Bus
 from tether.envelope import MessageType
-from tether.errors import ConfigError
+from tether.errors import ConfigError, EnvelopeError
 from tether.home import Home
 from tether.lifecycle import Tasks
 
@@ -140,6 +140,11 @@ class AuditLog:
         shown = ".".join(subject.split(".")[:3])
         self.count(Kind.ENVELOPE, "", actor=NOBODY, action="refuse", outcome=code, detail=shown)
 
+    def believed_keyset(self, version: int, changes: str) -> None:
+        """A new keyset counts from now on."""
+        told = f"version {version}: {changes}"
+        self.record(Kind.IDENTITY, "", actor=self._bus.signer.name, action="keyset", detail=told)
+
     async def settled(self) -> None:
         """Return when everything recorded so far is in the spool, or cannot be put there."""
         await self._flush(everything=True)
@@ -214,12 +219,20 @@ class AuditLog:
     async def _make_blocks(self) -> None:
         pending, self._pending = self._pending, []
         for start in range(0, len(pending), audit.BLOCK_ENTRIES):
-            by_subject: dict[tuple[str, Kind], list[bytes]] = {}
-            for kind, tenant, row in pending[start : start + audit.BLOCK_ENTRIES]:
-                by_subject.setdefault((tenant, kind), []).append(encode(row))
-            for (tenant, kind), rows in by_subject.items():
-                self._block(kind, tenant, rows)
+            try:
+                self._make_some(pending[start : start + audit.BLOCK_ENTRIES])
+            except Exception:
+                # a signer that was revoked signs no more
+                self._lose(len(pending) - start)
+                raise
             await asyncio.sleep(0)
+
+    def _make_some(self, pending: Sequence[Pending]) -> None:
+        by_subject: dict[tuple[str, Kind], list[bytes]] = {}
+        for kind, tenant, row in pending:
+            by_subject.setdefault((tenant, kind), []).append(encode(row))
+        for (tenant, kind), rows in by_subject.items():
+            self._block(kind, tenant, rows)
 
     def _block(self, kind: Kind, tenant: str, rows: Sequence[bytes]) -> None:
         subject = self._bus.names.audit(tenant, kind)
@@ -313,7 +326,10 @@ class AuditLog:
     async def end(self, within_s: float) -> None:
         """Write what there is and the end of the run; what does not reach the stream stays for the next one."""
         self._ending.set()
-        await self._flush(everything=True, last=True)
+        try:
+            await self._flush(everything=True, last=True)
+        except EnvelopeError as error:
+            log.warning("the end of the audit log is not written: %s", error, extra={"action": "audit_failed"})
         if self._sender is not None and self._bus.connected:
             await self._sender.drained(within_s)
 
@@ -344,10 +360,11 @@ async def writing(bus: Bus, home: Home, tasks: Tasks) -> AsyncIterator[AuditLog]
     flushing = tasks.spawn(written.run_flush(), "audit-flush")
     sending = tasks.spawn(sender.run(), "audit-send")
     bus.on_refused = written.refused_envelope
+    bus.on_keyset = written.believed_keyset
     try:
         yield written
     finally:
-        bus.on_refused = None
+        bus.on_refused = bus.on_keyset = None
         try:
             await written.end(2.0)
             await asyncio.gather(flushing, return_exceptions=True)

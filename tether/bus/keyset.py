@@ -1,6 +1,6 @@
 """The keyset while services run: they follow the bucket ``keyset``, and their own files, and believe the newest.
 
-The bucket's one entry, ``current``, is the keyset as the root key signed it. What is not signed by the pinned root key,
+The bucket's entry ``current`` is the keyset as the root key signed it; each stays under ``v<version>`` too, for the audit log. What is not signed by the pinned root key,
 is older than the one that was seen, or is not in force is refused: the one in use stays. A keyset that is believed is
 written to disk before it counts, so that a restart does not bring an older one back.
 """
@@ -155,8 +155,14 @@ async def offer(bus: Bus, newest: SeenKeyset) -> None:
             await bus.publish_acked(bucket.subject(CURRENT), newest.data, headers=expected)
         except VersionConflict:
             continue
+        await _remember(bucket, newest)
         return
     raise VersionConflict("the keyset in the bucket is being changed by others; try again")
+
+
+async def _remember(bucket: KvBucket, newest: SeenKeyset) -> None:
+    """Keep a keyset under its version for good: what it vouched for can be verified after the next one too."""
+    await bucket.create(f"v{newest.keyset.version}", newest.data)
 
 
 def _counts(data: bytes, newest: SeenKeyset) -> bool:
@@ -187,6 +193,8 @@ class _Follower:
         self._home = home
         self._identity = identity
         self._newest = newest
+        self._believed = [newest]
+        """What the bucket does not keep yet."""
         self._bucket = KvBucket(bus, "keyset")
         self._was_known = standing(newest.keyset, bus.signer.kid, bus.signer.name, bus.clock.utc_ms()) is None
         self._publishes = bus.signer.role is Role.DISPATCHER
@@ -264,6 +272,7 @@ class _Follower:
 
     def _accept(self, found: SeenKeyset, source: str) -> None:
         before, self._newest = self._newest.keyset, found
+        self._believed.append(found)
         self._stale = self._stale or source != "the bucket"
         try:
             found.save(self._home)
@@ -272,6 +281,8 @@ class _Follower:
         self._bus.verifier.replace(_eased(before, found.keyset))
         self._later("settle", SETTLE_S, self._bus.verifier.replace, found.keyset)
         metrics.KEYSET_VERSION.set(found.keyset.version)
+        if self._bus.on_keyset is not None:
+            self._bus.on_keyset(found.keyset.version, _changes(before, found.keyset))
         log.info(
             "keyset version %d: %s",
             found.keyset.version,
@@ -325,6 +336,9 @@ class _Follower:
     async def _publish(self) -> None:
         try:
             await offer(self._bus, self._newest)
+            while self._believed:
+                await _remember(self._bucket, self._believed[0])
+                del self._believed[0]
         except TetherError as error:
             log.debug("the keyset was not published: %s", error, extra={"action": "keyset_not_published"})
         else:

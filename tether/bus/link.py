@@ -104,6 +104,8 @@ class Link:
         """Times the connection was lost: an answer expected from before one will not come."""
         self.on_refused: Callable[[str, str], None] | None = None
         """Told the error code and subject of every message that is not acted on."""
+        self.on_keyset: Callable[[int, str], None] | None = None
+        """Told the version of a new keyset that is believed, and what changed with it."""
         self._client = nats.aio.client.Client()
         self._calls: dict[str, _Call] = {}
         self._unheard: set[str] = set()

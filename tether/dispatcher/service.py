@@ -12,7 +12,9 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from tether import codec, daemon, lifecycle, metrics
+from tether.audit import Kind
 from tether.bus import rpc
+from tether.bus.audit import AuditLog, writing
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket, SignedBucket
 from tether.bus.topology import ensure_lane, ensure_platform, lanes_of
@@ -33,8 +35,9 @@ _ENSURE_S = 10.0
 class Dispatcher:
     """One dispatcher on one connection. Use :func:`running`."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, audit: AuditLog) -> None:
         self._bus = bus
+        self._audit = audit
         self._settings = bus.settings
         self._assign = SignedBucket(bus, "assign", MessageType.ASSIGN)
         self._routes = SignedBucket(bus, "routes", MessageType.ROUTE)
@@ -79,6 +82,7 @@ class Dispatcher:
         request = codec.decode(envelope.body, Registration)
         check_name(request.region, field="region")
         if request.worker != envelope.sender:
+            self._note(envelope, Forbidden.code, f"as '{request.worker}'")
             raise Forbidden(f"'{envelope.sender}' may not register as '{request.worker}'", field="worker")
         epoch = self._epochs.get(request.worker, 0) + 1
         self._epochs[request.worker] = epoch
@@ -89,7 +93,14 @@ class Dispatcher:
         log.info(
             "epoch %d for %s", epoch, request.worker, extra={"action": "worker_registered", "worker": request.worker}
         )
+        self._note(envelope, "ok", f"epoch {epoch}, region {request.region}")
         return codec.encode(Epoch(epoch))
+
+    def _note(self, envelope: Envelope, outcome: str, detail: str) -> None:
+        tenant = envelope.sender_tenant
+        self._audit.record(
+            Kind.IDENTITY, tenant, actor=envelope.sender, action="register worker", outcome=outcome, detail=detail
+        )
 
     def heard(self, key: str, frame: bytes | None) -> None:
         """A heartbeat: believed when the worker itself signed it and it carries the worker's epoch."""
@@ -189,8 +200,8 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Dispatcher]:
     """A dispatcher that works until the block ends."""
     async with AsyncExitStack() as stack:
         bus = await stack.enter_async_context(Bus.connect(settings, home, "dispatcher"))
-        dispatcher = Dispatcher(bus)
         tasks = await stack.enter_async_context(lifecycle.tasks())
+        dispatcher = Dispatcher(bus, await stack.enter_async_context(writing(bus, home, tasks)))
         await dispatcher.prepare()
         models = SignedBucket(bus, "models", MessageType.MANIFEST)
         await stack.enter_async_context(models.watch(dispatcher.model_changed))

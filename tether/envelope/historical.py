@@ -29,6 +29,9 @@ from tether.errors import (
     Unsigned,
 )
 
+_HEARD_MS = 10_000
+"""What a service signed within this time after its revocation, it may not have heard of it."""
+
 
 class Historical:
     """Opens frames against every keyset that ever was; none of them need be in force any more."""
@@ -79,7 +82,7 @@ class Historical:
         return Envelope(header, body, record.name, record.tenant)
 
     def _in_force(self, kid: bytes, at: int) -> IdentityRecord:
-        if kid in self.revoked and at >= self.revoked[kid]:
+        if kid in self.revoked and at >= self.revoked[kid] + _HEARD_MS:
             raise KeyRevoked(f"the key of '{self._records[kid][0].name}' had been revoked when this was signed")
         for record in self._records[kid]:
             if record.not_before - MAX_SKEW_MS <= at < record.expires_at:

@@ -10,7 +10,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from tether import codec, daemon, lifecycle, metrics
+from tether.audit import Kind, clean
 from tether.bus import rpc
+from tether.bus.audit import AuditLog, writing
 from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
 from tether.envelope import Envelope, MessageType
@@ -38,8 +40,9 @@ WAITING = 32
 class ModelStoreService:
     """Handles pushes. ``scratch`` is a private folder of this process; what is in it is lost at the next start."""
 
-    def __init__(self, bus: Bus, scratch: Path) -> None:
+    def __init__(self, bus: Bus, scratch: Path, audit: AuditLog) -> None:
         self._bus = bus
+        self._audit = audit
         self._scratch = scratch
         self._inspections = asyncio.Semaphore(INSPECTIONS)
         self._registry = Registry(bus)
@@ -101,8 +104,27 @@ class ModelStoreService:
                 metrics.MODELS_REJECTED.inc()
             fields = {"action": "model_refused", "model": request.name[:64], "code": error.code}
             log.warning("refused a push: %s", error, extra=fields)
+            self._note(request, envelope, outcome=error.code)
             raise
+        made = "a new version" if answer.created else "the newest version already is this"
+        self._note(request, envelope, version=answer.manifest.version, detail=f"{made}; aliases {answer.aliases}")
+        await self._audit.settled()
         return codec.encode(answer)
+
+    def _note(
+        self, request: PushRequest, envelope: Envelope, *, version: int = 0, outcome: str = "ok", detail: str = ""
+    ) -> None:
+        self._audit.record(
+            Kind.MODEL,
+            "",
+            actor=clean(request.publisher or envelope.sender),
+            action="register",
+            outcome=outcome,
+            model=request.name,
+            version=version,
+            bytes_in=sum(file.size for file in request.files),
+            detail=detail,
+        )
 
     async def _register(self, request: PushRequest, publisher: str) -> PushAnswer:
         assemble.check_request(request, max_bytes=self._bus.settings.max_upload_bytes)
@@ -143,8 +165,12 @@ def _clear(scratch: Path) -> None:
 @asynccontextmanager
 async def running(settings: Settings, home: Home) -> AsyncIterator[ModelStoreService]:
     """A model store that works until the block ends."""
-    async with Bus.connect(settings, home, "modelstore") as bus:
-        service = ModelStoreService(bus, home.cache("modelstore"))
+    async with (
+        Bus.connect(settings, home, "modelstore") as bus,
+        lifecycle.tasks() as tasks,
+        writing(bus, home, tasks) as audit,
+    ):
+        service = ModelStoreService(bus, home.cache("modelstore"), audit)
         async with service.serving():
             yield service
 
