@@ -267,8 +267,15 @@ class Link:
             await self._round_trip(5)
 
     async def _round_trip(self, timeout: int) -> None:
-        """nats-py's flush alone lets its ping overtake what still waits to be written."""
-        await self._client._flush_pending(force_flush=True)  # noqa: SLF001
+        """nats-py's flush alone lets its ping overtake what still waits to be written.
+
+        Its forced one would swallow that this task is cancelled, so we wait for the writer ourselves.
+        """
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._client.is_connected:
+            async with asyncio.timeout(timeout):
+                await self._client._flush_queue.put(written)  # noqa: SLF001
+                await written
         await self._client.flush(timeout=timeout)
 
     async def subscribe(self, subject: str, handler: Handler, *, confirmed: bool = True) -> Subscription:
