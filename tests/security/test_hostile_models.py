@@ -96,6 +96,7 @@ def test_a_format_that_carries_code_is_no_payload(target: Served, tmp_path: Path
     """No content type selects another reader: there is only the one of the protocol."""
     sentinel = tmp_path / "sentinel"
     content, headers = programs(sentinel)[name], {"content-type": content_type}
+    content += b"." * (len(content) % 16 == 0)  # in a raw request, whole rows of any bytes are rows of numbers
     with target.client() as http:
         for path in ("/v2/models/bump/infer", "/v1/jobs", "/v1/inference"):
             assert http.post(path, content=content, headers=headers).json()["code"] == "bad_json"
