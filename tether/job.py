@@ -66,6 +66,11 @@ class Lane(msgspec.Struct, frozen=True):
     scope: str = SHARED
     priority: Priority = Priority.NORMAL
 
+    @property
+    def tenant(self) -> str:
+        """The isolated tenant whose lane it is; empty for a shared one."""
+        return "" if self.scope == SHARED else self.scope
+
 
 class Sealed(msgspec.Struct, frozen=True):
     """A payload that only holders of the data key ``key_id`` can open."""
@@ -131,6 +136,8 @@ class JobRecord(msgspec.Struct, frozen=True):
     bundle: str
     """Message id of the bundle that carried the job: where its attempts are noted."""
     request_id: str = ""
+    scope: str = SHARED
+    """Whose lanes and results hold it; it stays when the tenant ceases to be isolated, or begins to be."""
 
 
 class AttemptNote(msgspec.Struct, frozen=True):

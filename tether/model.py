@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from tether.errors import BadName, BadTensor
+from tether.job import SHARED
 from tether.tensor import Tensor
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -174,12 +175,14 @@ LATEST = "latest"
 
 
 class Route(msgspec.Struct, frozen=True):
-    """Which workers answer for a version just now, as the dispatcher saw it."""
+    """Which workers answer for a version in a scope just now, as the dispatcher saw it. A route means that the lanes are
+    there, even when it names no worker."""
 
     model: str
     version: int
     workers: tuple[str, ...]
     regions: tuple[str, ...] = ("local",)
+    scope: str = SHARED
 
 
 class ModelRef(msgspec.Struct, frozen=True):
@@ -190,11 +193,12 @@ class ModelRef(msgspec.Struct, frozen=True):
 
 
 class Assignment(msgspec.Struct, frozen=True):
-    """What one worker should hold. ``epoch`` is the registration it is meant for."""
+    """What one worker should hold, and whose lanes it serves. ``epoch`` is the registration it is meant for."""
 
     worker: str
     epoch: int
     models: tuple[ModelRef, ...]
+    scope: str = SHARED
 
 
 class Registration(msgspec.Struct, frozen=True):
@@ -224,6 +228,8 @@ class Heartbeat(msgspec.Struct, frozen=True):
     """Jobs in the worker's hands."""
     slots: int
     sent_at: float
+    scope: str = SHARED
+    """Whose lanes the worker serves."""
 
 
 def check_name(name: str, *, field: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from tether.envelope import Envelope, MessageType
-from tether.job import Lane
+from tether.job import SHARED, Lane
 from tether.tensor import Array
 
 
@@ -50,11 +50,11 @@ class JobQueue(Protocol):
 class ResultLog(Protocol):
     """How durable jobs ended: one entry a job, the first one wins."""
 
-    async def commit(self, job: str, frame: bytes, *, deadline: float | None = None) -> bool:
+    async def commit(self, job: str, frame: bytes, *, scope: str = SHARED, deadline: float | None = None) -> bool:
         """Store the end of a job; False when the job had already ended."""
 
-    async def find(self, jobs: Sequence[str]) -> dict[str, bytes]:
-        """The stored frames of those jobs that have ended."""
+    async def find(self, jobs: Sequence[str], *, scope: str = SHARED) -> dict[str, bytes]:
+        """The stored frames of those jobs of a scope that have ended."""
 
 
 class Bucket(Protocol):

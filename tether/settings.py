@@ -59,6 +59,9 @@ class Settings:
     replicas: int = _setting(1, "Copies of every durable stream; more than 1 needs a cluster.", low=1, high=5)
     max_memory_mb: int = _setting(1024, "Memory the broker may use for infer lanes and liveness.", low=64, high=1 << 20)
     max_file_mb: int = _setting(20480, "Disk the broker may use for jobs, results and models.", low=256, high=1 << 24)
+    isolated_tenants: int = _setting(
+        8, "Isolated tenants that the broker keeps room for: each has an equal share of it.", low=1, high=1024
+    )
     max_payload_bytes: int = _setting(8 << 20, "Largest NATS message.", low=1 << 16, high=64 << 20)
 
     http_host: str = _setting("127.0.0.1", "Address the gateway listens on.")

@@ -61,6 +61,10 @@ class Names:
     def jobs_subjects(self, shard: int | str) -> str:
         return f"{self.prefix}.job.{shard}.>"
 
+    def every_job(self) -> str:
+        """The jobs lanes of all scopes."""
+        return f"{self.prefix}.job.>"
+
     def _infer_shard(self, lane: Lane) -> int | str:
         return _shard(lane.model, self.infer_shards) if lane.scope == SHARED else scope_token(lane.scope)
 
@@ -73,6 +77,11 @@ class Names:
 
     def scope_jobs_stream(self, scope: str) -> str:
         return self.jobs_stream(scope_token(scope))
+
+    def stream_scope(self, stream: str) -> str | None:
+        """The isolated tenant whose jobs stream this is; None for every other stream."""
+        start = self.jobs_stream("=")
+        return name_of(stream[len(start) :]) if stream.startswith(start) else None
 
     # lanes
 
@@ -164,8 +173,10 @@ class Names:
         """The subject of one entry."""
         return f"$KV.{self.bucket(name)}.{key}"
 
-    def version_key(self, model: str, version: int) -> str:
-        return f"{token(model)}.{version}"
+    def version_key(self, model: str, version: int, scope: str = SHARED) -> str:
+        """The key of a version, or of its route in a scope."""
+        key = f"{token(model)}.{version}"
+        return key if scope == SHARED else f"{key}.{scope_token(scope)}"
 
     # model chunks, in JetStream object-store form (NATS ADR-20)
 

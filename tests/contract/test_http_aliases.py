@@ -140,7 +140,7 @@ def test_what_no_worker_holds_is_not_promoted(served: Served, http: httpx.Client
 
     async def hide() -> None:
         catalog = served.services.gateway.catalog
-        route = catalog._routes.pop((name, 1), None)
+        route = catalog._routes.pop((name, 1, "shared"), None)
         hidden.set()
         assert route is not None
 

@@ -75,17 +75,23 @@ def test_a_tenant_with_keys_that_count_stays(http: httpx.Client) -> None:
     assert http.delete("/v1/tenants/keyed").status_code == 200
 
 
-def test_a_tenant_changes_its_isolation_only_without_open_jobs(http: httpx.Client, served: Served) -> None:
+def test_a_tenant_changes_its_isolation_while_its_jobs_wait(http: httpx.Client, served: Served) -> None:
     own = {"x-api-key": served.new_key("jobs", tenant="moving")}
     body = {"model": "slow", "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]}
-    ids = [http.post("/v1/jobs", json=body, headers=own).json()["id"] for _ in range(20)]
-    assert_error(http.post("/v1/tenants", json={"name": "moving", "isolated": True}), 409, "conflict", "isolated")
-    assert http.post("/v1/tenants", json={"name": "moving", "weight": 3}).status_code == 201
-    assert_error(http.patch("/v1/tenants/moving", json={"isolated": True}), 409, "conflict", "isolated")
-    for job in ids:
-        http.delete(f"/v1/jobs/{job}", headers=own)
+
+    def submit() -> httpx.Response:
+        return http.post("/v1/jobs", json=body, headers=own)
+
+    early = [submit().json()["id"] for _ in range(20)]
+    assert http.post("/v1/tenants", json={"name": "moving", "isolated": True}).status_code == 201
+    until(lambda: submit().status_code == 202, "the tenant has lanes")
+    ended = [http.delete(f"/v1/jobs/{job}", headers=own).status_code for job in early]
+    assert ended[-1] == 200, "a job in the lanes that all tenants share is found and cancelled"
+    assert http.get("/v1/tenants/moving").json()["use"]["queued_jobs"] > 0
+    assert http.patch("/v1/tenants/moving", json={"isolated": False}).json()["isolated"] is False
+    late = http.get("/v1/jobs", params={"state": "queued"}, headers=own).json()["jobs"]
+    assert [http.delete(f"/v1/jobs/{job['id']}", headers=own).json()["state"] for job in late] == ["cancelled"]
     until(lambda: http.get("/v1/tenants/moving").json()["use"]["queued_jobs"] == 0, "no open jobs")
-    assert http.patch("/v1/tenants/moving", json={"isolated": True}).json()["isolated"] is True
 
 
 def test_a_quota_of_jobs_answers_429_and_names_itself(http: httpx.Client, served: Served) -> None:

@@ -115,3 +115,16 @@ def test_names_that_would_break_a_subject_are_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ["a", "0", "a.b-c_d", "a" * 64])
 def test_names_that_are_allowed_come_back(name: str) -> None:
     assert check_name(name, field="model") == name
+
+
+def test_an_isolated_tenant_is_read_from_its_stream_and_only_from_that() -> None:
+    names = Names("tether")
+    assert names.stream_scope(names.scope_jobs_stream("a.b-c")) == "a.b-c"
+    for other in ("TETHER_JOBS_0", names.scope_infer_stream("a"), "TETHER_RESULTS_=a", "KV_TETHER_jobs"):
+        assert names.stream_scope(other) is None
+
+
+def test_a_route_of_a_scope_has_a_key_of_its_own() -> None:
+    names = Names("tether")
+    assert names.version_key("m.n", 3) == names.version_key("m.n", 3, "shared") == "m=n.3"
+    assert names.version_key("m.n", 3, "a.b") == "m=n.3.=a=b"

@@ -17,6 +17,7 @@ from tether.clock import SystemClock
 from tether.envelope import Envelope, MessageType, Signer, Verifier
 from tether.errors import BrokerUnavailable, EnvelopeError, KeyRevoked, TetherError
 from tether.home import Home, load_identity, read_secret
+from tether.job import SHARED
 from tether.settings import Settings
 from tether.subjects import Names
 
@@ -37,6 +38,9 @@ class Stored(msgspec.Struct, frozen=True):
 
 class Bus(Link):
     """See :meth:`connect`."""
+
+    scope: str = SHARED
+    """Of a worker: whose lanes it serves; what the keyset says of its key, when it held nothing yet."""
 
     @classmethod
     @asynccontextmanager
@@ -70,7 +74,14 @@ class Bus(Link):
         if isinstance(problem, KeyRevoked):
             raise problem
         names = Names(settings.prefix)
-        return cls(settings, names, Signer(own, clock.utc_ms), Verifier(newest.keyset, clock.utc_ms)), newest
+        bus = cls(settings, names, Signer(own, clock.utc_ms), Verifier(newest.keyset, clock.utc_ms))
+        bus.scope = bus.bound_scope()
+        return bus, newest
+
+    def bound_scope(self) -> str:
+        """The scope that the newest keyset binds this identity's key to."""
+        kid = self.signer.kid
+        return next((record.tenant for record in self.verifier.keyset.identities if record.kid == kid), "") or SHARED
 
     # JetStream
 

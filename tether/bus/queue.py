@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tether.bus.connection import Bus
 from tether.errors import ResultConflict
-from tether.job import Lane
+from tether.job import SHARED, Lane
 
 RESULT_MARGIN_S = 120
 """A result is kept this much longer than the record of its job: clocks differ, and storing takes time."""
@@ -46,7 +46,7 @@ class BusResults:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
 
-    async def commit(self, job: str, frame: bytes, *, deadline: float | None = None) -> bool:
+    async def commit(self, job: str, frame: bytes, *, scope: str = SHARED, deadline: float | None = None) -> bool:
         """Store how a job ended; False when it had already ended.
 
         It outlives the job's record, which is kept until ``deadline`` (UTC seconds) and ``result_ttl_s`` are over:
@@ -57,18 +57,18 @@ class BusResults:
             left = max(0.0, deadline - self._bus.clock.utc())
             headers["Nats-TTL"] = str(math.ceil(left + self._bus.settings.result_ttl_s) + RESULT_MARGIN_S)
         try:
-            await self._bus.publish_acked(self._bus.names.result(job), frame, headers=headers)
+            await self._bus.publish_acked(self._bus.names.result(job, scope), frame, headers=headers)
         except ResultConflict:
             return False
         return True
 
-    async def find(self, jobs: Sequence[str]) -> dict[str, bytes]:
-        """The stored frames of those jobs that have ended."""
-        names = self._bus.names
-        subjects = {names.result(job): job for job in jobs}
+    async def find(self, jobs: Sequence[str], *, scope: str = SHARED) -> dict[str, bytes]:
+        """The stored frames of those jobs of a scope that have ended."""
+        names, subjects = self._bus.names, {self._bus.names.result(job, scope): job for job in jobs}
+        stream = names.scope_results_stream(scope)
         if len(subjects) == 1:
             (subject, job) = next(iter(subjects.items()))
-            one = await self._bus.direct_get(names.results_stream, subject)
+            one = await self._bus.direct_get(stream, subject)
             return {} if one is None else {job: one.data}
-        found = await self._bus.direct_batch(names.results_stream, list(subjects))
+        found = await self._bus.direct_batch(stream, list(subjects))
         return {subjects[subject]: stored.data for subject, stored in found.items()}

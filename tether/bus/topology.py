@@ -9,9 +9,9 @@ from tether.bus.connection import Bus
 from tether.bus.errors import JetStreamError
 from tether.bus.queue import RESULT_MARGIN_S
 from tether.errors import QueueFull
-from tether.job import LONGEST_DEADLINE_S, Lane, LaneKind, Priority
+from tether.job import LONGEST_DEADLINE_S, SHARED, Lane, LaneKind, Priority
 from tether.settings import Settings
-from tether.subjects import Names
+from tether.subjects import Names, scope_token
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def streams(names: Names, settings: Settings) -> list[dict[str, Any]]:
     return [
         *infer,
         *jobs,
-        _results(names, disk // 4, settings),
+        _results(names, SHARED, disk // 8, settings),
         _dead(names, disk // 16, settings),
         _audit(names, audit, settings),
         *buckets,
@@ -66,7 +66,19 @@ def _rest(settings: Settings) -> int:
     return (settings.max_file_mb - _audit_mb(settings)) * _MB * 16 // 15
 
 
-def _infer(names: Names, shard: int, max_bytes: int) -> dict[str, Any]:
+def scope_streams(names: Names, scope: str, settings: Settings) -> list[dict[str, Any]]:
+    """The streams of one isolated tenant: a quarter of the memory and an eighth of the disk are for all of them."""
+    memory = settings.max_memory_mb * _MB // 4 // settings.isolated_tenants
+    disk = _rest(settings) // 16 // settings.isolated_tenants
+    shard = scope_token(scope)
+    return [
+        _infer(names, shard, memory),
+        _jobs(names, shard, disk, settings),
+        _results(names, scope, disk, settings),
+    ]
+
+
+def _infer(names: Names, shard: int | str, max_bytes: int) -> dict[str, Any]:
     return {
         "name": names.infer_stream(shard),
         "subjects": [names.infer_subjects(shard)],
@@ -81,7 +93,7 @@ def _infer(names: Names, shard: int, max_bytes: int) -> dict[str, Any]:
     }
 
 
-def _jobs(names: Names, shard: int, max_bytes: int, settings: Settings) -> dict[str, Any]:
+def _jobs(names: Names, shard: int | str, max_bytes: int, settings: Settings) -> dict[str, Any]:
     return {
         "name": names.jobs_stream(shard),
         "subjects": [names.jobs_subjects(shard)],
@@ -95,10 +107,10 @@ def _jobs(names: Names, shard: int, max_bytes: int, settings: Settings) -> dict[
     }
 
 
-def _results(names: Names, max_bytes: int, settings: Settings) -> dict[str, Any]:
+def _results(names: Names, scope: str, max_bytes: int, settings: Settings) -> dict[str, Any]:
     return {
-        "name": names.results_stream,
-        "subjects": [names.results()],
+        "name": names.scope_results_stream(scope),
+        "subjects": [names.results(scope)],
         "storage": "file",
         "retention": "limits",
         "discard": "new",
@@ -197,6 +209,43 @@ async def ensure_platform(bus: Bus, settings: Settings) -> None:
         await _ensure_stream(bus, config)
 
 
+async def ensure_scope(bus: Bus, scope: str, settings: Settings) -> None:
+    """:func:`ensure_platform` for the streams of one isolated tenant.
+
+    Raises:
+        QueueFull: the broker has no room for them.
+        JetStreamError, BrokerUnavailable
+    """
+    for config in scope_streams(bus.names, scope, settings):
+        await _ensure_stream(bus, config)
+
+
+async def scopes_with_streams(bus: Bus) -> set[str]:
+    """The tenants that have streams of their own, also those that are not isolated any more."""
+    found: set[str] = set()
+    seen, total = 0, 1
+    while seen < total:
+        answer = await bus.api("STREAM.NAMES", {"subject": bus.names.every_job(), "offset": seen})
+        names = answer.get("streams") or []
+        found.update(scope for name in names if (scope := bus.names.stream_scope(name)) is not None)
+        seen, total = seen + len(names), int(answer["total"]) if names else 0
+    return found
+
+
+async def is_empty(bus: Bus, scope: str) -> bool:
+    """Whether no job waits or runs in the lanes of an isolated tenant."""
+    for stream in (bus.names.scope_infer_stream(scope), bus.names.scope_jobs_stream(scope)):
+        try:
+            info = await bus.api(f"STREAM.INFO.{stream}")
+        except JetStreamError as error:
+            if error.err_code != STREAM_NOT_FOUND:
+                raise
+            continue
+        if info["state"]["messages"]:
+            return False
+    return True
+
+
 async def _ensure_stream(bus: Bus, config: dict[str, Any]) -> None:
     name = config["name"]
     try:
@@ -217,10 +266,10 @@ def _absent(value: object) -> object:
     return False if isinstance(value, bool) else 0 if isinstance(value, int) else None
 
 
-def lanes_of(model: str, version: int, region: str) -> list[Lane]:
-    """Every lane of a shared version in a region: one for waiting callers, one for each priority of jobs."""
-    infer = Lane(LaneKind.INFER, model, version, region)
-    return [infer, *(Lane(LaneKind.JOB, model, version, region, priority=level) for level in Priority)]
+def lanes_of(model: str, version: int, region: str, scope: str = SHARED) -> list[Lane]:
+    """Every lane of a version in a region and scope: one for waiting callers, one for each priority of jobs."""
+    infer = Lane(LaneKind.INFER, model, version, region, scope)
+    return [infer, *(Lane(LaneKind.JOB, model, version, region, scope, level) for level in Priority)]
 
 
 async def ensure_lane(bus: Bus, lane: Lane, settings: Settings) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+
+import msgspec
 
 from tether import codec, daemon, lifecycle, metrics
 from tether.audit import Kind
@@ -19,9 +21,11 @@ from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket, SignedBucket
 from tether.bus.topology import ensure_lane, ensure_platform, lanes_of
 from tether.dispatcher import placement
+from tether.dispatcher.scopes import Scopes
 from tether.envelope import Envelope, MessageType
 from tether.errors import BadEncoding, Forbidden, TetherError
 from tether.home import Home
+from tether.job import SHARED
 from tether.model import Assignment, Epoch, Heartbeat, Manifest, ModelRef, Registration, Route, check_name
 from tether.settings import Settings
 
@@ -45,9 +49,12 @@ class Dispatcher:
         self._workers: dict[str, placement.Seen] = {}
         self._models: set[ModelRef] = set()
         self._regions: set[str] = {bus.settings.region}
-        self._lanes: set[tuple[ModelRef, str]] = set()
+        self._lanes: set[tuple[str, ModelRef, str]] = set()
+        self._bound: dict[str, str] = {}
+        """The scope each worker is entitled to, as the keyset says and not the worker."""
+        self._scopes = Scopes(bus)
         self._assigned: dict[str, Assignment] = {}
-        self._routed: dict[ModelRef, Route] = {}
+        self._routed: dict[placement.Place, Route] = {}
         self._changed = asyncio.Event()
         self._platform_ok = False
         self._since = bus.clock.monotonic()
@@ -73,9 +80,14 @@ class Dispatcher:
             known = codec.decode(body, Assignment)
             self._epochs[key] = known.epoch
             self._assigned[key] = known
+            self._bound[key] = known.scope
         for body in (await self._routes.entries()).values():
             route = codec.decode(body, Route)
-            self._routed[ModelRef(route.model, route.version)] = route
+            self._routed[route.scope, ModelRef(route.model, route.version)] = route
+
+    async def prepare_scopes(self) -> None:
+        """Before a worker is told what to hold, it must be known what its tenant may use."""
+        await self._scopes.look_again()
 
     async def register(self, envelope: Envelope) -> bytes:
         """``registerWorker``: give a worker the epoch its heartbeats must carry."""
@@ -86,6 +98,7 @@ class Dispatcher:
             raise Forbidden(f"'{envelope.sender}' may not register as '{request.worker}'", field="worker")
         epoch = self._epochs.get(request.worker, 0) + 1
         self._epochs[request.worker] = epoch
+        self._bind(envelope)
         self._workers.pop(request.worker, None)
         self._regions.add(request.region)
         await self._write_assignments()
@@ -101,6 +114,20 @@ class Dispatcher:
         self._audit.record(
             Kind.IDENTITY, tenant, actor=envelope.sender, action="register worker", outcome=outcome, detail=detail
         )
+
+    def _bind(self, envelope: Envelope) -> None:
+        """A worker belongs to the scope that the keyset binds its key to."""
+        worker, scope = envelope.sender, envelope.sender_tenant or SHARED
+        if self._bound.get(worker, SHARED) != scope:
+            self._changed.set()
+        self._bound[worker] = scope
+        if scope != SHARED and not self._scopes.isolated(scope):
+            log.warning(
+                "'%s' is bound to tenant '%s', which is not isolated: it only works off what is left in its lanes",
+                worker,
+                scope,
+                extra={"action": "worker_without_scope", "worker": worker, "tenant": scope},
+            )
 
     def heard(self, key: str, frame: bytes | None) -> None:
         """A heartbeat: believed when the worker itself signed it and it carries the worker's epoch."""
@@ -120,6 +147,8 @@ class Dispatcher:
         if beat.epoch != self._epochs.setdefault(key, beat.epoch):
             return
         self._regions.add(beat.region)
+        if self._bound.get(key, SHARED) != (envelope.sender_tenant or SHARED):
+            self._bind(envelope)
         last = self._workers.get(key)
         self._workers[key] = placement.Seen(beat, self._bus.clock.monotonic())
         if last is None or last.heartbeat.ready != beat.ready:
@@ -131,6 +160,10 @@ class Dispatcher:
         else:
             manifest = codec.decode(body, Manifest)
             self._models.add(ModelRef(manifest.name, manifest.version))
+        self._changed.set()
+
+    def tenant_changed(self, key: str, body: bytes | None) -> None:
+        self._scopes.tenant_changed(key, body)
         self._changed.set()
 
     async def run(self) -> None:
@@ -146,6 +179,7 @@ class Dispatcher:
             try:
                 if not self._platform_ok or self._bus.clock.monotonic() - ensured > _ENSURE_S:
                     await ensure_platform(self._bus, self._settings)
+                    await self._scopes.look_again()
                     self._platform_ok = True
                     ensured = self._bus.clock.monotonic()
                 await self.reconcile()
@@ -155,22 +189,29 @@ class Dispatcher:
                 await asyncio.sleep(0.2)
 
     async def reconcile(self) -> None:
+        await self._scopes.ensure()
         await self._ensure_lanes()
         await self._write_assignments()
         await self._write_routes()
 
     async def _ensure_lanes(self) -> None:
-        for ref in list(self._models):
-            for region in list(self._regions):
-                if (ref, region) in self._lanes:
-                    continue
-                for lane in lanes_of(ref.model, ref.version, region):
-                    await ensure_lane(self._bus, lane, self._settings)
-                self._lanes.add((ref, region))
+        models = self._scopes.models(self._models)
+        self._lanes = {known for known in self._lanes if known[0] in models}
+        for scope, refs in models.items():
+            for ref in refs:
+                for region in list(self._regions):
+                    if (scope, ref, region) not in self._lanes:
+                        await self._ensure_lanes_of(scope, ref, region)
         metrics.LANES.set(len(self._lanes))
 
+    async def _ensure_lanes_of(self, scope: str, ref: ModelRef, region: str) -> None:
+        for lane in lanes_of(ref.model, ref.version, region, scope):
+            await ensure_lane(self._bus, lane, self._settings)
+        self._lanes.add((scope, ref, region))
+
     async def _write_assignments(self) -> None:
-        for worker, assignment in placement.assignments(self._epochs, self._models).items():
+        models = self._scopes.models(self._models)
+        for worker, assignment in placement.assignments(self._epochs, self._bound, models).items():
             if self._assigned.get(worker) != assignment:
                 await self._assign.put(worker, codec.encode(assignment))
                 self._assigned[worker] = assignment
@@ -180,13 +221,20 @@ class Dispatcher:
         living = placement.alive(self._workers, now, self._settings.worker_timeout_s)
         metrics.WORKERS_READY.set(len(living))
         waiting = now - self._since < self._settings.worker_timeout_s
-        for ref, route in placement.routes(living, self._models).items():
-            before = self._routed.get(ref)
+        found = placement.routes(living, self._bound, self._scopes.models(self._models))
+        for place, route in {**self._unserved(found), **found}.items():
+            before = self._routed.get(place)
             if waiting and before is not None and not set(before.workers) <= set(route.workers):
                 continue
             if before != route:
-                await self._routes.put(self._bus.names.version_key(ref.model, ref.version), codec.encode(route))
-                self._routed[ref] = route
+                key = self._bus.names.version_key(route.model, route.version, route.scope)
+                await self._routes.put(key, codec.encode(route))
+                self._routed[place] = route
+
+    def _unserved(self, found: Mapping[placement.Place, Route]) -> dict[placement.Place, Route]:
+        """Routes that were written for isolated tenants and are no more: nobody answers there."""
+        gone = [place for place in self._routed if place[0] != SHARED and place not in found]
+        return {place: msgspec.structs.replace(self._routed[place], workers=()) for place in gone}
 
     def checks(self) -> dict[str, str]:
         return {
@@ -205,6 +253,9 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Dispatcher]:
         await dispatcher.prepare()
         models = SignedBucket(bus, "models", MessageType.MANIFEST)
         await stack.enter_async_context(models.watch(dispatcher.model_changed))
+        tenants = SignedBucket(bus, "tenants", MessageType.TENANT)
+        await stack.enter_async_context(tenants.watch(dispatcher.tenant_changed))
+        await dispatcher.prepare_scopes()
         await stack.enter_async_context(KvBucket(bus, "liveness").watch(dispatcher.heard, refetch=False))
         serving = rpc.serve(
             bus,

@@ -16,7 +16,7 @@ from tether import codec, metrics
 from tether.bus.connection import Bus, Message
 from tether.bus.queue import BusQueue
 from tether.bus.tenant_keys import Keyring
-from tether.envelope import MessageType
+from tether.envelope import Envelope, MessageType
 from tether.errors import (
     BadEncoding,
     BrokerUnavailable,
@@ -27,6 +27,7 @@ from tether.errors import (
     by_code,
 )
 from tether.gateway_http.fair import FairQueue, Pace
+from tether.gateway_http.job_view import refuse_end
 from tether.job import Job, JobId, JobState, Lane, Outcome, new_job_id
 from tether.lifecycle import Tasks
 from tether.tensor import Tensor
@@ -209,6 +210,7 @@ class InferBundler:
             message_id=message_id,
             jobs=tuple(job.id for job in jobs),
             attempt=flight.sends,
+            tenant=lane.tenant,
             expires_at=int(deadline * 1000),
         )
         metrics.BUNDLE_JOBS.labels(lane.kind.value).observe(len(jobs))
@@ -248,16 +250,19 @@ class InferBundler:
             metrics.ENVELOPES_REJECTED.labels(error.code).inc()
             return
         for outcome in outcomes:
-            self._settle(outcome if outcome.sealed is None else await self._opened(outcome))
+            self._settle(outcome if outcome.sealed is None else await self._opened(outcome), envelope)
 
     async def _opened(self, outcome: Outcome) -> Outcome:
         waiting = self._waiting.get(outcome.job)
         return outcome if waiting is None else await self._keyring.open_outcome(waiting.tenant, outcome)
 
-    def _settle(self, outcome: Outcome) -> None:
+    def _settle(self, outcome: Outcome, envelope: Envelope) -> None:
         waiting = self._waiting.get(outcome.job)
         if waiting is None:
             metrics.ANSWERS_LATE.inc()
+            return
+        if waiting.flight is None or waiting.flight.bundler.lane.tenant != envelope.sender_tenant:
+            refuse_end(outcome.job, envelope.sender)
             return
         if outcome.state is JobState.SUCCEEDED:
             if waiting.flight is not None:

@@ -7,7 +7,7 @@ import logging
 import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tether import codec
@@ -15,7 +15,7 @@ from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
 from tether.envelope import MessageType
 from tether.errors import BadEncoding, ModelNotFound, ModelNotReady
-from tether.job import Lane, LaneKind, Priority
+from tether.job import SHARED, Lane, LaneKind, Priority
 from tether.model import LATEST, Alias, Manifest, Route, TensorSpec, check_name
 from tether.subjects import name_of, token
 
@@ -31,10 +31,22 @@ class Served:
     manifest: Manifest
     specs: dict[str, TensorSpec]
     infer_lane: Lane
+    """That of the shared scope; see :meth:`lane`."""
+    _own_lanes: dict[str, Lane] = field(default_factory=dict, compare=False, repr=False)
 
-    def job_lane(self, priority: Priority) -> Lane:
+    def lane(self, scope: str) -> Lane:
+        """The infer lane of a scope."""
+        if scope == SHARED:
+            return self.infer_lane
+        lane = self._own_lanes.get(scope)
+        if lane is None:
+            shared = self.infer_lane
+            lane = self._own_lanes[scope] = Lane(LaneKind.INFER, shared.model, shared.version, shared.region, scope)
+        return lane
+
+    def job_lane(self, priority: Priority, scope: str = SHARED) -> Lane:
         lane = self.infer_lane
-        return Lane(LaneKind.JOB, lane.model, lane.version, lane.region, lane.scope, priority)
+        return Lane(LaneKind.JOB, lane.model, lane.version, lane.region, scope, priority)
 
 
 class Catalog:
@@ -44,7 +56,7 @@ class Catalog:
         self._bus = bus
         self._served: dict[str, dict[int, Served]] = {}
         self._aliases: dict[str, dict[str, Alias]] = {}
-        self._routes: dict[tuple[str, int], Route] = {}
+        self._routes: dict[tuple[str, int, str], Route] = {}
         self._keys: dict[str, tuple[str, int]] = {}
 
     @asynccontextmanager
@@ -83,8 +95,8 @@ class Catalog:
 
     def _route_changed(self, key: str, body: bytes | None) -> None:
         route = None if body is None else _decoded(body, Route)
-        if route is not None and key == self._bus.names.version_key(route.model, route.version):
-            self._routes[(route.model, route.version)] = route
+        if route is not None and key == self._bus.names.version_key(route.model, route.version, route.scope):
+            self._routes[route.model, route.version, route.scope] = route
 
     # reading
 
@@ -117,34 +129,51 @@ class Catalog:
             return max(self._served[model], default=0) if name == LATEST else 0
         if found.split:
             return drawn(found, sticky or (caller if found.sticky else ""))
-        if name == LATEST and found.previous and not self.worker_count(model, found.version):
+        if name == LATEST and found.previous and not self._held(model, found.version):
             return self._still_ready(model, found)
         return found.version
 
     def _still_ready(self, model: str, latest: Alias) -> int:
         """While nobody holds what was pushed last, ``latest`` stays what it was."""
         before = latest.previous[0].version
-        return before if before in self._served[model] and self.worker_count(model, before) else latest.version
+        return before if before in self._served[model] and self._held(model, before) else latest.version
 
-    def workers(self, served: Served) -> tuple[str, ...]:
-        """Who answers for a version just now; empty when nobody does."""
-        route = self._routes.get((served.manifest.name, served.manifest.version))
+    def _held(self, model: str, version: int) -> bool:
+        """Whether a shared worker holds a version: what ``latest`` means is the same for every tenant."""
+        route = self._routes.get((model, version, SHARED))
+        return route is not None and bool(route.workers)
+
+    def workers(self, served: Served, scope: str = SHARED) -> tuple[str, ...]:
+        """Who answers for a version in a scope just now; empty when nobody does."""
+        route = self._routes.get((served.manifest.name, served.manifest.version, scope))
         return () if route is None else route.workers
 
-    def worker_count(self, model: str, version: int) -> int:
-        route = self._routes.get((model, version))
+    def worker_count(self, lane: Lane) -> int:
+        route = self._routes.get((lane.model, lane.version, lane.scope))
         return 0 if route is None else len(route.workers)
 
-    def require_lane(self, served: Served) -> None:
-        """Prove that the version has lanes, so that a job for it will be found.
+    def require_lane(self, served: Served, scope: str = SHARED) -> None:
+        """Prove that the version has lanes in a scope, so that a job for it will be found.
 
         Raises:
-            ModelNotReady: it was pushed a moment ago and has none yet.
+            ModelNotReady: it was pushed, or its tenant isolated, a moment ago and it has none yet.
         """
-        if (served.manifest.name, served.manifest.version) not in self._routes:
+        if (served.manifest.name, served.manifest.version, scope) not in self._routes:
+            whose = "" if scope == SHARED else f" for tenant '{scope}', which is isolated"
             raise ModelNotReady(
-                f"model '{served.manifest.name}' version {served.manifest.version} is not ready yet; try again"
+                f"model '{served.manifest.name}' version {served.manifest.version} is not ready yet{whose}; try again"
             )
+
+    def require_worker(self, served: Served, scope: str) -> None:
+        """:meth:`require_lane`; and for an isolated tenant, that a worker of its own is there to answer: it may never
+        have had one.
+
+        Raises:
+            ModelNotReady
+        """
+        self.require_lane(served, scope)
+        if scope != SHARED and not self.workers(served, scope):
+            raise ModelNotReady(no_worker(served, scope))
 
     def names(self) -> list[str]:
         return sorted(self._served)
@@ -204,6 +233,17 @@ def no_model(model: str) -> ModelNotFound:
     """
     check_name(model, field="model")
     return ModelNotFound(f"there is no model '{model}'", field="model")
+
+
+def no_worker(served: Served, scope: str) -> str:
+    """Why a version is not ready in a scope, and what to do about it."""
+    if scope == SHARED:
+        return "no worker has it loaded"
+    return (
+        f"tenant '{scope}' is isolated and none of its own workers has model '{served.manifest.name}' version "
+        f"{served.manifest.version} loaded; the administrator starts one with "
+        f"'tether identity add NAME --role worker --tenant {scope}' and 'tether worker --name NAME'"
+    )
 
 
 def _decoded(body: bytes, kind: type[T]) -> T | None:

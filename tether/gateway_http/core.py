@@ -21,7 +21,7 @@ from tether.gateway_http.limits import Limits
 from tether.gateway_http.patience import Patience
 from tether.gateway_http.tenants import Tenants
 from tether.home import Home
-from tether.job import Job, Lane, new_job_id
+from tether.job import Job, new_job_id
 from tether.lifecycle import Tasks
 from tether.model import check_inputs, check_outputs
 from tether.settings import Settings
@@ -42,8 +42,8 @@ class Gateway:
         self.limits = Limits(bus, tasks, self.keys.find, self.tenants.find)
         self.seals = TenantSeals(bus, keyring, self.tenants)
         room = JobRoom(bus, self.tenants)
-        self.jobs = JobService(bus, self.catalog, tasks, self.seals, weight=self._weight, room=room)
-        self._bundler = InferBundler(bus, tasks, self._workers, keyring, self._weight)
+        self.jobs = JobService(bus, self.catalog, self.tenants, tasks, self.seals, room=room)
+        self._bundler = InferBundler(bus, tasks, self.catalog.worker_count, keyring, self.tenants.weight)
         self._seconds = lru_cache(maxsize=4096)(metrics.INFER_SECONDS.labels)
 
     @property
@@ -54,12 +54,6 @@ class Gateway:
     def inflight(self) -> int:
         """Bundles whose answers are not complete."""
         return len(self._bundler.flights)
-
-    def _workers(self, lane: Lane) -> int:
-        return self.catalog.worker_count(lane.model, lane.version)
-
-    def _weight(self, tenant: str) -> float:
-        return self.tenants.get(tenant).weight
 
     async def start(self) -> None:
         await self._bundler.start()
@@ -87,14 +81,15 @@ class Gateway:
         check_inputs(served.manifest, inputs)
         if outputs:
             check_outputs(served.manifest, outputs)
-        self.catalog.require_lane(served)
+        scope = self.tenants.scope(tenant)
+        self.catalog.require_worker(served, scope)
         began = self.bus.clock.monotonic()
         deadline = self.bus.clock.utc() + timeout_s
         job = Job(new_job_id(), tenant, inputs, deadline, outputs, request_id, traceparent)
         outcome = JobCancelled.code
         answer: tuple[Tensor, ...] = ()
         try:
-            answer = await self._bundler.submit(served.infer_lane, self.seals.seal(job), timeout_s)
+            answer = await self._bundler.submit(served.lane(scope), self.seals.seal(job), timeout_s)
             outcome = "ok"
         except TetherError as error:
             outcome = error.code

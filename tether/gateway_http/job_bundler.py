@@ -114,6 +114,7 @@ class JobBundler:
             message_id=message_id,
             jobs=tuple(job.id for job in jobs),
             attempt=1,
+            tenant=lane.tenant,
         )
         metrics.BUNDLE_JOBS.labels(lane.kind.value).observe(len(jobs))
         end = self._bus.clock.monotonic() + _PATIENCE_S

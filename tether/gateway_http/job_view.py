@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
-from tether import codec, oip
+from tether import codec, metrics, oip
 from tether.bus.connection import Bus
 from tether.envelope import Header, MessageType, Role
 from tether.errors import BadEncoding, ResultConflict
-from tether.job import TERMINAL, AttemptNote, JobId, JobRecord, JobState, Outcome
+from tether.job import SHARED, TERMINAL, AttemptNote, JobId, JobRecord, JobState, Outcome
+
+log = logging.getLogger(__name__)
 
 _BY_GATEWAY = (JobState.CANCELLED, JobState.EXPIRED)
 """The only ends that a gateway may give a job."""
@@ -35,19 +38,23 @@ class State(msgspec.Struct, frozen=True):
         return JobState.QUEUED if self.note is None else JobState.RUNNING
 
 
-def read_outcome(bus: Bus, job: JobId, frame: bytes) -> Outcome | None:
+def read_outcome(bus: Bus, record: JobRecord, frame: bytes) -> Outcome | None:
     """The verified end of a job from its stored frame; None when it must not be believed."""
-    envelope = bus.open_frame(frame, bus.names.result(job), MessageType.RESULT)
+    job, subject = record.id, bus.names.result(record.id, record.scope)
+    envelope = bus.open_frame(frame, subject, MessageType.RESULT)
     if envelope is None:
+        return None
+    if envelope.header.role is Role.WORKER and (envelope.sender_tenant or SHARED) != record.scope:
+        refuse_end(job, envelope.sender)
         return None
     try:
         outcomes = codec.decode_outcomes(envelope.body)
     except BadEncoding as error:
-        bus.count_refused(error, bus.names.result(job))
+        bus.count_refused(error, subject)
         return None
     if len(outcomes) == 1 and _is_end_of(job, envelope.header, outcomes[0]):
         return outcomes[0]
-    bus.count_refused(ResultConflict(f"a stored result is not one that job '{job}' can have"), bus.names.result(job))
+    bus.count_refused(ResultConflict(f"a stored result is not one that job '{job}' can have"), subject)
     return None
 
 
@@ -58,6 +65,13 @@ def _is_end_of(job: JobId, header: Header, outcome: Outcome) -> bool:
     if header.role is not Role.WORKER:
         return outcome.state in _BY_GATEWAY
     return outcome.state in TERMINAL and header.attempt == outcome.attempts
+
+
+def refuse_end(job: str, sender: str) -> None:
+    """Count what a worker said of a job that is not its scope's: an isolated tenant's worker speaks for its jobs
+    alone, and no other worker does."""
+    metrics.ENVELOPES_REJECTED.labels(ResultConflict.code).inc()
+    log.warning("'%s' answered a job of another scope", sender, extra={"action": "answer_refused", "job_id": job})
 
 
 def view(state: State) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from tether.gateway_http.catalog import Catalog, Served
 from tether.gateway_http.job_bundler import JobBundler, Records, Submission
 from tether.gateway_http.job_room import JobRoom
 from tether.gateway_http.job_view import State, read_outcome, view
+from tether.gateway_http.tenants import Tenants
 from tether.job import (
     AttemptNote,
     Failure,
@@ -98,24 +99,18 @@ class JobService:
     """Jobs of every tenant, as one gateway sees them."""
 
     def __init__(
-        self,
-        bus: Bus,
-        catalog: Catalog,
-        tasks: Tasks,
-        seals: TenantSeals,
-        *,
-        weight: Callable[[str], float],
-        room: JobRoom,
+        self, bus: Bus, catalog: Catalog, tenants: Tenants, tasks: Tasks, seals: TenantSeals, *, room: JobRoom
     ) -> None:
         self._bus = bus
         self._seals = seals
         self.room = room
         self._catalog = catalog
+        self._tenants = tenants
         self._results = BusResults(bus)
         self._records = SignedBucket(bus, "jobs", MessageType.RECORD)
         self._attempts = SignedBucket(bus, "attempts", MessageType.ATTEMPT)
         self._claims = Records(bus)
-        self._bundler = JobBundler(bus, tasks, weight)
+        self._bundler = JobBundler(bus, tasks, tenants.weight)
 
     # submit
 
@@ -127,12 +122,13 @@ class JobService:
             IdempotencyConflict: a key was used for another request.
             QuotaExceeded, QueueFull, BrokerUnavailable: try again with the same key.
         """
+        scope = self._tenants.scope(tenant)
         for request in requests:
             check_inputs(request.served.manifest, request.inputs)
             check_outputs(request.served.manifest, request.outputs)
-            self._catalog.require_lane(request.served)
+            self._catalog.require_lane(request.served, scope)
         now = self._bus.clock.utc()
-        submissions = [self._submission(tenant, request, now) for request in requests]
+        submissions = [self._submission(tenant, scope, request, now) for request in requests]
         known = await self._known(
             [item for item, request in zip(submissions, requests, strict=True) if request.idempotency_key]
         )
@@ -148,13 +144,13 @@ class JobService:
             states.update(await self._states(list(known.values())))
         return [view(states[item.job.id]) for item in submissions]
 
-    def _submission(self, tenant: str, request: NewJob, now: float) -> Submission:
+    def _submission(self, tenant: str, scope: str, request: NewJob, now: float) -> Submission:
         key = request.idempotency_key
         job_id = idempotent_job_id(tenant, key) if key else new_job_id()
         deadline = now + request.deadline_s
         job = Job(job_id, tenant, request.inputs, deadline, request.outputs, request.request_id, request.traceparent)
         digest = _digest(request) if key else ""
-        lane = request.served.job_lane(request.priority)
+        lane = request.served.job_lane(request.priority, scope)
         record = JobRecord(
             id=job_id,
             tenant=tenant,
@@ -166,6 +162,7 @@ class JobService:
             digest=self._seals.digest(tenant, digest),
             bundle="",
             request_id=request.request_id,
+            scope=scope,
         )
         return Submission(lane, self._seals.seal(job), record, digest)
 
@@ -225,7 +222,8 @@ class JobService:
         open_ids = [job_id for job_id, state in states.items() if not state.ended]
         async with AsyncExitStack() as stack:
             for job_id in open_ids:
-                subscription = await self._bus.subscribe(self._bus.names.result(job_id), arrived, confirmed=False)
+                subject = self._bus.names.result(job_id, states[job_id].record.scope)
+                subscription = await self._bus.subscribe(subject, arrived, confirmed=False)
                 stack.push_async_callback(subscription.unsubscribe)
             while open_ids and (left := end - self._bus.clock.monotonic()) > 0:
                 heard.clear()
@@ -239,7 +237,7 @@ class JobService:
                         continue
 
     async def _still_open(self, ids: list[JobId], states: dict[JobId, State]) -> list[JobId]:
-        ended = await self._results.find(ids)
+        ended = await self._frames([states[job].record for job in ids])
         now = self._bus.clock.utc()
         return [job for job in ids if job not in ended and states[job].record.deadline + GRACE_S > now]
 
@@ -297,9 +295,9 @@ class JobService:
     async def _end(self, record: JobRecord, state: JobState, failure: Failure, attempts: int) -> bool:
         job = record.id
         outcome = Outcome(job, state, (), failure, attempts, self._bus.signer.name, 0.0, self._bus.clock.utc())
-        subject = self._bus.names.result(job)
+        subject = self._bus.names.result(job, record.scope)
         frame = self._bus.signer.seal(MessageType.RESULT, subject, codec.encode_outcomes([outcome]), jobs=(job,))
-        first = await self._results.commit(job, frame, deadline=record.deadline)
+        first = await self._results.commit(job, frame, scope=record.scope, deadline=record.deadline)
         if first:
             metrics.JOBS_FINISHED.labels(record.model, state.value).inc()
             log.info("ended here", extra={"action": "job_ended", "state": state.value, **_ids(record)})
@@ -322,21 +320,28 @@ class JobService:
         return {record.id: State(record, outcomes.get(record.id), notes.get(record.id)) for record in records}
 
     async def _outcomes(self, records: Sequence[JobRecord]) -> dict[JobId, Outcome]:
-        frames = await self._results.find([record.id for record in records])
+        frames = await self._frames(records)
         found: dict[JobId, Outcome] = {}
         for record in records:
-            frame = frames.get(record.id)
-            outcome = None if frame is None else read_outcome(self._bus, record.id, frame)
+            outcome = read_outcome(self._bus, record, frames[record.id]) if record.id in frames else None
             if outcome is not None:
                 found[record.id] = await self._seals.keyring.open_outcome(record.tenant, outcome)
         return found
+
+    async def _frames(self, records: Sequence[JobRecord]) -> dict[str, bytes]:
+        """How jobs ended, each in the results of the scope that its record names."""
+        by_scope: dict[str, list[JobId]] = {}
+        for record in records:
+            by_scope.setdefault(record.scope, []).append(record.id)
+        found = await asyncio.gather(*[self._results.find(ids, scope=scope) for scope, ids in by_scope.items()])
+        return {job: frame for frames in found for job, frame in frames.items()}
 
     async def _notes(self, records: Sequence[JobRecord]) -> dict[JobId, AttemptNote]:
         """The last attempt of each job: a note of its own counts more than its bundle's."""
         if not records:
             return {}
-        bucket, key_of = self._attempts.raw, self._bus.names.attempt_key
-        keys = {bucket.subject(key_of(item)): item for record in records for item in (record.bundle, record.id) if item}
+        bucket, key = self._attempts.raw, self._bus.names.attempt_key
+        keys = {bucket.subject(key(of, item.scope)): of for item in records for of in (item.bundle, item.id) if of}
         stored = await self._bus.direct_batch(bucket.stream, list(keys))
         notes: dict[str, AttemptNote] = {}
         for subject, item in stored.items():

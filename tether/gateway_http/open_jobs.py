@@ -8,7 +8,7 @@ at the first record.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tether import codec
@@ -17,7 +17,7 @@ from tether.bus.kv import SignedBucket
 from tether.bus.queue import BusResults
 from tether.envelope import MessageType
 from tether.errors import BadEncoding
-from tether.job import JobId, JobRecord
+from tether.job import SHARED, JobId, JobRecord
 
 _BATCH = 512
 _AFTER_DEADLINE_S = 2.0
@@ -29,6 +29,8 @@ class _Count:
     """One tenant's open jobs: when each of them has ended at the latest, in UTC seconds."""
 
     ends: dict[JobId, float] = field(default_factory=dict)
+    scopes: dict[JobId, str] = field(default_factory=dict)
+    """Of those that are not in the shared scope."""
     seen: int = 0
     """The last record that was read, by its sequence."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -59,7 +61,8 @@ class OpenJobs:
         """Count jobs that this gateway accepted."""
         count = self._counts.get(tenant)
         if count is not None:
-            count.ends.update({record.id: record.deadline + _AFTER_DEADLINE_S for record in records})
+            for record in records:
+                self._add(count, record)
 
     def seen(self, tenant: str) -> int:
         """How far the records were read."""
@@ -118,7 +121,12 @@ class OpenJobs:
     def _take(self, count: _Count, tenant: str, record: JobRecord) -> None:
         end = record.deadline + _AFTER_DEADLINE_S
         if record.tenant == tenant and record.bundle and end > self._bus.clock.utc():
-            count.ends[record.id] = end
+            self._add(count, record)
+
+    def _add(self, count: _Count, record: JobRecord) -> None:
+        count.ends[record.id] = record.deadline + _AFTER_DEADLINE_S
+        if record.scope != SHARED:
+            count.scopes[record.id] = record.scope
 
     def _record(self, subject: str, frame: bytes) -> JobRecord | None:
         envelope = self._bus.open_frame(frame, subject, MessageType.RECORD) if frame else None
@@ -131,10 +139,22 @@ class OpenJobs:
         """Oldest first, and no more than is needed: each result is read once."""
         now = self._bus.clock.utc()
         for job in [job for job, end in count.ends.items() if end <= now]:
-            del count.ends[job]
+            _forget(count, job)
         jobs = list(count.ends)
         for start in range(0, len(jobs), _BATCH):
             if len(count.ends) <= enough:
                 return
-            for ended in await self._results.find(jobs[start : start + _BATCH]):
-                count.ends.pop(JobId(ended), None)
+            for ended in await self._ended(count, jobs[start : start + _BATCH]):
+                _forget(count, JobId(ended))
+
+    async def _ended(self, count: _Count, jobs: Sequence[JobId]) -> set[str]:
+        by_scope: dict[str, list[JobId]] = {}
+        for job in jobs:
+            by_scope.setdefault(count.scopes.get(job, SHARED), []).append(job)
+        found = [await self._results.find(ids, scope=scope) for scope, ids in by_scope.items()]
+        return {job for frames in found for job in frames}
+
+
+def _forget(count: _Count, job: JobId) -> None:
+    count.ends.pop(job, None)
+    count.scopes.pop(job, None)

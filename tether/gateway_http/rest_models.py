@@ -41,17 +41,18 @@ class PushQuery(Struct, forbid_unknown_fields=True):
 
 async def _list(call: Call) -> Reply:
     catalog = call.gateway.catalog
-    return Reply(bodies.Models([_summary(catalog, name) for name in catalog.names() if call.caller.sees(name)]))
+    seen = [name for name in catalog.names() if call.caller.sees(name)]
+    return Reply(bodies.Models([_summary(catalog, name, call.scope) for name in seen]))
 
 
-def _summary(catalog: Catalog, name: str) -> bodies.ModelSummary:
+def _summary(catalog: Catalog, name: str, scope: str) -> bodies.ModelSummary:
     versions = catalog.versions(name)
     newest = versions[max(versions)]
     return bodies.ModelSummary(
         name=name,
         versions=list(versions),
         aliases=catalog.aliases(name),
-        ready=bool(catalog.workers(newest)),
+        ready=bool(catalog.workers(newest, scope)),
         platform=newest.manifest.platform,
         size=newest.manifest.size,
         created_at=rfc3339(newest.manifest.created_at),
@@ -62,7 +63,7 @@ async def _show(call: Call) -> Reply:
     catalog, name = call.gateway.catalog, call.path("name")
     call.caller.check_model(name)
     versions = catalog.versions(name)
-    details = [_detail(served, len(catalog.workers(served))) for served in versions.values()]
+    details = [_detail(served, len(catalog.workers(served, call.scope))) for served in versions.values()]
     return Reply(bodies.ModelDetail(name, catalog.aliases(name), details))
 
 

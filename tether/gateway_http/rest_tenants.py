@@ -19,7 +19,6 @@ async def _create(call: Call) -> Reply:
     wanted: bodies.NewTenant = call.body
     name = check_tenant_name(wanted.name, field="name")
     changed = _changed(Tenant(name, created_at=call.gateway.bus.clock.utc()), wanted)
-    await _check_isolation(call.gateway, changed)
     if not await call.gateway.tenants.create(changed):
         raise Conflict(f"there is a tenant '{name}' already; change it with PATCH", field="name")
     return Reply(_shown(changed), 201)
@@ -42,23 +41,6 @@ def _changed(tenant: Tenant, wanted: bodies.TenantChange) -> Tenant:
 def _quotas(quotas: Quotas, wanted: bodies.QuotaChange) -> Quotas:
     given = {name: value for name, value in msgspec.structs.asdict(wanted).items() if value is not UNSET}
     return msgspec.structs.replace(quotas, **given)
-
-
-async def _check_isolation(gateway: Gateway, wanted: Tenant) -> None:
-    """Jobs wait in the lanes of the scope that they were accepted in, so a tenant changes scope only without jobs.
-
-    Raises:
-        Conflict: it has durable jobs that have not ended.
-    """
-    if gateway.tenants.get(wanted.name).isolated == wanted.isolated:
-        return
-    jobs = await gateway.jobs.room.open.count(wanted.name)
-    if jobs:
-        raise Conflict(
-            f"tenant '{wanted.name}' has {jobs} durable jobs that have not ended; "
-            "'isolated' can change when they have ended or were cancelled",
-            field="isolated",
-        )
 
 
 async def _list(call: Call) -> Reply:
@@ -93,7 +75,6 @@ async def _use(gateway: Gateway, name: str) -> bodies.TenantUse:
 
 async def _change(call: Call) -> Reply:
     tenant = _changed(_found(call), call.body)
-    await _check_isolation(call.gateway, tenant)
     await call.gateway.tenants.store(tenant)
     return Reply(_shown(tenant))
 

@@ -80,6 +80,11 @@ class Call:
             raise Unauthenticated("Invalid API key")
         return self.key
 
+    @property
+    def scope(self) -> str:
+        """Whose workers answer this caller."""
+        return self.gateway.tenants.scope(self.tenant)
+
     def path(self, name: str) -> str:
         return str(self.request.path_params.get(name, ""))
 

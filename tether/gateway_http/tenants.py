@@ -68,6 +68,10 @@ class Tenants:
         """The tenant's record, or the defaults when it has none."""
         return self._known.get(name) or Tenant(name)
 
+    def weight(self, name: str) -> float:
+        """Its share of a saturated platform, relative to the other tenants'."""
+        return self.get(name).weight
+
     def scope(self, name: str) -> str:
         """Whose lanes the tenant's jobs go to: its own when it is isolated, else the shared ones."""
         return self._scopes.get(name, SHARED)

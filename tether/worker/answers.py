@@ -65,13 +65,14 @@ class Answers:
         )
 
     async def _commit_one(self, model: str, outcome: Outcome, deadline: float | None) -> None:
-        subject = self._bus.names.result(outcome.job)
+        scope = self._bus.scope
+        subject = self._bus.names.result(outcome.job, scope)
         frame = self._bus.signer.seal(
             MessageType.RESULT, subject, codec.encode_outcomes([outcome]), jobs=(outcome.job,), attempt=outcome.attempts
         )
         while True:
             try:
-                first = await self._results.commit(outcome.job, frame, deadline=deadline)
+                first = await self._results.commit(outcome.job, frame, scope=scope, deadline=deadline)
             except (BrokerUnavailable, QueueFull):
                 await asyncio.sleep(_RETRY_S)
                 continue

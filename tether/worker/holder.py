@@ -47,6 +47,11 @@ class Holder:
         self._wanted = frozenset(models)
         self._changed.set()
 
+    @property
+    def holding(self) -> bool:
+        """Whether a version is loaded, or on its way in or out."""
+        return bool(self._instances or self._busy)
+
     def ready(self) -> tuple[ModelRef, ...]:
         return tuple(sorted(self._instances, key=lambda ref: (ref.model, ref.version)))
 

@@ -79,7 +79,7 @@ class ModelInstance:
         self._run_slots = asyncio.Semaphore(2)
         self._pulls = [
             LanePull(bus, lane, self._settings.worker_slots, self._take)
-            for lane in lanes_of(manifest.name, manifest.version, self._settings.region)
+            for lane in lanes_of(manifest.name, manifest.version, self._settings.region, bus.scope)
         ]
         self._by_lane = {pull.lane: pull for pull in self._pulls}
         self.running = 0
@@ -194,6 +194,11 @@ class ModelInstance:
             metrics.ENVELOPES_REJECTED.labels(error.code).inc()
             await self._unreadable(Bundle(delivery, envelope.header, []))
             return None
+        if not self._in_scope(delivery.lane, envelope.header, bundle.jobs):
+            metrics.ENVELOPES_REJECTED.labels(SubjectMismatch.code).inc()
+            log.error("another tenant's bundle", extra={"action": "scope_refused", "model": self.manifest.name})
+            await delivery.ack()
+            return None
         if any(job.sealed is not None for job in bundle.jobs):
             await self._unseal(bundle)
         return bundle
@@ -213,6 +218,12 @@ class ModelInstance:
         else:
             await delivery.ack()
 
+    def _in_scope(self, lane: Lane, header: Header, jobs: Sequence[Job]) -> bool:
+        """An isolated tenant's lane carries its jobs alone, and the shared lanes none that was meant for such a lane."""
+        if header.tenant != lane.tenant:
+            return False
+        return not lane.tenant or all(job.tenant == lane.tenant for job in jobs)
+
     async def _unreadable(self, bundle: Bundle) -> None:
         """A gateway signed it, so somebody waits for these jobs: they end here, although they cannot be run."""
         failure = Failure(
@@ -231,9 +242,9 @@ class ModelInstance:
         """Jobs that need no run: cancelled while they waited. Notes at the same time that the rest begin."""
         ids = [job.id for bundle in bundles for job in bundle.jobs]
         note = AttemptNote(1, self._bus.signer.name, self._bus.clock.utc())
-        keys = [self._bus.names.attempt_key(bundle.header.message_id) for bundle in bundles]
-        notes = [self._attempts.put(key, codec.encode(note)) for key in keys]
-        found, _ = await asyncio.gather(self._results.find(ids), asyncio.gather(*notes))
+        scope, key = self._bus.scope, self._bus.names.attempt_key
+        notes = [self._attempts.put(key(bundle.header.message_id, scope), codec.encode(note)) for bundle in bundles]
+        found, _ = await asyncio.gather(self._results.find(ids, scope=scope), asyncio.gather(*notes))
         return frozenset(found)
 
     async def run(self, jobs: Sequence[Job], attempt: int) -> list[Outcome]:

@@ -40,7 +40,7 @@ class Redelivery:
     async def work(self, bundle: Bundle) -> None:
         """Run what has not ended yet, job by job, answering after each; then acknowledge."""
         durable = bundle.delivery.lane.kind is LaneKind.JOB
-        ended = await self._results.find([job.id for job in bundle.jobs]) if durable else {}
+        ended = await self._results.find([job.id for job in bundle.jobs], scope=self._bus.scope) if durable else {}
         for job in bundle.jobs:
             if job.id not in ended:
                 await self._alone(bundle, job)
@@ -62,11 +62,11 @@ class Redelivery:
 
     async def _note(self, job: Job, attempt: int) -> None:
         note = AttemptNote(attempt, self._bus.signer.name, self._bus.clock.utc())
-        await self._notes.put(self._bus.names.attempt_key(job.id), codec.encode(note))
+        await self._notes.put(self._bus.names.attempt_key(job.id, self._bus.scope), codec.encode(note))
 
     async def _last_attempt(self, job: Job) -> int:
         """The first try was in the bundle; after that, the last note says it."""
-        stored = await self._notes.get(self._bus.names.attempt_key(job.id))
+        stored = await self._notes.get(self._bus.names.attempt_key(job.id, self._bus.scope))
         return 1 if stored is None else codec.decode(stored, AttemptNote).attempt
 
     async def _bury(self, bundle: Bundle, job: Job, attempts: int) -> Outcome:

@@ -70,15 +70,23 @@ class WorkerService:
         self._follow()
 
     def _follow(self) -> None:
-        """The assignment may arrive before the answer with the epoch that it is meant for."""
-        if self._told is not None and self._told.epoch == self._epoch:
-            self._remembered_at = self._bus.clock.monotonic()
-            self.holder.want(self._told.models)
+        """The assignment may arrive before the answer with the epoch that it is meant for.
+
+        For another scope than that of the lanes it serves, a worker lets everything go before it takes something up.
+        """
+        if self._told is None or self._told.epoch != self._epoch:
+            return
+        self._remembered_at = self._bus.clock.monotonic()
+        if self._told.scope != self._bus.scope and not self.holder.holding:
+            self._bus.scope = self._bus.bound_scope()
+        self.holder.want(self._told.models if self._told.scope == self._bus.scope else ())
 
     async def beat(self) -> None:
         """Heartbeats, and a new registration when the dispatcher has forgotten this worker."""
         while True:
             await self.heartbeat()
+            if self._told is not None and self._told.scope != self._bus.scope:
+                self._follow()
             if not self.holder.has_orders and self._bus.clock.monotonic() - self._remembered_at > _FORGOTTEN_S:
                 try:
                     await self.register()
@@ -100,6 +108,7 @@ class WorkerService:
                 running=self.holder.running(),
                 slots=self._settings.worker_slots,
                 sent_at=self._bus.clock.utc(),
+                scope=self._bus.scope,
             )
         )
         try:

@@ -1,0 +1,47 @@
+"""Which worker holds what: a worker bound to an isolated tenant what that tenant may use, and the others the rest."""
+
+from __future__ import annotations
+
+from tether.dispatcher import placement
+from tether.dispatcher.placement import Seen
+from tether.job import SHARED
+from tether.model import Assignment, Heartbeat, ModelRef, Route
+
+A, B = ModelRef("a", 1), ModelRef("b", 2)
+MODELS = {SHARED: (A, B), "acme": (B,)}
+BOUND = {"own": "acme", "lost": "gone", "one": SHARED}
+
+
+def beat(worker: str, scope: str, *ready: ModelRef, region: str = "local") -> Heartbeat:
+    return Heartbeat(worker, 1, region, ready, (), 0, 2, 1.0, scope)
+
+
+def test_a_worker_holds_the_models_of_the_scope_it_is_bound_to() -> None:
+    found = placement.assignments({"own": 1, "lost": 2, "one": 3, "new": 4}, BOUND, MODELS)
+    assert found == {
+        "own": Assignment("own", 1, (B,), "acme"),
+        "lost": Assignment("lost", 2, (), "gone"),
+        "one": Assignment("one", 3, (A, B), SHARED),
+        "new": Assignment("new", 4, (A, B), SHARED),
+    }
+
+
+def test_a_route_names_the_workers_of_its_scope_that_hold_the_version() -> None:
+    living = {
+        "own": beat("own", "acme", A, B, region="edge"),
+        "one": beat("one", SHARED, A, B),
+        "new": beat("new", SHARED, B),
+        "liar": beat("liar", "acme", B),
+        "stale": beat("stale", SHARED, B),
+    }
+    found = placement.routes(living, {**BOUND, "stale": "acme"}, MODELS)
+    assert found == {
+        (SHARED, A): Route("a", 1, ("one",), ("local",), SHARED),
+        (SHARED, B): Route("b", 2, ("new", "one"), ("local",), SHARED),
+        ("acme", B): Route("b", 2, ("own",), ("edge",), "acme"),
+    }
+
+
+def test_a_silent_worker_is_not_alive() -> None:
+    quiet, loud = Seen(beat("one", SHARED), 1.0), Seen(beat("new", SHARED), 2.0)
+    assert set(placement.alive({"one": quiet, "new": loud}, 4.0, 2.5)) == {"new"}

@@ -1,0 +1,107 @@
+"""Isolated tenants: which scopes there are beside the shared one, and their streams.
+
+A tenant that ceases to be isolated keeps its streams. While jobs are in them its own workers go on serving its lanes;
+new jobs go to the shared ones. No stream is ever removed here: what is in one was accepted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from tether import codec
+from tether.bus.connection import Bus
+from tether.bus.errors import JetStreamError
+from tether.bus.topology import ensure_scope, is_empty, scopes_with_streams
+from tether.errors import BadEncoding, QueueFull
+from tether.job import SHARED
+from tether.model import ModelRef
+from tether.subjects import name_of, token
+from tether.tenant import Tenant, allows_model
+
+log = logging.getLogger(__name__)
+
+
+class Scopes:
+    """Follows the tenants' records and keeps the streams of the isolated ones as they must be."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._tenants: dict[str, Tenant] = {}
+        self._leaving: set[str] = set()
+        """Not isolated any more, and not yet empty."""
+        self._made: set[str] = set()
+        self._refused: set[str] = set()
+        """The broker had no room for their streams, when it was last asked."""
+
+    def tenant_changed(self, key: str, body: bytes | None) -> None:
+        name = name_of(key)
+        before = self._isolated()
+        if body is None:
+            self._tenants.pop(name, None)
+        else:
+            try:
+                record = codec.decode(body, Tenant)
+            except BadEncoding as error:
+                log.warning("unreadable tenant: %s", error, extra={"action": "entry_refused"})
+                return
+            if token(record.name) == key:
+                self._tenants[name] = record
+        self._leaving |= before - self._isolated()
+
+    def _isolated(self) -> set[str]:
+        return {name for name, tenant in self._tenants.items() if tenant.isolated}
+
+    def isolated(self, scope: str) -> bool:
+        """Whether a scope is that of a tenant which is isolated now."""
+        return scope in self._tenants and self._tenants[scope].isolated
+
+    def served(self) -> set[str]:
+        """Every scope whose lanes are served, without the shared one: its streams are there."""
+        return (self._isolated() | self._leaving) & self._made
+
+    def models(self, refs: Iterable[ModelRef]) -> Mapping[str, tuple[ModelRef, ...]]:
+        """For the shared and every served scope the versions that it may use."""
+        every = tuple(sorted(refs, key=lambda ref: (ref.model, ref.version)))
+        found = {SHARED: every}
+        for scope in self.served():
+            tenant = self._tenants.get(scope) or Tenant(scope)
+            found[scope] = tuple(ref for ref in every if allows_model(tenant.models, ref.model))
+        return found
+
+    async def ensure(self) -> None:
+        """Make the streams of scopes that have none yet. A tenant for whom there is no room keeps nobody else waiting.
+
+        Raises:
+            BrokerUnavailable
+        """
+        for scope in sorted((self._isolated() | self._leaving) - self._made - self._refused):
+            await self._make(scope)
+
+    async def look_again(self) -> None:
+        """Bring every scope's streams in line, and find formerly isolated tenants whose lanes still hold jobs.
+
+        Raises:
+            JetStreamError, BrokerUnavailable
+        """
+        left = await scopes_with_streams(self._bus) - self._isolated()
+        holding = {scope for scope in left if not await is_empty(self._bus, scope)}
+        self._leaving = holding - self._isolated()
+        self._refused.clear()
+        for scope in sorted(self._isolated() | self._leaving):
+            await self._make(scope)
+
+    async def _make(self, scope: str) -> None:
+        try:
+            await ensure_scope(self._bus, scope, self._bus.settings)
+        except (QueueFull, JetStreamError) as error:
+            self._made.discard(scope)
+            self._refused.add(scope)
+            log.warning(
+                "tenant '%s' is isolated and gets no streams: %s; raise max_memory_mb, max_file_mb or isolated_tenants",
+                scope,
+                error,
+                extra={"action": "scope_refused", "tenant": scope},
+            )
+        else:
+            self._made.add(scope)
