@@ -269,14 +269,18 @@ class Link:
     async def _round_trip(self, timeout: int) -> None:
         """nats-py's flush alone lets its ping overtake what still waits to be written.
 
-        Its forced one would swallow that this task is cancelled, so we wait for the writer ourselves.
+        Both would swallow that this task is cancelled (asyncio.wait_for of Python 3.11), so we wait ourselves.
         """
-        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if self._client.is_connected:
-            async with asyncio.timeout(timeout):
-                await self._client._flush_queue.put(written)  # noqa: SLF001
-                await written
-        await self._client.flush(timeout=timeout)
+        loop = asyncio.get_running_loop()
+        written: asyncio.Future[None] = loop.create_future()
+        answered: asyncio.Future[None] = loop.create_future()
+        if not self._client.is_connected:
+            raise BrokerUnavailable("the broker is not connected")
+        async with asyncio.timeout(timeout):
+            await self._client._flush_queue.put(written)  # noqa: SLF001
+            await written
+            await self._client._send_ping(answered)  # noqa: SLF001
+            await answered
 
     async def subscribe(self, subject: str, handler: Handler, *, confirmed: bool = True) -> Subscription:
         """Hand every message on ``subject`` to ``handler``, one at a time; its errors are logged, never lost.
@@ -302,7 +306,9 @@ class Link:
     async def _confirm(self, subject: str, subscription: Subscription) -> None:
         """A refusal comes before the answer to a ping that was sent after what was refused."""
         self._unheard.discard(subject.lower())
-        with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):  # it is asked for again when reconnected
+        with contextlib.suppress(
+            BrokerUnavailable, nats.errors.Error, TimeoutError, OSError
+        ):  # asked for again when reconnected
             await self._round_trip(5)
         if subject.lower() in self._unheard:
             await subscription.unsubscribe()
