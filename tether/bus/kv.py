@@ -320,7 +320,9 @@ class SignedBucket:
         """The verified entry of a key; None (logged and counted) when it must not be acted on."""
         try:
             try:
-                envelope = self._bus.verifier.open(frame, subject=self.raw.subject(key), types=(self._kind,))
+                envelope = self._bus.verifier.open(
+                    frame, subject=self.raw.subject(key), types=(self._kind,), stored=True
+                )
             except SubjectMismatch as error:
                 raise KvBinding(f"an entry of bucket '{self.raw.name}' was signed for another key") from error
             self._check_order(key, envelope.header.issued_at)
