@@ -56,6 +56,13 @@ class Batching(msgspec.Struct, frozen=True):
     max_delay_ms: float = 2.0
 
 
+class Isolation(StrEnum):
+    """Where a model runs: in a thread of the worker, or in a process of its own."""
+
+    THREAD = "thread"
+    PROCESS = "process"
+
+
 class Manifest(msgspec.Struct, frozen=True):
     """The description of an immutable version; a version exists when its signed manifest does.
 
@@ -73,10 +80,21 @@ class Manifest(msgspec.Struct, frozen=True):
     publisher: str
     tenant: str = ""
     """Whose key pushed it, so whose quota its bytes count against; empty when no tenant did."""
+    isolation: str = ""
+    """Empty: as is usual for the platform, see :func:`isolation_of`."""
+    run_timeout_s: float = 0.0
+    """0: as long as the worker's setting allows."""
 
     @property
     def size(self) -> int:
         return sum(file.size for file in self.files)
+
+
+def isolation_of(manifest: Manifest) -> Isolation:
+    """Where a version runs: ONNX in the worker's own process and everything else in one of its own, unless it says so."""
+    if manifest.isolation:
+        return Isolation(manifest.isolation)
+    return Isolation.THREAD if manifest.platform == "onnxruntime_onnx" else Isolation.PROCESS
 
 
 AUTOMATIC = -1
@@ -92,6 +110,8 @@ class PushRequest(msgspec.Struct, frozen=True):
     max_delay_ms: float = 2.0
     publisher: str = ""
     tenant: str = ""
+    isolation: str = ""
+    run_timeout_s: float = 0.0
 
 
 class PushAnswer(msgspec.Struct, frozen=True):

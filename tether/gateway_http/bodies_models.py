@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
@@ -95,3 +95,5 @@ class NewVersion(Struct, forbid_unknown_fields=True):
     files: Annotated[list[NewFile], Meta(min_length=1, max_length=1024)]
     max_batch_size: Annotated[int, Meta(ge=-1, le=65536)] = -1
     max_delay_ms: Annotated[float, Meta(ge=0, le=10_000)] = 2.0
+    isolation: Literal["", "thread", "process"] = ""
+    run_timeout_s: Annotated[float, Meta(ge=0, le=86_400)] = 0.0

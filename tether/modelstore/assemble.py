@@ -10,12 +10,13 @@ from tether.bus.chunks import ObjectChunkStore
 from tether.bus.model_files import check_file, download
 from tether.bus.upload import LARGEST_ONNX, MODEL_PATH
 from tether.errors import BadEncoding, CorruptChunk, InvalidRequest, ModelRejected, PayloadTooLarge
-from tether.model import AUTOMATIC, Batching, Manifest, PushRequest, check_name
+from tether.model import AUTOMATIC, Batching, Isolation, Manifest, PushRequest, check_name
 from tether.modelstore.inspection import Inspection, Limits, inspect
 
 PLATFORM = "onnxruntime_onnx"
 MAX_BATCH = 65536
 MAX_DELAY_MS = 10_000.0
+MAX_RUN_S = 86_400.0
 
 
 def check_request(request: PushRequest, *, max_bytes: int) -> None:
@@ -38,6 +39,10 @@ def check_request(request: PushRequest, *, max_bytes: int) -> None:
         raise PayloadTooLarge(f"the model has {size} bytes; at most {limit} are allowed", field="files")
     if not AUTOMATIC <= request.max_batch_size <= MAX_BATCH:
         raise InvalidRequest(f"max_batch_size must be -1 (automatic) to {MAX_BATCH}", field="max_batch_size")
+    if request.isolation not in ("", *Isolation):
+        raise InvalidRequest("isolation must be 'thread' or 'process'", field="isolation")
+    if not 0 <= request.run_timeout_s <= MAX_RUN_S:
+        raise InvalidRequest(f"run_timeout_s must be 0 (the worker's setting) to {MAX_RUN_S:g}", field="run_timeout_s")
     if not 0 <= request.max_delay_ms <= MAX_DELAY_MS:
         raise InvalidRequest(f"max_delay_ms must be 0 to {MAX_DELAY_MS:g}", field="max_delay_ms")
 
@@ -96,6 +101,8 @@ def manifest_builder(
             created_at=created_at,
             publisher=publisher,
             tenant=request.tenant,
+            isolation=request.isolation,
+            run_timeout_s=request.run_timeout_s,
         )
 
     return build

@@ -227,4 +227,5 @@ class Registry:
 def _same(one: Manifest, other: Manifest) -> bool:
     """Whether two versions would behave alike: same files, same platform, same batching."""
     files = [(file.path, file.digest) for file in one.files] == [(file.path, file.digest) for file in other.files]
-    return files and one.platform == other.platform and one.batching == other.batching
+    alike = one.platform == other.platform and one.batching == other.batching and one.isolation == other.isolation
+    return files and alike and one.run_timeout_s == other.run_timeout_s

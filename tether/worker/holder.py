@@ -18,6 +18,7 @@ from tether.model import Manifest, ModelRef
 from tether.worker import runtimes
 from tether.worker.instance import ModelInstance
 from tether.worker.keepalive import KeepAlive
+from tether.worker.runtimes.process import Options
 
 log = logging.getLogger(__name__)
 
@@ -108,10 +109,15 @@ class Holder:
         manifest = await self._manifest(ref)
         store = ObjectChunkStore(self._bus, self._bus.names.chunk_bucket(ref.model))
         directory = await fetch_model(self._bus, store, manifest, self._cache)
-        runtime = await asyncio.to_thread(runtimes.load, manifest, directory, threads=self._bus.settings.onnx_threads)
+        runtime = await asyncio.to_thread(runtimes.load, manifest, directory, self._options(manifest))
         instance = ModelInstance(self._bus, manifest, runtime, self._keepalive, self._keyring)
         await instance.start()
         return instance
+
+    def _options(self, manifest: Manifest) -> Options:
+        settings = self._bus.settings
+        timeout_s = manifest.run_timeout_s or settings.run_timeout_s
+        return Options(settings.onnx_threads, settings.model_memory_mb, timeout_s)
 
     async def _manifest(self, ref: ModelRef) -> Manifest:
         key = self._bus.names.version_key(ref.model, ref.version)

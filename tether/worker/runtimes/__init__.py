@@ -1,24 +1,53 @@
-"""One file per framework, and the one place that knows which file serves which platform."""
+"""One file per framework, and the one place that knows which file serves which platform, and in whose process."""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from typing import Any
 
 from tether.errors import ModelRejected
-from tether.model import Manifest
+from tether.model import Isolation, Manifest, isolation_of
 from tether.ports import Runtime
+from tether.worker.runtimes.process import Options, ProcessRuntime
 
 ONNX_PLATFORM = "onnxruntime_onnx"
 
+FILES = {ONNX_PLATFORM: "onnx"}
+"""Platform (the OIP string) -> the module of this package that loads it with ``load(manifest, directory, options)``."""
 
-def load(manifest: Manifest, directory: Path, *, threads: int) -> Runtime:
-    """Load a version's files into memory. Blocks: call it in a thread.
+
+def load(manifest: Manifest, directory: Path, options: Options) -> Runtime:
+    """Load a version's files into memory, in a process of their own unless the model may run in the worker's. Blocks.
 
     Raises:
-        ModelRejected: no runtime serves the manifest's platform, or the framework refuses the file.
+        ModelRejected: no runtime serves the manifest's platform, or the framework refuses the files.
     """
-    if manifest.platform == ONNX_PLATFORM:
-        from tether.worker.runtimes.onnx import OnnxRuntime  # noqa: PLC0415 - a heavy library, loaded when it is needed
+    _file(manifest)
+    if isolation_of(manifest) is Isolation.PROCESS:
+        return ProcessRuntime(manifest, directory, options)
+    return load_here(manifest, directory, options)
 
-        return OnnxRuntime(manifest, directory, threads=threads)
-    raise ModelRejected(f"no runtime of this worker serves the platform '{manifest.platform}'")
+
+def load_here(manifest: Manifest, directory: Path, options: Options) -> Runtime:
+    """:func:`load` into this process.
+
+    Raises:
+        ModelRejected: as for :func:`load`, or the framework is not installed.
+    """
+    name = _file(manifest)
+    try:
+        module: Any = importlib.import_module(f"tether.worker.runtimes.{name}")
+    except ImportError as error:
+        raise ModelRejected(
+            f"this worker cannot serve '{manifest.platform}': {error.name} is not installed; see the extras of the package"
+        ) from error
+    runtime: Runtime = module.load(manifest, directory, options)
+    return runtime
+
+
+def _file(manifest: Manifest) -> str:
+    name = FILES.get(manifest.platform)
+    if name is None:
+        raise ModelRejected(f"no runtime of this worker serves the platform '{manifest.platform}'")
+    return name

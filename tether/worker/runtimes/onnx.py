@@ -14,6 +14,7 @@ import onnxruntime
 from tether.errors import InferenceFailed, ModelRejected
 from tether.model import Manifest
 from tether.tensor import Array
+from tether.worker.runtimes.process import Options
 
 _BF16_CODE = 16
 """``TensorProto.BFLOAT16``: numpy has no such type, so its bits travel as uint16."""
@@ -65,6 +66,11 @@ class OnnxRuntime:
 
     def close(self) -> None:
         self._session = None
+
+
+def load(manifest: Manifest, directory: Path, options: Options) -> OnnxRuntime:
+    """The runtime of an ONNX version."""
+    return OnnxRuntime(manifest, directory, threads=options.threads)
 
 
 def _text(name: str, array: Array) -> Array:

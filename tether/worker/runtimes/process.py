@@ -1,0 +1,241 @@
+"""A model in a process of its own: what it crashes, hangs or eats is that process's, and unloading gives all of it back.
+
+Parent and child speak over a pair of pipes. A frame is a big-endian u32 length and the msgpack of an array; tensors in it
+are rows ``[name, datatype, shape, bytes]`` with bytes as in the Open Inference Protocol. The parent asks ``[outputs,
+tensors]``; the child answers ``[true, tensors]`` or ``[false, message]``, the first answer being to its start.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from tether import codec, metrics
+from tether.errors import BadEncoding, InferenceFailed, ModelRejected
+from tether.model import Manifest
+from tether.processes import die_with_parent
+from tether.tensor import Array, Tensor, from_numpy, to_numpy
+
+log = logging.getLogger(__name__)
+
+LARGEST_FRAME = 1 << 30
+_LENGTH = struct.Struct(">I")
+_BACKOFF_S = (0.0, 0.1, 0.5, 2.0, 5.0)
+"""Wait before the n-th start in a row without a run that ended."""
+
+
+class Options(msgspec.Struct, frozen=True):
+    """How a model is run. ``memory_mb`` limits its process's address space (0: no limit); times are in seconds."""
+
+    threads: int = 1
+    memory_mb: int = 0
+    run_timeout_s: float = 60.0
+    load_timeout_s: float = 300.0
+
+
+class Start(msgspec.Struct, frozen=True):
+    """What a child is told first."""
+
+    manifest: Manifest
+    directory: str
+    options: Options
+
+
+class Ended(NamedTuple):
+    """How a child ended, for a person and for a metric."""
+
+    words: str
+    reason: str
+
+
+class ProcessRuntime:
+    """See :class:`tether.ports.Runtime`. Its process is started again, with backoff, by the next run after its end."""
+
+    def __init__(self, manifest: Manifest, directory: Path, options: Options) -> None:
+        self._start = Start(manifest, str(directory), options)
+        self._options = options
+        self._outputs = tuple(spec.name for spec in manifest.outputs)
+        self._child: subprocess.Popen[bytes] | None = None
+        self._failures = 0
+        self._closed = threading.Event()
+        self._spawn()
+
+    @property
+    def output_names(self) -> Sequence[str]:
+        return self._outputs
+
+    @property
+    def pid(self) -> int:
+        """The process that holds the model just now; 0 when there is none."""
+        return 0 if self._child is None else self._child.pid
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """Run once; ``outputs`` names what is wanted, empty for all in the model's order.
+
+        Raises:
+            InferenceFailed: the model refused its input, crashed, or took longer than ``run_timeout_s``.
+        """
+        if self._child is None:
+            self._again()
+        rows = [_row(from_numpy(name, array)) for name, array in inputs.items()]
+        answer = self._ask(codec.pack((list(outputs), rows)), self._options.run_timeout_s)
+        self._failures = 0
+        return [to_numpy(Tensor(*row)) for row in answer]
+
+    def close(self) -> None:
+        self._closed.set()
+        self._end()
+
+    def _again(self) -> None:
+        pause = _BACKOFF_S[min(self._failures, len(_BACKOFF_S) - 1)]
+        if self._closed.wait(pause):
+            raise InferenceFailed("the model is being unloaded")
+        metrics.MODEL_RESTARTS.labels(self._start.manifest.name).inc()
+        try:
+            self._spawn()
+        except ModelRejected as error:
+            raise InferenceFailed(f"the model's process could not be started again: {error.message}") from error
+
+    def _spawn(self) -> None:
+        self._failures += 1
+        self._child = subprocess.Popen(
+            [sys.executable, "-s", "-m", "tether.worker.runtimes.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=self._start.directory,
+            env=_environment(self._options.threads),
+            start_new_session=True,
+            preexec_fn=die_with_parent(signal.SIGKILL),
+        )
+        try:
+            self._ask(codec.encode(self._start), self._options.load_timeout_s)
+        except InferenceFailed as error:
+            self._end()
+            raise ModelRejected(f"the model cannot be loaded: {error.message}") from error
+
+    def _ask(self, question: bytes, timeout_s: float) -> list[Any]:
+        child = self._child
+        if child is None or child.stdin is None or child.stdout is None:
+            raise InferenceFailed("the model's process is gone")
+        end = time.monotonic() + timeout_s
+        try:
+            write_frame(child.stdin.fileno(), question, end)
+            answer = codec.unpack(read_frame(child.stdout.fileno(), end))
+            good, content = answer
+        except TimeoutError as error:
+            raise self._broken(Ended(f"took longer than {timeout_s:g} s and was ended", "timeout")) from error
+        except (OSError, EOFError, BadEncoding, ValueError, TypeError) as error:
+            raise self._broken(self._how_it_ended(child)) from error
+        if not good:
+            raise InferenceFailed(str(content)[:500])
+        return list(content)
+
+    def _how_it_ended(self, child: subprocess.Popen[bytes]) -> Ended:
+        try:
+            status = child.wait(2)
+        except subprocess.TimeoutExpired:
+            return Ended("answered with something else than an answer", "protocol")
+        if status < 0:
+            return Ended(f"was ended by signal {-status} ({signal.Signals(-status).name})", "signal")
+        return Ended(f"ended with status {status}", "exit")
+
+    def _broken(self, ended: Ended) -> InferenceFailed:
+        name = self._start.manifest.name
+        metrics.MODEL_CRASHES.labels(name, ended.reason).inc()
+        fields = {"action": "model_process_ended", "model": name, "version": self._start.manifest.version}
+        log.error("the model's process %s", ended.words, extra=fields)
+        self._end()
+        return InferenceFailed(f"the model's process {ended.words}")
+
+    def _end(self) -> None:
+        child, self._child = self._child, None
+        if child is None:
+            return
+        child.kill()
+        child.wait()
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def _row(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.name, tensor.datatype, tensor.shape, tensor.data)
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Nothing of the worker's own: no settings, no keys."""
+    return {
+        "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": str(threads),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+        "LANG": "C.UTF-8",
+    }
+
+
+def write_frame(descriptor: int, content: bytes, end: float) -> None:
+    """Write one frame before the monotonic time ``end``.
+
+    Raises:
+        TimeoutError: the other side did not take it in time.
+        OSError: it is gone.
+        ValueError: it is too large.
+    """
+    if len(content) > LARGEST_FRAME:
+        raise ValueError("frame too large")
+    os.set_blocking(descriptor, False)
+    rest = memoryview(_LENGTH.pack(len(content)) + content)
+    while rest:
+        _wait(descriptor, select.POLLOUT, end)
+        try:
+            rest = rest[os.write(descriptor, rest[: 1 << 20]) :]
+        except BlockingIOError:
+            continue
+
+
+def read_frame(descriptor: int, end: float) -> bytes:
+    """Read one frame before the monotonic time ``end``.
+
+    Raises:
+        TimeoutError: it did not come in time.
+        EOFError: the other side is gone.
+        ValueError: it says that it is too large.
+    """
+    (length,) = _LENGTH.unpack(_read(descriptor, _LENGTH.size, end))
+    if length > LARGEST_FRAME:
+        raise ValueError("frame too large")
+    return _read(descriptor, length, end)
+
+
+def _read(descriptor: int, length: int, end: float) -> bytes:
+    found = bytearray()
+    while len(found) < length:
+        _wait(descriptor, select.POLLIN, end)
+        part = os.read(descriptor, min(length - len(found), 1 << 20))
+        if not part:
+            raise EOFError
+        found += part
+    return bytes(found)
+
+
+def _wait(descriptor: int, event: int, end: float) -> None:
+    poll = select.poll()
+    poll.register(descriptor, event)
+    left = end - time.monotonic()
+    if left <= 0 or not poll.poll(left * 1000):
+        raise TimeoutError
