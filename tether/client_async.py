@@ -201,21 +201,29 @@ class AsyncClient:
         *,
         max_batch_size: int | None = None,
         max_delay_ms: float | None = None,
+        isolation: str | None = None,
+        run_timeout_s: float | None = None,
         progress: Progress | None = None,
         timeout: float = client_push.PUSH_TIMEOUT_S,
     ) -> Json:
-        """Make the file at ``path`` the next version of ``name``.
+        """Make the file or folder at ``path`` the next version of ``name``.
 
         Only pieces that the store does not have are sent, so a push that broke off goes on where it was.
-        ``progress`` is called with the bytes that are there.
+        ``progress`` is called with the bytes that are there. ``isolation`` is 'thread' (of the worker) or 'process'; a run
+        that takes longer than ``run_timeout_s`` ends the model's process.
 
         Raises:
             ModelRejected: the file is no model that can be served.
             InvalidRequest: it cannot be read.
         """
-        files = await asyncio.to_thread(client_push.local_model, Path(path))
-        params = {"max_batch_size": max_batch_size, "max_delay_ms": max_delay_ms}
-        return await self.run(lambda policy: client_push.push(policy, name, files, params, progress), timeout)
+        model = await asyncio.to_thread(client_push.local_model, Path(path))
+        params = {
+            "max_batch_size": max_batch_size,
+            "max_delay_ms": max_delay_ms,
+            "isolation": isolation,
+            "run_timeout_s": run_timeout_s,
+        }
+        return await self.run(lambda policy: client_push.push(policy, name, model, params, progress), timeout)
 
     async def promote(
         self,

@@ -37,15 +37,38 @@ class LocalFile:
         return {"path": self.path, "size": self.size, "digest": self.digest, "chunks": chunks, "sizes": sizes}
 
 
-def local_model(path: Path) -> list[LocalFile]:
-    """The files of a model, cut into pieces; reads all of them once.
+FORMATS = {".onnx": ("model.onnx", "onnxruntime_onnx")}
+"""End of a file's name -> what the file is called in the store, and the platform that serves it."""
+
+BUNDLES = {"model.json": "python"}
+"""A file that a folder holds -> the platform that serves the folder."""
+
+
+def local_model(path: Path) -> tuple[str, list[LocalFile]]:
+    """The platform of a model, and its files cut into pieces; reads all of them once.
 
     Raises:
-        InvalidRequest: it cannot be read, or is no ``.onnx`` file.
+        InvalidRequest: it cannot be read, or nothing here says what it is.
     """
-    if path.suffix.lower() != ".onnx":
-        raise InvalidRequest(f"{path.name!r} does not end in .onnx: only ONNX models are served", field="path")
-    return [_local_file(path, "model.onnx")]
+    if path.is_dir():
+        return _bundle(path)
+    known = FORMATS.get(path.suffix.lower())
+    if known is None:
+        raise InvalidRequest(
+            f"{path.name!r} is no model that is known here: a file that ends in {', '.join(FORMATS)}, "
+            f"or a folder with {' or '.join(BUNDLES)}",
+            field="path",
+        )
+    name, platform = known
+    return platform, [_local_file(path, name)]
+
+
+def _bundle(folder: Path) -> tuple[str, list[LocalFile]]:
+    platform = next((served for file, served in BUNDLES.items() if (folder / file).is_file()), None)
+    if platform is None:
+        raise InvalidRequest(f"the folder {folder} has no {' and no '.join(BUNDLES)}", field="path")
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return platform, [_local_file(path, path.relative_to(folder).as_posix()) for path in files]
 
 
 def _local_file(source: Path, path: str) -> LocalFile:
@@ -61,9 +84,14 @@ def _local_file(source: Path, path: str) -> LocalFile:
 
 
 def push(
-    policy: Policy, name: str, files: Sequence[LocalFile], params: Mapping[str, Any], progress: Progress | None
+    policy: Policy,
+    name: str,
+    model: tuple[str, Sequence[LocalFile]],
+    params: Mapping[str, Any],
+    progress: Progress | None,
 ) -> Flow[Json]:
     """Send the pieces that the store does not have, then make a version; ``progress`` counts those it has as done."""
+    platform, files = model
     pieces = {digest: (file.source, offset, size) for file in files for digest, offset, size in file.pieces}
     missing = yield from _missing(policy, name, list(pieces))
     whole = sum(size for _, _, size in pieces.values())
@@ -76,7 +104,7 @@ def push(
         sent += len(piece)
         tell(progress, whole - left + sent)
     given = {key: value for key, value in params.items() if value is not None}
-    body = {"files": [file.described() for file in files], **given}
+    body = {"files": [file.described() for file in files], "platform": platform, **given}
     told = yield from exchange_json(policy, post(f"{model_path(name)}/versions:register", body), dict[str, Any])
     return {**told, "stored_bytes": sent}
 

@@ -112,6 +112,9 @@ class PushRequest(msgspec.Struct, frozen=True):
     tenant: str = ""
     isolation: str = ""
     run_timeout_s: float = 0.0
+    platform: str = "onnxruntime_onnx"
+    trusted: bool = False
+    """The pusher may push programs."""
 
 
 class PushAnswer(msgspec.Struct, frozen=True):

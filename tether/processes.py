@@ -32,6 +32,18 @@ def die_with_parent(number: signal.Signals) -> Callable[[], None] | None:
     return bind
 
 
+_CLONE_NEWUSER = 0x10000000
+_CLONE_NEWNET = 0x40000000
+
+
+def leave_network() -> bool:
+    """Move this process into an empty network namespace; False where the kernel or the container does not allow it."""
+    if sys.platform != "linux":
+        return False
+    unshare = ctypes.CDLL(None, use_errno=True).unshare
+    return bool(unshare(_CLONE_NEWNET) == 0 or unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0)
+
+
 def alive(pid: int) -> bool:
     """Whether a process exists and is more than an exit status nobody has read; 0 is nobody's number."""
     if pid <= 0:

@@ -128,9 +128,7 @@ class Settings:
     run_timeout_s: float = _setting(
         60.0, "A model's process is ended when one run takes longer; a version may have its own.", low=0.1, high=86400
     )
-    model_memory_mb: int = _setting(
-        0, "Address space of a model's own process; 0: no limit.", low=0, high=1 << 24
-    )
+    model_memory_mb: int = _setting(0, "Address space of a model's own process; 0: no limit.", low=0, high=1 << 24)
     drain_s: float = _setting(10.0, "How long a stopping service may finish what it holds.", low=0, high=600)
 
     heartbeat_s: float = _setting(0.5, "Time between a worker's heartbeats.", low=0.1, high=60)

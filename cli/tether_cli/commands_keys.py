@@ -48,7 +48,9 @@ def create(
     scopes: Annotated[
         list[str],
         typer.Option(
-            "--scope", metavar="SCOPE", help="infer, jobs, models:read, models:write or admin; may be given again."
+            "--scope",
+            metavar="SCOPE",
+            help="infer, jobs, models:read, models:write, models:code or admin; may be given again.",
         ),
     ],
     models: Annotated[

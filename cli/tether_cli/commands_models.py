@@ -70,7 +70,7 @@ def delete(
 
 def push(
     name: ModelName,
-    path: Annotated[str, typer.Argument(metavar="FILE.onnx", help="The model's file.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="An .onnx file, or the folder of a Python model.")],
     *,
     max_batch_size: Annotated[
         int | None, typer.Option("--max-batch-size", metavar="N", min=0, help="Most rows in one run; 0: no batches.")
@@ -78,17 +78,32 @@ def push(
     max_delay_ms: Annotated[
         float | None, typer.Option("--max-delay-ms", metavar="MS", min=0, help="How long a job may wait for company.")
     ] = None,
+    isolation: Annotated[
+        str | None,
+        typer.Option("--isolation", metavar="WHERE", help="'thread' of the worker, or 'process' of its own."),
+    ] = None,
+    run_timeout_s: Annotated[
+        float | None,
+        typer.Option("--run-timeout", metavar="S", min=0, help="End the model's process after so long a run."),
+    ] = None,
     url: Url = None,
     timeout: Timeout = 600.0,
     json_output: JsonFlag = False,
 ) -> None:
-    """Make a file the next version of a model. Only what the store does not have is sent."""
+    """Make a file or a folder the next version of a model. Only what the store does not have is sent."""
     from pathlib import Path
 
     size = Path(path).stat().st_size if Path(path).is_file() else None
     with connect(url, timeout) as client, progress("pushing", size, unit="bytes") as done:
         told = client.push(
-            name, path, max_batch_size=max_batch_size, max_delay_ms=max_delay_ms, progress=done, timeout=timeout
+            name,
+            path,
+            max_batch_size=max_batch_size,
+            max_delay_ms=max_delay_ms,
+            isolation=isolation,
+            run_timeout_s=run_timeout_s,
+            progress=done,
+            timeout=timeout,
         )
     if json_output:
         print_json(told)

@@ -27,7 +27,7 @@ def model(tmp_path: Path, request: pytest.FixtureRequest) -> LocalFile:
     """A model whose pieces no other test stores."""
     path = tmp_path / "model.onnx"
     path.write_bytes(models.padded(8 << 20, seed=zlib.crc32(request.node.name.encode())))
-    (described,) = local_model(path)
+    _, (described,) = local_model(path)
     assert len(described.pieces) > 2
     return described
 

@@ -61,7 +61,10 @@ async def test_the_first_error_of_a_window_ends_the_rest() -> None:
     [
         ModelFile("../model.onnx", 3, DIGEST, (DIGEST,)),
         ModelFile(".hidden", 3, DIGEST, (DIGEST,)),
-        ModelFile("a/b", 3, DIGEST, (DIGEST,)),
+        ModelFile("a//b", 3, DIGEST, (DIGEST,)),
+        ModelFile("a/../b", 3, DIGEST, (DIGEST,)),
+        ModelFile("/a", 3, DIGEST, (DIGEST,)),
+        ModelFile("a/", 3, DIGEST, (DIGEST,)),
         ModelFile("model.onnx\n", 3, DIGEST, (DIGEST,)),
         ModelFile("model.onnx", 0, DIGEST, ()),
         ModelFile("model.onnx", FIXED_PIECE + 1, DIGEST, (DIGEST,)),

@@ -26,7 +26,8 @@ from tether.subjects import Names
 
 log = logging.getLogger(__name__)
 
-_PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
+_PATH = re.compile(rf"{_NAME}(?:/{_NAME}){{0,7}}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -57,7 +58,7 @@ def check_file(file: ModelFile) -> None:
         BadEncoding: with the field that does not fit.
     """
     if _PATH.fullmatch(file.path) is None:
-        raise BadEncoding("a model file's path must be one plain name", field="path")
+        raise BadEncoding("a model file's path must be plain names, at most 8 deep", field="path")
     if not all(_DIGEST.fullmatch(digest) for digest in (file.digest, *file.chunks)):
         raise BadEncoding("a model file's digests must be hex SHA-256", field="chunks")
     if not _adds_up(file):
@@ -109,7 +110,7 @@ async def fetch_model(bus: Bus, store: ObjectChunkStore, manifest: Manifest, cac
 def _prepare(directory: Path) -> None:
     """Make the folder, without the unfinished files of processes that were killed."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for path in directory.glob(".*"):
+    for path in directory.rglob(".*"):
         owner = path.name.split(".")[-2]
         if not owner.isdecimal() or not alive(int(owner)):
             path.unlink(missing_ok=True)
@@ -206,4 +207,5 @@ async def _groups(pieces: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
 
 
 def _create(path: Path) -> BinaryIO:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")

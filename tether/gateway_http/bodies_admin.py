@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-Scope = Literal["infer", "jobs", "models:read", "models:write", "admin"]
+Scope = Literal["infer", "jobs", "models:read", "models:write", "models:code", "admin"]
 
 # tenants
 
@@ -132,7 +132,7 @@ class Rotation(Struct, forbid_unknown_fields=True):
 
 # sessions
 
-SessionScope = Literal["infer", "jobs", "models:read", "models:write"]
+SessionScope = Literal["infer", "jobs", "models:read", "models:write", "models:code"]
 
 
 class NewSession(Struct, omit_defaults=True, forbid_unknown_fields=True):

@@ -90,10 +90,12 @@ class NewFile(Struct, forbid_unknown_fields=True):
 
 
 class NewVersion(Struct, forbid_unknown_fields=True):
-    """Files whose pieces are stored, to become a version. Batching is as for a push of one file."""
+    """Files whose pieces are stored, to become a version. `platform` is its format; one that is a program needs the scope
+    `models:code`. `run_timeout_s` ends the process of a model whose run takes longer; 0 is the worker's setting."""
 
     files: Annotated[list[NewFile], Meta(min_length=1, max_length=1024)]
     max_batch_size: Annotated[int, Meta(ge=-1, le=65536)] = -1
     max_delay_ms: Annotated[float, Meta(ge=0, le=10_000)] = 2.0
+    platform: str = "onnxruntime_onnx"
     isolation: Literal["", "thread", "process"] = ""
     run_timeout_s: Annotated[float, Meta(ge=0, le=86_400)] = 0.0

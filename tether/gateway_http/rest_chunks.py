@@ -67,7 +67,17 @@ async def _register(call: Call) -> Reply:
     files = tuple(
         ModelFile(file.path, file.size, file.digest, tuple(file.chunks), tuple(file.sizes)) for file in wanted.files
     )
-    request = PushRequest(name, files, wanted.max_batch_size, wanted.max_delay_ms, f"key:{call.caller.id}")
+    request = PushRequest(
+        name,
+        files,
+        wanted.max_batch_size,
+        wanted.max_delay_ms,
+        f"key:{call.caller.id}",
+        isolation=wanted.isolation,
+        run_timeout_s=wanted.run_timeout_s,
+        platform=wanted.platform,
+        trusted="models:code" in call.caller.scopes,
+    )
     answer = await registered(call, request)
     return Reply(pushed(answer, 0), 201 if answer.created else 200)
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from tether.bus.chunks import ObjectChunkStore
 from tether.bus.model_files import check_file, download
-from tether.bus.upload import LARGEST_ONNX, MODEL_PATH
-from tether.errors import BadEncoding, CorruptChunk, InvalidRequest, ModelRejected, PayloadTooLarge
+from tether.errors import BadEncoding, CorruptChunk, InvalidRequest, ModelRejected
 from tether.model import AUTOMATIC, Batching, Isolation, Manifest, PushRequest, check_name
+from tether.modelstore.formats import FORMATS, check_files
 from tether.modelstore.inspection import Inspection, Limits, inspect
 
-PLATFORM = "onnxruntime_onnx"
 MAX_BATCH = 65536
 MAX_DELAY_MS = 10_000.0
 MAX_RUN_S = 86_400.0
@@ -32,15 +31,13 @@ def check_request(request: PushRequest, *, max_bytes: int) -> None:
             check_file(file)
         except BadEncoding as error:
             raise InvalidRequest(error.message, field="files") from error
-    if [file.path for file in request.files] != [MODEL_PATH]:
-        raise InvalidRequest(f"an ONNX version has one file, called '{MODEL_PATH}'", field="files")
-    size, limit = sum(file.size for file in request.files), min(max_bytes, LARGEST_ONNX)
-    if size > limit:
-        raise PayloadTooLarge(f"the model has {size} bytes; at most {limit} are allowed", field="files")
+    check_files(request.platform, request.files, trusted=request.trusted, max_bytes=max_bytes)
     if not AUTOMATIC <= request.max_batch_size <= MAX_BATCH:
         raise InvalidRequest(f"max_batch_size must be -1 (automatic) to {MAX_BATCH}", field="max_batch_size")
     if request.isolation not in ("", *Isolation):
         raise InvalidRequest("isolation must be 'thread' or 'process'", field="isolation")
+    if request.isolation == Isolation.THREAD and FORMATS[request.platform].code:
+        raise InvalidRequest("a model that is a program runs in a process of its own", field="isolation")
     if not 0 <= request.run_timeout_s <= MAX_RUN_S:
         raise InvalidRequest(f"run_timeout_s must be 0 (the worker's setting) to {MAX_RUN_S:g}", field="run_timeout_s")
     if not 0 <= request.max_delay_ms <= MAX_DELAY_MS:
@@ -63,7 +60,8 @@ async def examine(store: ObjectChunkStore, request: PushRequest, scratch: Path) 
                 if error.field is not None:
                     await store.discard(error.field)
                 raise
-        return await inspect(Path(folder), MODEL_PATH, Limits.for_size(sum(file.size for file in request.files)))
+        size = sum(file.size for file in request.files)
+        return await inspect(Path(folder), FORMATS[request.platform].inspector, Limits.for_size(size))
 
 
 def batching(request: PushRequest, found: Inspection) -> Batching:
@@ -93,7 +91,7 @@ def manifest_builder(
         return Manifest(
             name=request.name,
             version=version,
-            platform=PLATFORM,
+            platform=request.platform,
             files=request.files,
             inputs=found.inputs,
             outputs=found.outputs,

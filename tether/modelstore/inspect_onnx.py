@@ -1,26 +1,22 @@
-"""The child of an inspection: ``python -m tether.modelstore.inspect_onnx DIR FILE MEMORY_MB CPU_SECONDS``.
+"""The child of an inspection of an ONNX model; see :mod:`tether.modelstore.limited`.
 
-Prints one JSON report. Before ONNX Runtime sees the file, :mod:`tether.modelstore.onnx_wire` walks its protobuf and
-refuses what could reach outside of it; no custom operator library is ever registered. The process limits its own
-memory and processor time and may not write a byte to any file.
+Before ONNX Runtime sees the file, :mod:`tether.modelstore.onnx_wire` walks its protobuf and
+refuses what could reach outside of it; no custom operator library is ever registered.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
 import re
-import resource
 import sys
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
+from tether.bus.upload import MODEL_PATH
 from tether.errors import ModelLimits, ModelRejected
 from tether.model import TensorSpec
-from tether.modelstore import onnx_wire, warmup
-from tether.modelstore.inspection import Inspection, Report
+from tether.modelstore import limited, onnx_wire, warmup
+from tether.modelstore.inspection import Inspection
 
 DATATYPES = {
     "bool": "BOOL",
@@ -41,38 +37,16 @@ DATATYPES = {
 """ONNX Runtime's element names and OIP's."""
 
 MAX_TENSORS = 1024
-_MEMORY = "the model needs more memory than an inspection may use; push a smaller model"
 _TENSOR = re.compile(r"tensor\((\w+)\)")
 
 
-def main(arguments: list[str]) -> int:
-    directory, file, memory_mb, cpu_s = arguments
-    _limit(int(memory_mb), int(cpu_s))
-    # Libraries write to descriptor 1 as they please; the report gets a copy that they do not know.
-    report_to = os.dup(1)
-    os.dup2(2, 1)
-    os.write(report_to, msgspec.json.encode(_report(Path(directory) / file)))
-    return 0
+def inspect(directory: Path) -> Inspection:
+    """What the model is, after a few runs.
 
-
-def _limit(memory_mb: int, cpu_s: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-
-
-def _report(path: Path) -> Report:
-    try:
-        return Report(inspection=_inspect(path))
-    except ModelRejected as error:
-        return Report(rejected=error.message, field=error.field or "file", code=error.code)
-    except MemoryError:
-        return Report(rejected=_MEMORY, code=ModelLimits.code)
-
-
-def _inspect(path: Path) -> Inspection:
+    Raises:
+        ModelRejected: it cannot be served.
+    """
+    path = directory / MODEL_PATH
     facts = _walk(path)
     session = _load(path)
     inputs = _specs(session.get_inputs(), "input")
@@ -147,11 +121,11 @@ def _refused(what: str, error: Exception, path: Path) -> ModelRejected:
     """One line without this machine's paths: those of the file, and those ONNX Runtime was compiled under."""
     text = str(error).replace(str(path), path.name).replace(str(path.parent), "")
     if "bad_alloc" in text or "bad allocation" in text or "Failed to allocate memory" in text:
-        return ModelLimits(_MEMORY, field="file")
+        return ModelLimits(limited.MEMORY, field="file")
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : |\S*onnxruntime_src/\S+|\S+\.(?:cc|h|hpp):\d+\S*", "", text)
     text = " ".join(text.split())[:240]
     return ModelRejected(f"the model was refused: {what}: {text}", field="file")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(limited.main(sys.argv[1:], inspect))

@@ -64,8 +64,8 @@ class Report(msgspec.Struct, frozen=True):
     code: str = ModelRejected.code
 
 
-async def inspect(directory: Path, file: str, limits: Limits) -> Inspection:
-    """Inspect ``directory/file``. The child inherits no environment and may write no file.
+async def inspect(directory: Path, inspector: str, limits: Limits) -> Inspection:
+    """Inspect the files of ``directory`` with a module of this package. The child inherits no environment and may write no file.
 
     Raises:
         ModelRejected: the model cannot be served, or its inspection crashed, ran too long or needed too much memory.
@@ -74,9 +74,8 @@ async def inspect(directory: Path, file: str, limits: Limits) -> Inspection:
         sys.executable,
         "-s",
         "-m",
-        "tether.modelstore.inspect_onnx",
+        f"tether.modelstore.{inspector}",
         str(directory),
-        file,
         str(limits.memory_mb),
         str(limits.cpu_s),
         stdin=DEVNULL,
@@ -131,7 +130,7 @@ def _judge(answer: bytes, status: int, limits: Limits) -> Inspection:
     except msgspec.DecodeError as error:
         raise ModelLimits(
             f"loading the model ended its process ({_ending(status)}), within {limits.memory_mb} MiB; "
-            "run it with onnxruntime on your machine and export it again",
+            "run it on your machine and export it again",
             field="file",
         ) from error
     if report.inspection is None:

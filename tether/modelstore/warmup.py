@@ -98,6 +98,15 @@ def _unproven(
     return Inspection(inputs, outputs, 0, "its shapes are not known well enough to try it", unproven=free)
 
 
+def zeros(inputs: Sequence[TensorSpec], rows: int = 1) -> dict[str, Any]:
+    """Zeros that fit; free axes have ``rows`` elements if they are the first one, else 1.
+
+    Raises:
+        ModelRejected: an input is too large to try.
+    """
+    return _arrays(inputs, rows, distinct=False)
+
+
 def _first_run(session: Any, inputs: Sequence[TensorSpec], rows: int) -> tuple[list[Any], bool] | Exception:
     """A run with ``rows`` rows: with rows that differ (True) if the model takes them, else with zeros (False)."""
     try:

@@ -13,7 +13,7 @@ from tether.worker.runtimes.process import Options, ProcessRuntime
 
 ONNX_PLATFORM = "onnxruntime_onnx"
 
-FILES = {ONNX_PLATFORM: "onnx"}
+FILES = {ONNX_PLATFORM: "onnx", "python": "custom"}
 """Platform (the OIP string) -> the module of this package that loads it with ``load(manifest, directory, options)``."""
 
 

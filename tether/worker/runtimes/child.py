@@ -5,7 +5,6 @@ It limits itself before it touches the model: memory, no core dumps, few files, 
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import resource
@@ -15,12 +14,10 @@ from pathlib import Path
 from tether import codec
 from tether.errors import TetherError
 from tether.ports import Runtime
+from tether.processes import leave_network
 from tether.tensor import Tensor, from_numpy, to_numpy
 from tether.worker import runtimes
 from tether.worker.runtimes.process import Options, Start, read_frame, write_frame
-
-_CLONE_NEWUSER = 0x10000000
-_CLONE_NEWNET = 0x40000000
 
 
 def main() -> int:
@@ -55,15 +52,7 @@ def _limit(options: Options) -> None:
     if options.memory_mb:
         size = options.memory_mb << 20
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
-    _leave_network()
-
-
-def _leave_network() -> bool:
-    """Move into an empty network namespace; False where the kernel or the container does not allow it."""
-    if sys.platform != "linux":
-        return False
-    unshare = ctypes.CDLL(None, use_errno=True).unshare
-    return unshare(_CLONE_NEWNET) == 0 or unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0
+    leave_network()
 
 
 def _run(runtime: Runtime, question: bytes) -> tuple[bool, object]:

@@ -8,6 +8,7 @@ tensors]``; the child answers ``[true, tensors]`` or ``[false, message]``, the f
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import signal
@@ -117,7 +118,7 @@ class ProcessRuntime:
             cwd=self._start.directory,
             env=_environment(self._options.threads),
             start_new_session=True,
-            preexec_fn=die_with_parent(signal.SIGKILL),
+            preexec_fn=die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - it imports and locks nothing
         )
         try:
             self._ask(codec.encode(self._start), self._options.load_timeout_s)
@@ -237,5 +238,5 @@ def _wait(descriptor: int, event: int, end: float) -> None:
     poll = select.poll()
     poll.register(descriptor, event)
     left = end - time.monotonic()
-    if left <= 0 or not poll.poll(left * 1000):
+    if left <= 0 or not poll.poll(None if left == math.inf else left * 1000):
         raise TimeoutError

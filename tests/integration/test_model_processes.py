@@ -1,0 +1,134 @@
+"""Models in processes of their own: what a crash, a hang or a flood of memory costs."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bundles
+import numpy as np
+import pytest
+from brokers import wait_until
+
+from tether.custom import describe
+from tether.errors import InferenceFailed, ModelRejected
+from tether.model import Batching, Manifest, ModelFile, TensorSpec
+from tether.processes import alive
+from tether.tensor import Array
+from tether.worker import runtimes
+from tether.worker.runtimes.process import Options, ProcessRuntime
+
+OPTIONS = Options(run_timeout_s=1.0, memory_mb=4096)
+
+
+def manifest(platform: str = "python", path: str = "model.py") -> Manifest:
+    file = ModelFile(path, 1, "0" * 64, ("0" * 64,), (1,))
+    outputs = (TensorSpec("y", "FP32", (-1, 4)),)
+    return Manifest("m", 1, platform, (file,), (), outputs, Batching(8), 0.0, "test")
+
+
+def rows(first: float) -> dict[str, Array]:
+    return {"x": np.full((2, 4), first, dtype=np.float32)}
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Iterator[ProcessRuntime]:
+    made = runtimes.load(manifest(), bundles.write(tmp_path / "bundle"), OPTIONS)
+    assert isinstance(made, ProcessRuntime)
+    yield made
+    made.close()
+
+
+def test_a_model_runs_in_its_own_process_and_closing_ends_it(runtime: ProcessRuntime) -> None:
+    (found,) = runtime.run(rows(1.0), ())
+    np.testing.assert_array_equal(found, np.full((2, 4), 1.5, dtype=np.float32))
+    (named,) = runtime.run(rows(2.0), ("y",))
+    assert named[0, 0] == 2.5
+    pid = runtime.pid
+    assert alive(pid)
+    runtime.close()
+    assert not alive(pid)
+
+
+@pytest.mark.parametrize(
+    ("habit", "words"),
+    [
+        (-1.0, "SIGABRT"),
+        (-2.0, "SIGSEGV"),
+        (-3.0, "took longer than 1 s"),
+        (-6.0, "status 3"),
+    ],
+)
+def test_what_ends_the_process_costs_that_run_and_no_other(runtime: ProcessRuntime, habit: float, words: str) -> None:
+    before = runtime.pid
+    with pytest.raises(InferenceFailed, match=words):
+        runtime.run(rows(habit), ())
+    assert not alive(before)
+    (found,) = runtime.run(rows(1.0), ())
+    assert found[0, 0] == 1.5
+    assert runtime.pid != before
+
+
+@pytest.mark.parametrize(
+    ("habit", "words"),
+    [
+        (-4.0, "ValueError: no such luck in$"),
+        (-5.0, "memory"),
+        (-7.0, "OSError|TimeoutError|unreachable"),
+        (-8.0, r"shape \[2, 1\], not \[-1, 4\]"),
+    ],
+)
+def test_what_the_model_raises_is_told_and_the_process_lives_on(
+    runtime: ProcessRuntime, habit: float, words: str
+) -> None:
+    before = runtime.pid
+    with pytest.raises(InferenceFailed, match=words) as caught:
+        runtime.run(rows(habit), ())
+    assert "/" not in caught.value.message.replace("and/or", "")
+    (found,) = runtime.run(rows(1.0), ())
+    assert found[0, 0] == 1.5
+    assert runtime.pid == before
+
+
+def test_what_cannot_be_loaded_is_refused_with_its_reason(tmp_path: Path) -> None:
+    for number, (code, words) in enumerate(
+        [
+            ("class Model:\n    def __init__(self): raise RuntimeError('not today')", "not today"),
+            ("class Other: pass", "no class 'Model'"),
+            ("class Model: pass", "no predict"),
+            ("import os; os._exit(4)", "status 4"),
+            ("import absent_library", "absent_library"),
+        ]
+    ):
+        folder = bundles.write(tmp_path / str(number), code=code)
+        with pytest.raises(ModelRejected, match=words):
+            runtimes.load(manifest(), folder, OPTIONS)
+    with pytest.raises(ModelRejected, match="no runtime of this worker"):
+        runtimes.load(manifest("caffe"), tmp_path, OPTIONS)
+
+
+def test_a_description_that_is_not_right_is_refused(tmp_path: Path) -> None:
+    bad: list[dict[str, Any]] = [
+        {"className": "os.system"},
+        {"inputs": [{"name": "x", "datatype": "FP99", "shape": [1]}]},
+        {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1]}]},
+        {"outputs": []},
+        {"maxBatchSize": -1},
+        {"unknown": 1},
+    ]
+    for number, change in enumerate(bad):
+        with pytest.raises(ModelRejected):
+            describe(bundles.write(tmp_path / str(number), **change))
+    assert describe(bundles.write(tmp_path / "good")).max_batch_size == 8
+
+
+async def test_a_killed_process_is_started_again(runtime: ProcessRuntime) -> None:
+    pid = runtime.pid
+    os.kill(pid, signal.SIGKILL)
+    await wait_until(lambda: not alive(pid), "the process is gone")
+    with pytest.raises(InferenceFailed, match="SIGKILL"):
+        runtime.run(rows(1.0), ())
+    assert runtime.run(rows(1.0), ())[0][0, 0] == 1.5

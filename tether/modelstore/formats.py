@@ -1,0 +1,66 @@
+"""What may be pushed: for each platform the files it needs, whether they are programs, and who looks at them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tether.bus.upload import LARGEST_ONNX, MODEL_PATH
+from tether.errors import FormatNotAllowed, InvalidRequest, PayloadTooLarge
+from tether.model import ModelFile
+
+ONNX = "onnxruntime_onnx"
+PYTHON = "python"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One platform. ``needs`` are paths that a version must have, ``only`` says that it has no others.
+
+    ``code``: loading it runs what is in it, so that only a trusted publisher may push it. ``inspector`` is the module of
+    this package that looks at it.
+    """
+
+    platform: str
+    needs: tuple[str, ...]
+    inspector: str
+    only: bool = False
+    code: bool = True
+    largest: int = 1 << 50
+
+
+FORMATS = {
+    known.platform: known
+    for known in (
+        Format(ONNX, (MODEL_PATH,), "inspect_onnx", only=True, code=False, largest=LARGEST_ONNX),
+        Format(PYTHON, ("model.json", "model.py"), "inspect_python"),
+    )
+}
+
+
+def check_files(platform: str, files: tuple[ModelFile, ...], *, trusted: bool, max_bytes: int) -> Format:
+    """The format of a push, when its files can be one.
+
+    Raises:
+        InvalidRequest: no such platform, or files that do not fit it.
+        FormatNotAllowed: it is a program, and who pushes it may not push programs.
+        PayloadTooLarge: together the files are over a limit.
+    """
+    found = FORMATS.get(platform)
+    if found is None:
+        known = ", ".join(f"'{name}'" for name in FORMATS)
+        raise InvalidRequest(f"there is no platform '{platform[:64]}'; known: {known}", field="platform")
+    paths = [file.path for file in files]
+    missing = [path for path in found.needs if path not in paths]
+    if missing or (found.only and len(paths) != len(found.needs)) or len(set(paths)) != len(paths):
+        needed = ", ".join(f"'{path}'" for path in found.needs)
+        words = "exactly the file" if found.only else "at least the files"
+        raise InvalidRequest(f"a version for '{platform}' has {words} {needed}, each once", field="files")
+    if found.code and not trusted:
+        raise FormatNotAllowed(
+            f"a model for '{platform}' is a program; pushing it needs an API key with the scope 'models:code'",
+            field="platform",
+        )
+    size, limit = sum(file.size for file in files), min(max_bytes, found.largest)
+    if size > limit:
+        raise PayloadTooLarge(f"the model has {size} bytes; at most {limit} are allowed", field="files")
+    return found

@@ -1,0 +1,57 @@
+"""What every child of an inspection does: limit itself, look, and print one report.
+
+Called as ``python -m tether.modelstore.inspect_X DIR MEMORY_MB CPU_SECONDS``. The process limits its own memory and processor
+time, may not write a byte to any file, and leaves the network where the kernel lets it.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from tether.errors import ModelLimits, ModelRejected
+from tether.modelstore.inspection import Inspection, Report
+from tether.processes import leave_network
+
+MEMORY = "the model needs more memory than an inspection may use; push a smaller model"
+
+
+def main(arguments: list[str], inspect: Callable[[Path], Inspection], *, files: int = 64) -> int:
+    """Inspect the folder that the arguments name; ``files`` may be open at a time."""
+    directory, memory_mb, cpu_s = arguments
+    _limit(int(memory_mb), int(cpu_s), files)
+    # Libraries write to descriptor 1 as they please; the report gets a copy that they do not know.
+    report_to = os.dup(1)
+    os.dup2(2, 1)
+    os.write(report_to, msgspec.json.encode(_report(Path(directory), inspect)))
+    return 0
+
+
+def _limit(memory_mb: int, cpu_s: int, files: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    leave_network()
+
+
+def _report(directory: Path, inspect: Callable[[Path], Inspection]) -> Report:
+    try:
+        return Report(inspection=inspect(directory))
+    except ModelRejected as error:
+        return Report(rejected=error.message, field=error.field or "file", code=error.code)
+    except MemoryError:
+        return Report(rejected=MEMORY, code=ModelLimits.code)
+    except Exception as error:  # noqa: BLE001 - a model's code, and every framework, raises what it likes
+        return Report(rejected=refused("it cannot be loaded", error).message)
+
+
+def refused(what: str, error: Exception) -> ModelRejected:
+    """A refusal in one line, without what could be a path."""
+    text = " ".join(word for word in str(error).split() if "/" not in word)[:240]
+    return ModelRejected(f"the model was refused: {what}: {type(error).__name__}: {text}", field="file")
