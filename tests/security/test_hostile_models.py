@@ -137,7 +137,7 @@ async def test_a_model_is_refused_with_the_code_of_its_reason(
     (tmp_path / "link").symlink_to("/etc/passwd")
     (tmp_path / "model.onnx").write_bytes(content)
     with pytest.raises(ModelRejected) as caught:
-        await inspect(tmp_path, "model.onnx", SHORT)
+        await inspect(tmp_path, "inspect_onnx", SHORT)
     assert type(caught.value) is kind
     assert "passwd" not in caught.value.message
 

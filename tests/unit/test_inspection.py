@@ -17,7 +17,7 @@ LIMITS = Limits(memory_mb=3072, cpu_s=20, wall_s=40)
 
 async def look(folder: Path, content: bytes, limits: Limits = LIMITS) -> Inspection:
     (folder / "model.onnx").write_bytes(content)
-    return await inspect(folder, "model.onnx", limits)
+    return await inspect(folder, "inspect_onnx", limits)
 
 
 async def refusal(folder: Path, content: bytes, limits: Limits = LIMITS) -> str:
