@@ -28,6 +28,14 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="Also write a data directory for the machine that it runs on to DIR."),
 ]
+Before = Annotated[
+    str,
+    typer.Option(
+        "--before",
+        metavar="TIME",
+        help="When the key was last in no other hands: RFC 3339, or how long ago, such as 2h.",
+    ),
+]
 ValidDays = Annotated[int, typer.Option("--valid-days", metavar="N", min=1, max=36500, help="How long the key counts.")]
 Grace = Annotated[
     int, typer.Option("--grace", metavar="SECONDS", min=0, max=31_536_000, help="How long the old key still counts.")
@@ -111,6 +119,40 @@ def revoke(
     else:
         for row in rows:
             print_fields(row)
+        say(
+            "stored entries that it signed count no more: 'tether identity resign' saves those that are older than a leak"
+        )
+
+
+def resign(
+    who: Who,
+    *,
+    before: Before,
+    data_dir: DataDir = None,
+    nats: Nats = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Sign anew what a key signed while it was safe, with other identities of this data directory."""
+    import dataclasses
+
+    from tether.bus import resign as entries
+    from tether.errors import BrokerUnavailable
+    from tether_cli import audits
+    from tether_cli.commands_keys import seconds
+
+    settings, home = _open(data_dir, nats)
+    if not settings.nats_url:
+        raise BrokerUnavailable("no platform runs on this data directory; start it, or give --nats")
+    kids, before_ms = entries.keys_of(home, who), audits.time_of(before, seconds)
+    done = asyncio.run(entries.resign(settings, home, kids, before_ms))
+    if json_output:
+        print_json(dataclasses.asdict(done))
+        return
+    print_fields({"signed": len(done.signed), "left": len(done.left)})
+    for entry in done.left:
+        say(f"not signed: {entry} was stored after {_date(before_ms)}, or is not what the key may sign")
+    for bucket in done.nobody:
+        say(f"not looked at: no other identity of this data directory may sign the bucket '{bucket}'")
 
 
 def renew(
@@ -141,6 +183,7 @@ def register(app: typer.Typer) -> None:
     group.command("list")(listing)
     group.command("rotate")(rotate)
     group.command("revoke")(revoke)
+    group.command("resign")(resign)
     group.command("renew")(renew)
     app.add_typer(group, name="identity")
 

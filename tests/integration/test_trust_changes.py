@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from brokers import Broker
+import models
+import msgspec
+import pytest
+from brokers import Broker, wait_until
+from services import Services
 
+from tether import codec, metrics
+from tether.apikey import ApiKey, new_key_text, stored_key
 from tether.bus import identities
 from tether.bus.connection import Bus
 from tether.bus.keys import RootKey
-from tether.bus.kv import SignedBucket
+from tether.bus.keyset import SeenKeyset, offer
+from tether.bus.kv import KvBucket, SignedBucket
+from tether.bus.model_files import open_manifest
+from tether.bus.resign import keys_of, resign
 from tether.bus.topology import ensure_platform
-from tether.envelope import MessageType
-from tether.home import Home
+from tether.clock import SystemClock
+from tether.envelope import Identity, MessageType, Role, Signer, new_identity, sign_keyset
+from tether.errors import Forbidden, Unauthenticated
+from tether.gateway_http import core
+from tether.home import Home, load_identity, write_secret
+from tether.subjects import token
+from tether.tenant import Tenant
 
 WAIT_S = 5.0
 
@@ -40,3 +54,132 @@ async def test_entries_outlive_the_rotation_of_the_key_that_signed_them(broker: 
     async with Bus.connect(broker.settings, broker.home, "gateway", follow=False) as bus:
         for _, bucket, kind in cases:
             assert await SignedBucket(bus, bucket, kind).get("a") == b"before", bucket
+
+
+def api_key(name: str, tenant: str = "acme") -> tuple[str, ApiKey]:
+    text = new_key_text()
+    return text, stored_key(text, tenant=tenant, scopes=("infer",), name=name, created_at=0.0)
+
+
+async def store(broker: Broker, signer: Signer, bucket: str, key: str, body: bytes) -> None:
+    """Store what ``signer`` signed; the administrator's login brings it to the broker."""
+    async with Bus.connect(broker.settings, broker.home, "admin", follow=False) as bus:
+        raw = KvBucket(bus, bucket)
+        kind = {"apikeys": MessageType.API_KEY, "tenants": MessageType.TENANT}[bucket]
+        await raw.put(key, signer.seal(kind, raw.subject(key), body))
+
+
+def known(home: Home, identity: Identity) -> None:
+    """The keyset of ``home`` names one more identity."""
+    keyset, now = SeenKeyset.load(home).keyset, SystemClock().utc_ms()
+    record = identity.record(not_before=now - 60_000, expires_at=now + 3_600_000)
+    newer = msgspec.structs.replace(keyset, version=keyset.version + 1, identities=(*keyset.identities, record))
+    write_secret(home.keyset, sign_keyset(home.root_key.read_bytes(), newer))
+
+
+def second_admin() -> tuple[Identity, Signer]:
+    identity = new_identity("admin-2", Role.ADMIN)
+    return identity, Signer(identity, SystemClock().utc_ms)
+
+
+async def published(broker: Broker) -> None:
+    async with Bus.connect(broker.settings, broker.home, "admin", follow=False) as bus:
+        await offer(bus, SeenKeyset.load(broker.home))
+
+
+def refused(one: Services, text: str) -> bool:
+    try:
+        one.gateway.keys.authenticate(text, "infer")
+    except Unauthenticated:
+        return True
+    return False
+
+
+async def test_an_api_key_that_a_thief_made_ends_with_the_identity_it_was_made_with(
+    broker: Broker, one: Services
+) -> None:
+    """A gateway that runs all the while must not know better than one that starts afterwards."""
+    theirs, ours = api_key("theirs"), api_key("ours")
+    identity, signer = second_admin()
+    known(broker.home, identity)
+    await store(broker, signer, "apikeys", theirs[1].id, codec.encode(theirs[1]))
+    await one.gateway.keys.store(ours[1])
+    await wait_until(lambda: not refused(one, theirs[0]) and not refused(one, ours[0]), "both keys count", WAIT_S)
+    identities.revoke(broker.home, root(broker.home), "admin-2")
+    await published(broker)
+    await wait_until(lambda: refused(one, theirs[0]), "the thief's key ends", WAIT_S)
+    assert not refused(one, ours[0])
+
+
+async def test_an_entry_that_comes_before_the_keyset_with_its_signer_is_believed_later(
+    broker: Broker, one: Services
+) -> None:
+    text, record = api_key("early")
+    identity, signer = second_admin()
+    unknown = metrics.ENVELOPES_REJECTED.labels("unknown_key")._value
+    before = unknown.get()
+    await store(broker, signer, "apikeys", record.id, codec.encode(record))
+    await wait_until(lambda: unknown.get() > before, "the gateway hears of the entry", WAIT_S)
+    assert refused(one, text)
+    known(broker.home, identity)
+    await published(broker)
+    await wait_until(lambda: not refused(one, text), "the key counts", WAIT_S)
+
+
+async def test_a_tenant_whose_record_cannot_be_believed_is_refused_and_not_taken_for_one_without_limits(
+    broker: Broker,
+) -> None:
+    await prepared(broker)
+    text, record = api_key("of a sealed tenant", "acme")
+    sealed = codec.encode(Tenant("acme", isolated=True, sealed=True))
+    identity, signer = second_admin()
+    known(broker.home, identity)
+    await published(broker)
+    async with Bus.connect(broker.settings, broker.home, "gateway", follow=False) as bus:
+        await SignedBucket(bus, "apikeys", MessageType.API_KEY).put(record.id, codec.encode(record))
+    await store(broker, signer, "tenants", token("acme"), sealed)
+    revoked = keys_of(broker.home, "admin-2")
+    identities.revoke(broker.home, root(broker.home), "admin-2")
+    async with core.running(broker.settings, broker.home) as gateway:
+        await wait_until(lambda: gateway.keys.find(record.id) is not None, "the key is known", WAIT_S)
+        with pytest.raises(Forbidden, match="cannot be verified"):
+            gateway.keys.authenticate(text, "infer")
+        done = await resign(broker.settings, broker.home, revoked, SystemClock().utc_ms() + 1)
+        assert done.signed == ["tenants/acme"]
+        await wait_until(lambda: gateway.tenants.scope("acme") == "acme", "the record counts again", WAIT_S)
+        assert gateway.keys.authenticate(text, "infer").tenant == "acme"
+    async with Bus.connect(broker.settings, broker.home, "modelstore", follow=False) as bus:
+        assert await SignedBucket(bus, "tenants", MessageType.TENANT).require(token("acme")) == sealed
+
+
+async def test_what_a_revoked_model_store_signed_before_the_leak_is_signed_anew_and_what_came_later_is_not(
+    broker: Broker, one: Services
+) -> None:
+    home = broker.home
+    served = await one.push("m", models.add(1.0))
+    old = load_identity(home.identity("modelstore"))
+    leak = SystemClock().utc_ms()
+    await wait_until(lambda: SystemClock().utc_ms() > leak, "time goes on", WAIT_S)
+    async with Bus.connect(broker.settings, home, "modelstore", follow=False) as thief:
+        assert thief.signer.kid == old.kid
+        await SignedBucket(thief, "aliases", MessageType.ALIAS).put("theirs", b"theirs")
+    identities.rotate(home, root(home), "modelstore", grace_s=3600)
+    done = await resign(broker.settings, home, {old.kid}, leak)
+    key = one.bus.names.version_key("m", served.manifest.version)
+    assert f"models/{key}" in done.signed
+    assert len(done.signed) == 2  # and its alias
+    assert done.left == ["aliases/theirs"]
+    identities.revoke(home, root(home), old.kid.hex())
+    async with Bus.connect(broker.settings, home, "gateway", follow=False) as bus:
+        frame = await KvBucket(bus, "models").get(key)
+        assert frame is not None
+        assert open_manifest(bus.verifier, bus.names, key, frame) == served.manifest
+        assert await SignedBucket(bus, "aliases", MessageType.ALIAS).get("theirs") is None
+    again = await resign(broker.settings, home, {old.kid}, leak)
+    assert again.signed == []
+
+
+async def test_a_key_does_not_vouch_for_what_it_signed_itself(broker: Broker) -> None:
+    await prepared(broker)
+    done = await resign(broker.settings, broker.home, keys_of(broker.home, "modelstore"), SystemClock().utc_ms())
+    assert done.nobody == ["models", "aliases"]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from tether.bus.believed import Believed
 from tether.envelope import Envelope, MessageType
 from tether.errors import (
     BrokerUnavailable,
@@ -23,6 +24,7 @@ from tether.errors import (
     PermissionDenied,
     SubjectMismatch,
     TetherError,
+    Unavailable,
     VersionConflict,
 )
 
@@ -229,7 +231,7 @@ class SignedBucket:
 
     def __init__(self, bus: Bus, name: str, kind: MessageType) -> None:
         self._bus = bus
-        self._kind = kind
+        self.kind = kind
         self._ordered = name in ORDERED
         self._issued: dict[str, int] = {}
         self.raw = KvBucket(bus, name)
@@ -237,6 +239,18 @@ class SignedBucket:
     async def get(self, key: str) -> bytes | None:
         frame = await self.raw.get(key)
         return None if frame is None else self._open(key, frame)
+
+    async def require(self, key: str) -> bytes | None:
+        """:meth:`get` for who must not take an entry that does not count for none at all.
+
+        Raises:
+            Unavailable: there is an entry, and it cannot be believed.
+        """
+        frame = await self.raw.get(key)
+        body = None if frame is None else self._open(key, frame)
+        if frame is not None and body is None:
+            raise Unavailable(f"an entry of bucket '{self.raw.name}' cannot be believed; see 'tether identity resign'")
+        return body
 
     async def put(self, key: str, body: bytes, *, ttl_s: int | None = None) -> None:
         """Store, whatever was there.
@@ -279,7 +293,7 @@ class SignedBucket:
             headers["Nats-TTL"] = str(max(1, ttl_s))
         after = max(latest.issued_at, self._issued.get(key, 0))
         issued = max(self._bus.clock.utc_ms(), after + 1)
-        frame = self._bus.signer.seal(self._kind, self.raw.subject(key), body, after=issued - 1)
+        frame = self._bus.signer.seal(self.kind, self.raw.subject(key), body, after=issued - 1)
         await self._bus.publish_acked(self.raw.subject(key), frame, headers=headers)
         if self._ordered:
             self._issued[key] = max(issued, self._issued.get(key, 0))
@@ -295,22 +309,30 @@ class SignedBucket:
         return {key: body for key, body in opened.items() if body is not None}
 
     @asynccontextmanager
-    async def watch(self, on_change: OnChange, *, key: str = "", refetch: bool = True) -> AsyncIterator[None]:
-        """:meth:`KvBucket.watch` with verified bodies; an entry that fails verification changes nothing."""
+    async def watch(
+        self,
+        on_change: OnChange,
+        *,
+        key: str = "",
+        refetch: bool = True,
+        on_refused: Callable[[str], None] | None = None,
+        withdraw: bool = False,
+    ) -> AsyncIterator[None]:
+        """:meth:`KvBucket.watch` with verified bodies; an entry that fails verification changes nothing.
 
-        def verified(key: str, frame: bytes | None) -> None:
-            if frame is None:
-                on_change(key, None)
-                return
-            body = self._open(key, frame)
-            if body is not None:
-                on_change(key, body)
-
-        async with self.raw.watch(verified, key=key, refetch=refetch):
-            yield
+        ``on_refused`` hears of it; with ``withdraw`` an entry goes when the key that signed it is revoked.
+        """
+        verifier = self._bus.verifier
+        believed = Believed(verifier, self._open, on_change, on_refused=on_refused, withdraw=withdraw)
+        forget = verifier.on_replace(believed.look_again)
+        try:
+            async with self.raw.watch(believed.heard, key=key, refetch=refetch):
+                yield
+        finally:
+            forget()
 
     def _seal(self, key: str, body: bytes) -> bytes:
-        return self._bus.signer.seal(self._kind, self.raw.subject(key), body, after=self._issued.get(key, 0))
+        return self._bus.signer.seal(self.kind, self.raw.subject(key), body, after=self._issued.get(key, 0))
 
     def _open(self, key: str, frame: bytes) -> bytes | None:
         envelope = self._envelope(key, frame)
@@ -321,7 +343,7 @@ class SignedBucket:
         try:
             try:
                 envelope = self._bus.verifier.open(
-                    frame, subject=self.raw.subject(key), types=(self._kind,), stored=True
+                    frame, subject=self.raw.subject(key), types=(self.kind,), stored=True
                 )
             except SubjectMismatch as error:
                 raise KvBinding(f"an entry of bucket '{self.raw.name}' was signed for another key") from error

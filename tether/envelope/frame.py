@@ -216,6 +216,7 @@ class Verifier:
         self._seen: OrderedDict[bytes, int] = OrderedDict()
         self._replay_capacity = replay_capacity
         self._trusted = _Trusted(keyset, {})
+        self._replaced: list[Callable[[], None]] = []
 
     @property
     def keyset(self) -> Keyset:
@@ -225,6 +226,13 @@ class Verifier:
     def replace(self, keyset: Keyset) -> None:
         """Go by another keyset from the next frame on; what was seen stays remembered."""
         self._trusted = _Trusted(keyset, self._trusted.keys)
+        for callback in list(self._replaced):
+            callback()
+
+    def on_replace(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call ``callback`` whenever another keyset counts. Returns what ends that."""
+        self._replaced.append(callback)
+        return lambda: self._replaced.remove(callback)
 
     def open(
         self,

@@ -81,11 +81,13 @@ class ApiKeys:
         self._callers: dict[bytes, Caller] = {}
         self._in_session: dict[bytes, Caller] = {}
         self._by_id: dict[str, ApiKey] = {}
+        self._doubtful: set[bytes] = set()
+        """Keys of tenants whose record cannot be believed."""
         tenants.on_change(self._tenant_changed)
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        async with self.bucket.watch(self._changed):
+        async with self.bucket.watch(self._changed, withdraw=True):
             yield
 
     def _changed(self, key: str, body: bytes | None) -> None:
@@ -93,14 +95,22 @@ class ApiKeys:
         old = self._by_id.pop(key, None)
         if old is not None:
             self._callers.pop(bytes.fromhex(old.hash), None)
+            self._doubtful.discard(bytes.fromhex(old.hash))
         self._in_session.clear()
         if record is not None and record.id == key:
             self._by_id[key] = record
             self._admit(record)
 
     def _admit(self, record: ApiKey) -> None:
-        if not record.revoked:
-            self._callers[bytes.fromhex(record.hash)] = Caller(record, self._tenants.get(record.tenant))
+        digest = bytes.fromhex(record.hash)
+        self._callers.pop(digest, None)
+        self._doubtful.discard(digest)
+        if record.revoked:
+            return
+        if self._tenants.doubtful(record.tenant):
+            self._doubtful.add(digest)
+        else:
+            self._callers[digest] = Caller(record, self._tenants.get(record.tenant))
 
     def _tenant_changed(self, name: str) -> None:
         self._in_session.clear()
@@ -139,11 +149,13 @@ class ApiKeys:
 
         Raises:
             Unauthenticated: no key, or none that counts; missing, unknown, wrong, revoked and expired say the same.
-            Forbidden: the key lacks the scope.
+            Forbidden: the key lacks the scope, or the record of its tenant cannot be believed.
         """
         digest = hashlib.sha256(text.encode()).digest()
         caller = self._callers.get(digest) or self._of_session(text, digest)
         now = self._now()
+        if caller is None and digest in self._doubtful:
+            raise _doubtful()
         if caller is None or 0.0 < caller.expires_at <= now:
             raise Unauthenticated("Invalid API key")
         if scope not in caller.scopes:
@@ -161,7 +173,13 @@ class ApiKeys:
             key = self._by_id.get(session.key)
             if key is None or key.revoked or key.tenant != session.tenant:
                 return None
+            if self._tenants.doubtful(key.tenant):
+                raise _doubtful()
             if len(self._in_session) >= CACHED:
                 self._in_session.clear()
             caller = self._in_session[digest] = Caller(key, self._tenants.get(key.tenant), session)
         return caller
+
+
+def _doubtful() -> Forbidden:
+    return Forbidden("the record of this key's tenant cannot be verified; an administrator must sign it anew")

@@ -12,7 +12,7 @@ from tether.bus.kv import SignedBucket
 from tether.envelope import MessageType
 from tether.errors import BadEncoding
 from tether.job import SHARED
-from tether.subjects import token
+from tether.subjects import name_of, token
 from tether.tenant import Tenant
 
 log = logging.getLogger(__name__)
@@ -25,23 +25,32 @@ class Tenants:
         self.bucket = SignedBucket(bus, "tenants", MessageType.TENANT)
         self._known: dict[str, Tenant] = {}
         self._scopes: dict[str, str] = {}
+        self._doubtful: set[str] = set()
         self._listeners: list[Callable[[str], None]] = []
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        async with self.bucket.watch(self._changed):
+        async with self.bucket.watch(self._changed, on_refused=self._refused):
             yield
 
     def on_change(self, listener: Callable[[str], None]) -> None:
         """Call ``listener`` with a tenant's name whenever its record came, changed or went."""
         self._listeners.append(listener)
 
+    def _refused(self, key: str) -> None:
+        """The record before it stays in force; without one nobody knows what the tenant may do."""
+        name = name_of(key)
+        if name not in self._known:
+            self._doubtful.add(name)
+            self._tell(name)
+
     def _changed(self, key: str, body: bytes | None) -> None:
+        self._doubtful.discard(name_of(key))
         if body is None:
-            for name in [name for name in self._known if token(name) == key]:
-                del self._known[name]
-                self._scopes.pop(name, None)
-                self._tell(name)
+            name = name_of(key)
+            self._known.pop(name, None)
+            self._scopes.pop(name, None)
+            self._tell(name)
             return
         try:
             record = codec.decode(body, Tenant)
@@ -67,6 +76,10 @@ class Tenants:
     def get(self, name: str) -> Tenant:
         """The tenant's record, or the defaults when it has none."""
         return self._known.get(name) or Tenant(name)
+
+    def doubtful(self, name: str) -> bool:
+        """Whether the tenant has a record that cannot be believed: not even its defaults may be taken for granted."""
+        return name in self._doubtful
 
     def weight(self, name: str) -> float:
         """Its share of a saturated platform, relative to the other tenants'."""

@@ -45,7 +45,7 @@ class StorageQuota:
             check_stored_bytes(tenant, await self._registry.stored_bytes(tenant.name), manifest.size)
 
     async def _tenant(self, name: str) -> Tenant | None:
-        body = await self._tenants.get(token(name))
+        body = await self._tenants.require(token(name))
         try:
             return None if body is None else codec.decode(body, Tenant)
         except BadEncoding as error:
