@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from tether import client_flows as flows
-from tether import client_models, client_push
+from tether import client_models, client_pull, client_push
 from tether.client_flows import Inputs, JobInfo, JobOptions, JobPage, Json, Outputs, Version
 from tether.client_http import Flow, Lost, Pause, Policy, Progress, Reply
 from tether.client_wire import AsyncWire
@@ -224,6 +224,24 @@ class AsyncClient:
             "run_timeout_s": run_timeout_s,
         }
         return await self.run(lambda policy: client_push.push(policy, name, model, params, progress), timeout)
+
+    async def pull(
+        self,
+        name: str,
+        folder: str | Path,
+        *,
+        version: int | str = "latest",
+        progress: Progress | None = None,
+        timeout: float = client_push.PUSH_TIMEOUT_S,
+    ) -> Json:
+        """Write the files of a version below ``folder``, each compared with its digest.
+
+        Raises:
+            ModelNotFound: there is no such version.
+            Conflict: a file of the same name with other content is there.
+        """
+        flow = partial(client_pull.pull, name=name, version=str(version), folder=Path(folder), progress=progress)
+        return await self.run(flow, timeout)
 
     async def promote(
         self,

@@ -39,9 +39,10 @@ def _work() -> dict[str, Group]:
             {"list": jobs.listing, "get": jobs.get, "wait": jobs.wait, "cancel": jobs.cancel},
         ),
         "model": (
-            "Models: push, list, show, promote, roll back, delete.",
+            "Models: push, pull, list, show, promote, roll back, delete.",
             {
                 "push": models.push,
+                "pull": models.pull,
                 "list": models.listing,
                 "show": models.show,
                 "promote": models.promote,

@@ -112,6 +112,26 @@ def push(
     say(f"{told.get('size')} bytes, {told.get('stored_bytes')} of them sent; the rest was there already")
 
 
+def pull(
+    name: ModelName,
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where the files go; made when it is not there.")],
+    *,
+    version: Annotated[str, typer.Option("--version", metavar="V", help="A version's number or an alias.")] = "latest",
+    url: Url = None,
+    timeout: Timeout = 600.0,
+    json_output: JsonFlag = False,
+) -> None:
+    """Write the files of a version to a folder."""
+    with connect(url, timeout) as client, progress("pulling", None, unit="bytes") as done:
+        told = client.pull(name, folder, version=version, progress=done, timeout=timeout)
+    if json_output:
+        print_json(told)
+        return
+    for path in told["files"]:
+        typer.echo(path)
+    say(f"version {told['version']}, {told['size']} bytes")
+
+
 def listing(*, url: Url = None, json_output: JsonFlag = False) -> None:
     """List models with their versions and aliases."""
     with connect(url) as client:

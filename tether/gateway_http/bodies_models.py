@@ -89,6 +89,15 @@ class NewFile(Struct, forbid_unknown_fields=True):
     sizes: Annotated[list[int], Meta(max_length=131072)]
 
 
+class VersionFiles(Struct):
+    """Everything that a version is made of."""
+
+    model: str
+    version: int
+    platform: str
+    files: list[NewFile]
+
+
 class NewVersion(Struct, forbid_unknown_fields=True):
     """Files whose pieces are stored, to become a version. `platform` is its format; one that is a program needs the scope
     `models:code`. `run_timeout_s` ends the process of a model whose run takes longer; 0 is the worker's setting."""

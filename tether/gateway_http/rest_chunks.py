@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 from tether.bus.chunks import ObjectChunkStore
-from tether.errors import InvalidRequest, PayloadTooLarge
+from tether.errors import InvalidRequest, NotFound, PayloadTooLarge
 from tether.gateway_http import bodies, bodies_models
 from tether.gateway_http.rest_models import TAG, pushed, registered
 from tether.gateway_http.routing import OCTETS, Call, Media, Reply, Row
@@ -82,7 +83,50 @@ async def _register(call: Call) -> Reply:
     return Reply(pushed(answer, 0), 201 if answer.created else 200)
 
 
+async def _files(call: Call) -> Reply:
+    manifest = call.gateway.catalog.resolve(_name(call), call.path("version")).manifest
+    files = [_described(file) for file in manifest.files]
+    return Reply(bodies_models.VersionFiles(manifest.name, manifest.version, manifest.platform, files))
+
+
+def _described(file: ModelFile) -> bodies_models.NewFile:
+    chunks, sizes = [digest for digest, _ in file.pieces()], [size for _, size in file.pieces()]
+    return bodies_models.NewFile(file.path, file.size, file.digest, chunks, sizes)
+
+
+async def _get(call: Call) -> Reply:
+    """A piece, to those who may read a version that it belongs to."""
+    name, digest = _name(call), _digest(call.path("digest"), "digest")
+    manifest = call.gateway.catalog.resolve(name, call.path("version")).manifest
+    if not any(digest in file.chunks for file in manifest.files):
+        raise NotFound(f"version {manifest.version} of model '{name}' has no piece {digest}", field="digest")
+    async with aclosing(_store(call).get([digest])) as pieces:
+        return Reply(await anext(pieces), content_type=OCTETS)
+
+
+_VERSION = "/v1/models/{name}/versions/{version}"
+
 ROWS = [
+    Row(
+        "GET",
+        f"{_VERSION}/files",
+        "List the files of a version and their pieces",
+        TAG,
+        _files,
+        {200: bodies_models.VersionFiles},
+        "models:read",
+        errors=(404,),
+    ),
+    Row(
+        "GET",
+        f"{_VERSION}/chunks/{{digest}}",
+        "Fetch one piece of a version",
+        TAG,
+        _get,
+        {200: Media(OCTETS, "The piece; compare its SHA-256 with its name.")},
+        "models:read",
+        errors=(404, 503, 504),
+    ),
     Row(
         "POST",
         "/v1/models/{name}/chunks:missing",

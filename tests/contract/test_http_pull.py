@@ -1,0 +1,64 @@
+"""Fetching a version's files over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import bundles
+import models
+import pytest
+from served import Served, until
+
+from tether import Client
+from tether.errors import Conflict, ModelNotFound, NotFound
+
+
+@pytest.fixture
+def sdk(served: Served) -> Iterator[Client]:
+    with Client(served.url, served.key) as client:
+        yield client
+
+
+def test_what_was_pushed_is_pulled(served: Served, sdk: Client, tmp_path: Path) -> None:
+    source = tmp_path / "model.onnx"
+    source.write_bytes(models.padded(9 << 20, seed=77))
+    sdk.push("pulled", source)
+    until(lambda: "pulled" in {model["name"] for model in sdk.models()}, "the gateway knows it")
+    seen: list[int] = []
+    told = sdk.pull("pulled", tmp_path / "out", progress=seen.append)
+    assert (told["version"], told["files"], told["size"]) == (1, ["model.onnx"], source.stat().st_size)
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == source.read_bytes()
+    assert seen == [source.stat().st_size]
+    assert sdk.pull("pulled", tmp_path / "out", version=1) == told
+    (tmp_path / "out" / "model.onnx").write_bytes(b"mine")
+    with pytest.raises(Conflict, match="other content"):
+        sdk.pull("pulled", tmp_path / "out")
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == b"mine"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.onnx"]
+    with pytest.raises(ModelNotFound):
+        sdk.pull("pulled", tmp_path / "none", version=7)
+
+
+def test_a_folder_comes_back_as_a_folder(sdk: Client, tmp_path: Path) -> None:
+    folder = bundles.write(tmp_path / "bundle", bias=1.25)
+    sdk.push("pulled-folder", folder)
+    until(lambda: "pulled-folder" in {model["name"] for model in sdk.models()}, "the gateway knows it")
+    sdk.pull("pulled-folder", tmp_path / "out")
+    found = {path.relative_to(tmp_path / "out"): path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
+    assert found == {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+
+
+def test_a_piece_is_given_only_as_part_of_a_version_that_may_be_read(
+    served: Served, sdk: Client, tmp_path: Path
+) -> None:
+    for name in ("mine", "theirs"):
+        path = tmp_path / f"{name}.onnx"
+        path.write_bytes(models.padded(1 << 20, seed=len(name)))
+        sdk.push(f"piece-{name}", path)
+        until(lambda name=name: f"piece-{name}" in {model["name"] for model in sdk.models()}, "it is known")
+    with served.client() as http:
+        theirs = http.get("/v1/models/piece-theirs/versions/1/files").json()["files"][0]["chunks"][0]
+        assert http.get(f"/v1/models/piece-theirs/versions/latest/chunks/{theirs}").status_code == 200
+        refused = http.get(f"/v1/models/piece-mine/versions/1/chunks/{theirs}")
+        assert (refused.status_code, refused.json()["code"]) == (404, NotFound.code)
