@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from tether.bus.chunks import ObjectChunkStore
@@ -15,6 +17,7 @@ from tether.bus.tenant_keys import Keyring
 from tether.errors import ModelNotFound, TetherError
 from tether.lifecycle import Tasks
 from tether.model import Manifest, ModelRef
+from tether.ports import Runtime
 from tether.worker import runtimes
 from tether.worker.instance import ModelInstance
 from tether.worker.keepalive import KeepAlive
@@ -109,10 +112,28 @@ class Holder:
         manifest = await self._manifest(ref)
         store = ObjectChunkStore(self._bus, self._bus.names.chunk_bucket(ref.model))
         directory = await fetch_model(self._bus, store, manifest, self._cache)
-        runtime = await asyncio.to_thread(runtimes.load, manifest, directory, self._options(manifest))
+        runtime = await self._runtime(manifest, directory)
         instance = ModelInstance(self._bus, manifest, runtime, self._keepalive, self._keyring)
-        await instance.start()
+        try:
+            await instance.start()
+        except BaseException:
+            await instance.stop(0)
+            raise
         return instance
+
+    async def _runtime(self, manifest: Manifest, directory: Path) -> Runtime:
+        """Load in a thread; what nobody wants any more when it is ready is closed."""
+        closed = threading.Event()
+        load = partial(runtimes.load, manifest, directory, self._options(manifest), closed)
+        loading = asyncio.ensure_future(asyncio.to_thread(load))
+        try:
+            return await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            closed.set()
+            await asyncio.wait({loading})
+            if loading.exception() is None:
+                loading.result().close()
+            raise
 
     def _options(self, manifest: Manifest) -> Options:
         settings = self._bus.settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ FILES = {ONNX_PLATFORM: "onnx", "python": "custom"}
 """Platform (the OIP string) -> the module of this package that loads it with ``load(manifest, directory, options)``."""
 
 
-def load(manifest: Manifest, directory: Path, options: Options) -> Runtime:
+def load(manifest: Manifest, directory: Path, options: Options, closed: threading.Event | None = None) -> Runtime:
     """Load a version's files into memory, in a process of their own unless the model may run in the worker's. Blocks.
+
+    Setting ``closed`` ends a process that is being started.
 
     Raises:
         ModelRejected: no runtime serves the manifest's platform, or the framework refuses the files.
     """
     _file(manifest)
     if isolation_of(manifest) is Isolation.PROCESS:
-        return ProcessRuntime(manifest, directory, options)
+        return ProcessRuntime(manifest, directory, options, closed)
     return load_here(manifest, directory, options)
 
 

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 LARGEST_FRAME = 1 << 30
 _LENGTH = struct.Struct(">I")
+_LOOK_S = 0.2
+"""How often whoever waits looks whether it should."""
 _BACKOFF_S = (0.0, 0.1, 0.5, 2.0, 5.0)
 """Wait before the n-th start in a row without a run that ended."""
 
@@ -62,15 +64,20 @@ class Ended(NamedTuple):
 
 
 class ProcessRuntime:
-    """See :class:`tether.ports.Runtime`. Its process is started again, with backoff, by the next run after its end."""
+    """See :class:`tether.ports.Runtime`. Its process is started again, with backoff, by the next run after its end.
 
-    def __init__(self, manifest: Manifest, directory: Path, options: Options) -> None:
+    Whoever sets ``closed`` ends what it waits for, its making included.
+    """
+
+    def __init__(
+        self, manifest: Manifest, directory: Path, options: Options, closed: threading.Event | None = None
+    ) -> None:
         self._start = Start(manifest, str(directory), options)
         self._options = options
         self._outputs = tuple(spec.name for spec in manifest.outputs)
         self._child: subprocess.Popen[bytes] | None = None
         self._failures = 0
-        self._closed = threading.Event()
+        self._closed = closed or threading.Event()
         self._spawn()
 
     @property
@@ -132,8 +139,8 @@ class ProcessRuntime:
             raise InferenceFailed("the model's process is gone")
         end = time.monotonic() + timeout_s
         try:
-            write_frame(child.stdin.fileno(), question, end)
-            answer = codec.unpack(read_frame(child.stdout.fileno(), end))
+            write_frame(child.stdin.fileno(), question, end, self._closed)
+            answer = codec.unpack(read_frame(child.stdout.fileno(), end, self._closed))
             good, content = answer
         except TimeoutError as error:
             raise self._broken(Ended(f"took longer than {timeout_s:g} s and was ended", "timeout")) from error
@@ -189,8 +196,8 @@ def _environment(threads: int) -> dict[str, str]:
     }
 
 
-def write_frame(descriptor: int, content: bytes, end: float) -> None:
-    """Write one frame before the monotonic time ``end``.
+def write_frame(descriptor: int, content: bytes, end: float, closed: threading.Event | None = None) -> None:
+    """Write one frame before the monotonic time ``end``, or until ``closed`` is set.
 
     Raises:
         TimeoutError: the other side did not take it in time.
@@ -202,31 +209,31 @@ def write_frame(descriptor: int, content: bytes, end: float) -> None:
     os.set_blocking(descriptor, False)
     rest = memoryview(_LENGTH.pack(len(content)) + content)
     while rest:
-        _wait(descriptor, select.POLLOUT, end)
+        _wait(descriptor, select.POLLOUT, end, closed)
         try:
             rest = rest[os.write(descriptor, rest[: 1 << 20]) :]
         except BlockingIOError:
             continue
 
 
-def read_frame(descriptor: int, end: float) -> bytes:
-    """Read one frame before the monotonic time ``end``.
+def read_frame(descriptor: int, end: float, closed: threading.Event | None = None) -> bytes:
+    """Read one frame before the monotonic time ``end``, or until ``closed`` is set.
 
     Raises:
         TimeoutError: it did not come in time.
         EOFError: the other side is gone.
         ValueError: it says that it is too large.
     """
-    (length,) = _LENGTH.unpack(_read(descriptor, _LENGTH.size, end))
+    (length,) = _LENGTH.unpack(_read(descriptor, _LENGTH.size, end, closed))
     if length > LARGEST_FRAME:
         raise ValueError("frame too large")
-    return _read(descriptor, length, end)
+    return _read(descriptor, length, end, closed)
 
 
-def _read(descriptor: int, length: int, end: float) -> bytes:
+def _read(descriptor: int, length: int, end: float, closed: threading.Event | None) -> bytes:
     found = bytearray()
     while len(found) < length:
-        _wait(descriptor, select.POLLIN, end)
+        _wait(descriptor, select.POLLIN, end, closed)
         part = os.read(descriptor, min(length - len(found), 1 << 20))
         if not part:
             raise EOFError
@@ -234,9 +241,15 @@ def _read(descriptor: int, length: int, end: float) -> bytes:
     return bytes(found)
 
 
-def _wait(descriptor: int, event: int, end: float) -> None:
+def _wait(descriptor: int, event: int, end: float, closed: threading.Event | None) -> None:
     poll = select.poll()
     poll.register(descriptor, event)
-    left = end - time.monotonic()
-    if left <= 0 or not poll.poll(None if left == math.inf else left * 1000):
-        raise TimeoutError
+    while (left := end - time.monotonic()) > 0:
+        if closed is not None and closed.is_set():
+            raise EOFError
+        if closed is None and left == math.inf:
+            poll.poll()
+            return
+        if poll.poll(min(left, _LOOK_S) * 1000):
+            return
+    raise TimeoutError

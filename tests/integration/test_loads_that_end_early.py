@@ -1,0 +1,50 @@
+"""A worker that stops while it loads a model leaves no process behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+import bundles
+import psutil
+import pytest
+from brokers import wait_until
+from services import Services
+
+from tether.errors import ModelRejected
+from tether.model import Batching, Manifest, ModelFile
+from tether.worker import runtimes
+from tether.worker.runtimes.process import Options
+
+SLOW = "import time\ntime.sleep(600)\nclass Model: pass"
+
+
+def children(folder: Path) -> list[psutil.Process]:
+    """Processes of the model that lies in ``folder``."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if child.cwd() == str(folder):
+                found.append(child)
+    return found
+
+
+async def test_a_load_that_nobody_wants_ends_its_process(one: Services, tmp_path: Path) -> None:
+    file = ModelFile("model.py", 1, "0" * 64, ("0" * 64,), (1,))
+    manifest = Manifest("m", 1, "python", (file,), (), (), Batching(8), 0.0, "test")
+    holder = one.workers[0].holder
+    loading = asyncio.create_task(holder._runtime(manifest, bundles.write(tmp_path / "slow", code=SLOW)))
+    await wait_until(lambda: bool(children(tmp_path / "slow")), "the process is there")
+    loading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await loading
+    assert not children(tmp_path / "slow")
+
+
+def test_a_model_that_takes_too_long_to_load_is_refused(tmp_path: Path) -> None:
+    file = ModelFile("model.py", 1, "0" * 64, ("0" * 64,), (1,))
+    manifest = Manifest("m", 1, "python", (file,), (), (), Batching(8), 0.0, "test")
+    with pytest.raises(ModelRejected, match=r"took longer than 0\.5 s"):
+        runtimes.load(manifest, bundles.write(tmp_path / "slow", code=SLOW), Options(load_timeout_s=0.5))
+    assert not children(tmp_path / "slow")
