@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,9 +18,10 @@ from served import Served, until
 from tether import apikey
 from tether.apikey import ApiKey
 from tether.envelope import Identity, Role, Session, Signer, issue_session, new_identity
-from tether.errors import Unauthenticated
+from tether.errors import RateLimited, Unauthenticated
 from tether.gateway_http import core
 from tether.gateway_http.job_view import rfc3339
+from tether.gateway_http.sessions import FORGERIES
 from tether.home import load_identity
 
 INPUT = {"modelId": "plus", "inputData": [[1, 2, 3, 4]]}
@@ -150,6 +152,42 @@ def test_a_token_that_no_gateway_signed_is_refused_as_any_other_key(http: httpx.
         answer = http.get("/v1/models", headers={"x-api-key": forged(identity, key.id, key.tenant)})
         assert_error(answer, 401, "unauthenticated")
         assert answer.json()["error"] == "Invalid API key"
+
+
+def test_forged_tokens_cost_no_more_than_so_many_signature_checks(http: httpx.Client, served: Served) -> None:
+    """Whoever floods is told to wait; keys and sessions in use go on."""
+    key = served.new_key("models:read")
+    token = session(http, key)["token"]
+    assert status(http, token) == 200
+    keys, record = served.services.gateway.keys, stored(served, key)
+    impostor = new_identity("gateway", Role.GATEWAY)
+    own = load_identity(served.home.identity("gateway"))
+
+    async def flood() -> list[type[Exception]]:
+        checked: list[type[Exception]] = []
+        for number in range(4 * FORGERIES):
+            text = with_kid(forged(impostor, record.id, f"t{number}"), own.kid)
+            try:
+                keys.authenticate(text, "models:read")
+            except (Unauthenticated, RateLimited) as error:
+                checked.append(type(error))
+        assert keys.authenticate(key, "models:read").id == record.id
+        assert keys.authenticate(token, "models:read").id == record.id
+        return checked
+
+    began = time.monotonic()
+    told = served.run(flood())
+    assert RateLimited in told
+    assert told.count(Unauthenticated) <= FORGERIES * (2 + int(time.monotonic() - began))
+    fresh = session(http, key)["token"]
+    until(lambda: status(http, fresh) == 200, "a session that was not seen before counts again")
+
+
+def with_kid(token: str, kid: bytes) -> str:
+    """The token, with the name of another key in it."""
+    head, _, tail = token.removeprefix("ts_").partition(".")
+    payload = kid + base64.urlsafe_b64decode(head + "=" * (-len(head) % 4))[16:]
+    return f"ts_{base64.urlsafe_b64encode(payload).rstrip(b'=').decode()}.{tail}"
 
 
 def test_every_gateway_accepts_the_session_of_one_without_asking(http: httpx.Client, served: Served) -> None:

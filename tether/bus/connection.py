@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from tether import metrics
 from tether.bus.errors import ApiError, JetStreamError, PubAck, parse_ack, translate
 from tether.bus.keyset import SeenKeyset, following, standing
 from tether.bus.link import Link, Message, Subscription
+from tether.bus.seldom import Seldom
 from tether.clock import SystemClock
 from tether.envelope import Envelope, MessageType, Signer, Verifier
 from tether.errors import BrokerUnavailable, EnvelopeError, KeyRevoked, TetherError
@@ -41,6 +43,10 @@ class Bus(Link):
 
     scope: str = SHARED
     """Of a worker: whose lanes it serves; what the keyset says of its key, when it held nothing yet."""
+
+    @cached_property
+    def _told(self) -> Seldom:
+        return Seldom(self.clock.monotonic)
 
     @classmethod
     @asynccontextmanager
@@ -220,7 +226,11 @@ class Bus(Link):
         metrics.ENVELOPES_REJECTED.labels(error.code).inc()
         if self.on_refused is not None:
             self.on_refused(error.code, subject)
-        log.warning("refused a message: %s", error, extra={"action": "envelope_refused", "code": error.code})
+        passed = self._told.passes(error.code)
+        if passed is not None:
+            more = f" ({passed} more like this were not logged)" if passed else ""
+            extra = {"action": "envelope_refused", "code": error.code}
+            log.warning("refused a message: %s%s", error, more, extra=extra)
 
 
 def _stored(message: Message) -> Stored | None:

@@ -149,6 +149,7 @@ class ApiKeys:
 
         Raises:
             Unauthenticated: no key, or none that counts; missing, unknown, wrong, revoked and expired say the same.
+            RateLimited: session tokens are forged by the hundred just now, and this one was not seen before.
             Forbidden: the key lacks the scope, or the record of its tenant cannot be believed.
         """
         digest = hashlib.sha256(text.encode()).digest()

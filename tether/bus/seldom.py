@@ -1,0 +1,29 @@
+"""Says so many things of a kind a second and counts the rest: whoever can cause log lines chooses how many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+LINES = 10
+"""Of one kind, in a second."""
+
+
+class Seldom:
+    """``now`` is monotonic seconds; kinds are few."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._kinds: dict[str, tuple[float, int, int]] = {}
+        """By kind: when its second began, how many were said in it, how many were held back since one was said."""
+
+    def passes(self, kind: str) -> int | None:
+        """How many of this kind were held back since the last one that passed; None: hold this one back too."""
+        now = self._now()
+        began, said, held = self._kinds.get(kind, (now, 0, 0))
+        if now - began >= 1.0:
+            began, said = now, 0
+        if said >= LINES:
+            self._kinds[kind] = (began, said, held + 1)
+            return None
+        self._kinds[kind] = (began, said + 1, 0)
+        return held
