@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import models
 import numpy as np
 import pytest
-from brokers import wait_until
+from brokers import Broker, wait_until
 from services import TENANT, Services, new_job, row
 
 from tether import codec
 from tether.bus import rpc
+from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket
 from tether.bus.pull import BusDelivery
 from tether.dispatcher import service as dispatcher_service
@@ -221,3 +223,23 @@ async def test_a_bundle_whose_answer_could_not_be_sent_is_not_acknowledged(
     monkeypatch.setattr(bus, "publish", flaky)
     assert np.array_equal(await one.infer(served, row(1), timeout_s=10), row(2))
     assert lost == 1
+
+
+async def test_the_end_of_the_keep_alive_thread_keeps_the_event_loop_free(broker: Broker) -> None:
+    """It is asked to stop while its own connection waits, and the worker goes on with what it holds."""
+    entered, leave = threading.Event(), threading.Event()
+
+    class Waiting(KeepAlive):
+        async def _send_due(self, bus: Bus) -> None:  # noqa: ARG002
+            entered.set()
+            leave.wait(30)
+
+    keepalive = Waiting(broker.settings, broker.home, "worker-1")
+    keepalive.start()
+    await wait_until(entered.is_set, "the thread is connected")
+    stopping = asyncio.create_task(keepalive.stop())
+    await asyncio.sleep(0)  # a blocked loop comes back from here only when the thread has ended
+    assert keepalive._thread.is_alive()
+    leave.set()
+    await stopping
+    assert not keepalive._thread.is_alive()

@@ -41,10 +41,10 @@ class KeepAlive:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """Return when the thread has ended."""
+    async def stop(self) -> None:
+        """Return when the thread has ended; it may be waiting for the broker."""
         self._stop.set()
-        self._thread.join(timeout=10)
+        await asyncio.to_thread(self._thread.join, 10)
 
     def hold(self, ack_subject: str, ack_wait_s: float, now: float) -> None:
         """Keep a message from being redelivered until it is dropped. ``now`` is monotonic seconds."""

@@ -138,7 +138,7 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[WorkerService
         bus = await stack.enter_async_context(Bus.connect(settings, home, settings.worker_name))
         keepalive = KeepAlive(settings, home, settings.worker_name)
         keepalive.start()
-        stack.callback(keepalive.stop)
+        stack.push_async_callback(keepalive.stop)
         worker = WorkerService(bus, home, keepalive)
         tasks = await stack.enter_async_context(lifecycle.tasks())
         stack.push_async_callback(worker.holder.stop, settings.drain_s)
