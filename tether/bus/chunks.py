@@ -54,7 +54,7 @@ class ObjectChunkStore:
 
     def __init__(self, bus: Bus, bucket: str, *, deadline_s: float = 3600.0, patience_s: float = 30.0) -> None:
         self._bus = bus
-        self._bucket = bucket
+        self.bucket = bucket
         self._stream = bus.names.object_stream(bucket)
         self._deadline_s = deadline_s
         self._patience_s = patience_s
@@ -144,14 +144,14 @@ class ObjectChunkStore:
         await self._publish_meta(digest, 0, deleted=True)
 
     async def _store(self, digest: str, piece: bytes) -> None:
-        subject = self._bus.names.object_chunk(self._bucket, digest)
+        subject = self._bus.names.object_chunk(self.bucket, digest)
         await self._publish(subject, piece)
         await self._publish_meta(digest, len(piece))
 
     async def _publish_meta(self, digest: str, size: int, *, deleted: bool = False) -> None:
         meta = _Meta(
             name=digest,
-            bucket=self._bucket,
+            bucket=self.bucket,
             nuid=digest,
             size=size,
             mtime=datetime.fromtimestamp(self._bus.clock.utc(), UTC).isoformat().replace("+00:00", "Z"),
@@ -166,7 +166,7 @@ class ObjectChunkStore:
         await self._patiently(lambda: self._bus.publish_acked(subject, payload, headers=dict(_ROLLUP), timeout=limit))
 
     async def _read(self, digest: str) -> bytes:
-        subject = self._bus.names.object_chunk(self._bucket, digest)
+        subject = self._bus.names.object_chunk(self.bucket, digest)
         limit = self._patience_s
         found = await self._patiently(lambda: self._bus.direct_get(self._stream, subject, timeout=limit))
         if found is None:
@@ -174,7 +174,7 @@ class ObjectChunkStore:
         return found.data
 
     def _meta_subject(self, digest: str) -> str:
-        return self._bus.names.object_meta(self._bucket, base64.urlsafe_b64encode(digest.encode()).decode())
+        return self._bus.names.object_meta(self.bucket, base64.urlsafe_b64encode(digest.encode()).decode())
 
     async def _patiently(self, attempt: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Try again while the broker is away; what is tried must be harmless to repeat."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from tether.bus.connection import Bus
 from tether.errors import InvalidRequest
@@ -13,6 +13,8 @@ from tether.ports import ChunkStore
 
 log = logging.getLogger(__name__)
 
+Pieces = AsyncIterator[tuple[str, bytes]]
+
 MODEL_PATH = "model.onnx"
 """What the one file of an ONNX version is called."""
 
@@ -21,11 +23,17 @@ LARGEST_ONNX = (2 << 30) - 1
 
 
 async def upload(
-    bus: Bus, store: ChunkStore, body: AsyncIterator[bytes], *, limit: int, path: str = MODEL_PATH
+    bus: Bus,
+    store: ChunkStore,
+    body: AsyncIterator[bytes],
+    *,
+    limit: int,
+    path: str = MODEL_PATH,
+    counted: Callable[[Pieces], Pieces] = lambda pieces: pieces,
 ) -> tuple[ModelFile, int]:
     """Cut ``body`` into pieces and store those that are new; the file's description and the bytes that were new.
 
-    Only a window of pieces is in memory. Until a manifest names them, stored pieces mean nothing to anybody.
+    Only a window of pieces is in memory; ``counted`` sees each before it is stored. Until a manifest names them, stored pieces mean nothing to anybody.
 
     Raises:
         PayloadTooLarge: ``body`` has more than ``limit`` bytes, or than ONNX allows; nothing more of it was read.
@@ -34,7 +42,7 @@ async def upload(
     """
     began = bus.clock.monotonic()
     cutter = Cutter()
-    stored = await store.put(cut(body, min(limit, LARGEST_ONNX), cutter))
+    stored = await store.put(counted(cut(body, min(limit, LARGEST_ONNX), cutter)))
     if not cutter.sizes:
         raise InvalidRequest("the body is empty; send the bytes of the model file", field="body")
     size, seconds = sum(cutter.sizes), bus.clock.monotonic() - began

@@ -18,6 +18,7 @@ from tether.gateway_http.catalog import Catalog, Served
 from tether.gateway_http.job_room import JobRoom
 from tether.gateway_http.jobs import JobService
 from tether.gateway_http.limits import Limits
+from tether.gateway_http.loose_pieces import LoosePieces
 from tether.gateway_http.patience import Patience
 from tether.gateway_http.tenants import Tenants
 from tether.home import Home
@@ -38,6 +39,7 @@ class Gateway:
         self.patience = Patience(bus.settings.body_timeout_s)
         self.catalog = Catalog(bus)
         self.tenants = Tenants(bus)
+        self.loose = LoosePieces(bus.clock.monotonic, self.catalog.stored_bytes)
         self.keys = ApiKeys(bus, self.tenants)
         self.limits = Limits(bus, tasks, self.keys.find, self.tenants.find)
         self.seals = TenantSeals(bus, keyring, self.tenants)

@@ -48,7 +48,11 @@ async def _put(call: Call) -> Reply:
     async def only() -> AsyncIterator[tuple[str, bytes]]:
         yield digest, piece
 
+    tenant, loose = call.gateway.tenants.get(call.tenant), call.gateway.loose
+    counted = loose.take(tenant, store.bucket, digest, len(piece))
     stored = await store.put(only())
+    if counted and not stored:
+        loose.drop(tenant.name, store.bucket, [digest])
     return Reply(bodies_models.StoredChunk(digest, len(piece), stored), 201 if stored else 200)
 
 

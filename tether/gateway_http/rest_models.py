@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated
 
 import msgspec
@@ -101,11 +102,13 @@ async def _push(call: Call) -> Reply:
     if call.heading.encoding not in ("", "identity"):
         raise InvalidRequest("send the model file without Content-Encoding", field="content-encoding")
     tenant = gateway.tenants.get(call.tenant)
-    known = _is_newest(gateway.catalog, name, wanted)
-    if not known:
+    named = _pieces_of_newest(gateway.catalog, name, wanted)
+    if not named:
         check_stored_bytes(tenant, gateway.catalog.stored_bytes(tenant.name), call.heading.length)
     store = ObjectChunkStore(gateway.bus, gateway.bus.names.chunk_bucket(name))
-    file, stored = await upload(gateway.bus, store, _parts(call, None if known else tenant), limit=limit)
+    held = None if named else tenant
+    counted = partial(gateway.loose.counted, tenant, store.bucket, named)
+    file, stored = await upload(gateway.bus, store, _parts(call, held), limit=limit, counted=counted)
     if wanted and wanted != file.digest:
         raise InvalidRequest(
             f"the body's SHA-256 is {file.digest}, x-tether-sha256 says {wanted}; send the file again",
@@ -117,10 +120,11 @@ async def _push(call: Call) -> Reply:
     return Reply(pushed(answer, stored), 201 if answer.created else 200)
 
 
-def _is_newest(catalog: Catalog, name: str, digest: str) -> bool:
-    """Whether the newest version is this file, so that pushing it makes no new one."""
+def _pieces_of_newest(catalog: Catalog, name: str, digest: str) -> frozenset[str]:
+    """The pieces of the newest version when that is this file, so that pushing it makes no new one; else none."""
     versions = catalog.versions(name) if name in catalog.names() else {}
-    return bool(versions) and versions[max(versions)].manifest.files[0].digest == digest
+    file = versions[max(versions)].manifest.files[0] if versions else None
+    return frozenset(file.chunks) if file is not None and file.digest == digest else frozenset()
 
 
 async def _parts(call: Call, tenant: Tenant | None) -> AsyncIterator[bytes]:
@@ -159,6 +163,8 @@ async def registered(call: Call, request: PushRequest) -> PushAnswer:
         answers=MessageType.PUSHED,
         timeout=REGISTER_S,
     )
+    digests = {digest for file in request.files for digest in file.chunks}
+    call.gateway.loose.drop(call.tenant, call.gateway.bus.names.chunk_bucket(request.name), digests)
     return codec.decode(body, PushAnswer)
 
 
