@@ -87,7 +87,7 @@ def test_a_session_may_have_less_and_never_more(http: httpx.Client, served: Serv
 
 def test_a_session_of_an_admin_key_administers_nothing(http: httpx.Client, served: Served) -> None:
     made = session(http, served.key)
-    assert made["scopes"] == ["infer", "jobs", "models:read", "models:write"]
+    assert made["scopes"] == ["infer", "jobs", "models:read", "models:write", "models:code"]
     assert (status(http, made["token"]), status(http, made["token"], "/v1/keys")) == (200, 403)
     assert_error(http.post("/v1/sessions", json={"scopes": ["admin"]}), 400, "bad_json", "admin")
 
