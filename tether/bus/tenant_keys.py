@@ -316,6 +316,7 @@ class TenantSeals:
             keyset_version=keyset.version,
             now_ms=now_ms,
             keep_ms=_KEEP_MS,
+            believed={record.kid for record in keyset.identities if now_ms < record.expires_at},
         )
 
 

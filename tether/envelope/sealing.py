@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import StrEnum
 
 import msgspec
@@ -171,18 +171,20 @@ def brought_up_to_date(
     keyset_version: int,
     now_ms: int,
     keep_ms: int,
+    believed: Collection[bytes] = (),
 ) -> TenantKeys:
     """The tenant's keys as they should be for those who are entitled now (see :func:`entitled`).
 
     A new generation is made when there is none, when ``opener`` cannot open the newest, or when somebody who holds the
-    newest is entitled no longer. Older ones lose such holders' boxes and get those of new holders; a generation that
+    newest is entitled no longer. Older ones get boxes for new holders and lose those of old ones, except of who is still
+    ``believed``: it serves the tenant no more, but has yet to run what was accepted while it did. A generation that
     was replaced more than ``keep_ms`` ago is dropped. Whoever knows an older keyset than the last writer, or is not entitled, changes nothing.
     """
     if current.keyset_version > keyset_version or not any(kid in opener for kid in holders):
         return current
     newest = current.keys[-1] if current.keys else None
     kept = [
-        _rewrapped(key, holders, opener)
+        _rewrapped(key, holders, opener, believed)
         for key, later in zip(current.keys, (*current.keys[1:], None), strict=False)
         if later is None or now_ms - later.made_at < keep_ms
     ]
@@ -193,8 +195,10 @@ def brought_up_to_date(
     return current if keys == current.keys else TenantKeys(current.tenant, keyset_version, keys)
 
 
-def _rewrapped(wrapped: WrappedKey, holders: Mapping[bytes, bytes], opener: KeyOpener) -> WrappedKey:
-    boxes = tuple(box for box in wrapped.boxes if box.kid in holders)
+def _rewrapped(
+    wrapped: WrappedKey, holders: Mapping[bytes, bytes], opener: KeyOpener, believed: Collection[bytes]
+) -> WrappedKey:
+    boxes = tuple(box for box in wrapped.boxes if box.kid in holders or box.kid in believed)
     missing = {kid: public for kid, public in holders.items() if kid not in wrapped.holders()}
     key = opener.open(wrapped) if missing else None
     if key is not None:
