@@ -52,6 +52,18 @@ MODEL_CRASHES = Counter(
 MODEL_RESTARTS = Counter("tether_model_restarts_total", "Model processes that were started again.", ["model"])
 MODELS_LOADED = Gauge("tether_models_loaded", "Model versions this worker holds.")
 
+CHUNKS_BYTES = Counter(
+    "tether_chunks_bytes_total", "Bytes of model files that this worker read, by where from: broker, cache.", ["source"]
+)
+CHUNK_CACHE_BYTES = Gauge("tether_chunk_cache_bytes", "Bytes of pieces in this worker's cache.")
+CHUNK_CACHE_LOST = Counter(
+    "tether_chunk_cache_lost_total",
+    "Times the cache lost a damaged piece ('piece') or was deleted as a whole: damaged, full, suspected, slow, "
+    "too_large, unusable, disk.",
+    ["reason"],
+)
+VERSIONS_EVICTED = Counter("tether_versions_evicted_total", "Assembled versions that a worker deleted to make room.")
+
 WORKERS_READY = Gauge("tether_workers_ready", "Workers that the dispatcher routes to.")
 LANES = Gauge("tether_lanes", "Lanes the dispatcher keeps consumers for.")
 

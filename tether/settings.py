@@ -129,6 +129,13 @@ class Settings:
         60.0, "A model's process is ended when one run takes longer; a version may have its own.", low=0.1, high=86400
     )
     model_memory_mb: int = _setting(0, "Address space of a model's own process; 0: no limit.", low=0, high=1 << 24)
+    cache_mb: int = _setting(
+        4096, "Disk for a worker's cache of pieces of model files; 0: none is kept.", low=0, high=1 << 24
+    )
+    cache_versions_mb: int = _setting(
+        20480, "Disk for a worker's assembled model files; those it holds stay, also above it.", low=0, high=1 << 24
+    )
+    cache_reserve_mb: int = _setting(512, "Disk that a worker's cache leaves free.", low=0, high=1 << 24)
     drain_s: float = _setting(10.0, "How long a stopping service may finish what it holds.", low=0, high=600)
 
     heartbeat_s: float = _setting(0.5, "Time between a worker's heartbeats.", low=0.1, high=60)

@@ -66,7 +66,7 @@ async def test_a_model_that_a_full_disk_refuses_is_reported_and_tried_again_late
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tether.worker.holder.fetch_model", full)
+        patch.setattr("tether.worker.files.fetch_model", full)
         await one.push("bump", models.add(), workers=0)
         await wait_until(lambda: bool(one.workers[0].holder.failed()), "the failure is told")
         told, before = time.monotonic(), tries
@@ -85,7 +85,7 @@ async def test_a_worker_that_stops_while_it_loads_does_not_begin_again(
         loading += 1
         await asyncio.Event().wait()
 
-    monkeypatch.setattr("tether.worker.holder.fetch_model", slow)
+    monkeypatch.setattr("tether.worker.files.fetch_model", slow)
     await one.push("bump", models.add(), workers=0)
     await wait_until(lambda: loading == 1, "it loads")
     await one.workers[0].holder.stop(1)

@@ -9,16 +9,15 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from tether import codec
-from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
 from tether.envelope import MessageType, Role, Verifier
-from tether.errors import BadEncoding, CorruptChunk, RoleNotAllowed, SubjectMismatch, Unavailable
+from tether.errors import BadEncoding, CorruptChunk, RoleNotAllowed, SubjectMismatch, TetherError, Unavailable
 from tether.model import FIXED_PIECE, Manifest, ModelFile, check_name
 from tether.pieces import LARGEST, digest_of
 from tether.processes import alive
@@ -80,7 +79,19 @@ def version_digest(manifest: Manifest) -> str:
     return hashlib.sha256(codec.pack(rows)).hexdigest()
 
 
-async def fetch_model(bus: Bus, store: ObjectChunkStore, manifest: Manifest, cache_dir: Path) -> Path:
+class Pieces(Protocol):
+    """Where pieces come from."""
+
+    def get(self, digests: Sequence[str]) -> AsyncGenerator[bytes, None]: ...
+
+
+Salvage = Callable[[ModelFile, Path], object]
+"""Told of a file that is not whole, before it is deleted; runs in a thread."""
+
+
+async def fetch_model(
+    bus: Bus, store: Pieces, manifest: Manifest, cache_dir: Path, salvage: Salvage | None = None
+) -> Path:
     """The directory below ``cache_dir`` that holds the version's files, whole and verified just now.
 
     What is cached is hashed again; what is damaged or missing is fetched. Safe to run at the same time for the same
@@ -96,7 +107,7 @@ async def fetch_model(bus: Bus, store: ObjectChunkStore, manifest: Manifest, cac
     for file in manifest.files:
         if not await asyncio.to_thread(intact, directory / file.path, file):
             began = bus.clock.monotonic()
-            await download(store, file, directory / file.path)
+            await download(store, file, directory / file.path, salvage)
             seconds = bus.clock.monotonic() - began
             log.info(
                 "fetched %d bytes in %.2f s",
@@ -110,6 +121,11 @@ async def fetch_model(bus: Bus, store: ObjectChunkStore, manifest: Manifest, cac
 def _prepare(directory: Path) -> None:
     """Make the folder, without the unfinished files of processes that were killed."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    clear_leftovers(directory)
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Delete the unfinished files of processes that were killed."""
     for path in directory.rglob(".*"):
         owner = path.name.split(".")[-2]
         if not owner.isdecimal() or not alive(int(owner)):
@@ -129,7 +145,7 @@ def intact(path: Path, file: ModelFile) -> bool:
         return False
 
 
-async def download(store: ObjectChunkStore, file: ModelFile, target: Path) -> None:
+async def download(store: Pieces, file: ModelFile, target: Path, salvage: Salvage | None = None) -> None:
     """Write one file: into a temporary one first, renamed when all of it is proven.
 
     Raises:
@@ -139,7 +155,12 @@ async def download(store: ObjectChunkStore, file: ModelFile, target: Path) -> No
     check_file(file)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(8)}")
     try:
-        await _write(store, file, temporary)
+        try:
+            await _write(store, file, temporary)
+        except TetherError:
+            if salvage is not None:
+                await asyncio.to_thread(salvage, file, temporary)
+            raise
         await asyncio.to_thread(temporary.replace, target)
     except OSError as error:
         raise Unavailable(
@@ -149,7 +170,7 @@ async def download(store: ObjectChunkStore, file: ModelFile, target: Path) -> No
         await asyncio.to_thread(temporary.unlink, missing_ok=True)
 
 
-async def _write(store: ObjectChunkStore, file: ModelFile, target: Path) -> None:
+async def _write(store: Pieces, file: ModelFile, target: Path) -> None:
     """Receive some pieces while those before them are written in a thread.
 
     The hash of the whole vouches for every piece; only when it is wrong is it worth the time to look for the one that is.

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket
-from tether.bus.model_files import fetch_model, open_manifest
+from tether.bus.model_files import open_manifest
 from tether.bus.tenant_keys import Keyring
 from tether.errors import ModelNotFound, TetherError
 from tether.lifecycle import Tasks
 from tether.model import Manifest, ModelRef
 from tether.ports import Runtime
 from tether.worker import runtimes
+from tether.worker.files import WorkerFiles
 from tether.worker.instance import ModelInstance
 from tether.worker.keepalive import KeepAlive
 from tether.worker.runtimes.process import Options
@@ -34,7 +34,7 @@ class Holder:
     def __init__(self, bus: Bus, cache: Path, keepalive: KeepAlive, keyring: Keyring) -> None:
         self._bus = bus
         self._keyring = keyring
-        self._cache = cache
+        self.files = WorkerFiles(bus, cache)
         self._keepalive = keepalive
         self._manifests = KvBucket(bus, "models")
         self._wanted: frozenset[ModelRef] = frozenset()
@@ -66,6 +66,7 @@ class Holder:
         return sum(instance.running for instance in self._instances.values())
 
     async def run(self) -> None:
+        await self.files.sweep()
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -84,6 +85,7 @@ class Holder:
         await self._tasks.cancel()
         instances = [self._instances.pop(ref) for ref in list(self._instances)]
         await asyncio.gather(*[instance.stop(drain_s) for instance in instances])
+        await self.files.close()
 
     async def _load(self, ref: ModelRef) -> None:
         """Try until it is loaded or no longer wanted."""
@@ -110,15 +112,19 @@ class Holder:
 
     async def _loaded(self, ref: ModelRef) -> ModelInstance:
         manifest = await self._manifest(ref)
-        store = ObjectChunkStore(self._bus, self._bus.names.chunk_bucket(ref.model))
-        directory = await fetch_model(self._bus, store, manifest, self._cache)
-        runtime = await self._runtime(manifest, directory)
-        instance = ModelInstance(self._bus, manifest, runtime, self._keepalive, self._keyring)
+        directory = await self.files.fetch(ref, manifest)
         try:
-            await instance.start()
+            runtime = await self._runtime(manifest, directory)
+            instance = ModelInstance(self._bus, manifest, runtime, self._keepalive, self._keyring)
+            try:
+                await instance.start()
+            except BaseException:
+                await instance.stop(0)
+                raise
         except BaseException:
-            await instance.stop(0)
+            self.files.release(ref)
             raise
+        self._tasks.spawn(self.files.remember(manifest, directory), "remember-pieces")
         return instance
 
     async def _runtime(self, manifest: Manifest, directory: Path) -> Runtime:
@@ -151,6 +157,7 @@ class Holder:
         try:
             instance = self._instances.pop(ref)
             await instance.stop(self._bus.settings.drain_s)
+            self.files.release(ref)
             log.info("unloaded", extra={"action": "model_unloaded", "model": ref.model, "version": ref.version})
         finally:
             self._busy.discard(ref)
