@@ -15,6 +15,8 @@ from tether.bus.kv import KvBucket
 from tether.bus.pull import COLD_S, BusDelivery, LanePull
 from tether.bus.topology import lanes_of
 from tether.errors import BrokerUnavailable
+from tether.gateway_http.open_jobs import OpenJobs
+from tether.job import JobId, JobRecord, Priority
 
 
 def subscriptions(bus: Bus) -> int:
@@ -112,3 +114,34 @@ async def test_a_change_heard_while_the_stream_cannot_be_read_is_looked_up_again
     async with bucket.watch(seen.__setitem__):
         await bucket.put("key", b"x")
         await wait_until(lambda: seen.get("key") == b"x", "the change is seen", 5)
+
+
+async def test_who_stops_waiting_for_the_broker_does_not_make_the_connection_deaf(one: Services) -> None:
+    """A task that is cancelled between ping and pong: subscribing and ending do that whenever the machine is busy."""
+    client = one.bus._client
+    for _ in range(3):
+        flushing = asyncio.create_task(one.bus.flush())
+        while not client._pongs:
+            await asyncio.sleep(0)
+        flushing.cancel()
+        await asyncio.gather(flushing, return_exceptions=True)
+        assert flushing.cancelled()
+        await one.bus.flush()
+    assert not client._reading_task.done()
+
+
+async def test_a_connection_that_hears_nothing_any_more_is_made_anew(one: Services) -> None:
+    client, losses = one.bus._client, one.bus.losses
+    client._reading_task.cancel()
+    await wait_until(lambda: one.bus.losses > losses and one.bus.connected, "it is connected again", 30)
+    await one.bus.flush()
+
+
+async def test_jobs_that_were_not_accepted_after_all_are_forgotten_with_their_scope(one: Services) -> None:
+    record = JobRecord(JobId("j"), TENANT, "m", 1, Priority.NORMAL, 0.0, 4e9, "", "b", scope=TENANT)
+    jobs = OpenJobs(one.bus)
+    await jobs.look(TENANT, enough=0)
+    jobs.accepted(TENANT, [record])
+    assert jobs._counts[TENANT].scopes == {record.id: TENANT}
+    jobs.take_back(TENANT, [record], 0)
+    assert (jobs.known(TENANT), jobs._counts[TENANT].scopes) == (0, {})

@@ -20,6 +20,7 @@ import nats.aio.subscription
 import nats.errors
 
 from tether import metrics
+from tether.bus.client import Client
 from tether.bus.errors import denied_subject, permission_denied, translated
 from tether.clock import SystemClock
 from tether.envelope import Signer, Verifier
@@ -106,7 +107,7 @@ class Link:
         """Told the error code and subject of every message that is not acted on."""
         self.on_keyset: Callable[[int, str], None] | None = None
         """Told the version of a new keyset that is believed, and what changed with it."""
-        self._client = nats.aio.client.Client()
+        self._client = Client()
         self._calls: dict[str, _Call] = {}
         self._unheard: set[str] = set()
         """Subjects, in lower case, that the broker refused a subscription to since the last one was asked for."""
@@ -121,7 +122,7 @@ class Link:
 
     async def open_connection(self, seed: str) -> None:
         options = self._options(seed)
-        probe = nats.aio.client.Client()
+        probe = Client()
         with translated(f"connecting to {self.settings.nats_url}"):
             try:
                 await probe.connect(**{**options, "allow_reconnect": False, "error_cb": _ignore})
@@ -254,8 +255,8 @@ class Link:
             if not self.connected:
                 continue
             try:
-                await self._client.flush(timeout=4)
-            except (nats.errors.Error, TimeoutError, OSError):
+                await self._round_trip(4)
+            except (BrokerUnavailable, nats.errors.Error, TimeoutError, OSError):
                 log.warning("the broker does not answer; reconnecting", extra={"action": "broker_deaf"})
                 await self._client.force_reconnect()
 

@@ -74,7 +74,7 @@ class OpenJobs:
         count = self._counts.get(tenant)
         if count is not None:
             for record in records:
-                count.ends.pop(record.id, None)
+                _forget(count, record.id)
             count.seen = min(count.seen, seen)
 
     def forget(self, tenant: str) -> None:
