@@ -299,6 +299,18 @@ class Client:
 
     # administration
 
+    def store(self) -> Json:
+        """What is in the store of model pieces; ``damaged`` lists pieces to push again."""
+        return self.run(lambda policy: flows.get(policy, client_models.STORE))
+
+    def collect(self) -> Json:
+        """Have pieces that no version names collected soon; the store as it is now."""
+        return self.run(lambda policy: client_models.work_on_store(policy, "collect"))
+
+    def scrub(self) -> Json:
+        """Have every stored piece read and compared soon; the store as it is now."""
+        return self.run(lambda policy: client_models.work_on_store(policy, "scrub"))
+
     def create_key(self, tenant: str, scopes: Sequence[str], name: str = "") -> Json:
         """Make an API key; its text is in the answer's ``key`` and is never shown again."""
         return self.run(lambda policy: flows.create_key(policy, tenant, scopes, name))

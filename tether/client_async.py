@@ -291,6 +291,18 @@ class AsyncClient:
 
     # administration
 
+    async def store(self) -> Json:
+        """What is in the store of model pieces; ``damaged`` lists pieces to push again."""
+        return await self.run(lambda policy: flows.get(policy, client_models.STORE))
+
+    async def collect(self) -> Json:
+        """Have pieces that no version names collected soon; the store as it is now."""
+        return await self.run(lambda policy: client_models.work_on_store(policy, "collect"))
+
+    async def scrub(self) -> Json:
+        """Have every stored piece read and compared soon; the store as it is now."""
+        return await self.run(lambda policy: client_models.work_on_store(policy, "scrub"))
+
     async def create_key(self, tenant: str, scopes: Sequence[str], name: str = "") -> Json:
         """Make an API key; its text is in the answer's ``key`` and is never shown again."""
         return await self.run(lambda policy: flows.create_key(policy, tenant, scopes, name))

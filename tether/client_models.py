@@ -62,3 +62,11 @@ def delete(policy: Policy, name: str, version: int) -> Flow[Json]:
 
 def delete_alias(policy: Policy, name: str, alias: str) -> Flow[Json]:
     return (yield from exchange_json(policy, Send("DELETE", alias_path(name, alias)), dict[str, Any]))
+
+
+STORE = "/v1/store"
+
+
+def work_on_store(policy: Policy, work: str) -> Flow[Json]:
+    """Ask for ``work`` on the store of pieces; doing so twice does it once."""
+    return (yield from exchange_json(policy, post(f"{STORE}:{work}", {}, repeatable=True), dict[str, Any]))

@@ -74,6 +74,16 @@ AUDIT_FULL = Gauge("tether_audit_full", "1 while the audit stream is at its size
 
 MODELS_REGISTERED = Counter("tether_models_registered_total", "Versions that became ready.")
 MODELS_REJECTED = Counter("tether_models_rejected_total", "Pushed models that were refused.")
+COLLECTIONS = Counter("tether_collections_total", "Collections of unreferenced pieces, by outcome.", ["outcome"])
+COLLECTION_SECONDS = Histogram("tether_collection_seconds", "Seconds of one collection.", buckets=_SECONDS)
+COLLECTED_PIECES = Counter("tether_collected_pieces_total", "Pieces that no version named and that were removed.")
+COLLECTED_BYTES = Counter("tether_collected_bytes_total", "Bytes of the pieces that were removed.")
+UNREFERENCED_PIECES = Gauge("tether_unreferenced_pieces", "Stored pieces that no version named at the last look.")
+SCRUBBED_BYTES = Counter("tether_scrubbed_bytes_total", "Bytes of stored pieces that were read and compared.")
+SCRUBS = Counter("tether_scrubs_total", "Passes over all stored pieces that came to their end.")
+DAMAGED_PIECES = Gauge(
+    "tether_damaged_pieces", "Pieces that a version names and that are missing or altered: alarm on any."
+)
 
 
 def exposition() -> tuple[bytes, str]:

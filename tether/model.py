@@ -173,6 +173,13 @@ class Change(StrEnum):
     DELETE_ALIAS = "delete_alias"
     ROLLBACK = "rollback"
     DELETE_VERSION = "delete_version"
+    SHOW_STORE = "show_store"
+    COLLECT = "collect"
+    SCRUB = "scrub"
+
+
+STORE_CHANGES = frozenset({Change.SHOW_STORE, Change.COLLECT, Change.SCRUB})
+"""Those that are about the store of pieces, and no model."""
 
 
 class ChangeRequest(msgspec.Struct, frozen=True):
@@ -187,10 +194,32 @@ class ChangeRequest(msgspec.Struct, frozen=True):
     by: str = ""
 
 
+class DamagedPiece(msgspec.Struct, frozen=True):
+    """A piece that is missing or altered, and the versions (``model:version``) that name it."""
+
+    digest: str
+    versions: tuple[str, ...]
+
+
+class StoreState(msgspec.Struct, frozen=True):
+    """The store of pieces: what is in it, what no version names, and what is damaged.
+
+    ``stored_bytes`` is what the broker keeps on its disk, ``named_bytes`` the bytes of the pieces that versions name.
+    """
+
+    pieces: int
+    stored_bytes: int
+    named_pieces: int
+    named_bytes: int
+    unreferenced_pieces: int
+    damaged: tuple[DamagedPiece, ...] = ()
+
+
 class ChangeAnswer(msgspec.Struct, frozen=True):
-    """The alias as it is now; None when it, or a version, is gone."""
+    """The alias as it is now; None when it, or a version, is gone. ``store``: when that was asked for."""
 
     alias: Alias | None = None
+    store: StoreState | None = None
 
 
 LATEST = "latest"

@@ -154,6 +154,29 @@ class Settings:
         256, "Disk for a service's audit entries that the broker has not taken yet.", low=1, high=1 << 20
     )
 
+    upload_ttl_s: float = _setting(
+        86400.0,
+        "How long pieces are kept that no version names: those of uploads that were broken off.",
+        low=3600,
+        high=30 * 86400,
+    )
+    collect_grace_s: float = _setting(
+        7200.0,
+        "How long data stays after a piece was found unreferenced, before it is removed.",
+        low=3600,
+        high=7 * 86400,
+    )
+    collect_interval_s: float = _setting(
+        3600.0, "Time between two collections of unreferenced pieces; 0: only on request.", low=0, high=30 * 86400
+    )
+    scrub_interval_s: float = _setting(
+        86400.0,
+        "Time between two passes that read and prove every stored piece; 0: only on request.",
+        low=0,
+        high=365 * 86400,
+    )
+    scrub_mb_s: float = _setting(8.0, "Megabytes a second that such a pass reads at most.", low=0.1, high=10_000)
+
     workers: int = _setting(2, "Workers that 'tether up' starts.", low=1, high=256)
     log_level: str = _setting("info", "Least severity that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = _setting("json", "Form of log lines.", choices=("json", "text"))

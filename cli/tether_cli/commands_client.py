@@ -39,7 +39,7 @@ def _work() -> dict[str, Group]:
             {"list": jobs.listing, "get": jobs.get, "wait": jobs.wait, "cancel": jobs.cancel},
         ),
         "model": (
-            "Models: push, pull, list, show, promote, roll back, delete.",
+            "Models: push, pull, list, show, promote, roll back, delete; look after their pieces.",
             {
                 "push": models.push,
                 "pull": models.pull,
@@ -48,6 +48,9 @@ def _work() -> dict[str, Group]:
                 "promote": models.promote,
                 "rollback": models.rollback,
                 "delete": models.delete,
+                "store": models.store,
+                "gc": models.collect,
+                "scrub": models.scrub,
             },
         ),
     }

@@ -159,3 +159,34 @@ def show(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) -> 
         print_json(found)
     else:
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+
+
+def store(*, url: Url = None, json_output: JsonFlag = False) -> None:
+    """Show what is in the store of model pieces, and which are damaged."""
+    with connect(url) as client:
+        told = client.store()
+    _store_told(told, json_output=json_output)
+
+
+def collect(*, url: Url = None, json_output: JsonFlag = False) -> None:
+    """Begin to collect pieces that no version names. They are put away first and removed by a later collection."""
+    with connect(url) as client:
+        told = client.collect()
+    _store_told(told, json_output=json_output)
+
+
+def scrub(*, url: Url = None, json_output: JsonFlag = False) -> None:
+    """Begin to read and compare every stored piece; 'tether model store' shows what was found."""
+    with connect(url) as client:
+        told = client.scrub()
+    _store_told(told, json_output=json_output)
+
+
+def _store_told(told: dict[str, Any], *, json_output: bool) -> None:
+    if json_output:
+        print_json(told)
+        return
+    say(f"{told['stored_bytes']} bytes on disk, {told['named_bytes']} of pieces that versions name")
+    say(f"{told['pieces']} pieces, {told['unreferenced_pieces']} of them unreferenced, {len(told['damaged'])} damaged")
+    if told["damaged"]:
+        print_table(("DAMAGED", "PUSH AGAIN"), [(piece["digest"], piece["versions"]) for piece in told["damaged"]])

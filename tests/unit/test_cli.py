@@ -82,7 +82,10 @@ COMMANDS = (
     "submit",
     "infer",
     *(f"job {name}" for name in ("list", "get", "wait", "cancel")),
-    *(f"model {name}" for name in ("push", "pull", "list", "show", "promote", "rollback", "delete")),
+    *(
+        f"model {name}"
+        for name in ("push", "pull", "list", "show", "promote", "rollback", "delete", "store", "gc", "scrub")
+    ),
     *(f"key {name}" for name in ("create", "list", "revoke", "rotate")),
     "session create",
     *(f"tenant {name}" for name in ("create", "list", "show", "set", "delete")),

@@ -99,6 +99,16 @@ def test_only_the_dispatcher_changes_streams_and_it_destroys_none() -> None:
         assert publishers(f"$JS.API.STREAM.{verb}.{stream}") == set()
 
 
+def test_only_the_model_store_deletes_pieces_and_it_deletes_nothing_else() -> None:
+    pieces = {NAMES.object_stream(bucket) for bucket in NAMES.chunk_buckets()}
+    others = {NAMES.bucket_stream(bucket) for bucket in BUCKETS} | {NAMES.results(SHARED), NAMES.audit_stream}
+    for stream in pieces | others:
+        # the dispatcher makes streams and may delete messages of those that allow it
+        deleting = publishers(f"$JS.API.STREAM.MSG.DELETE.{stream}") - {"dispatcher"}
+        assert deleting == ({"modelstore"} if stream in pieces else set())
+        assert publishers(f"$JS.API.STREAM.PURGE.{stream}") == set()
+
+
 @pytest.mark.parametrize("bucket", BUCKETS)
 def test_no_worker_can_list_a_bucket(bucket: str) -> None:
     listing = publishers(f"$JS.API.DIRECT.GET.{NAMES.bucket_stream(bucket)}")

@@ -12,12 +12,10 @@ import base64
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import msgspec
-
+from tether.bus.chunk_meta import State, describe, state_of
 from tether.bus.connection import Bus
 from tether.errors import BrokerUnavailable, CorruptChunk, DeadlineExceeded, TetherError
 
@@ -32,17 +30,6 @@ LOOKUPS_AHEAD = 1
 _ROLLUP = {"Nats-Rollup": "sub"}
 
 T = TypeVar("T")
-
-
-class _Meta(msgspec.Struct, frozen=True, omit_defaults=True):
-    name: str
-    bucket: str
-    nuid: str
-    size: int
-    mtime: str
-    chunks: int
-    digest: str
-    deleted: bool = False
 
 
 class ObjectChunkStore:
@@ -74,7 +61,7 @@ class ObjectChunkStore:
     async def _present(self, digests: list[str]) -> set[str]:
         subjects = {self._meta_subject(digest): digest for digest in digests}
         found = await self._patiently(lambda: self._bus.direct_batch(self._stream, list(subjects)))
-        return {subjects[subject] for subject, item in found.items() if not _deleted(item.data)}
+        return {subjects[subject] for subject, item in found.items() if state_of(item.data) is State.ALIVE}
 
     async def put(self, pieces: AsyncIterator[tuple[str, bytes]]) -> int:
         """Store pieces that are not there yet; returns their bytes.
@@ -149,17 +136,9 @@ class ObjectChunkStore:
         await self._publish_meta(digest, len(piece))
 
     async def _publish_meta(self, digest: str, size: int, *, deleted: bool = False) -> None:
-        meta = _Meta(
-            name=digest,
-            bucket=self.bucket,
-            nuid=digest,
-            size=size,
-            mtime=datetime.fromtimestamp(self._bus.clock.utc(), UTC).isoformat().replace("+00:00", "Z"),
-            chunks=0 if deleted else 1,
-            digest="" if deleted else "SHA-256=" + base64.urlsafe_b64encode(bytes.fromhex(digest)).decode(),
-            deleted=deleted,
-        )
-        await self._publish(self._meta_subject(digest), msgspec.json.encode(meta))
+        state = State.DAMAGED if deleted else State.ALIVE
+        meta = describe(self.bucket, digest, size, state, self._bus.clock.utc())
+        await self._publish(self._meta_subject(digest), meta)
 
     async def _publish(self, subject: str, payload: bytes) -> None:
         limit = self._patience_s
@@ -174,7 +153,7 @@ class ObjectChunkStore:
         return found.data
 
     def _meta_subject(self, digest: str) -> str:
-        return self._bus.names.object_meta(self.bucket, base64.urlsafe_b64encode(digest.encode()).decode())
+        return self._bus.names.object_meta(self.bucket, encoded_name(digest))
 
     async def _patiently(self, attempt: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Try again while the broker is away; what is tried must be harmless to repeat."""
@@ -203,11 +182,9 @@ class ObjectChunkStore:
                 await asyncio.gather(task, return_exceptions=True)
 
 
-def _deleted(meta: bytes) -> bool:
-    try:
-        return msgspec.json.decode(meta, type=_Meta).deleted
-    except (msgspec.DecodeError, ValueError, RecursionError):
-        return True
+def encoded_name(digest: str) -> str:
+    """A piece's name as the last token of its meta subject."""
+    return base64.urlsafe_b64encode(digest.encode()).decode()
 
 
 async def _groups(pieces: AsyncIterator[tuple[str, bytes]]) -> AsyncIterator[list[tuple[str, bytes]]]:

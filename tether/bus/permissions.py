@@ -164,6 +164,7 @@ def _modelstore(names: Names, inbox: str) -> Permissions:
             *_read(names, "models", "aliases", "tenants", "keyset"),
             *_get(names.audit_stream),
             *_read_objects(names),
+            *_keep_objects(names),
         ),
         subscribe=(
             inbox,
@@ -217,6 +218,12 @@ def _objects(names: Names) -> tuple[str, ...]:
 
 def _read_objects(names: Names) -> tuple[str, ...]:
     return tuple(subject for bucket in names.chunk_buckets() for subject in _get(names.object_stream(bucket)))
+
+
+def _keep_objects(names: Names) -> tuple[str, ...]:
+    """What looking after pieces takes: their number, and the deletion of single ones by sequence."""
+    streams = [names.object_stream(bucket) for bucket in names.chunk_buckets()]
+    return tuple(f"$JS.API.STREAM.{verb}.{stream}" for stream in streams for verb in ("INFO", "MSG.DELETE"))
 
 
 def _services(names: Names, endpoints: tuple[str, ...]) -> tuple[str, ...]:

@@ -108,3 +108,22 @@ class NewVersion(Struct, forbid_unknown_fields=True):
     platform: str = "onnxruntime_onnx"
     isolation: Literal["", "thread", "process"] = ""
     run_timeout_s: Annotated[float, Meta(ge=0, le=86_400)] = 0.0
+
+
+class DamagedPiece(Struct):
+    """A piece that is missing or altered, and the versions (`model:version`) that name it; pushing one of them mends it."""
+
+    digest: str
+    versions: list[str]
+
+
+class Store(Struct):
+    """The store of pieces. `stored_bytes` is what the broker keeps on its disk, `named_bytes` the bytes of the pieces that
+    versions name; unreferenced pieces are kept for a while and then removed."""
+
+    pieces: int
+    stored_bytes: int
+    named_pieces: int
+    named_bytes: int
+    unreferenced_pieces: int
+    damaged: list[DamagedPiece]

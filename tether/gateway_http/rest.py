@@ -22,6 +22,7 @@ from tether.gateway_http import (
     rest_ops,
     rest_sessions,
     rest_simple,
+    rest_store,
     rest_tenants,
 )
 from tether.gateway_http.core import Gateway
@@ -62,6 +63,7 @@ def table() -> list[Row]:
         *rest_sessions.ROWS,
         *rest_audit.ROWS,
         *rest_chunks.ROWS,
+        *rest_store.ROWS,
         *rest_tenants.ROWS,
         *rest_keys.ROWS,
         *rest_admin.ROWS,

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tether.bus.chunks import ObjectChunkStore
+from tether.bus.keeping import PieceKeeper
 from tether.bus.model_files import check_file, download
 from tether.errors import BadEncoding, CorruptChunk, InvalidRequest, ModelRejected
 from tether.model import AUTOMATIC, Batching, Isolation, Manifest, PushRequest, check_name
@@ -44,14 +44,15 @@ def check_request(request: PushRequest, *, max_bytes: int) -> None:
         raise InvalidRequest(f"max_delay_ms must be 0 to {MAX_DELAY_MS:g}", field="max_delay_ms")
 
 
-async def examine(store: ObjectChunkStore, request: PushRequest, scratch: Path) -> Inspection:
-    """Fetch the files into a private folder below ``scratch``, verify and look at them; the folder is gone afterwards.
+async def examine(store: PieceKeeper, request: PushRequest, scratch: Path, *, fresh_s: float) -> Inspection:
+    """Make sure of the pieces for ``fresh_s`` seconds, fetch the files into a private folder below ``scratch``, verify and look at them; the folder is gone afterwards.
 
     Raises:
         CorruptChunk: the stored pieces are not the files; damaged ones are marked, so that the next push mends them.
         ModelRejected: it cannot be served.
         Unavailable: no room on the disk, or no broker.
     """
+    await store.claim((piece for file in request.files for piece in file.pieces()), fresh_s=fresh_s)
     with tempfile.TemporaryDirectory(prefix="push-", dir=scratch, ignore_cleanup_errors=True) as folder:
         for file in request.files:
             try:

@@ -10,7 +10,8 @@ from tether import codec
 from tether.bus.connection import Bus
 from tether.envelope import Envelope
 from tether.errors import BadEncoding, Conflict, InvalidRequest, ModelNotFound, TetherError
-from tether.model import Alias, Change, ChangeAnswer, ChangeRequest, Share, check_name
+from tether.model import STORE_CHANGES, Alias, Change, ChangeAnswer, ChangeRequest, Share, check_name
+from tether.modelstore.keeper import Keeper
 from tether.modelstore.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -22,8 +23,9 @@ MOST_SHARES = 16
 class Changes:
     """Handles ``changeModel``."""
 
-    def __init__(self, bus: Bus, registry: Registry) -> None:
+    def __init__(self, bus: Bus, registry: Registry, keeper: Keeper) -> None:
         self._bus = bus
+        self._keeper = keeper
         self._registry = registry
 
     async def handle(self, envelope: Envelope) -> bytes:
@@ -39,6 +41,8 @@ class Changes:
             request = codec.decode(envelope.body, ChangeRequest)
         except BadEncoding as error:
             raise InvalidRequest(f"the change cannot be read: {error.message}") from error
+        if request.change in STORE_CHANGES:
+            return await self._kept(request)
         check_name(request.model, field="name")
         fields = {"action": f"model_{request.change.value}", "model": request.model, "by": request.by[:64]}
         try:
@@ -48,6 +52,14 @@ class Changes:
             raise
         log.info("changed", extra={**fields, "alias": request.alias, "version": alias.version if alias else 0})
         return codec.encode(ChangeAnswer(alias))
+
+    async def _kept(self, request: ChangeRequest) -> bytes:
+        """Begin what is asked for, and say what is in the store just now."""
+        if request.change is not Change.SHOW_STORE:
+            asked = self._keeper.collect_now if request.change is Change.COLLECT else self._keeper.scrub_now
+            asked.set()
+            log.info("asked for", extra={"action": request.change.value, "by": request.by[:64]})
+        return codec.encode(ChangeAnswer(store=await self._keeper.state()))
 
     async def _changed(self, request: ChangeRequest) -> Alias | None:
         if request.change is Change.DELETE_VERSION:
@@ -72,7 +84,7 @@ class Changes:
 
     async def _require(self, model: str, version: int) -> None:
         if not await self._registry.exists(model, version):
-            raise ModelNotFound(f"model '{model}' has no version {version}", field="version")
+            raise _no_version(model, version)
 
     async def _rollback(self, request: ChangeRequest) -> Alias | None:
         def back(current: Alias | None) -> Alias:
@@ -98,7 +110,8 @@ class Changes:
         return await self._registry.change(request.model, request.alias, back)
 
     async def _delete_version(self, model: str, version: int) -> Alias | None:
-        await self._require(model, version)
+        if not await self._registry.recorded(model, version):
+            raise _no_version(model, version)
         naming = [alias.name for alias in await self._registry.all_aliases(model) if version in alias.versions]
         if naming:
             listed = ", ".join(f"'{name}'" for name in sorted(naming))
@@ -139,6 +152,10 @@ def _gone(request: ChangeRequest, alias: Alias | None) -> Alias | None:
     if alias is None:
         raise _no_alias(request)
     return None
+
+
+def _no_version(model: str, version: int) -> ModelNotFound:
+    return ModelNotFound(f"model '{model}' has no version {version}", field="version")
 
 
 def _no_alias(request: ChangeRequest) -> ModelNotFound:

@@ -162,6 +162,27 @@ class Registry:
         """What an alias stands for, as an entry of its history."""
         return Move(alias.version, self._bus.clock.utc(), alias.split, alias.sticky)
 
+    async def manifests(self) -> list[Manifest]:
+        """Every version there is.
+
+        Raises:
+            Unavailable: an entry cannot be read, so nobody knows what it names.
+            BrokerUnavailable: no answer.
+        """
+        prefix, found = len(self._models.subject("")), []
+        async for item in self._bus.direct_scan(self._models.stream, self._models.subject(">")):
+            if item.headers.get("KV-Operation"):
+                continue
+            manifest = self._manifest(item.subject[prefix:], item)
+            if manifest is None:
+                raise Unavailable(f"the manifest of '{item.subject[prefix:]}' cannot be read; delete that version")
+            found.append(manifest)
+        return found
+
+    async def recorded(self, model: str, version: int) -> bool:
+        """Whether a version has an entry, be it one that cannot be read."""
+        return await self._models.get(self._bus.names.version_key(model, version)) is not None
+
     async def exists(self, model: str, version: int) -> bool:
         """Whether a version has a manifest that can be read."""
         key = self._bus.names.version_key(model, version)

@@ -13,15 +13,16 @@ from tether import codec, daemon, lifecycle, metrics
 from tether.audit import Kind, clean
 from tether.bus import rpc
 from tether.bus.audit import AuditLog, writing
-from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
+from tether.bus.keeping import PieceKeeper
 from tether.envelope import Envelope, MessageType
-from tether.errors import BadEncoding, BrokerUnavailable, InvalidRequest, ModelRejected, TetherError
+from tether.errors import BadEncoding, BrokerUnavailable, InvalidRequest, ModelRejected, TetherError, Unavailable
 from tether.home import Home
 from tether.model import LATEST, PushAnswer, PushRequest
 from tether.modelstore import assemble, changes
 from tether.modelstore.changes import Changes
 from tether.modelstore.inspection import Inspection
+from tether.modelstore.keeper import Keeper
 from tether.modelstore.quota import StorageQuota
 from tether.modelstore.registry import Registry
 from tether.settings import Settings
@@ -46,7 +47,8 @@ class ModelStoreService:
         self._scratch = scratch
         self._inspections = asyncio.Semaphore(INSPECTIONS)
         self._registry = Registry(bus)
-        self._changes = Changes(bus, self._registry)
+        self.keeper = Keeper(bus, self._registry)
+        self._changes = Changes(bus, self._registry, self.keeper)
         self._quota = StorageQuota(bus, self._registry)
 
     @property
@@ -75,6 +77,7 @@ class ModelStoreService:
                 answers=MessageType.CHANGED,
                 handler=self._changes.handle,
             ),
+            self.keeper.working(),
         ):
             yield
 
@@ -140,9 +143,14 @@ class ModelStoreService:
         return PushAnswer(manifest, created, await self._registry.aliases(request.name))
 
     async def _look(self, request: PushRequest) -> Inspection:
-        store = ObjectChunkStore(self._bus, self._bus.names.chunk_bucket(request.name))
+        """Look at the files, whose pieces are safe from collections meanwhile and for as long again."""
+        store, settings = PieceKeeper(self._bus, self._bus.names.chunk_bucket(request.name)), self._bus.settings
         async with self._inspections:
-            return await assemble.examine(store, request, self._scratch)
+            began = self._bus.clock.monotonic()
+            found = await assemble.examine(store, request, self._scratch, fresh_s=settings.upload_ttl_s / 2)
+        if self._bus.clock.monotonic() - began > settings.collect_grace_s:
+            raise Unavailable("looking at the model took too long; push it again", retry_after=2)
+        return found
 
     def checks(self) -> dict[str, str]:
         """What readiness depends on."""

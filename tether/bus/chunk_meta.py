@@ -1,0 +1,86 @@
+"""The meta message of a stored piece (NATS ADR-20), and what it says of the piece's life.
+
+Alive, then unreferenced (no version names it), then leaving (its data is about to be removed), then nothing. Only an
+alive piece counts as stored; a deleted one without a note was found damaged.
+"""
+
+from __future__ import annotations
+
+import base64
+from datetime import UTC, datetime
+from enum import StrEnum
+
+import msgspec
+
+_NOTE = "tether"
+_SIZE = "size"
+
+
+class State(StrEnum):
+    """What a piece's newest meta message says."""
+
+    ALIVE = "alive"
+    UNREFERENCED = "unreferenced"
+    LEAVING = "leaving"
+    DAMAGED = "damaged"
+    BARE = "bare"
+    """There is none: the upload of the piece broke off, or is under way."""
+
+
+class Meta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """As ADR-20 has it; times are RFC 3339."""
+
+    name: str
+    bucket: str
+    nuid: str
+    size: int
+    mtime: str
+    chunks: int
+    digest: str
+    deleted: bool = False
+    metadata: dict[str, str] = {}
+
+    @property
+    def state(self) -> State:
+        if not self.deleted:
+            return State.ALIVE
+        noted = self.metadata.get(_NOTE)
+        return State(noted) if noted in (State.UNREFERENCED, State.LEAVING) else State.DAMAGED
+
+    @property
+    def piece_size(self) -> int:
+        """Bytes of the piece, also of one that is deleted; 0 when nobody knows."""
+        kept = self.metadata.get(_SIZE, "0") if self.deleted else str(self.size)
+        return int(kept) if kept.isdecimal() else 0
+
+
+def describe(bucket: str, digest: str, size: int, state: State, now: float) -> bytes:
+    """The meta message of a piece of ``size`` bytes; ``now`` is UTC seconds."""
+    alive = state is State.ALIVE
+    noted = state in (State.UNREFERENCED, State.LEAVING)
+    meta = Meta(
+        name=digest,
+        bucket=bucket,
+        nuid=digest,
+        size=size if alive else 0,
+        mtime=datetime.fromtimestamp(now, UTC).isoformat().replace("+00:00", "Z"),
+        chunks=1 if alive else 0,
+        digest="SHA-256=" + base64.urlsafe_b64encode(bytes.fromhex(digest)).decode() if alive else "",
+        deleted=not alive,
+        metadata={_NOTE: state.value, _SIZE: str(size)} if noted else {},
+    )
+    return msgspec.json.encode(meta)
+
+
+def read_meta(data: bytes) -> Meta | None:
+    """What a meta message says; None when it is none."""
+    try:
+        return msgspec.json.decode(data, type=Meta)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return None
+
+
+def state_of(data: bytes) -> State:
+    """What a meta message says of its piece; one that cannot be read vouches for nothing."""
+    meta = read_meta(data)
+    return State.DAMAGED if meta is None else meta.state

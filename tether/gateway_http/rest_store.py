@@ -1,0 +1,57 @@
+"""The store of pieces, for administrators: what is in it, and work on it now."""
+
+from __future__ import annotations
+
+from tether import codec
+from tether.bus import rpc
+from tether.envelope import MessageType
+from tether.errors import TetherError
+from tether.gateway_http import bodies_models
+from tether.gateway_http.rest_models import TAG
+from tether.gateway_http.routing import Call, Handler, Reply, Row
+from tether.model import Change, ChangeAnswer, ChangeRequest
+
+_WAIT_S = 30.0
+"""A look at a large store takes seconds."""
+
+
+def _asking(change: Change, status: int) -> Handler:
+    async def handler(call: Call) -> Reply:
+        body = codec.encode(ChangeRequest(change, "", by=f"key:{call.caller.id}"))
+        answer = await rpc.call(
+            call.gateway.bus,
+            "changeModel",
+            MessageType.CHANGE,
+            body,
+            answers=MessageType.CHANGED,
+            timeout=_WAIT_S,
+        )
+        return Reply(_store(codec.decode(answer, ChangeAnswer)), status)
+
+    return handler
+
+
+def _store(answer: ChangeAnswer) -> bodies_models.Store:
+    found = answer.store
+    if found is None:
+        raise TetherError("the model store answered without the state of its store")
+    return bodies_models.Store(
+        pieces=found.pieces,
+        stored_bytes=found.stored_bytes,
+        named_pieces=found.named_pieces,
+        named_bytes=found.named_bytes,
+        unreferenced_pieces=found.unreferenced_pieces,
+        damaged=[bodies_models.DamagedPiece(piece.digest, list(piece.versions)) for piece in found.damaged],
+    )
+
+
+def _row(method: str, path: str, summary: str, change: Change, status: int) -> Row:
+    handler = _asking(change, status)
+    return Row(method, path, summary, TAG, handler, {status: bodies_models.Store}, "admin", errors=(503,))
+
+
+ROWS = [
+    _row("GET", "/v1/store", "Show what is in the store of pieces", Change.SHOW_STORE, 200),
+    _row("POST", "/v1/store:collect", "Collect pieces that no version names, soon", Change.COLLECT, 202),
+    _row("POST", "/v1/store:scrub", "Read and compare every stored piece, soon", Change.SCRUB, 202),
+]
