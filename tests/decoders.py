@@ -16,7 +16,7 @@ import nacl.signing
 import numpy as np
 
 from tether import apikey, codec, envelope, job, json_keys, model, oip, oip_json, tenant
-from tether.bus import chunks, model_files
+from tether.bus import chunk_meta, model_files
 from tether.bus.errors import parse_ack
 from tether.envelope import MessageType, Role, Signer, Verifier
 from tether.errors import TetherError
@@ -163,6 +163,11 @@ MANIFEST = model.Manifest(
 
 
 @cache
+def _piece_meta(data: bytes) -> object:
+    meta = chunk_meta.read_meta(data)
+    return None if meta is None else (meta.state, meta.piece_size)
+
+
 def decoders() -> tuple[Decoder, ...]:
     verifier, strict = Verifier(keyset(), lambda: NOW), {"subject": SUBJECT, "types": (MessageType.INFER,)}
     frame, (binary, length) = seal(_jobs(), jobs=("0", "1", "2"), reply="r"), _binary()
@@ -189,7 +194,7 @@ def decoders() -> tuple[Decoder, ...]:
         Decoder("oip answer", (binary.replace(b'"inputs"', b'"outputs"'),), lambda data: oip.parse_infer_response(data, length)),
         Decoder("json keys", (plain, job_body, b'{"a": {"a\\u0061": ":"}}'), json_keys.refuse_duplicates),
         Decoder("onnx", (models.add(), models.looping(), models.with_function(), models.external()), onnx_wire.check_file),
-        Decoder("piece meta", (b'{"name":"a","bucket":"b","nuid":"c","size":1,"mtime":"","chunks":1,"digest":""}',), chunks._deleted),
+        Decoder("piece meta", (b'{"name":"a","bucket":"b","nuid":"c","size":1,"mtime":"","chunks":1,"digest":""}', b'{"name":"a","bucket":"b","nuid":"c","size":0,"mtime":"","chunks":0,"digest":"","deleted":true,"metadata":{"tether":"leaving","size":"7"}}'), _piece_meta),
         Decoder("ack", (b'{"stream":"S","seq":1,"error":{"code":400,"err_code":10071}}',), lambda data: parse_ack(data, None, "s")),
         Decoder("key text", (apikey.new_key_text().encode(),), lambda data: apikey.key_id(data.decode("latin-1"))),
         Decoder("headers", tuple(HEAD % word + b"body" for word in (b"", b"gzip", b"br")), _request),

@@ -12,7 +12,7 @@ from pathlib import Path
 import models
 import pytest
 from brokers import Broker, StartBroker, wait_until
-from test_modelstore import MB, Platform, alter, parts, platform_on
+from stores import MB, Platform, alter, parts, platform_on
 
 from tether import codec
 from tether.bus import rpc
@@ -50,9 +50,10 @@ class Kept:
 
 
 @asynccontextmanager
-async def keeping(platform: Platform, **changed: float) -> AsyncIterator[Kept]:
-    soon = {"upload_ttl_s": 0.0, "collect_grace_s": 0.0, "scrub_mb_s": 10_000.0, **changed}
-    settings = dataclasses.replace(platform.broker.settings, **soon)  # type: ignore[arg-type]
+async def keeping(platform: Platform, *, upload_ttl_s: float = 0.0) -> AsyncIterator[Kept]:
+    settings = dataclasses.replace(
+        platform.broker.settings, upload_ttl_s=upload_ttl_s, collect_grace_s=0.0, scrub_mb_s=10_000.0
+    )
     async with Bus.connect(settings, platform.broker.home, "modelstore") as bus:
         registry = Registry(bus)
         yield Kept(platform, Keeper(bus, registry), PieceKeeper(bus, bus.names.chunk_bucket("m")), registry)
@@ -268,7 +269,7 @@ class Storm:
         for _ in range(10):
             try:
                 await self._kept.platform.push(content, model=model)
-            except CorruptChunk:
+            except (CorruptChunk, Unavailable):
                 self.late += 1
             else:
                 self.pushed += 1
@@ -317,7 +318,7 @@ class Storm:
 async def test_collections_beside_pushes_deletions_and_broken_uploads(
     start_broker: StartBroker, tmp_path: Path, seed: int
 ) -> None:
-    often = {"upload_ttl_s": 4.0, "collect_grace_s": 4.0, "collect_interval_s": 0.05, "scrub_interval_s": 0.5}
+    often = {"upload_ttl_s": 6.0, "collect_grace_s": 6.0, "collect_interval_s": 0.05, "scrub_interval_s": 0.5}
     async with (
         start_broker(**often) as broker,
         platform_on(broker, modelstores=2) as platform,

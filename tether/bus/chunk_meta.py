@@ -14,6 +14,7 @@ import msgspec
 
 _NOTE = "tether"
 _SIZE = "size"
+_DIGITS = 16
 
 
 class State(StrEnum):
@@ -51,7 +52,7 @@ class Meta(msgspec.Struct, frozen=True, omit_defaults=True):
     def piece_size(self) -> int:
         """Bytes of the piece, also of one that is deleted; 0 when nobody knows."""
         kept = self.metadata.get(_SIZE, "0") if self.deleted else str(self.size)
-        return int(kept) if kept.isdecimal() else 0
+        return int(kept) if kept.isdecimal() and len(kept) < _DIGITS else 0
 
 
 def describe(bucket: str, digest: str, size: int, state: State, now: float) -> bytes:

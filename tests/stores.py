@@ -1,0 +1,89 @@
+"""A broker with streams and model stores on it, and a gateway's connection that pushes to them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+from brokers import Broker
+
+from tether import codec
+from tether.bus import rpc
+from tether.bus.chunks import ObjectChunkStore
+from tether.bus.connection import Bus
+from tether.bus.kv import KvBucket
+from tether.bus.model_files import open_manifest
+from tether.bus.topology import ensure_platform
+from tether.bus.upload import upload
+from tether.envelope import MessageType
+from tether.model import Alias, Manifest, ModelFile, PushAnswer, PushRequest
+from tether.modelstore import service
+from tether.modelstore.service import ENDPOINT
+
+MB = 1 << 20
+
+
+@dataclass
+class Platform:
+    """A broker with streams, a model store on it, and a gateway's connection."""
+
+    broker: Broker
+    bus: Bus
+    stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    def store(self, model: str = "m") -> ObjectChunkStore:
+        return ObjectChunkStore(self.bus, self.bus.names.chunk_bucket(model), patience_s=20)
+
+    async def upload(self, content: bytes, *, model: str = "m", limit: int = 1 << 30) -> tuple[ModelFile, int]:
+        return await upload(self.bus, self.store(model), parts(content), limit=limit)
+
+    async def register(self, request: PushRequest) -> PushAnswer:
+        body = codec.encode(request)
+        answer = await rpc.call(self.bus, ENDPOINT, MessageType.PUSH, body, answers=MessageType.PUSHED, timeout=60)
+        return codec.decode(answer, PushAnswer)
+
+    async def push(self, content: bytes, *, model: str = "m", max_batch_size: int = -1) -> PushAnswer:
+        file, _ = await self.upload(content, model=model)
+        return await self.register(PushRequest(model, (file,), max_batch_size))
+
+    async def manifest(self, model: str, version: int) -> Manifest | None:
+        key = self.bus.names.version_key(model, version)
+        frame = await KvBucket(self.bus, "models").get(key)
+        return None if frame is None else open_manifest(self.bus.verifier, self.bus.names, key, frame)
+
+    async def latest(self, model: str) -> Alias:
+        found = await self.bus.direct_get(
+            self.bus.names.bucket_stream("aliases"), self.bus.names.bucket_key("aliases", f"{model}.latest")
+        )
+        assert found is not None
+        envelope = self.bus.verifier.open(found.data, subject=found.subject, types=(MessageType.ALIAS,))
+        assert envelope.sender == "modelstore"
+        return codec.decode(envelope.body, Alias)
+
+
+async def parts(content: bytes, size: int = 300_000) -> AsyncIterator[bytes]:
+    for start in range(0, len(content), size):
+        yield content[start : start + size]
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+@asynccontextmanager
+async def platform_on(broker: Broker, *, modelstores: int = 1) -> AsyncIterator[Platform]:
+    async with AsyncExitStack() as stack:
+        dispatcher = await stack.enter_async_context(Bus.connect(broker.settings, broker.home, "dispatcher"))
+        await ensure_platform(dispatcher, broker.settings)
+        bus = await stack.enter_async_context(Bus.connect(broker.settings, broker.home, "gateway"))
+        for _ in range(modelstores):
+            await stack.enter_async_context(service.running(broker.settings, broker.home))
+        yield Platform(broker, bus)
+
+
+async def alter(platform: Platform, digest: str, content: bytes) -> None:
+    """Write other bytes where a piece lies."""
+    subject = platform.bus.names.object_chunk(platform.bus.names.chunk_bucket("m"), digest)
+    await platform.bus.publish_acked(subject, content)
