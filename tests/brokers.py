@@ -8,7 +8,6 @@ import dataclasses
 import inspect
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -102,16 +101,6 @@ async def container(home: Home, **changes: Any) -> AsyncIterator[Broker]:
         client, monitor = running.get_exposed_port(4222), running.get_exposed_port(8222)
         settings = dataclasses.replace(settings, nats_url=f"nats://{host}:{client}")
         yield Broker(home, settings, f"http://{host}:{monitor}")
-
-
-def make_certificate(folder: Path) -> Path:
-    """A self-signed certificate for loopback, under the names that the production files use; returns the CA's."""
-    key, public, authority = folder / "server.key", folder / "server.crt", folder / "ca.crt"
-    words = f"req -x509 -newkey ed25519 -nodes -subj /CN=nats -days 2 -keyout {key} -out {public}".split()
-    names = ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
-    subprocess.run([shutil.which("openssl") or "openssl", *words, *names], capture_output=True, check=True)
-    shutil.copy(public, authority)
-    return authority
 
 
 async def wait_until(

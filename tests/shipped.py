@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -18,6 +18,7 @@ from tether.bus.server import Binary
 from tether.home import Home
 from tether.processes import die_with_parent
 
+JETSTREAM_KEY = "key-of-the-tests-0123456789abcdef"
 SHIPPED = Path(__file__).parents[1] / "ops" / "nats"
 
 
@@ -30,12 +31,19 @@ class Node:
     monitor: int
     route: int
     process: subprocess.Popen[bytes] | None = None
+    environment: dict[str, str] = field(default_factory=lambda: {"NATS_JETSTREAM_KEY": JETSTREAM_KEY})
+
+    @property
+    def url(self) -> str:
+        scheme = "tls" if "tls {" in self.config.read_text() else "nats"
+        return f"{scheme}://127.0.0.1:{self.client}"
 
     def start(self, binary: Binary) -> None:
         self.process = subprocess.Popen(
             [binary.path, "-c", self.config],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env=self.environment,
             preexec_fn=die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - it only makes one system call
         )
 
@@ -68,7 +76,7 @@ def nodes(folder: Path, home: Home, names: list[str]) -> list[Node]:
         place = folder / name
         write_ops_files(place, home)
         text = (place / f"{name}.conf").read_text()
-        text = text.replace("/etc/nats/tls", str(folder)).replace("/data", str(place / "data"))
+        text = text.replace("/etc/nats/tls", str(home.tls_file(""))).replace("/data", str(place / "data"))
         text = text.replace("0.0.0.0:4222", f"127.0.0.1:{client}").replace("127.0.0.1:8222", f"127.0.0.1:{monitor}")
         text = text.replace("127.0.0.1:4222", f"127.0.0.1:{client}").replace('".tether/nats"', f'"{place}/data"')
         text = text.replace("0.0.0.0:6222", f"127.0.0.1:{route}")

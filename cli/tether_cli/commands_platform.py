@@ -48,6 +48,7 @@ def _load(service: str, **overrides: Any) -> tuple[Settings, Home]:
 
 
 def init(
+    *,
     data_dir: DataDir = None,
     workers: Workers = None,
     nats_config: Annotated[
@@ -57,6 +58,12 @@ def init(
     passphrase: Annotated[
         bool, typer.Option("--passphrase", help="Lock a new root key with a passphrase; else TETHER_ROOT_PASSPHRASE.")
     ] = False,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Also make certificates for the broker and services, or renew them.")
+    ] = False,
+    host: Annotated[
+        list[str] | None, typer.Option("--host", metavar="NAME", help="With --tls: a name or address of the broker.")
+    ] = None,
 ) -> None:
     """Make the keys of a data directory; what exists is kept."""
     from pathlib import Path
@@ -68,6 +75,12 @@ def init(
     key = root_key(home, root, confirm=passphrase and not home.keyset.exists())
     create_home(home, workers=settings.workers, root=key, lock=passphrase)
     say(f"keys are in {home.keys}; keep {key.path} where only you can read it")
+    if tls or host:
+        from tether.bus.certificates import authority_locked, make_certificates
+
+        locked = authority_locked(home) if home.authority_key.exists() else key.locked
+        make_certificates(home, host or [], passphrase=key.passphrase() if locked else "")
+        say(f"certificates are in {home.tls_file('ca.crt').parent}; keep {home.authority_key} as you keep root.key")
     if nats_config is not None:
         for path in write_ops_files(Path(nats_config), home):
             say(f"wrote {path}")

@@ -8,12 +8,14 @@ import stat
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Literal
 
 import httpx
 import msgspec
 
+from tether.bus.certificates import expires_at
 from tether.bus.connection import Bus
 from tether.bus.server import EmbeddedServer, check_server, find_server, show_version
 from tether.envelope import Role, open_keyset
@@ -26,6 +28,7 @@ from tether_cli.up import is_locked, ops_ports, read_endpoints
 Level = Literal["ok", "warn", "fail"]
 
 MIN_FREE_MB = 1024
+CERTIFICATE_WARNING_DAYS = 30
 KEYSET_WARNING_MS = 30 * 86_400_000
 
 
@@ -78,6 +81,20 @@ def keys(home: Home) -> Iterator[Finding]:
     if not wide:
         yield Finding("ok", f"key files: {len(files)}, readable by their owner only")
     yield keyset(home)
+    if home.authority_key.exists():
+        yield certificates(home)
+
+
+def certificates(home: Home) -> Finding:
+    """When the first of the certificates of ``tether init --tls`` ends."""
+    try:
+        left = (expires_at(home) - datetime.now(UTC)).days
+    except ConfigError as error:
+        return Finding("fail", f"certificates: {error.message}", "run 'tether init --tls'")
+    if left < CERTIFICATE_WARNING_DAYS:
+        level: Level = "fail" if left < 0 else "warn"
+        return Finding(level, f"certificates: {left} days left", "renew them: tether init --tls --host NAME ...")
+    return Finding("ok", f"certificates: {left} days left")
 
 
 def keyset(home: Home) -> Finding:

@@ -6,9 +6,11 @@ import contextlib
 from pathlib import Path
 
 import pytest
-from brokers import make_certificate, wait_until
+from brokers import wait_until
 from shipped import nodes, running
 
+from tether.bus.certificates import make_certificates
+from tether.bus.config import CLUSTER
 from tether.bus.connection import Bus
 from tether.bus.server import Binary, check_server
 from tether.bus.topology import ensure_platform
@@ -17,35 +19,27 @@ from tether.home import Home
 from tether.settings import Settings
 
 
-@pytest.fixture
-def authority(tmp_path: Path) -> Path:
-    return make_certificate(tmp_path)
-
-
-async def test_a_single_production_server_speaks_tls_only(
-    home: Home, nats_binary: Binary, tmp_path: Path, authority: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_single_production_server_speaks_tls_only(home: Home, nats_binary: Binary, tmp_path: Path) -> None:
+    make_certificates(home, ["nats"])
     (node,) = nodes(tmp_path, home, ["single"])
-    settings = Settings(nats_url=f"nats://127.0.0.1:{node.client}", home=str(home.root))
+    settings = Settings(nats_url=node.url, home=str(home.root))
+    plain = Settings(nats_url=f"nats://127.0.0.1:{node.client}", home=str(home.root))
     async with running([node], nats_binary):
         report = await check_server(f"http://127.0.0.1:{node.monitor}")
         assert (report.sync, report.strict, report.problems) == ("always", True, ())
-        with pytest.raises(BrokerUnavailable, match="SSL_CERT_FILE"):
-            async with Bus.connect(settings, home, "dispatcher"):
+        with pytest.raises(BrokerUnavailable, match="nats_cert and nats_key"):
+            async with Bus.connect(plain, home, "dispatcher"):
                 pass
-        monkeypatch.setenv("SSL_CERT_FILE", str(authority))
         async with Bus.connect(settings, home, "dispatcher") as bus:
             await ensure_platform(bus, settings)
             assert (await bus.api("INFO"))["streams"] > 10
 
 
 @pytest.mark.slow
-async def test_three_servers_go_on_when_one_is_killed(
-    home: Home, nats_binary: Binary, tmp_path: Path, authority: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+async def test_three_servers_go_on_when_one_is_killed(home: Home, nats_binary: Binary, tmp_path: Path) -> None:
+    make_certificates(home, CLUSTER)
     made = nodes(tmp_path, home, ["cluster-1", "cluster-2", "cluster-3"])
-    servers = ",".join(f"nats://127.0.0.1:{node.client}" for node in made)
+    servers = ",".join(node.url for node in made)
     settings = Settings(nats_url=servers, replicas=3, home=str(home.root))
     async with running(made, nats_binary), Bus.connect(settings, home, "dispatcher") as bus:
         await ensure_platform(bus, settings)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import wildcards
-from brokers import make_certificate
 
+from tether.bus.certificates import make_certificates
 from tether.bus.config import DEFAULT_LOGINS, logins_of, ops_files, write_ops_files
 from tether.bus.keys import create_home
 from tether.bus.permissions import BUCKETS, Permissions, identity_permissions, nats_block
@@ -178,7 +178,8 @@ def test_production_files_have_tls_and_no_file_has_an_anonymous_user(name: str) 
         == set()
     )
     if name.startswith(("single", "cluster")):
-        assert "cert_file" in text
+        assert text.count("verify: true") == text.count("cert_file") > 0
+        assert "cipher: chacha\n  key: $NATS_JETSTREAM_KEY\n" in text
         assert "sync_interval: always" in text
         assert 'http: "127.0.0.1:8222"' in text
 
@@ -187,7 +188,13 @@ def test_production_files_have_tls_and_no_file_has_an_anonymous_user(name: str) 
 def test_the_server_accepts_a_shipped_file(name: str, home: Home, nats_binary: Binary, tmp_path: Path) -> None:
     write_ops_files(tmp_path, home)
     config = tmp_path / name
-    make_certificate(tmp_path)
-    config.write_text(config.read_text().replace("/etc/nats/tls", str(tmp_path)))
-    done = subprocess.run([nats_binary.path, "-t", "-c", config], capture_output=True, text=True, check=False)
+    make_certificates(home, [])
+    config.write_text(config.read_text().replace("/etc/nats/tls", str(home.tls_file(""))))
+    done = subprocess.run(
+        [nats_binary.path, "-t", "-c", config],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"NATS_JETSTREAM_KEY": "k"},
+    )
     assert "is valid" in done.stderr, done.stderr

@@ -28,6 +28,8 @@ _WRITTEN = "# Written by Tether"
 _HEAD = f"{_WRITTEN}: tether init --nats-config DIR (the table is in tether/bus/permissions.py).\n"
 
 
+TLS_FILES = ("server.crt", "server.key", "ca.crt")
+
 ACCOUNTS = "system_account: SYS"
 """First line of the accounts in every configuration; they are the rest of the file."""
 
@@ -71,11 +73,23 @@ def embedded_text(home: Home, settings: Settings, *, version: Version, ports: Po
 listen: "127.0.0.1:{ports.client}"
 http: "127.0.0.1:{ports.monitor}"
 server_name: "{settings.prefix}-embedded"
-ports_file_dir: {_quoted(home.run)}
+{_embedded_tls(home, settings)}ports_file_dir: {_quoted(home.run)}
 log_file: {_quoted(home.logs / "nats.log")}
 logfile_size_limit: 64MB
 logfile_max_num: 3
 {_limits(settings)}{_jetstream(settings, str(home.nats_store))}{flags}{accounts_text(logins_of(home), Names(settings.prefix))}"""
+
+
+def _embedded_tls(home: Home, settings: Settings) -> str:
+    if settings.embedded_tls == "off":
+        return ""
+    files = [home.tls_file(name) for name in TLS_FILES]
+    for path in files:
+        if not path.is_file():
+            raise ConfigError(
+                f"embedded_tls needs {path}; make the certificates with 'tether init --tls'", field="embedded_tls"
+            )
+    return _tls(files)
 
 
 def _quoted(path: Path) -> str:
@@ -91,14 +105,15 @@ ping_max: 2
 """
 
 
-def _jetstream(settings: Settings, store: str) -> str:
+def _jetstream(settings: Settings, store: str, *, encrypted: bool = False) -> str:
+    lock = "  cipher: chacha\n  key: $NATS_JETSTREAM_KEY\n" if encrypted else ""
     return f"""jetstream {{
   store_dir: {json.dumps(store)}
   max_mem: {settings.max_memory_mb}MB
   max_file: {settings.max_file_mb}MB
   sync_interval: {sync_interval(settings.durability)}
   strict: true
-}}
+{lock}}}
 """
 
 
@@ -210,31 +225,38 @@ def _container() -> str:
 
 def _production(host: str, cluster: str) -> str:
     return (
-        "# Production: TLS to clients, the monitor on loopback only, every write synced before it is acknowledged.\n"
-        "# Services trust the CA that SSL_CERT_FILE names in their environment.\n"
+        "# Production: TLS on both sides, the monitor on loopback only, every write synced before it is acknowledged, and\n"
+        "# files that only the key in the environment variable NATS_JETSTREAM_KEY opens. 'tether init --tls' makes certificates:\n"
+        "# tls/ca.crt, tls/server.crt and tls/server.key of the data directory belong in /etc/nats/tls.\n"
         f'listen: "0.0.0.0:4222"\nhttp: "127.0.0.1:8222"\nserver_name: "{host}"\n'
-        + _tls("", verify=False)
+        + _production_tls()
         + cluster
-        + _body(Settings(durability="durable"), "/data")
+        + _body(Settings(durability="durable"), "/data", encrypted=True)
     )
 
 
-def _body(settings: Settings, store: str) -> str:
+def _body(settings: Settings, store: str, *, encrypted: bool = False) -> str:
     flags = "feature_flags { js_ack_fc_v2: false }\n"
-    return _limits(settings) + _jetstream(settings, store) + flags + 'include "permissions.conf"\n'
+    return _limits(settings) + _jetstream(settings, store, encrypted=encrypted) + flags + 'include "permissions.conf"\n'
 
 
-def _tls(indent: str, *, verify: bool) -> str:
+def _tls(files: Sequence[Path], indent: str = "") -> str:
+    """Both sides show a certificate. ``files``: the server's, its key, and its authority's."""
+    certificate, key, authority = files
     lines = [
         "tls {",
-        '  cert_file: "/etc/nats/tls/server.crt"',
-        '  key_file: "/etc/nats/tls/server.key"',
-        '  ca_file: "/etc/nats/tls/ca.crt"',
-        f"  verify: {str(verify).lower()}",
+        f"  cert_file: {_quoted(certificate)}",
+        f"  key_file: {_quoted(key)}",
+        f"  ca_file: {_quoted(authority)}",
+        "  verify: true",
         '  min_version: "1.3"',
         "}",
     ]
     return "".join(f"{indent}{line}\n" for line in lines)
+
+
+def _production_tls(indent: str = "") -> str:
+    return _tls([Path("/etc/nats/tls") / name for name in TLS_FILES], indent)
 
 
 def _cluster(host: str) -> str:
@@ -243,7 +265,7 @@ def _cluster(host: str) -> str:
   name: tether
   listen: "0.0.0.0:6222"
   routes: [ {routes} ]
-{_tls("  ", verify=True)}}}
+{_production_tls("  ")}}}
 """
 
 

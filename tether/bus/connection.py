@@ -15,6 +15,7 @@ from tether.bus.errors import ApiError, JetStreamError, PubAck, parse_ack, trans
 from tether.bus.keyset import SeenKeyset, following, standing
 from tether.bus.link import Link, Message, Subscription
 from tether.bus.seldom import Seldom
+from tether.bus.tls import client_context
 from tether.clock import SystemClock
 from tether.envelope import Envelope, MessageType, Signer, Verifier
 from tether.errors import BrokerUnavailable, EnvelopeError, KeyRevoked, TetherError
@@ -61,7 +62,7 @@ class Bus(Link):
             BrokerUnavailable: no broker answers at ``settings.nats_url``.
         """
         bus, newest = cls.prepare(settings, home, identity)
-        await bus.open_connection(_nats_seed(home, identity))
+        await bus.open_connection(_nats_seed(home, identity), client_context(settings, home))
         try:
             async with following(bus, home, home.identity(identity), newest) if follow else nullcontext():
                 yield bus

@@ -11,6 +11,7 @@ from typing import ClassVar
 import msgspec
 import nats.errors
 
+from tether.bus.tls import TlsMismatchError
 from tether.errors import (
     BrokerUnavailable,
     ConfigError,
@@ -109,6 +110,17 @@ def permission_denied(verb: str, subject: str) -> PermissionDenied:
     return PermissionDenied(f"this identity has no {verb} permission for '{subject}'", field=subject)
 
 
+def _tls_failure(error: ssl.SSLError) -> str:
+    """Whose certificate was not accepted, why, and which setting mends it."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        reason = error.verify_message.rstrip(".")
+        return f"the broker's certificate is not accepted ({reason}); set nats_ca to the file of the CA that signed it"
+    reason = (error.reason or "handshake failed").replace("_", " ").lower()
+    if "certificate" in reason or "unknown ca" in reason:
+        return f"the broker wants a certificate that it accepts ({reason}); set nats_cert and nats_key"
+    return f"TLS with the broker failed ({reason})"
+
+
 @contextmanager
 def translated(what: str) -> Iterator[None]:
     """Turn what nats-py raises into errors of the tree; ``what`` says what was being tried."""
@@ -118,8 +130,9 @@ def translated(what: str) -> Iterator[None]:
         raise PayloadTooLarge(f"{what}: the message is larger than the broker's max_payload") from error
     except nats.errors.AuthorizationError as error:
         raise ConfigError(f"{what}: the broker refused this identity; run 'tether doctor'") from error
+    except TlsMismatchError as error:
+        raise BrokerUnavailable(f"{what}: {error}") from error
     except ssl.SSLError as error:
-        reason = getattr(error, "verify_message", "") or error.reason or "TLS failed"
-        raise BrokerUnavailable(f"{what}: {reason}; name the broker's CA file in SSL_CERT_FILE") from error
+        raise BrokerUnavailable(f"{what}: {_tls_failure(error)}") from error
     except (nats.errors.Error, TimeoutError, OSError) as error:
         raise BrokerUnavailable(f"{what}: no answer from the broker ({type(error).__name__})") from error

@@ -61,6 +61,11 @@ class RootKey:
     path: Path
     passphrase: Callable[[], str] = _given_passphrase
 
+    @property
+    def locked(self) -> bool:
+        """Whether its file needs the passphrase; not when it is kept elsewhere."""
+        return self.path.exists() and is_locked(read_secret(self.path))
+
     def open(self, home: Home) -> bytes:
         """The seed, when it is the one that ``home`` trusts.
 

@@ -20,8 +20,8 @@ import nats.aio.subscription
 import nats.errors
 
 from tether import metrics
-from tether.bus.client import Client
 from tether.bus.errors import denied_subject, permission_denied, translated
+from tether.bus.tls import Client, ClientTls
 from tether.clock import SystemClock
 from tether.envelope import Signer, Verifier
 from tether.errors import BrokerUnavailable
@@ -120,9 +120,12 @@ class Link:
         self.inbox = f"{names.inbox(signer.role.value, signer.name)}.{os.urandom(6).hex()}"
         self._answers = f"{self.inbox}.r."
 
-    async def open_connection(self, seed: str) -> None:
+    async def open_connection(self, seed: str, tls: ClientTls | None = None) -> None:
         options = self._options(seed)
         probe = Client()
+        if tls is not None:
+            options["tls"] = tls.context
+            probe.certificate = self._client.certificate = tls.certificate
         with translated(f"connecting to {self.settings.nats_url}"):
             try:
                 await probe.connect(**{**options, "allow_reconnect": False, "error_cb": _ignore})

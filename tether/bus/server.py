@@ -106,7 +106,8 @@ class EmbeddedServer:
 
     @property
     def url(self) -> str:
-        return f"nats://127.0.0.1:{self._ports.client}"
+        scheme = "tls" if self.settings.embedded_tls == "on" else "nats"
+        return f"{scheme}://127.0.0.1:{self._ports.client}"
 
     @property
     def monitor(self) -> str:
