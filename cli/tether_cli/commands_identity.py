@@ -59,7 +59,7 @@ def add(
 
     settings, home = _open(data_dir, nats)
     made = identities.add(home, root_key(home, root), name, _role(role), tenant=tenant, valid_days=valid_days)
-    _done(settings, home, made, out, json_output)
+    _done(settings, home, made, _exported(home, made, out, root), json_output)
 
 
 def listing(data_dir: DataDir = None, json_output: JsonFlag = False) -> None:
@@ -96,7 +96,7 @@ def rotate(
 
     settings, home = _open(data_dir, nats)
     made = identities.rotate(home, root_key(home, root), name, grace_s=grace, valid_days=valid_days)
-    _done(settings, home, made, out, json_output)
+    _done(settings, home, made, _exported(home, made, out, root), json_output)
 
 
 def revoke(
@@ -218,8 +218,6 @@ def _date(milliseconds: int) -> str:
 
 
 def _done(settings: Settings, home: Home, made: IdentityRecord, out: Path | None, json_output: bool) -> None:
-    from tether.bus import identities
-
     fields = {
         "name": made.name,
         "role": str(made.role),
@@ -228,12 +226,29 @@ def _done(settings: Settings, home: Home, made: IdentityRecord, out: Path | None
         "expires_at": _date(made.expires_at),
     }
     if out is not None:
-        fields["out"] = str(identities.export(home, made.name, out))
+        fields["out"] = str(out)
     told = _tell(settings, home)
     if json_output:
         print_json({**fields, "published": told})
     else:
         print_fields(fields)
+
+
+def _exported(home: Home, made: IdentityRecord, out: Path | None, root: Path | None) -> Path | None:
+    """Write the data directory for another machine; with certificates, where this one can sign them."""
+    if out is None:
+        return None
+    from tether.bus import identities
+    from tether.bus.certificates import authority_locked, issue_client
+    from tether.home import Home
+
+    target = Home(identities.export(home, made.name, out))
+    if home.authority_key.exists():
+        key = root_key(home, root)
+        issue_client(home, target, made.name, passphrase=key.passphrase() if authority_locked(home) else "")
+    elif home.tls_file("ca.crt").exists():
+        say(f"{home.authority_key} is elsewhere: copy tls/ca.crt and a client certificate into {target.root}/tls")
+    return target.root
 
 
 def _tell(settings: Settings, home: Home, *, lock_out: bool = False) -> bool:

@@ -64,8 +64,6 @@ async def test_a_watch_of_what_may_be_heard_but_not_read_is_denied(logins: Login
         await watch_all(logins.worker, "tenantkeys")
 
 
-# nats-py leaves the sockets of refused logins to the garbage collector
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_a_revoked_identity_is_cut_off_at_once_and_nobody_else(logins: Logins) -> None:
     """It is disconnected, not let in again, and its process is told that it need not wait."""
     home, settings = logins.broker.home, logins.broker.settings

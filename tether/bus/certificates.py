@@ -58,6 +58,18 @@ def make_certificates(
     _issue(home, "client", issuer, [])
 
 
+def issue_client(home: Home, target: Home, name: str, *, passphrase: str = "") -> None:
+    """Give ``target``, another data directory, the authority of ``home`` and a certificate for the identity ``name``.
+
+    Raises:
+        ConfigError: 'cryptography' is not installed, or the authority's key cannot be opened.
+    """
+    _require_library()
+    issuer = Issuer(*_open_authority(home, passphrase), datetime.now(UTC), DAYS)
+    write_secret(target.tls_file("ca.crt"), home.tls_file("ca.crt").read_bytes())
+    _issue(target, "client", issuer, [], common=name)
+
+
 def authority_locked(home: Home) -> bool:
     """Whether the authority's key needs a passphrase."""
     return b"ENCRYPTED" in read_secret(home.authority_key)
@@ -137,8 +149,8 @@ def _open_authority(home: Home, passphrase: str) -> tuple[x509.Certificate, ec.E
     return certificate, key
 
 
-def _issue(home: Home, name: str, issuer: Issuer, hosts: list[x509.GeneralName]) -> None:
-    """Write a key and a certificate; with ``hosts`` it is one for a server."""
+def _issue(home: Home, name: str, issuer: Issuer, hosts: list[x509.GeneralName], *, common: str = "") -> None:
+    """Write a key and a certificate, issued to ``common``; with ``hosts`` it is one for a server."""
     from cryptography import x509  # noqa: PLC0415
     from cryptography.hazmat.primitives import hashes  # noqa: PLC0415
     from cryptography.x509.oid import ExtendedKeyUsageOID  # noqa: PLC0415
@@ -146,7 +158,9 @@ def _issue(home: Home, name: str, issuer: Issuer, hosts: list[x509.GeneralName])
     key = _new_key()
     purposes = [ExtendedKeyUsageOID.CLIENT_AUTH] + ([ExtendedKeyUsageOID.SERVER_AUTH] if hosts else [])
     builder = (
-        _builder(_name(f"Tether {name}"), issuer.certificate.subject, key.public_key(), issuer.now, issuer.days)
+        _builder(
+            _name(f"Tether {common or name}"), issuer.certificate.subject, key.public_key(), issuer.now, issuer.days
+        )
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(authority=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import ssl
 from dataclasses import dataclass
@@ -37,11 +38,12 @@ class ClientTls:
 
 
 class Client(nats.aio.client.Client):  # type: ignore[misc] # nats-py has no types
-    """nats-py's client goes on in plain text when the server says that it needs no TLS; this one does not."""
+    """nats-py's client, where that goes on in plain text, stops reading, or leaves its sockets open."""
 
     certificate = False
 
     async def _process_info(self, info: dict[str, Any], *, initial_connection: bool = False) -> None:
+        """Its own goes on in plain text when the server says that it needs no TLS."""
         if initial_connection and "tls" in self.options and not info.get("tls_required"):
             raise TlsMismatchError(
                 "the broker offers no TLS, but nats_ca or a tls:// address asks for it; "
@@ -50,6 +52,41 @@ class Client(nats.aio.client.Client):  # type: ignore[misc] # nats-py has no typ
         if initial_connection and info.get("tls_verify") and not self.certificate:
             raise TlsMismatchError("the broker wants a certificate; set nats_ca, nats_cert and nats_key")
         await super()._process_info(info, initial_connection=initial_connection)
+
+    async def _process_connect_init(self) -> None:
+        """With TLS 1.3 a server refuses our certificate after the handshake, and its reason is often lost."""
+        try:
+            await super()._process_connect_init()
+        except ConnectionError as error:
+            if "tls" not in self.options:
+                raise
+            raise TlsMismatchError(
+                f"the broker ended the TLS connection ({type(error).__name__}), as it does when it refuses a certificate; "
+                "check nats_cert and nats_key"
+            ) from error
+
+    async def _process_pong(self) -> None:
+        """Its own reads no more when the answer to a ping comes after whoever waited for it gave up."""
+        if self._pongs and self._pongs[0].done():
+            self._pongs[0] = asyncio.get_running_loop().create_future()
+        await super()._process_pong()
+
+    async def _connect_to_server(self, s: Any) -> None:
+        """Its own leaves the socket of an attempt that failed, and the one below TLS, to the garbage collector."""
+        self._abort()
+        await super()._connect_to_server(s)
+
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        try:
+            await super()._close(status, do_cbs)
+        finally:
+            self._abort()
+
+    def _abort(self) -> None:
+        """Close the sockets now; whoever should be told goodbye was."""
+        for writer in (getattr(self._transport, name, None) for name in ("_io_writer", "_bare_io_writer")):
+            if writer is not None:
+                writer.transport.abort()
 
 
 def client_context(settings: Settings, home: Home) -> ClientTls | None:
