@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nats.aio.client
 import nats.errors
 
+import tether.bus.client
 from tether.errors import ConfigError
 from tether.home import Home, read_secret
 from tether.settings import Settings
@@ -37,8 +36,8 @@ class ClientTls:
     certificate: bool
 
 
-class Client(nats.aio.client.Client):  # type: ignore[misc] # nats-py has no types
-    """nats-py's client, where that goes on in plain text, stops reading, or leaves its sockets open."""
+class Client(tether.bus.client.Client):
+    """nats-py's client, where that goes on in plain text or leaves its sockets open."""
 
     certificate = False
 
@@ -64,12 +63,6 @@ class Client(nats.aio.client.Client):  # type: ignore[misc] # nats-py has no typ
                 f"the broker ended the TLS connection ({type(error).__name__}), as it does when it refuses a certificate; "
                 "check nats_cert and nats_key"
             ) from error
-
-    async def _process_pong(self) -> None:
-        """Its own reads no more when the answer to a ping comes after whoever waited for it gave up."""
-        if self._pongs and self._pongs[0].done():
-            self._pongs[0] = asyncio.get_running_loop().create_future()
-        await super()._process_pong()
 
     async def _connect_to_server(self, s: Any) -> None:
         """Its own leaves the socket of an attempt that failed, and the one below TLS, to the garbage collector."""
