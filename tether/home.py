@@ -162,7 +162,7 @@ def read_secret(path: Path) -> bytes:
     try:
         found = path.stat()
     except OSError as error:
-        raise ConfigError(f"key file {path} cannot be read; make it with 'tether init'") from error
+        raise ConfigError(f"key file {path} cannot be read; {_where(path)}") from error
     if found.st_uid != os.geteuid():
         raise ConfigError(f"key file {path} is another user's (uid {found.st_uid}); run: chown {os.geteuid()} {path}")
     check_folder(path.parent)
@@ -170,6 +170,12 @@ def read_secret(path: Path) -> bytes:
     if mode & 0o077:
         raise ConfigError(f"key file {path} is open to others (mode {mode:04o}); run: chmod 600 {path}")
     return path.read_bytes()
+
+
+def _where(path: Path) -> str:
+    if path.name == "root.key":
+        return "name the place of the root key with --root-key, or make a new platform's with 'tether init'"
+    return "make it with 'tether init'"
 
 
 def save_identity(path: Path, identity: Identity) -> None:

@@ -44,7 +44,9 @@ def bind(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from error
+            raise ConfigError(
+                f"cannot listen on {host}:{port}: {error.strerror}; choose another with --ops-port or --http (0: a free one)"
+            ) from error
         return int(probe.getsockname()[1])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -99,16 +99,22 @@ def verify_file(settings: Settings, home: Home, path: Path) -> Report:
     """
     try:
         with path.open("rb") as file:
-            records = read_records(file)
-            keysets, first = _keysets(record for record, _ in records)
-            checker = Checker(audit_read.historical(keysets, _root(home)), settings.audit_retention_days * DAY_MS)
             end = 0
+
+            def whole() -> Iterator[Record]:
+                nonlocal end
+                for record, position in read_records(file):
+                    end = position
+                    yield record
+
+            records = whole()
+            keysets, first = _keysets(records)
+            checker = Checker(audit_read.historical(keysets, _root(home)), settings.audit_retention_days * DAY_MS)
             if first is not None:
                 checker.add(first)
-            for record, position in records:
+            for record in records:
                 checker.add(record)
-                end = position
-        if end and end != path.stat().st_size:
+        if end != path.stat().st_size:
             raise ConfigError(f"{path} ends in the middle of a block, after byte {end}; export it again")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error

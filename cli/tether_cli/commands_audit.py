@@ -135,7 +135,9 @@ def verify(
         for note in report.notes:
             say(f"note: {note}")
         span = f", {audits.when(report.first_at)} to {audits.when(report.last_at)}" if report.blocks else ""
-        state = "whole" if not report.problems else f"{len(report.problems)} problems"
+        state = "whole" if report.blocks else "empty"
+        if count := len(report.problems):
+            state = f"{count} problem{'s' if count > 1 else ''}"
         say(
             f"{state}: {report.entries} entries in {report.blocks} blocks by {', '.join(report.writers) or 'nobody'}{span}"
         )

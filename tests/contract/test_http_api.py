@@ -94,6 +94,8 @@ def test_the_page_needs_nothing_from_elsewhere(http: httpx.Client, document: Doc
     for _, path, operation in document.operations():
         assert path in answer.text
         assert operation["operationId"] in answer.text
+    for method in set(re.findall(r"class='method (\w+)'", answer.text)):
+        assert f".{method} {{ background:" in answer.text, f"{method} is white on white"
     for target in re.findall(r"href='#([^']+)'", answer.text):
         assert f"id='{target}'" in answer.text
 

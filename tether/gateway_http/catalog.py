@@ -242,7 +242,7 @@ def no_worker(served: Served, scope: str) -> str:
     return (
         f"tenant '{scope}' is isolated and none of its own workers has model '{served.manifest.name}' version "
         f"{served.manifest.version} loaded; the administrator starts one with "
-        f"'tether identity add NAME --role worker --tenant {scope}' and 'tether worker --name NAME'"
+        f"'tether identity add NAME --role worker --tenant {scope}' and 'tether worker --name NAME --ops-port 0'"
     )
 
 

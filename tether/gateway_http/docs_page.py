@@ -6,7 +6,8 @@ from html import escape
 from typing import Any
 
 _STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --get: #1a7f5a; --post: #2563c9; --delete: #c2362b; }
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; --get: #1a7f5a; --post: #2563c9; --put: #9a5b00;
+  --patch: #7a4fb5; --delete: #c2362b; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { margin-bottom: 0; } h2 { margin: 2.5rem 0 .5rem; font-size: 1.15rem; }
 code, pre { font: 13px/1.45 ui-monospace, monospace; }
@@ -17,6 +18,7 @@ details[open] > summary { border-bottom: 1px solid var(--line); background: var(
 .method { font: 600 12px ui-monospace, monospace; color: #fff; border-radius: 4px; padding: .1rem .5rem;
   min-width: 3.2rem; text-align: center; }
 .get { background: var(--get); } .post { background: var(--post); } .delete { background: var(--delete); }
+.put { background: var(--put); } .patch { background: var(--patch); }
 .what { opacity: .75; } table { border-collapse: collapse; margin: .3rem 0 .8rem; }
 td, th { border-bottom: 1px solid var(--line); padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; }
 th { font-weight: 600; } .none { opacity: .6; }

@@ -20,7 +20,9 @@ async def _create(call: Call) -> Reply:
     name = check_tenant_name(wanted.name, field="name")
     changed = _changed(Tenant(name, created_at=call.gateway.bus.clock.utc()), wanted)
     if not await call.gateway.tenants.create(changed):
-        raise Conflict(f"there is a tenant '{name}' already; change it with PATCH", field="name")
+        raise Conflict(
+            f"there is a tenant '{name}' already; change it with PATCH or 'tether tenant set {name}'", field="name"
+        )
     return Reply(_shown(changed), 201)
 
 
@@ -52,7 +54,8 @@ def _found(call: Call) -> Tenant:
     found = call.gateway.tenants.find(name)
     if found is None:
         raise NotFound(
-            f"there is no record of a tenant '{name[:64]}'; keys of such a tenant have the default rights",
+            f"there is no record of a tenant '{name[:64]}'; its keys have the default rights; make one with "
+            f"POST or 'tether tenant create {name[:64]}'",
             field="tenant",
         )
     return found
@@ -83,7 +86,7 @@ async def _remove(call: Call) -> Reply:
     gateway, tenant = call.gateway, _found(call)
     use = await _use(gateway, tenant.name)
     if use.keys:
-        raise Conflict(f"tenant '{tenant.name}' has {use.keys} keys that count; revoke them first", field="tenant")
+        raise Conflict(f"tenant '{tenant.name}' has keys that count ({use.keys}); revoke them first", field="tenant")
     if use.queued_jobs and tenant.isolated:
         raise Conflict(f"tenant '{tenant.name}' has {use.queued_jobs} jobs that have not ended", field="tenant")
     await gateway.tenants.remove(tenant.name)
