@@ -37,11 +37,23 @@ class LocalFile:
         return {"path": self.path, "size": self.size, "digest": self.digest, "chunks": chunks, "sizes": sizes}
 
 
-FORMATS = {".onnx": ("model.onnx", "onnxruntime_onnx")}
+FORMATS = {
+    ".onnx": ("model.onnx", "onnxruntime_onnx"),
+    ".pt2": ("model.pt2", "pytorch_export"),
+    ".pt": ("model.pt", "pytorch_libtorch"),
+    ".ts": ("model.pt", "pytorch_libtorch"),
+}
 """End of a file's name -> what the file is called in the store, and the platform that serves it."""
 
-BUNDLES = {"model.json": "python"}
-"""A file that a folder holds -> the platform that serves the folder."""
+BUNDLES = {
+    "saved_model.pb": "tensorflow_savedmodel",
+    "model.pt": "pytorch_libtorch",
+    "model.json": "python",
+}
+"""A file that a folder holds -> the platform that serves the folder; the first one that is there counts."""
+
+DESCRIBED = {"pytorch_libtorch": "model.json"}
+"""Platform -> the file that describes a model which does not describe itself, beside it or under its name with .json."""
 
 
 def local_model(path: Path) -> tuple[str, list[LocalFile]]:
@@ -60,7 +72,21 @@ def local_model(path: Path) -> tuple[str, list[LocalFile]]:
             field="path",
         )
     name, platform = known
-    return platform, [_local_file(path, name)]
+    files = [_local_file(path, name)]
+    if platform in DESCRIBED:
+        files.append(_description(path, DESCRIBED[platform]))
+    return platform, files
+
+
+def _description(path: Path, name: str) -> LocalFile:
+    for source in (path.with_suffix(".json"), path.with_name(name)):
+        if source.is_file():
+            return _local_file(source, name)
+    raise InvalidRequest(
+        f"{path.name!r} does not say what its inputs and outputs are; "
+        f"describe them in {path.with_suffix('.json').name} or {name} beside it",
+        field="path",
+    )
 
 
 def _bundle(folder: Path) -> tuple[str, list[LocalFile]]:

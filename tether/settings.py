@@ -137,6 +137,11 @@ class Settings:
         60.0, "A model's process is ended when one run takes longer; a version may have its own.", low=0.1, high=86400
     )
     model_memory_mb: int = _setting(0, "Address space of a model's own process; 0: no limit.", low=0, high=1 << 24)
+    model_device: str = _setting(
+        "auto",
+        "Where PyTorch and TensorFlow models run; 'auto' takes CUDA when it is there.",
+        choices=("auto", "cpu", "cuda"),
+    )
     cache_mb: int = _setting(
         4096, "Disk for a worker's cache of pieces of model files; 0: none is kept.", low=0, high=1 << 24
     )

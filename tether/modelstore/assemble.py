@@ -62,7 +62,8 @@ async def examine(store: PieceKeeper, request: PushRequest, scratch: Path, *, fr
                     await store.discard(error.field)
                 raise
         size = sum(file.size for file in request.files)
-        return await inspect(Path(folder), FORMATS[request.platform].inspector, Limits.for_size(size))
+        known = FORMATS[request.platform]
+        return await inspect(Path(folder), known.inspector, Limits.for_size(size, known.memory_mb))
 
 
 def batching(request: PushRequest, found: Inspection) -> Batching:

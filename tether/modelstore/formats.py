@@ -10,6 +10,9 @@ from tether.model import ModelFile
 
 ONNX = "onnxruntime_onnx"
 PYTHON = "python"
+TORCH_EXPORT = "pytorch_export"
+TORCHSCRIPT = "pytorch_libtorch"
+SAVED_MODEL = "tensorflow_savedmodel"
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class Format:
     """One platform. ``needs`` are paths that a version must have, ``only`` says that it has no others.
 
     ``code``: loading it runs what is in it, so that only a trusted publisher may push it. ``inspector`` is the module of
-    this package that looks at it.
+    this package that looks at it, and ``memory_mb`` the address space that it takes beside what the model's size asks for.
     """
 
     platform: str
@@ -26,6 +29,7 @@ class Format:
     only: bool = False
     code: bool = True
     largest: int = 1 << 50
+    memory_mb: int = 4096
 
 
 FORMATS = {
@@ -33,6 +37,9 @@ FORMATS = {
     for known in (
         Format(ONNX, (MODEL_PATH,), "inspect_onnx", only=True, code=False, largest=LARGEST_ONNX),
         Format(PYTHON, ("model.json", "model.py"), "inspect_python"),
+        Format(TORCH_EXPORT, ("model.pt2",), "inspect_torch", only=True, memory_mb=16384),
+        Format(TORCHSCRIPT, ("model.json", "model.pt"), "inspect_torch", only=True, memory_mb=16384),
+        Format(SAVED_MODEL, ("saved_model.pb",), "inspect_tensorflow", memory_mb=16384),
     )
 }
 
@@ -53,7 +60,7 @@ def check_files(platform: str, files: tuple[ModelFile, ...], *, trusted: bool, m
     missing = [path for path in found.needs if path not in paths]
     if missing or (found.only and len(paths) != len(found.needs)) or len(set(paths)) != len(paths):
         needed = ", ".join(f"'{path}'" for path in found.needs)
-        words = "exactly the file" if found.only else "at least the files"
+        words = ("exactly" if found.only else "at least") + (" the files" if len(found.needs) > 1 else " the file")
         raise InvalidRequest(f"a version for '{platform}' has {words} {needed}, each once", field="files")
     if found.code and not trusted:
         raise FormatNotAllowed(

@@ -45,11 +45,14 @@ class Limits(msgspec.Struct, frozen=True):
     wall_s: float = 90.0
 
     @classmethod
-    def for_size(cls, size: int) -> Limits:
-        """Limits for a file of ``size`` bytes: parsing and optimising hold a few copies of the weights."""
+    def for_size(cls, size: int, memory_mb: int = 4096) -> Limits:
+        """Limits for files of ``size`` bytes: parsing and optimising hold a few copies of the weights.
+
+        ``memory_mb`` is what the framework itself takes.
+        """
         gigabytes = size / (1 << 30)
         return cls(
-            memory_mb=4096 + 5 * size // _MB,
+            memory_mb=memory_mb + 5 * size // _MB,
             cpu_s=int(60 + 120 * gigabytes),
             wall_s=min(240.0, 90.0 + 180.0 * gigabytes),
         )
@@ -106,6 +109,7 @@ def _environment() -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
         "LANG": "C.UTF-8",
     }
 

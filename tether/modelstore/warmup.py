@@ -6,7 +6,7 @@ axis is free **and** one row alone gives the same answer as that row among three
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,16 +23,18 @@ LARGEST_BATCH = 512
 LARGEST_GUESS = 32
 """When some axis besides the first is free too, so that nobody knows the size of a row."""
 MAX_ELEMENTS = 1 << 26
-_BF16 = 16
+BF16 = NUMPY_DTYPES["BF16"]
 
 Arrays = Mapping[str, Any]
+Run = Callable[[Arrays], list[Any]]
+"""One run of a model: inputs by name, outputs in the order of its signature."""
 
 
 class Symbols(NamedTuple):
     """Names of the first axes: None where an axis has no name, an int where it is fixed."""
 
-    inputs: tuple[Any, ...]
-    outputs: tuple[Any, ...]
+    inputs: tuple[Any, ...] = ()
+    outputs: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, session: Any) -> Symbols:
@@ -43,28 +45,31 @@ class Symbols(NamedTuple):
         return cls(tuple(firsts[0]), tuple(firsts[1]))
 
 
+NO_SYMBOLS = Symbols()
+
+
 def judge(
-    session: Any, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], symbols: Symbols
+    run: Run, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], symbols: Symbols = NO_SYMBOLS
 ) -> Inspection:
     """Warm the model up and decide on batching.
 
     Raises:
-        Exception: ONNX Runtime's own, when the model raised although every axis but the first is known.
+        Exception: the framework's own, when the model raised although every axis but the first is known.
         ModelRejected: an input is too large to try.
     """
     free = bool(inputs) and all(spec.shape and spec.shape[0] == -1 for spec in (*inputs, *outputs))
-    first = _first_run(session, inputs, ROWS if free else 1)
+    first = _first_run(run, inputs, ROWS if free else 1)
     if isinstance(first, Exception):
         if _guessed(inputs):
             return _unproven(inputs, outputs, symbols, free=free)
-        if free and not isinstance(alone := _first_run(session, inputs, 1), Exception):
+        if free and not isinstance(alone := _first_run(run, inputs, 1), Exception):
             return Inspection(inputs, _ranked(outputs, alone[0]), 0, "it does not run with more than one row")
         raise first
     found, distinct = first
     outputs = _ranked(outputs, found)
     if not free:
         return Inspection(inputs, outputs, 0, "not every input and output has a free first axis")
-    reason = _mixes_rows(session, inputs, found, distinct=distinct)
+    reason = _mixes_rows(run, inputs, found, distinct=distinct)
     return Inspection(inputs, outputs, 0 if reason else automatic_batch(inputs, outputs), reason)
 
 
@@ -107,29 +112,29 @@ def zeros(inputs: Sequence[TensorSpec], rows: int = 1) -> dict[str, Any]:
     return _arrays(inputs, rows, distinct=False)
 
 
-def _first_run(session: Any, inputs: Sequence[TensorSpec], rows: int) -> tuple[list[Any], bool] | Exception:
+def _first_run(run: Run, inputs: Sequence[TensorSpec], rows: int) -> tuple[list[Any], bool] | Exception:
     """A run with ``rows`` rows: with rows that differ (True) if the model takes them, else with zeros (False)."""
     try:
-        return _run(session, inputs, _arrays(inputs, rows, distinct=True)), True
+        return run(_arrays(inputs, rows, distinct=True)), True
     except (ModelRejected, MemoryError):
         raise
     except Exception:  # noqa: BLE001 - the runtime's errors share no base, and the next try has its own
         distinct = False
     try:
-        return _run(session, inputs, _arrays(inputs, rows, distinct=distinct)), distinct
+        return run(_arrays(inputs, rows, distinct=distinct)), distinct
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - likewise; the caller decides what a refusal means
         return error
 
 
-def _mixes_rows(session: Any, inputs: Sequence[TensorSpec], together: list[Any], *, distinct: bool) -> str:
+def _mixes_rows(run: Run, inputs: Sequence[TensorSpec], together: list[Any], *, distinct: bool) -> str:
     if any(not array.shape or array.shape[0] != ROWS for array in together):
         return "an output's first axis does not follow the inputs'"
     arrays = _arrays(inputs, ROWS, distinct=distinct)
     for row in (0, ROWS - 1):
         try:
-            alone = _run(session, inputs, {name: array[row : row + 1] for name, array in arrays.items()})
+            alone = run({name: array[row : row + 1] for name, array in arrays.items()})
         except (ModelRejected, MemoryError):
             raise
         except Exception:  # noqa: BLE001 - the runtime's errors share no base; refusing one row is an answer
@@ -142,7 +147,7 @@ def _mixes_rows(session: Any, inputs: Sequence[TensorSpec], together: list[Any],
 def _same(single: Any, many: Any) -> bool:
     if single.shape != many.shape:
         return False
-    if single.dtype.kind == "f":
+    if single.dtype.kind == "f" or single.dtype == BF16:
         return bool(
             np.allclose(single.astype(np.float64), many.astype(np.float64), rtol=1e-2, atol=1e-3, equal_nan=True)
         )
@@ -164,35 +169,13 @@ def _array(spec: TensorSpec, rows: int, *, distinct: bool) -> Any:
         )
     if spec.datatype == "BYTES":
         return np.full(shape, "", dtype=np.object_)
-    dtype = np.dtype(np.uint16) if spec.datatype == "BF16" else NUMPY_DTYPES[spec.datatype]
+    dtype = NUMPY_DTYPES[spec.datatype]
     if not distinct or not shape or spec.datatype == "BF16":
         return np.zeros(shape, dtype)
     if dtype.kind == "f":
         return np.random.default_rng(1).standard_normal(shape).astype(dtype)
     column = np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
     return np.broadcast_to(column % 2 if dtype.kind == "b" else column % 100, shape).astype(dtype)
-
-
-def _run(session: Any, inputs: Sequence[TensorSpec], arrays: Arrays) -> list[Any]:
-    """Outputs as arrays; one that numpy has no type for (BF16) comes as zeros of its shape."""
-    if not any(spec.datatype == "BF16" for spec in inputs) and not _has_bf16(session):
-        return list(session.run(None, dict(arrays)))
-    import onnxruntime  # noqa: PLC0415 - already loaded by whoever made the session
-
-    values = {
-        spec.name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
-            np.ascontiguousarray(arrays[spec.name]), _BF16
-        )
-        if spec.datatype == "BF16"
-        else onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(arrays[spec.name]))
-        for spec in inputs
-    }
-    found = session.run_with_ort_values(None, values)
-    return [np.zeros(value.shape(), np.uint16) if "bfloat16" in value.data_type() else value.numpy() for value in found]
-
-
-def _has_bf16(session: Any) -> bool:
-    return any(node.type == "tensor(bfloat16)" for node in session.get_outputs())
 
 
 def _ranked(outputs: Sequence[TensorSpec], found: Sequence[Any]) -> tuple[TensorSpec, ...]:

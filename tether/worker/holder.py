@@ -144,7 +144,7 @@ class Holder:
     def _options(self, manifest: Manifest) -> Options:
         settings = self._bus.settings
         timeout_s = manifest.run_timeout_s or settings.run_timeout_s
-        return Options(settings.onnx_threads, settings.model_memory_mb, timeout_s)
+        return Options(settings.onnx_threads, settings.model_memory_mb, timeout_s, device=settings.model_device)
 
     async def _manifest(self, ref: ModelRef) -> Manifest:
         key = self._bus.names.version_key(ref.model, ref.version)

@@ -14,7 +14,13 @@ from tether.worker.runtimes.process import Options, ProcessRuntime
 
 ONNX_PLATFORM = "onnxruntime_onnx"
 
-FILES = {ONNX_PLATFORM: "onnx", "python": "custom"}
+FILES = {
+    ONNX_PLATFORM: "onnx",
+    "python": "custom",
+    "pytorch_export": "torch",
+    "pytorch_libtorch": "torch",
+    "tensorflow_savedmodel": "tensorflow",
+}
 """Platform (the OIP string) -> the module of this package that loads it with ``load(manifest, directory, options)``."""
 
 

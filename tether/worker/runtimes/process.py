@@ -46,6 +46,7 @@ class Options(msgspec.Struct, frozen=True):
     memory_mb: int = 0
     run_timeout_s: float = 60.0
     load_timeout_s: float = 300.0
+    device: str = "auto"
 
 
 class Start(msgspec.Struct, frozen=True):

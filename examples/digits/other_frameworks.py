@@ -1,0 +1,122 @@
+"""Write the network of ``digits.onnx`` for the other platforms: torch.export, TorchScript, SavedModel and a Python class.
+
+Run ``python examples/digits/other_frameworks.py FOLDER torch tensorflow python``, with the frameworks of your choice; what it writes is
+pushed with ``tether model push digits FOLDER/...``. The extras ``torch`` and ``tensorflow`` have the frameworks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+HERE = Path(__file__).resolve().parent
+INPUTS = [{"name": "image", "datatype": "FP32", "shape": [-1, 64]}]
+OUTPUTS = [
+    {"name": "label", "datatype": "INT64", "shape": [-1]},
+    {"name": "probabilities", "datatype": "FP32", "shape": [-1, 10]},
+]
+BRIGHTEST = 16.0
+CLASS = '''"""The digits network in numpy."""
+
+import numpy as np
+
+
+class Digits:
+    def load(self, directory):
+        with np.load(directory / "weights.npz") as weights:
+            self.weights = dict(weights)
+
+    def predict(self, inputs):
+        w = self.weights
+        hidden = np.maximum(inputs["image"] / np.float32(16) @ w["w1"] + w["b1"], 0)
+        scores = hidden @ w["w2"] + w["b2"]
+        raised = np.exp(scores - scores.max(axis=1, keepdims=True))
+        return {"label": scores.argmax(axis=1), "probabilities": raised / raised.sum(axis=1, keepdims=True)}
+'''
+
+Weights = Mapping[str, npt.NDArray[np.float32]]
+
+
+def weights() -> Weights:
+    """``w1``, ``b1``, ``w2`` and ``b2`` of the trained network."""
+    graph = onnx.load(str(HERE / "digits.onnx")).graph
+    return {value.name: np.array(numpy_helper.to_array(value)) for value in graph.initializer}
+
+
+def torch_network(found: Weights) -> Any:
+    """The network as a module that takes ``image`` and returns a dictionary."""
+    import torch
+
+    class Digits(torch.nn.Module):  # type: ignore[misc, unused-ignore]
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("w1", "b1", "w2", "b2"):
+                self.register_buffer(name, torch.from_numpy(found[name]))
+
+        def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+            hidden = torch.relu(image / 16.0 @ self.w1 + self.b1)
+            scores = hidden @ self.w2 + self.b2
+            return {"label": scores.argmax(dim=1), "probabilities": torch.softmax(scores, dim=1)}
+
+    return Digits().eval()
+
+
+def write_torch(folder: Path, found: Weights) -> None:
+    """``digits.pt2`` of torch.export; ``digits.pt`` of TorchScript with the signature that it lacks in ``digits.json``."""
+    import torch
+
+    network, example = torch_network(found), torch.zeros(2, 64)
+    rows = torch.export.Dim("rows", min=1, max=4096)
+    program = torch.export.export(network, (example,), dynamic_shapes={"image": {0: rows}})
+    torch.export.save(program, folder / "digits.pt2")
+    torch.jit.trace(network, (example,), strict=False).save(folder / "digits.pt")
+    (folder / "digits.json").write_text(json.dumps({"inputs": INPUTS, "outputs": OUTPUTS}, indent=2))
+
+
+def write_tensorflow(folder: Path, found: Weights) -> None:
+    """The folder ``savedmodel``."""
+    import tensorflow as tf
+
+    network = tf.Module()
+    w1, b1, w2, b2 = network.parts = [tf.Variable(found[name]) for name in ("w1", "b1", "w2", "b2")]
+
+    def classify(image: Any) -> dict[str, Any]:
+        scores = tf.nn.relu(image / BRIGHTEST @ w1 + b1) @ w2 + b2
+        return {"label": tf.argmax(scores, axis=1), "probabilities": tf.nn.softmax(scores)}
+
+    served = tf.function(classify, input_signature=[tf.TensorSpec([None, 64], tf.float32, name="image")])
+    tf.saved_model.save(network, str(folder / "savedmodel"), signatures=served)
+
+
+def write_python(folder: Path, found: Weights) -> None:
+    """The folder ``python``: a class, its description and its weights."""
+    bundle = folder / "python"
+    bundle.mkdir()
+    description = {"className": "Digits", "inputs": INPUTS, "outputs": OUTPUTS, "maxBatchSize": 512}
+    (bundle / "model.json").write_text(json.dumps(description, indent=2))
+    (bundle / "model.py").write_text(CLASS)
+    np.savez(bundle / "weights.npz", w1=found["w1"], b1=found["b1"], w2=found["w2"], b2=found["b2"])
+
+
+WRITERS = {"torch": write_torch, "tensorflow": write_tensorflow, "python": write_python}
+
+
+def main() -> None:
+    if len(sys.argv) < 3 or not set(sys.argv[2:]) <= set(WRITERS):
+        raise SystemExit(f"usage: python {sys.argv[0]} FOLDER {' '.join(WRITERS)}")
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in sys.argv[2:]:
+        WRITERS[name](folder, weights())
+
+
+if __name__ == "__main__":
+    main()

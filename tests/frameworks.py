@@ -1,0 +1,140 @@
+"""Models of PyTorch and TensorFlow for tests, and what the frameworks themselves answer.
+
+Called as ``python tests/frameworks.py FOLDER torch`` or ``... tensorflow``, because nobody wants a framework in the process of the
+tests: it writes models of that framework into FOLDER, and ``answers-NAME.npz`` of each digits model on the held-out images.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tether.errors import ModelRejected
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / "examples" / "digits"
+MIXING = {
+    "inputs": [{"name": "a", "datatype": "FP32", "shape": [-1, 4]}],
+    "outputs": [{"name": "b", "datatype": "FP32", "shape": [-1, 4]}],
+}
+
+
+def need(*frameworks: str) -> None:
+    """Skip the test where a framework is not installed, except in CI."""
+    for name in frameworks:
+        if importlib.util.find_spec(name) is None:
+            reason = f"needs {name}: pip install -e '.[all,dev]'"
+            if os.environ.get("CI"):
+                pytest.fail(reason)
+            pytest.skip(reason)
+
+
+def make(folder: Path, framework: str) -> Path:
+    """The folder, with the models of one framework in it."""
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{EXAMPLE}:{ROOT}", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, str(Path(__file__).resolve()), str(folder), framework]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def images() -> Any:
+    with np.load(EXAMPLE / "digits_holdout.npz") as holdout:
+        return holdout["images"]
+
+
+def write_torch(folder: Path) -> None:
+    import torch  # noqa: PLC0415 - only the child
+
+    torch.set_num_threads(1)
+    loaded: dict[str, Any] = {
+        "digits.pt2": torch.export.load(folder / "digits.pt2").module(),
+        "digits.pt": torch.jit.load(folder / "digits.pt"),
+    }
+    for name, model in loaded.items():
+        with torch.inference_mode():
+            found = model(torch.from_numpy(images()))
+        np.savez(folder / f"answers-{name}.npz", **{key: value.numpy() for key, value in found.items()})
+
+    class Several(torch.nn.Module):  # type: ignore[misc, unused-ignore]
+        def forward(self, x: Any, *, pair: tuple[Any, Any]) -> tuple[Any, Any]:
+            return x * 2, (pair[0] + pair[1]).to(torch.bfloat16)
+
+    given: Any = ((torch.zeros(2, 4),), {"pair": (torch.ones(3), torch.ones(3, dtype=torch.bfloat16))})
+    torch.export.save(torch.export.export(Several(), given[0], given[1]), folder / "several.pt2")
+
+    class Mixing(torch.nn.Module):  # type: ignore[misc, unused-ignore]
+        def forward(self, a: Any) -> Any:
+            return a - a.mean(0)
+
+    torch.jit.trace(Mixing(), torch.zeros(2, 4)).save(folder / "mixing.pt")
+    _write_hostile(folder)
+
+
+class Touch:
+    """Creates a file wherever somebody unpickles it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+def _write_hostile(folder: Path) -> None:
+    """``reduce.pt`` as torch.save writes it, and ``reduce.pt2`` that has it for its sample inputs; both want ``sentinel``."""
+    import torch  # noqa: PLC0415 - only the child
+
+    sentinel = folder / "sentinel"
+    torch.save(Touch(sentinel), folder / "reduce.pt")
+    torch.load(folder / "reduce.pt", weights_only=False).close()
+    assert sentinel.exists()  # without this one that never appears would prove nothing
+    sentinel.unlink()
+    with zipfile.ZipFile(folder / "digits.pt2") as good, zipfile.ZipFile(folder / "reduce.pt2", "w") as bad:
+        for name in good.namelist():
+            own = name.endswith("sample_inputs/model.pt")
+            bad.writestr(name, (folder / "reduce.pt").read_bytes() if own else good.read(name))
+
+
+def write_tensorflow(folder: Path) -> None:
+    import tensorflow as tf  # noqa: PLC0415 - only the child
+
+    from tether import tensorflow_model  # noqa: PLC0415 - likewise
+
+    served = tf.saved_model.load(str(folder / "savedmodel")).signatures["serving_default"]
+    found = served(image=tf.constant(images()))
+    np.savez(folder / "answers-savedmodel.npz", **{key: value.numpy() for key, value in found.items()})
+
+    def shout(text: Any) -> dict[str, Any]:
+        return {"loud": tf.strings.upper(text), "length": tf.strings.length(text)}
+
+    signature = [tf.TensorSpec([None, 1], tf.string, name="text")]
+    module = tf.Module()
+    tf.saved_model.save(module, str(folder / "shout"), signatures=tf.function(shout, input_signature=signature))
+    tf.saved_model.save(module, str(folder / "unsigned"))
+    try:
+        tensorflow_model.SavedModel(folder / "unsigned")
+    except ModelRejected as error:
+        (folder / "refusal").write_text(error.message)
+
+
+def main() -> None:
+    import other_frameworks  # noqa: PLC0415 - only the child
+
+    folder, framework = Path(sys.argv[1]), sys.argv[2]
+    folder.mkdir(exist_ok=True)
+    other_frameworks.WRITERS[framework](folder, other_frameworks.weights())
+    if framework in (checks := {"torch": write_torch, "tensorflow": write_tensorflow}):
+        checks[framework](folder)
+
+
+if __name__ == "__main__":
+    main()

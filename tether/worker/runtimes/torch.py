@@ -1,0 +1,13 @@
+"""PyTorch: programs of ``torch.export`` and TorchScript; see :mod:`tether.torch_model`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tether import torch_model
+from tether.model import Manifest
+from tether.worker.runtimes.process import Options
+
+
+def load(_manifest: Manifest, directory: Path, options: Options) -> torch_model.TorchModel:
+    return torch_model.load(directory, threads=options.threads, device=options.device)
