@@ -242,7 +242,7 @@ def test_a_file_that_is_not_there_is_told() -> None:
     with pytest.raises(InvalidRequest, match="cannot read"):
         client_push.local_model(Path("/nonexistent/model.onnx"))
     with pytest.raises(InvalidRequest, match="no model that is known here"):
-        client_push.local_model(Path("/nonexistent/model.pt"))
+        client_push.local_model(Path("/nonexistent/model.pkl"))
 
 
 def test_keys_are_made_once_and_revoked() -> None:
