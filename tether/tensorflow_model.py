@@ -41,9 +41,10 @@ class SavedModel:
             there = ", ".join(f"'{name[:64]}'" for name in self._model.signatures) or "none"
             raise ModelRejected(f"the SavedModel has no signature '{SIGNATURE}'; it has: {there}", field="file")
         self._function: Any = function
-        self._inputs = dict(function.structured_input_signature[1])
+        # sorted, because TensorFlow's own order is another one in every process
+        self._inputs = dict(sorted(function.structured_input_signature[1].items()))
         self.inputs = tuple(_spec(name, found) for name, found in self._inputs.items())
-        self.outputs = tuple(_spec(name, found) for name, found in function.structured_outputs.items())
+        self.outputs = tuple(_spec(name, found) for name, found in sorted(function.structured_outputs.items()))
 
     @property
     def output_names(self) -> Sequence[str]:
