@@ -101,7 +101,11 @@ class ProcessRuntime:
         rows = [_row(from_numpy(name, array)) for name, array in inputs.items()]
         answer = self._ask(codec.pack((list(outputs), rows)), self._options.run_timeout_s)
         self._failures = 0
-        return [to_numpy(Tensor(*row)) for row in answer]
+        found = {row[0]: row for row in answer}
+        try:
+            return [to_numpy(Tensor(*found[name])) for name in outputs or self._outputs]
+        except KeyError as error:
+            raise InferenceFailed(f"the model's process answered without the output {error}") from error
 
     def close(self) -> None:
         self._closed.set()
