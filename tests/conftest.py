@@ -1,7 +1,7 @@
 """Fixtures that every suite shares.
 
 A test that uses ``broker`` runs on the embedded server and, where TETHER_TEST_NATS_IMAGE names an image, once more on a
-server in a container; ``--broker`` chooses one of them.
+server in a container when its file is one of :data:`BOTH`; ``--broker container`` runs all of them in containers.
 """
 
 from __future__ import annotations
@@ -29,10 +29,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--broker", choices=("embedded", "container"), help="run on one kind of broker only")
 
 
+BOTH = ("bus", "inference", "jobs", "modelstore", "server", "tls", "replays", "zero_trust", "audit", "worker_cache")
+"""Files (``test_X.py``) about what the broker does with us, which is another one in a container: synced, and far away."""
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "start_broker" in metafunc.fixturenames:
         chosen = metafunc.config.getoption("--broker")
-        containers = IMAGE_VARIABLE in os.environ or "CI" in os.environ
+        both = metafunc.module.__name__.removeprefix("test_") in BOTH
+        containers = both and (IMAGE_VARIABLE in os.environ or "CI" in os.environ)
         kinds = [chosen] if chosen else ["embedded", "container"] if containers else ["embedded"]
         marked = [pytest.param(kind, marks=pytest.mark.container if kind == "container" else ()) for kind in kinds]
         metafunc.parametrize("start_broker", marked, indirect=True)

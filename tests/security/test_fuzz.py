@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import time
 import zlib
 
@@ -155,8 +156,11 @@ def test_a_bomb_costs_neither_memory_nor_time(decoder: Decoder, bomb: str) -> No
     seen: set[str] = set()
     took = min(fed(decoder, data, seen) for _ in range(3))  # the collector may strike once
     assert (process.memory_info().rss - before) / 1e6 < 20
-    assert took < (1.0 if decoder.name in MANY else 0.05)
+    assert took < (1.0 if decoder.name in MANY else 0.05) * SLOWER
 
+
+SLOWER = 5 if "coverage" in sys.modules else 1
+"""Every line costs more while it is counted."""
 
 MANY = ("structs", "bodies")
 
