@@ -13,7 +13,7 @@ FUNCTION_LINES = 60
 MEDIAN_LINES = 10
 FOLDERS = ("tether", "cli", "bench", "examples", "scripts", "tests")
 
-EXCEPTIONS: dict[str, str] = {"tether/settings.py": "one table: every setting once, with its help"}
+EXCEPTIONS: dict[str, str] = {}
 """``path`` or ``path::function`` -> why it may be longer."""
 
 

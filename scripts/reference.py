@@ -19,6 +19,7 @@ from tether import metrics, settings
 from tether.gateway_http import rest
 from tether.gateway_http.auth import ANY_SCOPE
 from tether.gateway_http.routing import Row
+from tether.setting import SettingInfo
 from tether_cli.main import application
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -92,11 +93,11 @@ def settings_table() -> str:
     return table(("key", "environment", "default", "allowed", "meaning"), rows)
 
 
-def _default(info: settings.SettingInfo) -> str:
+def _default(info: SettingInfo) -> str:
     return "" if info.default == "" else f"`{info.default}`"
 
 
-def _allowed(info: settings.SettingInfo) -> str:
+def _allowed(info: SettingInfo) -> str:
     if info.choices:
         return ", ".join(f"`{choice}`" for choice in info.choices)
     if info.low is None or info.high is None:

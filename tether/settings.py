@@ -7,7 +7,6 @@ variable ``TETHER_<FIELD>`` < command line. Durations are in the unit their name
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tether.errors import ConfigError
+from tether.setting import SettingInfo, checked, parse, unknown
 
 _TOKEN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 ENV_PREFIX = "TETHER_"
@@ -195,20 +195,6 @@ class Settings:
     log_format: str = _setting("json", "Form of log lines.", choices=("json", "text"))
 
 
-@dataclass(frozen=True)
-class SettingInfo:
-    """One row of the settings table, for files, help and documentation."""
-
-    name: str
-    env: str
-    type: type
-    default: Any
-    help: str
-    low: float | None
-    high: float | None
-    choices: tuple[str, ...]
-
-
 def table() -> list[SettingInfo]:
     """Every setting in the order of its definition."""
     types = typing.get_type_hints(Settings)
@@ -251,8 +237,8 @@ def load(
         values.update(_from_file(file, known))
     values.update(from_env)
     values.update(given)
-    checked = {name: _checked(known, name, value) for name, value in values.items()}
-    settings = Settings(**checked)
+    values = {name: checked(known, name, value) for name, value in values.items()}
+    settings = Settings(**values)
     _cross_check(settings)
     return settings
 
@@ -268,7 +254,7 @@ def _from_file(path: Path, known: Mapping[str, SettingInfo]) -> dict[str, Any]:
         raise ConfigError(f"{path} must hold one JSON object")
     for name in content:
         if name not in known:
-            raise _unknown(f"{path}: ", name, known)
+            raise unknown(f"{path}: ", name, known)
     return content
 
 
@@ -282,8 +268,8 @@ def _from_environment(known: Mapping[str, SettingInfo], environ: Mapping[str, st
             continue
         info = by_env.get(variable)
         if info is None:
-            raise _unknown("environment: ", variable, by_env)
-        found[info.name] = _parse(info, text)
+            raise unknown("environment: ", variable, by_env)
+        found[info.name] = parse(info, text)
     return found
 
 
@@ -318,44 +304,6 @@ def without_passphrase(environ: Mapping[str, str] | None = None) -> dict[str, st
     """The environment for a service, which has no business with the root key."""
     environ = os.environ if environ is None else environ
     return {name: value for name, value in environ.items() if name != ROOT_PASSPHRASE}
-
-
-def _unknown(where: str, name: str, known: Mapping[str, Any]) -> ConfigError:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    return ConfigError(f"{where}unknown setting '{name}'{hint}", field=name)
-
-
-def _parse(info: SettingInfo, text: str) -> Any:
-    if info.type is str:
-        return text
-    try:
-        return info.type(text)
-    except ValueError as error:
-        raise ConfigError(f"{info.env}={text!r} is not a {_type_name(info)}", field=info.name) from error
-
-
-def _checked(known: Mapping[str, SettingInfo], name: str, value: Any) -> Any:
-    info = known.get(name)
-    if info is None:
-        raise _unknown("", name, known)
-    if info.type is float and type(value) is int and abs(value) < 1 << 53:
-        value = float(value)
-    if value.__class__ is not info.type:
-        raise ConfigError(f"setting '{name}' must be a {_type_name(info)}, not {value!r}", field=name)
-    if info.choices and value not in info.choices:
-        raise ConfigError(f"setting '{name}' must be one of {', '.join(info.choices)}, not {value!r}", field=name)
-    if not _in_range(info, value):
-        raise ConfigError(f"setting '{name}' must be between {info.low:g} and {info.high:g}, not {value!r}", field=name)
-    return value
-
-
-def _in_range(info: SettingInfo, value: Any) -> bool:
-    return info.low is None or info.high is None or bool(info.low <= value <= info.high)
-
-
-def _type_name(info: SettingInfo) -> str:
-    return {str: "text", int: "whole number", float: "number"}[info.type]
 
 
 def _cross_check(settings: Settings) -> None:

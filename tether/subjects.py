@@ -10,6 +10,22 @@ import zlib
 
 from tether.job import SHARED, Lane, LaneKind, Priority
 
+BUCKETS = (
+    "liveness",
+    "models",
+    "aliases",
+    "routes",
+    "assign",
+    "keyset",
+    "apikeys",
+    "keyuse",
+    "tenants",
+    "tenantkeys",
+    "jobs",
+    "attempts",
+)
+"""Every key-value bucket of the platform."""
+
 
 def token(name: str) -> str:
     """A client-chosen name as one subject token."""
@@ -161,7 +177,7 @@ class Names:
         """The request subject of a service endpoint such as ``registerWorker``."""
         return f"{self.prefix}.svc.{name}"
 
-    # key-value buckets: see tether.bus.permissions.BUCKETS
+    # key-value buckets: see BUCKETS
 
     def bucket(self, name: str) -> str:
         return f"{self._upper}_{name}"

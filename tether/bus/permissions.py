@@ -12,22 +12,6 @@ from tether.envelope import Role
 from tether.job import SHARED
 from tether.subjects import Names
 
-BUCKETS = (
-    "liveness",
-    "models",
-    "aliases",
-    "routes",
-    "assign",
-    "keyset",
-    "apikeys",
-    "keyuse",
-    "tenants",
-    "tenantkeys",
-    "jobs",
-    "attempts",
-)
-"""Every key-value bucket of the platform."""
-
 DISPATCHER_SERVICES = ("registerWorker",)
 MODELSTORE_SERVICES = ("registerModel", "changeModel")
 

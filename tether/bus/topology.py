@@ -11,7 +11,7 @@ from tether.bus.queue import RESULT_MARGIN_S
 from tether.errors import QueueFull
 from tether.job import LONGEST_DEADLINE_S, SHARED, Lane, LaneKind, Priority
 from tether.settings import Settings
-from tether.subjects import Names, scope_token
+from tether.subjects import BUCKETS, Names, scope_token
 
 log = logging.getLogger(__name__)
 
@@ -19,17 +19,9 @@ NANOSECONDS = 1_000_000_000
 MAX_CONSUMERS = 20_000
 """The server's default cap of 1,000 lanes a stream is too low."""
 
-PLAIN_BUCKETS = (
-    "models",
-    "aliases",
-    "routes",
-    "assign",
-    "keyset",
-    "apikeys",
-    "keyuse",
-    "tenants",
-    "tenantkeys",
-)
+BOUNDED_BUCKETS = ("jobs", "attempts", "liveness")
+"""Buckets that grow with what clients do, and so have bounds of their own."""
+
 STREAM_NOT_FOUND = 10059
 PRIORITY_GROUP = "lane"
 _MB = 1 << 20
@@ -42,7 +34,7 @@ def streams(names: Names, settings: Settings) -> list[dict[str, Any]]:
     disk = _rest(settings)
     infer = [_infer(names, shard, memory // (2 * names.infer_shards)) for shard in range(names.infer_shards)]
     jobs = [_jobs(names, shard, disk // (8 * names.job_shards), settings) for shard in range(names.job_shards)]
-    buckets = [_bucket(names, name, settings) for name in PLAIN_BUCKETS]
+    buckets = [_bucket(names, name, settings) for name in BUCKETS if name not in BOUNDED_BUCKETS]
     return [
         *infer,
         *jobs,

@@ -1,0 +1,73 @@
+"""One row of the settings table, and what a value of it may be. The table itself is in :mod:`tether.settings`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tether.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SettingInfo:
+    """One row of the settings table, for files, help and documentation."""
+
+    name: str
+    env: str
+    type: type
+    default: Any
+    help: str
+    low: float | None
+    high: float | None
+    choices: tuple[str, ...]
+
+
+def unknown(where: str, name: str, known: Mapping[str, Any]) -> ConfigError:
+    """The error for a name that is no setting, with the nearest one that is."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return ConfigError(f"{where}unknown setting '{name}'{hint}", field=name)
+
+
+def parse(info: SettingInfo, text: str) -> Any:
+    """The value that an environment variable's text means.
+
+    Raises:
+        ConfigError: it means none of the setting's type.
+    """
+    if info.type is str:
+        return text
+    try:
+        return info.type(text)
+    except ValueError as error:
+        raise ConfigError(f"{info.env}={text!r} is not a {_type_name(info)}", field=info.name) from error
+
+
+def checked(known: Mapping[str, SettingInfo], name: str, value: Any) -> Any:
+    """The value of a setting, when it may have it.
+
+    Raises:
+        ConfigError: there is no such setting, or the value's type or range is wrong.
+    """
+    info = known.get(name)
+    if info is None:
+        raise unknown("", name, known)
+    if info.type is float and type(value) is int and abs(value) < 1 << 53:
+        value = float(value)
+    if value.__class__ is not info.type:
+        raise ConfigError(f"setting '{name}' must be a {_type_name(info)}, not {value!r}", field=name)
+    if info.choices and value not in info.choices:
+        raise ConfigError(f"setting '{name}' must be one of {', '.join(info.choices)}, not {value!r}", field=name)
+    if not _in_range(info, value):
+        raise ConfigError(f"setting '{name}' must be between {info.low:g} and {info.high:g}, not {value!r}", field=name)
+    return value
+
+
+def _in_range(info: SettingInfo, value: Any) -> bool:
+    return info.low is None or info.high is None or bool(info.low <= value <= info.high)
+
+
+def _type_name(info: SettingInfo) -> str:
+    return {str: "text", int: "whole number", float: "number"}[info.type]
