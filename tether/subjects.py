@@ -14,6 +14,7 @@ BUCKETS = (
     "liveness",
     "models",
     "aliases",
+    "configs",
     "routes",
     "assign",
     "keyset",

@@ -41,6 +41,7 @@ def publishers(subject: str) -> set[str]:
 WRITERS = {
     "models": {"modelstore"},
     "aliases": {"modelstore"},
+    "configs": {"modelstore"},
     "routes": {"dispatcher"},
     "assign": {"dispatcher"},
     "apikeys": {"gateway", "admin"},

@@ -76,7 +76,7 @@ def _gateway(names: Names, inbox: str) -> Permissions:
             *_objects(names),
             "$JS.API.DIRECT.GET.*",
             *_read_last(names, "jobs", "attempts", "models", "aliases", "routes", "apikeys", "keyuse", "tenants"),
-            *_read_last(names, "tenantkeys", "liveness", "keyset"),
+            *_read_last(names, "configs", "tenantkeys", "liveness", "keyset"),
             f"$JS.API.DIRECT.GET.*.{names.prefix}.result.>",
             f"$JS.API.DIRECT.GET.{names.audit_stream}.>",
             *(f"$JS.API.DIRECT.GET.{names.object_stream(bucket)}.>" for bucket in names.chunk_buckets()),
@@ -86,7 +86,8 @@ def _gateway(names: Names, inbox: str) -> Permissions:
             names.reply("*"),
             f"{names.prefix}.result.>",
             names.demand(),
-            *_keys(names, "models", "aliases", "routes", "apikeys", "liveness", "tenants", "tenantkeys", "keyset"),
+            *_keys(names, "models", "aliases", "configs", "routes", "apikeys", "liveness"),
+            *_keys(names, "tenants", "tenantkeys", "keyset"),
         ),
     )
 
@@ -97,7 +98,7 @@ def _dispatcher(names: Names, inbox: str) -> Permissions:
         publish_deny=_NEVER,
         subscribe=(
             inbox,
-            *_keys(names, "liveness", "models", "aliases", "assign", "routes", "tenants", "keyset"),
+            *_keys(names, "liveness", "models", "aliases", "configs", "assign", "routes", "tenants", "keyset"),
             *_services(names, DISPATCHER_SERVICES),
         ),
         responds=True,
@@ -122,7 +123,7 @@ def _worker(names: Names, inbox: str, name: str, scope: str) -> Permissions:
             note,
             _last(names.bucket_stream("attempts"), note),
             _last(names.bucket_stream("assign"), own_order),
-            *_read_last(names, "models", "tenantkeys"),
+            *_read_last(names, "models", "configs", "tenantkeys"),
             *_read(names, "keyset"),
             f"$JS.API.DIRECT.GET.{names.scope_results_stream(scope)}",
             _last(names.scope_results_stream(scope), names.results(scope)),
@@ -142,10 +143,10 @@ def _lane_streams(names: Names, scope: str) -> list[str]:
 def _modelstore(names: Names, inbox: str) -> Permissions:
     return Permissions(
         publish=(
-            *_keys(names, "models", "aliases"),
+            *_keys(names, "models", "aliases", "configs"),
             names.audit_subjects(),
             *_objects(names),
-            *_read(names, "models", "aliases", "tenants", "keyset"),
+            *_read(names, "models", "aliases", "configs", "tenants", "keyset"),
             *_get(names.audit_stream),
             *_read_objects(names),
             *_keep_objects(names),

@@ -31,6 +31,7 @@ class MessageType(StrEnum):
     ROUTE = "route"
     MANIFEST = "manifest"
     ALIAS = "alias"
+    CONFIG = "config"  # how a model is served
     API_KEY = "api_key"
     PUSH = "push"  # gateway to model store, RPC: make these chunks a version
     PUSHED = "pushed"  # its answer
@@ -72,7 +73,14 @@ ROLE_TYPES: Mapping[Role, frozenset[MessageType]] = {
         }
     ),
     Role.MODELSTORE: frozenset(
-        {MessageType.MANIFEST, MessageType.ALIAS, MessageType.PUSHED, MessageType.CHANGED, MessageType.AUDIT}
+        {
+            MessageType.MANIFEST,
+            MessageType.ALIAS,
+            MessageType.CONFIG,
+            MessageType.PUSHED,
+            MessageType.CHANGED,
+            MessageType.AUDIT,
+        }
     ),
     Role.ADMIN: frozenset({MessageType.API_KEY, MessageType.TENANT, MessageType.AUDIT}),
 }
