@@ -116,7 +116,7 @@ class Settings:
 
     bundle_max_jobs: int = _setting(256, "Most jobs that travel in one message.", low=1, high=400)
     bundle_delay_ms: float = _setting(
-        2.0, "How long a job may wait for company while others are in flight.", low=0, high=1000
+        4.0, "How long a job may wait for company while others are in flight, or just were.", low=0, high=1000
     )
     job_deadline_s: float = _setting(86400.0, "Deadline of a durable job that names none.", low=1, high=30 * 86400)
     result_ttl_s: float = _setting(86400.0, "How long results and job records are kept.", low=60, high=365 * 86400)

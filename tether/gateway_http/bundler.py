@@ -2,8 +2,9 @@
 
 A bundle leaves at once while none is in flight (none on any worker, for a model that takes long to run), so one caller
 waits for nobody. Otherwise jobs gather until an answer arrives, the bundle is full, or the delay is up, so a thousand callers
-batch. Only so many bundles are in flight for a lane as keep its workers busy: what is beyond that waits here, in a queue that
-is fair between tenants, and not in the lane, which is first come, first served. Every job in flight is remembered until it is answered: after a broker restart its bundle is sent again.
+batch (``lane_bundler.py`` decides). Only so many bundles are in flight for a lane as keep its workers busy: what is beyond
+that waits here, in a queue that is fair between tenants, and not in the lane, which is first come, first served. Every job
+in flight is remembered until it is answered: after a broker restart its bundle is sent again.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from tether.errors import (
     Unavailable,
     by_code,
 )
-from tether.gateway_http.fair import FairQueue, Pace
 from tether.gateway_http.job_view import refuse_end
+from tether.gateway_http.lane_bundler import Flight, LaneBundler
 from tether.job import Job, JobId, JobState, Lane, Outcome, new_job_id
 from tether.lifecycle import Tasks
 from tether.tensor import Tensor
@@ -39,47 +40,8 @@ _refused_full = metrics.LIMITED.labels("gateway")
 Answer = tuple[Tensor, ...]
 
 _RECONNECT_S = 0.5
-_BUSY = 0.4
-"""Share of a bundle's time in flight above which the model is what takes the time."""
-
-_SHARED_S = 1.0
-"""How long a lane counts as shared after jobs of another tenant than the last came."""
-
-_ALONE_RUN_S = 0.025
-"""About how long a bundle should run at most: what is in flight is what nobody can overtake."""
-
-_SHARED_RUN_S = 0.005
-"""The same on a lane that tenants share."""
-
-_SLOW_S = 0.003
-"""Bundles that run longer need fewer in flight to keep a worker busy."""
-
 _OVERFULL = 1.25
 """How far above ``max_inflight`` those who hold less than their share may still come in."""
-
-_LEARN = 0.1
-"""Weight of the newest bundle in that share."""
-
-
-class Flight:
-    """One bundle on its way, and which of its jobs nobody has answered yet."""
-
-    __slots__ = ("began", "bundler", "ended", "jobs", "open", "sending", "sends", "sent_at")
-
-    def __init__(self, bundler: LaneBundler, jobs: list[Job]) -> None:
-        self.bundler = bundler
-        self.jobs = jobs
-        self.open: set[JobId] = {job.id for job in jobs}
-        self.sends = 0
-        self.sending = False
-        self.sent_at = 0.0
-        self.began = self.ended = 0.0
-
-    def ran(self, outcome: Outcome) -> None:
-        """Note when its first job began and its last one ended, on the worker's clock."""
-        if self.began == 0.0 or outcome.started_at < self.began:
-            self.began = outcome.started_at
-        self.ended = max(self.ended, outcome.finished_at)
 
 
 class Waiting:
@@ -300,91 +262,6 @@ class InferBundler:
             self.flights.discard(flight)
             total_s = self._bus.clock.monotonic() - flight.sent_at
             flight.bundler.landed(len(flight.jobs), flight.ended - flight.began, total_s)
-
-
-class LaneBundler:
-    """The jobs of one lane that have not left yet."""
-
-    def __init__(self, owner: InferBundler, lane: Lane) -> None:
-        self._owner = owner
-        self.lane = lane
-        self._pending: FairQueue[Job] = FairQueue(owner.weight)
-        self._pace = Pace()
-        self._in_flight = 0
-        self._jobs_in_flight = 0
-        self._busy_share = 1.0
-        self._timer: asyncio.TimerHandle | None = None
-        self._soon = False
-        self._overdue = False
-        self._tenant = ""
-        self._mixed_at = -_SHARED_S
-
-    def add(self, job: Job) -> None:
-        if job.tenant != self._tenant:
-            self._mixed_at = self._owner.now() if self._tenant else self._mixed_at
-            self._tenant = job.tenant
-        pending = self._pending
-        pending.add(job.tenant, job, job.size)
-        if self._overdue:
-            return
-        if len(pending) >= self._owner.max_jobs or pending.size >= self._owner.max_bytes // 2:
-            self._flush()
-        elif self._may_leave():
-            self._flush_soon()
-        elif self._timer is None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._owner.settings_delay_s, self._flush)
-
-    def _may_leave(self) -> bool:
-        """Whether a bundle should leave now: nothing is in flight; or a worker has none, and running the model is what
-        takes the time, or as many jobs have gathered as are in flight, so that halves follow one another."""
-        if self._in_flight == 0:
-            return True
-        if self._in_flight >= self._owner.workers(self.lane):
-            return False
-        return self._busy_share > _BUSY or len(self._pending) >= self._jobs_in_flight
-
-    def landed(self, jobs: int, run_s: float, total_s: float) -> None:
-        """All ``jobs`` of a bundle are answered, ``run_s`` of its ``total_s`` seconds by the model: more may leave."""
-        self._jobs_in_flight -= jobs
-        if run_s > 0:
-            self._busy_share += _LEARN * (min(1.0, run_s / max(total_s, 1e-6)) - self._busy_share)
-            self._pace.learn(jobs, run_s)
-        self._in_flight -= 1
-        if self._pending and (self._overdue or self._may_leave()):
-            self._flush_soon()
-
-    def _flush_soon(self) -> None:
-        """After what is already waiting to be read has been read: it may bring more jobs for this bundle."""
-        if not self._soon:
-            self._soon = True
-            asyncio.get_running_loop().call_soon(self._flush)
-
-    def _flush(self) -> None:
-        """Send what is pending, as far as there is room; the rest is overdue and leaves as soon as a bundle lands."""
-        self._soon = False
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        owner, pending = self._owner, self._pending
-        most, jobs_at_once = self._room()
-        while pending and self._in_flight < most:
-            jobs = pending.take(jobs_at_once, owner.max_bytes, owner.wanted)
-            if jobs:
-                self._in_flight += 1
-                self._jobs_in_flight += len(jobs)
-                owner.launch(Flight(self, jobs))
-        self._overdue = bool(pending)
-
-    def _room(self) -> tuple[int, int]:
-        """Bundles that may be in flight, and jobs in each: enough to keep every worker busy, and on a lane that tenants
-        share little more, since whoever comes next waits for what is in flight."""
-        owner = self._owner
-        workers = owner.workers(self.lane)
-        if owner.now() - self._mixed_at > _SHARED_S:
-            return workers * owner.slots(), self._pace.most(owner.max_jobs, _ALONE_RUN_S)
-        most = workers + workers // 2 if self._pace.span_s > _SLOW_S else workers * owner.slots()
-        return most, self._pace.most(owner.max_jobs, _SHARED_RUN_S)
 
 
 def _error_of(outcome: Outcome) -> TetherError:
