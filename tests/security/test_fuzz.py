@@ -25,7 +25,7 @@ from tether.errors import BadEncoding, TetherError
 FRAMES = int(os.environ.get("TETHER_TEST_FUZZ", "8000"))
 SEED = int(os.environ.get("TETHER_TEST_FUZZ_SEED", str(random.SystemRandom().randrange(1 << 32))))
 SLOWEST_S = 0.5
-"""Processor time of one input."""
+"""Processor time of one input; the least of three, since now and then the collector of the whole suite's garbage runs in it."""
 
 GROWTH_MB = 40
 
@@ -79,18 +79,27 @@ def fed(decoder: Decoder, data: bytes, seen: set[str]) -> float:
     return time.thread_time() - began
 
 
+def swelled(decoder: Decoder, seen: set[str]) -> float:
+    """Feed a decoder all its frames; megabytes that this process, in which more may run, grew by."""
+    random_, process = random.Random(f"{SEED} {decoder.name}"), psutil.Process()
+    before = process.memory_info().rss
+    for _ in range(FRAMES):
+        data = mutated(random_, decoder.seeds)
+        took = fed(decoder, data, seen)
+        if took >= SLOWEST_S:
+            took = min(took, fed(decoder, data, seen), fed(decoder, data, seen))
+        assert took < SLOWEST_S, f"{decoder.name}: {took:.3f} s for {data[:400]!r} (seed {SEED})"
+    return float(process.memory_info().rss - before) / 1e6
+
+
 @pytest.mark.parametrize("decoder", decoders(), ids=lambda decoder: decoder.name)
 def test_mutated_bytes_only_raise_our_errors(decoder: Decoder, capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         print(f" seed {SEED}", end="")  # noqa: T201 - whoever must repeat a failure needs it
-    random_, seen, slowest, process = random.Random(f"{SEED} {decoder.name}"), set[str](), 0.0, psutil.Process()
+    seen = set[str]()
     for data in decoder.seeds:
         fed(decoder, data, seen)
-    before = process.memory_info().rss
-    for _ in range(FRAMES):
-        slowest = max(slowest, fed(decoder, mutated(random_, decoder.seeds), seen))
-    assert slowest < SLOWEST_S, f"{decoder.name}: {slowest:.3f} s for one input (seed {SEED})"
-    assert (process.memory_info().rss - before) / 1e6 < GROWTH_MB
+    assert swelled(decoder, seen) < GROWTH_MB or swelled(decoder, seen) < GROWTH_MB, "the same frames, twice"
     assert "fine" in seen, f"{decoder.name} never took anything: its seeds are wrong"
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from granian.rsgi import ProtocolClosed
 
-from tether.errors import TetherError
+from tether.errors import InvalidRequest, PayloadTooLarge, TetherError
 from tether.gateway_http.errors import error_response
 from tether.gateway_http.hot import Handler
 from tether.gateway_http.request import Headers, PartCounter, cut_short, too_large, too_slow
@@ -57,18 +57,25 @@ class RsgiProtocol(Protocol):
     async def client_disconnect(self) -> None: ...
 
 
+_REFUSED = 400
+
+_DRAIN_BYTES = 8_000_000
+_DRAIN_S = 1.0
+"""What is taken of a body that nobody wants, at most: enough for its sender to come to the answer."""
+
 RsgiApp = Callable[[RsgiScope, RsgiProtocol], Awaitable[None]]
 
 
 class RsgiIncoming:
     """See :class:`tether.gateway_http.request.Incoming`."""
 
-    __slots__ = ("_protocol", "_scope", "headers")
+    __slots__ = ("_body", "_protocol", "_scope", "headers")
 
     def __init__(self, scope: RsgiScope, protocol: RsgiProtocol) -> None:
         self._protocol = protocol
         self._scope = scope
         self.headers = scope.headers.items()
+        self._body: AsyncIterator[bytes] | None = body_parts(protocol)
 
     @property
     def peer(self) -> str:
@@ -77,17 +84,25 @@ class RsgiIncoming:
     async def read(self, limit: int, announced: int) -> bytes:
         """A body of announced length is taken whole; one without is counted as it comes."""
         if announced:
+            self._body = None
             try:
                 return await self._protocol()
             except ProtocolClosed as error:
                 raise cut_short() from error
         parts, counter = [], PartCounter()
-        async for part in body_parts(self._protocol):
+        body = self._body or body_parts(self._protocol)
+        async for part in body:
             parts.append(part)
             counter.add(part)
             if counter.size > limit:
                 raise too_large(limit)
+        self._body = None
         return b"".join(parts)
+
+    async def leave(self, answer: Headers) -> None:
+        """See :func:`_leave`."""
+        if self._body is not None:
+            await _leave(self.headers, self._body, answer)
 
 
 async def body_parts(protocol: RsgiProtocol) -> AsyncIterator[bytes]:
@@ -116,16 +131,47 @@ def entry(route: Callable[[str, str], Handler | None], cold: App, *, part_s: flo
         if handler is None:
             await bridge(cold, scope, protocol, part_s)
             return
-        answer = await handler(RsgiIncoming(scope, protocol))
+        incoming = RsgiIncoming(scope, protocol)
+        answer = await handler(incoming)
+        if answer.status >= _REFUSED:
+            await incoming.leave(answer.headers)
         protocol.response_bytes(answer.status, answer.headers, answer.body)
 
     return app
 
 
+async def _leave(asked: Headers, body: AsyncIterator[bytes], answer: Headers) -> None:
+    """Before an answer to a request whose body is not complete: whoever is still sending it would not read the answer, and
+    whoever took the connection for free would lose the next request. So the rest is taken, if it is short, and the
+    connection ends with the answer, if it is not. Who asked whether to send the body at all does not send it."""
+    sent = {name.lower(): value for name, value in asked}
+    if "transfer-encoding" not in sent and sent.get("content-length", "0") == "0":
+        return
+    length = sent.get("content-length", "")
+    if "expect" not in sent and len(length) <= len(str(_DRAIN_BYTES)) and await _drained(body):
+        return
+    answer.append(("connection", "close"))
+
+
+async def _drained(body: AsyncIterator[bytes]) -> bool:
+    """Whether a body ended within what is taken of it."""
+    counter = PartCounter()
+    try:
+        async with asyncio.timeout(_DRAIN_S):
+            async for part in body:
+                counter.add(part)
+                if counter.size > _DRAIN_BYTES:
+                    return False
+    except (TimeoutError, InvalidRequest, PayloadTooLarge, ProtocolClosed):
+        return False
+    return True
+
+
 class _Bridge:
     """One request's way through an ASGI application."""
 
-    def __init__(self, protocol: RsgiProtocol, part_s: float) -> None:
+    def __init__(self, asked: Headers, protocol: RsgiProtocol, part_s: float) -> None:
+        self._asked = asked
         self._protocol = protocol
         self._part_s = part_s
         self._body = body_parts(protocol)
@@ -155,6 +201,9 @@ class _Bridge:
         if message["type"] == "http.response.start":
             self._status = message["status"]
             self._headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in message["headers"]]
+            if not self._read and self._status >= _REFUSED:
+                self._read = True
+                await _leave(self._asked, self._body, self._headers)
             return
         body, more = message.get("body", b""), message.get("more_body", False)
         self.answered = True
@@ -168,7 +217,7 @@ class _Bridge:
 
 async def bridge(app: App, scope: RsgiScope, protocol: RsgiProtocol, part_s: float) -> None:
     """Run an ASGI application (asgi.readthedocs.io, HTTP 2.4) for one RSGI request."""
-    crossing = _Bridge(protocol, part_s)
+    crossing = _Bridge(scope.headers.items(), protocol, part_s)
     try:
         await app(_asgi_scope(scope), crossing.receive, crossing.send)
     except Exception:
