@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
+import alone
 import pytest
 from brokers import IMAGE_VARIABLE, Broker, StartBroker, container, embedded, server_binary, temporary_home
 from served import Served
@@ -41,6 +43,36 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         kinds = [chosen] if chosen else ["embedded", "container"] if containers else ["embedded"]
         marked = [pytest.param(kind, marks=pytest.mark.container if kind == "container" else ()) for kind in kinds]
         metafunc.parametrize("start_broker", marked, indirect=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For several processes (pytest-xdist): a file's tests share what is set up for them, so they go to one process; what
+    watches times or whole machines, and what runs in containers, is done by one process, which begins with it."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items.sort(key=lambda item: (_group(item) != FIRST, _group(item) != "container"))
+
+
+FIRST = "acceptance"
+
+
+def _group(item: pytest.Item) -> str:
+    if item.path.parent.name == FIRST:
+        return FIRST
+    return "container" if item.get_closest_marker("container") else item.path.stem
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Before any fixture is set up, and before a test's time counts."""
+    locks = os.environ.get("TETHER_TEST_LOCKS")
+    if not locks:
+        return (yield)
+    with alone.place(Path(locks), alone=item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -142,6 +142,7 @@ async def timed(address: tuple[str, int], request: bytes) -> tuple[int, float]:
         await writer.wait_closed()
 
 
+@pytest.mark.alone
 async def test_three_hundred_callers_see_no_error_when_a_worker_is_killed(running: Platform, images: Any) -> None:
     await wait_ready(running)
     url = httpx.URL(running.url)

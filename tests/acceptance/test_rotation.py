@@ -120,6 +120,7 @@ async def both_hold_the_model(running: Platform) -> None:
 
 # nats-py leaves the sockets of refused logins to the garbage collector
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.alone
 async def test_a_revoked_worker_is_out_within_two_seconds_and_nobody_else_notices(
     running: Platform, tmp_path: Path, record_property: Note
 ) -> None:

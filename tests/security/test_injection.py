@@ -210,7 +210,11 @@ def test_a_line_for_eyes_is_one_line_too(text: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["json", "text"])
-@pytest.mark.parametrize("text", [KEY, f"/v2/models/{KEY}", f"a{KEY}b", f'{{"key": "{KEY}"}}', f"{KEY}\n{KEY}"])
+@pytest.mark.parametrize(
+    "text",
+    [KEY, f"/v2/models/{KEY}", f"a{KEY}b", f'{{"key": "{KEY}"}}', f"{KEY}\n{KEY}"],
+    ids=["alone", "path", "inside", "json", "twice"],
+)
 def test_a_key_is_cut_wherever_somebody_put_it(form: str, text: str) -> None:
     whole = "\n".join(logged(form, text) + logged(form, text, error=True))
     assert KEY[12:] not in whole
