@@ -21,6 +21,7 @@ from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket, SignedBucket
 from tether.bus.topology import ensure_lane, ensure_platform, lanes_of
 from tether.dispatcher import placement
+from tether.dispatcher.decided import Decided
 from tether.dispatcher.scopes import Scopes
 from tether.envelope import Envelope, MessageType
 from tether.errors import BadEncoding, Forbidden, TetherError
@@ -56,6 +57,7 @@ class Dispatcher:
         self._assigned: dict[str, Assignment] = {}
         self._routed: dict[placement.Place, Route] = {}
         self._changed = asyncio.Event()
+        self.decided = Decided(bus, self._changed.set)
         self._platform_ok = False
         self._since = bus.clock.monotonic()
         """Start of the listening: until every worker had time for a heartbeat, no route loses a worker."""
@@ -210,7 +212,7 @@ class Dispatcher:
         self._lanes.add((scope, ref, region))
 
     async def _write_assignments(self) -> None:
-        models = self._scopes.models(self._models)
+        models = self.decided.served(self._scopes.models(self._models), self._routed)
         for worker, assignment in placement.assignments(self._epochs, self._bound, models).items():
             if self._assigned.get(worker) != assignment:
                 await self._assign.put(worker, codec.encode(assignment))
@@ -255,6 +257,7 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Dispatcher]:
         await stack.enter_async_context(models.watch(dispatcher.model_changed))
         tenants = SignedBucket(bus, "tenants", MessageType.TENANT)
         await stack.enter_async_context(tenants.watch(dispatcher.tenant_changed))
+        await stack.enter_async_context(dispatcher.decided.watching())
         await dispatcher.prepare_scopes()
         await stack.enter_async_context(KvBucket(bus, "liveness").watch(dispatcher.heard, refetch=False))
         serving = rpc.serve(
