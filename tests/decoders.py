@@ -15,7 +15,7 @@ import msgspec
 import nacl.signing
 import numpy as np
 
-from tether import apikey, codec, envelope, job, json_keys, model, oip, oip_json, tenant
+from tether import apikey, codec, envelope, job, json_keys, model, oip, oip_json, serving, tenant
 from tether.bus import chunk_meta, model_files
 from tether.bus.errors import parse_ack
 from tether.envelope import MessageType, Role, Signer, Verifier
@@ -77,7 +77,7 @@ def _outcomes() -> bytes:
 def structs() -> list[type[msgspec.Struct]]:
     """Every control value of the modules that define them."""
     kinds = [envelope.Keyset, envelope.IdentityRecord, envelope.Revocation]
-    for module in (model, tenant, apikey, job):
+    for module in (model, serving, tenant, apikey, job):
         found = [
             value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__
         ]

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import msgspec
 import numpy as np
 from brokers import Broker, wait_until
 
@@ -25,7 +27,7 @@ from tether.gateway_http.core import Gateway
 from tether.gateway_http.jobs import NewJob
 from tether.home import Home
 from tether.job import Priority
-from tether.model import PushAnswer, PushRequest
+from tether.model import ChangeRequest, ModelFile, PushAnswer, PushRequest
 from tether.modelstore import service as modelstore_service
 from tether.settings import Settings
 from tether.tensor import Array, Tensor, from_numpy
@@ -58,20 +60,39 @@ class Services:
 
     async def push(self, name: str, model: bytes, *, max_batch_size: int = -1, workers: int | None = None) -> Served:
         """Push a model and wait until ``workers`` (default: all) answer for it."""
+        file = await self._upload(name, model)
+        return await self._register(PushRequest(name, (file,), max_batch_size=max_batch_size), workers)
 
+    async def push_bundle(self, name: str, folder: Path, *, workers: int | None = None) -> Served:
+        """:meth:`push` for a Python model in a folder."""
+        files = [
+            msgspec.structs.replace(await self._upload(name, path.read_bytes()), path=str(path.relative_to(folder)))
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        ]
+        return await self._register(PushRequest(name, tuple(files), platform="python", trusted=True), workers)
+
+    async def _upload(self, name: str, content: bytes) -> ModelFile:
         async def body() -> AsyncIterator[bytes]:
-            yield model
+            yield content
 
         store = ObjectChunkStore(self.bus, self.bus.names.chunk_bucket(name))
-        file, _ = await upload(self.bus, store, body(), limit=1 << 30)
-        request = codec.encode(PushRequest(name, (file,), max_batch_size=max_batch_size))
+        return (await upload(self.bus, store, body(), limit=1 << 30))[0]
+
+    async def _register(self, request: PushRequest, workers: int | None) -> Served:
+        name = request.name
         answer = await rpc.call(
-            self.bus, "registerModel", MessageType.PUSH, request, answers=MessageType.PUSHED, timeout=60
+            self.bus, "registerModel", MessageType.PUSH, codec.encode(request), answers=MessageType.PUSHED, timeout=60
         )
         version = codec.decode(answer, PushAnswer).manifest.version
         wanted = len(self.workers) if workers is None else workers
         await wait_until(lambda: self._ready(name, version) >= wanted, f"{wanted} workers hold {name}:{version}")
         return self.gateway.catalog.resolve(name, str(version))
+
+    async def change(self, request: ChangeRequest) -> None:
+        """Have the model store change a model."""
+        body = codec.encode(request)
+        await rpc.call(self.bus, "changeModel", MessageType.CHANGE, body, answers=MessageType.CHANGED, timeout=20)
 
     def _ready(self, name: str, version: int) -> int:
         try:

@@ -9,7 +9,12 @@ from typing import Any
 import msgspec
 
 from tether.errors import BadName, BadTensor
-from tether.job import SHARED
+from tether.serving import Assignment as Assignment  # noqa: PLC0414 - handed on
+from tether.serving import Epoch as Epoch  # noqa: PLC0414 - handed on
+from tether.serving import Heartbeat as Heartbeat  # noqa: PLC0414 - handed on
+from tether.serving import ModelRef as ModelRef  # noqa: PLC0414 - handed on
+from tether.serving import Registration as Registration  # noqa: PLC0414 - handed on
+from tether.serving import Route as Route  # noqa: PLC0414 - handed on
 from tether.tensor import Tensor
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -224,64 +229,6 @@ class ChangeAnswer(msgspec.Struct, frozen=True):
 
 LATEST = "latest"
 """The alias that follows every push."""
-
-
-class Route(msgspec.Struct, frozen=True):
-    """Which workers answer for a version in a scope just now, as the dispatcher saw it. A route means that the lanes are
-    there, even when it names no worker."""
-
-    model: str
-    version: int
-    workers: tuple[str, ...]
-    regions: tuple[str, ...] = ("local",)
-    scope: str = SHARED
-
-
-class ModelRef(msgspec.Struct, frozen=True):
-    """A version by name: what a worker is told to hold, and what it says it holds."""
-
-    model: str
-    version: int
-
-
-class Assignment(msgspec.Struct, frozen=True):
-    """What one worker should hold, and whose lanes it serves. ``epoch`` is the registration it is meant for."""
-
-    worker: str
-    epoch: int
-    models: tuple[ModelRef, ...]
-    scope: str = SHARED
-
-
-class Registration(msgspec.Struct, frozen=True):
-    """What a worker says of itself when it asks for an epoch."""
-
-    worker: str
-    region: str
-    slots: int
-    platforms: tuple[str, ...]
-
-
-class Epoch(msgspec.Struct, frozen=True):
-    """The dispatcher's answer: heartbeats that carry this number count, older ones do not."""
-
-    epoch: int
-
-
-class Heartbeat(msgspec.Struct, frozen=True):
-    """A worker's sign of life. ``failed`` maps ``model:version`` to why it could not be loaded."""
-
-    worker: str
-    epoch: int
-    region: str
-    ready: tuple[ModelRef, ...]
-    failed: tuple[tuple[str, str], ...]
-    running: int
-    """Jobs in the worker's hands."""
-    slots: int
-    sent_at: float
-    scope: str = SHARED
-    """Whose lanes the worker serves."""
 
 
 def check_name(name: str, *, field: str) -> str:

@@ -114,6 +114,18 @@ class Names:
         level = "" if lane.kind is LaneKind.INFER else f"{lane.priority.value}+"
         return f"{level}{lane.region}+{token(lane.scope)}+{token(lane.model)}+{lane.version}"
 
+    def parse_lane_consumer(self, consumer: str) -> Lane | None:
+        """The lane that a consumer of a lane's stream is for, or None when it is no lane's."""
+        parts = consumer.split("+")
+        kind, priority = LaneKind.INFER, Priority.NORMAL
+        try:
+            if len(parts) == 5:
+                kind, priority = LaneKind.JOB, Priority(parts.pop(0))
+            region, scope, model, version = parts
+            return Lane(kind, name_of(model), int(version), region, name_of(scope), priority)
+        except ValueError:
+            return None
+
     def parse_lane(self, subject: str) -> Lane | None:
         """The lane of a subject, or None when it is no lane of this platform."""
         parts = subject.split(".")

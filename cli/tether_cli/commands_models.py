@@ -59,7 +59,7 @@ def delete(
     url: Url = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Delete a version that no alias stands for. Jobs that still wait for it expire."""
+    """Delete a version that no alias stands for. Jobs that still wait for it end with `model_not_found`."""
     with connect(url) as client:
         client.delete_version(name, version)
     if json_output:

@@ -20,7 +20,7 @@ from tether.errors import IdempotencyConflict, JobNotFound, ModelNotReady, Resul
 from tether.gateway_http.catalog import Served
 from tether.home import Home
 from tether.job import SHARED, AttemptNote, Job, JobId, JobState, Lane, Outcome, Priority, new_job_id
-from tether.model import Assignment, Heartbeat, ModelRef
+from tether.model import Assignment, Change, ChangeRequest, Heartbeat, ModelRef
 from tether.tenant import Tenant
 from tether.tensor import from_numpy
 from tether.worker.instance import ModelInstance
@@ -376,3 +376,19 @@ async def test_a_second_dispatcher_knows_whose_worker_it_is(one: Services, bump:
     await fresh.reconcile()
     assert fresh._assigned[OWN] == held
     assert one.workers[-1].holder.ready() == (ModelRef("bump", 1),)
+
+
+async def test_a_deleted_versions_jobs_in_a_tenants_lane_are_ended_by_its_own_worker_and_no_other(
+    one: Services, bump: Served
+) -> None:
+    second = await one.push("bump", models.add(2.0))
+    ids = await submit(one, ACME, *[new_job(bump, row(n)) for n in range(20)])
+    request = ChangeRequest(Change.DELETE_VERSION, "bump", version=1, by="test")
+    await one.change(request)
+    others = await submit(one, OTHER, *[new_job(second, row(n)) for n in range(5)])
+    assert {job["state"] for job in await one.gateway.jobs.get_many(OTHER, others, 40)} == {"succeeded"}
+    assert {job["state"] for job in await one.gateway.jobs.get_many(ACME, ids, 0)} == {"queued"}
+    await own_worker(one, OWN, second, ACME)
+    shown = await one.gateway.jobs.get_many(ACME, ids, 40)
+    assert {(job["state"], job["error"]["code"]) for job in shown} == {("failed", "model_not_found")}
+    assert await ended_by(one, ids, ACME) == {OWN}

@@ -28,7 +28,7 @@ from tether.gateway_http.catalog import Served
 from tether.job import Job, JobState, Outcome, new_job_id
 from tether.model import Assignment, Epoch, Registration
 from tether.worker import service as worker_service
-from tether.worker.instance import Bundle
+from tether.worker.intake import Bundle
 from tether.worker.keepalive import KeepAlive
 from tether.worker.redelivery import Redelivery
 

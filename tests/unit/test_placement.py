@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from tether.dispatcher import placement
-from tether.dispatcher.placement import Seen
+from tether.dispatcher.placement import LaneGroup, Seen
 from tether.job import SHARED
 from tether.model import Assignment, Heartbeat, ModelRef, Route
+from tether.serving import EndedLanes
 
 A, B = ModelRef("a", 1), ModelRef("b", 2)
 MODELS = {SHARED: (A, B), "acme": (B,)}
@@ -45,3 +46,24 @@ def test_a_route_names_the_workers_of_its_scope_that_hold_the_version() -> None:
 def test_a_silent_worker_is_not_alive() -> None:
     quiet, loud = Seen(beat("one", SHARED), 1.0), Seen(beat("new", SHARED), 2.0)
     assert set(placement.alive({"one": quiet, "new": loud}, 4.0, 2.5)) == {"new"}
+
+
+def test_lanes_of_a_deleted_version_are_worked_off_by_one_living_worker_of_their_scope_and_then_by_another() -> None:
+    living = {
+        "near": beat("near", SHARED, region="edge"),
+        "far": beat("far", SHARED),
+        "own": beat("own", "acme"),
+        "stale": beat("stale", SHARED),
+    }
+    scopes = {**BOUND, "stale": "acme"}
+    lanes = EndedLanes("a", 1, "edge")
+    for turn in range(3):
+        assert placement.working_off({LaneGroup(SHARED, A, "edge"): turn}, living, scopes) == {"near": (lanes,)}
+        assert placement.working_off({LaneGroup("acme", A, "edge"): turn}, living, scopes) == {"own": (lanes,)}
+    assert placement.working_off({LaneGroup("gone", A, "edge"): 0}, living, scopes) == {}
+    many = {f"w{number}": beat(f"w{number}", SHARED) for number in range(3)}
+    asked = [set(placement.working_off({LaneGroup(SHARED, A, "edge"): turn}, many, {})) for turn in range(3)]
+    assert set().union(*asked) == set(many)
+    assert all(len(one) == 1 for one in asked)
+    told = placement.assignments({"own": 1, "one": 3}, BOUND, MODELS, {"one": (lanes,)})
+    assert (told["own"].ended, told["one"].ended) == ((), (lanes,))

@@ -86,6 +86,11 @@ class KvBucket:
     async def delete(self, key: str) -> None:
         await self._bus.publish_acked(self.subject(key), b"", headers={"KV-Operation": "DEL"})
 
+    async def was_deleted(self, key: str) -> bool:
+        """Whether the key had a value and was deleted; False for one that never had any."""
+        found = await self._bus.direct_get(self.stream, self.subject(key))
+        return found is not None and found.headers.get("KV-Operation") is not None
+
     async def entries(self) -> dict[str, bytes]:
         """Every key that has a value."""
         found: dict[str, bytes] = {}

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 from tether.job import SHARED
 from tether.model import Assignment, Heartbeat, ModelRef, Route
+from tether.serving import EndedLanes
 
 Place = tuple[str, ModelRef]
 """A scope and a version."""
 
 Models = Mapping[str, tuple[ModelRef, ...]]
 """For each scope that is served the versions it may use."""
+
+
+class LaneGroup(NamedTuple):
+    """The lanes of a version in one region and scope."""
+
+    scope: str
+    ref: ModelRef
+    region: str
 
 
 @dataclass(frozen=True)
@@ -28,13 +40,42 @@ def alive(workers: Mapping[str, Seen], now: float, timeout_s: float) -> dict[str
     return {name: seen.heartbeat for name, seen in workers.items() if now - seen.at <= timeout_s}
 
 
-def assignments(epochs: Mapping[str, int], scopes: Mapping[str, str], models: Models) -> dict[str, Assignment]:
-    """Every registered worker holds every version of its scope; ``scopes`` says which worker is whose."""
+def assignments(
+    epochs: Mapping[str, int],
+    scopes: Mapping[str, str],
+    models: Models,
+    ended: Mapping[str, tuple[EndedLanes, ...]] = MappingProxyType({}),
+) -> dict[str, Assignment]:
+    """Every registered worker holds every version of its scope; ``scopes`` says which worker is whose, ``ended`` who works
+    off lanes of deleted versions."""
     found: dict[str, Assignment] = {}
     for worker, epoch in epochs.items():
         scope = scopes.get(worker, SHARED)
-        found[worker] = Assignment(worker, epoch, models.get(scope, ()), scope)
+        found[worker] = Assignment(worker, epoch, models.get(scope, ()), scope, ended.get(worker, ()))
     return found
+
+
+def working_off(
+    groups: Mapping[LaneGroup, int], living: Mapping[str, Heartbeat], scopes: Mapping[str, str]
+) -> dict[str, tuple[EndedLanes, ...]]:
+    """For each group of ended lanes one living worker of its scope, of its region if there is one;
+    ``groups`` says whose turn it is."""
+    found: dict[str, list[EndedLanes]] = {}
+    for (scope, ref, region), turn in groups.items():
+        own = [name for name, beat in living.items() if scopes.get(name, SHARED) == beat.scope == scope]
+        near = [name for name in own if living[name].region == region]
+        if own:
+            ranked = sorted(near or own, key=lambda name: rendezvous(name, f"{ref.model}:{ref.version}"), reverse=True)
+            found.setdefault(ranked[turn % len(ranked)], []).append(EndedLanes(ref.model, ref.version, region))
+    return {worker: tuple(lanes) for worker, lanes in found.items()}
+
+
+def rendezvous(worker: str, what: str) -> bytes:
+    """Whoever has the highest of these for something gets it: when a worker comes or goes, only its share moves.
+
+    Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998.
+    """
+    return hashlib.blake2b(f"{worker}\0{what}".encode(), digest_size=8).digest()
 
 
 def routes(living: Mapping[str, Heartbeat], scopes: Mapping[str, str], models: Models) -> dict[Place, Route]:

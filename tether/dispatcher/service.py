@@ -22,6 +22,7 @@ from tether.bus.kv import KvBucket, SignedBucket
 from tether.bus.topology import ensure_lane, ensure_platform, lanes_of
 from tether.dispatcher import placement
 from tether.dispatcher.decided import Decided
+from tether.dispatcher.ended import EndedVersions
 from tether.dispatcher.scopes import Scopes
 from tether.envelope import Envelope, MessageType
 from tether.errors import BadEncoding, Forbidden, TetherError
@@ -35,6 +36,9 @@ log = logging.getLogger(__name__)
 DEFAULT_PORT = 8002
 _TICK_S = 0.5
 _ENSURE_S = 10.0
+_LOOK_S = 10.0
+_SOON_S = 1.0
+"""Between two looks after versions were deleted."""
 
 
 class Dispatcher:
@@ -58,6 +62,10 @@ class Dispatcher:
         self._routed: dict[placement.Place, Route] = {}
         self._changed = asyncio.Event()
         self.decided = Decided(bus, self._changed.set)
+        self.ended = EndedVersions(bus)
+        self._looked = float("-inf")
+        """When lanes were last looked at for those of deleted versions, in monotonic seconds."""
+        self._look_soon = False
         self._platform_ok = False
         self._since = bus.clock.monotonic()
         """Start of the listening: until every worker had time for a heartbeat, no route loses a worker."""
@@ -72,6 +80,8 @@ class Dispatcher:
         self._platform_ok = False
         self._since = self._bus.clock.monotonic()
         self._lanes.clear()
+        self.ended.begin_anew()
+        self._look_soon = True
         self._changed.set()
 
     async def prepare(self) -> None:
@@ -159,6 +169,7 @@ class Dispatcher:
     def model_changed(self, key: str, body: bytes | None) -> None:
         if body is None:
             self._models = {ref for ref in self._models if self._bus.names.version_key(ref.model, ref.version) != key}
+            self._look_soon = True
         else:
             manifest = codec.decode(body, Manifest)
             self._models.add(ModelRef(manifest.name, manifest.version))
@@ -193,12 +204,23 @@ class Dispatcher:
     async def reconcile(self) -> None:
         await self._scopes.ensure()
         await self._ensure_lanes()
+        await self._end_versions()
         await self._write_assignments()
         await self._write_routes()
 
+    async def _end_versions(self) -> None:
+        now = self._bus.clock.monotonic()
+        if now - self._looked >= (_SOON_S if self._look_soon else _LOOK_S):
+            self._looked, self._look_soon = now, False
+            for place in await self.ended.look(self._models, list(self._routed)):
+                route = self._routed.pop(place)
+                await self._routes.delete(self._bus.names.version_key(route.model, route.version, route.scope))
+        await self.ended.step()
+
     async def _ensure_lanes(self) -> None:
         models = self._scopes.models(self._models)
-        self._lanes = {known for known in self._lanes if known[0] in models}
+        served = {scope: set(refs) for scope, refs in models.items()}
+        self._lanes = {known for known in self._lanes if known[1] in served.get(known[0], ())}
         for scope, refs in models.items():
             for ref in refs:
                 for region in list(self._regions):
@@ -213,14 +235,18 @@ class Dispatcher:
 
     async def _write_assignments(self) -> None:
         models = self.decided.served(self._scopes.models(self._models), self._routed)
-        for worker, assignment in placement.assignments(self._epochs, self._bound, models).items():
+        ended = placement.working_off(self.ended.groups(), self._living(), self._bound)
+        for worker, assignment in placement.assignments(self._epochs, self._bound, models, ended).items():
             if self._assigned.get(worker) != assignment:
                 await self._assign.put(worker, codec.encode(assignment))
                 self._assigned[worker] = assignment
 
+    def _living(self) -> dict[str, Heartbeat]:
+        return placement.alive(self._workers, self._bus.clock.monotonic(), self._settings.worker_timeout_s)
+
     async def _write_routes(self) -> None:
         now = self._bus.clock.monotonic()
-        living = placement.alive(self._workers, now, self._settings.worker_timeout_s)
+        living = self._living()
         metrics.WORKERS_READY.set(len(living))
         waiting = now - self._since < self._settings.worker_timeout_s
         found = placement.routes(living, self._bound, self._scopes.models(self._models))
@@ -234,8 +260,8 @@ class Dispatcher:
                 self._routed[place] = route
 
     def _unserved(self, found: Mapping[placement.Place, Route]) -> dict[placement.Place, Route]:
-        """Routes that were written for isolated tenants and are no more: nobody answers there."""
-        gone = [place for place in self._routed if place[0] != SHARED and place not in found]
+        """Routes that were written for deleted versions and for tenants that are not isolated any more: nobody answers there."""
+        gone = [place for place in self._routed if place not in found]
         return {place: msgspec.structs.replace(self._routed[place], workers=()) for place in gone}
 
     def checks(self) -> dict[str, str]:

@@ -94,7 +94,11 @@ class Catalog:
             self._aliases.setdefault(alias.model, {})[alias.name] = alias
 
     def _route_changed(self, key: str, body: bytes | None) -> None:
-        route = None if body is None else _decoded(body, Route)
+        if body is None:
+            version_key = self._bus.names.version_key
+            self._routes = {place: route for place, route in self._routes.items() if version_key(*place) != key}
+            return
+        route = _decoded(body, Route)
         if route is not None and key == self._bus.names.version_key(route.model, route.version, route.scope):
             self._routes[route.model, route.version, route.scope] = route
 

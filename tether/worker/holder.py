@@ -141,6 +141,11 @@ class Holder:
                 loading.result().close()
             raise
 
+    def _last_run_s(self, manifest: Manifest) -> float:
+        """What has begun may end, however long a run may take: the worker itself goes on."""
+        settings = self._bus.settings
+        return max(settings.drain_s, manifest.run_timeout_s or settings.run_timeout_s)
+
     def _options(self, manifest: Manifest) -> Options:
         settings = self._bus.settings
         timeout_s = manifest.run_timeout_s or settings.run_timeout_s
@@ -156,7 +161,7 @@ class Holder:
     async def _unload(self, ref: ModelRef) -> None:
         try:
             instance = self._instances.pop(ref)
-            await instance.stop(self._bus.settings.drain_s)
+            await instance.stop(self._last_run_s(instance.manifest))
             self.files.release(ref)
             log.info("unloaded", extra={"action": "model_unloaded", "model": ref.model, "version": ref.version})
         finally:

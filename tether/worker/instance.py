@@ -20,24 +20,17 @@ from tether.bus.pull import BusDelivery, LanePull
 from tether.bus.queue import BusResults
 from tether.bus.tenant_keys import Keyring
 from tether.bus.topology import lanes_of
-from tether.envelope import Header, MessageType
+from tether.envelope import MessageType
 from tether.errors import (
-    BadEncoding,
-    ClockSkew,
     DeadlineExceeded,
-    EnvelopeError,
-    InferenceFailed,
-    KeyExpired,
-    SubjectMismatch,
     TetherError,
-    UnknownKey,
 )
-from tether.job import AttemptNote, Failure, Job, JobId, JobState, Lane, LaneKind, Outcome, Priority
+from tether.job import AttemptNote, Failure, Job, JobState, Lane, LaneKind, Outcome, Priority
 from tether.lifecycle import Tasks
 from tether.model import Manifest
 from tether.ports import Runtime
-from tether.worker import batching, sealed
-from tether.worker.answers import Answers
+from tether.worker import batching
+from tether.worker.intake import Bundle, Intake
 from tether.worker.keepalive import KeepAlive
 from tether.worker.redelivery import Redelivery
 
@@ -46,28 +39,16 @@ log = logging.getLogger(__name__)
 _ORDER = {Priority.HIGH: 1, Priority.NORMAL: 2, Priority.LOW: 3}
 
 
-class Bundle:
-    """A verified delivery: the header, its jobs, and the right to settle it."""
-
-    __slots__ = ("delivery", "header", "jobs")
-
-    def __init__(self, delivery: BusDelivery, header: Header, jobs: list[Job]) -> None:
-        self.delivery = delivery
-        self.header = header
-        self.jobs = jobs
-
-
 class ModelInstance:
     """Serves one loaded version from its lanes until it is stopped."""
 
     def __init__(self, bus: Bus, manifest: Manifest, runtime: Runtime, keepalive: KeepAlive, keyring: Keyring) -> None:
         self._bus = bus
-        self._keyring = keyring
         self._settings = bus.settings
         self.manifest = manifest
         self._runtime = runtime
         self._keepalive = keepalive
-        self._answers = Answers(bus)
+        self.intake = Intake(bus, keyring, manifest.name)
         self._results = BusResults(bus)
         self._attempts = SignedBucket(bus, "attempts", MessageType.ATTEMPT)
         self._redelivery = Redelivery(bus, self)
@@ -153,7 +134,7 @@ class ModelInstance:
                 delivery.abandon()
 
     async def _work(self, deliveries: list[BusDelivery]) -> None:
-        bundles = [bundle for delivery in deliveries if (bundle := await self._open(delivery)) is not None]
+        bundles = [bundle for delivery in deliveries if (bundle := await self.intake.open(delivery)) is not None]
         if not bundles:
             return
         if bundles[0].delivery.attempt > 1:
@@ -167,76 +148,6 @@ class ModelInstance:
         await self.deliver(bundles, outcomes)
         for bundle in bundles:
             await bundle.delivery.ack()
-
-    async def _open(self, delivery: BusDelivery) -> Bundle | None:
-        """Verify, then decode. What fails is acknowledged: delivering it again would change nothing.
-
-        Unless this worker's own clock may be to blame: then the bundle is left for another worker.
-        """
-        kind = MessageType.INFER if delivery.lane.kind is LaneKind.INFER else MessageType.JOB
-        try:
-            if delivery.subject != self._bus.names.lane(delivery.lane):
-                raise SubjectMismatch("the message did not come from the lane that was pulled")
-            envelope = self._bus.verified(delivery.frame, delivery.subject, kind)
-        except (ClockSkew, KeyExpired):
-            delivery.abandon()
-            return None
-        except UnknownKey:
-            # the key may be so new that this worker has not heard of it
-            await self._later(delivery)
-            return None
-        except EnvelopeError:
-            await delivery.ack()
-            return None
-        try:
-            bundle = Bundle(delivery, envelope.header, codec.decode_jobs(envelope.body, envelope.header.jobs))
-        except BadEncoding as error:
-            metrics.ENVELOPES_REJECTED.labels(error.code).inc()
-            await self._unreadable(Bundle(delivery, envelope.header, []))
-            return None
-        if not self._in_scope(delivery.lane, envelope.header, bundle.jobs):
-            metrics.ENVELOPES_REJECTED.labels(SubjectMismatch.code).inc()
-            log.error("another tenant's bundle", extra={"action": "scope_refused", "model": self.manifest.name})
-            await delivery.ack()
-            return None
-        if any(job.sealed is not None for job in bundle.jobs):
-            await self._unseal(bundle)
-        return bundle
-
-    async def _unseal(self, bundle: Bundle) -> None:
-        """Open the jobs of sealed tenants; those that do not open end here and say why."""
-        jobs, refused = await sealed.opened(self._keyring, bundle.jobs)
-        if refused:
-            name, now = self._bus.signer.name, self._bus.clock.utc()
-            ends = sealed.refusals(refused, attempt=bundle.delivery.attempt, worker=name, now=now)
-            await self.deliver([bundle], ends)
-        bundle.jobs = jobs
-
-    async def _later(self, delivery: BusDelivery) -> None:
-        if delivery.attempt <= self._settings.max_attempts:
-            delivery.abandon()
-        else:
-            await delivery.ack()
-
-    def _in_scope(self, lane: Lane, header: Header, jobs: Sequence[Job]) -> bool:
-        """An isolated tenant's lane carries its jobs alone, and the shared lanes none that was meant for such a lane."""
-        if header.tenant != lane.tenant:
-            return False
-        return not lane.tenant or all(job.tenant == lane.tenant for job in jobs)
-
-    async def _unreadable(self, bundle: Bundle) -> None:
-        """A gateway signed it, so somebody waits for these jobs: they end here, although they cannot be run."""
-        failure = Failure(
-            InferenceFailed.code, "the worker cannot read the job; are gateway and worker of one version?"
-        )
-        name, now = self._bus.signer.name, self._bus.clock.utc()
-        ends = [
-            Outcome(JobId(job), JobState.FAILED, (), failure, bundle.delivery.attempt, name, 0.0, now)
-            for job in bundle.header.jobs
-        ]
-        log.error("a bundle cannot be read", extra={"action": "bundle_unreadable", "model": self.manifest.name})
-        await self.deliver([bundle], ends)
-        await bundle.delivery.ack()
 
     async def _ended(self, bundles: Sequence[Bundle]) -> frozenset[str]:
         """Jobs that need no run: cancelled while they waited. Notes at the same time that the rest begin."""
@@ -288,19 +199,4 @@ class ModelInstance:
         )
 
     async def deliver(self, bundles: Sequence[Bundle], outcomes: Sequence[Outcome]) -> None:
-        """Hand outcomes to whoever waits for them: results for jobs lanes, reply bundles for infer lanes."""
-        outcomes = sealed.closed(self._keyring, [job for bundle in bundles for job in bundle.jobs], outcomes)
-        if bundles[0].delivery.lane.kind is LaneKind.JOB:
-            deadlines = {job.id: job.deadline for bundle in bundles for job in bundle.jobs}
-            await self._answers.commit(self.manifest.name, outcomes, deadlines)
-            return
-        for outcome in outcomes:
-            metrics.JOBS_FINISHED.labels(self.manifest.name, outcome.state.value).inc()
-        by_id: dict[str, Outcome] = {outcome.job: outcome for outcome in outcomes}
-        by_reply: dict[str, list[Outcome]] = {}
-        for bundle in bundles:
-            found = [by_id[job] for job in bundle.header.jobs if job in by_id]
-            by_reply.setdefault(bundle.header.reply, []).extend(found)
-        for reply, group in by_reply.items():
-            if reply.startswith(self._bus.names.reply("")):
-                await self._answers.reply(reply, group)
+        await self.intake.deliver(bundles, outcomes)

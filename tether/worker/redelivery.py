@@ -19,7 +19,8 @@ from tether.errors import AttemptsExhausted, PayloadTooLarge, QueueFull
 from tether.job import AttemptNote, Failure, Job, JobState, LaneKind, Outcome
 
 if TYPE_CHECKING:
-    from tether.worker.instance import Bundle, ModelInstance
+    from tether.worker.instance import ModelInstance
+    from tether.worker.intake import Bundle
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from tether.errors import TetherError, Unavailable
 from tether.home import Home, check_folder, private_folder
 from tether.model import Assignment, Epoch, Heartbeat, Registration
 from tether.settings import Settings
+from tether.worker.ended import EndedVersions
 from tether.worker.holder import Holder
 from tether.worker.keepalive import KeepAlive
 from tether.worker.runtimes import ONNX_PLATFORM
@@ -37,6 +38,7 @@ class WorkerService:
         self.name = bus.signer.name
         self.keyring = Keyring(bus, home, every=False)
         self.holder = Holder(bus, home.cache(self.name), keepalive, self.keyring)
+        self.ended = EndedVersions(bus, keepalive, self.keyring)
         self._liveness = KvBucket(bus, "liveness")
         self._assign = SignedBucket(bus, "assign", MessageType.ASSIGN)
         self._epoch = 0
@@ -79,7 +81,9 @@ class WorkerService:
         self._remembered_at = self._bus.clock.monotonic()
         if self._told.scope != self._bus.scope and not self.holder.holding:
             self._bus.scope = self._bus.bound_scope()
-        self.holder.want(self._told.models if self._told.scope == self._bus.scope else ())
+        ours = self._told.scope == self._bus.scope
+        self.holder.want(self._told.models if ours else ())
+        self.ended.want(self._told.ended if ours else ())
 
     async def beat(self) -> None:
         """Heartbeats, and a new registration when the dispatcher has forgotten this worker."""
@@ -142,6 +146,7 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[WorkerService
         worker = WorkerService(bus, home, keepalive)
         tasks = await stack.enter_async_context(lifecycle.tasks())
         stack.push_async_callback(worker.holder.stop, settings.drain_s)
+        stack.push_async_callback(worker.ended.stop)
         stack.push_async_callback(worker.heartbeat, leaving=True)
         await stack.enter_async_context(worker.keyring.watching())
         await worker.register()
