@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,6 +17,7 @@ from tether import codec
 from tether.bus import rpc
 from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
+from tether.bus.kv import SignedBucket
 from tether.bus.upload import upload
 from tether.dispatcher import service as dispatcher_service
 from tether.dispatcher.service import Dispatcher
@@ -28,8 +30,10 @@ from tether.gateway_http.jobs import NewJob
 from tether.home import Home
 from tether.job import Priority
 from tether.model import ChangeRequest, ModelFile, PushAnswer, PushRequest
+from tether.model_config import ModelConfig, check_config
 from tether.modelstore import service as modelstore_service
 from tether.settings import Settings
+from tether.subjects import token
 from tether.tensor import Array, Tensor, from_numpy
 from tether.worker import service as worker_service
 from tether.worker.service import WorkerService
@@ -47,13 +51,14 @@ class Services:
     gateway: Gateway
     dispatcher: Dispatcher | None = None
     workers: list[WorkerService] = field(default_factory=list)
+    _configs: SignedBucket | None = None
 
     @property
     def bus(self) -> Bus:
         return self.gateway.bus
 
-    async def start_worker(self, name: str) -> WorkerService:
-        settings = dataclasses.replace(self.settings, worker_name=name)
+    async def start_worker(self, name: str, **changes: Any) -> WorkerService:
+        settings = dataclasses.replace(self.settings, worker_name=name, **changes)
         worker = await self.stack.enter_async_context(worker_service.running(settings, self.home))
         self.workers.append(worker)
         return worker
@@ -93,6 +98,22 @@ class Services:
         """Have the model store change a model."""
         body = codec.encode(request)
         await rpc.call(self.bus, "changeModel", MessageType.CHANGE, body, answers=MessageType.CHANGED, timeout=20)
+
+    async def configs(self) -> SignedBucket:
+        """The configurations, as the model store may write them."""
+        if self._configs is None:
+            bus = await self.stack.enter_async_context(Bus.connect(self.settings, self.home, "modelstore"))
+            self._configs = SignedBucket(bus, "configs", MessageType.CONFIG)
+        return self._configs
+
+    async def decide(self, model: str, **changes: Any) -> ModelConfig:
+        """Set a model's configuration, all of it, as the model store does."""
+        bucket = await self.configs()
+        before = await bucket.get(token(model))
+        revision = 1 if before is None else codec.decode(before, ModelConfig).revision + 1
+        config = msgspec.structs.replace(ModelConfig(model, revision), **changes)
+        await bucket.put(token(model), codec.encode(check_config(config)))
+        return config
 
     def _ready(self, name: str, version: int) -> int:
         try:

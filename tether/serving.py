@@ -42,6 +42,8 @@ class Assignment(msgspec.Struct, frozen=True):
     scope: str = SHARED
     ended: tuple[EndedLanes, ...] = ()
     """Lanes to work off by ending every job in them."""
+    revisions: tuple[tuple[str, int], ...] = ()
+    """Which revision of its configuration counts for each model that has one."""
 
 
 class Registration(msgspec.Struct, frozen=True):

@@ -132,6 +132,12 @@ class Settings:
     worker_slots: int = _setting(
         2, "Messages a worker asks each lane for: one runs, the others are at hand.", low=1, high=64
     )
+    max_instances: int = _setting(
+        8,
+        "Copies of one model that a worker holds side by side at most, whatever its configuration says.",
+        low=1,
+        high=64,
+    )
     onnx_threads: int = _setting(1, "Threads of one model instance.", low=1, high=256)
     run_timeout_s: float = _setting(
         60.0, "A model's process is ended when one run takes longer; a version may have its own.", low=0.1, high=86400

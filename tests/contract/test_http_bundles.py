@@ -50,7 +50,9 @@ def test_a_bundle_is_served(served: Served, sdk: Client, bundle: str) -> None:
     (version,) = sdk.model(bundle)["versions"]
     assert [file["path"] for file in version["files"]] == ["data/bias.txt", "model.json", "model.py"]
     own = sdk.infer(bundle, x(-9.0))["y"][0, 0]
-    held = [instance._runtime for instance in served.services.workers[0].holder._instances.values()]
+    held = [
+        runtime for one in served.services.workers[0].holder._held.values() for runtime in one.instance.copies.runtimes
+    ]
     assert own in [runtime.pid % 65536 for runtime in held if isinstance(runtime, ProcessRuntime)]
 
 

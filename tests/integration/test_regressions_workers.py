@@ -167,7 +167,7 @@ async def test_a_full_dead_letter_stream_keeps_no_job_from_ending(
     one: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = await one.push("bump", models.add())
-    instance = next(iter(one.workers[0].holder._instances.values()))
+    instance = next(iter(one.workers[0].holder._held.values())).instance
 
     async def full(*_: object) -> None:
         raise QueueFull("full")
@@ -183,7 +183,7 @@ async def test_a_caller_is_answered_once_although_a_neighbour_keeps_killing_the_
     one: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = await one.push("bump", models.add())
-    instance = next(iter(one.workers[0].holder._instances.values()))
+    instance = next(iter(one.workers[0].holder._held.values())).instance
     inputs, deadline = new_job(served, row(1)).inputs, one.bus.clock.utc() + 60
     good, poison = [Job(new_job_id(), TENANT, inputs, deadline) for _ in range(2)]
     delivered: list[tuple[str, JobState]] = []

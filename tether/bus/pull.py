@@ -120,6 +120,11 @@ class LanePull:
         finally:
             self._inbox = ""
 
+    def widen(self, credit: int) -> None:
+        """Hold so many messages from now on; those in hand stay."""
+        self._credit = credit
+        self._wake.set()
+
     def release(self) -> None:
         """A message of this lane was settled: its slot is free."""
         self._held -= 1

@@ -58,6 +58,10 @@ class Decided:
             self._aliases.setdefault(alias.model, {})[alias.name] = alias
         self._changed()
 
+    def revisions(self) -> dict[str, int]:
+        """Of every model that has a configuration, which one counts."""
+        return {model: config.revision for model, config in self.configs.items()}
+
     def served(self, models: Models, routes: Mapping[Place, Route]) -> Models:
         """Of every scope's versions those that its workers should hold just now."""
         aliases = {model: named.values() for model, named in self._aliases.items()}

@@ -45,13 +45,18 @@ def assignments(
     scopes: Mapping[str, str],
     models: Models,
     ended: Mapping[str, tuple[EndedLanes, ...]] = MappingProxyType({}),
+    revisions: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Assignment]:
     """Every registered worker holds every version of its scope; ``scopes`` says which worker is whose, ``ended`` who works
-    off lanes of deleted versions."""
+    off lanes of deleted versions, ``revisions`` which revision of a model's configuration counts."""
     found: dict[str, Assignment] = {}
     for worker, epoch in epochs.items():
         scope = scopes.get(worker, SHARED)
-        found[worker] = Assignment(worker, epoch, models.get(scope, ()), scope, ended.get(worker, ()))
+        held = models.get(scope, ())
+        counting = tuple(
+            (model, revisions[model]) for model in sorted({ref.model for ref in held}) if model in revisions
+        )
+        found[worker] = Assignment(worker, epoch, held, scope, ended.get(worker, ()), counting)
     return found
 
 

@@ -236,7 +236,9 @@ class Dispatcher:
     async def _write_assignments(self) -> None:
         models = self.decided.served(self._scopes.models(self._models), self._routed)
         ended = placement.working_off(self.ended.groups(), self._living(), self._bound)
-        for worker, assignment in placement.assignments(self._epochs, self._bound, models, ended).items():
+        for worker, assignment in placement.assignments(
+            self._epochs, self._bound, models, ended, self.decided.revisions()
+        ).items():
             if self._assigned.get(worker) != assignment:
                 await self._assign.put(worker, codec.encode(assignment))
                 self._assigned[worker] = assignment

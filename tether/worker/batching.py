@@ -34,6 +34,13 @@ def plan(jobs: Sequence[Job], batching: Batching) -> list[list[int]]:
     return runs
 
 
+def wants_company(jobs: Sequence[Job], most: int, preferred: Sequence[int]) -> bool:
+    """Whether a run of these jobs is worth waiting for more: it is neither full nor has one of the ``preferred`` sizes
+    (ascending) of rows."""
+    rows = sum(map(_rows, jobs))
+    return rows < (preferred[-1] if preferred else most) and rows not in preferred
+
+
 def _key(job: Job) -> Key:
     return (job.outputs, *[(tensor.name, tensor.datatype, tensor.shape[1:]) for tensor in job.inputs])
 

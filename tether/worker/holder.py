@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,16 +16,31 @@ from tether.bus.tenant_keys import Keyring
 from tether.errors import ModelNotFound, TetherError
 from tether.lifecycle import Tasks
 from tether.model import Manifest, ModelRef
-from tether.ports import Runtime
-from tether.worker import runtimes
+from tether.worker.configs import Configs
+from tether.worker.copies import Copies
 from tether.worker.files import WorkerFiles
 from tether.worker.instance import ModelInstance
 from tether.worker.keepalive import KeepAlive
-from tether.worker.runtimes.process import Options
+from tether.worker.loads import Loader
 
 log = logging.getLogger(__name__)
 
+Change = Callable[[ModelRef], Awaitable[None]]
+
 _RETRY_S = (0.5, 1.0, 2.0, 5.0, 15.0)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A version that is served."""
+
+    instance: ModelInstance
+    loader: Loader
+
+    @property
+    def outdated(self) -> bool:
+        """Whether what is in memory was loaded in another way than is wanted now."""
+        return self.instance.copies.loaded and self.loader.current != self.loader.wanted
 
 
 class Holder:
@@ -35,10 +50,11 @@ class Holder:
         self._bus = bus
         self._keyring = keyring
         self.files = WorkerFiles(bus, cache)
+        self.configs = Configs(bus, self._configured)
         self._keepalive = keepalive
         self._manifests = KvBucket(bus, "models")
         self._wanted: frozenset[ModelRef] = frozenset()
-        self._instances: dict[ModelRef, ModelInstance] = {}
+        self._held: dict[ModelRef, Held] = {}
         self._failed: dict[ModelRef, str] = {}
         self._busy: set[ModelRef] = set()
         self._changed = asyncio.Event()
@@ -46,24 +62,25 @@ class Holder:
         self._stopping = False
         self.has_orders = False
 
-    def want(self, models: Sequence[ModelRef]) -> None:
+    def want(self, models: Sequence[ModelRef], revisions: Sequence[tuple[str, int]] = ()) -> None:
         self.has_orders = True
         self._wanted = frozenset(models)
+        self.configs.told(revisions)
         self._changed.set()
 
     @property
     def holding(self) -> bool:
-        """Whether a version is loaded, or on its way in or out."""
-        return bool(self._instances or self._busy)
+        """Whether a version is held, or on its way in or out."""
+        return bool(self._held or self._busy)
 
     def ready(self) -> tuple[ModelRef, ...]:
-        return tuple(sorted(self._instances, key=lambda ref: (ref.model, ref.version)))
+        return tuple(sorted(self._held, key=lambda ref: (ref.model, ref.version)))
 
     def failed(self) -> tuple[tuple[str, str], ...]:
         return tuple((f"{ref.model}:{ref.version}", reason) for ref, reason in self._failed.items())
 
     def running(self) -> int:
-        return sum(instance.running for instance in self._instances.values())
+        return sum(held.instance.running for held in self._held.values())
 
     async def run(self) -> None:
         await self.files.sweep()
@@ -72,50 +89,77 @@ class Holder:
             self._changed.clear()
             if self._stopping:
                 return
-            for ref in self._wanted - self._instances.keys() - self._busy:
-                self._busy.add(ref)
-                self._tasks.spawn(self._load(ref), f"load-{ref.model}")
-            for ref in self._instances.keys() - self._wanted - self._busy:
-                self._busy.add(ref)
-                self._tasks.spawn(self._unload(ref), f"unload-{ref.model}")
+            for ref in self._wanted - self._held.keys() - self._busy:
+                self._begin(ref, self._load, "load")
+            for ref in self._held.keys() - self._wanted - self._busy:
+                self._begin(ref, self._unload, "unload")
+            for ref in [ref for ref, held in self._held.items() if held.outdated and ref not in self._busy]:
+                self._begin(ref, self._renew, "renew")
+
+    def _begin(self, ref: ModelRef, change: Change, what: str) -> None:
+        self._busy.add(ref)
+        self._tasks.spawn(self._to_its_end(ref, change), f"{what}-{ref.model}")
+
+    async def _to_its_end(self, ref: ModelRef, change: Change) -> None:
+        try:
+            await change(ref)
+        finally:
+            self._busy.discard(ref)
+            if ref not in self._wanted:
+                self._failed.pop(ref, None)
+            if not any(other.model == ref.model for other in (*self._held, *self._busy)):
+                self.configs.forget(ref.model)
+            self._changed.set()
 
     async def stop(self, drain_s: float) -> None:
         """Let every version go, each finishing what it holds."""
         self._stopping = True
+        await self.configs.stop()
         await self._tasks.cancel()
-        instances = [self._instances.pop(ref) for ref in list(self._instances)]
-        await asyncio.gather(*[instance.stop(drain_s) for instance in instances])
+        held = [self._held.pop(ref) for ref in list(self._held)]
+        await asyncio.gather(*[one.instance.stop(drain_s) for one in held])
         await self.files.close()
 
     async def _load(self, ref: ModelRef) -> None:
         """Try until it is loaded or no longer wanted."""
         tries = 0
-        try:
-            while ref in self._wanted:
-                try:
-                    self._instances[ref] = await self._loaded(ref)
-                    self._failed.pop(ref, None)
-                    log.info("loaded", extra={"action": "model_loaded", "model": ref.model, "version": ref.version})
-                    return
-                except TetherError as error:
-                    self._failed[ref] = f"{error.code}: {error.message}"
-                    log.warning("not loaded: %s", error, extra={"action": "load_failed", "model": ref.model})
-                except Exception as error:
-                    self._failed[ref] = f"{TetherError.code}: {type(error).__name__}; the worker's log has the reason"
-                    log.exception("not loaded", extra={"action": "load_failed", "model": ref.model})
-                await asyncio.sleep(_RETRY_S[min(tries, len(_RETRY_S) - 1)])
-                tries += 1
-            self._failed.pop(ref, None)
-        finally:
-            self._busy.discard(ref)
-            self._changed.set()
+        while ref in self._wanted:
+            try:
+                self._held[ref] = await self._loaded(ref)
+            except Exception as error:  # noqa: BLE001 - told of, and tried again
+                self._tell(ref, error)
+            else:
+                self._failed.pop(ref, None)
+                self._configured(ref.model)
+                log.info("loaded", extra={"action": "model_loaded", "model": ref.model, "version": ref.version})
+                return
+            await self._pause(tries)
+            tries += 1
 
-    async def _loaded(self, ref: ModelRef) -> ModelInstance:
+    def _tell(self, ref: ModelRef, error: Exception) -> None:
+        """Every heartbeat says why it is not loaded, or not as is wanted."""
+        fields = {"action": "load_failed", "model": ref.model, "version": ref.version}
+        if isinstance(error, TetherError):
+            self._failed[ref] = f"{error.code}: {error.message}"
+            log.warning("not loaded: %s", error, extra=fields)
+        else:
+            self._failed[ref] = f"{TetherError.code}: {type(error).__name__}; the worker's log has the reason"
+            log.error("not loaded", exc_info=error, extra=fields)
+
+    async def _pause(self, tries: int) -> None:
+        await asyncio.sleep(_RETRY_S[min(tries, len(_RETRY_S) - 1)])
+
+    async def _loaded(self, ref: ModelRef) -> Held:
         manifest = await self._manifest(ref)
+        config = await self.configs.read(ref.model)
         directory = await self.files.fetch(ref, manifest)
         try:
-            runtime = await self._runtime(manifest, directory)
-            instance = ModelInstance(self._bus, manifest, runtime, self._keepalive, self._keyring)
+            loader = Loader(self._bus, manifest, directory, config)
+            copies = Copies(loader.load, self._bus.clock)
+            await copies.ensure()
+            lost = partial(self._lost, ref)
+            instance = ModelInstance(self._bus, manifest, copies, self._keepalive, self._keyring, on_lost=lost)
+            instance.configure(loader.serving, loader.wanted.copies)
             try:
                 await instance.start()
             except BaseException:
@@ -125,31 +169,40 @@ class Holder:
             self.files.release(ref)
             raise
         self._tasks.spawn(self.files.remember(manifest, directory), "remember-pieces")
-        return instance
+        return Held(instance, loader)
 
-    async def _runtime(self, manifest: Manifest, directory: Path) -> Runtime:
-        """Load in a thread; what nobody wants any more when it is ready is closed."""
-        closed = threading.Event()
-        load = partial(runtimes.load, manifest, directory, self._options(manifest), closed)
-        loading = asyncio.ensure_future(asyncio.to_thread(load))
-        try:
-            return await asyncio.shield(loading)
-        except asyncio.CancelledError:
-            closed.set()
-            await asyncio.wait({loading})
-            if loading.exception() is None:
-                loading.result().close()
-            raise
+    def _lost(self, ref: ModelRef, error: Exception) -> None:
+        self._tell(ref, error)
+
+    def _configured(self, model: str) -> None:
+        """Another configuration counts: what can be changed in place is, and what cannot is loaded anew."""
+        config = self.configs.get(model)
+        for ref, held in self._held.items():
+            if ref.model == model:
+                held.loader.config = config
+                loaded = held.loader.current or held.loader.wanted
+                held.instance.configure(held.loader.serving, loaded.copies)
+        self._changed.set()
+
+    async def _renew(self, ref: ModelRef) -> None:
+        """Load it anew beside the old one until that is as wanted; the old one answers meanwhile, and if it fails."""
+        held, tries = self._held[ref], 0
+        while held.outdated and ref in self._wanted:
+            try:
+                await held.instance.copies.renew(self._last_run_s(held.loader.manifest))
+            except Exception as error:  # noqa: BLE001 - told of, and tried again
+                self._tell(ref, error)
+                await self._pause(tries)
+                tries += 1
+            else:
+                self._failed.pop(ref, None)
+                log.info("loaded anew", extra={"action": "model_renewed", "model": ref.model, "version": ref.version})
+            self._configured(ref.model)
 
     def _last_run_s(self, manifest: Manifest) -> float:
         """What has begun may end, however long a run may take: the worker itself goes on."""
         settings = self._bus.settings
         return max(settings.drain_s, manifest.run_timeout_s or settings.run_timeout_s)
-
-    def _options(self, manifest: Manifest) -> Options:
-        settings = self._bus.settings
-        timeout_s = manifest.run_timeout_s or settings.run_timeout_s
-        return Options(settings.onnx_threads, settings.model_memory_mb, timeout_s, device=settings.model_device)
 
     async def _manifest(self, ref: ModelRef) -> Manifest:
         key = self._bus.names.version_key(ref.model, ref.version)
@@ -159,11 +212,7 @@ class Holder:
         return open_manifest(self._bus.verifier, self._bus.names, key, frame)
 
     async def _unload(self, ref: ModelRef) -> None:
-        try:
-            instance = self._instances.pop(ref)
-            await instance.stop(self._last_run_s(instance.manifest))
-            self.files.release(ref)
-            log.info("unloaded", extra={"action": "model_unloaded", "model": ref.model, "version": ref.version})
-        finally:
-            self._busy.discard(ref)
-            self._changed.set()
+        held = self._held.pop(ref)
+        await held.instance.stop(self._last_run_s(held.loader.manifest))
+        self.files.release(ref)
+        log.info("unloaded", extra={"action": "model_unloaded", "model": ref.model, "version": ref.version})

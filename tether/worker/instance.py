@@ -10,8 +10,7 @@ import asyncio
 import heapq
 import itertools
 import logging
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 
 from tether import codec, metrics
 from tether.bus.connection import Bus
@@ -21,17 +20,15 @@ from tether.bus.queue import BusResults
 from tether.bus.tenant_keys import Keyring
 from tether.bus.topology import lanes_of
 from tether.envelope import MessageType
-from tether.errors import (
-    DeadlineExceeded,
-    TetherError,
-)
+from tether.errors import DeadlineExceeded, TetherError
 from tether.job import AttemptNote, Failure, Job, JobState, Lane, LaneKind, Outcome, Priority
 from tether.lifecycle import Tasks
 from tether.model import Manifest
-from tether.ports import Runtime
 from tether.worker import batching
+from tether.worker.copies import Copies
 from tether.worker.intake import Bundle, Intake
 from tether.worker.keepalive import KeepAlive
+from tether.worker.loadout import Serving
 from tether.worker.redelivery import Redelivery
 
 log = logging.getLogger(__name__)
@@ -40,30 +37,52 @@ _ORDER = {Priority.HIGH: 1, Priority.NORMAL: 2, Priority.LOW: 3}
 
 
 class ModelInstance:
-    """Serves one loaded version from its lanes until it is stopped."""
+    """Serves one version from its lanes until it is stopped. ``on_lost`` hears why it cannot be loaded any more."""
 
-    def __init__(self, bus: Bus, manifest: Manifest, runtime: Runtime, keepalive: KeepAlive, keyring: Keyring) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        manifest: Manifest,
+        copies: Copies,
+        keepalive: KeepAlive,
+        keyring: Keyring,
+        *,
+        on_lost: Callable[[Exception], None],
+    ) -> None:
         self._bus = bus
         self._settings = bus.settings
         self.manifest = manifest
-        self._runtime = runtime
+        self.copies = copies
+        self._on_lost = on_lost
         self._keepalive = keepalive
         self.intake = Intake(bus, keyring, manifest.name)
         self._results = BusResults(bus)
         self._attempts = SignedBucket(bus, "attempts", MessageType.ATTEMPT)
         self._redelivery = Redelivery(bus, self)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"run-{manifest.name}")
         self._waiting: list[tuple[int, int, BusDelivery]] = []
         self._order = itertools.count()
         self._arrived = asyncio.Event()
         self._tasks = Tasks()
-        self._run_slots = asyncio.Semaphore(2)
+        self._serving = Serving(manifest.batching, (), 0.0, 0.0)
+        self._side_by_side = 2
+        """Works that may have begun: one for each copy, and one that is made ready."""
+        self._begun = 0
+        self._ended_one = asyncio.Event()
         self._pulls = [
             LanePull(bus, lane, self._settings.worker_slots, self._take)
             for lane in lanes_of(manifest.name, manifest.version, self._settings.region, bus.scope)
         ]
         self._by_lane = {pull.lane: pull for pull in self._pulls}
         self.running = 0
+
+    def configure(self, serving: Serving, copies: int) -> None:
+        """What counts from the next run on; ``copies`` is how many runs are made side by side."""
+        self._serving = serving
+        self.copies.limit(serving.run_timeout_s)
+        self._side_by_side = copies + 1
+        self._ended_one.set()
+        for pull in self._pulls:
+            pull.widen(max(self._settings.worker_slots, copies + 1))
 
     async def start(self) -> None:
         self._tasks.spawn(self._serve(), f"serve-{self.manifest.name}")
@@ -78,21 +97,24 @@ class ModelInstance:
         waiting, self._waiting = self._waiting, []
         for _, _, delivery in waiting:
             await delivery.give_back()
-        for task in self._tasks.named("serve-"):
+        serving = self._tasks.named("serve-")
+        for task in serving:
             task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
         if not await self._tasks.finish(drain_s):
             log.warning("runs did not end in time; their jobs are redelivered", extra={"action": "drain_timeout"})
         await self._tasks.cancel()
-        self._executor.shutdown(wait=False, cancel_futures=True)
-        self._runtime.close()
+        self.copies.unload()
 
     def _take(self, delivery: BusDelivery) -> None:
         wait = self._ack_wait(delivery.lane)
         self._keepalive.hold(delivery.ack_subject, wait, self._bus.clock.monotonic())
         delivery.on_settled = self._settled
-        rank = 0 if delivery.lane.kind is LaneKind.INFER else _ORDER[delivery.lane.priority]
-        heapq.heappush(self._waiting, (rank, next(self._order), delivery))
+        heapq.heappush(self._waiting, (self._rank(delivery.lane), next(self._order), delivery))
         self._arrived.set()
+
+    def _rank(self, lane: Lane) -> int:
+        return 0 if lane.kind is LaneKind.INFER else _ORDER[lane.priority]
 
     def _ack_wait(self, lane: Lane) -> float:
         return self._settings.infer_ack_wait_s if lane.kind is LaneKind.INFER else self._settings.jobs_ack_wait_s
@@ -102,39 +124,98 @@ class ModelInstance:
         self._by_lane[delivery.lane].release()
 
     async def _serve(self) -> None:
-        """Begin the next bundles whenever one of the two run slots is free: one runs, one is made ready."""
+        """Begin the next bundles whenever there is room: each copy runs one, and one is made ready."""
         while True:
             await self._arrived.wait()
-            await self._run_slots.acquire()
+            while self._begun >= self._side_by_side:
+                self._ended_one.clear()
+                await self._ended_one.wait()
             deliveries = self._next()
             if not deliveries:
-                self._run_slots.release()
                 self._arrived.clear()
                 continue
-            self._tasks.spawn(self._finish(deliveries), "work")
+            opened: list[Bundle] | None = None
+            self._begun += 1
+            try:
+                if self._serving.delay_s and deliveries[0].attempt == 1:
+                    opened = []
+                    await self._with_company(deliveries, opened)
+            except TetherError as error:
+                log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
+            finally:
+                self._tasks.spawn(self._finish(deliveries, opened), "work")
+
+    async def _with_company(self, deliveries: list[BusDelivery], opened: list[Bundle]) -> None:
+        """Open them, and what comes until a run is full enough, the delay is up, or something more urgent waits; both lists
+        grow with it."""
+        most, preferred, rank = (
+            self._serving.batching.max_batch_size,
+            self._serving.preferred,
+            self._rank(deliveries[0].lane),
+        )
+        end = self._bus.clock.monotonic() + self._serving.delay_s
+        joined = list(deliveries)
+        while True:
+            for delivery in joined:
+                opened += await self._opened([delivery])
+            urgent = self._waiting and self._waiting[0][0] < rank
+            if urgent or not batching.wants_company([job for one in opened for job in one.jobs], most, preferred):
+                break
+            joined = self._joining(rank)
+            deliveries += joined
+            if not joined and not await self._more(end):
+                break
+        self._arrived.set()
+
+    async def _more(self, end: float) -> bool:
+        """Whether something arrived before the monotonic time ``end``."""
+        self._arrived.clear()
+        try:
+            async with asyncio.timeout(end - self._bus.clock.monotonic()):
+                await self._arrived.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _opened(self, deliveries: Sequence[BusDelivery]) -> list[Bundle]:
+        return [bundle for delivery in deliveries if (bundle := await self.intake.open(delivery)) is not None]
 
     def _next(self) -> list[BusDelivery]:
         """The most urgent delivery and those of its kind that can join it; a redelivered one goes alone."""
         if not self._waiting:
             return []
         rank, _, first = heapq.heappop(self._waiting)
-        taken = [first]
-        while first.attempt == 1 and self._waiting and self._waiting[0][0] == rank and self._waiting[0][2].attempt == 1:
+        return [first] if first.attempt > 1 else [first, *self._joining(rank)]
+
+    def _joining(self, rank: int) -> list[BusDelivery]:
+        taken = []
+        while self._waiting and self._waiting[0][0] == rank and self._waiting[0][2].attempt == 1:
             taken.append(heapq.heappop(self._waiting)[2])
         return taken
 
-    async def _finish(self, deliveries: list[BusDelivery]) -> None:
+    async def _finish(self, deliveries: list[BusDelivery], bundles: list[Bundle] | None) -> None:
         try:
-            await self._work(deliveries)
+            async with self.copies.held():
+                if await self._loaded():
+                    await self._work(await self._opened(deliveries) if bundles is None else bundles)
         except TetherError as error:
             log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
         finally:
-            self._run_slots.release()
+            self._begun -= 1
+            self._ended_one.set()
             for delivery in deliveries:
                 delivery.abandon()
 
-    async def _work(self, deliveries: list[BusDelivery]) -> None:
-        bundles = [bundle for delivery in deliveries if (bundle := await self.intake.open(delivery)) is not None]
+    async def _loaded(self) -> bool:
+        """Whether it is in memory now; if it cannot be loaded, what came is left for another worker, or a better time."""
+        try:
+            await self.copies.ensure()
+        except Exception as error:  # noqa: BLE001 - handed on to who tells of it
+            self._on_lost(error)
+            return False
+        return True
+
+    async def _work(self, bundles: list[Bundle]) -> None:
         if not bundles:
             return
         if bundles[0].delivery.attempt > 1:
@@ -165,22 +246,23 @@ class ModelInstance:
         by_id = {job.id: self._expired(job, attempt) for job in jobs if job.deadline <= now}
         self.running += len(alive)
         try:
-            for members in batching.plan(alive, self.manifest.batching):
-                for outcome in await self._run_batch([alive[index] for index in members], attempt):
-                    by_id[outcome.job] = outcome
+            runs = batching.plan(alive, self._serving.batching)
+            batches = [self._run_batch([alive[index] for index in members], attempt) for members in runs]
+            for outcomes in await asyncio.gather(*batches):
+                by_id.update({outcome.job: outcome for outcome in outcomes})
         finally:
             self.running -= len(alive)
         return [by_id[job.id] for job in jobs]
 
     async def _run_batch(self, jobs: list[Job], attempt: int) -> list[Outcome]:
-        started, began = self._bus.clock.utc(), self._bus.clock.monotonic()
-        loop = asyncio.get_running_loop()
-        results = await loop.run_in_executor(self._executor, batching.run, self._runtime, jobs)
+        ran = await self.copies.run(jobs)
         metrics.BATCH_ROWS.labels(self.manifest.name).observe(len(jobs))
-        metrics.RUN_SECONDS.labels(self.manifest.name).observe(self._bus.clock.monotonic() - began)
+        metrics.RUN_SECONDS.labels(self.manifest.name).observe(ran.seconds)
         finished = self._bus.clock.utc()
+        started = finished - ran.seconds
         return [
-            self._outcome(job, result, attempt, started, finished) for job, result in zip(jobs, results, strict=True)
+            self._outcome(job, result, attempt, started, finished)
+            for job, result in zip(jobs, ran.results, strict=True)
         ]
 
     def _outcome(self, job: Job, result: batching.Result, attempt: int, started: float, finished: float) -> Outcome:

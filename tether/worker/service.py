@@ -82,7 +82,7 @@ class WorkerService:
         if self._told.scope != self._bus.scope and not self.holder.holding:
             self._bus.scope = self._bus.bound_scope()
         ours = self._told.scope == self._bus.scope
-        self.holder.want(self._told.models if ours else ())
+        self.holder.want(self._told.models if ours else (), self._told.revisions)
         self.ended.want(self._told.ended if ours else ())
 
     async def beat(self) -> None:

@@ -75,6 +75,8 @@ class ProcessRuntime:
     ) -> None:
         self._start = Start(manifest, str(directory), options)
         self._options = options
+        self.run_timeout_s = options.run_timeout_s
+        """Counts from the next run on."""
         self._outputs = tuple(spec.name for spec in manifest.outputs)
         self._child: subprocess.Popen[bytes] | None = None
         self._failures = 0
@@ -99,7 +101,7 @@ class ProcessRuntime:
         if self._child is None:
             self._again()
         rows = [_row(from_numpy(name, array)) for name, array in inputs.items()]
-        answer = self._ask(codec.pack((list(outputs), rows)), self._options.run_timeout_s)
+        answer = self._ask(codec.pack((list(outputs), rows)), self.run_timeout_s)
         self._failures = 0
         found = {row[0]: row for row in answer}
         try:

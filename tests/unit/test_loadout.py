@@ -1,0 +1,124 @@
+"""How a version is run on a worker, and with what it is warmed up: manifest, configuration and settings together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tether.errors import ModelRejected
+from tether.job import Job, new_job_id
+from tether.model import Batching, Manifest, TensorSpec
+from tether.model_config import Kind, ModelConfig, Warmup
+from tether.settings import Settings
+from tether.tensor import from_numpy
+from tether.worker.batching import wants_company
+from tether.worker.loadout import loadout, serving
+from tether.worker.warmup import warmup_inputs
+
+ONNX, PROGRAM = "onnxruntime_onnx", "python"
+SETTINGS = Settings(onnx_threads=3, model_device="cpu", max_instances=4, run_timeout_s=60)
+
+
+def manifest(platform: str = ONNX, batch: int = 8, *inputs: TensorSpec, isolation: str = "") -> Manifest:
+    given = inputs or (TensorSpec("x", "FP32", (-1, 4)),)
+    return Manifest("m", 1, platform, (), given, (), Batching(batch), 0.0, "test", isolation=isolation)
+
+
+def test_the_configuration_goes_before_the_manifest_and_the_settings() -> None:
+    usual = loadout(manifest(), ModelConfig("m"), SETTINGS)
+    assert (usual.manifest.isolation, usual.options.threads, usual.options.device, usual.copies) == (
+        "thread",
+        3,
+        "cpu",
+        1,
+    )
+    config = ModelConfig("m", threads=2, kind=Kind.CUDA, isolation="process", instances=64)
+    decided = loadout(manifest(isolation="thread"), config, SETTINGS)
+    assert (decided.manifest.isolation, decided.options.threads, decided.options.device) == ("process", 2, "cuda")
+    assert decided.copies == 4
+    assert usual != decided
+
+
+def test_no_configuration_brings_a_program_into_the_workers_own_process() -> None:
+    config = ModelConfig("m", isolation="thread")
+    assert loadout(manifest(PROGRAM, isolation="thread"), config, SETTINGS).manifest.isolation == "process"
+
+
+def test_what_needs_no_load_changes_none() -> None:
+    config = ModelConfig("m", max_batch_size=2, max_delay_ms=5, run_timeout_s=1, preferred_batch_sizes=(1,))
+    assert loadout(manifest(), config, SETTINGS) == loadout(manifest(), ModelConfig("m"), SETTINGS)
+
+
+def test_a_batch_may_only_become_smaller() -> None:
+    def rows(batch: int, wanted: int | None) -> int:
+        return serving(manifest(batch=batch), ModelConfig("m", max_batch_size=wanted), SETTINGS).batching.max_batch_size
+
+    assert [rows(8, None), rows(8, 4), rows(8, 100), rows(8, 0), rows(0, 4)] == [8, 4, 8, 0, 0]
+
+
+def test_a_worker_waits_only_when_told_to_and_only_for_what_can_be_joined() -> None:
+    decided = ModelConfig("m", max_delay_ms=5, preferred_batch_sizes=(6, 2, 100))
+    assert serving(manifest(), ModelConfig("m"), SETTINGS).delay_s == 0
+    found = serving(manifest(), decided, SETTINGS)
+    assert (found.delay_s, found.preferred, found.run_timeout_s) == (0.005, (2, 6), 60)
+    assert serving(manifest(batch=0), decided, SETTINGS).delay_s == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "preferred", "more"),
+    [
+        (1, (), True),
+        (8, (), False),
+        (9, (), False),
+        (1, (2, 6), True),
+        (2, (2, 6), False),
+        (3, (2, 6), True),
+        (7, (2,), False),
+    ],
+)
+def test_a_run_is_begun_when_it_is_full_or_has_a_preferred_size(
+    rows: int, preferred: tuple[int, ...], more: bool
+) -> None:
+    job = Job(new_job_id(), "acme", (from_numpy("x", np.zeros((rows, 4), np.float32)),), 1.0)
+    assert wants_company([job], 8, preferred) is more
+
+
+def test_warm_up_inputs_fit_the_signature() -> None:
+    specs = (
+        TensorSpec("x", "FP32", (-1, -1, 4)),
+        TensorSpec("ids", "INT64", (-1, 3)),
+        TensorSpec("text", "BYTES", (-1,)),
+        TensorSpec("half", "BF16", (-1, 2)),
+    )
+    warmup = Warmup(rows=5, shapes={"x": (7, 4)}, random=True)
+    found = warmup_inputs(manifest(ONNX, 8, *specs), warmup)
+    assert {name: array.shape for name, array in found.items()} == {
+        "x": (5, 7, 4),
+        "ids": (5, 3),
+        "text": (5,),
+        "half": (5, 2),
+    }
+    assert [from_numpy(name, array).datatype for name, array in found.items()] == ["FP32", "INT64", "BYTES", "BF16"]
+    assert found["x"].std() > 0.5
+    assert set(found["ids"].ravel()) <= {0, 1}
+    zeros = warmup_inputs(manifest(ONNX, 4, *specs), Warmup(rows=100))
+    assert zeros["x"].shape == (4, 1, 4)
+    assert not zeros["x"].any()
+    alone = warmup_inputs(manifest(ONNX, 0, TensorSpec("x", "FP32", (-1, 4))), Warmup(shapes={"x": (9, 4)}))
+    assert alone["x"].shape == (9, 4)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"x": (5,)}, r"input 'x' has \[5\]; the model's is \[4\] without the batch axis"),
+        ({"x": (4, 4)}, "input 'x' has"),
+        ({"y": (4,)}, "names 'y', which is no input"),
+    ],
+)
+def test_a_warm_up_that_does_not_fit_says_which_input(shapes: dict[str, tuple[int, ...]], words: str) -> None:
+    with pytest.raises(ModelRejected, match=words):
+        warmup_inputs(manifest(), Warmup(shapes=shapes))
+    huge = manifest(ONNX, 8, TensorSpec("x", "FP32", (-1, -1)))
+    with pytest.raises(ModelRejected, match="more than 67108864 elements"):
+        warmup_inputs(huge, Warmup(rows=8, shapes={"x": (1 << 24,)}))

@@ -1,0 +1,166 @@
+"""The copies of a version in a worker's memory: given out a run at a time, and exchanged without a run failing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+from tether.job import Job
+from tether.ports import Clock, Runtime
+from tether.worker import batching
+from tether.worker.runtimes.process import ProcessRuntime
+
+log = logging.getLogger(__name__)
+
+
+class Ran(NamedTuple):
+    """One result for each job of a run, and how long it took."""
+
+    results: list[batching.Result]
+    seconds: float
+
+
+class _Copy(NamedTuple):
+    """A model in memory and the one thread that calls it, so that a run nobody waits for any more keeps the next one out."""
+
+    runtime: Runtime
+    thread: ThreadPoolExecutor
+
+
+class Generation:
+    """Copies that were loaded together."""
+
+    def __init__(self, runtimes: Sequence[Runtime], clock: Clock) -> None:
+        self._clock = clock
+        self._copies = [_Copy(runtime, ThreadPoolExecutor(1, thread_name_prefix="run")) for runtime in runtimes]
+        self._free: asyncio.Queue[_Copy] = asyncio.Queue()
+        for copy in self._copies:
+            self._free.put_nowait(copy)
+        self._users = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
+
+    @property
+    def runtimes(self) -> list[Runtime]:
+        return [copy.runtime for copy in self._copies]
+
+    async def run(self, jobs: Sequence[Job]) -> Ran:
+        """Run jobs that belong together on the next copy that is free."""
+        self._users += 1
+        self._unused.clear()
+        try:
+            copy = await self._free.get()
+            try:
+                began = self._clock.monotonic()
+                run = asyncio.get_running_loop().run_in_executor
+                results = await run(copy.thread, batching.run, copy.runtime, jobs)
+                return Ran(results, self._clock.monotonic() - began)
+            finally:
+                self._free.put_nowait(copy)
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._unused.set()
+
+    def limit(self, run_timeout_s: float) -> None:
+        """How long a run may take from now on, where a run can be ended."""
+        for runtime in self.runtimes:
+            if isinstance(runtime, ProcessRuntime):
+                runtime.run_timeout_s = run_timeout_s
+
+    async def end(self, within_s: float) -> None:
+        """Free the memory once nothing runs, or after that time."""
+        try:
+            async with asyncio.timeout(within_s):
+                await self._unused.wait()
+        except TimeoutError:
+            log.warning("a run did not end in time", extra={"action": "drain_timeout"})
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        for copy in self._copies:
+            copy.thread.shutdown(wait=False, cancel_futures=True)
+            copy.runtime.close()
+
+
+Load = Callable[[], Awaitable[Generation]]
+
+
+class Copies:
+    """A version's copies: in memory, or loaded by ``load`` when somebody comes who needs them."""
+
+    def __init__(self, load: Load, clock: Clock) -> None:
+        self._load = load
+        self._clock = clock
+        self._now: Generation | None = None
+        self._changing = asyncio.Lock()
+        self._users = 0
+        self.used_at = clock.monotonic()
+
+    @property
+    def loaded(self) -> bool:
+        return self._now is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody uses them or is about to change them."""
+        return not self._users and not self._changing.locked()
+
+    @property
+    def runtimes(self) -> list[Runtime]:
+        return [] if self._now is None else self._now.runtimes
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Keep them in memory until the block ends, once they are there."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            self.used_at = self._clock.monotonic()
+
+    async def ensure(self) -> None:
+        """Load them if they are not in memory; who comes meanwhile waits for the same load.
+
+        Raises:
+            TetherError: as ``load`` does.
+        """
+        if self._now is None:
+            async with self._changing:
+                if self._now is None:
+                    self._now = await self._load()
+
+    async def renew(self, drain_s: float) -> None:
+        """Load anew beside what there is, and exchange it; what has begun ends on the old ones. When the load fails, those
+        stay.
+
+        Raises:
+            TetherError: as ``load`` does.
+        """
+        async with self._changing:
+            if self._now is None:
+                return
+            new = await self._load()
+            old, self._now = self._now, new
+        await old.end(drain_s)
+
+    async def run(self, jobs: Sequence[Job]) -> Ran:
+        """See :meth:`Generation.run`; only while they are held and loaded."""
+        assert self._now is not None  # noqa: S101 - ensured by whoever holds them
+        return await self._now.run(jobs)
+
+    def limit(self, run_timeout_s: float) -> None:
+        if self._now is not None:
+            self._now.limit(run_timeout_s)
+
+    def unload(self) -> None:
+        """Free the memory; whoever needs them next loads them again. Only while they are idle."""
+        now, self._now = self._now, None
+        if now is not None:
+            now.close()

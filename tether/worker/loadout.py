@@ -1,0 +1,58 @@
+"""How a version is run here: what its manifest, its model's configuration and this worker's settings say together. Pure."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from tether.model import Batching, Isolation, Manifest, isolation_of
+from tether.model_config import Kind, ModelConfig, Warmup
+from tether.settings import Settings
+from tether.worker.runtimes import ONNX_PLATFORM
+from tether.worker.runtimes.process import Options
+
+
+class Loadout(NamedTuple):
+    """Everything that a load depends on: when another one is wanted, the version is loaded anew."""
+
+    manifest: Manifest
+    """As it is to be loaded: the isolation is decided."""
+    options: Options
+    copies: int
+    warmup: tuple[Warmup, ...]
+
+
+class Serving(NamedTuple):
+    """What counts from one run to the next, and needs no load."""
+
+    batching: Batching
+    preferred: tuple[int, ...]
+    """Rows of a run that is worth beginning before the delay is up; ascending."""
+    delay_s: float
+    """How long a worker waits for company; 0 unless the configuration asks for it, because gateways wait already."""
+    run_timeout_s: float
+
+
+def loadout(manifest: Manifest, config: ModelConfig, settings: Settings) -> Loadout:
+    """How to load a version."""
+    isolation = config.isolation or isolation_of(manifest).value
+    if manifest.platform != ONNX_PLATFORM:
+        isolation = Isolation.PROCESS.value  # a program never runs in the worker's own process
+    options = Options(
+        threads=config.threads or settings.onnx_threads,
+        memory_mb=settings.model_memory_mb,
+        device=settings.model_device if config.kind is Kind.AUTO else config.kind.value,
+    )
+    as_loaded = msgspec.structs.replace(manifest, isolation=isolation)
+    return Loadout(as_loaded, options, min(config.instances, settings.max_instances), config.warmup)
+
+
+def serving(manifest: Manifest, config: ModelConfig, settings: Settings) -> Serving:
+    """How to run a version that is loaded."""
+    most, wanted = manifest.batching.max_batch_size, config.max_batch_size
+    batching = Batching(most if wanted is None else min(most, wanted), manifest.batching.max_delay_ms)
+    limit = config.run_timeout_s or manifest.run_timeout_s or settings.run_timeout_s
+    preferred = tuple(sorted(size for size in config.preferred_batch_sizes if size <= batching.max_batch_size))
+    delay_s = (config.max_delay_ms or 0.0) / 1000 if batching.max_batch_size else 0.0
+    return Serving(batching, preferred, delay_s, limit)
