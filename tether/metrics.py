@@ -65,6 +65,9 @@ CHUNK_CACHE_LOST = Counter(
 VERSIONS_EVICTED = Counter("tether_versions_evicted_total", "Assembled versions that a worker deleted to make room.")
 
 WORKERS_READY = Gauge("tether_workers_ready", "Workers that the dispatcher routes to.")
+VERSIONS_UNPLACED = Gauge(
+    "tether_versions_unplaced", "Versions that are on fewer workers than their configuration asks for, or on none."
+)
 LANES = Gauge("tether_lanes", "Lanes the dispatcher keeps consumers for.")
 
 AUDIT_ENTRIES = Counter("tether_audit_entries_total", "Audit entries written by this service.", ["kind"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 from tether.job import SHARED
@@ -16,6 +18,8 @@ class Route(msgspec.Struct, frozen=True):
     workers: tuple[str, ...]
     regions: tuple[str, ...] = ("local",)
     scope: str = SHARED
+    reason: str = ""
+    """Why it is on fewer workers than it should be; empty when it is not."""
 
 
 class ModelRef(msgspec.Struct, frozen=True):
@@ -53,6 +57,9 @@ class Registration(msgspec.Struct, frozen=True):
     region: str
     slots: int
     platforms: tuple[str, ...]
+    labels: Mapping[str, str] = {}
+    memory: int = 0
+    """Bytes for models; 0: as many as come."""
 
 
 class Epoch(msgspec.Struct, frozen=True):
@@ -75,3 +82,6 @@ class Heartbeat(msgspec.Struct, frozen=True):
     sent_at: float
     scope: str = SHARED
     """Whose lanes the worker serves."""
+    labels: Mapping[str, str] = {}
+    memory: int = 0
+    """Bytes for models, as in the registration."""

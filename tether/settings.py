@@ -132,6 +132,15 @@ class Settings:
     worker_slots: int = _setting(
         2, "Messages a worker asks each lane for: one runs, the others are at hand.", low=1, high=64
     )
+    worker_labels: str = _setting(
+        "", "Comma-separated NAME=VALUE that this worker has; models may ask for them with 'labels'."
+    )
+    worker_memory_mb: int = _setting(
+        0,
+        "Memory for models of a worker: bytes of their files, for each copy; 0: as many as come.",
+        low=0,
+        high=1 << 24,
+    )
     max_instances: int = _setting(
         8,
         "Copies of one model that a worker holds side by side at most, whatever its configuration says.",
@@ -312,6 +321,24 @@ def without_passphrase(environ: Mapping[str, str] | None = None) -> dict[str, st
     return {name: value for name, value in environ.items() if name != ROOT_PASSPHRASE}
 
 
+def labels_of(settings: Settings) -> dict[str, str]:
+    """The setting ``worker_labels`` as names and values.
+
+    Raises:
+        ConfigError: it is no list of NAME=VALUE, or has more than 16.
+    """
+    pairs = [part.partition("=") for part in settings.worker_labels.split(",") if part.strip()]
+    found = {name.strip(): value.strip() for name, _, value in pairs}
+    good = all(
+        0 < len(name) <= 64 and len(value) <= 64 and (name + value).isprintable() for name, value in found.items()
+    )
+    if not good or not all(mark for _, mark, _ in pairs) or not len(found) == len(pairs) <= 16:
+        raise ConfigError(
+            "setting 'worker_labels' must be up to 16 different NAME=VALUE, separated by commas", field="worker_labels"
+        )
+    return found
+
+
 def _cross_check(settings: Settings) -> None:
     for name in ("prefix", "region", "worker_name"):
         if _TOKEN.fullmatch(value := getattr(settings, name)) is None:
@@ -326,6 +353,7 @@ def _cross_check(settings: Settings) -> None:
             "so that a request always fits one NATS message",
             field="max_body_bytes",
         )
+    labels_of(settings)
     if bool(settings.nats_cert) != bool(settings.nats_key):
         raise ConfigError("settings 'nats_cert' and 'nats_key' belong together", field="nats_cert")
     if settings.worker_timeout_s < 2 * settings.heartbeat_s:

@@ -17,13 +17,14 @@ def beat(worker: str, scope: str, *ready: ModelRef, region: str = "local") -> He
     return Heartbeat(worker, 1, region, ready, (), 0, 2, 1.0, scope)
 
 
-def test_a_worker_holds_the_models_of_the_scope_it_is_bound_to() -> None:
-    found = placement.assignments({"own": 1, "lost": 2, "one": 3, "new": 4}, BOUND, MODELS)
+def test_a_worker_is_told_what_it_holds_for_the_epoch_and_the_scope_that_it_has() -> None:
+    epochs = {"own": 1, "lost": 2, "one": 3, "silent": 4}
+    held = {"own": (B,), "lost": (), "one": (A, B)}
+    found = placement.assignments(epochs, BOUND, held, revisions={"b": 7, "c": 1})
     assert found == {
-        "own": Assignment("own", 1, (B,), "acme"),
+        "own": Assignment("own", 1, (B,), "acme", revisions=(("b", 7),)),
         "lost": Assignment("lost", 2, (), "gone"),
-        "one": Assignment("one", 3, (A, B), SHARED),
-        "new": Assignment("new", 4, (A, B), SHARED),
+        "one": Assignment("one", 3, (A, B), SHARED, revisions=(("b", 7),)),
     }
 
 
@@ -35,10 +36,10 @@ def test_a_route_names_the_workers_of_its_scope_that_hold_the_version() -> None:
         "liar": beat("liar", "acme", B),
         "stale": beat("stale", SHARED, B),
     }
-    found = placement.routes(living, {**BOUND, "stale": "acme"}, MODELS)
+    found = placement.routes(living, {**BOUND, "stale": "acme"}, MODELS, {(SHARED, B): "why"})
     assert found == {
         (SHARED, A): Route("a", 1, ("one",), ("local",), SHARED),
-        (SHARED, B): Route("b", 2, ("new", "one"), ("local",), SHARED),
+        (SHARED, B): Route("b", 2, ("new", "one"), ("local",), SHARED, "why"),
         ("acme", B): Route("b", 2, ("own",), ("edge",), "acme"),
     }
 
@@ -65,5 +66,5 @@ def test_lanes_of_a_deleted_version_are_worked_off_by_one_living_worker_of_their
     asked = [set(placement.working_off({LaneGroup(SHARED, A, "edge"): turn}, many, {})) for turn in range(3)]
     assert set().union(*asked) == set(many)
     assert all(len(one) == 1 for one in asked)
-    told = placement.assignments({"own": 1, "one": 3}, BOUND, MODELS, {"one": (lanes,)})
+    told = placement.assignments({"own": 1, "one": 3}, BOUND, {"own": (), "one": ()}, {"one": (lanes,)})
     assert (told["own"].ended, told["one"].ended) == ((), (lanes,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -43,20 +44,19 @@ def alive(workers: Mapping[str, Seen], now: float, timeout_s: float) -> dict[str
 def assignments(
     epochs: Mapping[str, int],
     scopes: Mapping[str, str],
-    models: Models,
+    held: Mapping[str, tuple[ModelRef, ...]],
     ended: Mapping[str, tuple[EndedLanes, ...]] = MappingProxyType({}),
     revisions: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Assignment]:
-    """Every registered worker holds every version of its scope; ``scopes`` says which worker is whose, ``ended`` who works
+    """What each worker of ``held`` is told, for the epoch it has; ``scopes`` says which worker is whose, ``ended`` who works
     off lanes of deleted versions, ``revisions`` which revision of a model's configuration counts."""
     found: dict[str, Assignment] = {}
-    for worker, epoch in epochs.items():
+    for worker, refs in held.items():
         scope = scopes.get(worker, SHARED)
-        held = models.get(scope, ())
         counting = tuple(
-            (model, revisions[model]) for model in sorted({ref.model for ref in held}) if model in revisions
+            (model, revisions[model]) for model in sorted({ref.model for ref in refs}) if model in revisions
         )
-        found[worker] = Assignment(worker, epoch, held, scope, ended.get(worker, ()), counting)
+        found[worker] = Assignment(worker, epochs[worker], refs, scope, ended.get(worker, ()), counting)
     return found
 
 
@@ -75,6 +75,7 @@ def working_off(
     return {worker: tuple(lanes) for worker, lanes in found.items()}
 
 
+@lru_cache(maxsize=1 << 17)
 def rendezvous(worker: str, what: str) -> bytes:
     """Whoever has the highest of these for something gets it: when a worker comes or goes, only its share moves.
 
@@ -83,7 +84,12 @@ def rendezvous(worker: str, what: str) -> bytes:
     return hashlib.blake2b(f"{worker}\0{what}".encode(), digest_size=8).digest()
 
 
-def routes(living: Mapping[str, Heartbeat], scopes: Mapping[str, str], models: Models) -> dict[Place, Route]:
+def routes(
+    living: Mapping[str, Heartbeat],
+    scopes: Mapping[str, str],
+    models: Models,
+    reasons: Mapping[Place, str] = MappingProxyType({}),
+) -> dict[Place, Route]:
     """For every version of every scope its workers that said they hold it; a version nobody holds has a route without
     workers. A worker that serves other lanes than those it is entitled to is in none."""
     found: dict[Place, Route] = {}
@@ -92,5 +98,7 @@ def routes(living: Mapping[str, Heartbeat], scopes: Mapping[str, str], models: M
         for ref in refs:
             holders = sorted(name for name, beat in own.items() if ref in beat.ready)
             regions = tuple(sorted({own[name].region for name in holders})) or ("local",)
-            found[scope, ref] = Route(ref.model, ref.version, tuple(holders), regions, scope)
+            found[scope, ref] = Route(
+                ref.model, ref.version, tuple(holders), regions, scope, reasons.get((scope, ref), "")
+            )
     return found

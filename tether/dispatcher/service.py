@@ -21,6 +21,7 @@ from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket, SignedBucket
 from tether.bus.topology import ensure_lane, ensure_platform, lanes_of
 from tether.dispatcher import placement
+from tether.dispatcher.crew import Crew
 from tether.dispatcher.decided import Decided
 from tether.dispatcher.ended import EndedVersions
 from tether.dispatcher.scopes import Scopes
@@ -63,6 +64,7 @@ class Dispatcher:
         self._changed = asyncio.Event()
         self.decided = Decided(bus, self._changed.set)
         self.ended = EndedVersions(bus)
+        self.crew = Crew(bus.settings.worker_timeout_s, bus.settings.max_instances)
         self._looked = float("-inf")
         """When lanes were last looked at for those of deleted versions, in monotonic seconds."""
         self._look_soon = False
@@ -112,6 +114,7 @@ class Dispatcher:
         self._epochs[request.worker] = epoch
         self._bind(envelope)
         self._workers.pop(request.worker, None)
+        self.crew.said(request.worker, request, self._bus.clock.monotonic())
         self._regions.add(request.region)
         await self._write_assignments()
         self._changed.set()
@@ -162,7 +165,8 @@ class Dispatcher:
         if self._bound.get(key, SHARED) != (envelope.sender_tenant or SHARED):
             self._bind(envelope)
         last = self._workers.get(key)
-        self._workers[key] = placement.Seen(beat, self._bus.clock.monotonic())
+        self._workers[key] = placement.Seen(beat, now := self._bus.clock.monotonic())
+        self.crew.said(key, beat, now)
         if last is None or last.heartbeat.ready != beat.ready:
             self._changed.set()
 
@@ -173,6 +177,7 @@ class Dispatcher:
         else:
             manifest = codec.decode(body, Manifest)
             self._models.add(ModelRef(manifest.name, manifest.version))
+            self.crew.version(manifest)
         self._changed.set()
 
     def tenant_changed(self, key: str, body: bytes | None) -> None:
@@ -235,10 +240,19 @@ class Dispatcher:
 
     async def _write_assignments(self) -> None:
         models = self.decided.served(self._scopes.models(self._models), self._routed)
-        ended = placement.working_off(self.ended.groups(), self._living(), self._bound)
-        for worker, assignment in placement.assignments(
-            self._epochs, self._bound, models, ended, self.decided.revisions()
-        ).items():
+        living, now = self._living(), self._bus.clock.monotonic()
+        held = self.crew.place(
+            models,
+            scopes=self._bound,
+            assigned=self._assigned,
+            living=living,
+            configs=self.decided.configs,
+            now=now,
+            listening=now - self._since < self._settings.worker_timeout_s,
+        )
+        ended = placement.working_off(self.ended.groups(), living, self._bound)
+        told = placement.assignments(self._epochs, self._bound, held, ended, self.decided.revisions())
+        for worker, assignment in told.items():
             if self._assigned.get(worker) != assignment:
                 await self._assign.put(worker, codec.encode(assignment))
                 self._assigned[worker] = assignment
@@ -251,7 +265,7 @@ class Dispatcher:
         living = self._living()
         metrics.WORKERS_READY.set(len(living))
         waiting = now - self._since < self._settings.worker_timeout_s
-        found = placement.routes(living, self._bound, self._scopes.models(self._models))
+        found = placement.routes(living, self._bound, self._scopes.models(self._models), self.crew.reasons)
         for place, route in {**self._unserved(found), **found}.items():
             before = self._routed.get(place)
             if waiting and before is not None and not set(before.workers) <= set(route.workers):

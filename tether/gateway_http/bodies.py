@@ -241,7 +241,7 @@ class StoredFile(Struct):
 
 
 class VersionDetail(Struct):
-    """One immutable version. `workers`: how many answer for it just now."""
+    """One immutable version. `workers`: how many answer for it just now; `reason`: why fewer than its configuration asks for."""
 
     version: int
     platform: str
@@ -255,6 +255,7 @@ class VersionDetail(Struct):
     publisher: str
     workers: int
     ready: bool
+    reason: str
 
 
 class ModelDetail(Struct):

@@ -152,6 +152,11 @@ class Catalog:
         route = self._routes.get((served.manifest.name, served.manifest.version, scope))
         return () if route is None else route.workers
 
+    def reason(self, served: Served, scope: str = SHARED) -> str:
+        """Why a version is on fewer workers than it should be; empty when nothing is known against it."""
+        route = self._routes.get((served.manifest.name, served.manifest.version, scope))
+        return "" if route is None else route.reason
+
     def worker_count(self, lane: Lane) -> int:
         route = self._routes.get((lane.model, lane.version, lane.scope))
         return 0 if route is None else len(route.workers)
@@ -177,7 +182,7 @@ class Catalog:
         """
         self.require_lane(served, scope)
         if scope != SHARED and not self.workers(served, scope):
-            raise ModelNotReady(no_worker(served, scope))
+            raise ModelNotReady(no_worker(served, scope, self.reason(served, scope)))
 
     def names(self) -> list[str]:
         return sorted(self._served)
@@ -239,8 +244,10 @@ def no_model(model: str) -> ModelNotFound:
     return ModelNotFound(f"there is no model '{model}'", field="model")
 
 
-def no_worker(served: Served, scope: str) -> str:
+def no_worker(served: Served, scope: str, reason: str = "") -> str:
     """Why a version is not ready in a scope, and what to do about it."""
+    if reason:
+        return f"no worker has it: {reason}"
     if scope == SHARED:
         return "no worker has it loaded"
     return (

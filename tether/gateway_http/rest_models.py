@@ -64,11 +64,14 @@ async def _show(call: Call) -> Reply:
     catalog, name = call.gateway.catalog, call.path("name")
     call.caller.check_model(name)
     versions = catalog.versions(name)
-    details = [_detail(served, len(catalog.workers(served, call.scope))) for served in versions.values()]
+    details = [
+        _detail(served, len(catalog.workers(served, call.scope)), catalog.reason(served, call.scope))
+        for served in versions.values()
+    ]
     return Reply(bodies.ModelDetail(name, catalog.aliases(name), details))
 
 
-def _detail(served: Served, workers: int) -> bodies.VersionDetail:
+def _detail(served: Served, workers: int, reason: str) -> bodies.VersionDetail:
     manifest = served.manifest
     return bodies.VersionDetail(
         version=manifest.version,
@@ -83,6 +86,7 @@ def _detail(served: Served, workers: int) -> bodies.VersionDetail:
         publisher=manifest.publisher,
         workers=workers,
         ready=workers > 0,
+        reason=reason,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from tether import __version__, model
 from tether.gateway_http import bodies
-from tether.gateway_http.catalog import Served, no_worker
+from tether.gateway_http.catalog import Catalog, Served, no_worker
 from tether.gateway_http.routing import OCTETS, Call, Handler, Header, Media, Reply, Row
 
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration")
@@ -86,7 +86,7 @@ def _config_tensors(specs: tuple[model.TensorSpec, ...], *, batched: bool) -> li
 async def _index(call: Call) -> Reply:
     catalog, wanted = call.gateway.catalog, call.body.ready
     entries = [
-        _index_entry(served, call.scope, ready=bool(catalog.workers(served, call.scope)))
+        _index_entry(catalog, served, call.scope)
         for name in catalog.names()
         if call.caller.sees(name)
         for served in catalog.versions(name).values()
@@ -94,9 +94,9 @@ async def _index(call: Call) -> Reply:
     return Reply([entry for entry in entries if entry.state == "READY" or not wanted])
 
 
-def _index_entry(served: Served, scope: str, *, ready: bool) -> bodies.IndexEntry:
-    manifest = served.manifest
-    reason = "" if ready else no_worker(served, scope)
+def _index_entry(catalog: Catalog, served: Served, scope: str) -> bodies.IndexEntry:
+    manifest, ready = served.manifest, bool(catalog.workers(served, scope))
+    reason = "" if ready else no_worker(served, scope, catalog.reason(served, scope))
     return bodies.IndexEntry(manifest.name, str(manifest.version), "READY" if ready else "UNAVAILABLE", reason)
 
 

@@ -16,7 +16,7 @@ from tether.envelope import MessageType
 from tether.errors import TetherError, Unavailable
 from tether.home import Home, check_folder, private_folder
 from tether.model import Assignment, Epoch, Heartbeat, Registration
-from tether.settings import Settings
+from tether.settings import Settings, labels_of
 from tether.worker.ended import EndedVersions
 from tether.worker.holder import Holder
 from tether.worker.keepalive import KeepAlive
@@ -41,14 +41,19 @@ class WorkerService:
         self.ended = EndedVersions(bus, keepalive, self.keyring)
         self._liveness = KvBucket(bus, "liveness")
         self._assign = SignedBucket(bus, "assign", MessageType.ASSIGN)
+        self._labels = labels_of(bus.settings)
+        self._memory = bus.settings.worker_memory_mb << 20
         self._epoch = 0
         self._told: Assignment | None = None
         self._remembered_at = float("-inf")
 
     async def register(self) -> None:
         """Ask the dispatcher for an epoch until there is one."""
+        settings = self._settings
         body = codec.encode(
-            Registration(self.name, self._settings.region, self._settings.worker_slots, (ONNX_PLATFORM,))
+            Registration(
+                self.name, settings.region, settings.worker_slots, (ONNX_PLATFORM,), self._labels, self._memory
+            )
         )
         while True:
             try:
@@ -113,6 +118,8 @@ class WorkerService:
                 slots=self._settings.worker_slots,
                 sent_at=self._bus.clock.utc(),
                 scope=self._bus.scope,
+                labels=self._labels,
+                memory=self._memory,
             )
         )
         try:

@@ -1,0 +1,158 @@
+"""Which workers are given which versions: by labels, memory and replicas. Pure, and the same for every dispatcher.
+
+Each version ranks the workers by :func:`~tether.dispatcher.placement.rendezvous`, so that a worker that comes or goes moves only its
+share. Memory is counted in bytes of files for each copy; a version that is loaded lazily needs to fit, and reserves nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tether.dispatcher.placement import Models, Place, rendezvous
+from tether.model import ModelRef
+from tether.model_config import Loading, ModelConfig, default_config
+
+_MB = 1 << 20
+
+
+class Offer(NamedTuple):
+    """What a worker has: the scope it is bound to, labels, and bytes for models (0: as many as come)."""
+
+    scope: str
+    labels: Mapping[str, str] = {}
+    memory: int = 0
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of versions: bytes of their files, configurations by model, and who is ready for them."""
+
+    sizes: Mapping[ModelRef, int] = field(default_factory=dict)
+    configs: Mapping[str, ModelConfig] = field(default_factory=dict)
+    ready: Mapping[Place, AbstractSet[str]] = field(default_factory=dict)
+    most_copies: int = 64
+    kept: Mapping[Place, AbstractSet[str]] = field(default_factory=dict)
+    """Holders of versions with a number of replicas, while not all workers have been heard: these stay."""
+
+    def config(self, ref: ModelRef) -> ModelConfig:
+        return self.configs.get(ref.model) or default_config(ref.model)
+
+    def bytes(self, ref: ModelRef) -> int:
+        return self.sizes.get(ref, 0) * min(self.config(ref).instances, self.most_copies)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The versions of every worker, and why a version is not where it should be."""
+
+    held: dict[str, tuple[ModelRef, ...]]
+    reasons: dict[Place, str]
+
+
+def place(models: Models, offers: Mapping[str, Offer], known: Known) -> Placed:
+    """Distribute the versions of every scope over its workers.
+
+    Those that must be somewhere (``replicas_min``, then pinned ones) choose first, then those that are held already, then
+    newer versions before older ones. A holder that is not chosen any more keeps a version until the chosen ones are ready.
+    """
+    held: dict[str, set[ModelRef]] = {worker: set() for worker in offers}
+    reasons: dict[Place, str] = {}
+    for scope, refs in models.items():
+        own = {worker: offer for worker, offer in offers.items() if offer.scope == scope}
+        if not own:
+            continue
+        chosen, why = _Scope(scope, own, known).chosen(refs)
+        reasons.update({(scope, ref): text for ref, text in why.items()})
+        for ref, workers in chosen.items():
+            for worker in workers | _meanwhile(workers, known.ready.get((scope, ref), frozenset()) & own.keys()):
+                held[worker].add(ref)
+    order = {scope: {ref: at for at, ref in enumerate(refs)} for scope, refs in models.items()}
+    return Placed(
+        {
+            worker: tuple(sorted(refs, key=order.get(offers[worker].scope, {}).__getitem__))
+            for worker, refs in held.items()
+        },
+        reasons,
+    )
+
+
+def _meanwhile(chosen: AbstractSet[str], ready: AbstractSet[str]) -> AbstractSet[str]:
+    """Who else answers until all that were chosen do."""
+    return frozenset(sorted(ready - chosen)[: len(chosen - ready)])
+
+
+class _Scope:
+    """The workers of one scope while versions are given to them."""
+
+    def __init__(self, scope: str, offers: Mapping[str, Offer], known: Known) -> None:
+        self._scope = scope
+        self._offers = offers
+        self._known = known
+        self._used = dict.fromkeys(offers, 0)
+        self._chosen: dict[ModelRef, set[str]] = {}
+
+    def chosen(self, refs: Sequence[ModelRef]) -> tuple[dict[ModelRef, set[str]], dict[ModelRef, str]]:
+        ranked = sorted(refs, key=self._rank)
+        for ref in ranked:
+            self._give(ref, self._known.config(ref).replicas_min)
+        for ref in ranked:
+            config = self._known.config(ref)
+            self._give(ref, config.replicas_max or len(self._offers))
+        why = {ref: self._why(ref) for ref in ranked}
+        return self._chosen, {ref: text for ref, text in why.items() if text}
+
+    def _rank(self, ref: ModelRef) -> tuple[bool, bool, bool, str, int]:
+        config = self._known.config(ref)
+        held = bool(self._known.ready.get((self._scope, ref)))
+        return (not config.replicas_min, not config.pinned, not held, ref.model, -ref.version)
+
+    def _give(self, ref: ModelRef, count: int) -> None:
+        """Give a version to further workers until it has ``count``."""
+        chosen = self._chosen.setdefault(ref, set())
+        if self._stays(ref):
+            chosen |= self._known.kept[self._scope, ref] & self._offers.keys()
+            return
+        name = f"{ref.model}:{ref.version}"
+        every = count >= len(self._offers)
+        ranked = self._offers if every else sorted(self._offers, key=lambda one: rendezvous(one, name), reverse=True)
+        for worker in ranked:
+            if len(chosen) >= count:
+                return
+            if worker not in chosen and self._may(worker, ref) and self._fits(worker, ref):
+                chosen.add(worker)
+                self._used[worker] += self._reserved(ref)
+
+    def _stays(self, ref: ModelRef) -> bool:
+        return bool(self._known.config(ref).replicas_max) and (self._scope, ref) in self._known.kept
+
+    def _may(self, worker: str, ref: ModelRef) -> bool:
+        wanted = self._known.config(ref).labels
+        return all(self._offers[worker].labels.get(name) == value for name, value in wanted.items())
+
+    def _fits(self, worker: str, ref: ModelRef) -> bool:
+        memory = self._offers[worker].memory
+        used = self._used[worker] if self._reserved(ref) else 0
+        return not memory or used + self._known.bytes(ref) <= memory
+
+    def _reserved(self, ref: ModelRef) -> int:
+        config = self._known.config(ref)
+        return 0 if config.loading is Loading.LAZY and not config.pinned else self._known.bytes(ref)
+
+    def _why(self, ref: ModelRef) -> str:
+        """Why a version has fewer workers than it should; empty when it has enough."""
+        config, chosen = self._known.config(ref), self._chosen[ref]
+        if self._stays(ref) or (chosen and len(chosen) >= config.replicas_min):
+            return ""
+        labelled = [worker for worker in self._offers if self._may(worker, ref)]
+        wanted = ", ".join(f"{name}={value}" for name, value in sorted(config.labels.items()))
+        if not labelled:
+            return f"no worker has the labels {wanted}; start one with them in 'worker_labels'"
+        if chosen:
+            return f"{len(chosen)} of the {config.replicas_min} workers that replicas_min asks for have room for it"
+        return (
+            f"it needs {-(-self._known.bytes(ref) // _MB)} MiB and no worker that may hold it has so much left of its "
+            f"worker_memory_mb; raise that, set loading to 'lazy', or start another worker"
+        )
