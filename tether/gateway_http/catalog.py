@@ -1,11 +1,11 @@
-"""Models, aliases and routes as the gateway last heard of them; every request is resolved here, in memory."""
+"""Models, aliases, configurations and routes as the gateway last heard of them; every request is resolved here, in memory."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -17,6 +17,7 @@ from tether.envelope import MessageType
 from tether.errors import BadEncoding, ModelNotFound, ModelNotReady
 from tether.job import SHARED, Lane, LaneKind, Priority
 from tether.model import LATEST, Alias, Manifest, Route, TensorSpec, check_name
+from tether.model_config import ModelConfig, default_config
 from tether.subjects import name_of, token
 
 log = logging.getLogger(__name__)
@@ -50,12 +51,14 @@ class Served:
 
 
 class Catalog:
-    """Follows the buckets ``models``, ``aliases`` and ``routes``."""
+    """Follows the buckets ``models``, ``aliases``, ``configs`` and ``routes``."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._served: dict[str, dict[int, Served]] = {}
         self._aliases: dict[str, dict[str, Alias]] = {}
+        self._configs: dict[str, ModelConfig] = {}
+        self._listeners: list[Callable[[str], None]] = []
         self._routes: dict[tuple[str, int, str], Route] = {}
         self._keys: dict[str, tuple[str, int]] = {}
 
@@ -65,10 +68,20 @@ class Catalog:
             for name, kind, changed in (
                 ("models", MessageType.MANIFEST, self._model_changed),
                 ("aliases", MessageType.ALIAS, self._alias_changed),
+                ("configs", MessageType.CONFIG, self._config_changed),
                 ("routes", MessageType.ROUTE, self._route_changed),
             ):
                 await stack.enter_async_context(SignedBucket(self._bus, name, kind).watch(changed))
             yield
+
+    def on_change(self, listener: Callable[[str], None]) -> None:
+        """Call ``listener`` with a model's name whenever its configuration changed, or one of its versions went or is
+        another."""
+        self._listeners.append(listener)
+
+    def _tell(self, model: str) -> None:
+        for listener in self._listeners:
+            listener(model)
 
     def _model_changed(self, key: str, body: bytes | None) -> None:
         if body is None:
@@ -76,14 +89,18 @@ class Catalog:
             self._served.get(name, {}).pop(version, None)
             if name and not self._served.get(name):
                 self._served.pop(name, None)
+            self._tell(name)
             return
         manifest = _decoded(body, Manifest)
         if manifest is None or self._bus.names.version_key(manifest.name, manifest.version) != key:
             return
         lane = Lane(LaneKind.INFER, manifest.name, manifest.version, self._bus.settings.region)
         specs = {spec.name: spec for spec in manifest.inputs}
+        known = key in self._keys
         self._keys[key] = (manifest.name, manifest.version)
         self._served.setdefault(manifest.name, {})[manifest.version] = Served(manifest, specs, lane)
+        if known:
+            self._tell(manifest.name)
 
     def _alias_changed(self, key: str, body: bytes | None) -> None:
         alias = None if body is None else _decoded(body, Alias)
@@ -92,6 +109,15 @@ class Catalog:
             self._aliases.get(name_of(model), {}).pop(name_of(name), None)
         elif alias is not None and key == f"{token(alias.model)}.{token(alias.name)}":
             self._aliases.setdefault(alias.model, {})[alias.name] = alias
+
+    def _config_changed(self, key: str, body: bytes | None) -> None:
+        config = None if body is None else _decoded(body, ModelConfig)
+        if body is None:
+            self._configs.pop(name_of(key), None)
+            self._tell(name_of(key))
+        elif config is not None and key == token(config.model):
+            self._configs[config.model] = config
+            self._tell(config.model)
 
     def _route_changed(self, key: str, body: bytes | None) -> None:
         if body is None:
@@ -183,6 +209,14 @@ class Catalog:
         self.require_lane(served, scope)
         if scope != SHARED and not self.workers(served, scope):
             raise ModelNotReady(no_worker(served, scope, self.reason(served, scope)))
+
+    def config(self, model: str) -> ModelConfig:
+        """What is decided about a model; of one without an entry, the defaults."""
+        return self._configs.get(model) or default_config(model)
+
+    def find(self, model: str, version: int) -> Served | None:
+        """A version by its number, when there is one."""
+        return self._served.get(model, {}).get(version)
 
     def names(self) -> list[str]:
         return sorted(self._served)
