@@ -40,6 +40,13 @@ JOBS_ACCEPTED = Counter("tether_jobs_accepted_total", "Durable jobs accepted.", 
 JOBS_FINISHED = Counter("tether_jobs_finished_total", "Jobs that ended, by their last state.", ["model", "state"])
 ANSWERS_LATE = Counter("tether_answers_late_total", "Answers nobody waited for any more.")
 
+CACHE_HITS = Counter("tether_response_cache_hits_total", "Requests answered from the response cache.", ["model"])
+CACHE_MISSES = Counter(
+    "tether_response_cache_misses_total", "Requests that the response cache had no answer for.", ["model"]
+)
+CACHE_EVICTIONS = Counter("tether_response_cache_evictions_total", "Kept answers that made room for others.")
+CACHE_BYTES = Gauge("tether_response_cache_bytes", "Bytes of answers that this gateway keeps.")
+
 BATCH_ROWS = Histogram("tether_batch_rows", "Jobs joined in one run of a model.", ["model"], buckets=_COUNTS)
 RUN_SECONDS = Histogram("tether_run_seconds", "Seconds of one run of a model.", ["model"], buckets=_SECONDS)
 REDELIVERED = Counter("tether_redelivered_total", "Messages that were delivered more than once.", ["model"])

@@ -106,6 +106,12 @@ class Settings:
     max_inflight: int = _setting(
         8192, "Synchronous requests a gateway holds before it answers 503.", low=1, high=1 << 20
     )
+    response_cache_mb: int = _setting(
+        64,
+        "Memory a gateway has for answers of models whose cache_ttl_s is above 0; 0: none are kept.",
+        low=0,
+        high=1 << 16,
+    )
     key_rate: float = _setting(
         0.0, "Requests a second of an API key that has no rate of its own; 0: as many as come.", low=0, high=1e6
     )

@@ -15,11 +15,13 @@ from tether.errors import JobCancelled, TetherError
 from tether.gateway_http.auth import ApiKeys
 from tether.gateway_http.bundler import InferBundler
 from tether.gateway_http.catalog import Catalog, Served
+from tether.gateway_http.extras import Asked, Extras
 from tether.gateway_http.job_room import JobRoom
 from tether.gateway_http.jobs import JobService
 from tether.gateway_http.limits import Limits
 from tether.gateway_http.loose_pieces import LoosePieces
 from tether.gateway_http.patience import Patience
+from tether.gateway_http.request import Headers
 from tether.gateway_http.tenants import Tenants
 from tether.home import Home
 from tether.job import Job, new_job_id
@@ -46,6 +48,7 @@ class Gateway:
         room = JobRoom(bus, self.tenants)
         self.jobs = JobService(bus, self.catalog, self.tenants, tasks, self.seals, room=room)
         self._bundler = InferBundler(bus, tasks, self.catalog.worker_count, keyring, self.tenants.weight)
+        self.extras = Extras(bus, self.catalog, self.tenants, self.seals, self._bundler)
         self._seconds = lru_cache(maxsize=4096)(metrics.INFER_SECONDS.labels)
 
     @property
@@ -71,8 +74,9 @@ class Gateway:
         traceparent: str = "",
         timeout_s: float,
         actor: str = NOBODY,
+        notes: Headers | None = None,
     ) -> tuple[Tensor, ...]:
-        """Run one synchronous request; outputs in the order asked for.
+        """Run one synchronous request; outputs in the order asked for. ``notes`` gets headers for the caller.
 
         Raises:
             BadTensor: inputs or outputs are not those of the model's signature; nothing was queued.
@@ -88,10 +92,15 @@ class Gateway:
         began = self.bus.clock.monotonic()
         deadline = self.bus.clock.utc() + timeout_s
         job = Job(new_job_id(), tenant, inputs, deadline, outputs, request_id, traceparent)
-        outcome = JobCancelled.code
+        outcome, job_id = JobCancelled.code, str(job.id)
         answer: tuple[Tensor, ...] = ()
         try:
-            answer = await self._bundler.submit(served.lane(scope), self.seals.seal(job), timeout_s)
+            plan = self.extras.plans.get(served.manifest.name)
+            if plan is None:
+                answer = await self._bundler.submit(served.lane(scope), self.seals.seal(job), timeout_s)
+            else:
+                asked = Asked(plan, served, scope, job, timeout_s)
+                answer, job_id = await self.extras.answer(asked, [] if notes is None else notes)
             outcome = "ok"
         except TetherError as error:
             outcome = error.code
@@ -105,7 +114,7 @@ class Gateway:
                 outcome,
                 served.manifest.name,
                 served.manifest.version,
-                job.id,
+                job_id,
                 clean(request_id),
                 sum([len(tensor.data) for tensor in inputs]),
                 sum([len(tensor.data) for tensor in answer]),

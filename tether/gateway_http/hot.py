@@ -17,7 +17,7 @@ from tether.gateway_http.core import Gateway
 from tether.gateway_http.errors import error_response
 from tether.gateway_http.jobs import NewJob
 from tether.gateway_http.limits import Ticket
-from tether.gateway_http.request import Heading, Incoming, Reply, only_id, read_body, reply, timeout_of
+from tether.gateway_http.request import Headers, Heading, Incoming, Reply, only_id, read_body, reply, timeout_of
 from tether.job import LONGEST_DEADLINE_S, Priority
 
 log = logging.getLogger(__name__)
@@ -126,6 +126,7 @@ class HotRoutes:
         served = gateway.catalog.resolve(model, version, heading.sticky, key.id)
         body = await self._body(heading, incoming)
         request = oip.parse_infer_request(body, heading.json_length, specs=served.specs)
+        extra: Headers = []
         tensors = await gateway.infer(
             served,
             key.tenant,
@@ -135,14 +136,15 @@ class HotRoutes:
             traceparent=heading.traceparent,
             timeout_s=timeout_of(request.parameters, self._timeout_s),
             actor=f"key:{key.id}",
+            notes=extra,
         )
         manifest = served.manifest
         answer, length = oip.build_infer_response(
             model=manifest.name, version=manifest.version, request=request, outputs=tensors
         )
         if length is None:
-            return reply(200, answer, heading, content_type=_JSON)
-        extra = [("inference-header-content-length", str(length))]
+            return reply(200, answer, heading, content_type=_JSON, extra=extra)
+        extra.append(("inference-header-content-length", str(length)))
         return reply(200, answer, heading, content_type=_BINARY, extra=extra)
 
     async def _submit(self, incoming: Incoming, heading: Heading, key: Caller, _ticket: Ticket | None) -> Reply:

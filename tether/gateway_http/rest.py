@@ -40,6 +40,7 @@ _TOLD = (
     "location",
     "inference-header-content-length",
     "content-encoding",
+    "x-tether-cache",
 )
 
 

@@ -12,7 +12,7 @@ from tether import oip, oip_json
 from tether.errors import BadTensor, InvalidRequest
 from tether.gateway_http import audited, bodies
 from tether.gateway_http.catalog import Served
-from tether.gateway_http.request import timeout_of
+from tether.gateway_http.request import Headers, timeout_of
 from tether.gateway_http.routing import Call, Reply, Row
 from tether.model import TensorSpec
 from tether.tensor import NUMPY_DTYPES, Array, Datatype, Tensor, to_numpy
@@ -39,6 +39,7 @@ async def _inference(call: Call) -> Reply:
     served = gateway.catalog.resolve(
         body.model_id, "" if body.version is None else str(body.version), call.heading.sticky, call.caller.id
     )
+    notes: Headers = []
     outputs = await gateway.infer(
         served,
         call.tenant,
@@ -48,10 +49,11 @@ async def _inference(call: Call) -> Reply:
         traceparent=call.heading.traceparent,
         timeout_s=timeout_of(body.parameters, gateway.settings.request_timeout_s),
         actor=audited.actor(call.key),
+        notes=notes,
     )
     manifest = served.manifest
     answer = {tensor.name: nested(tensor) for tensor in outputs}
-    return Reply(bodies.InferenceAnswer(manifest.name, str(manifest.version), answer))
+    return Reply(bodies.InferenceAnswer(manifest.name, str(manifest.version), answer), headers=notes)
 
 
 def read_input(data: bytes, served: Served) -> tuple[Tensor, ...]:
