@@ -47,6 +47,13 @@ CACHE_MISSES = Counter(
 CACHE_EVICTIONS = Counter("tether_response_cache_evictions_total", "Kept answers that made room for others.")
 CACHE_BYTES = Gauge("tether_response_cache_bytes", "Bytes of answers that this gateway keeps.")
 
+SHADOWS = Counter(
+    "tether_shadow_requests_total",
+    "Copies of requests for shadow versions, by how the answer compared with the caller's (equal, close, different), or why "
+    "there was none (error, unavailable, dropped).",
+    ["model", "version", "outcome"],
+)
+
 BATCH_ROWS = Histogram("tether_batch_rows", "Jobs joined in one run of a model.", ["model"], buckets=_COUNTS)
 RUN_SECONDS = Histogram("tether_run_seconds", "Seconds of one run of a model.", ["model"], buckets=_SECONDS)
 REDELIVERED = Counter("tether_redelivered_total", "Messages that were delivered more than once.", ["model"])

@@ -112,6 +112,9 @@ class Settings:
         low=0,
         high=1 << 16,
     )
+    shadow_inflight: int = _setting(
+        64, "Copies of requests for shadow versions that a gateway has under way; more are left out.", low=0, high=8192
+    )
     key_rate: float = _setting(
         0.0, "Requests a second of an API key that has no rate of its own; 0: as many as come.", low=0, high=1e6
     )

@@ -71,6 +71,7 @@ ASKED: dict[tuple[str, str], Asked] = {
     ("GET", "/v1/models/{name}/aliases/{alias}"): MODEL,
     ("PUT", "/v1/models/{name}/aliases/{alias}"): Asked("model", {"version": 1}),
     ("DELETE", "/v1/models/{name}/aliases/{alias}"): MODEL,
+    ("GET", "/v1/models/{name}/shadows"): MODEL,
     ("POST", "/v1/models/{name}/rollback"): Asked("model", {"alias": "walked"}),
     ("DELETE", "/v1/models/{name}/versions/{version}"): MODEL,
     ("GET", "/v1/models/{name}/versions/{version}/files"): MODEL,

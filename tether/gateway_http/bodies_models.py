@@ -59,6 +59,32 @@ class Gone(Struct):
     deleted: str
 
 
+class ShadowTally(Struct):
+    """What became of the copies for one shadow since `since`, at the gateway that answers. Of those whose answers were compared:
+    `equal`, `close` (numbers within their tolerance) and `different`; without an answer: `error`, `unavailable` (no worker holds
+    the version) and `dropped` (too many were under way). `largest_difference` is of two numbers; `last_error` is a code."""
+
+    version: int
+    percent: float
+    alias: str
+    since: str
+    equal: int
+    close: int
+    different: int
+    error: int
+    unavailable: int
+    dropped: int
+    largest_difference: float
+    last_error: str
+
+
+class Shadows(Struct):
+    """A model's shadow versions."""
+
+    model: str
+    shadows: list[ShadowTally]
+
+
 class WantedChunks(Struct, forbid_unknown_fields=True):
     """Hex SHA-256 of pieces."""
 

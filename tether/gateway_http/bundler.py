@@ -79,10 +79,14 @@ class InferBundler:
         self.flights: set[Flight] = set()
         self.reply = bus.names.reply(new_job_id())
         bus.on_reconnect(self._send_all_again)
-        metrics.INFER_INFLIGHT.set_function(self._waiting.__len__)
 
     async def start(self) -> None:
         await self._bus.subscribe(self.reply, self._answered)
+
+    @property
+    def held(self) -> int:
+        """Requests that wait for their answer."""
+        return len(self._waiting)
 
     def submit(self, lane: Lane, job: Job, timeout_s: float) -> asyncio.Future[Answer]:
         """Put a job on its way; the future has its outputs, or the error it ended with.

@@ -15,18 +15,19 @@ from tether.errors import JobCancelled, TetherError
 from tether.gateway_http.auth import ApiKeys
 from tether.gateway_http.bundler import InferBundler
 from tether.gateway_http.catalog import Catalog, Served
-from tether.gateway_http.extras import Asked, Extras
+from tether.gateway_http.extras import Extras
 from tether.gateway_http.job_room import JobRoom
 from tether.gateway_http.jobs import JobService
 from tether.gateway_http.limits import Limits
 from tether.gateway_http.loose_pieces import LoosePieces
 from tether.gateway_http.patience import Patience
+from tether.gateway_http.plan import Asked
 from tether.gateway_http.request import Headers
 from tether.gateway_http.tenants import Tenants
 from tether.home import Home
 from tether.job import Job, new_job_id
 from tether.lifecycle import Tasks
-from tether.model import check_inputs, check_outputs
+from tether.model import LATEST, check_inputs, check_outputs
 from tether.settings import Settings
 from tether.tensor import Tensor
 
@@ -48,7 +49,9 @@ class Gateway:
         room = JobRoom(bus, self.tenants)
         self.jobs = JobService(bus, self.catalog, self.tenants, tasks, self.seals, room=room)
         self._bundler = InferBundler(bus, tasks, self.catalog.worker_count, keyring, self.tenants.weight)
-        self.extras = Extras(bus, self.catalog, self.tenants, self.seals, self._bundler)
+        metrics.INFER_INFLIGHT.set_function(lambda: self._bundler.held)
+        copies = InferBundler(bus, tasks, self.catalog.worker_count, keyring, self.tenants.weight)
+        self.extras = Extras(bus, tasks, self.catalog, self.tenants, self.seals, bundler=self._bundler, copies=copies)
         self._seconds = lru_cache(maxsize=4096)(metrics.INFER_SECONDS.labels)
 
     @property
@@ -62,6 +65,7 @@ class Gateway:
 
     async def start(self) -> None:
         await self._bundler.start()
+        await self.extras.shadows.start()
 
     async def infer(
         self,
@@ -74,9 +78,11 @@ class Gateway:
         traceparent: str = "",
         timeout_s: float,
         actor: str = NOBODY,
+        alias: str = "",
         notes: Headers | None = None,
     ) -> tuple[Tensor, ...]:
-        """Run one synchronous request; outputs in the order asked for. ``notes`` gets headers for the caller.
+        """Run one synchronous request, of a version as the caller wrote it in ``alias``; outputs in the order asked for.
+        ``notes`` gets headers for the caller.
 
         Raises:
             BadTensor: inputs or outputs are not those of the model's signature; nothing was queued.
@@ -90,8 +96,7 @@ class Gateway:
         scope = self.tenants.scope(tenant)
         self.catalog.require_worker(served, scope)
         began = self.bus.clock.monotonic()
-        deadline = self.bus.clock.utc() + timeout_s
-        job = Job(new_job_id(), tenant, inputs, deadline, outputs, request_id, traceparent)
+        job = Job(new_job_id(), tenant, inputs, self.bus.clock.utc() + timeout_s, outputs, request_id, traceparent)
         outcome, job_id = JobCancelled.code, str(job.id)
         answer: tuple[Tensor, ...] = ()
         try:
@@ -99,8 +104,8 @@ class Gateway:
             if plan is None:
                 answer = await self._bundler.submit(served.lane(scope), self.seals.seal(job), timeout_s)
             else:
-                asked = Asked(plan, served, scope, job, timeout_s)
-                answer, job_id = await self.extras.answer(asked, [] if notes is None else notes)
+                asked = Asked(plan, served, alias or LATEST, scope, job, timeout_s)
+                answer, job_id = await self.extras.answer(asked, notes)
             outcome = "ok"
         except TetherError as error:
             outcome = error.code

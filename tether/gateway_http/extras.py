@@ -5,44 +5,36 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from dataclasses import dataclass
 from functools import partial
 
 from tether import metrics
 from tether.bus.connection import Bus
 from tether.bus.tenant_keys import TenantSeals
 from tether.gateway_http.bundler import Answer, InferBundler
-from tether.gateway_http.catalog import Catalog, Served
+from tether.gateway_http.catalog import Catalog
 from tether.gateway_http.kept_answers import HIT, MISS, KeptAnswers
+from tether.gateway_http.plan import Asked, Plan
 from tether.gateway_http.request import Headers
 from tether.gateway_http.response_cache import Question, ResponseCache, digest_of
+from tether.gateway_http.shadows import Shadows
 from tether.gateway_http.tenants import Tenants
-from tether.job import Job
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be done for a model's requests. Every change of its configuration or versions makes another one."""
-
-    generation: int
-    cache_ttl_s: float
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One synchronous request that was let in, checked and resolved."""
-
-    plan: Plan
-    served: Served
-    scope: str
-    job: Job
-    timeout_s: float
+from tether.lifecycle import Tasks
 
 
 class Extras:
     """The plans of all models, and the way of requests that have one."""
 
-    def __init__(self, bus: Bus, catalog: Catalog, tenants: Tenants, seals: TenantSeals, bundler: InferBundler) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        tasks: Tasks,
+        catalog: Catalog,
+        tenants: Tenants,
+        seals: TenantSeals,
+        *,
+        bundler: InferBundler,
+        copies: InferBundler,
+    ) -> None:
         settings = bus.settings
         self._catalog = catalog
         self._tenants = tenants
@@ -52,6 +44,7 @@ class Extras:
         self._caching = settings.response_cache_mb > 0
         cache = ResponseCache(settings.response_cache_mb << 20, bus.clock.monotonic)
         self.kept = KeptAnswers(cache, bus.clock.monotonic, settings.max_inflight)
+        self.shadows = Shadows(bus, tasks, catalog, seals, callers=bundler, bundler=copies)
         self.plans: dict[str, Plan] = {}
         metrics.CACHE_BYTES.set_function(lambda: cache.size)
         catalog.on_change(self._model_changed)
@@ -63,10 +56,11 @@ class Extras:
             self.kept.cache.drop_model(model)
         config = self._catalog.config(model)
         ttl_s = config.cache_ttl_s if self._caching else 0.0
-        if ttl_s:
-            self.plans[model] = Plan(next(self._generations), ttl_s)
+        shadows = self.shadows.follow(model, config.shadows)
+        if ttl_s or shadows:
+            self.plans[model] = Plan(next(self._generations), ttl_s, shadows)
 
-    async def answer(self, asked: Asked, notes: Headers) -> tuple[Answer, str]:
+    async def answer(self, asked: Asked, notes: Headers | None) -> tuple[Answer, str]:
         """Outputs, and the id of the job that this request was; empty when its answer was there already.
 
         ``notes`` gets the headers that the caller is told.
@@ -74,8 +68,15 @@ class Extras:
         Raises:
             TetherError: as :meth:`InferBundler.submit` and its future.
         """
-        if not asked.plan.cache_ttl_s or not self._may_keep(asked.job.tenant):
-            return await self._sent(asked, asked.timeout_s), asked.job.id
+        if asked.plan.cache_ttl_s and self._may_keep(asked.job.tenant):
+            answer, hit = await self._kept(asked, notes)
+        else:
+            answer, hit = await self._sent(asked, asked.timeout_s), False
+        if asked.plan.shadows and not hit:
+            self.shadows.copy(asked, answer)
+        return answer, "" if hit else asked.job.id
+
+    async def _kept(self, asked: Asked, notes: Headers | None) -> tuple[Answer, bool]:
         plan, manifest, tenant = asked.plan, asked.served.manifest, asked.job.tenant
         digest = digest_of(asked.job, asked.scope, manifest.name, manifest.version, plan.generation)
         question = Question(tenant, manifest.name, digest, asked.timeout_s, plan.cache_ttl_s)
@@ -84,8 +85,9 @@ class Extras:
             partial(self._sent, asked),
             lambda: self.plans.get(manifest.name) is plan and self._may_keep(tenant),
         )
-        notes.append(HIT if hit else MISS)
-        return answer, "" if hit else asked.job.id
+        if notes is not None:
+            notes.append(HIT if hit else MISS)
+        return answer, hit
 
     def _sent(self, asked: Asked, timeout_s: float) -> asyncio.Future[Answer]:
         return self._bundler.submit(asked.served.lane(asked.scope), self._seals.seal(asked.job), timeout_s)

@@ -136,6 +136,7 @@ class HotRoutes:
             traceparent=heading.traceparent,
             timeout_s=timeout_of(request.parameters, self._timeout_s),
             actor=f"key:{key.id}",
+            alias=version,
             notes=extra,
         )
         manifest = served.manifest

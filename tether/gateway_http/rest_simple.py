@@ -36,9 +36,8 @@ async def _inference(call: Call) -> Reply:
     oip_json.check_parameters(body.parameters, "parameters")
     gateway = call.gateway
     call.caller.check_model(body.model_id)
-    served = gateway.catalog.resolve(
-        body.model_id, "" if body.version is None else str(body.version), call.heading.sticky, call.caller.id
-    )
+    version = "" if body.version is None else str(body.version)
+    served = gateway.catalog.resolve(body.model_id, version, call.heading.sticky, call.caller.id)
     notes: Headers = []
     outputs = await gateway.infer(
         served,
@@ -49,6 +48,7 @@ async def _inference(call: Call) -> Reply:
         traceparent=call.heading.traceparent,
         timeout_s=timeout_of(body.parameters, gateway.settings.request_timeout_s),
         actor=audited.actor(call.key),
+        alias=version,
         notes=notes,
     )
     manifest = served.manifest
