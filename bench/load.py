@@ -61,6 +61,13 @@ class Meter:
         self.errors += 1
         self.first_error = self.first_error or why
 
+    def answered(self, sent: float, answer: bytes) -> None:
+        """Count an answer, head and body, to a request that was sent at ``sent`` (:func:`time.perf_counter`)."""
+        if self.open:
+            self.latencies.append(time.perf_counter() - sent)
+            if answer[9:12] != b"200":
+                self.failed(answer[:300].decode("latin-1"))
+
 
 def content_length(head: bytes) -> int:
     """The body length that a response head announces; -1 when it announces none."""
@@ -74,10 +81,11 @@ def content_length(head: bytes) -> int:
 
 
 class Connection(asyncio.Protocol):
-    """Sends the request, waits for the whole answer, sends it again."""
+    """Sends the request, waits for the whole answer, sends it again, ``interval_s`` after it sent the last one or later."""
 
-    def __init__(self, request: bytes, meter: Meter, stopping: asyncio.Event) -> None:
+    def __init__(self, request: bytes, meter: Meter, stopping: asyncio.Event, interval_s: float = 0.0) -> None:
         self._request = request
+        self._interval_s = interval_s
         self._meter = meter
         self._stopping = stopping
         self._buffer = b""
@@ -91,7 +99,9 @@ class Connection(asyncio.Protocol):
         self._send()
 
     def _send(self) -> None:
-        if self._transport is not None:
+        if self._stopping.is_set():
+            self.close()
+        elif self._transport is not None:
             self._sent = time.perf_counter()
             self._transport.write(self._request)
 
@@ -108,14 +118,13 @@ class Connection(asyncio.Protocol):
             self._answered()
 
     def _answered(self) -> None:
-        meter = self._meter
-        if meter.open:
-            meter.latencies.append(time.perf_counter() - self._sent)
-            if self._buffer[9:12] != b"200":
-                meter.failed(self._buffer[:300].decode("latin-1"))
-        self._buffer = b""
+        answer, self._buffer = self._buffer, b""
+        self._meter.answered(self._sent, answer)
+        wait = self._sent + self._interval_s - time.perf_counter() if self._interval_s else 0.0
         if self._stopping.is_set():
             self.close()
+        elif wait > 0:
+            asyncio.get_running_loop().call_later(wait, self._send)
         else:
             self._send()
 
@@ -130,12 +139,13 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
 
-async def _keep_connected(target: Target, meter: Meter, stopping: asyncio.Event) -> None:
+async def keep_connected(target: Target, meter: Meter, stopping: asyncio.Event, interval_s: float = 0.0) -> None:
+    """One connection, made anew when it is lost, until ``stopping`` is set and its last request is answered."""
     loop = asyncio.get_running_loop()
     while not stopping.is_set():
         try:
             _, connection = await loop.create_connection(
-                lambda: Connection(target.request, meter, stopping), target.host, target.port
+                lambda: Connection(target.request, meter, stopping, interval_s), target.host, target.port
             )
         except OSError as error:
             meter.failed(f"cannot connect: {error}")
@@ -149,7 +159,7 @@ async def drive(target: Target, connections: int, seconds: float, warm_up: float
     meter, stopping = Meter(), asyncio.Event()
     async with asyncio.TaskGroup() as group:
         for _ in range(connections):
-            group.create_task(_keep_connected(target, meter, stopping))
+            group.create_task(keep_connected(target, meter, stopping))
         await asyncio.sleep(warm_up)
         meter.open = True
         began, cpu = time.perf_counter(), time.process_time()

@@ -152,6 +152,20 @@ def test_what_no_worker_holds_is_not_promoted(served: Served, http: httpx.Client
     assert worker.holder.ready()
 
 
+def test_who_moved_an_alias_is_answered_by_what_it_stands_for_now(served: Served, http: httpx.Client) -> None:
+    """At the gateway that was asked, from the next request on."""
+    name = "followed"
+    pushed(served, name, 2)
+    for number in range(10):
+        alias = f"{name}-{number}"
+        for version in (1, 2):
+            moved = http.put(f"/v1/models/{name}/aliases/{alias}", json={"version": version})
+            assert moved.status_code == 200, moved.text
+            assert asked(http, name, alias) == (version, float(version))
+        assert http.post(f"/v1/models/{name}/rollback", json={"alias": alias}).status_code == 200
+        assert asked(http, name, alias) == (1, 1.0)
+
+
 def test_promotes_and_rollbacks_under_load_fail_no_request(served: Served, sdk: Client) -> None:
     """And each answer is that of exactly the version that it names."""
     name = "moved"

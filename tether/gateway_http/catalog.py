@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import random
@@ -23,6 +24,8 @@ from tether.subjects import name_of, token
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_FOLLOW_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Catalog:
         self._bus = bus
         self._served: dict[str, dict[int, Served]] = {}
         self._aliases: dict[str, dict[str, Alias]] = {}
+        self._moved = asyncio.Event()
         self._configs: dict[str, ModelConfig] = {}
         self._listeners: list[Callable[[str], None]] = []
         self._routes: dict[tuple[str, int, str], Route] = {}
@@ -109,6 +113,8 @@ class Catalog:
             self._aliases.get(name_of(model), {}).pop(name_of(name), None)
         elif alias is not None and key == f"{token(alias.model)}.{token(alias.name)}":
             self._aliases.setdefault(alias.model, {})[alias.name] = alias
+        self._moved.set()
+        self._moved = asyncio.Event()
 
     def _config_changed(self, key: str, body: bytes | None) -> None:
         config = None if body is None else _decoded(body, ModelConfig)
@@ -251,6 +257,19 @@ class Catalog:
             self.versions(model)
             raise ModelNotFound(f"model '{model}' has no alias '{name[:64]}'", field="alias")
         return found
+
+    async def follow(self, alias: Alias) -> None:
+        """Return when requests that come now go by ``alias``, or by what it became since; after a second in any case."""
+        try:
+            async with asyncio.timeout(_FOLLOW_S):
+                while not self._follows(alias):
+                    await self._moved.wait()
+        except TimeoutError:
+            log.warning("an alias of '%s' moved and was not heard of", alias.model, extra={"action": "alias_unheard"})
+
+    def _follows(self, alias: Alias) -> bool:
+        known = self._aliases.get(alias.model, {}).get(alias.name)
+        return known is not None and (known == alias or known.revision > alias.revision)
 
 
 def drawn(alias: Alias, sticky: str) -> int:

@@ -26,7 +26,10 @@ async def _changed(call: Call, change: Change, alias: str, **fields: Any) -> Ali
     answer = await rpc.call(
         call.gateway.bus, "changeModel", MessageType.CHANGE, codec.encode(request), answers=MessageType.CHANGED
     )
-    return codec.decode(answer, ChangeAnswer).alias
+    alias_now = codec.decode(answer, ChangeAnswer).alias
+    if alias_now is not None:
+        await call.gateway.catalog.follow(alias_now)
+    return alias_now
 
 
 async def _set(call: Call) -> Reply:
