@@ -211,6 +211,7 @@ class Client:
         max_delay_ms: float | None = None,
         isolation: str | None = None,
         run_timeout_s: float | None = None,
+        config: Json | None = None,
         progress: Progress | None = None,
         timeout: float = client_push.PUSH_TIMEOUT_S,
     ) -> Json:
@@ -218,7 +219,7 @@ class Client:
 
         Only pieces that the store does not have are sent, so a push that broke off goes on where it was.
         ``progress`` is called with the bytes that are there. ``isolation`` is 'thread' (of the worker) or 'process'; a run
-        that takes longer than ``run_timeout_s`` ends the model's process.
+        that takes longer than ``run_timeout_s`` ends the model's process. ``config`` is as for :meth:`configure`.
 
         Raises:
             ModelRejected: the file is no model that can be served.
@@ -230,6 +231,7 @@ class Client:
             "max_delay_ms": max_delay_ms,
             "isolation": isolation,
             "run_timeout_s": run_timeout_s,
+            "config": config,
         }
         return self.run(lambda policy: client_push.push(policy, name, model, params, progress), timeout)
 
@@ -296,6 +298,25 @@ class Client:
             Conflict: an alias stands for it.
         """
         self.run(lambda policy: client_models.delete(policy, name, version))
+
+    # how a model is served
+
+    def config(self, name: str) -> Json:
+        """How a model is served; ``revision`` counts its changes."""
+        return self.run(lambda policy: flows.get(policy, client_models.config_path(name)))
+
+    def configure(self, name: str, patch: Json, *, revision: int | None = None) -> Json:
+        """Change how a model is served: objects of ``patch`` are merged, everything else is replaced, None is the default.
+
+        Raises:
+            InvalidRequest: naming the field that is wrong; nothing was changed.
+            Conflict: it is at another ``revision``.
+        """
+        return self.run(lambda policy: client_models.change_config(policy, name, "PATCH", patch, revision))
+
+    def reset_config(self, name: str, *, revision: int | None = None) -> Json:
+        """Serve a model as by default again; one that is unloaded stays so."""
+        return self.run(lambda policy: client_models.change_config(policy, name, "DELETE", None, revision))
 
     # administration
 

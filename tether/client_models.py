@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import quote
 
+import msgspec
+
 from tether.client_flows import Json, model_path, post, put
 from tether.client_http import Flow, Policy, Send, exchange_json
 from tether.errors import InvalidRequest, ModelNotFound
@@ -70,3 +72,26 @@ STORE = "/v1/store"
 def work_on_store(policy: Policy, work: str) -> Flow[Json]:
     """Ask for ``work`` on the store of pieces; doing so twice does it once."""
     return (yield from exchange_json(policy, post(f"{STORE}:{work}", {}, repeatable=True), dict[str, Any]))
+
+
+# how a model is served
+
+
+def config_path(name: str) -> str:
+    return f"{model_path(name)}/config"
+
+
+def change_config(policy: Policy, name: str, method: str, patch: Json | None, revision: int | None) -> Flow[Json]:
+    """PATCH or DELETE a configuration. Doing so twice does it once, unless it is tied to a revision."""
+    body = b"" if patch is None else msgspec.json.encode(patch)
+    headers = {} if patch is None else {"content-type": "application/json"}
+    params = {} if revision is None else {"revision": str(revision)}
+    ask = Send(method, config_path(name), body, params=params, headers=headers, repeatable=revision is None)
+    return (yield from exchange_json(policy, ask, dict[str, Any]))
+
+
+def load(policy: Policy, name: str, what: str) -> Flow[None]:
+    """``what``: load or unload."""
+    path = f"/v2/repository/models/{quote(name, safe='')}/{what}"
+    ask = Send("POST", path, b"{}", headers={"content-type": "application/json"}, timeout=policy.timeout)
+    yield from exchange_json(policy, ask, dict[str, Any])

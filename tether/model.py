@@ -120,6 +120,8 @@ class PushRequest(msgspec.Struct, frozen=True):
     platform: str = "onnxruntime_onnx"
     trusted: bool = False
     """The pusher may push programs."""
+    config: dict[str, Any] = {}
+    """A merge patch of the model's configuration, made when the version is."""
 
 
 class PushAnswer(msgspec.Struct, frozen=True):

@@ -11,6 +11,7 @@ from tether_cli import (
     commands_config,
     commands_jobs,
     commands_keys,
+    commands_model_config,
     commands_models,
     commands_sessions,
     commands_tenants,
@@ -32,7 +33,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _work() -> dict[str, Group]:
-    jobs, models = commands_jobs, commands_models
+    jobs, models, model_config = commands_jobs, commands_models, commands_model_config
     return {
         "job": (
             "Durable jobs: list, look, wait, cancel.",
@@ -45,6 +46,7 @@ def _work() -> dict[str, Group]:
                 "pull": models.pull,
                 "list": models.listing,
                 "show": models.show,
+                "config": model_config.config,
                 "promote": models.promote,
                 "rollback": models.rollback,
                 "delete": models.delete,

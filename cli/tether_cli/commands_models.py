@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tether_cli.commands_model_config import read_config
 from tether_cli.options import ModelName, Timeout, Url, connect
 from tether_cli.output import JsonFlag, print_json, print_table, progress, say
 
@@ -86,6 +87,9 @@ def push(
         float | None,
         typer.Option("--run-timeout", metavar="S", min=0, help="End the model's process after so long a run."),
     ] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", metavar="FILE", help="JSON of what 'tether model config' can set.")
+    ] = None,
     url: Url = None,
     timeout: Timeout = 600.0,
     json_output: JsonFlag = False,
@@ -102,6 +106,7 @@ def push(
             max_delay_ms=max_delay_ms,
             isolation=isolation,
             run_timeout_s=run_timeout_s,
+            config=None if config is None else read_config(config),
             progress=done,
             timeout=timeout,
         )

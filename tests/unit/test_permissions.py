@@ -136,6 +136,7 @@ def test_services_are_served_by_their_own_role_only() -> None:
     served = {
         "registerWorker": ({"dispatcher"}, ALL_WORKERS),
         "registerModel": ({"modelstore"}, {"gateway"}),
+        "configureModel": ({"modelstore"}, {"gateway"}),
         "anything": (set(), set()),
     }
     for endpoint, (servers, callers) in served.items():

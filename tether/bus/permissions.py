@@ -13,7 +13,7 @@ from tether.job import SHARED
 from tether.subjects import Names
 
 DISPATCHER_SERVICES = ("registerWorker",)
-MODELSTORE_SERVICES = ("registerModel", "changeModel")
+MODELSTORE_SERVICES = ("registerModel", "changeModel", "configureModel")
 
 _DISCOVERY = "$SRV.>"
 _NEVER = (
@@ -70,6 +70,7 @@ def _gateway(names: Names, inbox: str) -> Permissions:
             f"{names.prefix}.result.>",
             names.service("registerModel"),
             names.service("changeModel"),
+            names.service("configureModel"),
             names.audit_subjects(),
             names.demand(),
             *_keys(names, "jobs", "apikeys", "keyuse", "tenants", "tenantkeys"),

@@ -24,7 +24,11 @@ from tether.settings import Settings
 
 SIGNED_BY: Mapping[Role, tuple[tuple[str, MessageType], ...]] = {
     Role.ADMIN: (("apikeys", MessageType.API_KEY), ("tenants", MessageType.TENANT)),
-    Role.MODELSTORE: (("models", MessageType.MANIFEST), ("aliases", MessageType.ALIAS)),
+    Role.MODELSTORE: (
+        ("models", MessageType.MANIFEST),
+        ("aliases", MessageType.ALIAS),
+        ("configs", MessageType.CONFIG),
+    ),
     Role.GATEWAY: (("tenantkeys", MessageType.TENANT_KEY),),
 }
 """The buckets whose entries nobody can make again, and which role signs them anew."""

@@ -107,7 +107,7 @@ class DynamicBatching(Struct):
     max_queue_delay_microseconds: int
 
 
-class ModelConfig(Struct, omit_defaults=True):
+class TritonConfig(Struct, omit_defaults=True):
     """Triton's model configuration, as far as it applies."""
 
     name: str

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
+
+ConfigPatch = Annotated[
+    dict[str, Any],
+    Meta(
+        description="Fields of a ModelConfig that are to change: objects are merged, everything else is replaced, null is the default."
+    ),
+]
+"""A merge patch (RFC 7396)."""
+
+
+class ConfigQuery(Struct, forbid_unknown_fields=True):
+    """Query of a change of a configuration."""
+
+    revision: Annotated[
+        int, Meta(ge=-1, description="Change only this revision, and answer 409 when it is another; -1: any.")
+    ] = -1
 
 
 class Share(Struct, forbid_unknown_fields=True):
@@ -126,7 +142,8 @@ class VersionFiles(Struct):
 
 class NewVersion(Struct, forbid_unknown_fields=True):
     """Files whose pieces are stored, to become a version. `platform` is its format; one that is a program needs the scope
-    `models:code`. `run_timeout_s` ends the process of a model whose run takes longer; 0 is the worker's setting."""
+    `models:code`. `run_timeout_s` ends the process of a model whose run takes longer; 0 is the worker's setting. `config`
+    changes how the model is served, before the version can be seen."""
 
     files: Annotated[list[NewFile], Meta(min_length=1, max_length=1024)]
     max_batch_size: Annotated[int, Meta(ge=-1, le=65536)] = -1
@@ -134,6 +151,7 @@ class NewVersion(Struct, forbid_unknown_fields=True):
     platform: str = "onnxruntime_onnx"
     isolation: Literal["", "thread", "process"] = ""
     run_timeout_s: Annotated[float, Meta(ge=0, le=86_400)] = 0.0
+    config: ConfigPatch = {}
 
 
 class DamagedPiece(Struct):

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from tether.bus.chunks import ObjectChunkStore
 from tether.errors import InvalidRequest, NotFound, PayloadTooLarge
 from tether.gateway_http import bodies, bodies_models
+from tether.gateway_http.rest_config import checked_patch
 from tether.gateway_http.rest_models import TAG, pushed, registered
 from tether.gateway_http.routing import OCTETS, Call, Media, Reply, Row
 from tether.model import ModelFile, PushRequest, check_name
@@ -82,6 +83,7 @@ async def _register(call: Call) -> Reply:
         run_timeout_s=wanted.run_timeout_s,
         platform=wanted.platform,
         trusted="models:code" in call.caller.scopes,
+        config=checked_patch(call, name, wanted.config),
     )
     answer = await registered(call, request)
     return Reply(pushed(answer, 0), 201 if answer.created else 200)

@@ -55,10 +55,10 @@ async def _config(call: Call) -> Reply:
     return Reply(triton_config(_served(call).manifest))
 
 
-def triton_config(manifest: model.Manifest) -> bodies.ModelConfig:
+def triton_config(manifest: model.Manifest) -> bodies.TritonConfig:
     """A version as Triton's ``ModelConfig``: Triton's datatype names, and dims without the batch axis."""
     batching = manifest.batching
-    found = bodies.ModelConfig(
+    found = bodies.TritonConfig(
         name=manifest.name,
         platform=manifest.platform,
         backend=manifest.platform.partition("_")[0],
@@ -143,7 +143,7 @@ ROWS = [
     ),
     *_versioned("", "Model metadata", _metadata, {200: bodies.ModelMetadata}),
     *_versioned("/ready", "Whether a worker answers", _model_ready, {200: bodies.ModelReady, 400: bodies.ModelReady}),
-    *_versioned("/config", "Model configuration in Triton's form", _config, {200: bodies.ModelConfig}),
+    *_versioned("/config", "Model configuration in Triton's form", _config, {200: bodies.TritonConfig}),
     *[_infer_row(root) for root in (_MODEL, _VERSION)],
     Row(
         "POST",

@@ -179,6 +179,19 @@ class Registry:
             found.append(manifest)
         return found
 
+    async def of_model(self, model: str) -> list[Manifest]:
+        """Every version of a model that can be read.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        prefix, found = len(self._models.subject("")), []
+        async for item in self._bus.direct_scan(self._models.stream, self._models.subject(f"{token(model)}.*")):
+            manifest = self._manifest(item.subject[prefix:], item)
+            if manifest is not None:
+                found.append(manifest)
+        return found
+
     async def recorded(self, model: str, version: int) -> bool:
         """Whether a version has an entry, be it one that cannot be read."""
         return await self._models.get(self._bus.names.version_key(model, version)) is not None

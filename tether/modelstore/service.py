@@ -7,9 +7,10 @@ import logging
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
-from tether import codec, daemon, lifecycle, metrics
+from tether import codec, config_changes, daemon, lifecycle, metrics
 from tether.audit import Kind, clean
 from tether.bus import rpc
 from tether.bus.audit import AuditLog, writing
@@ -18,9 +19,10 @@ from tether.bus.keeping import PieceKeeper
 from tether.envelope import Envelope, MessageType
 from tether.errors import BadEncoding, BrokerUnavailable, InvalidRequest, ModelRejected, TetherError, Unavailable
 from tether.home import Home
-from tether.model import LATEST, PushAnswer, PushRequest
+from tether.model import LATEST, Manifest, PushAnswer, PushRequest
 from tether.modelstore import assemble, changes
 from tether.modelstore.changes import Changes
+from tether.modelstore.configs import Configs
 from tether.modelstore.inspection import Inspection
 from tether.modelstore.keeper import Keeper
 from tether.modelstore.quota import StorageQuota
@@ -49,6 +51,7 @@ class ModelStoreService:
         self._registry = Registry(bus)
         self.keeper = Keeper(bus, self._registry)
         self._changes = Changes(bus, self._registry, self.keeper)
+        self._configs = Configs(bus, self._registry, audit)
         self._quota = StorageQuota(bus, self._registry)
 
     @property
@@ -76,6 +79,13 @@ class ModelStoreService:
                 accepts=MessageType.CHANGE,
                 answers=MessageType.CHANGED,
                 handler=self._changes.handle,
+            ),
+            rpc.serve(
+                self._bus,
+                config_changes.ENDPOINT,
+                accepts=MessageType.CHANGE,
+                answers=MessageType.CHANGED,
+                handler=self._configs.handle,
             ),
             self.keeper.working(),
         ):
@@ -131,16 +141,26 @@ class ModelStoreService:
 
     async def _register(self, request: PushRequest, publisher: str) -> PushAnswer:
         assemble.check_request(request, max_bytes=self._bus.settings.max_upload_bytes)
+        if request.config:
+            config_changes.patched(await self._configs.get(request.name), request.config)
         found = await self._look(request)
         build = assemble.manifest_builder(request, found, created_at=self._bus.clock.utc(), publisher=publisher)
         async with self._quota.turn(request.tenant):
-            manifest, created = await self._registry.add(request.name, build, self._quota.check)
+            manifest, created = await self._registry.add(request.name, build, partial(self._admit, request, publisher))
+        if request.config and not created:
+            await self._configs.given(manifest, request.config, publisher)
         await self._registry.move(request.name, LATEST, manifest.version, forward_only=True)
         if created:
             metrics.MODELS_REGISTERED.inc()
         fields = {"action": "model_registered", "model": manifest.name, "version": manifest.version}
         log.info("%s", "a version is ready" if created else "the newest version already is this", extra=fields)
         return PushAnswer(manifest, created, await self._registry.aliases(request.name))
+
+    async def _admit(self, request: PushRequest, publisher: str, manifest: Manifest) -> None:
+        """Before a version can be seen there is room for it, and its model is configured as its push says."""
+        await self._quota.check(manifest)
+        if request.config:
+            await self._configs.given(manifest, request.config, publisher)
 
     async def _look(self, request: PushRequest) -> Inspection:
         """Look at the files, whose pieces are safe from collections meanwhile and for as long again."""

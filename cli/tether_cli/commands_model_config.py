@@ -1,0 +1,110 @@
+"""How models are served: show, change and reset configurations."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from tether_cli.options import ModelName, Url, connect
+from tether_cli.output import JsonFlag, print_json, print_table, say
+
+LARGEST = 1 << 20
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        InvalidRequest: there is none in it.
+    """
+    from pathlib import Path
+
+    import msgspec
+
+    from tether.errors import InvalidRequest
+
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {path}: {error.strerror}", field="config") from error
+    try:
+        return msgspec.json.decode(content, type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise InvalidRequest(f"{path} does not hold a JSON object: {error}", field="config") from error
+
+
+def config(
+    name: ModelName,
+    *,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Change a field, as in queue.max_size=100; null: the default."
+        ),
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option("--file", metavar="FILE", help="Change what this JSON object names.")
+    ] = None,
+    reset: Annotated[bool, typer.Option("--reset", help="Put every default back, before what --set says.")] = False,
+    revision: Annotated[
+        int | None, typer.Option("--revision", metavar="N", min=0, help="Only if it is at this revision.")
+    ] = None,
+    url: Url = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Show how a model is served, or change it; for all versions, at once and without a restart."""
+    patch = _patch(assignments or [], file)
+    with connect(url) as client:
+        if reset:
+            told = client.reset_config(name, revision=revision)
+            revision = None if revision is None else told["revision"]
+        if patch:
+            told = client.configure(name, patch, revision=revision)
+        elif not reset:
+            told = client.config(name)
+    if json_output:
+        print_json(told)
+        return
+    print_table(("FIELD", "VALUE"), _rows(told))
+    say(f"revision {told['revision']}" + (f", by {told['changed_by']}" if told["changed_by"] else ""))
+
+
+def _patch(assignments: list[str], file: str | None) -> dict[str, Any]:
+    found = {} if file is None else read_config(file)
+    for text in assignments:
+        field, equals, value = text.partition("=")
+        if not equals or not field:
+            raise typer.BadParameter(f"{text!r} is not FIELD=VALUE", param_hint="--set")
+        *outer, last = field.split(".")
+        place = found
+        for part in outer:
+            inner = place.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise typer.BadParameter(f"{field!r}: {part!r} is set to a value already", param_hint="--set")
+            place = inner
+        place[last] = _value(value)
+    return found
+
+
+def _value(text: str) -> Any:
+    """JSON where it is some, else the text itself: priorities and kinds need no quotes."""
+    import msgspec
+
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.MsgspecError:
+        return text
+
+
+def _rows(told: dict[str, Any], where: str = "") -> list[tuple[str, str]]:
+    """A row a field that is not among the stamps; fields of objects as ``outer.inner``."""
+    import json
+
+    rows: list[tuple[str, str]] = []
+    for name, value in told.items():
+        if isinstance(value, dict) and value:
+            rows += _rows(value, f"{where}{name}.")
+        elif where or name not in ("model", "revision", "changed_at", "changed_by"):
+            rows.append((f"{where}{name}", value if isinstance(value, str) else json.dumps(value)))
+    return rows

@@ -1,0 +1,126 @@
+"""How a model is served: shown, changed, put back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from tether import codec
+from tether.bus import rpc
+from tether.config_changes import ANY_REVISION, ENDPOINT, ConfigAction, ConfigRequest, patched
+from tether.envelope import MessageType
+from tether.errors import PayloadTooLarge
+from tether.gateway_http import bodies_models
+from tether.gateway_http.catalog import Catalog
+from tether.gateway_http.rest_models import TAG
+from tether.gateway_http.routing import Call, Reply, Row
+from tether.model import check_name
+from tether.model_config import ModelConfig
+
+LARGEST = 64 * 1024
+"""Bytes of a patch as JSON."""
+
+_HEARD_S = 2.0
+"""How long an answer waits for this gateway to hear of a change, so that the next request is served by it."""
+
+
+def _model(call: Call) -> str:
+    name = check_name(call.path("name"), field="name")
+    call.caller.check_model(name)
+    return name
+
+
+def checked_patch(call: Call, name: str, patch: Mapping[str, Any]) -> dict[str, Any]:
+    """A patch that the model store may be asked to make.
+
+    Raises:
+        InvalidRequest: naming the field that is wrong.
+        PayloadTooLarge: no configuration says so much.
+    """
+    if patch:
+        if len(msgspec.json.encode(patch)) > LARGEST:
+            raise PayloadTooLarge(f"a change of a configuration has at most {LARGEST} bytes", field="config")
+        patched(call.gateway.catalog.config(name), patch)
+    return dict(patch)
+
+
+async def configured(call: Call, request: ConfigRequest) -> ModelConfig:
+    """Let the model store change a configuration, and wait until this gateway goes by it."""
+    answer = await rpc.call(
+        call.gateway.bus, ENDPOINT, MessageType.CHANGE, codec.encode(request), answers=MessageType.CHANGED, timeout=30.0
+    )
+    config = codec.decode(answer, ModelConfig)
+    await _heard(call.gateway.catalog, config)
+    return config
+
+
+async def _heard(catalog: Catalog, config: ModelConfig) -> None:
+    """The change is made whether this gateway hears of it in time or not."""
+    try:
+        async with asyncio.timeout(_HEARD_S):
+            while catalog.config(config.model).revision < config.revision:
+                await asyncio.sleep(0.005)
+    except TimeoutError:
+        return
+
+
+async def _show(call: Call) -> Reply:
+    name, catalog = _model(call), call.gateway.catalog
+    catalog.versions(name)
+    return Reply(catalog.config(name))
+
+
+async def _change(call: Call) -> Reply:
+    name = _model(call)
+    call.gateway.catalog.versions(name)
+    patch = checked_patch(call, name, call.body)
+    who = f"key:{call.caller.id}"
+    return Reply(await configured(call, ConfigRequest(ConfigAction.CHANGE, name, patch, call.query.revision, who)))
+
+
+async def _reset(call: Call) -> Reply:
+    name, who = _model(call), f"key:{call.caller.id}"
+    request = ConfigRequest(ConfigAction.RESET, name, revision=call.query.revision, by=who)
+    call.gateway.catalog.versions(name)
+    return Reply(await configured(call, request))
+
+
+async def set_loaded(call: Call, name: str, patch: Mapping[str, Any], *, loaded: bool) -> ModelConfig:
+    """Load a model, with what else is to change, or unload it."""
+    call.gateway.catalog.versions(name)
+    changes = checked_patch(call, name, {**patch, "loaded": loaded})
+    who = f"key:{call.caller.id}"
+    return await configured(call, ConfigRequest(ConfigAction.CHANGE, name, changes, ANY_REVISION, who))
+
+
+_PATH = "/v1/models/{name}/config"
+
+ROWS = [
+    Row("GET", _PATH, "Show how a model is served", TAG, _show, {200: ModelConfig}, "models:read", errors=(404,)),
+    Row(
+        "PATCH",
+        _PATH,
+        "Change how a model is served, by a merge patch (RFC 7396)",
+        TAG,
+        _change,
+        {200: ModelConfig},
+        "models:write",
+        body=bodies_models.ConfigPatch,
+        query=bodies_models.ConfigQuery,
+        errors=(404, 409, 503),
+    ),
+    Row(
+        "DELETE",
+        _PATH,
+        "Serve a model as by default again; one that is unloaded stays so",
+        TAG,
+        _reset,
+        {200: ModelConfig},
+        "models:write",
+        query=bodies_models.ConfigQuery,
+        errors=(404, 409, 503),
+    ),
+]
