@@ -184,3 +184,15 @@ def gather() -> bytes:
     table = helper.make_tensor("table", onnx.TensorProto.FLOAT, [3], [1.0, 2.0, 3.0])
     node = helper.make_node("Gather", ["table", "x"], ["y"])
     return to_bytes(model([node], [value("x", "INT64", ("n", 1))], [value("y", "FP32", ("n", 1))], [table]))
+
+
+def square(side: int, seed: int = 0) -> bytes:
+    """``y = x a w b`` with a square ``w`` of ``side`` rows, which no optimisation takes out: what it loads stays in memory."""
+    drawn = np.random.default_rng(seed)
+    shapes = {"a": (1, side), "w": (side, side), "b": (side, 1)}
+    weights = [
+        numpy_helper.from_array(drawn.standard_normal(shape, dtype=np.float32) / np.float32(side), name)
+        for name, shape in shapes.items()
+    ]
+    nodes = [helper.make_node("MatMul", pair, [out]) for pair, out in (("xa", "p"), ("pw", "q"), ("qb", "y"))]
+    return to_bytes(model(nodes, [value("x", "FP32", ["n", 1])], [value("y", "FP32", ["n", 1])], weights))

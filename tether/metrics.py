@@ -65,6 +65,14 @@ MODEL_CRASHES = Counter(
 )
 MODEL_RESTARTS = Counter("tether_model_restarts_total", "Model processes that were started again.", ["model"])
 MODELS_LOADED = Gauge("tether_models_loaded", "Model versions this worker holds.")
+MODELS_IN_MEMORY = Gauge("tether_models_in_memory", "Model versions that are loaded; others load at their next job.")
+MODEL_MEMORY = Gauge(
+    "tether_model_memory_bytes",
+    "Memory that this worker counts for loaded models: bytes of their files, for each copy.",
+)
+MODEL_UNLOADS = Counter(
+    "tether_model_unloads_total", "Versions that were unloaded and stay held, by why: memory, idle.", ["reason"]
+)
 
 CHUNKS_BYTES = Counter(
     "tether_chunks_bytes_total", "Bytes of model files that this worker read, by where from: broker, cache.", ["source"]

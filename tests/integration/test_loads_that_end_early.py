@@ -17,6 +17,7 @@ from tether.model import Batching, Manifest, ModelFile
 from tether.model_config import ModelConfig
 from tether.worker import runtimes
 from tether.worker.loads import Loader
+from tether.worker.memory import Memory
 from tether.worker.runtimes.process import Options
 
 SLOW = "import time\ntime.sleep(600)\nclass Model: pass"
@@ -35,7 +36,9 @@ def children(folder: Path) -> list[psutil.Process]:
 async def test_a_load_that_nobody_wants_ends_its_process(one: Services, tmp_path: Path) -> None:
     file = ModelFile("model.py", 1, "0" * 64, ("0" * 64,), (1,))
     manifest = Manifest("m", 1, "python", (file,), (), (), Batching(8), 0.0, "test")
-    loader = Loader(one.bus, manifest, bundles.write(tmp_path / "slow", code=SLOW), ModelConfig("m", instances=2))
+    loader = Loader(
+        one.bus, manifest, bundles.write(tmp_path / "slow", code=SLOW), ModelConfig("m", instances=2), Memory(0, list)
+    )
     loading = asyncio.create_task(loader.load())
     await wait_until(lambda: bool(children(tmp_path / "slow")), "the process is there")
     loading.cancel()

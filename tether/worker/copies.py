@@ -94,8 +94,9 @@ Load = Callable[[], Awaitable[Generation]]
 class Copies:
     """A version's copies: in memory, or loaded by ``load`` when somebody comes who needs them."""
 
-    def __init__(self, load: Load, clock: Clock) -> None:
+    def __init__(self, load: Load, clock: Clock, on_idle: Callable[[], None] = lambda: None) -> None:
         self._load = load
+        self._on_idle = on_idle
         self._clock = clock
         self._now: Generation | None = None
         self._changing = asyncio.Lock()
@@ -124,6 +125,8 @@ class Copies:
         finally:
             self._users -= 1
             self.used_at = self._clock.monotonic()
+            if not self._users:
+                self._on_idle()
 
     async def ensure(self) -> None:
         """Load them if they are not in memory; who comes meanwhile waits for the same load.
@@ -159,8 +162,7 @@ class Copies:
         if self._now is not None:
             self._now.limit(run_timeout_s)
 
-    def unload(self) -> None:
-        """Free the memory; whoever needs them next loads them again. Only while they are idle."""
+    def take_out(self) -> Generation | None:
+        """What is in memory, for the caller to close; whoever needs it next loads it again. Only while they are idle."""
         now, self._now = self._now, None
-        if now is not None:
-            now.close()
+        return now

@@ -17,16 +17,19 @@ from tether.errors import ModelNotFound, TetherError
 from tether.lifecycle import Tasks
 from tether.model import Manifest, ModelRef
 from tether.worker.configs import Configs
-from tether.worker.copies import Copies
+from tether.worker.copies import Copies, Generation
 from tether.worker.files import WorkerFiles
 from tether.worker.instance import ModelInstance
 from tether.worker.keepalive import KeepAlive
 from tether.worker.loads import Loader
+from tether.worker.memory import Memory
 
 log = logging.getLogger(__name__)
 
 Change = Callable[[ModelRef], Awaitable[None]]
 
+_REST_S = 0.5
+"""Between two looks for versions that were idle for long enough."""
 _RETRY_S = (0.5, 1.0, 2.0, 5.0, 15.0)
 
 
@@ -36,6 +39,12 @@ class Held:
 
     instance: ModelInstance
     loader: Loader
+
+    @property
+    def copies(self) -> int:
+        """How many there are, or will be after the next load."""
+        current = self.loader.current if self.instance.copies.loaded else None
+        return (current or self.loader.wanted).copies
 
     @property
     def outdated(self) -> bool:
@@ -58,6 +67,9 @@ class Holder:
         self._failed: dict[ModelRef, str] = {}
         self._busy: set[ModelRef] = set()
         self._changed = asyncio.Event()
+        self._lost: set[ModelRef] = set()
+        """Held, and could not be loaded when a job came."""
+        self.memory = Memory(bus.settings.worker_memory_mb << 20, self._evictable)
         self._tasks = Tasks()
         self._stopping = False
         self.has_orders = False
@@ -79,11 +91,16 @@ class Holder:
     def failed(self) -> tuple[tuple[str, str], ...]:
         return tuple((f"{ref.model}:{ref.version}", reason) for ref, reason in self._failed.items())
 
+    def in_memory(self) -> tuple[ModelRef, ...]:
+        """Those of the held ones that are loaded."""
+        return tuple(ref for ref in self.ready() if self._held[ref].instance.copies.loaded)
+
     def running(self) -> int:
         return sum(held.instance.running for held in self._held.values())
 
     async def run(self) -> None:
         await self.files.sweep()
+        self._tasks.spawn(self._rest(), "rest")
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -93,6 +110,8 @@ class Holder:
                 self._begin(ref, self._load, "load")
             for ref in self._held.keys() - self._wanted - self._busy:
                 self._begin(ref, self._unload, "unload")
+            for ref in (self._lost & self._held.keys()) - self._busy:
+                self._begin(ref, self._load_again, "load")
             for ref in [ref for ref, held in self._held.items() if held.outdated and ref not in self._busy]:
                 self._begin(ref, self._renew, "renew")
 
@@ -105,6 +124,8 @@ class Holder:
             await change(ref)
         finally:
             self._busy.discard(ref)
+            if ref not in self._held:
+                self._lost.discard(ref)
             if ref not in self._wanted:
                 self._failed.pop(ref, None)
             if not any(other.model == ref.model for other in (*self._held, *self._busy)):
@@ -118,14 +139,15 @@ class Holder:
         await self._tasks.cancel()
         held = [self._held.pop(ref) for ref in list(self._held)]
         await asyncio.gather(*[one.instance.stop(drain_s) for one in held])
+        await self.memory.close()
         await self.files.close()
 
-    async def _load(self, ref: ModelRef) -> None:
-        """Try until it is loaded or no longer wanted."""
+    async def _load(self, ref: ModelRef, *, lazily: bool = True) -> None:
+        """Try until it is held or no longer wanted; ``lazily``: it may be loaded later, if that is decided."""
         tries = 0
         while ref in self._wanted:
             try:
-                self._held[ref] = await self._loaded(ref)
+                self._held[ref] = await self._loaded(ref, lazily=lazily)
             except Exception as error:  # noqa: BLE001 - told of, and tried again
                 self._tell(ref, error)
             else:
@@ -149,15 +171,16 @@ class Holder:
     async def _pause(self, tries: int) -> None:
         await asyncio.sleep(_RETRY_S[min(tries, len(_RETRY_S) - 1)])
 
-    async def _loaded(self, ref: ModelRef) -> Held:
+    async def _loaded(self, ref: ModelRef, *, lazily: bool) -> Held:
         manifest = await self._manifest(ref)
         config = await self.configs.read(ref.model)
         directory = await self.files.fetch(ref, manifest)
         try:
-            loader = Loader(self._bus, manifest, directory, config)
-            copies = Copies(loader.load, self._bus.clock)
-            await copies.ensure()
-            lost = partial(self._lost, ref)
+            loader = Loader(self._bus, manifest, directory, config, self.memory)
+            copies = Copies(partial(self._load_now, loader), self._bus.clock, self.memory.look)
+            if not (lazily and loader.lazy):
+                await copies.ensure()
+            lost = partial(self._lose, ref)
             instance = ModelInstance(self._bus, manifest, copies, self._keepalive, self._keyring, on_lost=lost)
             instance.configure(loader.serving, loader.wanted.copies)
             try:
@@ -166,22 +189,58 @@ class Holder:
                 await instance.stop(0)
                 raise
         except BaseException:
-            self.files.release(ref)
+            self._let_go(ref)
             raise
         self._tasks.spawn(self.files.remember(manifest, directory), "remember-pieces")
         return Held(instance, loader)
 
-    def _lost(self, ref: ModelRef, error: Exception) -> None:
+    async def _load_now(self, loader: Loader) -> Generation:
+        """Another configuration may count since the load began: looked at afterwards."""
+        generation = await loader.load()
+        self._changed.set()
+        return generation
+
+    def _let_go(self, ref: ModelRef) -> None:
+        self.files.release(ref)
+        self.memory.change(ref, 0)
+
+    def _lose(self, ref: ModelRef, error: Exception) -> None:
+        """A job came and it could not be loaded: this worker is not ready for it until it can be."""
         self._tell(ref, error)
+        self._lost.add(ref)
+        self._changed.set()
+
+    async def _load_again(self, ref: ModelRef) -> None:
+        held = self._held.pop(ref)
+        await held.instance.stop(self._bus.settings.drain_s)
+        self._lost.discard(ref)
+        self._let_go(ref)
+        await self._load(ref, lazily=False)
+
+    def _evictable(self) -> list[tuple[ModelRef, Copies]]:
+        """What may be unloaded, and is loaded again by its next job."""
+        found = [(ref, held.instance.copies, held.loader.config) for ref, held in self._held.items()]
+        return [(ref, copies) for ref, copies, config in found if copies.loaded and copies.idle and not config.pinned]
+
+    async def _rest(self) -> None:
+        """Unload what was idle for as long as its configuration says."""
+        while True:
+            now = self._bus.clock.monotonic()
+            for ref, copies in self._evictable():
+                limit = self._held[ref].loader.config.idle_unload_s
+                if limit and now - copies.used_at >= limit:
+                    self.memory.evict(ref, copies, "idle")
+            await asyncio.sleep(_REST_S)
 
     def _configured(self, model: str) -> None:
         """Another configuration counts: what can be changed in place is, and what cannot is loaded anew."""
         config = self.configs.get(model)
         for ref, held in self._held.items():
             if ref.model == model:
-                held.loader.config = config
-                loaded = held.loader.current or held.loader.wanted
-                held.instance.configure(held.loader.serving, loaded.copies)
+                before, held.loader.config = held.loader.lazy, config
+                held.instance.configure(held.loader.serving, held.copies)
+                if before and not held.loader.lazy:
+                    self._tasks.spawn(held.instance.wake(), f"wake-{ref.model}")
         self._changed.set()
 
     async def _renew(self, ref: ModelRef) -> None:
@@ -214,5 +273,5 @@ class Holder:
     async def _unload(self, ref: ModelRef) -> None:
         held = self._held.pop(ref)
         await held.instance.stop(self._last_run_s(held.loader.manifest))
-        self.files.release(ref)
+        self._let_go(ref)
         log.info("unloaded", extra={"action": "model_unloaded", "model": ref.model, "version": ref.version})

@@ -104,7 +104,9 @@ class ModelInstance:
         if not await self._tasks.finish(drain_s):
             log.warning("runs did not end in time; their jobs are redelivered", extra={"action": "drain_timeout"})
         await self._tasks.cancel()
-        self.copies.unload()
+        generation = self.copies.take_out()
+        if generation is not None:
+            generation.close()
 
     def _take(self, delivery: BusDelivery) -> None:
         wait = self._ack_wait(delivery.lane)
@@ -205,6 +207,11 @@ class ModelInstance:
             self._ended_one.set()
             for delivery in deliveries:
                 delivery.abandon()
+
+    async def wake(self) -> None:
+        """Load what is not in memory, before a job comes."""
+        async with self.copies.held():
+            await self._loaded()
 
     async def _loaded(self) -> bool:
         """Whether it is in memory now; if it cannot be loaded, what came is left for another worker, or a better time."""

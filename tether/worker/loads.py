@@ -10,12 +10,13 @@ from pathlib import Path
 import msgspec
 
 from tether.bus.connection import Bus
-from tether.model import Manifest
-from tether.model_config import ModelConfig
+from tether.model import Manifest, ModelRef
+from tether.model_config import Loading, ModelConfig
 from tether.ports import Runtime
 from tether.worker import runtimes
 from tether.worker.copies import Generation
 from tether.worker.loadout import Loadout, Serving, loadout, serving
+from tether.worker.memory import Memory
 from tether.worker.runtimes.process import Options
 from tether.worker.warmup import warm_up
 
@@ -23,13 +24,20 @@ from tether.worker.warmup import warm_up
 class Loader:
     """Loads one version from its files, each time as its configuration says at that moment."""
 
-    def __init__(self, bus: Bus, manifest: Manifest, directory: Path, config: ModelConfig) -> None:
+    def __init__(self, bus: Bus, manifest: Manifest, directory: Path, config: ModelConfig, memory: Memory) -> None:
         self._bus = bus
         self.manifest = manifest
+        self._ref = ModelRef(manifest.name, manifest.version)
         self._directory = directory
+        self._memory = memory
         self.config = config
         self.current: Loadout | None = None
         """What was loaded last."""
+
+    @property
+    def lazy(self) -> bool:
+        """Whether it waits for its first job."""
+        return self.config.loading is Loading.LAZY and not self.config.pinned
 
     @property
     def wanted(self) -> Loadout:
@@ -40,12 +48,24 @@ class Loader:
         return serving(self.manifest, self.config, self._bus.settings)
 
     async def load(self) -> Generation:
-        """The first copy alone, so that one that fails does so once; then the others side by side.
+        """Load once there is room.
 
         Raises:
             ModelRejected: the framework refuses the files, or a warm-up run failed.
+            Unavailable: there is no room in memory.
         """
-        wanted, timeout_s = self.wanted, self.serving.run_timeout_s
+        wanted, before = self.wanted, self._memory.taken(self._ref)
+        await self._memory.reserve(self._ref, self.manifest.size * wanted.copies)
+        try:
+            made = await self._all(wanted, self.serving.run_timeout_s)
+        except BaseException:
+            self._memory.change(self._ref, before)
+            raise
+        self.current = wanted
+        return Generation(made, self._bus.clock)
+
+    async def _all(self, wanted: Loadout, timeout_s: float) -> list[Runtime]:
+        """The first copy alone, so that one that fails does so once; then the others side by side."""
         made: list[Runtime] = []
         try:
             made.append(await self._one(wanted, timeout_s))
@@ -59,8 +79,7 @@ class Loader:
             for runtime in made:
                 runtime.close()
             raise
-        self.current = wanted
-        return Generation(made, self._bus.clock)
+        return made
 
     async def _one(self, wanted: Loadout, timeout_s: float) -> Runtime:
         """Load in a thread; what nobody wants any more when it is ready is closed."""

@@ -107,6 +107,7 @@ class WorkerService:
         subject = self._liveness.subject(self.name)
         ready = () if leaving else self.holder.ready()
         metrics.MODELS_LOADED.set(len(ready))
+        metrics.MODELS_IN_MEMORY.set(len(self.holder.in_memory()))
         body = codec.encode(
             Heartbeat(
                 worker=self.name,
