@@ -82,3 +82,4 @@ def test_workers_tell_what_they_hold(http: httpx.Client) -> None:
     (worker,) = http.get("/v1/workers").json()["workers"]
     assert (worker["name"], worker["region"], worker["slots"]) == ("worker-1", "local", 2)
     assert worker["age_s"] < 5
+    assert (worker["labels"], worker["memory_bytes"]) == ({}, 0)

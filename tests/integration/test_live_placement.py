@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import bundles
 import models
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from brokers import Broker, wait_until
 from services import TENANT, Services, new_job, services
 
 from tether.dispatcher import service as dispatcher_service
+from tether.dispatcher.placement import rendezvous
 from tether.errors import ConfigError
 from tether.gateway_http.catalog import Served
 from tether.job import SHARED
@@ -64,6 +68,22 @@ async def test_one_replica_moves_when_its_worker_dies_and_back_without_a_gap(bro
 
         await wait_until(back, "it is back where it belongs", 30)
         assert set() not in seen
+        assert await ended(running, served) == {"succeeded"}
+
+
+async def test_a_version_that_its_worker_cannot_load_goes_to_another_one(broker: Broker, tmp_path: Path) -> None:
+    unable = max(("worker-1", "worker-2"), key=lambda name: rendezvous(name, "python:1"))
+    (able,) = {"worker-1", "worker-2"} - {unable}
+    guard = "        assert os.environ['OMP_NUM_THREADS'] != '3', 'too many threads'\n"
+    code = bundles.CODE.replace("        self.bias", f"{guard}        self.bias", 1)
+    async with services(broker, workers=0) as running:
+        await running.decide("python", replicas_max=1)
+        worker = await running.start_worker(unable, onnx_threads=3)
+        await running.push_bundle("python", bundles.write(tmp_path / "python", code=code), workers=0)
+        served = running.gateway.catalog.resolve("python", "1")
+        await wait_until(lambda: bool(worker.holder.failed()), "it cannot load it", 60)
+        await running.start_worker(able)
+        await wait_until(lambda: holders(running, served) == {able}, "the other one holds it", 60)
         assert await ended(running, served) == {"succeeded"}
 
 

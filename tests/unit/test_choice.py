@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tether.dispatcher.choice import Known, Offer, Placed, place
-from tether.dispatcher.crew import Crew
+from tether.dispatcher.crew import FAILING_S, Crew
 from tether.job import SHARED
 from tether.model import Assignment, Heartbeat, ModelRef, Registration
 from tether.model_config import Loading, ModelConfig
@@ -133,3 +133,34 @@ def test_until_everybody_was_heard_nothing_moves_that_has_a_number_of_replicas()
     told.said(chosen, Registration(chosen, "local", 2, ()), 12.0)
     assert now(12.0, listening=True) == {chosen: (a, b), other: (b,)}
     assert now(13.0, listening=False) == {chosen: (a, b)}
+
+
+def test_who_could_not_load_a_version_goes_after_the_others_for_a_while() -> None:
+    (a,) = versions("a")
+    (chosen,) = holders(placed((a,), crew(2), ModelConfig("a", replicas_max=1)), a)
+    (other,) = {"w0", "w1"} - {chosen}
+    told = Crew(1000.0, 8)
+    told.said(other, Heartbeat(other, 1, "local", (), (), 0, 2, 0.0), 0.0)
+
+    def says(at: float, ready: tuple[ModelRef, ...], failed: tuple[tuple[str, str], ...]) -> set[str]:
+        told.said(chosen, Heartbeat(chosen, 1, "local", ready, failed, 0, 2, 0.0), at)
+        held = told.place(
+            {SHARED: (a,)},
+            scopes={},
+            assigned={},
+            living={},
+            configs={"a": ModelConfig("a", replicas_max=1)},
+            now=at,
+            listening=False,
+        )
+        return {worker for worker, refs in held.items() if refs}
+
+    assert says(0.0, (), ()) == {chosen}
+    assert says(1.0, (), (("a:1", "why"),)) == {other}
+    assert says(2.0, (), ()) == {other}
+    assert says(1.0 + FAILING_S, (), ()) == {chosen}
+    assert says(70.0, (a,), (("a:1", "another configuration cannot be loaded"),)) == {chosen}
+    assert says(71.0, (), (("a:1", "why"), ("nonsense", ""), ("a:" + "9" * 5000, ""))) == {other}
+    assert says(72.0, (a,), ()) == {chosen}
+    alone = placed((a,), crew(2), ModelConfig("a", replicas_max=1), failing={(SHARED, a): {"w0", "w1"}})
+    assert holders(alone, a) == {chosen}

@@ -37,6 +37,9 @@ class Known:
     kept: Mapping[Place, AbstractSet[str]] = field(default_factory=dict)
     """Holders of versions with a number of replicas, while not all workers have been heard: these stay."""
 
+    failing: Mapping[Place, AbstractSet[str]] = field(default_factory=dict)
+    """Who could not load a version lately: chosen only when others do not suffice."""
+
     def config(self, ref: ModelRef) -> ModelConfig:
         return self.configs.get(ref.model) or default_config(ref.model)
 
@@ -117,7 +120,12 @@ class _Scope:
             return
         name = f"{ref.model}:{ref.version}"
         every = count >= len(self._offers)
-        ranked = self._offers if every else sorted(self._offers, key=lambda one: rendezvous(one, name), reverse=True)
+        failing = self._known.failing.get((self._scope, ref), frozenset())
+        ranked = (
+            self._offers
+            if every
+            else sorted(self._offers, key=lambda one: (one not in failing, rendezvous(one, name)), reverse=True)
+        )
         for worker in ranked:
             if len(chosen) >= count:
                 return

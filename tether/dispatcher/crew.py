@@ -14,6 +14,9 @@ from tether.model_config import ModelConfig
 
 log = logging.getLogger(__name__)
 
+FAILING_S = 60.0
+"""How long a worker that could not load a version goes after the others: what it lacks may be there by then."""
+
 
 class Crew:
     """Remembers what workers said they have. A worker counts until it was silent for ``timeout_s``."""
@@ -23,6 +26,8 @@ class Crew:
         self._most_copies = most_copies
         self._said: dict[str, tuple[Registration | Heartbeat, float]] = {}
         self._sizes: dict[ModelRef, int] = {}
+        self._failed_at: dict[tuple[str, ModelRef], float] = {}
+        """When a worker last said that it cannot load a version, nor has it loaded."""
         self._last: tuple[object, Placed] | None = None
         """What was last asked, and the answer: most of the time nothing has changed."""
         self.reasons: dict[Place, str] = {}
@@ -30,6 +35,17 @@ class Crew:
 
     def said(self, worker: str, what: Registration | Heartbeat, now: float) -> None:
         self._said[worker] = (what, now)
+        if isinstance(what, Heartbeat):
+            for name, _ in what.failed:
+                model, _, version = name.rpartition(":")
+                if (
+                    version.isdecimal()
+                    and len(version) < 10
+                    and (ref := ModelRef(model, int(version))) not in what.ready
+                ):
+                    self._failed_at[worker, ref] = now
+            for ref in what.ready:
+                self._failed_at.pop((worker, ref), None)
 
     def version(self, manifest: Manifest) -> None:
         """A version that there is, for its size."""
@@ -57,13 +73,21 @@ class Crew:
         }
         beats = {worker: beat.ready for worker, beat in living.items() if beat.scope == scopes.get(worker, SHARED)}
         kept = _holders(assigned) if listening and assigned.keys() - offers.keys() else {}
-        question = (dict(models), offers, dict(configs), beats, kept, dict(self._sizes))
+        failing = self._failing(scopes, now)
+        question = (dict(models), offers, dict(configs), beats, kept, dict(self._sizes), failing)
         if self._last is None or self._last[0] != question:
             ready = _ready(beats, offers)
-            found = place(models, offers, Known(self._sizes, configs, ready, self._most_copies, kept))
+            found = place(models, offers, Known(self._sizes, configs, ready, self._most_copies, kept, failing))
             self._last = (question, found)
             self._tell(found)
         return self._last[1].held
+
+    def _failing(self, scopes: Mapping[str, str], now: float) -> dict[Place, set[str]]:
+        self._failed_at = {key: at for key, at in self._failed_at.items() if now - at < FAILING_S}
+        found: dict[Place, set[str]] = {}
+        for worker, ref in self._failed_at:
+            found.setdefault((scopes.get(worker, SHARED), ref), set()).add(worker)
+        return found
 
     def _tell(self, found: Placed) -> None:
         for (scope, ref), reason in found.reasons.items():

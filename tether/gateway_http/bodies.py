@@ -300,7 +300,8 @@ class FailedModel(Struct):
 
 
 class Worker(Struct):
-    """A worker as its last heartbeat told; `age_s` is how many seconds ago that was."""
+    """A worker as its last heartbeat told; `age_s` is how many seconds ago that was. `memory_bytes`: of files of models, 0
+    as many as come."""
 
     name: str
     region: str
@@ -309,6 +310,8 @@ class Worker(Struct):
     running: int
     slots: int
     age_s: float
+    labels: dict[str, str]
+    memory_bytes: int
 
 
 class Workers(Struct):

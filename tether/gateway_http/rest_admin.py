@@ -48,6 +48,8 @@ def _worker(beat: Heartbeat, now: float) -> bodies.Worker:
         running=beat.running,
         slots=beat.slots,
         age_s=round(max(0.0, now - beat.sent_at), 3),
+        labels=dict(beat.labels),
+        memory_bytes=beat.memory,
     )
 
 
