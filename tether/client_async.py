@@ -204,6 +204,7 @@ class AsyncClient:
         isolation: str | None = None,
         run_timeout_s: float | None = None,
         config: Json | None = None,
+        version: int | None = None,
         progress: Progress | None = None,
         timeout: float = client_push.PUSH_TIMEOUT_S,
     ) -> Json:
@@ -211,9 +212,11 @@ class AsyncClient:
 
         Only pieces that the store does not have are sent, so a push that broke off goes on where it was.
         ``progress`` is called with the bytes that are there. ``isolation`` is 'thread' (of the worker) or 'process'; a run
-        that takes longer than ``run_timeout_s`` ends the model's process. ``config`` is as for :meth:`configure`.
+        that takes longer than ``run_timeout_s`` ends the model's process. ``config`` is as for :meth:`configure`. With ``version`` it
+        becomes that one or none.
 
         Raises:
+            Conflict: ``version`` is something else already, or not the next one.
             ModelRejected: the file is no model that can be served.
             InvalidRequest: it cannot be read.
         """
@@ -224,6 +227,7 @@ class AsyncClient:
             "isolation": isolation,
             "run_timeout_s": run_timeout_s,
             "config": config,
+            "version": version,
         }
         return await self.run(lambda policy: client_push.push(policy, name, model, params, progress), timeout)
 

@@ -122,6 +122,8 @@ class PushRequest(msgspec.Struct, frozen=True):
     """The pusher may push programs."""
     config: dict[str, Any] = {}
     """A merge patch of the model's configuration, made when the version is."""
+    version: int = 0
+    """The number it is to have, which must be the next one; 0: whatever that is."""
 
 
 class PushAnswer(msgspec.Struct, frozen=True):

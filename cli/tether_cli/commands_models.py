@@ -90,6 +90,12 @@ def push(
     config: Annotated[
         str | None, typer.Option("--config", metavar="FILE", help="JSON of what 'tether model config' can set.")
     ] = None,
+    version: Annotated[
+        int | None,
+        typer.Option(
+            "--version", metavar="N", min=1, help="The number it is to have; fails when the next one is another."
+        ),
+    ] = None,
     url: Url = None,
     timeout: Timeout = 600.0,
     json_output: JsonFlag = False,
@@ -107,6 +113,7 @@ def push(
             isolation=isolation,
             run_timeout_s=run_timeout_s,
             config=None if config is None else read_config(config),
+            version=version,
             progress=done,
             timeout=timeout,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -14,6 +15,7 @@ from served import Served
 
 from tether import Client
 from tether.client_push import LocalFile, local_model
+from tether.errors import Conflict
 
 
 @pytest.fixture
@@ -107,3 +109,36 @@ def test_a_description_that_does_not_add_up_is_refused(
     answer = http.post("/v1/models/m/versions:register", json={"files": [{**model.described(), **change}]})
     assert answer.status_code == 400, answer.text
     assert word in answer.json()["error"]
+
+
+def test_of_two_clients_that_push_the_same_version_one_wins(served: Served, tmp_path: Path) -> None:
+    """The other is told so, and nothing of it is there; the same push again, by whoever, is no other push."""
+    name, count = "contested", 6
+    paths = [tmp_path / f"{number}.onnx" for number in range(count)]
+    for number, path in enumerate(paths):
+        path.write_bytes(models.add(float(number)))
+
+    def attempt(path: Path, version: int) -> str | int:
+        with Client(served.url, served.key) as client:
+            try:
+                return int(client.push(name, path, version=version)["version"])
+            except Conflict as error:
+                return error.message
+
+    for version in (1, 2):
+        with ThreadPoolExecutor(count) as pool:
+            ends = list(pool.map(attempt, paths[version - 1 :], [version] * count))
+        assert ends.count(version) == 1
+        assert sum(f"the next one is {version + 1}" in str(end) for end in ends) == len(ends) - 1
+        winner = paths[version - 1 + ends.index(version)]
+        assert attempt(winner, version) == version
+    with served.client() as http:
+        shown = http.get(f"/v1/models/{name}").json()
+        assert [found["version"] for found in shown["versions"]] == [1, 2]
+        late = http.post(f"/v1/models/{name}/versions", content=models.add(99.0), params={"version": 2})
+        assert (late.status_code, late.json()["code"]) == (409, "conflict")
+        early = http.post(f"/v1/models/{name}/versions", content=models.add(99.0), params={"version": 7})
+        assert early.status_code == 409
+        assert (
+            http.post(f"/v1/models/{name}/versions", content=models.add(99.0), params={"version": 3}).status_code == 201
+        )

@@ -143,7 +143,8 @@ class VersionFiles(Struct):
 class NewVersion(Struct, forbid_unknown_fields=True):
     """Files whose pieces are stored, to become a version. `platform` is its format; one that is a program needs the scope
     `models:code`. `run_timeout_s` ends the process of a model whose run takes longer; 0 is the worker's setting. `config`
-    changes how the model is served, before the version can be seen."""
+    changes how the model is served, before the version can be seen. With `version` it becomes that one or, where that is not the next
+    one, none."""
 
     files: Annotated[list[NewFile], Meta(min_length=1, max_length=1024)]
     max_batch_size: Annotated[int, Meta(ge=-1, le=65536)] = -1
@@ -152,6 +153,7 @@ class NewVersion(Struct, forbid_unknown_fields=True):
     isolation: Literal["", "thread", "process"] = ""
     run_timeout_s: Annotated[float, Meta(ge=0, le=86_400)] = 0.0
     config: ConfigPatch = {}
+    version: Annotated[int, Meta(ge=0, lt=1_000_000_000)] = 0
 
 
 class DamagedPiece(Struct):

@@ -84,6 +84,7 @@ async def _register(call: Call) -> Reply:
         platform=wanted.platform,
         trusted="models:code" in call.caller.scopes,
         config=checked_patch(call, name, wanted.config),
+        version=wanted.version,
     )
     answer = await registered(call, request)
     return Reply(pushed(answer, 0), 201 if answer.created else 200)
@@ -164,6 +165,6 @@ ROWS = [
         {201: bodies.PushedVersion, 200: bodies.PushedVersion},
         "models:write",
         body=bodies_models.NewVersion,
-        errors=(404, 422, 429, 503, 504),
+        errors=(404, 409, 422, 429, 503, 504),
     ),
 ]

@@ -38,6 +38,10 @@ class PushQuery(Struct, forbid_unknown_fields=True):
         int, Meta(ge=-1, le=65536, description="Most rows of one run; 0: not batched; -1: as the model allows.")
     ] = AUTOMATIC
     max_delay_ms: Annotated[float, Meta(ge=0, le=10_000, description="How long a request may wait for company.")] = 2.0
+    version: Annotated[
+        int,
+        Meta(ge=0, lt=1_000_000_000, description="The number it is to have, which must be the next one; 0: that one."),
+    ] = 0
 
 
 async def _list(call: Call) -> Reply:
@@ -120,7 +124,8 @@ async def _push(call: Call) -> Reply:
         )
     query: PushQuery = call.query
     publisher = f"key:{call.caller.id}"
-    answer = await registered(call, PushRequest(name, (file,), query.max_batch_size, query.max_delay_ms, publisher))
+    wish = PushRequest(name, (file,), query.max_batch_size, query.max_delay_ms, publisher, version=query.version)
+    answer = await registered(call, wish)
     return Reply(pushed(answer, stored), 201 if answer.created else 200)
 
 
@@ -213,6 +218,6 @@ ROWS = [
             Header("x-tether-sha256", "Hex SHA-256 of the whole body; another body is refused."),
             Header("x-tether-filename", "The file's name, which must end in .onnx."),
         ),
-        errors=(404, 422, 429, 503, 504),
+        errors=(404, 409, 422, 429, 503, 504),
     ),
 ]

@@ -16,7 +16,7 @@ from tether.bus.connection import Bus, Stored
 from tether.bus.kv import KvBucket
 from tether.bus.model_files import open_manifest
 from tether.envelope import MessageType
-from tether.errors import BrokerUnavailable, EnvelopeError, Unavailable, VersionConflict
+from tether.errors import BrokerUnavailable, Conflict, EnvelopeError, Unavailable, VersionConflict
 from tether.model import LATEST, Alias, Manifest, Move
 from tether.subjects import token
 
@@ -71,19 +71,28 @@ class Registry:
         except EnvelopeError:
             return None
 
-    async def add(self, model: str, build: Callable[[int], Manifest], admit: Admit) -> tuple[Manifest, bool]:
+    async def add(
+        self, model: str, build: Callable[[int], Manifest], admit: Admit, wanted: int = 0
+    ) -> tuple[Manifest, bool]:
         """Give the next number to what ``build`` makes of it; False when the newest version is just the same. ``admit``
-        is asked before a new version is made, and raises when there must be none.
+        is asked before a new version is made, and raises when there must be none. ``wanted``: only as that number.
 
         Raises:
+            Conflict: the version ``wanted`` is something else, or not the next one.
             Unavailable: other writers won every time.
             BrokerUnavailable: no answer.
         """
         for _ in range(TRIES):
             newest, highest = await self.versions(model)
             manifest = build(highest + 1)
-            if newest is not None and _same(newest, manifest):
+            if newest is not None and wanted in (0, newest.version) and _same(newest, manifest):
                 return newest, False
+            if wanted not in (0, manifest.version):
+                raise Conflict(
+                    f"version {wanted} of model '{model}' cannot be made: the next one is {highest + 1}; push it as that, "
+                    f"or without a version",
+                    field="version",
+                )
             await admit(manifest)
             if await self._create(manifest):
                 return manifest, True

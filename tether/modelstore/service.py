@@ -146,7 +146,9 @@ class ModelStoreService:
         found = await self._look(request)
         build = assemble.manifest_builder(request, found, created_at=self._bus.clock.utc(), publisher=publisher)
         async with self._quota.turn(request.tenant):
-            manifest, created = await self._registry.add(request.name, build, partial(self._admit, request, publisher))
+            manifest, created = await self._registry.add(
+                request.name, build, partial(self._admit, request, publisher), request.version
+            )
         if request.config and not created:
             await self._configs.given(manifest, request.config, publisher)
         await self._registry.move(request.name, LATEST, manifest.version, forward_only=True)
