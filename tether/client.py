@@ -322,6 +322,18 @@ class Client:
         """Serve a model as by default again; one that is unloaded stays so."""
         return self.run(lambda policy: client_models.change_config(policy, name, "DELETE", None, revision))
 
+    def load(self, name: str, *, timeout: float | None = None) -> Json:
+        """Load a model that was unloaded, and wait until its newest version is held by a worker.
+
+        Raises:
+            ModelNotReady: no worker held it in time; it goes on being loaded.
+        """
+        return self.run(lambda policy: client_models.load(policy, name, "load"), timeout)
+
+    def unload(self, name: str) -> Json:
+        """Take a model out of all workers until it is loaded again. Its durable jobs wait; callers get ModelUnloaded."""
+        return self.run(lambda policy: client_models.load(policy, name, "unload"))
+
     # administration
 
     def store(self) -> Json:

@@ -314,6 +314,18 @@ class AsyncClient:
         """Serve a model as by default again; one that is unloaded stays so."""
         return await self.run(lambda policy: client_models.change_config(policy, name, "DELETE", None, revision))
 
+    async def load(self, name: str, *, timeout: float | None = None) -> Json:
+        """Load a model that was unloaded, and wait until its newest version is held by a worker.
+
+        Raises:
+            ModelNotReady: no worker held it in time; it goes on being loaded.
+        """
+        return await self.run(lambda policy: client_models.load(policy, name, "load"), timeout)
+
+    async def unload(self, name: str) -> Json:
+        """Take a model out of all workers until it is loaded again. Its durable jobs wait; callers get ModelUnloaded."""
+        return await self.run(lambda policy: client_models.load(policy, name, "unload"))
+
     # administration
 
     async def store(self) -> Json:

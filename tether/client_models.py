@@ -90,8 +90,8 @@ def change_config(policy: Policy, name: str, method: str, patch: Json | None, re
     return (yield from exchange_json(policy, ask, dict[str, Any]))
 
 
-def load(policy: Policy, name: str, what: str) -> Flow[None]:
+def load(policy: Policy, name: str, what: str) -> Flow[Json]:
     """``what``: load or unload."""
     path = f"/v2/repository/models/{quote(name, safe='')}/{what}"
     ask = Send("POST", path, b"{}", headers={"content-type": "application/json"}, timeout=policy.timeout)
-    yield from exchange_json(policy, ask, dict[str, Any])
+    return (yield from exchange_json(policy, ask, dict[str, Any]))

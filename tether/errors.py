@@ -122,6 +122,10 @@ class ModelNotFound(NotFound):
     code = "model_not_found"
 
 
+class ModelUnloaded(ModelNotFound):
+    code = "model_unloaded"
+
+
 class JobNotFound(NotFound):
     code = "job_not_found"
 

@@ -9,16 +9,21 @@ from tether.model_config import ModelConfig
 
 
 def served_versions(
-    config: ModelConfig, versions: Collection[int], aliases: Iterable[Alias] = (), held: Collection[int] = ()
+    config: ModelConfig,
+    versions: Collection[int],
+    aliases: Iterable[Alias] = (),
+    held: Collection[int] = (),
+    *,
+    loaded: bool | None = None,
 ) -> frozenset[int]:
     """Those of ``versions`` that should be served: none of a model that is unloaded; otherwise those of its version
     policy, and whatever an alias stands for or a shadow names.
 
     ``held`` are those that a worker holds. Under a policy of the latest so many, as many older ones as fill it stay
     until the newer ones are held: a push takes nothing away, and one that cannot be loaded least of all. The alias
-    ``latest`` keeps no version: what it means follows from the policy.
+    ``latest`` keeps no version: what it means follows from the policy. ``loaded`` counts instead of the configuration's.
     """
-    if not config.loaded:
+    if not (config.loaded if loaded is None else loaded):
         return frozenset()
     policy = config.versions
     if policy.specific:

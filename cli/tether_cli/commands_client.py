@@ -47,6 +47,8 @@ def _work() -> dict[str, Group]:
                 "list": models.listing,
                 "show": models.show,
                 "config": model_config.config,
+                "load": model_config.load,
+                "unload": model_config.unload,
                 "promote": models.promote,
                 "rollback": models.rollback,
                 "delete": models.delete,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tether_cli.options import ModelName, Url, connect
+from tether_cli.options import ModelName, Timeout, Url, connect
 from tether_cli.output import JsonFlag, print_json, print_table, say
 
 LARGEST = 1 << 20
@@ -68,6 +68,33 @@ def config(
         return
     print_table(("FIELD", "VALUE"), _rows(told))
     say(f"revision {told['revision']}" + (f", by {told['changed_by']}" if told["changed_by"] else ""))
+
+
+def load(
+    name: ModelName,
+    *,
+    url: Url = None,
+    timeout: Timeout = 60.0,
+    json_output: JsonFlag = False,
+) -> None:
+    """Load a model that was unloaded, and wait until its newest version is held by a worker."""
+    with connect(url, timeout) as client:
+        told = client.load(name)
+    _loaded(told, json_output=json_output)
+
+
+def unload(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) -> None:
+    """Take a model out of all workers until it is loaded again. Its durable jobs wait."""
+    with connect(url) as client:
+        told = client.unload(name)
+    _loaded(told, json_output=json_output)
+
+
+def _loaded(told: dict[str, Any], *, json_output: bool) -> None:
+    if json_output:
+        print_json(told)
+    else:
+        typer.echo(f"{told['name']} {told['version']} {told['state']}")
 
 
 def _patch(assignments: list[str], file: str | None) -> dict[str, Any]:

@@ -58,6 +58,8 @@ ASKED: dict[tuple[str, str], Asked] = {
     ("POST", "/v2/models/{model}/infer"): Asked("model", INFER),
     ("POST", "/v2/models/{model}/versions/{version}/infer"): Asked("model", INFER),
     ("POST", "/v2/repository/index"): Asked(lists="model"),
+    ("POST", "/v2/repository/models/{model}/load"): MODEL,
+    ("POST", "/v2/repository/models/{model}/unload"): MODEL,
     ("POST", "/v1/inference"): Asked("model", {"modelId": "{model}", "inputData": [[1, 2, 3, 4]]}),
     ("POST", "/v1/jobs"): Asked("model", JOB),
     ("POST", "/v1/jobs:batch"): Asked("model", {"jobs": [JOB]}),

@@ -6,6 +6,7 @@ import models
 import msgspec
 import pytest
 from brokers import Broker, wait_until
+from configs import configure
 from services import Services
 
 from tether import codec, metrics
@@ -23,6 +24,7 @@ from tether.envelope import Identity, MessageType, Role, Signer, new_identity, s
 from tether.errors import Forbidden, Unauthenticated
 from tether.gateway_http import core
 from tether.home import Home, load_identity, write_secret
+from tether.model_config import ModelConfig
 from tether.subjects import token
 from tether.tenant import Tenant
 
@@ -157,6 +159,7 @@ async def test_what_a_revoked_model_store_signed_before_the_leak_is_signed_anew_
 ) -> None:
     home = broker.home
     served = await one.push("m", models.add(1.0))
+    await configure(one, ModelConfig("m", revision=1, threads=1))
     old = load_identity(home.identity("modelstore"))
     leak = SystemClock().utc_ms()
     await wait_until(lambda: SystemClock().utc_ms() > leak, "time goes on", WAIT_S)
@@ -167,7 +170,8 @@ async def test_what_a_revoked_model_store_signed_before_the_leak_is_signed_anew_
     done = await resign(broker.settings, home, {old.kid}, leak)
     key = one.bus.names.version_key("m", served.manifest.version)
     assert f"models/{key}" in done.signed
-    assert len(done.signed) == 2  # and its alias
+    assert "configs/m" in done.signed
+    assert len(done.signed) == 3  # and its alias
     assert done.left == ["aliases/theirs"]
     identities.revoke(home, root(home), old.kid.hex())
     async with Bus.connect(broker.settings, home, "gateway", follow=False) as bus:
@@ -182,4 +186,4 @@ async def test_what_a_revoked_model_store_signed_before_the_leak_is_signed_anew_
 async def test_a_key_does_not_vouch_for_what_it_signed_itself(broker: Broker) -> None:
     await prepared(broker)
     done = await resign(broker.settings, broker.home, keys_of(broker.home, "modelstore"), SystemClock().utc_ms())
-    assert done.nobody == ["models", "aliases"]
+    assert done.nobody == ["models", "aliases", "configs"]

@@ -14,7 +14,14 @@ from tether.gateway_http.auth import ANY_SCOPE, Caller
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.request import Incoming
 
-_KINDS = {"keys": Kind.KEY, "tenants": Kind.TENANT, "models": Kind.MODEL, "jobs": Kind.JOB, "sessions": Kind.AUTH}
+_KINDS = {
+    "repository": Kind.MODEL,
+    "keys": Kind.KEY,
+    "tenants": Kind.TENANT,
+    "models": Kind.MODEL,
+    "jobs": Kind.JOB,
+    "sessions": Kind.AUTH,
+}
 """By what follows the version in a path; every other act is one of administration."""
 
 _ACTS = ("admin", "models:write", "jobs", ANY_SCOPE)
@@ -98,7 +105,7 @@ def act(
         actor=actor(key),
         action=route,
         outcome=outcome,
-        model=str(path.get("name", "")) if kind is Kind.MODEL else "",
+        model=str(path.get("name") or path.get("model", "")) if kind is Kind.MODEL else "",
         job=str(path.get("id", ""))[:32] if kind is Kind.JOB else "",
         request_id=request_id,
         detail=" ".join(told),

@@ -93,33 +93,6 @@ class ModelReady(Struct):
     ready: bool
 
 
-class ConfigTensor(Struct):
-    """An input or output in Triton's terms; `dims` are without the batch axis when `max_batch_size` is above 0."""
-
-    name: str
-    data_type: str
-    dims: list[int]
-
-
-class DynamicBatching(Struct):
-    """How long a request may wait for company, in microseconds."""
-
-    max_queue_delay_microseconds: int
-
-
-class TritonConfig(Struct, omit_defaults=True):
-    """Triton's model configuration, as far as it applies."""
-
-    name: str
-    platform: str
-    backend: str
-    max_batch_size: int
-    input: list[ConfigTensor]
-    output: list[ConfigTensor]
-    default_model_filename: str
-    dynamic_batching: DynamicBatching | UnsetType = UNSET
-
-
 class IndexBody(Struct):
     """Which versions to list: all, or those that are ready."""
 
@@ -127,7 +100,8 @@ class IndexBody(Struct):
 
 
 class IndexEntry(Struct):
-    """One version. `state` is READY or UNAVAILABLE, and `reason` says why it is the latter."""
+    """One version. `state` is READY, UNLOADING (workers still let go of it) or UNAVAILABLE, and `reason` says why it is not
+    the first."""
 
     name: str
     version: str
@@ -215,7 +189,8 @@ class Jobs(Struct, omit_defaults=True):
 
 
 class ModelSummary(Struct):
-    """A model; platform, size (bytes) and creation time are those of its newest version."""
+    """A model; platform, size (bytes) and creation time are those of its newest version. `loaded` is false when it was
+    unloaded on purpose."""
 
     name: str
     versions: list[int]
@@ -224,6 +199,7 @@ class ModelSummary(Struct):
     platform: str
     size: int
     created_at: str
+    loaded: bool = True
 
 
 class Models(Struct):
@@ -241,7 +217,8 @@ class StoredFile(Struct):
 
 
 class VersionDetail(Struct):
-    """One immutable version. `workers`: how many answer for it just now; `reason`: why fewer than its configuration asks for."""
+    """One immutable version. `workers`: how many answer for it just now; `reason`: why fewer than its configuration asks
+    for; `served`: the version policy serves it."""
 
     version: int
     platform: str
@@ -256,14 +233,16 @@ class VersionDetail(Struct):
     workers: int
     ready: bool
     reason: str
+    served: bool = True
 
 
 class ModelDetail(Struct):
-    """A model with all of its versions, oldest first."""
+    """A model with all of its versions, oldest first; `loaded` is false when it was unloaded on purpose."""
 
     name: str
     aliases: dict[str, int]
     versions: list[VersionDetail]
+    loaded: bool = True
 
 
 class PushedVersion(Struct):

@@ -15,11 +15,12 @@ from tether import codec
 from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
 from tether.envelope import MessageType
-from tether.errors import BadEncoding, ModelNotFound, ModelNotReady
+from tether.errors import BadEncoding, ModelNotFound, ModelNotReady, ModelUnloaded
 from tether.job import SHARED, Lane, LaneKind, Priority
 from tether.model import LATEST, Alias, Manifest, Route, TensorSpec, check_name
 from tether.model_config import ModelConfig, default_config
 from tether.subjects import name_of, token
+from tether.version_policy import served_versions
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Catalog:
         self._aliases: dict[str, dict[str, Alias]] = {}
         self._moved = asyncio.Event()
         self._configs: dict[str, ModelConfig] = {}
+        self._policies: dict[str, frozenset[int]] = {}
         self._listeners: list[Callable[[str], None]] = []
         self._routes: dict[tuple[str, int, str], Route] = {}
         self._keys: dict[str, tuple[str, int]] = {}
@@ -90,6 +92,7 @@ class Catalog:
     def _model_changed(self, key: str, body: bytes | None) -> None:
         if body is None:
             name, version = self._keys.pop(key, ("", 0))
+            self._policies.pop(name, None)
             self._served.get(name, {}).pop(version, None)
             if name and not self._served.get(name):
                 self._served.pop(name, None)
@@ -100,6 +103,7 @@ class Catalog:
             return
         lane = Lane(LaneKind.INFER, manifest.name, manifest.version, self._bus.settings.region)
         specs = {spec.name: spec for spec in manifest.inputs}
+        self._policies.pop(manifest.name, None)
         known = key in self._keys
         self._keys[key] = (manifest.name, manifest.version)
         self._served.setdefault(manifest.name, {})[manifest.version] = Served(manifest, specs, lane)
@@ -110,14 +114,17 @@ class Catalog:
         alias = None if body is None else _decoded(body, Alias)
         if body is None:
             model, _, name = key.partition(".")
+            self._policies.pop(name_of(model), None)
             self._aliases.get(name_of(model), {}).pop(name_of(name), None)
         elif alias is not None and key == f"{token(alias.model)}.{token(alias.name)}":
+            self._policies.pop(alias.model, None)
             self._aliases.setdefault(alias.model, {})[alias.name] = alias
         self._moved.set()
         self._moved = asyncio.Event()
 
     def _config_changed(self, key: str, body: bytes | None) -> None:
         config = None if body is None else _decoded(body, ModelConfig)
+        self._policies.pop(name_of(key), None)
         if body is None:
             self._configs.pop(name_of(key), None)
             self._tell(name_of(key))
@@ -132,6 +139,7 @@ class Catalog:
             return
         route = _decoded(body, Route)
         if route is not None and key == self._bus.names.version_key(route.model, route.version, route.scope):
+            self._policies.pop(route.model, None)
             self._routes[route.model, route.version, route.scope] = route
 
     # reading
@@ -144,8 +152,20 @@ class Catalog:
 
         Raises:
             BadName: the name is not one a model could have.
-            ModelNotFound: there is no such model, version or alias.
+            ModelNotFound: there is no such model, version or alias, or the version policy does not serve that version.
         """
+        served = self.known(model, version, sticky, caller)
+        number = served.manifest.version
+        if not self.serves(model, number):
+            listed = ", ".join(map(str, sorted(self._open(model)))) or "none"
+            raise ModelNotFound(
+                f"version {number} of model '{model}' is not served: its version policy serves {listed}",
+                field="version",
+            )
+        return served
+
+    def known(self, model: str, version: str, sticky: str = "", caller: str = "") -> Served:
+        """:meth:`resolve`, of versions that are not served too."""
         versions = self._served.get(model)
         if versions is None:
             raise no_model(model)
@@ -161,13 +181,33 @@ class Catalog:
 
     def _alias(self, model: str, name: str, sticky: str, caller: str) -> int:
         found = self._aliases.get(model, {}).get(name)
+        if name == LATEST and (found is None or not found.split):
+            newest = self._latest(model, found)
+            return newest if self.serves(model, newest) else max(self._open(model), default=newest)
         if found is None:
-            return max(self._served[model], default=0) if name == LATEST else 0
-        if found.split:
-            return drawn(found, sticky or (caller if found.sticky else ""))
-        if name == LATEST and found.previous and not self._held(model, found.version):
+            return 0
+        return drawn(found, sticky or (caller if found.sticky else "")) if found.split else found.version
+
+    def _latest(self, model: str, found: Alias | None) -> int:
+        if found is None:
+            return max(self._served[model], default=0)
+        if found.previous and not self._held(model, found.version):
             return self._still_ready(model, found)
         return found.version
+
+    def serves(self, model: str, version: int) -> bool:
+        """Whether a model's version policy serves a version; one that is unloaded is served when it is loaded again."""
+        return model not in self._configs or version in self._open(model)
+
+    def _open(self, model: str) -> frozenset[int]:
+        """The versions that are served, worked out once for each change of anything that they depend on."""
+        found = self._policies.get(model)
+        if found is None:
+            versions, aliases = self._served.get(model, {}), self._aliases.get(model, {})
+            held = [number for number in versions if self._held(model, number)]
+            found = served_versions(self.config(model), versions, aliases.values(), held, loaded=True)
+            self._policies[model] = found
+        return found
 
     def _still_ready(self, model: str, latest: Alias) -> int:
         """While nobody holds what was pushed last, ``latest`` stays what it was."""
@@ -211,10 +251,24 @@ class Catalog:
 
         Raises:
             ModelNotReady
+            ModelUnloaded
         """
+        if not self.loaded(served.manifest.name):
+            name = served.manifest.name
+            raise ModelUnloaded(f"model '{name}' is unloaded; load it with 'tether model load {name}'", field="model")
         self.require_lane(served, scope)
         if scope != SHARED and not self.workers(served, scope):
             raise ModelNotReady(no_worker(served, scope, self.reason(served, scope)))
+
+    def ready(self, served: Served, scope: str = SHARED) -> bool:
+        """Whether a request for the version would be run just now."""
+        name = served.manifest.name
+        return self.loaded(name) and self.serves(name, served.manifest.version) and bool(self.workers(served, scope))
+
+    def loaded(self, model: str) -> bool:
+        """Whether a model is not unloaded on purpose."""
+        config = self._configs.get(model)
+        return config is None or config.loaded
 
     def config(self, model: str) -> ModelConfig:
         """What is decided about a model; of one without an entry, the defaults."""

@@ -21,6 +21,7 @@ from tether.gateway_http import (
     rest_models,
     rest_oip,
     rest_ops,
+    rest_repository,
     rest_sessions,
     rest_shadows,
     rest_simple,
@@ -59,6 +60,7 @@ def table() -> list[Row]:
 
     rows = [
         *rest_oip.ROWS,
+        *rest_repository.ROWS,
         *rest_simple.ROWS,
         *rest_jobs.ROWS,
         *rest_models.ROWS,

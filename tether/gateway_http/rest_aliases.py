@@ -7,7 +7,7 @@ from typing import Any
 from tether import codec
 from tether.bus import rpc
 from tether.envelope import MessageType
-from tether.errors import InvalidRequest, ModelNotReady, TetherError
+from tether.errors import InvalidRequest, ModelNotFound, ModelNotReady, TetherError
 from tether.gateway_http import bodies_models
 from tether.gateway_http.job_view import rfc3339
 from tether.gateway_http.rest_models import TAG
@@ -50,7 +50,10 @@ def _require_ready(call: Call, versions: list[int]) -> None:
     """Refuse to send requests where nobody would answer them."""
     catalog, model = call.gateway.catalog, _model(call)
     for number in filter(None, versions):
-        if not catalog.workers(catalog.resolve(model, str(number))):
+        served = catalog.versions(model).get(number)
+        if served is None:
+            raise ModelNotFound(f"model '{model}' has no version '{number}'", field="version")
+        if not catalog.workers(served):
             raise ModelNotReady(
                 f"no worker holds version {number} of model '{model}' yet; wait, or set 'force'", field="version"
             )

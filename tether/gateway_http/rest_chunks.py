@@ -91,7 +91,7 @@ async def _register(call: Call) -> Reply:
 
 
 async def _files(call: Call) -> Reply:
-    manifest = call.gateway.catalog.resolve(_name(call), call.path("version")).manifest
+    manifest = call.gateway.catalog.known(_name(call), call.path("version")).manifest
     files = [_described(file) for file in manifest.files]
     return Reply(bodies_models.VersionFiles(manifest.name, manifest.version, manifest.platform, files))
 
@@ -104,7 +104,7 @@ def _described(file: ModelFile) -> bodies_models.NewFile:
 async def _get(call: Call) -> Reply:
     """A piece, to those who may read a version that it belongs to."""
     name, digest = _name(call), _digest(call.path("digest"), "digest")
-    manifest = call.gateway.catalog.resolve(name, call.path("version")).manifest
+    manifest = call.gateway.catalog.known(name, call.path("version")).manifest
     if not any(digest in file.chunks for file in manifest.files):
         raise NotFound(f"version {manifest.version} of model '{name}' has no piece {digest}", field="digest")
     async with aclosing(_store(call).get([digest])) as pieces:

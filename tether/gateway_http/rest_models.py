@@ -57,7 +57,8 @@ def _summary(catalog: Catalog, name: str, scope: str) -> bodies.ModelSummary:
         name=name,
         versions=list(versions),
         aliases=catalog.aliases(name),
-        ready=bool(catalog.workers(newest, scope)),
+        ready=catalog.ready(newest, scope),
+        loaded=catalog.loaded(name),
         platform=newest.manifest.platform,
         size=newest.manifest.size,
         created_at=rfc3339(newest.manifest.created_at),
@@ -68,14 +69,11 @@ async def _show(call: Call) -> Reply:
     catalog, name = call.gateway.catalog, call.path("name")
     call.caller.check_model(name)
     versions = catalog.versions(name)
-    details = [
-        _detail(served, len(catalog.workers(served, call.scope)), catalog.reason(served, call.scope))
-        for served in versions.values()
-    ]
-    return Reply(bodies.ModelDetail(name, catalog.aliases(name), details))
+    details = [_detail(catalog, served, call.scope) for served in versions.values()]
+    return Reply(bodies.ModelDetail(name, catalog.aliases(name), details, loaded=catalog.loaded(name)))
 
 
-def _detail(served: Served, workers: int, reason: str) -> bodies.VersionDetail:
+def _detail(catalog: Catalog, served: Served, scope: str) -> bodies.VersionDetail:
     manifest = served.manifest
     return bodies.VersionDetail(
         version=manifest.version,
@@ -88,9 +86,10 @@ def _detail(served: Served, workers: int, reason: str) -> bodies.VersionDetail:
         size=manifest.size,
         created_at=rfc3339(manifest.created_at),
         publisher=manifest.publisher,
-        workers=workers,
-        ready=workers > 0,
-        reason=reason,
+        workers=len(catalog.workers(served, scope)),
+        ready=catalog.ready(served, scope),
+        served=catalog.serves(manifest.name, manifest.version),
+        reason=catalog.reason(served, scope),
     )
 
 

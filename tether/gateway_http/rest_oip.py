@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tether import __version__, model
-from tether.gateway_http import bodies
-from tether.gateway_http.catalog import Catalog, Served, no_worker
+from tether.gateway_http import bodies, bodies_triton
+from tether.gateway_http.catalog import Served
 from tether.gateway_http.routing import OCTETS, Call, Handler, Header, Media, Reply, Row
+from tether.gateway_http.triton_form import triton_config
 
-EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration")
+EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository")
 """Extensions of the protocol that are served in full."""
 
 TAG = "Open Inference Protocol"
 
 _MODEL = "/v2/models/{model}"
 _VERSION = "/v2/models/{model}/versions/{version}"
-
-_TRITON_TYPES = {"BYTES": "TYPE_STRING"}
 
 
 async def _server(call: Call) -> Reply:
@@ -47,57 +46,13 @@ async def _metadata(call: Call) -> Reply:
 
 async def _model_ready(call: Call) -> Reply:
     served = _served(call)
-    ready = bool(call.gateway.catalog.workers(served, call.scope))
+    ready = call.gateway.catalog.ready(served, call.scope)
     return Reply(bodies.ModelReady(served.manifest.name, ready), 200 if ready else 400)
 
 
 async def _config(call: Call) -> Reply:
-    return Reply(triton_config(_served(call).manifest))
-
-
-def triton_config(manifest: model.Manifest) -> bodies.TritonConfig:
-    """A version as Triton's ``ModelConfig``: Triton's datatype names, and dims without the batch axis."""
-    batching = manifest.batching
-    found = bodies.TritonConfig(
-        name=manifest.name,
-        platform=manifest.platform,
-        backend=manifest.platform.partition("_")[0],
-        max_batch_size=batching.max_batch_size,
-        input=_config_tensors(manifest.inputs, batched=bool(batching.max_batch_size)),
-        output=_config_tensors(manifest.outputs, batched=bool(batching.max_batch_size)),
-        default_model_filename=manifest.files[0].path,
-    )
-    if batching.max_batch_size:
-        found.dynamic_batching = bodies.DynamicBatching(int(batching.max_delay_ms * 1000))
-    return found
-
-
-def _config_tensors(specs: tuple[model.TensorSpec, ...], *, batched: bool) -> list[bodies.ConfigTensor]:
-    return [
-        bodies.ConfigTensor(
-            spec.name,
-            _TRITON_TYPES.get(spec.datatype, f"TYPE_{spec.datatype}"),
-            list(spec.shape[1:] if batched else spec.shape),
-        )
-        for spec in specs
-    ]
-
-
-async def _index(call: Call) -> Reply:
-    catalog, wanted = call.gateway.catalog, call.body.ready
-    entries = [
-        _index_entry(catalog, served, call.scope)
-        for name in catalog.names()
-        if call.caller.sees(name)
-        for served in catalog.versions(name).values()
-    ]
-    return Reply([entry for entry in entries if entry.state == "READY" or not wanted])
-
-
-def _index_entry(catalog: Catalog, served: Served, scope: str) -> bodies.IndexEntry:
-    manifest, ready = served.manifest, bool(catalog.workers(served, scope))
-    reason = "" if ready else no_worker(served, scope, catalog.reason(served, scope))
-    return bodies.IndexEntry(manifest.name, str(manifest.version), "READY" if ready else "UNAVAILABLE", reason)
+    served = _served(call)
+    return Reply(triton_config(served.manifest, call.gateway.catalog.config(served.manifest.name)))
 
 
 _LENGTH = Header("inference-header-content-length", "Bytes of the JSON part, when binary tensors follow it.")
@@ -143,17 +98,6 @@ ROWS = [
     ),
     *_versioned("", "Model metadata", _metadata, {200: bodies.ModelMetadata}),
     *_versioned("/ready", "Whether a worker answers", _model_ready, {200: bodies.ModelReady, 400: bodies.ModelReady}),
-    *_versioned("/config", "Model configuration in Triton's form", _config, {200: bodies.TritonConfig}),
+    *_versioned("/config", "Model configuration in Triton's form", _config, {200: bodies_triton.TritonConfig}),
     *[_infer_row(root) for root in (_MODEL, _VERSION)],
-    Row(
-        "POST",
-        "/v2/repository/index",
-        "Every version and its state",
-        TAG,
-        _index,
-        {200: list[bodies.IndexEntry]},
-        "models:read",
-        body=bodies.IndexBody,
-        body_optional=True,
-    ),
 ]
