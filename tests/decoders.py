@@ -193,7 +193,7 @@ def decoders() -> tuple[Decoder, ...]:
         Decoder("oip binary", (binary,), lambda data: oip.parse_infer_request(data, length)),
         Decoder("oip answer", (binary.replace(b'"inputs"', b'"outputs"'),), lambda data: oip.parse_infer_response(data, length)),
         Decoder("json keys", (plain, job_body, b'{"a": {"a\\u0061": ":"}}'), json_keys.refuse_duplicates),
-        Decoder("onnx", (models.add(), models.looping(), models.with_function(), models.external()), onnx_wire.check_file),
+        Decoder("onnx", (models.add(), models.looping(), models.with_function(), models.external(offset="64", length="16"), models.external_attribute()), onnx_wire.check_file),
         Decoder("piece meta", (b'{"name":"a","bucket":"b","nuid":"c","size":1,"mtime":"","chunks":1,"digest":""}', b'{"name":"a","bucket":"b","nuid":"c","size":0,"mtime":"","chunks":0,"digest":"","deleted":true,"metadata":{"tether":"leaving","size":"7"}}'), _piece_meta),
         Decoder("ack", (b'{"stream":"S","seq":1,"error":{"code":400,"err_code":10071}}',), lambda data: parse_ack(data, None, "s")),
         Decoder("key text", (apikey.new_key_text().encode(),), lambda data: apikey.key_id(data.decode("latin-1"))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -147,14 +148,35 @@ def reshaping() -> bytes:
     return to_bytes(model(nodes, [value("x", "FP32", ["n", "w"])], [value("y", "FP32", ["n", 7, 2])], weights))
 
 
-def external(location: str = "weights.bin") -> bytes:
-    """Its weights are said to be in another file."""
+def external(location: str = "weights.bin", **more: str | None) -> bytes:
+    """:func:`add` for rows of 4, whose constant is said to be 16 bytes of another file; ``more`` are other entries."""
     proto = onnx.load_from_string(add())
     tensor = proto.graph.initializer[0]
+    tensor.dims[:] = [4]
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value=location)
+    for key, text in {"location": location, **more}.items():
+        if text is not None:
+            tensor.external_data.add(key=key, value=text)
     return to_bytes(proto)
+
+
+def external_attribute() -> bytes:
+    """A constant in the graph whose value is said to be in another file."""
+    proto = onnx.load_from_string(external())
+    node = helper.make_node("Constant", [], ["c"], value=proto.graph.initializer.pop())
+    proto.graph.node.insert(0, node)
+    return to_bytes(proto)
+
+
+def split(folder: Path, location: str = "weights.bin", *, width: int = 256) -> Path:
+    """A folder with a model that multiplies by a square of 2s, its weights in a file of their own."""
+    weight = numpy_helper.from_array(np.full((width, width), 2, np.float32), "w")
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    proto = model([node], [value("x", "FP32", ["n", width])], [value("y", "FP32", ["n", width])], [weight])
+    (folder / location).parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(proto, str(folder / "model.onnx"), save_as_external_data=True, location=location, size_threshold=0)
+    return folder
 
 
 def operator(kind: str, domain: str, *, nested: bool = False) -> bytes:

@@ -46,6 +46,7 @@ FORMATS = {
 """End of a file's name -> what the file is called in the store, and the platform that serves it."""
 
 BUNDLES = {
+    "model.onnx": "onnxruntime_onnx",
     "saved_model.pb": "tensorflow_savedmodel",
     "model.pt": "pytorch_libtorch",
     "model.json": "python",

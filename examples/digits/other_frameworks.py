@@ -1,6 +1,7 @@
-"""Write the network of ``digits.onnx`` for the other platforms: torch.export, TorchScript, SavedModel and a Python class.
+"""Write the network of ``digits.onnx`` for the other platforms: torch.export, TorchScript, SavedModel and a Python class,
+and as ONNX with its weights in a file of their own.
 
-Run ``python examples/digits/other_frameworks.py FOLDER torch tensorflow python``, with the frameworks of your choice; what it writes is
+Run ``python examples/digits/other_frameworks.py FOLDER torch tensorflow python onnx``, with the frameworks of your choice; what it writes is
 pushed with ``tether model push digits FOLDER/...``. The extras ``torch`` and ``tensorflow`` have the frameworks.
 """
 
@@ -106,7 +107,15 @@ def write_python(folder: Path, found: Weights) -> None:
     np.savez(bundle / "weights.npz", w1=found["w1"], b1=found["b1"], w2=found["w2"], b2=found["b2"])
 
 
-WRITERS = {"torch": write_torch, "tensorflow": write_tensorflow, "python": write_python}
+def write_onnx(folder: Path, _found: Weights) -> None:
+    """The folder ``external``: ``model.onnx``, and its weights in ``weights.bin``."""
+    (folder / "external").mkdir()
+    target = str(folder / "external" / "model.onnx")
+    network = onnx.load(str(HERE / "digits.onnx"))
+    onnx.save(network, target, save_as_external_data=True, location="weights.bin", size_threshold=0)
+
+
+WRITERS = {"onnx": write_onnx, "torch": write_torch, "tensorflow": write_tensorflow, "python": write_python}
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import frameworks
+import models
 import numpy as np
 import onnxruntime
 import pytest
@@ -23,6 +24,7 @@ from tether.tensor import NUMPY_DTYPES
 LABEL, PROBABILITIES = "label", "probabilities"
 PLATFORMS = {
     "digits.onnx": "onnxruntime_onnx",
+    "external": "onnxruntime_onnx",
     "digits.pt2": "pytorch_export",
     "digits.pt": "pytorch_libtorch",
     "savedmodel": "tensorflow_savedmodel",
@@ -59,8 +61,8 @@ def serve(served: Served, sdk: Client, name: str, path: Path) -> dict[str, Any]:
 
 def direct(folder: Path, name: str) -> dict[str, Any]:
     """What the framework answers without the platform."""
-    if name == "digits.onnx":
-        session = onnxruntime.InferenceSession(frameworks.EXAMPLE / name, providers=["CPUExecutionProvider"])
+    if name in ("digits.onnx", "external"):
+        session = onnxruntime.InferenceSession(frameworks.EXAMPLE / "digits.onnx", providers=["CPUExecutionProvider"])
         return dict(zip((LABEL, PROBABILITIES), session.run(None, {"image": frameworks.images()}), strict=True))
     if name == "python":
         made = runpy.run_path(str(folder / name / "model.py"))["Digits"]()
@@ -76,8 +78,8 @@ def test_every_platform_answers_as_its_framework(
     served: Served, sdk: Client, name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     folder = frameworks.EXAMPLE
-    if name == "python":
-        folder = frameworks.make(tmp_path / "made", "python")
+    if name in ("python", "external"):
+        folder = frameworks.make(tmp_path / "made", "python" if name == "python" else "onnx")
     elif name != "digits.onnx":
         folder = request.getfixturevalue("tensorflow_models" if name == "savedmodel" else "torch_models")
     model = f"digits-{name.replace('.', '-')}"
@@ -115,6 +117,19 @@ def test_strings_go_through_a_saved_model(served: Served, sdk: Client, tensorflo
     found = sdk.infer("shout", {"text": np.array([["ab"], ["\u00e4c"], [""]], dtype=np.object_)})
     assert [bytes(word) for word in found["loud"].flat] == [b"AB", "\u00e4C".encode(), b""]
     assert found["length"].flatten().tolist() == [2, 3, 0]
+
+
+def test_weights_of_an_onnx_model_may_be_pushed_beside_it(served: Served, sdk: Client, tmp_path: Path) -> None:
+    folder = models.split(tmp_path / "split", "parts/weights.bin")
+    serve(served, sdk, "split", folder)
+    ones = np.ones((2, 256), np.float32)
+    np.testing.assert_array_equal(sdk.infer("split", {"x": ones})["y"], np.full((2, 256), 512, np.float32))
+    assert {file["path"] for file in sdk.model("split")["versions"][0]["files"]} == {"model.onnx", "parts/weights.bin"}
+    with pytest.raises(ModelRejected, match=r"the file 'parts/weights\.bin' \(external data\), which is not here"):
+        sdk.push("split", folder / "model.onnx")
+    (folder / "notes.txt").write_text("x")
+    with pytest.raises(ModelRejected, match=r"in the file 'notes\.txt'"):
+        sdk.push("split", folder)
 
 
 def described(folder: Path, source: Path, signature: Any) -> Path:

@@ -122,6 +122,9 @@ SHORT = Limits(memory_mb=3072, cpu_s=2, wall_s=30)
         (models.external("/etc/passwd"), UnsafeModel),
         (models.external("a/../../x"), UnsafeModel),
         (models.external("link"), UnsafeModel),
+        (models.external("hard"), UnsafeModel),
+        (models.external(prepacked_0="0;4;0"), UnsafeModel),
+        (models.external_attribute(), UnsafeModel),
         (models.external("*/_ORT_MEM_ADDR_/1234"), UnsafeModel),
         (models.operator("EPContext", "com.microsoft", nested=True), UnsafeModel),
         (models.operator("Run", "evil.ops", nested=True), UnsafeModel),
@@ -129,15 +132,34 @@ SHORT = Limits(memory_mb=3072, cpu_s=2, wall_s=30)
         (models.looping(), ModelLimits),
         (models.zipmap(), ModelRejected),
     ],
-    ids=["absolute", "climbing", "symlink", "memory address", "compiled", "custom", "1 TB", "endless", "zipmap"],
+    ids=[
+        "absolute",
+        "climbing",
+        "symlink",
+        "hardlink",
+        "prepacked",
+        "attribute",
+        "memory address",
+        "compiled",
+        "custom",
+        "1 TB",
+        "endless",
+        "zipmap",
+    ],
 )
 async def test_a_model_is_refused_with_the_code_of_its_reason(
     tmp_path: Path, content: bytes, kind: type[ModelRejected]
 ) -> None:
-    (tmp_path / "link").symlink_to("/etc/passwd")
-    (tmp_path / "model.onnx").write_bytes(content)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    if b"link" in content:
+        (folder / "link").symlink_to("/etc/passwd")
+    if b"hard" in content:
+        (tmp_path / "secret").write_bytes(bytes(16))
+        (folder / "hard").hardlink_to(tmp_path / "secret")
+    (folder / "model.onnx").write_bytes(content)
     with pytest.raises(ModelRejected) as caught:
-        await inspect(tmp_path, "inspect_onnx", SHORT)
+        await inspect(folder, "inspect_onnx", SHORT)
     assert type(caught.value) is kind
     assert "passwd" not in caught.value.message
 

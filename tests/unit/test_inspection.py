@@ -78,8 +78,38 @@ async def test_what_is_not_onnx_is_refused(tmp_path: Path, content: bytes) -> No
 
 
 @pytest.mark.parametrize("location", ["weights.bin", "../../etc/passwd", "*/_ORT_MEM_ADDR_/1234"])
-async def test_external_data_is_refused_wherever_it_points(tmp_path: Path, location: str) -> None:
+async def test_external_data_that_is_not_there_is_refused(tmp_path: Path, location: str) -> None:
     assert "external data" in await refusal(tmp_path, models.external(location))
+
+
+@pytest.mark.parametrize("location", ["weights.bin", "parts/w.0"])
+async def test_weights_may_lie_in_files_beside_the_model(tmp_path: Path, location: str) -> None:
+    found = await inspect(models.split(tmp_path, location), "inspect_onnx", LIMITS)
+    assert found.inputs == (TensorSpec("x", "FP32", (-1, 256)),)
+    assert found.max_batch_size == 512
+
+
+async def test_a_range_beyond_its_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(bytes(20))
+    assert (await look(tmp_path, models.external(offset="4"))).max_batch_size > 1
+    assert "tensor 'c'" in (reason := await refusal(tmp_path, models.external(offset="5")))
+    assert "beyond the end" in reason
+
+
+async def test_a_link_is_no_file_of_the_version(tmp_path: Path) -> None:
+    weights, folder = tmp_path / "elsewhere", tmp_path / "m"
+    weights.write_bytes(bytes(16))
+    folder.mkdir()
+    (folder / "soft").symlink_to(weights)
+    (folder / "hard").hardlink_to(weights)
+    (folder / "linked").symlink_to(tmp_path)
+    for location in ("soft", "hard", "linked/elsewhere"):
+        assert "names a link" in await refusal(folder, models.external(location))
+
+
+async def test_a_file_that_no_weights_are_in_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "readme").write_text("x")
+    assert "the file 'readme'" in await refusal(tmp_path, models.add())
 
 
 @pytest.mark.parametrize("nested", [False, True])

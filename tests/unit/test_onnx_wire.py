@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from tether.errors import ModelRejected
+from tether.errors import ModelRejected, UnsafeModel
 from tether.modelstore import onnx_wire
+from tether.modelstore.onnx_external import External
 
 WHOLE = models.looping()
 
@@ -31,6 +32,21 @@ def varint(value: int) -> bytes:
 def holding(tensor: bytes) -> bytes:
     """A model whose graph has one initializer of these bytes."""
     return b"\x08\x08" + field(7, field(5, tensor))
+
+
+def entry(key: bytes, value: bytes) -> bytes:
+    """One entry of a tensor's ``external_data``."""
+    return field(13, field(1, key) + field(2, value))
+
+
+EXTERNAL = b"\x08\x01\x10\x01\x70\x01" + entry(b"location", b"w.bin")
+"""A tensor of one FP32 in another file; what is added to it makes it hostile."""
+
+HOSTILE = [
+    b"", b".", b"..", b"/etc/passwd", b"a/../../x", b"../x", b"a//b", b"a/", b"./x", b".hidden", b"a/.git", b"~/x",
+    b"a\\b", b"C:x", b"x\0y", b"x\ny", b"\xff", b"\xd9\xa3", b"file:///etc/passwd", b"*/_ORT_MEM_ADDR_/1234", b"model.onnx",
+    b"a/b/c/d/e/f/g/h/i", b"-x", b"a b",
+]  # fmt: skip
 
 
 def test_nodes_are_counted_in_subgraphs_too() -> None:
@@ -63,13 +79,49 @@ def walk(data: bytes) -> None:
     [
         field(13, b""),
         b"\x68\x01",  # external_data as a varint
-        b"\x70\x01",  # data_location
+        b"\x70\x01",  # data_location without data
         field(14, b"\x01"),  # data_location, packed
+        EXTERNAL + b"\x70\x00",  # the last one counts
+        EXTERNAL + b"\x70\x01",
+        EXTERNAL + field(9, b"1234"),  # values of its own as well
+        EXTERNAL + b"\x10\x08",  # a second element type: strings
+        b"\x08\x01\x10\x08\x70\x01" + entry(b"location", b"w.bin"),  # strings
+        EXTERNAL + entry(b"location", b"/etc/passwd"),
+        EXTERNAL + entry(b"prepacked_0", b"0;4;0"),
+        EXTERNAL + entry(b"offset", b"-4"),
+        EXTERNAL + entry(b"offset", b"0x4"),
+        EXTERNAL + entry(b"offset", b"9" * 30),
+        EXTERNAL + entry(b"length", b"8"),
+        EXTERNAL + field(13, field(1, b"offset") + field(2, b"4") + field(2, b"8")),
+        EXTERNAL + field(13, field(2, b"4") + field(1, b"offset")),
+        EXTERNAL + b"\x08" + varint((1 << 64) - 1),  # a negative axis
+        EXTERNAL + field(1, b"\x01" * 65),  # too many axes
+        EXTERNAL + entry(b"checksum", b"a" * 2000),
     ],
 )
-def test_no_way_of_writing_external_data_passes(tensor: bytes) -> None:
-    with pytest.raises(ModelRejected, match="external data"):
+def test_no_other_way_of_writing_external_data_passes(tensor: bytes) -> None:
+    with pytest.raises(UnsafeModel, match=r"tensor '[a-z]*', whose values .*external data"):
         onnx_wire.check_file(holding(tensor))
+
+
+@pytest.mark.parametrize("location", HOSTILE)
+def test_a_location_is_a_plain_name_below_the_model(location: bytes) -> None:
+    tensor = b"\x08\x01\x10\x01\x70\x01" + field(8, b"weight") + entry(b"location", location)
+    with pytest.raises(UnsafeModel, match=r"tensor 'weight'.*names no plain file") as caught:
+        onnx_wire.check_file(holding(tensor))
+    assert "passwd" not in caught.value.message
+
+
+def test_external_data_is_a_range_of_a_file() -> None:
+    tensor = b"\x0a\x02\x02\x03\x10\x0a\x70\x01" + entry(b"location", b"a/w.bin") + entry(b"offset", b"64")
+    for more in (b"", entry(b"length", b"12"), entry(b"checksum", b"abc")):
+        (found,) = onnx_wire.check_file(holding(tensor + more)).external
+        assert found == External("", "a/w.bin", 64, 12)
+
+
+def test_an_attribute_keeps_its_values() -> None:
+    with pytest.raises(UnsafeModel, match="tensor 'c', an attribute"):
+        onnx_wire.check_file(models.external_attribute())
 
 
 @pytest.mark.parametrize(

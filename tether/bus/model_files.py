@@ -50,13 +50,18 @@ def open_manifest(verifier: Verifier, names: Names, key: str, frame: bytes) -> M
     return manifest
 
 
+def is_plain_path(path: str) -> bool:
+    """Whether a path stays below its folder whatever it is joined to: plain names, at most 8 deep, none hidden."""
+    return _PATH.fullmatch(path) is not None
+
+
 def check_file(file: ModelFile) -> None:
     """Prove that a file's description can be acted on: a plain name, real digests, as many pieces as its size needs.
 
     Raises:
         BadEncoding: with the field that does not fit.
     """
-    if _PATH.fullmatch(file.path) is None:
+    if not is_plain_path(file.path):
         raise BadEncoding("a model file's path must be plain names, at most 8 deep", field="path")
     if not all(_DIGEST.fullmatch(digest) for digest in (file.digest, *file.chunks)):
         raise BadEncoding("a model file's digests must be hex SHA-256", field="chunks")

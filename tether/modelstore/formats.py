@@ -17,7 +17,8 @@ SAVED_MODEL = "tensorflow_savedmodel"
 
 @dataclass(frozen=True)
 class Format:
-    """One platform. ``needs`` are paths that a version must have, ``only`` says that it has no others.
+    """One platform. ``needs`` are paths that a version must have, ``only`` says that it has no others; the first of them
+    has at most ``largest`` bytes.
 
     ``code``: loading it runs what is in it, so that only a trusted publisher may push it. ``inspector`` is the module of
     this package that looks at it, and ``memory_mb`` the address space that it takes beside what the model's size asks for.
@@ -35,7 +36,7 @@ class Format:
 FORMATS = {
     known.platform: known
     for known in (
-        Format(ONNX, (MODEL_PATH,), "inspect_onnx", only=True, code=False, largest=LARGEST_ONNX),
+        Format(ONNX, (MODEL_PATH,), "inspect_onnx", code=False, largest=LARGEST_ONNX),
         Format(PYTHON, ("model.json", "model.py"), "inspect_python"),
         Format(TORCH_EXPORT, ("model.pt2",), "inspect_torch", only=True, memory_mb=16384),
         Format(TORCHSCRIPT, ("model.json", "model.pt"), "inspect_torch", only=True, memory_mb=16384),
@@ -67,7 +68,18 @@ def check_files(platform: str, files: tuple[ModelFile, ...], *, trusted: bool, m
             f"a model for '{platform}' is a program; pushing it needs an API key with the scope 'models:code'",
             field="platform",
         )
-    size, limit = sum(file.size for file in files), min(max_bytes, found.largest)
-    if size > limit:
-        raise PayloadTooLarge(f"the model has {size} bytes; at most {limit} are allowed", field="files")
+    _check_sizes(found, files, max_bytes)
     return found
+
+
+def _check_sizes(found: Format, files: tuple[ModelFile, ...], max_bytes: int) -> None:
+    size = sum(file.size for file in files)
+    if size > max_bytes:
+        raise PayloadTooLarge(f"the model has {size} bytes; at most {max_bytes} are allowed", field="files")
+    for file in files:
+        if file.path in found.needs[:1] and file.size > found.largest:
+            raise PayloadTooLarge(
+                f"'{file.path}' has {file.size} bytes; at most {found.largest} are allowed: keep its weights in a file "
+                "beside it",
+                field="files",
+            )

@@ -1,7 +1,7 @@
 """The child of an inspection of an ONNX model; see :mod:`tether.modelstore.limited`.
 
 Before ONNX Runtime sees the file, :mod:`tether.modelstore.onnx_wire` walks its protobuf and
-refuses what could reach outside of it; no custom operator library is ever registered.
+refuses what could reach outside of the version's own files; no custom operator library is ever registered.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from tether.bus.upload import MODEL_PATH
 from tether.errors import ModelLimits, ModelRejected
 from tether.model import TensorSpec
-from tether.modelstore import limited, onnx_wire, warmup
+from tether.modelstore import limited, onnx_external, onnx_wire, warmup
 from tether.modelstore.inspection import Inspection
 
 DATATYPES = {
@@ -52,6 +52,7 @@ def inspect(directory: Path) -> Inspection:
     """
     path = directory / MODEL_PATH
     facts = _walk(path)
+    onnx_external.check_files(directory, facts.external)
     session = _load(path)
     inputs = _specs(session.get_inputs(), "input")
     outputs = _specs(session.get_outputs(), "output")

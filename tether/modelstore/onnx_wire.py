@@ -6,11 +6,13 @@ code, so it also works where the ``onnx`` package is not installed. Field number
 
 from __future__ import annotations
 
+import itertools
 import mmap
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, NoReturn
 
 from tether.errors import FormatNotAllowed, ModelLimits, UnsafeModel
+from tether.modelstore.onnx_external import LONGEST, MAX_AXES, External, reference, unsafe
 
 DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "com.microsoft"})
 """Operator sets that ONNX Runtime itself brings; everything else would need code from outside."""
@@ -36,10 +38,14 @@ class Field(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """``nodes`` counts those of all graphs; ``unranked`` are the graph inputs that declare no shape at all."""
+    """``nodes`` counts those of all graphs; ``unranked`` are the graph inputs that declare no shape at all.
+
+    ``external`` are the weights that lie in other files: their form is right, the files were not looked at.
+    """
 
     nodes: int
     unranked: tuple[str, ...]
+    external: tuple[External, ...] = ()
 
 
 def check_file(data: Buffer) -> Facts:
@@ -47,7 +53,7 @@ def check_file(data: Buffer) -> Facts:
 
     Raises:
         FormatNotAllowed: not ONNX.
-        UnsafeModel: external data, EPContext nodes, operators of unknown sets.
+        UnsafeModel: external data that is no plain part of a file beside it, EPContext nodes, operators of unknown sets.
         ModelLimits: too large a graph.
     """
     walk = _Walk(data)
@@ -67,6 +73,7 @@ class _Walk:
         self._fields = 0
         self._nodes = 0
         self._own: set[str] = set()
+        self._external: list[External] = []
 
     def model(self) -> Facts:
         fields = list(self._each(0, len(self._data)))
@@ -85,7 +92,7 @@ class _Walk:
             if training.number == 20 and training.kind == _BYTES:
                 self._parts(training, 0, {1: self._graph, 2: self._graph})
         unranked = tuple(name for graph in graphs for part in self._inside(graph, 11) if (name := self._unranked(part)))
-        return Facts(self._nodes, unranked)
+        return Facts(self._nodes, unranked, tuple(self._external))
 
     def _unranked(self, info: Field) -> str:
         name = "".join(self._text(part) for part in self._inside(info, 1))
@@ -101,7 +108,7 @@ class _Walk:
     def _graph(self, graph: Field, depth: int) -> None:
         if depth > MAX_DEPTH:
             raise ModelLimits(f"the graph has subgraphs nested deeper than {MAX_DEPTH}", field="file")
-        self._parts(graph, depth, {1: self._node, 5: self._tensor, 15: self._sparse})
+        self._parts(graph, depth, {1: self._node, 5: self._initializer, 15: self._sparse})
 
     def _node(self, node: Field, depth: int) -> None:
         self._nodes += 1
@@ -143,14 +150,55 @@ class _Walk:
         self._parts(sparse, depth, {1: self._tensor, 2: self._tensor})
 
     def _tensor(self, tensor: Field, _depth: int) -> None:
-        for part in self._each(tensor.start, tensor.end):
-            # A location such as */_ORT_MEM_ADDR_/* is an entry of external_data too, so none of them passes.
-            if part.number == 13 or (part.number == 14 and (part.kind != _VARINT or part.value)):
-                raise UnsafeModel(
-                    "the model keeps weights in another file (external data); save it as one self-contained file, "
-                    "e.g. onnx.save(model, path, save_as_external_data=False)",
-                    field="file",
-                )
+        """A tensor that must hold its own values: only a graph's initializers may have them elsewhere."""
+        fields = list(self._each(tensor.start, tensor.end))
+        if any(_points_elsewhere(part) for part in fields):
+            name = "".join(self._text(part) for part in fields if part.number == 8 and part.kind == _BYTES)
+            raise UnsafeModel(
+                f"tensor '{name[:64]}', an attribute of an operator, keeps its values in another file (external data); "
+                "save it with convert_attribute=False",
+                field="file",
+            )
+
+    def _initializer(self, tensor: Field, _depth: int) -> None:
+        fields = list(self._each(tensor.start, tensor.end))
+        if any(_points_elsewhere(part) for part in fields):
+            self._external.append(self._reference(fields))
+
+    def _reference(self, fields: list[Field]) -> External:
+        """Where an initializer's values are said to lie, when that is said in one way only.
+
+        A protobuf parser takes the last of a field that is there twice, and a list for a single value or not, as it likes.
+        """
+        name = "".join(self._text(part) for part in fields if part.number == 8 and part.kind == _BYTES)
+        locations = [part for part in fields if part.number == 14]
+        kinds = [part.value for part in fields if part.number == 2 and part.kind == _VARINT]
+        entries = [part for part in fields if part.number == 13]
+        if [(part.kind, part.value) for part in locations] != [(_VARINT, 1)] or len(kinds) != 1:
+            raise unsafe(name, "says in an unusual way where its values lie")
+        if any(part.kind != _BYTES for part in entries) or any(part.number == 9 for part in fields):
+            raise unsafe(name, "has values of its own beside those")
+        said = [self._entry(name, entry) for entry in entries]
+        return reference(name, said, kinds[0], list(itertools.islice(self._axes(fields), MAX_AXES + 1)))
+
+    def _entry(self, name: str, entry: Field) -> tuple[str, str]:
+        parts = list(self._each(entry.start, entry.end))
+        if [(part.number, part.kind) for part in parts] != [(1, _BYTES), (2, _BYTES)]:
+            raise unsafe(name, "says in an unusual way where its values lie")
+        if any(part.end - part.start > LONGEST for part in parts):
+            raise unsafe(name, "names something very long")
+        key, value = (bytes(self._data[part.start : part.end]).decode("utf-8", "replace") for part in parts)
+        return key, value
+
+    def _axes(self, fields: list[Field]) -> Iterator[int]:
+        for part in fields:
+            if part.number == 1 and part.kind == _VARINT:
+                yield part.value
+            elif part.number == 1 and part.kind == _BYTES:
+                position = part.start
+                while position < part.end:
+                    value, position = self._varint(position, part.end)
+                    yield value
 
     def _parts(self, field: Field, depth: int, visitors: dict[int, Callable[[Field, int], None]]) -> None:
         for part in self._each(field.start, field.end):
@@ -202,6 +250,11 @@ class _Walk:
             if byte < 0x80:
                 return value, position
             shift += 7
+
+
+def _points_elsewhere(part: Field) -> bool:
+    """Whatever could be ``external_data`` or a ``data_location`` that is not the default, however it is written."""
+    return part.number == 13 or (part.number == 14 and (part.kind != _VARINT or bool(part.value)))
 
 
 def _refuse() -> NoReturn:

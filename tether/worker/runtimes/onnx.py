@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import onnxruntime
 
+from tether.bus.upload import MODEL_PATH
 from tether.errors import InferenceFailed, ModelRejected
 from tether.model import Manifest
 from tether.tensor import Array
@@ -32,7 +33,7 @@ class OnnxRuntime:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session: Any = onnxruntime.InferenceSession(
-                str(directory / manifest.files[0].path), options, providers=["CPUExecutionProvider"]
+                str(directory / _graph(manifest)), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
             raise ModelRejected(f"ONNX Runtime refuses the file: {type(error).__name__}") from error
@@ -71,6 +72,12 @@ class OnnxRuntime:
 def load(manifest: Manifest, directory: Path, options: Options) -> OnnxRuntime:
     """The runtime of an ONNX version."""
     return OnnxRuntime(manifest, directory, threads=options.threads)
+
+
+def _graph(manifest: Manifest) -> str:
+    """The file with the graph; weights may lie in others, which ONNX Runtime finds beside it."""
+    paths = [file.path for file in manifest.files]
+    return MODEL_PATH if MODEL_PATH in paths else paths[0]
 
 
 def _text(name: str, array: Array) -> Array:
