@@ -39,6 +39,10 @@ class Model:
             return {"y": x[:, :1]}
         if first == -9:
             return {"y": np.full_like(x, os.getpid() % 65536)}
+        if first == -10:
+            held = []
+            while True:
+                held.append(np.empty(1 << 25))
         return {"y": x + np.float32(self.bias)}
 """
 

@@ -61,7 +61,9 @@ DEAD_LETTERS = Counter("tether_dead_letters_total", "Jobs that became dead lette
 RESULTS_REFUSED = Counter("tether_results_refused_total", "Results that came second and were refused.")
 PULL_RESETS = Counter("tether_pull_resets_total", "Pulls begun anew because the broker fell silent.")
 MODEL_CRASHES = Counter(
-    "tether_model_crashes_total", "Model processes that ended in a run, by what ended them.", ["model", "reason"]
+    "tether_model_crashes_total",
+    "Model processes that ended in a run or a load, by what ended them.",
+    ["model", "reason"],
 )
 MODEL_RESTARTS = Counter("tether_model_restarts_total", "Model processes that were started again.", ["model"])
 MODELS_LOADED = Gauge("tether_models_loaded", "Model versions this worker holds.")

@@ -44,6 +44,21 @@ def leave_network() -> bool:
     return bool(unshare(_CLONE_NEWNET) == 0 or unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0)
 
 
+def die_first() -> None:
+    """When the machine is out of memory, this process is ended before others: raising one's own score needs no right."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def out_of_memory_kills() -> int:
+    """How many processes of this machine the kernel has ended for want of memory; 0 where it does not say."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+
+
 def alive(pid: int) -> bool:
     """Whether a process exists and is more than an exit status nobody has read; 0 is nobody's number."""
     if pid <= 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from brokers import wait_until
 
+from tether import metrics
 from tether.custom import describe
 from tether.errors import InferenceFailed, ModelRejected
 from tether.model import Batching, Manifest, ModelFile, TensorSpec
@@ -76,7 +78,6 @@ def test_what_ends_the_process_costs_that_run_and_no_other(runtime: ProcessRunti
     ("habit", "words"),
     [
         (-4.0, "ValueError: no such luck in$"),
-        (-5.0, "memory"),
         (-7.0, "OSError|TimeoutError|unreachable"),
         (-8.0, r"shape \[2, 1\], not \[-1, 4\]"),
     ],
@@ -91,6 +92,75 @@ def test_what_the_model_raises_is_told_and_the_process_lives_on(
     (found,) = runtime.run(rows(1.0), ())
     assert found[0, 0] == 1.5
     assert runtime.pid == before
+
+
+def crashes(reason: str) -> float:
+    return float(metrics.MODEL_CRASHES.labels("m", reason)._value.get())
+
+
+def resident_mb(pid: int | str) -> float:
+    """Memory that a process has in hand, in MiB."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+@pytest.mark.parametrize("habit", [-5.0, -10.0], ids=["at once", "bit by bit"])
+def test_a_process_that_runs_out_of_memory_ends_alone_and_is_counted(runtime: ProcessRuntime, habit: float) -> None:
+    before, counted = runtime.pid, crashes("memory")
+    with pytest.raises(InferenceFailed, match=r"ran out of memory and was ended: it may have 4096 MiB; MemoryError"):
+        runtime.run(rows(habit), ())
+    assert not alive(before)
+    assert crashes("memory") == counted + 1
+    (found,) = runtime.run(rows(1.0), ())
+    assert found[0, 0] == 1.5
+    assert runtime.pid != before
+
+
+def test_want_of_memory_is_told_from_other_ends(runtime: ProcessRuntime) -> None:
+    counted = crashes("memory")
+    os.kill(runtime.pid, signal.SIGKILL)
+    with pytest.raises(InferenceFailed, match=r"SIGKILL\)$"):
+        runtime.run(rows(1.0), ())
+    assert crashes("memory") == counted
+
+
+def test_the_kernel_ends_a_models_process_before_the_worker(runtime: ProcessRuntime) -> None:
+    assert Path(f"/proc/{runtime.pid}/oom_score_adj").read_text().strip() == "1000"
+    assert int(Path("/proc/self/oom_score_adj").read_text()) < 1000
+
+
+def test_a_model_that_needs_more_than_it_may_have_is_not_loaded(tmp_path: Path) -> None:
+    folder = bundles.write(tmp_path / "large", code="import numpy as np\nheld = np.ones(1 << 30)")
+    with pytest.raises(ModelRejected, match=r"ran out of memory .* it may have 4096 MiB; MemoryError"):
+        runtimes.load(manifest(), folder, OPTIONS)
+
+
+def test_runs_that_fail_in_a_row_wait_longer_each_time(tmp_path: Path) -> None:
+    made = runtimes.load(manifest(), bundles.write(tmp_path / "bundle"), OPTIONS)
+    assert isinstance(made, ProcessRuntime)
+    pauses = [0.0]
+    for _ in range(3):
+        began = time.monotonic()
+        with pytest.raises(InferenceFailed, match="ran out of memory"):
+            made.run(rows(-5.0), ())
+        assert time.monotonic() - began >= pauses[-1]
+        pauses.append(made.pause_s)
+    assert pauses == sorted(set(pauses))
+    made.run(rows(1.0), ())
+    made.close()
+
+
+def test_unloading_gives_the_memory_back(tmp_path: Path) -> None:
+    own = resident_mb("self")
+    code = bundles.CODE.replace("self.bias =", "self.held = np.ones(50 << 20); self.bias =")
+    made = runtimes.load(manifest(), bundles.write(tmp_path / "large", code=code), OPTIONS)
+    assert isinstance(made, ProcessRuntime)
+    made.run(rows(1.0), ())
+    pid = made.pid
+    assert resident_mb(pid) > 400
+    assert resident_mb("self") < own + 100
+    made.close()
+    assert not alive(pid)
 
 
 def test_what_cannot_be_loaded_is_refused_with_its_reason(tmp_path: Path) -> None:

@@ -14,10 +14,17 @@ from pathlib import Path
 from tether import codec
 from tether.errors import TetherError
 from tether.ports import Runtime
-from tether.processes import leave_network
+from tether.processes import die_first, leave_network
 from tether.tensor import Tensor, from_numpy, to_numpy
 from tether.worker import runtimes
 from tether.worker.runtimes.process import Options, Start, read_frame, write_frame
+
+Answer = tuple[bool | None, object]
+
+_SCARCE = ("MemoryError", "OutOfMemoryError", "ResourceExhaustedError")
+"""Classes of errors for want of memory: Python's, PyTorch's, TensorFlow's."""
+_SCARCE_WORDS = ("bad_alloc", "bad allocation", "can't allocate memory", "allocate memory for", "CUDA out of memory")
+"""What ONNX Runtime and PyTorch say in errors that have no class of their own for it."""
 
 
 def main() -> int:
@@ -29,14 +36,8 @@ def main() -> int:
     _limit(start.options)
     try:
         runtime = runtimes.load_here(start.manifest, Path(start.directory), start.options)
-    except TetherError as error:
-        _answer(answers, (False, error.message))
-        return 1
-    except MemoryError:
-        _answer(answers, (False, f"it needs more than {start.options.memory_mb} MiB"))
-        return 1
     except Exception as error:  # noqa: BLE001 - a model's code may raise whatever it likes
-        _answer(answers, (False, f"{type(error).__name__}: {_one_line(error)}"))
+        _answer(answers, _refusal(error, "", start.options))
         return 1
     _answer(answers, (True, ()))
     while True:
@@ -44,10 +45,17 @@ def main() -> int:
             question = read_frame(questions, math.inf)
         except EOFError:
             return 0
-        _answer(answers, _run(runtime, question))
+        except MemoryError as error:
+            answer = _refusal(error, "", start.options)
+        else:
+            answer = _run(runtime, question, start.options)
+        _answer(answers, answer)
+        if answer[0] is None:
+            return 1
 
 
 def _limit(options: Options) -> None:
+    die_first()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if options.memory_mb:
         size = options.memory_mb << 20
@@ -55,7 +63,7 @@ def _limit(options: Options) -> None:
     leave_network()
 
 
-def _run(runtime: Runtime, question: bytes) -> tuple[bool, object]:
+def _run(runtime: Runtime, question: bytes, options: Options) -> Answer:
     try:
         outputs, rows = codec.unpack(question)
         arrays = {row[0]: to_numpy(Tensor(*row)) for row in rows}
@@ -63,12 +71,27 @@ def _run(runtime: Runtime, question: bytes) -> tuple[bool, object]:
         names = outputs or runtime.output_names
         tensors = [from_numpy(name, array) for name, array in zip(names, found, strict=True)]
         return True, [(tensor.name, tensor.datatype, tensor.shape, tensor.data) for tensor in tensors]
-    except TetherError as error:
-        return False, error.message
-    except MemoryError:
-        return False, "the model ran out of memory"
     except Exception as error:  # noqa: BLE001 - likewise
-        return False, f"the model failed: {type(error).__name__}: {_one_line(error)}"
+        return _refusal(error, "the model failed: ", options)
+
+
+def _refusal(error: Exception, what: str, options: Options) -> Answer:
+    if _is_scarcity(error):
+        limit = f"it may have {options.memory_mb} MiB" if options.memory_mb else "the machine has no more"
+        return None, f"{limit}; {type(error).__name__}: {_one_line(error)}"
+    if isinstance(error, TetherError):
+        return False, error.message
+    return False, f"{what}{type(error).__name__}: {_one_line(error)}"
+
+
+def _is_scarcity(error: BaseException | None) -> bool:
+    """Whether it is for want of memory, or was raised from what is."""
+    while error is not None:
+        names = {kind.__name__ for kind in type(error).__mro__}
+        if names & set(_SCARCE) or any(words in str(error) for words in _SCARCE_WORDS):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _one_line(error: Exception) -> str:
@@ -76,7 +99,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(word for word in str(error).split() if "/" not in word)[:300]
 
 
-def _answer(descriptor: int, answer: tuple[bool, object]) -> None:
+def _answer(descriptor: int, answer: Answer) -> None:
     write_frame(descriptor, codec.pack(answer), math.inf)
 
 

@@ -2,7 +2,8 @@
 
 Parent and child speak over a pair of pipes. A frame is a big-endian u32 length and the msgpack of an array; tensors in it
 are rows ``[name, datatype, shape, bytes]`` with bytes as in the Open Inference Protocol. The parent asks ``[outputs,
-tensors]``; the child answers ``[true, tensors]`` or ``[false, message]``, the first answer being to its start.
+tensors]``; the child answers ``[true, tensors]`` or ``[false, message]``, the first answer being to its start, or ``[null,
+message]`` when there is not enough memory, after which it ends.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import msgspec
 from tether import codec, metrics
 from tether.errors import BadEncoding, InferenceFailed, ModelRejected
 from tether.model import Manifest
-from tether.processes import die_with_parent
+from tether.processes import die_with_parent, out_of_memory_kills
 from tether.tensor import Array, Tensor, from_numpy, to_numpy
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class ProcessRuntime:
         self._outputs = tuple(spec.name for spec in manifest.outputs)
         self._child: subprocess.Popen[bytes] | None = None
         self._failures = 0
+        self._kills = 0
         self._closed = closed or threading.Event()
         self._spawn()
 
@@ -113,9 +115,13 @@ class ProcessRuntime:
         self._closed.set()
         self._end()
 
+    @property
+    def pause_s(self) -> float:
+        """How long the next start of the process waits; longer with each start in a row that no run survived."""
+        return _BACKOFF_S[min(self._failures, len(_BACKOFF_S) - 1)]
+
     def _again(self) -> None:
-        pause = _BACKOFF_S[min(self._failures, len(_BACKOFF_S) - 1)]
-        if self._closed.wait(pause):
+        if self._closed.wait(self.pause_s):
             raise InferenceFailed("the model is being unloaded")
         metrics.MODEL_RESTARTS.labels(self._start.manifest.name).inc()
         try:
@@ -125,6 +131,7 @@ class ProcessRuntime:
 
     def _spawn(self) -> None:
         self._failures += 1
+        self._kills = out_of_memory_kills()
         self._child = subprocess.Popen(
             [sys.executable, "-s", "-m", "tether.worker.runtimes.child"],
             stdin=subprocess.PIPE,
@@ -153,6 +160,8 @@ class ProcessRuntime:
             raise self._broken(Ended(f"took longer than {timeout_s:g} s and was ended", "timeout")) from error
         except (OSError, EOFError, BadEncoding, ValueError, TypeError) as error:
             raise self._broken(self._how_it_ended(child)) from error
+        if good is None:
+            raise self._broken(Ended(f"ran out of memory and was ended: {str(content)[:300]}", "memory"))
         if not good:
             raise InferenceFailed(str(content)[:500])
         return list(content)
@@ -162,6 +171,8 @@ class ProcessRuntime:
             status = child.wait(2)
         except subprocess.TimeoutExpired:
             return Ended("answered with something else than an answer", "protocol")
+        if status == -signal.SIGKILL and out_of_memory_kills() > self._kills:
+            return Ended("was ended by signal 9 (SIGKILL), and the machine was out of memory", "memory")
         if status < 0:
             return Ended(f"was ended by signal {-status} ({signal.Signals(-status).name})", "signal")
         return Ended(f"ended with status {status}", "exit")
