@@ -7,7 +7,6 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket
@@ -55,10 +54,10 @@ class Held:
 class Holder:
     """Brings what is held in line with what is wanted. One change at a time for each version."""
 
-    def __init__(self, bus: Bus, cache: Path, keepalive: KeepAlive, keyring: Keyring) -> None:
+    def __init__(self, bus: Bus, files: WorkerFiles, keepalive: KeepAlive, keyring: Keyring) -> None:
         self._bus = bus
         self._keyring = keyring
-        self.files = WorkerFiles(bus, cache)
+        self.files = files
         self.configs = Configs(bus, self._configured)
         self._keepalive = keepalive
         self._manifests = KvBucket(bus, "models")

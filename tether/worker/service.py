@@ -18,6 +18,7 @@ from tether.home import Home, check_folder, private_folder
 from tether.model import Assignment, Epoch, Heartbeat, Registration
 from tether.settings import Settings, labels_of
 from tether.worker.ended import EndedVersions
+from tether.worker.files import WorkerFiles
 from tether.worker.holder import Holder
 from tether.worker.keepalive import KeepAlive
 from tether.worker.runtimes import ONNX_PLATFORM
@@ -37,7 +38,8 @@ class WorkerService:
         self._settings = bus.settings
         self.name = bus.signer.name
         self.keyring = Keyring(bus, home, every=False)
-        self.holder = Holder(bus, home.cache(self.name), keepalive, self.keyring)
+        files = WorkerFiles(bus, home.cache(self.name))
+        self.holder = Holder(bus, files, keepalive, self.keyring)
         self.ended = EndedVersions(bus, keepalive, self.keyring)
         self._liveness = KvBucket(bus, "liveness")
         self._assign = SignedBucket(bus, "assign", MessageType.ASSIGN)
