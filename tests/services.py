@@ -137,7 +137,12 @@ def first(tensors: tuple[Tensor, ...]) -> Array:
 
 
 def new_job(
-    served: Served, array: Array, *, key: str = "", deadline_s: float = 60.0, priority: Priority = Priority.NORMAL
+    served: Served,
+    array: Array,
+    *,
+    key: str = "",
+    deadline_s: float = 60.0,
+    priority: Priority | None = Priority.NORMAL,
 ) -> NewJob:
     name = served.manifest.inputs[0].name
     return NewJob(served, (from_numpy(name, array),), (), priority, deadline_s, key, "test")

@@ -27,7 +27,7 @@ KEYSETS_REFUSED = Counter(
 HTTP_REQUESTS = Counter("tether_http_requests_total", "Answered requests.", ["route", "status"])
 LIMITED = Counter(
     "tether_limited_total",
-    "Requests refused by a limit: a key's rate or concurrency, its tenant's requests a minute, or a full gateway.",
+    "Requests refused by a limit: a key's rate or concurrency, its tenant's requests a minute, a model's queue, or a full gateway.",
     ["reason"],
 )
 INFER_SECONDS = Histogram(

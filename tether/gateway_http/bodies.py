@@ -145,7 +145,7 @@ class NewJob(Struct, omit_defaults=True):
     inputs: list[Tensor]
     version: str | int | UnsetType = UNSET
     outputs: list[JobName] | UnsetType = UNSET
-    priority: Priority = Priority.NORMAL
+    priority: Priority | None = None
     deadline_ms: Annotated[float, Meta(gt=0)] | UnsetType = UNSET
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 
 from tether import codec, metrics
@@ -23,19 +24,23 @@ from tether.errors import (
     BrokerUnavailable,
     DeadlineExceeded,
     InferenceFailed,
+    QueueFull,
     TetherError,
     Unavailable,
     by_code,
 )
 from tether.gateway_http.job_view import refuse_end
 from tether.gateway_http.lane_bundler import Flight, LaneBundler
+from tether.gateway_http.queueing import delays_s
 from tether.job import Job, JobId, JobState, Lane, Outcome, new_job_id
 from tether.lifecycle import Tasks
+from tether.model_config import QueuePolicy
 from tether.tensor import Tensor
 
 log = logging.getLogger(__name__)
 
 _refused_full = metrics.LIMITED.labels("gateway")
+_refused_queue = metrics.LIMITED.labels("queue")
 
 Answer = tuple[Tensor, ...]
 
@@ -44,15 +49,31 @@ _OVERFULL = 1.25
 """How far above ``max_inflight`` those who hold less than their share may still come in."""
 
 
+def _no_policy(_: str) -> None:
+    return None
+
+
 class Waiting:
     """One job somebody waits for."""
 
-    __slots__ = ("flight", "future", "tenant", "timer")
+    __slots__ = ("bundler", "expires", "flight", "future", "late_at", "tenant", "timer")
 
-    def __init__(self, future: asyncio.Future[Answer], timer: asyncio.TimerHandle, tenant: str) -> None:
+    def __init__(
+        self,
+        future: asyncio.Future[Answer],
+        timer: asyncio.TimerHandle,
+        tenant: str,
+        bundler: LaneBundler,
+        expires: float,
+    ) -> None:
         self.future = future
         self.timer = timer
         self.tenant = tenant
+        self.bundler = bundler
+        self.expires = expires
+        """When its caller stops waiting (UTC seconds); the job itself may have to begin before."""
+        self.late_at = math.inf
+        """When it is to let others pass, on the monotonic clock."""
         self.flight: Flight | None = None
 
 
@@ -66,12 +87,15 @@ class InferBundler:
         workers: Callable[[Lane], int],
         keyring: Keyring,
         weight: Callable[[str], float],
+        *,
+        policy: Callable[[str], QueuePolicy | None] = _no_policy,
     ) -> None:
         self._bus = bus
         self._tasks = tasks
         self._workers = workers
         self._keyring = keyring
         self.weight = weight
+        self._policy = policy
         self._queue = BusQueue(bus)
         self._lanes: dict[Lane, LaneBundler] = {}
         self._waiting: dict[JobId, Waiting] = {}
@@ -93,7 +117,17 @@ class InferBundler:
 
         Raises:
             Unavailable: this gateway holds as many requests as it may, of this tenant or of all.
+            QueueFull: it holds as many for this version as its model's queue policy allows.
         """
+        bundler = self._lanes.get(lane)
+        if bundler is None:
+            bundler = self._lanes[lane] = LaneBundler(self, lane)
+        policy = self._policy(lane.model)
+        if policy is not None and 0 < policy.max_size <= bundler.held:
+            _refused_queue.inc()
+            raise QueueFull(
+                f"{bundler.held} requests for model '{lane.model}' wait already (queue.max_size); try again"
+            )
         held = self._held.get(job.tenant, 0)
         if len(self._waiting) >= self._bus.settings.max_inflight:
             self._refuse_above_share(job.tenant, held)
@@ -101,12 +135,28 @@ class InferBundler:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
         timer = loop.call_later(timeout_s, self._fail, job.id, None)
-        self._waiting[job.id] = Waiting(future, timer, job.tenant)
-        bundler = self._lanes.get(lane)
-        if bundler is None:
-            bundler = self._lanes[lane] = LaneBundler(self, lane)
+        waiting = self._waiting[job.id] = Waiting(future, timer, job.tenant, bundler, job.deadline)
+        if policy is not None and policy.timeout_ms:
+            self._limit(waiting, job, policy, timeout_s)
+        bundler.held += 1
         bundler.add(job)
         return future
+
+    def _limit(self, waiting: Waiting, job: Job, policy: QueuePolicy, timeout_s: float) -> None:
+        """What the queue policy says about waiting: to let others pass, or to end when the job has not left by its
+        deadline. Of one that has left, the worker says whether it was in time."""
+        waiting.expires = self._bus.clock.utc() + timeout_s
+        delay_s = delays_s(policy)
+        if delay_s:
+            waiting.late_at = self.now() + delay_s
+        elif job.deadline < waiting.expires:
+            left = job.deadline - self._bus.clock.utc()
+            asyncio.get_running_loop().call_later(left, self._end_queued, job.id)
+
+    def _end_queued(self, job: JobId) -> None:
+        waiting = self._waiting.get(job)
+        if waiting is not None and waiting.flight is None:
+            self._fail(job, DeadlineExceeded("the request waited longer than its model allows (queue.timeout_ms)"))
 
     def _refuse_above_share(self, tenant: str, held: int) -> None:
         """A full gateway still takes in tenants that hold less than their share, up to a quarter more."""
@@ -116,11 +166,20 @@ class InferBundler:
             _refused_full.inc()
             raise Unavailable(f"this gateway already holds {len(self._waiting)} requests; try again")
 
+    def of_model(self, model: str) -> int:
+        """Requests for a model that nobody has answered yet."""
+        return sum(bundler.held for lane, bundler in self._lanes.items() if lane.model == model)
+
     # called by lanes
 
     def wanted(self, job: Job) -> bool:
         """Whether somebody still waits for it."""
         return job.id in self._waiting
+
+    def late(self, job: Job) -> bool:
+        """Whether it has waited so long that it is to let others pass."""
+        waiting = self._waiting.get(job.id)
+        return waiting is not None and waiting.late_at < math.inf and waiting.late_at <= self.now()
 
     def slots(self) -> int:
         """Bundles that a worker keeps at hand."""
@@ -167,7 +226,7 @@ class InferBundler:
             return
         flight.sends += 1
         message_id = new_job_id()
-        deadline = max(job.deadline for job in jobs)
+        deadline = max(self._waiting[job.id].expires for job in jobs)
         frame = self._bus.signer.seal(
             MessageType.INFER,
             subject,
@@ -249,6 +308,7 @@ class InferBundler:
 
     def _forget(self, job: JobId, waiting: Waiting) -> None:
         del self._waiting[job]
+        waiting.bundler.held -= 1
         waiting.timer.cancel()
         held = self._held[waiting.tenant]
         if held > 1:

@@ -15,10 +15,10 @@ from tether import codec
 from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
 from tether.envelope import MessageType
-from tether.errors import BadEncoding, ModelNotFound, ModelNotReady, ModelUnloaded
+from tether.errors import BadEncoding, BadTensor, ModelNotFound, ModelNotReady, ModelUnloaded
 from tether.job import SHARED, Lane, LaneKind, Priority
 from tether.model import LATEST, Alias, Manifest, Route, TensorSpec, check_name
-from tether.model_config import ModelConfig, default_config
+from tether.model_config import ModelConfig, QueuePolicy, default_config
 from tether.subjects import name_of, token
 from tether.version_policy import served_versions
 
@@ -269,6 +269,29 @@ class Catalog:
         """Whether a model is not unloaded on purpose."""
         config = self._configs.get(model)
         return config is None or config.loaded
+
+    def queue(self, model: str) -> QueuePolicy | None:
+        """The limits of waiting that a model has of its own, if there are any."""
+        config = self._configs.get(model)
+        return None if config is None else config.queue
+
+    def default_priority(self, served: Served) -> Priority:
+        """That of a durable job that names none."""
+        config = self._configs.get(served.manifest.name)
+        return Priority(config.default_priority) if config is not None and config.default_priority else Priority.NORMAL
+
+    def check_rows(self, served: Served, rows: int) -> None:
+        """Hold a request's rows against what the model's configuration says; the version's own limit has been looked at.
+
+        Raises:
+            BadTensor
+        """
+        config = self._configs.get(served.manifest.name)
+        if config is not None and config.max_batch_size and rows > config.max_batch_size:
+            raise BadTensor(
+                f"the inputs have {rows} rows; model '{config.model}' takes at most {config.max_batch_size} in one request",
+                field="inputs",
+            )
 
     def config(self, model: str) -> ModelConfig:
         """What is decided about a model; of one without an entry, the defaults."""

@@ -22,6 +22,7 @@ from tether.gateway_http.limits import Limits
 from tether.gateway_http.loose_pieces import LoosePieces
 from tether.gateway_http.patience import Patience
 from tether.gateway_http.plan import Asked
+from tether.gateway_http.queueing import waits
 from tether.gateway_http.request import Headers
 from tether.gateway_http.tenants import Tenants
 from tether.home import Home
@@ -48,7 +49,9 @@ class Gateway:
         self.seals = TenantSeals(bus, keyring, self.tenants)
         room = JobRoom(bus, self.tenants)
         self.jobs = JobService(bus, self.catalog, self.tenants, tasks, self.seals, room=room)
-        self._bundler = InferBundler(bus, tasks, self.catalog.worker_count, keyring, self.tenants.weight)
+        self._bundler = InferBundler(
+            bus, tasks, self.catalog.worker_count, keyring, self.tenants.weight, policy=self.catalog.queue
+        )
         metrics.INFER_INFLIGHT.set_function(lambda: self._bundler.held)
         copies = InferBundler(bus, tasks, self.catalog.worker_count, keyring, self.tenants.weight)
         self.extras = Extras(bus, tasks, self.catalog, self.tenants, self.seals, bundler=self._bundler, copies=copies)
@@ -62,6 +65,10 @@ class Gateway:
     def inflight(self) -> int:
         """Bundles whose answers are not complete."""
         return len(self._bundler.flights)
+
+    def held(self, model: str) -> int:
+        """Requests for a model that nobody has answered yet."""
+        return self._bundler.of_model(model)
 
     async def start(self) -> None:
         await self._bundler.start()
@@ -86,21 +93,23 @@ class Gateway:
 
         Raises:
             BadTensor: inputs or outputs are not those of the model's signature; nothing was queued.
+            ModelUnloaded: until it is loaded again.
             ModelNotReady, QueueFull, Unavailable: try again later.
-            DeadlineExceeded: no answer within ``timeout_s`` seconds.
+            DeadlineExceeded: no answer within ``timeout_s`` seconds, or not begun when its model's queue policy says so.
             InferenceFailed: the model failed on this input.
         """
-        check_inputs(served.manifest, inputs)
-        if outputs:
-            check_outputs(served.manifest, outputs)
-        scope = self.tenants.scope(tenant)
-        self.catalog.require_worker(served, scope)
+        name = served.manifest.name
+        scope = self._admit(served, tenant, inputs, outputs)
+        policy, queued_s = self.catalog.queue(name), timeout_s
+        if policy is not None:
+            timeout_s, queued_s = waits(policy, timeout_s, self.settings.request_timeout_s)
         began = self.bus.clock.monotonic()
-        job = Job(new_job_id(), tenant, inputs, self.bus.clock.utc() + timeout_s, outputs, request_id, traceparent)
+        deadline = self.bus.clock.utc() + queued_s
+        job = Job(new_job_id(), tenant, inputs, deadline, outputs, request_id, traceparent)
         outcome, job_id = JobCancelled.code, str(job.id)
         answer: tuple[Tensor, ...] = ()
         try:
-            plan = self.extras.plans.get(served.manifest.name)
+            plan = self.extras.plans.get(name)
             if plan is None:
                 answer = await self._bundler.submit(served.lane(scope), self.seals.seal(job), timeout_s)
             else:
@@ -127,6 +136,15 @@ class Gateway:
             )
         self._seconds(served.manifest.name).observe(seconds)
         return answer
+
+    def _admit(self, served: Served, tenant: str, inputs: tuple[Tensor, ...], outputs: tuple[str, ...]) -> str:
+        """The scope that a request runs in, if it can run."""
+        self.catalog.check_rows(served, check_inputs(served.manifest, inputs))
+        if outputs:
+            check_outputs(served.manifest, outputs)
+        scope = self.tenants.scope(tenant)
+        self.catalog.require_worker(served, scope)
+        return scope
 
     def checks(self) -> dict[str, str]:
         """The dependencies of ``/readyz``."""

@@ -41,7 +41,7 @@ class JobBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inputs: list[msgspec.Raw]
     version: str | int = ""
     outputs: list[OutputName] = []
-    priority: Priority = Priority.NORMAL
+    priority: Priority | None = None
     deadline_ms: float | None = None
     parameters: dict[str, str | int | float | bool] = {}
 

@@ -83,12 +83,12 @@ def _all(_model: str) -> bool:
 
 
 class NewJob(msgspec.Struct, frozen=True):
-    """A request for a durable job, parsed and resolved."""
+    """A request for a durable job, parsed and resolved; without a priority it gets that of its model."""
 
     served: Served
     inputs: tuple[Tensor, ...]
     outputs: tuple[str, ...]
-    priority: Priority
+    priority: Priority | None
     deadline_s: float
     idempotency_key: str
     request_id: str
@@ -124,7 +124,7 @@ class JobService:
         """
         scope = self._tenants.scope(tenant)
         for request in requests:
-            check_inputs(request.served.manifest, request.inputs)
+            self._catalog.check_rows(request.served, check_inputs(request.served.manifest, request.inputs))
             check_outputs(request.served.manifest, request.outputs)
             self._catalog.require_lane(request.served, scope)
         now = self._bus.clock.utc()
@@ -150,13 +150,13 @@ class JobService:
         deadline = now + request.deadline_s
         job = Job(job_id, tenant, request.inputs, deadline, request.outputs, request.request_id, request.traceparent)
         digest = _digest(request) if key else ""
-        lane = request.served.job_lane(request.priority, scope)
+        lane = request.served.job_lane(request.priority or self._catalog.default_priority(request.served), scope)
         record = JobRecord(
             id=job_id,
             tenant=tenant,
             model=lane.model,
             version=lane.version,
-            priority=request.priority,
+            priority=lane.priority,
             submitted_at=now,
             deadline=deadline,
             digest=self._seals.digest(tenant, digest),
@@ -385,9 +385,9 @@ def _is_job_id(text: str) -> bool:
 
 
 def _digest(request: NewJob) -> str:
-    """What makes two requests the same: model, inputs, outputs, priority; not the version an alias meant meanwhile."""
+    """What makes two requests the same: model, inputs, outputs, asked priority; not the version an alias meant meanwhile."""
     manifest = request.served.manifest
-    whole = hashlib.sha256(f"{manifest.name}\0{request.priority}\0{request.outputs}".encode())
+    whole = hashlib.sha256(f"{manifest.name}\0{request.priority or Priority.NORMAL}\0{request.outputs}".encode())
     for tensor in request.inputs:
         whole.update(f"{tensor.name}\0{tensor.datatype}\0{tensor.shape}\0".encode())
         whole.update(tensor.data)

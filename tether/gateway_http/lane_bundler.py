@@ -64,7 +64,11 @@ class LaneBundler:
     def __init__(self, owner: InferBundler, lane: Lane) -> None:
         self._owner = owner
         self.lane = lane
+        self.held = 0
+        """Requests that nobody has answered yet, wherever they are."""
         self._pending: FairQueue[Job] = FairQueue(owner.weight)
+        self._late: FairQueue[Job] = FairQueue(owner.weight)
+        """Those that let others pass, by their model's queue policy."""
         self._pace = Pace()
         self._in_flight = 0
         self._jobs_in_flight = 0
@@ -109,7 +113,7 @@ class LaneBundler:
             self._busy_share += _LEARN * (min(1.0, run_s / max(total_s, 1e-6)) - self._busy_share)
             self._pace.learn(jobs, run_s)
         self._in_flight -= 1
-        if self._pending and (self._overdue or self._may_leave()):
+        if (self._pending or self._late) and (self._overdue or self._may_leave()):
             self._flush_soon()
 
     def _flush_soon(self) -> None:
@@ -140,13 +144,21 @@ class LaneBundler:
             self._timer = None
         owner, pending = self._owner, self._pending
         most, jobs_at_once = self._room()
-        while pending and self._in_flight < most:
-            jobs = pending.take(jobs_at_once, owner.max_bytes, owner.wanted)
+        while (pending or self._late) and self._in_flight < most:
+            jobs = pending.take(jobs_at_once, owner.max_bytes, self._in_time)
+            jobs = jobs or self._late.take(jobs_at_once, owner.max_bytes, owner.wanted)
             if jobs:
                 self._in_flight += 1
                 self._jobs_in_flight += len(jobs)
                 owner.launch(Flight(self, jobs))
-        self._overdue = bool(pending)
+        self._overdue = bool(pending or self._late)
+
+    def _in_time(self, job: Job) -> bool:
+        """Whether it is its turn; who is late goes behind those who are not."""
+        if self._owner.late(job):
+            self._late.add(job.tenant, job, job.size)
+            return False
+        return self._owner.wanted(job)
 
     def _room(self) -> tuple[int, int]:
         """Bundles that may be in flight, and jobs in each: enough to keep every worker busy, and on a lane that tenants
