@@ -18,6 +18,7 @@ from bench.servers import environment
 PATIENT = ("--rate", "1000", "--rounds", "3", "--hold", "0.3", "--follow", "15")
 
 
+@pytest.mark.timeout(300)
 def test_a_thousand_requests_a_second_are_all_answered_while_versions_are_moved() -> None:
     """Each by exactly the version that it names, and by every worker soon after each move."""
     words = [sys.executable, "-m", "bench.rollout", *PATIENT]

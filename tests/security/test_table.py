@@ -1,4 +1,4 @@
-"""docs/security.md names a test for every attack, and each of them exists."""
+"""docs/security.md names a test for every attack and docs/failures.md one for every fault, and each of them exists."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "security.md").read_text()
-ROWS = dict(re.findall(r"^\| (S\d+) \|(.*)\|$", PAGE, re.MULTILINE))
+PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("security", "failures")}
+ATTACKS, FAULTS = (
+    re.findall(rf"^\| ({letter}\d+) \|(.*)\|$", PAGES[name], re.MULTILINE)
+    for name, letter in (("security", "S"), ("failures", "F"))
+)
+ROWS = dict([*ATTACKS, *FAULTS])
 _TEST = re.compile(r"\[`([\w.]+)::(\w+)`\]\(\.\./(tests/[\w/]+\.py)\)")
 
 
 def test_every_case_has_its_row() -> None:
-    assert list(ROWS) == [f"S{number}" for number in range(1, 31)]
+    assert [case for case, _ in ATTACKS] == [f"S{number}" for number in range(1, 31)]
+    assert [case for case, _ in FAULTS] == [f"F{number}" for number in range(19, 26)]
 
 
 @pytest.mark.parametrize("case", ROWS)

@@ -43,6 +43,8 @@ def open_manifest(verifier: Verifier, names: Names, key: str, frame: bytes) -> M
     manifest = codec.decode(envelope.body, Manifest)
     if names.version_key(manifest.name, manifest.version) != key:
         raise SubjectMismatch("the manifest is for another version than its key says")
+    if not manifest.files:
+        raise BadEncoding("the manifest names no file", field="files")
     for file in manifest.files:
         check_file(file)
     if len({file.path for file in manifest.files}) != len(manifest.files):

@@ -100,9 +100,7 @@ class Gateway:
         """
         name = served.manifest.name
         scope = self._admit(served, tenant, inputs, outputs)
-        policy, queued_s = self.catalog.queue(name), timeout_s
-        if policy is not None:
-            timeout_s, queued_s = waits(policy, timeout_s, self.settings.request_timeout_s)
+        timeout_s, queued_s = self._waits(name, timeout_s)
         began = self.bus.clock.monotonic()
         deadline = self.bus.clock.utc() + queued_s
         job = Job(new_job_id(), tenant, inputs, deadline, outputs, request_id, traceparent)
@@ -145,6 +143,10 @@ class Gateway:
         scope = self.tenants.scope(tenant)
         self.catalog.require_worker(served, scope)
         return scope
+
+    def _waits(self, model: str, timeout_s: float) -> tuple[float, float]:
+        policy = self.catalog.queue(model)
+        return (timeout_s, timeout_s) if policy is None else waits(policy, timeout_s, self.settings.request_timeout_s)
 
     def checks(self) -> dict[str, str]:
         """The dependencies of ``/readyz``."""
