@@ -52,7 +52,7 @@ async def test_a_lane_that_was_cold_is_not_begun_anew_while_its_first_message_is
     served = await one.push("bump", models.add())
     await one.workers[0].holder.stop(1)
     got: list[BusDelivery] = []
-    pull = LanePull(one.workers[0]._bus, served.job_lane(new_job(served, row(1)).priority), 3, got.append)
+    pull = LanePull(one.workers[0]._bus, served.job_lane(Priority.NORMAL), 3, got.append)
     pull._expiry_s = COLD_S
     await pull.start()
     await wait_until(lambda: pull._outstanding == 3, "the lane is pulled")
