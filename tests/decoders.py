@@ -15,15 +15,30 @@ import msgspec
 import nacl.signing
 import numpy as np
 
-from tether import apikey, codec, envelope, job, json_keys, model, oip, oip_json, serving, tenant
+from tether import (
+    apikey,
+    codec,
+    config_changes,
+    envelope,
+    job,
+    json_keys,
+    model,
+    model_config,
+    oip,
+    oip_json,
+    serving,
+    tenant,
+    version_notes,
+)
 from tether.bus import chunk_meta, model_files
 from tether.bus.errors import parse_ack
 from tether.envelope import MessageType, Role, Signer, Verifier
 from tether.errors import TetherError
-from tether.gateway_http import rest, rest_jobs
+from tether.gateway_http import rest, rest_jobs, triton_form
 from tether.gateway_http.request import Heading, Reads, read_body
 from tether.gateway_http.routing import read_query
 from tether.job import Job, JobId, JobState, Outcome
+from tether.model_config import ModelConfig
 from tether.modelstore import onnx_wire
 from tether.subjects import Names
 from tether.tensor import Tensor
@@ -77,7 +92,7 @@ def _outcomes() -> bytes:
 def structs() -> list[type[msgspec.Struct]]:
     """Every control value of the modules that define them."""
     kinds = [envelope.Keyset, envelope.IdentityRecord, envelope.Revocation]
-    for module in (model, serving, tenant, apikey, job):
+    for module in (model, model_config, config_changes, version_notes, serving, tenant, apikey, job):
         found = [
             value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__
         ]
@@ -200,7 +215,33 @@ def decoders() -> tuple[Decoder, ...]:
         Decoder("headers", tuple(HEAD % word + b"body" for word in (b"", b"gzip", b"br")), _request),
         Decoder("query", (b"ids=a&wait=1.5", b"state=queued&limit=5&cursor=77&model=m"), _query),
         Decoder("bodies", (plain, job_body, b'{"tenant": "a", "scopes": ["infer"]}'), _many(_body, _body_kinds())),
+        Decoder("config patch", (PATCH, b'{"warmup": [{"shapes": {"x": [4]}}], "versions": null}'), _patched),
+        Decoder("triton config", (TRITON,), lambda data: triton_form.patch_of(data.decode("latin-1"), "m", ModelConfig("m"))),
+        Decoder("version note", (b'{"labels": {"a": "b", "c": null}, "note": "n"}',), _noted),
     )  # fmt: skip
+
+
+PATCH = b'{"queue": {"max_size": 5}, "labels": {"a": "b"}, "preferred_batch_sizes": [2], "shadows": [{"version": 1}]}'
+TRITON = (
+    b'{"max_batch_size": 8, "dynamic_batching": {"preferred_batch_size": [4], "default_queue_policy": {"max_queue_size": 1}}, '
+    b'"version_policy": {"specific": {"versions": [1]}}, "instance_group": [{"count": 2, "kind": "KIND_CPU"}], '
+    b'"model_warmup": [{"batch_size": 1, "inputs": {"x": {"data_type": "TYPE_FP32", "dims": [4], "zero_data": true}}}]}'
+)
+
+
+def _object(data: bytes) -> Any:
+    return oip_json.parse_body(msgspec.json.Decoder(dict[str, Any]), data)
+
+
+def _patched(data: bytes) -> object:
+    config = config_changes.patched(ModelConfig("m"), _object(data))
+    config_changes.check_against(config, ModelConfig("m"), [MANIFEST], [model.Alias("m", "a", 1)])
+    return codec.encode(config)
+
+
+def _noted(data: bytes) -> object:
+    note = version_notes.noted(version_notes.VersionNote("m", 1), version_notes.patch_of(_object(data)))
+    return codec.encode(note)
 
 
 def _query(data: bytes) -> object:

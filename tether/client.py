@@ -7,7 +7,7 @@ sent.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -213,6 +213,8 @@ class Client:
         run_timeout_s: float | None = None,
         config: Json | None = None,
         version: int | None = None,
+        labels: Mapping[str, str] | None = None,
+        note: str | None = None,
         progress: Progress | None = None,
         timeout: float = client_push.PUSH_TIMEOUT_S,
     ) -> Json:
@@ -220,8 +222,8 @@ class Client:
 
         Only pieces that the store does not have are sent, so a push that broke off goes on where it was.
         ``progress`` is called with the bytes that are there. ``isolation`` is 'thread' (of the worker) or 'process'; a run
-        that takes longer than ``run_timeout_s`` ends the model's process. ``config`` is as for :meth:`configure`. With ``version`` it
-        becomes that one or none.
+        that takes longer than ``run_timeout_s`` ends the model's process. ``config`` is as for :meth:`configure`, ``labels`` and
+        ``note`` as for :meth:`annotate`. With ``version`` it becomes that one or none.
 
         Raises:
             Conflict: ``version`` is something else already, or not the next one.
@@ -236,6 +238,8 @@ class Client:
             "run_timeout_s": run_timeout_s,
             "config": config,
             "version": version,
+            "labels": labels,
+            "note": note,
         }
         return self.run(lambda policy: client_push.push(policy, name, model, params, progress), timeout)
 
@@ -333,6 +337,16 @@ class Client:
     def unload(self, name: str) -> Json:
         """Take a model out of all workers until it is loaded again. Its durable jobs wait; callers get ModelUnloaded."""
         return self.run(lambda policy: client_models.load(policy, name, "unload"))
+
+    def annotate(
+        self, name: str, version: int, *, labels: Mapping[str, str | None] | None = None, note: str | None = None
+    ) -> Json:
+        """Change labels and note of a version: labels are merged with those it has, and one that is None goes.
+
+        Raises:
+            ModelNotFound: there is no such version.
+        """
+        return self.run(lambda policy: client_models.annotate(policy, name, version, labels or {}, note))
 
     # administration
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -205,6 +205,8 @@ class AsyncClient:
         run_timeout_s: float | None = None,
         config: Json | None = None,
         version: int | None = None,
+        labels: Mapping[str, str] | None = None,
+        note: str | None = None,
         progress: Progress | None = None,
         timeout: float = client_push.PUSH_TIMEOUT_S,
     ) -> Json:
@@ -212,8 +214,8 @@ class AsyncClient:
 
         Only pieces that the store does not have are sent, so a push that broke off goes on where it was.
         ``progress`` is called with the bytes that are there. ``isolation`` is 'thread' (of the worker) or 'process'; a run
-        that takes longer than ``run_timeout_s`` ends the model's process. ``config`` is as for :meth:`configure`. With ``version`` it
-        becomes that one or none.
+        that takes longer than ``run_timeout_s`` ends the model's process. ``config`` is as for :meth:`configure`, ``labels`` and
+        ``note`` as for :meth:`annotate`. With ``version`` it becomes that one or none.
 
         Raises:
             Conflict: ``version`` is something else already, or not the next one.
@@ -228,6 +230,8 @@ class AsyncClient:
             "run_timeout_s": run_timeout_s,
             "config": config,
             "version": version,
+            "labels": labels,
+            "note": note,
         }
         return await self.run(lambda policy: client_push.push(policy, name, model, params, progress), timeout)
 
@@ -325,6 +329,16 @@ class AsyncClient:
     async def unload(self, name: str) -> Json:
         """Take a model out of all workers until it is loaded again. Its durable jobs wait; callers get ModelUnloaded."""
         return await self.run(lambda policy: client_models.load(policy, name, "unload"))
+
+    async def annotate(
+        self, name: str, version: int, *, labels: Mapping[str, str | None] | None = None, note: str | None = None
+    ) -> Json:
+        """Change labels and note of a version: labels are merged with those it has, and one that is None goes.
+
+        Raises:
+            ModelNotFound: there is no such version.
+        """
+        return await self.run(lambda policy: client_models.annotate(policy, name, version, labels or {}, note))
 
     # administration
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -94,4 +95,12 @@ def load(policy: Policy, name: str, what: str) -> Flow[Json]:
     """``what``: load or unload."""
     path = f"/v2/repository/models/{quote(name, safe='')}/{what}"
     ask = Send("POST", path, b"{}", headers={"content-type": "application/json"}, timeout=policy.timeout)
+    return (yield from exchange_json(policy, ask, dict[str, Any]))
+
+
+def annotate(policy: Policy, name: str, version: int, labels: Mapping[str, str | None], note: str | None) -> Flow[Json]:
+    """Change labels and note of a version; doing so twice does it once."""
+    body = {"labels": dict(labels)} | ({} if note is None else {"note": note})
+    headers = {"content-type": "application/json"}
+    ask = Send("PATCH", f"{model_path(name)}/versions/{version}", msgspec.json.encode(body), headers=headers)
     return (yield from exchange_json(policy, ask, dict[str, Any]))

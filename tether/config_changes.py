@@ -30,10 +30,13 @@ class ConfigAction(StrEnum):
     SHOW = "show"
     CHANGE = "change"
     RESET = "reset"
+    NOTE = "note"
+    """About one version: its labels and note."""
 
 
 class ConfigRequest(msgspec.Struct, frozen=True):
-    """Gateway to model store: show, change by a merge patch (RFC 7396), or reset. ``by`` is who asked.
+    """Gateway to model store: show, change by a merge patch (RFC 7396), or reset a configuration, or change labels and note
+    of a ``version``. ``by`` is who asked.
 
     Unless ``revision`` is ``ANY_REVISION`` the change is made to that revision only.
     """
@@ -43,6 +46,7 @@ class ConfigRequest(msgspec.Struct, frozen=True):
     patch: dict[str, Any] = {}
     revision: int = ANY_REVISION
     by: str = ""
+    version: int = 0
 
 
 def patched(config: ModelConfig, patch: Mapping[str, Any]) -> ModelConfig:

@@ -124,6 +124,8 @@ class PushRequest(msgspec.Struct, frozen=True):
     """A merge patch of the model's configuration, made when the version is."""
     version: int = 0
     """The number it is to have, which must be the next one; 0: whatever that is."""
+    about: dict[str, Any] = {}
+    """A merge patch of the version's labels and note."""
 
 
 class PushAnswer(msgspec.Struct, frozen=True):

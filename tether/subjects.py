@@ -15,6 +15,7 @@ BUCKETS = (
     "models",
     "aliases",
     "configs",
+    "notes",
     "routes",
     "assign",
     "keyset",

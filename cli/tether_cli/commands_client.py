@@ -47,6 +47,7 @@ def _work() -> dict[str, Group]:
                 "list": models.listing,
                 "show": models.show,
                 "config": model_config.config,
+                "note": model_config.note,
                 "load": model_config.load,
                 "unload": model_config.unload,
                 "promote": models.promote,

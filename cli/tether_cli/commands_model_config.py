@@ -97,6 +97,42 @@ def _loaded(told: dict[str, Any], *, json_output: bool) -> None:
         typer.echo(f"{told['name']} {told['version']} {told['state']}")
 
 
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", metavar="NAME=VALUE", help="A label; without '=VALUE' it is taken away.")
+]
+Note = Annotated[str | None, typer.Option("--note", metavar="TEXT", help="What there is to say about the version.")]
+
+
+def labels_of(texts: list[str] | None) -> dict[str, str | None]:
+    """Labels as options say them."""
+    found: dict[str, str | None] = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        found[name] = value if equals else None
+    return found
+
+
+def note(
+    name: ModelName,
+    version: Annotated[int, typer.Argument(metavar="VERSION", min=1, help="The version's number.")],
+    *,
+    label: Labels = None,
+    text: Note = None,
+    url: Url = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Give a version labels and a note, or change them; the version stays what it is."""
+    with connect(url) as client:
+        told = client.annotate(name, version, labels=labels_of(label), note=text)
+    if json_output:
+        print_json(told)
+        return
+    labels = [f"{key}={value}" for key, value in told["labels"].items()]
+    typer.echo(f"{told['model']} {told['version']} {' '.join(labels)}".rstrip())
+    if told["note"]:
+        typer.echo(told["note"])
+
+
 def _patch(assignments: list[str], file: str | None) -> dict[str, Any]:
     found = {} if file is None else read_config(file)
     for text in assignments:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tether_cli.commands_model_config import read_config
+from tether_cli.commands_model_config import Labels, Note, labels_of, read_config
 from tether_cli.options import ModelName, Timeout, Url, connect
 from tether_cli.output import JsonFlag, print_json, print_table, progress, say
 
@@ -96,6 +96,8 @@ def push(
             "--version", metavar="N", min=1, help="The number it is to have; fails when the next one is another."
         ),
     ] = None,
+    label: Labels = None,
+    note: Note = None,
     url: Url = None,
     timeout: Timeout = 600.0,
     json_output: JsonFlag = False,
@@ -114,6 +116,8 @@ def push(
             run_timeout_s=run_timeout_s,
             config=None if config is None else read_config(config),
             version=version,
+            labels={key: value or "" for key, value in labels_of(label).items()} or None,
+            note=note,
             progress=done,
             timeout=timeout,
         )
@@ -151,14 +155,15 @@ def listing(*, url: Url = None, json_output: JsonFlag = False) -> None:
     if json_output:
         print_json({"models": models})
         return
-    heading = ("NAME", "VERSIONS", "ALIASES", "READY", "PLATFORM", "BYTES")
+    heading = ("NAME", "VERSIONS", "ALIASES", "READY", "PLATFORM", "BYTES", "LABELS")
     print_table(heading, [_model_row(entry) for entry in models])
 
 
 def _model_row(entry: dict[str, Any]) -> tuple[Any, ...]:
     aliases = [f"{alias}={version}" for alias, version in entry.get("aliases", {}).items()]
-    ready = "yes" if entry.get("ready") else "no"
-    return (entry["name"], entry.get("versions", []), aliases, ready, entry.get("platform"), entry.get("size"))
+    ready = "yes" if entry.get("ready") else "no" if entry.get("loaded", True) else "unloaded"
+    labels = [f"{name}={value}" for name, value in entry.get("labels", {}).items()]
+    return (entry["name"], entry.get("versions", []), aliases, ready, entry.get("platform"), entry.get("size"), labels)
 
 
 def show(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) -> None:

@@ -186,4 +186,4 @@ async def test_what_a_revoked_model_store_signed_before_the_leak_is_signed_anew_
 async def test_a_key_does_not_vouch_for_what_it_signed_itself(broker: Broker) -> None:
     await prepared(broker)
     done = await resign(broker.settings, broker.home, keys_of(broker.home, "modelstore"), SystemClock().utc_ms())
-    assert done.nobody == ["models", "aliases", "configs"]
+    assert done.nobody == ["models", "aliases", "configs", "notes"]

@@ -127,6 +127,7 @@ FOUND = [
     ("query", b"state=" + b"a" * 5000),
     ("onnx", models.operator("Run", "evil\r\n\x1b[2J.ops")),
     ("json keys", b'{"a": 1, "\xff": "\\\\"}'),
+    ("version note", b'{"' + b"l" * 5000 + b'": 1}'),
 ]
 """What a run found, kept."""
 

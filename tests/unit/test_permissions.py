@@ -42,6 +42,7 @@ WRITERS = {
     "models": {"modelstore"},
     "aliases": {"modelstore"},
     "configs": {"modelstore"},
+    "notes": {"modelstore"},
     "routes": {"dispatcher"},
     "assign": {"dispatcher"},
     "apikeys": {"gateway", "admin"},

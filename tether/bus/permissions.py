@@ -77,7 +77,7 @@ def _gateway(names: Names, inbox: str) -> Permissions:
             *_objects(names),
             "$JS.API.DIRECT.GET.*",
             *_read_last(names, "jobs", "attempts", "models", "aliases", "routes", "apikeys", "keyuse", "tenants"),
-            *_read_last(names, "configs", "tenantkeys", "liveness", "keyset"),
+            *_read_last(names, "configs", "notes", "tenantkeys", "liveness", "keyset"),
             f"$JS.API.DIRECT.GET.*.{names.prefix}.result.>",
             f"$JS.API.DIRECT.GET.{names.audit_stream}.>",
             *(f"$JS.API.DIRECT.GET.{names.object_stream(bucket)}.>" for bucket in names.chunk_buckets()),
@@ -87,7 +87,7 @@ def _gateway(names: Names, inbox: str) -> Permissions:
             names.reply("*"),
             f"{names.prefix}.result.>",
             names.demand(),
-            *_keys(names, "models", "aliases", "configs", "routes", "apikeys", "liveness"),
+            *_keys(names, "models", "aliases", "configs", "notes", "routes", "apikeys", "liveness"),
             *_keys(names, "tenants", "tenantkeys", "keyset"),
         ),
     )
@@ -144,10 +144,10 @@ def _lane_streams(names: Names, scope: str) -> list[str]:
 def _modelstore(names: Names, inbox: str) -> Permissions:
     return Permissions(
         publish=(
-            *_keys(names, "models", "aliases", "configs"),
+            *_keys(names, "models", "aliases", "configs", "notes"),
             names.audit_subjects(),
             *_objects(names),
-            *_read(names, "models", "aliases", "configs", "tenants", "keyset"),
+            *_read(names, "models", "aliases", "configs", "notes", "tenants", "keyset"),
             *_get(names.audit_stream),
             *_read_objects(names),
             *_keep_objects(names),

@@ -28,6 +28,7 @@ SIGNED_BY: Mapping[Role, tuple[tuple[str, MessageType], ...]] = {
         ("models", MessageType.MANIFEST),
         ("aliases", MessageType.ALIAS),
         ("configs", MessageType.CONFIG),
+        ("notes", MessageType.CONFIG),
     ),
     Role.GATEWAY: (("tenantkeys", MessageType.TENANT_KEY),),
 }

@@ -189,7 +189,7 @@ class Jobs(Struct, omit_defaults=True):
 
 
 class ModelSummary(Struct):
-    """A model; platform, size (bytes) and creation time are those of its newest version. `loaded` is false when it was
+    """A model; platform, size (bytes), labels and creation time are those of its newest version. `loaded` is false when it was
     unloaded on purpose."""
 
     name: str
@@ -200,6 +200,7 @@ class ModelSummary(Struct):
     size: int
     created_at: str
     loaded: bool = True
+    labels: dict[str, str] = {}
 
 
 class Models(Struct):
@@ -234,6 +235,8 @@ class VersionDetail(Struct):
     ready: bool
     reason: str
     served: bool = True
+    labels: dict[str, str] = {}
+    note: str = ""
 
 
 class ModelDetail(Struct):

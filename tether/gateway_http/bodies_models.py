@@ -154,6 +154,15 @@ class NewVersion(Struct, forbid_unknown_fields=True):
     run_timeout_s: Annotated[float, Meta(ge=0, le=86_400)] = 0.0
     config: ConfigPatch = {}
     version: Annotated[int, Meta(ge=0, lt=1_000_000_000)] = 0
+    labels: dict[str, str] = {}
+    note: str = ""
+
+
+class WantedNote(Struct, forbid_unknown_fields=True):
+    """Labels are merged with those that the version has, and one that is null goes; `note` replaces what there is."""
+
+    labels: dict[str, str | None] = {}
+    note: str | None = None
 
 
 class DamagedPiece(Struct):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,10 +14,12 @@ from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
 from tether.envelope import MessageType
 from tether.errors import BadEncoding, BadTensor, ModelNotFound, ModelNotReady, ModelUnloaded
+from tether.gateway_http.choosing import drawn, no_worker
 from tether.job import SHARED, Lane, LaneKind, Priority
 from tether.model import LATEST, Alias, Manifest, Route, TensorSpec, check_name
 from tether.model_config import ModelConfig, QueuePolicy, default_config
 from tether.subjects import name_of, token
+from tether.version_notes import VersionNote
 from tether.version_policy import served_versions
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Served:
 
 
 class Catalog:
-    """Follows the buckets ``models``, ``aliases``, ``configs`` and ``routes``."""
+    """Follows the buckets ``models``, ``aliases``, ``configs``, ``notes`` and ``routes``."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -64,6 +64,7 @@ class Catalog:
         self._moved = asyncio.Event()
         self._configs: dict[str, ModelConfig] = {}
         self._policies: dict[str, frozenset[int]] = {}
+        self._notes: dict[str, VersionNote] = {}
         self._listeners: list[Callable[[str], None]] = []
         self._routes: dict[tuple[str, int, str], Route] = {}
         self._keys: dict[str, tuple[str, int]] = {}
@@ -75,6 +76,7 @@ class Catalog:
                 ("models", MessageType.MANIFEST, self._model_changed),
                 ("aliases", MessageType.ALIAS, self._alias_changed),
                 ("configs", MessageType.CONFIG, self._config_changed),
+                ("notes", MessageType.CONFIG, self._note_changed),
                 ("routes", MessageType.ROUTE, self._route_changed),
             ):
                 await stack.enter_async_context(SignedBucket(self._bus, name, kind).watch(changed))
@@ -131,6 +133,13 @@ class Catalog:
         elif config is not None and key == token(config.model):
             self._configs[config.model] = config
             self._tell(config.model)
+
+    def _note_changed(self, key: str, body: bytes | None) -> None:
+        note = None if body is None else _decoded(body, VersionNote)
+        if body is None:
+            self._notes.pop(key, None)
+        elif note is not None and key == self._bus.names.version_key(note.model, note.version):
+            self._notes[key] = note
 
     def _route_changed(self, key: str, body: bytes | None) -> None:
         if body is None:
@@ -258,7 +267,7 @@ class Catalog:
             raise ModelUnloaded(f"model '{name}' is unloaded; load it with 'tether model load {name}'", field="model")
         self.require_lane(served, scope)
         if scope != SHARED and not self.workers(served, scope):
-            raise ModelNotReady(no_worker(served, scope, self.reason(served, scope)))
+            raise ModelNotReady(no_worker(served.manifest, scope, self.reason(served, scope)))
 
     def ready(self, served: Served, scope: str = SHARED) -> bool:
         """Whether a request for the version would be run just now."""
@@ -300,6 +309,10 @@ class Catalog:
     def find(self, model: str, version: int) -> Served | None:
         """A version by its number, when there is one."""
         return self._served.get(model, {}).get(version)
+
+    def note(self, model: str, version: int) -> VersionNote:
+        """Labels and note of a version."""
+        return self._notes.get(self._bus.names.version_key(model, version)) or VersionNote(model, version)
 
     def names(self) -> list[str]:
         return sorted(self._served)
@@ -349,21 +362,6 @@ class Catalog:
         return known is not None and (known == alias or known.revision > alias.revision)
 
 
-def drawn(alias: Alias, sticky: str) -> int:
-    """The version of a split that one request gets: by its ``sticky`` text, or by chance when that is empty."""
-    if sticky:
-        digest = hashlib.blake2b(f"{alias.model}\0{alias.name}\0{sticky}".encode(), digest_size=8).digest()
-        point = int.from_bytes(digest) / 2**64
-    else:
-        point = random.random()  # noqa: S311 - spreading load, not secrets
-    point *= sum(share.weight for share in alias.split)
-    for share in alias.split:
-        point -= share.weight
-        if point < 0:
-            return share.version
-    return alias.split[-1].version
-
-
 def no_model(model: str) -> ModelNotFound:
     """The refusal of a model that is not there, and of one that the caller may not know of.
 
@@ -372,19 +370,6 @@ def no_model(model: str) -> ModelNotFound:
     """
     check_name(model, field="model")
     return ModelNotFound(f"there is no model '{model}'", field="model")
-
-
-def no_worker(served: Served, scope: str, reason: str = "") -> str:
-    """Why a version is not ready in a scope, and what to do about it."""
-    if reason:
-        return f"no worker has it: {reason}"
-    if scope == SHARED:
-        return "no worker has it loaded"
-    return (
-        f"tenant '{scope}' is isolated and none of its own workers has model '{served.manifest.name}' version "
-        f"{served.manifest.version} loaded; the administrator starts one with "
-        f"'tether identity add NAME --role worker --tenant {scope}' and 'tether worker --name NAME --ops-port 0'"
-    )
 
 
 def _decoded(body: bytes, kind: type[T]) -> T | None:

@@ -85,6 +85,7 @@ async def _register(call: Call) -> Reply:
         trusted="models:code" in call.caller.scopes,
         config=checked_patch(call, name, wanted.config),
         version=wanted.version,
+        about={"labels": wanted.labels, "note": wanted.note} if wanted.labels or wanted.note else {},
     )
     answer = await registered(call, request)
     return Reply(pushed(answer, 0), 201 if answer.created else 200)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -12,13 +12,13 @@ from tether import codec
 from tether.bus import rpc
 from tether.config_changes import ANY_REVISION, ENDPOINT, ConfigAction, ConfigRequest, patched
 from tether.envelope import MessageType
-from tether.errors import PayloadTooLarge
+from tether.errors import InvalidRequest, PayloadTooLarge
 from tether.gateway_http import bodies_models
-from tether.gateway_http.catalog import Catalog
 from tether.gateway_http.rest_models import TAG
 from tether.gateway_http.routing import Call, Reply, Row
 from tether.model import check_name
 from tether.model_config import ModelConfig
+from tether.version_notes import VersionNote, noted, patch_of
 
 LARGEST = 64 * 1024
 """Bytes of a patch as JSON."""
@@ -49,19 +49,23 @@ def checked_patch(call: Call, name: str, patch: Mapping[str, Any]) -> dict[str, 
 
 async def configured(call: Call, request: ConfigRequest) -> ModelConfig:
     """Let the model store change a configuration, and wait until this gateway goes by it."""
-    answer = await rpc.call(
-        call.gateway.bus, ENDPOINT, MessageType.CHANGE, codec.encode(request), answers=MessageType.CHANGED, timeout=30.0
-    )
-    config = codec.decode(answer, ModelConfig)
-    await _heard(call.gateway.catalog, config)
+    config = codec.decode(await _asked(call, request), ModelConfig)
+    await _heard(lambda: call.gateway.catalog.config(config.model).revision >= config.revision)
     return config
 
 
-async def _heard(catalog: Catalog, config: ModelConfig) -> None:
+async def _asked(call: Call, request: ConfigRequest) -> bytes:
+    body = codec.encode(request)
+    return await rpc.call(
+        call.gateway.bus, ENDPOINT, MessageType.CHANGE, body, answers=MessageType.CHANGED, timeout=30.0
+    )
+
+
+async def _heard(true: Callable[[], bool]) -> None:
     """The change is made whether this gateway hears of it in time or not."""
     try:
         async with asyncio.timeout(_HEARD_S):
-            while catalog.config(config.model).revision < config.revision:
+            while not true():
                 await asyncio.sleep(0.005)
     except TimeoutError:
         return
@@ -96,9 +100,36 @@ async def set_loaded(call: Call, name: str, patch: Mapping[str, Any], *, loaded:
     return await configured(call, ConfigRequest(ConfigAction.CHANGE, name, changes, ANY_REVISION, who))
 
 
+async def _annotate(call: Call) -> Reply:
+    """The version is looked for by the model store, which knows of one that was pushed a moment ago."""
+    name, text = _model(call), call.path("version")
+    call.gateway.catalog.versions(name)
+    if not text.isdecimal() or not 0 < len(text) < 10:
+        raise InvalidRequest("version must be a number: an alias has no labels of its own", field="version")
+    patch = {key: value for key, value in msgspec.to_builtins(call.body).items() if value is not None}
+    noted(VersionNote(name, int(text)), patch_of(patch))
+    who = f"key:{call.caller.id}"
+    note = codec.decode(
+        await _asked(call, ConfigRequest(ConfigAction.NOTE, name, patch, by=who, version=int(text))), VersionNote
+    )
+    await _heard(lambda: call.gateway.catalog.note(name, note.version).revision >= note.revision)
+    return Reply(note)
+
+
 _PATH = "/v1/models/{name}/config"
 
 ROWS = [
+    Row(
+        "PATCH",
+        "/v1/models/{name}/versions/{version}",
+        "Change labels and note of a version",
+        TAG,
+        _annotate,
+        {200: VersionNote},
+        "models:write",
+        body=bodies_models.WantedNote,
+        errors=(404, 503),
+    ),
     Row("GET", _PATH, "Show how a model is served", TAG, _show, {200: ModelConfig}, "models:read", errors=(404,)),
     Row(
         "PATCH",

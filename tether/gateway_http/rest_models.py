@@ -59,6 +59,7 @@ def _summary(catalog: Catalog, name: str, scope: str) -> bodies.ModelSummary:
         aliases=catalog.aliases(name),
         ready=catalog.ready(newest, scope),
         loaded=catalog.loaded(name),
+        labels=dict(catalog.note(name, newest.manifest.version).labels),
         platform=newest.manifest.platform,
         size=newest.manifest.size,
         created_at=rfc3339(newest.manifest.created_at),
@@ -75,6 +76,7 @@ async def _show(call: Call) -> Reply:
 
 def _detail(catalog: Catalog, served: Served, scope: str) -> bodies.VersionDetail:
     manifest = served.manifest
+    note = catalog.note(manifest.name, manifest.version)
     return bodies.VersionDetail(
         version=manifest.version,
         platform=manifest.platform,
@@ -90,6 +92,8 @@ def _detail(catalog: Catalog, served: Served, scope: str) -> bodies.VersionDetai
         ready=catalog.ready(served, scope),
         served=catalog.serves(manifest.name, manifest.version),
         reason=catalog.reason(served, scope),
+        labels=dict(note.labels),
+        note=note.note,
     )
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from tether.errors import InvalidRequest, ModelNotReady
 from tether.gateway_http import bodies, bodies_triton
-from tether.gateway_http.catalog import Catalog, Served, no_worker
+from tether.gateway_http.catalog import Catalog, Served
+from tether.gateway_http.choosing import no_worker
 from tether.gateway_http.rest_admin import heartbeats
 from tether.gateway_http.rest_config import set_loaded
 from tether.gateway_http.rest_oip import TAG
@@ -45,7 +46,7 @@ def _state(catalog: Catalog, served: Served, scope: str) -> tuple[str, str]:
         return "UNLOADING" if workers else "UNAVAILABLE", "the version policy does not serve it"
     if workers:
         return "READY", ""
-    return "UNAVAILABLE", no_worker(served, scope, catalog.reason(served, scope))
+    return "UNAVAILABLE", no_worker(served.manifest, scope, catalog.reason(served, scope))
 
 
 def _model(call: Call) -> str:

@@ -12,6 +12,7 @@ from tether.envelope import Envelope
 from tether.errors import BadEncoding, Conflict, InvalidRequest, ModelNotFound, TetherError
 from tether.model import STORE_CHANGES, Alias, Change, ChangeAnswer, ChangeRequest, Share, check_name
 from tether.modelstore.keeper import Keeper
+from tether.modelstore.notes import Notes
 from tether.modelstore.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -23,8 +24,9 @@ MOST_SHARES = 16
 class Changes:
     """Handles ``changeModel``."""
 
-    def __init__(self, bus: Bus, registry: Registry, keeper: Keeper) -> None:
+    def __init__(self, bus: Bus, registry: Registry, keeper: Keeper, notes: Notes) -> None:
         self._bus = bus
+        self._notes = notes
         self._keeper = keeper
         self._registry = registry
 
@@ -120,6 +122,7 @@ class Changes:
                 field="version",
             )
         await self._registry.delete(model, version)
+        await self._notes.forget(model, version)
         return None
 
 

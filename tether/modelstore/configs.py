@@ -35,6 +35,7 @@ from tether.errors import (
 )
 from tether.model import Manifest, check_name
 from tether.model_config import ModelConfig, default_config
+from tether.modelstore.notes import Notes
 from tether.modelstore.registry import Registry
 from tether.subjects import token
 
@@ -47,8 +48,9 @@ TRIES = 16
 class Configs:
     """Handles ``configureModel``, and what a push says about its model."""
 
-    def __init__(self, bus: Bus, registry: Registry, audit: AuditLog) -> None:
+    def __init__(self, bus: Bus, registry: Registry, audit: AuditLog, notes: Notes) -> None:
         self._bus = bus
+        self._notes = notes
         self._registry = registry
         self._audit = audit
         self._bucket = SignedBucket(bus, "configs", MessageType.CONFIG)
@@ -69,6 +71,8 @@ class Configs:
         check_name(request.model, field="name")
         if request.action is ConfigAction.SHOW:
             return codec.encode(await self.get(request.model))
+        if request.action is ConfigAction.NOTE:
+            return codec.encode(await self._notes.change(request.model, request.version, request.patch, request.by))
         try:
             config, changed = await self._change(request)
         except TetherError as error:

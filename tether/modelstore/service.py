@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
-from tether import codec, config_changes, daemon, lifecycle, metrics
+from tether import codec, config_changes, daemon, lifecycle, metrics, version_notes
 from tether.audit import Kind, clean
 from tether.bus import rpc
 from tether.bus.audit import AuditLog, writing
@@ -25,6 +25,7 @@ from tether.modelstore.changes import Changes
 from tether.modelstore.configs import Configs
 from tether.modelstore.inspection import Inspection
 from tether.modelstore.keeper import Keeper
+from tether.modelstore.notes import Notes
 from tether.modelstore.quota import StorageQuota
 from tether.modelstore.registry import Registry
 from tether.settings import Settings
@@ -50,8 +51,9 @@ class ModelStoreService:
         self._inspections = asyncio.Semaphore(INSPECTIONS)
         self._registry = Registry(bus)
         self.keeper = Keeper(bus, self._registry)
-        self._changes = Changes(bus, self._registry, self.keeper)
-        self._configs = Configs(bus, self._registry, audit)
+        self._notes = Notes(bus, self._registry, audit)
+        self._changes = Changes(bus, self._registry, self.keeper, self._notes)
+        self._configs = Configs(bus, self._registry, audit, self._notes)
         self._quota = StorageQuota(bus, self._registry)
 
     @property
@@ -141,6 +143,7 @@ class ModelStoreService:
 
     async def _register(self, request: PushRequest, publisher: str) -> PushAnswer:
         assemble.check_request(request, max_bytes=self._bus.settings.max_upload_bytes)
+        version_notes.noted(version_notes.VersionNote(request.name, 0), version_notes.patch_of(request.about))
         if request.config:
             config_changes.patched(await self._configs.get(request.name), request.config)
         found = await self._look(request)
@@ -152,6 +155,8 @@ class ModelStoreService:
         if request.config and not created:
             await self._configs.given(manifest, request.config, publisher)
         await self._registry.move(request.name, LATEST, manifest.version, forward_only=True)
+        if request.about:
+            await self._notes.change(manifest.name, manifest.version, request.about, publisher)
         if created:
             metrics.MODELS_REGISTERED.inc()
         fields = {"action": "model_registered", "model": manifest.name, "version": manifest.version}
