@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -58,7 +59,7 @@ class Holder:
         self._bus = bus
         self._keyring = keyring
         self.files = files
-        self.configs = Configs(bus, self._configured)
+        self.configs = Configs(bus, self._decided)
         self._keepalive = keepalive
         self._manifests = KvBucket(bus, "models")
         self._wanted: frozenset[ModelRef] = frozenset()
@@ -70,6 +71,8 @@ class Holder:
         """Held, and could not be loaded when a job came."""
         self.memory = Memory(bus.settings.worker_memory_mb << 20, self._evictable)
         self._tasks = Tasks()
+        self._news: dict[str, asyncio.Event] = {}
+        """Set when another configuration of a model counts: who waits to try again need not wait."""
         self._stopping = False
         self.has_orders = False
 
@@ -129,6 +132,7 @@ class Holder:
                 self._failed.pop(ref, None)
             if not any(other.model == ref.model for other in (*self._held, *self._busy)):
                 self.configs.forget(ref.model)
+                self._news.pop(ref.model, None)
             self._changed.set()
 
     async def stop(self, drain_s: float) -> None:
@@ -151,10 +155,11 @@ class Holder:
                 self._tell(ref, error)
             else:
                 self._failed.pop(ref, None)
+                self._lost.discard(ref)
                 self._configured(ref.model)
                 log.info("loaded", extra={"action": "model_loaded", "model": ref.model, "version": ref.version})
                 return
-            await self._pause(tries)
+            await self._pause(ref, tries)
             tries += 1
 
     def _tell(self, ref: ModelRef, error: Exception) -> None:
@@ -167,8 +172,13 @@ class Holder:
             self._failed[ref] = f"{TetherError.code}: {type(error).__name__}; the worker's log has the reason"
             log.error("not loaded", exc_info=error, extra=fields)
 
-    async def _pause(self, tries: int) -> None:
-        await asyncio.sleep(_RETRY_S[min(tries, len(_RETRY_S) - 1)])
+    async def _pause(self, ref: ModelRef, tries: int) -> None:
+        """Before the next try, unless something else is decided about the model meanwhile."""
+        news = self._news.setdefault(ref.model, asyncio.Event())
+        news.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_RETRY_S[min(tries, len(_RETRY_S) - 1)]):
+                await news.wait()
 
     async def _loaded(self, ref: ModelRef, *, lazily: bool) -> Held:
         manifest = await self._manifest(ref)
@@ -194,9 +204,9 @@ class Holder:
         return Held(instance, loader)
 
     async def _load_now(self, loader: Loader) -> Generation:
-        """Another configuration may count since the load began: looked at afterwards."""
+        """Another configuration may count since the load began: looked at as soon as the copies are there."""
         generation = await loader.load()
-        self._changed.set()
+        asyncio.get_running_loop().call_soon(self._configured, loader.manifest.name)
         return generation
 
     def _let_go(self, ref: ModelRef) -> None:
@@ -231,6 +241,11 @@ class Holder:
                     self.memory.evict(ref, copies, "idle")
             await asyncio.sleep(_REST_S)
 
+    def _decided(self, model: str) -> None:
+        if model in self._news:
+            self._news[model].set()
+        self._configured(model)
+
     def _configured(self, model: str) -> None:
         """Another configuration counts: what can be changed in place is, and what cannot is loaded anew."""
         config = self.configs.get(model)
@@ -247,20 +262,19 @@ class Holder:
         held, tries = self._held[ref], 0
         while held.outdated and ref in self._wanted:
             try:
-                await held.instance.copies.renew(self._last_run_s(held.loader.manifest))
+                await held.instance.copies.renew(self._last_run_s(held.loader))
             except Exception as error:  # noqa: BLE001 - told of, and tried again
                 self._tell(ref, error)
-                await self._pause(tries)
+                await self._pause(ref, tries)
                 tries += 1
             else:
                 self._failed.pop(ref, None)
                 log.info("loaded anew", extra={"action": "model_renewed", "model": ref.model, "version": ref.version})
             self._configured(ref.model)
 
-    def _last_run_s(self, manifest: Manifest) -> float:
+    def _last_run_s(self, loader: Loader) -> float:
         """What has begun may end, however long a run may take: the worker itself goes on."""
-        settings = self._bus.settings
-        return max(settings.drain_s, manifest.run_timeout_s or settings.run_timeout_s)
+        return max(self._bus.settings.drain_s, loader.serving.run_timeout_s)
 
     async def _manifest(self, ref: ModelRef) -> Manifest:
         key = self._bus.names.version_key(ref.model, ref.version)
@@ -271,6 +285,6 @@ class Holder:
 
     async def _unload(self, ref: ModelRef) -> None:
         held = self._held.pop(ref)
-        await held.instance.stop(self._last_run_s(held.loader.manifest))
+        await held.instance.stop(self._last_run_s(held.loader))
         self._let_go(ref)
         log.info("unloaded", extra={"action": "model_unloaded", "model": ref.model, "version": ref.version})
