@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import bundles
+import models
 import numpy as np
 import pytest
 from brokers import wait_until
@@ -161,6 +162,16 @@ def test_unloading_gives_the_memory_back(tmp_path: Path) -> None:
     assert resident_mb("self") < own + 100
     made.close()
     assert not alive(pid)
+
+
+def test_unloading_gives_the_memory_back_in_the_workers_own_process_too(tmp_path: Path) -> None:
+    folder = models.split(tmp_path / "split", width=6000)  # 144 MB
+    own = resident_mb("self")
+    made = runtimes.load(manifest("onnxruntime_onnx", "model.onnx"), folder, Options())
+    made.run({"x": np.ones((1, 6000), np.float32)}, ())
+    assert resident_mb("self") > own + 100
+    made.close()
+    assert resident_mb("self") < own + 50
 
 
 def test_what_cannot_be_loaded_is_refused_with_its_reason(tmp_path: Path) -> None:

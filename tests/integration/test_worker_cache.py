@@ -261,6 +261,16 @@ async def test_a_platform_whose_workers_disk_is_small_does_its_jobs(start_broker
                     assert (await running.infer(served, np.ones((1, 1), np.float32))).shape == (1, 1)
 
 
+@pytest.mark.parametrize("megabytes", [8, 0])
+async def test_a_worker_keeps_optimised_graphs_unless_it_may_not(start_broker: StartBroker, megabytes: int) -> None:
+    async with start_broker(cache_graphs_mb=megabytes) as broker, services(broker) as running:
+        served = await running.push("graph", models.add())
+        answer = await running.infer(served, np.zeros((1, 4), np.float32))
+        assert np.array_equal(answer, np.ones((1, 4), np.float32))
+        kept = list((broker.home.cache("worker-1") / "graphs").glob("*.graph"))
+        assert len(kept) == (1 if megabytes else 0)
+
+
 async def registered(running: Services, name: str, content: bytes) -> tuple[Served, ModelFile]:
     served = await running.push(name, content, workers=0)
     return served, served.manifest.files[0]

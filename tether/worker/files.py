@@ -68,6 +68,8 @@ class WorkerFiles:
         self._reserve = settings.cache_reserve_mb * _MB
         self._pins: dict[ModelRef, str] = {}
         self._changing = asyncio.Lock()
+        self.graphs = folder / "graphs"
+        """Where runtimes may keep what they made of a version's files."""
         self.cache = ChunkCache(folder / "chunks", settings.cache_mb * _MB, self._reserve)
 
     async def sweep(self) -> None:

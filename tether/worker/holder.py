@@ -186,6 +186,7 @@ class Holder:
         directory = await self.files.fetch(ref, manifest)
         try:
             loader = Loader(self._bus, manifest, directory, config, self.memory)
+            loader.graphs = str(self.files.graphs)
             copies = Copies(partial(self._load_now, loader), self._bus.clock, self.memory.look)
             if not (lazily and loader.lazy):
                 await copies.ensure()

@@ -33,6 +33,8 @@ class Loader:
         self.config = config
         self.current: Loadout | None = None
         """What was loaded last."""
+        self.graphs = ""
+        """Where optimised graphs are kept; empty: nowhere."""
 
     @property
     def lazy(self) -> bool:
@@ -84,7 +86,11 @@ class Loader:
     async def _one(self, wanted: Loadout, timeout_s: float) -> Runtime:
         """Load in a thread; what nobody wants any more when it is ready is closed."""
         closed = threading.Event()
-        options = msgspec.structs.replace(wanted.options, run_timeout_s=timeout_s)
+        kept_mb = self._bus.settings.cache_graphs_mb
+        graphs = self.graphs if kept_mb else ""
+        options = msgspec.structs.replace(
+            wanted.options, run_timeout_s=timeout_s, graph_cache=graphs, graph_cache_mb=kept_mb
+        )
         loading = asyncio.ensure_future(asyncio.to_thread(partial(_warm, wanted, self._directory, options, closed)))
         try:
             return await asyncio.shield(loading)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,32 +12,28 @@ import ml_dtypes
 import numpy as np
 import onnxruntime
 
+from tether.bus.model_files import version_digest
 from tether.bus.upload import MODEL_PATH
 from tether.errors import InferenceFailed, ModelRejected
 from tether.model import Manifest
 from tether.tensor import Array
+from tether.worker.runtimes.graph_cache import LARGEST, GraphCache, key_of
 from tether.worker.runtimes.process import Options
+
+log = logging.getLogger(__name__)
+
+_CPU = "CPUExecutionProvider"
+_CUDA = "CUDAExecutionProvider"
 
 _BF16_CODE = 16
 """``TensorProto.BFLOAT16``: numpy has no such type, so its bits travel as uint16."""
 
 
 class OnnxRuntime:
-    """One ONNX Runtime session on the CPU; see :class:`tether.ports.Runtime`."""
+    """One ONNX Runtime session; see :class:`tether.ports.Runtime`."""
 
-    def __init__(self, manifest: Manifest, directory: Path, *, threads: int) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        if threads == 1:
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session: Any = onnxruntime.InferenceSession(
-                str(directory / _graph(manifest)), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            raise ModelRejected(f"ONNX Runtime refuses the file: {type(error).__name__}") from error
+    def __init__(self, manifest: Manifest, directory: Path, options: Options) -> None:
+        self._session: Any = _session(manifest, directory, options)
         self._outputs = tuple(spec.name for spec in manifest.outputs)
         self._text = {spec.name for spec in manifest.inputs if spec.datatype == "BYTES"}
         self._has_bf16 = any(spec.datatype == "BF16" for spec in (*manifest.inputs, *manifest.outputs))
@@ -71,7 +68,84 @@ class OnnxRuntime:
 
 def load(manifest: Manifest, directory: Path, options: Options) -> OnnxRuntime:
     """The runtime of an ONNX version."""
-    return OnnxRuntime(manifest, directory, threads=options.threads)
+    return OnnxRuntime(manifest, directory, options)
+
+
+def providers(device: str) -> list[str]:
+    """What ONNX Runtime is to run on for ``auto``, ``cpu`` or ``cuda``, best first.
+
+    Raises:
+        ModelRejected: CUDA is asked for, and this ONNX Runtime has none.
+    """
+    there = _CUDA in onnxruntime.get_available_providers()
+    if device == "cuda" and not there:
+        raise ModelRejected(
+            f"the model is to run on 'cuda', and ONNX Runtime has no {_CUDA} here; "
+            "install onnxruntime-gpu, or let it run on 'auto' or 'cpu'",
+            field="kind",
+        )
+    return [_CUDA, _CPU] if there and device != "cpu" else [_CPU]
+
+
+def _session(manifest: Manifest, directory: Path, options: Options) -> Any:
+    chosen = providers(options.device)
+    path = directory / _graph(manifest)
+    try:
+        if options.graph_cache and chosen == [_CPU] and manifest.size <= LARGEST:
+            session = _cached(manifest, path, options)
+        else:
+            session = onnxruntime.InferenceSession(str(path), _settings(options), providers=chosen)
+    except Exception as error:
+        raise ModelRejected(f"ONNX Runtime refuses the file: {type(error).__name__}") from error
+    if options.device == "cuda" and _CUDA not in session.get_providers():
+        raise ModelRejected(
+            "the model is to run on 'cuda', and ONNX Runtime cannot use a device here; let it run on 'auto' or 'cpu'",
+            field="kind",
+        )
+    return session
+
+
+def _settings(options: Options) -> Any:
+    made = onnxruntime.SessionOptions()
+    made.intra_op_num_threads = options.threads
+    made.inter_op_num_threads = 1
+    made.log_severity_level = 4
+    if options.threads == 1:
+        made.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return made
+
+
+def _cached(manifest: Manifest, path: Path, options: Options) -> Any:
+    """A session on the CPU of the graph as it was optimised before, or as it is optimised now, which is kept."""
+    cache = GraphCache(Path(options.graph_cache), options.graph_cache_mb << 20)
+    key = key_of(version_digest(manifest), onnxruntime.__version__, _CPU)
+    content = cache.read(key)
+    if content is not None:
+        ready = _settings(options)
+        ready.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            return onnxruntime.InferenceSession(content, ready, providers=[_CPU])
+        except Exception as error:  # noqa: BLE001 - whatever it is, the version's own file counts
+            cache.drop(key, f"cannot be loaded ({type(error).__name__})")
+    draft = cache.draft(manifest.size)
+    if draft is not None:
+        session = _written(path, options, draft)
+        if session is not None:
+            cache.keep(key, draft)
+            return session
+        draft.unlink(missing_ok=True)
+    return onnxruntime.InferenceSession(str(path), _settings(options), providers=[_CPU])
+
+
+def _written(path: Path, options: Options, draft: Path) -> Any:
+    """A session whose optimised graph was written; None when that cannot be done with this graph or this disk."""
+    writing = _settings(options)
+    writing.optimized_model_filepath = str(draft)
+    try:
+        return onnxruntime.InferenceSession(str(path), writing, providers=[_CPU])
+    except Exception as error:  # noqa: BLE001 - tried again without, which tells why
+        log.info("no optimised graph: %s", type(error).__name__, extra={"action": "graph_not_kept"})
+        return None
 
 
 def _graph(manifest: Manifest) -> str:

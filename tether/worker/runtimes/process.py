@@ -41,13 +41,18 @@ _BACKOFF_S = (0.0, 0.1, 0.5, 2.0, 5.0)
 
 
 class Options(msgspec.Struct, frozen=True):
-    """How a model is run. ``memory_mb`` limits its process's address space (0: no limit); times are in seconds."""
+    """How a model is run. ``memory_mb`` limits its process's address space (0: no limit); times are in seconds.
+
+    ``graph_cache`` is the folder where optimised graphs are kept, up to ``graph_cache_mb`` MiB; empty: none is.
+    """
 
     threads: int = 1
     memory_mb: int = 0
     run_timeout_s: float = 60.0
     load_timeout_s: float = 300.0
     device: str = "auto"
+    graph_cache: str = ""
+    graph_cache_mb: int = 0
 
 
 class Start(msgspec.Struct, frozen=True):

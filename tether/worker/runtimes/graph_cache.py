@@ -1,0 +1,146 @@
+"""Graphs as ONNX Runtime has optimised them, on a worker's disk, so that the next load of the same version need not do it again.
+
+An entry belongs to one version's files, one release of ONNX Runtime and one kind of processor. Its last bytes are a digest of
+all of that and of its content; one that is cut, altered or another's is deleted and made anew. Somebody who may write files as
+the worker's own user could make one that fits, as they could replace the worker itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+LARGEST = 16 << 20
+"""Bytes of a version's files above which nothing is kept: an entry is read and compared as a whole, which soon takes longer
+than optimising again (measured, ADR 23)."""
+
+_MARK = b"tethergraph1"
+_END = len(_MARK) + hashlib.sha256().digest_size
+_LARGEST_ENTRY = 16 * LARGEST
+"""An optimised graph may hold what the version computes from its weights."""
+_STALE_S = 3600.0
+
+
+class GraphCache:
+    """Entries below one folder, at most ``budget`` bytes of them; those that were not used for the longest time go first."""
+
+    def __init__(self, folder: Path, budget: int) -> None:
+        self._folder = folder
+        self._budget = budget
+
+    def read(self, key: str) -> bytes | None:
+        """What is kept under a key; None when there is nothing, or nothing that can be trusted."""
+        path = self._path(key)
+        try:
+            content = _trusted(path, key)
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self.drop(key, f"cannot be read ({error.strerror})")
+            return None
+        if content is None:
+            self.drop(key, "is damaged, or another's,")
+        return content
+
+    def draft(self, size: int) -> Path | None:
+        """A name that ONNX Runtime may write to; None where there is no room for about twice ``size`` bytes."""
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if size > LARGEST or size > self._budget or shutil.disk_usage(self._folder).free < 2 * size:
+                return None
+            descriptor, name = tempfile.mkstemp(".draft", dir=self._folder)
+        except OSError as error:
+            log.warning("no optimised graph is kept: %s", error.strerror, extra={"action": "graph_not_kept"})
+            return None
+        os.close(descriptor)
+        return Path(name)
+
+    def keep(self, key: str, draft: Path) -> None:
+        """Make a draft that was written an entry, and room for it."""
+        try:
+            if draft.stat().st_size > _LARGEST_ENTRY - _END:
+                return
+            content = draft.read_bytes()
+            with draft.open("ab") as file:
+                file.write(_end(key, content))
+            draft.chmod(0o600)
+            draft.rename(self._path(key))
+            self._make_room()
+        except OSError as error:
+            log.warning("no optimised graph is kept: %s", error.strerror, extra={"action": "graph_not_kept"})
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def drop(self, key: str, why: str) -> None:
+        log.warning("an optimised graph %s and was deleted", why, extra={"action": "graph_dropped"})
+        path = self._path(key)
+        with suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{key}.graph"
+
+    def _make_room(self) -> None:
+        for path in self._folder.glob("*.draft"):
+            with suppress(OSError):
+                if path.stat().st_mtime < time.time() - _STALE_S:
+                    path.unlink()
+        entries = []
+        for path in self._folder.glob("*.graph"):
+            with suppress(OSError):
+                found = path.stat()
+                entries.append((found.st_mtime_ns, found.st_size, path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total <= self._budget:
+                return
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+def key_of(version: str, release: str, *what: str) -> str:
+    """The key of a version's files (their digest) with a ``release`` of ONNX Runtime on this machine; ``what`` else counts."""
+    return hashlib.sha256("\0".join((version, release, _processor(), *what)).encode()).hexdigest()
+
+
+def _processor() -> str:
+    """What the layout of an optimised graph depends on: the instructions that the processor has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return f"{platform.machine()} {flags}"
+
+
+def _trusted(path: Path, key: str) -> bytes | None:
+    """The content of a plain file of this user's own that nobody else may write, and that ends as it must."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor)
+        own = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+        if not own or not _END < found.st_size <= _LARGEST_ENTRY:
+            return None
+        with open(descriptor, "rb", closefd=False) as file:
+            content = file.read(found.st_size - _END)
+            return content if file.read(_END + 1) == _end(key, content) else None
+    finally:
+        os.close(descriptor)
+
+
+def _end(key: str, content: bytes) -> bytes:
+    return _MARK + hashlib.sha256(key.encode() + content).digest()
