@@ -64,6 +64,13 @@ def test_nothing_is_kept_unless_it_is_asked_for(tmp_path: Path) -> None:
     assert not (tmp_path / "graphs").exists() or entries(tmp_path) == []
 
 
+def test_a_version_whose_files_lie_elsewhere_leaves_nothing_on_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "memory").mkdir()
+    manifest = version(tmp_path / "memory" / "m")
+    np.testing.assert_array_equal(answer(manifest, tmp_path / "memory", options(tmp_path)), X + 1)
+    assert not (tmp_path / "graphs").exists()
+
+
 def cut(entry: Path) -> None:
     entry.write_bytes(entry.read_bytes()[:-1])
 

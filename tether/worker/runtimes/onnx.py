@@ -91,7 +91,9 @@ def _session(manifest: Manifest, directory: Path, options: Options) -> Any:
     chosen = providers(options.device)
     path = directory / _graph(manifest)
     try:
-        if options.graph_cache and chosen == [_CPU] and manifest.size <= LARGEST:
+        # only beside the version's own files: one whose files may not lie on a disk leaves nothing there
+        beside = bool(options.graph_cache) and Path(options.graph_cache).parent == directory.parent
+        if beside and chosen == [_CPU] and manifest.size <= LARGEST:
             session = _cached(manifest, path, options)
         else:
             session = onnxruntime.InferenceSession(str(path), _settings(options), providers=chosen)

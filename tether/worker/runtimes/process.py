@@ -43,7 +43,8 @@ _BACKOFF_S = (0.0, 0.1, 0.5, 2.0, 5.0)
 class Options(msgspec.Struct, frozen=True):
     """How a model is run. ``memory_mb`` limits its process's address space (0: no limit); times are in seconds.
 
-    ``graph_cache`` is the folder where optimised graphs are kept, up to ``graph_cache_mb`` MiB; empty: none is.
+    ``graph_cache`` is the folder, beside those of versions, where optimised graphs are kept, up to ``graph_cache_mb`` MiB;
+    empty: none is, nor of a version whose files lie elsewhere.
     """
 
     threads: int = 1
