@@ -21,6 +21,7 @@ from tether.errors import ModelRejected
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "digits"
+PLUGIN = ROOT / "examples" / "plugin"
 MIXING = {
     "inputs": [{"name": "a", "datatype": "FP32", "shape": [-1, 4]}],
     "outputs": [{"name": "b", "datatype": "FP32", "shape": [-1, 4]}],
@@ -39,7 +40,7 @@ def need(*frameworks: str) -> None:
 
 def make(folder: Path, framework: str) -> Path:
     """The folder, with the models of one framework in it."""
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{EXAMPLE}:{ROOT}", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{EXAMPLE}:{PLUGIN}:{ROOT}", "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, str(Path(__file__).resolve()), str(folder), framework]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -63,6 +64,7 @@ def write_torch(folder: Path) -> None:
         with torch.inference_mode():
             found = model(torch.from_numpy(images()))
         np.savez(folder / f"answers-{name}.npz", **{key: value.numpy() for key, value in found.items()})
+    _answer_weights(folder)
 
     class Several(torch.nn.Module):  # type: ignore[misc, unused-ignore]
         def forward(self, x: Any, *, pair: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -77,6 +79,20 @@ def write_torch(folder: Path) -> None:
 
     torch.jit.trace(Mixing(), torch.zeros(2, 4)).save(folder / "mixing.pt")
     _write_hostile(folder)
+
+
+def _answer_weights(folder: Path) -> None:
+    """What the module of ``examples/plugin`` answers with the weights of ``safetensors``."""
+    import tether_digits_torch  # noqa: PLC0415 - only the child
+    import torch  # noqa: PLC0415 - likewise
+    from safetensors.torch import load_file  # noqa: PLC0415 - likewise
+
+    weights = load_file(folder / "safetensors" / "model.safetensors")
+    module = tether_digits_torch.build({"hidden": len(weights["first.bias"])})
+    module.load_state_dict(weights)
+    with torch.inference_mode():
+        found = module.eval()(torch.from_numpy(images()))
+    np.savez(folder / "answers-safetensors.npz", **{key: value.numpy() for key, value in found.items()})
 
 
 class Touch:

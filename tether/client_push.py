@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ FORMATS = {
     ".pt2": ("model.pt2", "pytorch_export"),
     ".pt": ("model.pt", "pytorch_libtorch"),
     ".ts": ("model.pt", "pytorch_libtorch"),
+    ".safetensors": ("model.safetensors", "pytorch_safetensors"),
 }
 """End of a file's name -> what the file is called in the store, and the platform that serves it."""
 
@@ -49,11 +51,12 @@ BUNDLES = {
     "model.onnx": "onnxruntime_onnx",
     "saved_model.pb": "tensorflow_savedmodel",
     "model.pt": "pytorch_libtorch",
+    "model.safetensors": "pytorch_safetensors",
     "model.json": "python",
 }
 """A file that a folder holds -> the platform that serves the folder; the first one that is there counts."""
 
-DESCRIBED = {"pytorch_libtorch": "model.json"}
+DESCRIBED = {"pytorch_libtorch": "model.json", "pytorch_safetensors": "model.json"}
 """Platform -> the file that describes a model which does not describe itself, beside it or under its name with .json."""
 
 
@@ -91,11 +94,21 @@ def _description(path: Path, name: str) -> LocalFile:
 
 
 def _bundle(folder: Path) -> tuple[str, list[LocalFile]]:
-    platform = next((served for file, served in BUNDLES.items() if (folder / file).is_file()), None)
+    platform = _told(folder) or next((served for file, served in BUNDLES.items() if (folder / file).is_file()), None)
     if platform is None:
         raise InvalidRequest(f"the folder {folder} has no {' and no '.join(BUNDLES)}", field="path")
     files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return platform, [_local_file(path, path.relative_to(folder).as_posix()) for path in files]
+
+
+def _told(folder: Path) -> str:
+    """The platform that ``model.json`` names, which is how a folder says that it is for a runtime of another package."""
+    try:
+        told = json.loads((folder / "model.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return ""  # whoever looks at the bundle says what is wrong with it
+    platform = told.get("platform") if isinstance(told, dict) else None
+    return platform if isinstance(platform, str) else ""
 
 
 def _local_file(source: Path, path: str) -> LocalFile:

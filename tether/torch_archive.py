@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -29,6 +31,9 @@ _SWELLING = 64 << 20
 """Bytes that an archive may unpack to beside 20 times its own."""
 
 
+WEIGHTS = "model.safetensors"
+
+
 class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``model.json`` of a TorchScript, which does not know its own: its arguments, and what it returns, in order."""
 
@@ -36,14 +41,26 @@ class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outputs: tuple[TensorSpec, ...]
 
 
+class Registered(Signature, frozen=True, forbid_unknown_fields=True):
+    """``model.json`` of weights alone: a :class:`Signature`, what they are the weights of, and how that is to be made."""
+
+    architecture: str
+    config: Mapping[str, Any] = {}
+
+
+_Described = TypeVar("_Described", bound=Signature)
+
+
 def check(directory: Path) -> None:
-    """Look at the ``model.pt2`` or ``model.pt`` of a folder.
+    """Look at the ``model.pt2`` or ``model.pt`` of a folder; ``model.safetensors`` is data by its format.
 
     Raises:
         FormatNotAllowed: the file holds pickled Python or libraries, or is no archive.
         ModelLimits: it would unpack to very much more than it is.
     """
     exported = directory / EXPORTED
+    if (directory / WEIGHTS).is_file():
+        return
     if exported.is_file():
         _check_exported(exported)
     else:
@@ -69,15 +86,15 @@ def _check_scripted(path: Path) -> None:
         )
 
 
-def signature(directory: Path) -> Signature:
-    """Read the signature of a TorchScript.
+def signature(directory: Path, kind: type[_Described]) -> _Described:
+    """Read the signature of a model that does not know its own.
 
     Raises:
         ModelRejected: it is not as it should be.
     """
     path = directory / SIGNATURE
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=Signature)
+        found = msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.MsgspecError) as error:
         raise ModelRejected(f"{SIGNATURE} is not as it should be: {error}", field=SIGNATURE) from error
     for spec in (*found.inputs, *found.outputs):

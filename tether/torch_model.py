@@ -1,4 +1,5 @@
-"""PyTorch models that need no Python of their own: programs of ``torch.export`` and TorchScript.
+"""PyTorch models that need no Python of their own: programs of ``torch.export``, TorchScript, and weights of architectures that
+are installed.
 
 Before PyTorch sees a file :mod:`tether.torch_archive` looks at it; whatever PyTorch unpickles after that is limited to tensors.
 """
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from tether import torch_archive
+from tether import plugins, torch_archive
 from tether.errors import InferenceFailed, ModelRejected
 from tether.model import TensorSpec
 from tether.tensor import Array
@@ -75,18 +76,28 @@ class TorchModel:
 
 
 def load(directory: Path, *, threads: int = 1, device: str = "auto") -> TorchModel:
-    """Load the ``model.pt2`` or ``model.pt`` of a folder; ``device`` is ``auto``, ``cpu`` or ``cuda``.
+    """Load the ``model.pt2``, ``model.pt`` or ``model.safetensors`` of a folder; ``device`` is ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
         FormatNotAllowed: the file holds pickled Python or libraries.
-        ModelRejected: PyTorch or the signature refuses it.
+        ModelRejected: PyTorch, the signature or the architecture refuses it.
     """
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch.export.load asks for less than this
     torch.set_num_threads(threads)
     chosen = _device(device)
     torch_archive.check(directory)
+    return TorchModel(_loaded(directory, chosen), chosen)
+
+
+def _loaded(directory: Path, device: Any) -> _Loaded:
     exported = directory / torch_archive.EXPORTED
-    return TorchModel(_exported(exported, chosen) if exported.is_file() else _scripted(directory, chosen), chosen)
+    if exported.is_file():
+        return _exported(exported, device)
+    if (directory / torch_archive.WEIGHTS).is_file():
+        return _registered(directory, device)
+    signature = torch_archive.signature(directory, torch_archive.Signature)
+    module: Any = torch.jit.load(directory / torch_archive.SCRIPTED, map_location=device).eval()
+    return _described(module, signature)
 
 
 def _device(wanted: str) -> Any:
@@ -138,9 +149,31 @@ def _datatype(name: str, dtype: Any) -> str:
     return datatype
 
 
-def _scripted(directory: Path, device: Any) -> _Loaded:
-    signature = torch_archive.signature(directory)
-    module: Any = torch.jit.load(directory / torch_archive.SCRIPTED, map_location=device).eval()
+def _registered(directory: Path, device: Any) -> _Loaded:
+    """Weights of safetensors, which is data and no program, in the module that an installed architecture makes."""
+    from safetensors import SafetensorError  # noqa: PLC0415 - only where such a model is
+    from safetensors.torch import load_model  # noqa: PLC0415 - likewise
+
+    told = torch_archive.signature(directory, torch_archive.Registered)
+    build = plugins.load(plugins.ARCHITECTURES, told.architecture, "architecture", "architecture")
+    module = build(dict(told.config))
+    if not isinstance(module, torch.nn.Module):
+        raise ModelRejected(
+            f"the architecture '{told.architecture[:64]}' made a {type(module).__name__}, not a torch.nn.Module",
+            field="architecture",
+        )
+    try:
+        load_model(module, directory / torch_archive.WEIGHTS, strict=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise ModelRejected(
+            f"the weights are not those of '{told.architecture[:64]}': {' '.join(str(error).split())[:300]}",
+            field="file",
+        ) from error
+    return _described(module.eval().requires_grad_(requires_grad=False).to(device), told)
+
+
+def _described(module: Any, signature: torch_archive.Signature) -> _Loaded:
+    """A module that does not know its own signature."""
 
     def call(tensors: list[Any]) -> list[Any]:
         answer = module(*tensors)

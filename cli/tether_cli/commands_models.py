@@ -71,7 +71,9 @@ def delete(
 
 def push(
     name: ModelName,
-    path: Annotated[str, typer.Argument(metavar="PATH", help="An .onnx, .pt2 or .pt file, or the folder of a model.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="An .onnx, .pt2, .pt or .safetensors file, or the folder of a model.")
+    ],
     *,
     max_batch_size: Annotated[
         int | None, typer.Option("--max-batch-size", metavar="N", min=0, help="Most rows in one run; 0: no batches.")

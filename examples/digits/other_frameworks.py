@@ -1,7 +1,7 @@
 """Write the network of ``digits.onnx`` for the other platforms: torch.export, TorchScript, SavedModel and a Python class,
-and as ONNX with its weights in a file of their own.
+as ONNX with its weights in a file of their own, and for the plugins of ``examples/plugin``.
 
-Run ``python examples/digits/other_frameworks.py FOLDER torch tensorflow python onnx``, with the frameworks of your choice; what it writes is
+Run ``python examples/digits/other_frameworks.py FOLDER torch tensorflow python onnx npz``, with the frameworks of your choice; what it writes is
 pushed with ``tether model push digits FOLDER/...``. The extras ``torch`` and ``tensorflow`` have the frameworks.
 """
 
@@ -71,8 +71,11 @@ def torch_network(found: Weights) -> Any:
 
 
 def write_torch(folder: Path, found: Weights) -> None:
-    """``digits.pt2`` of torch.export; ``digits.pt`` of TorchScript with the signature that it lacks in ``digits.json``."""
+    """``digits.pt2`` of torch.export; ``digits.pt`` of TorchScript with the signature that it lacks in ``digits.json``;
+    the folder ``safetensors`` for the architecture of ``examples/plugin``.
+    """
     import torch
+    from safetensors.torch import save_file
 
     network, example = torch_network(found), torch.zeros(2, 64)
     rows = torch.export.Dim("rows", min=1, max=4096)
@@ -80,6 +83,23 @@ def write_torch(folder: Path, found: Weights) -> None:
     torch.export.save(program, folder / "digits.pt2")
     torch.jit.trace(network, (example,), strict=False).save(folder / "digits.pt")
     (folder / "digits.json").write_text(json.dumps({"inputs": INPUTS, "outputs": OUTPUTS}, indent=2))
+    layers = {
+        "first.weight": found["w1"].T,
+        "first.bias": found["b1"],
+        "second.weight": found["w2"].T,
+        "second.bias": found["b2"],
+    }
+    weights_only = folder / "safetensors"
+    weights_only.mkdir()
+    tensors = {name: torch.from_numpy(np.array(value, order="C")) for name, value in layers.items()}
+    save_file(tensors, weights_only / "model.safetensors")
+    description = {
+        "architecture": "digits-mlp",
+        "config": {"hidden": len(found["b1"])},
+        "inputs": INPUTS,
+        "outputs": OUTPUTS,
+    }
+    (weights_only / "model.json").write_text(json.dumps(description, indent=2))
 
 
 def write_tensorflow(folder: Path, found: Weights) -> None:
@@ -107,6 +127,13 @@ def write_python(folder: Path, found: Weights) -> None:
     np.savez(bundle / "weights.npz", w1=found["w1"], b1=found["b1"], w2=found["w2"], b2=found["b2"])
 
 
+def write_npz(folder: Path, found: Weights) -> None:
+    """The folder ``npz``, for the runtime ``numpy_npz`` of ``examples/plugin``."""
+    (folder / "npz").mkdir()
+    (folder / "npz" / "model.json").write_text(json.dumps({"platform": "numpy_npz"}))
+    np.savez(folder / "npz" / "weights.npz", w1=found["w1"], b1=found["b1"], w2=found["w2"], b2=found["b2"])
+
+
 def write_onnx(folder: Path, _found: Weights) -> None:
     """The folder ``external``: ``model.onnx``, and its weights in ``weights.bin``."""
     (folder / "external").mkdir()
@@ -115,7 +142,13 @@ def write_onnx(folder: Path, _found: Weights) -> None:
     onnx.save(network, target, save_as_external_data=True, location="weights.bin", size_threshold=0)
 
 
-WRITERS = {"onnx": write_onnx, "torch": write_torch, "tensorflow": write_tensorflow, "python": write_python}
+WRITERS = {
+    "onnx": write_onnx,
+    "torch": write_torch,
+    "tensorflow": write_tensorflow,
+    "python": write_python,
+    "npz": write_npz,
+}
 
 
 def main() -> None:

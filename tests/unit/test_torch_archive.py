@@ -64,7 +64,7 @@ def test_what_is_no_archive_or_swells_is_refused(tmp_path: Path) -> None:
 
 def test_a_signature_is_read(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text(json.dumps({"inputs": [X], "outputs": [{**X, "name": "y"}]}))
-    found = torch_archive.signature(tmp_path)
+    found = torch_archive.signature(tmp_path, torch_archive.Signature)
     assert found.inputs == (TensorSpec("x", "FP32", (-1, 4)),)
     assert [spec.name for spec in found.outputs] == ["y"]
 
@@ -84,10 +84,10 @@ def test_a_signature_is_read(tmp_path: Path) -> None:
 def test_a_signature_that_says_too_little_or_too_much_is_refused(tmp_path: Path, signature: Any) -> None:
     (tmp_path / "model.json").write_text(json.dumps(signature))
     with pytest.raises(ModelRejected) as caught:
-        torch_archive.signature(tmp_path)
+        torch_archive.signature(tmp_path, torch_archive.Signature)
     assert caught.value.field == "model.json"
 
 
 def test_a_signature_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelRejected, match=r"model\.json"):
-        torch_archive.signature(tmp_path)
+        torch_archive.signature(tmp_path, torch_archive.Signature)

@@ -10,7 +10,7 @@ from tether.bus.keeping import PieceKeeper
 from tether.bus.model_files import check_file, download
 from tether.errors import BadEncoding, CorruptChunk, InvalidRequest, ModelRejected
 from tether.model import AUTOMATIC, Batching, Isolation, Manifest, PushRequest, check_name
-from tether.modelstore.formats import FORMATS, check_files
+from tether.modelstore.formats import ONNX, check_files, format_of
 from tether.modelstore.inspection import Inspection, Limits, inspect
 
 MAX_BATCH = 65536
@@ -36,8 +36,8 @@ def check_request(request: PushRequest, *, max_bytes: int) -> None:
         raise InvalidRequest(f"max_batch_size must be -1 (automatic) to {MAX_BATCH}", field="max_batch_size")
     if request.isolation not in ("", *Isolation):
         raise InvalidRequest("isolation must be 'thread' or 'process'", field="isolation")
-    if request.isolation == Isolation.THREAD and FORMATS[request.platform].code:
-        raise InvalidRequest("a model that is a program runs in a process of its own", field="isolation")
+    if request.isolation == Isolation.THREAD and request.platform != ONNX:
+        raise InvalidRequest("only ONNX runs in the worker's own process; leave isolation out", field="isolation")
     if not 0 <= request.run_timeout_s <= MAX_RUN_S:
         raise InvalidRequest(f"run_timeout_s must be 0 (the worker's setting) to {MAX_RUN_S:g}", field="run_timeout_s")
     if not 0 <= request.max_delay_ms <= MAX_DELAY_MS:
@@ -62,8 +62,9 @@ async def examine(store: PieceKeeper, request: PushRequest, scratch: Path, *, fr
                     await store.discard(error.field)
                 raise
         size = sum(file.size for file in request.files)
-        known = FORMATS[request.platform]
-        return await inspect(Path(folder), known.inspector, Limits.for_size(size, known.memory_mb))
+        known = format_of(request.platform)
+        limits = Limits.for_size(size, known.memory_mb)
+        return await inspect(Path(folder), known.inspector, limits, known.platform)
 
 
 def batching(request: PushRequest, found: Inspection) -> Batching:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tether import plugins
 from tether.bus.upload import LARGEST_ONNX, MODEL_PATH
 from tether.errors import FormatNotAllowed, InvalidRequest, PayloadTooLarge
 from tether.model import ModelFile
@@ -12,6 +13,7 @@ ONNX = "onnxruntime_onnx"
 PYTHON = "python"
 TORCH_EXPORT = "pytorch_export"
 TORCHSCRIPT = "pytorch_libtorch"
+SAFETENSORS = "pytorch_safetensors"
 SAVED_MODEL = "tensorflow_savedmodel"
 
 
@@ -40,9 +42,27 @@ FORMATS = {
         Format(PYTHON, ("model.json", "model.py"), "inspect_python"),
         Format(TORCH_EXPORT, ("model.pt2",), "inspect_torch", only=True, memory_mb=16384),
         Format(TORCHSCRIPT, ("model.json", "model.pt"), "inspect_torch", only=True, memory_mb=16384),
+        Format(
+            SAFETENSORS, ("model.safetensors", "model.json"), "inspect_torch", only=True, code=False, memory_mb=16384
+        ),
         Format(SAVED_MODEL, ("saved_model.pb",), "inspect_tensorflow", memory_mb=16384),
     )
 }
+
+
+def format_of(platform: str) -> Format:
+    """The format of a platform: one of ours, or one that an installed package brings, whose models count as programs.
+
+    Raises:
+        InvalidRequest: there is no such platform here.
+    """
+    found, others = FORMATS.get(platform), plugins.installed(plugins.RUNTIMES)
+    if found is None and platform in others:
+        return Format(platform, (), "inspect_plugin", memory_mb=16384)
+    if found is None:
+        known = ", ".join(f"'{name}'" for name in (*FORMATS, *others))
+        raise InvalidRequest(f"there is no platform '{platform[:64]}'; known: {known}", field="platform")
+    return found
 
 
 def check_files(platform: str, files: tuple[ModelFile, ...], *, trusted: bool, max_bytes: int) -> Format:
@@ -53,10 +73,7 @@ def check_files(platform: str, files: tuple[ModelFile, ...], *, trusted: bool, m
         FormatNotAllowed: it is a program, and who pushes it may not push programs.
         PayloadTooLarge: together the files are over a limit.
     """
-    found = FORMATS.get(platform)
-    if found is None:
-        known = ", ".join(f"'{name}'" for name in FORMATS)
-        raise InvalidRequest(f"there is no platform '{platform[:64]}'; known: {known}", field="platform")
+    found = format_of(platform)
     paths = [file.path for file in files]
     missing = [path for path in found.needs if path not in paths]
     if missing or (found.only and len(paths) != len(found.needs)) or len(set(paths)) != len(paths):

@@ -28,6 +28,15 @@ def look(directory: Path, module: str, extra: str) -> Inspection:
         raise ModelRejected(
             f"this model store cannot look at the model: {error.name} is not installed; install 'tether[{extra}]'"
         ) from error
+    return tried(framework, directory)
+
+
+def tried(framework: Any, directory: Path) -> Inspection:
+    """What ``framework.load`` makes of a folder, after a few runs.
+
+    Raises:
+        ModelRejected: it cannot be loaded and run.
+    """
     try:
         model = framework.load(directory, device="cpu")
         return warmup.judge(lambda arrays: model.run(arrays, ()), model.inputs, model.outputs)

@@ -67,8 +67,8 @@ class Report(msgspec.Struct, frozen=True):
     code: str = ModelRejected.code
 
 
-async def inspect(directory: Path, inspector: str, limits: Limits) -> Inspection:
-    """Inspect the files of ``directory`` with a module of this package. The child inherits no environment and may write no file.
+async def inspect(directory: Path, inspector: str, limits: Limits, platform: str = "") -> Inspection:
+    """Inspect the files of ``directory`` with a module of this package, which is told the platform. The child inherits no environment and may write no file.
 
     Raises:
         ModelRejected: the model cannot be served, or its inspection crashed, ran too long or needed too much memory.
@@ -81,6 +81,7 @@ async def inspect(directory: Path, inspector: str, limits: Limits) -> Inspection
         str(directory),
         str(limits.memory_mb),
         str(limits.cpu_s),
+        platform,
         stdin=DEVNULL,
         stdout=PIPE,
         stderr=DEVNULL,

@@ -1,6 +1,6 @@
 """What every child of an inspection does: limit itself, look, and print one report.
 
-Called as ``python -m tether.modelstore.inspect_X DIR MEMORY_MB CPU_SECONDS``. The process limits its own memory and processor
+Called as ``python -m tether.modelstore.inspect_X DIR MEMORY_MB CPU_SECONDS PLATFORM``. The process limits its own memory and processor
 time, may not write a byte to any file, and leaves the network where the kernel lets it.
 """
 
@@ -22,7 +22,7 @@ MEMORY = "the model needs more memory than an inspection may use; push a smaller
 
 def main(arguments: list[str], inspect: Callable[[Path], Inspection], *, files: int = 64) -> int:
     """Inspect the folder that the arguments name; ``files`` may be open at a time."""
-    directory, memory_mb, cpu_s = arguments
+    directory, memory_mb, cpu_s = arguments[:3]
     _limit(int(memory_mb), int(cpu_s), files)
     # Libraries write to descriptor 1 as they please; the report gets a copy that they do not know.
     report_to = os.dup(1)

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from tether import plugins
 from tether.errors import ModelRejected
 from tether.model import Isolation, Manifest, isolation_of
 from tether.ports import Runtime
@@ -19,6 +20,7 @@ FILES = {
     "python": "custom",
     "pytorch_export": "torch",
     "pytorch_libtorch": "torch",
+    "pytorch_safetensors": "torch",
     "tensorflow_savedmodel": "tensorflow",
 }
 """Platform (the OIP string) -> the module of this package that loads it with ``load(manifest, directory, options)``."""
@@ -33,7 +35,7 @@ def load(manifest: Manifest, directory: Path, options: Options, closed: threadin
         ModelRejected: no runtime serves the manifest's platform, or the framework refuses the files.
     """
     _file(manifest)
-    if isolation_of(manifest) is Isolation.PROCESS:
+    if manifest.platform != ONNX_PLATFORM or isolation_of(manifest) is Isolation.PROCESS:
         return ProcessRuntime(manifest, directory, options, closed)
     return load_here(manifest, directory, options)
 
@@ -45,6 +47,10 @@ def load_here(manifest: Manifest, directory: Path, options: Options) -> Runtime:
         ModelRejected: as for :func:`load`, or the framework is not installed.
     """
     name = _file(manifest)
+    if not name:
+        brought = plugins.load(plugins.RUNTIMES, manifest.platform, "runtime", "platform")
+        made: Runtime = brought.load(directory, threads=options.threads, device=options.device)
+        return made
     try:
         module: Any = importlib.import_module(f"tether.worker.runtimes.{name}")
     except ImportError as error:
@@ -56,7 +62,8 @@ def load_here(manifest: Manifest, directory: Path, options: Options) -> Runtime:
 
 
 def _file(manifest: Manifest) -> str:
-    name = FILES.get(manifest.platform)
-    if name is None:
+    """Empty for a platform that another package brings."""
+    name = FILES.get(manifest.platform, "")
+    if not name and manifest.platform not in plugins.installed(plugins.RUNTIMES):
         raise ModelRejected(f"no runtime of this worker serves the platform '{manifest.platform}'")
     return name

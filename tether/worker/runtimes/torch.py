@@ -1,4 +1,4 @@
-"""PyTorch: programs of ``torch.export`` and TorchScript; see :mod:`tether.torch_model`."""
+"""PyTorch: programs of ``torch.export``, TorchScript, and weights of installed architectures; see :mod:`tether.torch_model`."""
 
 from __future__ import annotations
 

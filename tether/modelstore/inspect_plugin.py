@@ -1,0 +1,21 @@
+"""The child of an inspection of a model whose runtime another package brings; see :mod:`tether.modelstore.limited`."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from tether import plugins
+from tether.modelstore import inspect_framework, limited
+from tether.modelstore.inspection import Inspection
+
+
+def inspect(platform: str, directory: Path) -> Inspection:
+    """What the model is, after a few runs; raises as :func:`tether.plugins.load` and :func:`~.inspect_framework.tried`."""
+    runtime = plugins.load(plugins.RUNTIMES, platform, "runtime", "platform")
+    return inspect_framework.tried(runtime, directory)
+
+
+if __name__ == "__main__":
+    sys.exit(limited.main(sys.argv[1:], partial(inspect, sys.argv[4]), files=inspect_framework.FILES))
