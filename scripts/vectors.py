@@ -18,6 +18,7 @@ import nacl.bindings
 import nacl.public
 import nacl.signing
 import numpy as np
+from vectors_models import encrypted
 
 from tether import codec, envelope
 from tether.envelope import Identity, MessageType, Role, Signer, key_id
@@ -372,6 +373,7 @@ def sessions() -> dict[str, Any]:
 def files() -> dict[str, str]:
     """Name and text of every file."""
     made = {"keys": keys(), "frames": frames(), "bodies": bodies(), "sealed": sealed(), "sessions": sessions()}
+    made["encrypted"] = encrypted(data_key("model key"), fixed("model key"))
     return {f"{name}.json": json.dumps(content, indent=1, ensure_ascii=False) + "\n" for name, content in made.items()}
 
 

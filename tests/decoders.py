@@ -32,8 +32,9 @@ from tether import (
 )
 from tether.bus import chunk_meta, model_files
 from tether.bus.errors import parse_ack
-from tether.envelope import MessageType, Role, Signer, Verifier
-from tether.errors import TetherError
+from tether.envelope import MessageType, Role, Signer, Verifier, model_seal, sealing
+from tether.envelope.sealing import new_data_key
+from tether.errors import BadSeal, TetherError
 from tether.gateway_http import rest, rest_jobs, triton_form
 from tether.gateway_http.request import Heading, Reads, read_body
 from tether.gateway_http.routing import read_query
@@ -92,7 +93,8 @@ def _outcomes() -> bytes:
 def structs() -> list[type[msgspec.Struct]]:
     """Every control value of the modules that define them."""
     kinds = [envelope.Keyset, envelope.IdentityRecord, envelope.Revocation]
-    for module in (model, model_config, config_changes, version_notes, serving, tenant, apikey, job):
+    modules = (model, model_config, config_changes, version_notes, serving, tenant, apikey, job, sealing, model_seal)
+    for module in modules:
         found = [
             value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__
         ]
@@ -180,7 +182,26 @@ MANIFEST = model.Manifest(
 @cache
 def _piece_meta(data: bytes) -> object:
     meta = chunk_meta.read_meta(data)
-    return None if meta is None else (meta.state, meta.piece_size)
+    return None if meta is None else (meta.state, meta.piece_size, meta.stored_digest)
+
+
+KEY = new_data_key(1)
+
+
+def _sealed_digests() -> tuple[bytes, ...]:
+    hidden, sealed = model_seal.seal_files(KEY, "m", MANIFEST.files)
+    return (
+        codec.encode(msgspec.structs.replace(MANIFEST, files=hidden, sealed=sealed)),
+        codec.pack([[b"1" * 32, b"2" * 32]]),
+    )
+
+
+def _open_digests(data: bytes) -> object:
+    """A manifest whose digests are closed; and digests that a holder of the key closed itself."""
+    with contextlib.suppress(BadSeal):
+        bound = model_seal._bound_files(KEY, "m", MANIFEST.files)
+        model_seal.open_files(KEY, "m", MANIFEST.files, model.SealedDigests(KEY.id, KEY.close(bound, data)))
+    return model_seal.opened_manifest(KEY, codec.decode(data, model.Manifest))
 
 
 def decoders() -> tuple[Decoder, ...]:
@@ -204,6 +225,7 @@ def decoders() -> tuple[Decoder, ...]:
         Decoder("structs", (manifest, *map(_example, kinds)), _many(codec.decode, kinds)),
         Decoder("keyset", (signed,), lambda data: envelope.open_keyset(data, root, now_ms=NOW)),
         Decoder("manifest", (stored,), lambda data: model_files.open_manifest(verifier, names, "m.1", data)),
+        Decoder("sealed digests", _sealed_digests(), _open_digests),
         Decoder("oip json", (plain,), lambda data: oip.parse_infer_request(data, None)),
         Decoder("oip binary", (binary,), lambda data: oip.parse_infer_request(data, length)),
         Decoder("oip answer", (binary.replace(b'"inputs"', b'"outputs"'),), lambda data: oip.parse_infer_response(data, length)),

@@ -15,7 +15,6 @@ from brokers import Broker, wait_until
 
 from tether import codec
 from tether.bus import rpc
-from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
 from tether.bus.upload import upload
@@ -26,12 +25,14 @@ from tether.errors import ModelNotFound
 from tether.gateway_http import core
 from tether.gateway_http.catalog import Served
 from tether.gateway_http.core import Gateway
+from tether.gateway_http.encrypted import Target
 from tether.gateway_http.jobs import NewJob
 from tether.home import Home
 from tether.job import Priority
 from tether.model import ChangeRequest, ModelFile, PushAnswer, PushRequest
 from tether.model_config import ModelConfig, check_config
 from tether.modelstore import service as modelstore_service
+from tether.modelstore.service import ModelStoreService
 from tether.settings import Settings
 from tether.subjects import token
 from tether.tensor import Array, Tensor, from_numpy
@@ -50,6 +51,7 @@ class Services:
     stack: AsyncExitStack
     gateway: Gateway
     dispatcher: Dispatcher | None = None
+    modelstore: ModelStoreService | None = None
     workers: list[WorkerService] = field(default_factory=list)
     _configs: SignedBucket | None = None
 
@@ -63,26 +65,37 @@ class Services:
         self.workers.append(worker)
         return worker
 
-    async def push(self, name: str, model: bytes, *, max_batch_size: int = -1, workers: int | None = None) -> Served:
+    async def push(
+        self,
+        name: str,
+        model: bytes,
+        *,
+        max_batch_size: int = -1,
+        workers: int | None = None,
+        encrypt: bool | None = None,
+    ) -> Served:
         """Push a model and wait until ``workers`` (default: all) answer for it."""
-        file = await self._upload(name, model)
-        return await self._register(PushRequest(name, (file,), max_batch_size=max_batch_size), workers)
+        target = await self.gateway.encrypted.target(name, encrypt)
+        file = await self._upload(target, model)
+        files, sealed = target.described(name, (file,))
+        return await self._register(PushRequest(name, files, max_batch_size=max_batch_size, sealed=sealed), workers)
 
     async def push_bundle(self, name: str, folder: Path, *, workers: int | None = None) -> Served:
         """:meth:`push` for a Python model in a folder."""
+        target = await self.gateway.encrypted.target(name, None)
         files = [
-            msgspec.structs.replace(await self._upload(name, path.read_bytes()), path=str(path.relative_to(folder)))
+            msgspec.structs.replace(await self._upload(target, path.read_bytes()), path=str(path.relative_to(folder)))
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         ]
-        return await self._register(PushRequest(name, tuple(files), platform="python", trusted=True), workers)
+        named, sealed = target.described(name, files)
+        return await self._register(PushRequest(name, named, platform="python", trusted=True, sealed=sealed), workers)
 
-    async def _upload(self, name: str, content: bytes) -> ModelFile:
+    async def _upload(self, target: Target, content: bytes) -> ModelFile:
         async def body() -> AsyncIterator[bytes]:
             yield content
 
-        store = ObjectChunkStore(self.bus, self.bus.names.chunk_bucket(name))
-        return (await upload(self.bus, store, body(), limit=1 << 30))[0]
+        return (await upload(self.bus, target.store, body(), limit=1 << 30))[0]
 
     async def _register(self, request: PushRequest, workers: int | None) -> Served:
         name = request.name
@@ -159,9 +172,9 @@ async def services(broker: Broker, *, workers: int = 1) -> AsyncIterator[Service
     settings = broker.settings
     async with AsyncExitStack() as stack:
         dispatcher = await stack.enter_async_context(dispatcher_service.running(settings, broker.home))
-        await stack.enter_async_context(modelstore_service.running(settings, broker.home))
+        modelstore = await stack.enter_async_context(modelstore_service.running(settings, broker.home))
         gateway = await stack.enter_async_context(core.running(settings, broker.home))
-        running = Services(broker.home, settings, stack, gateway, dispatcher)
+        running = Services(broker.home, settings, stack, gateway, dispatcher, modelstore)
         for number in range(1, workers + 1):
             await running.start_worker(f"worker-{number}")
         yield running

@@ -215,6 +215,7 @@ class Client:
         version: int | None = None,
         labels: Mapping[str, str] | None = None,
         note: str | None = None,
+        encrypt: bool | None = None,
         progress: Progress | None = None,
         timeout: float = client_push.PUSH_TIMEOUT_S,
     ) -> Json:
@@ -223,7 +224,8 @@ class Client:
         Only pieces that the store does not have are sent, so a push that broke off goes on where it was.
         ``progress`` is called with the bytes that are there. ``isolation`` is 'thread' (of the worker) or 'process'; a run
         that takes longer than ``run_timeout_s`` ends the model's process. ``config`` is as for :meth:`configure`, ``labels`` and
-        ``note`` as for :meth:`annotate`. With ``version`` it becomes that one or none.
+        ``note`` as for :meth:`annotate`. With ``version`` it becomes that one or none. With ``encrypt`` only the platform's
+        own services can read what is stored; None: as the model's versions before.
 
         Raises:
             Conflict: ``version`` is something else already, or not the next one.
@@ -241,7 +243,9 @@ class Client:
             "labels": labels,
             "note": note,
         }
-        return self.run(lambda policy: client_push.push(policy, name, model, params, progress), timeout)
+        return self.run(
+            lambda policy: client_push.push(policy, name, model, params, progress, encrypt=encrypt), timeout
+        )
 
     def pull(
         self,
@@ -298,6 +302,15 @@ class Client:
 
     def delete_alias(self, name: str, alias: str) -> None:
         self.run(lambda policy: client_models.delete_alias(policy, name, alias))
+
+    def rekey(self, name: str) -> Json:
+        """Store the versions of an encrypted model under another key, in the background: who had the old one and has it no
+        more cannot read what is stored then. Nothing needs to be pushed again.
+
+        Raises:
+            ModelNotFound: the model is not encrypted.
+        """
+        return self.run(lambda policy: client_models.rekey(policy, name))
 
     def delete_version(self, name: str, version: int) -> None:
         """Delete a version for good.

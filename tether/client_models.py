@@ -57,6 +57,11 @@ def rollback(policy: Policy, name: str, alias: str) -> Flow[Json]:
     return (yield from exchange_json(policy, ask, dict[str, Any]))
 
 
+def rekey(policy: Policy, name: str) -> Flow[Json]:
+    """Let the versions of an encrypted model be stored under another key."""
+    return (yield from exchange_json(policy, post(f"{model_path(name)}/rekey", {}, repeatable=False), dict[str, Any]))
+
+
 def delete(policy: Policy, name: str, version: int) -> Flow[Json]:
     """Delete a version that no alias stands for."""
     ask = Send("DELETE", f"{model_path(name)}/versions/{version}")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from tether.client_flows import Json, model_path, post, tell
 from tether.client_http import Flow, Policy, Progress, Send, exchange, exchange_json
 from tether.errors import InvalidRequest
@@ -36,6 +38,13 @@ class LocalFile:
         """The file as ``versions:register`` takes it."""
         chunks, sizes = [digest for digest, _, _ in self.pieces], [size for _, _, size in self.pieces]
         return {"path": self.path, "size": self.size, "digest": self.digest, "chunks": chunks, "sizes": sizes}
+
+
+class _Missing(msgspec.Struct):
+    """What a gateway answers; an older one knows nothing of encryption."""
+
+    missing: list[str]
+    encrypt: bool | None = None
 
 
 FORMATS = {
@@ -129,33 +138,43 @@ def push(
     model: tuple[str, Sequence[LocalFile]],
     params: Mapping[str, Any],
     progress: Progress | None,
+    *,
+    encrypt: bool | None = None,
 ) -> Flow[Json]:
     """Send the pieces that the store does not have, then make a version; ``progress`` counts those it has as done."""
     platform, files = model
     pieces = {digest: (file.source, offset, size) for file in files for digest, offset, size in file.pieces}
-    missing = yield from _missing(policy, name, list(pieces))
+    missing, encrypt = yield from _missing(policy, name, list(pieces), encrypt)
+    how = {} if encrypt is None else {"encrypt": str(encrypt).lower()}
     whole = sum(size for _, _, size in pieces.values())
     sent, left = 0, sum(pieces[digest][2] for digest in missing)
     tell(progress, whole - left)
     for digest in missing:
         piece = _read(*pieces[digest])
         headers = {"content-type": "application/octet-stream"}
-        yield from exchange(policy, Send("PUT", f"{model_path(name)}/chunks/{digest}", piece, headers=headers))
+        path = f"{model_path(name)}/chunks/{digest}"
+        yield from exchange(policy, Send("PUT", path, piece, headers=headers, params=how))
         sent += len(piece)
         tell(progress, whole - left + sent)
-    given = {key: value for key, value in params.items() if value is not None}
+    given = {key: value for key, value in {**params, "encrypt": encrypt}.items() if value is not None}
     body = {"files": [file.described() for file in files], "platform": platform, **given}
     told = yield from exchange_json(policy, post(f"{model_path(name)}/versions:register", body), dict[str, Any])
     return {**told, "stored_bytes": sent}
 
 
-def _missing(policy: Policy, name: str, digests: Sequence[str]) -> Flow[list[str]]:
+def _missing(
+    policy: Policy, name: str, digests: Sequence[str], encrypt: bool | None
+) -> Flow[tuple[list[str], bool | None]]:
+    """Which pieces the store does not have, and whether the version is to be encrypted."""
     missing: list[str] = []
     for start in range(0, len(digests), LOOKUP):
-        body = {"chunks": digests[start : start + LOOKUP]}
-        told = yield from exchange_json(policy, post(f"{model_path(name)}/chunks:missing", body), dict[str, list[str]])
-        missing += told.get("missing", [])
-    return missing
+        body: Json = {"chunks": digests[start : start + LOOKUP]}
+        if encrypt is not None:
+            body["encrypt"] = encrypt
+        told = yield from exchange_json(policy, post(f"{model_path(name)}/chunks:missing", body), _Missing)
+        missing += told.missing
+        encrypt = told.encrypt
+    return missing, encrypt
 
 
 def _read(source: Path, offset: int, size: int) -> bytes:

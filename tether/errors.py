@@ -23,6 +23,7 @@
     │   ├── QueueFull
     │   ├── RateLimited       the key or its tenant asks more often than it may
     │   ├── QuotaExceeded     the tenant has as much as it may have
+    │   ├── NoMemoryFolder    there is no place in memory for an encrypted model
     │   └── BrokerUnavailable
     ├── DeadlineExceeded
     ├── JobCancelled
@@ -189,6 +190,10 @@ class RateLimited(Unavailable):
 
 class QuotaExceeded(Unavailable):
     code = "quota_exceeded"
+
+
+class NoMemoryFolder(Unavailable):
+    code = "no_memory_folder"
 
 
 class BrokerUnavailable(Unavailable):

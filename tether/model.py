@@ -53,6 +53,13 @@ class ModelFile(msgspec.Struct, frozen=True):
         return [(digest, min(FIXED_PIECE, rest)) for digest, rest in zip(self.chunks, left, strict=True)]
 
 
+class SealedDigests(msgspec.Struct, frozen=True):
+    """What an encrypted version's files and pieces really are: the plain digests, closed with the data key ``key_id``."""
+
+    key_id: bytes
+    box: bytes
+
+
 class Batching(msgspec.Struct, frozen=True):
     """How jobs of a version are joined: rows per run, and how long a bundle may wait for company."""
 
@@ -89,6 +96,8 @@ class Manifest(msgspec.Struct, frozen=True):
     """Empty: as is usual for the platform, see :func:`isolation_of`."""
     run_timeout_s: float = 0.0
     """0: as long as the worker's setting allows."""
+    sealed: SealedDigests | None = None
+    """Of an encrypted version. The digests in ``files`` are then names that only holders of its key can compute."""
 
     @property
     def size(self) -> int:
@@ -126,6 +135,9 @@ class PushRequest(msgspec.Struct, frozen=True):
     """The number it is to have, which must be the next one; 0: whatever that is."""
     about: dict[str, Any] = {}
     """A merge patch of the version's labels and note."""
+    sealed: SealedDigests | None = None
+    open: bool = False
+    """To be stored in the clear although the model is encrypted."""
 
 
 class PushAnswer(msgspec.Struct, frozen=True):
@@ -187,6 +199,8 @@ class Change(StrEnum):
     SHOW_STORE = "show_store"
     COLLECT = "collect"
     SCRUB = "scrub"
+    ENCRYPT = "encrypt"
+    REKEY = "rekey"
 
 
 STORE_CHANGES = frozenset({Change.SHOW_STORE, Change.COLLECT, Change.SCRUB})
@@ -227,10 +241,11 @@ class StoreState(msgspec.Struct, frozen=True):
 
 
 class ChangeAnswer(msgspec.Struct, frozen=True):
-    """The alias as it is now; None when it, or a version, is gone. ``store``: when that was asked for."""
+    """The alias as it is now; None when it, or a version, is gone. What else there is, when it was asked for."""
 
     alias: Alias | None = None
     store: StoreState | None = None
+    key_generation: int = 0
 
 
 LATEST = "latest"

@@ -94,14 +94,12 @@ class Settings:
         high=3600,
     )
     header_timeout_s: float = _setting(
-        30.0,
-        "How long a connection may take to send a request's headers, and how long it may rest.",
-        low=0.1,
-        high=3600,
+        30.0, "How long a connection may take to send a request's headers, or may rest.", low=0.1, high=3600
     )
     max_connections: int = _setting(
         8192, "HTTP connections a gateway holds; more wait to be accepted.", low=16, high=1 << 20
     )
+    memory_dir: str = _setting("/dev/shm", "Folder on tmpfs where encrypted models are put together.")  # noqa: S108
     max_upload_bytes: int = _setting(16 << 30, "Largest model file.", low=1 << 20, high=1 << 40)
     max_inflight: int = _setting(
         8192, "Synchronous requests a gateway holds before it answers 503.", low=1, high=1 << 20

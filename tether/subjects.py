@@ -23,6 +23,7 @@ BUCKETS = (
     "keyuse",
     "tenants",
     "tenantkeys",
+    "modelkeys",
     "jobs",
     "attempts",
 )

@@ -13,6 +13,14 @@ from tether_cli.output import JsonFlag, print_json, print_table, progress, say
 Version = Annotated[int, typer.Argument(metavar="VERSION", min=1, help="The version's number.")]
 AliasName = Annotated[str, typer.Option("--alias", metavar="ALIAS", help="The alias to move.")]
 
+Encrypt = Annotated[
+    bool | None,
+    typer.Option("--encrypt/--no-encrypt", help="Store it encrypted, or not; else as the model's versions before."),
+]
+IsolationName = Annotated[
+    str | None, typer.Option("--isolation", metavar="WHERE", help="'thread' of the worker, or 'process' of its own.")
+]
+
 
 def promote(
     name: ModelName,
@@ -81,10 +89,7 @@ def push(
     max_delay_ms: Annotated[
         float | None, typer.Option("--max-delay-ms", metavar="MS", min=0, help="How long a job may wait for company.")
     ] = None,
-    isolation: Annotated[
-        str | None,
-        typer.Option("--isolation", metavar="WHERE", help="'thread' of the worker, or 'process' of its own."),
-    ] = None,
+    isolation: IsolationName = None,
     run_timeout_s: Annotated[
         float | None,
         typer.Option("--run-timeout", metavar="S", min=0, help="End the model's process after so long a run."),
@@ -100,6 +105,7 @@ def push(
     ] = None,
     label: Labels = None,
     note: Note = None,
+    encrypt: Encrypt = None,
     url: Url = None,
     timeout: Timeout = 600.0,
     json_output: JsonFlag = False,
@@ -120,6 +126,7 @@ def push(
             version=version,
             labels={key: value or "" for key, value in labels_of(label).items()} or None,
             note=note,
+            encrypt=encrypt,
             progress=done,
             timeout=timeout,
         )
@@ -127,7 +134,21 @@ def push(
         print_json(told)
         return
     typer.echo(f"{told['name']} {told['version']}")
-    say(f"{told.get('size')} bytes, {told.get('stored_bytes')} of them sent; the rest was there already")
+    how = "encrypted, " if told.get("encrypted") else ""
+    say(f"{how}{told.get('size')} bytes, {told.get('stored_bytes')} of them sent; the rest was there already")
+
+
+def rekey(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) -> None:
+    """Store an encrypted model under another key, in the background. Nothing needs to be pushed again."""
+    with connect(url) as client:
+        told = client.rekey(name)
+    if json_output:
+        print_json(told)
+        return
+    typer.echo(f"{told['model']} {told['generation']}")
+    say(
+        f"{len(told['versions_left'])} versions are being stored under key {told['generation']}; 'tether model show' tells"
+    )
 
 
 def pull(

@@ -21,6 +21,7 @@ from tether.bus.connection import Bus
 from tether.bus.keeping import PieceKeeper
 from tether.bus.kv import KvBucket
 from tether.bus.model_files import download
+from tether.bus.tenant_keys import ModelKeyring
 from tether.bus.upload import upload
 from tether.envelope import MessageType
 from tether.errors import Conflict, CorruptChunk, ModelNotFound, TetherError, Unavailable
@@ -56,7 +57,8 @@ async def keeping(platform: Platform, *, upload_ttl_s: float = 0.0) -> AsyncIter
     )
     async with Bus.connect(settings, platform.broker.home, "modelstore") as bus:
         registry = Registry(bus)
-        yield Kept(platform, Keeper(bus, registry), PieceKeeper(bus, bus.names.chunk_bucket("m")), registry)
+        keyring = ModelKeyring(bus, platform.broker.home, every=True)
+        yield Kept(platform, Keeper(bus, registry, keyring), PieceKeeper(bus, bus.names.chunk_bucket("m")), registry)
 
 
 @pytest.fixture

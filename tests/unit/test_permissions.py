@@ -53,6 +53,7 @@ WRITERS = {
     "keyuse": {"gateway"},
     "tenants": {"gateway", "admin"},
     "tenantkeys": {"gateway"},
+    "modelkeys": {"modelstore"},
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from typing import Any
 
@@ -11,12 +13,15 @@ import nacl.bindings
 import nacl.signing
 import pytest
 import vectors
+import vectors_models
 
 from tether import codec, envelope
 from tether.envelope import MessageType, Verifier
+from tether.envelope.model_seal import opened_manifest
 from tether.envelope.sealing import KeyOpener, TenantKeys, open_job, open_outcome
 from tether.envelope.session import open_session
 from tether.errors import KeysetError, TetherError
+from tether.model import Manifest
 
 
 def read(name: str) -> Any:
@@ -24,6 +29,7 @@ def read(name: str) -> Any:
 
 
 KEYS, FRAMES, BODIES, SEALED, SESSIONS = map(read, ("keys", "frames", "bodies", "sealed", "sessions"))
+ENCRYPTED = read("encrypted")
 
 
 def named(cases: list[dict[str, Any]], *fields: str) -> list[Any]:
@@ -171,6 +177,35 @@ def test_sealed_payloads_by_the_letter_of_the_document() -> None:
     assert [[name, kind, shape, data.hex()] for name, kind, shape, data in tensors] == [
         list(tensor.values()) for tensor in job["inputs"]
     ]
+
+
+def test_encrypted_models_by_the_letter_of_the_document() -> None:
+    secret, model = bytes.fromhex(ENCRYPTED["data_key"]), ENCRYPTED["model"]
+    key_id = hashlib.sha256(b"tether/data-key/v1\0" + secret).digest()[:16]
+
+    def keyed(content: str, person: bytes) -> str:
+        return hashlib.blake2b(bytes.fromhex(content), digest_size=32, key=secret, person=person).hexdigest()
+
+    def opened(domain: bytes, rest: bytes, sealed: bytes) -> bytes:
+        decrypt = nacl.bindings.crypto_aead_xchacha20poly1305_ietf_decrypt
+        return decrypt(sealed[24:], domain + rest, sealed[:24], secret)
+
+    for piece in ENCRYPTED["pieces"]:
+        assert hashlib.sha256(bytes.fromhex(piece["plain"])).hexdigest() == piece["digest"]
+        assert keyed(piece["digest"], b"tether-piece") == piece["name"]
+        rest = msgpack.packb([model, key_id, piece["name"]])
+        assert opened(b"tether/model-piece/v1\0", rest, bytes.fromhex(piece["stored"])).hex() == piece["plain"]
+    manifest = msgpack.unpackb(bytes.fromhex(ENCRYPTED["manifest"]))
+    (file,), sealed = manifest["files"], manifest["sealed"]
+    assert file["digest"] == keyed(ENCRYPTED["file_digest"], b"tether-file")
+    rows = [[file["path"], file["size"], file["digest"], *file["chunks"], *file["sizes"]]]
+    rest = hashlib.sha256(msgpack.packb([model, key_id, rows])).digest()
+    plain = msgpack.unpackb(opened(b"tether/model-files/v1\0", rest, base64.b64decode(sealed["box"])))
+    assert base64.b64decode(sealed["key_id"]) == key_id
+    digests = b"".join(bytes.fromhex(piece["digest"]) for piece in ENCRYPTED["pieces"])
+    assert plain == [[bytes.fromhex(ENCRYPTED["file_digest"]), digests]]
+    manifest_now = codec.decode(bytes.fromhex(ENCRYPTED["manifest"]), Manifest)
+    assert opened_manifest(vectors.data_key("model key"), manifest_now).files == (vectors_models.plain_file(),)
 
 
 def test_session_tokens() -> None:

@@ -7,6 +7,7 @@ alive piece counts as stored; a deleted one without a note was found damaged.
 from __future__ import annotations
 
 import base64
+import hashlib
 from datetime import UTC, datetime
 from enum import StrEnum
 
@@ -14,6 +15,8 @@ import msgspec
 
 _NOTE = "tether"
 _SIZE = "size"
+_DIGEST = "digest"
+_HASH = "SHA-256="
 _DIGITS = 16
 
 
@@ -54,21 +57,34 @@ class Meta(msgspec.Struct, frozen=True, omit_defaults=True):
         kept = self.metadata.get(_SIZE, "0") if self.deleted else str(self.size)
         return int(kept) if kept.isdecimal() and len(kept) < _DIGITS else 0
 
+    @property
+    def stored_digest(self) -> str:
+        """Hex SHA-256 of the stored bytes, which a piece that is not stored as it is has not as its name; empty when
+        nobody knows."""
+        text = self.metadata.get(_DIGEST, "") if self.deleted else self.digest
+        try:
+            found = base64.urlsafe_b64decode(text.removeprefix(_HASH)) if text.startswith(_HASH) else b""
+        except ValueError:
+            return ""
+        return found.hex() if len(found) == hashlib.sha256().digest_size else ""
 
-def describe(bucket: str, digest: str, size: int, state: State, now: float) -> bytes:
-    """The meta message of a piece of ``size`` bytes; ``now`` is UTC seconds."""
+
+def describe(bucket: str, name: str, size: int, state: State, now: float, *, digest: str = "") -> bytes:
+    """The meta message of a piece whose stored form has ``size`` bytes; ``now`` is UTC seconds. ``digest`` is the hex
+    SHA-256 of that form, where it is not the piece's name."""
     alive = state is State.ALIVE
     noted = state in (State.UNREFERENCED, State.LEAVING)
+    hashed = _HASH + base64.urlsafe_b64encode(bytes.fromhex(digest or name)).decode()
     meta = Meta(
-        name=digest,
+        name=name,
         bucket=bucket,
-        nuid=digest,
+        nuid=name,
         size=size if alive else 0,
         mtime=datetime.fromtimestamp(now, UTC).isoformat().replace("+00:00", "Z"),
         chunks=1 if alive else 0,
-        digest="SHA-256=" + base64.urlsafe_b64encode(bytes.fromhex(digest)).decode() if alive else "",
+        digest=hashed if alive else "",
         deleted=not alive,
-        metadata={_NOTE: state.value, _SIZE: str(size)} if noted else {},
+        metadata={_NOTE: state.value, _SIZE: str(size), _DIGEST: hashed} if noted else {},
     )
     return msgspec.json.encode(meta)
 

@@ -130,14 +130,15 @@ class ObjectChunkStore:
         """Mark a piece as gone, so that the next upload stores it anew."""
         await self._publish_meta(digest, 0, deleted=True)
 
-    async def _store(self, digest: str, piece: bytes) -> None:
+    async def _store(self, digest: str, piece: bytes, *, stored: str = "") -> None:
+        """``stored`` is what the bytes hash to, when that is not the piece's name."""
         subject = self._bus.names.object_chunk(self.bucket, digest)
         await self._publish(subject, piece)
-        await self._publish_meta(digest, len(piece))
+        await self._publish_meta(digest, len(piece), stored=stored)
 
-    async def _publish_meta(self, digest: str, size: int, *, deleted: bool = False) -> None:
+    async def _publish_meta(self, digest: str, size: int, *, deleted: bool = False, stored: str = "") -> None:
         state = State.DAMAGED if deleted else State.ALIVE
-        meta = describe(self.bucket, digest, size, state, self._bus.clock.utc())
+        meta = describe(self.bucket, digest, size, state, self._bus.clock.utc(), digest=stored)
         await self._publish(self._meta_subject(digest), meta)
 
     async def _publish(self, subject: str, payload: bytes) -> None:

@@ -37,6 +37,8 @@ class Piece(NamedTuple):
     size: int
     """Bytes; 0 when nobody knows."""
     has_data: bool
+    stored_digest: str = ""
+    """Hex SHA-256 of the stored bytes, where somebody noted one."""
 
 
 class Snapshot(NamedTuple):
@@ -85,10 +87,11 @@ class PieceKeeper(ObjectChunkStore):
             seen, total = seen + len(subjects), int(info.get("total", 0)) if subjects else 0
         return found, info
 
-    async def write_state(self, piece: Piece, state: State, *, size: int = 0) -> int:
+    async def write_state(self, piece: Piece, state: State, *, size: int = 0, stored: str = "") -> int:
         """Let the piece be in ``state``, unless its meta message is not the one in ``piece`` any more: then 0, else the
-        sequence of the new one."""
-        payload = describe(self.bucket, piece.digest, size or piece.size, state, self._bus.clock.utc())
+        sequence of the new one. ``size`` and ``stored``: bytes and hash of what lies there, where ``piece`` may not know."""
+        now, stored = self._bus.clock.utc(), stored or piece.stored_digest
+        payload = describe(self.bucket, piece.digest, size or piece.size, state, now, digest=stored)
         headers = {"Nats-Rollup": "sub", "Nats-Expected-Last-Subject-Sequence": str(piece.sequence)}
         subject = self._meta_subject(piece.digest)
         try:
@@ -171,8 +174,10 @@ def _piece(digest: str, item: Stored | None, has_data: bool) -> Piece:
     if item is None:
         return Piece(digest, State.BARE, 0, 0.0, 0, has_data)
     meta = read_meta(item.data)
-    state, size = (State.DAMAGED, 0) if meta is None else (meta.state, meta.piece_size)
-    return Piece(digest, state, item.sequence, _seconds(item.headers["Nats-Time-Stamp"]), size, has_data)
+    since = _seconds(item.headers["Nats-Time-Stamp"])
+    if meta is None:
+        return Piece(digest, State.DAMAGED, item.sequence, since, 0, has_data)
+    return Piece(digest, meta.state, item.sequence, since, meta.piece_size, has_data, meta.stored_digest)
 
 
 def _digest_of(encoded: str) -> str:

@@ -40,7 +40,9 @@ _RESYNC_S = 20.0
 _SETTLE_S = (0.0, 0.01, 0.05, 0.25)
 _TRIES = 16
 
-ORDERED = frozenset({"models", "aliases", "configs", "notes", "routes", "assign", "apikeys", "tenants", "tenantkeys"})
+ORDERED = frozenset(
+    {"models", "aliases", "configs", "notes", "routes", "assign", "apikeys", "tenants", "tenantkeys", "modelkeys"}
+)
 """Buckets whose entries never go back: a reader that has seen an entry refuses one that was issued before it. Jobs,
 their attempts and heartbeats are too many to be remembered, and what they say is checked against the results."""
 

@@ -77,7 +77,7 @@ def _gateway(names: Names, inbox: str) -> Permissions:
             *_objects(names),
             "$JS.API.DIRECT.GET.*",
             *_read_last(names, "jobs", "attempts", "models", "aliases", "routes", "apikeys", "keyuse", "tenants"),
-            *_read_last(names, "configs", "notes", "tenantkeys", "liveness", "keyset"),
+            *_read_last(names, "configs", "notes", "tenantkeys", "modelkeys", "liveness", "keyset"),
             f"$JS.API.DIRECT.GET.*.{names.prefix}.result.>",
             f"$JS.API.DIRECT.GET.{names.audit_stream}.>",
             *(f"$JS.API.DIRECT.GET.{names.object_stream(bucket)}.>" for bucket in names.chunk_buckets()),
@@ -88,7 +88,7 @@ def _gateway(names: Names, inbox: str) -> Permissions:
             f"{names.prefix}.result.>",
             names.demand(),
             *_keys(names, "models", "aliases", "configs", "notes", "routes", "apikeys", "liveness"),
-            *_keys(names, "tenants", "tenantkeys", "keyset"),
+            *_keys(names, "tenants", "tenantkeys", "modelkeys", "keyset"),
         ),
     )
 
@@ -124,13 +124,13 @@ def _worker(names: Names, inbox: str, name: str, scope: str) -> Permissions:
             note,
             _last(names.bucket_stream("attempts"), note),
             _last(names.bucket_stream("assign"), own_order),
-            *_read_last(names, "models", "configs", "tenantkeys"),
+            *_read_last(names, "models", "configs", "tenantkeys", "modelkeys"),
             *_read(names, "keyset"),
             f"$JS.API.DIRECT.GET.{names.scope_results_stream(scope)}",
             _last(names.scope_results_stream(scope), names.results(scope)),
             *(_last(names.object_stream(bucket), names.object_chunk(bucket, "*")) for bucket in names.chunk_buckets()),
         ),
-        subscribe=(inbox, own_order, *_keys(names, "tenantkeys", "keyset")),
+        subscribe=(inbox, own_order, *_keys(names, "tenantkeys", "modelkeys", "keyset")),
     )
 
 
@@ -144,17 +144,17 @@ def _lane_streams(names: Names, scope: str) -> list[str]:
 def _modelstore(names: Names, inbox: str) -> Permissions:
     return Permissions(
         publish=(
-            *_keys(names, "models", "aliases", "configs", "notes"),
+            *_keys(names, "models", "aliases", "configs", "notes", "modelkeys"),
             names.audit_subjects(),
             *_objects(names),
-            *_read(names, "models", "aliases", "configs", "notes", "tenants", "keyset"),
+            *_read(names, "models", "aliases", "configs", "notes", "modelkeys", "tenants", "keyset"),
             *_get(names.audit_stream),
             *_read_objects(names),
             *_keep_objects(names),
         ),
         subscribe=(
             inbox,
-            *_keys(names, "models", "aliases", "tenants", "keyset"),
+            *_keys(names, "models", "aliases", "modelkeys", "tenants", "keyset"),
             *_services(names, MODELSTORE_SERVICES),
         ),
         responds=True,

@@ -29,6 +29,7 @@ SIGNED_BY: Mapping[Role, tuple[tuple[str, MessageType], ...]] = {
         ("aliases", MessageType.ALIAS),
         ("configs", MessageType.CONFIG),
         ("notes", MessageType.CONFIG),
+        ("modelkeys", MessageType.MODEL_KEY),
     ),
     Role.GATEWAY: (("tenantkeys", MessageType.TENANT_KEY),),
 }

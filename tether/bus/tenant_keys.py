@@ -1,6 +1,6 @@
-"""Data keys of sealed tenants: who can open them follows them, and gateways make and re-wrap them.
+"""Data keys of sealed tenants, and of encrypted models: who can open them follows them.
 
-Bucket ``tenantkeys`` has one entry for each tenant that is or was sealed, signed by the gateway that wrote it last.
+Those of tenants are made and wrapped by gateways, those of models in :mod:`tether.modelstore.model_keys`. Bucket ``tenantkeys`` has one entry for each tenant that is or was sealed, signed by the gateway that wrote it last.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -17,6 +17,7 @@ from tether import codec
 from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
 from tether.envelope import Keyset, MessageType
+from tether.envelope.model_seal import ModelKeys, opened_manifest
 from tether.envelope.sealing import (
     DataKey,
     KeyOpener,
@@ -31,12 +32,25 @@ from tether.envelope.sealing import (
 from tether.errors import BadEncoding, ConfigError, NotEntitled, TetherError, Unavailable, VersionConflict
 from tether.home import Home, load_identity
 from tether.job import LONGEST_DEADLINE_S, Failure, Job, JobState, Outcome
+from tether.model import Manifest
 from tether.subjects import name_of, token
 from tether.tenant import Tenant
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+K = TypeVar("K", TenantKeys, ModelKeys)
+
+
+class KeyBucket(NamedTuple, Generic[K]):
+    """Where the data keys of some kind of owner lie."""
+
+    name: str
+    message: MessageType
+    entry: type[K]
+    what: str
+    """What they open, for a person."""
+
 
 _PATIENCE_S = 2.0
 """How long a key that is not there yet is waited for: a gateway may be wrapping it just now."""
@@ -53,25 +67,26 @@ _KEEP_MS = 3 * LONGEST_DEADLINE_S * 1000
 """A key is kept this long after it was replaced: a job's longest deadline, its result, its dead letter."""
 
 
-class Keyring:
-    """The data keys that this identity can open.
+class OwnerKeys(Generic[K]):
+    """The data keys that this identity can open, of tenants or of models.
 
-    A gateway follows those of ``every`` tenant; a worker those of tenants that it was sent a sealed job of, since it may
-    not read who else there is.
+    A gateway follows those of ``every`` owner; a worker those of tenants that it was sent a sealed job of, and of models
+    that it holds, since it may not read who else there is.
     """
 
-    def __init__(self, bus: Bus, home: Home, *, every: bool) -> None:
+    def __init__(self, bus: Bus, home: Home, of: KeyBucket[K], *, every: bool) -> None:
         self._bus = bus
         self._every = every
+        self._of: KeyBucket[K] = of
         self._followed = AsyncExitStack()
         self._following: dict[str, asyncio.Task[None]] = {}
-        self.bucket = SignedBucket(bus, "tenantkeys", MessageType.TENANT_KEY)
+        self.bucket = SignedBucket(bus, of.name, of.message)
         self._file = home.identity(bus.signer.name)
         self.opener = KeyOpener(load_identity(self._file))
         self._keys: dict[tuple[str, bytes], DataKey] = {}
         self._newest: dict[str, DataKey] = {}
         self._opened: dict[str, dict[WrappedKey, DataKey | None]] = {}
-        self._stored: dict[str, TenantKeys] = {}
+        self._stored: dict[str, K] = {}
         self._given_up: dict[tuple[str, bytes], float] = {}
         self._heard = asyncio.Event()
 
@@ -122,8 +137,8 @@ class Keyring:
             if old is not None:
                 self._keys.pop((tenant, old.id), None)
         self._newest.pop(tenant, None)
-        stored = None if body is None else _decoded(body, TenantKeys)
-        if stored is not None and stored.tenant == tenant:
+        stored = None if body is None else _decoded(body, self._of.entry)
+        if stored is not None and stored.owner == tenant:
             opened = {wrapped: known.get(wrapped) or self.opener.open(wrapped) for wrapped in stored.keys}
             self._opened[tenant], self._stored[tenant] = opened, stored
             self._keys.update({(tenant, found.id): found for found in opened.values() if found is not None})
@@ -133,9 +148,13 @@ class Keyring:
         self._heard.set()
         self._heard = asyncio.Event()
 
-    def stored(self, tenant: str) -> TenantKeys | None:
-        """A tenant's entry as this process last saw it."""
+    def stored(self, tenant: str) -> K | None:
+        """An owner's entry as this process last saw it."""
         return self._stored.get(tenant)
+
+    def owners(self) -> list[str]:
+        """Everyone whose keys are followed and there."""
+        return list(self._stored)
 
     def newest(self, tenant: str) -> DataKey | None:
         """The key for what is sealed from now on; None when this identity cannot open it."""
@@ -161,7 +180,7 @@ class Keyring:
             now = self._bus.clock.monotonic()
             if now >= end or now - self._given_up.get(wanted, float("-inf")) < _GIVEN_UP_S:
                 self._give_up(wanted, now)
-                raise NotEntitled(f"'{self._bus.signer.name}' has no key for this sealed payload")
+                raise NotEntitled(f"'{self._bus.signer.name}' has no key for {self._of.what}")
             heard = self._heard
             try:
                 async with asyncio.timeout(end - now):
@@ -194,6 +213,34 @@ class Keyring:
             log.warning("an outcome does not open: %s", error, extra={"action": "seal_refused", "code": error.code})
             failure = Failure(error.code, error.message)
             return msgspec.structs.replace(outcome, state=JobState.FAILED, outputs=(), error=failure, sealed=None)
+
+
+class Keyring(OwnerKeys[TenantKeys]):
+    """The data keys of tenants."""
+
+    def __init__(self, bus: Bus, home: Home, *, every: bool) -> None:
+        of = KeyBucket("tenantkeys", MessageType.TENANT_KEY, TenantKeys, "this sealed payload")
+        super().__init__(bus, home, of, every=every)
+
+
+class ModelKeyring(OwnerKeys[ModelKeys]):
+    """The data keys of models."""
+
+    def __init__(self, bus: Bus, home: Home, *, every: bool) -> None:
+        of = KeyBucket("modelkeys", MessageType.MODEL_KEY, ModelKeys, "this encrypted model")
+        super().__init__(bus, home, of, every=every)
+
+    async def opened(self, manifest: Manifest) -> Manifest:
+        """A manifest with the plain digests of its files, whether it is encrypted or not.
+
+        Raises:
+            NotEntitled: this identity cannot open it.
+            BadSeal: it was changed.
+            BrokerUnavailable: nobody can be asked.
+        """
+        if manifest.sealed is None:
+            return manifest
+        return opened_manifest(await self.find(manifest.name, manifest.sealed.key_id), manifest)
 
 
 class Directory(Protocol):

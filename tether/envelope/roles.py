@@ -39,6 +39,7 @@ class MessageType(StrEnum):
     CHANGED = "changed"  # its answer
     TENANT = "tenant"  # a tenant's limits and what it may see
     TENANT_KEY = "tenant_key"  # a tenant's data key, sealed to the identities that are entitled to it
+    MODEL_KEY = "model_key"  # an encrypted model's data key, likewise
     KEY_USE = "key_use"  # when an API key was last used
     DEMAND = "demand"  # gateway to gateways: what each key asked of it, so that limits hold for all of them together
     AUDIT = "audit"  # entries of the audit log
@@ -77,6 +78,7 @@ ROLE_TYPES: Mapping[Role, frozenset[MessageType]] = {
             MessageType.MANIFEST,
             MessageType.ALIAS,
             MessageType.CONFIG,
+            MessageType.MODEL_KEY,
             MessageType.PUSHED,
             MessageType.CHANGED,
             MessageType.AUDIT,

@@ -54,10 +54,7 @@ class DataKey:
 
     def seal(self, purpose: Purpose, job: str, tenant: str, plain: bytes) -> bytes:
         """Nonce (24 bytes), then the ciphertext with its tag."""
-        nonce = self._nonces()
-        bound = self._bound(purpose, job, tenant)
-        closed = nacl.bindings.crypto_aead_xchacha20poly1305_ietf_encrypt(plain, bound, nonce, self._secret)
-        return nonce + bytes(closed)
+        return self.close(self._bound(purpose, job, tenant), plain)
 
     def open(self, purpose: Purpose, job: str, tenant: str, sealed: bytes) -> bytes:
         """What :meth:`seal` closed.
@@ -65,20 +62,40 @@ class DataKey:
         Raises:
             BadSeal: it was changed, or sealed for another purpose, job, tenant or key.
         """
+        return self.reveal(
+            self._bound(purpose, job, tenant),
+            sealed,
+            "a sealed payload does not open: it was changed, or belongs to another job",
+        )
+
+    def close(self, bound: bytes, plain: bytes) -> bytes:
+        """Nonce (24 bytes), then the ciphertext with its tag; it opens with the same ``bound`` alone."""
+        nonce = self._nonces()
+        closed = nacl.bindings.crypto_aead_xchacha20poly1305_ietf_encrypt(plain, bound, nonce, self._secret)
+        return nonce + bytes(closed)
+
+    def reveal(self, bound: bytes, sealed: bytes, otherwise: str) -> bytes:
+        """What :meth:`close` closed.
+
+        Raises:
+            BadSeal: with the words ``otherwise``.
+        """
         nonce, closed = sealed[:NONCE_BYTES], sealed[NONCE_BYTES:]
-        bound = self._bound(purpose, job, tenant)
         try:
             return bytes(nacl.bindings.crypto_aead_xchacha20poly1305_ietf_decrypt(closed, bound, nonce, self._secret))
         except (nacl.exceptions.CryptoError, ValueError, TypeError) as error:
-            raise BadSeal("a sealed payload does not open: it was changed, or belongs to another job") from error
+            raise BadSeal(otherwise) from error
+
+    def keyed(self, content: bytes, person: bytes) -> bytes:
+        """32 bytes that name ``content`` and that only holders of this key can compute; ``person`` says what for."""
+        return hashlib.blake2b(content, digest_size=32, key=self._secret, person=person).digest()
 
     def _bound(self, purpose: Purpose, job: str, tenant: str) -> bytes:
         return SEAL_DOMAIN + codec.pack((purpose.value, job, tenant, self.id))
 
     def digest(self, digest: str) -> str:
         """``digest`` as only holders of this key can compute it: a stored one gives no input away to a guess."""
-        keyed = hashlib.blake2b(digest.encode(), digest_size=32, key=self._secret, person=b"tether-digest")
-        return f"{self.id.hex()}:{keyed.hexdigest()}"
+        return f"{self.id.hex()}:{self.keyed(digest.encode(), b'tether-digest').hex()}"
 
     def wrapped(self, box_public: bytes) -> bytes:
         """The key for the owner of an X25519 key."""
@@ -120,6 +137,10 @@ class TenantKeys(msgspec.Struct, frozen=True):
     keyset_version: int
     keys: tuple[WrappedKey, ...]
 
+    @property
+    def owner(self) -> str:
+        return self.tenant
+
 
 class KeyOpener:
     """Opens what is wrapped for one identity, under each of the keys that it has had in this process."""
@@ -137,16 +158,17 @@ class KeyOpener:
 
     def open(self, wrapped: WrappedKey) -> DataKey | None:
         """The data key; None when this identity is not entitled to it, or the box holds another key."""
-        for box in wrapped.boxes:
-            opener = self._boxes.get(box.kid)
-            if opener is None:
-                continue
-            try:
-                secret = bytes(opener.decrypt(box.sealed))
-            except (nacl.exceptions.CryptoError, ValueError, TypeError):
-                continue
-            if len(secret) == SECRET_BYTES and data_key_id(secret) == wrapped.id:
-                return DataKey(secret, wrapped.generation)
+        own = [box for box in wrapped.boxes if box.kid in self._boxes]
+        # a new signing key has the box key of the one before: what was wrapped for that one still opens
+        for box in own or wrapped.boxes:
+            openers = [self._boxes[box.kid]] if box.kid in self._boxes else list(self._boxes.values())
+            for opener in openers:
+                try:
+                    secret = bytes(opener.decrypt(box.sealed))
+                except (nacl.exceptions.CryptoError, ValueError, TypeError):
+                    continue
+                if len(secret) == SECRET_BYTES and data_key_id(secret) == wrapped.id:
+                    return DataKey(secret, wrapped.generation)
         return None
 
 
@@ -184,29 +206,32 @@ def brought_up_to_date(
         return current
     newest = current.keys[-1] if current.keys else None
     kept = [
-        _rewrapped(key, holders, opener, believed)
+        rewrapped(key, holders, opener, believed)
         for key, later in zip(current.keys, (*current.keys[1:], None), strict=False)
         if later is None or now_ms - later.made_at < keep_ms
     ]
     if newest is None or opener.open(newest) is None or not newest.holders() <= holders.keys():
         made = new_data_key(1 if newest is None else newest.generation + 1)
-        kept.append(WrappedKey(made.id, made.generation, now_ms, _boxes(made, holders)))
+        kept.append(WrappedKey(made.id, made.generation, now_ms, boxes_for(made, holders)))
     keys = tuple(kept)
     return current if keys == current.keys else TenantKeys(current.tenant, keyset_version, keys)
 
 
-def _rewrapped(
-    wrapped: WrappedKey, holders: Mapping[bytes, bytes], opener: KeyOpener, believed: Collection[bytes]
+def rewrapped(
+    wrapped: WrappedKey, holders: Mapping[bytes, bytes], opener: KeyOpener, believed: Collection[bytes] = ()
 ) -> WrappedKey:
+    """The same key with a box for every holder and none for others but who is still ``believed``; boxes that ``opener``
+    would be needed for and cannot make are missing."""
     boxes = tuple(box for box in wrapped.boxes if box.kid in holders or box.kid in believed)
     missing = {kid: public for kid, public in holders.items() if kid not in wrapped.holders()}
     key = opener.open(wrapped) if missing else None
     if key is not None:
-        boxes += _boxes(key, missing)
+        boxes += boxes_for(key, missing)
     return wrapped if boxes == wrapped.boxes else msgspec.structs.replace(wrapped, boxes=boxes)
 
 
-def _boxes(key: DataKey, holders: Mapping[bytes, bytes]) -> tuple[Box, ...]:
+def boxes_for(key: DataKey, holders: Mapping[bytes, bytes]) -> tuple[Box, ...]:
+    """The key, wrapped for each of ``holders`` (key id and X25519 key)."""
     return tuple(Box(kid, key.wrapped(public)) for kid, public in sorted(holders.items()))
 
 

@@ -219,7 +219,8 @@ class StoredFile(Struct):
 
 class VersionDetail(Struct):
     """One immutable version. `workers`: how many answer for it just now; `reason`: why fewer than its configuration asks
-    for; `served`: the version policy serves it."""
+    for; `served`: the version policy serves it. `key_generation`: which of the model's data keys an `encrypted` one is
+    stored under."""
 
     version: int
     platform: str
@@ -237,6 +238,8 @@ class VersionDetail(Struct):
     served: bool = True
     labels: dict[str, str] = {}
     note: str = ""
+    encrypted: bool = False
+    key_generation: int = 0
 
 
 class ModelDetail(Struct):
@@ -261,6 +264,7 @@ class PushedVersion(Struct):
     digest: str
     stored_bytes: int
     aliases: dict[str, int]
+    encrypted: bool
 
 
 # workers

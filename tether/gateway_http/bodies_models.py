@@ -102,15 +102,32 @@ class Shadows(Struct):
 
 
 class WantedChunks(Struct, forbid_unknown_fields=True):
-    """Hex SHA-256 of pieces."""
+    """Hex SHA-256 of pieces, of a version that is to be encrypted or not; without `encrypt` it is when the model is."""
 
     chunks: Annotated[list[str], Meta(max_length=16384)]
+    encrypt: bool | None = None
 
 
 class MissingChunks(Struct):
-    """Those of the pieces that the store does not have, in the order asked."""
+    """Those of the pieces that the store does not have, in the order asked. `encrypt` is to be repeated with each of
+    them, and when the version is made."""
 
     missing: list[str]
+    encrypt: bool
+
+
+class ChunkQuery(Struct, forbid_unknown_fields=True):
+    """Query of a piece."""
+
+    encrypt: Annotated[bool | None, Meta(description="Store it encrypted; as the model is, when not given.")] = None
+
+
+class ModelKey(Struct):
+    """The data key that a model has now, by its number. `versions_left` are still stored under one before it."""
+
+    model: str
+    generation: int
+    versions_left: list[int]
 
 
 class StoredChunk(Struct):
@@ -144,7 +161,7 @@ class NewVersion(Struct, forbid_unknown_fields=True):
     """Files whose pieces are stored, to become a version. `platform` is its format; one that is a program needs the scope
     `models:code`. `run_timeout_s` ends the process of a model whose run takes longer; 0 is the worker's setting. `config`
     changes how the model is served, before the version can be seen. With `version` it becomes that one or, where that is not the next
-    one, none."""
+    one, none. `encrypt` is what it was for its pieces."""
 
     files: Annotated[list[NewFile], Meta(min_length=1, max_length=1024)]
     max_batch_size: Annotated[int, Meta(ge=-1, le=65536)] = -1
@@ -156,6 +173,7 @@ class NewVersion(Struct, forbid_unknown_fields=True):
     version: Annotated[int, Meta(ge=0, lt=1_000_000_000)] = 0
     labels: dict[str, str] = {}
     note: str = ""
+    encrypt: bool | None = None
 
 
 class WantedNote(Struct, forbid_unknown_fields=True):

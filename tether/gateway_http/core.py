@@ -10,11 +10,12 @@ from tether import lifecycle, metrics
 from tether.audit import NOBODY, clean
 from tether.bus.audit import AuditLog, writing
 from tether.bus.connection import Bus
-from tether.bus.tenant_keys import Keyring, TenantSeals
+from tether.bus.tenant_keys import Keyring, ModelKeyring, TenantSeals
 from tether.errors import JobCancelled, TetherError
 from tether.gateway_http.auth import ApiKeys
 from tether.gateway_http.bundler import InferBundler
 from tether.gateway_http.catalog import Catalog, Served
+from tether.gateway_http.encrypted import ModelSeals
 from tether.gateway_http.extras import Extras
 from tether.gateway_http.job_room import JobRoom
 from tether.gateway_http.jobs import JobService
@@ -36,8 +37,9 @@ from tether.tensor import Tensor
 class Gateway:
     """What every route works with. Use :func:`running`."""
 
-    def __init__(self, bus: Bus, tasks: Tasks, audit: AuditLog, keyring: Keyring) -> None:
+    def __init__(self, bus: Bus, tasks: Tasks, audit: AuditLog, keyring: Keyring, model_keyring: ModelKeyring) -> None:
         self.bus = bus
+        self.encrypted = ModelSeals(bus, model_keyring)
         self.audit = audit
         self.settings = bus.settings
         self.patience = Patience(bus.settings.body_timeout_s)
@@ -160,12 +162,14 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Gateway]:
         bus = await stack.enter_async_context(Bus.connect(settings, home, "gateway"))
         tasks = await stack.enter_async_context(lifecycle.tasks())
         audit = await stack.enter_async_context(writing(bus, home, tasks))
-        gateway = Gateway(bus, tasks, audit, Keyring(bus, home, every=True))
+        keyrings = Keyring(bus, home, every=True), ModelKeyring(bus, home, every=True)
+        gateway = Gateway(bus, tasks, audit, *keyrings)
         await stack.enter_async_context(gateway.tenants.watching())
         await stack.enter_async_context(gateway.keys.watching())
         tasks.spawn(gateway.keys.uses.keep(), "key-uses")
         await stack.enter_async_context(gateway.seals.keyring.watching())
         tasks.spawn(gateway.seals.keep(), "tenant-keys")
+        await stack.enter_async_context(gateway.encrypted.keyring.watching())
         await stack.enter_async_context(gateway.catalog.watching())
         await stack.enter_async_context(gateway.limits.talking())
         await gateway.start()

@@ -6,7 +6,6 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
-from tether.bus.chunks import ObjectChunkStore
 from tether.errors import InvalidRequest, NotFound, PayloadTooLarge
 from tether.gateway_http import bodies, bodies_models
 from tether.gateway_http.rest_config import checked_patch
@@ -24,11 +23,6 @@ def _name(call: Call) -> str:
     return name
 
 
-def _store(call: Call) -> ObjectChunkStore:
-    name = _name(call)
-    return ObjectChunkStore(call.gateway.bus, call.gateway.bus.names.chunk_bucket(name))
-
-
 def _digest(text: str, field: str) -> str:
     if _DIGEST.fullmatch(text) is None:
         raise InvalidRequest(f"{field} must be 64 lower-case hex digits: the SHA-256 of the piece", field=field)
@@ -36,15 +30,18 @@ def _digest(text: str, field: str) -> str:
 
 
 async def _missing(call: Call) -> Reply:
-    store, asked = _store(call), [_digest(text, "chunks") for text in call.body.chunks]
-    return Reply(bodies_models.MissingChunks(await store.missing(asked)))
+    name, asked = _name(call), [_digest(text, "chunks") for text in call.body.chunks]
+    missing, encrypted = await call.gateway.encrypted.missing(name, call.body.encrypt, asked)
+    return Reply(bodies_models.MissingChunks(missing, encrypted))
 
 
 async def _put(call: Call) -> Reply:
-    store, digest = _store(call), _digest(call.path("digest"), "digest")
+    name, digest = _name(call), _digest(call.path("digest"), "digest")
     piece = await _piece(call)
     if digest_of(piece) != digest:
         raise InvalidRequest("the body is not the piece that the path names: its SHA-256 differs", field="body")
+
+    store = (await call.gateway.encrypted.target(name, call.query.encrypt)).store
 
     async def only() -> AsyncIterator[tuple[str, bytes]]:
         yield digest, piece
@@ -87,12 +84,13 @@ async def _register(call: Call) -> Reply:
         version=wanted.version,
         about={"labels": wanted.labels, "note": wanted.note} if wanted.labels or wanted.note else {},
     )
-    answer = await registered(call, request)
-    return Reply(pushed(answer, 0), 201 if answer.created else 200)
+    target = await call.gateway.encrypted.target(name, wanted.encrypt)
+    answer = await registered(call, request, target, opening=wanted.encrypt is False)
+    return Reply(pushed(call.gateway.encrypted, answer, 0), 201 if answer.created else 200)
 
 
 async def _files(call: Call) -> Reply:
-    manifest = call.gateway.catalog.known(_name(call), call.path("version")).manifest
+    manifest = call.gateway.encrypted.plain(call.gateway.catalog.known(_name(call), call.path("version")).manifest)
     files = [_described(file) for file in manifest.files]
     return Reply(bodies_models.VersionFiles(manifest.name, manifest.version, manifest.platform, files))
 
@@ -105,10 +103,11 @@ def _described(file: ModelFile) -> bodies_models.NewFile:
 async def _get(call: Call) -> Reply:
     """A piece, to those who may read a version that it belongs to."""
     name, digest = _name(call), _digest(call.path("digest"), "digest")
+    seals = call.gateway.encrypted
     manifest = call.gateway.catalog.known(name, call.path("version")).manifest
-    if not any(digest in file.chunks for file in manifest.files):
+    if not any(digest in file.chunks for file in seals.plain(manifest).files):
         raise NotFound(f"version {manifest.version} of model '{name}' has no piece {digest}", field="digest")
-    async with aclosing(_store(call).get([digest])) as pieces:
+    async with aclosing(seals.store(manifest).get([digest])) as pieces:
         return Reply(await anext(pieces), content_type=OCTETS)
 
 
@@ -154,6 +153,7 @@ ROWS = [
         _put,
         {201: bodies_models.StoredChunk, 200: bodies_models.StoredChunk},
         "models:write",
+        query=bodies_models.ChunkQuery,
         binary=Media(OCTETS, "At most 4 MiB whose SHA-256 is the digest in the path; 200 when it was there already."),
         errors=(404, 429, 503, 504),
     ),

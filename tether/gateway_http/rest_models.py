@@ -12,15 +12,16 @@ from msgspec import Meta, Struct
 
 from tether import codec
 from tether.bus import rpc
-from tether.bus.chunks import ObjectChunkStore
 from tether.bus.upload import upload
 from tether.envelope import MessageType
 from tether.errors import InvalidRequest, PayloadTooLarge
-from tether.gateway_http import bodies
+from tether.gateway_http import bodies, bodies_models
 from tether.gateway_http.catalog import Catalog, Served
+from tether.gateway_http.core import Gateway
+from tether.gateway_http.encrypted import ModelSeals, Target
 from tether.gateway_http.job_view import rfc3339
 from tether.gateway_http.routing import OCTETS, Call, Header, Media, Reply, Row
-from tether.model import AUTOMATIC, PushAnswer, PushRequest, TensorSpec, check_name
+from tether.model import AUTOMATIC, Change, PushAnswer, PushRequest, TensorSpec, check_name
 from tether.tenant import Tenant, check_stored_bytes
 
 TAG = "Models"
@@ -42,6 +43,10 @@ class PushQuery(Struct, forbid_unknown_fields=True):
         int,
         Meta(ge=0, lt=1_000_000_000, description="The number it is to have, which must be the next one; 0: that one."),
     ] = 0
+    encrypt: Annotated[
+        bool | None,
+        Meta(description="Store it encrypted, or not although the model is; as the model is, when not given."),
+    ] = None
 
 
 async def _list(call: Call) -> Reply:
@@ -70,12 +75,13 @@ async def _show(call: Call) -> Reply:
     catalog, name = call.gateway.catalog, call.path("name")
     call.caller.check_model(name)
     versions = catalog.versions(name)
-    details = [_detail(catalog, served, call.scope) for served in versions.values()]
+    details = [_detail(call.gateway, served, call.scope) for served in versions.values()]
     return Reply(bodies.ModelDetail(name, catalog.aliases(name), details, loaded=catalog.loaded(name)))
 
 
-def _detail(catalog: Catalog, served: Served, scope: str) -> bodies.VersionDetail:
-    manifest = served.manifest
+def _detail(gateway: Gateway, served: Served, scope: str) -> bodies.VersionDetail:
+    catalog, seals = gateway.catalog, gateway.encrypted
+    manifest = seals.shown(served.manifest)
     note = catalog.note(manifest.name, manifest.version)
     return bodies.VersionDetail(
         version=manifest.version,
@@ -94,6 +100,8 @@ def _detail(catalog: Catalog, served: Served, scope: str) -> bodies.VersionDetai
         reason=catalog.reason(served, scope),
         labels=dict(note.labels),
         note=note.note,
+        encrypted=manifest.sealed is not None,
+        key_generation=seals.generation(manifest),
     )
 
 
@@ -113,10 +121,12 @@ async def _push(call: Call) -> Reply:
     if call.heading.encoding not in ("", "identity"):
         raise InvalidRequest("send the model file without Content-Encoding", field="content-encoding")
     tenant = gateway.tenants.get(call.tenant)
-    named = _pieces_of_newest(gateway.catalog, name, wanted)
+    query: PushQuery = call.query
+    named = _pieces_of_newest(gateway, name, wanted)
     if not named:
         check_stored_bytes(tenant, gateway.catalog.stored_bytes(tenant.name), call.heading.length)
-    store = ObjectChunkStore(gateway.bus, gateway.bus.names.chunk_bucket(name))
+    target = await gateway.encrypted.target(name, query.encrypt)
+    store = target.store
     held = None if named else tenant
     counted = partial(gateway.loose.counted, tenant, store.bucket, named)
     file, stored = await upload(gateway.bus, store, _parts(call, held), limit=limit, counted=counted)
@@ -125,17 +135,17 @@ async def _push(call: Call) -> Reply:
             f"the body's SHA-256 is {file.digest}, x-tether-sha256 says {wanted}; send the file again",
             field="x-tether-sha256",
         )
-    query: PushQuery = call.query
     publisher = f"key:{call.caller.id}"
     wish = PushRequest(name, (file,), query.max_batch_size, query.max_delay_ms, publisher, version=query.version)
-    answer = await registered(call, wish)
-    return Reply(pushed(answer, stored), 201 if answer.created else 200)
+    answer = await registered(call, wish, target, opening=query.encrypt is False)
+    return Reply(pushed(gateway.encrypted, answer, stored), 201 if answer.created else 200)
 
 
-def _pieces_of_newest(catalog: Catalog, name: str, digest: str) -> frozenset[str]:
+def _pieces_of_newest(gateway: Gateway, name: str, digest: str) -> frozenset[str]:
     """The pieces of the newest version when that is this file, so that pushing it makes no new one; else none."""
+    catalog = gateway.catalog
     versions = catalog.versions(name) if name in catalog.names() else {}
-    file = versions[max(versions)].manifest.files[0] if versions else None
+    file = gateway.encrypted.shown(versions[max(versions)].manifest).files[0] if versions else None
     return frozenset(file.chunks) if file is not None and file.digest == digest else frozenset()
 
 
@@ -164,9 +174,12 @@ def _check_filename(call: Call) -> None:
         )
 
 
-async def registered(call: Call, request: PushRequest) -> PushAnswer:
-    """Let the model store make the version, for the tenant of whoever calls."""
-    request = msgspec.structs.replace(request, tenant=call.tenant)
+async def registered(call: Call, request: PushRequest, target: Target, *, opening: bool) -> PushAnswer:
+    """Let the model store make the version, for the tenant of whoever calls; ``opening``: it is to be stored in the clear
+    whatever the model is."""
+    digests = {digest for file in request.files for digest in file.chunks}
+    files, sealed = target.described(request.name, request.files)
+    request = msgspec.structs.replace(request, tenant=call.tenant, files=files, sealed=sealed, open=opening)
     body = await rpc.call(
         call.gateway.bus,
         "registerModel",
@@ -175,13 +188,12 @@ async def registered(call: Call, request: PushRequest) -> PushAnswer:
         answers=MessageType.PUSHED,
         timeout=REGISTER_S,
     )
-    digests = {digest for file in request.files for digest in file.chunks}
-    call.gateway.loose.drop(call.tenant, call.gateway.bus.names.chunk_bucket(request.name), digests)
+    call.gateway.loose.drop(call.tenant, target.store.bucket, digests)
     return codec.decode(body, PushAnswer)
 
 
-def pushed(answer: PushAnswer, stored: int) -> bodies.PushedVersion:
-    manifest = answer.manifest
+def pushed(seals: ModelSeals, answer: PushAnswer, stored: int) -> bodies.PushedVersion:
+    manifest = seals.shown(answer.manifest)
     return bodies.PushedVersion(
         name=manifest.name,
         version=manifest.version,
@@ -192,7 +204,22 @@ def pushed(answer: PushAnswer, stored: int) -> bodies.PushedVersion:
         digest=manifest.files[0].digest if len(manifest.files) == 1 else "",
         stored_bytes=stored,
         aliases=answer.aliases,
+        encrypted=manifest.sealed is not None,
     )
+
+
+async def _rekey(call: Call) -> Reply:
+    """Another data key; versions follow in the background."""
+    gateway, name = call.gateway, check_name(call.path("name"), field="name")
+    call.caller.check_model(name)
+    generation = await gateway.encrypted.ask(Change.REKEY, name, by=f"key:{call.caller.id}")
+    versions = gateway.catalog.versions(name) if name in gateway.catalog.names() else {}
+    left = [
+        number
+        for number, served in versions.items()
+        if served.manifest.sealed is not None and gateway.encrypted.generation(served.manifest) != generation
+    ]
+    return Reply(bodies_models.ModelKey(name, generation, left), 202)
 
 
 ROWS = [
@@ -222,5 +249,15 @@ ROWS = [
             Header("x-tether-filename", "The file's name, which must end in .onnx."),
         ),
         errors=(404, 409, 422, 429, 503, 504),
+    ),
+    Row(
+        "POST",
+        "/v1/models/{name}/rekey",
+        "Store an encrypted model under another data key",
+        TAG,
+        _rekey,
+        {202: bodies_models.ModelKey},
+        "models:write",
+        errors=(404, 503),
     ),
 ]

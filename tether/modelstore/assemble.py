@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+from tether.bus.connection import Bus
 from tether.bus.keeping import PieceKeeper
-from tether.bus.model_files import check_file, download
+from tether.bus.model_files import Pieces, check_file, download
+from tether.bus.sealed_chunks import SealedChunkStore
+from tether.bus.tenant_keys import ModelKeyring
+from tether.envelope.model_seal import PieceSeal, open_files
 from tether.errors import BadEncoding, CorruptChunk, InvalidRequest, ModelRejected
-from tether.model import AUTOMATIC, Batching, Isolation, Manifest, PushRequest, check_name
+from tether.memory_folder import MemoryFolder
+from tether.model import AUTOMATIC, Batching, Isolation, Manifest, ModelFile, PushRequest, check_name
 from tether.modelstore.formats import ONNX, check_files, format_of
 from tether.modelstore.inspection import Inspection, Limits, inspect
 
@@ -44,8 +51,34 @@ def check_request(request: PushRequest, *, max_bytes: int) -> None:
         raise InvalidRequest(f"max_delay_ms must be 0 to {MAX_DELAY_MS:g}", field="max_delay_ms")
 
 
-async def examine(store: PieceKeeper, request: PushRequest, scratch: Path, *, fresh_s: float) -> Inspection:
-    """Make sure of the pieces for ``fresh_s`` seconds, fetch the files into a private folder below ``scratch``, verify and look at them; the folder is gone afterwards.
+class Source(NamedTuple):
+    """Where the files of a push come from, and where they are put together. ``files`` have their plain digests."""
+
+    files: tuple[ModelFile, ...]
+    pieces: Pieces
+    scratch: Path
+
+
+async def sealed_source(request: PushRequest, bus: Bus, keyring: ModelKeyring, memory: MemoryFolder) -> Source:
+    """That of an encrypted push: opened on its way into memory.
+
+    Raises:
+        NotEntitled: this model store has not the key that it was closed with.
+        BadSeal: its digests are not those of its pieces.
+        NoMemoryFolder: there is no place for it.
+    """
+    if request.sealed is None:
+        raise InvalidRequest("the push is not encrypted", field="sealed")
+    key = await keyring.find(request.name, request.sealed.key_id)
+    files = await asyncio.to_thread(open_files, key, request.name, request.files, request.sealed)
+    scratch = await asyncio.to_thread(memory.path)
+    await asyncio.to_thread(memory.room, sum(file.size for file in files))
+    bucket = bus.names.chunk_bucket(request.name)
+    return Source(files, SealedChunkStore(bus, bucket, PieceSeal(key, request.name)), scratch)
+
+
+async def examine(store: PieceKeeper, request: PushRequest, source: Source, *, fresh_s: float) -> Inspection:
+    """Make sure of the pieces for ``fresh_s`` seconds, fetch the files into a private folder, verify and look at them; the folder is gone afterwards.
 
     Raises:
         CorruptChunk: the stored pieces are not the files; damaged ones are marked, so that the next push mends them.
@@ -53,10 +86,10 @@ async def examine(store: PieceKeeper, request: PushRequest, scratch: Path, *, fr
         Unavailable: no room on the disk, or no broker.
     """
     await store.claim((piece for file in request.files for piece in file.pieces()), fresh_s=fresh_s)
-    with tempfile.TemporaryDirectory(prefix="push-", dir=scratch, ignore_cleanup_errors=True) as folder:
-        for file in request.files:
+    with tempfile.TemporaryDirectory(prefix="push-", dir=source.scratch, ignore_cleanup_errors=True) as folder:
+        for file in source.files:
             try:
-                await download(store, file, Path(folder) / file.path)
+                await download(source.pieces, file, Path(folder) / file.path)
             except CorruptChunk as error:
                 if error.field is not None:
                     await store.discard(error.field)
@@ -104,6 +137,7 @@ def manifest_builder(
             tenant=request.tenant,
             isolation=request.isolation,
             run_timeout_s=request.run_timeout_s,
+            sealed=request.sealed,
         )
 
     return build

@@ -12,6 +12,7 @@ from tether.envelope import Envelope
 from tether.errors import BadEncoding, Conflict, InvalidRequest, ModelNotFound, TetherError
 from tether.model import STORE_CHANGES, Alias, Change, ChangeAnswer, ChangeRequest, Share, check_name
 from tether.modelstore.keeper import Keeper
+from tether.modelstore.model_keys import KeyMaker
 from tether.modelstore.notes import Notes
 from tether.modelstore.registry import Registry
 
@@ -24,9 +25,10 @@ MOST_SHARES = 16
 class Changes:
     """Handles ``changeModel``."""
 
-    def __init__(self, bus: Bus, registry: Registry, keeper: Keeper, notes: Notes) -> None:
+    def __init__(self, bus: Bus, registry: Registry, keeper: Keeper, notes: Notes, keys: KeyMaker) -> None:
         self._bus = bus
         self._notes = notes
+        self._keys = keys
         self._keeper = keeper
         self._registry = registry
 
@@ -48,12 +50,21 @@ class Changes:
         check_name(request.model, field="name")
         fields = {"action": f"model_{request.change.value}", "model": request.model, "by": request.by[:64]}
         try:
+            if request.change in (Change.ENCRYPT, Change.REKEY):
+                return await self._keyed(request, fields)
             alias = await self._changed(request)
         except TetherError as error:
             log.info("refused: %s", error, extra={**fields, "code": error.code})
             raise
         log.info("changed", extra={**fields, "alias": request.alias, "version": alias.version if alias else 0})
         return codec.encode(ChangeAnswer(alias))
+
+    async def _keyed(self, request: ChangeRequest, fields: dict[str, str]) -> bytes:
+        """Let a model have a data key, or another one."""
+        work = self._keys.ensure if request.change is Change.ENCRYPT else self._keys.rekey
+        generation = await work(request.model)
+        log.info("has the data key number %d", generation, extra=fields)
+        return codec.encode(ChangeAnswer(key_generation=generation))
 
     async def _kept(self, request: ChangeRequest) -> bytes:
         """Begin what is asked for, and say what is in the store just now."""

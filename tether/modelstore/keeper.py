@@ -16,7 +16,9 @@ from tether.bus.chunk_meta import State
 from tether.bus.chunks import Window
 from tether.bus.connection import Bus
 from tether.bus.keeping import Piece, PieceKeeper, Snapshot
-from tether.errors import TetherError
+from tether.bus.tenant_keys import ModelKeyring
+from tether.envelope.model_seal import PieceSeal
+from tether.errors import BadSeal, NotEntitled, TetherError
 from tether.model import DamagedPiece, StoreState
 from tether.modelstore.registry import Registry
 from tether.pieces import digest_of
@@ -35,13 +37,16 @@ class Named(NamedTuple):
 
     size: int
     versions: tuple[str, ...]
+    sealed: tuple[str, bytes] | None = None
+    """Of an encrypted model: its name, and the id of the data key."""
 
 
 class Keeper:
     """One model store's collections and passes."""
 
-    def __init__(self, bus: Bus, registry: Registry) -> None:
+    def __init__(self, bus: Bus, registry: Registry, keyring: ModelKeyring) -> None:
         self._bus = bus
+        self._keyring = keyring
         self._settings = bus.settings
         self._registry = registry
         self.collect_now = asyncio.Event()
@@ -80,11 +85,12 @@ class Keeper:
         found: dict[str, Named] = {}
         for manifest in await self._registry.manifests():
             version = f"{manifest.name}:{manifest.version}"
+            sealed = None if manifest.sealed is None else (manifest.name, manifest.sealed.key_id)
             for file in manifest.files:
                 for digest, size in file.pieces():
-                    before = found.get(digest, Named(size, ()))
+                    before = found.get(digest, Named(size, (), sealed))
                     if version not in before.versions:
-                        found[digest] = Named(size, (*before.versions, version))
+                        found[digest] = Named(size, (*before.versions, version), sealed)
         return found
 
     # collection
@@ -132,8 +138,10 @@ class Keeper:
         return removed, len(snapshot.pieces.keys() - named.keys())
 
     async def _bring_back(self, store: PieceKeeper, piece: Piece, size: int) -> None:
-        if piece.state is State.UNREFERENCED or (piece.state is State.BARE and piece.has_data):
+        if piece.state is State.UNREFERENCED:
             await store.write_state(piece, State.ALIVE, size=piece.size or size)
+        elif piece.state is State.BARE and (found := await store.read(piece.digest)) is not None:
+            await store.write_state(piece, State.ALIVE, size=len(found.data), stored=digest_of(found.data))
 
     async def _put_away(self, store: PieceKeeper, piece: Piece, now: float) -> int:
         age = now - piece.since
@@ -177,9 +185,9 @@ class Keeper:
 
     async def _prove(self, store: PieceKeeper, piece: Piece, named: Named) -> int:
         found = await store.read(piece.digest)
-        right = found is not None and await asyncio.to_thread(digest_of, found.data) == piece.digest
-        if right and piece.state is not State.ALIVE:
-            await store.write_state(piece, State.ALIVE, size=named.size)
+        right = found is not None and await self._right(piece, named, found.data)
+        if found is not None and right and piece.state is not State.ALIVE:
+            await store.write_state(piece, State.ALIVE, size=len(found.data), stored=digest_of(found.data))
         elif not right and piece.state is not State.DAMAGED and await store.write_state(piece, State.DAMAGED):
             log.error(
                 "piece %s is %s; push %s again",
@@ -189,6 +197,21 @@ class Keeper:
                 extra={"action": "piece_damaged"},
             )
         return 0 if found is None else len(found.data)
+
+    async def _right(self, piece: Piece, named: Named, stored: bytes) -> bool:
+        """Whether stored bytes are the piece; without the key of an encrypted model, whether they are what was noted."""
+        hashed = await asyncio.to_thread(digest_of, stored)
+        if named.sealed is None:
+            return hashed == piece.digest
+        model, key_id = named.sealed
+        try:
+            seal = PieceSeal(await self._keyring.find(model, key_id), model)
+            plain = await asyncio.to_thread(seal.open, piece.digest, stored)
+        except NotEntitled:
+            return piece.stored_digest in ("", hashed)
+        except BadSeal:
+            return False
+        return seal.name(await asyncio.to_thread(digest_of, plain)) == piece.digest
 
     async def state(self) -> StoreState:
         """What is in the store just now; what is damaged as far as a push, a pull or a pass has found it.

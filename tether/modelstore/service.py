@@ -16,15 +16,18 @@ from tether.bus import rpc
 from tether.bus.audit import AuditLog, writing
 from tether.bus.connection import Bus
 from tether.bus.keeping import PieceKeeper
+from tether.bus.tenant_keys import ModelKeyring
 from tether.envelope import Envelope, MessageType
 from tether.errors import BadEncoding, BrokerUnavailable, InvalidRequest, ModelRejected, TetherError, Unavailable
 from tether.home import Home
+from tether.memory_folder import MemoryFolder
 from tether.model import LATEST, Manifest, PushAnswer, PushRequest
 from tether.modelstore import assemble, changes
 from tether.modelstore.changes import Changes
 from tether.modelstore.configs import Configs
 from tether.modelstore.inspection import Inspection
 from tether.modelstore.keeper import Keeper
+from tether.modelstore.model_keys import KeyMaker
 from tether.modelstore.notes import Notes
 from tether.modelstore.quota import StorageQuota
 from tether.modelstore.registry import Registry
@@ -42,17 +45,21 @@ WAITING = 32
 
 
 class ModelStoreService:
-    """Handles pushes. ``scratch`` is a private folder of this process; what is in it is lost at the next start."""
+    """Handles pushes. ``scratch`` and ``memory`` are private folders of this process; what is in them is lost at the next
+    start."""
 
-    def __init__(self, bus: Bus, scratch: Path, audit: AuditLog) -> None:
+    def __init__(self, bus: Bus, scratch: Path, audit: AuditLog, keyring: ModelKeyring, memory: MemoryFolder) -> None:
         self._bus = bus
         self._audit = audit
         self._scratch = scratch
         self._inspections = asyncio.Semaphore(INSPECTIONS)
         self._registry = Registry(bus)
-        self.keeper = Keeper(bus, self._registry)
+        self._keyring = keyring
+        self._memory = memory
+        self.keeper = Keeper(bus, self._registry, keyring)
+        self.keys = KeyMaker(bus, keyring, self._registry)
         self._notes = Notes(bus, self._registry, audit)
-        self._changes = Changes(bus, self._registry, self.keeper, self._notes)
+        self._changes = Changes(bus, self._registry, self.keeper, self._notes, self.keys)
         self._configs = Configs(bus, self._registry, audit, self._notes)
         self._quota = StorageQuota(bus, self._registry)
 
@@ -65,8 +72,11 @@ class ModelStoreService:
     async def serving(self) -> AsyncIterator[None]:
         """Answer pushes until the block ends; waits for the buckets, which the dispatcher makes."""
         await asyncio.to_thread(_clear, self._scratch)
+        await asyncio.to_thread(self._memory.sweep)
         await self._repaired()
         async with (
+            self._keyring.watching(),
+            lifecycle.tasks() as tasks,
             rpc.serve(
                 self._bus,
                 ENDPOINT,
@@ -91,6 +101,7 @@ class ModelStoreService:
             ),
             self.keeper.working(),
         ):
+            tasks.spawn(self.keys.keep(), "model-keys")
             yield
 
     async def _repaired(self) -> None:
@@ -146,6 +157,8 @@ class ModelStoreService:
         version_notes.noted(version_notes.VersionNote(request.name, 0), version_notes.patch_of(request.about))
         if request.config:
             config_changes.patched(await self._configs.get(request.name), request.config)
+        if request.sealed is None and not request.open and request.name in self._keyring.owners():
+            raise Unavailable("the model was encrypted just now; push it again", retry_after=1)
         found = await self._look(request)
         build = assemble.manifest_builder(request, found, created_at=self._bus.clock.utc(), publisher=publisher)
         async with self._quota.turn(request.tenant):
@@ -174,7 +187,10 @@ class ModelStoreService:
         store, settings = PieceKeeper(self._bus, self._bus.names.chunk_bucket(request.name)), self._bus.settings
         async with self._inspections:
             began = self._bus.clock.monotonic()
-            found = await assemble.examine(store, request, self._scratch, fresh_s=settings.upload_ttl_s / 2)
+            source = assemble.Source(request.files, store, self._scratch)
+            if request.sealed is not None:
+                source = await assemble.sealed_source(request, self._bus, self._keyring, self._memory)
+            found = await assemble.examine(store, request, source, fresh_s=settings.upload_ttl_s / 2)
         if self._bus.clock.monotonic() - began > settings.collect_grace_s:
             raise Unavailable("looking at the model took too long; push it again", retry_after=2)
         return found
@@ -205,9 +221,14 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[ModelStoreSer
         lifecycle.tasks() as tasks,
         writing(bus, home, tasks) as audit,
     ):
-        service = ModelStoreService(bus, home.cache("modelstore"), audit)
-        async with service.serving():
-            yield service
+        memory = MemoryFolder(settings.memory_dir, home.root, bus.signer.name)
+        keyring = ModelKeyring(bus, home, every=True)
+        service = ModelStoreService(bus, home.cache("modelstore"), audit, keyring, memory)
+        try:
+            async with service.serving():
+                yield service
+        finally:
+            await asyncio.to_thread(memory.close)
 
 
 async def main(settings: Settings) -> None:

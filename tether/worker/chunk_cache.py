@@ -44,6 +44,21 @@ _UNCLEAN = 3
 """After this many ends in a row that were not orderly, the file itself is suspected."""
 
 
+Opened = Callable[[str, bytes], bytes | None]
+"""What a piece is, from its name and what is kept; None when that is not what was stored. Blocks."""
+
+
+def intact(digest: str, piece: bytes) -> bytes | None:
+    """A piece that is kept as it is."""
+    return piece if digest_of(piece) == digest else None
+
+
+def as_it_is(digest: str, piece: bytes) -> bytes | None:
+    """A piece that was found intact just now."""
+    del digest
+    return piece
+
+
 class ChunkCache:
     """Pieces by digest, in a file of at most ``budget`` bytes that leaves ``reserve`` bytes of the disk free.
 
@@ -88,21 +103,21 @@ class ChunkCache:
                 self._use(digest)
             return set(found)
 
-    def read(self, digest: str) -> bytes | None:
-        """A piece whose hash was compared just now; None when there is none such."""
+    def read(self, digest: str, opened: Opened = intact) -> bytes | None:
+        """A piece as ``opened`` makes it of what is kept; None when there is none such, or it is not intact."""
         with self._lock:
             if self._opened() is None or digest not in self._sizes:
                 return None
             piece = self._guarded(lambda db: db.get(digest))
             self._unmap(len(piece or b""))
             self._use(digest)
-        if piece is not None and digest_of(piece) == digest:
-            return piece
-        self._forget(digest)
-        return None
+        found = None if piece is None else opened(digest, piece)
+        if found is None:
+            self._forget(digest)
+        return found
 
-    def keep(self, pieces: Iterable[tuple[str, bytes]]) -> int:
-        """Store pieces that are not here, those that are what their digest says; returns their bytes.
+    def keep(self, pieces: Iterable[tuple[str, bytes]], opened: Opened = intact) -> int:
+        """Store pieces that are not here, those that ``opened`` finds intact; returns their bytes.
 
         What was not used for the longest time makes room. What does not fit as a whole is kept in part.
         """
@@ -113,7 +128,7 @@ class ChunkCache:
         fresh: set[str] = set()
         kept = size = 0
         for digest, piece in pieces:
-            if digest in self._sizes or digest in batch or digest_of(piece) != digest:
+            if digest in self._sizes or digest in batch or opened(digest, piece) is None:
                 continue
             batch[digest] = piece
             size += len(piece)

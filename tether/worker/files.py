@@ -6,18 +6,26 @@ import asyncio
 import logging
 import os
 import re
+import secrets
 import shutil
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tether import metrics
 from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
 from tether.bus.model_files import Pieces, clear_leftovers, fetch_model, version_digest
-from tether.errors import Unavailable
+from tether.bus.sealed_chunks import SealedChunkStore
+from tether.bus.tenant_keys import ModelKeyring
+from tether.envelope.model_seal import PieceSeal, opened_manifest
+from tether.errors import BadSeal, NoMemoryFolder, NotEntitled, Unavailable
+from tether.lifecycle import Tasks
+from tether.memory_folder import MemoryFolder
 from tether.model import Manifest, ModelFile, ModelRef
-from tether.worker.chunk_cache import ChunkCache
+from tether.worker.chunk_cache import ChunkCache, as_it_is, intact
 
 log = logging.getLogger(__name__)
 
@@ -25,27 +33,64 @@ _MB = 1 << 20
 _VERSION = re.compile(r"[0-9a-f]{64}")
 
 
+class Form:
+    """How a version's pieces are kept and named: as they are, under their digests."""
+
+    def name(self, digest: str) -> str:
+        return digest
+
+    def opened(self, name: str, kept: bytes) -> bytes | None:
+        return intact(name, kept)
+
+    def closed(self, digest: str, piece: bytes) -> bytes | None:
+        """The piece as it may be kept; None when it is not what its digest says. Blocks."""
+        return intact(digest, piece)
+
+
+class SealedForm(Form):
+    """Closed with the model's data key, so that no disk has them in the clear."""
+
+    def __init__(self, seal: PieceSeal) -> None:
+        self._seal = seal
+
+    def name(self, digest: str) -> str:
+        return self._seal.name(digest)
+
+    def opened(self, name: str, kept: bytes) -> bytes | None:
+        try:
+            return self._seal.open(name, kept)
+        except BadSeal:
+            return None
+
+    def closed(self, digest: str, piece: bytes) -> bytes | None:
+        return None if intact(digest, piece) is None else self._seal.close(self._seal.name(digest), piece)
+
+
 class CachedPieces:
     """Pieces from the cache where it has them intact, all others from the store."""
 
-    def __init__(self, cache: ChunkCache, store: Pieces) -> None:
+    def __init__(self, cache: ChunkCache, store: Pieces, form: Form) -> None:
         self._cache = cache
         self._store = store
+        self._form = form
 
     async def get(self, digests: Sequence[str]) -> AsyncGenerator[bytes, None]:
         """The pieces in order. Close the iterator when you stop early.
 
         Raises:
-            CorruptChunk: one is neither here nor there; ``field`` is its digest.
+            CorruptChunk: one is neither here nor there; ``field`` is its name in the store.
             DeadlineExceeded, BrokerUnavailable: it took too long.
         """
-        held = await asyncio.to_thread(self._cache.held, digests)
+        names = {digest: self._form.name(digest) for digest in digests}
+        held = await asyncio.to_thread(self._cache.held, names.values())
         from_broker, from_cache = metrics.CHUNKS_BYTES.labels("broker"), metrics.CHUNKS_BYTES.labels("cache")
-        async with aclosing(self._store.get([digest for digest in digests if digest not in held])) as others:
+        others = [digest for digest in digests if names[digest] not in held]
+        async with aclosing(self._store.get(others)) as fetched:
             for digest in digests:
-                piece = await asyncio.to_thread(self._cache.read, digest) if digest in held else await anext(others)
+                here = names[digest] in held
+                piece = await asyncio.to_thread(self._read, names[digest]) if here else await anext(fetched)
                 if piece is not None:
-                    (from_cache if digest in held else from_broker).inc(len(piece))
+                    (from_cache if here else from_broker).inc(len(piece))
                     yield piece
                     continue
                 async with aclosing(self._store.get([digest])) as again:
@@ -53,30 +98,53 @@ class CachedPieces:
                         from_broker.inc(len(piece))
                         yield piece
 
+    def _read(self, name: str) -> bytes | None:
+        return self._cache.read(name, self._form.opened)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Where a version that is held has its files. ``manifest`` has their plain digests."""
+
+    manifest: Manifest
+    digest: str
+    seal: PieceSeal | None = None
+
+    @property
+    def form(self) -> Form:
+        return Form() if self.seal is None else SealedForm(self.seal)
+
 
 class WorkerFiles:
     """Assembled versions below one folder, and the cache of their pieces beside them.
 
-    Versions that are held stay; others make room, that first which was not used for the longest time.
+    Versions that are held stay; others make room, that first which was not used for the longest time. Encrypted versions
+    are assembled in ``memory``, as long as they are held.
     """
 
-    def __init__(self, bus: Bus, folder: Path) -> None:
+    def __init__(
+        self, bus: Bus, folder: Path, keyring: ModelKeyring | None = None, memory: MemoryFolder | None = None
+    ) -> None:
         settings = bus.settings
         self._bus = bus
+        self._keyring = keyring
+        self._memory = memory or MemoryFolder(settings.memory_dir, folder, bus.signer.name)
         self._folder = folder
         self._budget = settings.cache_versions_mb * _MB
         self._reserve = settings.cache_reserve_mb * _MB
-        self._pins: dict[ModelRef, str] = {}
+        self._held: dict[ModelRef, Held] = {}
         self._changing = asyncio.Lock()
         self.graphs = folder / "graphs"
         """Where runtimes may keep what they made of a version's files."""
+        self._tasks = Tasks()
         self.cache = ChunkCache(folder / "chunks", settings.cache_mb * _MB, self._reserve)
 
     async def sweep(self) -> None:
         """Delete what killed processes left, and versions above the budget."""
         async with self._changing:
+            await asyncio.to_thread(self._memory.sweep)
             await asyncio.to_thread(self._sweep)
-            await asyncio.to_thread(self._make_room, frozenset(self._pins.values()), 0, self._budget)
+            await asyncio.to_thread(self._make_room, self._pinned(), 0, self._budget)
 
     async def fetch(self, ref: ModelRef, manifest: Manifest) -> Path:
         """The folder with a version's files, whole and verified; it stays until :meth:`release`.
@@ -85,15 +153,10 @@ class WorkerFiles:
             CorruptChunk: a piece is missing in the store, or altered, and not in the cache either.
             Unavailable: the disk has no room whatever is deleted, or the broker does not answer.
         """
-        digest = version_digest(manifest)
+        held = await self._described(manifest)
         try:
-            async with self._changing:
-                self._pins[ref] = digest
-                is_new = not await asyncio.to_thread((self._folder / digest).exists)
-                await asyncio.to_thread(
-                    self._make_room, frozenset(self._pins.values()), manifest.size * is_new, self._budget
-                )
-            directory = await self._fetched(manifest)
+            self._held[ref] = held
+            directory = await (self._onto_disk(held) if held.seal is None else self._into_memory(held, held.seal))
             await asyncio.to_thread(os.utime, directory)
         except BaseException:
             self.release(ref)
@@ -102,40 +165,84 @@ class WorkerFiles:
             await asyncio.to_thread(self.cache.rest)
         return directory
 
+    async def _described(self, manifest: Manifest) -> Held:
+        if manifest.sealed is None:
+            return Held(manifest, version_digest(manifest))
+        if self._keyring is None:
+            raise NotEntitled(f"'{self._bus.signer.name}' opens no encrypted models")
+        key = await self._keyring.find(manifest.name, manifest.sealed.key_id)
+        plain = await asyncio.to_thread(opened_manifest, key, manifest)
+        return Held(plain, version_digest(plain), PieceSeal(key, manifest.name))
+
+    def _pinned(self) -> frozenset[str]:
+        return frozenset(held.digest for held in self._held.values() if held.seal is None)
+
+    async def _onto_disk(self, held: Held) -> Path:
+        async with self._changing:
+            is_new = not await asyncio.to_thread((self._folder / held.digest).exists)
+            coming = held.manifest.size * is_new
+            await asyncio.to_thread(self._make_room, self._pinned(), coming, self._budget)
+        return await self._fetched(held)
+
+    async def _into_memory(self, held: Held, seal: PieceSeal) -> Path:
+        folder = await asyncio.to_thread(self._memory.path)
+        if not (folder / held.digest).exists():
+            await asyncio.to_thread(self._memory.room, held.manifest.size)
+        store = SealedChunkStore(self._bus, self._bus.names.chunk_bucket(held.manifest.name), seal)
+        pieces = CachedPieces(self.cache, store, held.form)
+        return await fetch_model(self._bus, pieces, held.manifest, folder, partial(self._keep, held.form))
+
     def release(self, ref: ModelRef) -> None:
-        """The version is not held any more: its files may make room for others."""
-        if (digest := self._pins.pop(ref, None)) is not None:
-            with suppress(OSError):
-                os.utime(self._folder / digest)
+        """The version is not held any more: its files may make room for others, and what is in memory goes at once."""
+        held = self._held.pop(ref, None)
+        if held is None:
+            return
+        with suppress(OSError, NoMemoryFolder):
+            if held.seal is None:
+                os.utime(self._folder / held.digest)
+            elif all(other.digest != held.digest for other in self._held.values()):
+                gone = self._memory.path() / f".{secrets.token_hex(8)}"
+                (self._memory.path() / held.digest).rename(gone)
+                self._tasks.spawn(asyncio.to_thread(shutil.rmtree, gone, ignore_errors=True), "free-memory")
 
     async def remember(self, manifest: Manifest, directory: Path) -> None:
         """Keep the pieces of a version that was fetched, for the next one that shares some of them."""
-        for file in manifest.files:
-            await asyncio.to_thread(self._keep, file, directory / file.path)
+        held = self._held.get(ModelRef(manifest.name, manifest.version))
+        if held is None:
+            if manifest.sealed is not None:
+                return
+            held = Held(manifest, version_digest(manifest))
+        for file in held.manifest.files:
+            await asyncio.to_thread(self._keep, held.form, file, directory / file.path)
         await asyncio.to_thread(self.cache.rest)
 
     async def close(self) -> None:
         await asyncio.to_thread(self.cache.close)
+        await self._tasks.cancel()
+        await asyncio.to_thread(self._memory.close)
 
-    async def _fetched(self, manifest: Manifest) -> Path:
+    async def _fetched(self, held: Held) -> Path:
         """On a disk that is full, everything that can be fetched again is given up first."""
+        manifest = held.manifest
         store = ObjectChunkStore(self._bus, self._bus.names.chunk_bucket(manifest.name))
-        pieces = CachedPieces(self.cache, store)
+        pieces = CachedPieces(self.cache, store, held.form)
         try:
-            return await fetch_model(self._bus, pieces, manifest, self._folder, self._keep)
+            return await fetch_model(self._bus, pieces, manifest, self._folder, partial(self._keep, held.form))
         except Unavailable as error:
             if not isinstance(error.__cause__, OSError):
                 raise
             log.warning("the disk is full: %s", error, extra={"action": "cache_disk_full", "model": manifest.name})
         async with self._changing:
             await asyncio.to_thread(self.cache.drop, "disk")
-            await asyncio.to_thread(self._make_room, frozenset(self._pins.values()), 0, 0)
+            await asyncio.to_thread(self._make_room, self._pinned(), 0, 0)
         return await fetch_model(self._bus, pieces, manifest, self._folder)
 
-    def _keep(self, file: ModelFile, path: Path) -> None:
-        held = self.cache.held(file.chunks)
+    def _keep(self, form: Form, file: ModelFile, path: Path) -> None:
+        names = {digest: form.name(digest) for digest in file.chunks}
+        held = self.cache.held(names.values())
+        wanted = {digest: name for digest, name in names.items() if name not in held}
         with suppress(OSError):
-            self.cache.keep(_pieces(file, path, held))
+            self.cache.keep(_pieces(file, path, form, wanted), opened=as_it_is)
 
     def _sweep(self) -> None:
         for path in self._folder.iterdir():
@@ -175,14 +282,14 @@ class WorkerFiles:
         return shutil.disk_usage(self._folder).free
 
 
-def _pieces(file: ModelFile, path: Path, held: set[str]) -> Iterator[tuple[str, bytes]]:
-    """A file's pieces without those that are held."""
+def _pieces(file: ModelFile, path: Path, form: Form, wanted: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
+    """Name and kept form of those of a file's pieces that are ``wanted``, by digest, and are what they should be."""
     with path.open("rb") as content:
         for digest, size in file.pieces():
-            if digest in held:
+            if digest not in wanted:
                 content.seek(size, os.SEEK_CUR)
-            else:
-                yield digest, content.read(size)
+            elif (kept := form.closed(digest, content.read(size))) is not None:
+                yield wanted[digest], kept
 
 
 def _size(folder: Path) -> int:

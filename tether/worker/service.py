@@ -11,10 +11,11 @@ from tether import codec, daemon, lifecycle, metrics
 from tether.bus import rpc
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket, SignedBucket
-from tether.bus.tenant_keys import Keyring
+from tether.bus.tenant_keys import Keyring, ModelKeyring
 from tether.envelope import MessageType
 from tether.errors import TetherError, Unavailable
 from tether.home import Home, check_folder, private_folder
+from tether.memory_folder import MemoryFolder
 from tether.model import Assignment, Epoch, Heartbeat, Registration
 from tether.settings import Settings, labels_of
 from tether.worker.ended import EndedVersions
@@ -38,7 +39,9 @@ class WorkerService:
         self._settings = bus.settings
         self.name = bus.signer.name
         self.keyring = Keyring(bus, home, every=False)
-        files = WorkerFiles(bus, home.cache(self.name))
+        self.model_keyring = ModelKeyring(bus, home, every=False)
+        memory = MemoryFolder(bus.settings.memory_dir, home.root, self.name)
+        files = WorkerFiles(bus, home.cache(self.name), self.model_keyring, memory)
         self.holder = Holder(bus, files, keepalive, self.keyring)
         self.ended = EndedVersions(bus, keepalive, self.keyring)
         self._liveness = KvBucket(bus, "liveness")
@@ -159,6 +162,7 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[WorkerService
         stack.push_async_callback(worker.ended.stop)
         stack.push_async_callback(worker.heartbeat, leaving=True)
         await stack.enter_async_context(worker.keyring.watching())
+        await stack.enter_async_context(worker.model_keyring.watching())
         await worker.register()
         own = worker._assign.watch(worker.assigned, key=worker.name)  # noqa: SLF001 - same module
         await stack.enter_async_context(own)

@@ -143,7 +143,7 @@ class ProcessRuntime:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=self._start.directory,
-            env=_environment(self._options.threads),
+            env=_environment(self._options.threads, self._start),
             start_new_session=True,
             preexec_fn=die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - it imports and locks nothing
         )
@@ -206,9 +206,11 @@ def _row(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.name, tensor.datatype, tensor.shape, tensor.data)
 
 
-def _environment(threads: int) -> dict[str, str]:
-    """Nothing of the worker's own: no settings, no keys."""
+def _environment(threads: int, start: Start) -> dict[str, str]:
+    """Nothing of the worker's own: no settings, no keys. What an encrypted model's framework writes stays in memory too."""
+    scratch = {"TMPDIR": start.directory} if start.manifest.sealed is not None else {}
     return {
+        **scratch,
         "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
         "PYTHONSAFEPATH": "1",
         "PYTHONDONTWRITEBYTECODE": "1",

@@ -1,0 +1,44 @@
+"""The part of the test vectors that is about encrypted models; :mod:`vectors` writes it."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from tether import codec
+from tether.envelope.model_seal import PieceSeal, seal_files
+from tether.envelope.sealing import DataKey
+from tether.model import Batching, Manifest, ModelFile
+
+MODEL = "digits"
+PIECES = (b"the first piece", b"the second")
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def plain_file() -> ModelFile:
+    whole = b"".join(PIECES)
+    return ModelFile("model.onnx", len(whole), digest(whole), tuple(map(digest, PIECES)), tuple(map(len, PIECES)))
+
+
+def encrypted(key: DataKey, secret: bytes) -> dict[str, Any]:
+    """Pieces and a manifest of an encrypted model whose data key is ``secret``."""
+    seal = PieceSeal(key, MODEL)
+    pieces = [
+        {"plain": piece.hex(), "digest": digest(piece), "name": name, "stored": seal.close(name, piece).hex()}
+        for piece in PIECES
+        for name in [seal.name(digest(piece))]
+    ]
+    hidden, sealed = seal_files(key, MODEL, (plain_file(),))
+    manifest = Manifest(
+        MODEL, 1, "onnxruntime_onnx", hidden, (), (), Batching(), 1_800_000_000.0, "key:x", sealed=sealed
+    )
+    return {
+        "data_key": secret.hex(),
+        "model": MODEL,
+        "pieces": pieces,
+        "file_digest": plain_file().digest,
+        "manifest": codec.encode(manifest).hex(),
+    }

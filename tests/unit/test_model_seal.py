@@ -1,0 +1,176 @@
+"""Encrypted models without a broker: names, seals, and who gets a key."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import msgspec
+import pytest
+
+from tether import codec, envelope
+from tether.envelope import IdentityRecord, Role
+from tether.envelope.model_seal import (
+    ModelKeys,
+    PieceSeal,
+    model_holders,
+    open_files,
+    opened_manifest,
+    passed_on,
+    seal_files,
+    with_new_key,
+)
+from tether.envelope.sealing import KeyOpener, new_data_key
+from tether.errors import BadSeal
+from tether.model import Batching, Manifest, ModelFile, SealedDigests
+
+NOW = 1_800_000_000_000
+YEAR = 365 * 86_400_000
+KEY, OTHER = new_data_key(1), new_data_key(2)
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def a_file(path: str = "model.onnx", *contents: bytes) -> ModelFile:
+    pieces = contents or (b"one", b"two!")
+    whole = b"".join(pieces)
+    return ModelFile(path, len(whole), digest(whole), tuple(map(digest, pieces)), tuple(map(len, pieces)))
+
+
+def test_equal_pieces_meet_under_one_key_and_under_no_other() -> None:
+    seal = PieceSeal(KEY, "m")
+    name = seal.name(digest(b"one"))
+    assert name == PieceSeal(KEY, "m").name(digest(b"one")) != digest(b"one")
+    assert len({name, seal.name(digest(b"two")), PieceSeal(OTHER, "m").name(digest(b"one"))}) == 3
+    assert seal.whole(digest(b"one")) != name, "a file of one piece does not tell its name"
+
+
+def test_a_piece_opens_as_itself_only() -> None:
+    """Not as another piece, of another model, under another key, or with a bit changed; and twice closed it differs."""
+    seal, name = PieceSeal(KEY, "m"), PieceSeal(KEY, "m").name(digest(b"one"))
+    closed = seal.close(name, b"one")
+    assert len(closed) == 3 + 40
+    assert seal.open(name, closed) == b"one"
+    assert closed != seal.close(name, b"one")
+    wrong = [
+        (PieceSeal(OTHER, "m"), name, closed),
+        (PieceSeal(KEY, "n"), name, closed),
+        (seal, seal.name(digest(b"two")), closed),
+        (seal, name, closed[:-1]),
+        (seal, name, b""),
+        (seal, name, bytes([closed[0] ^ 1]) + closed[1:]),
+        (seal, name, closed[:-1] + bytes([closed[-1] ^ 1])),
+    ]
+    for who, what, stored in wrong:
+        with pytest.raises(BadSeal):
+            who.open(what, stored)
+
+
+def test_a_manifest_tells_no_digest_and_gives_them_to_holders_of_the_key() -> None:
+    files = (a_file(), a_file("data/w.bin", b"one", b"three"))
+    hidden, sealed = seal_files(KEY, "m", files)
+    manifest = Manifest("m", 1, "p", hidden, (), (), Batching(), 1.0, "x", sealed=sealed)
+    encoded = codec.encode(manifest)
+    for file in files:
+        for known in (file.digest, *file.chunks):
+            assert known.encode() not in encoded
+            assert bytes.fromhex(known) not in encoded
+    assert [file.sizes for file in hidden] == [file.sizes for file in files]
+    assert hidden[0].chunks[0] == hidden[1].chunks[0], "they share a piece"
+    assert opened_manifest(KEY, codec.decode(encoded, Manifest)).files == files
+    with pytest.raises(BadSeal):
+        opened_manifest(OTHER, manifest)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": 8},
+        {"path": "other.onnx"},
+        {"digest": "0" * 64},
+        {"chunks": ("0" * 64, "1" * 64)},
+        {"sizes": (4, 3)},
+    ],
+)
+def test_digests_belong_to_the_files_that_they_were_sealed_with(change: dict[str, Any]) -> None:
+    hidden, sealed = seal_files(KEY, "m", (a_file(),))
+    changed = (msgspec.structs.replace(hidden[0], **change),)
+    with pytest.raises(BadSeal):
+        open_files(KEY, "m", changed, sealed)
+    with pytest.raises(BadSeal):
+        open_files(KEY, "n", hidden, sealed)
+    assert open_files(KEY, "m", hidden, sealed) == (a_file(),)
+
+
+@pytest.mark.parametrize(
+    "rows", [[], [[b"\0" * 32, b""]], [[b"\0" * 31, b"\0" * 64]], [[b"\0" * 32, b"\0" * 64]], 7, [7]]
+)
+def test_what_a_holder_of_the_key_closed_wrongly_is_refused(rows: object) -> None:
+    """A gateway that is not ours may seal what it likes: names must follow from digests."""
+    hidden, _ = seal_files(KEY, "m", (a_file(),))
+    from tether.envelope import model_seal  # noqa: PLC0415 - what only a holder of the key can do
+
+    box = KEY.close(model_seal._bound_files(KEY, "m", hidden), codec.pack(rows))
+    with pytest.raises(BadSeal):
+        open_files(KEY, "m", hidden, SealedDigests(KEY.id, box))
+
+
+def identity(role: Role, name: str = "x") -> envelope.Identity:
+    return envelope.new_identity(name, role)
+
+
+def record(who: envelope.Identity, *, expires_at: int = NOW + YEAR) -> IdentityRecord:
+    return who.record(not_before=NOW - 1, expires_at=expires_at)
+
+
+def test_model_stores_gateways_and_workers_whose_time_is_not_over_may_have_keys() -> None:
+    people = {role: identity(role) for role in Role}
+    records = [record(who) for who in people.values()]
+    gone = record(identity(Role.WORKER), expires_at=NOW)
+    found = model_holders([*records, gone], NOW)
+    assert set(found) == {people[role].kid for role in (Role.MODELSTORE, Role.GATEWAY, Role.WORKER)}
+
+
+def test_keys_are_passed_on_and_withdrawn_without_making_new_ones() -> None:
+    store, worker, late = identity(Role.MODELSTORE), identity(Role.WORKER), identity(Role.WORKER)
+    opener = KeyOpener(store)
+
+    def of(*who: envelope.Identity) -> dict[bytes, bytes]:
+        return model_holders(map(record, who), NOW)
+
+    keys = with_new_key(ModelKeys("m", 0, ()), of(store, worker), keyset_version=1, now_ms=NOW)
+    keys = with_new_key(keys, of(store, worker), keyset_version=1, now_ms=NOW)
+    assert [key.generation for key in keys.keys] == [1, 2]
+    assert passed_on(keys, of(store, worker), opener, keyset_version=2) is keys
+    changed = passed_on(keys, of(store, late), opener, keyset_version=2)
+    assert [key.id for key in changed.keys] == [key.id for key in keys.keys]
+    assert {key.holders() for key in changed.keys} == {frozenset({store.kid, late.kid})}
+    for before, after in zip(keys.keys, changed.keys, strict=True):
+        assert KeyOpener(worker).open(before) is not None
+        assert KeyOpener(worker).open(after) is None
+        opened = KeyOpener(late).open(after)
+        assert opened is not None
+        assert opened.id == after.id
+    assert passed_on(changed, of(store, worker), opener, keyset_version=1) is changed, "an older keyset"
+    assert passed_on(changed, {}, opener, keyset_version=3) is changed, "a keyset that is over takes no keys away"
+    assert passed_on(changed, of(worker), opener, keyset_version=3) is changed, "it is not entitled itself"
+
+
+def test_a_rotated_identity_opens_what_was_boxed_for_its_earlier_signing_key() -> None:
+    store = identity(Role.MODELSTORE)
+    holders = model_holders([record(store)], NOW)
+    keys = with_new_key(ModelKeys("m", 0, ()), holders, keyset_version=1, now_ms=NOW)
+    rotated = msgspec.structs.replace(identity(Role.MODELSTORE), box_seed=store.box_seed)
+    assert rotated.kid != store.kid
+    assert KeyOpener(rotated).open(keys.keys[0]) is not None
+    assert KeyOpener(identity(Role.MODELSTORE)).open(keys.keys[0]) is None
+
+
+def test_an_old_manifest_is_one_that_is_not_encrypted() -> None:
+    old = codec.unpack(codec.encode(Manifest("m", 1, "p", (a_file(),), (), (), Batching(), 1.0, "x")))
+    del old["sealed"]
+    found = codec.decode(codec.pack(old), Manifest)
+    assert found.sealed is None
+    assert opened_manifest(KEY, found) is found
