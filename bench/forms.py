@@ -1,4 +1,4 @@
-"""What it costs to store a model's pieces encrypted: MB/s of push and pull into a file, in memory, beside the plain form.
+"""What the forms of a model's pieces cost and save: MB/s of push and of pull into a file, and the bytes that are stored.
 
 Alternating rounds on one broker; every round starts with nothing stored. Run with ``python -m bench.forms``.
 """
@@ -11,12 +11,14 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import uvloop
 
-from bench.store import make_file, parts
+from bench.store import parts
 from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
 from tether.bus.keys import create_home
@@ -28,9 +30,13 @@ from tether.bus.upload import upload
 from tether.envelope.model_seal import PieceSeal
 from tether.envelope.sealing import new_data_key
 from tether.home import Home
+from tether.pieces import Cutter, compressed
 from tether.settings import Settings
 
 MODEL = "bench"
+DATA = ("float32", "bfloat16", "bfloat16 in float32")
+"""Random weights; real ones compress better, since neighbours resemble one another."""
+
 Store = ObjectChunkStore | SealedChunkStore
 
 
@@ -42,13 +48,43 @@ class Times:
     pull: list[float] = dataclasses.field(default_factory=list)
 
 
+class Uncompressed(ObjectChunkStore):
+    """As it was before there was compression."""
+
+    async def _store(self, digest: str, piece: bytes) -> None:
+        await self._send(digest, piece, digest)
+
+
 def forms(bus: Bus) -> dict[str, Callable[[], Store]]:
     """Ways to store pieces; each call makes a store in which nothing of a file is stored in that way."""
     bucket = bus.names.chunk_bucket(MODEL)
     return {
-        "plain": lambda: ObjectChunkStore(bus, bucket),
+        "never compressed": lambda: Uncompressed(bus, bucket),
+        "as they are stored": lambda: ObjectChunkStore(bus, bucket),
         "encrypted": lambda: SealedChunkStore(bus, bucket, PieceSeal(new_data_key(1), MODEL)),
     }
+
+
+def make_weights(path: Path, size: int, kind: str) -> None:
+    """A file of random weights of one of the kinds of :data:`DATA`."""
+    rng = np.random.default_rng(7)
+    width = 2 if kind == "bfloat16" else 4
+    with path.open("wb") as file:
+        for start in range(0, size, 16 << 20):
+            found = rng.standard_normal(min(16 << 20, size - start) // width, dtype=np.float32)
+            if kind != "float32":
+                found = found.astype(ml_dtypes.bfloat16)
+            file.write(found.astype(np.float32).tobytes() if width == 4 else found.tobytes())
+
+
+def stored_share(path: Path) -> float:
+    """The part of a file's bytes that its pieces have as they are stored."""
+    cutter, total = Cutter(), 0
+    with path.open("rb") as file:
+        while part := file.read(8 << 20):
+            total += sum(len(compressed(piece) or piece) for _, piece in cutter.cut((part,)))
+    total += sum(len(compressed(piece) or piece) for _, piece in cutter.cut((), last=True))
+    return total / path.stat().st_size
 
 
 async def one(bus: Bus, store: Store, source: Path, target: Path, times: Times) -> None:
@@ -67,12 +103,13 @@ async def one(bus: Bus, store: Store, source: Path, target: Path, times: Times) 
 
 async def measure(size: int, rounds: int) -> str:
     """The table."""
+    rows = ["| weights | pieces | push, MB/s | pull into a file, MB/s | stored |", "|---|---|---:|---:|---:|"]
     with tempfile.TemporaryDirectory(prefix="tether-bench-") as name:
         folder = Path(name)
         home = Home.at(str(folder / "home"))
         create_home(home, workers=1)
-        settings = Settings(home=str(home.root), max_file_mb=max(20480, 16 * (rounds + 1) * size >> 20))
-        make_file(folder / "model", size)
+        needed = 16 * (rounds + 1) * len(DATA) * size >> 20
+        settings = Settings(home=str(home.root), max_file_mb=max(20480, needed))
         async with EmbeddedServer(home, settings, binary=find_server(settings)) as server:
             settings = dataclasses.replace(settings, nats_url=server.url)
             async with (
@@ -80,23 +117,23 @@ async def measure(size: int, rounds: int) -> str:
                 Bus.connect(settings, home, "gateway") as bus,
             ):
                 await ensure_platform(admin, settings)
-                every = {form: Times() for form in forms(bus)}
-                for _ in range(rounds):
-                    for form, make in forms(bus).items():
-                        await one(bus, make(), folder / "model", folder / "pulled", every[form])
-    return table(size, every)
-
-
-def table(size: int, every: dict[str, Times]) -> str:
-    """Markdown."""
-    mb = size / (1 << 20)
-    rows = ["| pieces | push, MB/s | pull into a file, MB/s |", "|---|---:|---:|"]
-    for form, times in every.items():
-        push, pull = (mb / statistics.median(found) for found in (times.push, times.pull))
-        rows.append(f"| {form} | {push:.0f} | {pull:.0f} |")
-    rounds = len(next(iter(every.values())).push)
+                for kind in DATA:
+                    make_weights(folder / "model", size, kind)
+                    every = {form: Times() for form in forms(bus)}
+                    for _ in range(rounds):
+                        for form, make in forms(bus).items():
+                            await one(bus, make(), folder / "model", folder / "pulled", every[form])
+                    rows += lines(kind, size, every, stored_share(folder / "model"))
     busy = f"load average {os.getloadavg()[0]:.0f}"
-    return f"{mb:.0f} MB of random float32, medians of {rounds} alternating rounds, {busy}\n\n" + "\n".join(rows) + "\n"
+    return f"{size >> 20} MB, medians of {rounds} alternating rounds, {busy}\n\n" + "\n".join(rows) + "\n"
+
+
+def lines(kind: str, size: int, every: dict[str, Times], share: float) -> Iterator[str]:
+    """Rows of the table."""
+    for form, times in every.items():
+        push, pull = (size / (1 << 20) / statistics.median(found) for found in (times.push, times.pull))
+        stored = 1.0 if form == "never compressed" else share
+        yield f"| {kind} | {form} | {push:.0f} | {pull:.0f} | {stored:.0%} |"
 
 
 def main() -> None:

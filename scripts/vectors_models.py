@@ -11,7 +11,9 @@ from tether.envelope.sealing import DataKey
 from tether.model import Batching, Manifest, ModelFile
 
 MODEL = "digits"
-PIECES = (b"the first piece", b"the second")
+PIECES = (b"the first piece", b"a second one that compresses " * 40)
+FORMS = (0, 1)
+"""Stored as it is, and as a Zstandard frame."""
 
 
 def digest(content: bytes) -> str:
@@ -27,8 +29,14 @@ def encrypted(key: DataKey, secret: bytes) -> dict[str, Any]:
     """Pieces and a manifest of an encrypted model whose data key is ``secret``."""
     seal = PieceSeal(key, MODEL)
     pieces = [
-        {"plain": piece.hex(), "digest": digest(piece), "name": name, "stored": seal.close(name, piece).hex()}
-        for piece in PIECES
+        {
+            "form": form,
+            "plain": piece.hex(),
+            "digest": digest(piece),
+            "name": name,
+            "stored": seal.close(name, piece).hex(),
+        }
+        for form, piece in zip(FORMS, PIECES, strict=True)
         for name in [seal.name(digest(piece))]
     ]
     hidden, sealed = seal_files(key, MODEL, (plain_file(),))

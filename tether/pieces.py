@@ -12,9 +12,10 @@ import hashlib
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
+import zstandard
 from pyfastcdc import FastCDC
 
-from tether.errors import PayloadTooLarge
+from tether.errors import CorruptChunk, PayloadTooLarge
 
 SMALLEST = 256 << 10
 MEAN = 1 << 20
@@ -24,6 +25,46 @@ allow the largest."""
 
 _ENOUGH = 2 * LARGEST
 """Bytes to gather before they are cut: what lies behind the last cut is looked at twice."""
+
+
+ZSTD = "zstd"
+"""What the stored form of a compressed piece is called: one Zstandard frame (RFC 8878) that tells its content's size."""
+
+WORTH = 0.1
+"""The share of its bytes that compression must save of a piece. Less is not worth the time that reading then takes."""
+
+_LEVEL = 1
+_SAMPLE = 32 << 10
+"""Bytes at the start, in the middle and at the end of a piece that are tried before the whole."""
+
+
+def compressed(piece: bytes) -> bytes | None:
+    """The piece as a Zstandard frame; None when that does not save enough of it. Blocks."""
+    middle = len(piece) // 2
+    sample = b"".join((piece[:_SAMPLE], piece[middle : middle + _SAMPLE], piece[-_SAMPLE:]))
+    if len(piece) > 2 * len(sample) and not _worth(sample):
+        return None
+    return _worth(piece)
+
+
+def _worth(content: bytes) -> bytes | None:
+    made = zstandard.ZstdCompressor(level=_LEVEL).compress(content)
+    return made if len(made) <= len(content) * (1 - WORTH) else None
+
+
+def decompressed(stored: bytes) -> bytes:
+    """What :func:`compressed` made a frame of. Blocks.
+
+    Raises:
+        CorruptChunk: it is no frame, or one that says it holds more than a piece may have; nothing of it was unpacked.
+    """
+    try:
+        size = zstandard.get_frame_parameters(stored).content_size
+        if not 0 < size <= LARGEST:
+            raise CorruptChunk("a compressed piece is larger than a piece may be, or does not say how large it is")
+        return zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise CorruptChunk("a compressed piece cannot be unpacked") from error
 
 
 class Cutter:

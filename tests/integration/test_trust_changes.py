@@ -47,6 +47,7 @@ async def test_entries_outlive_the_rotation_of_the_key_that_signed_them(broker: 
         ("gateway", "tenants", MessageType.TENANT),
         ("modelstore", "models", MessageType.MANIFEST),
         ("modelstore", "aliases", MessageType.ALIAS),
+        ("modelstore", "modelkeys", MessageType.MODEL_KEY),
     ]
     for name, bucket, kind in cases:
         async with Bus.connect(broker.settings, broker.home, name, follow=False) as bus:
@@ -186,4 +187,4 @@ async def test_what_a_revoked_model_store_signed_before_the_leak_is_signed_anew_
 async def test_a_key_does_not_vouch_for_what_it_signed_itself(broker: Broker) -> None:
     await prepared(broker)
     done = await resign(broker.settings, broker.home, keys_of(broker.home, "modelstore"), SystemClock().utc_ms())
-    assert done.nobody == ["models", "aliases", "configs", "notes"]
+    assert done.nobody == ["models", "aliases", "configs", "notes", "modelkeys"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import zstandard
 
 from tether import codec, envelope
 from tether.envelope import IdentityRecord, Role
@@ -23,6 +24,7 @@ from tether.envelope.model_seal import (
 from tether.envelope.sealing import KeyOpener, new_data_key
 from tether.errors import BadSeal
 from tether.model import Batching, Manifest, ModelFile, SealedDigests
+from tether.pieces import LARGEST
 
 NOW = 1_800_000_000_000
 YEAR = 365 * 86_400_000
@@ -51,7 +53,7 @@ def test_a_piece_opens_as_itself_only() -> None:
     """Not as another piece, of another model, under another key, or with a bit changed; and twice closed it differs."""
     seal, name = PieceSeal(KEY, "m"), PieceSeal(KEY, "m").name(digest(b"one"))
     closed = seal.close(name, b"one")
-    assert len(closed) == 3 + 40
+    assert len(closed) == 3 + 41
     assert seal.open(name, closed) == b"one"
     assert closed != seal.close(name, b"one")
     wrong = [
@@ -66,6 +68,22 @@ def test_a_piece_opens_as_itself_only() -> None:
     for who, what, stored in wrong:
         with pytest.raises(BadSeal):
             who.open(what, stored)
+
+
+def test_what_compresses_well_is_compressed_before_it_is_closed() -> None:
+    seal, piece = PieceSeal(KEY, "m"), b"weights " * 100_000
+    closed = seal.close(name := seal.name(digest(piece)), piece)
+    assert len(closed) < len(piece) / 100
+    assert seal.open(name, closed) == piece
+
+
+@pytest.mark.parametrize("inner", [b"", b"\2abc", b"\1abc", b"\1" + zstandard.compress(bytes(LARGEST + 1))])
+def test_a_form_that_is_unknown_broken_or_too_large_does_not_open(inner: bytes) -> None:
+    """Also when a holder of the key closed it."""
+    seal = PieceSeal(KEY, "m")
+    name = seal.name(digest(b"one"))
+    with pytest.raises(BadSeal):
+        seal.open(name, KEY.close(seal._bound(name), inner))
 
 
 def test_a_manifest_tells_no_digest_and_gives_them_to_holders_of_the_key() -> None:

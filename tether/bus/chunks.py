@@ -2,7 +2,7 @@
 
 One piece is one object: its name and its nuid are the hex SHA-256 of its bytes, its data is one message on
 ``$O.<bucket>.C.<nuid>``, its meta message follows when the data is stored. Both carry ``Nats-Rollup: sub``: storing a
-piece twice leaves one copy, and storing it again mends a damaged one.
+piece twice leaves one copy, and storing it again mends a damaged one. Data that is compressed says so in a header.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar
 
 from tether.bus.chunk_meta import State, describe, state_of
-from tether.bus.connection import Bus
+from tether.bus.connection import Bus, Stored
 from tether.errors import BrokerUnavailable, CorruptChunk, DeadlineExceeded, TetherError
+from tether.pieces import ZSTD, compressed, decompressed, digest_of
 
 WRITE_WINDOW = 24
 READ_WINDOW = 16
@@ -28,6 +29,10 @@ GROUP = 8
 LOOKUPS_AHEAD = 1
 
 _ROLLUP = {"Nats-Rollup": "sub"}
+ENCODING = "Tether-Encoding"
+"""Header of a data message whose content is not the piece itself: :data:`tether.pieces.ZSTD`."""
+
+NO_MORE: Mapping[str, str] = MappingProxyType({})
 
 T = TypeVar("T")
 
@@ -101,7 +106,7 @@ class ObjectChunkStore:
         return stored
 
     async def get(self, digests: Sequence[str]) -> AsyncGenerator[bytes, None]:
-        """The pieces in order, as they are stored: whoever uses them compares. Several are read ahead.
+        """The pieces in order, unpacked: whoever uses them compares. Several are read ahead.
 
         Close the iterator when you stop early.
 
@@ -130,20 +135,26 @@ class ObjectChunkStore:
         """Mark a piece as gone, so that the next upload stores it anew."""
         await self._publish_meta(digest, 0, deleted=True)
 
-    async def _store(self, digest: str, piece: bytes, *, stored: str = "") -> None:
-        """``stored`` is what the bytes hash to, when that is not the piece's name."""
-        subject = self._bus.names.object_chunk(self.bucket, digest)
-        await self._publish(subject, piece)
-        await self._publish_meta(digest, len(piece), stored=stored)
+    async def _store(self, digest: str, piece: bytes) -> None:
+        stored = await asyncio.to_thread(compressed, piece)
+        if stored is None:
+            await self._send(digest, piece, digest)
+        else:
+            await self._send(digest, stored, await asyncio.to_thread(digest_of, stored), {ENCODING: ZSTD})
+
+    async def _send(self, name: str, stored: bytes, digest: str, headers: Mapping[str, str] = NO_MORE) -> None:
+        """Store a piece in the form that it has now; ``digest`` is that form's SHA-256."""
+        await self._publish(self._bus.names.object_chunk(self.bucket, name), stored, headers)
+        await self._publish_meta(name, len(stored), stored=digest)
 
     async def _publish_meta(self, digest: str, size: int, *, deleted: bool = False, stored: str = "") -> None:
         state = State.DAMAGED if deleted else State.ALIVE
         meta = describe(self.bucket, digest, size, state, self._bus.clock.utc(), digest=stored)
         await self._publish(self._meta_subject(digest), meta)
 
-    async def _publish(self, subject: str, payload: bytes) -> None:
-        limit = self._patience_s
-        await self._patiently(lambda: self._bus.publish_acked(subject, payload, headers=dict(_ROLLUP), timeout=limit))
+    async def _publish(self, subject: str, payload: bytes, more: Mapping[str, str] = NO_MORE) -> None:
+        limit, headers = self._patience_s, {**_ROLLUP, **more}
+        await self._patiently(lambda: self._bus.publish_acked(subject, payload, headers=dict(headers), timeout=limit))
 
     async def _read(self, digest: str) -> bytes:
         subject = self._bus.names.object_chunk(self.bucket, digest)
@@ -151,7 +162,7 @@ class ObjectChunkStore:
         found = await self._patiently(lambda: self._bus.direct_get(self._stream, subject, timeout=limit))
         if found is None:
             raise CorruptChunk(f"piece {digest} is not in the store; push the model again", field=digest)
-        return found.data
+        return await plain_form(digest, found)
 
     def _meta_subject(self, digest: str) -> str:
         return self._bus.names.object_meta(self.bucket, encoded_name(digest))
@@ -181,6 +192,25 @@ class ObjectChunkStore:
             if not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
+
+
+async def plain_form(name: str, found: Stored) -> bytes:
+    """The content of a piece's data message, unpacked when it is compressed.
+
+    Raises:
+        CorruptChunk: it cannot be unpacked; ``field`` is the piece's name.
+    """
+    encoding = found.headers.get(ENCODING, "")
+    if not encoding:
+        return found.data
+    try:
+        if encoding == ZSTD:
+            return await asyncio.to_thread(decompressed, found.data)
+    except CorruptChunk as error:
+        raise CorruptChunk(f"piece {name} is altered in the store; push the model again", field=name) from error
+    raise CorruptChunk(
+        f"piece {name} is stored in a form '{encoding[:16]}' that this version does not know", field=name
+    )
 
 
 def encoded_name(digest: str) -> str:

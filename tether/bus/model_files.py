@@ -182,7 +182,7 @@ async def _write(store: Pieces, file: ModelFile, target: Path) -> None:
 
     The hash of the whole vouches for every piece; only when it is wrong is it worth the time to look for the one that is.
     """
-    whole = hashlib.sha256()
+    whole, came = hashlib.sha256(), 0
     out = await asyncio.to_thread(_create, target)
 
     def add(group: list[bytes]) -> None:
@@ -195,6 +195,9 @@ async def _write(store: Pieces, file: ModelFile, target: Path) -> None:
         try:
             async with aclosing(store.get(file.chunks)) as pieces:
                 async for group in _groups(pieces):
+                    came += sum(map(len, group))
+                    if came > file.size:
+                        break  # whatever swells so is not what was signed
                     if writing is not None:
                         await writing
                     writing = asyncio.create_task(asyncio.to_thread(add, group), name="write-pieces")

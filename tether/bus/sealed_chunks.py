@@ -70,12 +70,9 @@ class _Closing(ObjectChunkStore):
         super().__init__(bus, bucket)
         self._seal = seal
 
-    async def _store(self, digest: str, piece: bytes, *, stored: str = "") -> None:
-        del stored
-
+    async def _store(self, digest: str, piece: bytes) -> None:
         def close() -> tuple[bytes, str]:
             closed = self._seal.close(digest, piece)
             return closed, digest_of(closed)
 
-        closed, stored = await asyncio.to_thread(close)
-        await super()._store(digest, closed, stored=stored)
+        await self._send(digest, *await asyncio.to_thread(close))

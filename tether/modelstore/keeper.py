@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from tether import lifecycle, metrics
 from tether.bus.chunk_meta import State
-from tether.bus.chunks import Window
-from tether.bus.connection import Bus
+from tether.bus.chunks import Window, plain_form
+from tether.bus.connection import Bus, Stored
 from tether.bus.keeping import Piece, PieceKeeper, Snapshot
 from tether.bus.tenant_keys import ModelKeyring
 from tether.envelope.model_seal import PieceSeal
-from tether.errors import BadSeal, NotEntitled, TetherError
+from tether.errors import BadSeal, CorruptChunk, NotEntitled, TetherError
 from tether.model import DamagedPiece, StoreState
 from tether.modelstore.registry import Registry
 from tether.pieces import digest_of
@@ -185,7 +185,7 @@ class Keeper:
 
     async def _prove(self, store: PieceKeeper, piece: Piece, named: Named) -> int:
         found = await store.read(piece.digest)
-        right = found is not None and await self._right(piece, named, found.data)
+        right = found is not None and await self._right(piece, named, found)
         if found is not None and right and piece.state is not State.ALIVE:
             await store.write_state(piece, State.ALIVE, size=len(found.data), stored=digest_of(found.data))
         elif not right and piece.state is not State.DAMAGED and await store.write_state(piece, State.DAMAGED):
@@ -198,18 +198,18 @@ class Keeper:
             )
         return 0 if found is None else len(found.data)
 
-    async def _right(self, piece: Piece, named: Named, stored: bytes) -> bool:
-        """Whether stored bytes are the piece; without the key of an encrypted model, whether they are what was noted."""
-        hashed = await asyncio.to_thread(digest_of, stored)
-        if named.sealed is None:
-            return hashed == piece.digest
-        model, key_id = named.sealed
+    async def _right(self, piece: Piece, named: Named, found: Stored) -> bool:
+        """Whether what is stored is the piece; without the key of an encrypted model, whether it is what was noted."""
         try:
+            content = await plain_form(piece.digest, found)
+            if named.sealed is None:
+                return await asyncio.to_thread(digest_of, content) == piece.digest
+            model, key_id = named.sealed
             seal = PieceSeal(await self._keyring.find(model, key_id), model)
-            plain = await asyncio.to_thread(seal.open, piece.digest, stored)
+            plain = await asyncio.to_thread(seal.open, piece.digest, content)
         except NotEntitled:
-            return piece.stored_digest in ("", hashed)
-        except BadSeal:
+            return piece.stored_digest in ("", await asyncio.to_thread(digest_of, content))
+        except (BadSeal, CorruptChunk):
             return False
         return seal.name(await asyncio.to_thread(digest_of, plain)) == piece.digest
 
