@@ -83,6 +83,7 @@ ASKED: dict[tuple[str, str], Asked] = {
     ("POST", "/v1/models/{name}/versions:register"): Asked("model", {"files": [FILE]}),
     ("PATCH", "/v1/models/{name}/versions/{version}"): Asked("model", {"note": "walked"}),
     ("GET", "/v1/models/{name}/config"): MODEL,
+    ("POST", "/v1/models/{name}/rekey"): MODEL,
     ("PATCH", "/v1/models/{name}/config"): Asked("model", {"instances": 1}),
     ("DELETE", "/v1/models/{name}/config"): MODEL,
     ("GET", "/v1/store"): NOTHING,
