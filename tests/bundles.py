@@ -39,6 +39,8 @@ class Model:
             return {"y": x[:, :1]}
         if first == -9:
             return {"y": np.full_like(x, os.getpid() % 65536)}
+        if first == -11:
+            return {"y": np.zeros((int(x.max()), 4), np.float32)}
         if first == -10:
             held = []
             while True:

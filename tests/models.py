@@ -62,6 +62,12 @@ def add(constant: float = 1.0, width: int = 4) -> bytes:
     return to_bytes(proto)
 
 
+def expanding() -> bytes:
+    """As many zeros as its input says."""
+    node = helper.make_node("ConstantOfShape", ["x"], ["y"])
+    return to_bytes(model([node], [value("x", "INT64", [1])], [value("y", "FP32", ["m"])]))
+
+
 def padded(size: int, seed: int = 0) -> bytes:
     """:func:`add` with ``size`` bytes of random weights that nothing uses much."""
     count = size // 4

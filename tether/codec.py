@@ -22,12 +22,16 @@ MAX_ITEMS = 65536
 
 T = TypeVar("T")
 
-_pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
+_packer = msgpack.Packer(use_bin_type=True, autoreset=True)
 
 
 def pack(value: Any) -> bytes:
     """Plain msgpack of a plain value."""
-    return bytes(_pack(value))
+    try:
+        return bytes(_packer.pack(value))
+    except MemoryError:
+        _packer.reset()  # it keeps what it could not hand out, and would put it before the next value
+        raise
 
 
 def unpack(data: bytes) -> Any:

@@ -12,6 +12,7 @@ import pytest
 from brokers import wait_until
 from services import Services
 
+from tether import metrics
 from tether.errors import ModelRejected
 from tether.model import Batching, Manifest, ModelFile
 from tether.model_config import ModelConfig
@@ -41,10 +42,12 @@ async def test_a_load_that_nobody_wants_ends_its_process(one: Services, tmp_path
     )
     loading = asyncio.create_task(loader.load())
     await wait_until(lambda: bool(children(tmp_path / "slow")), "the process is there")
+    counted = metrics.MODEL_CRASHES.labels("m", "protocol")._value.get()
     loading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await loading
     assert not children(tmp_path / "slow")
+    assert metrics.MODEL_CRASHES.labels("m", "protocol")._value.get() == counted  # what is wanted is no crash
 
 
 def test_a_model_that_takes_too_long_to_load_is_refused(tmp_path: Path) -> None:

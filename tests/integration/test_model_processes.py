@@ -11,17 +11,19 @@ from typing import Any
 
 import bundles
 import models
+import msgspec
 import numpy as np
 import pytest
 from brokers import wait_until
 
-from tether import metrics
+from tether import codec, metrics
 from tether.custom import describe
 from tether.errors import InferenceFailed, ModelRejected
 from tether.model import Batching, Manifest, ModelFile, TensorSpec
 from tether.processes import alive
 from tether.tensor import Array
 from tether.worker import runtimes
+from tether.worker.runtimes import child, process
 from tether.worker.runtimes.process import Options, ProcessRuntime
 
 OPTIONS = Options(run_timeout_s=1.0, memory_mb=4096)
@@ -115,6 +117,46 @@ def test_a_process_that_runs_out_of_memory_ends_alone_and_is_counted(runtime: Pr
     (found,) = runtime.run(rows(1.0), ())
     assert found[0, 0] == 1.5
     assert runtime.pid != before
+
+
+def test_an_answer_that_fits_and_whose_message_does_not_is_want_of_memory(tmp_path: Path) -> None:
+    made = runtimes.load(manifest(), bundles.write(tmp_path / "bundle"), Options(memory_mb=2048))
+    counted = crashes("memory")
+    try:
+        with pytest.raises(InferenceFailed, match="ran out of memory"):
+            made.run({"x": np.array([[-11, 32 << 20, 0, 0]], np.float32)}, ())
+        assert crashes("memory") == counted + 1
+        assert made.run(rows(1.0), ())[0][0, 0] == 1.5
+    finally:
+        made.close()
+
+
+def test_messages_that_are_too_large_are_refused_and_end_no_process(
+    runtime: ProcessRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = runtime.pid
+    monkeypatch.setattr(process, "LARGEST_FRAME", 1000)
+    with pytest.raises(InferenceFailed, match=r"the inputs of one run have \d+ bytes; at most 1000 fit"):
+        runtime.run({"x": np.zeros((100, 4), np.float32)}, ())
+    (found,) = runtime.run(rows(1.0), ())
+    assert found[0, 0] == 1.5
+    assert runtime.pid == pid
+    monkeypatch.setattr(child, "LARGEST_FRAME", 1000)
+    assert child._packed((True, ["x" * 900]), OPTIONS)[0] is True
+    good, content = child._packed((True, ["x" * 1000]), OPTIONS)
+    assert (good, codec.unpack(content)) == (False, (False, "the outputs of one run have 1006 bytes; at most 1000 fit"))
+
+
+def test_an_onnx_model_that_runs_out_of_memory_costs_its_process_only(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(models.expanding())
+    made = msgspec.structs.replace(manifest("onnxruntime_onnx", "model.onnx"), isolation="process")
+    own = runtimes.load(made, tmp_path, Options(memory_mb=4096))
+    try:
+        with pytest.raises(InferenceFailed, match="ran out of memory"):
+            own.run({"x": np.array([1 << 38], np.int64)}, ())
+        assert own.run({"x": np.array([3], np.int64)}, ())[0].shape == (3,)
+    finally:
+        own.close()
 
 
 def test_want_of_memory_is_told_from_other_ends(runtime: ProcessRuntime) -> None:

@@ -17,7 +17,7 @@ from tether.ports import Runtime
 from tether.processes import die_first, leave_network
 from tether.tensor import Tensor, from_numpy, to_numpy
 from tether.worker import runtimes
-from tether.worker.runtimes.process import Options, Start, read_frame, write_frame
+from tether.worker.runtimes.process import LARGEST_FRAME, Options, Start, read_frame, write_frame
 
 Answer = tuple[bool | None, object]
 
@@ -37,9 +37,9 @@ def main() -> int:
     try:
         runtime = runtimes.load_here(start.manifest, Path(start.directory), start.options)
     except Exception as error:  # noqa: BLE001 - a model's code may raise whatever it likes
-        _answer(answers, _refusal(error, "", start.options))
+        write_frame(answers, codec.pack(_refusal(error, "", start.options)), math.inf)
         return 1
-    _answer(answers, (True, ()))
+    write_frame(answers, codec.pack((True, ())), math.inf)
     while True:
         try:
             question = read_frame(questions, math.inf)
@@ -49,8 +49,9 @@ def main() -> int:
             answer = _refusal(error, "", start.options)
         else:
             answer = _run(runtime, question, start.options)
-        _answer(answers, answer)
-        if answer[0] is None:
+        good, content = _packed(answer, start.options)
+        write_frame(answers, content, math.inf)
+        if good is None:
             return 1
 
 
@@ -99,8 +100,17 @@ def _one_line(error: Exception) -> str:
     return " ".join(word for word in str(error).split() if "/" not in word)[:300]
 
 
-def _answer(descriptor: int, answer: Answer) -> None:
-    write_frame(descriptor, codec.pack(answer), math.inf)
+def _packed(answer: Answer, options: Options) -> tuple[bool | None, bytes]:
+    """The first part of an answer and its bytes; it is a refusal where the bytes are too many, or there is no memory for them."""
+    try:
+        content = codec.pack(answer)
+    except MemoryError as error:
+        answer = _refusal(error, "", options)
+        content = codec.pack(answer)
+    if len(content) > LARGEST_FRAME:
+        answer = (False, f"the outputs of one run have {len(content)} bytes; at most {LARGEST_FRAME} fit")
+        content = codec.pack(answer)
+    return answer[0], content
 
 
 if __name__ == "__main__":

@@ -104,12 +104,16 @@ class ProcessRuntime:
         """Run once; ``outputs`` names what is wanted, empty for all in the model's order.
 
         Raises:
-            InferenceFailed: the model refused its input, crashed, or took longer than ``run_timeout_s``.
+            InferenceFailed: the model refused its input, crashed, or took longer than ``run_timeout_s``; or inputs or outputs
+                are larger than a frame.
         """
         if self._child is None:
             self._again()
         rows = [_row(from_numpy(name, array)) for name, array in inputs.items()]
-        answer = self._ask(codec.pack((list(outputs), rows)), self.run_timeout_s)
+        question = codec.pack((list(outputs), rows))
+        if len(question) > LARGEST_FRAME:
+            raise InferenceFailed(f"the inputs of one run have {len(question)} bytes; at most {LARGEST_FRAME} fit")
+        answer = self._ask(question, self.run_timeout_s)
         self._failures = 0
         found = {row[0]: row for row in answer}
         try:
@@ -165,6 +169,9 @@ class ProcessRuntime:
         except TimeoutError as error:
             raise self._broken(Ended(f"took longer than {timeout_s:g} s and was ended", "timeout")) from error
         except (OSError, EOFError, BadEncoding, ValueError, TypeError) as error:
+            if self._closed.is_set():
+                self._end()
+                raise InferenceFailed("the model is being unloaded") from error
             raise self._broken(self._how_it_ended(child)) from error
         if good is None:
             raise self._broken(Ended(f"ran out of memory and was ended: {str(content)[:300]}", "memory"))
@@ -233,13 +240,14 @@ def write_frame(descriptor: int, content: bytes, end: float, closed: threading.E
     if len(content) > LARGEST_FRAME:
         raise ValueError("frame too large")
     os.set_blocking(descriptor, False)
-    rest = memoryview(_LENGTH.pack(len(content)) + content)
-    while rest:
-        _wait(descriptor, select.POLLOUT, end, closed)
-        try:
-            rest = rest[os.write(descriptor, rest[: 1 << 20]) :]
-        except BlockingIOError:
-            continue
+    for part in (_LENGTH.pack(len(content)), content):
+        rest = memoryview(part)
+        while rest:
+            _wait(descriptor, select.POLLOUT, end, closed)
+            try:
+                rest = rest[os.write(descriptor, rest[: 1 << 20]) :]
+            except BlockingIOError:
+                continue
 
 
 def read_frame(descriptor: int, end: float, closed: threading.Event | None = None) -> bytes:
