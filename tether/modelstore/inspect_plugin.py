@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tether import plugins
 from tether.modelstore import inspect_framework, limited
@@ -14,7 +15,17 @@ from tether.modelstore.inspection import Inspection
 def inspect(platform: str, directory: Path) -> Inspection:
     """What the model is, after a few runs; raises as :func:`tether.plugins.load` and :func:`~.inspect_framework.tried`."""
     runtime = plugins.load(plugins.RUNTIMES, platform, "runtime", "platform")
-    return inspect_framework.tried(runtime, directory)
+    return inspect_framework.tried(_Checking(runtime), directory)
+
+
+class _Checking:
+    """The runtime, with answers compared as a worker does."""
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime = runtime
+
+    def load(self, directory: Path, *, device: str) -> plugins.Checked:
+        return plugins.Checked(self._runtime.load(directory, device=device))
 
 
 if __name__ == "__main__":

@@ -49,8 +49,7 @@ def load_here(manifest: Manifest, directory: Path, options: Options) -> Runtime:
     name = _file(manifest)
     if not name:
         brought = plugins.load(plugins.RUNTIMES, manifest.platform, "runtime", "platform")
-        made: Runtime = brought.load(directory, threads=options.threads, device=options.device)
-        return made
+        return plugins.Checked(brought.load(directory, threads=options.threads, device=options.device))
     try:
         module: Any = importlib.import_module(f"tether.worker.runtimes.{name}")
     except ImportError as error:
