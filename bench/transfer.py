@@ -66,7 +66,7 @@ async def pull(server: Server, name: str, version: int) -> float:
         if frame is None:
             raise RuntimeError(f"model '{name}' has no version {version}")
         manifest = open_manifest(bus.verifier, bus.names, key, frame)
-        store = ObjectChunkStore(bus, bus.names.chunk_bucket(name))
+        store = ObjectChunkStore(bus, bus.names.partition_bucket(manifest.partition))
         with tempfile.TemporaryDirectory(prefix="tether-bench-cache-") as cache:
             began = time.perf_counter()
             await fetch_model(bus, store, manifest, Path(cache))

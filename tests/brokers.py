@@ -91,7 +91,7 @@ async def container(home: Home, **changes: Any) -> AsyncIterator[Broker]:
 
     settings = Settings(home=str(home.root), durability="durable", **changes)
     folder = home.root / "nats-config"
-    files = write_ops_files(folder, home)
+    files = write_ops_files(folder, home, partitions=settings.partitions)
     started = DockerContainer(image).with_exposed_ports(4222, 8222).with_command("-c /etc/tether/container.conf")
     started = started.waiting_for(LogMessageWaitStrategy("Server is ready"))
     for file in files:

@@ -26,6 +26,7 @@ from tether import (
     model_config,
     oip,
     oip_json,
+    partition,
     serving,
     tenant,
     version_notes,
@@ -93,7 +94,19 @@ def _outcomes() -> bytes:
 def structs() -> list[type[msgspec.Struct]]:
     """Every control value of the modules that define them."""
     kinds = [envelope.Keyset, envelope.IdentityRecord, envelope.Revocation]
-    modules = (model, model_config, config_changes, version_notes, serving, tenant, apikey, job, sealing, model_seal)
+    modules = (
+        model,
+        model_config,
+        config_changes,
+        version_notes,
+        serving,
+        tenant,
+        apikey,
+        job,
+        sealing,
+        model_seal,
+        partition,
+    )
     for module in modules:
         found = [
             value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__

@@ -14,9 +14,9 @@ import numpy as np
 from brokers import Broker, wait_until
 
 from tether import codec
-from tether.bus import rpc
 from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
+from tether.bus.leases import ask_owner
 from tether.bus.upload import upload
 from tether.dispatcher import service as dispatcher_service
 from tether.dispatcher.service import Dispatcher
@@ -99,8 +99,9 @@ class Services:
 
     async def _register(self, request: PushRequest, workers: int | None) -> Served:
         name = request.name
-        answer = await rpc.call(
-            self.bus, "registerModel", MessageType.PUSH, codec.encode(request), answers=MessageType.PUSHED, timeout=60
+        body, partition = codec.encode(request), self.bus.names.partition(name)
+        answer = await ask_owner(
+            self.bus, "registerModel", partition, MessageType.PUSH, body, answers=MessageType.PUSHED, timeout=60
         )
         version = codec.decode(answer, PushAnswer).manifest.version
         wanted = len(self.workers) if workers is None else workers
@@ -109,8 +110,10 @@ class Services:
 
     async def change(self, request: ChangeRequest) -> None:
         """Have the model store change a model."""
-        body = codec.encode(request)
-        await rpc.call(self.bus, "changeModel", MessageType.CHANGE, body, answers=MessageType.CHANGED, timeout=20)
+        body, partition = codec.encode(request), self.bus.names.partition(request.model)
+        await ask_owner(
+            self.bus, "changeModel", partition, MessageType.CHANGE, body, answers=MessageType.CHANGED, timeout=20
+        )
 
     async def configs(self) -> SignedBucket:
         """The configurations, as the model store may write them."""
@@ -172,9 +175,9 @@ async def services(broker: Broker, *, workers: int = 1) -> AsyncIterator[Service
     settings = broker.settings
     async with AsyncExitStack() as stack:
         dispatcher = await stack.enter_async_context(dispatcher_service.running(settings, broker.home))
-        modelstore = await stack.enter_async_context(modelstore_service.running(settings, broker.home))
+        store = await stack.enter_async_context(modelstore_service.running(settings, broker.home))
         gateway = await stack.enter_async_context(core.running(settings, broker.home))
-        running = Services(broker.home, settings, stack, gateway, dispatcher, modelstore)
+        running = Services(broker.home, settings, stack, gateway, dispatcher, store)
         for number in range(1, workers + 1):
             await running.start_worker(f"worker-{number}")
         yield running

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from brokers import Broker
 
 from tether import codec
-from tether.bus import rpc
 from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket
+from tether.bus.leases import ask_owner
 from tether.bus.model_files import open_manifest
 from tether.bus.topology import ensure_platform
 from tether.bus.upload import upload
-from tether.envelope import MessageType
+from tether.envelope import MessageType, Role
 from tether.model import Alias, Manifest, ModelFile, PushAnswer, PushRequest
 from tether.modelstore import service
 from tether.modelstore.service import ENDPOINT
@@ -41,7 +41,10 @@ class Platform:
 
     async def register(self, request: PushRequest) -> PushAnswer:
         body = codec.encode(request)
-        answer = await rpc.call(self.bus, ENDPOINT, MessageType.PUSH, body, answers=MessageType.PUSHED, timeout=60)
+        partition = self.bus.names.partition(request.name)
+        answer = await ask_owner(
+            self.bus, ENDPOINT, partition, MessageType.PUSH, body, answers=MessageType.PUSHED, timeout=60
+        )
         return codec.decode(answer, PushAnswer)
 
     async def push(self, content: bytes, *, model: str = "m", max_batch_size: int = -1) -> PushAnswer:
@@ -59,7 +62,7 @@ class Platform:
         )
         assert found is not None
         envelope = self.bus.verifier.open(found.data, subject=found.subject, types=(MessageType.ALIAS,))
-        assert envelope.sender == "modelstore"
+        assert envelope.header.role is Role.MODELSTORE
         return codec.decode(envelope.body, Alias)
 
 

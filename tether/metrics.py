@@ -106,8 +106,14 @@ COLLECTION_SECONDS = Histogram("tether_collection_seconds", "Seconds of one coll
 COLLECTED_PIECES = Counter("tether_collected_pieces_total", "Pieces that no version named and that were removed.")
 COLLECTED_BYTES = Counter("tether_collected_bytes_total", "Bytes of the pieces that were removed.")
 UNREFERENCED_PIECES = Gauge("tether_unreferenced_pieces", "Stored pieces that no version named at the last look.")
+PARTITIONS = Gauge("tether_partitions", "Partitions of the store that this model store looks after.")
 SCRUBBED_BYTES = Counter("tether_scrubbed_bytes_total", "Bytes of stored pieces that were read and compared.")
 SCRUBS = Counter("tether_scrubs_total", "Passes over all stored pieces that came to their end.")
+REPAIRED_PIECES = Counter(
+    "tether_repaired_pieces_total",
+    "Damaged pieces that a pass asked workers for, by outcome: repaired, not_held.",
+    ["outcome"],
+)
 DAMAGED_PIECES = Gauge(
     "tether_damaged_pieces", "Pieces that a version names and that are missing or altered: alarm on any."
 )

@@ -98,6 +98,8 @@ class Manifest(msgspec.Struct, frozen=True):
     """0: as long as the worker's setting allows."""
     sealed: SealedDigests | None = None
     """Of an encrypted version. The digests in ``files`` are then names that only holders of its key can compute."""
+    partition: int = 0
+    """Where its pieces are; versions from before there were several are in the first."""
 
     @property
     def size(self) -> int:

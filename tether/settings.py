@@ -65,6 +65,20 @@ class Settings:
         choices=("fast", "durable"),
     )
     replicas: int = _setting(1, "Copies of every durable stream; more than 1 needs a cluster.", low=1, high=5)
+    partitions: int = _setting(
+        1,
+        "Buckets that models' pieces are spread over; the same for every service, and never lowered.",
+        low=1,
+        high=64,
+    )
+    store_replicas: int = _setting(0, "Copies of each bucket of pieces; 0: as 'replicas'.", low=0, high=5)
+    lease_s: float = _setting(
+        6.0,
+        "A model store that gave no sign of life for this long loses its partitions to others.",
+        low=2,
+        high=60,
+    )
+    store_name: str = _setting("modelstore", "Name of this model store's identity.")
     max_memory_mb: int = _setting(1024, "Memory the broker may use for infer lanes and liveness.", low=64, high=1 << 20)
     max_file_mb: int = _setting(20480, "Disk the broker may use for jobs, results and models.", low=256, high=1 << 24)
     isolated_tenants: int = _setting(
@@ -348,7 +362,7 @@ def labels_of(settings: Settings) -> dict[str, str]:
 
 
 def _cross_check(settings: Settings) -> None:
-    for name in ("prefix", "region", "worker_name"):
+    for name in ("prefix", "region", "worker_name", "store_name"):
         if _TOKEN.fullmatch(value := getattr(settings, name)) is None:
             raise ConfigError(
                 f"setting '{name}' must be lower-case letters, digits, '-' and '_' (it becomes part of subjects), "
@@ -368,8 +382,9 @@ def _cross_check(settings: Settings) -> None:
         raise ConfigError("setting 'worker_timeout_s' must be at least twice 'heartbeat_s'", field="worker_timeout_s")
     if settings.audit_max_mb > settings.max_file_mb // 2:
         raise ConfigError("setting 'audit_max_mb' must be at most half of 'max_file_mb'", field="audit_max_mb")
-    if settings.replicas > 1 and not settings.nats_url:
-        raise ConfigError("setting 'replicas' above 1 needs a cluster: set 'nats_url'", field="replicas")
+    for name in ("replicas", "store_replicas"):
+        if getattr(settings, name) > 1 and not settings.nats_url:
+            raise ConfigError(f"setting '{name}' above 1 needs a cluster: set 'nats_url'", field=name)
 
 
 def schema() -> dict[str, Any]:

@@ -16,6 +16,7 @@ BUCKETS = (
     "aliases",
     "configs",
     "notes",
+    "leases",
     "routes",
     "assign",
     "keyset",
@@ -192,6 +193,22 @@ class Names:
         """The request subject of a service endpoint such as ``registerWorker``."""
         return f"{self.prefix}.svc.{name}"
 
+    def store_service(self, name: str, partition: int, epoch: int) -> str:
+        """The request subject of a model store that looks after a partition; whoever did so before hears nothing of it."""
+        return f"{self.service(name)}.{partition}.{epoch}"
+
+    def wanted(self, worker: str) -> str:
+        """Where one worker is asked for pieces that the store has lost."""
+        return f"{self.prefix}.wanted.{worker if worker == '*' else token(worker)}"
+
+    def piece(self, worker: str) -> str:
+        """Where one worker sends them."""
+        return f"{self.prefix}.piece.{worker if worker == '*' else token(worker)}"
+
+    def store_services(self, name: str) -> str:
+        """:meth:`store_service` for all of them."""
+        return f"{self.service(name)}.*.*"
+
     # key-value buckets: see BUCKETS
 
     def bucket(self, name: str) -> str:
@@ -211,11 +228,18 @@ class Names:
 
     # model chunks, in JetStream object-store form (NATS ADR-20)
 
+    def partition(self, model: str) -> int:
+        """Where the pieces of new versions of a model go; a version says in its manifest where its own are."""
+        return _shard(model, self.partitions)
+
     def chunk_bucket(self, model: str) -> str:
-        return f"{self._upper}_CHUNKS_{_shard(model, self.partitions)}"
+        return self.partition_bucket(self.partition(model))
+
+    def partition_bucket(self, partition: int) -> str:
+        return f"{self._upper}_CHUNKS_{partition}"
 
     def chunk_buckets(self) -> list[str]:
-        return [f"{self._upper}_CHUNKS_{partition}" for partition in range(self.partitions)]
+        return [self.partition_bucket(partition) for partition in range(self.partitions)]
 
     def object_stream(self, bucket: str) -> str:
         return f"OBJ_{bucket}"

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from tether.settings import Settings
 
 Http = Annotated[str | None, typer.Option("--http", metavar="HOST:PORT", help="Where the gateway listens.")]
+Partitions = Annotated[
+    int | None, typer.Option("--partitions", metavar="P", help="Buckets that models' pieces are spread over.")
+]
 Workers = Annotated[int | None, typer.Option("--workers", metavar="N", help="How many workers.")]
 OpsPort = Annotated[int | None, typer.Option("--ops-port", metavar="PORT", help="Port of /healthz, /readyz, /metrics.")]
 
@@ -82,7 +85,7 @@ def init(
         make_certificates(home, host or [], passphrase=key.passphrase() if locked else "")
         say(f"certificates are in {home.tls_file('ca.crt').parent}; keep {home.authority_key} as you keep root.key")
     if nats_config is not None:
-        for path in write_ops_files(Path(nats_config), home):
+        for path in write_ops_files(Path(nats_config), home, partitions=settings.partitions):
             say(f"wrote {path}")
     typer.echo(str(home.root))
 
@@ -92,6 +95,7 @@ def up(
     data_dir: DataDir = None,
     http: Http = None,
     workers: Workers = None,
+    partitions: Partitions = None,
     nats: Nats = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return when it is ready; stop it with 'down'.")] = False,
     log_files: Annotated[bool, typer.Option("--log-files", help="Write each service's log to DIR/logs.")] = False,
@@ -100,10 +104,16 @@ def up(
     from tether import logs
     from tether_cli import up as running
 
-    settings, home = _load("broker", home=data_dir, workers=workers, nats_url=nats)
+    settings, home = _load("broker", home=data_dir, workers=workers, partitions=partitions, nats_url=nats)
     address = None if http is None else running.parse_address(http)
     if detach:
-        given = {"--data-dir": str(home.root), "--http": http, "--workers": workers, "--nats": nats}
+        given = {
+            "--data-dir": str(home.root),
+            "--http": http,
+            "--workers": workers,
+            "--partitions": partitions,
+            "--nats": nats,
+        }
         words = [word for name, value in given.items() if value is not None for word in (name, str(value))]
         typer.echo(f"ready {running.detach([*words, '--log-files'], home)}")
         return
@@ -200,11 +210,27 @@ def worker(
     _serve(service.main, "worker", home=data_dir, nats_url=nats, worker_name=name, ops_port=ops_port)
 
 
-def modelstore(data_dir: DataDir = None, nats: Nats = None, ops_port: OpsPort = None) -> None:
-    """Run the model store."""
+def modelstore(
+    data_dir: DataDir = None,
+    nats: Nats = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Which model store identity this is; default: modelstore.")
+    ] = None,
+    partitions: Partitions = None,
+    ops_port: OpsPort = None,
+) -> None:
+    """Run a model store."""
     from tether.modelstore import service
 
-    _serve(service.main, "modelstore", home=data_dir, nats_url=nats, ops_port=ops_port)
+    _serve(
+        service.main,
+        "modelstore",
+        home=data_dir,
+        nats_url=nats,
+        store_name=name,
+        partitions=partitions,
+        ops_port=ops_port,
+    )
 
 
 def _serve(main: Any, name: str, **overrides: Any) -> None:

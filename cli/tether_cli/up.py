@@ -82,7 +82,11 @@ def ops_ports(workers: int) -> dict[str, int]:
 
 def services(plan: Plan, nats_url: str) -> list[Service]:
     """The services in starting order: model store, dispatcher, workers, gateway."""
-    common = {"TETHER_HOME": str(plan.home.root), "TETHER_NATS_URL": nats_url}
+    common = {
+        "TETHER_HOME": str(plan.home.root),
+        "TETHER_NATS_URL": nats_url,
+        "TETHER_PARTITIONS": str(plan.settings.partitions),
+    }
     any_port = plan.settings.ops_port == 0 or (plan.http is not None and plan.http[1] == 0)
     host = local(plan.settings.ops_host)
     made = []

@@ -15,11 +15,11 @@ from brokers import Broker, StartBroker, wait_until
 from stores import MB, Platform, alter, parts, platform_on
 
 from tether import codec
-from tether.bus import rpc
 from tether.bus.chunk_meta import State
 from tether.bus.connection import Bus
 from tether.bus.keeping import PieceKeeper
 from tether.bus.kv import KvBucket
+from tether.bus.leases import ask_owner
 from tether.bus.model_files import download
 from tether.bus.tenant_keys import ModelKeyring
 from tether.bus.upload import upload
@@ -42,8 +42,8 @@ class Kept:
 
     async def delete(self, version: int, *, model: str = "m") -> None:
         body = codec.encode(ChangeRequest(Change.DELETE_VERSION, model, version=version))
-        await rpc.call(
-            self.platform.bus, changes.ENDPOINT, MessageType.CHANGE, body, answers=MessageType.CHANGED, timeout=30
+        await ask_owner(
+            self.platform.bus, changes.ENDPOINT, 0, MessageType.CHANGE, body, answers=MessageType.CHANGED, timeout=30
         )
 
     async def states(self) -> dict[str, State]:

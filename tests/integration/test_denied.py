@@ -48,7 +48,9 @@ async def test_a_denial_is_said_at_once_and_names_the_subject(logins: Logins) ->
         model: lambda: worker.publish_acked(model, b"", timeout=60),
         "$JS.API.STREAM.PURGE.TETHER_JOBS_0": lambda: worker.api("STREAM.PURGE.TETHER_JOBS_0", timeout=60),
         tenants: lambda: worker.direct_last("KV_TETHER_tenants", ">", timeout=60),
-        names.service("registerModel"): lambda: rpc.call(worker, "registerModel", push, b"", answers=push, timeout=60),
+        (owner := names.store_service("registerModel", 0, 1)): lambda: rpc.call(
+            worker, "registerModel", push, b"", answers=push, timeout=60, subject=owner
+        ),
         other: lambda: worker.subscribe(other, ignore),
         names.bucket_key("apikeys", ">"): lambda: watch_all(worker, "apikeys"),
     }

@@ -11,7 +11,7 @@ from brokers import wait_until
 from services import TENANT, Services, new_job, row
 
 from tether import codec
-from tether.bus import rpc
+from tether.bus.leases import ask_owner
 from tether.envelope import MessageType
 from tether.errors import QuotaExceeded
 from tether.gateway_http import core
@@ -138,9 +138,10 @@ async def test_without_a_quota_nothing_is_counted(one: Services) -> None:
 
 
 async def register(running: Services, request: PushRequest) -> PushAnswer:
-    body = await rpc.call(
+    body = await ask_owner(
         running.bus,
         "registerModel",
+        0,
         MessageType.PUSH,
         codec.encode(request),
         answers=MessageType.PUSHED,

@@ -16,6 +16,7 @@ from tether.bus.connection import Bus
 from tether.envelope import MessageType
 from tether.job import AttemptNote, Job, JobId, JobState, Outcome, Priority, new_job_id
 from tether.model import Alias, Assignment, Heartbeat, PushRequest, Registration, Route
+from tether.partition import Wanted
 from tether.tensor import from_numpy
 
 
@@ -43,6 +44,7 @@ def hijack(running: Services) -> list[Target]:
     """One message for every subject that some service listens to or reads."""
     names, gateway, worker = running.bus.names, running.bus, running.workers[0]._bus
     assert running.dispatcher is not None
+    assert running.modelstore is not None
     dispatcher = running.dispatcher._bus
     served = running.gateway.catalog.resolve("bump", "")
     job = Job(new_job_id(), TENANT, (from_numpy("x", row(1)),), time.time() + 60)
@@ -58,8 +60,10 @@ def hijack(running: Services) -> list[Target]:
         Target("reply", worker, running.gateway._bundler.reply, MessageType.ANSWER, codec.encode_outcomes([done]), ids, False),
         Target("register", worker, names.service("registerWorker"), MessageType.REGISTER,
                text(Registration("worker-1", "local", 1, ())), (), False),
-        Target("push", gateway, names.service("registerModel"), MessageType.PUSH,
+        Target("push", gateway, names.store_service("registerModel", 0, 1), MessageType.PUSH,
                text(PushRequest("bump", served.manifest.files)), (), False),
+        Target("wanted piece", running.modelstore._bus, names.wanted("worker-1"), MessageType.WANTED,
+               text(Wanted("0" * 64)), (), False),
         Target("heartbeat", worker, entry("liveness", "worker-1"), MessageType.HEARTBEAT, text(beat)),
         Target("assignment", dispatcher, entry("assign", "worker-1"), MessageType.ASSIGN, text(Assignment("worker-1", 1, ()))),
         Target("route", dispatcher, entry("routes", "bump.1"), MessageType.ROUTE, text(Route("bump", 1, ()))),

@@ -43,6 +43,7 @@ WRITERS = {
     "aliases": {"modelstore"},
     "configs": {"modelstore"},
     "notes": {"modelstore"},
+    "leases": {"modelstore"},
     "routes": {"dispatcher"},
     "assign": {"dispatcher"},
     "apikeys": {"gateway", "admin"},
@@ -137,13 +138,22 @@ def test_an_identity_hears_its_own_answers_and_nobody_elses() -> None:
 def test_services_are_served_by_their_own_role_only() -> None:
     served = {
         "registerWorker": ({"dispatcher"}, ALL_WORKERS),
-        "registerModel": ({"modelstore"}, {"gateway"}),
-        "configureModel": ({"modelstore"}, {"gateway"}),
+        "registerModel.0.1": ({"modelstore"}, {"gateway"}),
+        "configureModel.0.1": ({"modelstore"}, {"gateway"}),
+        "registerModel": (set(), set()),
         "anything": (set(), set()),
     }
     for endpoint, (servers, callers) in served.items():
         assert {name for name in TABLE if may_subscribe(name, NAMES.service(endpoint))} == servers
         assert publishers(NAMES.service(endpoint)) == callers
+
+
+def test_a_worker_hears_what_is_wanted_of_itself_and_answers_for_itself() -> None:
+    for name in ALL_WORKERS:
+        assert publishers(NAMES.wanted(name)) == {"modelstore"}
+        assert {other for other in TABLE if may_subscribe(other, NAMES.wanted(name))} == {name}
+        assert publishers(NAMES.piece(name)) == {name}
+        assert {other for other in TABLE if may_subscribe(other, NAMES.piece(name))} == {"modelstore"}
 
 
 @pytest.mark.parametrize("name", TABLE)

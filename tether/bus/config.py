@@ -77,7 +77,7 @@ server_name: "{settings.prefix}-embedded"
 log_file: {_quoted(home.logs / "nats.log")}
 logfile_size_limit: 64MB
 logfile_max_num: 3
-{_limits(settings)}{_jetstream(settings, str(home.nats_store))}{flags}{accounts_text(logins_of(home), Names(settings.prefix))}"""
+{_limits(settings)}{_jetstream(settings, str(home.nats_store))}{flags}{accounts_text(logins_of(home), _names(settings))}"""
 
 
 def _embedded_tls(home: Home, settings: Settings) -> str:
@@ -153,6 +153,10 @@ def logins_of(home: Home) -> list[Login]:
     return [*found, Login(SYSTEM_USER, nats_public_key(home, SYSTEM_USER))]
 
 
+def _names(settings: Settings) -> Names:
+    return Names(settings.prefix, partitions=settings.partitions)
+
+
 def write_accounts(home: Home, settings: Settings) -> None:
     """Bring the accounts in the embedded broker's configuration up to date; the rest of it stays as it was.
 
@@ -165,7 +169,7 @@ def write_accounts(home: Home, settings: Settings) -> None:
         raise ConfigError(f"{home.nats_config} cannot be read; 'tether up' writes it") from error
     if not mark:
         raise ConfigError(f"{home.nats_config} was changed by hand; 'tether up' writes it anew")
-    write_secret(home.nats_config, (before + accounts_text(logins_of(home), Names(settings.prefix))).encode())
+    write_secret(home.nats_config, (before + accounts_text(logins_of(home), _names(settings))).encode())
 
 
 def write_config(home: Home, settings: Settings, *, version: Version, ports: Ports) -> Path:
@@ -269,11 +273,11 @@ def _cluster(host: str) -> str:
 """
 
 
-def write_ops_files(folder: Path, home: Home | None = None) -> list[Path]:
-    """Write :func:`ops_files` to a folder; with ``home``, for the identities it has, and their keys."""
+def write_ops_files(folder: Path, home: Home | None = None, *, partitions: int = 1) -> list[Path]:
+    """Write :func:`ops_files` to a folder; with ``home``, for the identities it has, their keys, and ``partitions``."""
     texts = ops_files()
     if home is not None:
-        texts |= _login_files(logins_of(home), Names())
+        texts |= _login_files(logins_of(home), Names(partitions=partitions))
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (folder / name).write_text(text)

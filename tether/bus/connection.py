@@ -80,7 +80,7 @@ class Bus(Link):
         problem = standing(newest.keyset, own.kid, own.name, clock.utc_ms())
         if isinstance(problem, KeyRevoked):
             raise problem
-        names = Names(settings.prefix)
+        names = Names(settings.prefix, partitions=settings.partitions)
         bus = cls(settings, names, Signer(own, clock.utc_ms), Verifier(newest.keyset, clock.utc_ms))
         bus.scope = bus.bound_scope()
         return bus, newest

@@ -374,10 +374,11 @@ class Link:
             self._calls.pop(token, None)
 
     async def ask_signed(self, subject: str, frame: bytes, reply: str, *, timeout: float) -> Message:
-        """:meth:`request` with an inbox from :meth:`reply_inbox`, which the frame's signature covers."""
+        """:meth:`request` with an inbox from :meth:`reply_inbox`, which the frame's signature covers. The ``field`` of a
+        ``BrokerUnavailable`` is ``subject`` when nobody serves it."""
         answer = await self._ask(subject, frame, None, timeout, reply=reply)
         if (answer.headers or {}).get("Status") == "503":
-            raise BrokerUnavailable(f"nobody answers on '{subject}' at the moment")
+            raise BrokerUnavailable(f"nobody answers on '{subject}' at the moment", field=subject)
         return answer
 
     async def _on_answer(self, message: Message) -> None:

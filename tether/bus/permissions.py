@@ -68,16 +68,14 @@ def _gateway(names: Names, inbox: str) -> Permissions:
             f"{names.prefix}.infer.>",
             f"{names.prefix}.job.>",
             f"{names.prefix}.result.>",
-            names.service("registerModel"),
-            names.service("changeModel"),
-            names.service("configureModel"),
+            *(names.store_services(endpoint) for endpoint in MODELSTORE_SERVICES),
             names.audit_subjects(),
             names.demand(),
             *_keys(names, "jobs", "apikeys", "keyuse", "tenants", "tenantkeys"),
             *_objects(names),
             "$JS.API.DIRECT.GET.*",
             *_read_last(names, "jobs", "attempts", "models", "aliases", "routes", "apikeys", "keyuse", "tenants"),
-            *_read_last(names, "configs", "notes", "tenantkeys", "modelkeys", "liveness", "keyset"),
+            *_read_last(names, "configs", "notes", "tenantkeys", "modelkeys", "liveness", "keyset", "leases"),
             f"$JS.API.DIRECT.GET.*.{names.prefix}.result.>",
             f"$JS.API.DIRECT.GET.{names.audit_stream}.>",
             *(f"$JS.API.DIRECT.GET.{names.object_stream(bucket)}.>" for bucket in names.chunk_buckets()),
@@ -121,6 +119,7 @@ def _worker(names: Names, inbox: str, name: str, scope: str) -> Permissions:
             names.dead_subjects(scope),
             names.service("registerWorker"),
             names.bucket_key("liveness", name),
+            names.piece(name),
             note,
             _last(names.bucket_stream("attempts"), note),
             _last(names.bucket_stream("assign"), own_order),
@@ -130,7 +129,7 @@ def _worker(names: Names, inbox: str, name: str, scope: str) -> Permissions:
             _last(names.scope_results_stream(scope), names.results(scope)),
             *(_last(names.object_stream(bucket), names.object_chunk(bucket, "*")) for bucket in names.chunk_buckets()),
         ),
-        subscribe=(inbox, own_order, *_keys(names, "tenantkeys", "modelkeys", "keyset")),
+        subscribe=(inbox, own_order, names.wanted(name), *_keys(names, "tenantkeys", "modelkeys", "keyset")),
     )
 
 
@@ -144,10 +143,13 @@ def _lane_streams(names: Names, scope: str) -> list[str]:
 def _modelstore(names: Names, inbox: str) -> Permissions:
     return Permissions(
         publish=(
-            *_keys(names, "models", "aliases", "configs", "notes", "modelkeys"),
+            *_keys(names, "models", "aliases", "configs", "notes", "modelkeys", "leases"),
             names.audit_subjects(),
             *_objects(names),
-            *_read(names, "models", "aliases", "configs", "notes", "modelkeys", "tenants", "keyset"),
+            *_read(
+                names, "models", "aliases", "configs", "notes", "modelkeys", "leases", "routes", "tenants", "keyset"
+            ),
+            names.wanted("*"),
             *_get(names.audit_stream),
             *_read_objects(names),
             *_keep_objects(names),
@@ -155,7 +157,9 @@ def _modelstore(names: Names, inbox: str) -> Permissions:
         subscribe=(
             inbox,
             *_keys(names, "models", "aliases", "modelkeys", "tenants", "keyset"),
-            *_services(names, MODELSTORE_SERVICES),
+            names.piece("*"),
+            _DISCOVERY,
+            *(names.store_services(endpoint) for endpoint in MODELSTORE_SERVICES),
         ),
         responds=True,
     )

@@ -50,8 +50,9 @@ async def serve(
     answers: MessageType,
     handler: RpcHandler,
     side_by_side: int = 1,
+    subject: str = "",
 ) -> AsyncIterator[None]:
-    """Answer requests on ``endpoint`` until the block ends; those in hand may then end, for ``drain_s`` at most.
+    """Answer requests on ``endpoint`` (or on ``subject``) until the block ends; those in hand may then end, for ``drain_s`` at most.
 
     A :class:`TetherError` that ``handler`` raises reaches the caller as the same class; what is not signed by a key
     that may send ``accepts`` is counted and gets no answer. With ``side_by_side`` above 1 that many requests are
@@ -71,7 +72,7 @@ async def serve(
 
     async with lifecycle.tasks() as running:
         try:
-            async with _endpoint(bus, endpoint, answer):
+            async with _endpoint(bus, endpoint, subject or bus.names.service(endpoint), answer):
                 yield
         finally:
             await running.finish(bus.settings.drain_s)
@@ -88,7 +89,9 @@ def _is_own_inbox(bus: Bus, envelope: Envelope, reply: str) -> bool:
 
 
 @asynccontextmanager
-async def _endpoint(bus: Bus, endpoint: str, answer: Callable[[Request], Awaitable[None]]) -> AsyncIterator[None]:
+async def _endpoint(
+    bus: Bus, endpoint: str, subject: str, answer: Callable[[Request], Awaitable[None]]
+) -> AsyncIterator[None]:
     with translated(f"serving {endpoint}"):
         service = await nats.micro.add_service(
             bus._client,  # noqa: SLF001 - the micro framework needs the client itself
@@ -96,7 +99,7 @@ async def _endpoint(bus: Bus, endpoint: str, answer: Callable[[Request], Awaitab
             version="1.0.0",
             description=f"Tether {endpoint}",
         )
-        await service.add_endpoint(name=endpoint, subject=bus.names.service(endpoint), handler=answer)
+        await service.add_endpoint(name=endpoint, subject=subject, handler=answer)
         await bus.flush()
     try:
         yield
@@ -138,14 +141,15 @@ async def call(
     *,
     answers: MessageType,
     timeout: float = 5.0,
+    subject: str = "",
 ) -> bytes:
-    """Send a signed request and return the body of the verified answer.
+    """Send a signed request to ``endpoint`` (or to ``subject``) and return the body of the verified answer.
 
     Raises:
         BrokerUnavailable: nobody serves the endpoint, or no answer within ``timeout`` seconds.
         TetherError: what the handler raised.
     """
-    subject, reply = bus.names.service(endpoint), bus.reply_inbox()
+    subject, reply = subject or bus.names.service(endpoint), bus.reply_inbox()
     frame = bus.signer.seal(kind, subject, body, reply=reply, expires_at=bus.clock.utc_ms() + int(timeout * 1000))
     message = await bus.ask_signed(subject, frame, reply, timeout=timeout)
     try:

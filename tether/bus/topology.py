@@ -179,7 +179,7 @@ def _objects(names: Names, bucket: str, settings: Settings) -> dict[str, Any]:
         "max_bytes": _rest(settings) * 3 // 8 // names.partitions,
         "allow_direct": True,
         "allow_rollup_hdrs": True,
-        "num_replicas": settings.replicas,
+        "num_replicas": settings.store_replicas or settings.replicas,
     }
 
 

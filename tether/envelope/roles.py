@@ -32,11 +32,14 @@ class MessageType(StrEnum):
     MANIFEST = "manifest"
     ALIAS = "alias"
     CONFIG = "config"  # how a model is served
+    LEASE = "lease"  # which model store looks after a partition, and that it lives
     API_KEY = "api_key"
     PUSH = "push"  # gateway to model store, RPC: make these chunks a version
     PUSHED = "pushed"  # its answer
     CHANGE = "change"  # gateway to model store, RPC: move an alias, delete a version
     CHANGED = "changed"  # its answer
+    WANTED = "wanted"  # model store to worker: a piece that the store has lost
+    PIECE = "piece"  # its answer
     TENANT = "tenant"  # a tenant's limits and what it may see
     TENANT_KEY = "tenant_key"  # a tenant's data key, sealed to the identities that are entitled to it
     MODEL_KEY = "model_key"  # an encrypted model's data key, likewise
@@ -71,6 +74,7 @@ ROLE_TYPES: Mapping[Role, frozenset[MessageType]] = {
             MessageType.DEAD,
             MessageType.HEARTBEAT,
             MessageType.REGISTER,
+            MessageType.PIECE,
         }
     ),
     Role.MODELSTORE: frozenset(
@@ -79,6 +83,8 @@ ROLE_TYPES: Mapping[Role, frozenset[MessageType]] = {
             MessageType.ALIAS,
             MessageType.CONFIG,
             MessageType.MODEL_KEY,
+            MessageType.LEASE,
+            MessageType.WANTED,
             MessageType.PUSHED,
             MessageType.CHANGED,
             MessageType.AUDIT,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tether import codec
-from tether.bus import rpc
 from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
+from tether.bus.leases import ask_owner
 from tether.bus.sealed_chunks import SealedChunkStore
 from tether.bus.tenant_keys import ModelKeyring
 from tether.envelope import MessageType
@@ -90,7 +90,10 @@ class ModelSeals:
         """
         request = codec.encode(ChangeRequest(change, model, by=by))
         kinds = (MessageType.CHANGE, MessageType.CHANGED)
-        answer = await rpc.call(self._bus, "changeModel", kinds[0], request, answers=kinds[1], timeout=_KEY_S)
+        partition = self._bus.names.partition(model)
+        answer = await ask_owner(
+            self._bus, "changeModel", partition, kinds[0], request, answers=kinds[1], timeout=_KEY_S
+        )
         await self._look(model)
         return codec.decode(answer, ChangeAnswer).key_generation
 
@@ -136,7 +139,7 @@ class ModelSeals:
         Raises:
             NotEntitled
         """
-        bucket = self._bus.names.chunk_bucket(manifest.name)
+        bucket = self._bus.names.partition_bucket(manifest.partition)
         if manifest.sealed is None:
             return ObjectChunkStore(self._bus, bucket)
         seal = PieceSeal(self._key(manifest, manifest.sealed), manifest.name)

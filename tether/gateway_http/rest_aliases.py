@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tether import codec
-from tether.bus import rpc
+from tether.bus.leases import ask_owner
 from tether.envelope import MessageType
 from tether.errors import InvalidRequest, ModelNotFound, ModelNotReady, TetherError
 from tether.gateway_http import bodies_models
@@ -23,8 +23,16 @@ def _model(call: Call) -> str:
 
 async def _changed(call: Call, change: Change, alias: str, **fields: Any) -> Alias | None:
     request = ChangeRequest(change, _model(call), alias, by=f"key:{call.caller.id}", **fields)
-    answer = await rpc.call(
-        call.gateway.bus, "changeModel", MessageType.CHANGE, codec.encode(request), answers=MessageType.CHANGED
+    bus, body = call.gateway.bus, codec.encode(request)
+    again = change is Change.SET_ALIAS
+    answer = await ask_owner(
+        bus,
+        "changeModel",
+        bus.names.partition(request.model),
+        MessageType.CHANGE,
+        body,
+        answers=MessageType.CHANGED,
+        again=again,
     )
     alias_now = codec.decode(answer, ChangeAnswer).alias
     if alias_now is not None:

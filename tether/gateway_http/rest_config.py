@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from tether import codec
-from tether.bus import rpc
+from tether.bus.leases import ask_owner
 from tether.config_changes import ANY_REVISION, ENDPOINT, ConfigAction, ConfigRequest, patched
 from tether.envelope import MessageType
 from tether.errors import InvalidRequest, PayloadTooLarge
@@ -55,9 +55,16 @@ async def configured(call: Call, request: ConfigRequest) -> ModelConfig:
 
 
 async def _asked(call: Call, request: ConfigRequest) -> bytes:
-    body = codec.encode(request)
-    return await rpc.call(
-        call.gateway.bus, ENDPOINT, MessageType.CHANGE, body, answers=MessageType.CHANGED, timeout=30.0
+    bus, body = call.gateway.bus, codec.encode(request)
+    return await ask_owner(
+        bus,
+        ENDPOINT,
+        bus.names.partition(request.model),
+        MessageType.CHANGE,
+        body,
+        answers=MessageType.CHANGED,
+        timeout=30.0,
+        again=request.revision == ANY_REVISION,
     )
 
 

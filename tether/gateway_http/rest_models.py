@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from tether import codec
-from tether.bus import rpc
+from tether.bus.leases import ask_owner
 from tether.bus.upload import upload
 from tether.envelope import MessageType
 from tether.errors import InvalidRequest, PayloadTooLarge
@@ -180,9 +180,11 @@ async def registered(call: Call, request: PushRequest, target: Target, *, openin
     digests = {digest for file in request.files for digest in file.chunks}
     files, sealed = target.described(request.name, request.files)
     request = msgspec.structs.replace(request, tenant=call.tenant, files=files, sealed=sealed, open=opening)
-    body = await rpc.call(
-        call.gateway.bus,
+    bus = call.gateway.bus
+    body = await ask_owner(
+        bus,
         "registerModel",
+        bus.names.partition(request.name),
         MessageType.PUSH,
         codec.encode(request),
         answers=MessageType.PUSHED,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tether import codec
-from tether.bus import rpc
+from tether.bus.leases import ask_owner
 from tether.envelope import MessageType
 from tether.errors import TetherError
 from tether.gateway_http import bodies_models
@@ -18,14 +18,12 @@ _WAIT_S = 30.0
 def _asking(change: Change, status: int) -> Handler:
     async def handler(call: Call) -> Reply:
         body = codec.encode(ChangeRequest(change, "", by=f"key:{call.caller.id}"))
-        answer = await rpc.call(
-            call.gateway.bus,
-            "changeModel",
-            MessageType.CHANGE,
-            body,
-            answers=MessageType.CHANGED,
-            timeout=_WAIT_S,
-        )
+        bus = call.gateway.bus
+        # each owner works on its own partitions, and any of them sees the whole
+        for partition in range(1 if change is Change.SHOW_STORE else bus.names.partitions):
+            answer = await ask_owner(
+                bus, "changeModel", partition, MessageType.CHANGE, body, answers=MessageType.CHANGED, timeout=_WAIT_S
+            )
         return Reply(_store(codec.decode(answer, ChangeAnswer)), status)
 
     return handler

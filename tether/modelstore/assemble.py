@@ -118,7 +118,7 @@ def batching(request: PushRequest, found: Inspection) -> Batching:
 
 
 def manifest_builder(
-    request: PushRequest, found: Inspection, *, created_at: float, publisher: str
+    request: PushRequest, found: Inspection, *, created_at: float, publisher: str, partition: int = 0
 ) -> Callable[[int], Manifest]:
     """What makes the manifest of any version number."""
     joined = batching(request, found)
@@ -138,6 +138,7 @@ def manifest_builder(
             isolation=request.isolation,
             run_timeout_s=request.run_timeout_s,
             sealed=request.sealed,
+            partition=partition,
         )
 
     return build

@@ -130,6 +130,7 @@ class Configs:
                 changed_at=self._bus.clock.utc(),
                 changed_by=clean(request.by),
             )
+            self._registry.check()
             if await self._stored(stamped, latest):
                 return stamped, changed
         raise Unavailable(f"the configuration of model '{request.model}' is changed by others all the time; try again")

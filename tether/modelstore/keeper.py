@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
@@ -15,7 +15,8 @@ from tether import lifecycle, metrics
 from tether.bus.chunk_meta import State
 from tether.bus.chunks import Window, plain_form
 from tether.bus.connection import Bus, Stored
-from tether.bus.keeping import Piece, PieceKeeper, Snapshot
+from tether.bus.keeping import Piece, PieceKeeper
+from tether.bus.repair import Lenders
 from tether.bus.tenant_keys import ModelKeyring
 from tether.envelope.model_seal import PieceSeal
 from tether.errors import BadSeal, CorruptChunk, NotEntitled, TetherError
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 
 FIRST_S = 300.0
 """Time after the start before the first collection and the first pass."""
+
+Note = Callable[[str, tuple[str, ...], str], None]
+"""Told of a damaged piece: its digest, the versions that name it, and the worker that had it (empty: none)."""
 
 _SIDE_BY_SIDE = 8
 _MB = 1 << 20
@@ -42,11 +46,26 @@ class Named(NamedTuple):
 
 
 class Keeper:
-    """One model store's collections and passes."""
+    """One model store's collections and passes, over the partitions that ``owned`` names: all, without it.
 
-    def __init__(self, bus: Bus, registry: Registry, keyring: ModelKeyring) -> None:
+    What a pass finds damaged it asks ``lenders`` for; ``note`` is told how that ended.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        registry: Registry,
+        keyring: ModelKeyring,
+        *,
+        owned: Callable[[], Sequence[int]] | None = None,
+        lenders: Lenders | None = None,
+        note: Note = lambda *_: None,
+    ) -> None:
         self._bus = bus
         self._keyring = keyring
+        self._lenders = lenders
+        self._note = note
+        self._owned = owned or (lambda: range(bus.names.partitions))
         self._settings = bus.settings
         self._registry = registry
         self.collect_now = asyncio.Event()
@@ -77,20 +96,20 @@ class Keeper:
             except TetherError as error:
                 log.warning("%s: %s", what, error, extra={"action": f"{what}_failed", "code": error.code})
 
-    def _stores(self) -> list[PieceKeeper]:
-        return [PieceKeeper(self._bus, bucket) for bucket in self._bus.names.chunk_buckets()]
+    def _store(self, partition: int) -> PieceKeeper:
+        return PieceKeeper(self._bus, self._bus.names.partition_bucket(partition))
 
-    async def _named(self) -> dict[str, Named]:
-        """Every piece that a version names, whichever bucket it is in."""
-        found: dict[str, Named] = {}
+    async def _named(self) -> dict[int, dict[str, Named]]:
+        """Every piece that a version names, by the partition it is in."""
+        found: dict[int, dict[str, Named]] = {number: {} for number in range(self._bus.names.partitions)}
         for manifest in await self._registry.manifests():
-            version = f"{manifest.name}:{manifest.version}"
+            version, pieces = f"{manifest.name}:{manifest.version}", found.setdefault(manifest.partition, {})
             sealed = None if manifest.sealed is None else (manifest.name, manifest.sealed.key_id)
             for file in manifest.files:
                 for digest, size in file.pieces():
-                    before = found.get(digest, Named(size, (), sealed))
+                    before = pieces.get(digest, Named(size, (), sealed))
                     if version not in before.versions:
-                        found[digest] = Named(size, (*before.versions, version), sealed)
+                        pieces[digest] = Named(size, (*before.versions, version), sealed)
         return found
 
     # collection
@@ -105,8 +124,8 @@ class Keeper:
         began = self._bus.clock.monotonic()
         removed, unreferenced, outcome = 0, 0, "failed"
         try:
-            for store in self._stores():
-                size, count = await self._collect(store)
+            for partition in self._owned():
+                size, count = await self._collect(partition)
                 removed, unreferenced = removed + size, unreferenced + count
             outcome = "ok"
             metrics.UNREFERENCED_PIECES.set(unreferenced)
@@ -117,11 +136,12 @@ class Keeper:
         log.info("removed %d bytes of pieces in %.2f s", removed, seconds, extra={"action": "collected"})
         return removed
 
-    async def _collect(self, store: PieceKeeper) -> tuple[int, int]:
+    async def _collect(self, partition: int) -> tuple[int, int]:
         """Bytes removed, and the pieces that no version named."""
+        store = self._store(partition)
         snapshot = await store.snapshot()
         # after the snapshot: a version that is younger claimed its pieces, which changed their meta messages
-        named = await self._named()
+        named = (await self._named())[partition]
         removed = 0
 
         async def step(piece: Piece) -> None:
@@ -160,23 +180,24 @@ class Keeper:
     async def scrub(self) -> int:
         """Read and compare every piece that a version names, no faster than ``scrub_mb_s``; returns how many are damaged.
 
-        A damaged piece is marked, so that the next push that has it stores it anew; one that turns out to be right after
-        all is marked as that.
+        A damaged piece is marked, and stored anew from the cache of a worker that has it, else by the next push that does; one
+        that turns out to be right after all is marked as that.
 
         Raises:
             Unavailable, JetStreamError, BrokerUnavailable: the pass was not made to the end.
         """
-        named = await self._named()
+        every = await self._named()
         began, read = self._bus.clock.monotonic(), 0
-        for store in self._stores():
+        for partition in self._owned():
+            store, named = self._store(partition), every[partition]
             snapshot = await store.snapshot()
-            for digest in snapshot.pieces:
-                if digest in named:
-                    size = await self._prove(store, snapshot.pieces[digest], named[digest])
-                    read += size
-                    metrics.SCRUBBED_BYTES.inc(size)
-                    ahead = read / (self._settings.scrub_mb_s * _MB) - (self._bus.clock.monotonic() - began)
-                    await asyncio.sleep(max(ahead, 0.0))
+            for digest, entry in named.items():
+                piece = snapshot.pieces.get(digest, Piece(digest, State.BARE, 0, 0.0, 0, has_data=False))
+                size = await self._prove(store, piece, entry)
+                read += size
+                metrics.SCRUBBED_BYTES.inc(size)
+                ahead = read / (self._settings.scrub_mb_s * _MB) - (self._bus.clock.monotonic() - began)
+                await asyncio.sleep(max(ahead, 0.0))
         state = await self.state()
         metrics.SCRUBS.inc()
         fields = {"action": "scrubbed"}
@@ -188,14 +209,12 @@ class Keeper:
         right = found is not None and await self._right(piece, named, found)
         if found is not None and right and piece.state is not State.ALIVE:
             await store.write_state(piece, State.ALIVE, size=len(found.data), stored=digest_of(found.data))
-        elif not right and piece.state is not State.DAMAGED and await store.write_state(piece, State.DAMAGED):
-            log.error(
-                "piece %s is %s; push %s again",
-                piece.digest,
-                "altered" if found else "missing",
-                " or ".join(named.versions[:4]),
-                extra={"action": "piece_damaged"},
-            )
+        elif not right:
+            if piece.state is not State.DAMAGED and not await store.write_state(piece, State.DAMAGED):
+                return 0  # somebody stores it just now
+            state = "altered" if found else "missing"
+            log.error("piece %s is %s", piece.digest, state, extra={"action": "piece_damaged"})
+            await self._repair(store, piece.digest, named)
         return 0 if found is None else len(found.data)
 
     async def _right(self, piece: Piece, named: Named, found: Stored) -> bool:
@@ -213,29 +232,47 @@ class Keeper:
             return False
         return seal.name(await asyncio.to_thread(digest_of, plain)) == piece.digest
 
+    async def _repair(self, store: PieceKeeper, digest: str, named: Named) -> None:
+        """Store a piece again that a worker has; one of an encrypted model cannot be compared without its key, so none is
+        asked for."""
+        versions, borrows = named.versions, self._lenders is not None and named.sealed is None
+        lent = await self._lenders.borrow(digest, versions) if self._lenders is not None and borrows else None
+        metrics.REPAIRED_PIECES.labels("repaired" if lent else "not_held").inc()
+        self._note(digest, versions, lent[1] if lent else "")
+        if lent is None:
+            words = "no worker has piece %s; push %s again"
+            log.error(words, digest, " or ".join(versions[:4]), extra={"action": "piece_not_repaired"})
+            return
+
+        async def only() -> AsyncIterator[tuple[str, bytes]]:
+            yield digest, lent[0]
+
+        await store.put(only())
+        log.warning(
+            "piece %s was in the cache of %s and is stored again",
+            *(digest, lent[1]),
+            extra={"action": "piece_repaired"},
+        )
+
     async def state(self) -> StoreState:
         """What is in the store just now; what is damaged as far as a push, a pull or a pass has found it.
 
         Raises:
             Unavailable, JetStreamError, BrokerUnavailable
         """
-        snapshots = [await store.snapshot() for store in self._stores()]
-        named = await self._named()
-        every = {digest: piece for snapshot in snapshots for digest, piece in snapshot.pieces.items()}
-        damaged = _damaged(named, every)
+        snapshots = {number: await self._store(number).snapshot() for number in range(self._bus.names.partitions)}
+        every = await self._named()
+        named = [piece for pieces in every.values() for piece in pieces.values()]
+        damaged = [piece for number, found in snapshots.items() for piece in _damaged(every[number], found.pieces)]
         metrics.DAMAGED_PIECES.set(len(damaged))
         return StoreState(
-            pieces=len(every),
-            stored_bytes=_stored(snapshots),
+            pieces=sum(len(found.pieces) for found in snapshots.values()),
+            stored_bytes=sum(found.stored_bytes for found in snapshots.values()),
             named_pieces=len(named),
-            named_bytes=sum(piece.size for piece in named.values()),
-            unreferenced_pieces=len(every.keys() - named.keys()),
-            damaged=damaged,
+            named_bytes=sum(piece.size for piece in named),
+            unreferenced_pieces=sum(len(found.pieces.keys() - every[n].keys()) for n, found in snapshots.items()),
+            damaged=tuple(damaged),
         )
-
-
-def _stored(snapshots: list[Snapshot]) -> int:
-    return sum(snapshot.stored_bytes for snapshot in snapshots)
 
 
 def _damaged(named: Mapping[str, Named], every: Mapping[str, Piece]) -> tuple[DamagedPiece, ...]:

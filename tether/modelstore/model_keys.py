@@ -190,7 +190,7 @@ class KeyMaker:
             return  # deleted, or another model store was here
         old = await self._keyring.find(name, manifest.sealed.key_id)
         plain = opened_manifest(old, manifest).files
-        bucket = self._bus.names.chunk_bucket(name)
+        bucket = self._bus.names.partition_bucket(manifest.partition)
         source, target = (SealedChunkStore(self._bus, bucket, PieceSeal(one, name)) for one in (old, newest))
         for file in plain:
             await target.put(_pieces(source, file, await target.missing(file.chunks)))

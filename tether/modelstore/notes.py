@@ -64,6 +64,7 @@ class Notes:
         await self._bucket.delete(self._bus.names.version_key(model, version))
 
     async def _stored(self, key: str, note: VersionNote, latest: Latest) -> bool:
+        self._registry.check()
         try:
             await self._bucket.replace(key, codec.encode(note), latest)
         except VersionConflict:

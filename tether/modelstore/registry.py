@@ -6,7 +6,7 @@ and a move of an alias are each won by whoever's conditional write comes first.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
 
 import msgspec
@@ -16,7 +16,7 @@ from tether.bus.connection import Bus, Stored
 from tether.bus.kv import KvBucket
 from tether.bus.model_files import open_manifest
 from tether.envelope import MessageType
-from tether.errors import BrokerUnavailable, Conflict, EnvelopeError, Unavailable, VersionConflict
+from tether.errors import BrokerUnavailable, ConfigError, Conflict, EnvelopeError, Unavailable, VersionConflict
 from tether.model import LATEST, Alias, Manifest, Move
 from tether.subjects import token
 
@@ -38,10 +38,14 @@ class Versions(NamedTuple):
 
 
 class Registry:
-    """The ``models`` and ``aliases`` buckets, as the model store writes them."""
+    """The ``models`` and ``aliases`` buckets, as the model store writes them.
 
-    def __init__(self, bus: Bus) -> None:
+    ``check`` raises when this model store may not write any more; it is asked before each write.
+    """
+
+    def __init__(self, bus: Bus, check: Callable[[], None] = lambda: None) -> None:
         self._bus = bus
+        self.check = check
         self._models = KvBucket(bus, "models")
         self._aliases = KvBucket(bus, "aliases")
 
@@ -94,6 +98,7 @@ class Registry:
                     field="version",
                 )
             await admit(manifest)
+            self.check()
             if await self._create(manifest):
                 return manifest, True
         raise Unavailable(f"too many pushes of model '{model}' at the same time; try again", retry_after=2)
@@ -151,6 +156,7 @@ class Registry:
                 frame = b""
             else:
                 frame = self._bus.signer.seal(MessageType.ALIAS, subject, codec.encode(wanted), after=issued_at)
+            self.check()
             try:
                 await self._bus.publish_acked(subject, frame, headers=headers)
             except VersionConflict:
@@ -218,7 +224,13 @@ class Registry:
         return True
 
     async def delete(self, model: str, version: int) -> None:
-        """Take a version away for good; its number is never given out again."""
+        """Take a version away for good; its number is never given out again.
+
+        Raises:
+            Unavailable: another model store looks after the model by now.
+            BrokerUnavailable: no answer.
+        """
+        self.check()
         await self._models.delete(self._bus.names.version_key(model, version))
 
     def _alias(self, stored: Stored) -> tuple[Alias, int] | None:
@@ -248,23 +260,44 @@ class Registry:
         Raises:
             BrokerUnavailable: no answer.
         """
-        prefix, total = len(self._models.subject("")), 0
-        async for item in self._bus.direct_scan(self._models.stream, self._models.subject(">")):
-            manifest = self._manifest(item.subject[prefix:], item)
-            if manifest is not None and manifest.tenant == tenant:
-                total += manifest.size
-        return total
+        return sum([manifest.size async for manifest in self._readable() if manifest.tenant == tenant])
 
-    async def repair(self) -> None:
-        """Move every ``latest`` that was left behind when a model store died between a manifest and its alias."""
-        prefix = len(self._models.subject(""))
+    async def repair(self, partition: int) -> None:
+        """Move every ``latest`` of a partition that was left behind when a model store died between a manifest and its alias.
+
+        Raises:
+            Unavailable: another model store looks after it by now.
+            BrokerUnavailable: no answer.
+        """
         newest: dict[str, int] = {}
-        async for item in self._bus.direct_scan(self._models.stream, self._models.subject(">")):
-            manifest = self._manifest(item.subject[prefix:], item)
-            if manifest is not None:
+        async for manifest in self._readable():
+            if self._bus.names.partition(manifest.name) == partition:
                 newest[manifest.name] = max(newest.get(manifest.name, 0), manifest.version)
         for model, version in newest.items():
             await self.move(model, LATEST, version, forward_only=True)
+
+    async def check_partitions(self) -> None:
+        """Prove that every version's pieces are in a partition that there is.
+
+        Raises:
+            ConfigError: the setting was lowered.
+            BrokerUnavailable: no answer.
+        """
+        least = 1
+        async for manifest in self._readable():
+            least = max(least, manifest.partition + 1)
+        if least > self._bus.names.partitions:
+            raise ConfigError(
+                f"setting 'partitions' is {self._bus.names.partitions}, but there are versions in {least}; it can only grow",
+                field="partitions",
+            )
+
+    async def _readable(self) -> AsyncIterator[Manifest]:
+        prefix = len(self._models.subject(""))
+        async for item in self._bus.direct_scan(self._models.stream, self._models.subject(">")):
+            manifest = self._manifest(item.subject[prefix:], item)
+            if manifest is not None:
+                yield manifest
 
 
 def _same(one: Manifest, other: Manifest) -> bool:

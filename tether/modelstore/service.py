@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
+from typing import NamedTuple
 
 from tether import codec, config_changes, daemon, lifecycle, metrics, version_notes
 from tether.audit import Kind, clean
@@ -16,9 +15,19 @@ from tether.bus import rpc
 from tether.bus.audit import AuditLog, writing
 from tether.bus.connection import Bus
 from tether.bus.keeping import PieceKeeper
+from tether.bus.repair import Lenders
 from tether.bus.tenant_keys import ModelKeyring
 from tether.envelope import Envelope, MessageType
-from tether.errors import BadEncoding, BrokerUnavailable, InvalidRequest, ModelRejected, TetherError, Unavailable
+from tether.errors import (
+    BadEncoding,
+    BrokerUnavailable,
+    ConfigError,
+    CorruptChunk,
+    InvalidRequest,
+    ModelRejected,
+    TetherError,
+    Unavailable,
+)
 from tether.home import Home
 from tether.memory_folder import MemoryFolder
 from tether.model import LATEST, Manifest, PushAnswer, PushRequest
@@ -29,8 +38,10 @@ from tether.modelstore.inspection import Inspection
 from tether.modelstore.keeper import Keeper
 from tether.modelstore.model_keys import KeyMaker
 from tether.modelstore.notes import Notes
+from tether.modelstore.partitions import Instance, Partitions
 from tether.modelstore.quota import StorageQuota
 from tether.modelstore.registry import Registry
+from tether.partition import Lease
 from tether.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -44,24 +55,36 @@ WAITING = 32
 """Pushes in hand; one more is told to come again."""
 
 
-class ModelStoreService:
-    """Handles pushes. ``scratch`` and ``memory`` are private folders of this process; what is in them is lost at the next
-    start."""
+class Desk(NamedTuple):
+    """Where one partition is looked after: all that is written there is bound to the lease."""
 
-    def __init__(self, bus: Bus, scratch: Path, audit: AuditLog, keyring: ModelKeyring, memory: MemoryFolder) -> None:
+    lease: Lease
+    registry: Registry
+    configs: Configs
+    notes: Notes
+
+
+class ModelStoreService:
+    """Handles pushes of models in the partitions that it looks after. ``memory`` is a private folder of this process; what
+    is in it is lost at the next start."""
+
+    def __init__(
+        self, bus: Bus, instance: Instance, audit: AuditLog, keyring: ModelKeyring, memory: MemoryFolder
+    ) -> None:
         self._bus = bus
         self._audit = audit
-        self._scratch = scratch
+        self._scratch = instance.folder
         self._inspections = asyncio.Semaphore(INSPECTIONS)
-        self._registry = Registry(bus)
+        self.partitions = Partitions(bus, instance.name, self._looking_after, instance.dead)
+        reading = Registry(bus)
+        self._lenders = Lenders(bus)
         self._keyring = keyring
         self._memory = memory
-        self.keeper = Keeper(bus, self._registry, keyring)
-        self.keys = KeyMaker(bus, keyring, self._registry)
-        self._notes = Notes(bus, self._registry, audit)
-        self._changes = Changes(bus, self._registry, self.keeper, self._notes, self.keys)
-        self._configs = Configs(bus, self._registry, audit, self._notes)
-        self._quota = StorageQuota(bus, self._registry)
+        self.keys = KeyMaker(bus, keyring, reading)
+        self.keeper = Keeper(
+            bus, reading, keyring, owned=self.partitions.owned, lenders=self._lenders, note=self._note_damage
+        )
+        self._quota = StorageQuota(bus, reading)
 
     @property
     def closed(self) -> lifecycle.Ended:
@@ -70,61 +93,93 @@ class ModelStoreService:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
-        """Answer pushes until the block ends; waits for the buckets, which the dispatcher makes."""
-        await asyncio.to_thread(_clear, self._scratch)
+        """Answer pushes until the block ends; waits for the buckets, which the dispatcher makes.
+
+        Raises:
+            ConfigError: there are versions in partitions that the settings do not have.
+        """
+        await self._buckets_ready()
         await asyncio.to_thread(self._memory.sweep)
-        await self._repaired()
         async with (
             self._keyring.watching(),
             lifecycle.tasks() as tasks,
+            self.partitions.working(),
+            self._lenders.listening(),
+            self.keeper.working(),
+        ):
+            tasks.spawn(self.keys.keep(), "model-keys")
+            yield
+
+    @asynccontextmanager
+    async def _looking_after(self, lease: Lease) -> AsyncIterator[None]:
+        """Answer what is about models of one partition."""
+        registry = Registry(self._bus, lambda: self.partitions.check(lease))
+        notes = Notes(self._bus, registry, self._audit)
+        desk = Desk(lease, registry, Configs(self._bus, registry, self._audit, notes), notes)
+        await self._patiently(lambda: registry.repair(lease.partition))
+        subject = partial(self._bus.names.store_service, partition=lease.partition, epoch=lease.epoch)
+        async with (
             rpc.serve(
                 self._bus,
                 ENDPOINT,
                 accepts=MessageType.PUSH,
                 answers=MessageType.PUSHED,
-                handler=self.register,
+                handler=partial(self.register, desk),
                 side_by_side=WAITING,
+                subject=subject(ENDPOINT),
             ),
             rpc.serve(
                 self._bus,
                 changes.ENDPOINT,
                 accepts=MessageType.CHANGE,
                 answers=MessageType.CHANGED,
-                handler=self._changes.handle,
+                handler=Changes(self._bus, registry, self.keeper, notes, self.keys).handle,
+                subject=subject(changes.ENDPOINT),
             ),
             rpc.serve(
                 self._bus,
                 config_changes.ENDPOINT,
                 accepts=MessageType.CHANGE,
                 answers=MessageType.CHANGED,
-                handler=self._configs.handle,
+                handler=desk.configs.handle,
+                subject=subject(config_changes.ENDPOINT),
             ),
-            self.keeper.working(),
         ):
-            tasks.spawn(self.keys.keep(), "model-keys")
             yield
 
-    async def _repaired(self) -> None:
+    async def _buckets_ready(self) -> None:
         while True:
             try:
-                return await self._registry.repair()
+                return await Registry(self._bus).check_partitions()
             except BrokerUnavailable as error:
                 log.info("waiting for the buckets: %s", error, extra={"action": "waiting"})
             await asyncio.sleep(0.25)
 
-    async def register(self, envelope: Envelope) -> bytes:
+    async def _patiently(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Try again while the broker is away; the lease goes meanwhile, if that takes long."""
+        while True:
+            try:
+                return await work()
+            except BrokerUnavailable as error:
+                log.info("waiting for the broker: %s", error, extra={"action": "waiting"})
+            await asyncio.sleep(0.25)
+
+    async def register(self, desk: Desk, envelope: Envelope) -> bytes:
         """Make a version of what the envelope names; its manifest is stored last, then ``latest`` moves.
 
         Raises:
             InvalidRequest, PayloadTooLarge: the push itself is wrong.
             ModelRejected: the file cannot be served.
             CorruptChunk: the stored pieces are not the file; push again.
+            ConfigError: the gateway has another number of partitions.
             QuotaExceeded: the tenant has as many bytes as it may have.
             Unavailable: no room, too many writers, or no broker.
         """
         request = _decode(envelope)
+        if self._bus.names.partition(request.name) != desk.lease.partition:
+            raise ConfigError("setting 'partitions' of gateway and model store differ", field="partitions")
         try:
-            answer = await self._register(request, request.publisher or envelope.sender)
+            answer = await self._register(desk, request, request.publisher or envelope.sender)
         except TetherError as error:
             if isinstance(error, ModelRejected):
                 metrics.MODELS_REJECTED.inc()
@@ -152,35 +207,55 @@ class ModelStoreService:
             detail=detail,
         )
 
-    async def _register(self, request: PushRequest, publisher: str) -> PushAnswer:
+    def _note_damage(self, digest: str, versions: tuple[str, ...], worker: str) -> None:
+        for version in versions:
+            model, _, number = version.rpartition(":")
+            self._audit.record(
+                Kind.MODEL,
+                "",
+                actor=self._bus.signer.name,
+                action="repair piece",
+                outcome="ok" if worker else CorruptChunk.code,
+                model=model,
+                version=int(number),
+                detail=f"{digest} from {worker}" if worker else f"{digest} is damaged, and no worker has it",
+            )
+
+    async def _register(self, desk: Desk, request: PushRequest, publisher: str) -> PushAnswer:
         assemble.check_request(request, max_bytes=self._bus.settings.max_upload_bytes)
         version_notes.noted(version_notes.VersionNote(request.name, 0), version_notes.patch_of(request.about))
         if request.config:
-            config_changes.patched(await self._configs.get(request.name), request.config)
+            config_changes.patched(await desk.configs.get(request.name), request.config)
         if request.sealed is None and not request.open and request.name in self._keyring.owners():
             raise Unavailable("the model was encrypted just now; push it again", retry_after=1)
         found = await self._look(request)
-        build = assemble.manifest_builder(request, found, created_at=self._bus.clock.utc(), publisher=publisher)
+        build = assemble.manifest_builder(
+            request,
+            found,
+            created_at=self._bus.clock.utc(),
+            publisher=publisher,
+            partition=desk.lease.partition,
+        )
         async with self._quota.turn(request.tenant):
-            manifest, created = await self._registry.add(
-                request.name, build, partial(self._admit, request, publisher), request.version
+            manifest, created = await desk.registry.add(
+                request.name, build, partial(self._admit, desk, request, publisher), request.version
             )
         if request.config and not created:
-            await self._configs.given(manifest, request.config, publisher)
-        await self._registry.move(request.name, LATEST, manifest.version, forward_only=True)
+            await desk.configs.given(manifest, request.config, publisher)
+        await desk.registry.move(request.name, LATEST, manifest.version, forward_only=True)
         if request.about:
-            await self._notes.change(manifest.name, manifest.version, request.about, publisher)
+            await desk.notes.change(manifest.name, manifest.version, request.about, publisher)
         if created:
             metrics.MODELS_REGISTERED.inc()
         fields = {"action": "model_registered", "model": manifest.name, "version": manifest.version}
         log.info("%s", "a version is ready" if created else "the newest version already is this", extra=fields)
-        return PushAnswer(manifest, created, await self._registry.aliases(request.name))
+        return PushAnswer(manifest, created, await desk.registry.aliases(request.name))
 
-    async def _admit(self, request: PushRequest, publisher: str, manifest: Manifest) -> None:
+    async def _admit(self, desk: Desk, request: PushRequest, publisher: str, manifest: Manifest) -> None:
         """Before a version can be seen there is room for it, and its model is configured as its push says."""
         await self._quota.check(manifest)
         if request.config:
-            await self._configs.given(manifest, request.config, publisher)
+            await desk.configs.given(manifest, request.config, publisher)
 
     async def _look(self, request: PushRequest) -> Inspection:
         """Look at the files, whose pieces are safe from collections meanwhile and for as long again."""
@@ -197,7 +272,7 @@ class ModelStoreService:
 
     def checks(self) -> dict[str, str]:
         """What readiness depends on."""
-        return {"broker": "ok" if self._bus.connected else "not connected"}
+        return {"broker": "ok" if self._bus.connected else "not connected", **self.partitions.checks()}
 
 
 def _decode(envelope: Envelope) -> PushRequest:
@@ -207,30 +282,26 @@ def _decode(envelope: Envelope) -> PushRequest:
         raise InvalidRequest(f"the push cannot be read: {error.message}") from error
 
 
-def _clear(scratch: Path) -> None:
-    """An empty private folder: a model store that was killed leaves the file it looked at."""
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-
 @asynccontextmanager
 async def running(settings: Settings, home: Home) -> AsyncIterator[ModelStoreService]:
     """A model store that works until the block ends."""
+    name = settings.store_name
     async with (
-        Bus.connect(settings, home, "modelstore") as bus,
+        Bus.connect(settings, home, name) as bus,
         lifecycle.tasks() as tasks,
         writing(bus, home, tasks) as audit,
     ):
         memory = MemoryFolder(settings.memory_dir, home.root, bus.signer.name)
-        keyring = ModelKeyring(bus, home, every=True)
-        service = ModelStoreService(bus, home.cache("modelstore"), audit, keyring, memory)
+        instance = await asyncio.to_thread(Instance, home.cache(name))
         try:
+            service = ModelStoreService(bus, instance, audit, ModelKeyring(bus, home, every=True), memory)
             async with service.serving():
                 yield service
         finally:
             await asyncio.to_thread(memory.close)
+            await asyncio.to_thread(instance.close)
 
 
 async def main(settings: Settings) -> None:
     """Run the model store until SIGTERM or SIGINT."""
-    await daemon.run(settings, "modelstore", DEFAULT_PORT, running)
+    await daemon.run(settings, settings.store_name, DEFAULT_PORT, running)

@@ -188,7 +188,7 @@ class WorkerFiles:
         folder = await asyncio.to_thread(self._memory.path)
         if not (folder / held.digest).exists():
             await asyncio.to_thread(self._memory.room, held.manifest.size)
-        store = SealedChunkStore(self._bus, self._bus.names.chunk_bucket(held.manifest.name), seal)
+        store = SealedChunkStore(self._bus, self._bus.names.partition_bucket(held.manifest.partition), seal)
         pieces = CachedPieces(self.cache, store, held.form)
         return await fetch_model(self._bus, pieces, held.manifest, folder, partial(self._keep, held.form))
 
@@ -216,6 +216,12 @@ class WorkerFiles:
             await asyncio.to_thread(self._keep, held.form, file, directory / file.path)
         await asyncio.to_thread(self.cache.rest)
 
+    def lend(self, digest: str) -> bytes | None:
+        """A piece of the cache that was compared with its digest just now; None when there is none such. Blocks."""
+        piece = self.cache.read(digest)
+        self.cache.rest()
+        return piece
+
     async def close(self) -> None:
         await asyncio.to_thread(self.cache.close)
         await self._tasks.cancel()
@@ -224,7 +230,7 @@ class WorkerFiles:
     async def _fetched(self, held: Held) -> Path:
         """On a disk that is full, everything that can be fetched again is given up first."""
         manifest = held.manifest
-        store = ObjectChunkStore(self._bus, self._bus.names.chunk_bucket(manifest.name))
+        store = ObjectChunkStore(self._bus, self._bus.names.partition_bucket(manifest.partition))
         pieces = CachedPieces(self.cache, store, held.form)
         try:
             return await fetch_model(self._bus, pieces, manifest, self._folder, partial(self._keep, held.form))

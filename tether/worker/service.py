@@ -11,6 +11,7 @@ from tether import codec, daemon, lifecycle, metrics
 from tether.bus import rpc
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket, SignedBucket
+from tether.bus.repair import lending
 from tether.bus.tenant_keys import Keyring, ModelKeyring
 from tether.envelope import MessageType
 from tether.errors import TetherError, Unavailable
@@ -166,6 +167,7 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[WorkerService
         await worker.register()
         own = worker._assign.watch(worker.assigned, key=worker.name)  # noqa: SLF001 - same module
         await stack.enter_async_context(own)
+        await stack.enter_async_context(lending(bus, worker.holder.files.lend))
         tasks.spawn(worker.beat(), "heartbeat")
         tasks.spawn(worker.holder.run(), "holder")
         yield worker
