@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 
 import zstandard
@@ -82,43 +82,72 @@ class Cutter:
 
     def cut(self, parts: Iterable[bytes], *, last: bool = False) -> list[tuple[str, bytes]]:
         """Digest and bytes of the pieces that ``parts`` complete; with ``last`` of all that are left. Blocks."""
+        pieces = self.split(parts, last=last)
+        self.add_whole(pieces)
+        return self.named(pieces, digests_of(pieces))
+
+    # the same in steps, each of which may run in another thread while the others do their part
+
+    def split(self, parts: Iterable[bytes], *, last: bool = False) -> list[bytes]:
+        """The pieces that ``parts`` complete. Blocks."""
         for part in parts:
             self._pending += part
         with memoryview(self._pending) as pending:
             found = [(chunk.offset, chunk.length) for chunk in self._cdc.cut_buf(pending)] if pending else []
             if found and not last:
                 found.pop()  # it ends where the buffer does; more bytes may belong to it
-            pieces = [self._named(bytes(pending[start : start + length])) for start, length in found]
+            pieces = [bytes(pending[start : start + length]) for start, length in found]
         del self._pending[: sum(length for _, length in found)]
         return pieces
 
-    def _named(self, piece: bytes) -> tuple[str, bytes]:
-        self.whole.update(piece)
-        self.digests.append(digest_of(piece))
-        self.sizes.append(len(piece))
-        return self.digests[-1], piece
+    def add_whole(self, pieces: Sequence[bytes]) -> None:
+        """Go on with the hash of the whole. Blocks."""
+        for piece in pieces:
+            self.whole.update(piece)
+
+    def named(self, pieces: Sequence[bytes], digests: Sequence[str]) -> list[tuple[str, bytes]]:
+        """Note the pieces that come next."""
+        self.digests += digests
+        self.sizes += map(len, pieces)
+        return list(zip(digests, pieces, strict=True))
 
 
 async def cut(body: AsyncIterator[bytes], limit: int, cutter: Cutter) -> AsyncIterator[tuple[str, bytes]]:
-    """Digest and bytes of a body's pieces, while it arrives: one part of it is cut in a thread while the next is read.
+    """Digest and bytes of a body's pieces, while it arrives: parts of it are hashed in threads while the next are split.
 
     Raises:
         PayloadTooLarge: more than ``limit`` bytes came.
     """
-    cutting: asyncio.Task[list[tuple[str, bytes]]] | None = None
+    naming: asyncio.Task[list[tuple[str, bytes]]] | None = None
     try:
-        async for parts in _gathered(body, limit):
-            found = [] if cutting is None else await cutting
-            cutting = asyncio.create_task(asyncio.to_thread(cutter.cut, parts), name="cut")
+        async for parts in _with_last(_gathered(body, limit)):
+            split = await asyncio.to_thread(cutter.split, parts or (), last=parts is None)
+            found = [] if naming is None else await naming
+            naming = asyncio.create_task(_named(cutter, split), name="name-pieces")
             for piece in found:
                 yield piece
-        for piece in [] if cutting is None else await cutting:
-            yield piece
-        for piece in await asyncio.to_thread(cutter.cut, (), last=True):
+        for piece in [] if naming is None else await naming:
             yield piece
     finally:
-        if cutting is not None:
-            await asyncio.wait({cutting})
+        if naming is not None:
+            await asyncio.wait({naming})
+
+
+async def _named(cutter: Cutter, pieces: list[bytes]) -> list[tuple[str, bytes]]:
+    middle = len(pieces) // 2
+    _, first, second = await asyncio.gather(
+        asyncio.to_thread(cutter.add_whole, pieces),
+        asyncio.to_thread(digests_of, pieces[:middle]),
+        asyncio.to_thread(digests_of, pieces[middle:]),
+    )
+    return cutter.named(pieces, first + second)
+
+
+async def _with_last(parts: AsyncIterator[list[bytes]]) -> AsyncIterator[list[bytes] | None]:
+    """What comes, and None at the end."""
+    async for part in parts:
+        yield part
+    yield None
 
 
 async def _gathered(body: AsyncIterator[bytes], limit: int) -> AsyncIterator[list[bytes]]:
@@ -152,3 +181,8 @@ def cut_file(path: Path) -> Cutter:
 def digest_of(piece: bytes) -> str:
     """The name of a piece: the hex SHA-256 of its bytes."""
     return hashlib.sha256(piece).hexdigest()
+
+
+def digests_of(pieces: Iterable[bytes]) -> list[str]:
+    """:func:`digest_of` of each. Blocks."""
+    return [digest_of(piece) for piece in pieces]

@@ -26,7 +26,7 @@ LOOKUP = 256
 """Pieces asked for in one look-up."""
 GROUP = 8
 """Pieces of an upload that are looked up together, before any of them is sent."""
-LOOKUPS_AHEAD = 1
+LOOKUPS_AHEAD = 2
 
 _ROLLUP = {"Nats-Rollup": "sub"}
 ENCODING = "Tether-Encoding"

@@ -178,17 +178,19 @@ async def download(store: Pieces, file: ModelFile, target: Path, salvage: Salvag
 
 
 async def _write(store: Pieces, file: ModelFile, target: Path) -> None:
-    """Receive some pieces while those before them are written in a thread.
+    """Receive some pieces while those before them are hashed in one thread and written in another.
 
     The hash of the whole vouches for every piece; only when it is wrong is it worth the time to look for the one that is.
     """
     whole, came = hashlib.sha256(), 0
     out = await asyncio.to_thread(_create, target)
 
-    def add(group: list[bytes]) -> None:
+    def hashed(group: list[bytes]) -> None:
         for piece in group:
             whole.update(piece)
-            out.write(piece)
+
+    async def add(group: list[bytes]) -> None:
+        await asyncio.gather(asyncio.to_thread(hashed, group), asyncio.to_thread(out.writelines, group))
 
     writing: asyncio.Task[None] | None = None
     with out:
@@ -200,7 +202,7 @@ async def _write(store: Pieces, file: ModelFile, target: Path) -> None:
                         break  # whatever swells so is not what was signed
                     if writing is not None:
                         await writing
-                    writing = asyncio.create_task(asyncio.to_thread(add, group), name="write-pieces")
+                    writing = asyncio.create_task(add(group), name="write-pieces")
         finally:
             if writing is not None:
                 await asyncio.wait({writing})
