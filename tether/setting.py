@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,3 +71,25 @@ def _in_range(info: SettingInfo, value: Any) -> bool:
 
 def _type_name(info: SettingInfo) -> str:
     return {str: "text", int: "whole number", float: "number"}[info.type]
+
+
+def schema_of(infos: Iterable[SettingInfo]) -> dict[str, Any]:
+    """JSON Schema (2020-12) of a file with these settings."""
+    kinds = {str: "string", int: "integer", float: "number"}
+    properties: dict[str, Any] = {}
+    for info in infos:
+        entry: dict[str, Any] = {"type": kinds[info.type], "default": info.default, "description": info.help}
+        if info.choices:
+            entry["enum"] = list(info.choices)
+        if info.low is not None:
+            entry["minimum"] = info.low
+        if info.high is not None:
+            entry["maximum"] = info.high
+        properties[info.name] = entry
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Tether service configuration",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+    }

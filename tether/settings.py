@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tether.errors import ConfigError
-from tether.setting import SettingInfo, checked, parse, unknown
+from tether.setting import SettingInfo, checked, parse, schema_of, unknown
 
 _TOKEN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 ENV_PREFIX = "TETHER_"
@@ -389,24 +389,7 @@ def _cross_check(settings: Settings) -> None:
 
 def schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of a configuration file."""
-    kinds = {str: "string", int: "integer", float: "number"}
-    properties: dict[str, Any] = {}
-    for info in table():
-        entry: dict[str, Any] = {"type": kinds[info.type], "default": info.default, "description": info.help}
-        if info.choices:
-            entry["enum"] = list(info.choices)
-        if info.low is not None:
-            entry["minimum"] = info.low
-        if info.high is not None:
-            entry["maximum"] = info.high
-        properties[info.name] = entry
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Tether service configuration",
-        "type": "object",
-        "properties": properties,
-        "additionalProperties": False,
-    }
+    return schema_of(table())
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import audits
 import models
 import msgspec
 import numpy as np
@@ -34,6 +35,8 @@ from tether.errors import ConfigError, Unavailable
 from tether.home import Home
 from tether.model import Change, ChangeRequest, Manifest, PushRequest
 from tether.modelstore import service as modelstore
+from tether.modelstore.configs import Configs
+from tether.modelstore.notes import Notes
 from tether.modelstore.partitions import Partitions
 from tether.modelstore.registry import Registry
 from tether.partition import Lease
@@ -125,7 +128,7 @@ async def test_two_stores_share_the_partitions_and_one_has_all_when_the_other_st
 async def test_a_store_that_is_not_the_owner_writes_nothing(broker: Broker) -> None:
     async with platform_on(broker) as platform:
         manifest = (await platform.push(models.add())).manifest
-    async with Bus.connect(broker.settings, broker.home, "modelstore") as bus:
+    async with audits.writer(broker, "modelstore") as (bus, audit):
         idle, old = Partitions(bus, "idle", nothing), Lease(0, 1, "idle")
         registry, before = Registry(bus, lambda: idle.check(old)), await KvBucket(bus, "models").entries()
 
@@ -136,10 +139,14 @@ async def test_a_store_that_is_not_the_owner_writes_nothing(broker: Broker) -> N
             lambda: registry.add("m", build, admitted),
             lambda: registry.move("m", "latest", 7),
             lambda: registry.delete("m", 1),
+            lambda: Configs(bus, registry, audit, Notes(bus, registry, audit)).given(
+                manifest, {"instances": 2}, "key:test"
+            ),
         ):
             with pytest.raises(Unavailable, match="another model store's by now"):
                 await attempt()
         assert await KvBucket(bus, "models").entries() == before
+        assert await KvBucket(bus, "configs").entries() == {}
 
 
 async def test_a_lease_changes_hands_once(broker: Broker) -> None:
