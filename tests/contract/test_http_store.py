@@ -33,10 +33,14 @@ def test_an_administrator_sees_a_damaged_piece_and_a_push_mends_it(served: Serve
 
 
 def damage(served: Served, model: str, version: int) -> str:
-    """Write other bytes where the first piece of a version lies."""
+    """Write other bytes where the first piece of a version lies, and take it from the workers that could mend it."""
     gateway = served.services.gateway
     manifest = gateway.catalog.resolve(model, str(version)).manifest
     digest = manifest.files[0].chunks[0]
+    for worker in served.services.workers:
+        cache = worker.holder.files.cache
+        until(lambda cache=cache: cache.held([digest]), "the worker keeps the piece")
+        cache.drop("disk")
     names = gateway.bus.names
     subject = names.object_chunk(names.chunk_bucket(model), digest)
     served.run(gateway.bus.publish_acked(subject, b"evil", headers={"Nats-Rollup": "sub"}))
