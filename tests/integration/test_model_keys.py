@@ -16,11 +16,12 @@ from brokers import Broker, wait_until
 from services import Services, services
 
 from tether import codec
-from tether.bus import identities, rpc
+from tether.bus import identities
 from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
 from tether.bus.keys import RootKey
 from tether.bus.kv import SignedBucket
+from tether.bus.leases import ask_owner
 from tether.bus.server import reload_embedded
 from tether.bus.tenant_keys import ModelKeyring
 from tether.bus.upload import upload
@@ -257,7 +258,10 @@ async def test_a_plain_push_of_an_encrypted_model_must_say_that_it_means_it(one:
 
     async def register(request: PushRequest) -> PushAnswer:
         kinds = (MessageType.PUSH, MessageType.PUSHED)
-        body = await rpc.call(one.bus, ENDPOINT, kinds[0], codec.encode(request), answers=kinds[1], timeout=60)
+        partition = one.bus.names.partition(request.name)
+        body = await ask_owner(
+            one.bus, ENDPOINT, partition, kinds[0], codec.encode(request), answers=kinds[1], timeout=60
+        )
         return codec.decode(body, PushAnswer)
 
     with pytest.raises(Unavailable, match="encrypted"):
