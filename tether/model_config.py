@@ -22,7 +22,7 @@ MOST = 16
 """Entries of any list of a configuration."""
 
 
-class Kind(StrEnum):
+class InstanceKind(StrEnum):
     """What an instance runs on; ``auto`` takes CUDA where the runtime and the machine have it."""
 
     AUTO = "auto"
@@ -105,7 +105,7 @@ class ModelConfig(msgspec.Struct, frozen=True):
 
     instances: int = 1
     """Runs that one worker makes side by side, each with its own copy of the model."""
-    kind: Kind = Kind.AUTO
+    kind: InstanceKind = InstanceKind.AUTO
     threads: int = 0
     """Of one instance; 0: the worker's setting."""
     compile: bool = False

@@ -8,7 +8,7 @@ import pytest
 from tether.errors import ModelRejected
 from tether.job import Job, new_job_id
 from tether.model import Batching, Manifest, TensorSpec
-from tether.model_config import Kind, ModelConfig, Warmup
+from tether.model_config import InstanceKind, ModelConfig, Warmup
 from tether.settings import Settings
 from tether.tensor import from_numpy
 from tether.worker.batching import wants_company
@@ -32,7 +32,7 @@ def test_the_configuration_goes_before_the_manifest_and_the_settings() -> None:
         "cpu",
         1,
     )
-    config = ModelConfig("m", threads=2, kind=Kind.CUDA, isolation="process", instances=64)
+    config = ModelConfig("m", threads=2, kind=InstanceKind.CUDA, isolation="process", instances=64)
     decided = loadout(manifest(isolation="thread"), config, SETTINGS)
     assert (decided.manifest.isolation, decided.options.threads, decided.options.device) == ("process", 2, "cuda")
     assert decided.copies == 4

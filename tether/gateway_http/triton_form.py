@@ -10,10 +10,10 @@ from tether import oip_json
 from tether.errors import InvalidRequest
 from tether.gateway_http import bodies_triton as triton
 from tether.model import Manifest, TensorSpec
-from tether.model_config import Kind, ModelConfig, QueuePolicy, TimeoutAction, Warmup
+from tether.model_config import InstanceKind, ModelConfig, QueuePolicy, TimeoutAction, Warmup
 
 _TYPES = {"BYTES": "TYPE_STRING"}
-_KINDS = {Kind.AUTO: "KIND_AUTO", Kind.CPU: "KIND_CPU", Kind.CUDA: "KIND_GPU"}
+_KINDS = {InstanceKind.AUTO: "KIND_AUTO", InstanceKind.CPU: "KIND_CPU", InstanceKind.CUDA: "KIND_GPU"}
 
 
 def triton_config(manifest: Manifest, config: ModelConfig) -> triton.TritonConfig:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import msgspec
 
 from tether.model import Batching, Isolation, Manifest, isolation_of
-from tether.model_config import Kind, ModelConfig, Warmup
+from tether.model_config import InstanceKind, ModelConfig, Warmup
 from tether.settings import Settings
 from tether.worker.runtimes import ONNX_PLATFORM
 from tether.worker.runtimes.process import Options
@@ -42,7 +42,7 @@ def loadout(manifest: Manifest, config: ModelConfig, settings: Settings) -> Load
     options = Options(
         threads=config.threads or settings.onnx_threads,
         memory_mb=settings.model_memory_mb,
-        device=settings.model_device if config.kind is Kind.AUTO else config.kind.value,
+        device=settings.model_device if config.kind is InstanceKind.AUTO else config.kind.value,
     )
     as_loaded = msgspec.structs.replace(manifest, isolation=isolation)
     return Loadout(as_loaded, options, min(config.instances, settings.max_instances), config.warmup)
