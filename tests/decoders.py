@@ -142,6 +142,15 @@ def _binary() -> tuple[bytes, int]:
     return body, length
 
 
+def _answer() -> tuple[bytes, int]:
+    """What a gateway answers to the request of :func:`_binary`."""
+    request = oip.parse_infer_request(*_binary())
+    outputs = tuple(msgspec.structs.replace(tensor, name="y") for tensor in request.inputs[:1])
+    body, length = oip.build_infer_response(model="m", version=1, request=request, outputs=outputs)
+    assert length is not None
+    return body, length
+
+
 class _Given:
     """A request of these bytes: headers as lines, an empty line, the body."""
 
@@ -219,7 +228,8 @@ def _open_digests(data: bytes) -> object:
 
 def decoders() -> tuple[Decoder, ...]:
     verifier, strict = Verifier(keyset(), lambda: NOW), {"subject": SUBJECT, "types": (MessageType.INFER,)}
-    frame, (binary, length) = seal(_jobs(), jobs=("0", "1", "2"), reply="r"), _binary()
+    (answer, answer_length), (binary, length) = _answer(), _binary()
+    frame = seal(_jobs(), jobs=("0", "1", "2"), reply="r")
     plain, _ = oip.build_infer_request({"x": np.ones((1, 4), np.float32)}, binary=False, parameters={"timeout": 1})
     empty = seal(b"", jobs=("0",))
     header = empty[71 + 16 : 71 + int.from_bytes(empty[5:7], "big")]
@@ -241,16 +251,16 @@ def decoders() -> tuple[Decoder, ...]:
         Decoder("sealed digests", _sealed_digests(), _open_digests),
         Decoder("oip json", (plain,), lambda data: oip.parse_infer_request(data, None)),
         Decoder("oip binary", (binary,), lambda data: oip.parse_infer_request(data, length)),
-        Decoder("oip answer", (binary.replace(b'"inputs"', b'"outputs"'),), lambda data: oip.parse_infer_response(data, length)),
+        Decoder("oip answer", (answer,), lambda data: oip.parse_infer_response(data, answer_length)),
         Decoder("json keys", (plain, job_body, b'{"a": {"a\\u0061": ":"}}'), json_keys.refuse_duplicates),
         Decoder("onnx", (models.add(), models.looping(), models.with_function(), models.external(offset="64", length="16"), models.external_attribute()), onnx_wire.check_file),
         Decoder("piece meta", (b'{"name":"a","bucket":"b","nuid":"c","size":1,"mtime":"","chunks":1,"digest":""}', b'{"name":"a","bucket":"b","nuid":"c","size":0,"mtime":"","chunks":0,"digest":"","deleted":true,"metadata":{"tether":"leaving","size":"7"}}'), _piece_meta),
-        Decoder("ack", (b'{"stream":"S","seq":1,"error":{"code":400,"err_code":10071}}',), lambda data: parse_ack(data, None, "s")),
+        Decoder("ack", (b'{"stream":"S","seq":1}', b'{"stream":"S","seq":1,"error":{"code":400,"err_code":10071}}'), lambda data: parse_ack(data, None, "s")),
         Decoder("key text", (apikey.new_key_text().encode(),), lambda data: apikey.key_id(data.decode("latin-1"))),
         Decoder("headers", tuple(HEAD % word + b"body" for word in (b"", b"gzip", b"br")), _request),
         Decoder("query", (b"ids=a&wait=1.5", b"state=queued&limit=5&cursor=77&model=m"), _query),
         Decoder("bodies", (plain, job_body, b'{"tenant": "a", "scopes": ["infer"]}'), _many(_body, _body_kinds())),
-        Decoder("config patch", (PATCH, b'{"warmup": [{"shapes": {"x": [4]}}], "versions": null}'), _patched),
+        Decoder("config patch", (PATCH, b'{"queue": {"max_size": 5}, "labels": {"a": "b"}, "cache_ttl_s": 2}', b'{"warmup": [{"shapes": {"x": [4]}}], "versions": null}'), _patched),
         Decoder("triton config", (TRITON,), lambda data: triton_form.patch_of(data.decode("latin-1"), "m", ModelConfig("m"))),
         Decoder("version note", (b'{"labels": {"a": "b", "c": null}, "note": "n"}',), _noted),
     )  # fmt: skip
