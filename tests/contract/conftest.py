@@ -1,13 +1,28 @@
-"""Fixtures of the conformance tests with ``tritonclient``."""
+"""Fixtures of the tests over HTTP: clients of the shared platform, and ``tritonclient`` for those of conformance."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import httpx
 import pytest
 import tritonclient.http as triton
 from oip_cases import MODELS
 from served import Served
+
+from tether import Client
+
+
+@pytest.fixture
+def http(served: Served) -> Iterator[httpx.Client]:
+    with served.client() as client:
+        yield client
+
+
+@pytest.fixture
+def sdk(served: Served) -> Iterator[Client]:
+    with Client(served.url, served.key) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import json
 import runpy
 import shutil
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +41,6 @@ def torch_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tensorflow_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frameworks.need("tensorflow")
     return frameworks.make(tmp_path_factory.mktemp("tensorflow"), "tensorflow")
-
-
-@pytest.fixture
-def sdk(served: Served) -> Iterator[Client]:
-    with Client(served.url, served.key) as client:
-        yield client
 
 
 def serve(served: Served, sdk: Client, name: str, path: Path) -> dict[str, Any]:

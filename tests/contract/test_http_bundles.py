@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,6 @@ from tether import Client
 from tether.errors import FormatNotAllowed, InferenceFailed, InvalidRequest, ModelRejected
 from tether.tensor import Array
 from tether.worker.runtimes.process import ProcessRuntime
-
-
-@pytest.fixture
-def sdk(served: Served) -> Iterator[Client]:
-    with Client(served.url, served.key) as client:
-        yield client
 
 
 def ready(served: Served, name: str) -> None:

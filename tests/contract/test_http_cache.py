@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +10,6 @@ import httpx
 import models
 import msgspec
 import numpy as np
-import pytest
 from configs import configure, unconfigure
 from prometheus_client import REGISTRY
 from served import Served, until
@@ -19,12 +17,6 @@ from served import Served, until
 from tether import Client, apikey, oip
 from tether.model_config import ModelConfig
 from tether.tenant import Tenant
-
-
-@pytest.fixture
-def http(served: Served) -> Iterator[httpx.Client]:
-    with served.client() as client:
-        yield client
 
 
 def cached(served: Served, name: str, content: bytes | None = None, *, ttl_s: float = 600.0) -> None:

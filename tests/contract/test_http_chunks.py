@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,12 +15,6 @@ from served import Served
 from tether import Client
 from tether.client_push import LocalFile, local_model
 from tether.errors import Conflict
-
-
-@pytest.fixture
-def http(served: Served) -> Iterator[httpx.Client]:
-    with served.client() as client:
-        yield client
 
 
 @pytest.fixture

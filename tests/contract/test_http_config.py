@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,6 @@ from tether.errors import Conflict, InvalidRequest, ModelNotFound
 from tether.model_config import ModelConfig, QueuePolicy
 from tether.subjects import token
 from tether_cli.main import application
-
-
-@pytest.fixture
-def http(served: Served) -> Iterator[httpx.Client]:
-    with served.client() as client:
-        yield client
-
-
-@pytest.fixture
-def sdk(served: Served) -> Iterator[Client]:
-    with Client(served.url, served.key) as client:
-        yield client
 
 
 def stored(served: Served, name: str) -> ModelConfig:

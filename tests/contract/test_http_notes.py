@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,6 @@ from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket
 from tether.errors import InvalidRequest, ModelNotFound
 from tether_cli.main import application
-
-
-@pytest.fixture
-def http(served: Served) -> Iterator[httpx.Client]:
-    with served.client() as client:
-        yield client
-
-
-@pytest.fixture
-def sdk(served: Served) -> Iterator[Client]:
-    with Client(served.url, served.key) as client:
-        yield client
 
 
 def shown(sdk: Client, name: str, version: int) -> tuple[dict[str, str], str]:

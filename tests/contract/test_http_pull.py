@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import bundles
@@ -12,12 +11,6 @@ from served import Served, until
 
 from tether import Client
 from tether.errors import Conflict, ModelNotFound, NotFound
-
-
-@pytest.fixture
-def sdk(served: Served) -> Iterator[Client]:
-    with Client(served.url, served.key) as client:
-        yield client
 
 
 def test_what_was_pushed_is_pulled(served: Served, sdk: Client, tmp_path: Path) -> None:

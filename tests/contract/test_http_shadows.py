@@ -22,12 +22,6 @@ from tether.model_config import ModelConfig, Shadow
 COUNTS = ("equal", "close", "different", "error", "unavailable", "dropped")
 
 
-@pytest.fixture
-def http(served: Served) -> Iterator[httpx.Client]:
-    with served.client() as client:
-        yield client
-
-
 def pushed(served: Served, name: str, *contents: bytes) -> None:
     """Versions 1, 2 and so on; version 1 is what ``production`` stands for."""
     for content in contents:

@@ -25,12 +25,6 @@ X = {"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [0, 0, 0, 0]}
 
 
 @pytest.fixture
-def http(served: Served) -> Iterator[httpx.Client]:
-    with served.client() as client:
-        yield client
-
-
-@pytest.fixture
 def sdk(served: Served) -> Iterator[Client]:
     with Client(served.url, served.key, timeout=60) as client:
         yield client
