@@ -11,7 +11,7 @@ import msgspec
 
 from tether.errors import InvalidRequest
 from tether.model import Alias, Manifest
-from tether.model_config import ModelConfig, check_config
+from tether.model_config import InstanceKind, Loading, ModelConfig, TimeoutAction, check_config
 
 ENDPOINT = "configureModel"
 
@@ -49,6 +49,10 @@ class ConfigRequest(msgspec.Struct, frozen=True):
     version: int = 0
 
 
+WORDS: Mapping[str, type[StrEnum]] = {"kind": InstanceKind, "loading": Loading, "queue.timeout_action": TimeoutAction}
+"""Fields that are one of a few words."""
+
+
 def patched(config: ModelConfig, patch: Mapping[str, Any]) -> ModelConfig:
     """``config`` with what a merge patch says: objects are merged, everything else replaced, and null means the default.
 
@@ -65,7 +69,8 @@ def patched(config: ModelConfig, patch: Mapping[str, Any]) -> ModelConfig:
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at ")
         field = path.strip("`").removeprefix("$.")[:64] or "config"
-        raise InvalidRequest(f"{field} does not fit: {reason[:300]}", field=field) from error
+        known = f"; it may be {' or '.join(WORDS[field])}" if field in WORDS else ""
+        raise InvalidRequest(f"{field} does not fit: {reason[:300]}{known}", field=field) from error
     except (OverflowError, RecursionError) as error:
         raise InvalidRequest("a number of the configuration is too large", field="config") from error
 

@@ -95,13 +95,13 @@ def parse(decoder: msgspec.json.Decoder[Any], data: bytes | msgspec.Raw, *, wher
         raise bad_json(error, where=where) from error
 
 
-def parse_body(decoder: msgspec.json.Decoder[Any], data: bytes) -> Any:
-    """:func:`parse` of a whole body that a client sent.
+def parse_body(decoder: msgspec.json.Decoder[Any], data: bytes, *, where: str = "the body") -> Any:
+    """:func:`parse` of a whole document that a client sent.
 
     Raises:
         BadJson: also when an object says a key twice.
     """
-    found = parse(decoder, data)
+    found = parse(decoder, data, where=where)
     refuse_duplicates(data)
     return found
 

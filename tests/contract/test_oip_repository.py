@@ -149,6 +149,7 @@ def test_a_configuration_that_was_shown_can_be_given_with_a_load(
         ({"version_policy": {"specific": {"versions": [9]}}}, "no version 9"),
         ({"max_batch_size": 65000}, "only lower"),
         ({"name": "another"}, "the model is 'refusing'"),
+        ("{", "parameters.config is not as it should be"),
         ({"dynamic_batching": {"default_queue_policy": {"timeout_action": "EXPLODE"}}}, "timeout_action"),
     ],
 )
@@ -156,7 +157,8 @@ def test_what_cannot_be_given_with_a_load_is_refused(
     served: Served, client: triton.InferenceServerClient, headers: dict[str, str], wrong: Any, words: str
 ) -> None:
     served.push("refusing", models.add())
-    refused(lambda: client.load_model("refusing", headers=headers, config=json.dumps(wrong)), words, status="400")
+    text = wrong if isinstance(wrong, str) else json.dumps(wrong)
+    refused(lambda: client.load_model("refusing", headers=headers, config=text), words, status="400")
 
 
 def test_versions_that_the_policy_does_not_serve_are_not_answered(

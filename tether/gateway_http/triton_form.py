@@ -112,7 +112,7 @@ def patch_of(text: str, model: str, config: ModelConfig) -> dict[str, Any]:
     Raises:
         InvalidRequest, BadJson: naming the field that cannot be set so.
     """
-    given = oip_json.parse_body(_decoder, text.encode())
+    given = oip_json.parse_body(_decoder, text.encode(), where="parameters.config")
     if given.name not in ("", model):
         raise _not_so("name", f"is '{given.name[:64]}', and the model is '{model}'")
     patch: dict[str, Any] = {}
