@@ -231,7 +231,8 @@ class DamagedPiece(msgspec.Struct, frozen=True):
 class StoreState(msgspec.Struct, frozen=True):
     """The store of pieces: what is in it, what no version names, and what is damaged.
 
-    ``stored_bytes`` is what the broker keeps on its disk, ``named_bytes`` the bytes of the pieces that versions name.
+    ``stored_bytes`` is what the broker keeps on its disk, ``named_bytes`` the bytes of the pieces that versions name,
+    before they were compressed.
     """
 
     pieces: int

@@ -142,6 +142,13 @@ async def timed(address: tuple[str, int], request: bytes) -> tuple[int, float]:
         await writer.wait_closed()
 
 
+async def at_rest(tasks: list[asyncio.Task[tuple[int, float]]]) -> None:
+    """Wait until all are done, or none has ended for a while."""
+    while left := [task for task in tasks if not task.done()]:
+        if not (await asyncio.wait(left, timeout=0.3, return_when=asyncio.FIRST_COMPLETED))[0]:
+            return
+
+
 @pytest.mark.alone
 async def test_three_hundred_callers_see_no_error_when_a_worker_is_killed(running: Platform, images: Any) -> None:
     await wait_ready(running)
@@ -153,18 +160,26 @@ async def test_three_hundred_callers_see_no_error_when_a_worker_is_killed(runnin
     ).encode() + body
     address = (url.host, url.port or 80)
     victim = running.pids["worker-2"]
-    waiting = [asyncio.create_task(timed(address, request)) for _ in range(300)]
-    await asyncio.sleep(0)
+
+    def callers() -> list[asyncio.Task[tuple[int, float]]]:
+        return [asyncio.create_task(timed(address, request)) for _ in range(300)]
+
     send(victim, signal.SIGSTOP)
-    more = [asyncio.create_task(timed(address, request)) for _ in range(300)]
-    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    assert done
+    waiting: list[asyncio.Task[tuple[int, float]]] = []
+    while all(task.done() for task in waiting):  # callers share few messages, and the other worker may take them all
+        waiting += callers()
+        assert len(waiting) <= 20 * 300, "the stopped worker was given nothing"
+        await at_rest(waiting)
+        assert (await timed(address, request))[0] == 200, "who comes later is answered by the other worker"
+    more = callers()
+    await asyncio.wait(more, return_when=asyncio.FIRST_COMPLETED)
+    assert not all(task.done() for task in waiting), "the stopped worker holds requests when it is killed"
     send(victim, signal.SIGKILL)
+    killed = time.monotonic()
     answers = await asyncio.gather(*waiting, *more)
-    assert Counter(status for status, _ in answers) == {200: 600}
-    slowest = max(seconds for _, seconds in answers)
-    assert slowest < 3.0, f"the slowest answer took {slowest:.2f} s"
-    assert slowest > 1.0, "the killed worker held nothing: the test proved nothing"
+    took = time.monotonic() - killed
+    assert {status for status, _ in answers} == {200}
+    assert took < 3.0, f"the last answer came {took:.2f} s after the kill"
 
 
 async def test_inference_goes_on_while_the_dispatcher_is_dead(running: Platform, images: Any) -> None:

@@ -23,7 +23,7 @@ def test_an_administrator_sees_a_damaged_piece_and_a_push_mends_it(served: Serve
         before = client.store()
         assert before["damaged"] == []
         assert before["pieces"] >= before["named_pieces"] > 0
-        assert before["stored_bytes"] >= before["named_bytes"] > 3 * MB
+        assert min(before["stored_bytes"], before["named_bytes"]) > 3 * MB, "random weights do not compress"
         digest = damage(served, "kept", version)
         assert client.scrub()["named_pieces"] == before["named_pieces"]
         until(lambda: client.store()["damaged"] != [], "the pass finds it")

@@ -192,7 +192,7 @@ class DamagedPiece(Struct):
 
 class Store(Struct):
     """The store of pieces. `stored_bytes` is what the broker keeps on its disk, `named_bytes` the bytes of the pieces that
-    versions name; unreferenced pieces are kept for a while and then removed."""
+    versions name, before they were compressed; unreferenced pieces are kept for a while and then removed."""
 
     pieces: int
     stored_bytes: int
