@@ -134,8 +134,8 @@ async def measure(size: int, rounds: int) -> str:
                 await ensure_platform(admin, settings)
             async with Bus.connect(settings, home, "gateway") as bus:
                 store = ObjectChunkStore(bus, bus.names.chunk_bucket(MODEL))
-                first, _ = await upload(bus, store, parts(folder / "model"), limit=1 << 40)
-                second, _ = await upload(bus, store, parts(folder / "changed"), limit=1 << 40)
+                first, _ = await upload(bus, store, parts(folder / "model"), limit=1 << 40, whole=True)
+                second, _ = await upload(bus, store, parts(folder / "changed"), limit=1 << 40, whole=True)
             async with Bus.connect(settings, home, "worker-1") as bus:
                 for _ in range(rounds):
                     await one_round(bus, folder, first, second, times)

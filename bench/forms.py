@@ -30,7 +30,7 @@ from tether.bus.upload import upload
 from tether.envelope.model_seal import PieceSeal
 from tether.envelope.sealing import new_data_key
 from tether.home import Home
-from tether.pieces import Cutter, compressed
+from tether.pieces import Bytes, Cutter, compressed
 from tether.settings import Settings
 
 MODEL = "bench"
@@ -51,7 +51,7 @@ class Times:
 class Uncompressed(ObjectChunkStore):
     """As it was before there was compression."""
 
-    async def _store(self, digest: str, piece: bytes) -> None:
+    async def _store(self, digest: str, piece: Bytes) -> None:
         await self._send(digest, piece, digest)
 
 
@@ -89,7 +89,7 @@ def stored_share(path: Path) -> float:
 
 async def one(bus: Bus, store: Store, source: Path, target: Path, times: Times) -> None:
     began = time.perf_counter()
-    file, stored = await upload(bus, store, parts(source), limit=1 << 40)
+    file, stored = await upload(bus, store, parts(source), limit=1 << 40, whole=True)
     times.push.append(time.perf_counter() - began)
     if stored != file.size:
         raise SystemExit("something was stored before")

@@ -95,7 +95,7 @@ class Services:
         async def body() -> AsyncIterator[bytes]:
             yield content
 
-        return (await upload(self.bus, target.store, body(), limit=1 << 30))[0]
+        return (await upload(self.bus, target.store, body(), limit=1 << 30, whole=target.key is not None))[0]
 
     async def _register(self, request: PushRequest, workers: int | None) -> Served:
         name = request.name

@@ -129,7 +129,7 @@ def _local_file(source: Path, path: str) -> LocalFile:
         raise InvalidRequest(f"cannot read {source}: {error.strerror}", field="path") from error
     offsets = itertools.accumulate(cutter.sizes, initial=0)
     pieces = tuple(zip(cutter.digests, offsets, cutter.sizes, strict=False))
-    return LocalFile(source, path, cutter.whole.hexdigest(), pieces)
+    return LocalFile(source, path, cutter.digest, pieces)
 
 
 def push(

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 
 from tether import lifecycle, logs, ops_http
 from tether.home import Home
+from tether.processes import few_heaps
 from tether.settings import Settings
 
 
@@ -33,6 +34,7 @@ async def run(
     Raises:
         ConfigError, BrokerUnavailable: what kept it from starting or going on.
     """
+    few_heaps()
     logs.setup(settings, name)
     stop = lifecycle.stop_on_signals()
     home = Home.at(settings.home)

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import zstandard
 from pyfastcdc import FastCDC
@@ -34,11 +35,14 @@ WORTH = 0.1
 """The share of its bytes that compression must save of a piece. Less is not worth the time that reading then takes."""
 
 _LEVEL = 1
-_SAMPLE = 32 << 10
+_SAMPLE = 8 << 10
 """Bytes at the start, in the middle and at the end of a piece that are tried before the whole."""
 
+Bytes: TypeAlias = bytes | memoryview
+"""A piece that is only read may be a view of the buffer that it was cut in."""
 
-def compressed(piece: bytes) -> bytes | None:
+
+def compressed(piece: Bytes) -> bytes | None:
     """The piece as a Zstandard frame; None when that does not save enough of it. Blocks."""
     middle = len(piece) // 2
     sample = b"".join((piece[:_SAMPLE], piece[middle : middle + _SAMPLE], piece[-_SAMPLE:]))
@@ -47,7 +51,7 @@ def compressed(piece: bytes) -> bytes | None:
     return _worth(piece)
 
 
-def _worth(content: bytes) -> bytes | None:
+def _worth(content: Bytes) -> bytes | None:
     made = zstandard.ZstdCompressor(level=_LEVEL).compress(content)
     return made if len(made) <= len(content) * (1 - WORTH) else None
 
@@ -68,19 +72,25 @@ def decompressed(stored: bytes) -> bytes:
 
 
 class Cutter:
-    """Cuts one file that arrives in parts, and knows what it cut: each piece's digest and size, and the whole's hash.
+    """Cuts one file that arrives in parts, and knows what it cut: each piece's digest and size, and the file's SHA-256.
 
-    Where it cuts does not depend on the parts.
+    Where it cuts does not depend on the parts. Without ``whole`` the file's is not taken, which spares the second hash of
+    every byte.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, whole: bool = True) -> None:
         self._cdc = FastCDC(MEAN, min_size=SMALLEST, max_size=LARGEST)
-        self._pending = bytearray()
-        self.whole = hashlib.sha256()
+        self._pending = b""
+        self._whole = hashlib.sha256() if whole else None
         self.digests: list[str] = []
         self.sizes: list[int] = []
 
-    def cut(self, parts: Iterable[bytes], *, last: bool = False) -> list[tuple[str, bytes]]:
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of the file so far; empty when it is not taken."""
+        return "" if self._whole is None else self._whole.hexdigest()
+
+    def cut(self, parts: Iterable[bytes], *, last: bool = False) -> list[tuple[str, Bytes]]:
         """Digest and bytes of the pieces that ``parts`` complete; with ``last`` of all that are left. Blocks."""
         pieces = self.split(parts, last=last)
         self.add_whole(pieces)
@@ -88,37 +98,37 @@ class Cutter:
 
     # the same in steps, each of which may run in another thread while the others do their part
 
-    def split(self, parts: Iterable[bytes], *, last: bool = False) -> list[bytes]:
-        """The pieces that ``parts`` complete. Blocks."""
-        for part in parts:
-            self._pending += part
-        with memoryview(self._pending) as pending:
-            found = [(chunk.offset, chunk.length) for chunk in self._cdc.cut_buf(pending)] if pending else []
-            if found and not last:
-                found.pop()  # it ends where the buffer does; more bytes may belong to it
-            pieces = [bytes(pending[start : start + length]) for start, length in found]
-        del self._pending[: sum(length for _, length in found)]
-        return pieces
+    def split(self, parts: Iterable[bytes], *, last: bool = False) -> list[Bytes]:
+        """The pieces that ``parts`` complete: views of one buffer that holds all of them. Blocks."""
+        content = b"".join((self._pending, *parts))
+        found = [(chunk.offset, chunk.length) for chunk in self._cdc.cut_buf(content)] if content else []
+        if found and not last:
+            found.pop()  # it ends where the buffer does; more bytes may belong to it
+        end = sum(length for _, length in found)
+        self._pending = content[end:]
+        view = memoryview(content)
+        return [view[start : start + length] for start, length in found]
 
-    def add_whole(self, pieces: Sequence[bytes]) -> None:
+    def add_whole(self, pieces: Sequence[Bytes]) -> None:
         """Go on with the hash of the whole. Blocks."""
-        for piece in pieces:
-            self.whole.update(piece)
+        if self._whole is not None:
+            for piece in pieces:
+                self._whole.update(piece)
 
-    def named(self, pieces: Sequence[bytes], digests: Sequence[str]) -> list[tuple[str, bytes]]:
+    def named(self, pieces: Sequence[Bytes], digests: Sequence[str]) -> list[tuple[str, Bytes]]:
         """Note the pieces that come next."""
         self.digests += digests
         self.sizes += map(len, pieces)
         return list(zip(digests, pieces, strict=True))
 
 
-async def cut(body: AsyncIterator[bytes], limit: int, cutter: Cutter) -> AsyncIterator[tuple[str, bytes]]:
+async def cut(body: AsyncIterator[bytes], limit: int, cutter: Cutter) -> AsyncIterator[tuple[str, Bytes]]:
     """Digest and bytes of a body's pieces, while it arrives: parts of it are hashed in threads while the next are split.
 
     Raises:
         PayloadTooLarge: more than ``limit`` bytes came.
     """
-    naming: asyncio.Task[list[tuple[str, bytes]]] | None = None
+    naming: asyncio.Task[list[tuple[str, Bytes]]] | None = None
     try:
         async for parts in _with_last(_gathered(body, limit)):
             split = await asyncio.to_thread(cutter.split, parts or (), last=parts is None)
@@ -133,7 +143,7 @@ async def cut(body: AsyncIterator[bytes], limit: int, cutter: Cutter) -> AsyncIt
             await asyncio.wait({naming})
 
 
-async def _named(cutter: Cutter, pieces: list[bytes]) -> list[tuple[str, bytes]]:
+async def _named(cutter: Cutter, pieces: list[Bytes]) -> list[tuple[str, Bytes]]:
     middle = len(pieces) // 2
     _, first, second = await asyncio.gather(
         asyncio.to_thread(cutter.add_whole, pieces),
@@ -178,11 +188,11 @@ def cut_file(path: Path) -> Cutter:
     return cutter
 
 
-def digest_of(piece: bytes) -> str:
+def digest_of(piece: Bytes) -> str:
     """The name of a piece: the hex SHA-256 of its bytes."""
     return hashlib.sha256(piece).hexdigest()
 
 
-def digests_of(pieces: Iterable[bytes]) -> list[str]:
+def digests_of(pieces: Iterable[Bytes]) -> list[str]:
     """:func:`digest_of` of each. Blocks."""
     return [digest_of(piece) for piece in pieces]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tether.envelope import Envelope, MessageType
 from tether.job import SHARED, Lane
 from tether.tensor import Array
+
+if TYPE_CHECKING:
+    from tether.pieces import Bytes
 
 
 class Clock(Protocol):
@@ -77,7 +80,7 @@ class ChunkStore(Protocol):
 
     async def missing(self, digests: Sequence[str]) -> list[str]: ...
 
-    async def put(self, pieces: AsyncIterator[tuple[str, bytes]]) -> int:
+    async def put(self, pieces: AsyncIterator[tuple[str, Bytes]]) -> int:
         """Store pieces, several in flight; returns the bytes that were not there before."""
 
     def get(self, digests: Sequence[str]) -> AsyncIterator[bytes]:

@@ -40,7 +40,7 @@ from tether.modelstore.notes import Notes
 from tether.modelstore.partitions import Partitions
 from tether.modelstore.registry import Registry
 from tether.partition import Lease
-from tether.pieces import LARGEST, Cutter
+from tether.pieces import LARGEST, Bytes, Cutter
 from tether.processes import send
 from tether.subjects import Names
 
@@ -299,6 +299,6 @@ async def test_a_model_store_that_stood_still_finds_itself_deposed(home: Home, n
         assert (await platform.push(models.add(3.0), model=name_in(platform, 0))).manifest.version == 1
 
 
-async def again(pieces: list[tuple[str, bytes]]) -> AsyncIterator[tuple[str, bytes]]:
+async def again(pieces: list[tuple[str, Bytes]]) -> AsyncIterator[tuple[str, Bytes]]:
     for piece in pieces:
         yield piece

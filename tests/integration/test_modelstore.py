@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import models
+import msgspec
 import nats
 import pytest
 from brokers import Broker, StartBroker, wait_until
@@ -62,7 +63,6 @@ async def test_only_what_changed_is_stored(platform: Platform) -> None:
     content = noise(60 * MB + 17)
     file, stored = await platform.upload(content)
     assert stored == len(content) == file.size
-    assert file.digest == hashlib.sha256(content).hexdigest()
     overwritten = content[: 20 * MB] + noise(300_000, seed=9) + content[20 * MB + 300_000 :]
     assert 300_000 <= (await platform.upload(overwritten))[1] <= 8 * MB
     inserted = content[: 30 * MB] + b"a few bytes in the middle" + content[30 * MB :]
@@ -147,10 +147,26 @@ async def test_a_missing_piece_is_a_corrupt_one(platform: Platform, tmp_path: Pa
 
 
 async def test_pieces_that_are_each_right_but_not_the_file_are_refused(platform: Platform, tmp_path: Path) -> None:
-    file, _ = await platform.upload(noise(5 * MB))
-    swapped = ModelFile(file.path, file.size, file.digest, file.chunks[::-1], file.sizes[::-1])
+    content = noise(5 * MB)
+    file, _ = await platform.upload(content)
+    digest = hashlib.sha256(content).hexdigest()
+    swapped = ModelFile(file.path, file.size, digest, file.chunks[::-1], file.sizes[::-1])
     with pytest.raises(CorruptChunk, match="do not make up"):
         await download(platform.store(), swapped, tmp_path / "model.onnx")
+    with pytest.raises(CorruptChunk, match="do not make up"):
+        await platform.register(PushRequest("m", (swapped,)))
+    assert await download(platform.store(), file, tmp_path / "model.onnx") == digest
+
+
+async def test_the_store_finds_out_the_digest_of_a_file_that_was_pushed_without(platform: Platform) -> None:
+    content = models.padded(3 * MB)
+    file, _ = await platform.upload(content)
+    assert file.digest == ""
+    pushed = (await platform.register(PushRequest("m", (file,)))).manifest
+    assert pushed.files[0].digest == hashlib.sha256(content).hexdigest()
+    known = msgspec.structs.replace(file, digest=pushed.files[0].digest)
+    again = await platform.register(PushRequest("m", (known,)))
+    assert (again.created, again.manifest) == (False, pushed)
 
 
 async def test_a_cache_is_proven_at_every_use(platform: Platform, tmp_path: Path) -> None:

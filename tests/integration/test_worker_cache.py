@@ -72,7 +72,7 @@ class Place:
 
     async def version(self, content: bytes) -> tuple[ModelRef, Manifest]:
         """A version with this file, as a model store would describe it."""
-        file, _ = await upload(self.gateway, self.store, parts(content), limit=1 << 30)
+        file, _ = await upload(self.gateway, self.store, parts(content), limit=1 << 30, whole=True)
         self.uploaded += 1
         manifest = Manifest("m", self.uploaded, "onnxruntime_onnx", (file,), (), (), Batching(), 0.0, "test")
         return ModelRef("m", self.uploaded), manifest
@@ -115,8 +115,8 @@ async def test_a_small_change_moves_little_and_a_fetch_needs_little_memory(place
     make_file(tmp_path / "model", 256 * MB)
     change(tmp_path / "model", tmp_path / "changed", 0.01)
     store = ObjectChunkStore(place.gateway, place.gateway.names.chunk_bucket("bench"))
-    first, _ = await upload(place.gateway, store, parts_of(tmp_path / "model"), limit=1 << 30)
-    second, _ = await upload(place.gateway, store, parts_of(tmp_path / "changed"), limit=1 << 30)
+    first, _ = await upload(place.gateway, store, parts_of(tmp_path / "model"), limit=1 << 30, whole=True)
+    second, _ = await upload(place.gateway, store, parts_of(tmp_path / "changed"), limit=1 << 30, whole=True)
     times = Times()
     await one_round(place.bus, tmp_path, first, second, times)
     log.info("%.2f %% moved, %.0f MB of memory", 100 * times.share, times.peak_mb)
@@ -190,7 +190,7 @@ async def test_what_came_before_a_damaged_piece_is_not_fetched_twice(place: Plac
         await files.fetch(ref, manifest)
     assert moved() == before + size
     await place.store.discard(bad)
-    await upload(place.gateway, place.store, parts(content), limit=1 << 30)
+    await upload(place.gateway, place.store, parts(content), limit=1 << 30, whole=True)
     assert (await files.fetch(ref, manifest) / "model.onnx").read_bytes() == content
     await files.close()
 
@@ -306,7 +306,7 @@ async def test_a_version_with_a_damaged_piece_is_told_tried_again_and_alone(brok
         assert (await running.gateway.jobs.get(TENANT, job["id"], 0))["state"] == "queued"
         store = ObjectChunkStore(running.bus, running.bus.names.chunk_bucket("broken"))
         await store.discard(bad)
-        await upload(running.bus, store, parts(content), limit=1 << 30)
+        await upload(running.bus, store, parts(content), limit=1 << 30, whole=True)
         assert (await running.gateway.jobs.get(TENANT, job["id"], 40))["state"] == "succeeded"
         assert not worker.holder.failed()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tether.errors import PayloadTooLarge
-from tether.pieces import LARGEST, SMALLEST, Cutter, cut, cut_file, digest_of
+from tether.pieces import LARGEST, SMALLEST, Bytes, Cutter, cut, cut_file, digest_of
 
 MB = 1 << 20
 CONTENT = random.Random(1).randbytes(24 * MB + 99)
@@ -25,7 +25,7 @@ async def torn(content: bytes, most: int = 200_000, seed: int = 2) -> AsyncItera
         position += step
 
 
-async def pieces_of(content: bytes, **how: int) -> tuple[list[bytes], Cutter]:
+async def pieces_of(content: bytes, **how: int) -> tuple[list[Bytes], Cutter]:
     cutter = Cutter()
     return [piece async for _, piece in cut(torn(content, **how), 1 << 30, cutter)], cutter
 
@@ -35,7 +35,7 @@ async def test_pieces_make_up_the_content_and_are_named_by_it() -> None:
     assert b"".join(pieces) == CONTENT
     assert cutter.digests == [digest_of(piece) for piece in pieces]
     assert cutter.sizes == [len(piece) for piece in pieces]
-    assert cutter.whole.hexdigest() == hashlib.sha256(CONTENT).hexdigest()
+    assert cutter.digest == hashlib.sha256(CONTENT).hexdigest()
     assert all(SMALLEST <= size <= LARGEST for size in cutter.sizes[:-1])
     assert MB // 2 < len(CONTENT) / len(pieces) < 2 * MB
 

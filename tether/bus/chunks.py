@@ -18,7 +18,7 @@ from typing import Any, Self, TypeVar
 from tether.bus.chunk_meta import State, describe, state_of
 from tether.bus.connection import Bus, Stored
 from tether.errors import BrokerUnavailable, CorruptChunk, DeadlineExceeded, TetherError
-from tether.pieces import ZSTD, compressed, decompressed, digest_of
+from tether.pieces import ZSTD, Bytes, compressed, decompressed, digest_of
 
 WRITE_WINDOW = 24
 READ_WINDOW = 16
@@ -68,7 +68,7 @@ class ObjectChunkStore:
         found = await self._patiently(lambda: self._bus.direct_batch(self._stream, list(subjects)))
         return {subjects[subject] for subject, item in found.items() if state_of(item.data) is State.ALIVE}
 
-    async def put(self, pieces: AsyncIterator[tuple[str, bytes]]) -> int:
+    async def put(self, pieces: AsyncIterator[tuple[str, Bytes]]) -> int:
         """Store pieces that are not there yet; returns their bytes.
 
         Groups of pieces are looked up ahead of those that are being sent: a question waits behind what is sent already.
@@ -79,7 +79,7 @@ class ObjectChunkStore:
         """
         stored = 0
         seen: set[str] = set()
-        asked: deque[tuple[asyncio.Task[list[str]], dict[str, bytes]]] = deque()
+        asked: deque[tuple[asyncio.Task[list[str]], dict[str, Bytes]]] = deque()
 
         async def send() -> None:
             nonlocal stored
@@ -135,14 +135,14 @@ class ObjectChunkStore:
         """Mark a piece as gone, so that the next upload stores it anew."""
         await self._publish_meta(digest, 0, deleted=True)
 
-    async def _store(self, digest: str, piece: bytes) -> None:
+    async def _store(self, digest: str, piece: Bytes) -> None:
         stored = await asyncio.to_thread(compressed, piece)
         if stored is None:
             await self._send(digest, piece, digest)
         else:
             await self._send(digest, stored, await asyncio.to_thread(digest_of, stored), {ENCODING: ZSTD})
 
-    async def _send(self, name: str, stored: bytes, digest: str, headers: Mapping[str, str] = NO_MORE) -> None:
+    async def _send(self, name: str, stored: Bytes, digest: str, headers: Mapping[str, str] = NO_MORE) -> None:
         """Store a piece in the form that it has now; ``digest`` is that form's SHA-256."""
         await self._publish(self._bus.names.object_chunk(self.bucket, name), stored, headers)
         await self._publish_meta(name, len(stored), stored=digest)
@@ -152,7 +152,7 @@ class ObjectChunkStore:
         meta = describe(self.bucket, digest, size, state, self._bus.clock.utc(), digest=stored)
         await self._publish(self._meta_subject(digest), meta)
 
-    async def _publish(self, subject: str, payload: bytes, more: Mapping[str, str] = NO_MORE) -> None:
+    async def _publish(self, subject: str, payload: Bytes, more: Mapping[str, str] = NO_MORE) -> None:
         limit, headers = self._patience_s, {**_ROLLUP, **more}
         await self._patiently(lambda: self._bus.publish_acked(subject, payload, headers=dict(headers), timeout=limit))
 
@@ -218,8 +218,8 @@ def encoded_name(digest: str) -> str:
     return base64.urlsafe_b64encode(digest.encode()).decode()
 
 
-async def _groups(pieces: AsyncIterator[tuple[str, bytes]]) -> AsyncIterator[list[tuple[str, bytes]]]:
-    group: list[tuple[str, bytes]] = []
+async def _groups(pieces: AsyncIterator[tuple[str, Bytes]]) -> AsyncIterator[list[tuple[str, Bytes]]]:
+    group: list[tuple[str, Bytes]] = []
     async for piece in pieces:
         group.append(piece)
         if len(group) == GROUP:

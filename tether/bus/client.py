@@ -56,7 +56,7 @@ class Client(nats.aio.client.Client):  # type: ignore[misc]
         await super()._read_loop()
 
     async def _send_publish(
-        self, subject: str, reply: str, payload: bytes, payload_size: int, headers: dict[str, Any] | None
+        self, subject: str, reply: str, payload: bytes | memoryview, payload_size: int, headers: dict[str, Any] | None
     ) -> None:
         """A large message follows its command line as it is; nats-py copies it twice to make one string of both."""
         if payload_size < LARGE:

@@ -95,7 +95,7 @@ class Bus(Link):
     async def publish_acked(
         self,
         subject: str,
-        payload: bytes,
+        payload: bytes | memoryview,
         *,
         headers: dict[str, str] | None = None,
         timeout: float = 5.0,

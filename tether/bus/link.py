@@ -319,7 +319,7 @@ class Link:
             raise permission_denied("subscription", subject)
 
     async def publish(
-        self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None
+        self, subject: str, payload: bytes | memoryview, *, reply: str = "", headers: dict[str, str] | None = None
     ) -> None:
         """Send without asking whether anyone took it.
 
@@ -349,7 +349,7 @@ class Link:
     async def _ask(
         self,
         subject: str,
-        payload: bytes,
+        payload: bytes | memoryview,
         headers: dict[str, str] | None,
         timeout: float,
         *,

@@ -57,15 +57,17 @@ def is_plain_path(path: str) -> bool:
     return _PATH.fullmatch(path) is not None
 
 
-def check_file(file: ModelFile) -> None:
+def check_file(file: ModelFile, *, whole: bool = True) -> None:
     """Prove that a file's description can be acted on: a plain name, real digests, as many pieces as its size needs.
+    Unless ``whole`` it may lack the digest of the file itself.
 
     Raises:
         BadEncoding: with the field that does not fit.
     """
     if not is_plain_path(file.path):
         raise BadEncoding("a model file's path must be plain names, at most 8 deep", field="path")
-    if not all(_DIGEST.fullmatch(digest) for digest in (file.digest, *file.chunks)):
+    known = (file.digest,) if whole or file.digest else ()
+    if not all(_DIGEST.fullmatch(digest) for digest in (*known, *file.chunks)):
         raise BadEncoding("a model file's digests must be hex SHA-256", field="chunks")
     if not _adds_up(file):
         raise BadEncoding("a model file's pieces do not add up to its size", field="size")
@@ -152,18 +154,19 @@ def intact(path: Path, file: ModelFile) -> bool:
         return False
 
 
-async def download(store: Pieces, file: ModelFile, target: Path, salvage: Salvage | None = None) -> None:
-    """Write one file: into a temporary one first, renamed when all of it is proven.
+async def download(store: Pieces, file: ModelFile, target: Path, salvage: Salvage | None = None) -> str:
+    """Write one file: into a temporary one first, renamed when every piece and the whole of it are proven. Returns its SHA-256,
+    which is not compared when ``file`` has none.
 
     Raises:
         CorruptChunk: a piece, or the file as a whole, is not what was signed.
         Unavailable: the disk has no room, or the broker does not answer.
     """
-    check_file(file)
+    check_file(file, whole=False)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(8)}")
     try:
         try:
-            await _write(store, file, temporary)
+            digest = await _write(store, file, temporary)
         except TetherError:
             if salvage is not None:
                 await asyncio.to_thread(salvage, file, temporary)
@@ -175,55 +178,56 @@ async def download(store: Pieces, file: ModelFile, target: Path, salvage: Salvag
         ) from error
     finally:
         await asyncio.to_thread(temporary.unlink, missing_ok=True)
+    return digest
 
 
-async def _write(store: Pieces, file: ModelFile, target: Path) -> None:
-    """Receive some pieces while those before them are hashed in one thread and written in another.
-
-    The hash of the whole vouches for every piece; only when it is wrong is it worth the time to look for the one that is.
-    """
-    whole, came = hashlib.sha256(), 0
+async def _write(store: Pieces, file: ModelFile, target: Path) -> str:
+    """Receive some pieces while those before them are compared in one thread, hashed as a whole in another and written in a third."""
+    whole, digests, came = hashlib.sha256(), iter(file.chunks), 0
     out = await asyncio.to_thread(_create, target)
 
-    def hashed(group: list[bytes]) -> None:
-        for piece in group:
-            whole.update(piece)
-
     async def add(group: list[bytes]) -> None:
-        await asyncio.gather(asyncio.to_thread(hashed, group), asyncio.to_thread(out.writelines, group))
+        ended = await asyncio.gather(
+            asyncio.to_thread(_prove, list(zip(group, digests, strict=False))),
+            asyncio.to_thread(_add, whole, group),
+            asyncio.to_thread(out.writelines, group),
+            return_exceptions=True,
+        )
+        for error in filter(None, ended):
+            raise error
 
     writing: asyncio.Task[None] | None = None
     with out:
         try:
             async with aclosing(store.get(file.chunks)) as pieces:
                 async for group in _groups(pieces):
-                    came += sum(map(len, group))
-                    if came > file.size:
-                        break  # whatever swells so is not what was signed
                     if writing is not None:
                         await writing
                     writing = asyncio.create_task(add(group), name="write-pieces")
+                    came += sum(map(len, group))
+                    if came > file.size:
+                        break  # whatever swells so is not what was signed
         finally:
             if writing is not None:
                 await asyncio.wait({writing})
         if writing is not None:
             writing.result()
         size = out.tell()
-    if size != file.size or whole.hexdigest() != file.digest:
-        await asyncio.to_thread(_blame, file, target)
+    digest = whole.hexdigest()
+    if size != file.size or digest != (file.digest or digest):
+        raise CorruptChunk("the stored pieces do not make up the file that was signed; push the model again")
+    return digest
 
 
-def _blame(file: ModelFile, target: Path) -> None:
-    """Say which piece is to blame for a file that is not the one that was signed.
+def _prove(pieces: Sequence[tuple[bytes, str]]) -> None:
+    for piece, digest in pieces:
+        if digest_of(piece) != digest:
+            raise CorruptChunk(f"piece {digest} is altered in the store; push the model again", field=digest)
 
-    Raises:
-        CorruptChunk: always; ``field`` is the piece's digest, when one is to blame.
-    """
-    with target.open("rb") as content:
-        for digest, size in file.pieces():
-            if digest_of(content.read(size)) != digest:
-                raise CorruptChunk(f"piece {digest} is altered in the store; push the model again", field=digest)
-    raise CorruptChunk("the stored pieces do not make up the file that was signed; push the model again")
+
+def _add(whole: hashlib._Hash, group: Sequence[bytes]) -> None:
+    for piece in group:
+        whole.update(piece)
 
 
 async def _groups(pieces: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:

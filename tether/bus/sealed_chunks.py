@@ -10,7 +10,7 @@ from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
 from tether.envelope.model_seal import PieceSeal
 from tether.errors import BadSeal, CorruptChunk
-from tether.pieces import digest_of
+from tether.pieces import Bytes, digest_of
 
 
 class SealedChunkStore:
@@ -30,14 +30,14 @@ class SealedChunkStore:
         digest_of = {self._seal.name(digest): digest for digest in digests}
         return [digest_of[name] for name in await self._store.missing(list(digest_of))]
 
-    async def put(self, pieces: AsyncIterator[tuple[str, bytes]]) -> int:
+    async def put(self, pieces: AsyncIterator[tuple[str, Bytes]]) -> int:
         """Close and store pieces that are not there yet; returns the bytes that they have in the clear.
 
         Raises:
             QueueFull, DeadlineExceeded, BrokerUnavailable: as :meth:`ObjectChunkStore.put`.
         """
 
-        async def named() -> AsyncIterator[tuple[str, bytes]]:
+        async def named() -> AsyncIterator[tuple[str, Bytes]]:
             async for digest, piece in pieces:
                 yield self._seal.name(digest), piece
 
@@ -70,7 +70,7 @@ class _Closing(ObjectChunkStore):
         super().__init__(bus, bucket)
         self._seal = seal
 
-    async def _store(self, digest: str, piece: bytes) -> None:
+    async def _store(self, digest: str, piece: Bytes) -> None:
         def close() -> tuple[bytes, str]:
             closed = self._seal.close(digest, piece)
             return closed, digest_of(closed)

@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator, Callable
 from tether.bus.connection import Bus
 from tether.errors import InvalidRequest
 from tether.model import ModelFile
-from tether.pieces import Cutter, cut
+from tether.pieces import Bytes, Cutter, cut
 from tether.ports import ChunkStore
 
 log = logging.getLogger(__name__)
 
-Pieces = AsyncIterator[tuple[str, bytes]]
+Pieces = AsyncIterator[tuple[str, Bytes]]
 
 MODEL_PATH = "model.onnx"
 """What the one file of an ONNX version is called."""
@@ -30,10 +30,12 @@ async def upload(
     limit: int,
     path: str = MODEL_PATH,
     counted: Callable[[Pieces], Pieces] = lambda pieces: pieces,
+    whole: bool = False,
 ) -> tuple[ModelFile, int]:
     """Cut ``body`` into pieces and store those that are new; the file's description and the bytes that were new.
 
     Only a window of pieces is in memory; ``counted`` sees each before it is stored. Until a manifest names them, stored pieces mean nothing to anybody.
+    Without ``whole`` the description has no digest of the file: whoever makes the version reads all of it anyway.
 
     Raises:
         PayloadTooLarge: ``body`` has more than ``limit`` bytes, or than ONNX allows; nothing more of it was read.
@@ -41,10 +43,10 @@ async def upload(
         QueueFull, DeadlineExceeded, BrokerUnavailable: from the store.
     """
     began = bus.clock.monotonic()
-    cutter = Cutter()
+    cutter = Cutter(whole=whole)
     stored = await store.put(counted(cut(body, min(limit, LARGEST_ONNX), cutter)))
     if not cutter.sizes:
         raise InvalidRequest("the body is empty; send the bytes of the model file", field="body")
     size, seconds = sum(cutter.sizes), bus.clock.monotonic() - began
     log.info("stored %d new bytes of %d in %.2f s", stored, size, seconds, extra={"action": "model_uploaded"})
-    return ModelFile(path, size, cutter.whole.hexdigest(), tuple(cutter.digests), tuple(cutter.sizes)), stored
+    return ModelFile(path, size, cutter.digest, tuple(cutter.digests), tuple(cutter.sizes)), stored

@@ -19,7 +19,7 @@ from tether.envelope.roles import Role
 from tether.envelope.sealing import DataKey, KeyOpener, WrappedKey, boxes_for, new_data_key, rewrapped
 from tether.errors import BadEncoding, BadSeal, CorruptChunk
 from tether.model import Manifest, ModelFile, SealedDigests
-from tether.pieces import compressed, decompressed
+from tether.pieces import Bytes, compressed, decompressed
 
 PIECE_DOMAIN = b"tether/model-piece/v1\0"
 FILES_DOMAIN = b"tether/model-files/v1\0"
@@ -84,7 +84,7 @@ class PieceSeal:
         """What the piece is called wherever it is stored: 64 hex digits."""
         return self._key.keyed(bytes.fromhex(digest), PIECE_PERSON).hex()
 
-    def close(self, name: str, piece: bytes) -> bytes:
+    def close(self, name: str, piece: Bytes) -> bytes:
         """The piece as it may be stored under its name, compressed where that pays. Blocks: about 2 ms for each MiB."""
         packed = compressed(piece)
         return self._key.close(self._bound(name), _AS_IT_IS + piece if packed is None else _ZSTD + packed)

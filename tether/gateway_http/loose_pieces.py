@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterable
 
 from tether.errors import QuotaExceeded
+from tether.pieces import Bytes
 from tether.tenant import Tenant, check_stored_bytes
 
 KEPT_S = 86_400.0
@@ -67,8 +68,8 @@ class LoosePieces:
                 self._bytes[tenant] -= found[1]
 
     async def counted(
-        self, tenant: Tenant, bucket: str, named: frozenset[str], pieces: AsyncIterator[tuple[str, bytes]]
-    ) -> AsyncIterator[tuple[str, bytes]]:
+        self, tenant: Tenant, bucket: str, named: frozenset[str], pieces: AsyncIterator[tuple[str, Bytes]]
+    ) -> AsyncIterator[tuple[str, Bytes]]:
         """The pieces of an upload, each counted before it is handed on, except those that a version has ``named``.
 
         Raises:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from tether.bus.connection import Bus
 from tether.bus.keeping import PieceKeeper
 from tether.bus.model_files import Pieces, check_file, download
@@ -35,7 +37,7 @@ def check_request(request: PushRequest, *, max_bytes: int) -> None:
     check_name(request.name, field="name")
     for file in request.files:
         try:
-            check_file(file)
+            check_file(file, whole=request.sealed is not None)
         except BadEncoding as error:
             raise InvalidRequest(error.message, field="files") from error
     check_files(request.platform, request.files, trusted=request.trusted, max_bytes=max_bytes)
@@ -77,8 +79,11 @@ async def sealed_source(request: PushRequest, bus: Bus, keyring: ModelKeyring, m
     return Source(files, SealedChunkStore(bus, bucket, PieceSeal(key, request.name)), scratch)
 
 
-async def examine(store: PieceKeeper, request: PushRequest, source: Source, *, fresh_s: float) -> Inspection:
+async def examine(
+    store: PieceKeeper, request: PushRequest, source: Source, *, fresh_s: float
+) -> tuple[tuple[ModelFile, ...], Inspection]:
     """Make sure of the pieces for ``fresh_s`` seconds, fetch the files into a private folder, verify and look at them; the folder is gone afterwards.
+    The files of ``source`` come back with their own digests, whoever pushed them said these or not.
 
     Raises:
         CorruptChunk: the stored pieces are not the files; damaged ones are marked, so that the next push mends them.
@@ -87,9 +92,11 @@ async def examine(store: PieceKeeper, request: PushRequest, source: Source, *, f
     """
     await store.claim((piece for file in request.files for piece in file.pieces()), fresh_s=fresh_s)
     with tempfile.TemporaryDirectory(prefix="push-", dir=source.scratch, ignore_cleanup_errors=True) as folder:
+        files = []
         for file in source.files:
             try:
-                await download(source.pieces, file, Path(folder) / file.path)
+                digest = await download(source.pieces, file, Path(folder) / file.path)
+                files.append(msgspec.structs.replace(file, digest=digest))
             except CorruptChunk as error:
                 if error.field is not None:
                     await store.discard(error.field)
@@ -97,7 +104,7 @@ async def examine(store: PieceKeeper, request: PushRequest, source: Source, *, f
         size = sum(file.size for file in request.files)
         known = format_of(request.platform)
         limits = Limits.for_size(size, known.memory_mb)
-        return await inspect(Path(folder), known.inspector, limits, known.platform)
+        return tuple(files), await inspect(Path(folder), known.inspector, limits, known.platform)
 
 
 def batching(request: PushRequest, found: Inspection) -> Batching:

@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import NamedTuple
 
+import msgspec
+
 from tether import codec, config_changes, daemon, lifecycle, metrics, version_notes
 from tether.audit import Kind, clean
 from tether.bus import rpc
@@ -228,7 +230,7 @@ class ModelStoreService:
             config_changes.patched(await desk.configs.get(request.name), request.config)
         if request.sealed is None and not request.open and request.name in self._keyring.owners():
             raise Unavailable("the model was encrypted just now; push it again", retry_after=1)
-        found = await self._look(request)
+        request, found = await self._look(request)
         build = assemble.manifest_builder(
             request,
             found,
@@ -257,18 +259,19 @@ class ModelStoreService:
         if request.config:
             await desk.configs.given(manifest, request.config, publisher)
 
-    async def _look(self, request: PushRequest) -> Inspection:
-        """Look at the files, whose pieces are safe from collections meanwhile and for as long again."""
+    async def _look(self, request: PushRequest) -> tuple[PushRequest, Inspection]:
+        """Look at the files, whose pieces are safe from collections meanwhile and for as long again; the request comes back with
+        the digests that they have."""
         store, settings = PieceKeeper(self._bus, self._bus.names.chunk_bucket(request.name)), self._bus.settings
         async with self._inspections:
             began = self._bus.clock.monotonic()
             source = assemble.Source(request.files, store, self._scratch)
             if request.sealed is not None:
                 source = await assemble.sealed_source(request, self._bus, self._keyring, self._memory)
-            found = await assemble.examine(store, request, source, fresh_s=settings.upload_ttl_s / 2)
+            files, found = await assemble.examine(store, request, source, fresh_s=settings.upload_ttl_s / 2)
         if self._bus.clock.monotonic() - began > settings.collect_grace_s:
             raise Unavailable("looking at the model took too long; push it again", retry_after=2)
-        return found
+        return (request if request.sealed is not None else msgspec.structs.replace(request, files=files)), found
 
     def checks(self) -> dict[str, str]:
         """What readiness depends on."""
