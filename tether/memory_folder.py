@@ -66,26 +66,23 @@ class MemoryFolder:
 
     def sweep(self) -> None:
         """Remove what killed processes left; where there is no such place, nothing."""
-        with suppress(OSError):
+        with suppress(OSError, NoMemoryFolder):
             if self._own.is_dir() and in_memory(self._base):
                 with self._alone():
                     self._remove_dead()
 
     def close(self) -> None:
-        """Remove the folder and everything in it."""
+        """Remove the folder and everything in it; what holds it too, when no other process has one there."""
         path, self._path = self._path, None
         if path is not None:
             shutil.rmtree(path, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+        if path is not None:
+            self.sweep()
 
     def _made(self) -> Path:
-        with suppress(FileExistsError):
-            self._own.mkdir(mode=0o700)
-        found = self._own.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
-            raise _refused("has a folder of ours that others may enter; remove it")
         with self._alone():
             self._remove_dead()
             path = self._own / secrets.token_hex(8)
@@ -95,22 +92,47 @@ class MemoryFolder:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Hold the right to make and remove folders of this identity."""
-        descriptor = os.open(self._own / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        """Hold the right to make and remove folders of this identity, and then leave nothing that holds none."""
+        descriptor = self._enter()
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
+            with suppress(OSError):
+                if [path.name for path in self._own.iterdir()] == [_LOCK]:
+                    (self._own / _LOCK).unlink()
+                    self._own.rmdir()
         finally:
             os.close(descriptor)
 
+    def _enter(self) -> int:
+        """The descriptor of the lock, which may be gone by the time it is ours: then of the next one."""
+        while True:
+            with suppress(FileNotFoundError):
+                self._have_own()
+                descriptor = os.open(self._own / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                with suppress(FileNotFoundError):
+                    if (self._own / _LOCK).stat().st_ino == os.fstat(descriptor).st_ino:
+                        return descriptor
+                os.close(descriptor)
+
+    def _have_own(self) -> None:
+        with suppress(FileExistsError):
+            self._own.mkdir(mode=0o700)
+        found = self._own.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+            raise _refused("has a folder of ours that others may enter; remove it")
+
     def _remove_dead(self) -> None:
         for path in self._own.iterdir():
-            if not path.is_dir() or path == self._path:
-                continue
-            lock = _locked(path / _LOCK)
-            if lock is not None:
-                shutil.rmtree(path, ignore_errors=True)
-                os.close(lock)
+            if path.is_dir() and path != self._path:
+                with suppress(FileNotFoundError):  # its owner removed it just now
+                    self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        lock = _locked(path / _LOCK)
+        if lock is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
 
 
 def _refused(what: str) -> NoMemoryFolder:

@@ -61,7 +61,7 @@ def test_a_folder_is_private_and_gone_when_it_is_closed(home: Path) -> None:
     (path / "model").write_bytes(b"secret")
     folder.close()
     folder.close()
-    assert not path.exists()
+    assert not path.parent.exists(), "nothing is left of it"
     again = folder.path()
     assert again != path
     folder.close()
@@ -122,11 +122,39 @@ def test_what_a_killed_process_left_is_removed_and_a_living_ones_stays(home: Pat
         assert [path.exists() for path in paths] == [False, True]
         own = MemoryFolder(str(SHM), home, "w")
         own.path()
-        assert (paths[1] / "model").exists()
         own.close()
+        assert (paths[1] / "model").exists()
+        children[1].kill()
+        children[1].wait()
+        MemoryFolder(str(SHM), home, "w").sweep()
+        assert not paths[1].parent.exists()
     finally:
         for child in children:
             child.kill()
             child.wait()
             if child.stdout is not None:
                 child.stdout.close()
+
+
+CROWD = """
+import pathlib, sys
+from tether.memory_folder import MemoryFolder
+for _ in range(150):
+    folder = MemoryFolder("/dev/shm", pathlib.Path(sys.argv[1]), "w")
+    path = folder.path()
+    (path / "model").write_bytes(b"secret")
+    assert (path / "model").read_bytes() == b"secret"
+    folder.close()
+"""
+
+
+def test_processes_that_come_and_go_take_nothing_from_each_other_and_leave_nothing(home: Path) -> None:
+    crowd = [subprocess.Popen([sys.executable, "-c", CROWD, str(home)], stderr=subprocess.PIPE) for _ in range(4)]
+    try:
+        ends = [child.communicate(timeout=60)[1] for child in crowd]
+    finally:
+        for child in crowd:
+            child.kill()
+            child.wait()
+    assert [child.returncode for child in crowd] == [0] * 4, ends
+    assert not MemoryFolder(str(SHM), home, "w")._own.exists()
