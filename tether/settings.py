@@ -228,6 +228,7 @@ class Settings:
     scrub_mb_s: float = _setting(8.0, "Megabytes a second that such a pass reads at most.", low=0.1, high=10_000)
 
     workers: int = _setting(2, "Workers that 'tether up' starts.", low=1, high=256)
+    model_stores: int = _setting(1, "Model stores that 'tether up' starts.", low=1, high=16)
     log_level: str = _setting("info", "Least severity that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = _setting("json", "Form of log lines.", choices=("json", "text"))
 

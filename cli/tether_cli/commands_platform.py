@@ -19,6 +19,9 @@ Partitions = Annotated[
     int | None, typer.Option("--partitions", metavar="P", help="Buckets that models' pieces are spread over.")
 ]
 Workers = Annotated[int | None, typer.Option("--workers", metavar="N", help="How many workers.")]
+ModelStores = Annotated[
+    int | None, typer.Option("--model-stores", metavar="N", help="How many model stores; they share the partitions.")
+]
 OpsPort = Annotated[int | None, typer.Option("--ops-port", metavar="PORT", help="Port of /healthz, /readyz, /metrics.")]
 
 
@@ -54,6 +57,7 @@ def init(
     *,
     data_dir: DataDir = None,
     workers: Workers = None,
+    model_stores: ModelStores = None,
     nats_config: Annotated[
         str | None, typer.Option(metavar="DIR", help="Also write the broker's configuration files to DIR.")
     ] = None,
@@ -74,9 +78,9 @@ def init(
     from tether.bus.config import write_ops_files
     from tether.bus.keys import create_home
 
-    settings, home = _load("broker", home=data_dir, workers=workers)
+    settings, home = _load("broker", home=data_dir, workers=workers, model_stores=model_stores)
     key = root_key(home, root, confirm=passphrase and not home.keyset.exists())
-    create_home(home, workers=settings.workers, root=key, lock=passphrase)
+    create_home(home, workers=settings.workers, model_stores=settings.model_stores, root=key, lock=passphrase)
     say(f"keys are in {home.keys}; keep {key.path} where only you can read it")
     if tls or host:
         from tether.bus.certificates import authority_locked, make_certificates
@@ -95,6 +99,7 @@ def up(
     data_dir: DataDir = None,
     http: Http = None,
     workers: Workers = None,
+    model_stores: ModelStores = None,
     partitions: Partitions = None,
     nats: Nats = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return when it is ready; stop it with 'down'.")] = False,
@@ -104,14 +109,14 @@ def up(
     from tether import logs
     from tether_cli import up as running
 
-    settings, home = _load("broker", home=data_dir, workers=workers, partitions=partitions, nats_url=nats)
+    counts = {"workers": workers, "model_stores": model_stores, "partitions": partitions}
+    settings, home = _load("broker", home=data_dir, nats_url=nats, **counts)
     address = None if http is None else running.parse_address(http)
     if detach:
         given = {
             "--data-dir": str(home.root),
             "--http": http,
-            "--workers": workers,
-            "--partitions": partitions,
+            **{f"--{name.replace('_', '-')}": count for name, count in counts.items()},
             "--nats": nats,
         }
         words = [word for name, value in given.items() if value is not None for word in (name, str(value))]

@@ -118,7 +118,7 @@ def ports(home: Home, settings: Settings) -> Iterator[Finding]:
         yield Finding("ok", "ports: in use by the platform that runs on this home")
         return
     wanted = {"gateway": (settings.http_host, settings.http_port)}
-    wanted |= {name: (settings.ops_host, port) for name, port in ops_ports(settings.workers).items()}
+    wanted |= {name: (settings.ops_host, port) for name, port in ops_ports(settings).items()}
     taken = {name: where for name, where in wanted.items() if not can_listen(*where)}
     for name, (host, port) in taken.items():
         level: Level = "fail" if name == "gateway" else "warn"

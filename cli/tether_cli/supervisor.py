@@ -255,8 +255,9 @@ class Supervisor:
     async def stop(self) -> None:
         """Stop the gateway first and the broker last; return when every process has ended."""
         self.stopping.set()
-        workers = [name for name in self.entries if name not in (GATEWAY, DISPATCHER, MODELSTORE, BROKER)]
-        for group in ([GATEWAY], workers, [DISPATCHER], [MODELSTORE], [BROKER]):
+        stores = [name for name in self.entries if name.startswith(MODELSTORE)]
+        workers = [name for name in self.entries if name not in (GATEWAY, DISPATCHER, *stores, BROKER)]
+        for group in ([GATEWAY], workers, [DISPATCHER], stores, [BROKER]):
             parts = [self.entries[name].part for name in group if name in self.entries]
             await asyncio.gather(*(part.stop(grace_s=self._grace_s) for part in parts))
         await self._tasks.finish(self._grace_s)

@@ -20,7 +20,7 @@ from typing import Any
 from tether import codec
 from tether.apikey import SCOPES, key_id, new_key_text, stored_key
 from tether.bus.connection import Bus
-from tether.bus.keys import create_home
+from tether.bus.keys import create_home, store_names
 from tether.bus.kv import SignedBucket
 from tether.bus.server import EmbeddedServer, check_server
 from tether.envelope import MessageType
@@ -29,7 +29,7 @@ from tether.home import Home, private_folder, read_secret, write_secret
 from tether.lifecycle import stop_on_signals
 from tether.processes import alive, can_listen, send
 from tether.settings import Settings, load
-from tether_cli.supervisor import GATEWAY, Service, Supervisor, last_line
+from tether_cli.supervisor import DISPATCHER, GATEWAY, MODELSTORE, Service, Supervisor, last_line
 
 log = logging.getLogger(__name__)
 
@@ -69,19 +69,17 @@ def local(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
-def ops_ports(workers: int) -> dict[str, int]:
-    """The usual operations port of every service but the gateway."""
-    free = (port for port in range(8001, 8001 + 2 * workers + 4) if port not in (8002, 8004))
-    numbers = [port for port in free if port % 2]
+def ops_ports(settings: Settings) -> dict[str, int]:
+    """The usual operations port of every service but the gateway, in starting order."""
     return {
-        "modelstore": 8004,
-        "dispatcher": 8002,
-        **{f"worker-{number}": numbers[number - 1] for number in range(1, workers + 1)},
+        **{name: 8004 + 2 * number for number, name in enumerate(store_names(settings.model_stores))},
+        DISPATCHER: 8002,
+        **{f"worker-{number}": 7999 + 2 * number for number in range(1, settings.workers + 1)},
     }
 
 
 def services(plan: Plan, nats_url: str) -> list[Service]:
-    """The services in starting order: model store, dispatcher, workers, gateway."""
+    """The services in starting order: model stores, dispatcher, workers, gateway."""
     common = {
         "TETHER_HOME": str(plan.home.root),
         "TETHER_NATS_URL": nats_url,
@@ -90,12 +88,14 @@ def services(plan: Plan, nats_url: str) -> list[Service]:
     any_port = plan.settings.ops_port == 0 or (plan.http is not None and plan.http[1] == 0)
     host = local(plan.settings.ops_host)
     made = []
-    for name, usual in ops_ports(plan.settings.workers).items():
+    for name, usual in ops_ports(plan.settings).items():
         port = 0 if any_port or not can_listen(plan.settings.ops_host, usual) else usual
         own = {**common, "TETHER_OPS_PORT": str(port), "TETHER_OPS_HOST": plan.settings.ops_host}
         command = name
         if name.startswith("worker-"):
             command, own["TETHER_WORKER_NAME"] = "worker", name
+        elif name != DISPATCHER:
+            command, own["TETHER_STORE_NAME"] = MODELSTORE, name
         made.append(Service(plan.home, name, command, own, host=host, to_file=plan.to_files))
     address = plan.http or _gateway_address()
     common |= {"TETHER_HTTP_HOST": address[0], "TETHER_HTTP_PORT": str(address[1])}
@@ -155,7 +155,7 @@ async def run(plan: Plan) -> None:
     """
     home = plan.home
     with locked(home):
-        create_home(home, workers=plan.settings.workers)
+        create_home(home, workers=plan.settings.workers, model_stores=plan.settings.model_stores)
         _forget(home)
         try:
             await _supervise(plan)

@@ -113,6 +113,31 @@ def test_down_ends_every_process_and_may_be_run_twice() -> None:
         assert started.run("status").returncode == 1
 
 
+async def test_model_stores_share_the_partitions_and_one_takes_over_anothers() -> None:
+    with platform(
+        workers=1, env={"TETHER_MODEL_STORES": "2", "TETHER_PARTITIONS": "4", "TETHER_LEASE_S": "2"}
+    ) as started:
+        ports = started.endpoints["ports"]
+
+        def owned(name: str) -> float:
+            return metric(ports[name], "tether_partitions")
+
+        await wait_until(lambda: owned("modelstore") == owned("modelstore-2") == 2, "each has two partitions", 20)
+        first = started.pids["modelstore"]
+        send(first, signal.SIGSTOP)
+        try:
+            await wait_until(lambda: owned("modelstore-2") == 4, "the other has all of them", 20)
+        finally:
+            send(first, signal.SIGCONT)
+        await wait_until(lambda: owned("modelstore") == owned("modelstore-2") == 2, "they share again", 20)
+
+
+def metric(port: int, name: str) -> float:
+    """A value that a service of this machine tells; the sum where it has labels."""
+    lines = httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.partition(" ")[0].partition("{")[0] == name)
+
+
 def test_up_uses_a_broker_that_runs_already(broker: Broker) -> None:
     started = Platform(broker.home)
     try:

@@ -35,16 +35,17 @@ def test_a_long_life_makes_the_next_restart_quick_again() -> None:
 
 
 def test_workers_skip_the_ports_of_dispatcher_and_model_store() -> None:
-    ports = ops_ports(4)
+    ports = ops_ports(Settings(workers=4, model_stores=2))
     assert ports == {
         "modelstore": 8004,
+        "modelstore-2": 8006,
         "dispatcher": 8002,
         "worker-1": 8001,
         "worker-2": 8003,
         "worker-3": 8005,
         "worker-4": 8007,
     }
-    assert len(set(ops_ports(64).values())) == 66
+    assert len(set(ops_ports(Settings(workers=64, model_stores=16)).values())) == 81
 
 
 @pytest.mark.parametrize(

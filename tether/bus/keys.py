@@ -88,11 +88,13 @@ class RootKey:
         return seed
 
 
-def create_home(home: Home, *, workers: int, root: RootKey | None = None, lock: bool = False) -> None:
+def create_home(
+    home: Home, *, workers: int, model_stores: int = 1, root: RootKey | None = None, lock: bool = False
+) -> None:
     """Make every key that is missing and sign the keyset anew when what it says of an identity is no longer so.
 
-    What exists is kept, so a second call changes nothing, and needs no root key. ``workers`` is how many worker
-    identities there must be; ``root`` is keys/root.key unless it is kept elsewhere; a new one is locked if ``lock`` or if
+    What exists is kept, so a second call changes nothing, and needs no root key. ``workers`` and
+    ``model_stores`` are how many identities of either there must be; ``root`` is keys/root.key unless it is kept elsewhere; a new one is locked if ``lock`` or if
     TETHER_ROOT_PASSPHRASE is set.
 
     Raises:
@@ -102,7 +104,7 @@ def create_home(home: Home, *, workers: int, root: RootKey | None = None, lock: 
     """
     private_folder(home.keys)
     root = RootKey(home.root_key) if root is None else root
-    needed = _services(workers)
+    needed = _services(workers, model_stores)
     if home.keyset.exists() and not (lacking := _lacking(home, needed)):
         return
     if not home.keyset.exists():
@@ -177,9 +179,15 @@ def own_identities(home: Home) -> list[Identity]:
     return [load_identity(path) for path in sorted(home.keys.glob("*.identity"))]
 
 
-def _services(workers: int) -> list[tuple[str, Role]]:
+def store_names(count: int) -> list[str]:
+    """The identities of so many model stores on one home."""
+    return [Role.MODELSTORE.value, *(f"{Role.MODELSTORE.value}-{number}" for number in range(2, count + 1))]
+
+
+def _services(workers: int, model_stores: int) -> list[tuple[str, Role]]:
     services = [(role.value, role) for role in Role if role is not Role.WORKER]
-    return [*services, *((f"worker-{number}", Role.WORKER) for number in range(1, workers + 1))]
+    stores = [(name, Role.MODELSTORE) for name in store_names(model_stores)[1:]]
+    return [*services, *stores, *((f"worker-{number}", Role.WORKER) for number in range(1, workers + 1))]
 
 
 def _lacking(home: Home, needed: list[tuple[str, Role]]) -> str:

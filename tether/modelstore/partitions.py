@@ -25,7 +25,9 @@ from tether.partition import Lease, SignOfLife, plan
 
 log = logging.getLogger(__name__)
 
-BEAT_S = 1.0
+BEATS = 6
+"""Signs of life in ``lease_s``, one a second at least. Whoever did not look for half of that time cannot tell who is silent, so there
+must be several in it."""
 _MARGIN = 0.9
 """How much of ``lease_s`` an owner counts on: a clock may run a little faster than another."""
 
@@ -86,6 +88,7 @@ class Partitions:
         self._serve = serve
         self._dead = set(dead)
         self._lease_s = bus.settings.lease_s
+        self._beat_s = min(1.0, self._lease_s / BEATS)
         self._bucket = LeaseBucket(bus)
         self._tasks = lifecycle.Tasks()
         self._held: dict[int, Lease] = {}
@@ -133,7 +136,7 @@ class Partitions:
 
     async def _go_on(self) -> None:
         while True:
-            await asyncio.sleep(BEAT_S)
+            await asyncio.sleep(self._beat_s)
             await self._turn()
 
     async def _turn(self) -> None:
@@ -232,7 +235,7 @@ class Partitions:
         with suppress(TimeoutError):
             async with asyncio.timeout(self._bus.settings.drain_s + self._lease_s):
                 while len(self._tasks):
-                    await self._tasks.finish(BEAT_S)
+                    await self._tasks.finish(self._beat_s)
                     with suppress(TetherError):
                         await self._sign()
         await self._tasks.cancel()
