@@ -361,6 +361,10 @@ class Client:
         """
         return self.run(lambda policy: client_models.annotate(policy, name, version, labels or {}, note))
 
+    def shadows(self, name: str) -> list[Json]:
+        """What became of the copies of requests for a model's shadow versions, at the gateway that answers."""
+        return self.run(lambda policy: client_models.shadows(policy, name))
+
     # administration
 
     def store(self) -> Json:

@@ -353,6 +353,10 @@ class AsyncClient:
         """
         return await self.run(lambda policy: client_models.annotate(policy, name, version, labels or {}, note))
 
+    async def shadows(self, name: str) -> list[Json]:
+        """What became of the copies of requests for a model's shadow versions, at the gateway that answers."""
+        return await self.run(lambda policy: client_models.shadows(policy, name))
+
     # administration
 
     async def store(self) -> Json:

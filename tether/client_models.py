@@ -80,6 +80,11 @@ def work_on_store(policy: Policy, work: str) -> Flow[Json]:
     return (yield from exchange_json(policy, post(f"{STORE}:{work}", {}, repeatable=True), dict[str, Any]))
 
 
+def shadows(policy: Policy, name: str) -> Flow[list[Json]]:
+    told = yield from exchange_json(policy, Send("GET", f"{model_path(name)}/shadows"), dict[str, Any])
+    return list(told["shadows"])
+
+
 # how a model is served
 
 

@@ -52,6 +52,7 @@ def _work() -> dict[str, Group]:
                 "unload": model_config.unload,
                 "promote": models.promote,
                 "rollback": models.rollback,
+                "shadows": models.shadows,
                 "rekey": models.rekey,
                 "delete": models.delete,
                 "store": models.store,

@@ -201,6 +201,26 @@ def show(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) -> 
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
 
 
+_OUTCOMES = ("equal", "close", "different", "error", "unavailable", "dropped")
+
+
+def shadows(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) -> None:
+    """Show how shadow versions' answers compare with those that callers got, at the gateway that is asked."""
+    with connect(url) as client:
+        told = client.shadows(name)
+    if json_output:
+        print_json(told)
+        return
+    head = ("SHADOW", "COPY OF", *(outcome.upper() for outcome in _OUTCOMES), "LARGEST DIFFERENCE", "LAST ERROR")
+    print_table(head, [_shadow_row(one) for one in told])
+
+
+def _shadow_row(one: dict[str, Any]) -> tuple[Any, ...]:
+    what = f"{one['percent']:g} % of {one['alias'] or 'all'}"
+    counts = [one[outcome] for outcome in _OUTCOMES]
+    return (one["version"], what, *counts, f"{one['largest_difference']:g}", one["last_error"])
+
+
 def store(*, url: Url = None, json_output: JsonFlag = False) -> None:
     """Show what is in the store of model pieces, and which are damaged."""
     with connect(url) as client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,11 @@ import pytest
 from configs import configure, unconfigure
 from prometheus_client import REGISTRY
 from served import Served, until
+from typer.testing import CliRunner
 
 from tether import Client, apikey
 from tether.model_config import ModelConfig, Shadow
+from tether_cli.main import application
 
 COUNTS = ("equal", "close", "different", "error", "unavailable", "dropped")
 
@@ -81,6 +84,24 @@ def test_a_copy_of_each_request_is_compared_with_what_the_caller_got(
     labels = {"model": name, "version": "3", "outcome": outcome}
     assert REGISTRY.get_sample_value("tether_shadow_requests_total", labels) == 3.0
     assert runs(name) == 6
+
+
+def test_the_command_line_shows_the_comparison(
+    served: Served, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TETHER_API_KEY", served.key)
+    pushed(served, "shadow-cli", models.add(), models.add(2.0))
+    shadowed(served, "shadow-cli", Shadow(2, percent=100.0))
+    ask(http, "shadow-cli")
+    until(lambda: counts(http, "shadow-cli") == {"different": 1}, "it was compared")
+    command = ["model", "shadows", "shadow-cli", "--url", served.url]
+    shown = CliRunner().invoke(application(), command)
+    assert shown.exit_code == 0, shown.output
+    head, row = shown.stdout.splitlines()
+    assert head.split()[:5] == ["SHADOW", "COPY", "OF", "EQUAL", "CLOSE"]
+    assert row.split() == ["2", "100", "%", "of", "all", "0", "0", "1", "0", "0", "0", "1", "-"]
+    told_json = CliRunner().invoke(application(), [*command, "--json"])
+    assert json.loads(told_json.stdout) == told(http, "shadow-cli")
 
 
 def test_requests_of_other_aliases_and_those_that_the_shadow_answers_are_not_copied(

@@ -84,7 +84,10 @@ COMMANDS = (
     *(f"job {name}" for name in ("list", "get", "wait", "cancel")),
     *(
         f"model {name}"
-        for name in ("push", "pull", "list", "show", "promote", "rollback", "delete", "store", "gc", "scrub")
+        for name in (
+            *("push", "pull", "list", "show", "promote", "rollback", "delete"),
+            *("shadows", "store", "gc", "scrub"),
+        )
     ),
     *(f"key {name}" for name in ("create", "list", "revoke", "rotate")),
     "session create",
