@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tether import oip
-from tether.client_http import Flow, Lost, Pause, Policy, Reply, Send
+from tether.client_http import Flow, Lost, Pause, Policy, Reply, Send, Together
 from tether.tensor import from_numpy
 
 T = TypeVar("T")
@@ -28,8 +28,10 @@ class Drive:
         self.policy = Policy(monotonic=lambda: self.now, chance=lambda: 1.0, **policy)
 
     def __call__(self, flow: Callable[[Policy], Flow[T]]) -> T:
-        steps = flow(self.policy)
-        answer: Reply | Lost | None = None
+        return self._drive(flow(self.policy))
+
+    def _drive(self, steps: Flow[T]) -> T:
+        answer: Any = None
         try:
             while True:
                 step = steps.send(answer)
@@ -37,11 +39,18 @@ class Drive:
                 if isinstance(step, Pause):
                     self.now += step.seconds
                     self.pauses.append(step.seconds)
+                elif isinstance(step, Together):
+                    answer = [self._one(step, flow) for flow in step.flows]
                 else:
                     self.sent.append(step)
                     answer = next(self.answers)
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]
+
+    def _one(self, step: Together, flow: Flow[Any]) -> Any:
+        result = self._drive(flow)
+        step.done(result)
+        return result
 
     def body(self, index: int = -1) -> Any:
         content = self.sent[index].content

@@ -6,7 +6,6 @@ sent.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,8 +16,9 @@ from typing import Self, TypeVar
 from tether import client_flows as flows
 from tether import client_models, client_pull, client_push
 from tether.client_async import AsyncClient, AsyncJobHandle
+from tether.client_drive import drive
 from tether.client_flows import Inputs, JobInfo, JobOptions, JobPage, Json, Outputs, Version
-from tether.client_http import Flow, Lost, Pause, Policy, Progress, Reply
+from tether.client_http import Flow, Policy, Progress
 from tether.client_wire import Wire
 from tether.job import JobState
 
@@ -96,18 +96,8 @@ class Client:
 
     def run(self, flow: Callable[[Policy], Flow[T]], timeout: float | None = None) -> T:
         """Drive a flow of :mod:`tether.client_flows` to its result."""
-        steps = flow(self._policy if timeout is None else replace(self._policy, timeout=timeout))
-        answer: Reply | Lost | None = None
-        try:
-            while True:
-                step = steps.send(answer)
-                if isinstance(step, Pause):
-                    threading.Event().wait(step.seconds)
-                    answer = None
-                else:
-                    answer = self._wire.send(step)
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]
+        policy = self._policy if timeout is None else replace(self._policy, timeout=timeout)
+        return drive(self._wire, flow(policy))
 
     # inference
 

@@ -12,8 +12,9 @@ from typing import Self, TypeVar
 
 from tether import client_flows as flows
 from tether import client_models, client_pull, client_push
+from tether.client_drive import drive_async
 from tether.client_flows import Inputs, JobInfo, JobOptions, JobPage, Json, Outputs, Version
-from tether.client_http import Flow, Lost, Pause, Policy, Progress, Reply
+from tether.client_http import Flow, Policy, Progress
 from tether.client_wire import AsyncWire
 from tether.job import JobState
 
@@ -84,18 +85,8 @@ class AsyncClient:
 
     async def run(self, flow: Callable[[Policy], Flow[T]], timeout: float | None = None) -> T:
         """Drive a flow of :mod:`tether.client_flows` to its result."""
-        steps = flow(self._policy if timeout is None else replace(self._policy, timeout=timeout))
-        answer: Reply | Lost | None = None
-        try:
-            while True:
-                step = steps.send(answer)
-                if isinstance(step, Pause):
-                    await asyncio.sleep(step.seconds)
-                    answer = None
-                else:
-                    answer = await self._wire.send(step)
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]
+        policy = self._policy if timeout is None else replace(self._policy, timeout=timeout)
+        return await drive_async(self._wire, flow(policy))
 
     # inference
 

@@ -256,6 +256,19 @@ def tell(progress: Progress | None, done: int) -> None:
         progress(done)
 
 
+class Counted:
+    """A sum that ``progress`` is told of, from ``done`` on."""
+
+    def __init__(self, progress: Progress | None, done: int = 0) -> None:
+        self._progress = progress
+        self._done = done
+        tell(progress, done)
+
+    def add(self, size: int) -> None:
+        self._done += size
+        tell(self._progress, self._done)
+
+
 def _job_path(job_id: str) -> str:
     return f"/v1/jobs/{quote(job_id, safe='')}"
 

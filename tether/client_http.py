@@ -1,17 +1,17 @@
 """What a client asks and how it reads the answers, without a socket.
 
-Every operation is a *flow*: a generator that yields :class:`Send` or :class:`Pause`, is sent a :class:`Reply` or
-:class:`Lost` for each ``Send``, and returns its result. :mod:`tether.client` drives the same flows with blocking and
-with asynchronous HTTP.
+Every operation is a *flow*: a generator that yields :class:`Send`, :class:`Pause` or :class:`Together`, is sent a
+:class:`Reply` or :class:`Lost` for each ``Send`` and the results for a ``Together``, and returns its result.
+:mod:`tether.client_drive` drives the same flows with blocking and with asynchronous HTTP.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -85,7 +85,17 @@ class Lost:
     late: bool = False
 
 
-Flow = Generator[Send | Pause, Reply | Lost | None, T]
+@dataclass(frozen=True)
+class Together:
+    """Several flows, ``width`` of them at a time, each taken when its turn comes. Their results come back in order; ``done`` is told of
+    each as it ends, one at a time. The first error ends them."""
+
+    flows: Iterable[Flow[Any]]
+    width: int
+    done: Callable[[Any], None]
+
+
+Flow = Generator[Send | Pause | Together, Any, T]
 
 
 @dataclass(frozen=True)

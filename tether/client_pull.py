@@ -11,9 +11,13 @@ from urllib.parse import quote
 
 import msgspec
 
-from tether.client_flows import Json, model_path, tell
-from tether.client_http import Flow, Policy, Progress, Send, exchange, exchange_json
+from tether.client_flows import Counted, Json, model_path
+from tether.client_http import Flow, Policy, Progress, Send, Together, exchange, exchange_json
 from tether.errors import Conflict, CorruptChunk, InvalidRequest
+
+WIDTH = 4
+GROUP = 16
+"""Pieces of a file that are fetched before any of them is written, ``WIDTH`` of them at a time."""
 
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
 _PATH = re.compile(rf"{_NAME}(?:/{_NAME}){{0,7}}")
@@ -42,15 +46,16 @@ def pull(policy: Policy, name: str, version: str, folder: Path, progress: Progre
     """
     path = f"{model_path(name)}/versions/{quote(version, safe='')}"
     told = yield from exchange_json(policy, Send("GET", f"{path}/files"), _Files)
-    done = 0
+    done, counted = 0, Counted(progress)
     for file in told.files:
         if _PATH.fullmatch(file.path) is None:
             raise InvalidRequest(f"the server names a file {file.path[:64]!r}, which cannot be written", field="path")
         target = folder / file.path
-        if not _is_there(target, file):
-            yield from _fetch(policy, f"{path}/chunks", file, target)
+        if _is_there(target, file):
+            counted.add(file.size)
+        else:
+            yield from _fetch(policy, f"{path}/chunks", file, target, counted)
         done += file.size
-        tell(progress, done)
     files = [file.path for file in told.files]
     return {"model": name, "version": told.version, "platform": told.platform, "files": files, "size": done}
 
@@ -64,15 +69,19 @@ def _is_there(target: Path, file: _File) -> bool:
     raise Conflict(f"{target} is there with other content; choose another folder", field="path")
 
 
-def _fetch(policy: Policy, path: str, file: _File, target: Path) -> Flow[None]:
+def _fetch(policy: Policy, path: str, file: _File, target: Path, counted: Counted) -> Flow[None]:
+    def piece(digest: str) -> Flow[bytes]:
+        return (yield from exchange(policy, Send("GET", f"{path}/{digest}"))).body
+
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     whole = hashlib.sha256()
     try:
         with _created(temporary) as out:
-            for digest in file.chunks:
-                answer = yield from exchange(policy, Send("GET", f"{path}/{digest}"))
-                whole.update(answer.body)
-                out.write(answer.body)
+            for start in range(0, len(file.chunks), GROUP):
+                group = file.chunks[start : start + GROUP]
+                for content in (yield Together(map(piece, group), WIDTH, lambda piece: counted.add(len(piece)))):
+                    whole.update(content)
+                    out.write(content)
         if whole.hexdigest() != file.digest:
             raise CorruptChunk(f"'{file.path}' is not what the version is made of; try again", field=file.path)
         temporary.replace(target)

@@ -11,11 +11,14 @@ from typing import Any
 
 import msgspec
 
-from tether.client_flows import Json, model_path, post, tell
-from tether.client_http import Flow, Policy, Progress, Send, exchange, exchange_json
+from tether.client_flows import Counted, Json, model_path, post
+from tether.client_http import Flow, Policy, Progress, Send, Together, exchange, exchange_json
 from tether.errors import InvalidRequest
 
 PUSH_TIMEOUT_S = 600.0
+
+WIDTH = 4
+"""Pieces that are on their way at a time."""
 
 LOOKUP = 4096
 """Pieces of one ``chunks:missing`` request."""
@@ -147,19 +150,21 @@ def push(
     missing, encrypt = yield from _missing(policy, name, list(pieces), encrypt)
     how = {} if encrypt is None else {"encrypt": str(encrypt).lower()}
     whole = sum(size for _, _, size in pieces.values())
-    sent, left = 0, sum(pieces[digest][2] for digest in missing)
-    tell(progress, whole - left)
-    for digest in missing:
+    left = sum(pieces[digest][2] for digest in missing)
+    counted = Counted(progress, whole - left)
+
+    def stored(digest: str) -> Flow[int]:
         piece = _read(*pieces[digest])
         headers = {"content-type": "application/octet-stream"}
         path = f"{model_path(name)}/chunks/{digest}"
         yield from exchange(policy, Send("PUT", path, piece, headers=headers, params=how))
-        sent += len(piece)
-        tell(progress, whole - left + sent)
+        return len(piece)
+
+    yield Together(map(stored, missing), WIDTH, counted.add)
     given = {key: value for key, value in {**params, "encrypt": encrypt}.items() if value is not None}
     body = {"files": [file.described() for file in files], "platform": platform, **given}
     told = yield from exchange_json(policy, post(f"{model_path(name)}/versions:register", body), dict[str, Any])
-    return {**told, "stored_bytes": sent}
+    return {**told, "stored_bytes": left}
 
 
 def _missing(
