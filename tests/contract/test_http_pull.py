@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import bundles
@@ -32,6 +33,19 @@ def test_what_was_pushed_is_pulled(served: Served, sdk: Client, tmp_path: Path) 
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.onnx"]
     with pytest.raises(ModelNotFound):
         sdk.pull("pulled", tmp_path / "none", version=7)
+
+
+def test_a_piece_is_sent_as_it_is_whatever_the_client_takes(served: Served, sdk: Client, tmp_path: Path) -> None:
+    source = tmp_path / "model.onnx"
+    source.write_bytes(models.padded(2 << 20, seed=78))
+    sdk.push("unpacked", source)
+    until(lambda: "unpacked" in {model["name"] for model in sdk.models()}, "the gateway knows it")
+    with served.client() as http:
+        path = "/v1/models/unpacked/versions/1"
+        (file,) = http.get(f"{path}/files").json()["files"]
+        answer = http.get(f"{path}/chunks/{file['chunks'][0]}", headers={"accept-encoding": "gzip"})
+    assert "content-encoding" not in answer.headers
+    assert hashlib.sha256(answer.content).hexdigest() == file["chunks"][0]
 
 
 def test_a_folder_comes_back_as_a_folder(sdk: Client, tmp_path: Path) -> None:

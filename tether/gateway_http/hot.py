@@ -17,7 +17,17 @@ from tether.gateway_http.core import Gateway
 from tether.gateway_http.errors import error_response
 from tether.gateway_http.jobs import NewJob
 from tether.gateway_http.limits import Ticket
-from tether.gateway_http.request import Headers, Heading, Incoming, Reply, only_id, read_body, reply, timeout_of
+from tether.gateway_http.request import (
+    Headers,
+    Heading,
+    Incoming,
+    Reply,
+    only_id,
+    read_body,
+    replied,
+    reply,
+    timeout_of,
+)
 from tether.job import LONGEST_DEADLINE_S, Priority
 
 log = logging.getLogger(__name__)
@@ -144,9 +154,9 @@ class HotRoutes:
             model=manifest.name, version=manifest.version, request=request, outputs=tensors
         )
         if length is None:
-            return reply(200, answer, heading, content_type=_JSON, extra=extra)
+            return await replied(200, answer, heading, content_type=_JSON, extra=extra)
         extra.append(("inference-header-content-length", str(length)))
-        return reply(200, answer, heading, content_type=_BINARY, extra=extra)
+        return await replied(200, answer, heading, content_type=_BINARY, extra=extra)
 
     async def _submit(self, incoming: Incoming, heading: Heading, key: Caller, _ticket: Ticket | None) -> Reply:
         """``POST /v1/jobs``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import zlib
 from collections.abc import Awaitable, Iterable, Mapping
@@ -12,6 +13,9 @@ from tether.job import Parameter, new_request_id
 
 _COMPRESS_FROM = 512
 """Smaller answers cost more to compress than to send."""
+
+_PACK_IN_THREAD, _UNPACK_IN_THREAD = 32 << 10, 4 << 10
+"""From this size on nobody else waits for a body to be packed or unpacked: 1 MiB takes 30 ms; a small one may unpack to a large one."""
 
 MANY_PARTS = 4096
 SMALL_PART = 256
@@ -160,7 +164,9 @@ async def read_body(heading: Heading, incoming: Incoming, limit: int, patience: 
     body = await patience.read(incoming.read(limit, heading.length))
     if heading.encoding in ("", "identity"):
         return body
-    return _decompressed(body, heading.encoding, limit)
+    if len(body) < _UNPACK_IN_THREAD:
+        return _decompressed(body, heading.encoding, limit)
+    return await asyncio.to_thread(_decompressed, body, heading.encoding, limit)
 
 
 def _decompressed(body: bytes, encoding: str, limit: int) -> bytes:
@@ -230,16 +236,27 @@ def timeout_of(parameters: Mapping[str, Parameter], limit_s: float) -> float:
     return min(asked, int(limit_s * 1e6)) / 1e6 if asked else limit_s
 
 
-def reply(status: int, body: bytes, heading: Heading, *, content_type: str, extra: Headers | None = None) -> Reply:
-    """An answer, compressed when the client asked for it and it pays."""
+def reply(
+    status: int, body: bytes, heading: Heading, *, content_type: str, extra: Headers | None = None, pack: bool = True
+) -> Reply:
+    """An answer, compressed when the client asked for it and it pays; without ``pack`` never."""
     headers: Headers = [("content-type", content_type), ("x-request-id", heading.request_id)]
     if extra:
         headers += extra
-    if heading.accept and len(body) >= _COMPRESS_FROM:
+    if pack and heading.accept and len(body) >= _COMPRESS_FROM:
         body, encoding = _compressed(body, heading.accept)
         if encoding:
             headers.append(("content-encoding", encoding))
     return Reply(status, headers, body)
+
+
+async def replied(
+    status: int, body: bytes, heading: Heading, *, content_type: str, extra: Headers | None = None, pack: bool = True
+) -> Reply:
+    """:func:`reply` for a body that may be large."""
+    if not pack or not heading.accept or len(body) < _PACK_IN_THREAD:
+        return reply(status, body, heading, content_type=content_type, extra=extra, pack=pack)
+    return await asyncio.to_thread(reply, status, body, heading, content_type=content_type, extra=extra)
 
 
 def _compressed(body: bytes, accept: str) -> tuple[bytes, str]:

@@ -109,7 +109,7 @@ async def _get(call: Call) -> Reply:
     if not any(digest in file.chunks for file in seals.plain(manifest).files):
         raise NotFound(f"version {manifest.version} of model '{name}' has no piece {digest}", field="digest")
     async with aclosing(seals.store(manifest).get([digest])) as pieces:
-        return Reply(await anext(pieces), content_type=OCTETS)
+        return Reply(await anext(pieces), content_type=OCTETS, pack=False)
 
 
 _VERSION = "/v1/models/{name}/versions/{version}"

@@ -20,7 +20,7 @@ from tether.gateway_http.auth import Caller
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.errors import error_response
 from tether.gateway_http.limits import Ticket
-from tether.gateway_http.request import Headers, Heading, Incoming, only_id, read_body, reply
+from tether.gateway_http.request import Headers, Heading, Incoming, only_id, read_body, replied, reply
 from tether.ops_http import Receive, Scope, Send
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ class Reply:
     status: int = 200
     content_type: str = JSON
     headers: Sequence[tuple[str, str]] = ()
+    pack: bool = True
+    """False: not compressed, whatever the client takes; for what does not get smaller."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,9 @@ class Endpoint:
             await self._gateway.audit.settled()
         content = given.value if isinstance(given.value, bytes) else _encode(given.value)
         extra = [*given.headers, ("x-content-type-options", "nosniff"), *seen.limits()]
-        await send_reply(send, reply(given.status, content, seen.heading, content_type=given.content_type, extra=extra))
+        heading, kind = seen.heading, given.content_type
+        whole = await replied(given.status, content, heading, content_type=kind, extra=extra, pack=given.pack)
+        await send_reply(send, whole)
         seen.status = given.status
 
     def _route(self, scope: Scope) -> str:
