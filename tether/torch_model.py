@@ -7,7 +7,8 @@ Before PyTorch sees a file :mod:`tether.torch_archive` looks at it; whatever PyT
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,7 +157,8 @@ def _registered(directory: Path, device: Any) -> _Loaded:
 
     told = torch_archive.signature(directory, torch_archive.Registered)
     build = plugins.load(plugins.ARCHITECTURES, told.architecture, "architecture", "architecture")
-    module = build(dict(told.config))
+    with _weights_left_empty():
+        module = build(dict(told.config))
     if not isinstance(module, torch.nn.Module):
         raise ModelRejected(
             f"the architecture '{told.architecture[:64]}' made a {type(module).__name__}, not a torch.nn.Module",
@@ -170,6 +172,33 @@ def _registered(directory: Path, device: Any) -> _Loaded:
             field="file",
         ) from error
     return _described(module.eval().requires_grad_(requires_grad=False).to(device), told)
+
+
+_DRAWN = (
+    "uniform_", "normal_", "trunc_normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_",
+    "orthogonal_", "sparse_",
+)  # fmt: skip
+"""Of ``torch.nn.init``: what fills a tensor with drawn numbers."""
+
+
+@contextmanager
+def _weights_left_empty() -> Iterator[None]:
+    """Draw no numbers for parameters meanwhile: all of them are in the file, and drawing takes longer than reading it."""
+    originals = {name: getattr(torch.nn.init, name) for name in _DRAWN}
+    for name, original in originals.items():
+        setattr(torch.nn.init, name, _sparing(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch.nn.init, name, original)
+
+
+def _sparing(original: Callable[..., Any]) -> Callable[..., Any]:
+    def fill(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return tensor if isinstance(tensor, torch.nn.Parameter) else original(tensor, *args, **kwargs)
+
+    return fill
 
 
 def _described(module: Any, signature: torch_archive.Signature) -> _Loaded:

@@ -90,6 +90,37 @@ def test_weights_are_data_so_whoever_pushes_models_may_push_them(
             writer.push("digits-data", alone, isolation="thread")
 
 
+DRAWS = """
+import torch
+from tether import torch_model
+
+class Module(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Conv2d(3, 4, 3), torch.nn.LSTM(4, 4))
+        self.register_buffer("table", torch.nn.init.uniform_(torch.empty(1000), 1.0, 2.0), persistent=False)
+
+def state(build):
+    torch.manual_seed(5)
+    module = build()
+    return module, torch.random.get_rng_state()
+
+_, drawn = state(Module)
+with torch_model._weights_left_empty():
+    module, left = state(Module)
+_, only_table = state(lambda: torch.nn.init.uniform_(torch.empty(1000), 1.0, 2.0))
+assert 1.0 <= module.table.min() < module.table.max() <= 2.0
+assert torch.equal(left, only_table) and not torch.equal(left, drawn)
+_, again = state(Module)
+assert torch.equal(again, drawn)
+"""
+
+
+def test_no_numbers_are_drawn_for_weights_that_are_read_and_all_are_for_the_rest() -> None:
+    frameworks.need("torch", "safetensors")
+    subprocess.run([sys.executable, "-c", DRAWS], check=True, timeout=60)
+
+
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"architecture": "resnet-9000"}, r"no architecture 'resnet-9000' here \(known: 'digits-mlp'\); install"),
     ({"config": {"hidden": 1 << 40}}, r"config\.hidden must be 1 to 4096"),

@@ -18,6 +18,7 @@ from tether import metrics
 from tether.gateway_http.catalog import Served
 from tether.model import ModelRef
 from tether.model_config import Loading
+from tether.worker.copies import Generation
 from tether.worker.holder import Held
 from tether.worker.loads import Loader
 from tether.worker.runtimes.process import ProcessRuntime
@@ -54,14 +55,14 @@ async def test_a_lazy_version_has_its_files_and_is_loaded_once_by_the_first_jobs
     one: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads = 0
-    load = Loader._one
+    load = Loader.load
 
-    async def counted(self: Loader, *rest: object) -> object:
+    async def counted(self: Loader) -> Generation:
         nonlocal loads
         loads += 1
-        return await load(self, *rest)  # type: ignore[arg-type]
+        return await load(self)
 
-    monkeypatch.setattr(Loader, "_one", counted)
+    monkeypatch.setattr(Loader, "load", counted)
     await one.decide("bump", loading=Loading.LAZY)
     served = await one.push("bump", models.add())
     assert (in_memory(one), loads) == (set(), 0)

@@ -103,6 +103,23 @@ async def test_who_comes_while_others_are_in_use_waits_and_is_served_in_order() 
     assert house.loaded() == "c"
 
 
+async def test_what_is_taken_ahead_unloads_nothing_and_passes_nobody_who_waits() -> None:
+    house = House(2)
+    house.add(A, B, C)
+    await house.use(A)
+    assert house.memory.take(D, MB)
+    assert not house.memory.take(B, MB)
+    assert (house.loaded(), house.memory.taken(D), house.memory.taken(B)) == ("a", MB, 0)
+    house.memory.change(D, 0)
+    async with house.copies[A].held():
+        waiting = asyncio.create_task(house.memory.reserve(C, 2 * MB))
+        while not house.memory._waiting:
+            await asyncio.sleep(0)
+        assert not house.memory.take(D, MB)
+    await waiting
+    assert house.loaded() == ""
+
+
 async def test_nothing_is_unloaded_for_who_would_not_fit_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WAIT_S", 0.01)
     house = House(3)

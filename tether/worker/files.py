@@ -21,7 +21,7 @@ from tether.bus.model_files import Pieces, clear_leftovers, fetch_model, version
 from tether.bus.sealed_chunks import SealedChunkStore
 from tether.bus.tenant_keys import ModelKeyring
 from tether.envelope.model_seal import PieceSeal, opened_manifest
-from tether.errors import BadSeal, NoMemoryFolder, NotEntitled, Unavailable
+from tether.errors import BadSeal, NotEntitled, Unavailable
 from tether.lifecycle import Tasks
 from tether.memory_folder import MemoryFolder
 from tether.model import Manifest, ModelFile, ModelRef
@@ -107,8 +107,12 @@ class Held:
     """Where a version that is held has its files. ``manifest`` has their plain digests."""
 
     manifest: Manifest
-    digest: str
+    directory: Path
     seal: PieceSeal | None = None
+
+    @property
+    def digest(self) -> str:
+        return self.directory.name
 
     @property
     def form(self) -> Form:
@@ -146,16 +150,36 @@ class WorkerFiles:
             await asyncio.to_thread(self._sweep)
             await asyncio.to_thread(self._make_room, self._pinned(), 0, self._budget)
 
+    async def place(self, ref: ModelRef, manifest: Manifest) -> Path:
+        """The folder that a version's files come into, with room for them; what lies in it is not verified yet. It stays until
+        :meth:`release`.
+
+        Raises:
+            NotEntitled, BadSeal: this worker may not open an encrypted version.
+            NoMemoryFolder: there is no memory for an encrypted version.
+        """
+        held = await self._described(manifest)
+        try:
+            self._held[ref] = held
+            await (self._room_on_disk(held) if held.seal is None else self._room_in_memory(held))
+            await asyncio.to_thread(held.directory.mkdir, 0o700, exist_ok=True)
+        except BaseException:
+            self.release(ref)
+            raise
+        return held.directory
+
     async def fetch(self, ref: ModelRef, manifest: Manifest) -> Path:
         """The folder with a version's files, whole and verified; it stays until :meth:`release`.
 
         Raises:
             CorruptChunk: a piece is missing in the store, or altered, and not in the cache either.
             Unavailable: the disk has no room whatever is deleted, or the broker does not answer.
+            TetherError: as :meth:`place` does, where that was not called before.
         """
-        held = await self._described(manifest)
+        if ref not in self._held:
+            await self.place(ref, manifest)
+        held = self._held[ref]
         try:
-            self._held[ref] = held
             directory = await (self._onto_disk(held) if held.seal is None else self._into_memory(held, held.seal))
             await asyncio.to_thread(os.utime, directory)
         except BaseException:
@@ -167,29 +191,31 @@ class WorkerFiles:
 
     async def _described(self, manifest: Manifest) -> Held:
         if manifest.sealed is None:
-            return Held(manifest, version_digest(manifest))
+            return Held(manifest, self._folder / version_digest(manifest))
         if self._keyring is None:
             raise NotEntitled(f"'{self._bus.signer.name}' opens no encrypted models")
         key = await self._keyring.find(manifest.name, manifest.sealed.key_id)
         plain = await asyncio.to_thread(opened_manifest, key, manifest)
-        return Held(plain, version_digest(plain), PieceSeal(key, manifest.name))
+        folder = await asyncio.to_thread(self._memory.path)
+        return Held(plain, folder / version_digest(plain), PieceSeal(key, manifest.name))
 
     def _pinned(self) -> frozenset[str]:
         return frozenset(held.digest for held in self._held.values() if held.seal is None)
 
-    async def _onto_disk(self, held: Held) -> Path:
+    async def _room_on_disk(self, held: Held) -> None:
         async with self._changing:
-            is_new = not await asyncio.to_thread((self._folder / held.digest).exists)
+            is_new = not await asyncio.to_thread(held.directory.exists)
             coming = held.manifest.size * is_new
             await asyncio.to_thread(self._make_room, self._pinned(), coming, self._budget)
-        return await self._fetched(held)
+
+    async def _room_in_memory(self, held: Held) -> None:
+        if not held.directory.exists():
+            await asyncio.to_thread(self._memory.room, held.manifest.size)
 
     async def _into_memory(self, held: Held, seal: PieceSeal) -> Path:
-        folder = await asyncio.to_thread(self._memory.path)
-        if not (folder / held.digest).exists():
-            await asyncio.to_thread(self._memory.room, held.manifest.size)
         store = SealedChunkStore(self._bus, self._bus.names.partition_bucket(held.manifest.partition), seal)
         pieces = CachedPieces(self.cache, store, held.form)
+        folder = held.directory.parent
         return await fetch_model(self._bus, pieces, held.manifest, folder, partial(self._keep, held.form))
 
     def release(self, ref: ModelRef) -> None:
@@ -197,12 +223,12 @@ class WorkerFiles:
         held = self._held.pop(ref, None)
         if held is None:
             return
-        with suppress(OSError, NoMemoryFolder):
+        with suppress(OSError):
             if held.seal is None:
-                os.utime(self._folder / held.digest)
+                os.utime(held.directory)
             elif all(other.digest != held.digest for other in self._held.values()):
-                gone = self._memory.path() / f".{secrets.token_hex(8)}"
-                (self._memory.path() / held.digest).rename(gone)
+                gone = held.directory.with_name(f".{secrets.token_hex(8)}")
+                held.directory.rename(gone)
                 self._tasks.spawn(asyncio.to_thread(shutil.rmtree, gone, ignore_errors=True), "free-memory")
 
     async def remember(self, manifest: Manifest, directory: Path) -> None:
@@ -211,7 +237,7 @@ class WorkerFiles:
         if held is None:
             if manifest.sealed is not None:
                 return
-            held = Held(manifest, version_digest(manifest))
+            held = Held(manifest, directory)
         for file in held.manifest.files:
             await asyncio.to_thread(self._keep, held.form, file, directory / file.path)
         await asyncio.to_thread(self.cache.rest)
@@ -227,7 +253,7 @@ class WorkerFiles:
         await self._tasks.cancel()
         await asyncio.to_thread(self._memory.close)
 
-    async def _fetched(self, held: Held) -> Path:
+    async def _onto_disk(self, held: Held) -> Path:
         """On a disk that is full, everything that can be fetched again is given up first."""
         manifest = held.manifest
         store = ObjectChunkStore(self._bus, self._bus.names.partition_bucket(manifest.partition))

@@ -31,6 +31,8 @@ Change = Callable[[ModelRef], Awaitable[None]]
 _REST_S = 0.5
 """Between two looks for versions that were idle for long enough."""
 _RETRY_S = (0.5, 1.0, 2.0, 5.0, 15.0)
+_AHEAD = 4
+"""Processes that wait for their files at a time: a worker that is given hundreds of versions starts no hundreds at once."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Holder:
         self._tasks = Tasks()
         self._news: dict[str, asyncio.Event] = {}
         """Set when another configuration of a model counts: who waits to try again need not wait."""
+        self._ahead = asyncio.Semaphore(_AHEAD)
         self._stopping = False
         self.has_orders = False
 
@@ -150,7 +153,7 @@ class Holder:
         tries = 0
         while ref in self._wanted:
             try:
-                self._held[ref] = await self._loaded(ref, lazily=lazily)
+                self._held[ref] = await self._loaded(ref, lazily=lazily, ahead=not tries)
             except Exception as error:  # noqa: BLE001 - told of, and tried again
                 self._tell(ref, error)
             else:
@@ -180,15 +183,17 @@ class Holder:
             async with asyncio.timeout(_RETRY_S[min(tries, len(_RETRY_S) - 1)]):
                 await news.wait()
 
-    async def _loaded(self, ref: ModelRef, *, lazily: bool) -> Held:
+    async def _loaded(self, ref: ModelRef, *, lazily: bool, ahead: bool) -> Held:
         manifest = await self._manifest(ref)
         config = await self.configs.read(ref.model)
-        directory = await self.files.fetch(ref, manifest)
+        directory = await self.files.place(ref, manifest)
+        loader = Loader(self._bus, manifest, directory, config, self.memory)
+        loader.graphs = str(self.files.graphs)
+        at_once = not (lazily and loader.lazy)
         try:
-            loader = Loader(self._bus, manifest, directory, config, self.memory)
-            loader.graphs = str(self.files.graphs)
+            await self._fetch(ref, loader, ahead=ahead and at_once)
             copies = Copies(partial(self._load_now, loader), self._bus.clock, self.memory.look)
-            if not (lazily and loader.lazy):
+            if at_once:
                 await copies.ensure()
             lost = partial(self._lose, ref)
             instance = ModelInstance(self._bus, manifest, copies, self._keepalive, self._keyring, on_lost=lost)
@@ -199,10 +204,20 @@ class Holder:
                 await instance.stop(0)
                 raise
         except BaseException:
+            await loader.give_up()
             self._let_go(ref)
             raise
         self._tasks.spawn(self.files.remember(manifest, directory), "remember-pieces")
         return Held(instance, loader)
+
+    async def _fetch(self, ref: ModelRef, loader: Loader, *, ahead: bool) -> None:
+        """``ahead``: what needs no files begins meanwhile. Not after a try that failed: many in a row would be for nothing."""
+        if not ahead or self._ahead.locked():
+            await self.files.fetch(ref, loader.manifest)
+            return
+        async with self._ahead:
+            loader.begin()
+            await self.files.fetch(ref, loader.manifest)
 
     async def _load_now(self, loader: Loader) -> Generation:
         """Another configuration may count since the load began: looked at as soon as the copies are there."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -17,6 +19,7 @@ from tether.worker import runtimes
 from tether.worker.copies import Generation
 from tether.worker.loadout import Loadout, Serving, loadout, serving
 from tether.worker.memory import Memory
+from tether.worker.runtimes import Begun
 from tether.worker.runtimes.process import Options
 from tether.worker.warmup import warm_up
 
@@ -35,6 +38,7 @@ class Loader:
         """What was loaded last."""
         self.graphs = ""
         """Where optimised graphs are kept; empty: nowhere."""
+        self._begun: _Copy | None = None
 
     @property
     def lazy(self) -> bool:
@@ -49,6 +53,19 @@ class Loader:
     def serving(self) -> Serving:
         return serving(self.manifest, self.config, self._bus.settings)
 
+    def begin(self) -> None:
+        """Start on the first copy while its files are fetched, where there is room without unloading others for it so early."""
+        wanted = self.wanted
+        if self._memory.take(self._ref, self.manifest.size * wanted.copies):
+            self._begun = self._begin(wanted)
+
+    async def give_up(self) -> None:
+        """End what was begun and never loaded."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            await begun.give_up()
+            self._memory.change(self._ref, 0)
+
     async def load(self) -> Generation:
         """Load once there is room.
 
@@ -56,22 +73,25 @@ class Loader:
             ModelRejected: the framework refuses the files, or a warm-up run failed.
             Unavailable: there is no room in memory.
         """
-        wanted, before = self.wanted, self._memory.taken(self._ref)
-        await self._memory.reserve(self._ref, self.manifest.size * wanted.copies)
+        begun, self._begun = self._begun, None
+        before = 0 if begun else self._memory.taken(self._ref)
+        wanted = begun.wanted if begun else self.wanted
+        if begun is None:
+            await self._memory.reserve(self._ref, self.manifest.size * wanted.copies)
         try:
-            made = await self._all(wanted, self.serving.run_timeout_s)
+            made = await self._all(begun or self._begin(wanted))
         except BaseException:
             self._memory.change(self._ref, before)
             raise
         self.current = wanted
         return Generation(made, self._bus.clock)
 
-    async def _all(self, wanted: Loadout, timeout_s: float) -> list[Runtime]:
+    async def _all(self, first: _Copy) -> list[Runtime]:
         """The first copy alone, so that one that fails does so once; then the others side by side."""
         made: list[Runtime] = []
         try:
-            made.append(await self._one(wanted, timeout_s))
-            rest = [self._one(wanted, timeout_s) for _ in range(wanted.copies - 1)]
+            made.append(await first.load())
+            rest = [self._one(first.wanted) for _ in range(first.wanted.copies - 1)]
             found = await asyncio.gather(*rest, return_exceptions=True)
             made += [one for one in found if not isinstance(one, BaseException)]
             for one in found:
@@ -83,30 +103,65 @@ class Loader:
             raise
         return made
 
-    async def _one(self, wanted: Loadout, timeout_s: float) -> Runtime:
-        """Load in a thread; what nobody wants any more when it is ready is closed."""
-        closed = threading.Event()
+    async def _one(self, wanted: Loadout) -> Runtime:
+        return await self._begin(wanted).load()
+
+    def _begin(self, wanted: Loadout) -> _Copy:
         kept_mb = self._bus.settings.cache_graphs_mb
-        graphs = self.graphs if kept_mb else ""
         options = msgspec.structs.replace(
-            wanted.options, run_timeout_s=timeout_s, graph_cache=graphs, graph_cache_mb=kept_mb
+            wanted.options,
+            run_timeout_s=self.serving.run_timeout_s,
+            graph_cache=self.graphs if kept_mb else "",
+            graph_cache_mb=kept_mb,
         )
-        loading = asyncio.ensure_future(asyncio.to_thread(partial(_warm, wanted, self._directory, options, closed)))
+        return _Copy(wanted, self._directory, options)
+
+
+T = TypeVar("T", bound="Begun | Runtime")
+
+
+class _Copy:
+    """A copy on its way, from its making on: whoever makes it loads it or gives it up."""
+
+    def __init__(self, wanted: Loadout, directory: Path, options: Options) -> None:
+        self.wanted = wanted
+        self._closed = threading.Event()
+        self._beginning = _in_thread(partial(runtimes.begin, wanted.manifest, directory, options, self._closed))
+
+    async def load(self) -> Runtime:
+        """Its files are there: load and warm up in a thread; what nobody wants any more when it is ready is closed."""
+        begun = await self._wanted(self._beginning)
+        return await self._wanted(_in_thread(partial(_warm, begun, self.wanted)))
+
+    async def give_up(self) -> None:
+        """End it, as far as it has come."""
+        self._closed.set()
+        await _close(self._beginning)
+
+    async def _wanted(self, coming: asyncio.Future[T]) -> T:
         try:
-            return await asyncio.shield(loading)
+            return await asyncio.shield(coming)
         except asyncio.CancelledError:
-            closed.set()
-            await asyncio.wait({loading})
-            if loading.exception() is None:
-                loading.result().close()
+            self._closed.set()
+            await _close(coming)
             raise
 
 
-def _warm(wanted: Loadout, directory: Path, options: Options, closed: threading.Event) -> Runtime:
-    runtime = runtimes.load(wanted.manifest, directory, options, closed)
+def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
+    return asyncio.ensure_future(asyncio.to_thread(work))
+
+
+async def _close(coming: asyncio.Future[T]) -> None:
+    await asyncio.wait({coming})
+    if coming.exception() is None:
+        coming.result().close()
+
+
+def _warm(begun: Begun, wanted: Loadout) -> Runtime:
     try:
+        runtime = begun.load()
         warm_up(runtime, wanted.manifest, wanted.warmup)
     except BaseException:
-        runtime.close()
+        begun.close()
         raise
     return runtime

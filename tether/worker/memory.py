@@ -60,6 +60,12 @@ class Memory:
             await self._wait(_Waiting(ref, size))
         await self._closing.finish(WAIT_S)
 
+    def take(self, ref: ModelRef, size: int) -> bool:
+        """Give a version room if nobody waits for some, and nothing is or must be unloaded for it."""
+        if self._waiting or self._closing or self._victims(ref, size) != []:
+            return False
+        return self._make_room(ref, size)
+
     async def _wait(self, waiting: _Waiting) -> None:
         self._waiting.append(waiting)
         self.look()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tether import plugins
 from tether.errors import ModelRejected
@@ -25,39 +28,92 @@ FILES = {
 }
 """Platform (the OIP string) -> the module of this package that loads it with ``load(manifest, directory, options)``."""
 
+_LATE = {
+    "pytorch_export": ("torch.export.pt2_archive._package", "torch.export._unlift"),
+    "pytorch_safetensors": ("safetensors.torch",),
+}
+"""Platform -> what its framework imports only when it loads a file, which can take longer than the load."""
 
-def load(manifest: Manifest, directory: Path, options: Options, closed: threading.Event | None = None) -> Runtime:
-    """Load a version's files into memory, in a process of their own unless the model may run in the worker's. Blocks.
+Load = Callable[[Path, Options], Runtime]
+"""Loads a version from the folder of its files."""
 
-    Setting ``closed`` ends a process that is being started.
+
+class Begun(Protocol):
+    """A runtime for which everything is there but its files."""
+
+    def load(self) -> Runtime:
+        """The files are whole and verified. Blocks.
+
+        Raises:
+            ModelRejected: the framework refuses them.
+        """
+
+    def close(self) -> None:
+        """Whatever it has come to, the runtime included."""
+
+
+class _Here:
+    """Begun in this process."""
+
+    def __init__(self, manifest: Manifest, directory: Path, options: Options) -> None:
+        self._load = partial(prepare_here(manifest), directory, options)
+        self._loaded: Runtime | None = None
+
+    def load(self) -> Runtime:
+        self._loaded = self._load()
+        return self._loaded
+
+    def close(self) -> None:
+        """What was imported stays."""
+        if self._loaded is not None:
+            self._loaded.close()
+
+
+def begin(manifest: Manifest, directory: Path, options: Options, closed: threading.Event | None = None) -> Begun:
+    """Do what needs no files of a version yet: start its process unless it may run in the worker's, import its framework. Blocks.
+
+    Nothing is read from ``directory``. Setting ``closed`` ends a process that is being started.
 
     Raises:
-        ModelRejected: no runtime serves the manifest's platform, or the framework refuses the files.
+        ModelRejected: no runtime serves the manifest's platform.
     """
     _file(manifest)
     if manifest.platform != ONNX_PLATFORM or isolation_of(manifest) is Isolation.PROCESS:
         return ProcessRuntime(manifest, directory, options, closed)
-    return load_here(manifest, directory, options)
+    return _Here(manifest, directory, options)
 
 
-def load_here(manifest: Manifest, directory: Path, options: Options) -> Runtime:
-    """:func:`load` into this process.
+def load(manifest: Manifest, directory: Path, options: Options, closed: threading.Event | None = None) -> Runtime:
+    """Load a version's files into memory. Blocks.
 
     Raises:
-        ModelRejected: as for :func:`load`, or the framework is not installed.
+        ModelRejected: as for :func:`begin`, or the framework refuses the files.
+    """
+    return begin(manifest, directory, options, closed).load()
+
+
+def prepare_here(manifest: Manifest) -> Load:
+    """Import what serves a version into this process.
+
+    Raises:
+        ModelRejected: no runtime serves the manifest's platform, or the framework is not installed.
     """
     name = _file(manifest)
     if not name:
         brought = plugins.load(plugins.RUNTIMES, manifest.platform, "runtime", "platform")
-        return plugins.Checked(brought.load(directory, threads=options.threads, device=options.device))
+        return lambda directory, options: plugins.Checked(
+            brought.load(directory, threads=options.threads, device=options.device)
+        )
     try:
         module: Any = importlib.import_module(f"tether.worker.runtimes.{name}")
     except ImportError as error:
         raise ModelRejected(
             f"this worker cannot serve '{manifest.platform}': {error.name} is not installed; see the extras of the package"
         ) from error
-    runtime: Runtime = module.load(manifest, directory, options)
-    return runtime
+    for late in _LATE.get(manifest.platform, ()):
+        with suppress(ImportError):  # a release that has no such part imports at the load what it has instead
+            importlib.import_module(late)
+    return partial(module.load, manifest)
 
 
 def _file(manifest: Manifest) -> str:

@@ -1,6 +1,7 @@
 """The process of one model: ``python -m tether.worker.runtimes.child``, started by :mod:`tether.worker.runtimes.process`.
 
-It limits itself before it touches the model: memory, no core dumps, few files, no network where the kernel lets it.
+It limits itself before it touches the model: memory, no core dumps, few files, no network where the kernel lets it. Then it
+imports the framework, which takes seconds, and waits until it is told where the files are.
 """
 
 from __future__ import annotations
@@ -32,14 +33,37 @@ def main() -> int:
     # a model's code may print, and must not read what it is asked
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    start = codec.decode(read_frame(questions, math.inf), Start)
-    _limit(start.options)
     try:
-        runtime = runtimes.load_here(start.manifest, Path(start.directory), start.options)
+        start = codec.decode(read_frame(questions, math.inf), Start)
+        _limit(start.options)
+        load = _prepared(start)
+        directory = str(codec.unpack(read_frame(questions, math.inf)))
+    except EOFError:  # nobody wants it any more
+        return 0
+    try:
+        os.chdir(directory)
+        runtime = load(Path(directory), start.options)
     except Exception as error:  # noqa: BLE001 - a model's code may raise whatever it likes
         write_frame(answers, codec.pack(_refusal(error, "", start.options)), math.inf)
         return 1
     write_frame(answers, codec.pack((True, ())), math.inf)
+    return _serve(runtime, start, questions, answers)
+
+
+def _prepared(start: Start) -> runtimes.Load:
+    """What fails here is told when the files are there: before that nobody listens."""
+    try:
+        return runtimes.prepare_here(start.manifest)
+    except Exception as error:  # noqa: BLE001 - and so may a package that is imported
+        failed = error
+
+    def fail(_directory: Path, _options: Options) -> Runtime:
+        raise failed
+
+    return fail
+
+
+def _serve(runtime: Runtime, start: Start, questions: int, answers: int) -> int:
     while True:
         try:
             question = read_frame(questions, math.inf)

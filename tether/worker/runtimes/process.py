@@ -1,9 +1,10 @@
 """A model in a process of its own: what it crashes, hangs or eats is that process's, and unloading gives all of it back.
 
-Parent and child speak over a pair of pipes. A frame is a big-endian u32 length and the msgpack of an array; tensors in it
-are rows ``[name, datatype, shape, bytes]`` with bytes as in the Open Inference Protocol. The parent asks ``[outputs,
-tensors]``; the child answers ``[true, tensors]`` or ``[false, message]``, the first answer being to its start, or ``[null,
-message]`` when there is not enough memory, after which it ends.
+Parent and child speak over a pair of pipes. A frame is a big-endian u32 length and msgpack; tensors in it are rows
+``[name, datatype, shape, bytes]`` with bytes as in the Open Inference Protocol. The parent says what is to be loaded, and
+where its files are when they are there. Then it asks ``[outputs, tensors]``; the child answers ``[true, tensors]`` or
+``[false, message]``, the first answer being to the files, or ``[null, message]`` when there is not enough memory, after which
+it ends.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,10 +59,9 @@ class Options(msgspec.Struct, frozen=True):
 
 
 class Start(msgspec.Struct, frozen=True):
-    """What a child is told first."""
+    """What a child is told first: enough to limit itself and to import its framework."""
 
     manifest: Manifest
-    directory: str
     options: Options
 
 
@@ -72,7 +73,8 @@ class Ended(NamedTuple):
 
 
 class ProcessRuntime:
-    """See :class:`tether.ports.Runtime`. Its process is started again, with backoff, by the next run after its end.
+    """See :class:`tether.ports.Runtime`. Made, its process imports the framework and waits until :meth:`load` says that
+    the files are there. It is started again, with backoff, by the next run after its end.
 
     Whoever sets ``closed`` ends what it waits for, its making included.
     """
@@ -80,7 +82,8 @@ class ProcessRuntime:
     def __init__(
         self, manifest: Manifest, directory: Path, options: Options, closed: threading.Event | None = None
     ) -> None:
-        self._start = Start(manifest, str(directory), options)
+        self._start = Start(manifest, options)
+        self._directory = str(directory)
         self._options = options
         self.run_timeout_s = options.run_timeout_s
         """Counts from the next run on."""
@@ -99,6 +102,16 @@ class ProcessRuntime:
     def pid(self) -> int:
         """The process that holds the model just now; 0 when there is none."""
         return 0 if self._child is None else self._child.pid
+
+    def load(self) -> ProcessRuntime:
+        """Load the files, which are whole and verified from here on.
+
+        Raises:
+            ModelRejected: the framework refuses them, or the process ended, now or while it waited.
+        """
+        with self._rejecting():
+            self._ask(codec.pack(self._directory), self._options.load_timeout_s)
+        return self
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         """Run once; ``outputs`` names what is wanted, empty for all in the model's order.
@@ -136,6 +149,7 @@ class ProcessRuntime:
         metrics.MODEL_RESTARTS.labels(self._start.manifest.name).inc()
         try:
             self._spawn()
+            self.load()
         except ModelRejected as error:
             raise InferenceFailed(f"the model's process could not be started again: {error.message}") from error
 
@@ -146,26 +160,40 @@ class ProcessRuntime:
             [sys.executable, "-s", "-m", "tether.worker.runtimes.child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            cwd=self._start.directory,
-            env=_environment(self._options.threads, self._start),
+            cwd="/",  # away from files that nobody has verified yet
+            env=_environment(self._options.threads, self._start.manifest, self._directory),
             start_new_session=True,
             preexec_fn=die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - it imports and locks nothing
         )
+        with self._rejecting(), self._speaking(self._options.load_timeout_s) as (questions, _, end):
+            write_frame(questions, codec.encode(self._start), end, self._closed)
+
+    @contextmanager
+    def _rejecting(self) -> Iterator[None]:
         try:
-            self._ask(codec.encode(self._start), self._options.load_timeout_s)
+            yield
         except InferenceFailed as error:
             self._end()
             raise ModelRejected(f"the model cannot be loaded: {error.message}") from error
 
     def _ask(self, question: bytes, timeout_s: float) -> list[Any]:
+        with self._speaking(timeout_s) as (questions, answers, end):
+            write_frame(questions, question, end, self._closed)
+            good, content = codec.unpack(read_frame(answers, end, self._closed))
+        if good is None:
+            raise self._broken(Ended(f"ran out of memory and was ended: {str(content)[:300]}", "memory"))
+        if not good:
+            raise InferenceFailed(str(content)[:500])
+        return list(content)
+
+    @contextmanager
+    def _speaking(self, timeout_s: float) -> Iterator[tuple[int, int, float]]:
+        """The two pipes and the monotonic time until which they may be used; what breaks meanwhile ends the process."""
         child = self._child
         if child is None or child.stdin is None or child.stdout is None:
             raise InferenceFailed("the model's process is gone")
-        end = time.monotonic() + timeout_s
         try:
-            write_frame(child.stdin.fileno(), question, end, self._closed)
-            answer = codec.unpack(read_frame(child.stdout.fileno(), end, self._closed))
-            good, content = answer
+            yield child.stdin.fileno(), child.stdout.fileno(), time.monotonic() + timeout_s
         except TimeoutError as error:
             raise self._broken(Ended(f"took longer than {timeout_s:g} s and was ended", "timeout")) from error
         except (OSError, EOFError, BadEncoding, ValueError, TypeError) as error:
@@ -173,11 +201,6 @@ class ProcessRuntime:
                 self._end()
                 raise InferenceFailed("the model is being unloaded") from error
             raise self._broken(self._how_it_ended(child)) from error
-        if good is None:
-            raise self._broken(Ended(f"ran out of memory and was ended: {str(content)[:300]}", "memory"))
-        if not good:
-            raise InferenceFailed(str(content)[:500])
-        return list(content)
 
     def _how_it_ended(self, child: subprocess.Popen[bytes]) -> Ended:
         try:
@@ -213,9 +236,9 @@ def _row(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.name, tensor.datatype, tensor.shape, tensor.data)
 
 
-def _environment(threads: int, start: Start) -> dict[str, str]:
+def _environment(threads: int, manifest: Manifest, directory: str) -> dict[str, str]:
     """Nothing of the worker's own: no settings, no keys. What an encrypted model's framework writes stays in memory too."""
-    scratch = {"TMPDIR": start.directory} if start.manifest.sealed is not None else {}
+    scratch = {"TMPDIR": directory} if manifest.sealed is not None else {}
     return {
         **scratch,
         "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
