@@ -8,7 +8,6 @@ long. ``digits`` needs next to nothing, so what is measured there is the platfor
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import statistics
 import subprocess
@@ -23,7 +22,7 @@ from typing import NamedTuple
 import httpx
 import uvloop
 
-from bench.load import HEAD_END, Meter, Target, keep_connected, post
+from bench.load import HEAD_END, Meter, Target, drive, post
 from bench.rollout import wait
 from bench.run import request_body, say
 from bench.servers import Server, environment, tether, tether_platform
@@ -86,26 +85,17 @@ class Found(NamedTuple):
     """Of the second worker."""
 
 
-async def drive(target: Target, connections: int, seconds: float, settle_s: float) -> Found:
+def driven(target: Target, connections: int, seconds: float, settle_s: float) -> Found:
     """A closed loop; what happens in the first ``settle_s`` seconds, while workers follow, does not count.
 
     Raises:
         RuntimeError: a request failed.
     """
-    watch, stopping = Watch(), asyncio.Event()
-    async with asyncio.TaskGroup() as group:
-        for _ in range(connections):
-            group.create_task(keep_connected(target, watch, stopping))
-        await asyncio.sleep(settle_s)
-        watch.open = True
-        await asyncio.sleep(seconds)
-        watch.open = False
-        stopping.set()
-    if watch.errors:
-        raise RuntimeError(f"{watch.errors} requests failed: {watch.first_error}")
-    spans = sorted(watch.latencies)
-    p50, p99 = (spans[int(len(spans) * part)] * 1e3 for part in (0.5, 0.99))
-    return Found(len(spans) / seconds, p50, p99, watch.second / len(spans))
+    watch = Watch()
+    report, error = uvloop.run(drive(target, connections, seconds, settle_s, watch))
+    if error:
+        raise RuntimeError(f"a request failed: {error}")
+    return Found(report.per_s, report.p50_ms, report.p99_ms, watch.second / report.requests)
 
 
 class Bench:
@@ -125,7 +115,7 @@ class Bench:
         headers = {"Content-Type": "application/json", **self._server.headers}
         body = request_body() if case.model == "digits" else one_row()
         target = post(f"{self._server.url}/v2/models/{case.model}/infer", body, headers)
-        found = uvloop.run(drive(target, case.connections, self._seconds, self._settle_s))
+        found = driven(target, case.connections, self._seconds, self._settle_s)
         say(f"{case}, {strategy}: {found.per_s:,.0f}/s, p50 {found.p50_ms:.1f} ms, second {found.share:.0%}")
         self.found[case, strategy].append(found)
 

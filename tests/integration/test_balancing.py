@@ -85,21 +85,19 @@ def near(shares: Counter[int], first: int, second: int) -> bool:
     return shares[1] + shares[2] == first + second and abs(shares[1] - first) <= 2
 
 
-async def test_round_robin_is_one_request_a_worker_and_they_take_turns(broker: Broker, tmp_path: Path) -> None:
-    """A worker that is four times as slow gets as many."""
+@pytest.mark.parametrize(
+    ("strategy", "places", "first"),
+    [(LoadBalancing.ROUND_ROBIN, 2, 20), (LoadBalancing.WEIGHTED_ROUND_ROBIN, 4, 10)],
+)
+async def test_workers_take_turns_one_each_or_as_many_as_they_weigh(
+    broker: Broker, tmp_path: Path, strategy: LoadBalancing, places: int, first: int
+) -> None:
+    """Also where one is four times as slow; and each turn is one request that waits at the broker."""
     async with pair(broker, worker_weight=3) as running:
-        served = await pushed(running, tmp_path / "m", LoadBalancing.ROUND_ROBIN, first_s=0.002, second_s=0.008)
-        await wait_for(running, 2)
-        assert near(await asked(running, served, 40), 20, 20)
-        await wait_for(running, 2)
-
-
-async def test_weighted_round_robin_is_as_many_requests_as_a_worker_weighs(broker: Broker, tmp_path: Path) -> None:
-    async with pair(broker, worker_weight=3) as running:
-        served = await pushed(running, tmp_path / "m", LoadBalancing.WEIGHTED_ROUND_ROBIN)
-        await wait_for(running, 4)
-        assert near(await asked(running, served, 40), 10, 30)
-        await wait_for(running, 4)
+        served = await pushed(running, tmp_path / "m", strategy, first_s=0.002, second_s=0.008)
+        await wait_for(running, places)
+        assert near(await asked(running, served, 40), first, 40 - first)
+        await wait_for(running, places)
 
 
 async def test_durable_jobs_are_shared_the_same_way(broker: Broker, tmp_path: Path) -> None:
