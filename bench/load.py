@@ -154,9 +154,11 @@ async def keep_connected(target: Target, meter: Meter, stopping: asyncio.Event, 
         await connection.lost.wait()
 
 
-async def drive(target: Target, connections: int, seconds: float, warm_up: float = 1.0) -> tuple[Report, str]:
+async def drive(
+    target: Target, connections: int, seconds: float, warm_up: float = 1.0, meter: Meter | None = None
+) -> tuple[Report, str]:
     """Load the target; the report and the first error in words ('' when there was none)."""
-    meter, stopping = Meter(), asyncio.Event()
+    meter, stopping = meter or Meter(), asyncio.Event()
     async with asyncio.TaskGroup() as group:
         for _ in range(connections):
             group.create_task(keep_connected(target, meter, stopping))

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import models
+import msgspec
 from served import Served, served, until
+from services import Services
 
 from tether import Client, metrics
 from tether.bus.connection import Bus
 from tether.bus.server import Binary
 from tether.bus.tenant_keys import ModelKeyring
+from tether.envelope import Keyset
 from tether.model import Manifest, ModelRef
 from tether.modelstore.keeper import Keeper
 from tether.modelstore.registry import Registry
@@ -89,6 +92,22 @@ def ours_in_memory(running: Served) -> list[Path]:
     """Files of the first worker's and the model store's folders in memory."""
     memory = running.services.workers[0].holder.files._memory
     return [path for path in memory._own.rglob("*") if path.is_file() and not path.name.startswith(".")]
+
+
+def believe(running: Services, change: Callable[[Keyset], Keyset]) -> None:
+    """Let the model store's keeper of keys go by another keyset than everybody else."""
+    assert running.modelstore is not None
+    before = running.modelstore.keys.keyset()
+    changed = msgspec.structs.replace(change(before), version=before.version + 1)
+    running.modelstore.keys.keyset = lambda: changed
+
+
+def without(name: str) -> Callable[[Keyset], Keyset]:
+    def change(keyset: Keyset) -> Keyset:
+        left = tuple(record for record in keyset.identities if record.name != name)
+        return msgspec.structs.replace(keyset, identities=left)
+
+    return change
 
 
 async def collected(running: Served) -> None:

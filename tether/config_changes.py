@@ -11,7 +11,7 @@ import msgspec
 
 from tether.errors import InvalidRequest
 from tether.model import Alias, Manifest
-from tether.model_config import InstanceKind, Loading, ModelConfig, TimeoutAction, check_config
+from tether.model_config import InstanceKind, LoadBalancing, Loading, ModelConfig, TimeoutAction, check_config
 
 ENDPOINT = "configureModel"
 
@@ -49,7 +49,12 @@ class ConfigRequest(msgspec.Struct, frozen=True):
     version: int = 0
 
 
-WORDS: Mapping[str, type[StrEnum]] = {"kind": InstanceKind, "loading": Loading, "queue.timeout_action": TimeoutAction}
+WORDS: Mapping[str, type[StrEnum]] = {
+    "kind": InstanceKind,
+    "load_balancing": LoadBalancing,
+    "loading": Loading,
+    "queue.timeout_action": TimeoutAction,
+}
 """Fields that are one of a few words."""
 
 

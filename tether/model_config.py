@@ -44,6 +44,19 @@ class TimeoutAction(StrEnum):
     DELAY = "delay"
 
 
+class LoadBalancing(StrEnum):
+    """How workers that hold a version share its jobs; each takes jobs only while it has a free slot."""
+
+    LEAST_CONNECTIONS = "least_connections"
+    """Who has more free slots asks for more."""
+    ROUND_ROBIN = "round_robin"
+    """In turn."""
+    WEIGHTED_ROUND_ROBIN = "weighted_round_robin"
+    """As many turns as the worker's setting ``worker_weight`` says."""
+    CAPACITY = "capacity"
+    """As many turns as follow from what the worker is measured to be able to do."""
+
+
 class QueuePolicy(msgspec.Struct, frozen=True):
     """How long requests of a model may wait, and how many. 0: no limit of its own."""
 
@@ -128,6 +141,8 @@ class ModelConfig(msgspec.Struct, frozen=True):
     replicas_max: int = 0
     labels: Mapping[str, str] = {}
     """What a worker must have to be given it."""
+
+    load_balancing: LoadBalancing = LoadBalancing.LEAST_CONNECTIONS
 
     cache_ttl_s: float = 0.0
     """How long an answer is given again to a request with the same inputs; 0: never."""

@@ -29,9 +29,10 @@ class SignOfLife(msgspec.Struct, frozen=True):
 
 
 class Wanted(msgspec.Struct, frozen=True):
-    """Model store to worker: send the piece with this digest, if it is in the cache and intact."""
+    """Model store to worker: send this piece as it is kept, if it is in the cache and intact."""
 
     digest: str
+    """Its name in the store, which is a keyed digest where the model is encrypted."""
 
 
 def plan(own: str, partitions: int, owners: Mapping[int, str], living: Collection[str]) -> tuple[list[int], list[int]]:

@@ -48,6 +48,8 @@ class Assignment(msgspec.Struct, frozen=True):
     """Lanes to work off by ending every job in them."""
     revisions: tuple[tuple[str, int], ...] = ()
     """Which revision of its configuration counts for each model that has one."""
+    levels: tuple[tuple[ModelRef, float], ...] = ()
+    """What the least able worker says of each version, as in its heartbeat."""
 
 
 class Registration(msgspec.Struct, frozen=True):
@@ -85,3 +87,5 @@ class Heartbeat(msgspec.Struct, frozen=True):
     labels: Mapping[str, str] = {}
     memory: int = 0
     """Bytes for models, as in the registration."""
+    levels: tuple[tuple[ModelRef, float], ...] = ()
+    """Jobs a second that it could do of each version whose jobs are shared by capacity, as far as it has measured that."""

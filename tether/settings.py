@@ -153,6 +153,9 @@ class Settings:
     worker_slots: int = _setting(
         2, "Messages a worker asks each lane for: one runs, the others are at hand.", low=1, high=64
     )
+    worker_weight: int = _setting(
+        1, "Turns of this worker where a model's load_balancing is weighted_round_robin.", low=1, high=16
+    )
     worker_labels: str = _setting(
         "", "Comma-separated NAME=VALUE that this worker has; models may ask for them with 'labels'."
     )

@@ -41,10 +41,12 @@ def test_a_configuration_is_shown_changed_and_put_back(served: Served, http: htt
     path = "/v1/models/tuned/config"
     first = http.get(path).json()
     assert (first["revision"], first["instances"], first["queue"]["max_size"]) == (0, 1, 0)
-    changed = http.patch(path, json={"queue": {"max_size": 7}, "instances": 2})
+    assert first["load_balancing"] == "least_connections"
+    changed = http.patch(path, json={"queue": {"max_size": 7}, "instances": 2, "load_balancing": "capacity"})
     assert changed.status_code == 200, changed.text
     told = changed.json()
     assert (told["revision"], told["queue"]["max_size"], told["queue"]["timeout_action"]) == (1, 7, "reject")
+    assert told["load_balancing"] == "capacity"
     assert told["changed_by"].startswith("key:")
     assert http.get(path).json() == told
     assert stored(served, "tuned").queue == QueuePolicy(max_size=7)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 from brokers import Broker, wait_until
+from encryption import believe, without
 from services import Services, services
 
 from tether import codec
@@ -25,7 +26,7 @@ from tether.bus.leases import ask_owner
 from tether.bus.server import reload_embedded
 from tether.bus.tenant_keys import ModelKeyring
 from tether.bus.upload import upload
-from tether.envelope import Keyset, MessageType, Role
+from tether.envelope import MessageType, Role
 from tether.envelope.model_seal import ModelKeys
 from tether.errors import ModelNotFound, NoMemoryFolder, NotEntitled, Unavailable
 from tether.gateway_http.catalog import Served
@@ -53,22 +54,6 @@ def holders(running: Services, model: str = "m") -> set[str]:
 
 def manifest(running: Services, version: int = 1, model: str = "m") -> Manifest:
     return running.gateway.catalog.resolve(model, str(version)).manifest
-
-
-def believe(running: Services, change: Callable[[Keyset], Keyset]) -> None:
-    """Let the model store's keeper of keys go by another keyset than everybody else."""
-    assert running.modelstore is not None
-    before = running.modelstore.keys.keyset()
-    changed = msgspec.structs.replace(change(before), version=before.version + 1)
-    running.modelstore.keys.keyset = lambda: changed
-
-
-def without(name: str) -> Callable[[Keyset], Keyset]:
-    def change(keyset: Keyset) -> Keyset:
-        left = tuple(record for record in keyset.identities if record.name != name)
-        return msgspec.structs.replace(keyset, identities=left)
-
-    return change
 
 
 async def works(running: Services, served: Served) -> None:

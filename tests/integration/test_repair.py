@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 
 import audits
+import encryption
 import models
 import pytest
 from brokers import Broker, wait_until
@@ -13,12 +15,35 @@ from services import Services, services
 from stores import MB
 
 from tether import metrics
+from tether.bus.chunk_meta import State
 from tether.bus.connection import Bus, Message
 from tether.bus.keeping import PieceKeeper
+from tether.bus.repair import Lenders
+from tether.bus.tenant_keys import ModelKeyring
+from tether.envelope import MessageType
+from tether.envelope.model_seal import PieceSeal
+from tether.envelope.sealing import new_data_key
 from tether.errors import PermissionDenied
-from tether.model import Manifest
+from tether.model import Change, Manifest, ModelRef
 from tether.modelstore.keeper import Keeper
+from tether.modelstore.registry import Registry
+from tether.pieces import digest_of
+from tether.worker.chunk_cache import as_it_is
 from tether.worker.files import WorkerFiles
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The workers that were asked for a piece, once for each; comes before ``running``."""
+    names: list[str] = []
+    lend = WorkerFiles.lend
+
+    def noted(files: WorkerFiles, name: str) -> bytes | None:
+        names.append(files._bus.signer.name)
+        return lend(files, name)
+
+    monkeypatch.setattr(WorkerFiles, "lend", noted)
+    return names
 
 
 @pytest.fixture
@@ -28,9 +53,9 @@ async def running(broker: Broker) -> AsyncIterator[Services]:
         yield made
 
 
-async def cached(running: Services) -> Manifest:
+async def cached(running: Services, *, encrypt: bool) -> Manifest:
     """A version whose pieces the worker keeps."""
-    manifest = (await running.push("m", models.padded(8 * MB))).manifest
+    manifest = (await running.push("m", models.padded(8 * MB), encrypt=encrypt)).manifest
     cache = running.workers[0].holder.files.cache
     chunks = set(manifest.files[0].chunks)
     await wait_until(lambda: cache.held(chunks) == chunks, "the worker keeps the pieces", 30)
@@ -76,22 +101,38 @@ async def told(running: Services, outcome: str) -> set[str]:
     return found
 
 
-async def test_what_is_damaged_comes_back_from_a_workers_cache(running: Services) -> None:
-    manifest, before = await cached(running), counted("repaired")
+async def content(running: Services, manifest: Manifest) -> bytes:
+    """The version's file as a gateway reads it."""
+    plain = running.gateway.encrypted.plain(manifest)
+    async with aclosing(running.gateway.encrypted.store(manifest).get(plain.files[0].chunks)) as parts:
+        return b"".join([part async for part in parts])
+
+
+both_forms = pytest.mark.parametrize("encrypt", [False, True])
+
+
+@both_forms
+async def test_what_is_damaged_comes_back_from_a_workers_cache(running: Services, encrypt: bool) -> None:
+    """And what the meta message says of a piece is true of its data, whatever nonce the worker closed it with."""
+    manifest, before = await cached(running, encrypt=encrypt), counted("repaired")
     pieces = await spoil(running, manifest)
     assert len((await keeper(running).state()).damaged) == 2
     assert await keeper(running).scrub() == 0
     async with Bus.connect(running.settings, running.home, "modelstore") as bus:
         store = PieceKeeper(bus, bus.names.partition_bucket(manifest.partition))
         assert await store.missing(manifest.files[0].chunks) == []
-        read = [piece async for piece in store.get(manifest.files[0].chunks)]
-    assert b"".join(read) == models.padded(8 * MB)
+        for piece in (await store.snapshot()).pieces.values():
+            found = await store.read(piece.digest)
+            assert found is not None
+            assert (piece.stored_digest, piece.size) == (digest_of(found.data), len(found.data))
+    assert await content(running, manifest) == models.padded(8 * MB)
     assert counted("repaired") - before == 3
     assert await told(running, "ok") == {f"{digest} from worker-1" for digest in pieces}
 
 
-async def test_a_worker_sends_nothing_that_its_disk_has_altered(running: Services) -> None:
-    manifest, before = await cached(running), counted("not_held")
+@both_forms
+async def test_a_worker_sends_nothing_that_its_disk_has_altered(running: Services, encrypt: bool) -> None:
+    manifest, before = await cached(running, encrypt=encrypt), counted("not_held")
     pieces = await spoil(running, manifest)
     cache = running.workers[0].holder.files.cache
     assert cache.held(pieces) == set(pieces)
@@ -102,20 +143,72 @@ async def test_a_worker_sends_nothing_that_its_disk_has_altered(running: Service
     assert await told(running, "corrupt_chunk") == {f"{d} is damaged, and no worker has it" for d in pieces}
 
 
-async def test_what_a_worker_sends_is_not_believed(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(WorkerFiles, "lend", lambda *_: b"something else")
+def kept(running: Services, name: str) -> bytes:
+    found = running.workers[0].holder.files.cache.read(name, as_it_is)
+    assert found is not None
+    return found
+
+
+def seal(running: Services, manifest: Manifest) -> PieceSeal:
+    assert manifest.sealed is not None
+    key = running.gateway.encrypted.keyring.known("m", manifest.sealed.key_id)
+    assert key is not None
+    return PieceSeal(key, "m")
+
+
+Lie = Callable[[Services, Manifest, str], bytes]
+
+
+def another_piece(running: Services, manifest: Manifest, name: str) -> bytes:
+    return kept(running, next(other for other in manifest.files[0].chunks if other != name))
+
+
+def nonsense(running: Services, manifest: Manifest, name: str) -> bytes:
+    del running, manifest, name
+    return b"something else"
+
+
+def in_the_clear(running: Services, manifest: Manifest, name: str) -> bytes:
+    return seal(running, manifest).open(name, kept(running, name))
+
+
+def of_another_key(running: Services, manifest: Manifest, name: str) -> bytes:
+    """The right piece, closed for the right name with a key that the model does not have."""
+    return PieceSeal(new_data_key(1), "m").close(name, in_the_clear(running, manifest, name))
+
+
+def other_content(running: Services, manifest: Manifest, name: str) -> bytes:
+    """What only a holder of the key can make."""
+    return seal(running, manifest).close(name, b"evil")
+
+
+SEALED_LIES = (nonsense, another_piece, in_the_clear, of_another_key, other_content)
+LIES = [(False, nonsense), (False, another_piece), *((True, lie) for lie in SEALED_LIES)]
+
+
+@pytest.mark.parametrize(("encrypt", "lie"), LIES)
+async def test_what_a_worker_sends_is_not_believed(
+    broker: Broker, encrypt: bool, lie: Lie, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    running: Services
+    manifest: Manifest
+    monkeypatch.setattr(WorkerFiles, "lend", lambda _, name: lie(running, manifest, name))
     async with services(broker) as running:
-        pieces = await spoil(running, await cached(running))
+        manifest = await cached(running, encrypt=encrypt)
+        pieces = await spoil(running, manifest)
         assert await keeper(running).scrub() == 3
         assert {piece.digest for piece in (await keeper(running).state()).damaged} == set(pieces)
+    assert [getattr(record, "action", "") for record in caplog.records].count("piece_refused") == 3
 
 
-async def test_nobody_is_asked_but_who_holds_the_version(running: Services) -> None:
+@both_forms
+async def test_nobody_is_asked_but_who_holds_the_version(running: Services, encrypt: bool) -> None:
     """Whoever is told of a digest may read that piece, so it is told to nobody else."""
-    manifest, asked = await cached(running), []
+    manifest = await cached(running, encrypt=encrypt)
+    others: list[Message] = []
 
     async def heard(message: Message) -> None:
-        asked.append(message)
+        others.append(message)
 
     async with (
         Bus.connect(running.settings, running.home, "worker-1") as holder,
@@ -134,7 +227,108 @@ async def test_nobody_is_asked_but_who_holds_the_version(running: Services) -> N
         assert await keeper(running).scrub() == 0
         await wait_until(lambda: len(requests) == 3, "the holder is asked for each")
         await other.flush()
-        assert asked == []
+        assert others == []
+
+
+async def test_a_piece_of_an_encrypted_model_travels_as_the_worker_keeps_it(running: Services) -> None:
+    manifest = await cached(running, encrypt=True)
+    sent: dict[str, bytes] = {}
+
+    async def heard(message: Message) -> None:
+        envelope = bus.open_frame(message.data, message.subject, MessageType.PIECE)
+        assert envelope is not None
+        sent[envelope.header.message_id] = envelope.body
+
+    async with Bus.connect(running.settings, running.home, "modelstore") as bus:
+        await bus.subscribe(bus.names.piece("worker-1"), heard)
+        await bus.flush()
+        pieces = await spoil(running, manifest)
+        assert await keeper(running).scrub() == 0
+        await wait_until(lambda: len(sent) == 3, "three pieces were sent")
+        store = PieceKeeper(bus, bus.names.partition_bucket(manifest.partition))
+        stored = {name: found.data for name in pieces if (found := await store.read(name)) is not None}
+    assert sent == stored == {name: kept(running, name) for name in pieces}
+    for name in pieces:
+        plain = in_the_clear(running, manifest, name)
+        assert plain[:64] not in sent[name]
+        assert plain[-64:] not in sent[name]
+
+
+async def test_a_worker_lends_nothing_of_an_encrypted_model_that_it_does_not_hold(running: Services) -> None:
+    """It could not tell whether that is right; and its cache keeps what it was asked for."""
+    manifest = await cached(running, encrypt=True)
+    files, name = running.workers[0].holder.files, manifest.files[0].chunks[0]
+    assert files.lend(name) == kept(running, name)
+    files.release(ModelRef("m", 1))
+    before = kept(running, name)
+    assert files.lend(name) is None
+    assert kept(running, name) == before
+
+
+async def test_a_worker_whose_key_was_withdrawn_is_not_asked(asked: list[str], running: Services) -> None:
+    """It cannot load the version, so no route says that it holds it."""
+    encryption.believe(running, encryption.without("worker-2"))
+    manifest = await cached(running, encrypt=True)
+    second = await running.start_worker("worker-2")
+    await wait_until(lambda: bool(second.holder.failed()), "it says that it cannot load", 30)
+    await spoil(running, manifest)
+    assert await keeper(running).scrub() == 0
+    assert asked == ["worker-1"] * 3
+
+
+async def test_a_model_store_without_the_key_asks_nobody(asked: list[str], running: Services) -> None:
+    """It would have to believe whatever a worker sends; damage is reported all the same."""
+    manifest = await cached(running, encrypt=True)
+    pieces = await spoil(running, manifest)
+    async with Bus.connect(running.settings, running.home, "modelstore") as bus:
+        lenders = Lenders(bus)
+        async with lenders.listening():
+            unread = ModelKeyring(bus, running.home, every=True)
+            assert await Keeper(bus, Registry(bus), unread, lenders=lenders).scrub() == 3
+    assert {piece.digest for piece in (await keeper(running).state()).damaged} == set(pieces)
+    assert asked == []
+    assert await keeper(running).scrub() == 0, "the one that has the key mends it"
+    assert asked == ["worker-1"] * 3
+
+
+async def test_a_piece_of_the_key_before_is_not_stored_under_the_name_of_the_newer(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running: Services
+    names: dict[str, str]
+    monkeypatch.setattr(WorkerFiles, "lend", lambda _, name: kept(running, names[name]))
+    async with services(broker) as running:
+        old = await cached(running, encrypt=True)
+        assert await running.gateway.encrypted.ask(Change.REKEY, "m") == 2
+
+        def current() -> Manifest:
+            return running.gateway.catalog.resolve("m", "1").manifest
+
+        await wait_until(lambda: current().sealed != old.sealed, "it is stored under the new key", 40)
+        new = current()
+        names = dict(zip(new.files[0].chunks, old.files[0].chunks, strict=True))
+        pieces = await spoil(running, new)
+        assert await keeper(running).scrub() == 3
+        assert {piece.digest for piece in (await keeper(running).state()).damaged} == set(pieces)
+
+
+async def test_a_piece_that_somebody_stores_meanwhile_is_left_to_him(running: Services) -> None:
+    """Whoever comes second writes neither data nor meta message, so that the two are of one mind."""
+    manifest = await cached(running, encrypt=True)
+    name, names = manifest.files[0].chunks[0], running.bus.names
+    bucket = names.partition_bucket(manifest.partition)
+    async with Bus.connect(running.settings, running.home, "modelstore") as bus:
+        store = PieceKeeper(bus, bucket)
+        piece, before = (await store.snapshot()).pieces[name], await store.read(name)
+        assert before is not None
+        assert await store.restore(piece, b"first", before)
+        assert not await store.restore(piece, b"second", before), "there is other data by now"
+        assert not await store.restore(piece, b"third", None)
+        found = await store.read(name)
+        assert found is not None
+        assert found.data == b"first"
+        now = (await store.snapshot()).pieces[name]
+        assert (now.state, now.size, now.stored_digest) == (State.ALIVE, 5, digest_of(b"first"))
 
 
 async def test_without_a_worker_damage_is_reported(broker: Broker) -> None:

@@ -50,6 +50,11 @@ def test_a_reset_leaves_a_model_loaded_or_not_as_it_is() -> None:
         ("instances", {"instances": "two"}, "Expected `int`"),
         ("queue.timeout_action", {"queue": {"timeout_action": "explode"}}, "it may be reject or delay"),
         ("kind", {"kind": "tpu"}, "it may be auto or cpu or cuda"),
+        (
+            "load_balancing",
+            {"load_balancing": "random"},
+            "it may be least_connections or round_robin or weighted_round_robin or capacity",
+        ),
         ("queue", {"queue": 5}, "Expected `object`"),
         ("instances", {"instances": 10**40}, "1 to 64"),
         ("cache_ttl_s", {"cache_ttl_s": 10**400}, "out of range"),

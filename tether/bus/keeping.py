@@ -7,6 +7,7 @@ that was stored anew meanwhile has another one.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from tether.bus.chunks import LOOKUP, WRITE_WINDOW, ObjectChunkStore, Window
 from tether.bus.connection import Stored
 from tether.bus.errors import JetStreamError
 from tether.errors import CorruptChunk, Unavailable, VersionConflict
+from tether.pieces import digest_of
 
 _NO_SUCH_MESSAGE = frozenset({10037, 10043, 10057})
 _TRIES = 8
@@ -104,6 +106,24 @@ class PieceKeeper(ObjectChunkStore):
         """A piece's data message; None when there is none."""
         subject = self._bus.names.object_chunk(self.bucket, digest)
         return await self._patiently(lambda: self._bus.direct_get(self._stream, subject))
+
+    async def restore(self, piece: Piece, content: bytes, before: Stored | None) -> bool:
+        """Store a piece's content as it is, in place of the data ``before``; False when somebody else stores it just now.
+
+        Closed twice, a piece is not the same bytes twice. Neither message is written after another writer's, so whichever data
+        is left, its meta message describes it.
+        """
+        headers = {"Nats-Rollup": "sub", "Nats-Expected-Last-Subject-Sequence": str(before.sequence if before else 0)}
+        subject = self._bus.names.object_chunk(self.bucket, piece.digest)
+        try:
+            limit = self._patience_s
+            await self._patiently(
+                lambda: self._bus.publish_acked(subject, content, headers=dict(headers), timeout=limit)
+            )
+        except VersionConflict:
+            return False
+        stored = await asyncio.to_thread(digest_of, content)
+        return bool(await self.write_state(piece, State.ALIVE, size=len(content), stored=stored))
 
     async def remove(self, piece: Piece) -> int:
         """Remove the data and then the meta message of a piece that is not alive; returns the bytes of data removed.

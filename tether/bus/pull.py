@@ -3,6 +3,9 @@
 A pull request asks for as many messages as the worker has free slots and waits at the broker until they come or it
 expires; the longer a lane rests, the longer the next pull (2 s to 60 s), so a resting lane costs next to nothing.
 Heartbeats tell that the broker still knows the pull: when they stop, the inbox is changed and the pull begun anew.
+
+The broker serves waiting requests in turn, and one for many messages takes the same turn as one for a single message. So a
+worker that is to have a certain part of a lane asks with that many requests for one message each: see :meth:`LanePull.share`.
 """
 
 from __future__ import annotations
@@ -86,6 +89,7 @@ class LanePull:
         self._bus = bus
         self.lane = lane
         self._credit = credit
+        self._turns = 0
         self._on_delivery = on_delivery
         self._target = f"$JS.API.CONSUMER.MSG.NEXT.{bus.names.lane_stream(lane)}.{bus.names.lane_consumer(lane)}"
         self._inbox = ""
@@ -93,6 +97,7 @@ class LanePull:
         self._held = 0
         self._outstanding = 0
         self._expiry_s = HOT_S
+        self._colder_at = 0.0
         self._heard = 0.0
         self._slowest_s = 0.0
         """Seconds between heartbeats of the slowest pull that may still be outstanding, until ``_slowest_until``."""
@@ -120,9 +125,13 @@ class LanePull:
         finally:
             self._inbox = ""
 
-    def widen(self, credit: int) -> None:
-        """Hold so many messages from now on; those in hand stay."""
-        self._credit = credit
+    def share(self, credit: int, turns: int = 0) -> None:
+        """From now on ask while fewer than ``credit`` messages are in hand; those that are stay, and so does what was asked.
+
+        ``turns`` 0: for as many as are lacking. Otherwise ask for one message so many times: up to ``turns`` - 1 more than
+        ``credit`` may come to hand.
+        """
+        self._credit, self._turns = credit, turns
         self._wake.set()
 
     def release(self) -> None:
@@ -167,6 +176,10 @@ class LanePull:
         if self._lost:
             await self._resubscribe()
             self._lost = False
+        if self._turns:
+            for _ in range(self._outstanding, self._turns if self._held < self._credit else 0):
+                await self._ask(1)
+            return
         want = self._credit - self._held - self._outstanding
         if want > 0:
             await self._ask(want)
@@ -234,11 +247,18 @@ class LanePull:
         left = int(headers.get("Nats-Pending-Messages", "0"))
         self._outstanding = max(0, self._outstanding - left)
         if status in ("404", "408"):
-            self._expiry_s = min(COLD_S, self._expiry_s * 2)
+            self._rested()
             self._wake.set()
             return
         log.info("pull ended with status %s", status, extra={"action": "pull_ended", "model": self.lane.model})
         asyncio.get_running_loop().call_later(0.2, self._begin_anew)
+
+    def _rested(self) -> None:
+        """The next request waits longer; requests that took turns, and ended together, count once."""
+        now = self._bus.clock.monotonic()
+        if not self._turns or now >= self._colder_at:
+            self._colder_at = now + self._expiry_s
+            self._expiry_s = min(COLD_S, self._expiry_s * 2)
 
 
 def _nothing() -> None:

@@ -1,8 +1,8 @@
 """Pieces that the store has lost, from the cache of a worker that holds a version they belong to.
 
 Only workers whose route says that they hold such a version are asked, each on a subject of its own, so that nobody hears of a piece
-that it has no business with. Whoever asked compares the digest. A worker answers on a subject of its own too, since it may
-not publish to anybody's inbox.
+that it has no business with. A piece travels in the form that the worker keeps it in: one of an encrypted model closed. Whoever asked
+proves that it is the one that was wanted. A worker answers on a subject of its own too, since it may not publish to anybody's inbox.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from tether.envelope import MessageType
 from tether.errors import BadEncoding, TetherError
 from tether.model import Route
 from tether.partition import Wanted
-from tether.pieces import digest_of
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +26,9 @@ WAIT_S = 10.0
 """How long a worker may take to answer."""
 
 _MAX_AGE_MS = 30_000
+
+Proof = Callable[[bytes], bool]
+"""Whether a piece's content, closed where the store has it closed, is what its name says. Blocks."""
 
 
 class Lenders:
@@ -57,19 +59,20 @@ class Lenders:
         if waiting is not None and not waiting.done():
             waiting.set_result(envelope.body)
 
-    async def borrow(self, digest: str, versions: Iterable[str]) -> tuple[bytes, str] | None:
-        """A piece that is what its digest says, and the worker that had it; None when no worker that holds one of
+    async def borrow(self, name: str, versions: Iterable[str], right: Proof) -> tuple[bytes, str] | None:
+        """A piece that is ``right``, and the worker that had it; None when no worker that holds one of
         ``versions`` (``model:version``) has it.
 
         Raises:
             BrokerUnavailable: no answer from the broker.
         """
         for worker in await self._holders(versions):
-            piece = await self._ask(worker, digest)
-            if piece and await asyncio.to_thread(digest_of, piece) == digest:
+            piece = await self._ask(worker, name)
+            if not piece:
+                continue
+            if await asyncio.to_thread(right, piece):
                 return piece, worker
-            if piece:
-                log.error("%s sent something else than piece %s", worker, digest, extra={"action": "piece_refused"})
+            log.error("%s sent something else than piece %s", worker, name, extra={"action": "piece_refused"})
         return None
 
     async def _holders(self, versions: Iterable[str]) -> list[str]:
@@ -85,11 +88,11 @@ class Lenders:
                         found.update(dict.fromkeys(route.workers if route is not None else ()))
         return list(found)
 
-    async def _ask(self, worker: str, digest: str) -> bytes:
+    async def _ask(self, worker: str, name: str) -> bytes:
         subject = self._bus.names.wanted(worker)
-        frame = self._bus.signer.seal(MessageType.WANTED, subject, codec.encode(Wanted(digest)))
+        frame = self._bus.signer.seal(MessageType.WANTED, subject, codec.encode(Wanted(name)))
         waiting: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._asked[worker, digest] = waiting
+        self._asked[worker, name] = waiting
         try:
             await self._bus.publish(subject, frame)
             async with asyncio.timeout(WAIT_S):
@@ -97,12 +100,12 @@ class Lenders:
         except TimeoutError:
             return b""
         finally:
-            del self._asked[worker, digest]
+            del self._asked[worker, name]
 
 
 @asynccontextmanager
 async def lending(bus: Bus, read: Callable[[str], bytes | None]) -> AsyncIterator[None]:
-    """Answer model stores that want a piece, until the block ends. ``read`` gives a piece that it compared with its digest, or
+    """Answer model stores that want a piece, until the block ends. ``read`` gives a piece that it proved to be right, or
     None; it blocks and runs in a thread."""
 
     async def wanted(message: Message) -> None:

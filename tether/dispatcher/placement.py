@@ -47,16 +47,20 @@ def assignments(
     held: Mapping[str, tuple[ModelRef, ...]],
     ended: Mapping[str, tuple[EndedLanes, ...]] = MappingProxyType({}),
     revisions: Mapping[str, int] = MappingProxyType({}),
+    *,
+    levels: Mapping[Place, float] = MappingProxyType({}),
 ) -> dict[str, Assignment]:
     """What each worker of ``held`` is told, for the epoch it has; ``scopes`` says which worker is whose, ``ended`` who works
-    off lanes of deleted versions, ``revisions`` which revision of a model's configuration counts."""
+    off lanes of deleted versions, ``revisions`` which revision of a model's configuration counts, ``levels`` what the least
+    able worker can do."""
     found: dict[str, Assignment] = {}
     for worker, refs in held.items():
         scope = scopes.get(worker, SHARED)
         counting = tuple(
             (model, revisions[model]) for model in sorted({ref.model for ref in refs}) if model in revisions
         )
-        found[worker] = Assignment(worker, epochs[worker], refs, scope, ended.get(worker, ()), counting)
+        least = tuple((ref, levels[scope, ref]) for ref in refs if (scope, ref) in levels)
+        found[worker] = Assignment(worker, epochs[worker], refs, scope, ended.get(worker, ()), counting, least)
     return found
 
 

@@ -24,6 +24,7 @@ from tether.dispatcher import placement
 from tether.dispatcher.crew import Crew
 from tether.dispatcher.decided import Decided
 from tether.dispatcher.ended import EndedVersions
+from tether.dispatcher.levels import Levels
 from tether.dispatcher.scopes import Scopes
 from tether.envelope import Envelope, MessageType
 from tether.errors import BadEncoding, Forbidden, TetherError
@@ -64,6 +65,7 @@ class Dispatcher:
         self._changed = asyncio.Event()
         self.decided = Decided(bus, self._changed.set)
         self.ended = EndedVersions(bus)
+        self._levels = Levels()
         self.crew = Crew(bus.settings.worker_timeout_s, bus.settings.max_instances)
         self._looked = float("-inf")
         """When lanes were last looked at for those of deleted versions, in monotonic seconds."""
@@ -251,7 +253,8 @@ class Dispatcher:
             listening=now - self._since < self._settings.worker_timeout_s,
         )
         ended = placement.working_off(self.ended.groups(), living, self._bound)
-        told = placement.assignments(self._epochs, self._bound, held, ended, self.decided.revisions())
+        levels = self._levels.least(living, self._bound)
+        told = placement.assignments(self._epochs, self._bound, held, ended, self.decided.revisions(), levels=levels)
         for worker, assignment in told.items():
             if self._assigned.get(worker) != assignment:
                 await self._assign.put(worker, codec.encode(assignment))

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import NamedTuple
 
 from tether import lifecycle, metrics
@@ -16,7 +17,7 @@ from tether.bus.chunk_meta import State
 from tether.bus.chunks import Window, plain_form
 from tether.bus.connection import Bus, Stored
 from tether.bus.keeping import Piece, PieceKeeper
-from tether.bus.repair import Lenders
+from tether.bus.repair import Lenders, Proof
 from tether.bus.tenant_keys import ModelKeyring
 from tether.envelope.model_seal import PieceSeal
 from tether.errors import BadSeal, CorruptChunk, NotEntitled, TetherError
@@ -210,49 +211,76 @@ class Keeper:
         if found is not None and right and piece.state is not State.ALIVE:
             await store.write_state(piece, State.ALIVE, size=len(found.data), stored=digest_of(found.data))
         elif not right:
-            if piece.state is not State.DAMAGED and not await store.write_state(piece, State.DAMAGED):
+            marked = piece.sequence if piece.state is State.DAMAGED else await store.write_state(piece, State.DAMAGED)
+            if not marked:
                 return 0  # somebody stores it just now
             state = "altered" if found else "missing"
             log.error("piece %s is %s", piece.digest, state, extra={"action": "piece_damaged"})
-            await self._repair(store, piece.digest, named)
+            await self._repair(store, piece._replace(state=State.DAMAGED, sequence=marked), named, found)
         return 0 if found is None else len(found.data)
 
     async def _right(self, piece: Piece, named: Named, found: Stored) -> bool:
         """Whether what is stored is the piece; without the key of an encrypted model, whether it is what was noted."""
         try:
             content = await plain_form(piece.digest, found)
-            if named.sealed is None:
-                return await asyncio.to_thread(digest_of, content) == piece.digest
-            model, key_id = named.sealed
-            seal = PieceSeal(await self._keyring.find(model, key_id), model)
-            plain = await asyncio.to_thread(seal.open, piece.digest, content)
+            proof = await self._proof(piece.digest, named)
         except NotEntitled:
             return piece.stored_digest in ("", await asyncio.to_thread(digest_of, content))
-        except (BadSeal, CorruptChunk):
+        except CorruptChunk:
             return False
-        return seal.name(await asyncio.to_thread(digest_of, plain)) == piece.digest
+        return await asyncio.to_thread(proof, content)
 
-    async def _repair(self, store: PieceKeeper, digest: str, named: Named) -> None:
-        """Store a piece again that a worker has; one of an encrypted model cannot be compared without its key, so none is
-        asked for."""
-        versions, borrows = named.versions, self._lenders is not None and named.sealed is None
-        lent = await self._lenders.borrow(digest, versions) if self._lenders is not None and borrows else None
+    async def _proof(self, name: str, named: Named) -> Proof:
+        """What tells whether some content is the piece of this name.
+
+        Raises:
+            NotEntitled: it takes the key of an encrypted model, which this model store cannot open.
+        """
+        if named.sealed is None:
+            return lambda content: digest_of(content) == name
+        model, key_id = named.sealed
+        return partial(_opens, PieceSeal(await self._keyring.find(model, key_id), model), name)
+
+    async def _repair(self, store: PieceKeeper, piece: Piece, named: Named, before: Stored | None) -> None:
+        """Store a piece again that a worker has, in place of the data ``before``."""
+        lent = await self._borrowed(piece.digest, named)
+        versions = named.versions
+        if lent is not None and not await self._stored(store, piece, named, lent[0], before):
+            return  # somebody else stores it just now
         metrics.REPAIRED_PIECES.labels("repaired" if lent else "not_held").inc()
-        self._note(digest, versions, lent[1] if lent else "")
+        self._note(piece.digest, versions, lent[1] if lent else "")
         if lent is None:
-            words = "no worker has piece %s; push %s again"
-            log.error(words, digest, " or ".join(versions[:4]), extra={"action": "piece_not_repaired"})
+            words, fields = "no worker has piece %s; push %s again", {"action": "piece_not_repaired"}
+            log.error(words, piece.digest, " or ".join(versions[:4]), extra=fields)
             return
-
-        async def only() -> AsyncIterator[tuple[str, bytes]]:
-            yield digest, lent[0]
-
-        await store.put(only())
         log.warning(
             "piece %s was in the cache of %s and is stored again",
-            *(digest, lent[1]),
+            *(piece.digest, lent[1]),
             extra={"action": "piece_repaired"},
         )
+
+    async def _borrowed(self, name: str, named: Named) -> tuple[bytes, str] | None:
+        """What a worker has, and which; nobody is asked for what could not be proven."""
+        if self._lenders is None:
+            return None
+        try:
+            proof = await self._proof(name, named)
+        except NotEntitled as error:
+            log.warning("piece %s: %s", name, error, extra={"action": "piece_not_proven", "code": error.code})
+            return None
+        return await self._lenders.borrow(name, named.versions, proof)
+
+    async def _stored(
+        self, store: PieceKeeper, piece: Piece, named: Named, content: bytes, before: Stored | None
+    ) -> bool:
+        if named.sealed is not None:
+            return await store.restore(piece, content, before)
+
+        async def only() -> AsyncIterator[tuple[str, bytes]]:
+            yield piece.digest, content
+
+        await store.put(only())
+        return True
 
     async def state(self) -> StoreState:
         """What is in the store just now; what is damaged as far as a push, a pull or a pass has found it.
@@ -273,6 +301,14 @@ class Keeper:
             unreferenced_pieces=sum(len(found.pieces.keys() - every[n].keys()) for n, found in snapshots.items()),
             damaged=tuple(damaged),
         )
+
+
+def _opens(seal: PieceSeal, name: str, content: bytes) -> bool:
+    """Whether it was closed with this key, for this name, and is what the name stands for."""
+    try:
+        return seal.name(digest_of(seal.open(name, content))) == name
+    except BadSeal:
+        return False
 
 
 def _damaged(named: Mapping[str, Named], every: Mapping[str, Piece]) -> tuple[DamagedPiece, ...]:

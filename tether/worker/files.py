@@ -242,11 +242,14 @@ class WorkerFiles:
             await asyncio.to_thread(self._keep, held.form, file, directory / file.path)
         await asyncio.to_thread(self.cache.rest)
 
-    def lend(self, digest: str) -> bytes | None:
-        """A piece of the cache that was compared with its digest just now; None when there is none such. Blocks."""
-        piece = self.cache.read(digest)
+    def lend(self, name: str) -> bytes | None:
+        """A piece of the cache in the form that it is kept in, and that proved to be right just now; None when there is none
+        such, or when it is closed with a key of no version that is held. Blocks."""
+        forms = [Form(), *(held.form for held in tuple(self._held.values()) if held.seal is not None)]
+        kept = self.cache.read(name, as_it_is)
         self.cache.rest()
-        return piece
+        right = kept is not None and any(form.opened(name, kept) is not None for form in forms)
+        return kept if right else None
 
     async def close(self) -> None:
         await asyncio.to_thread(self.cache.close)

@@ -16,6 +16,8 @@ from tether.bus.tenant_keys import Keyring
 from tether.errors import ModelNotFound, TetherError
 from tether.lifecycle import Tasks
 from tether.model import Manifest, ModelRef
+from tether.model_config import InstanceKind, LoadBalancing
+from tether.worker.balance import Headroom
 from tether.worker.configs import Configs
 from tether.worker.copies import Copies, Generation
 from tether.worker.files import WorkerFiles
@@ -69,6 +71,8 @@ class Holder:
         self._failed: dict[ModelRef, str] = {}
         self._busy: set[ModelRef] = set()
         self._changed = asyncio.Event()
+        self._least: dict[ModelRef, float] = {}
+        """What the least able worker can do of a version, as the dispatcher says."""
         self._lost: set[ModelRef] = set()
         """Held, and could not be loaded when a job came."""
         self.memory = Memory(bus.settings.worker_memory_mb << 20, self._evictable)
@@ -79,9 +83,15 @@ class Holder:
         self._stopping = False
         self.has_orders = False
 
-    def want(self, models: Sequence[ModelRef], revisions: Sequence[tuple[str, int]] = ()) -> None:
+    def want(
+        self,
+        models: Sequence[ModelRef],
+        revisions: Sequence[tuple[str, int]] = (),
+        levels: Sequence[tuple[ModelRef, float]] = (),
+    ) -> None:
         self.has_orders = True
         self._wanted = frozenset(models)
+        self._least = dict(levels)
         self.configs.told(revisions)
         self._changed.set()
 
@@ -102,6 +112,21 @@ class Holder:
 
     def running(self) -> int:
         return sum(held.instance.running for held in self._held.values())
+
+    @property
+    def weighs(self) -> bool:
+        """Whether jobs of a version that is held are shared by capacity."""
+        return any(held.loader.config.load_balancing is LoadBalancing.CAPACITY for held in self._held.values())
+
+    def weigh(self, headroom: Headroom) -> tuple[tuple[ModelRef, float], ...]:
+        """Share by what is left of the machine; what can be done of each version whose jobs are shared so."""
+        found = []
+        for ref in self.ready():
+            held = self._held[ref]
+            factor = headroom.factor(on_gpu=held.loader.wanted.options.device != InstanceKind.CPU)
+            if level := held.instance.weigh(factor, self._least.get(ref, 0.0)):
+                found.append((ref, level))
+        return tuple(found)
 
     async def run(self) -> None:
         await self.files.sweep()

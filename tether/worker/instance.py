@@ -24,7 +24,8 @@ from tether.errors import DeadlineExceeded, TetherError
 from tether.job import AttemptNote, Failure, Job, JobState, Lane, LaneKind, Outcome, Priority
 from tether.lifecycle import Tasks
 from tether.model import Manifest
-from tether.worker import batching
+from tether.model_config import LoadBalancing
+from tether.worker import balance, batching
 from tether.worker.copies import Copies
 from tether.worker.intake import Bundle, Intake
 from tether.worker.keepalive import KeepAlive
@@ -63,7 +64,8 @@ class ModelInstance:
         self._order = itertools.count()
         self._arrived = asyncio.Event()
         self._tasks = Tasks()
-        self._serving = Serving(manifest.batching, (), 0.0, 0.0)
+        self._serving = Serving(manifest.batching, (), 0.0, 0.0, LoadBalancing.LEAST_CONNECTIONS)
+        self._capacity = balance.Capacity()
         self._side_by_side = 2
         """Works that may have begun: one for each copy, and one that is made ready."""
         self._begun = 0
@@ -81,8 +83,26 @@ class ModelInstance:
         self.copies.limit(serving.run_timeout_s)
         self._side_by_side = copies + 1
         self._ended_one.set()
+        self._share()
+
+    def _share(self) -> None:
+        """Ask every lane as the strategy that counts says."""
+        turns = balance.turns(self._serving.strategy, self._settings.worker_weight, self._capacity)
         for pull in self._pulls:
-            pull.widen(max(self._settings.worker_slots, copies + 1))
+            pull.share(max(self._settings.worker_slots, self._side_by_side), turns)
+
+    def weigh(self, factor: float, least: float) -> float:
+        """Ask as follows from how much of the machine there is, see :meth:`balance.Capacity.look`; the level, 0 when it is not
+        known, or when jobs are not shared by it."""
+        if self._serving.strategy is not LoadBalancing.CAPACITY:
+            return 0.0
+        before = self._capacity.turns
+        self._capacity.look(factor, self._side_by_side - 1, least)
+        if self._capacity.turns != before:
+            fields = {"action": "turns_changed", "model": self.manifest.name, "version": self.manifest.version}
+            log.info("%d turns by capacity, before %d", self._capacity.turns, before, extra=fields)
+            self._share()
+        return self._capacity.level
 
     async def start(self) -> None:
         self._tasks.spawn(self._serve(), f"serve-{self.manifest.name}")
@@ -263,6 +283,7 @@ class ModelInstance:
 
     async def _run_batch(self, jobs: list[Job], attempt: int) -> list[Outcome]:
         ran = await self.copies.run(jobs)
+        self._capacity.ran(ran.seconds, len(jobs))
         metrics.BATCH_ROWS.labels(self.manifest.name).observe(len(jobs))
         metrics.RUN_SECONDS.labels(self.manifest.name).observe(ran.seconds)
         finished = self._bus.clock.utc()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import msgspec
 
 from tether.model import Batching, Isolation, Manifest, isolation_of
-from tether.model_config import InstanceKind, ModelConfig, Warmup
+from tether.model_config import InstanceKind, LoadBalancing, ModelConfig, Warmup
 from tether.settings import Settings
 from tether.worker.runtimes import ONNX_PLATFORM
 from tether.worker.runtimes.process import Options
@@ -32,6 +32,7 @@ class Serving(NamedTuple):
     delay_s: float
     """How long a worker waits for company; 0 unless the configuration asks for it, because gateways wait already."""
     run_timeout_s: float
+    strategy: LoadBalancing
 
 
 def loadout(manifest: Manifest, config: ModelConfig, settings: Settings) -> Loadout:
@@ -55,4 +56,4 @@ def serving(manifest: Manifest, config: ModelConfig, settings: Settings) -> Serv
     limit = config.run_timeout_s or manifest.run_timeout_s or settings.run_timeout_s
     preferred = tuple(sorted(size for size in config.preferred_batch_sizes if size <= batching.max_batch_size))
     delay_s = (config.max_delay_ms or 0.0) / 1000 if batching.max_batch_size else 0.0
-    return Serving(batching, preferred, delay_s, limit)
+    return Serving(batching, preferred, delay_s, limit, config.load_balancing)

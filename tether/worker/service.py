@@ -23,6 +23,7 @@ from tether.worker.ended import EndedVersions
 from tether.worker.files import WorkerFiles
 from tether.worker.holder import Holder
 from tether.worker.keepalive import KeepAlive
+from tether.worker.machine import Machine
 from tether.worker.runtimes import ONNX_PLATFORM
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class WorkerService:
         self._assign = SignedBucket(bus, "assign", MessageType.ASSIGN)
         self._labels = labels_of(bus.settings)
         self._memory = bus.settings.worker_memory_mb << 20
+        self._machine = Machine()
         self._epoch = 0
         self._told: Assignment | None = None
         self._remembered_at = float("-inf")
@@ -93,7 +95,7 @@ class WorkerService:
         if self._told.scope != self._bus.scope and not self.holder.holding:
             self._bus.scope = self._bus.bound_scope()
         ours = self._told.scope == self._bus.scope
-        self.holder.want(self._told.models if ours else (), self._told.revisions)
+        self.holder.want(self._told.models if ours else (), self._told.revisions, self._told.levels)
         self.ended.want(self._told.ended if ours else ())
 
     async def beat(self) -> None:
@@ -114,6 +116,7 @@ class WorkerService:
         ready = () if leaving else self.holder.ready()
         metrics.MODELS_LOADED.set(len(ready))
         metrics.MODELS_IN_MEMORY.set(len(self.holder.in_memory()))
+        levels = self.holder.weigh(await asyncio.to_thread(self._machine.look)) if self.holder.weighs else ()
         body = codec.encode(
             Heartbeat(
                 worker=self.name,
@@ -127,6 +130,7 @@ class WorkerService:
                 scope=self._bus.scope,
                 labels=self._labels,
                 memory=self._memory,
+                levels=levels,
             )
         )
         try:
