@@ -27,8 +27,10 @@ import msgspec
 from tether import codec, metrics
 from tether.errors import BadEncoding, InferenceFailed, ModelRejected
 from tether.model import Manifest
+from tether.model_config import Warmup
 from tether.processes import die_with_parent, out_of_memory_kills
 from tether.tensor import Array, Tensor, from_numpy, to_numpy
+from tether.worker.runtimes import workbench
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ class Options(msgspec.Struct, frozen=True):
     """How a model is run. ``memory_mb`` limits its process's address space (0: no limit); times are in seconds.
 
     ``graph_cache`` is the folder, beside those of versions, where optimised graphs are kept, up to ``graph_cache_mb`` MiB;
-    empty: none is, nor of a version whose files lie elsewhere.
+    empty: none is, nor of a version whose files lie elsewhere. ``compile``: for any number of rows, and for ``warmup``.
     """
 
     threads: int = 1
@@ -54,6 +56,8 @@ class Options(msgspec.Struct, frozen=True):
     device: str = "auto"
     graph_cache: str = ""
     graph_cache_mb: int = 0
+    compile: bool = False
+    warmup: tuple[Warmup, ...] = ()
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -140,6 +144,14 @@ class ProcessRuntime:
             raise InferenceFailed(f"the model's process could not be started again: {error.message}") from error
 
     def _spawn(self) -> None:
+        if not self._options.compile:
+            return self._begin({})
+        with workbench.made(
+            Path(self._start.directory), self._options.graph_cache, sealed=self._start.manifest.sealed is not None
+        ) as environment:
+            return self._begin(environment)
+
+    def _begin(self, more: Mapping[str, str]) -> None:
         self._failures += 1
         self._kills = out_of_memory_kills()
         self._child = subprocess.Popen(
@@ -147,7 +159,7 @@ class ProcessRuntime:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=self._start.directory,
-            env=_environment(self._options.threads, self._start),
+            env={**_environment(self._options.threads, self._start), **more},
             start_new_session=True,
             preexec_fn=die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - it imports and locks nothing
         )
@@ -202,7 +214,8 @@ class ProcessRuntime:
         child, self._child = self._child, None
         if child is None:
             return
-        child.kill()
+        if child.returncode is None:  # nobody has waited for it, so the number is still its own
+            os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:

@@ -6,8 +6,11 @@ from pathlib import Path
 
 from tether import torch_model
 from tether.model import Manifest
+from tether.worker.runtimes import compiled
 from tether.worker.runtimes.process import Options
 
 
-def load(_manifest: Manifest, directory: Path, options: Options) -> torch_model.TorchModel:
+def load(manifest: Manifest, directory: Path, options: Options) -> torch_model.TorchModel:
+    if options.compile:
+        return compiled.load(manifest, directory, options)
     return torch_model.load(directory, threads=options.threads, device=options.device)
