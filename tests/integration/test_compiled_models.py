@@ -39,6 +39,7 @@ echo $$ > "{log}"
 exec sleep 600
 """
 
+
 @pytest.fixture(scope="module")
 def torch_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frameworks.need("torch")
