@@ -56,6 +56,7 @@ FORMATS = {
     ".pt": ("model.pt", "pytorch_libtorch"),
     ".ts": ("model.pt", "pytorch_libtorch"),
     ".safetensors": ("model.safetensors", "pytorch_safetensors"),
+    ".tflite": ("model.tflite", "tensorflow_lite"),
 }
 """End of a file's name -> what the file is called in the store, and the platform that serves it."""
 
@@ -64,6 +65,7 @@ BUNDLES = {
     "saved_model.pb": "tensorflow_savedmodel",
     "model.pt": "pytorch_libtorch",
     "model.safetensors": "pytorch_safetensors",
+    "model.tflite": "tensorflow_lite",
     "model.json": "python",
 }
 """A file that a folder holds -> the platform that serves the folder; the first one that is there counts."""

@@ -11,7 +11,15 @@ import msgspec
 
 from tether.errors import InvalidRequest
 from tether.model import Alias, Manifest
-from tether.model_config import InstanceKind, LoadBalancing, Loading, ModelConfig, TimeoutAction, check_config
+from tether.model_config import (
+    COMPILED,
+    InstanceKind,
+    LoadBalancing,
+    Loading,
+    ModelConfig,
+    TimeoutAction,
+    check_config,
+)
 
 ENDPOINT = "configureModel"
 
@@ -155,6 +163,8 @@ def check_against(
         _check_sizes(config, most)
     if config.warmup != before.warmup:
         _check_warmups(config, manifests)
+    if config.compile and not before.compile:
+        _check_compiled(config, manifests)
 
 
 def _check_known(field: str, wanted: Iterable[int], numbers: Sequence[int], config: ModelConfig) -> None:
@@ -175,6 +185,16 @@ def _check_sizes(config: ModelConfig, most: int) -> None:
                 "a configuration may only lower that",
                 field=field,
             )
+
+
+def _check_compiled(config: ModelConfig, manifests: Sequence[Manifest]) -> None:
+    there = {manifest.platform for manifest in manifests}
+    if there and not there & set(COMPILED):
+        raise InvalidRequest(
+            f"compile is for {' and '.join(COMPILED)}, and model '{config.model}' has versions for "
+            f"{', '.join(sorted(there))} only; push one that torch.export made",
+            field="compile",
+        )
 
 
 def _check_warmups(config: ModelConfig, manifests: Sequence[Manifest]) -> None:

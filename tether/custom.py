@@ -2,7 +2,7 @@
 
 A bundle is a folder with ``model.json`` (:class:`Description`) and the modules that it needs, ``model.py`` among them. The
 class is made without arguments; ``load(directory)`` is called once when it has one, then ``predict(inputs)`` for each run
-with arrays by name, which returns arrays by name.
+with arrays by name, which returns arrays by name, or yields them: each time a part of the rows, in order.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,29 +84,62 @@ class CustomModel:
     def output_names(self) -> tuple[str, ...]:
         return tuple(self._specs)
 
-    def run(self, inputs: Mapping[str, Array], outputs: Any) -> list[Array]:
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         """Call ``predict``.
 
         Raises:
-            InferenceFailed: it did not return what the bundle's description says.
+            InferenceFailed: it did not return, or yield, what the bundle's description says.
         """
+        wanted = [self._specs[name] for name in outputs or self._specs]
         found = self._model.predict(dict(inputs))
-        if not isinstance(found, Mapping):
-            raise InferenceFailed(f"predict() returned {type(found).__name__}, not arrays by name")
-        return [self._output(found, name) for name in outputs or self._specs]
-
-    def _output(self, found: Mapping[str, Any], name: str) -> Array:
-        spec = self._specs[name]
-        if name not in found:
-            raise InferenceFailed(f"predict() returned no output '{name}'")
-        dtype = np.dtype(np.object_) if spec.datatype == "BYTES" else NUMPY_DTYPES[spec.datatype]
-        array = np.asarray(found[name], dtype=dtype)
-        fits = len(array.shape) == len(spec.shape) and all(
-            want in (-1, have) for want, have in zip(spec.shape, array.shape, strict=True)
-        )
-        if not fits:
-            raise InferenceFailed(f"output '{name}' has shape {list(array.shape)}, not {list(spec.shape)}")
-        return array
+        if isinstance(found, Iterator):
+            return _joined(found, wanted)
+        return [_output(found, spec) for spec in wanted]
 
     def close(self) -> None:
         self._model = None
+
+
+def _joined(parts: Iterator[Any], wanted: Sequence[TensorSpec]) -> list[Array]:
+    """All parts, each output on its first axis. Parts are copied: a model may use their memory for the next one."""
+    found: list[list[Array]] = [[] for _ in wanted]
+    for number, part in enumerate(parts, 1):
+        for spec, before in zip(wanted, found, strict=True):
+            array = _output(part, _open(spec), f"part {number}: ").copy()
+            if before and before[0].shape[1:] != array.shape[1:]:
+                raise InferenceFailed(
+                    f"part {number}: output '{spec.name}' has shape {list(array.shape)}, and the part before it "
+                    f"{list(before[-1].shape)}; they can differ in the first axis only"
+                )
+            before.append(array)
+    if any(not arrays for arrays in found):
+        raise InferenceFailed(
+            "predict() yielded nothing; yield arrays by name at least once, of no rows if there are none"
+        )
+    return [_output({spec.name: np.concatenate(found.pop(0))}, spec) for spec in wanted]
+
+
+def _open(spec: TensorSpec) -> TensorSpec:
+    """Of a part."""
+    if not spec.shape:
+        raise InferenceFailed(
+            f"predict() yields parts, and output '{spec.name}' has no axis to join them on: return it"
+        )
+    return TensorSpec(spec.name, spec.datatype, (-1, *spec.shape[1:]))
+
+
+def _output(found: Any, spec: TensorSpec, part: str = "") -> Array:
+    """One output of an answer, or of the ``part`` that the words about it begin with."""
+    what = f"{part}predict() {'yielded' if part else 'returned'}"
+    if not isinstance(found, Mapping):
+        raise InferenceFailed(f"{what} {type(found).__name__}, not arrays by name")
+    if spec.name not in found:
+        raise InferenceFailed(f"{what} no output '{spec.name}'")
+    dtype = np.dtype(np.object_) if spec.datatype == "BYTES" else NUMPY_DTYPES[spec.datatype]
+    array = np.asarray(found[spec.name], dtype=dtype)
+    fits = len(array.shape) == len(spec.shape) and all(
+        want in (-1, have) for want, have in zip(spec.shape, array.shape, strict=True)
+    )
+    if not fits:
+        raise InferenceFailed(f"{part}output '{spec.name}' has shape {list(array.shape)}, not {list(spec.shape)}")
+    return array

@@ -18,6 +18,8 @@ from tether.errors import InvalidRequest
 MAX_BATCH = 65_536
 MAX_DELAY_MS = 10_000.0
 MAX_RUN_S = 86_400.0
+COMPILED = ("pytorch_export", "pytorch_safetensors")
+"""Platforms that ``compile`` is for: TorchScript is a compiled form itself, and PyTorch refuses to compile it again."""
 MOST = 16
 """Entries of any list of a configuration."""
 
@@ -122,7 +124,7 @@ class ModelConfig(msgspec.Struct, frozen=True):
     threads: int = 0
     """Of one instance; 0: the worker's setting."""
     compile: bool = False
-    """PyTorch: ``torch.compile`` at load."""
+    """``torch.compile`` at load, where a version's platform is one of ``COMPILED``."""
     isolation: str = ""
     run_timeout_s: float = 0.0
     warmup: tuple[Warmup, ...] = ()

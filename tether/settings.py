@@ -187,7 +187,7 @@ class Settings:
     cache_versions_mb: int = _setting(
         20480, "Disk for a worker's assembled model files; those it holds stay, also above it.", low=0, high=1 << 24
     )
-    cache_graphs_mb: int = _setting(256, "Disk for optimised graphs of small models; 0: none.", low=0, high=1 << 24)
+    cache_graphs_mb: int = _setting(256, "Disk for optimised graphs and compiled models; 0: none.", low=0, high=1 << 24)
     cache_reserve_mb: int = _setting(512, "Disk that a worker's cache leaves free.", low=0, high=1 << 24)
     drain_s: float = _setting(10.0, "How long a stopping service may finish what it holds.", low=0, high=600)
 

@@ -76,8 +76,14 @@ class TorchModel:
         self._call = _gone
 
 
-def load(directory: Path, *, threads: int = 1, device: str = "auto") -> TorchModel:
+Wrap = Callable[[Any], Any]
+"""What is called in a module's place."""
+
+
+def load(directory: Path, *, threads: int = 1, device: str = "auto", wrap: Wrap = lambda module: module) -> TorchModel:
     """Load the ``model.pt2``, ``model.pt`` or ``model.safetensors`` of a folder; ``device`` is ``auto``, ``cpu`` or ``cuda``.
+
+    ``wrap`` gets the module, unless that is TorchScript, which is compiled already.
 
     Raises:
         FormatNotAllowed: the file holds pickled Python or libraries.
@@ -87,15 +93,15 @@ def load(directory: Path, *, threads: int = 1, device: str = "auto") -> TorchMod
     torch.set_num_threads(threads)
     chosen = _device(device)
     torch_archive.check(directory)
-    return TorchModel(_loaded(directory, chosen), chosen)
+    return TorchModel(_loaded(directory, chosen, wrap), chosen)
 
 
-def _loaded(directory: Path, device: Any) -> _Loaded:
+def _loaded(directory: Path, device: Any, wrap: Wrap) -> _Loaded:
     exported = directory / torch_archive.EXPORTED
     if exported.is_file():
-        return _exported(exported, device)
+        return _exported(exported, device, wrap)
     if (directory / torch_archive.WEIGHTS).is_file():
-        return _registered(directory, device)
+        return _registered(directory, device, wrap)
     signature = torch_archive.signature(directory, torch_archive.Signature)
     module: Any = torch.jit.load(directory / torch_archive.SCRIPTED, map_location=device).eval()
     return _described(module, signature)
@@ -108,7 +114,7 @@ def _device(wanted: str) -> Any:
     return torch.device("cuda" if there and wanted != "cpu" else "cpu")
 
 
-def _exported(path: Path, device: Any) -> _Loaded:
+def _exported(path: Path, device: Any, wrap: Wrap) -> _Loaded:
     program = torch.export.load(path)
     if device.type != "cpu":
         from torch.export.passes import move_to_device_pass  # noqa: PLC0415 - only where there is a device
@@ -119,7 +125,7 @@ def _exported(path: Path, device: Any) -> _Loaded:
     nodes = program.graph_signature.user_outputs
     names = _output_names(program.call_spec.out_spec, len(nodes))
     outputs = tuple(_spec(name, node, values) for name, node in zip(names, nodes, strict=True))
-    module, in_spec = program.module(), program.call_spec.in_spec
+    module, in_spec = wrap(program.module()), program.call_spec.in_spec
 
     def call(tensors: list[Any]) -> list[Any]:
         args, kwargs = pytree.tree_unflatten(tensors, in_spec)
@@ -150,7 +156,7 @@ def _datatype(name: str, dtype: Any) -> str:
     return datatype
 
 
-def _registered(directory: Path, device: Any) -> _Loaded:
+def _registered(directory: Path, device: Any, wrap: Wrap) -> _Loaded:
     """Weights of safetensors, which is data and no program, in the module that an installed architecture makes."""
     from safetensors import SafetensorError  # noqa: PLC0415 - only where such a model is
     from safetensors.torch import load_model  # noqa: PLC0415 - likewise
@@ -171,7 +177,7 @@ def _registered(directory: Path, device: Any) -> _Loaded:
             f"the weights are not those of '{told.architecture[:64]}': {' '.join(str(error).split())[:300]}",
             field="file",
         ) from error
-    return _described(module.eval().requires_grad_(requires_grad=False).to(device), told)
+    return _described(wrap(module.eval().requires_grad_(requires_grad=False).to(device)), told)
 
 
 _DRAWN = (

@@ -80,7 +80,7 @@ def delete(
 def push(
     name: ModelName,
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="An .onnx, .pt2, .pt or .safetensors file, or the folder of a model.")
+        str, typer.Argument(metavar="PATH", help="A folder, or an .onnx, .pt2, .pt, .safetensors or .tflite file.")
     ],
     *,
     max_batch_size: Annotated[

@@ -1,4 +1,4 @@
-"""Write the network of ``digits.onnx`` for the other platforms: torch.export, TorchScript, SavedModel and a Python class,
+"""Write the network of ``digits.onnx`` for the other platforms: torch.export, TorchScript, SavedModel, TensorFlow Lite and a Python class,
 as ONNX with its weights in a file of their own, and for the plugins of ``examples/plugin``.
 
 Run ``python examples/digits/other_frameworks.py FOLDER torch tensorflow python onnx npz``, with the frameworks of your choice; what it writes is
@@ -103,7 +103,7 @@ def write_torch(folder: Path, found: Weights) -> None:
 
 
 def write_tensorflow(folder: Path, found: Weights) -> None:
-    """The folder ``savedmodel``."""
+    """The folder ``savedmodel``, and ``digits.tflite`` converted from it."""
     import tensorflow as tf
 
     network = tf.Module()
@@ -115,6 +115,8 @@ def write_tensorflow(folder: Path, found: Weights) -> None:
 
     served = tf.function(classify, input_signature=[tf.TensorSpec([None, 64], tf.float32, name="image")])
     tf.saved_model.save(network, str(folder / "savedmodel"), signatures=served)
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(folder / "savedmodel"))
+    (folder / "digits.tflite").write_bytes(converter.convert())
 
 
 def write_python(folder: Path, found: Weights) -> None:

@@ -27,8 +27,10 @@ PLATFORMS = {
     "digits.pt2": "pytorch_export",
     "digits.pt": "pytorch_libtorch",
     "savedmodel": "tensorflow_savedmodel",
+    "digits.tflite": "tensorflow_lite",
     "python": "python",
 }
+TENSORFLOW = ("savedmodel", "digits.tflite")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def torch_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tensorflow_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    frameworks.need("tensorflow")
+    frameworks.need("tensorflow", "ai_edge_litert")
     return frameworks.make(tmp_path_factory.mktemp("tensorflow"), "tensorflow")
 
 
@@ -74,7 +76,7 @@ def test_every_platform_answers_as_its_framework(
     if name in ("python", "external"):
         folder = frameworks.make(tmp_path / "made", "python" if name == "python" else "onnx")
     elif name != "digits.onnx":
-        folder = request.getfixturevalue("tensorflow_models" if name == "savedmodel" else "torch_models")
+        folder = request.getfixturevalue("tensorflow_models" if name in TENSORFLOW else "torch_models")
     model = f"digits-{name.replace('.', '-')}"
     metadata = serve(served, sdk, model, folder / name)
     assert metadata["platform"] == PLATFORMS[name]
@@ -152,9 +154,9 @@ def test_a_saved_model_without_a_signature_is_refused(tensorflow_models: Path) -
     assert refusal == "the SavedModel has no signature 'serving_default'; it has: none"
 
 
-@pytest.mark.parametrize("name", ["digits.pt2", "digits.pt", "savedmodel"])
+@pytest.mark.parametrize("name", ["digits.pt2", "digits.pt", *TENSORFLOW])
 def test_only_who_may_push_programs_pushes_them(served: Served, name: str, request: pytest.FixtureRequest) -> None:
-    folder = request.getfixturevalue("tensorflow_models" if name == "savedmodel" else "torch_models")
+    folder = request.getfixturevalue("tensorflow_models" if name in TENSORFLOW else "torch_models")
     with (
         Client(served.url, served.new_key("models:write", "models:read")) as writer,
         pytest.raises(FormatNotAllowed, match="models:code"),

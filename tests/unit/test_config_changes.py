@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from tether.config_changes import check_against, patched, reset
@@ -79,6 +80,7 @@ def test_a_refused_patch_names_its_field(field: str, patch: dict[str, Any], word
         ("preferred_batch_sizes", ModelConfig("m", preferred_batch_sizes=(64,))),
         ("warmup[0].shapes.z", ModelConfig("m", warmup=(Warmup(shapes={"z": (4,)}),))),
         ("warmup[0].shapes.x", ModelConfig("m", warmup=(Warmup(shapes={"x": (2, 4)}),))),
+        ("compile", ModelConfig("m", compile=True)),
     ],
 )
 def test_what_does_not_fit_the_versions_is_refused(field: str, config: ModelConfig) -> None:
@@ -98,3 +100,14 @@ def test_what_fits_is_accepted_and_what_was_decided_before_is_not_looked_at_agai
     )
     check_against(config, ModelConfig("m"), [manifest(1), manifest(2)], [Alias("m", "production", 1)])
     check_against(config, config, [manifest(7, most=0)], [])
+
+
+def test_compile_is_for_models_that_have_a_version_that_can_be_compiled() -> None:
+    exported = msgspec.structs.replace(manifest(2), platform="pytorch_export")
+    check_against(ModelConfig("m", compile=True), ModelConfig("m"), [manifest(1), exported], [])
+    check_against(ModelConfig("m", compile=True, threads=2), ModelConfig("m", compile=True), [manifest(1)], [])
+    script = msgspec.structs.replace(manifest(1), platform="pytorch_libtorch")
+    with pytest.raises(
+        InvalidRequest, match=r"pytorch_export and pytorch_safetensors, and .* for pytorch_libtorch only"
+    ):
+        check_against(ModelConfig("m", compile=True), ModelConfig("m"), [script], [])

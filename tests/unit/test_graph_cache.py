@@ -168,6 +168,9 @@ def test_drafts_that_killed_processes_left_are_deleted(tmp_path: Path) -> None:
     assert fresh is not None
     assert mine is not None
     os.utime(left, (0, 0))
+    folder = tmp_path / "graphs" / f"compile-x{graph_cache.DRAFT}"
+    (folder / "inside").mkdir(parents=True)
+    os.utime(folder, (0, 0))
     cache.keep("k", mine)
     assert entries(tmp_path) == sorted([fresh, tmp_path / "graphs" / "k.graph"])
 

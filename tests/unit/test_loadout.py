@@ -44,6 +44,17 @@ def test_no_configuration_brings_a_program_into_the_workers_own_process() -> Non
     assert loadout(manifest(PROGRAM, isolation="thread"), config, SETTINGS).manifest.isolation == "process"
 
 
+@pytest.mark.parametrize(
+    ("platform", "compiled"),
+    [("pytorch_export", True), ("pytorch_safetensors", True), ("pytorch_libtorch", False), (ONNX, False)],
+)
+def test_compile_is_told_where_it_can_be_done_and_with_the_shapes_to_compile_for(platform: str, compiled: bool) -> None:
+    warmup = (Warmup(rows=4),)
+    options = loadout(manifest(platform), ModelConfig("m", compile=True, warmup=warmup), SETTINGS).options
+    assert (options.compile, options.warmup) == (compiled, warmup if compiled else ())
+    assert not loadout(manifest(platform), ModelConfig("m", warmup=warmup), SETTINGS).options.compile
+
+
 def test_what_needs_no_load_changes_none() -> None:
     config = ModelConfig("m", max_batch_size=2, max_delay_ms=5, run_timeout_s=1, preferred_batch_sizes=(1,))
     assert loadout(manifest(), config, SETTINGS) == loadout(manifest(), ModelConfig("m"), SETTINGS)

@@ -15,6 +15,7 @@ TORCH_EXPORT = "pytorch_export"
 TORCHSCRIPT = "pytorch_libtorch"
 SAFETENSORS = "pytorch_safetensors"
 SAVED_MODEL = "tensorflow_savedmodel"
+TENSORFLOW_LITE = "tensorflow_lite"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ FORMATS = {
             SAFETENSORS, ("model.safetensors", "model.json"), "inspect_torch", only=True, code=False, memory_mb=16384
         ),
         Format(SAVED_MODEL, ("saved_model.pb",), "inspect_tensorflow", memory_mb=16384),
+        Format(TENSORFLOW_LITE, ("model.tflite",), "inspect_litert", only=True),
     )
 }
 

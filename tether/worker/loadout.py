@@ -7,7 +7,7 @@ from typing import NamedTuple
 import msgspec
 
 from tether.model import Batching, Isolation, Manifest, isolation_of
-from tether.model_config import InstanceKind, LoadBalancing, ModelConfig, Warmup
+from tether.model_config import COMPILED, InstanceKind, LoadBalancing, ModelConfig, Warmup
 from tether.settings import Settings
 from tether.worker.runtimes import ONNX_PLATFORM
 from tether.worker.runtimes.process import Options
@@ -40,10 +40,13 @@ def loadout(manifest: Manifest, config: ModelConfig, settings: Settings) -> Load
     isolation = config.isolation or isolation_of(manifest).value
     if manifest.platform != ONNX_PLATFORM:
         isolation = Isolation.PROCESS.value  # a program never runs in the worker's own process
+    compiled = config.compile and manifest.platform in COMPILED
     options = Options(
         threads=config.threads or settings.onnx_threads,
         memory_mb=settings.model_memory_mb,
         device=settings.model_device if config.kind is InstanceKind.AUTO else config.kind.value,
+        compile=compiled,
+        warmup=config.warmup if compiled else (),
     )
     as_loaded = msgspec.structs.replace(manifest, isolation=isolation)
     return Loadout(as_loaded, options, min(config.instances, settings.max_instances), config.warmup)

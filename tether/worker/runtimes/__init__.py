@@ -24,6 +24,7 @@ FILES = {
     "pytorch_export": "torch",
     "pytorch_libtorch": "torch",
     "pytorch_safetensors": "torch",
+    "tensorflow_lite": "litert",
     "tensorflow_savedmodel": "tensorflow",
 }
 """Platform (the OIP string) -> the module of this package that loads it with ``load(manifest, directory, options)``."""

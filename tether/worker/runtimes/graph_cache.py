@@ -1,6 +1,7 @@
-"""Graphs as ONNX Runtime has optimised them, on a worker's disk, so that the next load of the same version need not do it again.
+"""Graphs as ONNX Runtime has optimised them, and what PyTorch has compiled, on a worker's disk, so that the next load of the
+same version need not do it again.
 
-An entry belongs to one version's files, one release of ONNX Runtime and one kind of processor. Its last bytes are a digest of
+An entry belongs to one version's files, one release of the framework and one kind of processor. Its last bytes are a digest of
 all of that and of its content; one that is cut, altered or another's is deleted and made anew. Somebody who may write files as
 the worker's own user could make one that fits, as they could replace the worker itself.
 """
@@ -28,6 +29,8 @@ _MARK = b"tethergraph1"
 _END = len(_MARK) + hashlib.sha256().digest_size
 _LARGEST_ENTRY = 16 * LARGEST
 """An optimised graph may hold what the version computes from its weights."""
+DRAFT = ".draft"
+"""How names of files, and of folders, end whose maker may have been killed."""
 _STALE_S = 3600.0
 
 
@@ -54,12 +57,12 @@ class GraphCache:
         return content
 
     def draft(self, size: int) -> Path | None:
-        """A name that ONNX Runtime may write to; None where there is no room for about twice ``size`` bytes."""
+        """A name that may be written to; None where there is no room for about twice ``size`` bytes."""
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if size > LARGEST or size > self._budget or shutil.disk_usage(self._folder).free < 2 * size:
                 return None
-            descriptor, name = tempfile.mkstemp(".draft", dir=self._folder)
+            descriptor, name = tempfile.mkstemp(DRAFT, dir=self._folder)
         except OSError as error:
             log.warning("no optimised graph is kept: %s", error.strerror, extra={"action": "graph_not_kept"})
             return None
@@ -84,21 +87,17 @@ class GraphCache:
 
     def drop(self, key: str, why: str) -> None:
         log.warning("an optimised graph %s and was deleted", why, extra={"action": "graph_dropped"})
-        path = self._path(key)
         with suppress(OSError):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            _remove(self._path(key))
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}.graph"
 
     def _make_room(self) -> None:
-        for path in self._folder.glob("*.draft"):
+        for path in self._folder.glob(f"*{DRAFT}"):
             with suppress(OSError):
-                if path.stat().st_mtime < time.time() - _STALE_S:
-                    path.unlink()
+                if path.lstat().st_mtime < time.time() - _STALE_S:
+                    _remove(path)
         entries = []
         for path in self._folder.glob("*.graph"):
             with suppress(OSError):
@@ -112,8 +111,22 @@ class GraphCache:
             total -= size
 
 
+def cache_beside(directory: Path, folder: str, megabytes: int) -> GraphCache | None:
+    """The cache in ``folder``, for a version whose files lie beside it: one whose files may not lie on a disk leaves nothing
+    there."""
+    beside = bool(folder) and Path(folder).parent == directory.parent
+    return GraphCache(Path(folder), megabytes << 20) if beside else None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def key_of(version: str, release: str, *what: str) -> str:
-    """The key of a version's files (their digest) with a ``release`` of ONNX Runtime on this machine; ``what`` else counts."""
+    """The key of a version's files (their digest) with a ``release`` of its framework on this machine; ``what`` else counts."""
     return hashlib.sha256("\0".join((version, release, _processor(), *what)).encode()).hexdigest()
 
 

@@ -17,7 +17,7 @@ from tether.bus.upload import MODEL_PATH
 from tether.errors import InferenceFailed, ModelRejected
 from tether.model import Manifest
 from tether.tensor import Array
-from tether.worker.runtimes.graph_cache import LARGEST, GraphCache, key_of
+from tether.worker.runtimes.graph_cache import LARGEST, GraphCache, cache_beside, key_of
 from tether.worker.runtimes.process import Options
 
 log = logging.getLogger(__name__)
@@ -91,10 +91,9 @@ def _session(manifest: Manifest, directory: Path, options: Options) -> Any:
     chosen = providers(options.device)
     path = directory / _graph(manifest)
     try:
-        # only beside the version's own files: one whose files may not lie on a disk leaves nothing there
-        beside = bool(options.graph_cache) and Path(options.graph_cache).parent == directory.parent
-        if beside and chosen == [_CPU] and manifest.size <= LARGEST:
-            session = _cached(manifest, path, options)
+        cache = cache_beside(directory, options.graph_cache, options.graph_cache_mb)
+        if cache is not None and chosen == [_CPU] and manifest.size <= LARGEST:
+            session = _cached(manifest, path, options, cache)
         else:
             session = onnxruntime.InferenceSession(str(path), _settings(options), providers=chosen)
     except Exception as error:
@@ -117,9 +116,8 @@ def _settings(options: Options) -> Any:
     return made
 
 
-def _cached(manifest: Manifest, path: Path, options: Options) -> Any:
+def _cached(manifest: Manifest, path: Path, options: Options, cache: GraphCache) -> Any:
     """A session on the CPU of the graph as it was optimised before, or as it is optimised now, which is kept."""
-    cache = GraphCache(Path(options.graph_cache), options.graph_cache_mb << 20)
     key = key_of(version_digest(manifest), onnxruntime.__version__, _CPU)
     content = cache.read(key)
     if content is not None:

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +29,10 @@ import msgspec
 from tether import codec, metrics
 from tether.errors import BadEncoding, InferenceFailed, ModelRejected
 from tether.model import Manifest
+from tether.model_config import Warmup
 from tether.processes import die_with_parent, out_of_memory_kills
 from tether.tensor import Array, Tensor, from_numpy, to_numpy
+from tether.worker.runtimes import workbench
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class Options(msgspec.Struct, frozen=True):
     """How a model is run. ``memory_mb`` limits its process's address space (0: no limit); times are in seconds.
 
     ``graph_cache`` is the folder, beside those of versions, where optimised graphs are kept, up to ``graph_cache_mb`` MiB;
-    empty: none is, nor of a version whose files lie elsewhere.
+    empty: none is, nor of a version whose files lie elsewhere. ``compile``: for any number of rows, and for ``warmup``.
     """
 
     threads: int = 1
@@ -56,6 +58,8 @@ class Options(msgspec.Struct, frozen=True):
     device: str = "auto"
     graph_cache: str = ""
     graph_cache_mb: int = 0
+    compile: bool = False
+    warmup: tuple[Warmup, ...] = ()
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -89,6 +93,8 @@ class ProcessRuntime:
         """Counts from the next run on."""
         self._outputs = tuple(spec.name for spec in manifest.outputs)
         self._child: subprocess.Popen[bytes] | None = None
+        self._loading = ExitStack()
+        """What the process has until it has loaded."""
         self._failures = 0
         self._kills = 0
         self._closed = closed or threading.Event()
@@ -109,7 +115,7 @@ class ProcessRuntime:
         Raises:
             ModelRejected: the framework refuses them, or the process ended, now or while it waited.
         """
-        with self._rejecting():
+        with self._loading, self._rejecting():
             self._ask(codec.pack(self._directory), self._options.load_timeout_s)
         return self
 
@@ -154,6 +160,11 @@ class ProcessRuntime:
             raise InferenceFailed(f"the model's process could not be started again: {error.message}") from error
 
     def _spawn(self) -> None:
+        more: Mapping[str, str] = {}
+        if self._options.compile:
+            sealed = self._start.manifest.sealed is not None
+            made = workbench.made(Path(self._directory), self._options.graph_cache, sealed=sealed)
+            more = self._loading.enter_context(made)
         self._failures += 1
         self._kills = out_of_memory_kills()
         self._child = subprocess.Popen(
@@ -161,7 +172,7 @@ class ProcessRuntime:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd="/",  # away from files that nobody has verified yet
-            env=_environment(self._options.threads, self._start.manifest, self._directory),
+            env={**_environment(self._options.threads, self._start.manifest, self._directory), **more},
             start_new_session=True,
             preexec_fn=die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - it imports and locks nothing
         )
@@ -223,9 +234,11 @@ class ProcessRuntime:
 
     def _end(self) -> None:
         child, self._child = self._child, None
+        self._loading.close()
         if child is None:
             return
-        child.kill()
+        if child.returncode is None:  # nobody has waited for it, so the number is still its own
+            os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:

@@ -9,5 +9,9 @@ from tether.model import Manifest
 from tether.worker.runtimes.process import Options
 
 
-def load(_manifest: Manifest, directory: Path, options: Options) -> torch_model.TorchModel:
+def load(manifest: Manifest, directory: Path, options: Options) -> torch_model.TorchModel:
+    if options.compile:
+        from tether.worker.runtimes import compiled  # noqa: PLC0415 - few compile, and all others would wait for its imports
+
+        return compiled.load(manifest, directory, options)
     return torch_model.load(directory, threads=options.threads, device=options.device)
