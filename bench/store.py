@@ -30,7 +30,7 @@ from tether.bus.server import EmbeddedServer, find_server
 from tether.bus.topology import ensure_platform
 from tether.bus.upload import upload
 from tether.home import Home
-from tether.processes import few_heaps
+from tether.processes import KEEP_MB, few_heaps
 from tether.settings import Settings
 
 PART = 1 << 18
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--mb", type=int, default=512, help="size of the model file")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each")
     given = parser.parse_args()
-    few_heaps()  # as every service does
+    few_heaps(KEEP_MB)  # as gateways do
     print(uvloop.run(measure(given.mb << 20, given.rounds)))
 
 

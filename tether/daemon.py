@@ -26,15 +26,17 @@ async def run(
     name: str,
     usual_port: int,
     running: Callable[[Settings, Home], AbstractAsyncContextManager[D]],
+    *,
+    keep_mb: int = 0,
 ) -> None:
     """Keep ``running`` alive until SIGTERM or SIGINT, or until its connection is closed for good.
 
-    Its health is answered from the start, also while it waits for a broker.
+    ``keep_mb``: see :func:`tether.processes.few_heaps`. Its health is answered from the start, also while it waits for a broker.
 
     Raises:
         ConfigError, BrokerUnavailable: what kept it from starting or going on.
     """
-    few_heaps()
+    few_heaps(keep_mb)
     logs.setup(settings, name)
     stop = lifecycle.stop_on_signals()
     home = Home.at(settings.home)

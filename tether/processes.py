@@ -44,15 +44,27 @@ def leave_network() -> bool:
     return bool(unshare(_CLONE_NEWNET) == 0 or unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0)
 
 
-_M_ARENA_MAX = -8
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 HEAPS = 2
 """Heaps of a service's process. One for each thread, as glibc has it, keeps what each of them once used."""
+KEEP_MB = 64
+"""What is worth keeping of them where pieces of models pass through."""
+_BLOCK = 32 << 20
+"""Smaller blocks come from a heap. That is what glibc itself comes to once blocks of that size were given back."""
 
 
-def few_heaps() -> None:
-    """Let the threads of this process share its heaps; without effect where the C library is not glibc."""
+def few_heaps(keep_mb: int = 0) -> None:
+    """Let the threads of this process share its heaps; without effect where the C library is not glibc.
+
+    ``keep_mb``: what is given back to a heap's end stays up to this size. Who moves large blocks all the time would otherwise take
+    and give back the same pages for each of them.
+    """
     with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, HEAPS)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_ARENA_MAX, HEAPS)
+        if keep_mb:
+            mallopt(_M_MMAP_THRESHOLD, _BLOCK)
+            mallopt(_M_TRIM_THRESHOLD, keep_mb << 20)
 
 
 def die_first() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,12 +17,15 @@ from nats.js.errors import ObjectNotFoundError
 from stores import MB, Platform, alter, noise, parts, platform_on
 
 from tether import codec
+from tether.bus.calls import lossy
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket
 from tether.bus.model_files import download, fetch_model, intact, open_manifest
+from tether.bus.topology import ensure_platform
 from tether.bus.upload import upload
 from tether.envelope import MessageType
 from tether.errors import (
+    BrokerUnavailable,
     CorruptChunk,
     InvalidRequest,
     ModelRejected,
@@ -32,6 +36,7 @@ from tether.errors import (
 from tether.home import read_secret
 from tether.model import Manifest, ModelFile, PushRequest
 from tether.pieces import Cutter, digest_of
+from tether.processes import send
 
 
 @pytest.fixture
@@ -199,6 +204,33 @@ async def test_a_manifest_counts_only_under_its_own_key(platform: Platform) -> N
     assert open_manifest(bus.verifier, names, "m.1", frame) == manifest
     with pytest.raises(SubjectMismatch):
         open_manifest(bus.verifier, names, "m.2", frame)
+
+
+async def test_what_may_be_asked_again_fails_with_the_connection_and_all_else_waits_on(embedded_broker: Broker) -> None:
+    server = embedded_broker.server
+    assert server is not None
+    async with Bus.connect(embedded_broker.settings, embedded_broker.home, "dispatcher") as bus:
+        await ensure_platform(bus, embedded_broker.settings)
+        send(server.pid, signal.SIGSTOP)
+        status = Path(f"/proc/{server.pid}/stat")
+        await wait_until(
+            lambda: status.read_text().rpartition(")")[2].split()[0] == "T", "nothing is answered any more"
+        )
+        subject = f"DIRECT.GET.{bus.names.object_stream(bus.names.partition_bucket(0))}"
+
+        async def again() -> object:
+            with lossy():
+                return await bus.api(subject, {"seq": 1}, timeout=60)
+
+        asked, patient = asyncio.create_task(again()), asyncio.create_task(bus.api(subject, {"seq": 1}, timeout=60))
+        await wait_until(lambda: len(bus._calls) == 2, "both are asked")
+        send(server.pid, signal.SIGKILL)
+        with pytest.raises(BrokerUnavailable, match="lost on the way"):
+            async with asyncio.timeout(20):
+                await asked
+        assert not patient.done()
+        patient.cancel()
+        await asyncio.gather(patient, return_exceptions=True)
 
 
 async def test_a_push_outlives_a_restart_of_the_broker(embedded_broker: Broker) -> None:

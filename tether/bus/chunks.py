@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar
 
+from tether.bus.calls import lossy
 from tether.bus.chunk_meta import State, describe, state_of
 from tether.bus.connection import Bus, Stored
 from tether.errors import BrokerUnavailable, CorruptChunk, DeadlineExceeded, TetherError
@@ -173,25 +174,12 @@ class ObjectChunkStore:
         end = clock.monotonic() + self._patience_s
         while True:
             try:
-                return await self._unless_lost(attempt())
+                with lossy():
+                    return await attempt()
             except BrokerUnavailable:
                 if clock.monotonic() >= end:
                     raise
             await asyncio.sleep(0.1)
-
-    async def _unless_lost(self, work: Coroutine[Any, Any, T]) -> T:
-        """Stop waiting soon after the connection is lost: the answer to what was sent before will not come."""
-        losses = self._bus.losses
-        task = asyncio.ensure_future(work)
-        try:
-            while not (await asyncio.wait({task}, timeout=0.5))[0]:
-                if self._bus.losses != losses:
-                    raise BrokerUnavailable("the connection to the broker was lost on the way")
-            return task.result()
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
 
 
 async def plain_form(name: str, found: Stored) -> bytes:

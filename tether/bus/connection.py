@@ -11,9 +11,10 @@ from typing import Any
 import msgspec
 
 from tether import metrics
+from tether.bus.calls import Message
 from tether.bus.errors import ApiError, JetStreamError, PubAck, parse_ack, translate
 from tether.bus.keyset import SeenKeyset, following, standing
-from tether.bus.link import Link, Message, Subscription
+from tether.bus.link import Link, Subscription
 from tether.bus.seldom import Seldom
 from tether.bus.tls import client_context
 from tether.clock import SystemClock

@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import nats
 import nats.aio.client
@@ -20,6 +20,7 @@ import nats.aio.subscription
 import nats.errors
 
 from tether import metrics
+from tether.bus.calls import Call, Message
 from tether.bus.errors import denied_subject, permission_denied, translated
 from tether.bus.tls import Client, ClientTls
 from tether.clock import SystemClock
@@ -35,15 +36,6 @@ log = logging.getLogger(__name__)
 _FRAME_ROOM = 64 * 1024
 _REFUSALS = 3
 """Logins in a row that each server may refuse before a connection that once stood is given up."""
-
-
-class Message(Protocol):
-    """What arrives on a subscription."""
-
-    subject: str
-    data: bytes
-    reply: str
-    headers: dict[str, str] | None
 
 
 Handler = Callable[[Message], Awaitable[None]]
@@ -80,17 +72,6 @@ class Subscription:
             self._client._remove_sub(self._inner._id)  # noqa: SLF001
 
 
-class _Call:
-    """One outstanding request: a future for a single answer, or a list for a batch."""
-
-    __slots__ = ("collected", "future", "subject")
-
-    def __init__(self, future: asyncio.Future[Message], subject: str) -> None:
-        self.future = future
-        self.subject = subject
-        self.collected: list[Message] | None = None
-
-
 class Link:
     """Publish, subscribe, ask. Not thread-safe: it belongs to the event loop it was made on."""
 
@@ -102,13 +83,13 @@ class Link:
         self.clock = SystemClock()
         self.closed = Ended()
         self.losses = 0
-        """Times the connection was lost: an answer expected from before one will not come."""
+        """Times the connection was lost."""
         self.on_refused: Callable[[str, str], None] | None = None
         """Told the error code and subject of every message that is not acted on."""
         self.on_keyset: Callable[[int, str], None] | None = None
         """Told the version of a new keyset that is believed, and what changed with it."""
         self._client = Client()
-        self._calls: dict[str, _Call] = {}
+        self._calls: dict[str, Call] = {}
         self._unheard: set[str] = set()
         """Subjects, in lower case, that the broker refused a subscription to since the last one was asked for."""
         self._refusals = 0
@@ -235,6 +216,8 @@ class Link:
 
     async def _on_disconnect(self) -> None:
         self.losses += 1
+        for call in self._calls.values():
+            call.lose()
         metrics.BROKER_CONNECTED.set(0)
         if self._closing:
             return
@@ -361,12 +344,12 @@ class Link:
             return await call.future
 
     @contextlib.contextmanager
-    def _calling(self, inbox: str, subject: str, timeout: float) -> Iterator[_Call]:
+    def _calling(self, inbox: str, subject: str, timeout: float) -> Iterator[Call]:
         """Expect an answer on ``inbox`` for at most ``timeout`` seconds."""
         token = inbox[len(self._answers) :]
         loop = asyncio.get_running_loop()
-        call = self._calls[token] = _Call(loop.create_future(), subject)
-        timer = loop.call_later(timeout, _expire, call.future, subject)
+        call = self._calls[token] = Call(loop.create_future(), subject)
+        timer = loop.call_later(timeout, call.expire)
         try:
             yield call
         finally:
@@ -389,11 +372,6 @@ class Link:
             call.future.set_result(message)
             return
         call.collected.append(message)
-
-
-def _expire(future: asyncio.Future[Message], subject: str) -> None:
-    if not future.done():
-        future.set_exception(BrokerUnavailable(f"no answer on '{subject}' in time"))
 
 
 async def _ignore(_: Exception) -> None:

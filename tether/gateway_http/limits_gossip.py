@@ -16,8 +16,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from tether import codec, metrics
-from tether.bus.connection import Bus
-from tether.bus.link import Message
+from tether.bus.connection import Bus, Message
 from tether.envelope import MessageType
 from tether.errors import BadEncoding, BrokerUnavailable
 from tether.gateway_http.limits_meters import SILENT_S, TICK_S, Meter, Report

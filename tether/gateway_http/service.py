@@ -13,6 +13,7 @@ from tether import lifecycle, logs, ops_http
 from tether.gateway_http import app, core
 from tether.gateway_http.core import Gateway
 from tether.home import Home
+from tether.processes import KEEP_MB, few_heaps
 from tether.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ async def _drained(gateway: Gateway, within_s: float) -> None:
 
 async def main(settings: Settings) -> None:
     """Run the gateway until SIGTERM or SIGINT."""
+    few_heaps(KEEP_MB)
     logs.setup(settings, "gateway")
     home = Home.at(settings.home)
     stop = lifecycle.stop_on_signals()

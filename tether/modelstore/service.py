@@ -44,6 +44,7 @@ from tether.modelstore.partitions import Instance, Partitions
 from tether.modelstore.quota import StorageQuota
 from tether.modelstore.registry import Registry
 from tether.partition import Lease
+from tether.processes import KEEP_MB
 from tether.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -307,4 +308,4 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[ModelStoreSer
 
 async def main(settings: Settings) -> None:
     """Run the model store until SIGTERM or SIGINT."""
-    await daemon.run(settings, settings.store_name, DEFAULT_PORT, running)
+    await daemon.run(settings, settings.store_name, DEFAULT_PORT, running, keep_mb=KEEP_MB)
