@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import Callable
@@ -155,7 +156,7 @@ class _Given:
     """A request of these bytes: headers as lines, an empty line, the body."""
 
     def __init__(self, data: bytes) -> None:
-        head, _, self._body = data.partition(b"\n\n")
+        head, _, self.body = data.partition(b"\n\n")
         lines = [line.decode("latin-1").partition(":") for line in head.split(b"\n")]
         self.headers = [(name.lower(), value.strip()) for name, _, value in lines]
 
@@ -165,7 +166,7 @@ class _Given:
 
     async def read(self, limit: int, announced: int) -> bytes:
         del limit, announced
-        return self._body
+        return self.body
 
 
 class _AtOnce(Reads):
@@ -177,6 +178,8 @@ class _AtOnce(Reads):
 def _request(data: bytes) -> bytes:
     incoming = _Given(data)
     coroutine = read_body(Heading(incoming.headers), incoming, 1 << 20, _AtOnce())
+    if len(incoming.body) >= 4 << 10:  # such a one may be unpacked in a thread
+        return bytes(asyncio.run(coroutine))
     try:
         coroutine.send(None)
     except StopIteration as done:

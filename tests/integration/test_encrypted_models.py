@@ -157,6 +157,10 @@ def test_a_damaged_piece_is_named_marked_and_mended_by_a_push(
     chunks = manifest(running, name, 1).files[0].chunks
     other = running.run(bus.direct_get(bus.names.object_stream("TETHER_CHUNKS_0"), _subject(running, chunks[0])))
     assert other is not None
+    for worker in running.services.workers:  # one that has it intact would mend it
+        cache = worker.holder.files.cache
+        until(lambda cache=cache: cache.held([chunks[1]]), "the worker keeps the piece")
+        cache.drop("disk")
     running.run(bus.publish_acked(_subject(running, chunks[1]), other.data if content is None else content))
     with pytest.raises(CorruptChunk, match=chunks[1]):
         sdk.pull(name, tmp_path / "out")

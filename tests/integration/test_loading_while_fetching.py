@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,17 @@ class Gate:
         monkeypatch.setattr(files, "ObjectChunkStore", Gated)
 
 
+_OTHERS: set[int] = set()
+"""Processes of models of other tests' platforms, which may live on beside this one."""
+
+
+@pytest.fixture(autouse=True)
+def others() -> Iterator[None]:
+    _OTHERS.update(process.pid for process in processes())
+    yield
+    _OTHERS.clear()
+
+
 def waiting() -> list[psutil.Process]:
     """Processes of models that wait for their files: they are nowhere near them."""
     return [process for process in processes() if process.cwd() == "/"]
@@ -64,7 +75,8 @@ def processes() -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "tether.worker.runtimes.child" in child.cmdline() and alive(child.pid):
+            known = child.pid in _OTHERS
+            if not known and "tether.worker.runtimes.child" in child.cmdline() and alive(child.pid):
                 found.append(child)
     return found
 
