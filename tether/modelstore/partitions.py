@@ -7,7 +7,6 @@ from when they saw that one, which is later, so two never both count themselves 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import os
 import secrets
@@ -22,6 +21,7 @@ from tether.bus.leases import LeaseBucket, Seen
 from tether.errors import TetherError, Unavailable
 from tether.home import private_folder
 from tether.partition import Lease, SignOfLife, plan
+from tether.processes import locked
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +57,7 @@ class Instance:
 
 def _locked(folder: Path) -> int | None:
     """A descriptor that holds the folder; None when another process holds it."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    return locked(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
 
 
 def _clear(path: Path) -> bool:
