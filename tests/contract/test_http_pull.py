@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from pathlib import Path
 
@@ -46,6 +47,29 @@ def test_a_piece_is_sent_as_it_is_whatever_the_client_takes(served: Served, sdk:
         answer = http.get(f"{path}/chunks/{file['chunks'][0]}", headers={"accept-encoding": "gzip"})
     assert "content-encoding" not in answer.headers
     assert hashlib.sha256(answer.content).hexdigest() == file["chunks"][0]
+
+
+def test_a_push_waits_for_the_gateway_to_know_the_version(served: Served) -> None:
+    catalog = served.services.gateway.catalog
+
+    async def heard() -> tuple[bool, bool]:
+        waiting = asyncio.create_task(catalog.follow_version("waited-for", 1))
+        await asyncio.sleep(0)
+        early = waiting.done()
+        await served.services.push("waited-for", models.add())
+        await waiting
+        return early, 1 in catalog.versions("waited-for")
+
+    assert served.run(heard()) == (False, True)
+
+
+def test_what_was_pushed_can_be_looked_at_at_once(sdk: Client, tmp_path: Path) -> None:
+    source = tmp_path / "model.onnx"
+    for number in range(12):
+        source.write_bytes(models.add(float(number)))
+        version = sdk.push("at-once", source)["version"]
+        assert version in {one["version"] for one in sdk.model("at-once")["versions"]}
+        assert sdk.pull("at-once", tmp_path / str(version), version=version)["version"] == version
 
 
 def test_a_folder_comes_back_as_a_folder(sdk: Client, tmp_path: Path) -> None:

@@ -111,6 +111,11 @@ class Catalog:
         self._served.setdefault(manifest.name, {})[manifest.version] = Served(manifest, specs, lane)
         if known:
             self._tell(manifest.name)
+        self._tell_waiting()
+
+    def _tell_waiting(self) -> None:
+        self._moved.set()
+        self._moved = asyncio.Event()
 
     def _alias_changed(self, key: str, body: bytes | None) -> None:
         alias = None if body is None else _decoded(body, Alias)
@@ -121,8 +126,7 @@ class Catalog:
         elif alias is not None and key == f"{token(alias.model)}.{token(alias.name)}":
             self._policies.pop(alias.model, None)
             self._aliases.setdefault(alias.model, {})[alias.name] = alias
-        self._moved.set()
-        self._moved = asyncio.Event()
+        self._tell_waiting()
 
     def _config_changed(self, key: str, body: bytes | None) -> None:
         config = None if body is None else _decoded(body, ModelConfig)
@@ -350,12 +354,22 @@ class Catalog:
 
     async def follow(self, alias: Alias) -> None:
         """Return when requests that come now go by ``alias``, or by what it became since; after a second in any case."""
+        if not await self._heard(lambda: self._follows(alias)):
+            log.warning("an alias of '%s' moved and was not heard of", alias.model, extra={"action": "alias_unheard"})
+
+    async def follow_version(self, model: str, version: int) -> None:
+        """Return when requests that come now find a version that was made; after a second in any case."""
+        if not await self._heard(lambda: version in self._served.get(model, {})):
+            log.warning("a version of '%s' was made and not heard of", model, extra={"action": "version_unheard"})
+
+    async def _heard(self, known: Callable[[], bool]) -> bool:
         try:
             async with asyncio.timeout(_FOLLOW_S):
-                while not self._follows(alias):
+                while not known():
                     await self._moved.wait()
         except TimeoutError:
-            log.warning("an alias of '%s' moved and was not heard of", alias.model, extra={"action": "alias_unheard"})
+            return False
+        return True
 
     def _follows(self, alias: Alias) -> bool:
         known = self._aliases.get(alias.model, {}).get(alias.name)

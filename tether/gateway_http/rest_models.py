@@ -192,7 +192,9 @@ async def registered(call: Call, request: PushRequest, target: Target, *, openin
         timeout=REGISTER_S,
     )
     call.gateway.loose.drop(call.tenant, target.store.bucket, digests)
-    return codec.decode(body, PushAnswer)
+    answer = codec.decode(body, PushAnswer)
+    await call.gateway.catalog.follow_version(answer.manifest.name, answer.manifest.version)
+    return answer
 
 
 def pushed(seals: ModelSeals, answer: PushAnswer, stored: int) -> bodies.PushedVersion:
