@@ -49,7 +49,7 @@ def counted(what: str, name: str) -> float:
 
 
 def test_the_same_request_is_answered_again_without_a_run_in_whatever_form(served: Served, http: httpx.Client) -> None:
-    name = "kept"
+    name = "kept-again"
     cached(served, name)
     before = runs(name)
     assert ask(http, name, 1.0) == ("miss", 2.0)
