@@ -109,9 +109,10 @@ async def test_a_job_that_runs_while_its_version_is_deleted_ends_on_it(one: Serv
     begun.unlink(missing_ok=True)
     ids = await submit(one, served, 1)
     await wait_until(begun.exists, "it runs", 30)
+    pulls = one.workers[0].holder._held[ModelRef("gated", 1)].instance._pulls
+    assert all(pull._inbox for pull in pulls)
     await delete(one, name="gated")
-    held = one.workers[0].holder
-    await wait_until(lambda: ModelRef("gated", 1) not in held.ready(), "the worker was told to let go")
+    await wait_until(lambda: not any(pull._inbox for pull in pulls), "the worker asks for no more of its jobs")
     late = await submit(one, served, 3)
     assert await told(one, late) == {("failed", "model_not_found")}
     assert (await one.gateway.jobs.get(TENANT, ids[0]))["state"] == "running"
