@@ -93,9 +93,9 @@ def create_home(
 ) -> None:
     """Make every key that is missing and sign the keyset anew when what it says of an identity is no longer so.
 
-    What exists is kept, so a second call changes nothing, and needs no root key. ``workers`` and
-    ``model_stores`` are how many identities of either there must be; ``root`` is keys/root.key unless it is kept elsewhere; a new one is locked if ``lock`` or if
-    TETHER_ROOT_PASSPHRASE is set.
+    What exists is kept, so a second call changes nothing, and needs no root key. ``workers`` and ``model_stores`` are how many
+    identities of either there must be; ``root`` is keys/root.key unless it is kept elsewhere; a new one is locked if ``lock``
+    or if TETHER_ROOT_PASSPHRASE is set.
 
     Raises:
         ConfigError: a key file is unreadable, open to others or not what it should be; an identity was revoked; or
