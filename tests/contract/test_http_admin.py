@@ -39,7 +39,7 @@ def test_a_key_is_shown_once_works_at_once_and_not_after_it_was_revoked(http: ht
     assert_error(http.get("/v1/models", headers=own), 403, "forbidden")
     listed = http.get("/v1/keys")
     assert made["key"] not in listed.text
-    assert made["key"].rpartition("_")[2] not in listed.text
+    assert made["key"].split("_", 2)[2] not in listed.text  # the secret: it may hold underscores itself
     (entry,) = [key for key in listed.json()["keys"] if key["id"] == made["id"]]
     assert (entry["tenant"], entry["revoked"]) == ("new-tenant", False)
     revoked = http.delete(f"/v1/keys/{made['id']}")
