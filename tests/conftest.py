@@ -10,8 +10,10 @@ import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import alone
+import groups
 import pytest
 from brokers import IMAGE_VARIABLE, Broker, StartBroker, container, embedded, server_binary, temporary_home
 from served import Served
@@ -46,23 +48,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For several processes (pytest-xdist): a file's tests share what is set up for them, so they go to one process; what
-    watches times or whole machines, and what runs in containers, is done by one process, which begins with it."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
-    items.sort(key=lambda item: (_group(item) != FIRST, _group(item) != "container"))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """After they were put into a random order: the longest groups begin."""
+    items.sort(key=lambda item: groups.rank(item.nodeid))
 
 
-FIRST = "acceptance"
-
-
-def _group(item: pytest.Item) -> str:
-    if item.path.parent.name == FIRST:
-        return FIRST
-    return "container" if item.get_closest_marker("container") else item.path.stem
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> groups.ByGroup:
+    """How the suite is shared among processes."""
+    return groups.ByGroup(config, log)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

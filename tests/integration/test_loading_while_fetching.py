@@ -112,7 +112,7 @@ async def test_the_process_is_there_before_the_files_are(
         gate.opened.set()
         await ready(running, served)
         assert process.cwd() == str(folder)
-        assert [one.pid for one in processes()] == [process.pid]
+        assert [one.pid for one in processes() if one.cwd() == str(folder)] == [process.pid]
         assert (await running.infer(served, row(1.0)))[0, 0] == 1.5
 
 

@@ -69,7 +69,7 @@ async def test_what_arrives_for_a_pull_that_has_ended_is_left_to_others(one: Ser
     got: list[BusDelivery] = []
     pull = LanePull(one.workers[0]._bus, lanes_of("bump", 1, "local")[0], 1, got.append)
     await pull.start()
-    await wait_until(lambda: bool(pull._inbox), "the pull has an inbox")
+    await wait_until(lambda: pull._subscription is not None, "the pull listens")
     assert pull._subscription is not None
     late = pull._subscription._inner._cb
     assert late is not None

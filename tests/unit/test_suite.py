@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import os
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
 from pathlib import Path
+
+import groups
+import pytest
 
 TESTS = Path(__file__).parents[1]
 
@@ -11,3 +18,35 @@ TESTS = Path(__file__).parents[1]
 def test_every_test_file_has_a_name_of_its_own() -> None:
     names = Counter(path.name for path in TESTS.rglob("*.py") if path.name not in ("conftest.py", "__init__.py"))
     assert [name for name, count in names.items() if count > 1] == []
+
+
+@pytest.mark.parametrize(
+    ("nodeid", "group"),
+    [
+        ("tests/unit/test_x.py::test_y", "tests/unit/test_x.py"),
+        ("tests/unit/test_x.py::test_y[a-b]", "tests/unit/test_x.py"),
+        ("tests/integration/test_x.py::test_y[container-3]", "container"),
+        ("tests/integration/test_x.py::test_y[container]", "container"),
+        ("tests/integration/test_x.py::test_container[embedded]", "tests/integration/test_x.py"),
+        ("tests/acceptance/test_x.py::test_y[container]", "acceptance"),
+    ],
+)
+def test_tests_that_share_something_are_one_group(nodeid: str, group: str) -> None:
+    assert groups.group_of(nodeid) == group
+
+
+def test_in_several_processes_the_tests_of_a_file_stay_together() -> None:
+    """pytest 9.2 made the groups of pytest-xdist 3.8 vanish without a word."""
+    files = [f"tests/unit/test_{name}.py" for name in ("tenant", "subjects", "apikey", "limits")]
+    command = [sys.executable, "-m", "pytest", "-v", "-n", "2", "--dist", "loadscope", "--no-loadscope-reorder", *files]
+    inherited = {name: text for name, text in os.environ.items() if not name.startswith(("PYTEST_", "TETHER_TEST_"))}
+    run = subprocess.run(
+        command, cwd=TESTS.parent, env=inherited, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert run.returncode == 0, run.stdout
+    processes = defaultdict(set)
+    for process, file in re.findall(r"^\[(gw\d)\].*PASSED (\S+?)::", run.stdout, re.MULTILINE):
+        processes[file].add(process)
+    assert sorted(processes) == sorted(files)
+    assert [len(found) for found in processes.values()] == [1] * len(files)
+    assert len(set.union(*processes.values())) == 2
