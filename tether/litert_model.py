@@ -77,7 +77,10 @@ def check(content: bytes | mmap.mmap) -> None:
         ModelRejected: it is no model, or one that needs more than its own bytes and LiteRT.
     """
     if content[4:8] != _IDENTIFIER:
-        raise ModelRejected("the file is no TensorFlow Lite model: it has no 'TFL3' at its 5th byte", field="file")
+        raise ModelRejected(
+            "the file is no TensorFlow Lite model: it has no 'TFL3' at its 5th byte; push what tf.lite.TFLiteConverter wrote",
+            field="file",
+        )
     try:
         model = schema.Model.GetRootAs(content, 0)
         if not model.ExternalBuffersIsNone() or not model.ExternalBufferGroupsIsNone():
@@ -85,11 +88,14 @@ def check(content: bytes | mmap.mmap) -> None:
         count = model.OperatorCodesLength()
         if not model.SubgraphsLength() or count > _MOST_OPERATORS:
             raise ModelRejected(
-                f"the model has no graph, or more than {_MOST_OPERATORS} kinds of operators", field="file"
+                f"the model has no graph, or more than {_MOST_OPERATORS} kinds of operators; convert it again",
+                field="file",
             )
         foreign = [name for index in range(count) if (name := _foreign(model.OperatorCodes(index)))]
     except (struct.error, IndexError, ValueError, TypeError, OverflowError) as error:
-        raise ModelRejected("the file is damaged: it points to where it has no bytes", field="file") from error
+        raise ModelRejected(
+            "the file is damaged: it points to where it has no bytes; convert the model again", field="file"
+        ) from error
     if foreign:
         raise ModelRejected(
             f"the model needs the operator '{foreign[0]}', which LiteRT does not have; convert it with "

@@ -166,14 +166,14 @@ class Settings:
         high=1 << 24,
     )
     max_instances: int = _setting(
-        8,
-        "Copies of one model that a worker holds side by side at most, whatever its configuration says.",
-        low=1,
-        high=64,
+        8, "Copies of one model that a worker holds at most, whatever its configuration says.", low=1, high=64
     )
     onnx_threads: int = _setting(1, "Threads of one model instance.", low=1, high=256)
     run_timeout_s: float = _setting(
         60.0, "A model's process is ended when one run takes longer; a version may have its own.", low=0.1, high=86400
+    )
+    load_timeout_s: float = _setting(
+        300.0, "A model's process is ended when it takes longer to load, its files being there.", low=1, high=86400
     )
     model_memory_mb: int = _setting(0, "Address space of a model's own process; 0: no limit.", low=0, high=1 << 24)
     model_device: str = _setting(

@@ -39,6 +39,11 @@ def test_the_configuration_goes_before_the_manifest_and_the_settings() -> None:
     assert usual != decided
 
 
+def test_how_long_a_load_may_take_is_a_setting() -> None:
+    patient = Settings(load_timeout_s=1800)
+    assert loadout(manifest(PROGRAM), ModelConfig("m"), patient).options.load_timeout_s == 1800
+
+
 def test_no_configuration_brings_a_program_into_the_workers_own_process() -> None:
     config = ModelConfig("m", isolation="thread")
     assert loadout(manifest(PROGRAM, isolation="thread"), config, SETTINGS).manifest.isolation == "process"

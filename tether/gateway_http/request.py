@@ -180,11 +180,14 @@ def _decompressed(body: bytes, encoding: str, limit: int) -> bytes:
     try:
         unpacked = unpacker.decompress(body, limit + 1)
     except zlib.error as error:
-        raise InvalidRequest("the body is not what its Content-Encoding says", field="content-encoding") from error
+        raise InvalidRequest(
+            "the body is not what its Content-Encoding says; send it so packed, or without that header",
+            field="content-encoding",
+        ) from error
     if len(unpacked) > limit:
         raise too_large(limit)
     if not unpacker.eof:
-        raise InvalidRequest("the compressed body is cut short", field="content-encoding")
+        raise InvalidRequest("the compressed body is cut short; send it again, to its end", field="content-encoding")
     return unpacked
 
 

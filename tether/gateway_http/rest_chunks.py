@@ -40,7 +40,10 @@ async def _put(call: Call) -> Reply:
     name, digest = _name(call), _digest(call.path("digest"), "digest")
     piece = await _piece(call)
     if await asyncio.to_thread(digest_of, piece) != digest:
-        raise InvalidRequest("the body is not the piece that the path names: its SHA-256 differs", field="body")
+        raise InvalidRequest(
+            "the body is not the piece that the path names: its SHA-256 differs; send the piece that has it",
+            field="body",
+        )
 
     store = (await call.gateway.encrypted.target(name, call.query.encrypt)).store
 

@@ -44,6 +44,7 @@ def loadout(manifest: Manifest, config: ModelConfig, settings: Settings) -> Load
     options = Options(
         threads=config.threads or settings.onnx_threads,
         memory_mb=settings.model_memory_mb,
+        load_timeout_s=settings.load_timeout_s,
         device=settings.model_device if config.kind is InstanceKind.AUTO else config.kind.value,
         compile=compiled,
         warmup=config.warmup if compiled else (),
