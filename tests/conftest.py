@@ -49,8 +49,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """After they were put into a random order: the longest groups begin."""
+    """After they were put into a random order: what is to be alone begins, and then the longest groups."""
     items.sort(key=lambda item: groups.rank(item.nodeid))
+    for item in items:
+        if groups.group_of(item.nodeid) == groups.ALONE:
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -59,14 +62,22 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> groups.ByGro
     return groups.ByGroup(config, log)
 
 
+_PLACES = pytest.StashKey[alone.Places]()
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """Before any fixture is set up, and before a test's time counts."""
     locks = os.environ.get("TETHER_TEST_LOCKS")
     if not locks:
         return (yield)
-    with alone.place(Path(locks), alone=item.get_closest_marker("alone") is not None):
+    places = item.config.stash.setdefault(_PLACES, alone.Places(Path(locks)))
+    with places.place(alone=_alone(item), then_alone=nextitem is not None and _alone(nextitem)):
         return (yield)
+
+
+def _alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None
 
 
 @pytest.fixture(scope="session")

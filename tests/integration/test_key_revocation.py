@@ -7,15 +7,12 @@ import time
 from collections.abc import Callable
 
 import models
-import pytest
 from brokers import wait_until
 from services import Services
 
 from bench.load import HEAD_END, content_length
 from tether import apikey
 from tether.gateway_http import core, service
-
-pytestmark = pytest.mark.alone
 
 RATE = 500
 CALLERS = 10

@@ -28,8 +28,6 @@ from tether.envelope import KEYSET_DOMAIN, Keyset, Role, sign_keyset
 from tether.errors import KeyExpired, KeyRevoked, KeysetError, PermissionDenied, UnknownKey
 from tether.home import Home, load_identity
 
-pytestmark = pytest.mark.alone
-
 SOON_S = 2.0
 
 

@@ -24,8 +24,6 @@ from tether.gateway_http.limits_meters import SILENT_S, Report
 from tether.job import new_job_id
 from tether.tenant import Quotas, Tenant
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture
 async def three(broker: Broker) -> AsyncIterator[list[Gateway]]:

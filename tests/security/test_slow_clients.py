@@ -14,8 +14,6 @@ import pytest
 from served import Served, until
 from wire import Raw, chunked, connected, exchange, receive, request
 
-pytestmark = pytest.mark.alone
-
 INFER = "POST /v2/models/bump/infer HTTP/1.1"
 INFERENCE = "POST /v1/inference HTTP/1.1"
 GOOD = json.dumps({"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}).encode()

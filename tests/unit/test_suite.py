@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import alone
 import groups
 import pytest
 
@@ -29,10 +31,37 @@ def test_every_test_file_has_a_name_of_its_own() -> None:
         ("tests/integration/test_x.py::test_y[container]", "container"),
         ("tests/integration/test_x.py::test_container[embedded]", "tests/integration/test_x.py"),
         ("tests/acceptance/test_x.py::test_y[container]", "acceptance"),
+        ("tests/integration/test_keyset.py::test_y[embedded]", "alone"),
     ],
 )
 def test_tests_that_share_something_are_one_group(nodeid: str, group: str) -> None:
     assert groups.group_of(nodeid) == group
+
+
+def test_files_whose_tests_are_alone_are_there() -> None:
+    assert {path.name for path in TESTS.rglob("test_*.py")} >= groups.ALONE_FILES
+
+
+def test_what_is_alone_keeps_its_place_for_the_next_that_is(tmp_path: Path) -> None:
+    def free() -> bool:
+        with (tmp_path / "running").open("w") as running:
+            try:
+                fcntl.flock(running, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    places = alone.Places(tmp_path)
+    with places.place(alone=True, then_alone=True):
+        assert not free()
+    assert not free()
+    with places.place(alone=True, then_alone=False):
+        assert not free()
+    assert free()
+    with places.place(alone=True, then_alone=True):
+        pass
+    with places.place(alone=False, then_alone=False):
+        assert free(), "another one came next, beside which others may run"
 
 
 def test_in_several_processes_the_tests_of_a_file_stay_together() -> None:
