@@ -1,7 +1,8 @@
 """The chunk store beside nats-py's own object store: MB/s of push and pull into a file, and what a small change moves.
 
-Each has a broker of the same build and settings, in alternating rounds, and starts every round with an empty bucket; theirs asks for no permissions. Ours hashes every piece
-on its way in, and every piece and the whole file on its way out; theirs hashes the whole on both. Run with ``python -m bench.store``.
+Each has a broker of the same build and settings, which begins every round anew in an empty folder; rounds alternate, and theirs
+asks for no permissions. Ours hashes every piece on its way in, and every piece and the whole file on its way out; theirs hashes the
+whole on both. Run with ``python -m bench.store``.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import resource
+import shutil
 import socket
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import nats
@@ -63,12 +65,27 @@ async def parts(path: Path) -> AsyncIterator[bytes]:
             yield part
 
 
+def have_pages(folder: Path, size: int) -> None:
+    """Write a file and remove it, so that the machine has the pages that are written next.
+
+    A virtual machine that gives free memory back to its host pays for each page that it gets anew, up to ten times what writing
+    to it costs: the more, the longer it rested, and whoever is measured second would have the pages of the first.
+    """
+    path, block = folder / "pages", bytes(1 << 20)
+    with path.open("wb", buffering=0) as file:
+        for _ in range(2 * size >> 20):
+            file.write(block)
+    path.unlink()
+
+
 async def ours(bus: Bus, bucket: str, path: Path, target: Path) -> tuple[float, float]:
     """Seconds to push and to pull."""
     store = ObjectChunkStore(bus, bucket)
+    have_pages(target.parent, path.stat().st_size)
     began = time.perf_counter()
     file, _ = await upload(bus, store, parts(path), limit=1 << 40)
     pushed = time.perf_counter() - began
+    have_pages(target.parent, path.stat().st_size)
     began = time.perf_counter()
     await download(store, file, target)
     return pushed, time.perf_counter() - began
@@ -76,24 +93,16 @@ async def ours(bus: Bus, bucket: str, path: Path, target: Path) -> tuple[float, 
 
 async def theirs(objects: nats.js.object_store.ObjectStore, path: Path, target: Path) -> tuple[float, float]:
     """The same through nats-py's object store."""
+    have_pages(target.parent, path.stat().st_size)
     with path.open("rb") as file:
         began = time.perf_counter()
         await objects.put("bench", file)
         pushed = time.perf_counter() - began
+    have_pages(target.parent, path.stat().st_size)
     with target.open("wb") as out:
         began = time.perf_counter()
         await objects.get("bench", writeinto=out)
         return pushed, time.perf_counter() - began
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where it is measured: our broker's settings and home, the files' folder, the other broker's address."""
-
-    settings: Settings
-    home: Home
-    folder: Path
-    url: str
 
 
 @dataclasses.dataclass
@@ -112,31 +121,52 @@ async def measure(size: int, rounds: int) -> str:
     own, other = Times(), Times()
     with tempfile.TemporaryDirectory(prefix="tether-bench-") as name:
         folder = Path(name)
-        home = Home.at(str(folder / "home"))
-        create_home(home, workers=1)
-        settings = Settings(home=str(home.root), partitions=rounds + 1, max_file_mb=max(20480, 16 * size >> 20))
         make_file(folder / "model", size)
-        async with EmbeddedServer(home, settings, binary=find_server(settings)) as server:
-            settings = dataclasses.replace(settings, nats_url=server.url)
-            async with Bus.connect(settings, home, "dispatcher") as admin:
-                await ensure_platform(admin, settings)
-                with open_broker(folder) as url:
-                    for number in range(rounds):
-                        await one_round(Place(settings, home, folder, url), number, own, other)
-                delta = await small_change(settings, home, folder, rounds)
+        for _ in range(rounds):
+            with room(folder) as place:
+                await own_round(place, folder / "model", own)
+            with room(folder) as place:
+                await other_round(place, folder / "model", other)
+        with room(folder) as place:
+            delta = await small_change(place, folder / "model")
     return table(size, own, other, delta)
 
 
 @contextmanager
-def open_broker(folder: Path) -> Iterator[str]:
+def room(folder: Path) -> Iterator[Path]:
+    """A folder for one round, which goes with everything in it."""
+    place = folder / "round"
+    place.mkdir()
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place)
+
+
+@asynccontextmanager
+async def platform(place: Path) -> AsyncIterator[Bus]:
+    """A broker of ours, and a gateway's connection to it."""
+    home = Home.at(str(place / "home"))
+    create_home(home, workers=1)
+    settings = Settings(home=str(home.root))
+    async with EmbeddedServer(home, settings, binary=find_server(settings)) as server:
+        settings = dataclasses.replace(settings, nats_url=server.url)
+        async with Bus.connect(settings, home, "dispatcher") as admin:
+            await ensure_platform(admin, settings)
+        async with Bus.connect(settings, home, "gateway") as bus:
+            yield bus
+
+
+@contextmanager
+def open_broker(place: Path) -> Iterator[str]:
     """A server that lets everybody in, with the sync interval of ours; its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = folder / "open.conf"
+    config = place / "open.conf"
     config.write_text(
         f'listen: "127.0.0.1:{port}"\nmax_payload: 8MB\n'
-        f'jetstream {{ store_dir: "{folder / "open"}", max_mem: 1GB, max_file: 40GB, sync_interval: 1s }}\n'
+        f'jetstream {{ store_dir: "{place / "open"}", max_mem: 1GB, max_file: 40GB, sync_interval: 1s }}\n'
     )
     server = subprocess.Popen([find_server(Settings()).path, "-c", config], stderr=subprocess.DEVNULL)
     try:
@@ -146,25 +176,31 @@ def open_broker(folder: Path) -> Iterator[str]:
         server.wait(20)
 
 
-async def one_round(place: Place, number: int, own: Times, other: Times) -> None:
-    """One push and pull each. Ours has a partition of its own."""
-    folder = place.folder
-    async with Bus.connect(place.settings, place.home, "gateway") as bus:
-        own.base_mb = own.base_mb or most_memory()
-        bucket = bus.names.partition_bucket(number)
-        pushed, pulled = await ours(bus, bucket, folder / "model", folder / "pulled")
-        own.push.append(pushed)
-        own.pull.append(pulled)
-        own.peak_mb = own.peak_mb or most_memory()
-    client = await nats.connect(place.url)
-    try:
-        objects = await client.jetstream().create_object_store("bench")
-        pushed, pulled = await theirs(objects, folder / "model", folder / "pulled")
-        await client.jetstream().delete_object_store("bench")
-    finally:
-        await client.close()
-    other.push.append(pushed)
-    other.pull.append(pulled)
+async def own_round(place: Path, model: Path, times: Times) -> None:
+    """One push and one pull of ours, on a broker that is new."""
+    async with platform(place) as bus:
+        times.base_mb = times.base_mb or most_memory()
+        pushed, pulled = await ours(bus, bus.names.partition_bucket(0), model, place / "pulled")
+        times.push.append(pushed)
+        times.pull.append(pulled)
+        times.peak_mb = times.peak_mb or most_memory()
+
+
+async def other_round(place: Path, model: Path, times: Times) -> None:
+    """The same of nats-py's."""
+    with open_broker(place) as url:
+        client = await nats.connect(url, error_cb=still_starting)
+        try:
+            objects = await client.jetstream().create_object_store("bench")
+            pushed, pulled = await theirs(objects, model, place / "pulled")
+        finally:
+            await client.close()
+    times.push.append(pushed)
+    times.pull.append(pulled)
+
+
+async def still_starting(_: Exception) -> None:
+    """A broker that does not answer yet is asked again."""
 
 
 def most_memory() -> float:
@@ -172,13 +208,13 @@ def most_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-async def small_change(settings: Settings, home: Home, folder: Path, partition: int) -> float:
+async def small_change(place: Path, model: Path) -> float:
     """Share of a changed file's bytes that a push stores, when 1 % of them changed."""
-    async with Bus.connect(settings, home, "gateway") as bus:
-        store = ObjectChunkStore(bus, bus.names.partition_bucket(partition))
-        await upload(bus, store, parts(folder / "model"), limit=1 << 40)
-        change(folder / "model", folder / "changed", 0.01)
-        file, stored = await upload(bus, store, parts(folder / "changed"), limit=1 << 40)
+    async with platform(place) as bus:
+        store = ObjectChunkStore(bus, bus.names.partition_bucket(0))
+        await upload(bus, store, parts(model), limit=1 << 40)
+        change(model, place / "changed", 0.01)
+        file, stored = await upload(bus, store, parts(place / "changed"), limit=1 << 40)
         return stored / file.size
 
 
