@@ -135,5 +135,23 @@ def test_a_bundle_is_as_large_as_its_time_allows(fixed: float, each: float) -> N
     assert jobs == 256 or span >= min(0.005, 2 * fixed + each) / 2.6
 
 
+def test_where_more_jobs_take_no_longer_a_bundle_may_be_full() -> None:
+    """A span that is the same whatever is in it left nothing to divide by: the lane's sender died, and nobody was answered."""
+    pace, span_s = Pace(), 2.0**-5
+    for jobs in (1, 2, 4, 8):
+        pace.learn(jobs, span_s)
+    assert pace.most(256, 0.005) == 256
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 256), st.sampled_from([1e-9, 0.01, 0.5, 2.0**-5, 3600.0, 1e300])), max_size=20)
+)
+def test_whatever_was_learned_a_bundle_has_a_size(bundles: list[tuple[int, float]]) -> None:
+    pace = Pace()
+    for jobs, span_s in bundles:
+        pace.learn(jobs, span_s)
+        assert 1 <= pace.most(256, 0.005) <= 256
+
+
 def test_before_anything_was_learned_a_bundle_may_be_full() -> None:
     assert Pace().most(256, 0.005) == 256

@@ -131,6 +131,8 @@ class Pace:
         variance = self._squares - self._jobs * self._jobs
         if variance > 0.01 * self._squares:
             each = (self._products - self._jobs * self._span) / variance
+            if each <= 0:
+                return limit  # more jobs take no longer
             fixed = max(0.0, self._span - each * self._jobs)
             if each * limit <= within_s - fixed:
                 return limit

@@ -111,7 +111,7 @@ class LaneBundler:
         self._jobs_in_flight -= jobs
         if run_s > 0:
             self._busy_share += _LEARN * (min(1.0, run_s / max(total_s, 1e-6)) - self._busy_share)
-            self._pace.learn(jobs, run_s)
+            self._pace.learn(jobs, min(run_s, total_s))  # a worker's clock may say anything
         self._in_flight -= 1
         if (self._pending or self._late) and (self._overdue or self._may_leave()):
             self._flush_soon()
