@@ -144,11 +144,11 @@ def room(folder: Path) -> Iterator[Path]:
 
 
 @asynccontextmanager
-async def platform(place: Path) -> AsyncIterator[Bus]:
-    """A broker of ours, and a gateway's connection to it."""
+async def platform(place: Path, size: int) -> AsyncIterator[Bus]:
+    """A broker of ours with room for some files of ``size`` bytes, and a gateway's connection to it."""
     home = Home.at(str(place / "home"))
     create_home(home, workers=1)
-    settings = Settings(home=str(home.root))
+    settings = Settings(home=str(home.root), max_file_mb=max(20480, 4 * size >> 20))
     async with EmbeddedServer(home, settings, binary=find_server(settings)) as server:
         settings = dataclasses.replace(settings, nats_url=server.url)
         async with Bus.connect(settings, home, "dispatcher") as admin:
@@ -178,7 +178,7 @@ def open_broker(place: Path) -> Iterator[str]:
 
 async def own_round(place: Path, model: Path, times: Times) -> None:
     """One push and one pull of ours, on a broker that is new."""
-    async with platform(place) as bus:
+    async with platform(place, model.stat().st_size) as bus:
         times.base_mb = times.base_mb or most_memory()
         pushed, pulled = await ours(bus, bus.names.partition_bucket(0), model, place / "pulled")
         times.push.append(pushed)
@@ -210,7 +210,7 @@ def most_memory() -> float:
 
 async def small_change(place: Path, model: Path) -> float:
     """Share of a changed file's bytes that a push stores, when 1 % of them changed."""
-    async with platform(place) as bus:
+    async with platform(place, model.stat().st_size) as bus:
         store = ObjectChunkStore(bus, bus.names.partition_bucket(0))
         await upload(bus, store, parts(model), limit=1 << 40)
         change(model, place / "changed", 0.01)

@@ -1,8 +1,9 @@
 """Which tests stay together when the suite runs in several processes (pytest-xdist).
 
 A file's tests share what is set up for them, so they go to one process. Files whose tests are to be alone are one group, what
-watches whole platforms is one, and what runs in containers is one. xdist's own groups are not used: they travel as a part of each test's id, which pytest no longer
-lets xdist change since 9.2 (pytest-xdist issue 1386), and then nothing is grouped and nothing says so.
+watches whole platforms is one, and what runs in containers is one. xdist's own groups are not used: they travel as a part of
+each test's id, which pytest no longer lets xdist change since 9.2 (pytest-xdist issue 1386), and then nothing is grouped and
+nothing says so.
 """
 
 from __future__ import annotations
