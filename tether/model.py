@@ -60,12 +60,21 @@ class SealedDigests(msgspec.Struct, frozen=True):
     box: bytes
 
 
+PROVEN = "proven"
+DECLARED = "declared"
+
+
 class Batching(msgspec.Struct, frozen=True):
     """How jobs of a version are joined: rows per run, and how long a bundle may wait for company."""
 
     max_batch_size: int = 0
-    """0: the model's first axis is not a batch axis and every job runs by itself."""
+    """0: not batched, every job runs by itself."""
     max_delay_ms: float = 2.0
+    basis: str = ""
+    """Why rows of different callers may share a run: ``proven`` from the graph, or ``declared`` by the publisher. Empty
+    when it is not batched, and in manifests from before there was a basis."""
+    reason: str = ""
+    """Why it is not batched, in one line; of a declared version, what its trial run said against it."""
 
 
 class Isolation(StrEnum):

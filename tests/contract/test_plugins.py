@@ -62,7 +62,7 @@ def serve(served: Served, sdk: Client, name: str, path: Path) -> dict[str, Any]:
 def check(sdk: Client, name: str, metadata: dict[str, Any], expected: dict[str, Any]) -> None:
     assert metadata["inputs"] == [{"name": "image", "datatype": "FP32", "shape": [-1, 64]}]
     assert {spec["name"]: spec["shape"] for spec in metadata["outputs"]} == {"label": [-1], "probabilities": [-1, 10]}
-    assert sdk.model(name)["versions"][0]["max_batch_size"] == 512
+    assert sdk.model(name)["versions"][0]["max_batch_size"] == 0
     found = sdk.infer(name, {"image": frameworks.images()})
     np.testing.assert_array_equal(found["label"], expected["label"])
     np.testing.assert_allclose(found["probabilities"], expected["probabilities"], rtol=0, atol=1e-6)

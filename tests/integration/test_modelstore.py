@@ -121,13 +121,21 @@ async def test_a_body_that_cannot_be_a_model_is_refused_at_once(
 async def test_a_refused_model_leaves_no_version(platform: Platform) -> None:
     with pytest.raises(ModelRejected, match="not an ONNX model"):
         await platform.push(b"GIF89a" * 1000)
-    with pytest.raises(ModelRejected, match="cannot be batched"):
-        await platform.push(models.over_batch(), max_batch_size=4)
+    with pytest.raises(ModelRejected, match="no batch axis"):
+        await platform.push(models.identity("FP32", (4,)), max_batch_size=4)
     file, _ = await platform.upload(models.add())
     with pytest.raises(InvalidRequest, match="max_delay_ms"):
         await platform.register(PushRequest("m", (file,), max_delay_ms=-1.0))
     assert await platform.manifest("m", 1) is None
-    assert (await platform.push(models.over_batch())).manifest.batching.max_batch_size == 0
+
+
+async def test_a_model_that_mixes_rows_is_batched_only_when_that_is_declared(platform: Platform) -> None:
+    alone = (await platform.push(models.over_batch())).manifest.batching
+    assert (alone.max_batch_size, alone.basis) == (0, "")
+    assert "--max-batch-size" in alone.reason
+    declared = await platform.push(models.over_batch(), max_batch_size=4)
+    assert (declared.manifest.version, declared.manifest.batching.max_batch_size) == (2, 4)
+    assert declared.manifest.batching.basis == "declared"
 
 
 async def test_an_altered_piece_is_never_served_and_mended_by_the_next_push(platform: Platform, tmp_path: Path) -> None:

@@ -106,16 +106,52 @@ def test_pushes_and_answers_cross_the_wire_whole() -> None:
     assert codec.decode(codec.encode(answer), PushAnswer) == answer
 
 
-def test_batching_is_what_the_push_wants_and_the_model_can() -> None:
-    def made(wanted: int, **rest: object) -> int:
-        found = Inspection(**{"inputs": (), "outputs": (), "max_batch_size": 64, **rest})  # type: ignore[arg-type]
-        return batching(PushRequest("m", (FILE,), wanted), found).max_batch_size
+ROWS = (TensorSpec("x", "FP32", (-1, 4)),)
 
-    assert [made(-1), made(0), made(7)] == [64, 0, 7]
-    assert [made(-1, max_batch_size=0), made(1, max_batch_size=0)] == [0, 0]
-    assert made(7, max_batch_size=0, unproven=True) == 7
-    with pytest.raises(ModelRejected, match="push it with max_batch_size 0"):
-        made(2, max_batch_size=0, note="it mixes rows")
+
+def joined(wanted: int, most: int, *, platform: str = "onnxruntime_onnx", **rest: object) -> tuple[int, str]:
+    found = Inspection(**{"inputs": ROWS, "outputs": ROWS, "max_batch_size": most, **rest})  # type: ignore[arg-type]
+    made = batching(PushRequest("m", (FILE,), wanted, platform=platform), found)
+    assert bool(made.basis) == bool(made.max_batch_size)
+    assert made.max_batch_size or made.reason
+    return made.max_batch_size, made.basis
+
+
+def test_an_onnx_model_is_batched_when_it_is_proven_or_declared() -> None:
+    assert [joined(wanted, 64) for wanted in (-1, 0, 7, 100)] == [
+        (64, "proven"),
+        (0, ""),
+        (7, "proven"),
+        (100, "proven"),
+    ]
+    assert [joined(wanted, 0, note="it mixes rows") for wanted in (-1, 0, 1)] == [(0, "")] * 3
+    assert joined(7, 0, note="it mixes rows") == (7, "declared")
+
+
+@pytest.mark.parametrize("platform", ["pytorch_export", "tensorflow_savedmodel", "tensorflow_lite", "brought"])
+def test_other_frameworks_are_batched_only_when_the_push_declares_it(platform: str) -> None:
+    assert [joined(wanted, 64, platform=platform) for wanted in (-1, 1)] == [(0, "")] * 2
+    assert joined(8, 64, platform=platform) == (8, "declared")
+
+
+def test_a_python_bundle_declares_its_rows_in_its_description() -> None:
+    assert joined(-1, 64, platform="python") == (64, "declared")
+    assert joined(-1, 0, platform="python", note="its description sets no maxBatchSize") == (0, "")
+    assert joined(0, 64, platform="python") == (0, "")
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (1, 4)])
+def test_a_model_without_a_free_first_axis_cannot_be_declared(shape: tuple[int, ...]) -> None:
+    fixed = (TensorSpec("fixed", "FP32", shape),)
+    for side in ("inputs", "outputs"):
+        with pytest.raises(ModelRejected, match="'fixed' has the shape"):
+            joined(2, 0, **{side: fixed})  # type: ignore[arg-type]
+    assert joined(-1, 0, inputs=fixed) == (0, "")
+
+
+def test_a_manifest_from_before_there_was_a_basis_is_read() -> None:
+    old = {"max_batch_size": 8, "max_delay_ms": 2.0}
+    assert codec.decode(codec.pack(old), Batching) == Batching(8)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from tether.bus.tenant_keys import ModelKeyring
 from tether.envelope.model_seal import PieceSeal, open_files
 from tether.errors import BadEncoding, CorruptChunk, InvalidRequest, ModelRejected
 from tether.memory_folder import MemoryFolder
-from tether.model import AUTOMATIC, Batching, Isolation, Manifest, ModelFile, PushRequest, check_name
-from tether.modelstore.formats import ONNX, check_files, format_of
+from tether.model import AUTOMATIC, DECLARED, PROVEN, Batching, Isolation, Manifest, ModelFile, PushRequest, check_name
+from tether.modelstore.formats import ONNX, PYTHON, check_files, format_of
 from tether.modelstore.inspection import Inspection, Limits, inspect
 
 MAX_BATCH = 65536
@@ -107,21 +107,50 @@ async def examine(
         return tuple(files), await inspect(Path(folder), known.inspector, limits, known.platform)
 
 
+_DECLARABLE = "push it with --max-batch-size N to declare that its rows do not depend on one another"
+
+
 def batching(request: PushRequest, found: Inspection) -> Batching:
-    """How jobs of the version are joined: as the push says, within what the model can.
+    """How jobs of the version are joined: proven from its graph, declared by the push or the model's own description, or not.
+
+    ``max_batch_size`` of 2 and more at the push is a declaration, for which the publisher answers.
 
     Raises:
-        ModelRejected: the push wants batches of a model that has none.
+        ModelRejected: the push declares rows of a model that has none.
     """
-    wanted = found.max_batch_size if request.max_batch_size == AUTOMATIC else request.max_batch_size
-    if found.max_batch_size or found.unproven:
-        return Batching(wanted, request.max_delay_ms)
+    wanted, delay = request.max_batch_size, request.max_delay_ms
+    proven = found.max_batch_size if request.platform == ONNX else 0
+    if wanted == 0:
+        return Batching(0, delay, reason="the push said max_batch_size 0")
+    if proven:
+        return Batching(proven if wanted == AUTOMATIC else wanted, delay, PROVEN)
     if wanted > 1:
+        _check_rows(wanted, found)
+        return Batching(wanted, delay, DECLARED, found.note)
+    if request.platform == PYTHON and found.max_batch_size:
+        return Batching(found.max_batch_size if wanted == AUTOMATIC else wanted, delay, DECLARED)
+    return Batching(0, delay, reason=_why_not(found))
+
+
+def _check_rows(wanted: int, found: Inspection) -> None:
+    for side, specs in (("input", found.inputs), ("output", found.outputs)):
+        for spec in specs:
+            if not spec.shape or spec.shape[0] != -1:
+                raise ModelRejected(
+                    f"max_batch_size is {wanted}, but {side} '{spec.name[:64]}' has the shape {list(spec.shape)}, whose first "
+                    "axis is no batch axis; push it with max_batch_size 0",
+                    field="max_batch_size",
+                )
+    if not found.inputs:
         raise ModelRejected(
-            f"max_batch_size is {wanted}, but the model cannot be batched: {found.note}; push it with max_batch_size 0",
-            field="max_batch_size",
+            "max_batch_size is for models with inputs; push it with max_batch_size 0", field="max_batch_size"
         )
-    return Batching(0, request.max_delay_ms)
+
+
+def _why_not(found: Inspection) -> str:
+    if any(not spec.shape or spec.shape[0] != -1 for spec in (*found.inputs, *found.outputs)):
+        return found.note or "not every input and output has a free first axis"
+    return f"{found.note or 'that its rows do not depend on one another is proven of ONNX graphs only'}; {_DECLARABLE}"
 
 
 def manifest_builder(

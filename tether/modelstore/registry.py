@@ -17,7 +17,7 @@ from tether.bus.kv import KvBucket
 from tether.bus.model_files import open_manifest
 from tether.envelope import MessageType
 from tether.errors import BrokerUnavailable, ConfigError, Conflict, EnvelopeError, Unavailable, VersionConflict
-from tether.model import LATEST, Alias, Manifest, Move
+from tether.model import LATEST, PROVEN, Alias, Batching, Manifest, Move
 from tether.subjects import token
 
 TRIES = 16
@@ -303,5 +303,11 @@ class Registry:
 def _same(one: Manifest, other: Manifest) -> bool:
     """Whether two versions would behave alike: same files, same platform, same batching."""
     files = [(file.path, file.digest) for file in one.files] == [(file.path, file.digest) for file in other.files]
-    alike = one.platform == other.platform and one.batching == other.batching and one.isolation == other.isolation
-    return files and alike and one.run_timeout_s == other.run_timeout_s
+    alike = one.platform == other.platform and one.isolation == other.isolation
+    return files and alike and one.run_timeout_s == other.run_timeout_s and _joined_alike(one.batching, other.batching)
+
+
+def _joined_alike(one: Batching, other: Batching) -> bool:
+    """Whether jobs are joined alike. A version without a basis is judged by its workers, and batched when that proves it."""
+    alike = (one.max_batch_size, one.max_delay_ms) == (other.max_batch_size, other.max_delay_ms)
+    return alike and (one.basis == other.basis or {one.basis, other.basis} == {"", PROVEN})
