@@ -93,6 +93,12 @@ VERSIONS_UNPLACED = Gauge(
     "tether_versions_unplaced", "Versions that are on fewer workers than their configuration asks for, or on none."
 )
 LANES = Gauge("tether_lanes", "Lanes the dispatcher keeps consumers for.")
+LANES_MADE_AGAIN = Counter(
+    "tether_lanes_made_again_total",
+    "Lane consumers that the dispatcher made again because they did not deliver, by why: ahead (of a stream that came back "
+    "shorter after a power cut), stuck, missing. Alarm on any that no power cut explains.",
+    ["reason"],
+)
 
 AUDIT_ENTRIES = Counter("tether_audit_entries_total", "Audit entries written by this service.", ["kind"])
 AUDIT_LOST = Counter("tether_audit_lost_total", "Audit entries lost because spool and memory were full: alarm on any.")

@@ -1,9 +1,12 @@
-"""What is in the broker's lanes, whoever made them: for the dispatcher, which removes those that have no version any more."""
+"""What is in the broker's lanes, whoever made them: for the dispatcher, which removes those that have no version any more
+and makes consumers again that do not deliver."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from typing import Any
+
+import msgspec
 
 from tether.bus.connection import Bus
 from tether.bus.errors import JetStreamError
@@ -13,13 +16,36 @@ from tether.job import Lane
 CONSUMER_NOT_FOUND = 10014
 
 
+class StreamState(msgspec.Struct, frozen=True):
+    """A lane stream. ``created`` changes when the stream was made again; ``last`` is a sequence; ``waiting``: the number of
+    messages on each subject that has any."""
+
+    created: str
+    consumers: int
+    last: int
+    waiting: dict[str, int]
+
+
+class ConsumerState(msgspec.Struct, frozen=True):
+    """A lane's consumer, as the broker counts. ``delivered`` and ``acked`` are sequences of the stream: the last one that
+    was delivered, and the last one up to which every message is acknowledged."""
+
+    name: str
+    delivered: int
+    acked: int
+    pending: int
+    """Messages that were not delivered yet."""
+    unacked: int
+    """Messages that were delivered and not acknowledged."""
+
+
 async def lanes_there(bus: Bus) -> set[Lane]:
     """Every lane that has a consumer or a message.
 
     Raises:
         JetStreamError, BrokerUnavailable
     """
-    streams = await _streams(bus)
+    streams = await lane_streams(bus)
     found = [bus.names.parse_lane_consumer(name) for stream in streams async for name in _consumers(bus, stream)]
     return {lane for lane in found if lane is not None} | await lanes_with_messages(bus)
 
@@ -30,12 +56,17 @@ async def lanes_with_messages(bus: Bus) -> set[Lane]:
     Raises:
         JetStreamError, BrokerUnavailable
     """
-    streams = await _streams(bus)
+    streams = await lane_streams(bus)
     found = [bus.names.parse_lane(subject) for stream in streams async for subject in _subjects(bus, stream)]
     return {lane for lane in found if lane is not None}
 
 
-async def _streams(bus: Bus) -> list[str]:
+async def lane_streams(bus: Bus) -> list[str]:
+    """Every stream that holds lanes, those of isolated tenants too, also of tenants that are not isolated any more.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
     names = bus.names
     streams = [names.infer_stream(shard) for shard in range(names.infer_shards)]
     streams += [names.jobs_stream(shard) for shard in range(names.job_shards)]
@@ -56,21 +87,72 @@ async def _consumers(bus: Bus, stream: str) -> AsyncIterator[str]:
 
 async def _subjects(bus: Bus, stream: str) -> AsyncIterator[str]:
     """The subjects that have a message."""
-    seen, total = 0, 1
-    while seen < total:
-        answer = await _asked(bus, f"STREAM.INFO.{stream}", {"subjects_filter": ">", "offset": seen})
-        subjects = answer.get("state", {}).get("subjects") or {}
-        for subject in subjects:
-            yield subject
-        seen, total = seen + len(subjects), int(answer.get("total", 0)) if subjects else 0
+    state = await stream_state(bus, stream)
+    for subject in state.waiting if state is not None else ():
+        yield subject
 
 
-async def _asked(bus: Bus, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """An answer about a stream; an empty one when there is no such stream."""
+async def stream_state(bus: Bus, stream: str, subjects: str = ">") -> StreamState | None:
+    """The state of a stream, with the messages on ``subjects``; None when there is no such stream.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
+    waiting: dict[str, int] = {}
+    while True:
+        request = {"subjects_filter": subjects, "offset": len(waiting)}
+        answer = await _asked(bus, f"STREAM.INFO.{stream}", request)
+        if not answer:
+            return None
+        state = answer["state"]
+        found: dict[str, int] = state.get("subjects") or {}
+        waiting |= found
+        if not found or len(waiting) >= int(answer.get("total", 0)):
+            return StreamState(answer["created"], int(state["consumer_count"]), int(state["last_seq"]), waiting)
+
+
+async def consumer_states(bus: Bus, stream: str) -> list[ConsumerState]:
+    """Every consumer of a stream, in pages of 256; costly for a stream with many.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
+    found: list[ConsumerState] = []
+    total = 1
+    while len(found) < total:
+        answer = await _asked(bus, f"CONSUMER.LIST.{stream}", {"offset": len(found)})
+        page = [_consumer(item) for item in answer.get("consumers") or ()]
+        found += page
+        total = int(answer.get("total", 0)) if page else 0
+    return found
+
+
+async def consumer_state(bus: Bus, lane: Lane) -> ConsumerState | None:
+    """A lane's consumer; None when it has none.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
+    answer = await _asked(bus, f"CONSUMER.INFO.{bus.names.lane_stream(lane)}.{bus.names.lane_consumer(lane)}", None)
+    return _consumer(answer) if answer else None
+
+
+def _consumer(item: dict[str, Any]) -> ConsumerState:
+    return ConsumerState(
+        item["name"],
+        int(item["delivered"]["stream_seq"]),
+        int(item["ack_floor"]["stream_seq"]),
+        int(item["num_pending"]),
+        int(item["num_ack_pending"]),
+    )
+
+
+async def _asked(bus: Bus, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    """An answer about a stream or consumer; an empty one when there is no such thing."""
     try:
         return await bus.api(path, body)
     except JetStreamError as error:
-        if error.err_code != STREAM_NOT_FOUND:
+        if error.err_code not in (STREAM_NOT_FOUND, CONSUMER_NOT_FOUND):
             raise
         return {}
 

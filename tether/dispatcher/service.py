@@ -24,6 +24,7 @@ from tether.dispatcher import placement
 from tether.dispatcher.crew import Crew
 from tether.dispatcher.decided import Decided
 from tether.dispatcher.ended import EndedVersions
+from tether.dispatcher.lane_check import LaneCheck
 from tether.dispatcher.levels import Levels
 from tether.dispatcher.scopes import Scopes
 from tether.envelope import Envelope, MessageType
@@ -314,6 +315,7 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Dispatcher]:
         )
         await stack.enter_async_context(serving)
         tasks.spawn(dispatcher.run(), "reconcile")
+        tasks.spawn(LaneCheck(bus).run(), "lane-check")
         yield dispatcher
 
 
