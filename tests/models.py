@@ -109,6 +109,17 @@ def over_batch() -> bytes:
     return to_bytes(model([node], [value("x", "FP32", ["n", 4])], [value("y", "FP32", ["n", 4])]))
 
 
+def detections() -> bytes:
+    """The rows that have a value above zero: as many as there are, as detectors answer."""
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["most"], axes=[1], keepdims=0),
+        helper.make_node("Greater", ["most", "zero"], ["keep"]),
+        helper.make_node("Compress", ["x", "keep"], ["y"], axis=0),
+    ]
+    weights = [numpy_helper.from_array(np.array(0, np.float32), "zero")]
+    return to_bytes(model(nodes, [value("x", "FP32", ["n", 4])], [value("y", "FP32", ["m", 4])], weights))
+
+
 def first_row() -> bytes:
     """One row out, whatever goes in, though its shape does not say so."""
     weights = [numpy_helper.from_array(np.array([True]), "keep")]

@@ -182,7 +182,7 @@ def _check_sizes(config: ModelConfig, most: int) -> None:
         if size > most:
             raise InvalidRequest(
                 f"{field} says {size}, and no version of model '{config.model}' takes more than {most} rows; "
-                "a configuration may only lower that",
+                "a configuration may only lower that: push a version with --max-batch-size to declare more",
                 field=field,
             )
 

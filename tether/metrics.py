@@ -54,7 +54,12 @@ SHADOWS = Counter(
     ["model", "version", "outcome"],
 )
 
-BATCH_ROWS = Histogram("tether_batch_rows", "Jobs joined in one run of a model.", ["model"], buckets=_COUNTS)
+BATCH_ROWS = Histogram(
+    "tether_batch_rows", "Rows in one run of a model; 1 for a job that is run as it came.", ["model"], buckets=_COUNTS
+)
+BATCHING_STOPPED = Counter(
+    "tether_batching_stopped_total", "Versions whose jobs are not joined any more, because a run mixed rows.", ["model"]
+)
 RUN_SECONDS = Histogram("tether_run_seconds", "Seconds of one run of a model.", ["model"], buckets=_SECONDS)
 REDELIVERED = Counter("tether_redelivered_total", "Messages that were delivered more than once.", ["model"])
 DEAD_LETTERS = Counter("tether_dead_letters_total", "Jobs that became dead letters.", ["model"])

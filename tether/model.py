@@ -9,8 +9,10 @@ from typing import Any
 import msgspec
 
 from tether.errors import BadName, BadTensor
+from tether.serving import NO_FINDING as NO_FINDING  # noqa: PLC0414 - handed on
 from tether.serving import Assignment as Assignment  # noqa: PLC0414 - handed on
 from tether.serving import Epoch as Epoch  # noqa: PLC0414 - handed on
+from tether.serving import Finding as Finding  # noqa: PLC0414 - handed on
 from tether.serving import Heartbeat as Heartbeat  # noqa: PLC0414 - handed on
 from tether.serving import ModelRef as ModelRef  # noqa: PLC0414 - handed on
 from tether.serving import Registration as Registration  # noqa: PLC0414 - handed on
@@ -276,8 +278,8 @@ def check_name(name: str, *, field: str) -> str:
     return name
 
 
-def check_inputs(manifest: Manifest, inputs: tuple[Tensor, ...]) -> int:
-    """Compare a request's tensors with the version's signature; return the number of rows (0: not batched).
+def check_inputs(manifest: Manifest, inputs: tuple[Tensor, ...], *, batched: bool) -> None:
+    """Compare a request's tensors with the version's signature; ``batched``: they must have as many rows as one another.
 
     Raises:
         BadTensor: naming the tensor, what was sent and what is expected.
@@ -289,25 +291,18 @@ def check_inputs(manifest: Manifest, inputs: tuple[Tensor, ...]) -> int:
         if spec is None:
             raise _unexpected(manifest, inputs, tensor)
         _check_against(spec, tensor)
-        if manifest.batching.max_batch_size:
-            rows = _same_rows(manifest, tensor, rows)
+        if batched:
+            rows = _same_rows(tensor, rows)
     if specs:
         missing = next(iter(specs))
         raise BadTensor(f"input '{missing}' is required by model '{manifest.name}' and missing", field=missing)
-    return max(rows, 0)
 
 
-def _same_rows(manifest: Manifest, tensor: Tensor, rows: int) -> int:
+def _same_rows(tensor: Tensor, rows: int) -> int:
     own = tensor.shape[0]
     if rows not in (-1, own):
         raise BadTensor(
             f"input '{tensor.name}' has {own} rows and another input has {rows}; all inputs need the same first axis",
-            field=f"{tensor.name}.shape",
-        )
-    limit = manifest.batching.max_batch_size
-    if own > limit:
-        raise BadTensor(
-            f"input '{tensor.name}' has {own} rows; model '{manifest.name}' takes at most {limit} in one request",
             field=f"{tensor.name}.shape",
         )
     return own

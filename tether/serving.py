@@ -9,6 +9,31 @@ import msgspec
 from tether.job import SHARED
 
 
+class Finding(msgspec.Struct, frozen=True):
+    """What workers found out about a version that its manifest does not say. It counts until the version is deleted."""
+
+    mixed: str = ""
+    """What a run showed that does not keep rows apart: its jobs are not joined any more."""
+    proven: bool = False
+    """Of a version whose manifest names no basis for batching: its rows do not depend on one another."""
+    unproven: str = ""
+    """Of such a version: why that is not proven."""
+    crashed: str = ""
+    """How a run of it ended a worker: since then it runs in a process of its own."""
+
+    def __or__(self, other: Finding) -> Finding:
+        """Both together; where they say different things, what this one says."""
+        return Finding(
+            self.mixed or other.mixed,
+            self.proven or other.proven,
+            self.unproven or other.unproven,
+            self.crashed or other.crashed,
+        )
+
+
+NO_FINDING = Finding()
+
+
 class Route(msgspec.Struct, frozen=True):
     """Which workers answer for a version in a scope just now, as the dispatcher saw it. A route means that the lanes are
     there, even when it names no worker."""
@@ -20,6 +45,8 @@ class Route(msgspec.Struct, frozen=True):
     scope: str = SHARED
     reason: str = ""
     """Why it is on fewer workers than it should be; empty when it is not."""
+    finding: Finding = NO_FINDING
+    """What workers of the scope found out about it."""
 
 
 class ModelRef(msgspec.Struct, frozen=True):
@@ -50,6 +77,8 @@ class Assignment(msgspec.Struct, frozen=True):
     """Which revision of its configuration counts for each model that has one."""
     levels: tuple[tuple[ModelRef, float], ...] = ()
     """What the least able worker says of each version, as in its heartbeat."""
+    findings: tuple[tuple[ModelRef, Finding], ...] = ()
+    """What workers of the scope found out about versions."""
 
 
 class Registration(msgspec.Struct, frozen=True):
@@ -89,3 +118,5 @@ class Heartbeat(msgspec.Struct, frozen=True):
     """Bytes for models, as in the registration."""
     levels: tuple[tuple[ModelRef, float], ...] = ()
     """Jobs a second that it could do of each version whose jobs are shared by capacity, as far as it has measured that."""
+    findings: tuple[tuple[ModelRef, Finding], ...] = ()
+    """What this worker found out about versions, or was told that others did."""

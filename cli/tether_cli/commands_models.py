@@ -17,6 +17,16 @@ Encrypt = Annotated[
     bool | None,
     typer.Option("--encrypt/--no-encrypt", help="Store it encrypted, or not; else as the model's versions before."),
 ]
+MaxBatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--max-batch-size",
+        metavar="N",
+        min=0,
+        help="Most rows of one run; 2 or more declares that no row's answer depends on another row. 0: no batches; "
+        "not given: batched when that is proven.",
+    ),
+]
 IsolationName = Annotated[
     str | None, typer.Option("--isolation", metavar="WHERE", help="'thread' of the worker, or 'process' of its own.")
 ]
@@ -83,9 +93,7 @@ def push(
         str, typer.Argument(metavar="PATH", help="A folder, or an .onnx, .pt2, .pt, .safetensors or .tflite file.")
     ],
     *,
-    max_batch_size: Annotated[
-        int | None, typer.Option("--max-batch-size", metavar="N", min=0, help="Most rows in one run; 0: no batches.")
-    ] = None,
+    max_batch_size: MaxBatchSize = None,
     max_delay_ms: Annotated[
         float | None, typer.Option("--max-delay-ms", metavar="MS", min=0, help="How long a job may wait for company.")
     ] = None,
@@ -133,9 +141,26 @@ def push(
     if json_output:
         print_json(told)
         return
+    _tell_pushed(told)
+
+
+def _tell_pushed(told: dict[str, Any]) -> None:
     typer.echo(f"{told['name']} {told['version']}")
     how = "encrypted, " if told.get("encrypted") else ""
     say(f"{how}{told.get('size')} bytes, {told.get('stored_bytes')} of them sent; the rest was there already")
+    for side in ("inputs", "outputs"):
+        listed = ", ".join(f"{spec['name']} {spec['datatype']} {spec['shape']}" for spec in told.get(side, ()))
+        say(f"{side}: {listed or 'none'}")
+    say(_joined(told.get("batching") or {}))
+
+
+def _joined(batching: dict[str, Any]) -> str:
+    """Whether rows of several requests share a run of a version, and why or why not."""
+    rows, reason = batching.get("max_batch_size", 0), batching.get("reason", "")
+    if not rows:
+        return f"not batched: {reason}"
+    how = "proven from the graph" if batching.get("basis") == "proven" else "declared by you, the publisher"
+    return f"batched: up to {rows} rows a run, {how}{f'; a trial run says: {reason}' if reason else ''}"
 
 
 def rekey(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) -> None:

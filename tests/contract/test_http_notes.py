@@ -112,10 +112,21 @@ def test_the_commands_show_and_set_them(served: Served, monkeypatch: pytest.Monk
     def run(*words: str) -> str:
         done = runner.invoke(app, ["model", *words], catch_exceptions=False)
         assert done.exit_code == 0, done.output
+        said.append(done.stderr)
         return done.stdout
 
+    said: list[str] = []
     (tmp_path / "m.onnx").write_bytes(models.add())
     run("push", "spoken", str(tmp_path / "m.onnx"), "--label", "stage=test", "--note", "by hand")
+    assert (
+        "inputs: x FP32 [-1, 4]\noutputs: y FP32 [-1, 4]\nbatched: up to 512 rows a run, proven from the graph"
+        in said[0]
+    )
+    (tmp_path / "mixing.onnx").write_bytes(models.over_batch())
+    run("push", "alone-spoken", str(tmp_path / "mixing.onnx"))
+    assert "not batched: " in said[1]
+    run("push", "alone-spoken", str(tmp_path / "mixing.onnx"), "--max-batch-size", "8")
+    assert "batched: up to 8 rows a run, declared by you, the publisher" in said[2]
     told = json.loads(run("note", "spoken", "1", "--label", "stage", "--label", "owner=ops", "--json"))
     assert (told["labels"], told["note"]) == ({"owner": "ops"}, "by hand")
     assert "by hand" in run("note", "spoken", "1", "--note", "by hand")

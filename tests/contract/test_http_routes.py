@@ -255,6 +255,7 @@ def test_pushed_models_are_listed_and_shown(http: httpx.Client) -> None:
         {"path": "model.onnx", "size": len(content), "digest": hashlib.sha256(content).hexdigest()}
     ]
     assert (version["workers"], version["ready"], version["max_batch_size"]) == (1, True, 512)
+    assert version["batching"] == {"max_batch_size": 512, "max_delay_ms": 2.0, "basis": "proven", "reason": ""}
     assert version["publisher"].startswith("key:")
     assert_error(http.get("/v1/models/none"), 404, "model_not_found", "none")
     assert_error(http.get("/v1/models/No"), 400, "bad_name")
@@ -279,6 +280,25 @@ def test_a_push_makes_a_version_and_the_same_file_makes_none(served: Served, htt
     assert (other.status_code, other.json()["version"], other.json()["aliases"]) == (201, 2, {"latest": 2})
     until(lambda: len(http.get("/v1/models/big").json()["versions"]) == 2, "the gateway knows both versions")
     assert [version["max_batch_size"] for version in http.get("/v1/models/big").json()["versions"]] == [8, 4]
+
+
+def test_a_push_says_whether_the_version_is_batched_and_why_not(http: httpx.Client) -> None:
+    def pushed(query: str) -> dict[str, Any]:
+        answer = http.post(f"/v1/models/mixing/versions{query}", content=models.over_batch())
+        assert answer.status_code == 201
+        made: dict[str, Any] = answer.json()["batching"]
+        return made
+
+    alone = pushed("")
+    assert (alone["max_batch_size"], alone["basis"]) == (0, "")
+    assert "--max-batch-size" in alone["reason"]
+    declared = pushed("?max_batch_size=4")
+    assert (declared["max_batch_size"], declared["basis"]) == (4, "declared")
+    until(lambda: len(http.get("/v1/models/mixing").json()["versions"]) == 2, "the gateway knows both versions")
+    shown = [version["batching"] for version in http.get("/v1/models/mixing").json()["versions"]]
+    assert shown == [alone, declared]
+    refused = http.patch("/v1/models/mixing/config", json={"max_batch_size": 8})
+    assert_error(refused, 400, "invalid_request", "push a version with --max-batch-size")
 
 
 def test_a_streamed_push_needs_no_length(http: httpx.Client) -> None:

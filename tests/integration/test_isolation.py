@@ -23,6 +23,7 @@ from tether.job import SHARED, AttemptNote, Job, JobId, JobState, Lane, Outcome,
 from tether.model import Assignment, Change, ChangeRequest, Heartbeat, ModelRef
 from tether.tenant import Tenant
 from tether.tensor import from_numpy
+from tether.worker.batching import Done, Run
 from tether.worker.instance import ModelInstance
 
 ACME, OTHER = "acme", "other"
@@ -47,13 +48,13 @@ async def bump(one: Services) -> Served:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, frozenset[str]]]:
     """Every run of a model: on which worker, and for which tenants."""
     seen: list[tuple[str, frozenset[str]]] = []
-    run = ModelInstance._run_batch
+    run = ModelInstance._run
 
-    async def noted(self: ModelInstance, jobs: list[Job], attempt: int) -> list[Outcome]:
-        seen.append((self._bus.signer.name, frozenset(job.tenant for job in jobs)))
-        return await run(self, jobs, attempt)
+    async def noted(self: ModelInstance, wanted: Run) -> tuple[Done, float, float]:
+        seen.append((self._bus.signer.name, frozenset(piece.source.job.tenant for piece in wanted.pieces)))
+        return await run(self, wanted)
 
-    monkeypatch.setattr(ModelInstance, "_run_batch", noted)
+    monkeypatch.setattr(ModelInstance, "_run", noted)
     return seen
 
 

@@ -6,14 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import models
-import numpy as np
 import pytest
 from brokers import Broker, StartBroker, wait_until
 from configs import configure
 from services import Services, new_job, row, services
 
 from tether import metrics
-from tether.errors import BadTensor, DeadlineExceeded, IdempotencyConflict, QueueFull
+from tether.errors import DeadlineExceeded, IdempotencyConflict, QueueFull
 from tether.gateway_http.catalog import Served
 from tether.job import Priority
 from tether.model_config import ModelConfig, QueuePolicy, TimeoutAction
@@ -97,16 +96,6 @@ async def test_one_request_too_many_is_refused_at_once(idle: Services) -> None:
         assert await asyncio.gather(*tasks) == [1.0, 2.0, 3.0]
     assert await asked(idle, served, 9.0) == 10.0
     assert idle.gateway.held("small") == 0
-
-
-async def test_a_request_has_as_many_rows_as_the_configuration_allows(one: Services) -> None:
-    served = await one.push("narrow", models.add())
-    await configure(one, ModelConfig("narrow", revision=1, max_batch_size=2))
-    assert (await one.infer(served, np.zeros((2, 4), np.float32))).shape == (2, 4)
-    with pytest.raises(BadTensor, match="3 rows; model 'narrow' takes at most 2"):
-        await one.infer(served, np.zeros((3, 4), np.float32))
-    with pytest.raises(BadTensor, match="at most 2"):
-        await one.gateway.jobs.submit("acme", [new_job(served, np.zeros((3, 4), np.float32))])
 
 
 async def test_jobs_without_a_priority_get_that_of_their_model(one: Services) -> None:

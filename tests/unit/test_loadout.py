@@ -21,7 +21,7 @@ SETTINGS = Settings(onnx_threads=3, model_device="cpu", max_instances=4, run_tim
 
 def manifest(platform: str = ONNX, batch: int = 8, *inputs: TensorSpec, isolation: str = "") -> Manifest:
     given = inputs or (TensorSpec("x", "FP32", (-1, 4)),)
-    return Manifest("m", 1, platform, (), given, (), Batching(batch), 0.0, "test", isolation=isolation)
+    return Manifest("m", 1, platform, (), given, (), Batching(batch, basis="proven"), 0.0, "test", isolation=isolation)
 
 
 def test_the_configuration_goes_before_the_manifest_and_the_settings() -> None:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from tether.job import SHARED
-from tether.model import Assignment, Heartbeat, ModelRef, Route
+from tether.model import NO_FINDING, Assignment, Finding, Heartbeat, ModelRef, Route
 from tether.serving import EndedLanes
 
 Place = tuple[str, ModelRef]
@@ -49,10 +49,11 @@ def assignments(
     revisions: Mapping[str, int] = MappingProxyType({}),
     *,
     levels: Mapping[Place, float] = MappingProxyType({}),
+    findings: Mapping[Place, Finding] = MappingProxyType({}),
 ) -> dict[str, Assignment]:
     """What each worker of ``held`` is told, for the epoch it has; ``scopes`` says which worker is whose, ``ended`` who works
     off lanes of deleted versions, ``revisions`` which revision of a model's configuration counts, ``levels`` what the least
-    able worker can do."""
+    able worker can do, ``findings`` what workers found out about versions."""
     found: dict[str, Assignment] = {}
     for worker, refs in held.items():
         scope = scopes.get(worker, SHARED)
@@ -60,7 +61,8 @@ def assignments(
             (model, revisions[model]) for model in sorted({ref.model for ref in refs}) if model in revisions
         )
         least = tuple((ref, levels[scope, ref]) for ref in refs if (scope, ref) in levels)
-        found[worker] = Assignment(worker, epochs[worker], refs, scope, ended.get(worker, ()), counting, least)
+        known = tuple((ref, findings[scope, ref]) for ref in refs if (scope, ref) in findings)
+        found[worker] = Assignment(worker, epochs[worker], refs, scope, ended.get(worker, ()), counting, least, known)
     return found
 
 
@@ -93,6 +95,7 @@ def routes(
     scopes: Mapping[str, str],
     models: Models,
     reasons: Mapping[Place, str] = MappingProxyType({}),
+    findings: Mapping[Place, Finding] = MappingProxyType({}),
 ) -> dict[Place, Route]:
     """For every version of every scope its workers that said they hold it; a version nobody holds has a route without
     workers. A worker that serves other lanes than those it is entitled to is in none."""
@@ -102,7 +105,6 @@ def routes(
         for ref in refs:
             holders = sorted(name for name, beat in own.items() if ref in beat.ready)
             regions = tuple(sorted({own[name].region for name in holders})) or ("local",)
-            found[scope, ref] = Route(
-                ref.model, ref.version, tuple(holders), regions, scope, reasons.get((scope, ref), "")
-            )
+            why, known = reasons.get((scope, ref), ""), findings.get((scope, ref), NO_FINDING)
+            found[scope, ref] = Route(ref.model, ref.version, tuple(holders), regions, scope, why, known)
     return found

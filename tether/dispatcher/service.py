@@ -24,6 +24,7 @@ from tether.dispatcher import placement
 from tether.dispatcher.crew import Crew
 from tether.dispatcher.decided import Decided
 from tether.dispatcher.ended import EndedVersions
+from tether.dispatcher.findings import Findings
 from tether.dispatcher.lane_check import LaneCheck
 from tether.dispatcher.levels import Levels
 from tether.dispatcher.scopes import Scopes
@@ -67,6 +68,7 @@ class Dispatcher:
         self.decided = Decided(bus, self._changed.set)
         self.ended = EndedVersions(bus)
         self._levels = Levels()
+        self._findings = Findings()
         self.crew = Crew(bus.settings.worker_timeout_s, bus.settings.max_instances)
         self._looked = float("-inf")
         """When lanes were last looked at for those of deleted versions, in monotonic seconds."""
@@ -101,6 +103,7 @@ class Dispatcher:
         for body in (await self._routes.entries()).values():
             route = codec.decode(body, Route)
             self._routed[route.scope, ModelRef(route.model, route.version)] = route
+            self._findings.remember(route)
 
     async def prepare_scopes(self) -> None:
         """Before a worker is told what to hold, it must be known what its tenant may use."""
@@ -170,7 +173,8 @@ class Dispatcher:
         last = self._workers.get(key)
         self._workers[key] = placement.Seen(beat, now := self._bus.clock.monotonic())
         self.crew.said(key, beat, now)
-        if last is None or last.heartbeat.ready != beat.ready:
+        news = self._bound.get(key, SHARED) == beat.scope and self._findings.heard(beat, self._models)
+        if news or last is None or last.heartbeat.ready != beat.ready:
             self._changed.set()
 
     def model_changed(self, key: str, body: bytes | None) -> None:
@@ -222,6 +226,7 @@ class Dispatcher:
             self._looked, self._look_soon = now, False
             for place in await self.ended.look(self._models, list(self._routed)):
                 route = self._routed.pop(place)
+                self._findings.forget(place)
                 await self._routes.delete(self._bus.names.version_key(route.model, route.version, route.scope))
         await self.ended.step()
 
@@ -255,7 +260,8 @@ class Dispatcher:
         )
         ended = placement.working_off(self.ended.groups(), living, self._bound)
         levels = self._levels.least(living, self._bound)
-        told = placement.assignments(self._epochs, self._bound, held, ended, self.decided.revisions(), levels=levels)
+        revisions, known = self.decided.revisions(), self._findings.known
+        told = placement.assignments(self._epochs, self._bound, held, ended, revisions, levels=levels, findings=known)
         for worker, assignment in told.items():
             if self._assigned.get(worker) != assignment:
                 await self._assign.put(worker, codec.encode(assignment))
@@ -269,7 +275,9 @@ class Dispatcher:
         living = self._living()
         metrics.WORKERS_READY.set(len(living))
         waiting = now - self._since < self._settings.worker_timeout_s
-        found = placement.routes(living, self._bound, self._scopes.models(self._models), self.crew.reasons)
+        found = placement.routes(
+            living, self._bound, self._scopes.models(self._models), self.crew.reasons, self._findings.known
+        )
         for place, route in {**self._unserved(found), **found}.items():
             before = self._routed.get(place)
             if waiting and before is not None and not set(before.workers) <= set(route.workers):

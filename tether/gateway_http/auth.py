@@ -14,7 +14,7 @@ from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
 from tether.envelope import MessageType, Session
 from tether.errors import Forbidden, Unauthenticated
-from tether.gateway_http.catalog import no_model
+from tether.gateway_http.choosing import no_model
 from tether.gateway_http.key_use import KeyUses
 from tether.gateway_http.sessions import CACHED, Sessions
 from tether.gateway_http.tenants import Tenants

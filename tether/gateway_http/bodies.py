@@ -217,6 +217,17 @@ class StoredFile(Struct):
     digest: str
 
 
+class Batching(Struct):
+    """How requests for a version are joined. `max_batch_size`: rows of one run, 0 when it is not batched; a request with
+    more is cut. `basis`: `proven` from the graph or `declared` by the publisher. `reason`: why it is not batched; of a declared
+    version, what its trial run said against it."""
+
+    max_batch_size: int
+    max_delay_ms: float
+    basis: str
+    reason: str
+
+
 class VersionDetail(Struct):
     """One immutable version. `workers`: how many answer for it just now; `reason`: why fewer than its configuration asks
     for; `served`: the version policy serves it. `key_generation`: which of the model's data keys an `encrypted` one is
@@ -228,6 +239,7 @@ class VersionDetail(Struct):
     outputs: list[TensorSpec]
     max_batch_size: int
     max_delay_ms: float
+    batching: Batching
     files: list[StoredFile]
     size: int
     created_at: str
@@ -265,6 +277,7 @@ class PushedVersion(Struct):
     stored_bytes: int
     aliases: dict[str, int]
     encrypted: bool
+    batching: Batching
 
 
 # workers

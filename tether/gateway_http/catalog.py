@@ -12,13 +12,24 @@ from typing import TypeVar
 from tether import codec
 from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
+from tether.effective_batching import effective_batching
 from tether.envelope import MessageType
-from tether.errors import BadEncoding, BadTensor, ModelNotFound, ModelNotReady, ModelUnloaded
-from tether.gateway_http.choosing import drawn, no_worker
+from tether.errors import BadEncoding, ModelNotFound, ModelNotReady, ModelUnloaded
+from tether.gateway_http.choosing import drawn, no_model, no_worker
 from tether.job import SHARED, Lane, LaneKind, Priority
-from tether.model import LATEST, Alias, Manifest, Route, TensorSpec, check_name
+from tether.model import (
+    LATEST,
+    NO_FINDING,
+    Alias,
+    Batching,
+    Manifest,
+    Route,
+    TensorSpec,
+    check_inputs,
+)
 from tether.model_config import ModelConfig, QueuePolicy, default_config
 from tether.subjects import name_of, token
+from tether.tensor import Tensor
 from tether.version_notes import VersionNote
 from tether.version_policy import served_versions
 
@@ -293,18 +304,20 @@ class Catalog:
         config = self._configs.get(served.manifest.name)
         return Priority(config.default_priority) if config is not None and config.default_priority else Priority.NORMAL
 
-    def check_rows(self, served: Served, rows: int) -> None:
-        """Hold a request's rows against what the model's configuration says; the version's own limit has been looked at.
+    def batching(self, served: Served, scope: str = SHARED) -> Batching:
+        """How a version's jobs are joined in a scope just now, and why they are not."""
+        manifest = served.manifest
+        route = self._routes.get((manifest.name, manifest.version, scope))
+        finding = NO_FINDING if route is None else route.finding
+        return effective_batching(manifest, self.config(manifest.name), finding)
+
+    def check_inputs(self, served: Served, inputs: tuple[Tensor, ...], scope: str = SHARED) -> None:
+        """Compare a request's tensors with the version's signature.
 
         Raises:
-            BadTensor
+            BadTensor: naming the tensor, what was sent and what is expected.
         """
-        config = self._configs.get(served.manifest.name)
-        if config is not None and config.max_batch_size and rows > config.max_batch_size:
-            raise BadTensor(
-                f"the inputs have {rows} rows; model '{config.model}' takes at most {config.max_batch_size} in one request",
-                field="inputs",
-            )
+        check_inputs(served.manifest, inputs, batched=bool(self.batching(served, scope).max_batch_size))
 
     def config(self, model: str) -> ModelConfig:
         """What is decided about a model; of one without an entry, the defaults."""
@@ -374,16 +387,6 @@ class Catalog:
     def _follows(self, alias: Alias) -> bool:
         known = self._aliases.get(alias.model, {}).get(alias.name)
         return known is not None and (known == alias or known.revision > alias.revision)
-
-
-def no_model(model: str) -> ModelNotFound:
-    """The refusal of a model that is not there, and of one that the caller may not know of.
-
-    Raises:
-        BadName: no model could have this name.
-    """
-    check_name(model, field="model")
-    return ModelNotFound(f"there is no model '{model}'", field="model")
 
 
 def _decoded(body: bytes, kind: type[T]) -> T | None:

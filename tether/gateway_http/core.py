@@ -29,7 +29,7 @@ from tether.gateway_http.tenants import Tenants
 from tether.home import Home
 from tether.job import Job, new_job_id
 from tether.lifecycle import Tasks
-from tether.model import LATEST, check_inputs, check_outputs
+from tether.model import LATEST, check_outputs
 from tether.settings import Settings
 from tether.tensor import Tensor
 
@@ -139,10 +139,10 @@ class Gateway:
 
     def _admit(self, served: Served, tenant: str, inputs: tuple[Tensor, ...], outputs: tuple[str, ...]) -> str:
         """The scope that a request runs in, if it can run."""
-        self.catalog.check_rows(served, check_inputs(served.manifest, inputs))
+        scope = self.tenants.scope(tenant)
+        self.catalog.check_inputs(served, inputs, scope)
         if outputs:
             check_outputs(served.manifest, outputs)
-        scope = self.tenants.scope(tenant)
         self.catalog.require_worker(served, scope)
         return scope
 

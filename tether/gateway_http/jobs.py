@@ -49,7 +49,7 @@ from tether.job import (
     new_job_id,
 )
 from tether.lifecycle import Tasks
-from tether.model import check_inputs, check_outputs
+from tether.model import check_outputs
 from tether.tensor import Tensor
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class JobService:
         """
         scope = self._tenants.scope(tenant)
         for request in requests:
-            self._catalog.check_rows(request.served, check_inputs(request.served.manifest, request.inputs))
+            self._catalog.check_inputs(request.served, request.inputs, scope)
             check_outputs(request.served.manifest, request.outputs)
             self._catalog.require_lane(request.served, scope)
         now = self._bus.clock.utc()

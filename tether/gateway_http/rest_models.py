@@ -21,7 +21,7 @@ from tether.gateway_http.core import Gateway
 from tether.gateway_http.encrypted import ModelSeals, Target
 from tether.gateway_http.job_view import rfc3339
 from tether.gateway_http.routing import OCTETS, Call, Header, Media, Reply, Row
-from tether.model import AUTOMATIC, Change, PushAnswer, PushRequest, TensorSpec, check_name
+from tether.model import AUTOMATIC, Batching, Change, PushAnswer, PushRequest, TensorSpec, check_name
 from tether.tenant import Tenant, check_stored_bytes
 
 TAG = "Models"
@@ -36,7 +36,13 @@ class PushQuery(Struct, forbid_unknown_fields=True):
     """Query of a push."""
 
     max_batch_size: Annotated[
-        int, Meta(ge=-1, le=65536, description="Most rows of one run; 0: not batched; -1: as the model allows.")
+        int,
+        Meta(
+            ge=-1,
+            le=65536,
+            description="Most rows of one run; 0: not batched; -1: batched when that is proven. 2 and more declare that rows are "
+            "independent of one another.",
+        ),
     ] = AUTOMATIC
     max_delay_ms: Annotated[float, Meta(ge=0, le=10_000, description="How long a request may wait for company.")] = 2.0
     version: Annotated[
@@ -82,14 +88,15 @@ async def _show(call: Call) -> Reply:
 def _detail(gateway: Gateway, served: Served, scope: str) -> bodies.VersionDetail:
     catalog, seals = gateway.catalog, gateway.encrypted
     manifest = seals.shown(served.manifest)
-    note = catalog.note(manifest.name, manifest.version)
+    note, batching = catalog.note(manifest.name, manifest.version), catalog.batching(served, scope)
     return bodies.VersionDetail(
         version=manifest.version,
         platform=manifest.platform,
         inputs=_specs(manifest.inputs),
         outputs=_specs(manifest.outputs),
-        max_batch_size=manifest.batching.max_batch_size,
-        max_delay_ms=manifest.batching.max_delay_ms,
+        max_batch_size=batching.max_batch_size,
+        max_delay_ms=batching.max_delay_ms,
+        batching=_batching(batching),
         files=[bodies.StoredFile(file.path, file.size, file.digest) for file in manifest.files],
         size=manifest.size,
         created_at=rfc3339(manifest.created_at),
@@ -103,6 +110,10 @@ def _detail(gateway: Gateway, served: Served, scope: str) -> bodies.VersionDetai
         encrypted=manifest.sealed is not None,
         key_generation=seals.generation(manifest),
     )
+
+
+def _batching(batching: Batching) -> bodies.Batching:
+    return bodies.Batching(batching.max_batch_size, batching.max_delay_ms, batching.basis, batching.reason)
 
 
 def _specs(specs: tuple[TensorSpec, ...]) -> list[bodies.TensorSpec]:
@@ -210,6 +221,7 @@ def pushed(seals: ModelSeals, answer: PushAnswer, stored: int) -> bodies.PushedV
         stored_bytes=stored,
         aliases=answer.aliases,
         encrypted=manifest.sealed is not None,
+        batching=_batching(manifest.batching),
     )
 
 

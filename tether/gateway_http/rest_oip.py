@@ -52,7 +52,9 @@ async def _model_ready(call: Call) -> Reply:
 
 async def _config(call: Call) -> Reply:
     served = _served(call)
-    return Reply(triton_config(served.manifest, call.gateway.catalog.config(served.manifest.name)))
+    catalog = call.gateway.catalog
+    config, batching = catalog.config(served.manifest.name), catalog.batching(served, call.scope)
+    return Reply(triton_config(served.manifest, config, batching))
 
 
 _LENGTH = Header("inference-header-content-length", "Bytes of the JSON part, when binary tensors follow it.")

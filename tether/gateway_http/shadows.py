@@ -22,7 +22,7 @@ from tether.gateway_http.comparison import Comparison, Verdict, compare
 from tether.gateway_http.plan import Asked
 from tether.job import Job, new_job_id
 from tether.lifecycle import Tasks
-from tether.model import check_inputs, check_outputs
+from tether.model import check_outputs
 from tether.model_config import Shadow
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class Shadows:
 
     async def _other_answer(self, asked: Asked, served: Served, answer: Answer) -> Comparison:
         wanted = tuple([tensor.name for tensor in answer])
-        check_inputs(served.manifest, asked.job.inputs)
+        self._catalog.check_inputs(served, asked.job.inputs, asked.scope)
         check_outputs(served.manifest, wanted)
         timeout_s = self._bus.settings.request_timeout_s
         deadline = self._bus.clock.utc() + timeout_s

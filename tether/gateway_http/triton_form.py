@@ -9,17 +9,17 @@ import msgspec
 from tether import oip_json
 from tether.errors import InvalidRequest
 from tether.gateway_http import bodies_triton as triton
-from tether.model import Manifest, TensorSpec
+from tether.model import Batching, Manifest, TensorSpec
 from tether.model_config import InstanceKind, ModelConfig, QueuePolicy, TimeoutAction, Warmup
 
 _TYPES = {"BYTES": "TYPE_STRING"}
 _KINDS = {InstanceKind.AUTO: "KIND_AUTO", InstanceKind.CPU: "KIND_CPU", InstanceKind.CUDA: "KIND_GPU"}
 
 
-def triton_config(manifest: Manifest, config: ModelConfig) -> triton.TritonConfig:
-    """A version as Triton's ``ModelConfig``: Triton's datatype names, and dims without the batch axis."""
-    own = manifest.batching
-    rows = own.max_batch_size if config.max_batch_size is None else min(config.max_batch_size, own.max_batch_size)
+def triton_config(manifest: Manifest, config: ModelConfig, batching: Batching) -> triton.TritonConfig:
+    """A version as Triton's ``ModelConfig``: Triton's datatype names, and dims without the batch axis when it is batched.
+    ``max_batch_size`` is the rows of one run; a request may have more."""
+    rows = batching.max_batch_size
     found = triton.TritonConfig(
         name=manifest.name,
         platform=manifest.platform,
@@ -33,7 +33,7 @@ def triton_config(manifest: Manifest, config: ModelConfig) -> triton.TritonConfi
         model_warmup=[_warmup(index, warmup, manifest, rows) for index, warmup in enumerate(config.warmup)],
     )
     if rows:
-        delay_ms = own.max_delay_ms if config.max_delay_ms is None else config.max_delay_ms
+        delay_ms = batching.max_delay_ms if config.max_delay_ms is None else config.max_delay_ms
         found.dynamic_batching = triton.DynamicBatching(round(delay_ms * 1000), list(config.preferred_batch_sizes))
         if config.queue != QueuePolicy():
             found.dynamic_batching.default_queue_policy = _queue(config.queue)

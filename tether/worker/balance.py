@@ -45,9 +45,9 @@ class Capacity:
         self.turns = 1
         self._job_s = 0.0
 
-    def ran(self, seconds: float, jobs: int) -> None:
+    def ran(self, seconds: float, jobs: float) -> None:
         """A run of so many jobs took so long."""
-        job_s = max(seconds / jobs, 1e-6)
+        job_s = max(seconds / max(jobs, 1e-6), 1e-6)
         self._job_s += (job_s - self._job_s) * (_LEARN_RUN if self._job_s else 1.0)
 
     def look(self, factor: float, copies: int, least: float) -> None:

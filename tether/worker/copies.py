@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
-from tether.job import Job
 from tether.ports import Clock, Runtime
 from tether.worker import batching
 from tether.worker.runtimes.process import ProcessRuntime
@@ -18,9 +17,9 @@ log = logging.getLogger(__name__)
 
 
 class Ran(NamedTuple):
-    """One result for each job of a run, and how long it took."""
+    """How a run ended, and how long it took."""
 
-    results: list[batching.Result]
+    done: batching.Done
     seconds: float
 
 
@@ -48,8 +47,8 @@ class Generation:
     def runtimes(self) -> list[Runtime]:
         return [copy.runtime for copy in self._copies]
 
-    async def run(self, jobs: Sequence[Job]) -> Ran:
-        """Run jobs that belong together on the next copy that is free."""
+    async def run(self, wanted: batching.Run) -> Ran:
+        """Run on the next copy that is free."""
         self._users += 1
         self._unused.clear()
         try:
@@ -57,8 +56,8 @@ class Generation:
             try:
                 began = self._clock.monotonic()
                 run = asyncio.get_running_loop().run_in_executor
-                results = await run(copy.thread, batching.run, copy.runtime, jobs)
-                return Ran(results, self._clock.monotonic() - began)
+                done = await run(copy.thread, batching.run, copy.runtime, wanted)
+                return Ran(done, self._clock.monotonic() - began)
             finally:
                 self._free.put_nowait(copy)
         finally:
@@ -153,10 +152,10 @@ class Copies:
             old, self._now = self._now, new
         await old.end(drain_s)
 
-    async def run(self, jobs: Sequence[Job]) -> Ran:
+    async def run(self, wanted: batching.Run) -> Ran:
         """See :meth:`Generation.run`; only while they are held and loaded."""
         assert self._now is not None  # noqa: S101 - ensured by whoever holds them
-        return await self._now.run(jobs)
+        return await self._now.run(wanted)
 
     def limit(self, run_timeout_s: float) -> None:
         if self._now is not None:

@@ -15,13 +15,14 @@ from tether.bus.model_files import open_manifest
 from tether.bus.tenant_keys import Keyring
 from tether.errors import ModelNotFound, TetherError
 from tether.lifecycle import Tasks
-from tether.model import Manifest, ModelRef
+from tether.model import Finding, Manifest, ModelRef
 from tether.model_config import InstanceKind, LoadBalancing
 from tether.worker.balance import Headroom
 from tether.worker.configs import Configs
 from tether.worker.copies import Copies, Generation
 from tether.worker.files import WorkerFiles
-from tether.worker.instance import ModelInstance
+from tether.worker.findings import Findings
+from tether.worker.instance import Hearing, ModelInstance
 from tether.worker.keepalive import KeepAlive
 from tether.worker.loads import Loader
 from tether.worker.memory import Memory
@@ -82,14 +83,17 @@ class Holder:
         self._ahead = asyncio.Semaphore(_AHEAD)
         self._stopping = False
         self.has_orders = False
+        self.findings = Findings(lambda ref: self._configured(ref.model))
 
     def want(
         self,
         models: Sequence[ModelRef],
         revisions: Sequence[tuple[str, int]] = (),
         levels: Sequence[tuple[ModelRef, float]] = (),
+        findings: Sequence[tuple[ModelRef, Finding]] = (),
     ) -> None:
         self.has_orders = True
+        self.findings.told(findings)
         self._wanted = frozenset(models)
         self._least = dict(levels)
         self.configs.told(revisions)
@@ -213,15 +217,15 @@ class Holder:
         config = await self.configs.read(ref.model)
         directory = await self.files.place(ref, manifest)
         loader = Loader(self._bus, manifest, directory, config, self.memory)
-        loader.graphs = str(self.files.graphs)
+        loader.graphs, loader.finding = str(self.files.graphs), self.findings.get(ref)
         at_once = not (lazily and loader.lazy)
         try:
             await self._fetch(ref, loader, ahead=ahead and at_once)
             copies = Copies(partial(self._load_now, loader), self._bus.clock, self.memory.look)
             if at_once:
                 await copies.ensure()
-            lost = partial(self._lose, ref)
-            instance = ModelInstance(self._bus, manifest, copies, self._keepalive, self._keyring, on_lost=lost)
+            hearing = Hearing(partial(self._lose, ref), partial(self.findings.mixed, ref))
+            instance = ModelInstance(self._bus, manifest, copies, self._keepalive, self._keyring, hearing=hearing)
             instance.configure(loader.serving, loader.wanted.copies)
             try:
                 await instance.start()
@@ -293,6 +297,7 @@ class Holder:
         for ref, held in self._held.items():
             if ref.model == model:
                 before, held.loader.config = held.loader.lazy, config
+                held.loader.finding = self.findings.get(ref)
                 held.instance.configure(held.loader.serving, held.copies)
                 if before and not held.loader.lazy:
                     self._tasks.spawn(held.instance.wake(), f"wake-{ref.model}")

@@ -11,6 +11,7 @@ import heapq
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from tether import codec, metrics
 from tether.bus.connection import Bus
@@ -37,8 +38,25 @@ log = logging.getLogger(__name__)
 _ORDER = {Priority.HIGH: 1, Priority.NORMAL: 2, Priority.LOW: 3}
 
 
+class _Ended(NamedTuple):
+    """The end of a job, and the times (UTC seconds) of the run that ended it."""
+
+    result: batching.Result
+    started: float
+    finished: float
+
+
+class Hearing(NamedTuple):
+    """Who hears what only the runs of a version show."""
+
+    lost: Callable[[Exception], None]
+    """It cannot be loaded any more."""
+    mixed: Callable[[str], None]
+    """It does not keep rows apart."""
+
+
 class ModelInstance:
-    """Serves one version from its lanes until it is stopped. ``on_lost`` hears why it cannot be loaded any more."""
+    """Serves one version from its lanes until it is stopped."""
 
     def __init__(
         self,
@@ -48,13 +66,13 @@ class ModelInstance:
         keepalive: KeepAlive,
         keyring: Keyring,
         *,
-        on_lost: Callable[[Exception], None],
+        hearing: Hearing,
     ) -> None:
         self._bus = bus
         self._settings = bus.settings
         self.manifest = manifest
         self.copies = copies
-        self._on_lost = on_lost
+        self._hearing = hearing
         self._keepalive = keepalive
         self.intake = Intake(bus, keyring, manifest.name)
         self._results = BusResults(bus)
@@ -238,7 +256,7 @@ class ModelInstance:
         try:
             await self.copies.ensure()
         except Exception as error:  # noqa: BLE001 - handed on to who tells of it
-            self._on_lost(error)
+            self._hearing.lost(error)
             return False
         return True
 
@@ -273,28 +291,43 @@ class ModelInstance:
         by_id = {job.id: self._expired(job, attempt) for job in jobs if job.deadline <= now}
         self.running += len(alive)
         try:
-            runs = batching.plan(alive, self._serving.batching)
-            batches = [self._run_batch([alive[index] for index in members], attempt) for members in runs]
-            for outcomes in await asyncio.gather(*batches):
-                by_id.update({outcome.job: outcome for outcome in outcomes})
+            for job, ended in zip(alive, await self._run_all(alive), strict=True):
+                by_id[job.id] = self._outcome(job, ended, attempt)
         finally:
             self.running -= len(alive)
         return [by_id[job.id] for job in jobs]
 
-    async def _run_batch(self, jobs: list[Job], attempt: int) -> list[Outcome]:
-        ran = await self.copies.run(jobs)
-        self._capacity.ran(ran.seconds, len(jobs))
-        metrics.BATCH_ROWS.labels(self.manifest.name).observe(len(jobs))
+    async def _run_all(self, jobs: Sequence[Job]) -> list[_Ended]:
+        """Run jobs as they can be joined and cut; once a run shows that rows are not kept apart, each whole and alone."""
+        runs = batching.plan(jobs, self._serving.batching)
+        gathered, ended = batching.Gathered(runs), dict[int, _Ended]()
+        for wanted, (done, started, finished) in zip(runs, await asyncio.gather(*map(self._run, runs)), strict=True):
+            for index, result in gathered.add(wanted, done).items():
+                if result is not None:
+                    ended[index] = _Ended(result, started, finished)
+        if gathered.mixed:
+            self._hearing.mixed(gathered.mixed)
+            again = [index for index in range(len(jobs)) if index not in ended or index in gathered.joined]
+            alone = batching.plan([jobs[index] for index in again], batching.ALONE)
+            for index, (done, started, finished) in zip(
+                again, await asyncio.gather(*map(self._run, alone)), strict=True
+            ):
+                (result,) = done.results
+                assert result is not None  # noqa: S101 - only pieces of joined runs have none
+                ended[index] = _Ended(result, started, finished)
+        return [ended[index] for index in range(len(jobs))]
+
+    async def _run(self, wanted: batching.Run) -> tuple[batching.Done, float, float]:
+        """How a run ended, and the times (UTC seconds) when it began and ended."""
+        ran = await self.copies.run(wanted)
+        self._capacity.ran(ran.seconds, wanted.jobs)
+        metrics.BATCH_ROWS.labels(self.manifest.name).observe(wanted.rows)
         metrics.RUN_SECONDS.labels(self.manifest.name).observe(ran.seconds)
         finished = self._bus.clock.utc()
-        started = finished - ran.seconds
-        return [
-            self._outcome(job, result, attempt, started, finished)
-            for job, result in zip(jobs, ran.results, strict=True)
-        ]
+        return ran.done, finished - ran.seconds, finished
 
-    def _outcome(self, job: Job, result: batching.Result, attempt: int, started: float, finished: float) -> Outcome:
-        worker = self._bus.signer.name
+    def _outcome(self, job: Job, ended: _Ended, attempt: int) -> Outcome:
+        worker, (result, started, finished) = self._bus.signer.name, ended
         if isinstance(result, TetherError):
             ids = {"job_id": job.id, "request_id": job.request_id, "tenant": job.tenant, "model": self.manifest.name}
             log.info("a job failed: %s", result, extra={"action": "job_failed", "code": result.code, **ids})

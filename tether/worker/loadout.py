@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from tether.model import Batching, Isolation, Manifest, isolation_of
+from tether.effective_batching import effective_batching
+from tether.model import NO_FINDING, Batching, Finding, Isolation, Manifest, isolation_of
 from tether.model_config import COMPILED, InstanceKind, LoadBalancing, ModelConfig, Warmup
 from tether.settings import Settings
 from tether.worker.runtimes import ONNX_PLATFORM
@@ -35,11 +36,12 @@ class Serving(NamedTuple):
     strategy: LoadBalancing
 
 
-def loadout(manifest: Manifest, config: ModelConfig, settings: Settings) -> Loadout:
+def loadout(manifest: Manifest, config: ModelConfig, settings: Settings, finding: Finding = NO_FINDING) -> Loadout:
     """How to load a version."""
     isolation = config.isolation or isolation_of(manifest).value
-    if manifest.platform != ONNX_PLATFORM:
-        isolation = Isolation.PROCESS.value  # a program never runs in the worker's own process
+    if manifest.platform != ONNX_PLATFORM or finding.crashed:
+        # a program never runs in the worker's own process, nor does what has ended one
+        isolation = Isolation.PROCESS.value
     compiled = config.compile and manifest.platform in COMPILED
     options = Options(
         threads=config.threads or settings.onnx_threads,
@@ -53,10 +55,9 @@ def loadout(manifest: Manifest, config: ModelConfig, settings: Settings) -> Load
     return Loadout(as_loaded, options, min(config.instances, settings.max_instances), config.warmup)
 
 
-def serving(manifest: Manifest, config: ModelConfig, settings: Settings) -> Serving:
+def serving(manifest: Manifest, config: ModelConfig, settings: Settings, finding: Finding = NO_FINDING) -> Serving:
     """How to run a version that is loaded."""
-    most, wanted = manifest.batching.max_batch_size, config.max_batch_size
-    batching = Batching(most if wanted is None else min(most, wanted), manifest.batching.max_delay_ms)
+    batching = effective_batching(manifest, config, finding)
     limit = config.run_timeout_s or manifest.run_timeout_s or settings.run_timeout_s
     preferred = tuple(sorted(size for size in config.preferred_batch_sizes if size <= batching.max_batch_size))
     delay_s = (config.max_delay_ms or 0.0) / 1000 if batching.max_batch_size else 0.0

@@ -12,7 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from tether.bus.connection import Bus
-from tether.model import Manifest, ModelRef
+from tether.model import NO_FINDING, Manifest, ModelRef
 from tether.model_config import Loading, ModelConfig
 from tether.ports import Runtime
 from tether.worker import runtimes
@@ -36,6 +36,8 @@ class Loader:
         self.config = config
         self.current: Loadout | None = None
         """What was loaded last."""
+        self.finding = NO_FINDING
+        """What is known of the version beside its manifest."""
         self.graphs = ""
         """Where optimised graphs are kept; empty: nowhere."""
         self._begun: _Copy | None = None
@@ -47,11 +49,11 @@ class Loader:
 
     @property
     def wanted(self) -> Loadout:
-        return loadout(self.manifest, self.config, self._bus.settings)
+        return loadout(self.manifest, self.config, self._bus.settings, self.finding)
 
     @property
     def serving(self) -> Serving:
-        return serving(self.manifest, self.config, self._bus.settings)
+        return serving(self.manifest, self.config, self._bus.settings, self.finding)
 
     def begin(self) -> None:
         """Start on the first copy while its files are fetched, where there is room without unloading others for it so early."""

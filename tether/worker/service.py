@@ -95,7 +95,12 @@ class WorkerService:
         if self._told.scope != self._bus.scope and not self.holder.holding:
             self._bus.scope = self._bus.bound_scope()
         ours = self._told.scope == self._bus.scope
-        self.holder.want(self._told.models if ours else (), self._told.revisions, self._told.levels)
+        self.holder.want(
+            self._told.models if ours else (),
+            self._told.revisions,
+            self._told.levels,
+            self._told.findings if ours else (),
+        )
         self.ended.want(self._told.ended if ours else ())
 
     async def beat(self) -> None:
@@ -131,6 +136,7 @@ class WorkerService:
                 labels=self._labels,
                 memory=self._memory,
                 levels=levels,
+                findings=self.holder.findings.news(),
             )
         )
         try:

@@ -1,0 +1,34 @@
+"""How a version's jobs are joined just now: its manifest, its model's configuration and what workers found out, together. Pure."""
+
+from __future__ import annotations
+
+import msgspec
+
+from tether.model import PROVEN, Batching, Manifest
+from tether.model_config import ModelConfig
+from tether.serving import NO_FINDING, Finding
+
+NOT_JUDGED = "it was pushed before batching had to be proven, and no worker has judged it yet"
+
+
+def effective_batching(manifest: Manifest, config: ModelConfig, finding: Finding = NO_FINDING) -> Batching:
+    """``reason`` says why a version is not batched, whoever decided that.
+
+    A configuration may only lower what the version allows. A version whose manifest names no basis is batched only when a
+    worker has proven it.
+    """
+    own = manifest.batching
+    if not own.max_batch_size:
+        return own
+    if finding.mixed:
+        return _alone(own, finding.mixed)
+    if not own.basis and not finding.proven:
+        return _alone(own, finding.unproven or NOT_JUDGED)
+    if config.max_batch_size == 0:
+        return _alone(own, "the model's configuration says max_batch_size 0")
+    rows = own.max_batch_size if config.max_batch_size is None else min(own.max_batch_size, config.max_batch_size)
+    return msgspec.structs.replace(own, max_batch_size=rows, basis=own.basis or PROVEN)
+
+
+def _alone(own: Batching, reason: str) -> Batching:
+    return Batching(0, own.max_delay_ms, "", reason)
