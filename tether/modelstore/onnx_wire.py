@@ -7,11 +7,11 @@ code, so it also works where the ``onnx`` package is not installed. Field number
 from __future__ import annotations
 
 import itertools
-import mmap
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from tether.errors import FormatNotAllowed, ModelLimits, UnsafeModel
+from tether.frameworks.protobuf import BYTES, VARINT, Buffer, Field, NotProtobuf, Reader, TooManyFields
 from tether.modelstore.onnx_external import LONGEST, MAX_AXES, External, reference, unsafe
 
 DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "com.microsoft"})
@@ -21,20 +21,6 @@ MAX_FIELDS = 4_000_000
 MAX_NODES = 500_000
 MAX_DEPTH = 24
 """Subgraphs inside subgraphs."""
-
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-
-Buffer = bytes | mmap.mmap
-
-
-class Field(NamedTuple):
-    """One field: number, wire type, its varint value or length-delimited range."""
-
-    number: int
-    kind: int
-    value: int
-    start: int
-    end: int
 
 
 class Facts(NamedTuple):
@@ -59,7 +45,9 @@ def check_file(data: Buffer) -> Facts:
     walk = _Walk(data)
     try:
         return walk.model()
-    except (IndexError, RecursionError) as error:
+    except TooManyFields as error:
+        raise ModelLimits(f"the graph has more than {MAX_FIELDS} protobuf fields", field="file") from error
+    except (NotProtobuf, IndexError, RecursionError) as error:
         raise _not_onnx() from error
 
 
@@ -70,16 +58,17 @@ def _not_onnx() -> FormatNotAllowed:
 class _Walk:
     def __init__(self, data: Buffer) -> None:
         self._data = data
-        self._fields = 0
+        self._reader = Reader(data, MAX_FIELDS)
+        self._each = self._reader.fields
         self._nodes = 0
         self._own: set[str] = set()
         self._external: list[External] = []
 
     def model(self) -> Facts:
         fields = list(self._each(0, len(self._data)))
-        graphs = [field for field in fields if field.number == 7 and field.kind == _BYTES]
-        functions = [field for field in fields if field.number == 25 and field.kind == _BYTES]
-        ir_version = next((field.value for field in fields if field.number == 1 and field.kind == _VARINT), 0)
+        graphs = [field for field in fields if field.number == 7 and field.kind == BYTES]
+        functions = [field for field in fields if field.number == 25 and field.kind == BYTES]
+        ir_version = next((field.value for field in fields if field.number == 1 and field.kind == VARINT), 0)
         if not graphs or not ir_version:
             raise _not_onnx()
         # Functions a model brings along are inlined before it runs, so their own domains are as good as none.
@@ -89,7 +78,7 @@ class _Walk:
         for function in functions:
             self._parts(function, 0, {7: self._node, 11: self._attribute})
         for training in fields:
-            if training.number == 20 and training.kind == _BYTES:
+            if training.number == 20 and training.kind == BYTES:
                 self._parts(training, 0, {1: self._graph, 2: self._graph})
         unranked = tuple(name for graph in graphs for part in self._inside(graph, 11) if (name := self._unranked(part)))
         return Facts(self._nodes, unranked, tuple(self._external))
@@ -116,7 +105,7 @@ class _Walk:
             raise ModelLimits(f"the graph has more than {MAX_NODES} nodes", field="file")
         kind = domain = ""
         for part in self._each(node.start, node.end):
-            if part.kind != _BYTES:
+            if part.kind != BYTES:
                 continue
             if part.number == 4:
                 kind = self._text(part)
@@ -153,7 +142,7 @@ class _Walk:
         """A tensor that must hold its own values: only a graph's initializers may have them elsewhere."""
         fields = list(self._each(tensor.start, tensor.end))
         if any(_points_elsewhere(part) for part in fields):
-            name = "".join(self._text(part) for part in fields if part.number == 8 and part.kind == _BYTES)
+            name = "".join(self._text(part) for part in fields if part.number == 8 and part.kind == BYTES)
             raise UnsafeModel(
                 f"tensor '{name[:64]}', an attribute of an operator, keeps its values in another file (external data); "
                 "save it with convert_attribute=False",
@@ -170,20 +159,20 @@ class _Walk:
 
         A protobuf parser takes the last of a field that is there twice, and a list for a single value or not, as it likes.
         """
-        name = "".join(self._text(part) for part in fields if part.number == 8 and part.kind == _BYTES)
+        name = "".join(self._text(part) for part in fields if part.number == 8 and part.kind == BYTES)
         locations = [part for part in fields if part.number == 14]
-        kinds = [part.value for part in fields if part.number == 2 and part.kind == _VARINT]
+        kinds = [part.value for part in fields if part.number == 2 and part.kind == VARINT]
         entries = [part for part in fields if part.number == 13]
-        if [(part.kind, part.value) for part in locations] != [(_VARINT, 1)] or len(kinds) != 1:
+        if [(part.kind, part.value) for part in locations] != [(VARINT, 1)] or len(kinds) != 1:
             raise unsafe(name, "says in an unusual way where its values lie")
-        if any(part.kind != _BYTES for part in entries) or any(part.number == 9 for part in fields):
+        if any(part.kind != BYTES for part in entries) or any(part.number == 9 for part in fields):
             raise unsafe(name, "has values of its own beside those")
         said = [self._entry(name, entry) for entry in entries]
         return reference(name, said, kinds[0], list(itertools.islice(self._axes(fields), MAX_AXES + 1)))
 
     def _entry(self, name: str, entry: Field) -> tuple[str, str]:
         parts = list(self._each(entry.start, entry.end))
-        if [(part.number, part.kind) for part in parts] != [(1, _BYTES), (2, _BYTES)]:
+        if [(part.number, part.kind) for part in parts] != [(1, BYTES), (2, BYTES)]:
             raise unsafe(name, "says in an unusual way where its values lie")
         if any(part.end - part.start > LONGEST for part in parts):
             raise unsafe(name, "names something very long")
@@ -192,70 +181,22 @@ class _Walk:
 
     def _axes(self, fields: list[Field]) -> Iterator[int]:
         for part in fields:
-            if part.number == 1 and part.kind == _VARINT:
-                yield part.value
-            elif part.number == 1 and part.kind == _BYTES:
-                position = part.start
-                while position < part.end:
-                    value, position = self._varint(position, part.end)
-                    yield value
+            if part.number == 1:
+                yield from self._reader.varints(part)
 
     def _parts(self, field: Field, depth: int, visitors: dict[int, Callable[[Field, int], None]]) -> None:
         for part in self._each(field.start, field.end):
             visit = visitors.get(part.number)
-            if visit is not None and part.kind == _BYTES:
+            if visit is not None and part.kind == BYTES:
                 visit(part, depth)
 
     def _inside(self, field: Field, number: int) -> Iterator[Field]:
-        return (part for part in self._each(field.start, field.end) if part.number == number and part.kind == _BYTES)
+        return (part for part in self._each(field.start, field.end) if part.number == number and part.kind == BYTES)
 
     def _text(self, field: Field) -> str:
-        return bytes(self._data[field.start : min(field.end, field.start + 256)]).decode("utf-8", "replace")
-
-    def _each(self, position: int, end: int) -> Iterator[Field]:
-        while position < end:
-            self._fields += 1
-            if self._fields > MAX_FIELDS:
-                raise ModelLimits(f"the graph has more than {MAX_FIELDS} protobuf fields", field="file")
-            tag, position = self._varint(position, end)
-            number, kind = tag >> 3, tag & 7
-            # A parser that cuts a longer tag to 32 bits would see another field than this walk.
-            if number == 0 or tag >= 1 << 32:
-                _refuse()
-            value, start, position = self._payload(kind, position, end)
-            yield Field(number, kind, value, start, position)
-
-    def _payload(self, kind: int, position: int, end: int) -> tuple[int, int, int]:
-        if kind == _VARINT:
-            value, after = self._varint(position, end)
-            return value, position, after
-        if kind == _BYTES:
-            length, start = self._varint(position, end)
-        elif kind in (_FIXED64, _FIXED32):
-            length, start = (8 if kind == _FIXED64 else 4), position
-        else:
-            _refuse()
-        if start + length > end:
-            _refuse()
-        return 0, start, start + length
-
-    def _varint(self, position: int, end: int) -> tuple[int, int]:
-        value = shift = 0
-        while True:
-            if position >= end or shift > 63:
-                _refuse()
-            byte = self._data[position]
-            position += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value, position
-            shift += 7
+        return self._reader.bytes_of(field, 256).decode("utf-8", "replace")
 
 
 def _points_elsewhere(part: Field) -> bool:
     """Whatever could be ``external_data`` or a ``data_location`` that is not the default, however it is written."""
-    return part.number == 13 or (part.number == 14 and (part.kind != _VARINT or bool(part.value)))
-
-
-def _refuse() -> NoReturn:
-    raise _not_onnx()
+    return part.number == 13 or (part.number == 14 and (part.kind != VARINT or bool(part.value)))

@@ -1,0 +1,85 @@
+"""An ONNX model as far as it decides what becomes of rows: nodes, names, shapes and small constants, never weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+MAX_VALUES = 128
+"""Elements of a constant or an attribute whose values are kept: more than any shape has."""
+DTYPES: dict[int, str] = {
+    1: "<f4", 2: "u1", 3: "i1", 4: "<u2", 5: "<i2", 6: "<i4", 7: "<i8", 9: "?", 10: "<f2", 11: "<f8", 12: "<u4", 13: "<u8",
+}  # fmt: skip
+"""``TensorProto.DataType`` -> numpy, for constants whose values are kept."""
+
+Axis = int | str | None
+"""A fixed size, the name of a free one, or a free one without a name."""
+
+
+class Constant(NamedTuple):
+    """A tensor of the file; ``values`` only where they are few numbers that lie in the file itself."""
+
+    shape: tuple[int, ...]
+    values: np.ndarray | None
+    kind: int = 1
+
+
+class Declared(NamedTuple):
+    """A named value and what the file says of its shape: None where it says nothing. ``kind`` 0: not a tensor."""
+
+    name: str
+    kind: int
+    shape: tuple[Axis, ...] | None
+
+
+@dataclass(slots=True)
+class Node:
+    """An operator's use. ``attributes`` has numbers, bytes, constants, graphs and lists of numbers by name.
+
+    None is a value of another type, or a long list: only trees have such, and nothing depends on them.
+    """
+
+    kind: str = ""
+    domain: str = ""
+    name: str = ""
+    overload: str = ""
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    attributes: dict[str, object] = field(default_factory=dict)
+    references: dict[str, str] = field(default_factory=dict)
+    """In a function: attributes whose values are those of the function's own."""
+    captures: frozenset[str] = frozenset()
+    """Names of values from outside that its graphs may use."""
+
+
+@dataclass(slots=True)
+class Graph:
+    nodes: list[Node] = field(default_factory=list)
+    inputs: list[Declared] = field(default_factory=list)
+    outputs: list[Declared] = field(default_factory=list)
+    declared: list[Declared] = field(default_factory=list)
+    constants: dict[str, Constant] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Function:
+    """Operators of the model's own, which stand for a graph."""
+
+    name: str = ""
+    domain: str = ""
+    overload: str = ""
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    attributes: dict[str, object] = field(default_factory=dict)
+    """Those that have a default, and those that have none as None."""
+    nodes: list[Node] = field(default_factory=list)
+    opsets: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Model:
+    graph: Graph
+    opsets: dict[str, int]
+    functions: dict[tuple[str, str, str], Function]

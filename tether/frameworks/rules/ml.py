@@ -1,0 +1,96 @@
+"""Rules for the operators of ai.onnx.ml: trees, linear models, and what prepares tables and text for them."""
+
+from __future__ import annotations
+
+from tether.frameworks.facts import (
+    ML,
+    UNKNOWN,
+    Context,
+    Fact,
+    Inputs,
+    Mixes,
+    fact,
+    needed,
+    rest_uniform,
+    rule,
+)
+from tether.frameworks.onnx_model import Node
+
+
+def _table(inputs: Inputs) -> Fact:
+    """Of rows and columns: a list is taken for one row by these operators, and for rows of one column by others."""
+    value = needed(inputs, 0)
+    rest_uniform(inputs)
+    if value.rows is not None and (value.rank != 2 or value.rows.axis != 0):
+        raise Mixes("works on a value that is not rows with columns")
+    return value
+
+
+@rule("LinearClassifier", "SVMClassifier", "TreeEnsembleClassifier", domain=ML, since=1)
+def classifier(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
+    """Labels, and scores of each class."""
+    value = _table(inputs)
+    if value.shape is None or value.rank != 2:
+        return [UNKNOWN] * 2
+    return [
+        fact([value.dims[0]], value.rows),
+        fact([value.dims[0], context.size("classes")], value.rows),
+    ]
+
+
+@rule("LinearRegressor", "SVMRegressor", "TreeEnsembleRegressor", "TreeEnsemble", domain=ML, since=1)
+def regressor(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
+    value = _table(inputs)
+    if value.shape is None or value.rank != 2:
+        return [UNKNOWN]
+    return [fact([value.dims[0], context.size("targets")], value.rows)]
+
+
+@rule("Imputer", "Normalizer", "Scaler", domain=ML, since=1)
+def per_column(_node: Node, inputs: Inputs, _context: Context) -> list[Fact]:
+    value = _table(inputs)
+    return [Fact(value.shape, value.rows)]
+
+
+@rule("Binarizer", "CategoryMapper", "LabelEncoder", domain=ML, since=1)
+def per_element(_node: Node, inputs: Inputs, _context: Context) -> list[Fact]:
+    value = needed(inputs, 0)
+    return [Fact(value.shape, value.rows)]
+
+
+@rule("OneHotEncoder", domain=ML, since=1)
+def one_hot_encoder(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
+    value = needed(inputs, 0)
+    if value.shape is None:
+        return [UNKNOWN]
+    return [fact([*value.dims, context.size("categories")], value.rows)]
+
+
+@rule("ArrayFeatureExtractor", domain=ML, since=1)
+def array_feature_extractor(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
+    """Takes columns, the last axis; from a list it makes one row."""
+    value, columns = needed(inputs, 0), needed(inputs, 1)
+    rest_uniform(inputs)
+    if value.rows is None:
+        return [UNKNOWN]
+    if value.rank < 2 or value.rows.axis == value.rank - 1:
+        raise Mixes("takes some of the rows")
+    count = columns.shape[-1] if columns.shape else context.size("columns")
+    return [fact([*value.dims[:-1], count], value.rows)]
+
+
+@rule("FeatureVectorizer", domain=ML, since=1)
+def feature_vectorizer(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
+    """Puts tables side by side."""
+    values = [one for one in inputs if one is not None]
+    if any(one.rows is None or one.rank != 2 or one.rows != values[0].rows or one.rows.axis for one in values):
+        raise Mixes("joins values that are not all rows with columns")
+    return [fact([values[0].dims[0], context.size("columns")], values[0].rows)]
+
+
+@rule("TfIdfVectorizer", since=9)
+def tf_idf(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
+    value = _table(inputs)
+    if value.shape is None or value.rank != 2:
+        return [UNKNOWN]
+    return [fact([value.dims[0], context.size("terms")], value.rows)]
