@@ -45,9 +45,8 @@ async def lanes_there(bus: Bus) -> set[Lane]:
     Raises:
         JetStreamError, BrokerUnavailable
     """
-    streams = await lane_streams(bus)
-    found = [bus.names.parse_lane_consumer(name) for stream in streams async for name in _consumers(bus, stream)]
-    return {lane for lane in found if lane is not None} | await lanes_with_messages(bus)
+    found = [await consumers_of(bus, stream) for stream in await lane_streams(bus)]
+    return set[Lane]().union(*found) | await lanes_with_messages(bus)
 
 
 async def lanes_with_messages(bus: Bus) -> set[Lane]:
@@ -56,8 +55,28 @@ async def lanes_with_messages(bus: Bus) -> set[Lane]:
     Raises:
         JetStreamError, BrokerUnavailable
     """
-    streams = await lane_streams(bus)
-    found = [bus.names.parse_lane(subject) for stream in streams async for subject in _subjects(bus, stream)]
+    found = [await waiting_in(bus, stream) for stream in await lane_streams(bus)]
+    return set[Lane]().union(*found)
+
+
+async def consumers_of(bus: Bus, stream: str) -> set[Lane]:
+    """The lanes that have a consumer on one stream; none when there is no such stream.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
+    found = [bus.names.parse_lane_consumer(name) async for name in _consumers(bus, stream)]
+    return {lane for lane in found if lane is not None}
+
+
+async def waiting_in(bus: Bus, stream: str) -> set[Lane]:
+    """:func:`lanes_with_messages` of one stream.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
+    state = await stream_state(bus, stream)
+    found = [bus.names.parse_lane(subject) for subject in (state.waiting if state is not None else ())]
     return {lane for lane in found if lane is not None}
 
 
@@ -83,13 +102,6 @@ async def _consumers(bus: Bus, stream: str) -> AsyncIterator[str]:
         for name in names:
             yield name
         seen, total = seen + len(names), int(answer.get("total", 0)) if names else 0
-
-
-async def _subjects(bus: Bus, stream: str) -> AsyncIterator[str]:
-    """The subjects that have a message."""
-    state = await stream_state(bus, stream)
-    for subject in state.waiting if state is not None else ():
-        yield subject
 
 
 async def stream_state(bus: Bus, stream: str, subjects: str = ">") -> StreamState | None:
@@ -150,7 +162,8 @@ def _consumer(item: dict[str, Any]) -> ConsumerState:
 async def _asked(bus: Bus, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
     """An answer about a stream or consumer; an empty one when there is no such thing."""
     try:
-        return await bus.api(path, body)
+        # in a cluster a list waits for servers that are away
+        return await bus.api(path, body, timeout=5.0 if path.startswith("CONSUMER.LIST.") else 2.0)
     except JetStreamError as error:
         if error.err_code not in (STREAM_NOT_FOUND, CONSUMER_NOT_FOUND):
             raise

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from tether.bus.connection import Bus
 from tether.bus.errors import JetStreamError
 from tether.bus.queue import RESULT_MARGIN_S
-from tether.errors import QueueFull
+from tether.errors import QueueFull, TetherError
 from tether.job import LONGEST_DEADLINE_S, SHARED, Lane, LaneKind, Priority
 from tether.settings import Settings
 from tether.subjects import BUCKETS, Names, scope_token
@@ -25,6 +27,7 @@ BOUNDED_BUCKETS = ("jobs", "attempts", "liveness")
 STREAM_NOT_FOUND = 10059
 PRIORITY_GROUP = "lane"
 _MB = 1 << 20
+_SIDE_BY_SIDE = 8
 
 
 def streams(names: Names, settings: Settings) -> list[dict[str, Any]]:
@@ -189,16 +192,31 @@ async def ensure_platform(bus: Bus, settings: Settings) -> None:
     Raises:
         JetStreamError: the server refuses a configuration (a limit that is too low, say).
         BrokerUnavailable: it does not answer.
+        TetherError: in any case of the first stream that failed, when all others were seen to.
     """
-    without_room = []
-    for config in streams(bus.names, settings):
-        try:
-            await _ensure_stream(bus, config)
-        except QueueFull:
-            without_room.append(config)
+    for error in (await ensure_streams(bus, streams(bus.names, settings))).values():
+        raise error
+
+
+async def ensure_streams(bus: Bus, configs: Sequence[dict[str, Any]]) -> dict[str, TetherError]:
+    """Create what is missing and bring the rest up to date, each by itself: one that does not answer holds up no other one.
+    Returns what went wrong, by stream."""
+    failed: dict[str, TetherError] = {}
+    gate = asyncio.Semaphore(_SIDE_BY_SIDE)
+
+    async def ensure(config: dict[str, Any]) -> None:
+        async with gate:
+            try:
+                await _ensure_stream(bus, config)
+            except TetherError as error:
+                failed[config["name"]] = error
+
+    await asyncio.gather(*map(ensure, configs))
     # what grows may need the room that another one leaves
-    for config in without_room:
-        await _ensure_stream(bus, config)
+    for config in [config for config in configs if isinstance(failed.get(config["name"]), QueueFull)]:
+        del failed[config["name"]]
+        await ensure(config)
+    return failed
 
 
 async def ensure_scope(bus: Bus, scope: str, settings: Settings) -> None:
@@ -208,8 +226,8 @@ async def ensure_scope(bus: Bus, scope: str, settings: Settings) -> None:
         QueueFull: the broker has no room for them.
         JetStreamError, BrokerUnavailable
     """
-    for config in scope_streams(bus.names, scope, settings):
-        await _ensure_stream(bus, config)
+    for error in (await ensure_streams(bus, scope_streams(bus.names, scope, settings))).values():
+        raise error
 
 
 async def scopes_with_streams(bus: Bus) -> set[str]:

@@ -7,13 +7,13 @@ new jobs go to the shared ones. No stream is ever removed here: what is in one w
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from tether import codec
 from tether.bus.connection import Bus
 from tether.bus.errors import JetStreamError
 from tether.bus.topology import ensure_scope, is_empty, scopes_with_streams
-from tether.errors import BadEncoding, QueueFull
+from tether.errors import BadEncoding, BrokerUnavailable, QueueFull
 from tether.job import SHARED
 from tether.model import ModelRef
 from tether.subjects import name_of, token
@@ -75,8 +75,7 @@ class Scopes:
         Raises:
             BrokerUnavailable
         """
-        for scope in sorted((self._isolated() | self._leaving) - self._made - self._refused):
-            await self._make(scope)
+        await self._make_each(sorted((self._isolated() | self._leaving) - self._made - self._refused))
 
     async def look_again(self) -> None:
         """Bring every scope's streams in line, and find formerly isolated tenants whose lanes still hold jobs.
@@ -85,13 +84,29 @@ class Scopes:
             JetStreamError, BrokerUnavailable
         """
         left = await scopes_with_streams(self._bus) - self._isolated()
-        holding = {scope for scope in left if not await is_empty(self._bus, scope)}
+        holding = {scope for scope in left if not await self._is_empty(scope)}
         self._leaving = holding - self._isolated()
         self._refused.clear()
-        for scope in sorted(self._isolated() | self._leaving):
-            await self._make(scope)
+        await self._make_each(sorted(self._isolated() | self._leaving))
 
-    async def _make(self, scope: str) -> None:
+    async def _is_empty(self, scope: str) -> bool:
+        """A stream that does not answer may hold jobs."""
+        try:
+            return await is_empty(self._bus, scope)
+        except BrokerUnavailable:
+            return False
+
+    async def _make_each(self, scopes: Sequence[str]) -> None:
+        """All of them, also after one that failed.
+
+        Raises:
+            BrokerUnavailable: of the first that failed.
+        """
+        failed = [error for scope in scopes if (error := await self._make(scope)) is not None]
+        for error in failed:
+            raise error
+
+    async def _make(self, scope: str) -> BrokerUnavailable | None:
         try:
             await ensure_scope(self._bus, scope, self._bus.settings)
         except (QueueFull, JetStreamError) as error:
@@ -103,5 +118,8 @@ class Scopes:
                 error,
                 extra={"action": "scope_refused", "tenant": scope},
             )
+        except BrokerUnavailable as error:
+            return error
         else:
             self._made.add(scope)
+        return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
@@ -19,17 +19,19 @@ from tether.bus import rpc
 from tether.bus.audit import AuditLog, writing
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket, SignedBucket
-from tether.bus.topology import ensure_lane, ensure_platform, lanes_of
+from tether.bus.seldom import Seldom
+from tether.bus.topology import ensure_platform, ensure_streams, streams
 from tether.dispatcher import placement
 from tether.dispatcher.crew import Crew
 from tether.dispatcher.decided import Decided
 from tether.dispatcher.ended import EndedVersions
 from tether.dispatcher.findings import Findings
 from tether.dispatcher.lane_check import LaneCheck
+from tether.dispatcher.lanes import Lanes
 from tether.dispatcher.levels import Levels
 from tether.dispatcher.scopes import Scopes
 from tether.envelope import Envelope, MessageType
-from tether.errors import BadEncoding, Forbidden, TetherError
+from tether.errors import BadEncoding, BrokerUnavailable, Forbidden, TetherError
 from tether.home import Home
 from tether.job import SHARED
 from tether.model import Assignment, Epoch, Heartbeat, Manifest, ModelRef, Registration, Route, check_name
@@ -39,6 +41,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 8002
 _TICK_S = 0.5
+_AGAIN_S = 0.2
 _ENSURE_S = 10.0
 _LOOK_S = 10.0
 _SOON_S = 1.0
@@ -58,13 +61,16 @@ class Dispatcher:
         self._workers: dict[str, placement.Seen] = {}
         self._models: set[ModelRef] = set()
         self._regions: set[str] = {bus.settings.region}
-        self._lanes: set[tuple[str, ModelRef, str]] = set()
+        self.lanes = Lanes(bus)
+        self._told = Seldom(bus.clock.monotonic, lines=1, within_s=10.0)
         self._bound: dict[str, str] = {}
         """The scope each worker is entitled to, as the keyset says and not the worker."""
         self._scopes = Scopes(bus)
         self._assigned: dict[str, Assignment] = {}
         self._routed: dict[placement.Place, Route] = {}
         self._changed = asyncio.Event()
+        self._lost = asyncio.Event()
+        """Set when the broker may have lost streams."""
         self.decided = Decided(bus, self._changed.set)
         self.ended = EndedVersions(bus)
         self._levels = Levels()
@@ -85,16 +91,24 @@ class Dispatcher:
     def _begin_anew(self) -> None:
         """The broker may have lost what it kept in memory: infer lanes and liveness."""
         self._platform_ok = False
+        self._lost.set()
         self._since = self._bus.clock.monotonic()
-        self._lanes.clear()
+        self.lanes.begin_anew()
         self.ended.begin_anew()
         self._look_soon = True
         self._changed.set()
 
     async def prepare(self) -> None:
-        """Create streams and buckets, and remember what the last dispatcher wrote."""
-        await ensure_platform(self._bus, self._settings)
-        self._platform_ok = True
+        """Create streams and buckets, and remember what the last dispatcher wrote.
+
+        Raises:
+            TetherError: the broker refuses a stream, or the buckets ``assign`` and ``routes`` cannot be read.
+        """
+        failed = await ensure_streams(self._bus, streams(self._bus.names, self._settings))
+        for error in failed.values():
+            if not isinstance(error, BrokerUnavailable):  # a server of the cluster is down: not a reason to do nothing
+                raise error
+        self._platform_ok = not failed
         for key, body in (await self._assign.entries()).items():
             known = codec.decode(body, Assignment)
             self._epochs[key] = known.epoch
@@ -193,7 +207,6 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Bring lanes, assignments and routes in line with what is known: on every change and every half second."""
-        ensured = self._bus.clock.monotonic()
         while True:
             try:
                 async with asyncio.timeout(_TICK_S):
@@ -201,24 +214,41 @@ class Dispatcher:
             except TimeoutError:
                 pass
             self._changed.clear()
-            try:
-                if not self._platform_ok or self._bus.clock.monotonic() - ensured > _ENSURE_S:
-                    await ensure_platform(self._bus, self._settings)
-                    await self._scopes.look_again()
-                    self._platform_ok = True
-                    ensured = self._bus.clock.monotonic()
-                await self.reconcile()
-            except TetherError as error:
-                log.warning("will try again: %s", error, extra={"action": "reconcile_failed", "code": error.code})
-                self._platform_ok = False
-                await asyncio.sleep(0.2)
+            self.lanes.wake.set()
+            if not await self.reconcile():
+                await asyncio.sleep(_AGAIN_S)
 
-    async def reconcile(self) -> None:
-        await self._scopes.ensure()
-        await self._ensure_lanes()
-        await self._end_versions()
-        await self._write_assignments()
-        await self._write_routes()
+    async def keep_streams(self) -> None:
+        """Keep streams and buckets as they must be: on every reconnect and every ten seconds, and until it succeeds."""
+        while True:
+            self._lost.clear()
+            made = await self._step("streams", ensure_platform(self._bus, self._settings))
+            self._platform_ok = await self._step("tenants' streams", self._scopes.look_again()) and made
+            try:
+                async with asyncio.timeout(_ENSURE_S if self._platform_ok else _AGAIN_S):
+                    await self._lost.wait()
+            except TimeoutError:
+                continue
+
+    async def reconcile(self) -> bool:
+        """Whether every step was done; one that fails holds up no other one."""
+        steps = {
+            "tenants": self._scopes.ensure,
+            "deleted versions": self._end_versions,
+            "assignments": self._write_assignments,
+            "routes": self._write_routes,
+        }
+        return all([await self._step(what, step()) for what, step in steps.items()])
+
+    async def _step(self, what: str, step: Coroutine[None, None, None]) -> bool:
+        try:
+            await step
+        except TetherError as error:
+            if self._told.passes(f"{what} {error.code}") is not None:
+                extra = {"action": "reconcile_failed", "code": error.code}
+                log.warning("%s: %s; will try again", what, error, extra=extra)
+            return False
+        return True
 
     async def _end_versions(self) -> None:
         now = self._bus.clock.monotonic()
@@ -230,21 +260,9 @@ class Dispatcher:
                 await self._routes.delete(self._bus.names.version_key(route.model, route.version, route.scope))
         await self.ended.step()
 
-    async def _ensure_lanes(self) -> None:
-        models = self._scopes.models(self._models)
-        served = {scope: set(refs) for scope, refs in models.items()}
-        self._lanes = {known for known in self._lanes if known[1] in served.get(known[0], ())}
-        for scope, refs in models.items():
-            for ref in refs:
-                for region in list(self._regions):
-                    if (scope, ref, region) not in self._lanes:
-                        await self._ensure_lanes_of(scope, ref, region)
-        metrics.LANES.set(len(self._lanes))
-
-    async def _ensure_lanes_of(self, scope: str, ref: ModelRef, region: str) -> None:
-        for lane in lanes_of(ref.model, ref.version, region, scope):
-            await ensure_lane(self._bus, lane, self._settings)
-        self._lanes.add((scope, ref, region))
+    async def keep_lanes(self) -> None:
+        """Keep the lanes of every version that is served, in every region where there is a worker."""
+        await self.lanes.keep(lambda: self._scopes.models(self._models), lambda: tuple(self._regions))
 
     async def _write_assignments(self) -> None:
         models = self.decided.served(self._scopes.models(self._models), self._routed)
@@ -324,6 +342,8 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Dispatcher]:
         await stack.enter_async_context(serving)
         tasks.spawn(dispatcher.run(), "reconcile")
         tasks.spawn(LaneCheck(bus).run(), "lane-check")
+        tasks.spawn(dispatcher.keep_streams(), "streams")
+        tasks.spawn(dispatcher.keep_lanes(), "lanes")
         yield dispatcher
 
 
