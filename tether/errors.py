@@ -217,6 +217,10 @@ class AttemptsExhausted(InferenceFailed):
     code = "attempts_exhausted"
 
 
+class JobLost(InferenceFailed):
+    code = "job_lost"
+
+
 class ResultTooLarge(InferenceFailed):
     code = "result_too_large"
 

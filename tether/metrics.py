@@ -104,6 +104,13 @@ LANES_MADE_AGAIN = Counter(
     "shorter after a power cut), stuck, missing. Alarm on any that no power cut explains.",
     ["reason"],
 )
+JOBS_OPEN = Gauge("tether_jobs_open", "Accepted durable jobs that have not ended, as the dispatcher counts them.")
+JOBS_SWEPT = Counter(
+    "tether_jobs_swept_total",
+    "Durable jobs that the dispatcher found in no lane and without a result, and ended as failed (lost), and records of jobs "
+    "that were never queued, which it removed (unqueued). Alarm on any that no power cut explains.",
+    ["outcome"],
+)
 
 AUDIT_ENTRIES = Counter("tether_audit_entries_total", "Audit entries written by this service.", ["kind"])
 AUDIT_LOST = Counter("tether_audit_lost_total", "Audit entries lost because spool and memory were full: alarm on any.")

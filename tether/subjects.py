@@ -154,6 +154,14 @@ class Names:
         """Every result of a scope; an isolated tenant's are a level deeper."""
         return self.result("*", scope)
 
+    def ended(self, job: str, scope: str = SHARED) -> str:
+        """Where the results stream publishes again, without its body, that a job has ended."""
+        return f"{self.prefix}.ended.{job}" if scope == SHARED else f"{self.prefix}.ended.{scope_token(scope)}.{job}"
+
+    def every_end(self) -> str:
+        """:meth:`ended` for all jobs of all scopes."""
+        return f"{self.prefix}.ended.>"
+
     def scope_results_stream(self, scope: str) -> str:
         """The stream of a scope's results."""
         return self.results_stream if scope == SHARED else f"{self.results_stream}_{scope_token(scope)}"

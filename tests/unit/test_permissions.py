@@ -47,7 +47,7 @@ WRITERS = {
     "routes": {"dispatcher"},
     "assign": {"dispatcher"},
     "apikeys": {"gateway", "admin"},
-    "jobs": {"gateway"},
+    "jobs": {"gateway", "dispatcher"},
     "attempts": set(),  # each worker those of its scope
     "liveness": set(),  # each worker its own
     "keyset": {"admin", "dispatcher"},  # what counts in it is the root key's signature
@@ -82,7 +82,7 @@ def test_only_gateways_fill_lanes_and_only_workers_of_their_scope_empty_them(
     assert publishers(f"$JS.ACK.{stream}.{consumer}.1.2.3.4.5") == workers
     assert publishers(f"$JS.ACK._.hash.{stream}.{consumer}.1.2.3.4.5.token") == workers
     assert publishers(NAMES.dead(lane)) == workers
-    assert publishers(NAMES.result("job", scope)) == workers | {"gateway"}
+    assert publishers(NAMES.result("job", scope)) == workers | {"gateway", "dispatcher"}
     note = NAMES.bucket_key("attempts", NAMES.attempt_key("job", scope))
     assert publishers(note) == workers
     results, notes = NAMES.scope_results_stream(scope), NAMES.bucket_stream("attempts")

@@ -3,6 +3,7 @@ and makes consumers again that do not deliver."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from tether.bus.topology import STREAM_NOT_FOUND, scopes_with_streams
 from tether.job import Lane
 
 CONSUMER_NOT_FOUND = 10014
+MESSAGE_NOT_FOUND = 10037
 
 
 class StreamState(msgspec.Struct, frozen=True):
@@ -37,6 +39,14 @@ class ConsumerState(msgspec.Struct, frozen=True):
     """Messages that were not delivered yet."""
     unacked: int
     """Messages that were delivered and not acknowledged."""
+
+
+class LaneMessage(msgspec.Struct, frozen=True):
+    """A bundle in a lane; ``id`` is its message id, which the records of its jobs name."""
+
+    sequence: int
+    subject: str
+    id: str
 
 
 async def lanes_there(bus: Bus) -> set[Lane]:
@@ -111,16 +121,28 @@ async def stream_state(bus: Bus, stream: str, subjects: str = ">") -> StreamStat
         JetStreamError, BrokerUnavailable
     """
     waiting: dict[str, int] = {}
-    while True:
-        request = {"subjects_filter": subjects, "offset": len(waiting)}
-        answer = await _asked(bus, f"STREAM.INFO.{stream}", request)
+    found: StreamState | None = None
+    async for page in stream_pages(bus, stream, subjects):
+        waiting |= page.waiting
+        found = msgspec.structs.replace(page, waiting=waiting)
+    return found
+
+
+async def stream_pages(bus: Bus, stream: str, subjects: str) -> AsyncIterator[StreamState]:
+    """:func:`stream_state` in pieces of at most 100,000 subjects, for who must not hold them all.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
+    seen, total = 0, 1
+    while seen < total:
+        answer = await _asked(bus, f"STREAM.INFO.{stream}", {"subjects_filter": subjects, "offset": seen})
         if not answer:
-            return None
+            return
         state = answer["state"]
-        found: dict[str, int] = state.get("subjects") or {}
-        waiting |= found
-        if not found or len(waiting) >= int(answer.get("total", 0)):
-            return StreamState(answer["created"], int(state["consumer_count"]), int(state["last_seq"]), waiting)
+        page: dict[str, int] = state.get("subjects") or {}
+        yield StreamState(answer["created"], int(state["consumer_count"]), int(state["last_seq"]), page)
+        seen, total = seen + len(page), int(answer.get("total", 0)) if page else 0
 
 
 async def consumer_states(bus: Bus, stream: str) -> list[ConsumerState]:
@@ -147,6 +169,34 @@ async def consumer_state(bus: Bus, lane: Lane) -> ConsumerState | None:
     """
     answer = await _asked(bus, f"CONSUMER.INFO.{bus.names.lane_stream(lane)}.{bus.names.lane_consumer(lane)}", None)
     return _consumer(answer) if answer else None
+
+
+async def next_message(bus: Bus, stream: str, subject: str, start: int) -> LaneMessage | None:
+    """The first message on ``subject``, which may have wildcards, from the sequence ``start`` on; None when there is none.
+
+    The stream's leader answers, so what it does not have is not there.
+
+    Raises:
+        JetStreamError, BrokerUnavailable: also when there is no such stream.
+    """
+    return await _message(bus, stream, {"seq": start, "next_by_subj": subject})
+
+
+async def message_at(bus: Bus, stream: str, sequence: int) -> LaneMessage | None:
+    """The message with a sequence, as :func:`next_message`."""
+    return await _message(bus, stream, {"seq": sequence})
+
+
+async def _message(bus: Bus, stream: str, request: dict[str, Any]) -> LaneMessage | None:
+    try:
+        message = (await bus.api(f"STREAM.MSG.GET.{stream}", request))["message"]
+    except JetStreamError as error:
+        if error.err_code != MESSAGE_NOT_FOUND:
+            raise
+        return None
+    lines = base64.b64decode(message.get("hdrs", "")).decode(errors="replace").split("\r\n")
+    found = [value.strip() for name, _, value in (line.partition(":") for line in lines) if name == "Nats-Msg-Id"]
+    return LaneMessage(int(message["seq"]), message["subject"], found[0] if found else "")
 
 
 def _consumer(item: dict[str, Any]) -> ConsumerState:

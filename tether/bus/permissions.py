@@ -93,11 +93,18 @@ def _gateway(names: Names, inbox: str) -> Permissions:
 
 def _dispatcher(names: Names, inbox: str) -> Permissions:
     return Permissions(
-        publish=("$JS.API.>", *_keys(names, "assign", "routes", "keyset"), names.audit_subjects(), _DISCOVERY),
+        publish=(
+            "$JS.API.>",
+            *_keys(names, "assign", "routes", "keyset", "jobs"),
+            f"{names.prefix}.result.>",
+            names.audit_subjects(),
+            _DISCOVERY,
+        ),
         publish_deny=_NEVER,
         subscribe=(
             inbox,
             *_keys(names, "liveness", "models", "aliases", "configs", "assign", "routes", "tenants", "keyset"),
+            names.every_end(),
             *_services(names, DISPATCHER_SERVICES),
         ),
         responds=True,

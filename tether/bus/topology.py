@@ -106,6 +106,12 @@ def _results(names: Names, scope: str, max_bytes: int, settings: Settings) -> di
     return {
         "name": names.scope_results_stream(scope),
         "subjects": [names.results(scope)],
+        # the dispatcher counts open jobs by it
+        "republish": {
+            "src": names.results(scope),
+            "dest": names.ended("{{wildcard(1)}}", scope),
+            "headers_only": True,
+        },
         "storage": "file",
         "retention": "limits",
         "discard": "new",

@@ -118,7 +118,7 @@ class LaneCheck:
         for consumer in consumers:
             lane = self._bus.names.parse_lane_consumer(consumer.name)
             if state is not None and lane is not None and consumer.delivered > state.last:
-                await self._make_again(lane, "ahead", f"it had delivered {consumer.delivered} of {state.last} messages")
+                await self.make_again(lane, "ahead", f"it had delivered {consumer.delivered} of {state.last} messages")
 
     async def _compare_waiting(self, subjects: set[str]) -> set[Lane]:
         found = [lane for subject in subjects if (lane := self._bus.names.parse_lane(subject)) is not None]
@@ -136,7 +136,7 @@ class LaneCheck:
         if state is None:
             return
         if before is None and after is None:
-            await self._make_again(lane, "missing", "there was none")
+            await self.make_again(lane, "missing", "there was none")
         elif before != after or after is None or state.waiting.get(subject, 0) <= after.pending + after.unacked:
             # what moves while it is looked at is not stuck, or cannot be told to be
             self._stuck.pop(lane, None)
@@ -144,9 +144,9 @@ class LaneCheck:
             self._stuck[lane] = self._stuck.get(lane, 0) + 1
             if self._stuck[lane] >= _SURE:
                 skipped = state.waiting[subject] - after.pending - after.unacked
-                await self._make_again(lane, "stuck", f"it had skipped {skipped} messages")
+                await self.make_again(lane, "stuck", f"it had skipped {skipped} messages")
 
-    async def _make_again(self, lane: Lane, reason: str, why: str) -> None:
+    async def make_again(self, lane: Lane, reason: str, why: str) -> None:
         self._stuck.pop(lane, None)
         await remove_lane(self._bus, lane)
         await ensure_lane(self._bus, lane, self._bus.settings)

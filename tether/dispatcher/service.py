@@ -30,6 +30,7 @@ from tether.dispatcher.lane_check import LaneCheck
 from tether.dispatcher.lanes import Lanes
 from tether.dispatcher.levels import Levels
 from tether.dispatcher.scopes import Scopes
+from tether.dispatcher.sweeper import sweeping
 from tether.envelope import Envelope, MessageType
 from tether.errors import BadEncoding, BrokerUnavailable, Forbidden, TetherError
 from tether.home import Home
@@ -341,9 +342,11 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Dispatcher]:
         )
         await stack.enter_async_context(serving)
         tasks.spawn(dispatcher.run(), "reconcile")
-        tasks.spawn(LaneCheck(bus).run(), "lane-check")
         tasks.spawn(dispatcher.keep_streams(), "streams")
         tasks.spawn(dispatcher.keep_lanes(), "lanes")
+        lanes = LaneCheck(bus)
+        tasks.spawn(lanes.run(), "lane-check")
+        await stack.enter_async_context(sweeping(bus, lanes, tasks))
         yield dispatcher
 
 

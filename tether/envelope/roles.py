@@ -65,7 +65,9 @@ ROLE_TYPES: Mapping[Role, frozenset[MessageType]] = {
             MessageType.AUDIT,
         }
     ),
-    Role.DISPATCHER: frozenset({MessageType.REGISTERED, MessageType.ASSIGN, MessageType.ROUTE, MessageType.AUDIT}),
+    Role.DISPATCHER: frozenset(
+        {MessageType.REGISTERED, MessageType.ASSIGN, MessageType.ROUTE, MessageType.RESULT, MessageType.AUDIT}
+    ),
     Role.WORKER: frozenset(
         {
             MessageType.ANSWER,
@@ -92,4 +94,5 @@ ROLE_TYPES: Mapping[Role, frozenset[MessageType]] = {
     ),
     Role.ADMIN: frozenset({MessageType.API_KEY, MessageType.TENANT, MessageType.AUDIT}),
 }
-"""The types each role may send. RESULT from a gateway is how a cancelled or expired job ends."""
+"""The types each role may send. RESULT from a gateway is how a cancelled or expired job
+ends, from the dispatcher how a lost one does."""

@@ -11,7 +11,7 @@ import msgspec
 from tether import codec, metrics, oip
 from tether.bus.connection import Bus
 from tether.envelope import Header, MessageType, Role
-from tether.errors import BadEncoding, ResultConflict
+from tether.errors import BadEncoding, JobLost, ResultConflict
 from tether.job import SHARED, TERMINAL, AttemptNote, JobId, JobRecord, JobState, Outcome
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,8 @@ def _is_end_of(job: JobId, header: Header, outcome: Outcome) -> bool:
     """Whether header and outcome speak of this job, and of the same attempt, and the sender may end a job so."""
     if header.jobs != (job,) or outcome.job != job:
         return False
+    if header.role is Role.DISPATCHER:
+        return outcome.state is JobState.FAILED and outcome.error is not None and outcome.error.code == JobLost.code
     if header.role is not Role.WORKER:
         return outcome.state in _BY_GATEWAY
     return outcome.state in TERMINAL and header.attempt == outcome.attempts
