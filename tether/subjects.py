@@ -66,6 +66,9 @@ class Names:
     def infer_stream(self, shard: int | str) -> str:
         return f"{self._upper}_INFER_{shard}"
 
+    def is_infer_stream(self, stream: str) -> bool:
+        return stream.startswith(self.infer_stream(""))
+
     def jobs_stream(self, shard: int | str) -> str:
         return f"{self._upper}_JOBS_{shard}"
 

@@ -112,7 +112,9 @@ class LaneCheck:
         return found
 
     async def _compare_all(self, stream: str) -> None:
-        """Consumers first, then the stream: it only grows in between."""
+        """Consumers first, then the stream: it only grows in between. Infer streams are in memory with their consumers."""
+        if self._bus.names.is_infer_stream(stream):
+            return
         consumers = await consumer_states(self._bus, stream)
         state = await stream_state(self._bus, stream)
         for consumer in consumers:
@@ -148,7 +150,8 @@ class LaneCheck:
 
     async def make_again(self, lane: Lane, reason: str, why: str) -> None:
         self._stuck.pop(lane, None)
-        await remove_lane(self._bus, lane)
+        if reason != "missing":
+            await remove_lane(self._bus, lane)
         await ensure_lane(self._bus, lane, self._bus.settings)
         metrics.LANES_MADE_AGAIN.labels(reason).inc()
         log.warning(
