@@ -26,7 +26,7 @@ from tether.gateway_http import core
 from tether.gateway_http.catalog import Served
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.encrypted import Target
-from tether.gateway_http.jobs import NewJob
+from tether.gateway_http.job_submit import NewJob
 from tether.home import Home
 from tether.job import Priority
 from tether.model import ChangeRequest, ModelFile, PushAnswer, PushRequest

@@ -134,10 +134,17 @@ class JobRecord(msgspec.Struct, frozen=True):
     digest: str
     """Digest of the request, so that an Idempotency-Key cannot be used for two different requests."""
     bundle: str
-    """Message id of the bundle that carried the job: where its attempts are noted."""
+    """Message id of the bundle that carries the job: where its attempts are noted. Empty: the job is not accepted yet."""
     request_id: str = ""
     scope: str = SHARED
     """Whose lanes and results hold it; it stays when the tenant ceases to be isolated, or begins to be."""
+    storing: str = ""
+    """Of a job with an Idempotency-Key that is not accepted yet: message id of the bundle that is being stored."""
+
+    @property
+    def key(self) -> str:
+        """The key of the record in its bucket."""
+        return record_key(self.id)
 
 
 class AttemptNote(msgspec.Struct, frozen=True):
@@ -177,7 +184,23 @@ def new_request_id() -> str:
     return _random.take(8).hex()
 
 
-def idempotent_job_id(tenant: str, key: str) -> JobId:
-    """The same tenant and key always give the same id, on every gateway and after every restart."""
+RECORD_KEY_LENGTH = 24
+"""Characters of a job's id that name its record; the others make the id a new one each time a key is used again."""
+
+
+def record_key(job_id: str) -> str:
+    """The key of a job's record in the bucket ``jobs``, from the job's id."""
+    return job_id[:RECORD_KEY_LENGTH]
+
+
+def idempotency_digest(tenant: str, key: str) -> str:
+    """What an Idempotency-Key stands for: the same for the same tenant and key, on every gateway and after every
+    restart. The id of its job begins with :func:`record_key` of it. Homes of before have jobs whose whole id it is."""
     digest = hashlib.blake2b(f"{tenant}\0{key}".encode(), digest_size=16, person=b"tether-idem")
-    return JobId(digest.hexdigest())
+    return digest.hexdigest()
+
+
+def new_keyed_job_id(digest: str) -> JobId:
+    """An id for a job under an Idempotency-Key. No two jobs have the same one, also when the key is used again after
+    its first job was forgotten: what is still stored of that one cannot be taken for the new one's."""
+    return JobId(record_key(digest) + _random.take(4).hex())

@@ -14,7 +14,7 @@ from services import TENANT, Services, new_job, row
 
 from tether.errors import InferenceFailed
 from tether.gateway_http.catalog import Served
-from tether.gateway_http.jobs import NewJob
+from tether.gateway_http.job_submit import NewJob
 from tether.model import ModelRef
 from tether.model_config import Warmup
 from tether.subjects import token

@@ -17,7 +17,7 @@ from tether.envelope import MessageType
 from tether.errors import BadTensor, IdempotencyConflict, QueueFull, TetherError
 from tether.gateway_http import core
 from tether.gateway_http.catalog import Served
-from tether.job import Priority, new_job_id
+from tether.job import Priority, new_job_id, record_key
 from tether.tensor import to_numpy
 
 
@@ -49,7 +49,7 @@ async def test_how_a_job_ended_is_kept_longer_than_its_record(one: Services, end
     shown = await (one.gateway.jobs.cancel(TENANT, job["id"]) if end == "cancelled" else ended(one, job["id"]))
     assert shown["state"] == end
     names = one.bus.names
-    record = await kept_s(one.bus, names.bucket_stream("jobs"), names.bucket_key("jobs", job["id"]))
+    record = await kept_s(one.bus, names.bucket_stream("jobs"), names.bucket_key("jobs", record_key(job["id"])))
     assert await kept_s(one.bus, names.results_stream, names.result(job["id"])) > record
 
 
@@ -57,7 +57,7 @@ async def test_a_job_whose_lane_was_full_is_queued_when_its_key_comes_again(
     one: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = await bump(one)
-    queue = one.gateway.jobs._bundler._queue
+    queue = one.gateway.jobs._submitter._bundler._queue
 
     async def full(*_: object, **__: object) -> None:
         raise QueueFull("full")

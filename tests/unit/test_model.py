@@ -9,7 +9,7 @@ import pytest
 
 from tether import model
 from tether.errors import BadTensor, TetherError, all_errors, by_code
-from tether.job import JobState, idempotent_job_id, new_job_id
+from tether.job import JobState, idempotency_digest, new_job_id, new_keyed_job_id, record_key
 from tether.model import Batching, Manifest, ModelFile, TensorSpec
 from tether.tensor import Tensor
 
@@ -109,12 +109,16 @@ def test_codes_are_unique_and_an_unknown_one_is_the_base() -> None:
     assert type(by_code("from_the_future", "why")) is TetherError
 
 
-def test_job_ids_are_unguessable_or_repeatable() -> None:
+def test_job_ids_are_unguessable_and_never_the_same() -> None:
     assert len({new_job_id() for _ in range(100)}) == 100
-    assert idempotent_job_id("t", "key") == idempotent_job_id("t", "key")
-    assert idempotent_job_id("t", "key") != idempotent_job_id("u", "key")
-    assert idempotent_job_id("a", "b") != idempotent_job_id("a\0b", "")
-    assert len(new_job_id()) == len(idempotent_job_id("t", "key")) == 32
+    digest = idempotency_digest("t", "key")
+    assert digest == idempotency_digest("t", "key")
+    assert len({digest, idempotency_digest("u", "key"), idempotency_digest("tk", "ey")}) == 3
+    assert idempotency_digest("a", "b") != idempotency_digest("a\0b", "")
+    keyed = {new_keyed_job_id(digest) for _ in range(100)}
+    assert len(keyed) == 100
+    assert {record_key(job) for job in keyed} == {record_key(digest)}
+    assert {len(job) for job in (*keyed, new_job_id(), digest)} == {32}
 
 
 def test_states_are_the_closed_set() -> None:

@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 OnChange = Callable[[str, bytes | None], None]
 """Called with a key and its new value; None when it is gone."""
 
+GONE = {"KV-Operation": "PURGE", "Nats-TTL": "1"}
+"""Headers of an empty entry that replaces one which is needed no more, and goes itself after a second."""
+
 _RESYNC_S = 20.0
 _SETTLE_S = (0.0, 0.01, 0.05, 0.25)
 _TRIES = 16
@@ -87,6 +90,16 @@ class KvBucket:
 
     async def delete(self, key: str) -> None:
         await self._bus.publish_acked(self.subject(key), b"", headers={"KV-Operation": "DEL"})
+
+    async def forget(self, key: str, sequence: int) -> None:
+        """Take away what the key had at ``sequence``; a second later nothing of the key is left in the stream.
+
+        Raises:
+            VersionConflict: it has something else by now.
+            BrokerUnavailable: it may be gone all the same.
+        """
+        expected = {"Nats-Expected-Last-Subject-Sequence": str(sequence)}
+        await self._bus.publish_acked(self.subject(key), b"", headers={**GONE, **expected})
 
     async def was_deleted(self, key: str) -> bool:
         """Whether the key had a value and was deleted; False for one that never had any."""

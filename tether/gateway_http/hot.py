@@ -15,7 +15,7 @@ from tether.gateway_http import audited
 from tether.gateway_http.auth import Caller
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.errors import error_response
-from tether.gateway_http.jobs import NewJob
+from tether.gateway_http.job_submit import NewJob
 from tether.gateway_http.limits import Ticket
 from tether.gateway_http.request import (
     Headers,

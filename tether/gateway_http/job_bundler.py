@@ -1,31 +1,33 @@
 """Durable jobs on their way into their lanes: many jobs, one message, one signature.
 
 What arrives while a lane's last bundle is being stored travels together in the next one, in an order that is fair between
-tenants.
+tenants. Records are stored first (:mod:`tether.gateway_http.job_records`), so that what finds no room is never queued.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import msgspec
 
 from tether import codec, metrics
 from tether.bus.connection import Bus
-from tether.bus.kv import SignedBucket
+from tether.bus.patience import Patience
 from tether.bus.queue import BusQueue
 from tether.envelope import MessageType
 from tether.errors import BrokerUnavailable, TetherError
 from tether.gateway_http.fair import FairQueue
+from tether.gateway_http.job_records import Entered, Records
 from tether.job import Job, JobRecord, Lane, new_job_id
 from tether.lifecycle import Tasks
 
 log = logging.getLogger(__name__)
 
-_PATIENCE_S = 10.0
-"""How long an accepting gateway waits for a broker that is away, before it says so."""
+T = TypeVar("T")
 
 
 class Submission(msgspec.Struct, frozen=True):
@@ -36,46 +38,31 @@ class Submission(msgspec.Struct, frozen=True):
     record: JobRecord
     digest: str = ""
     """Digest of the request as only this process knows it; the record has what may be stored."""
+    key: str = ""
+    """Digest of its Idempotency-Key; empty without one."""
+    after: int = 0
+    """The entry that the key has now."""
 
 
-class Records:
-    """The ``jobs`` bucket as gateways write it: a record whose ``bundle`` is empty was claimed and not yet accepted."""
-
-    def __init__(self, bus: Bus) -> None:
-        self._bus = bus
-        self._bucket = SignedBucket(bus, "jobs", MessageType.RECORD)
-
-    async def claim(self, record: JobRecord) -> bool:
-        """Take the job's id, before anything is queued; False when it was taken already."""
-        return await self._bucket.create(record.id, codec.encode_record(record), ttl_s=self._ttl_s(record))
-
-    async def accept(self, record: JobRecord, bundle: str) -> None:
-        body = codec.encode_record(msgspec.structs.replace(record, bundle=bundle))
-        await self._bucket.put(record.id, body, ttl_s=self._ttl_s(record))
-
-    def _ttl_s(self, record: JobRecord) -> int:
-        left = max(0.0, record.deadline - self._bus.clock.utc())
-        return int(left + self._bus.settings.result_ttl_s) + 1
-
-
-_Waiting = tuple[Submission, "asyncio.Future[None]"]
+_Waiting = tuple[Submission, "asyncio.Future[Entered | None]"]
 
 
 class JobBundler:
     """The jobs of every lane that have not been stored yet."""
 
-    def __init__(self, bus: Bus, tasks: Tasks, weight: Callable[[str], float]) -> None:
+    def __init__(self, bus: Bus, tasks: Tasks, weight: Callable[[str], float], records: Records) -> None:
         self._bus = bus
         self._tasks = tasks
         self._weight = weight
         self._queue = BusQueue(bus)
-        self._records = Records(bus)
+        self._records = records
         self._pending: dict[Lane, FairQueue[_Waiting]] = {}
         self._storing: set[Lane] = set()
 
-    def add(self, item: Submission) -> asyncio.Future[None]:
-        """Put a job on its way; the future is done when the broker holds it, or has the reason why it does not."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def add(self, item: Submission) -> asyncio.Future[Entered | None]:
+        """Put a job on its way. The future has its record when the broker holds both, None when another request took its
+        Idempotency-Key first, or the reason why it was not stored."""
+        future: asyncio.Future[Entered | None] = asyncio.get_running_loop().create_future()
         pending = self._pending.get(item.lane)
         if pending is None:
             pending = self._pending[item.lane] = FairQueue(self._weight)
@@ -91,49 +78,78 @@ class JobBundler:
                 limit = min(self._bus.settings.max_body_bytes, self._bus.room)
                 batch = waiting.take(self._bus.settings.bundle_max_jobs, limit, _any)
                 try:
-                    await self._store(lane, [item for item, _ in batch])
+                    stored = await self._store(lane, [item for item, _ in batch])
                 except TetherError as error:
                     _settle(batch, error)
                 except Exception:
                     log.exception("jobs were not stored", extra={"action": "store_failed", "model": lane.model})
                     _settle(batch, TetherError("the gateway could not store the job; its log has the reason"))
                 else:
-                    _settle(batch, None)
+                    _settle(batch, stored)
         finally:
             self._storing.discard(lane)
 
-    async def _store(self, lane: Lane, items: Sequence[Submission]) -> None:
-        """The bundle first: a lane that is full leaves no record of a job that was refused. Repeating is harmless."""
-        message_id = new_job_id()
-        subject = self._bus.names.lane(lane)
-        jobs = [item.job for item in items]
+    async def _store(self, lane: Lane, items: Sequence[Submission]) -> list[Entered | None]:
+        """Records first, then the bundle, then what makes claims count; each step may be repeated."""
+        bundle, patience = new_job_id(), Patience(self._bus)
+        entered = await self._enter(items, bundle, patience)
+        jobs = [item.job for item, record in zip(items, entered, strict=True) if record is not None]
+        if not jobs:
+            return entered
+        try:
+            await self._enqueue(lane, jobs, bundle, patience)
+        except BrokerUnavailable:
+            raise  # it may be queued all the same
+        except Exception:
+            await self._records.leave([record for record in entered if record is not None])
+            raise
+        return await _all([self._accepted(record, patience) for record in entered])
+
+    async def _enter(self, items: Sequence[Submission], bundle: str, patience: Patience) -> list[Entered | None]:
+        """The records of a bundle: all of them, or none when one of them finds no room."""
+        steps = [patience.until_done(partial(self._enter_one, item, bundle)) for item in items]
+        entered = await asyncio.gather(*steps, return_exceptions=True)
+        errors = [one for one in entered if isinstance(one, BaseException)]
+        refused = [error for error in errors if not isinstance(error, BrokerUnavailable)]
+        if refused:
+            await self._records.leave([one for one in entered if isinstance(one, Entered)])
+        if errors:
+            raise [*refused, *errors][0]
+        return [one for one in entered if not isinstance(one, BaseException)]
+
+    async def _accepted(self, entered: Entered | None, patience: Patience) -> Entered | None:
+        if entered is None or not entered.record.storing:
+            return entered
+        claim = entered.record
+        return await patience.until_done(lambda: self._records.accept(claim))
+
+    async def _enter_one(self, item: Submission, bundle: str) -> Entered | None:
+        if item.key:
+            return await self._records.claim(item.record, bundle, item.after)
+        return await self._records.enter(item.record, bundle)
+
+    async def _enqueue(self, lane: Lane, jobs: Sequence[Job], bundle: str, patience: Patience) -> None:
         frame = self._bus.signer.seal(
             MessageType.JOB,
-            subject,
+            self._bus.names.lane(lane),
             codec.encode_jobs(jobs),
-            message_id=message_id,
+            message_id=bundle,
             jobs=tuple(job.id for job in jobs),
             attempt=1,
             tenant=lane.tenant,
         )
         metrics.BUNDLE_JOBS.labels(lane.kind.value).observe(len(jobs))
-        end = self._bus.clock.monotonic() + _PATIENCE_S
-        while True:
-            try:
-                await self._store_once(lane, frame, message_id, items)
-                return
-            except BrokerUnavailable:
-                if self._bus.clock.monotonic() >= end:
-                    raise
-                await self._bus.wait_connected(1.0)
-                await asyncio.sleep(0.05)
+        await patience.until_done(lambda: self._queue.enqueue(lane, frame, message_id=bundle, ttl_s=None, timeout=5.0))
 
-    async def _store_once(self, lane: Lane, frame: bytes, message_id: str, items: Sequence[Submission]) -> None:
-        await self._queue.enqueue(lane, frame, message_id=message_id, ttl_s=None, timeout=5.0)
-        accepted = [self._records.accept(item.record, message_id) for item in items]
-        for result in await asyncio.gather(*accepted, return_exceptions=True):
-            if isinstance(result, BaseException):
-                raise result
+
+async def _all(steps: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Wait for every one, and only then say what went wrong."""
+    found = []
+    for result in await asyncio.gather(*steps, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
+        found.append(result)
+    return found
 
 
 def _any(_: _Waiting) -> bool:
@@ -141,11 +157,11 @@ def _any(_: _Waiting) -> bool:
     return True
 
 
-def _settle(batch: Sequence[_Waiting], error: TetherError | None) -> None:
-    for _, future in batch:
+def _settle(batch: Sequence[_Waiting], ended: TetherError | Sequence[Entered | None]) -> None:
+    for position, (_, future) in enumerate(batch):
         if future.done():
             continue
-        if error is None:
-            future.set_result(None)
+        if isinstance(ended, TetherError):
+            future.set_exception(ended)
         else:
-            future.set_exception(error)
+            future.set_result(ended[position])

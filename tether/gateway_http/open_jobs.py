@@ -11,12 +11,9 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from tether import codec
 from tether.bus.connection import Bus
-from tether.bus.kv import SignedBucket
 from tether.bus.queue import BusResults
-from tether.envelope import MessageType
-from tether.errors import BadEncoding
+from tether.gateway_http.job_records import Records
 from tether.job import SHARED, JobId, JobRecord
 
 _BATCH = 512
@@ -43,7 +40,7 @@ class OpenJobs:
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._records = SignedBucket(bus, "jobs", MessageType.RECORD)
+        self._records = Records(bus)
         self._results = BusResults(bus)
         self._counts: dict[str, _Count] = {}
         bus.on_reconnect(self._begin_anew)
@@ -114,8 +111,8 @@ class OpenJobs:
         bucket = self._records.raw
         async for item in self._bus.direct_scan(bucket.stream, bucket.subject(">"), start=count.seen + 1, batch=_BATCH):
             count.seen = item.sequence
-            job = JobId(item.subject.rpartition(".")[2])
-            if job not in count.ends and (record := self._record(item.subject, item.data)) is not None:
+            record = self._records.opened(item.subject, item.data)
+            if record is not None and record.id not in count.ends:
                 self._take(count, tenant, record)
 
     def _take(self, count: _Count, tenant: str, record: JobRecord) -> None:
@@ -127,13 +124,6 @@ class OpenJobs:
         count.ends[record.id] = record.deadline + _AFTER_DEADLINE_S
         if record.scope != SHARED:
             count.scopes[record.id] = record.scope
-
-    def _record(self, subject: str, frame: bytes) -> JobRecord | None:
-        envelope = self._bus.open_frame(frame, subject, MessageType.RECORD) if frame else None
-        try:
-            return None if envelope is None else codec.decode_record(envelope.body)
-        except BadEncoding:
-            return None
 
     async def _settle(self, count: _Count, enough: int) -> None:
         """Oldest first, and no more than is needed: each result is read once."""
