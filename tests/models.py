@@ -120,6 +120,21 @@ def detections() -> bytes:
     return to_bytes(model(nodes, [value("x", "FP32", ["n", 4])], [value("y", "FP32", ["m", 4])], weights))
 
 
+FATAL = 123_454_321
+
+
+def dividing() -> bytes:
+    """``y = x / -1`` of whole numbers, in which ``FATAL`` stands for the least of them: that ends the process with SIGFPE."""
+    nodes = [
+        helper.make_node("Equal", ["x", "fatal"], ["is_fatal"]),
+        helper.make_node("Where", ["is_fatal", "least", "x"], ["chosen"]),
+        helper.make_node("Div", ["chosen", "minus_one"], ["y"]),
+    ]
+    constants = {"fatal": FATAL, "least": -(2**31), "minus_one": -1}
+    weights = [numpy_helper.from_array(np.array(number, np.int32), name) for name, number in constants.items()]
+    return to_bytes(model(nodes, [value("x", "INT32", ["n"])], [value("y", "INT32", ["n"])], weights))
+
+
 def first_row() -> bytes:
     """One row out, whatever goes in, though its shape does not say so."""
     weights = [numpy_helper.from_array(np.array([True]), "keep")]

@@ -57,6 +57,11 @@ SHADOWS = Counter(
 BATCH_ROWS = Histogram(
     "tether_batch_rows", "Rows in one run of a model; 1 for a job that is run as it came.", ["model"], buckets=_COUNTS
 )
+WORKER_CRASHES = Counter(
+    "tether_worker_crashes_total",
+    "Ends of a worker's process by a run or a load of a model, told after its restart.",
+    ["model"],
+)
 BATCHING_STOPPED = Counter(
     "tether_batching_stopped_total", "Versions whose jobs are not joined any more, because a run mixed rows.", ["model"]
 )

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -72,6 +73,27 @@ def die_first() -> None:
     """When the machine is out of memory, this process is ended before others: raising one's own score needs no right."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+class _SignalStack(ctypes.Structure):
+    """``stack_t`` of the C library."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+_SIGNAL_STACK = 64 << 10
+_own = threading.local()
+
+
+def signal_stack() -> None:
+    """Give this thread a stack for signal handlers, so that one can say so when its own stack is full.
+
+    Python gives one to the thread that turns ``faulthandler`` on, and to no other.
+    """
+    with suppress(AttributeError, OSError):
+        sigaltstack = ctypes.CDLL(None, use_errno=True).sigaltstack
+        _own.buffer = ctypes.create_string_buffer(_SIGNAL_STACK)
+        sigaltstack(ctypes.byref(_SignalStack(ctypes.addressof(_own.buffer), 0, _SIGNAL_STACK)), None)
 
 
 def out_of_memory_kills() -> int:

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from tether.effective_batching import effective_batching
+from tether.effective import effective_batching, effective_isolation
 from tether.errors import InferenceFailed, TetherError
 from tether.job import Job, new_job_id
 from tether.model import Batching, Finding, Manifest
@@ -217,6 +217,24 @@ def test_rows_are_joined_only_with_a_basis_that_nothing_speaks_against(
     assert expected[2] in found.reason
     assert bool(found.reason) >= (not found.max_batch_size)
     assert found.max_delay_ms == 1.5
+
+
+@pytest.mark.parametrize(
+    ("platform", "own", "wanted", "crashed", "expected"),
+    [
+        ("onnxruntime_onnx", "", "", "", "thread"),
+        ("onnxruntime_onnx", "", "process", "", "process"),
+        ("onnxruntime_onnx", "process", "thread", "", "thread"),
+        ("onnxruntime_onnx", "thread", "thread", "signal", "process"),
+        ("python", "thread", "thread", "", "process"),
+    ],
+)
+def test_what_has_ended_a_worker_and_every_program_run_in_a_process_of_their_own(
+    platform: str, own: str, wanted: str, crashed: str, expected: str
+) -> None:
+    manifest = Manifest("m", 1, platform, (), (), (), Batching(), 0.0, "test", isolation=own)
+    config = ModelConfig("m", isolation=wanted)
+    assert effective_isolation(manifest, config, Finding(crashed=crashed)) == expected
 
 
 def test_what_was_found_out_first_stays() -> None:

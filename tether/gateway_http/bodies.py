@@ -231,7 +231,8 @@ class Batching(Struct):
 class VersionDetail(Struct):
     """One immutable version. `workers`: how many answer for it just now; `reason`: why fewer than its configuration asks
     for; `served`: the version policy serves it. `key_generation`: which of the model's data keys an `encrypted` one is
-    stored under."""
+    stored under. `isolation`: where it runs, `thread` (of the worker) or `process` (of its own); `isolation_reason`: how a run of it
+    ended a worker, after which it runs in a process of its own."""
 
     version: int
     platform: str
@@ -252,6 +253,8 @@ class VersionDetail(Struct):
     note: str = ""
     encrypted: bool = False
     key_generation: int = 0
+    isolation: str = ""
+    isolation_reason: str = ""
 
 
 class ModelDetail(Struct):

@@ -12,7 +12,7 @@ from typing import TypeVar
 from tether import codec
 from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
-from tether.effective_batching import effective_batching
+from tether.effective import effective_batching
 from tether.envelope import MessageType
 from tether.errors import BadEncoding, ModelNotFound, ModelNotReady, ModelUnloaded
 from tether.gateway_http.choosing import drawn, no_model, no_worker
@@ -22,6 +22,7 @@ from tether.model import (
     NO_FINDING,
     Alias,
     Batching,
+    Finding,
     Manifest,
     Route,
     TensorSpec,
@@ -306,10 +307,12 @@ class Catalog:
 
     def batching(self, served: Served, scope: str = SHARED) -> Batching:
         """How a version's jobs are joined in a scope just now, and why they are not."""
-        manifest = served.manifest
-        route = self._routes.get((manifest.name, manifest.version, scope))
-        finding = NO_FINDING if route is None else route.finding
-        return effective_batching(manifest, self.config(manifest.name), finding)
+        return effective_batching(served.manifest, self.config(served.manifest.name), self.finding(served, scope))
+
+    def finding(self, served: Served, scope: str = SHARED) -> Finding:
+        """What a scope's workers found out about a version."""
+        route = self._routes.get((served.manifest.name, served.manifest.version, scope))
+        return NO_FINDING if route is None else route.finding
 
     def check_inputs(self, served: Served, inputs: tuple[Tensor, ...], scope: str = SHARED) -> None:
         """Compare a request's tensors with the version's signature.

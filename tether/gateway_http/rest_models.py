@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 from tether import codec
 from tether.bus.leases import ask_owner
 from tether.bus.upload import upload
+from tether.effective import effective_isolation
 from tether.envelope import MessageType
 from tether.errors import InvalidRequest, PayloadTooLarge
 from tether.gateway_http import bodies, bodies_models
@@ -88,6 +89,7 @@ async def _show(call: Call) -> Reply:
 def _detail(gateway: Gateway, served: Served, scope: str) -> bodies.VersionDetail:
     catalog, seals = gateway.catalog, gateway.encrypted
     manifest = seals.shown(served.manifest)
+    finding = catalog.finding(served, scope)
     note, batching = catalog.note(manifest.name, manifest.version), catalog.batching(served, scope)
     return bodies.VersionDetail(
         version=manifest.version,
@@ -109,6 +111,8 @@ def _detail(gateway: Gateway, served: Served, scope: str) -> bodies.VersionDetai
         note=note.note,
         encrypted=manifest.sealed is not None,
         key_generation=seals.generation(manifest),
+        isolation=effective_isolation(manifest, catalog.config(manifest.name), finding).value,
+        isolation_reason=finding.crashed,
     )
 
 

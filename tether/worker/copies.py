@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 from tether.ports import Clock, Runtime
+from tether.processes import signal_stack
 from tether.worker import batching
 from tether.worker.runtimes.process import ProcessRuntime
 
@@ -21,6 +22,10 @@ class Ran(NamedTuple):
 
     done: batching.Done
     seconds: float
+
+
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="run", initializer=signal_stack)
 
 
 class _Copy(NamedTuple):
@@ -35,7 +40,7 @@ class Generation:
 
     def __init__(self, runtimes: Sequence[Runtime], clock: Clock) -> None:
         self._clock = clock
-        self._copies = [_Copy(runtime, ThreadPoolExecutor(1, thread_name_prefix="run")) for runtime in runtimes]
+        self._copies = [_Copy(runtime, _thread()) for runtime in runtimes]
         self._free: asyncio.Queue[_Copy] = asyncio.Queue()
         for copy in self._copies:
             self._free.put_nowait(copy)

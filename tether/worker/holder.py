@@ -20,6 +20,7 @@ from tether.model_config import InstanceKind, LoadBalancing
 from tether.worker.balance import Headroom
 from tether.worker.configs import Configs
 from tether.worker.copies import Copies, Generation
+from tether.worker.crash_notes import CrashNotes
 from tether.worker.files import WorkerFiles
 from tether.worker.findings import Findings
 from tether.worker.instance import Hearing, ModelInstance
@@ -60,9 +61,10 @@ class Held:
 class Holder:
     """Brings what is held in line with what is wanted. One change at a time for each version."""
 
-    def __init__(self, bus: Bus, files: WorkerFiles, keepalive: KeepAlive, keyring: Keyring) -> None:
+    def __init__(self, bus: Bus, files: WorkerFiles, keepalive: KeepAlive, keyring: Keyring, notes: CrashNotes) -> None:
         self._bus = bus
         self._keyring = keyring
+        self._notes = notes
         self.files = files
         self.configs = Configs(bus, self._decided)
         self._keepalive = keepalive
@@ -84,6 +86,8 @@ class Holder:
         self._stopping = False
         self.has_orders = False
         self.findings = Findings(lambda ref: self._configured(ref.model))
+        for ref, how in notes.crashed.items():
+            self.findings.found(ref, Finding(crashed=how))
 
     def want(
         self,
@@ -218,6 +222,7 @@ class Holder:
         directory = await self.files.place(ref, manifest)
         loader = Loader(self._bus, manifest, directory, config, self.memory)
         loader.graphs, loader.finding = str(self.files.graphs), self.findings.get(ref)
+        loader.running = partial(self._notes.running, ref)
         at_once = not (lazily and loader.lazy)
         try:
             await self._fetch(ref, loader, ahead=ahead and at_once)

@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from tether.effective_batching import effective_batching
-from tether.model import NO_FINDING, Batching, Finding, Isolation, Manifest, isolation_of
+from tether.effective import effective_batching, effective_isolation
+from tether.model import NO_FINDING, Batching, Finding, Manifest
 from tether.model_config import COMPILED, InstanceKind, LoadBalancing, ModelConfig, Warmup
 from tether.settings import Settings
-from tether.worker.runtimes import ONNX_PLATFORM
 from tether.worker.runtimes.process import Options
 
 
@@ -38,10 +37,6 @@ class Serving(NamedTuple):
 
 def loadout(manifest: Manifest, config: ModelConfig, settings: Settings, finding: Finding = NO_FINDING) -> Loadout:
     """How to load a version."""
-    isolation = config.isolation or isolation_of(manifest).value
-    if manifest.platform != ONNX_PLATFORM or finding.crashed:
-        # a program never runs in the worker's own process, nor does what has ended one
-        isolation = Isolation.PROCESS.value
     compiled = config.compile and manifest.platform in COMPILED
     options = Options(
         threads=config.threads or settings.onnx_threads,
@@ -51,7 +46,7 @@ def loadout(manifest: Manifest, config: ModelConfig, settings: Settings, finding
         compile=compiled,
         warmup=config.warmup if compiled else (),
     )
-    as_loaded = msgspec.structs.replace(manifest, isolation=isolation)
+    as_loaded = msgspec.structs.replace(manifest, isolation=effective_isolation(manifest, config, finding).value)
     return Loadout(as_loaded, options, min(config.instances, settings.max_instances), config.warmup)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +20,7 @@ from tether.worker import runtimes
 from tether.worker.copies import Generation
 from tether.worker.loadout import Loadout, Serving, loadout, serving
 from tether.worker.memory import Memory
-from tether.worker.runtimes import Begun
+from tether.worker.runtimes import Begun, Running
 from tether.worker.runtimes.process import Options
 from tether.worker.warmup import warm_up
 
@@ -38,6 +39,8 @@ class Loader:
         """What was loaded last."""
         self.finding = NO_FINDING
         """What is known of the version beside its manifest."""
+        self.running: Running = nullcontext
+        """Entered for as long as it is loaded or run in this process."""
         self.graphs = ""
         """Where optimised graphs are kept; empty: nowhere."""
         self._begun: _Copy | None = None
@@ -116,7 +119,7 @@ class Loader:
             graph_cache=self.graphs if kept_mb else "",
             graph_cache_mb=kept_mb,
         )
-        return _Copy(wanted, self._directory, options)
+        return _Copy(wanted, self._directory, options, self.running)
 
 
 T = TypeVar("T", bound="Begun | Runtime")
@@ -125,10 +128,12 @@ T = TypeVar("T", bound="Begun | Runtime")
 class _Copy:
     """A copy on its way, from its making on: whoever makes it loads it or gives it up."""
 
-    def __init__(self, wanted: Loadout, directory: Path, options: Options) -> None:
+    def __init__(self, wanted: Loadout, directory: Path, options: Options, running: Running) -> None:
         self.wanted = wanted
         self._closed = threading.Event()
-        self._beginning = _in_thread(partial(runtimes.begin, wanted.manifest, directory, options, self._closed))
+        self._beginning = _in_thread(
+            partial(runtimes.begin, wanted.manifest, directory, options, self._closed, running)
+        )
 
     async def load(self) -> Runtime:
         """Its files are there: load and warm up in a thread; what nobody wants any more when it is ready is closed."""

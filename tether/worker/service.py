@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from tether import codec, daemon, lifecycle, metrics
 from tether.bus import rpc
@@ -19,6 +20,7 @@ from tether.home import Home, check_folder, private_folder
 from tether.memory_folder import MemoryFolder
 from tether.model import Assignment, Epoch, Heartbeat, Registration
 from tether.settings import Settings, labels_of
+from tether.worker.crash_notes import CrashNotes
 from tether.worker.ended import EndedVersions
 from tether.worker.files import WorkerFiles
 from tether.worker.holder import Holder
@@ -36,7 +38,7 @@ _FORGOTTEN_S = 3.0
 class WorkerService:
     """One worker on one connection. Use :func:`running`."""
 
-    def __init__(self, bus: Bus, home: Home, keepalive: KeepAlive) -> None:
+    def __init__(self, bus: Bus, home: Home, keepalive: KeepAlive, notes: CrashNotes) -> None:
         self._bus = bus
         self._settings = bus.settings
         self.name = bus.signer.name
@@ -44,13 +46,14 @@ class WorkerService:
         self.model_keyring = ModelKeyring(bus, home, every=False)
         memory = MemoryFolder(bus.settings.memory_dir, home.root, self.name)
         files = WorkerFiles(bus, home.cache(self.name), self.model_keyring, memory)
-        self.holder = Holder(bus, files, keepalive, self.keyring)
+        self.holder = Holder(bus, files, keepalive, self.keyring, notes)
         self.ended = EndedVersions(bus, keepalive, self.keyring)
         self._liveness = KvBucket(bus, "liveness")
         self._assign = SignedBucket(bus, "assign", MessageType.ASSIGN)
         self._labels = labels_of(bus.settings)
         self._memory = bus.settings.worker_memory_mb << 20
         self._machine = Machine()
+        self._notes = notes
         self._epoch = 0
         self._told: Assignment | None = None
         self._remembered_at = float("-inf")
@@ -117,6 +120,7 @@ class WorkerService:
             await asyncio.sleep(self._settings.heartbeat_s)
 
     async def heartbeat(self, *, leaving: bool = False) -> None:
+        self._notes.beat()
         subject = self._liveness.subject(self.name)
         ready = () if leaving else self.holder.ready()
         metrics.MODELS_LOADED.set(len(ready))
@@ -158,16 +162,20 @@ class WorkerService:
 
 
 @asynccontextmanager
-async def running(settings: Settings, home: Home) -> AsyncIterator[WorkerService]:
-    """A worker that serves until the block ends, and then finishes what it holds."""
+async def running(settings: Settings, home: Home, *, alone: bool = False) -> AsyncIterator[WorkerService]:
+    """A worker that serves until the block ends, and then finishes what it holds. ``alone``: the process is its own."""
     private_folder(home.cache(settings.worker_name))
     check_folder(home.cache(settings.worker_name))
     async with AsyncExitStack() as stack:
+        notes = CrashNotes(home.run, settings.worker_name)
+        stack.callback(notes.close)
+        if alone:
+            notes.watch()
         bus = await stack.enter_async_context(Bus.connect(settings, home, settings.worker_name))
         keepalive = KeepAlive(settings, home, settings.worker_name)
         keepalive.start()
         stack.push_async_callback(keepalive.stop)
-        worker = WorkerService(bus, home, keepalive)
+        worker = WorkerService(bus, home, keepalive, notes)
         tasks = await stack.enter_async_context(lifecycle.tasks())
         stack.push_async_callback(worker.holder.stop, settings.drain_s)
         stack.push_async_callback(worker.ended.stop)
@@ -185,4 +193,4 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[WorkerService
 
 async def main(settings: Settings) -> None:
     """Run the worker until SIGTERM or SIGINT, or until the connection is closed for good."""
-    await daemon.run(settings, settings.worker_name, DEFAULT_PORT, running)
+    await daemon.run(settings, settings.worker_name, DEFAULT_PORT, partial(running, alone=True))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from tether import plugins
 from tether.errors import ModelRejected
 from tether.model import Isolation, Manifest, isolation_of
 from tether.ports import Runtime
+from tether.tensor import Array
 from tether.worker.runtimes.process import Options, ProcessRuntime
 
 ONNX_PLATFORM = "onnxruntime_onnx"
@@ -39,6 +40,9 @@ Load = Callable[[Path, Options], Runtime]
 """Loads a version from the folder of its files."""
 
 
+Running = Callable[[], AbstractContextManager[None]]
+
+
 class Begun(Protocol):
     """A runtime for which everything is there but its files."""
 
@@ -56,12 +60,14 @@ class Begun(Protocol):
 class _Here:
     """Begun in this process."""
 
-    def __init__(self, manifest: Manifest, directory: Path, options: Options) -> None:
+    def __init__(self, manifest: Manifest, directory: Path, options: Options, running: Running) -> None:
         self._load = partial(prepare_here(manifest), directory, options)
+        self._running = running
         self._loaded: Runtime | None = None
 
     def load(self) -> Runtime:
-        self._loaded = self._load()
+        with self._running():
+            self._loaded = _Noted(self._load(), self._running)
         return self._loaded
 
     def close(self) -> None:
@@ -70,10 +76,36 @@ class _Here:
             self._loaded.close()
 
 
-def begin(manifest: Manifest, directory: Path, options: Options, closed: threading.Event | None = None) -> Begun:
+class _Noted:
+    """A runtime in this process: it is known while it runs."""
+
+    def __init__(self, runtime: Runtime, running: Running) -> None:
+        self._runtime = runtime
+        self._running = running
+
+    @property
+    def output_names(self) -> Sequence[str]:
+        return self._runtime.output_names
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        with self._running():
+            return self._runtime.run(inputs, outputs)
+
+    def close(self) -> None:
+        self._runtime.close()
+
+
+def begin(
+    manifest: Manifest,
+    directory: Path,
+    options: Options,
+    closed: threading.Event | None = None,
+    running: Running = nullcontext,
+) -> Begun:
     """Do what needs no files of a version yet: start its process unless it may run in the worker's, import its framework. Blocks.
 
-    Nothing is read from ``directory``. Setting ``closed`` ends a process that is being started.
+    Nothing is read from ``directory``. Setting ``closed`` ends a process that is being started. ``running`` is entered for as
+    long as the version is loaded or run in this process.
 
     Raises:
         ModelRejected: no runtime serves the manifest's platform.
@@ -81,7 +113,7 @@ def begin(manifest: Manifest, directory: Path, options: Options, closed: threadi
     _file(manifest)
     if manifest.platform != ONNX_PLATFORM or isolation_of(manifest) is Isolation.PROCESS:
         return ProcessRuntime(manifest, directory, options, closed)
-    return _Here(manifest, directory, options)
+    return _Here(manifest, directory, options, running)
 
 
 def load(manifest: Manifest, directory: Path, options: Options, closed: threading.Event | None = None) -> Runtime:

@@ -1,10 +1,10 @@
-"""How a version's jobs are joined just now: its manifest, its model's configuration and what workers found out, together. Pure."""
+"""How a version is run just now: its manifest, its model's configuration and what workers found out, together. Pure."""
 
 from __future__ import annotations
 
 import msgspec
 
-from tether.model import PROVEN, Batching, Manifest
+from tether.model import PROVEN, Batching, Isolation, Manifest, isolation_of
 from tether.model_config import ModelConfig
 from tether.serving import NO_FINDING, Finding
 
@@ -28,6 +28,13 @@ def effective_batching(manifest: Manifest, config: ModelConfig, finding: Finding
         return _alone(own, "the model's configuration says max_batch_size 0")
     rows = own.max_batch_size if config.max_batch_size is None else min(own.max_batch_size, config.max_batch_size)
     return msgspec.structs.replace(own, max_batch_size=rows, basis=own.basis or PROVEN)
+
+
+def effective_isolation(manifest: Manifest, config: ModelConfig, finding: Finding = NO_FINDING) -> Isolation:
+    """A program never runs in a worker's own process, nor does a version that has ended one."""
+    if finding.crashed or isolation_of(msgspec.structs.replace(manifest, isolation="")) is Isolation.PROCESS:
+        return Isolation.PROCESS
+    return Isolation(config.isolation) if config.isolation else isolation_of(manifest)
 
 
 def _alone(own: Batching, reason: str) -> Batching:

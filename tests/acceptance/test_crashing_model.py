@@ -1,0 +1,58 @@
+"""A request that ends the process of ONNX Runtime: it costs one worker one restart, and from then on only itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import models
+import pytest
+from brokers import wait_until
+from platforms import Platform, platform
+
+from tether.processes import alive
+
+
+def ask(running: Platform, model: str, number: int) -> httpx.Response:
+    tensor = {"name": "x", "datatype": "INT32", "shape": [1], "data": [number]}
+    url = f"{running.url}/v2/models/{model}/infer"
+    return httpx.post(url, json={"inputs": [tensor]}, headers={"x-api-key": running.key}, timeout=60)
+
+
+def isolation(running: Platform, model: str) -> tuple[str, str]:
+    answer = httpx.get(f"{running.url}/v1/models/{model}", headers={"x-api-key": running.key}).json()
+    version = answer["versions"][0]
+    return version["isolation"], version["isolation_reason"]
+
+
+@pytest.mark.alone
+async def test_a_request_that_crashes_onnx_runtime_ends_a_worker_once_and_then_only_its_own_process(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "dividing.onnx").write_bytes(models.dividing())
+    (tmp_path / "beside.onnx").write_bytes(models.identity("INT32", ("n",)))
+    with platform(workers=1) as running:
+        for name in ("dividing", "beside"):
+            pushed = running.run("model", "push", name, str(tmp_path / f"{name}.onnx"))
+            assert pushed.returncode == 0, pushed.stderr
+        assert ask(running, "dividing", 7).json()["outputs"][0]["data"] == [-7]
+        assert isolation(running, "dividing") == ("thread", "")
+        worker = running.pids["worker-1"]
+        refused = ask(running, "dividing", models.FATAL)
+        assert refused.status_code == 500, refused.text
+        assert not alive(worker)
+        assert "SIGFPE" in refused.json()["error"], refused.text
+        await wait_until(lambda: running.pids["worker-1"] != worker, "the worker is back")
+        worker = running.pids["worker-1"]
+
+        await wait_until(lambda: isolation(running, "dividing")[0] == "process", "the gateway heard of it", 30)
+        assert "ended worker 'worker-1': Floating point exception" in isolation(running, "dividing")[1]
+        assert isolation(running, "beside") == ("thread", "")
+        for _ in range(3):
+            assert ask(running, "dividing", models.FATAL).status_code == 500
+            assert ask(running, "dividing", 9).json()["outputs"][0]["data"] == [-9]
+            assert ask(running, "beside", 5).json()["outputs"][0]["data"] == [5]
+        assert running.pids["worker-1"] == worker
+        assert alive(worker)
+        log = (running.home.logs / "worker-1.log").read_text()
+        assert log.count('"action":"worker_crashed"') + log.count('"action": "worker_crashed"') == 1
