@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from tether.model import PROVEN, Batching, Isolation, Manifest, isolation_of
+from tether.model import DECLARED, PROVEN, Batching, Isolation, Manifest, isolation_of
 from tether.model_config import ModelConfig
 from tether.serving import NO_FINDING, Finding
 
@@ -22,6 +22,8 @@ def effective_batching(manifest: Manifest, config: ModelConfig, finding: Finding
         return own
     if finding.mixed:
         return _alone(own, finding.mixed)
+    if not own.basis and manifest.platform == "python":
+        own = msgspec.structs.replace(own, basis=DECLARED)  # by its description, which said so before a manifest did
     if not own.basis and not finding.proven:
         return _alone(own, finding.unproven or NOT_JUDGED)
     if config.max_batch_size == 0:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 
 import models
+import msgspec
 import numpy as np
 import pytest
 from brokers import Broker, wait_until
 from prometheus_client import REGISTRY
 from services import Services, new_job, row, services
 
+from tether import codec
+from tether.bus.connection import Bus
+from tether.bus.kv import SignedBucket
 from tether.dispatcher import service as dispatcher_service
+from tether.envelope import MessageType
 from tether.gateway_http.catalog import Served
+from tether.model import Batching, Finding, Manifest
 from tether.tensor import Array
+from tether.worker import judging
 
 
 def sample(name: str, **labels: str) -> float:
@@ -64,6 +72,55 @@ async def test_a_version_that_is_not_batched_runs_a_request_whole(one: Services)
     (answer,) = await ask(one, served, [values])
     np.testing.assert_allclose(answer.sum(axis=0), np.ones(4), rtol=1e-4)
     assert sample("tether_batch_rows_sum", model="whole") - before == 1
+
+
+async def as_before(running: Services, served: Served) -> None:
+    """Have a worker load a version whose manifest is from before there was a basis."""
+    manifest = msgspec.structs.replace(served.manifest, batching=Batching(8))
+    key = running.bus.names.version_key(manifest.name, manifest.version)
+    async with Bus.connect(running.settings, running.home, "modelstore") as bus:
+        await SignedBucket(bus, "models", MessageType.MANIFEST).put(key, codec.encode(manifest))
+    for loaded in (False, True):
+        await running.decide(manifest.name, loaded=loaded)
+        await wait_until(lambda: bool(running.workers[0].holder.ready()) is loaded, f"loaded: {loaded}")  # noqa: B023
+
+
+def told(running: Services) -> Batching:
+    """How jobs of the version are joined, as the gateway knows it now."""
+    return running.gateway.catalog.batching(running.gateway.catalog.resolve("old", "1"))
+
+
+async def test_a_version_from_before_is_judged_when_it_is_loaded_and_batched_only_after_that(one: Services) -> None:
+    await as_before(one, await one.push("old", models.add()))
+    await wait_until(lambda: told(one).basis == "proven", "it is judged")
+    assert (told(one).max_batch_size, told(one).reason) == (8, "")
+    (held,) = one.workers[0].holder._held.values()
+    assert held.loader.serving.batching.max_batch_size == 8
+
+
+async def test_a_version_from_before_that_mixes_rows_is_never_batched(
+    one: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = await one.push("old", models.over_batch())
+    proceed = asyncio.Event()
+    judge = judging.judge
+
+    async def held_back(manifest: Manifest, directory: Path) -> Finding:
+        await proceed.wait()
+        return await judge(manifest, directory)
+
+    monkeypatch.setattr(judging, "judge", held_back)
+    await as_before(one, served)
+    assert "no worker has judged it" in told(one).reason
+    for _ in range(2):
+        arrays = [np.random.default_rng(n).standard_normal((1 + n % 3, 4)).astype(np.float32) for n in range(40)]
+        for array, answer in zip(arrays, await ask(one, served, arrays), strict=True):
+            grown = np.exp(array)
+            np.testing.assert_allclose(answer, grown / grown.sum(axis=0), rtol=1e-4)
+        proceed.set()
+        await wait_until(lambda: "--max-batch-size" in told(one).reason, "it is judged")
+    assert told(one).max_batch_size == 0
+    assert told(one).reason.startswith("operator Softmax")
 
 
 def mixture(count: int) -> list[Array]:

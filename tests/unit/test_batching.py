@@ -219,6 +219,19 @@ def test_rows_are_joined_only_with_a_basis_that_nothing_speaks_against(
     assert found.max_delay_ms == 1.5
 
 
+def test_what_is_not_judged_is_batched_only_if_its_description_declares_it() -> None:
+    def basis(platform: str) -> str:
+        manifest = Manifest("m", 1, platform, (), (), (), OLD, 0.0, "test")
+        return effective_batching(manifest, ModelConfig("m")).basis
+
+    assert [basis(name) for name in ("python", "onnxruntime_onnx", "pytorch_export", "brought")] == [
+        "declared",
+        "",
+        "",
+        "",
+    ]
+
+
 @pytest.mark.parametrize(
     ("platform", "own", "wanted", "crashed", "expected"),
     [

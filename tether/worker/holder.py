@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket
@@ -17,6 +18,7 @@ from tether.errors import ModelNotFound, TetherError
 from tether.lifecycle import Tasks
 from tether.model import Finding, Manifest, ModelRef
 from tether.model_config import InstanceKind, LoadBalancing
+from tether.worker import judging
 from tether.worker.balance import Headroom
 from tether.worker.configs import Configs
 from tether.worker.copies import Copies, Generation
@@ -83,6 +85,7 @@ class Holder:
         self._news: dict[str, asyncio.Event] = {}
         """Set when another configuration of a model counts: who waits to try again need not wait."""
         self._ahead = asyncio.Semaphore(_AHEAD)
+        self._judging = asyncio.Semaphore(1)
         self._stopping = False
         self.has_orders = False
         self.findings = Findings(lambda ref: self._configured(ref.model))
@@ -242,7 +245,22 @@ class Holder:
             self._let_go(ref)
             raise
         self._tasks.spawn(self.files.remember(manifest, directory), "remember-pieces")
+        if judging.unjudged(manifest):
+            self._tasks.spawn(self._judge(ref, manifest, directory), f"judge-{ref.model}")
         return Held(instance, loader)
+
+    async def _judge(self, ref: ModelRef, manifest: Manifest, directory: Path) -> None:
+        """Find out whether its jobs may be joined, unless that is known; one version at a time. Until then they are not."""
+        async with self._judging:
+            known = self.findings.get(ref)
+            if known.proven or known.unproven:
+                return
+            finding = await judging.judge(manifest, directory)
+        if ref in self._held:  # else the files may have gone meanwhile
+            self.findings.found(ref, finding)
+            words = finding.unproven or "its rows are proven to be independent"
+            fields = {"action": "batching_judged", "model": ref.model, "version": ref.version}
+            log.info("%s:%d: %s", ref.model, ref.version, words, extra=fields)
 
     async def _fetch(self, ref: ModelRef, loader: Loader, *, ahead: bool) -> None:
         """``ahead``: what needs no files begins meanwhile. Not after a try that failed: many in a row would be for nothing."""
