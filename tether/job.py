@@ -10,6 +10,7 @@ from typing import NewType
 
 import msgspec
 
+from tether.errors import DeadlineExceeded
 from tether.tensor import Tensor
 
 JobId = NewType("JobId", str)
@@ -119,6 +120,25 @@ class Outcome(msgspec.Struct, frozen=True):
     finished_at: float = 0.0
     sealed: Sealed | None = None
     """``outputs`` and ``error`` of a sealed tenant's job, which are then empty."""
+
+
+_BY_WORK = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.DEAD})
+
+
+def as_it_counts(outcome: Outcome, deadline: float, stored_at: float = 0.0) -> Outcome:
+    """How a durable job ended: what its work came to after its deadline does not count, whoever looked meanwhile.
+
+    ``deadline`` is the latest time (UTC seconds) at which it may have finished by its worker's clock; ``stored_at`` is when
+    the broker stored its end, and may be :data:`STORED_S` later.
+    """
+    if outcome.state not in _BY_WORK or (outcome.finished_at <= deadline and stored_at <= deadline + STORED_S):
+        return outcome
+    late = Failure(DeadlineExceeded.code, "the job ended after its deadline")
+    return msgspec.structs.replace(outcome, state=JobState.EXPIRED, outputs=(), error=late, sealed=None)
+
+
+STORED_S = 2.0
+"""An end that was in time may take this long to be stored; after that anyone may call the job expired."""
 
 
 class JobRecord(msgspec.Struct, frozen=True):

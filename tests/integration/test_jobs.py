@@ -18,7 +18,7 @@ from tether.bus.queue import BusResults
 from tether.envelope import MessageType
 from tether.errors import BadTensor, IdempotencyConflict, JobNotFound, ResultConflict
 from tether.gateway_http.catalog import Served
-from tether.job import AttemptNote, JobId, JobState, Lane, Outcome, Priority
+from tether.job import STORED_S, AttemptNote, JobId, JobState, Lane, Outcome, Priority
 from tether.tensor import from_numpy, to_numpy
 
 
@@ -235,3 +235,45 @@ async def test_jobs_of_every_priority_have_a_lane_and_are_run(one: Services) -> 
     jobs = await asyncio.gather(*[one.gateway.jobs.get(TENANT, job, 20) for job in (low, high, normal)])
     assert [job["priority"] for job in jobs] == ["low", "high", "normal"]
     assert {job["state"] for job in jobs} == {"succeeded"}
+
+
+@pytest.mark.parametrize("looked_at", [True, False])
+async def test_a_job_that_ends_after_its_deadline_is_expired_whoever_looks(one: Services, looked_at: bool) -> None:
+    """It begins in time and runs for longer than it may."""
+    served = await one.push("slow", models.looping(600_000), max_batch_size=1)
+    began = one.bus.clock.monotonic()
+    await one.infer(served, row(1))
+    takes_s = one.bus.clock.monotonic() - began
+    (job_id,) = await submit(one, new_job(served, row(1), deadline_s=takes_s / 2))
+    if looked_at:
+        await wait_until(lambda: has_state(one, job_id, "running"), "it runs")
+    await wait_until(lambda: has_result(one, job_id), "its run is over")
+    job = await one.gateway.jobs.get(TENANT, job_id)
+    assert (job["state"], job["error"]["code"], "result" in job) == ("expired", "deadline_exceeded", False)
+    assert job["attempts"] == 1
+    assert job["started_at"] < job["finished_at"]
+
+
+async def has_state(running: Services, job_id: str, state: str) -> bool:
+    return bool((await running.gateway.jobs.get(TENANT, job_id))["state"] == state)
+
+
+async def has_result(running: Services, job_id: str) -> bool:
+    return bool(await running.gateway.jobs._results.find([job_id]))
+
+
+async def test_a_result_that_was_stored_too_late_does_not_count_whoever_looks(one: Services) -> None:
+    """Its worker's clock says that it was in time."""
+    served = await bump(one)
+    await one.workers[0].holder.stop(1)
+    (job_id,) = await submit(one, new_job(served, row(1), deadline_s=0.1))
+    (record,) = (await one.gateway.jobs._records.find([job_id])).values()
+    bus = one.workers[0]._bus
+    await wait_until(lambda: bus.clock.utc() > record.deadline + STORED_S, "nobody may end it in time any more")
+    at = record.deadline - 0.05
+    end = Outcome(JobId(job_id), JobState.SUCCEEDED, (from_numpy("y", row(2)),), None, 1, "worker-1", at, at)
+    subject = bus.names.result(job_id)
+    frame = bus.signer.seal(MessageType.RESULT, subject, codec.encode_outcomes([end]), jobs=(job_id,), attempt=1)
+    assert await BusResults(bus).commit(job_id, frame)
+    job = await one.gateway.jobs.get(TENANT, job_id)
+    assert (job["state"], "result" in job) == ("expired", False)

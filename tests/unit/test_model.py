@@ -9,7 +9,16 @@ import pytest
 
 from tether import model
 from tether.errors import BadTensor, TetherError, all_errors, by_code
-from tether.job import JobState, idempotency_digest, new_job_id, new_keyed_job_id, record_key
+from tether.job import (
+    JobState,
+    Outcome,
+    Sealed,
+    as_it_counts,
+    idempotency_digest,
+    new_job_id,
+    new_keyed_job_id,
+    record_key,
+)
 from tether.model import Batching, Manifest, ModelFile, TensorSpec
 from tether.tensor import Tensor
 
@@ -123,3 +132,19 @@ def test_job_ids_are_unguessable_and_never_the_same() -> None:
 
 def test_states_are_the_closed_set() -> None:
     assert set(JobState) == {"scheduled", "queued", "running", "succeeded", "failed", "cancelled", "expired", "dead"}
+
+
+@pytest.mark.parametrize("state", [JobState.SUCCEEDED, JobState.FAILED, JobState.DEAD])
+def test_what_ends_after_its_deadline_is_expired(state: JobState) -> None:
+    end = Outcome(new_job_id(), state, (), None, 2, "w", 5.0, 10.0, Sealed(b"k", b"box"))
+    assert as_it_counts(end, 10.0, 12.0) == end
+    for late in (as_it_counts(end, 9.9), as_it_counts(end, 10.0, 12.1)):
+        assert (late.state, late.attempts, late.sealed, late.outputs) == (JobState.EXPIRED, 2, None, ())
+        assert late.error is not None
+        assert late.error.code == "deadline_exceeded"
+
+
+def test_a_cancellation_counts_after_the_deadline_too() -> None:
+    for state in (JobState.CANCELLED, JobState.EXPIRED):
+        end = Outcome(new_job_id(), state, finished_at=10.0)
+        assert as_it_counts(end, 5.0, 20.0) == end

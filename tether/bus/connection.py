@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +39,11 @@ class Stored(msgspec.Struct, frozen=True):
     data: bytes
     sequence: int
     headers: Mapping[str, str]
+
+    @property
+    def stored_at(self) -> float:
+        """When the broker stored it, by its own clock; UTC seconds."""
+        return datetime.fromisoformat(self.headers["Nats-Time-Stamp"]).timestamp()
 
 
 class Bus(Link):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tether.bus.connection import Bus
+from tether.bus.connection import Bus, Stored
 from tether.errors import ResultConflict
 from tether.job import SHARED, Lane
 
@@ -64,11 +64,15 @@ class BusResults:
 
     async def find(self, jobs: Sequence[str], *, scope: str = SHARED) -> dict[str, bytes]:
         """The stored frames of those jobs of a scope that have ended."""
+        return {job: stored.data for job, stored in (await self.stored(jobs, scope=scope)).items()}
+
+    async def stored(self, jobs: Sequence[str], *, scope: str = SHARED) -> dict[str, Stored]:
+        """:meth:`find` with what the broker says of each frame."""
         names, subjects = self._bus.names, {self._bus.names.result(job, scope): job for job in jobs}
         stream = names.scope_results_stream(scope)
         if len(subjects) == 1:
             (subject, job) = next(iter(subjects.items()))
             one = await self._bus.direct_get(stream, subject)
-            return {} if one is None else {job: one.data}
+            return {} if one is None else {job: one}
         found = await self._bus.direct_batch(stream, list(subjects))
-        return {subjects[subject]: stored.data for subject, stored in found.items()}
+        return {subjects[subject]: stored for subject, stored in found.items()}

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from tether import codec
-from tether.bus.connection import Bus
+from tether.bus.connection import Bus, Stored
 from tether.bus.kv import KvBucket
 from tether.bus.patience import Patience
 from tether.bus.queue import BusResults
@@ -28,11 +28,8 @@ from tether.gateway_http.job_room import JobRoom
 from tether.gateway_http.job_submit import JobSubmitter, NewJob
 from tether.gateway_http.job_view import State, read_outcome, view
 from tether.gateway_http.tenants import Tenants
-from tether.job import AttemptNote, Failure, JobId, JobRecord, JobState, Outcome
+from tether.job import STORED_S, AttemptNote, Failure, JobId, JobRecord, JobState, Outcome, as_it_counts
 from tether.lifecycle import Tasks
-
-GRACE_S = 2.0
-"""After its deadline a job gets this long for a result that is on its way, before anyone may call it expired."""
 
 _POLL_S = 1.0
 _GATHER_S = 0.02
@@ -138,11 +135,11 @@ class JobService:
 
     async def _still_open(self, ids: list[JobId], states: dict[JobId, State]) -> list[JobId]:
         try:
-            ended = await self._frames([states[job].record for job in ids])
+            ended = await self._stored([states[job].record for job in ids])
         except BrokerUnavailable:
             return ids  # who waits for a job waits for the broker too
         now = self._bus.clock.utc()
-        return [job for job in ids if job not in ended and states[job].record.deadline + GRACE_S > now]
+        return [job for job in ids if job not in ended and states[job].record.deadline + STORED_S > now]
 
     async def list(self, tenant: str, *, state: str, model: str, limit: int, cursor: str, sees: Sees = _all) -> Page:
         """A tenant's jobs of models that the caller sees, newest first; and the next page's cursor (None: no more)."""
@@ -207,7 +204,7 @@ class JobService:
             return {}
         outcomes = await self._outcomes(records)
         now = self._bus.clock.utc()
-        late = [record for record in records if record.id not in outcomes and record.deadline + GRACE_S < now]
+        late = [record for record in records if record.id not in outcomes and record.deadline + STORED_S < now]
         if late:
             failure = Failure(DeadlineExceeded.code, "the deadline passed before the job ended")
             await asyncio.gather(*[self._ends.end(record, JobState.EXPIRED, failure, 0) for record in late])
@@ -216,21 +213,23 @@ class JobService:
         return {record.id: State(record, outcomes.get(record.id), notes.get(record.id)) for record in records}
 
     async def _outcomes(self, records: Sequence[JobRecord]) -> dict[JobId, Outcome]:
-        frames = await self._frames(records)
+        stored = await self._stored(records)
         found: dict[JobId, Outcome] = {}
         for record in records:
-            outcome = read_outcome(self._bus, record, frames[record.id]) if record.id in frames else None
-            if outcome is not None:
-                found[record.id] = await self._seals.keyring.open_outcome(record.tenant, outcome)
+            end = stored.get(record.id)
+            outcome = None if end is None else read_outcome(self._bus, record, end.data)
+            if end is not None and outcome is not None:
+                counts = as_it_counts(outcome, record.deadline, end.stored_at)
+                found[record.id] = await self._seals.keyring.open_outcome(record.tenant, counts)
         return found
 
-    async def _frames(self, records: Sequence[JobRecord]) -> dict[str, bytes]:
+    async def _stored(self, records: Sequence[JobRecord]) -> dict[str, Stored]:
         """How jobs ended, each in the results of the scope that its record names."""
         by_scope: dict[str, list[JobId]] = {}
         for record in records:
             by_scope.setdefault(record.scope, []).append(record.id)
-        found = await asyncio.gather(*[self._results.find(ids, scope=scope) for scope, ids in by_scope.items()])
-        return {job: frame for frames in found for job, frame in frames.items()}
+        found = await asyncio.gather(*[self._results.stored(ids, scope=scope) for scope, ids in by_scope.items()])
+        return {job: end for ends in found for job, end in ends.items()}
 
     async def _notes(self, records: Sequence[JobRecord]) -> dict[JobId, AttemptNote]:
         """The last attempt of each job: a note of its own counts more than its bundle's."""

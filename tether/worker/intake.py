@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 from tether import codec, metrics
@@ -19,7 +20,7 @@ from tether.errors import (
     SubjectMismatch,
     UnknownKey,
 )
-from tether.job import Failure, Job, JobId, JobState, Lane, LaneKind, Outcome
+from tether.job import Failure, Job, JobId, JobState, Lane, LaneKind, Outcome, as_it_counts
 from tether.worker import sealed
 from tether.worker.answers import Answers
 
@@ -122,7 +123,8 @@ class Intake:
         outcomes = sealed.closed(self._keyring, [job for bundle in bundles for job in bundle.jobs], outcomes)
         if bundles[0].delivery.lane.kind is LaneKind.JOB:
             deadlines = {job.id: job.deadline for bundle in bundles for job in bundle.jobs}
-            await self._answers.commit(self._model, outcomes, deadlines)
+            ends = [as_it_counts(outcome, deadlines.get(outcome.job, math.inf)) for outcome in outcomes]
+            await self._answers.commit(self._model, ends, deadlines)
             return
         for outcome in outcomes:
             metrics.JOBS_FINISHED.labels(self._model, outcome.state.value).inc()
