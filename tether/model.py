@@ -278,8 +278,13 @@ def check_name(name: str, *, field: str) -> str:
     return name
 
 
-def check_inputs(manifest: Manifest, inputs: tuple[Tensor, ...], *, batched: bool) -> None:
-    """Compare a request's tensors with the version's signature; ``batched``: they must have as many rows as one another.
+MOST_RUNS = 4096
+"""Runs that one request may be cut into."""
+
+
+def check_inputs(manifest: Manifest, inputs: tuple[Tensor, ...], *, run_rows: int) -> None:
+    """Compare a request's tensors with the version's signature. ``run_rows``: rows of one run; they must have as many rows as one
+    another then, and not more than fit into ``MOST_RUNS``. 0: it is not batched.
 
     Raises:
         BadTensor: naming the tensor, what was sent and what is expected.
@@ -291,11 +296,17 @@ def check_inputs(manifest: Manifest, inputs: tuple[Tensor, ...], *, batched: boo
         if spec is None:
             raise _unexpected(manifest, inputs, tensor)
         _check_against(spec, tensor)
-        if batched:
+        if run_rows:
             rows = _same_rows(tensor, rows)
     if specs:
         missing = next(iter(specs))
         raise BadTensor(f"input '{missing}' is required by model '{manifest.name}' and missing", field=missing)
+    if rows > run_rows * MOST_RUNS:
+        raise BadTensor(
+            f"the inputs have {rows} rows; model '{manifest.name}' takes at most {run_rows * MOST_RUNS} in one request, "
+            f"which are {MOST_RUNS} runs of {run_rows}: send several requests",
+            field="inputs",
+        )
 
 
 def _same_rows(tensor: Tensor, rows: int) -> int:

@@ -45,13 +45,13 @@ def mask(rows: int) -> Tensor:
 
 
 def test_inputs_of_a_batched_model_share_their_first_axis_and_may_have_more_rows_than_a_run() -> None:
-    model.check_inputs(BATCHED, (x(3, 4), mask(3)), batched=True)
-    model.check_inputs(BATCHED, (mask(80), x(80, 4)), batched=True)
+    model.check_inputs(BATCHED, (x(3, 4), mask(3)), run_rows=8)
+    model.check_inputs(BATCHED, (mask(80), x(80, 4)), run_rows=8)
 
 
 def test_first_axes_of_a_model_without_batches_are_its_own() -> None:
-    model.check_inputs(SINGLE, (x(2, 99),), batched=False)
-    model.check_inputs(BATCHED, (x(2, 4), mask(3)), batched=False)
+    model.check_inputs(SINGLE, (x(2, 99),), run_rows=0)
+    model.check_inputs(BATCHED, (x(2, 4), mask(3)), run_rows=0)
 
 
 @pytest.mark.parametrize(
@@ -66,11 +66,12 @@ def test_first_axes_of_a_model_without_batches_are_its_own() -> None:
         ((x(4), mask(1)), "shape [4]"),
         ((x(), mask(1)), "shape []"),
         ((x(2, 4), mask(3)), "3 rows and another input has 2"),
+        ((x(32_769, 4), mask(32_769)), "at most 32768 in one request, which are 4096 runs of 8"),
     ],
 )
 def test_what_does_not_fit_is_named(inputs: tuple[Tensor, ...], words: str) -> None:
     with pytest.raises(BadTensor) as caught:
-        model.check_inputs(BATCHED, inputs, batched=True)
+        model.check_inputs(BATCHED, inputs, run_rows=8)
     assert words in caught.value.message
     assert caught.value.field
 

@@ -320,7 +320,7 @@ class Catalog:
         Raises:
             BadTensor: naming the tensor, what was sent and what is expected.
         """
-        check_inputs(served.manifest, inputs, batched=bool(self.batching(served, scope).max_batch_size))
+        check_inputs(served.manifest, inputs, run_rows=self.batching(served, scope).max_batch_size)
 
     def config(self, model: str) -> ModelConfig:
         """What is decided about a model; of one without an entry, the defaults."""
