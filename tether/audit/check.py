@@ -4,6 +4,10 @@ A chain shows what was altered, moved, repeated or taken from its middle. What w
 are gone altogether, show in the checkpoints: each lists the blocks that its writer's run wrote since the one before,
 and a run begins by listing how far the run before it had come. Only what is older than the retention may be missing,
 and the checkpoints say what that is.
+
+A broker that does not sync before it acknowledges loses its last blocks with the machine's power. The next run of their writer
+says so (``CUT``), and then the missing ends of the run before it are no problem but a note, as long as they can be such an
+end: nothing that the run wrote later is there, and what is missing spans no more than a minute.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ ALIVE_MS = 60_000
 
 _SLACK_MS = 2 * ALIVE_MS
 _SILENT_MS = 3 * ALIVE_MS
+_CUT_MS = 2_000
+"""Blocks of one run are stored in another order than they were written, by no more than this."""
 
 ChainKey = tuple[str, str]
 """Run and subject."""
@@ -107,6 +113,8 @@ class Checker:
     _chains: dict[ChainKey, _Seen] = field(default_factory=dict)
     _runs: dict[str, _Run] = field(default_factory=dict)
     _open: list[tuple[str, Mark]] = field(default_factory=list)
+    _cuts: dict[str, tuple[str, Mark]] = field(default_factory=dict)
+    """By run: the writer that says that its end was lost, and the row that does."""
     _blocks: int = 0
     _entries: int = 0
     _sequence: int = 0
@@ -223,6 +231,8 @@ class Checker:
             self.notes.append(f"{writer} had no room for {mark.number} entries before {mark.at}")
         elif mark.what is What.PREVIOUS and mark.run in self._runs:
             self._runs[mark.run].closed = True
+        elif mark.what is What.CUT:
+            self._cuts[mark.run] = writer, mark
         if mark.what not in (What.HEAD, What.PREVIOUS):
             return
         seen = self._chains.get((mark.run, mark.subject))
@@ -254,8 +264,19 @@ class Checker:
         seen = self._chains.get(key)
         for what, block in _missing(seen, mark):
             by = writer or (seen.writer if seen else "")
+            if (seen is None or mark.number > seen.number) and self._was_cut(by, mark):
+                self.notes.append(_lost_end(by, mark, seen, self._runs.get(mark.run), self._cuts[mark.run][1].number))
+                return key
             self.problems.append(Problem(what, 0, mark.subject, by, mark.run, block))
         return key
+
+    def _was_cut(self, writer: str, mark: Mark) -> bool:
+        """Whether the missing end of a chain can be what a broker lost with its power, and its writer says that it is."""
+        said_by, _ = self._cuts.get(mark.run, ("", mark))
+        run = self._runs.get(mark.run)
+        if not said_by or said_by != writer or run is None or run.writer != writer:
+            return False
+        return -_CUT_MS <= mark.at - run.last_at <= ALIVE_MS + _CUT_MS
 
     def _expired(self, run: str, subject: str, seen: _Seen, limit: int) -> bool:
         """Whether the missing beginning of a chain is older than the retention."""
@@ -289,6 +310,16 @@ def _is_checkpoint(subject: str) -> bool:
 
 def _span(first: int, last: int) -> str:
     return f"block {first} is" if first == last else f"blocks {first} to {last} are"
+
+
+def _lost_end(writer: str, mark: Mark, seen: _Seen | None, run: _Run | None, sequence: int) -> str:
+    first = seen.number + 1 if seen else 1
+    since = run.last_at if run else 0
+    return (
+        f"{mark.subject}, {writer} run {mark.run}: {_span(first, mark.number)} lost at its end, of {since} to {mark.at}: the stream "
+        f"acknowledged message {sequence} and did not have it any more when {writer} began again, as after a power cut. If there "
+        "was none, somebody took it"
+    )
 
 
 def _satisfied(seen: _Seen | None, mark: Mark) -> bool:

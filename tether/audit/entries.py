@@ -65,6 +65,7 @@ class What(StrEnum):
     HEAD = "head"  # blocks ``since`` to ``number`` of a chain of this run were written since the last checkpoint
     ALIVE = "alive"  # nothing to add
     LOST = "lost"  # ``number`` entries were lost: there was no room for them
+    CUT = "cut"  # the stream acknowledged message ``number`` to an earlier run, and did not have it when this one began
     END = "end"  # the run ends as it should
 
 

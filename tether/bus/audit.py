@@ -251,19 +251,33 @@ class AuditLog:
         now = self._bus.clock.monotonic()
         marks = self._heads()
         quiet = audit.ALIVE_MS / 1000 - FLUSH_S
-        if not everything and now - self._listed < (CHECKPOINT_S if marks or self._lost else quiet):
+        cut = self._sender is not None and bool(self._sender.cuts)
+        if not everything and not cut and now - self._listed < (CHECKPOINT_S if marks or self._lost else quiet):
             return
         self._listed = now
         at = self._bus.clock.utc_ms()
         if self._lost:
             marks.append(Mark(at, What.LOST, self.run, number=self._lost))
             self._lost = 0
+        marks += self._cuts(at)
         for mark in marks:
             if mark.what is What.HEAD:
                 self._chains[mark.subject].listed = mark.number
         if everything:
             marks.append(Mark(at, What.END, self.run))
         self._mark(marks or [Mark(at, What.ALIVE, self.run)])
+
+    def _cuts(self, at: int) -> list[Mark]:
+        """What the stream has lost of earlier runs. A broker that syncs before it acknowledges loses nothing to a power
+        cut, so with ``durability`` ``durable`` nothing is said that would explain it."""
+        cuts = [] if self._sender is None else self._sender.cuts
+        found = [Mark(at, What.CUT, state.run, number=state.sequence) for state in cuts if not self._synced]
+        cuts.clear()
+        return found
+
+    @property
+    def _synced(self) -> bool:
+        return self._bus.settings.durability == "durable"
 
     def _heads(self) -> list[Mark]:
         own = self._bus.names.audit("", Kind.CHECKPOINT)
@@ -291,19 +305,21 @@ class AuditLog:
 
     def _state(self) -> State:
         heads = [(name, chain.number, chain.head, self._at[name]) for name, chain in self._chains.items()]
-        return State(self.run, 0 if self._sender is None else self._sender.sequence, tuple(heads))
+        if self._sender is None:
+            return State(self.run, 0, tuple(heads))
+        return State(self.run, self._sender.sequence, tuple(heads), self._sender.last)
 
     # from one run to the next
 
     async def begin(self) -> Sender:
         """Take over what earlier runs left and say so; from now on there is a spool."""
         folder = self._home.audit / self._bus.signer.name
-        sync = self._bus.settings.durability == "durable"
         with _usable(folder), leftovers(folder) as found:
-            self._spool = await asyncio.to_thread(Spool, folder, self.run, sync=sync)
+            self._spool = await asyncio.to_thread(Spool, folder, self.run, sync=self._synced)
             known = [item.state for item in found if item.state is not None]
             left = [record for item in found for record in item.records]
-            self._sender = Sender(self._bus, self._spool, [state.sequence for state in known] if left else None)
+            before = [state.sequence for state in known] if left else None
+            self._sender = Sender(self._bus, self._spool, before, known)
             self._unwritten += left
             await self._write(self._spool)
             self._begin_marks(known)

@@ -1,14 +1,20 @@
-"""Moves blocks of the audit log from the spool to the stream: each once, each chain in its order, however long it takes."""
+"""Moves blocks of the audit log from the spool to the stream: each once, each chain in its order, however long it takes.
+
+A broker that loses power may lose what it acknowledged last. A sender remembers its last blocks for some seconds and stores
+them again when the broker is back without them; and a run that begins looks whether what an earlier run was told to be
+stored last is still there.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 
 from tether import metrics
 from tether.audit import Record
-from tether.bus.audit_spool import Spool
+from tether.bus.audit_spool import Spool, State
 from tether.bus.connection import Bus
 from tether.errors import BrokerUnavailable, QueueFull, TetherError
 
@@ -19,25 +25,38 @@ _SIDE_BY_SIDE = 64
 
 _AGAIN_S = 0.5
 _REFUSED_S = 5.0
+_KEEP_S = 5.0
+"""How long a stored block is remembered: with ``sync_interval`` 1 s, a power cut takes no older one."""
+
+_BACK = 256
+"""Blocks that are on their way side by side may be stored in another order; looking back begins so much earlier."""
 
 
 class Sender:
-    """``before``: sequences that earlier runs know the stream has everything up to; None when they left nothing."""
+    """``before``: sequences that earlier runs know the stream has everything up to; None when they left nothing.
+    ``earlier`` are the states of those runs."""
 
-    def __init__(self, bus: Bus, spool: Spool, before: Sequence[int] | None) -> None:
+    def __init__(self, bus: Bus, spool: Spool, before: Sequence[int] | None, earlier: Sequence[State] = ()) -> None:
         self._bus = bus
         self._spool = spool
         self.wake = asyncio.Event()
         self._empty = asyncio.Event()
         self.sequence = min(before, default=0) if before else 0
         """The stream has every block that was made before this message."""
+        self.last = ""
+        """The message id of this run's block at ``sequence``."""
+        self.cuts: list[State] = []
+        """Earlier runs whose last block the stream has lost; whoever takes them empties the list."""
+        self._earlier = list(earlier)
+        self._kept: deque[tuple[float, int, Record]] = deque()
+        """Blocks that were stored a moment ago: when, in monotonic seconds, and their sequence."""
         self._based = before is not None
         self._doubt = before is not None
         self._refused = ""
 
     async def run(self) -> None:
         """Send until cancelled."""
-        forget = self._bus.on_reconnect(self.wake.set)
+        forget = self._bus.on_reconnect(self._reconnected)
         try:
             while True:
                 self.wake.clear()
@@ -49,6 +68,10 @@ class Sender:
                     continue
         finally:
             forget()
+
+    def _reconnected(self) -> None:
+        self._doubt = True
+        self.wake.set()
 
     async def _tried(self) -> float | None:
         """Send what there is; how long to wait before another try, None: until there is more."""
@@ -79,18 +102,21 @@ class Sender:
         self._refused = error.code
 
     async def _send_all(self) -> None:
+        if self._earlier:
+            await self._find_cuts()
+        if self._doubt:
+            await self._look_back()
         while not self._spool.empty:
             self._empty.clear()
             if not self._based:
-                names = self._bus.names
-                self.sequence = await self._bus.direct_last(names.audit_stream, names.audit_subjects())
+                self.sequence = await self._end()
                 self._based = True
             batch = await asyncio.to_thread(self._spool.waiting, _SIDE_BY_SIDE)
             records = [record for record, _ in batch]
             stored = await self._stored(records) if self._doubt else {}
             sent = await self._publish([record for record in records if record.message_id not in stored])
-            self.sequence = max([self.sequence, *stored.values(), *sent])
-            await asyncio.to_thread(self._spool.done, batch[-1][1])
+            self._acknowledged({record.message_id: record for record in records}, {**stored, **sent})
+            await asyncio.to_thread(self._spool.done, batch[-1][1], self.sequence, self.last)
             self._taken()
         self._doubt = False
         self._empty.set()
@@ -100,8 +126,44 @@ class Sender:
         metrics.AUDIT_SPOOL_BYTES.set(self._spool.size)
         self._refused = ""
 
-    async def _publish(self, records: Sequence[Record]) -> list[int]:
-        """Store blocks; their sequences.
+    def _acknowledged(self, records: Mapping[str, Record], stored: Mapping[str, int]) -> None:
+        now = self._bus.clock.monotonic()
+        for name, sequence in sorted(stored.items(), key=lambda item: item[1]):
+            self._kept.append((now, sequence, records[name]))
+            if sequence > self.sequence:
+                self.sequence, self.last = sequence, name
+        while self._kept and now - self._kept[0][0] > _KEEP_S:
+            self._kept.popleft()
+
+    async def _find_cuts(self) -> None:
+        """Look whether the stream still has what it acknowledged last to earlier runs. It refuses deletion, so it can
+        only have lost it."""
+        end = await self._end()
+        for state in self._earlier:
+            found = await self._bus.direct_at(self._bus.names.audit_stream, state.sequence) if state.sequence else None
+            there = found is not None and found.headers.get("Nats-Msg-Id", "") == state.last
+            if state.sequence and (not there if state.last else end < state.sequence):
+                self.cuts.append(state)
+        self._earlier.clear()
+
+    async def _end(self) -> int:
+        return await self._bus.direct_last(self._bus.names.audit_stream, self._bus.names.audit_subjects())
+
+    async def _look_back(self) -> None:
+        """The broker was away and may have come back without what it acknowledged last: store that again, in its order."""
+        end = await self._end()
+        known = [self.sequence if self._based else end, end, *(sequence for _, sequence, _ in self._kept)]
+        self.sequence, self._based = max(0, min(known) - _BACK), True
+        records = [record for _, _, record in self._kept]
+        stored = await self._stored(records)
+        for record in records:
+            if record.message_id not in stored:
+                stored[record.message_id] = await self._put(record)
+        self._kept.clear()
+        self._acknowledged({record.message_id: record for record in records}, stored)
+
+    async def _publish(self, records: Sequence[Record]) -> dict[str, int]:
+        """Store blocks; their sequences by message id.
 
         Raises:
             TetherError: of the first that was not; the others may have been.
@@ -110,7 +172,8 @@ class Sender:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
-        return [result for result in results if isinstance(result, int)]
+        sequences = [result for result in results if isinstance(result, int)]
+        return {record.message_id: sequence for record, sequence in zip(records, sequences, strict=True)}
 
     async def _put(self, record: Record) -> int:
         headers = {"Nats-Msg-Id": record.message_id}

@@ -4,7 +4,7 @@
 
     lock    flock
     spool   records not yet acknowledged by the stream, in order
-    state   [run, sequence up to which the stream has everything, [[subject, number, head, at] ...]]
+    state   [run, sequence up to which the stream has everything, [[subject, number, head, at] ...], message id at that sequence]
 
 What is written here outlives its process. With the durability profile ``durable`` it is synced before anything else is
 done with it, and outlives the machine's power too.
@@ -34,6 +34,8 @@ class State(msgspec.Struct, frozen=True, array_like=True):
     run: str
     sequence: int
     heads: tuple[tuple[str, int, bytes, int], ...]
+    last: str = ""
+    """The message id of the block that the stream acknowledged with ``sequence``, when it was this run's."""
 
     def marks(self) -> list[Mark]:
         """The same as rows of the next run's first checkpoint."""
@@ -64,6 +66,7 @@ class Spool:
         self._file = os.open(self._folder / "spool", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         self._size = 0
         self._sent = 0
+        self._state: State | None = None
 
     @property
     def size(self) -> int:
@@ -86,14 +89,18 @@ class Spool:
                 os.ftruncate(self._file, self._size)
                 raise
             self._size += len(content)
-        # an older state says less, and nothing that is wrong
-        with contextlib.suppress(OSError):
             self._keep(state)
 
     def _keep(self, state: State) -> None:
+        """An older state than this says less, and nothing that is wrong, so a disk that refuses is no matter."""
+        self._state = state
+        with contextlib.suppress(OSError):
+            self._write_state(state)
+
+    def _write_state(self, state: State) -> None:
         temporary = self._folder / ".state"
         with temporary.open("wb") as file:
-            file.write(codec.pack((state.run, state.sequence, state.heads)))
+            file.write(codec.pack((state.run, state.sequence, state.heads, state.last)))
             if self._sync:
                 file.flush()
                 os.fsync(file.fileno())
@@ -113,11 +120,13 @@ class Spool:
                 found.append((record, position))
         return found
 
-    def done(self, position: int) -> None:
-        """Everything before ``position`` is in the stream."""
+    def done(self, position: int, sequence: int, last: str) -> None:
+        """Everything before ``position`` is in the stream; ``sequence`` and ``last`` as in the state."""
         with self._guard:
             if self._file < 0:
                 return
+            if self._state is not None:
+                self._keep(msgspec.structs.replace(self._state, sequence=sequence, last=last))
             self._sent = position
             if self._sent == self._size:
                 os.ftruncate(self._file, 0)

@@ -144,6 +144,11 @@ class Bus(Link):
         found = _stored(await self.request(f"$JS.API.DIRECT.GET.{stream}", body, timeout=timeout))
         return 0 if found is None else found.sequence
 
+    async def direct_at(self, stream: str, sequence: int, *, timeout: float = 5.0) -> Stored | None:
+        """The message of ``stream`` with a sequence, or None."""
+        body = msgspec.json.encode({"seq": sequence})
+        return _stored(await self.request(f"$JS.API.DIRECT.GET.{stream}", body, timeout=timeout))
+
     async def direct_batch(self, stream: str, subjects: Sequence[str], *, timeout: float = 5.0) -> dict[str, Stored]:
         """The last message of each of ``subjects`` that has one, in as few round trips as the server allows."""
         found: dict[str, Stored] = {}
