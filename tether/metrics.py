@@ -102,6 +102,10 @@ WORKERS_READY = Gauge("tether_workers_ready", "Workers that the dispatcher route
 VERSIONS_UNPLACED = Gauge(
     "tether_versions_unplaced", "Versions that are on fewer workers than their configuration asks for, or on none."
 )
+STREAMS_RENEWED = Counter(
+    "tether_infer_streams_renewed_total",
+    "Infer streams of a cluster that were made again, because the server that held them was away.",
+)
 LANES = Gauge("tether_lanes", "Lanes the dispatcher keeps consumers for.")
 LANES_MADE_AGAIN = Counter(
     "tether_lanes_made_again_total",

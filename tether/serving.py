@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import msgspec
 
@@ -79,6 +80,25 @@ class Assignment(msgspec.Struct, frozen=True):
     """What the least able worker says of each version, as in its heartbeat."""
     findings: tuple[tuple[ModelRef, Finding], ...] = ()
     """What workers of the scope found out about versions."""
+    streams: str = ""
+    """Another text whenever an infer stream of the cluster was made again: pulls are to begin again."""
+
+
+class StreamsMade(msgspec.Struct, frozen=True):
+    """When the streams of a cluster's infer lanes were created: a stream with another time than before lost what was in it.
+
+    It is in the bucket ``routes`` under :attr:`KEY`, which no version has. Its first fields are those of a route without workers,
+    for dispatchers of before, which read every entry there as a route.
+    """
+
+    KEY: ClassVar[str] = "=streams"
+
+    made: tuple[tuple[str, str], ...]
+    """Names of streams, and the broker's word when they were created."""
+    model: str = KEY
+    version: int = 0
+    workers: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ("local",)
 
 
 class Registration(msgspec.Struct, frozen=True):

@@ -88,6 +88,11 @@ async def test_a_dispatcher_that_starts_later_finds_the_consumer_that_is_ahead(
     lane = served.job_lane(Priority.NORMAL)
     await shortened(broker, running, lane, served)
     jobs = await submitted(running, served, 1)
+
+    async def there() -> bool:
+        return await consumer_state(bus_of(running), lane) is not None
+
+    await wait_until(there, "the lane has a consumer")
     consumer = await consumer_state(bus_of(running), lane)
     assert consumer is not None
     assert (consumer.pending, consumer.unacked) == (0, 0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from typing import Protocol
 
 from tether.errors import BrokerUnavailable
 
+_AGAIN_S = 0.05
+_AGAIN_MOST_S = 0.25
 _LOSSY = ContextVar("lossy", default=False)
 
 
@@ -56,3 +58,28 @@ def lossy() -> Iterator[None]:
         yield
     finally:
         _LOSSY.reset(token)
+
+
+def status_of(message: Message) -> str:
+    """The status that the server, or a stream, answered with; empty when it is an answer without one."""
+    return (message.headers or {}).get("Status", "")
+
+
+def untaken(answer: Message) -> bool:
+    """Whether nobody was there who takes such requests."""
+    return status_of(answer) == "503"
+
+
+async def patiently(
+    ask: Callable[[float], Awaitable[Message]], timeout: float, undone: Callable[[Message], bool] = untaken
+) -> Message:
+    """Ask again while nobody takes it, for ``timeout`` seconds in all: while the servers of a cluster elect the leader of a
+    stream, nobody does. ``undone`` says of an answer that nothing was done; what got no answer at all may have been."""
+    now = asyncio.get_running_loop().time
+    end, pause = now() + timeout, _AGAIN_S
+    while True:
+        answer = await ask(max(0.0, end - now()))
+        if not undone(answer) or now() + pause >= end:
+            return answer
+        await asyncio.sleep(pause)
+        pause = min(_AGAIN_MOST_S, 2 * pause)

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from tether import metrics
-from tether.bus.calls import Message
-from tether.bus.errors import ApiError, JetStreamError, PubAck, parse_ack, translate
+from tether.bus.calls import Message, patiently, status_of
+from tether.bus.errors import ApiError, JetStreamError, PubAck, parse_ack, translate, undone
 from tether.bus.keyset import SeenKeyset, following, standing
 from tether.bus.link import Link, Subscription
 from tether.bus.seldom import Seldom
@@ -110,11 +110,15 @@ class Bus(Link):
         """Publish into a stream and return when it is stored.
 
         Raises:
-            BrokerUnavailable: no answer within ``timeout`` seconds; it may be stored all the same.
+            BrokerUnavailable: not within ``timeout`` seconds; it may be stored all the same.
             QueueFull, ResultConflict, VersionConflict, PayloadTooLarge: the stream refused it.
             PermissionDenied: this identity may not publish there.
         """
-        answer = await self._ask(subject, payload, headers, timeout)
+        answer = await patiently(
+            lambda left: self._ask(subject, payload, headers, left),
+            timeout,
+            undone=lambda answer: undone(answer.data, answer.headers),
+        )
         return parse_ack(answer.data, answer.headers, subject)
 
     async def api(self, path: str, body: object | None = None, *, timeout: float = 5.0) -> dict[str, Any]:
@@ -136,12 +140,12 @@ class Bus(Link):
     async def direct_get(self, stream: str, subject: str, *, timeout: float = 5.0) -> Stored | None:
         """The last message of ``subject`` in ``stream`` (NATS ADR-31), or None."""
         answer = await self.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", b"", timeout=timeout)
-        return _stored(answer)
+        return _found(answer)
 
     async def direct_last(self, stream: str, subjects: str, *, timeout: float = 5.0) -> int:
         """The sequence of the last message of ``stream`` that matches ``subjects``; 0 when there is none."""
         body = msgspec.json.encode({"last_by_subj": subjects})
-        found = _stored(await self.request(f"$JS.API.DIRECT.GET.{stream}", body, timeout=timeout))
+        found = _found(await self.request(f"$JS.API.DIRECT.GET.{stream}", body, timeout=timeout))
         return 0 if found is None else found.sequence
 
     async def direct_at(self, stream: str, sequence: int, *, timeout: float = 5.0) -> Stored | None:
@@ -180,17 +184,23 @@ class Bus(Link):
                 return
 
     async def _batch(self, stream: str, request: object, timeout: float) -> tuple[list[Stored], bool]:
-        inbox, subject = self.reply_inbox(), f"$JS.API.DIRECT.GET.{stream}"
-        with self._calling(inbox, subject, timeout) as call:
-            call.collected = []
-            await self.publish(subject, msgspec.json.encode(request), reply=inbox)
-            last = await call.future
+        subject, payload = f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(request)
+        collected: list[Message] = []
+
+        async def ask(left: float) -> Message:
+            inbox = self.reply_inbox()
+            with self._calling(inbox, subject, left) as call:
+                call.collected = collected
+                await self.publish(subject, payload, reply=inbox)
+                return await call.future
+
+        last = await patiently(ask, timeout)
         headers = last.headers or {}
-        if headers.get("Status") == "503":
+        if status_of(last) == "503":
             raise BrokerUnavailable(f"stream '{stream}' is not available")
-        if headers.get("Status") not in ("204", "404"):
-            raise translate(ApiError(code=int(headers.get("Status", "0")), description=headers.get("Description", "")))
-        stored = [item for item in map(_stored, call.collected or []) if item is not None]
+        if status_of(last) not in ("204", "404"):
+            raise translate(ApiError(code=int(status_of(last) or 0), description=headers.get("Description", "")))
+        stored = [item for item in map(_stored, collected) if item is not None]
         return stored, headers.get("Nats-Num-Pending", "0") == "0"
 
     # envelopes
@@ -251,6 +261,18 @@ def _stored(message: Message) -> Stored | None:
     if "Nats-Sequence" not in headers:
         return None
     return Stored(headers["Nats-Subject"], message.data, int(headers["Nats-Sequence"]), headers)
+
+
+def _found(message: Message) -> Stored | None:
+    """The message that was asked for, or None when there is none.
+
+    Raises:
+        BrokerUnavailable, JetStreamError: whether there is one was not said.
+    """
+    status = status_of(message)
+    if status not in ("", "404"):
+        raise translate(ApiError(code=int(status), description=(message.headers or {}).get("Description", "")))
+    return _stored(message)
 
 
 def _nats_seed(home: Home, name: str) -> str:

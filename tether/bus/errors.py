@@ -29,6 +29,11 @@ _PERMISSION = re.compile(r'permissions violation for (publish|subscription) to "
 _FULL = (10077, 10023, 10047)
 """Stream limit reached; insufficient resources; insufficient storage."""
 
+_AWAY = frozenset({10004, 10005, 10007, 10008, 10009, 10118, 10119, 10158, 10163, 10194, 10195})
+"""What a cluster answers while servers are away or leaders are elected: results are incomplete; no peer for a stream; not assigned
+to this server; temporarily unavailable; not the leader; a stream or consumer is offline (with a reason: 10194, 10195); the same
+message is being stored just now; the last sequence of a subject is not known yet. The same request succeeds later."""
+
 
 class JetStreamError(TetherError):
     """The broker refused a JetStream request for a reason that has no class of its own."""
@@ -91,9 +96,22 @@ def translate(error: ApiError) -> TetherError:
         return VersionConflict(text)
     if error.err_code == 10054:
         return PayloadTooLarge(f"the message is larger than its stream allows ({text})")
-    if error.code == 503:
+    if error.code == 503 or error.err_code in _AWAY:
         return BrokerUnavailable(f"JetStream is not available ({text})")
     return JetStreamError(text or "JetStream refused the request", err_code=error.err_code, status=error.code)
+
+
+def undone(data: bytes, headers: Mapping[str, str] | None) -> bool:
+    """Whether the answer to a publish says that nothing was stored because nobody could just then."""
+    if (headers or {}).get("Status", "") == "503":
+        return True
+    if b'"error"' not in data:
+        return False
+    try:
+        error = _ACK.decode(data).error
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return False
+    return error is not None and isinstance(translate(error), BrokerUnavailable)
 
 
 def denied_subject(message: str) -> tuple[str, str] | None:

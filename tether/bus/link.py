@@ -20,7 +20,7 @@ import nats.aio.subscription
 import nats.errors
 
 from tether import metrics
-from tether.bus.calls import Call, Message
+from tether.bus.calls import Call, Message, patiently, status_of
 from tether.bus.errors import denied_subject, permission_denied, translated
 from tether.bus.tls import Client, ClientTls
 from tether.clock import SystemClock
@@ -178,6 +178,11 @@ class Link:
         self._reconnected.append(callback)
         return lambda: self._reconnected.remove(callback)
 
+    def begin_again(self) -> None:
+        """Do what follows a reconnect: a server of the cluster has forgotten what it knew of this connection's pulls."""
+        for callback in list(self._reconnected):
+            callback()
+
     async def wait_connected(self, timeout: float) -> bool:
         """True as soon as the broker is there, False after ``timeout`` seconds without it."""
         end = self.clock.monotonic() + timeout
@@ -228,8 +233,7 @@ class Link:
         metrics.BROKER_CONNECTED.set(1)
         metrics.BROKER_RECONNECTS.inc()
         log.info("the broker is back", extra={"action": "broker_back"})
-        for callback in list(self._reconnected):
-            callback()
+        self.begin_again()
 
     async def _on_closed(self) -> None:
         self.closed.set()
@@ -318,10 +322,10 @@ class Link:
         """Publish and return the one answer.
 
         Raises:
-            BrokerUnavailable: nobody serves ``subject``, or no answer within ``timeout`` seconds.
+            BrokerUnavailable: nobody serves ``subject``, or no answer, within ``timeout`` seconds.
         """
-        answer = await self._ask(subject, payload, None, timeout)
-        if (answer.headers or {}).get("Status") == "503":
+        answer = await patiently(lambda left: self._ask(subject, payload, None, left), timeout)
+        if status_of(answer) == "503":
             raise BrokerUnavailable(f"nobody answers on '{subject}' at the moment")
         return answer
 
@@ -360,7 +364,7 @@ class Link:
         """:meth:`request` with an inbox from :meth:`reply_inbox`, which the frame's signature covers. The ``field`` of a
         ``BrokerUnavailable`` is ``subject`` when nobody serves it."""
         answer = await self._ask(subject, frame, None, timeout, reply=reply)
-        if (answer.headers or {}).get("Status") == "503":
+        if status_of(answer) == "503":
             raise BrokerUnavailable(f"nobody answers on '{subject}' at the moment", field=subject)
         return answer
 

@@ -16,14 +16,17 @@ DISPATCHER_SERVICES = ("registerWorker",)
 MODELSTORE_SERVICES = ("registerModel", "changeModel", "configureModel")
 
 _DISCOVERY = "$SRV.>"
-_NEVER = (
-    "$JS.API.STREAM.DELETE.>",
-    "$JS.API.STREAM.PURGE.>",
-    "$JS.API.STREAM.RESTORE.>",
-    "$JS.API.STREAM.SNAPSHOT.>",
-    "$JS.API.CONSUMER.MSG.NEXT.>",
+_NEVER = ("$JS.API.CONSUMER.MSG.NEXT.>",)
+"""Taking work from a lane: not even the dispatcher, who makes them."""
+_STREAMS = (
+    *(f"$JS.API.STREAM.{verb}.*" for verb in ("CREATE", "UPDATE", "INFO", "MSG.GET", "MSG.DELETE")),
+    "$JS.API.STREAM.NAMES",
+    "$JS.API.STREAM.LIST",
+    "$JS.API.INFO",
+    "$JS.API.CONSUMER.>",
+    "$JS.API.DIRECT.>",
 )
-"""Neither destroying nor copying a stream, nor taking work from a lane: not even the dispatcher, who makes both."""
+"""What the dispatcher does with streams: neither destroying nor copying one."""
 _LOOK = (
     "$JS.API.INFO",
     "$JS.API.STREAM.NAMES",
@@ -92,9 +95,12 @@ def _gateway(names: Names, inbox: str) -> Permissions:
 
 
 def _dispatcher(names: Names, inbox: str) -> Permissions:
+    infer = [names.infer_stream(shard) for shard in range(names.infer_shards)]
     return Permissions(
         publish=(
-            "$JS.API.>",
+            *_STREAMS,
+            # they hold nothing that outlives a server, and are made again when theirs is away
+            *(f"$JS.API.STREAM.DELETE.{stream}" for stream in infer),
             *_keys(names, "assign", "routes", "keyset", "jobs"),
             f"{names.prefix}.result.>",
             names.audit_subjects(),

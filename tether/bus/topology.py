@@ -10,7 +10,7 @@ from typing import Any
 from tether.bus.connection import Bus
 from tether.bus.errors import JetStreamError
 from tether.bus.queue import RESULT_MARGIN_S
-from tether.errors import QueueFull, TetherError
+from tether.errors import BrokerUnavailable, QueueFull, TetherError
 from tether.job import LONGEST_DEADLINE_S, SHARED, Lane, LaneKind, Priority
 from tether.settings import Settings
 from tether.subjects import BUCKETS, Names, scope_token
@@ -24,10 +24,14 @@ MAX_CONSUMERS = 20_000
 BOUNDED_BUCKETS = ("jobs", "attempts", "liveness")
 """Buckets that grow with what clients do, and so have bounds of their own."""
 
+DUPLICATES_S = 30
+"""How long an infer stream knows a message by its id."""
+
 STREAM_NOT_FOUND = 10059
 PRIORITY_GROUP = "lane"
 _MB = 1 << 20
 _SIDE_BY_SIDE = 8
+_DELETE_S = 0.5
 
 
 def streams(names: Names, settings: Settings) -> list[dict[str, Any]]:
@@ -67,13 +71,14 @@ def scope_streams(names: Names, scope: str, settings: Settings) -> list[dict[str
     disk = _rest(settings) // 16 // settings.isolated_tenants
     shard = scope_token(scope)
     return [
-        _infer(names, shard, memory),
+        # few lanes, and a name that no permission can list: it is not made again, it has copies
+        _infer(names, shard, memory, replicas=settings.replicas),
         _jobs(names, shard, disk, settings),
         _results(names, scope, disk, settings),
     ]
 
 
-def _infer(names: Names, shard: int | str, max_bytes: int) -> dict[str, Any]:
+def _infer(names: Names, shard: int | str, max_bytes: int, *, replicas: int = 1) -> dict[str, Any]:
     return {
         "name": names.infer_stream(shard),
         "subjects": [names.infer_subjects(shard)],
@@ -83,8 +88,8 @@ def _infer(names: Names, shard: int | str, max_bytes: int) -> dict[str, Any]:
         "max_bytes": max_bytes,
         "max_consumers": MAX_CONSUMERS,
         "allow_msg_ttl": True,
-        "duplicate_window": 30 * NANOSECONDS,
-        "num_replicas": 1,
+        "duplicate_window": DUPLICATES_S * NANOSECONDS,
+        "num_replicas": replicas,
     }
 
 
@@ -174,7 +179,7 @@ def _bucket(
         "allow_msg_ttl": True,
         "allow_rollup_hdrs": False,
         "deny_delete": True,
-        "num_replicas": 1 if storage == "memory" else settings.replicas,
+        "num_replicas": settings.replicas,
     }
 
 
@@ -275,6 +280,24 @@ async def _ensure_stream(bus: Bus, config: dict[str, Any]) -> None:
     if changed:
         log.info("stream %s: bringing %s up to date", name, ", ".join(changed), extra={"action": "stream_updated"})
         await bus.api(f"STREAM.UPDATE.{name}", {**current, **config})
+
+
+async def renew_stream(bus: Bus, config: dict[str, Any]) -> None:
+    """Delete a stream that nobody answers for, and create it where somebody does.
+
+    Raises:
+        JetStreamError, PermissionDenied, BrokerUnavailable: try again; it may be away, or there.
+    """
+    name = config["name"]
+    try:
+        await bus.api(f"STREAM.DELETE.{name}", timeout=_DELETE_S)
+    except BrokerUnavailable:
+        # the server that should answer is the one that is away; the cluster has noted it all the same
+        log.debug("deletion of %s not acknowledged", name, extra={"action": "stream_deleted"})
+    except JetStreamError as error:
+        if error.err_code != STREAM_NOT_FOUND:
+            raise
+    await bus.api(f"STREAM.CREATE.{name}", config, timeout=2.0)
 
 
 def _absent(value: object) -> object:

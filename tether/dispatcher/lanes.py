@@ -28,7 +28,7 @@ A_PART = 256
 SIDE_BY_SIDE = 64
 """Requests to the broker at a time; it keeps 10,000, and drops all of them when there are more."""
 _LOOK_S = 1.0
-_AGAIN_S = 0.5
+_AGAIN_S = 0.2
 
 
 class Lanes:

@@ -50,10 +50,11 @@ def assignments(
     *,
     levels: Mapping[Place, float] = MappingProxyType({}),
     findings: Mapping[Place, Finding] = MappingProxyType({}),
+    streams: str = "",
 ) -> dict[str, Assignment]:
     """What each worker of ``held`` is told, for the epoch it has; ``scopes`` says which worker is whose, ``ended`` who works
     off lanes of deleted versions, ``revisions`` which revision of a model's configuration counts, ``levels`` what the least
-    able worker can do, ``findings`` what workers found out about versions."""
+    able worker can do, ``findings`` what workers found out about versions, ``streams`` when infer streams were made."""
     found: dict[str, Assignment] = {}
     for worker, refs in held.items():
         scope = scopes.get(worker, SHARED)
@@ -62,7 +63,9 @@ def assignments(
         )
         least = tuple((ref, levels[scope, ref]) for ref in refs if (scope, ref) in levels)
         known = tuple((ref, findings[scope, ref]) for ref in refs if (scope, ref) in findings)
-        found[worker] = Assignment(worker, epochs[worker], refs, scope, ended.get(worker, ()), counting, least, known)
+        found[worker] = Assignment(
+            worker, epochs[worker], refs, scope, ended.get(worker, ()), counting, least, known, streams
+        )
     return found
 
 

@@ -26,6 +26,7 @@ from tether.dispatcher.crew import Crew
 from tether.dispatcher.decided import Decided
 from tether.dispatcher.ended import EndedVersions
 from tether.dispatcher.findings import Findings
+from tether.dispatcher.infer_streams import InferStreams
 from tether.dispatcher.lane_check import LaneCheck
 from tether.dispatcher.lanes import Lanes
 from tether.dispatcher.levels import Levels
@@ -36,6 +37,7 @@ from tether.errors import BadEncoding, BrokerUnavailable, Forbidden, TetherError
 from tether.home import Home
 from tether.job import SHARED
 from tether.model import Assignment, Epoch, Heartbeat, Manifest, ModelRef, Registration, Route, check_name
+from tether.serving import StreamsMade
 from tether.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -72,6 +74,7 @@ class Dispatcher:
         self._changed = asyncio.Event()
         self._lost = asyncio.Event()
         """Set when the broker may have lost streams."""
+        self.infer = InferStreams(bus, self._routes, on_made=self.lanes.begin_anew, on_change=self._changed.set)
         self.decided = Decided(bus, self._changed.set)
         self.ended = EndedVersions(bus)
         self._levels = Levels()
@@ -115,7 +118,10 @@ class Dispatcher:
             self._epochs[key] = known.epoch
             self._assigned[key] = known
             self._bound[key] = known.scope
-        for body in (await self._routes.entries()).values():
+        for key, body in (await self._routes.entries()).items():
+            if key == StreamsMade.KEY:
+                self.infer.remember(body)
+                continue
             route = codec.decode(body, Route)
             self._routed[route.scope, ModelRef(route.model, route.version)] = route
             self._findings.remember(route)
@@ -280,7 +286,16 @@ class Dispatcher:
         ended = placement.working_off(self.ended.groups(), living, self._bound)
         levels = self._levels.least(living, self._bound)
         revisions, known = self.decided.revisions(), self._findings.known
-        told = placement.assignments(self._epochs, self._bound, held, ended, revisions, levels=levels, findings=known)
+        told = placement.assignments(
+            self._epochs,
+            self._bound,
+            held,
+            ended,
+            revisions,
+            levels=levels,
+            findings=known,
+            streams=self.infer.made,
+        )
         for worker, assignment in told.items():
             if self._assigned.get(worker) != assignment:
                 await self._assign.put(worker, codec.encode(assignment))
@@ -343,6 +358,7 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Dispatcher]:
         await stack.enter_async_context(serving)
         tasks.spawn(dispatcher.run(), "reconcile")
         tasks.spawn(dispatcher.keep_streams(), "streams")
+        tasks.spawn(dispatcher.infer.keep(), "infer-streams")
         tasks.spawn(dispatcher.keep_lanes(), "lanes")
         lanes = LaneCheck(bus)
         tasks.spawn(lanes.run(), "lane-check")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from tether import codec, metrics
 from tether.bus.connection import Bus, Message
@@ -218,14 +218,15 @@ class InferBundler:
             return
         self._tasks.spawn(self._send(flight), "send-bundle")
 
-    async def _send(self, flight: Flight) -> None:
+    async def _send(self, flight: Flight, message_id: str = "") -> None:
+        """``message_id``: that of an earlier message with the same jobs, of which the broker takes only one."""
         lane = flight.bundler.lane
         subject = self._bus.names.lane(lane)
         jobs = [job for job in flight.jobs if job.id in flight.open]
         if not jobs:
             return
         flight.sends += 1
-        message_id = new_job_id()
+        message_id = flight.message_id = message_id or new_job_id()
         deadline = max(self._waiting[job.id].expires for job in jobs)
         frame = self._bus.signer.seal(
             MessageType.INFER,
@@ -262,6 +263,14 @@ class InferBundler:
         for flight in [flight for flight in self.flights if not flight.sending]:
             metrics.INFER_RESUBMITTED.inc()
             self._tasks.spawn(self._send(flight), "send-again")
+
+    def stream_renewed(self, streams: Container[str]) -> None:
+        """Streams of infer lanes were made again, and what was in them before is lost. What they hold by now is not stored
+        a second time, since it has the same id."""
+        for flight in [flight for flight in self.flights if not flight.sending]:
+            if self._bus.names.lane_stream(flight.bundler.lane) in streams:
+                metrics.INFER_RESUBMITTED.inc()
+                self._tasks.spawn(self._send(flight, flight.message_id), "send-again")
 
     # answers
 

@@ -12,6 +12,7 @@ from tether.bus.audit import AuditLog, writing
 from tether.bus.connection import Bus
 from tether.bus.tenant_keys import Keyring, ModelKeyring, TenantSeals
 from tether.errors import JobCancelled, TetherError
+from tether.gateway_http import infer_streams
 from tether.gateway_http.auth import ApiKeys
 from tether.gateway_http.bundler import InferBundler
 from tether.gateway_http.catalog import Catalog, Served
@@ -55,8 +56,10 @@ class Gateway:
             bus, tasks, self.catalog.worker_count, keyring, self.tenants.weight, policy=self.catalog.queue
         )
         metrics.INFER_INFLIGHT.set_function(lambda: self._bundler.held)
-        copies = InferBundler(bus, tasks, self.catalog.worker_count, keyring, self.tenants.weight)
-        self.extras = Extras(bus, tasks, self.catalog, self.tenants, self.seals, bundler=self._bundler, copies=copies)
+        self._copies = InferBundler(bus, tasks, self.catalog.worker_count, keyring, self.tenants.weight)
+        self.extras = Extras(
+            bus, tasks, self.catalog, self.tenants, self.seals, bundler=self._bundler, copies=self._copies
+        )
         self._seconds = lru_cache(maxsize=4096)(metrics.INFER_SECONDS.labels)
 
     @property
@@ -71,6 +74,11 @@ class Gateway:
     def held(self, model: str) -> int:
         """Requests for a model that nobody has answered yet."""
         return self._bundler.of_model(model)
+
+    def stream_renewed(self, streams: set[str]) -> None:
+        """Infer streams lost what was in them."""
+        for bundler in (self._bundler, self._copies):
+            bundler.stream_renewed(streams)
 
     async def start(self) -> None:
         await self._bundler.start()
@@ -173,4 +181,5 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Gateway]:
         await stack.enter_async_context(gateway.catalog.watching())
         await stack.enter_async_context(gateway.limits.talking())
         await gateway.start()
+        await stack.enter_async_context(infer_streams.following(bus, gateway.stream_renewed))
         yield gateway

@@ -40,13 +40,15 @@ _MOMENT_S = 0.001
 class Flight:
     """One bundle on its way, and which of its jobs nobody has answered yet."""
 
-    __slots__ = ("began", "bundler", "ended", "jobs", "open", "sending", "sends", "sent_at")
+    __slots__ = ("began", "bundler", "ended", "jobs", "message_id", "open", "sending", "sends", "sent_at")
 
     def __init__(self, bundler: LaneBundler, jobs: list[Job]) -> None:
         self.bundler = bundler
         self.jobs = jobs
         self.open: set[JobId] = {job.id for job in jobs}
         self.sends = 0
+        self.message_id = ""
+        """Of the message that the broker stored last."""
         self.sending = False
         self.sent_at = 0.0
         self.began = self.ended = 0.0

@@ -56,6 +56,8 @@ class WorkerService:
         self._notes = notes
         self._epoch = 0
         self._told: Assignment | None = None
+        self._streams = ""
+        """When the infer streams were made that this worker pulls from, as far as the dispatcher has said."""
         self._remembered_at = float("-inf")
 
     async def register(self) -> None:
@@ -95,6 +97,11 @@ class WorkerService:
         if self._told is None or self._told.epoch != self._epoch:
             return
         self._remembered_at = self._bus.clock.monotonic()
+        if self._told.streams not in ("", self._streams):
+            before, self._streams = self._streams, self._told.streams
+            if before:
+                log.warning("an infer stream was made again: pulls begin again", extra={"action": "streams_renewed"})
+                self._bus.begin_again()
         if self._told.scope != self._bus.scope and not self.holder.holding:
             self._bus.scope = self._bus.bound_scope()
         ours = self._told.scope == self._bus.scope
