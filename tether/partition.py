@@ -13,7 +13,7 @@ import msgspec
 
 
 class Lease(msgspec.Struct, frozen=True):
-    """Who looks after a partition. ``epoch`` grows with every change of hands; requests carry it in their subject."""
+    """Who looks after a partition. ``epoch`` is another one after every change of hands; requests carry it in their subject."""
 
     partition: int
     epoch: int

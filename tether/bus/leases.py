@@ -1,7 +1,8 @@
 """The bucket ``leases``: which model store looks after which partition; and requests to whoever it is.
 
 The key of a lease is ``partition.<number>``, that of a sign of life ``store.<instance>``. A lease changes hands by a conditional
-write. Its epoch is the sequence that it replaces and one, so it grows whatever stood there.
+write. Its epoch is the time in milliseconds, or the sequence that it replaces and one where that is more: sequences begin again
+after a power cut, and who had an epoch that was lost must not share it with the next one.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class LeaseBucket:
         Raises:
             BrokerUnavailable: it may be stored all the same.
         """
-        lease = Lease(partition, sequence + 1, owner)
+        lease = Lease(partition, max(sequence + 1, self._bus.clock.utc_ms()), owner)
         subject = self._raw.subject(f"{_LEASE}{partition}")
         frame = self._bus.signer.seal(MessageType.LEASE, subject, codec.encode(lease))
         headers = {"Nats-Expected-Last-Subject-Sequence": str(sequence)}

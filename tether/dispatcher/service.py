@@ -84,6 +84,8 @@ class Dispatcher:
         """When lanes were last looked at for those of deleted versions, in monotonic seconds."""
         self._look_soon = False
         self._platform_ok = False
+        self._unsure = False
+        """The broker may have lost what was written to it."""
         self._since = bus.clock.monotonic()
         """Start of the listening: until every worker had time for a heartbeat, no route loses a worker."""
         bus.on_reconnect(self._begin_anew)
@@ -96,6 +98,7 @@ class Dispatcher:
         """The broker may have lost what it kept in memory: infer lanes and liveness."""
         self._platform_ok = False
         self._lost.set()
+        self._unsure = True
         self._since = self._bus.clock.monotonic()
         self.lanes.begin_anew()
         self.ended.begin_anew()
@@ -185,9 +188,10 @@ class Dispatcher:
         except BadEncoding as error:
             log.warning("unreadable heartbeat: %s", error, extra={"action": "heartbeat_refused", "sender": key})
             return
-        # a worker of whom no record is left keeps the epoch it has
-        if beat.epoch != self._epochs.setdefault(key, beat.epoch):
+        # a worker whose record is gone, or older than its epoch as after a power cut, keeps the epoch that it was given
+        if beat.epoch < self._epochs.get(key, 0):
             return
+        self._epochs[key] = beat.epoch
         self._regions.add(beat.region)
         if self._bound.get(key, SHARED) != (envelope.sender_tenant or SHARED):
             self._bind(envelope)
@@ -241,6 +245,7 @@ class Dispatcher:
         """Whether every step was done; one that fails holds up no other one."""
         steps = {
             "tenants": self._scopes.ensure,
+            "what was written": self._write_again,
             "deleted versions": self._end_versions,
             "assignments": self._write_assignments,
             "routes": self._write_routes,
@@ -266,6 +271,28 @@ class Dispatcher:
                 self._findings.forget(place)
                 await self._routes.delete(self._bus.names.version_key(route.model, route.version, route.scope))
         await self.ended.step()
+
+    async def _write_again(self) -> None:
+        """After a reconnection: a broker that lost power may have older assignments and routes than it acknowledged."""
+        if not self._unsure:
+            return
+        self._unsure = False
+        try:
+            await self._write_lost(self._assign, {worker: codec.encode(one) for worker, one in self._assigned.items()})
+            routes = {
+                self._bus.names.version_key(route.model, route.version, route.scope): codec.encode(route)
+                for route in self._routed.values()
+            }
+            await self._write_lost(self._routes, routes)
+        except TetherError:
+            self._unsure = True
+            raise
+
+    async def _write_lost(self, bucket: SignedBucket, written: Mapping[str, bytes]) -> None:
+        there = await bucket.entries()
+        for key, body in written.items():
+            if there.get(key) != body:
+                await bucket.put(key, body)
 
     async def keep_lanes(self) -> None:
         """Keep the lanes of every version that is served, in every region where there is a worker."""
