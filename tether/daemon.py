@@ -41,7 +41,7 @@ async def run(
     stop = lifecycle.stop_on_signals()
     home = Home.at(settings.home)
     current: list[D] = []
-    app = ops_http.operations(lambda: current[0].checks() if current else {"start": "not connected yet"})
+    app = ops_http.operations(lambda: current[0].checks() if current else lifecycle.waits())
     port = usual_port if settings.ops_port < 0 else settings.ops_port
     async with ops_http.listening(app, settings.ops_host, port) as bound:
         lifecycle.write_endpoint(home, name, bound)

@@ -247,7 +247,14 @@ class CorruptChunk(TetherError):
 
 
 class EnvelopeError(TetherError):
+    """Of a message that was verified and came at the wrong time, who signed it, with which role, where its sender hears an answer,
+    and how old it is in seconds (less than 0: from the future)."""
+
     code = "bad_envelope"
+    sender = ""
+    role = ""
+    reply = ""
+    age_s = 0.0
 
 
 class Unsigned(EnvelopeError):

@@ -18,6 +18,22 @@ from tether.home import Home, write_secret
 log = logging.getLogger(__name__)
 
 
+_waits: dict[str, str] = {}
+
+
+def wait_for(what: str, why: str) -> None:
+    """Say what keeps this process's service from starting, for its health; an empty ``why``: nothing any more."""
+    if why:
+        _waits[what] = why
+    else:
+        _waits.pop(what, None)
+
+
+def waits() -> dict[str, str]:
+    """The health of a service that has not started yet."""
+    return dict(_waits) or {"start": "not connected yet"}
+
+
 def write_endpoint(home: Home, name: str, port: int) -> None:
     """Say in ``run/<name>.json`` that this process is ``name`` and listens on ``port``."""
     write_secret(home.run / f"{name}.json", json.dumps({"pid": os.getpid(), "port": port}).encode())

@@ -111,6 +111,8 @@ class Registration(msgspec.Struct, frozen=True):
     labels: Mapping[str, str] = {}
     memory: int = 0
     """Bytes for models; 0: as many as come."""
+    epoch: int = 0
+    """The one that the worker has, when it only asks whether that still counts; 0: it asks for another one."""
 
 
 class Epoch(msgspec.Struct, frozen=True):

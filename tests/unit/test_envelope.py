@@ -163,6 +163,21 @@ def test_time_decides() -> None:
     assert verifier.open(seal(at=NOW + envelope.MAX_SKEW_MS), subject=SUBJECT, types=TYPES)
 
 
+def test_what_came_at_the_wrong_time_says_who_sent_it_and_how_old_it_is() -> None:
+    late = refused(EnvelopeExpired, seal(expires_at=NOW + 2000), clock=Clock(NOW + 41_000))
+    assert (late.sender, late.role, late.age_s) == ("gateway", "gateway", 41.0)
+    early = refused(ClockSkew, seal(at=NOW + 41_000))
+    assert (early.sender, early.age_s) == ("gateway", -41.0)
+    assert "'gateway' issued the message 41000 ms in the future" in early.message
+
+
+def test_a_sender_whose_clock_is_behind_may_get_grace() -> None:
+    frame = seal(expires_at=NOW + 2000)
+    verifier = Verifier(keyset(), Clock(NOW + 2000 + 29_999))
+    assert verifier.open(frame, subject=SUBJECT, types=TYPES, grace_ms=envelope.MAX_SKEW_MS)
+    refused(EnvelopeExpired, frame, clock=Clock(NOW + 2000 + 30_000), grace_ms=envelope.MAX_SKEW_MS)
+
+
 def test_a_key_is_in_force_for_its_time_only() -> None:
     refused(KeyExpired, seal(), clock=Clock(NOW + YEAR))
     refused(KeyExpired, seal(), clock=Clock(NOW - 1001 - envelope.MAX_SKEW_MS))

@@ -229,6 +229,7 @@ class Bus(Link):
         once: bool = False,
         max_age_ms: int = 0,
         stored: bool = True,
+        grace_ms: int = 0,
     ) -> Envelope:
         """:meth:`open_frame` for who acts on the reason. What must be young or comes once is not ``stored``.
 
@@ -238,7 +239,13 @@ class Bus(Link):
         stored = stored and not (once or max_age_ms)
         try:
             return self.verifier.open(
-                frame, subject=subject, types=types, once=once, max_age_ms=max_age_ms, stored=stored
+                frame,
+                subject=subject,
+                types=types,
+                once=once,
+                max_age_ms=max_age_ms,
+                stored=stored,
+                grace_ms=grace_ms,
             )
         except EnvelopeError as error:
             self.count_refused(error, subject)

@@ -16,31 +16,24 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from tether.bus.believed import Believed
+from tether.bus.kv_watch import OnChange, Watcher
 from tether.envelope import Envelope, MessageType
 from tether.errors import (
-    BrokerUnavailable,
     EnvelopeError,
     KvBinding,
-    PermissionDenied,
     SubjectMismatch,
-    TetherError,
     Unavailable,
     VersionConflict,
 )
 
 if TYPE_CHECKING:
-    from tether.bus.connection import Bus, Message, Stored
+    from tether.bus.connection import Bus, Stored
 
 log = logging.getLogger(__name__)
-
-OnChange = Callable[[str, bytes | None], None]
-"""Called with a key and its new value; None when it is gone."""
 
 GONE = {"KV-Operation": "PURGE", "Nats-TTL": "1"}
 """Headers of an empty entry that replaces one which is needed no more, and goes itself after a second."""
 
-_RESYNC_S = 20.0
-_SETTLE_S = (0.0, 0.01, 0.05, 0.25)
 _TRIES = 16
 
 ORDERED = frozenset(
@@ -122,7 +115,7 @@ class KvBucket:
         With ``key`` only for that one, which needs no right to read the others. ``refetch=False`` believes what it
         hears without asking the stream: for heartbeats.
         """
-        watcher = _Watcher(self._bus, self, on_change, key=key, refetch=refetch)
+        watcher = Watcher(self._bus, self, on_change, key=key, refetch=refetch)
         subscription = await self._bus.subscribe(self._root + (key or ">"), watcher.heard)
         forget = self._bus.on_reconnect(watcher.resync.set)
         task = asyncio.create_task(watcher.run(), name=f"watch-{self.name}")
@@ -134,103 +127,6 @@ class KvBucket:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await subscription.unsubscribe()
-
-
-class _Watcher:
-    def __init__(self, bus: Bus, bucket: KvBucket, on_change: OnChange, *, key: str, refetch: bool) -> None:
-        self._bus = bus
-        self._key = key
-        self._bucket = bucket
-        self._on_change = on_change
-        self._refetch = refetch
-        self._known: dict[str, bytes] = {}
-        self._first = asyncio.Event()
-        self._root = len(bucket.subject(""))
-        self.resync = asyncio.Event()
-
-    async def wait_first(self, task: asyncio.Task[None]) -> None:
-        """Wait for the first snapshot.
-
-        Raises:
-            PermissionDenied: this identity may not read the bucket.
-        """
-        first = asyncio.ensure_future(self._first.wait())
-        try:
-            await asyncio.wait({first, task}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                task.result()
-        finally:
-            first.cancel()
-
-    async def heard(self, message: Message) -> None:
-        key = message.subject[self._root :]
-        value = None if (message.headers or {}).get("KV-Operation") else message.data
-        if self._refetch:
-            try:
-                value = await self._settled(key, value)
-            except BrokerUnavailable:
-                self.resync.set()
-                return
-        self._apply(key, value)
-
-    async def _settled(self, key: str, heard: bytes | None) -> bytes | None:
-        """What the stream holds; asked again for a moment while it is not yet what was heard."""
-        current: bytes | None = None
-        for pause in _SETTLE_S:
-            await asyncio.sleep(pause)
-            current = await self._bucket.get(key)
-            if current == heard:
-                break
-        return current
-
-    def _apply(self, key: str, value: bytes | None) -> None:
-        if self._known.get(key) == value:
-            return
-        if value is None:
-            del self._known[key]
-        else:
-            self._known[key] = value
-        try:
-            self._on_change(key, value)
-        except Exception:
-            log.exception("bucket %s: an entry was not acted on", self._bucket.name, extra={"action": "watch_failed"})
-
-    async def run(self) -> None:
-        while True:
-            self.resync.clear()
-            try:
-                await self._snapshot()
-                self._first.set()
-                pause = _RESYNC_S
-            except BrokerUnavailable:
-                pause = 0.25
-            except TetherError as error:
-                if isinstance(error, PermissionDenied) and not self._first.is_set():
-                    raise  # who waits for the first snapshot would wait for ever
-                log.warning("bucket %s: %s", self._bucket.name, error, extra={"action": "watch_failed"})
-                pause = 1.0
-            try:
-                async with asyncio.timeout(pause):
-                    await self.resync.wait()
-            except TimeoutError:
-                continue
-
-    async def _entries(self) -> dict[str, bytes]:
-        if not self._key:
-            return await self._bucket.entries()
-        value = await self._bucket.get(self._key)
-        return {} if value is None else {self._key: value}
-
-    async def _snapshot(self) -> None:
-        entries = await self._entries()
-        if self._refetch:
-            for key in [key for key in self._known if key not in entries]:
-                self._apply(key, await self._bucket.get(key))
-        for key, value in entries.items():
-            if key not in self._known:
-                self._apply(key, value)
-            elif self._refetch and self._known[key] != value:
-                self._apply(key, await self._bucket.get(key))
 
 
 class Latest(msgspec.Struct, frozen=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import NamedTuple
 
 import nats.micro
 import nats.micro.service
@@ -18,11 +19,13 @@ from nats.micro.request import Request
 from tether import codec, lifecycle, metrics
 from tether.bus.connection import Bus
 from tether.bus.errors import translated
-from tether.envelope import Envelope, MessageType
+from tether.envelope import MAX_DELAY_MS, MAX_SKEW_MS, Envelope, MessageType
 from tether.errors import (
     BadEncoding,
     BrokerUnavailable,
+    ClockSkew,
     EnvelopeError,
+    KeyExpired,
     SubjectMismatch,
     TetherError,
     Unavailable,
@@ -32,7 +35,7 @@ from tether.job import Failure
 
 log = logging.getLogger(__name__)
 
-MAX_AGE_MS = 30_000
+MAX_AGE_MS = MAX_SKEW_MS + MAX_DELAY_MS
 """A request older than this is refused; younger ones are refused when they come twice."""
 
 _OK = b"\x01"
@@ -51,18 +54,27 @@ async def serve(
     handler: RpcHandler,
     side_by_side: int = 1,
     subject: str = "",
+    grace_ms: int = 0,
 ) -> AsyncIterator[None]:
     """Answer requests on ``endpoint`` (or on ``subject``) until the block ends; those in hand may then end, for ``drain_s`` at most.
 
     A :class:`TetherError` that ``handler`` raises reaches the caller as the same class; what is not signed by a key
-    that may send ``accepts`` is counted and gets no answer. With ``side_by_side`` above 1 that many requests are
+    that may send ``accepts`` is counted and gets no answer. One that comes too late or from the future is told so, since its
+    sender's clock may be wrong; ``grace_ms``: for how much longer than its sender waits a request counts. With ``side_by_side`` above 1 that many requests are
     handled at a time, and one too many is told to come again; otherwise they are handled one after another.
     """
 
     async def answer(request: Request) -> None:
         message = request._msg  # noqa: SLF001 - the reply subject is part of what the signature covers
-        envelope = bus.open_frame(request.data, request.subject, accepts, once=True, max_age_ms=MAX_AGE_MS)
-        if envelope is None or not _is_own_inbox(bus, envelope, message.reply):
+        try:
+            envelope = bus.verified(
+                request.data, request.subject, accepts, once=True, max_age_ms=MAX_AGE_MS, grace_ms=grace_ms
+            )
+        except EnvelopeError as error:
+            if error.reply and _is_own_inbox(bus, error.role, error.sender, error.reply, message.reply):
+                await _send(bus, answers, error.reply, _failed(_untimely(error)))
+            return
+        if not _is_own_inbox(bus, envelope.header.role, envelope.sender, envelope.header.reply, message.reply):
             return
         if side_by_side == 1:
             await _respond(bus, answers, handler, envelope)
@@ -78,14 +90,23 @@ async def serve(
             await running.finish(bus.settings.drain_s)
 
 
-def _is_own_inbox(bus: Bus, envelope: Envelope, reply: str) -> bool:
+def _is_own_inbox(bus: Bus, role: str, sender: str, signed: str, reply: str) -> bool:
     """Whether the answer goes where the request's sender signed that it hears answers, and may hear them."""
-    own = bus.names.inbox(envelope.header.role.value, envelope.sender) + "."
-    if envelope.header.reply == reply and reply.startswith(own):
+    own = bus.names.inbox(role, sender) + "."
+    if signed == reply and reply.startswith(own):
         return True
     metrics.ENVELOPES_REJECTED.labels(SubjectMismatch.code).inc()
     log.warning("refused a request: its answer is not for its sender", extra={"action": "envelope_refused"})
     return False
+
+
+def _untimely(error: EnvelopeError) -> ClockSkew:
+    """What the sender of a request is told that is too old, or from the future."""
+    where = f"{-error.age_s:.0f} s ahead of" if error.age_s < 0 else f"{error.age_s:.0f} s behind"
+    return ClockSkew(
+        f"your clock is {where} that of this service, unless the request was held up on its way; "
+        f"at most {MAX_SKEW_MS // 1000} s are allowed: set the clocks"
+    )
 
 
 @asynccontextmanager
@@ -111,12 +132,19 @@ async def _endpoint(
 
 async def _respond(bus: Bus, kind: MessageType, handler: RpcHandler, envelope: Envelope) -> None:
     header = envelope.header
-    body = await _handled(handler, envelope)
-    frame = bus.signer.seal(kind, header.reply, body, message_id=header.message_id)
+    await _send(bus, kind, header.reply, await _handled(handler, envelope), header.message_id)
+
+
+async def _send(bus: Bus, kind: MessageType, reply: str, body: bytes, message_id: str = "") -> None:
+    frame = bus.signer.seal(kind, reply, body, message_id=message_id)
     try:
-        await bus.publish(header.reply, frame)
+        await bus.publish(reply, frame)
     except BrokerUnavailable:
         log.warning("the broker went away before an answer", extra={"action": "rpc_unanswered"})
+
+
+def _failed(error: TetherError) -> bytes:
+    return _FAILED + codec.encode(Failure(error.code, error.message))
 
 
 async def _busy(_: Envelope) -> bytes:
@@ -127,10 +155,17 @@ async def _handled(handler: RpcHandler, envelope: Envelope) -> bytes:
     try:
         return _OK + await handler(envelope)
     except TetherError as error:
-        return _FAILED + codec.encode(Failure(error.code, error.message))
+        return _failed(error)
     except Exception:
         log.exception("a request failed", extra={"action": "rpc_failed", "sender": envelope.sender})
         return _FAILED + codec.encode(Failure("internal", "the service failed; its log has the reason"))
+
+
+class Answer(NamedTuple):
+    """The body of a verified answer, and when the answer was signed, in UTC seconds on the clock of who did."""
+
+    body: bytes
+    issued_at: float
 
 
 async def call(
@@ -143,10 +178,25 @@ async def call(
     timeout: float = 5.0,
     subject: str = "",
 ) -> bytes:
-    """Send a signed request to ``endpoint`` (or to ``subject``) and return the body of the verified answer.
+    """:func:`ask` for who needs the body alone."""
+    return (await ask(bus, endpoint, kind, body, answers=answers, timeout=timeout, subject=subject)).body
+
+
+async def ask(
+    bus: Bus,
+    endpoint: str,
+    kind: MessageType,
+    body: bytes,
+    *,
+    answers: MessageType,
+    timeout: float = 5.0,
+    subject: str = "",
+) -> Answer:
+    """Send a signed request to ``endpoint`` (or to ``subject``) and return the verified answer.
 
     Raises:
         BrokerUnavailable: nobody serves the endpoint, or no answer within ``timeout`` seconds.
+        ClockSkew, KeyExpired: the clocks here and there are too far apart, or a key is out of force.
         TetherError: what the handler raised.
     """
     subject, reply = subject or bus.names.service(endpoint), bus.reply_inbox()
@@ -154,10 +204,17 @@ async def call(
     message = await bus.ask_signed(subject, frame, reply, timeout=timeout)
     try:
         envelope = bus.verifier.open(message.data, subject=reply, types=(answers,))
+    except ClockSkew as error:
+        raise ClockSkew(
+            f"this machine's clock is {-error.age_s:.0f} s behind that of '{error.sender}', who answered '{endpoint}'; "
+            f"at most {MAX_SKEW_MS // 1000} s are allowed: set the clocks"
+        ) from error
+    except KeyExpired:
+        raise
     except EnvelopeError as error:
         raise BrokerUnavailable(f"the answer of '{endpoint}' could not be verified: {error}") from error
     if envelope.body[:1] == _OK:
-        return envelope.body[1:]
+        return Answer(envelope.body[1:], envelope.header.issued_at / 1000)
     failure = codec.decode(envelope.body[1:], Failure)
     if failure.code == BadEncoding.code:
         raise BadEncoding(failure.message)

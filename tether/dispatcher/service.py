@@ -32,7 +32,7 @@ from tether.dispatcher.lanes import Lanes
 from tether.dispatcher.levels import Levels
 from tether.dispatcher.scopes import Scopes
 from tether.dispatcher.sweeper import sweeping
-from tether.envelope import Envelope, MessageType
+from tether.envelope import MAX_SKEW_MS, Envelope, MessageType
 from tether.errors import BadEncoding, BrokerUnavailable, Forbidden, TetherError
 from tether.home import Home
 from tether.job import SHARED
@@ -134,12 +134,14 @@ class Dispatcher:
         await self._scopes.look_again()
 
     async def register(self, envelope: Envelope) -> bytes:
-        """``registerWorker``: give a worker the epoch its heartbeats must carry."""
+        """``registerWorker``: give a worker the epoch its heartbeats must carry, or confirm the one it has."""
         request = codec.decode(envelope.body, Registration)
         check_name(request.region, field="region")
         if request.worker != envelope.sender:
             self._note(envelope, Forbidden.code, f"as '{request.worker}'")
             raise Forbidden(f"'{envelope.sender}' may not register as '{request.worker}'", field="worker")
+        if request.epoch and request.epoch == self._epochs.get(request.worker):
+            return codec.encode(Epoch(request.epoch))
         epoch = self._epochs.get(request.worker, 0) + 1
         self._epochs[request.worker] = epoch
         self._bind(envelope)
@@ -179,7 +181,7 @@ class Dispatcher:
         if frame is None:
             return
         envelope = self._bus.open_frame(
-            frame, self._bus.names.bucket_key("liveness", key), MessageType.HEARTBEAT, max_age_ms=60_000
+            frame, self._bus.names.bucket_key("liveness", key), MessageType.HEARTBEAT, max_age_ms=rpc.MAX_AGE_MS
         )
         if envelope is None or envelope.sender != key:
             return
@@ -381,6 +383,7 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Dispatcher]:
             accepts=MessageType.REGISTER,
             answers=MessageType.REGISTERED,
             handler=dispatcher.register,
+            grace_ms=MAX_SKEW_MS,
         )
         await stack.enter_async_context(serving)
         tasks.spawn(dispatcher.run(), "reconcile")

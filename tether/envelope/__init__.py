@@ -14,6 +14,7 @@ from tether.envelope.frame import (
 from tether.envelope.historical import Historical, body_of, kid_of, open_old_keyset
 from tether.envelope.keyset import (
     KEYSET_DOMAIN,
+    MAX_DELAY_MS,
     MAX_SKEW_MS,
     Identity,
     IdentityRecord,
@@ -33,6 +34,7 @@ __all__ = [
     "DOMAIN",
     "KEYSET_DOMAIN",
     "MAGIC",
+    "MAX_DELAY_MS",
     "MAX_HEADER",
     "MAX_SKEW_MS",
     "REPLAY_WINDOW_MS",

@@ -194,7 +194,13 @@ class _Trusted:
         record = found[0]
         if now >= self.keyset.expires_at:
             raise KeyExpired("the keyset is expired; renew it with 'tether identity renew'")
-        if record.not_before - MAX_SKEW_MS > now or (now >= record.expires_at and not stored):
+        if record.not_before - MAX_SKEW_MS > now:
+            early_s = (record.not_before - now) // 1000
+            raise KeyExpired(
+                f"the key of '{record.name}' is expired or not yet valid: it begins in {early_s} s; if it is in use, this "
+                f"machine's clock is that much behind, and at most {MAX_SKEW_MS // 1000} s are allowed: set the clocks"
+            )
+        if now >= record.expires_at and not stored:
             raise KeyExpired(f"the key of '{record.name}' is expired or not yet valid")
         return found
 
@@ -243,13 +249,15 @@ class Verifier:
         once: bool = False,
         max_age_ms: int = 0,
         stored: bool = False,
+        grace_ms: int = 0,
     ) -> Envelope:
         """Verify ``frame``, which arrived on ``subject``, and hand out header and body.
 
         ``types`` are the message types this receiver acts on there. ``once`` refuses a nonce seen within
         ``REPLAY_WINDOW_MS``, for requests that act on arrival; ``max_age_ms`` refuses older messages (0: any age,
         or a minute with ``once``, so that no nonce is forgotten before its message is too old). What was ``stored``
-        counts for as long as it is kept if its key was in force when it was signed; a revoked key never counts.
+        counts for as long as it is kept if its key was in force when it was signed; a revoked key never counts. What
+        expired is accepted for ``grace_ms`` longer: its sender's clock may be behind.
 
         Raises:
             Unsigned, BadEncoding, UnknownKey, KeyRevoked, KeyExpired, BadSignature, RoleNotAllowed, SubjectMismatch,
@@ -262,7 +270,12 @@ class Verifier:
             raise SubjectMismatch("the frame was signed for another subject than the one it arrived on")
         if header.type not in types:
             raise RoleNotAllowed(f"'{header.type}' is not handled on this subject")
-        self._check_time(header, max_age_ms or (60_000 if once else 0))
+        try:
+            self._check_time(record.name, header, max_age_ms or (60_000 if once else 0), grace_ms)
+        except (ClockSkew, EnvelopeExpired) as error:
+            error.sender, error.role, error.reply = record.name, record.role.value, header.reply
+            error.age_s = (self._now_ms() - header.issued_at) / 1000
+            raise
         if len(body) != header.body_length or hashlib.sha256(body).digest() != header.body_digest:
             raise BadSignature("the body is not the one that was signed")
         if once:
@@ -300,15 +313,21 @@ class Verifier:
             raise KeyExpired(f"the key of '{record.name}' was expired when it signed this")
         return record, fields, frame[end:]
 
-    def _check_time(self, header: Header, max_age_ms: int) -> None:
+    def _check_time(self, sender: str, header: Header, max_age_ms: int, grace_ms: int) -> None:
         now = self._now_ms()
-        skew = header.issued_at - now
-        if skew > MAX_SKEW_MS:
-            raise ClockSkew(f"the message was issued {skew} ms in the future; set the clocks")
-        if header.expires_at and now >= header.expires_at:
-            raise EnvelopeExpired(f"the message expired {now - header.expires_at} ms ago")
-        if max_age_ms and -skew > max_age_ms:
-            raise EnvelopeExpired(f"the message is {-skew} ms old; at most {max_age_ms} ms are allowed")
+        age = now - header.issued_at
+        if age < -MAX_SKEW_MS:
+            raise ClockSkew(
+                f"'{sender}' issued the message {-age} ms in the future: its clock is ahead, or this one's behind; "
+                "set the clocks"
+            )
+        if max_age_ms and age > max_age_ms:
+            raise EnvelopeExpired(
+                f"the message of '{sender}' is {age} ms old, and at most {max_age_ms} ms are allowed: it was held up, or its "
+                "sender's clock is behind"
+            )
+        if header.expires_at and now >= header.expires_at + grace_ms:
+            raise EnvelopeExpired(f"the message of '{sender}' expired {now - header.expires_at} ms ago")
 
     def _refuse_replay(self, nonce: bytes) -> None:
         now = self._now_ms()

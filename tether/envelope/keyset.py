@@ -19,7 +19,9 @@ from tether.errors import BadEncoding, KeysetError
 
 KEYSET_DOMAIN = b"tether/keyset/v1\0"
 MAX_SKEW_MS = 30_000
-"""A message that claims to come from further in the future than this is refused."""
+"""How far the clocks of two machines may be apart: what claims to come from further in the future is refused."""
+MAX_DELAY_MS = 5_000
+"""How long what must be young may have been on its way, beside the skew."""
 
 KID_BYTES = 16
 

@@ -90,12 +90,13 @@ def view(state: State) -> dict[str, Any]:
     }
     if outcome is None:
         if note is not None:
-            shown |= {"attempts": note.attempt, "started_at": rfc3339(note.started_at)}
+            shown |= {"attempts": note.attempt, "started_at": rfc3339(max(note.started_at, record.submitted_at))}
         return shown
     shown["attempts"] = outcome.attempts
-    if outcome.started_at:
-        shown["started_at"] = rfc3339(outcome.started_at)
-    shown["finished_at"] = rfc3339(outcome.finished_at)
+    started, finished = _times(record, outcome)
+    if started:
+        shown["started_at"] = rfc3339(started)
+    shown["finished_at"] = rfc3339(finished)
     if outcome.error is not None:
         shown["error"] = {"code": outcome.error.code, "message": outcome.error.message}
     if outcome.state is JobState.SUCCEEDED:
@@ -106,6 +107,16 @@ def view(state: State) -> dict[str, Any]:
             "outputs": [oip.tensor_to_json(tensor) for tensor in outcome.outputs],
         }
     return shown
+
+
+def _times(record: JobRecord, outcome: Outcome) -> tuple[float, float]:
+    """When it started (0: never) and finished. Another machine's clock told them: its run took as long as that says, and did not
+    begin before the job was submitted."""
+    if not outcome.started_at:
+        return 0.0, max(outcome.finished_at, record.submitted_at)
+    took = max(0.0, outcome.finished_at - outcome.started_at)
+    started = max(outcome.started_at, record.submitted_at)
+    return started, started + took
 
 
 def rfc3339(seconds: float) -> str:

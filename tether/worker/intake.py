@@ -10,11 +10,12 @@ from tether import codec, metrics
 from tether.bus.connection import Bus
 from tether.bus.pull import BusDelivery
 from tether.bus.tenant_keys import Keyring
-from tether.envelope import Header, MessageType
+from tether.envelope import MAX_SKEW_MS, Header, MessageType
 from tether.errors import (
     BadEncoding,
     ClockSkew,
     EnvelopeError,
+    EnvelopeExpired,
     InferenceFailed,
     KeyExpired,
     SubjectMismatch,
@@ -57,7 +58,8 @@ class Intake:
         try:
             if delivery.subject != self._bus.names.lane(delivery.lane):
                 raise SubjectMismatch("the message did not come from the lane that was pulled")
-            envelope = self._bus.verified(delivery.frame, delivery.subject, kind)
+            envelope = self._bus.verified(delivery.frame, delivery.subject, kind, grace_ms=MAX_SKEW_MS)
+            self._check_expiry(envelope.header, delivery.subject)
         except (ClockSkew, KeyExpired):
             delivery.abandon()
             return None
@@ -82,6 +84,14 @@ class Intake:
         if any(job.sealed is not None for job in bundle.jobs):
             await self._unseal(bundle)
         return bundle
+
+    def _check_expiry(self, header: Header, subject: str) -> None:
+        """By the dispatcher's clock: this machine's own may be off, and only for that a bundle had grace."""
+        late_ms = self._bus.clock.utc_ms() - header.expires_at
+        if header.expires_at and late_ms >= 0:
+            error = EnvelopeExpired(f"the bundle expired {late_ms} ms ago")
+            self._bus.count_refused(error, subject)
+            raise error
 
     async def _unseal(self, bundle: Bundle) -> None:
         """Open the jobs of sealed tenants; those that do not open end here and say why."""

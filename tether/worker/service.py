@@ -9,16 +9,15 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
 from tether import codec, daemon, lifecycle, metrics
-from tether.bus import rpc
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket, SignedBucket
 from tether.bus.repair import lending
 from tether.bus.tenant_keys import Keyring, ModelKeyring
 from tether.envelope import MessageType
-from tether.errors import TetherError, Unavailable
+from tether.errors import TetherError
 from tether.home import Home, check_folder, private_folder
 from tether.memory_folder import MemoryFolder
-from tether.model import Assignment, Epoch, Heartbeat, Registration
+from tether.model import Assignment, Heartbeat, Registration
 from tether.settings import Settings, labels_of
 from tether.worker.crash_notes import CrashNotes
 from tether.worker.ended import EndedVersions
@@ -26,6 +25,7 @@ from tether.worker.files import WorkerFiles
 from tether.worker.holder import Holder
 from tether.worker.keepalive import KeepAlive
 from tether.worker.machine import Machine
+from tether.worker.registration import Registrar
 from tether.worker.runtimes import ONNX_PLATFORM
 
 log = logging.getLogger(__name__)
@@ -54,33 +54,27 @@ class WorkerService:
         self._memory = bus.settings.worker_memory_mb << 20
         self._machine = Machine()
         self._notes = notes
-        self._epoch = 0
+        self.registrar = Registrar(bus, self._describe)
         self._told: Assignment | None = None
         self._streams = ""
         """When the infer streams were made that this worker pulls from, as far as the dispatcher has said."""
         self._remembered_at = float("-inf")
 
+    @property
+    def _epoch(self) -> int:
+        return self.registrar.epoch
+
+    def _describe(self, epoch: int) -> Registration:
+        settings = self._settings
+        return Registration(
+            self.name, settings.region, settings.worker_slots, (ONNX_PLATFORM,), self._labels, self._memory, epoch
+        )
+
     async def register(self) -> None:
         """Ask the dispatcher for an epoch until there is one."""
-        settings = self._settings
-        body = codec.encode(
-            Registration(
-                self.name, settings.region, settings.worker_slots, (ONNX_PLATFORM,), self._labels, self._memory
-            )
-        )
-        while True:
-            try:
-                answer = await rpc.call(
-                    self._bus, "registerWorker", MessageType.REGISTER, body, answers=MessageType.REGISTERED, timeout=2.0
-                )
-            except Unavailable:
-                await asyncio.sleep(0.2)
-                continue
-            self._epoch = codec.decode(answer, Epoch).epoch
-            self._remembered_at = self._bus.clock.monotonic()
-            self._follow()
-            log.info("registered with epoch %d", self._epoch, extra={"action": "registered", "worker": self.name})
-            return
+        await self.registrar.register()
+        self._remembered_at = self._bus.clock.monotonic()
+        self._follow()
 
     def assigned(self, key: str, body: bytes | None) -> None:
         """The dispatcher's word on what to hold; another worker's, or one for an older epoch, is not for us."""
@@ -120,10 +114,7 @@ class WorkerService:
             if self._told is not None and self._told.scope != self._bus.scope:
                 self._follow()
             if not self.holder.has_orders and self._bus.clock.monotonic() - self._remembered_at > _FORGOTTEN_S:
-                try:
-                    await self.register()
-                except TetherError as error:
-                    log.warning("not registered: %s", error, extra={"action": "register_failed", "code": error.code})
+                await self.register()
             await asyncio.sleep(self._settings.heartbeat_s)
 
     async def heartbeat(self, *, leaving: bool = False) -> None:
@@ -160,7 +151,7 @@ class WorkerService:
         """The dependencies of ``/readyz``."""
         return {
             "broker": "ok" if self._bus.connected else "not connected",
-            "registration": "ok" if self._epoch else "waiting for a dispatcher",
+            "registration": self.registrar.refused or "ok",
         }
 
     @property
@@ -194,6 +185,7 @@ async def running(settings: Settings, home: Home, *, alone: bool = False) -> Asy
         await stack.enter_async_context(own)
         await stack.enter_async_context(lending(bus, worker.holder.files.lend))
         tasks.spawn(worker.beat(), "heartbeat")
+        tasks.spawn(worker.registrar.confirm(worker._follow), "registration")  # noqa: SLF001 - same module
         tasks.spawn(worker.holder.run(), "holder")
         yield worker
 
