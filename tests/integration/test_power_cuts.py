@@ -54,7 +54,7 @@ async def test_a_worker_whose_epoch_the_broker_lost_is_believed_by_a_dispatcher_
     earlier = await cuts.keep(broker, assign)
     worker = running.workers[0]
     assert await worker._bus.wait_connected(10)
-    await wait_until(lambda: running.dispatcher is not None and running.dispatcher._platform_ok, "streams are there")
+    await wait_until(lambda: running.dispatcher is not None and running.dispatcher.streams.ok, "streams are there")
     await worker.register()
     assert running.dispatcher is not None
     epoch = running.dispatcher._epochs["worker-1"]

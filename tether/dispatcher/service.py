@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
@@ -19,8 +19,6 @@ from tether.bus import rpc
 from tether.bus.audit import AuditLog, writing
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket, SignedBucket
-from tether.bus.seldom import Seldom
-from tether.bus.topology import ensure_platform, ensure_streams, streams
 from tether.dispatcher import placement
 from tether.dispatcher.crew import Crew
 from tether.dispatcher.decided import Decided
@@ -31,9 +29,11 @@ from tether.dispatcher.lane_check import LaneCheck
 from tether.dispatcher.lanes import Lanes
 from tether.dispatcher.levels import Levels
 from tether.dispatcher.scopes import Scopes
+from tether.dispatcher.steps import Steps
+from tether.dispatcher.streams import Streams
 from tether.dispatcher.sweeper import sweeping
 from tether.envelope import MAX_SKEW_MS, Envelope, MessageType
-from tether.errors import BadEncoding, BrokerUnavailable, Forbidden, TetherError
+from tether.errors import BadEncoding, Forbidden, TetherError
 from tether.home import Home
 from tether.job import SHARED
 from tether.model import Assignment, Epoch, Heartbeat, Manifest, ModelRef, Registration, Route, check_name
@@ -45,7 +45,6 @@ log = logging.getLogger(__name__)
 DEFAULT_PORT = 8002
 _TICK_S = 0.5
 _AGAIN_S = 0.2
-_ENSURE_S = 10.0
 _LOOK_S = 10.0
 _SOON_S = 1.0
 """Between two looks after versions were deleted."""
@@ -65,15 +64,14 @@ class Dispatcher:
         self._models: set[ModelRef] = set()
         self._regions: set[str] = {bus.settings.region}
         self.lanes = Lanes(bus)
-        self._told = Seldom(bus.clock.monotonic, lines=1, within_s=10.0)
+        self._steps = Steps(bus)
         self._bound: dict[str, str] = {}
         """The scope each worker is entitled to, as the keyset says and not the worker."""
         self._scopes = Scopes(bus)
+        self.streams = Streams(bus, self._scopes, self._steps)
         self._assigned: dict[str, Assignment] = {}
         self._routed: dict[placement.Place, Route] = {}
         self._changed = asyncio.Event()
-        self._lost = asyncio.Event()
-        """Set when the broker may have lost streams."""
         self.infer = InferStreams(bus, self._routes, on_made=self.lanes.begin_anew, on_change=self._changed.set)
         self.decided = Decided(bus, self._changed.set)
         self.ended = EndedVersions(bus)
@@ -83,7 +81,6 @@ class Dispatcher:
         self._looked = float("-inf")
         """When lanes were last looked at for those of deleted versions, in monotonic seconds."""
         self._look_soon = False
-        self._platform_ok = False
         self._unsure = False
         """The broker may have lost what was written to it."""
         self._since = bus.clock.monotonic()
@@ -96,8 +93,7 @@ class Dispatcher:
 
     def _begin_anew(self) -> None:
         """The broker may have lost what it kept in memory: infer lanes and liveness."""
-        self._platform_ok = False
-        self._lost.set()
+        self.streams.begin_anew()
         self._unsure = True
         self._since = self._bus.clock.monotonic()
         self.lanes.begin_anew()
@@ -111,11 +107,7 @@ class Dispatcher:
         Raises:
             TetherError: the broker refuses a stream, or the buckets ``assign`` and ``routes`` cannot be read.
         """
-        failed = await ensure_streams(self._bus, streams(self._bus.names, self._settings))
-        for error in failed.values():
-            if not isinstance(error, BrokerUnavailable):  # a server of the cluster is down: not a reason to do nothing
-                raise error
-        self._platform_ok = not failed
+        await self.streams.prepare()
         for key, body in (await self._assign.entries()).items():
             known = codec.decode(body, Assignment)
             self._epochs[key] = known.epoch
@@ -231,18 +223,6 @@ class Dispatcher:
             if not await self.reconcile():
                 await asyncio.sleep(_AGAIN_S)
 
-    async def keep_streams(self) -> None:
-        """Keep streams and buckets as they must be: on every reconnect and every ten seconds, and until it succeeds."""
-        while True:
-            self._lost.clear()
-            made = await self._step("streams", ensure_platform(self._bus, self._settings))
-            self._platform_ok = await self._step("tenants' streams", self._scopes.look_again()) and made
-            try:
-                async with asyncio.timeout(_ENSURE_S if self._platform_ok else _AGAIN_S):
-                    await self._lost.wait()
-            except TimeoutError:
-                continue
-
     async def reconcile(self) -> bool:
         """Whether every step was done; one that fails holds up no other one."""
         steps = {
@@ -252,17 +232,7 @@ class Dispatcher:
             "assignments": self._write_assignments,
             "routes": self._write_routes,
         }
-        return all([await self._step(what, step()) for what, step in steps.items()])
-
-    async def _step(self, what: str, step: Coroutine[None, None, None]) -> bool:
-        try:
-            await step
-        except TetherError as error:
-            if self._told.passes(f"{what} {error.code}") is not None:
-                extra = {"action": "reconcile_failed", "code": error.code}
-                log.warning("%s: %s; will try again", what, error, extra=extra)
-            return False
-        return True
+        return all([await self._steps.done(what, step()) for what, step in steps.items()])
 
     async def _end_versions(self) -> None:
         now = self._bus.clock.monotonic()
@@ -358,7 +328,7 @@ class Dispatcher:
     def checks(self) -> dict[str, str]:
         return {
             "broker": "ok" if self._bus.connected else "not connected",
-            "streams": "ok" if self._platform_ok else "not yet as they must be",
+            "streams": "ok" if self.streams.ok else "not yet as they must be",
         }
 
 
@@ -387,7 +357,7 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Dispatcher]:
         )
         await stack.enter_async_context(serving)
         tasks.spawn(dispatcher.run(), "reconcile")
-        tasks.spawn(dispatcher.keep_streams(), "streams")
+        tasks.spawn(dispatcher.streams.keep(), "streams")
         tasks.spawn(dispatcher.infer.keep(), "infer-streams")
         tasks.spawn(dispatcher.keep_lanes(), "lanes")
         lanes = LaneCheck(bus)
