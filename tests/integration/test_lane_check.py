@@ -53,15 +53,34 @@ async def test_jobs_run_after_a_power_cut_that_left_a_consumer_ahead_of_its_stre
     assert made_again("ahead") > before
 
 
+async def test_a_consumer_that_is_made_over_the_files_of_one_that_is_ahead_delivers_at_once(
+    restartable: Restartable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing(_: LaneCheck) -> None:
+        """Whoever makes the lane is alone."""
+
+    broker, running = restartable
+    served = await running.push("bump", models.add())
+    monkeypatch.setattr(LaneCheck, "look", nothing)
+    before = made_again("ahead")
+    await shortened(broker, running, served.job_lane(Priority.NORMAL), served)
+    await done(running, served, 2)
+    assert made_again("ahead") == before + 1
+
+
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """No dispatcher looks until the patch is undone."""
+    """No dispatcher looks until the patch is undone, nor at what it has just made."""
 
     async def nothing(_: LaneCheck) -> None:
         """Sees nothing."""
 
+    async def never(*_: object) -> bool:
+        return False
+
     with monkeypatch.context() as patch:
         patch.setattr(LaneCheck, "look", nothing)
+        patch.setattr("tether.bus.topology._is_ahead", never)
         yield patch
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
+from tether import metrics
 from tether.bus.connection import Bus
 from tether.bus.errors import JetStreamError
 from tether.bus.queue import RESULT_MARGIN_S
@@ -29,6 +31,7 @@ DUPLICATES_S = 30
 
 STREAM_NOT_FOUND = 10059
 PRIORITY_GROUP = "lane"
+_JUST_MADE_S = 1.0
 _MB = 1 << 20
 _SIDE_BY_SIDE = 8
 _DELETE_S = 0.5
@@ -329,4 +332,20 @@ async def ensure_lane(bus: Bus, lane: Lane, settings: Settings) -> None:
         "priority_groups": [PRIORITY_GROUP],
         "priority_policy": "prioritized",
     }
-    await bus.api(f"CONSUMER.CREATE.{stream}.{name}.{subject}", {"stream_name": stream, "config": config})
+    create = f"CONSUMER.CREATE.{stream}.{name}.{subject}", {"stream_name": stream, "config": config}
+    made = await bus.api(*create)
+    if lane.kind is LaneKind.JOB and await _is_ahead(bus, made):
+        await bus.api(f"CONSUMER.DELETE.{stream}.{name}")
+        await bus.api(*create)
+        metrics.LANES_MADE_AGAIN.labels("ahead").inc()
+        log.warning("lane %s: its consumer was ahead of its stream", subject, extra={"action": "lane_made_again"})
+
+
+async def _is_ahead(bus: Bus, made: dict[str, Any]) -> bool:
+    """Whether a consumer was just made over the files of one that had delivered more than its stream has: a power cut
+    can empty the description of a consumer and keep what it had delivered."""
+    age = datetime.fromisoformat(made["ts"]) - datetime.fromisoformat(made["created"])
+    if not made["delivered"]["stream_seq"] or age.total_seconds() > _JUST_MADE_S:
+        return False
+    last = (await bus.api(f"STREAM.INFO.{made['stream_name']}"))["state"]["last_seq"]
+    return bool(made["delivered"]["stream_seq"] > last)
