@@ -206,8 +206,8 @@ class AsyncClient:
 
         Only pieces that the store does not have are sent, so a push that broke off goes on where it was.
         ``max_batch_size`` of 2 or more declares that no row's answer depends on another row; 0: it is not batched; None: it is when
-        that is proven. The answer says which under ``batching``. ``progress`` is called with the bytes that are there. ``isolation`` is 'thread' (of the worker) or 'process'; a run
-        that takes longer than ``run_timeout_s`` ends the model's process. ``config`` is as for :meth:`configure`, ``labels`` and
+        that is proven. The answer says which under ``batching``. ``progress`` is called with the bytes that are there.
+        ``isolation`` is 'thread' (of the worker) or 'process'; a run that takes longer than ``run_timeout_s`` ends the model's process. ``config`` is as for :meth:`configure`, ``labels`` and
         ``note`` as for :meth:`annotate`. With ``version`` it becomes that one or none. With ``encrypt`` only the platform's
         own services can read what is stored; None: as the model's versions before.
 
