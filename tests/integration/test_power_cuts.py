@@ -27,6 +27,7 @@ async def test_a_route_that_the_broker_lost_is_written_again_for_gateways_that_s
     broker, running = restartable
     names = running.bus.names
     earlier = await cuts.keep(broker, names.bucket_stream("assign"), names.bucket_stream("routes"))
+    assert await running.bus.wait_connected(10)
     served = await running.push("bump", models.add())
     await cuts.cut(broker, earlier)
     key = names.version_key("bump", 1)
@@ -79,11 +80,11 @@ async def test_no_two_owners_of_a_partition_have_had_the_same_epoch(restartable:
     bucket = LeaseBucket(running.modelstore._bus)
     stream = running.bus.names.bucket_stream("leases")
     earlier = await cuts.keep(broker, stream)
-    assert await running.bus.wait_connected(10)
+    assert await running.modelstore._bus.wait_connected(10)
     before = await bucket.look()
     first = await bucket.hand(9, "one", 0)
     await cuts.cut(broker, earlier)
-    assert await running.bus.wait_connected(10)
+    assert await running.modelstore._bus.wait_connected(10)
 
     async def gone() -> bool:
         with suppress(BrokerUnavailable):
