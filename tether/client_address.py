@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from urllib.parse import urlsplit
 
+from tether.environment import ClientEnvironment, client_environment
 from tether.errors import ConfigError
 from tether.home import Home, read_secret
-from tether.settings import ClientEnvironment, client_environment
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _LOCAL = ("127.0.0.1", "localhost", "::1")

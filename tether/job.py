@@ -168,11 +168,14 @@ class JobRecord(msgspec.Struct, frozen=True):
 
 
 class AttemptNote(msgspec.Struct, frozen=True):
-    """A worker began a bundle, or one job of a redelivered bundle. ``started_at`` is UTC seconds."""
+    """A worker began a bundle, or one job of a redelivered bundle; or, with attempt 0, it handed a bundle back of which no job
+    ran any more. ``started_at`` is UTC seconds."""
 
     attempt: int
     worker: str
     started_at: float
+    deliveries: int = 0
+    """Of a bundle that was handed back: how often it had been delivered, each time without harm."""
 
 
 class _Random(threading.local):

@@ -66,6 +66,9 @@ BATCHING_STOPPED = Counter(
     "tether_batching_stopped_total", "Versions whose jobs are not joined any more, because a run mixed rows.", ["model"]
 )
 RUN_SECONDS = Histogram("tether_run_seconds", "Seconds of one run of a model.", ["model"], buckets=_SECONDS)
+HANDED_BACK = Counter(
+    "tether_handed_back_total", "Bundles that a busy worker handed back, for another one to begin.", ["model"]
+)
 REDELIVERED = Counter("tether_redelivered_total", "Messages that were delivered more than once.", ["model"])
 DEAD_LETTERS = Counter("tether_dead_letters_total", "Jobs that became dead letters.", ["model"])
 RESULTS_REFUSED = Counter("tether_results_refused_total", "Results that came second and were refused.")

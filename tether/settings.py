@@ -1,4 +1,5 @@
-"""Every setting once: field, environment name, file key, default, help. The only reader of the environment.
+"""Every setting once: field, environment name, file key, default, help. Only this file and
+:mod:`tether.environment` read the environment.
 
 Order, later wins: default < ``config/<service>.json`` < ``config/<service>.<environment>.json`` < environment
 variable ``TETHER_<FIELD>`` < command line. Durations are in the unit their name ends in.
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from tether.environment import HOME_VARIABLE, OTHER_VARIABLES
 from tether.errors import ConfigError
 from tether.setting import SettingInfo, checked, parse, schema_of, unknown
 
@@ -23,7 +25,6 @@ _TOKEN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 ENV_PREFIX = "TETHER_"
 TEST_PREFIX = "TETHER_TEST_"
 """Variables of the test suite, which starts services in its own environment."""
-HOME_VARIABLE = "TETHER_HOME"
 ENVIRONMENTS = ("dev", "prod", "local")
 SERVICES = ("gateway", "dispatcher", "worker", "modelstore", "broker")
 
@@ -151,7 +152,13 @@ class Settings:
     max_attempts: int = _setting(3, "Attempts before a job becomes a dead letter.", low=1, high=100)
     worker_name: str = _setting("worker-1", "Name of this worker's identity.")
     worker_slots: int = _setting(
-        2, "Messages a worker asks each lane for: one runs, the others are at hand.", low=1, high=64
+        2, "Most messages of a lane that a worker has at hand beside those that run.", low=1, high=64
+    )
+    priority_patience_s: float = _setting(
+        30.0,
+        "Jobs of a version that wait in a lane get a run after this long without one, also while more urgent ones wait; 0: never.",
+        low=0,
+        high=86400,
     )
     worker_weight: int = _setting(
         1, "Turns of this worker where a model's load_balancing is weighted_round_robin.", low=1, high=16
@@ -312,39 +319,6 @@ def _from_environment(known: Mapping[str, SettingInfo], environ: Mapping[str, st
             raise unknown("environment: ", variable, by_env)
         found[info.name] = parse(info, text)
     return found
-
-
-ROOT_PASSPHRASE = "TETHER_ROOT_PASSPHRASE"  # noqa: S105 - the name, not the passphrase
-OTHER_VARIABLES = ("TETHER_API_KEY", "TETHER_URL", ROOT_PASSPHRASE)
-"""Read by the client and the command line, not settings of a service."""
-
-
-@dataclass(frozen=True)
-class ClientEnvironment:
-    """What the environment tells a client; empty where it tells nothing."""
-
-    url: str
-    api_key: str
-    home: str
-
-
-def client_environment(environ: Mapping[str, str] | None = None) -> ClientEnvironment:
-    """Read TETHER_URL, TETHER_API_KEY and TETHER_HOME."""
-    environ = os.environ if environ is None else environ
-    return ClientEnvironment(
-        environ.get("TETHER_URL", ""), environ.get("TETHER_API_KEY", ""), environ.get(HOME_VARIABLE, "")
-    )
-
-
-def root_passphrase(environ: Mapping[str, str] | None = None) -> str:
-    """TETHER_ROOT_PASSPHRASE, which opens a locked root key; empty when it is not set."""
-    return (os.environ if environ is None else environ).get(ROOT_PASSPHRASE, "")
-
-
-def without_passphrase(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment for a service, which has no business with the root key."""
-    environ = os.environ if environ is None else environ
-    return {name: value for name, value in environ.items() if name != ROOT_PASSPHRASE}
 
 
 def labels_of(settings: Settings) -> dict[str, str]:

@@ -51,8 +51,8 @@ def root_key(home: Home, path: Path | None, *, confirm: bool = False) -> RootKey
     import sys
 
     from tether.bus.keys import RootKey
+    from tether.environment import root_passphrase
     from tether.errors import ConfigError
-    from tether.settings import root_passphrase
 
     def ask() -> str:
         if given := root_passphrase():

@@ -18,11 +18,11 @@ from typing import Protocol
 import httpx
 
 from tether.bus.server import EmbeddedServer
+from tether.environment import without_passphrase
 from tether.errors import ConfigError, TetherError, Unavailable
 from tether.home import Home
 from tether.lifecycle import Tasks
 from tether.processes import die_with_parent
-from tether.settings import without_passphrase
 
 log = logging.getLogger(__name__)
 

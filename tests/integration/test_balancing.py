@@ -138,16 +138,16 @@ async def test_capacity_follows_the_measured_speed_and_starves_nobody(broker: Br
 
         async def settled() -> bool:
             await asked(running, served, 8)
-            seen.append(first._capacity.turns)
+            seen.append(first.runs.capacity.turns)
             return seen[-1] >= 3 and len(set(seen[-4:])) == 1
 
         await wait_until(settled, "the faster one waits in more places", 60)
-        assert second._capacity.turns == 1
+        assert second.runs.capacity.turns == 1
         shares = await asked(running, served, 40)
         assert 0.6 < shares[1] / 40 < 0.95, shares
-        ratio = first._capacity.level / second._capacity.level
+        ratio = first.runs.capacity.level / second.runs.capacity.level
         assert ratio > 2
-        assert abs(first._capacity.turns - min(MOST, ratio)) <= 2, "its places follow what it can do"
+        assert abs(first.runs.capacity.turns - min(MOST, ratio)) <= 2, "its places follow what it can do"
 
 
 async def test_the_strategy_changes_while_jobs_flow_and_none_is_lost(broker: Broker, tmp_path: Path) -> None:

@@ -116,9 +116,9 @@ async def test_a_job_that_runs_while_its_version_is_deleted_ends_on_it(one: Serv
     ids = await submit(one, served, 1)
     await wait_until(begun.exists, "it runs", 30)
     pulls = one.workers[0].holder._held[ModelRef("gated", 1)].instance._pulls
-    assert all(pull._inbox for pull in pulls)
+    assert all(pull._task for pull in pulls)
     await delete(one, name="gated")
-    await wait_until(lambda: not any(pull._inbox for pull in pulls), "the worker asks for no more of its jobs")
+    await wait_until(lambda: not any(pull._task for pull in pulls), "the worker asks for no more of its jobs")
     late = await submit(one, served, 3)
     assert await told(one, late) == {("failed", "model_not_found")}
     assert (await one.gateway.jobs.get(TENANT, ids[0]))["state"] == "running"

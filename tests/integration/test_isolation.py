@@ -24,7 +24,7 @@ from tether.model import Assignment, Change, ChangeRequest, Heartbeat, ModelRef
 from tether.tenant import Tenant
 from tether.tensor import from_numpy
 from tether.worker.batching import Done, Run
-from tether.worker.instance import ModelInstance
+from tether.worker.runs import Runs
 
 ACME, OTHER = "acme", "other"
 OWN, SPARE = "own", "spare"
@@ -48,13 +48,13 @@ async def bump(one: Services) -> Served:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, frozenset[str]]]:
     """Every run of a model: on which worker, and for which tenants."""
     seen: list[tuple[str, frozenset[str]]] = []
-    run = ModelInstance._run
+    run = Runs.run
 
-    async def noted(self: ModelInstance, wanted: Run) -> tuple[Done, float, float]:
-        seen.append((self._bus.signer.name, frozenset(piece.source.job.tenant for piece in wanted.pieces)))
+    async def noted(self: Runs, wanted: Run) -> tuple[Done, float, float]:
+        seen.append((self._worker, frozenset(piece.source.job.tenant for piece in wanted.pieces)))
         return await run(self, wanted)
 
-    monkeypatch.setattr(ModelInstance, "_run", noted)
+    monkeypatch.setattr(Runs, "run", noted)
     return seen
 
 

@@ -69,15 +69,16 @@ async def test_what_arrives_for_a_pull_that_has_ended_is_left_to_others(one: Ser
     got: list[BusDelivery] = []
     pull = LanePull(one.workers[0]._bus, lanes_of("bump", 1, "local")[0], 1, got.append)
     await pull.start()
-    await wait_until(lambda: pull._subscription is not None, "the pull listens")
-    assert pull._subscription is not None
-    late = pull._subscription._inner._cb
-    assert late is not None
+    await wait_until(lambda: pull._inbox is not None and pull._inbox.subscription is not None, "the pull listens")
     inbox = pull._inbox
+    assert inbox is not None
+    assert inbox.subscription is not None
+    late = inbox.subscription._inner._cb
+    assert late is not None
     await pull.stop()
 
     class Late:
-        subject, data, headers = inbox, b"", None
+        subject, data, headers = "inbox", b"", None
         reply = "$JS.ACK.s.c.1.1.1.1.0"
 
     await late(Late())

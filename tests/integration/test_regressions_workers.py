@@ -28,6 +28,7 @@ from tether.gateway_http.catalog import Served
 from tether.job import Job, JobState, Outcome, new_job_id
 from tether.model import Assignment, Epoch, Registration
 from tether.worker import service as worker_service
+from tether.worker.batching import Done, Run
 from tether.worker.intake import Bundle
 from tether.worker.keepalive import KeepAlive
 from tether.worker.redelivery import Redelivery
@@ -45,7 +46,9 @@ def redelivered(running: Services, served: Served, jobs: list[Job]) -> Bundle:
     """A bundle that some worker had in its hands before."""
     ids = tuple(job.id for job in jobs)
     subject = running.bus.names.lane(served.infer_lane)
-    sealed = running.bus.signer.seal(MessageType.INFER, subject, codec.encode_jobs(jobs), jobs=ids)
+    sealed = running.bus.signer.seal(
+        MessageType.INFER, subject, codec.encode_jobs(jobs), jobs=ids, message_id=new_job_id()
+    )
     message = Delivered(subject, sealed, "$JS.ACK.s.c.2.1.1.1.0")
     header = running.bus.verified(sealed, subject, MessageType.INFER).header
     return Bundle(BusDelivery(running.workers[0]._bus, served.infer_lane, message), header, jobs)
@@ -175,7 +178,7 @@ async def test_a_full_dead_letter_stream_keeps_no_job_from_ending(
     monkeypatch.setattr(Redelivery, "_publish", full)
     job = Job(new_job_id(), TENANT, new_job(served, row(1)).inputs, one.bus.clock.utc() + 60)
     bundle = redelivered(one, served, [job])
-    outcome = await instance._redelivery._bury(bundle, job, 3)
+    outcome = await instance.redelivery._bury(bundle, job, 3)
     assert outcome.state is JobState.DEAD
 
 
@@ -187,22 +190,22 @@ async def test_a_caller_is_answered_once_although_a_neighbour_keeps_killing_the_
     inputs, deadline = new_job(served, row(1)).inputs, one.bus.clock.utc() + 60
     good, poison = [Job(new_job_id(), TENANT, inputs, deadline) for _ in range(2)]
     delivered: list[tuple[str, JobState]] = []
-    run = instance.run
+    run = instance.runs.run
 
-    async def dying(jobs: Sequence[Job], attempt: int) -> list[Outcome]:
-        if jobs[0] is poison:
-            raise ConnectionError("as if the process had died")
-        return await run(jobs, attempt)
+    async def dying(wanted: Run) -> tuple[Done, float, float]:
+        if wanted.pieces[0].source.job.id == poison.id:
+            raise BrokerUnavailable("as if the process had died")
+        return await run(wanted)
 
     async def deliver(_: Sequence[Bundle], outcomes: Sequence[Outcome]) -> None:
         delivered.extend((outcome.job, outcome.state) for outcome in outcomes)
 
-    monkeypatch.setattr(instance, "run", dying)
-    monkeypatch.setattr(instance, "deliver", deliver)
-    for _ in range(one.settings.max_attempts - 1):
-        with pytest.raises(ConnectionError):
-            await instance._redelivery.work(redelivered(one, served, [good, poison]))
-    await instance._redelivery.work(redelivered(one, served, [good, poison]))
+    monkeypatch.setattr(instance.runs, "run", dying)
+    monkeypatch.setattr(instance.intake, "deliver", deliver)
+    for _ in range(one.settings.max_attempts):
+        again = redelivered(one, served, [good, poison])
+        instance._take(again.delivery)
+        await wait_until(lambda: again.delivery._settled, "the worker is done with it")  # noqa: B023
     assert delivered == [(good.id, JobState.SUCCEEDED), (poison.id, JobState.DEAD)]
 
 

@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 import numpy as np
 import pytest
+from tickets import put, work_off
 
 from tether.effective import effective_batching, effective_isolation
-from tether.errors import InferenceFailed, TetherError
+from tether.errors import InferenceFailed, TetherError, by_code
 from tether.job import Job, new_job_id
 from tether.model import Batching, Finding, Manifest
 from tether.model_config import ModelConfig
 from tether.tensor import Array, Tensor, from_numpy, to_numpy
 from tether.worker import batching
-from tether.worker.batching import ALONE, Gathered, Result, plan
+from tether.worker.batching import Result, Run
+from tether.worker.turns import RunQueue
 
 
 class Model:
@@ -41,19 +43,23 @@ def job(*values: float, width: int = 1) -> Job:
 
 
 def run_all(model: Model, jobs: Sequence[Job], limit: int) -> tuple[list[Result], str]:
-    """As an instance does it: what mixed runs leave is run whole and alone."""
-    runs = plan(jobs, Batching(limit))
-    gathered, ended = Gathered(runs), dict[int, Result]()
-    for wanted in runs:
-        found = gathered.add(wanted, batching.run(model, wanted))
-        ended |= {place: result for place, result in found.items() if result is not None}
-    if gathered.mixed:
-        for place, one in enumerate(jobs):
-            if place not in ended or place in gathered.joined:
-                (result,) = batching.run(model, plan([one], ALONE)[0]).results
-                assert result is not None
-                ended[place] = result
-    return [ended[place] for place in range(len(jobs))], gathered.mixed
+    """How jobs of one message end; one result each, in order."""
+    queue = RunQueue(0.0, 0.0)
+    put(queue, 2, *jobs)
+    outcomes, mixed = work_off(queue, model, limit)
+    ended = {
+        one.job: one.outputs if one.error is None else by_code(one.error.code, one.error.message) for one in outcomes
+    }
+    assert len(outcomes) == len(ended) == len(jobs)
+    return [ended[one.id] for one in jobs], mixed
+
+
+def planned(jobs: Sequence[Job], limit: int) -> list[Run]:
+    queue, runs = RunQueue(0.0, 0.0), []
+    put(queue, 2, *jobs)
+    while queue:
+        runs.append(queue.take(2, limit, 0.0).run)
+    return runs
 
 
 def rows(result: Result) -> list[float]:
@@ -160,19 +166,19 @@ def test_jobs_of_other_shapes_or_outputs_are_not_joined() -> None:
 
 def test_inputs_that_share_no_first_axis_are_run_as_they_came() -> None:
     uneven = Job(new_job_id(), "acme", (*job(1, 2).inputs, Tensor("z", "FP32", (), b"\0" * 4)), 1.0)
-    (only,) = plan([uneven], Batching(8))
+    (only,) = planned([uneven], 8)
     assert (only.batched, only.rows, batching.rows_of(uneven)) == (False, 1, 1)
 
 
 def test_without_batching_a_run_is_one_job_and_counts_as_one_row() -> None:
-    runs = plan([job(1, 2), job(3)], ALONE)
+    runs = planned([job(1, 2), job(3)], 0)
     assert [(one.rows, one.jobs, one.own) for one in runs] == [(1, 1.0, True)] * 2
     found, mixed = run_all(Model(detections), [job(1, -2), job(3)], limit=0)
     assert ([rows(one) for one in found], mixed) == ([[1], [3]], "")
 
 
 def test_a_part_counts_as_its_part_of_a_job() -> None:
-    runs = plan([job(*range(8)), job(9)], Batching(6))
+    runs = planned([job(*range(8)), job(9)], 6)
     assert [(one.rows, one.jobs) for one in runs] == [(6, 0.75), (3, 1.25)]
 
 

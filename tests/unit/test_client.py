@@ -18,10 +18,10 @@ from http_servers import Answer, serving
 
 from tether import AsyncClient, Client, oip
 from tether.client_address import DEFAULT_URL, resolve, resolve_key, resolve_url
+from tether.environment import ClientEnvironment, client_environment
 from tether.errors import ConfigError, DeadlineExceeded, ModelNotFound, Unavailable
 from tether.home import Home, write_secret
 from tether.job import JobState
-from tether.settings import ClientEnvironment, client_environment
 from tether.tensor import from_numpy, to_numpy
 
 EMPTY = ClientEnvironment("", "", "/nonexistent")

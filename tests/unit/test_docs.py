@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import reference
 
-from tether import settings
+from tether import environment, settings
 from tether.bus.errors import JetStreamError
 from tether.errors import all_errors
 from tether.gateway_http.errors import status_of
@@ -65,7 +65,7 @@ def test_every_setting_and_no_other_is_documented() -> None:
 
 
 def test_every_variable_that_is_mentioned_is_read() -> None:
-    known = {info.env for info in settings.table()} | set(settings.OTHER_VARIABLES) | {"TETHER_CONFIG_DIR"}
+    known = {info.env for info in settings.table()} | set(environment.OTHER_VARIABLES) | {"TETHER_CONFIG_DIR"}
     streams = {"TETHER_INFER_0", "TETHER_JOBS_0", "TETHER_RESULTS", "TETHER_DEAD", "TETHER_CHUNKS_0", "TETHER_"}
     streams |= {"TETHER_INFER_", "TETHER_JOBS_", "TETHER_RESULTS_", "TETHER_CHUNKS_"}
     for path in PAGES:

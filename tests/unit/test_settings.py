@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tether import settings
+from tether import environment, settings
 from tether.errors import ConfigError
 from tether.settings import Settings
 
@@ -54,7 +54,7 @@ def test_the_data_directory_is_tether_home(tmp_path: Path) -> None:
 
 
 def test_variables_of_the_client_and_of_others_are_left_alone(tmp_path: Path) -> None:
-    environ = dict.fromkeys((*settings.OTHER_VARIABLES, "TETHER_CONFIG_DIR", "TETHERED", "PATH"), "x")
+    environ = dict.fromkeys((*environment.OTHER_VARIABLES, "TETHER_CONFIG_DIR", "TETHERED", "PATH"), "x")
     assert load(tmp_path, environ=environ) == Settings()
 
 

@@ -25,6 +25,7 @@ from tether.envelope import (
     sign_keyset,
     unlock_root_key,
 )
+from tether.environment import root_passphrase
 from tether.errors import ConfigError
 from tether.home import (
     Home,
@@ -35,7 +36,6 @@ from tether.home import (
     save_identity,
     write_secret,
 )
-from tether.settings import root_passphrase
 
 SYSTEM_USER = "system"
 """The NATS user of the system account; no service logs in with it."""

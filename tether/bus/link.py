@@ -44,9 +44,15 @@ Handler = Callable[[Message], Awaitable[None]]
 class Subscription:
     """Interest in a subject, until it is ended; ending it is safe at any time, also while the broker is away."""
 
-    def __init__(self, client: nats.aio.client.Client, inner: nats.aio.subscription.Subscription) -> None:
+    def __init__(
+        self,
+        client: nats.aio.client.Client,
+        inner: nats.aio.subscription.Subscription,
+        round_trip: Callable[[float], Awaitable[None]],
+    ) -> None:
         self._client = client
         self._inner = inner
+        self._round_trip = round_trip
 
     async def unsubscribe(self) -> None:
         """End it at once. Nothing of it comes back with the next reconnect."""
@@ -65,9 +71,13 @@ class Subscription:
         try:
             with translated(f"draining {self._inner.subject}"):
                 async with asyncio.timeout(within_s):
-                    await self._inner.drain()
+                    # nats-py's own drain lets its ping overtake the end of the subscription, and then drops what comes
+                    await self._client._send_unsubscribe(self._inner._id)  # noqa: SLF001
+                    await self._round_trip(within_s)
+                    await self._inner._pending_queue.join()  # noqa: SLF001
         finally:
-            # a drain that fails half-way would come back with the next reconnect
+            # what is not removed would come back with the next reconnect
+            self._inner._closed = True  # noqa: SLF001
             self._inner._stop_processing()  # noqa: SLF001 - nats-py has no public way
             self._client._remove_sub(self._inner._id)  # noqa: SLF001
 
@@ -257,7 +267,7 @@ class Link:
         with translated("waiting for the broker"):
             await self._round_trip(5)
 
-    async def _round_trip(self, timeout: int) -> None:
+    async def _round_trip(self, timeout: float) -> None:
         """nats-py's flush alone lets its ping overtake what still waits to be written.
 
         Both would swallow that this task is cancelled (asyncio.wait_for of Python 3.11), so we wait ourselves.
@@ -289,7 +299,8 @@ class Link:
                 log.exception("a handler failed", extra={"action": "handler_failed"})
 
         with translated(f"subscribing to {subject}"):
-            subscription = Subscription(self._client, await self._client.subscribe(subject, cb=guarded))
+            inner = await self._client.subscribe(subject, cb=guarded)
+        subscription = Subscription(self._client, inner, self._round_trip)
         if confirmed and self.connected:
             await self._confirm(subject, subscription)
         return subscription

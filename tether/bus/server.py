@@ -20,10 +20,11 @@ from typing import Any, Self
 import httpx
 
 from tether.bus.config import Ports, Version, write_accounts, write_config
+from tether.environment import without_passphrase
 from tether.errors import BrokerUnavailable, ConfigError
 from tether.home import Home, private_folder
 from tether.processes import alive, die_with_parent
-from tether.settings import Settings, without_passphrase
+from tether.settings import Settings
 
 MIN_VERSION = (2, 12, 0)
 _FIX = (

@@ -35,7 +35,7 @@ class State(msgspec.Struct, frozen=True):
     def state(self) -> JobState:
         if self.outcome is not None:
             return self.outcome.state
-        return JobState.QUEUED if self.note is None else JobState.RUNNING
+        return JobState.RUNNING if self.note is not None and self.note.attempt else JobState.QUEUED
 
 
 def read_outcome(bus: Bus, record: JobRecord, frame: bytes) -> Outcome | None:
@@ -89,7 +89,7 @@ def view(state: State) -> dict[str, Any]:
         "submitted_at": rfc3339(record.submitted_at),
     }
     if outcome is None:
-        if note is not None:
+        if note is not None and note.attempt:
             shown |= {"attempts": note.attempt, "started_at": rfc3339(max(note.started_at, record.submitted_at))}
         return shown
     shown["attempts"] = outcome.attempts

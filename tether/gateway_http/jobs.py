@@ -32,6 +32,8 @@ from tether.job import STORED_S, AttemptNote, Failure, JobId, JobRecord, JobStat
 from tether.lifecycle import Tasks
 
 _POLL_S = 1.0
+_SOON_S = 0.005
+"""After a result was heard of: it is heard when it is sent, and may be stored a moment later."""
 _GATHER_S = 0.02
 """Of many jobs many end together: one look for all of them."""
 
@@ -115,7 +117,7 @@ class JobService:
         async def arrived(_: object) -> None:
             heard.set()
 
-        end = self._bus.clock.monotonic() + wait_s
+        end, pause = self._bus.clock.monotonic() + wait_s, _POLL_S
         open_ids = [job_id for job_id, state in states.items() if not state.ended]
         async with AsyncExitStack() as stack:
             for job_id in open_ids:
@@ -127,11 +129,12 @@ class JobService:
                 open_ids = await self._still_open(open_ids, states)
                 if open_ids:
                     try:
-                        async with asyncio.timeout(min(left, _POLL_S)):
+                        async with asyncio.timeout(min(left, pause)):
                             await heard.wait()
-                            await asyncio.sleep(_GATHER_S if len(open_ids) > 1 else 0)
+                        pause = _SOON_S
+                        await asyncio.sleep(_GATHER_S if len(open_ids) > 1 else 0)
                     except TimeoutError:
-                        continue
+                        pause = min(_POLL_S, 2 * pause)
 
     async def _still_open(self, ids: list[JobId], states: dict[JobId, State]) -> list[JobId]:
         try:

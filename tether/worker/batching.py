@@ -8,7 +8,6 @@ joined run; its jobs are run whole, each by itself.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,14 +15,11 @@ import numpy as np
 
 from tether.errors import TetherError
 from tether.job import Job
-from tether.model import Batching
 from tether.ports import Runtime
 from tether.tensor import Array, Tensor, from_numpy, to_numpy
 
 Key = tuple[object, ...]
 Result = tuple[Tensor, ...] | TetherError
-ALONE = Batching(0)
-"""Every job whole and by itself."""
 
 
 class Source:
@@ -44,9 +40,8 @@ class Source:
 
 
 class Piece(NamedTuple):
-    """Rows ``start`` to ``stop`` of a job, which has the ``place`` among those that were planned together."""
+    """Rows ``start`` to ``stop`` of a job."""
 
-    place: int
     source: Source
     start: int
     stop: int
@@ -96,30 +91,6 @@ def _shared_rows(job: Job) -> int:
     """Length of the first axis that all inputs share; -1 when they share none."""
     firsts = {tensor.shape[0] if tensor.shape else -1 for tensor in job.inputs}
     return firsts.pop() if len(firsts) == 1 else -1
-
-
-def plan(jobs: Sequence[Job], batching: Batching) -> list[Run]:
-    """``jobs`` as runs: equal shapes (but for rows) and outputs together, at most ``max_batch_size`` rows a run."""
-    limit = batching.max_batch_size
-    runs: list[list[Piece]] = []
-    alone: list[Run] = []
-    open_runs: dict[Key, tuple[list[Piece], int]] = {}
-    for index, job in enumerate(jobs):
-        source = Source(job)
-        if not limit or source.rows < 0:
-            alone.append(Run((Piece(index, source, 0, source.rows),), batched=False))
-            continue
-        cuts = range(0, max(source.rows - limit, 0), limit) if source.rows > limit else ()
-        runs += [[Piece(index, source, start, start + limit)] for start in cuts]
-        rest = Piece(index, source, len(cuts) * limit, source.rows)
-        key, rows = key_of(job), rest.stop - rest.start
-        members, filled = open_runs.get(key, ([], limit + 1))
-        if filled + rows > limit:
-            members, filled = [], 0
-            runs.append(members)
-        members.append(rest)
-        open_runs[key] = (members, filled + rows)
-    return [*alone, *[Run(tuple(members), batched=True) for members in runs]]
 
 
 def wants_company(jobs: Sequence[Job], most: int, preferred: Sequence[int]) -> bool:
@@ -187,40 +158,27 @@ def _split(outputs: Sequence[tuple[str, Array]], pieces: Sequence[Piece]) -> lis
     return split
 
 
-class Gathered:
-    """Puts together the results of jobs that were planned together, as their runs end in any order."""
+class Parts:
+    """Puts the results of one job's pieces together, as their runs end in any order."""
 
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self._left = Counter(piece.place for wanted in runs for piece in wanted.pieces)
-        self._parts: dict[int, list[tuple[int, Result | None]]] = {}
-        self.joined = {piece.place for wanted in runs if not wanted.own for piece in wanted.pieces}
-        """Jobs that share a run or are cut, by index."""
-        self.mixed = ""
-        """What shows that rows are not kept apart; empty as long as nothing does."""
+    def __init__(self, source: Source) -> None:
+        self._left = max(source.rows, 0)
+        self._parts: list[tuple[int, tuple[Tensor, ...]]] = []
 
-    def add(self, wanted: Run, done: Done) -> dict[int, Result | None]:
-        """Results of the jobs that are complete with this run, by index; None: run it whole."""
-        self.mixed = self.mixed or done.mixed
-        complete = {}
-        for piece, result in zip(wanted.pieces, done.results, strict=True):
-            self._parts.setdefault(piece.place, []).append((piece.start, result))
-            self._left[piece.place] -= 1
-            if not self._left[piece.place]:
-                complete[piece.place] = self._put_together(self._parts.pop(piece.place))
-        return complete
+    def add(self, piece: Piece, outputs: tuple[Tensor, ...]) -> bool:
+        """Whether that was the last piece."""
+        self._parts.append((piece.start, outputs))
+        self._left -= max(piece.stop - piece.start, 0)
+        return self._left <= 0
 
-    def _put_together(self, parts: list[tuple[int, Result | None]]) -> Result | None:
-        """The first error, or the outputs one after the other."""
-        outputs: list[tuple[Tensor, ...]] = []
-        for _, result in sorted(parts, key=lambda part: part[0]):
-            if result is None or isinstance(result, TetherError):
-                return result
-            outputs.append(result)
+    def together(self) -> tuple[tuple[Tensor, ...], str]:
+        """The outputs one after the other; or what shows that they are not the job's rows."""
+        outputs = [outputs for _, outputs in sorted(self._parts, key=lambda part: part[0])]
         if len(outputs) == 1:
-            return outputs[0]
-        together = list(zip(*outputs, strict=True))
-        self.mixed = self.mixed or next(filter(None, map(_unlike, together)), "")
-        return None if self.mixed else tuple([_concatenated(tensors) for tensors in together])
+            return outputs[0], ""
+        columns = list(zip(*outputs, strict=True))
+        mixed = next(filter(None, map(_unlike, columns)), "")
+        return (() if mixed else tuple([_concatenated(tensors) for tensors in columns])), mixed
 
 
 def _unlike(parts: Sequence[Tensor]) -> str:

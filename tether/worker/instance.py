@@ -1,49 +1,45 @@
 """One model version in a worker: its lanes, its runs, its answers.
 
-The way of a bundle stands in :meth:`ModelInstance._work`: verify, drop what is over, run, answer, acknowledge. A
-bundle that was delivered before goes through :mod:`tether.worker.redelivery` instead, one job at a time.
+The way of a job: its bundle is verified and opened when it arrives, and its jobs go into the queue of the version. Each free copy
+takes the next run from there (:mod:`tether.worker.turns`). How the jobs of a run ended is delivered as soon as it has ended. A
+bundle is acknowledged when all of its jobs have ended. The jobs of a bundle that was delivered before run alone, see
+:mod:`tether.worker.redelivery`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
-from tether import codec, metrics
+from tether import metrics
 from tether.bus.connection import Bus
-from tether.bus.kv import SignedBucket
 from tether.bus.pull import BusDelivery, LanePull
 from tether.bus.queue import BusResults
 from tether.bus.tenant_keys import Keyring
 from tether.bus.topology import lanes_of
-from tether.envelope import MessageType
-from tether.errors import DeadlineExceeded, TetherError
-from tether.job import AttemptNote, Failure, Job, JobState, Lane, LaneKind, Outcome, Priority
+from tether.errors import TetherError
+from tether.job import LaneKind
 from tether.lifecycle import Tasks
 from tether.model import Manifest
 from tether.model_config import LoadBalancing
-from tether.worker import balance, batching
+from tether.worker.asking import Asking
 from tether.worker.copies import Copies
 from tether.worker.intake import Bundle, Intake
 from tether.worker.keepalive import KeepAlive
 from tether.worker.loadout import Serving
+from tether.worker.pace import AHEAD_S
 from tether.worker.redelivery import Redelivery
+from tether.worker.runs import End, Runs
+from tether.worker.turns import RunQueue, Ticket, Turn, bundles_of, level_of
 
 log = logging.getLogger(__name__)
 
-_ORDER = {Priority.HIGH: 1, Priority.NORMAL: 2, Priority.LOW: 3}
-
-
-class _Ended(NamedTuple):
-    """The end of a job, and the times (UTC seconds) of the run that ended it."""
-
-    result: batching.Result
-    started: float
-    finished: float
+_ENDING = 8
+"""Runs whose ends may be on their way beside those that run: a slow broker holds the next runs back."""
+_LAST_S = 2.0
+"""How long a stopping version may take to hand back what it has in hand."""
 
 
 class Hearing(NamedTuple):
@@ -76,175 +72,301 @@ class ModelInstance:
         self._keepalive = keepalive
         self.intake = Intake(bus, keyring, manifest.name)
         self._results = BusResults(bus)
-        self._attempts = SignedBucket(bus, "attempts", MessageType.ATTEMPT)
-        self._redelivery = Redelivery(bus, self)
-        self._waiting: list[tuple[int, int, BusDelivery]] = []
-        self._order = itertools.count()
-        self._arrived = asyncio.Event()
+        self.runs = Runs(bus.signer.name, bus.clock, manifest.name, copies, mixed=hearing.mixed)
+        self.redelivery = Redelivery(bus, manifest.name)
         self._tasks = Tasks()
         self._serving = Serving(manifest.batching, (), 0.0, 0.0, LoadBalancing.LEAST_CONNECTIONS)
-        self._capacity = balance.Capacity()
-        self._side_by_side = 2
-        """Works that may have begun: one for each copy, and one that is made ready."""
-        self._begun = 0
-        self._ended_one = asyncio.Event()
         self._pulls = [
-            LanePull(bus, lane, self._settings.worker_slots, self._take)
+            LanePull(bus, lane, 1, self._take)
             for lane in lanes_of(manifest.name, manifest.version, self._settings.region, bus.scope)
         ]
         self._by_lane = {pull.lane: pull for pull in self._pulls}
-        self.running = 0
+        self.queue = RunQueue(self._settings.priority_patience_s, bus.clock.monotonic())
+        self._asking = Asking(
+            self._pulls,
+            self.queue,
+            self.runs,
+            bus.clock,
+            slots=self._settings.worker_slots,
+            weight=self._settings.worker_weight,
+        )
+        self._bundles: dict[Bundle, None] = {}
+        """What is in hand, in order of arrival, until it is settled or left."""
+        self._waiting: set[str] = set()
+        """Deliveries that hold a slot of their lane: nothing of them has begun."""
+        self._ending = 0
+        self._changed = asyncio.Event()
+        self._holding = asyncio.Event()
+        self._stopping = False
+
+    @property
+    def running(self) -> int:
+        """Jobs that run now."""
+        return self.runs.running
 
     def configure(self, serving: Serving, copies: int) -> None:
         """What counts from the next run on; ``copies`` is how many runs are made side by side."""
         self._serving = serving
         self.copies.limit(serving.run_timeout_s)
-        self._side_by_side = copies + 1
-        self._ended_one.set()
-        self._share()
-
-    def _share(self) -> None:
-        """Ask every lane as the strategy that counts says."""
-        turns = balance.turns(self._serving.strategy, self._settings.worker_weight, self._capacity)
-        for pull in self._pulls:
-            pull.share(max(self._settings.worker_slots, self._side_by_side), turns)
+        self._asking.configure(serving.strategy, copies)
+        self._changed.set()
 
     def weigh(self, factor: float, least: float) -> float:
         """Ask as follows from how much of the machine there is, see :meth:`balance.Capacity.look`; the level, 0 when it is not
         known, or when jobs are not shared by it."""
         if self._serving.strategy is not LoadBalancing.CAPACITY:
             return 0.0
-        before = self._capacity.turns
-        self._capacity.look(factor, self._side_by_side - 1, least)
-        if self._capacity.turns != before:
+        capacity = self.runs.capacity
+        before = capacity.turns
+        capacity.look(factor, self._asking.copies, least)
+        if capacity.turns != before:
             fields = {"action": "turns_changed", "model": self.manifest.name, "version": self.manifest.version}
-            log.info("%d turns by capacity, before %d", self._capacity.turns, before, extra=fields)
-            self._share()
-        return self._capacity.level
+            log.info("%d turns by capacity, before %d", capacity.turns, before, extra=fields)
+            self._asking.share()
+        return capacity.level
 
     async def start(self) -> None:
         self._tasks.spawn(self._serve(), f"serve-{self.manifest.name}")
+        self._tasks.spawn(self._watch(), f"serve-watch-{self.manifest.name}")
         for pull in self._pulls:
             await pull.start()
 
     async def stop(self, drain_s: float) -> None:
-        """Ask for no more, give back what has not begun, finish what has, free the model."""
+        """Ask for no more, hand back what has not begun and the rest of durable bundles, finish what callers wait for, free the
+        model."""
         for ended in await asyncio.gather(*[pull.stop() for pull in self._pulls], return_exceptions=True):
             if isinstance(ended, Exception):
                 log.info("a pull did not end in order: %s", ended, extra={"action": "pull_not_drained"})
-        waiting, self._waiting = self._waiting, []
-        for _, _, delivery in waiting:
-            await delivery.give_back()
+        self._stopping = True
+        gathered = bundles_of(self._asking.gathering)
+        for bundle in list(self._bundles):
+            if bundle not in gathered and (bundle.durable or not bundle.begun):
+                self._leave(bundle)
+        self._asking.arrived.set()
+        try:
+            async with asyncio.timeout(drain_s):
+                while self._bundles or self._tasks.named("open"):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            log.warning("runs did not end in time; their jobs are redelivered", extra={"action": "drain_timeout"})
         serving = self._tasks.named("serve-")
         for task in serving:
             task.cancel()
         await asyncio.gather(*serving, return_exceptions=True)
-        if not await self._tasks.finish(drain_s):
-            log.warning("runs did not end in time; their jobs are redelivered", extra={"action": "drain_timeout"})
+        await self._tasks.finish(_LAST_S)
         await self._tasks.cancel()
         generation = self.copies.take_out()
         if generation is not None:
             generation.close()
 
+    # messages
+
     def _take(self, delivery: BusDelivery) -> None:
-        wait = self._ack_wait(delivery.lane)
+        infer = delivery.lane.kind is LaneKind.INFER
+        wait = self._settings.infer_ack_wait_s if infer else self._settings.jobs_ack_wait_s
         self._keepalive.hold(delivery.ack_subject, wait, self._bus.clock.monotonic())
+        self._waiting.add(delivery.ack_subject)
         delivery.on_settled = self._settled
-        heapq.heappush(self._waiting, (self._rank(delivery.lane), next(self._order), delivery))
-        self._arrived.set()
-
-    def _rank(self, lane: Lane) -> int:
-        return 0 if lane.kind is LaneKind.INFER else _ORDER[lane.priority]
-
-    def _ack_wait(self, lane: Lane) -> float:
-        return self._settings.infer_ack_wait_s if lane.kind is LaneKind.INFER else self._settings.jobs_ack_wait_s
+        self._asking.came(level_of(delivery.lane))
+        self._tasks.spawn(self._open(delivery), "open")
 
     def _settled(self, delivery: BusDelivery) -> None:
         self._keepalive.drop(delivery.ack_subject)
-        self._by_lane[delivery.lane].release()
+        self._release(delivery)
 
-    async def _serve(self) -> None:
-        """Begin the next bundles whenever there is room: each copy runs one, and one is made ready."""
-        while True:
-            await self._arrived.wait()
-            while self._begun >= self._side_by_side:
-                self._ended_one.clear()
-                await self._ended_one.wait()
-            deliveries = self._next()
-            if not deliveries:
-                self._arrived.clear()
-                continue
-            opened: list[Bundle] | None = None
-            self._begun += 1
-            try:
-                if self._serving.delay_s and deliveries[0].attempt == 1:
-                    opened = []
-                    await self._with_company(deliveries, opened)
-            except TetherError as error:
-                log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
-            finally:
-                self._tasks.spawn(self._finish(deliveries, opened), "work")
+    def _release(self, delivery: BusDelivery) -> None:
+        if delivery.ack_subject in self._waiting:
+            self._waiting.discard(delivery.ack_subject)
+            self._by_lane[delivery.lane].release()
 
-    async def _with_company(self, deliveries: list[BusDelivery], opened: list[Bundle]) -> None:
-        """Open them, and what comes until a run is full enough, the delay is up, or something more urgent waits; both lists
-        grow with it."""
-        most, preferred, rank = (
-            self._serving.batching.max_batch_size,
-            self._serving.preferred,
-            self._rank(deliveries[0].lane),
-        )
-        end = self._bus.clock.monotonic() + self._serving.delay_s
-        joined = list(deliveries)
-        while True:
-            for delivery in joined:
-                opened += await self._opened([delivery])
-            urgent = self._waiting and self._waiting[0][0] < rank
-            if urgent or not batching.wants_company([job for one in opened for job in one.jobs], most, preferred):
-                break
-            joined = self._joining(rank)
-            deliveries += joined
-            if not joined and not await self._more(end):
-                break
-        self._arrived.set()
-
-    async def _more(self, end: float) -> bool:
-        """Whether something arrived before the monotonic time ``end``."""
-        self._arrived.clear()
+    async def _open(self, delivery: BusDelivery) -> None:
+        queued = False
         try:
-            async with asyncio.timeout(end - self._bus.clock.monotonic()):
-                await self._arrived.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    async def _opened(self, deliveries: Sequence[BusDelivery]) -> list[Bundle]:
-        return [bundle for delivery in deliveries if (bundle := await self.intake.open(delivery)) is not None]
-
-    def _next(self) -> list[BusDelivery]:
-        """The most urgent delivery and those of its kind that can join it; a redelivered one goes alone."""
-        if not self._waiting:
-            return []
-        rank, _, first = heapq.heappop(self._waiting)
-        return [first] if first.attempt > 1 else [first, *self._joining(rank)]
-
-    def _joining(self, rank: int) -> list[BusDelivery]:
-        taken = []
-        while self._waiting and self._waiting[0][0] == rank and self._waiting[0][2].attempt == 1:
-            taken.append(heapq.heappop(self._waiting)[2])
-        return taken
-
-    async def _finish(self, deliveries: list[BusDelivery], bundles: list[Bundle] | None) -> None:
-        try:
-            async with self.copies.held():
-                if await self._loaded():
-                    await self._work(await self._opened(deliveries) if bundles is None else bundles)
+            bundle = await self.intake.open(delivery)
+            queued = bundle is not None and await self._queued(bundle)
         except TetherError as error:
             log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
         finally:
-            self._begun -= 1
-            self._ended_one.set()
-            for delivery in deliveries:
+            if not queued:
                 delivery.abandon()
+            self._asking.opened(level_of(delivery.lane))
+            self._changed.set()
+
+    async def _queued(self, bundle: Bundle) -> bool:
+        """Put the jobs of a bundle that have not ended yet in the queue; False when it is settled already."""
+        bundle.suspect = await self.redelivery.is_suspect(bundle)
+        ids = [job.id for job in bundle.jobs]
+        ended = await self._results.find(ids, scope=self._bus.scope) if bundle.durable else {}
+        jobs = [job for job in bundle.jobs if job.id not in ended]
+        bundle.left = len(jobs)
+        if not jobs:
+            await bundle.delivery.ack()
+            return False
+        if self._stopping:
+            await self.redelivery.hand_back(bundle)
+            return False
+        bundle.touched_at = self._bus.clock.monotonic()
+        self.runs.pace.came(len(jobs))
+        self._bundles[bundle] = None
+        self._holding.set()
+        for job in jobs:
+            self.queue.add(Ticket(job, bundle, alone=bundle.suspect))
+        return True
+
+    async def _watch(self) -> None:
+        """Hand back what does not come to its turn here."""
+        while True:
+            await self._holding.wait()
+            await asyncio.sleep(AHEAD_S)
+            for bundle in self._asking.to_hand_back(self._bundles):
+                metrics.HANDED_BACK.labels(self.manifest.name).inc()
+                self._leave(bundle)
+            if not self._bundles:
+                self._holding.clear()
+
+    def _leave(self, bundle: Bundle) -> None:
+        """Hand a bundle back as soon as none of its jobs runs."""
+        self.queue.remove(lambda ticket: ticket.bundle is bundle)
+        bundle.leaving = True
+        if not bundle.running:
+            self._bundles.pop(bundle, None)
+            self._tasks.spawn(self._hand_back(bundle), "hand-back")
+
+    async def _hand_back(self, bundle: Bundle) -> None:
+        try:
+            await self.redelivery.hand_back(bundle)
+        finally:
+            bundle.delivery.abandon()
+            self._changed.set()
+
+    def drop(self, jobs: Collection[str]) -> list[Ticket]:
+        """Take jobs out that need no run any more; those that had not begun. Nobody is told of their end."""
+        dropped = self.queue.drop(jobs)
+        for ticket in dropped:
+            ticket.ended = True
+            self._tasks.spawn(self._one_less(ticket.bundle), "drop")
+        return dropped
+
+    # runs
+
+    async def _serve(self) -> None:
+        """Begin the next run whenever a copy is free."""
+        while True:
+            while self._asking.running >= self._asking.copies or self._ending >= self._asking.copies + _ENDING:
+                self._changed.clear()
+                await self._changed.wait()
+            level = await self._asking.next_level()
+            if not self._stopping and await self._asking.gathered(level, self._serving):
+                continue
+            turn = self.queue.take(level, self._serving.batching.max_batch_size, self._bus.clock.monotonic())
+            self._begin(turn)
+
+    def _begin(self, turn: Turn) -> None:
+        now, moment = self._bus.clock.utc(), self._bus.clock.monotonic()
+        for ticket in turn.tickets:
+            bundle = ticket.bundle
+            bundle.running += 1
+            bundle.touched_at = moment
+            if not bundle.begun:
+                bundle.begun = True
+                self._release(bundle.delivery)
+                if bundle.durable and not bundle.suspect:
+                    self._tasks.spawn(self.redelivery.began(bundle), "note")
+        late = [ticket for ticket in turn.tickets if ticket.job.deadline <= now]
+        if late:
+            self.queue.remove(lambda ticket: ticket in late)
+            turn = turn.without(late)
+            self._ending += 1
+            self._tasks.spawn(self._end(late, [self.runs.expired(ticket) for ticket in late]), "work")
+        if turn.tickets:
+            self._ending += 1
+            self._asking.began()
+            self._tasks.spawn(self._run(turn), "work")
+
+    async def _run(self, turn: Turn) -> None:
+        ends: list[End] | None = None
+        try:
+            async with self.copies.held():
+                if await self._loaded():
+                    ends = await self._ends(turn)
+        except TetherError as error:
+            log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
+        finally:
+            self._asking.ended()
+            self._changed.set()
+            await self._end(turn.tickets, ends)
+
+    async def _ends(self, turn: Turn) -> list[End]:
+        """Make a run; the jobs that ended with it."""
+        ticket = turn.tickets[0]
+        if ticket.bundle.suspect and not ticket.attempt:
+            ticket.attempt = -1  # asked for once, also when its rows take several runs
+            begun = await self.redelivery.begin(ticket.bundle, ticket.job)
+            if not isinstance(begun, int):
+                ticket.ended = True
+                self.queue.remove(lambda other: other is ticket)
+                return [End(ticket, begun)]
+            ticket.attempt = begun
+        ends, again = self.runs.ends(turn, *await self.runs.run(turn.run))
+        for end in ends:
+            if end.ticket.rows > 0:
+                self.queue.remove(lambda other: other is end.ticket)  # noqa: B023
+        for ticket in again:
+            if not ticket.bundle.leaving:
+                self.queue.again(ticket)
+        self._asking.arrived.set()
+        return ends
+
+    async def _end(self, tickets: Sequence[Ticket], ends: Sequence[End] | None) -> None:
+        """Deliver how jobs ended, after a run of ``tickets``; ``None``, or a failure to do so, leaves their bundles for
+        redelivery."""
+        delivered = False
+        try:
+            if ends is not None:
+                await self._deliver(ends)
+                delivered = True
+        except TetherError as error:
+            log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
+        finally:
+            self._ending -= 1
+            moment = self._bus.clock.monotonic()
+            for ticket in tickets:
+                ticket.bundle.running -= 1
+                ticket.bundle.touched_at = moment
+                if not delivered:
+                    self._abandon(ticket.bundle)
+            self._changed.set()
+        for end in (ends or ()) if delivered else ():
+            await self._one_less(end.ticket.bundle)
+        for bundle in bundles_of(tickets):
+            if bundle.leaving and bundle in self._bundles:
+                self._leave(bundle)
+
+    async def _deliver(self, ends: Sequence[End]) -> None:
+        told = [end for end in ends if end.outcome is not None]
+        if not told:
+            return
+        await self.intake.deliver(
+            bundles_of([end.ticket for end in told]), [end.outcome for end in told if end.outcome]
+        )
+        for ticket, _ in told:
+            if ticket.bundle.suspect and not ticket.bundle.durable:
+                await self.redelivery.answered(ticket.job)
+
+    async def _one_less(self, bundle: Bundle) -> None:
+        """One of its jobs has ended."""
+        bundle.left -= 1
+        if not bundle.left:
+            self._bundles.pop(bundle, None)
+            await bundle.delivery.ack()
+            self._changed.set()
+
+    def _abandon(self, bundle: Bundle) -> None:
+        """Something went wrong on the way of one of its jobs: all that have not ended come again."""
+        self.queue.remove(lambda ticket: ticket.bundle is bundle)
+        self._bundles.pop(bundle, None)
+        bundle.delivery.abandon()
 
     async def wake(self) -> None:
         """Load what is not in memory, before a job comes."""
@@ -259,87 +381,3 @@ class ModelInstance:
             self._hearing.lost(error)
             return False
         return True
-
-    async def _work(self, bundles: list[Bundle]) -> None:
-        if not bundles:
-            return
-        if bundles[0].delivery.attempt > 1:
-            metrics.REDELIVERED.labels(self.manifest.name).inc()
-            await self._redelivery.work(bundles[0])
-            return
-        durable = bundles[0].delivery.lane.kind is LaneKind.JOB
-        ended = await self._ended(bundles) if durable else frozenset()
-        jobs = [job for bundle in bundles for job in bundle.jobs if job.id not in ended]
-        outcomes = await self.run(jobs, attempt=1)
-        await self.deliver(bundles, outcomes)
-        for bundle in bundles:
-            await bundle.delivery.ack()
-
-    async def _ended(self, bundles: Sequence[Bundle]) -> frozenset[str]:
-        """Jobs that need no run: cancelled while they waited. Notes at the same time that the rest begin."""
-        ids = [job.id for bundle in bundles for job in bundle.jobs]
-        note = AttemptNote(1, self._bus.signer.name, self._bus.clock.utc())
-        scope, key = self._bus.scope, self._bus.names.attempt_key
-        notes = [self._attempts.put(key(bundle.header.message_id, scope), codec.encode(note)) for bundle in bundles]
-        found, _ = await asyncio.gather(self._results.find(ids, scope=scope), asyncio.gather(*notes))
-        return frozenset(found)
-
-    async def run(self, jobs: Sequence[Job], attempt: int) -> list[Outcome]:
-        """Run jobs in as few runs as their shapes allow; one outcome each, in order."""
-        now = self._bus.clock.utc()
-        alive = [job for job in jobs if job.deadline > now]
-        by_id = {job.id: self._expired(job, attempt) for job in jobs if job.deadline <= now}
-        self.running += len(alive)
-        try:
-            for job, ended in zip(alive, await self._run_all(alive), strict=True):
-                by_id[job.id] = self._outcome(job, ended, attempt)
-        finally:
-            self.running -= len(alive)
-        return [by_id[job.id] for job in jobs]
-
-    async def _run_all(self, jobs: Sequence[Job]) -> list[_Ended]:
-        """Run jobs as they can be joined and cut; once a run shows that rows are not kept apart, each whole and alone."""
-        runs = batching.plan(jobs, self._serving.batching)
-        gathered, ended = batching.Gathered(runs), dict[int, _Ended]()
-        for wanted, (done, started, finished) in zip(runs, await asyncio.gather(*map(self._run, runs)), strict=True):
-            for index, result in gathered.add(wanted, done).items():
-                if result is not None:
-                    ended[index] = _Ended(result, started, finished)
-        if gathered.mixed:
-            self._hearing.mixed(gathered.mixed)
-            again = [index for index in range(len(jobs)) if index not in ended or index in gathered.joined]
-            alone = batching.plan([jobs[index] for index in again], batching.ALONE)
-            for index, (done, started, finished) in zip(
-                again, await asyncio.gather(*map(self._run, alone)), strict=True
-            ):
-                (result,) = done.results
-                assert result is not None  # noqa: S101 - only pieces of joined runs have none
-                ended[index] = _Ended(result, started, finished)
-        return [ended[index] for index in range(len(jobs))]
-
-    async def _run(self, wanted: batching.Run) -> tuple[batching.Done, float, float]:
-        """How a run ended, and the times (UTC seconds) when it began and ended."""
-        ran = await self.copies.run(wanted)
-        self._capacity.ran(ran.seconds, wanted.jobs)
-        metrics.BATCH_ROWS.labels(self.manifest.name).observe(wanted.rows)
-        metrics.RUN_SECONDS.labels(self.manifest.name).observe(ran.seconds)
-        finished = self._bus.clock.utc()
-        return ran.done, finished - ran.seconds, finished
-
-    def _outcome(self, job: Job, ended: _Ended, attempt: int) -> Outcome:
-        worker, (result, started, finished) = self._bus.signer.name, ended
-        if isinstance(result, TetherError):
-            ids = {"job_id": job.id, "request_id": job.request_id, "tenant": job.tenant, "model": self.manifest.name}
-            log.info("a job failed: %s", result, extra={"action": "job_failed", "code": result.code, **ids})
-            failure = Failure(result.code, result.message)
-            return Outcome(job.id, JobState.FAILED, (), failure, attempt, worker, started, finished)
-        return Outcome(job.id, JobState.SUCCEEDED, result, None, attempt, worker, started, finished)
-
-    def _expired(self, job: Job, attempt: int) -> Outcome:
-        failure = Failure(DeadlineExceeded.code, "the deadline passed before the job could run")
-        return Outcome(
-            job.id, JobState.EXPIRED, (), failure, attempt - 1, self._bus.signer.name, 0.0, self._bus.clock.utc()
-        )
-
-    async def deliver(self, bundles: Sequence[Bundle], outcomes: Sequence[Outcome]) -> None:
-        await self.intake.deliver(bundles, outcomes)

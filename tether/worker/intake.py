@@ -29,14 +29,28 @@ log = logging.getLogger(__name__)
 
 
 class Bundle:
-    """A verified delivery: the header, its jobs, and the right to settle it."""
+    """A verified delivery: the header, its jobs, and the right to settle it; and how far its jobs have come."""
 
-    __slots__ = ("delivery", "header", "jobs")
+    __slots__ = ("begun", "delivery", "header", "jobs", "leaving", "left", "running", "suspect", "touched_at")
 
     def __init__(self, delivery: BusDelivery, header: Header, jobs: list[Job]) -> None:
         self.delivery = delivery
         self.header = header
         self.jobs = jobs
+        self.left = len(jobs)
+        """Jobs that have not ended."""
+        self.running = 0
+        self.begun = False
+        self.leaving = False
+        """Whether it is handed back as soon as none of its jobs runs."""
+        self.suspect = False
+        """Whether one of its jobs may have killed the worker that had it before."""
+        self.touched_at = 0.0
+        """When it arrived, or a job of it began or ended last; monotonic seconds."""
+
+    @property
+    def durable(self) -> bool:
+        return self.delivery.lane.kind is LaneKind.JOB
 
 
 class Intake:
@@ -131,7 +145,7 @@ class Intake:
     async def deliver(self, bundles: Sequence[Bundle], outcomes: Sequence[Outcome]) -> None:
         """Hand outcomes to whoever waits for them: results for jobs lanes, reply bundles for infer lanes."""
         outcomes = sealed.closed(self._keyring, [job for bundle in bundles for job in bundle.jobs], outcomes)
-        if bundles[0].delivery.lane.kind is LaneKind.JOB:
+        if bundles[0].durable:
             deadlines = {job.id: job.deadline for bundle in bundles for job in bundle.jobs}
             ends = [as_it_counts(outcome, deadlines.get(outcome.job, math.inf)) for outcome in outcomes]
             await self._answers.commit(self._model, ends, deadlines)

@@ -1,26 +1,24 @@
 """Bundles that come again: one job at a time, each attempt noted before it begins.
 
 A worker that died with a bundle in its hands may have died of one of its jobs. So that such a job takes no neighbours
-with it, every job of a redelivered bundle runs alone, and a note is stored before each run. Whoever gets the bundle
+with it, every job of a redelivered bundle runs alone, and a note is stored before each run. The worker that gets the bundle
 next sees from the notes which job was running when the worker before it died.
+
+A bundle that a living worker handed back, because it could not run it soon, harmed nobody. That worker's note says so, and
+the bundle's jobs are joined as if it came for the first time.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 from tether import codec, metrics
 from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
-from tether.bus.queue import BusResults
 from tether.envelope import MessageType
-from tether.errors import AttemptsExhausted, PayloadTooLarge, QueueFull
-from tether.job import AttemptNote, Failure, Job, JobState, LaneKind, Outcome
-
-if TYPE_CHECKING:
-    from tether.worker.instance import ModelInstance
-    from tether.worker.intake import Bundle
+from tether.errors import AttemptsExhausted, PayloadTooLarge, QueueFull, TetherError
+from tether.job import AttemptNote, Failure, Job, JobState, Outcome
+from tether.worker.intake import Bundle
 
 log = logging.getLogger(__name__)
 
@@ -30,45 +28,66 @@ _ANSWERED = 0
 
 
 class Redelivery:
-    """Works off redelivered bundles for one model instance."""
+    """What one model instance does with bundles that come again, or that it hands back."""
 
-    def __init__(self, bus: Bus, instance: ModelInstance) -> None:
+    def __init__(self, bus: Bus, model: str) -> None:
         self._bus = bus
-        self._instance = instance
-        self._results = BusResults(bus)
+        self._model = model
         self._notes = SignedBucket(bus, "attempts", MessageType.ATTEMPT)
 
-    async def work(self, bundle: Bundle) -> None:
-        """Run what has not ended yet, job by job, answering after each; then acknowledge."""
-        durable = bundle.delivery.lane.kind is LaneKind.JOB
-        ended = await self._results.find([job.id for job in bundle.jobs], scope=self._bus.scope) if durable else {}
-        for job in bundle.jobs:
-            if job.id not in ended:
-                await self._alone(bundle, job)
-        await bundle.delivery.ack()
+    async def is_suspect(self, bundle: Bundle) -> bool:
+        """Whether a worker may have died of this bundle: it came before, and its last holder did not hand it back."""
+        if bundle.delivery.attempt == 1:
+            return False
+        note = await self._stored(bundle.header.message_id)
+        harmless = note is not None and note.attempt == 0 and note.deliveries == bundle.delivery.attempt - 1
+        if not harmless:
+            metrics.REDELIVERED.labels(self._model).inc()
+        return not harmless
 
-    async def _alone(self, bundle: Bundle, job: Job) -> None:
+    async def began(self, bundle: Bundle) -> None:
+        """Note that a bundle begins that came for the first time, for those who ask for the state of its jobs."""
+        try:
+            await self._put(bundle.header.message_id, 1)
+        except TetherError as error:
+            log.info("not noted that a bundle began: %s", error, extra={"action": "note_lost", "code": error.code})
+
+    async def hand_back(self, bundle: Bundle) -> None:
+        """Let another worker have it at once. Without the note, its jobs would run one by one there."""
+        if not bundle.suspect:
+            try:
+                await self._put(bundle.header.message_id, 0, bundle.delivery.attempt)
+            except TetherError as error:
+                log.info("handed back without a note: %s", error, extra={"action": "note_lost", "code": error.code})
+        await bundle.delivery.give_back()
+
+    async def begin(self, bundle: Bundle, job: Job) -> int | Outcome | None:
+        """Before a job of a suspect bundle runs: the number of this attempt, which is noted; or its end, when it may not be tried
+        again; ``None`` when its caller has its answer."""
         last = await self._last_attempt(job)
         if last == _ANSWERED:
-            return
-        attempt = last + 1
-        if attempt > self._bus.settings.max_attempts:
-            outcome = await self._bury(bundle, job, attempt - 1)
-        else:
-            await self._note(job, attempt)
-            (outcome,) = await self._instance.run([job], attempt)
-        await self._instance.deliver([bundle], [outcome])
-        if bundle.delivery.lane.kind is LaneKind.INFER:
-            await self._note(job, _ANSWERED)
+            return None
+        if last >= self._bus.settings.max_attempts:
+            return await self._bury(bundle, job, last)
+        await self._put(job.id, last + 1)
+        return last + 1
 
-    async def _note(self, job: Job, attempt: int) -> None:
-        note = AttemptNote(attempt, self._bus.signer.name, self._bus.clock.utc())
-        await self._notes.put(self._bus.names.attempt_key(job.id, self._bus.scope), codec.encode(note))
+    async def answered(self, job: Job) -> None:
+        """The caller of a job of a suspect infer bundle has its answer: no other worker need run it."""
+        await self._put(job.id, _ANSWERED)
+
+    async def _put(self, of: str, attempt: int, deliveries: int = 0) -> None:
+        note = AttemptNote(attempt, self._bus.signer.name, self._bus.clock.utc(), deliveries)
+        await self._notes.put(self._bus.names.attempt_key(of, self._bus.scope), codec.encode(note))
+
+    async def _stored(self, of: str) -> AttemptNote | None:
+        stored = await self._notes.get(self._bus.names.attempt_key(of, self._bus.scope))
+        return None if stored is None else codec.decode(stored, AttemptNote)
 
     async def _last_attempt(self, job: Job) -> int:
         """The first try was in the bundle; after that, the last note says it."""
-        stored = await self._notes.get(self._bus.names.attempt_key(job.id, self._bus.scope))
-        return 1 if stored is None else codec.decode(stored, AttemptNote).attempt
+        note = await self._stored(job.id)
+        return 1 if note is None else note.attempt
 
     async def _bury(self, bundle: Bundle, job: Job, attempts: int) -> Outcome:
         """Store the dead letter, with the original frame inside, before the job is told to be dead."""

@@ -1,0 +1,70 @@
+"""Jobs in a worker's hands, without a broker: deliveries of any lane, and a queue that is worked off on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from tether.bus.connection import Bus
+from tether.bus.pull import BusDelivery
+from tether.clock import SystemClock
+from tether.envelope import Header
+from tether.errors import Unavailable
+from tether.job import Job, Lane, LaneKind, Outcome, Priority
+from tether.ports import Runtime
+from tether.worker import batching
+from tether.worker.copies import Copies, Generation
+from tether.worker.intake import Bundle
+from tether.worker.runs import Runs
+from tether.worker.turns import RunQueue, Ticket
+
+LANES = (
+    Lane(LaneKind.INFER, "m", 1),
+    *[Lane(LaneKind.JOB, "m", 1, priority=level) for level in (Priority.HIGH, Priority.NORMAL, Priority.LOW)],
+)
+"""By level."""
+
+
+@dataclass
+class _Message:
+    subject: str = "lane"
+    data: bytes = b""
+    reply: str = "$JS.ACK.s.c.1.1.1.1.0"
+    headers: dict[str, str] | None = None
+
+
+def bundle(level: int, jobs: Sequence[Job]) -> Bundle:
+    """A verified message of a lane that nobody can settle."""
+    delivery = BusDelivery(cast("Bus", None), LANES[level], _Message())
+    return Bundle(delivery, cast("Header", None), list(jobs))
+
+
+def put(queue: RunQueue, level: int, *jobs: Job, alone: bool = False) -> Bundle:
+    """Jobs that came in one message, in the queue."""
+    made = bundle(level, jobs)
+    for job in jobs:
+        queue.add(Ticket(job, made, alone=alone))
+    return made
+
+
+async def _nothing() -> Generation:
+    raise Unavailable("there is no model")
+
+
+def work_off(queue: RunQueue, model: Runtime, limit: int) -> tuple[list[Outcome], str]:
+    """Run everything in order, as a worker does: how each job ended, and what showed that rows were not kept apart."""
+    found: list[str] = []
+    clock = SystemClock()
+    runs = Runs("worker-1", clock, "m", Copies(_nothing, clock), mixed=found.append)
+    outcomes: list[Outcome] = []
+    while queue:
+        level = next(level for level in queue.order(0.0) if queue.has(level))
+        turn = queue.take(level, 0 if found else limit, 0.0)
+        ends, again = runs.ends(turn, batching.run(model, turn.run), 1.0, 2.0)
+        outcomes += [end.outcome for end in ends if end.outcome is not None]
+        for end in ends:
+            queue.remove(lambda ticket: ticket is end.ticket)  # noqa: B023
+        for ticket in again:
+            queue.again(ticket)
+    return outcomes, found[0] if found else ""
