@@ -5,21 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import models
 import pytest
 from brokers import Broker, wait_until
-from services import row, services
+from services import TENANT, new_job, row, services
 from shipped import Node, nodes, running
 
 from tether.bus.certificates import make_certificates
 from tether.bus.config import CLUSTER
 from tether.bus.connection import Bus
+from tether.bus.pull import COLD_S
 from tether.bus.server import Binary
 from tether.bus.topology import ensure_streams, streams
+from tether.errors import BrokerUnavailable
+from tether.gateway_http.catalog import Served
 from tether.home import Home
+from tether.job import Priority
+from tether.model import ModelRef
 from tether.settings import Settings
 
 pytestmark = pytest.mark.slow
@@ -74,3 +79,56 @@ async def test_waiting_callers_are_answered_when_the_server_with_the_infer_strea
         assert (await platform.infer(served, row(9.0)))[0, 0] == 10.0
         assert await holder(bus, made) is other
     assert "STREAM.INFO" not in "".join(record.message for record in caplog.records if record.levelno >= logging.ERROR)
+
+
+async def test_jobs_of_a_resting_lane_run_soon_after_the_leader_of_its_consumer_was_killed(
+    home: Home, nats_binary: Binary, tmp_path: Path
+) -> None:
+    async with cluster(home, nats_binary, tmp_path) as (broker, made), services(broker, workers=1) as platform:
+        assert platform.dispatcher is not None
+        served = await platform.push("bump", models.add(1.0))
+        bus = platform.dispatcher._bus
+        lane = served.job_lane(Priority.NORMAL)
+        consumer = f"{bus.names.lane_stream(lane)}.{bus.names.lane_consumer(lane)}"
+
+        async def leader() -> str:
+            with suppress(BrokerUnavailable):
+                info = await bus.api(f"CONSUMER.INFO.{consumer}", timeout=1)
+                return str(info["cluster"].get("leader", ""))
+            return ""
+
+        async def elsewhere() -> bool:
+            """The lane's consumer is led by a server that has neither the infer stream nor the worker's connection."""
+            now = await leader()
+            if now:
+                node = made[CLUSTER.index(now)]
+                connected = platform.workers[0]._bus._client.connected_url.port
+                if node is not await holder(bus, made) and node.client != connected:
+                    return True
+            with suppress(BrokerUnavailable):
+                await bus.api(f"CONSUMER.LEADER.STEPDOWN.{consumer}", {}, timeout=1)
+            return False
+
+        await wait_until(elsewhere, "the leaders are on two servers", 60)
+        (pull,) = [
+            pull for pull in platform.workers[0].holder._held[served_ref(served)].instance._pulls if pull.lane == lane
+        ]
+        pull._expiry_s = COLD_S
+        pull._begin_anew()
+        await wait_until(lambda: pull._outstanding > 0 and pull._slowest_s == 15.0, "the lane rests")
+        made[CLUSTER.index(await leader())].kill()
+        jobs: list[str] = []
+
+        async def accepted() -> bool:
+            with suppress(BrokerUnavailable):
+                shown = await platform.gateway.jobs.submit(TENANT, [new_job(served, row(1.0), key="once")])
+                jobs.extend(job["id"] for job in shown)
+            return bool(jobs)
+
+        await wait_until(accepted, "the job is accepted", 30)
+        (shown,) = await platform.gateway.jobs.get_many(TENANT, jobs, 15.0)
+        assert shown["state"] == "succeeded"
+
+
+def served_ref(served: Served) -> ModelRef:
+    return ModelRef(served.manifest.name, served.manifest.version)
