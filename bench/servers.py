@@ -95,15 +95,16 @@ def bare_fastapi(parser: Literal["h11", "httptools"]) -> Iterator[Server]:
             process.wait()
 
 
-def tether(folder: Path, *words: str) -> None:
-    """Run a ``tether`` command on the data directory ``folder``.
+def tether(folder: Path, *words: str, **settings: str) -> None:
+    """Run a ``tether`` command on the data directory ``folder``; ``settings`` other than the default, in lower case.
 
     Raises:
         RuntimeError: it failed; the message has what it wrote.
     """
     command = [sys.executable, "-m", "tether_cli", *words, "--data-dir", str(folder)]
+    own = {f"TETHER_{name.upper()}": value for name, value in settings.items()}
     done = subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=120, check=False
+        command, cwd=folder, env=environment() | own, capture_output=True, text=True, timeout=120, check=False
     )
     if done.returncode != 0:
         logs = "\n".join(f"{path.name}: {path.read_text()[-1500:]}" for path in (folder / "logs").glob("*.log"))
@@ -111,11 +112,11 @@ def tether(folder: Path, *words: str) -> None:
 
 
 @contextmanager
-def tether_platform(workers: int = 2) -> Iterator[Server]:
-    """The whole platform with the digits model pushed; gone when the block ends."""
+def tether_platform(workers: int = 2, **settings: str) -> Iterator[Server]:
+    """The whole platform with the digits model pushed; gone when the block ends. ``settings`` as for :func:`tether`."""
     folder = Path(tempfile.mkdtemp(prefix="tether-bench-"))
     try:
-        tether(folder, "up", "--detach", "--http", "127.0.0.1:0", "--workers", str(workers))
+        tether(folder, "up", "--detach", "--http", "127.0.0.1:0", "--workers", str(workers), **settings)
         home = Home.at(str(folder))
         url = msgspec.json.decode(home.endpoints.read_bytes())["http"]
         server = Server(url, home.admin_key.read_text().strip(), home)

@@ -73,7 +73,8 @@ def _absent(reason: str) -> None:
 
 @contextlib.asynccontextmanager
 async def embedded(home: Home, binary: Binary, **changes: Any) -> AsyncIterator[Broker]:
-    settings = Settings(home=str(home.root), **changes)
+    # nobody pulls the plug of a test, and a disk that is shared syncs slowly
+    settings = Settings(**{"home": str(home.root), "durability": "fast", **changes})
     async with EmbeddedServer(home, settings, binary=binary) as server:
         yield Broker(home, dataclasses.replace(settings, nats_url=server.url), server.monitor, server)
 

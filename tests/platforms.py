@@ -22,13 +22,15 @@ from tether.processes import alive, send
 ROOT = Path(__file__).parents[1]
 
 NO_MORE: Mapping[str, str] = MappingProxyType({})
+FAST: Mapping[str, str] = MappingProxyType({"TETHER_DURABILITY": "fast"})
+"""Nobody pulls the plug of a test, and a disk that is shared syncs slowly."""
 
 
 def environment(home: Home, more: Mapping[str, str] = NO_MORE) -> dict[str, str]:
     """This process's environment with the sources importable and ``home`` as the data directory."""
     found = {name: value for name, value in os.environ.items() if not name.startswith("TETHER_")}
     paths = [str(ROOT), str(ROOT / "cli"), *filter(None, [found.get("PYTHONPATH")])]
-    return {**found, "PYTHONPATH": os.pathsep.join(paths), "TETHER_HOME": str(home.root), **more}
+    return {**found, "PYTHONPATH": os.pathsep.join(paths), "TETHER_HOME": str(home.root), **FAST, **more}
 
 
 def command(*words: str) -> list[str]:

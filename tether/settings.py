@@ -61,7 +61,7 @@ class Settings:
         choices=("off", "on"),
     )
     durability: str = _setting(
-        "fast",
+        "durable",
         "Embedded broker: 'fast' syncs to disk every second, 'durable' before every acknowledgement.",
         choices=("fast", "durable"),
     )
