@@ -117,6 +117,16 @@ LANES_MADE_AGAIN = Counter(
     ["reason"],
 )
 JOBS_OPEN = Gauge("tether_jobs_open", "Accepted durable jobs that have not ended, as the dispatcher counts them.")
+JOBS_FORGOTTEN = Counter(
+    "tether_jobs_forgotten_total",
+    "Ended durable jobs that the dispatcher removed, by why: age (result_ttl_s), room (earlier, because a store was full).",
+    ["reason"],
+)
+JOB_STORE_USED = Gauge(
+    "tether_job_store_used_ratio",
+    "How full what keeps durable jobs is: records, results. Ended jobs make room from 0.8 on.",
+    ["store"],
+)
 JOBS_SWEPT = Counter(
     "tether_jobs_swept_total",
     "Durable jobs that the dispatcher found in no lane and without a result, and ended as failed (lost), and records of jobs "

@@ -53,7 +53,7 @@ class JobQueue(Protocol):
 class ResultLog(Protocol):
     """How durable jobs ended: one entry a job, the first one wins."""
 
-    async def commit(self, job: str, frame: bytes, *, scope: str = SHARED, deadline: float | None = None) -> bool:
+    async def commit(self, job: str, frame: bytes, *, scope: str = SHARED) -> bool:
         """Store the end of a job; False when the job had already ended."""
 
     async def find(self, jobs: Sequence[str], *, scope: str = SHARED) -> dict[str, bytes]:

@@ -141,7 +141,12 @@ class Settings:
         4.0, "How long a job may wait for company while others are in flight, or just were.", low=0, high=1000
     )
     job_deadline_s: float = _setting(86400.0, "Deadline of a durable job that names none.", low=1, high=30 * 86400)
-    result_ttl_s: float = _setting(86400.0, "How long results and job records are kept.", low=60, high=365 * 86400)
+    result_ttl_s: float = _setting(
+        86400.0,
+        "How long a durable job and its result are kept after its end; less when there is no room for it.",
+        low=60,
+        high=365 * 86400,
+    )
 
     infer_ack_wait_s: float = _setting(
         1.5, "A synchronous bundle is redelivered after this long without a sign.", low=0.5, high=60

@@ -12,12 +12,11 @@ from brokers import wait_until
 from services import TENANT, Services, new_job, row
 
 from tether import codec, oip
-from tether.bus.connection import Bus
 from tether.envelope import MessageType
 from tether.errors import BadTensor, IdempotencyConflict, QueueFull, TetherError
 from tether.gateway_http import core
 from tether.gateway_http.catalog import Served
-from tether.job import Priority, new_job_id, record_key
+from tether.job import Priority, new_job_id
 from tether.tensor import to_numpy
 
 
@@ -32,25 +31,6 @@ async def ended(running: Services, job: str) -> dict[str, Any]:
 def output(job: dict[str, Any]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     (tensor,) = oip.tensors_from_json(job["result"]["outputs"])
     return to_numpy(tensor)
-
-
-async def kept_s(bus: Bus, stream: str, subject: str) -> int:
-    stored = await bus.direct_get(stream, subject)
-    assert stored is not None
-    return int(stored.headers["Nats-TTL"])
-
-
-@pytest.mark.parametrize("end", ["succeeded", "cancelled"])
-async def test_how_a_job_ended_is_kept_longer_than_its_record(one: Services, end: str) -> None:
-    served = await bump(one)
-    if end == "cancelled":
-        await one.workers[0].holder.stop(1)
-    (job,) = await one.gateway.jobs.submit(TENANT, [new_job(served, row(1), deadline_s=7 * 86400)])
-    shown = await (one.gateway.jobs.cancel(TENANT, job["id"]) if end == "cancelled" else ended(one, job["id"]))
-    assert shown["state"] == end
-    names = one.bus.names
-    record = await kept_s(one.bus, names.bucket_stream("jobs"), names.bucket_key("jobs", record_key(job["id"])))
-    assert await kept_s(one.bus, names.results_stream, names.result(job["id"])) > record
 
 
 async def test_a_job_whose_lane_was_full_is_queued_when_its_key_comes_again(

@@ -183,6 +183,13 @@ class Bus(Link):
             if complete or not got:
                 return
 
+    async def direct_page(
+        self, stream: str, subjects: str, *, start: int, batch: int, max_bytes: int, timeout: float = 5.0
+    ) -> list[Stored]:
+        """The next messages of ``stream`` from the sequence ``start`` on: at most ``batch`` of them, and about ``max_bytes``."""
+        request = {"batch": batch, "seq": start, "next_by_subj": subjects, "max_bytes": max_bytes}
+        return (await self._batch(stream, request, timeout))[0]
+
     async def _batch(self, stream: str, request: object, timeout: float) -> tuple[list[Stored], bool]:
         subject, payload = f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(request)
         collected: list[Message] = []

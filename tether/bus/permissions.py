@@ -77,6 +77,7 @@ def _gateway(names: Names, inbox: str) -> Permissions:
             *_keys(names, "jobs", "apikeys", "keyuse", "tenants", "tenantkeys"),
             *_objects(names),
             "$JS.API.DIRECT.GET.*",
+            "$JS.API.STREAM.INFO.*",
             *_read_last(names, "jobs", "attempts", "models", "aliases", "routes", "apikeys", "keyuse", "tenants"),
             *_read_last(names, "configs", "notes", "tenantkeys", "modelkeys", "liveness", "keyset", "leases"),
             f"$JS.API.DIRECT.GET.*.{names.prefix}.result.>",

@@ -9,9 +9,6 @@ from tether.bus.connection import Bus, Stored
 from tether.errors import ResultConflict
 from tether.job import SHARED, Lane
 
-RESULT_MARGIN_S = 120
-"""A result is kept this much longer than the record of its job: clocks differ, and storing takes time."""
-
 
 class BusQueue:
     """Puts bundles into lanes."""
@@ -46,18 +43,14 @@ class BusResults:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
 
-    async def commit(self, job: str, frame: bytes, *, scope: str = SHARED, deadline: float | None = None) -> bool:
+    async def commit(self, job: str, frame: bytes, *, scope: str = SHARED) -> bool:
         """Store how a job ended; False when it had already ended.
 
-        It outlives the job's record, which is kept until ``deadline`` (UTC seconds) and ``result_ttl_s`` are over:
-        a job whose end were forgotten first would end a second time. Without a deadline it is kept the longest.
+        It outlives the job's record (the dispatcher removes that first, and the stream keeps its messages for longer): a job
+        whose end were forgotten first would end a second time.
         """
-        headers: dict[str, str] = {}
-        if deadline is not None:
-            left = max(0.0, deadline - self._bus.clock.utc())
-            headers["Nats-TTL"] = str(math.ceil(left + self._bus.settings.result_ttl_s) + RESULT_MARGIN_S)
         try:
-            await self._bus.publish_acked(self._bus.names.result(job, scope), frame, headers=headers)
+            await self._bus.publish_acked(self._bus.names.result(job, scope), frame)
         except ResultConflict:
             return False
         return True

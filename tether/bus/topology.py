@@ -11,7 +11,6 @@ from typing import Any
 from tether import metrics
 from tether.bus.connection import Bus
 from tether.bus.errors import JetStreamError
-from tether.bus.queue import RESULT_MARGIN_S
 from tether.errors import BrokerUnavailable, QueueFull, TetherError
 from tether.job import LONGEST_DEADLINE_S, SHARED, Lane, LaneKind, Priority
 from tether.settings import Settings
@@ -28,6 +27,11 @@ BOUNDED_BUCKETS = ("jobs", "attempts", "liveness")
 
 DUPLICATES_S = 30
 """How long an infer stream knows a message by its id."""
+JOBS, RESULTS, RECORDS, DEAD, NOTES = 8, 9, 6, 2, 1
+"""How many 64ths of the disk each of these stores may use. A small job takes about 570 bytes of records and 450 of results."""
+
+RESULT_MARGIN_S = 120
+"""A result may be kept this much longer than the record of its job."""
 
 STREAM_NOT_FOUND = 10059
 PRIORITY_GROUP = "lane"
@@ -43,17 +47,18 @@ def streams(names: Names, settings: Settings) -> list[dict[str, Any]]:
     audit = _audit_mb(settings) * _MB
     disk = _rest(settings)
     infer = [_infer(names, shard, memory // (2 * names.infer_shards)) for shard in range(names.infer_shards)]
-    jobs = [_jobs(names, shard, disk // (8 * names.job_shards), settings) for shard in range(names.job_shards)]
+    jobs = [_jobs(names, shard, disk * JOBS // (64 * names.job_shards), settings) for shard in range(names.job_shards)]
     buckets = [_bucket(names, name, settings) for name in BUCKETS if name not in BOUNDED_BUCKETS]
+    notes_ns = int(settings.result_ttl_s * NANOSECONDS)
     return [
         *infer,
         *jobs,
-        _results(names, SHARED, disk // 8, settings),
-        _dead(names, disk // 16, settings),
+        _results(names, SHARED, disk * RESULTS // 64, settings),
+        _dead(names, disk * DEAD // 64, settings),
         _audit(names, audit, settings),
         *buckets,
-        _bucket(names, "jobs", settings, max_bytes=disk // 16),
-        _bucket(names, "attempts", settings, max_bytes=disk // 32, max_age=int(settings.result_ttl_s * NANOSECONDS)),
+        _bucket(names, "jobs", settings, max_bytes=disk * RECORDS // 64, max_age=_longest_ns(settings)),
+        _bucket(names, "attempts", settings, max_bytes=disk * NOTES // 64, max_age=notes_ns, discard="old"),
         _bucket(names, "liveness", settings, storage="memory", max_bytes=memory // 16, max_age=60 * NANOSECONDS),
         *(_objects(names, bucket, settings) for bucket in names.chunk_buckets()),
     ]
@@ -110,6 +115,11 @@ def _jobs(names: Names, shard: int | str, max_bytes: int, settings: Settings) ->
     }
 
 
+def _longest_ns(settings: Settings) -> int:
+    """How long the record of a job is kept that ends as late as it may, where no dispatcher removes it."""
+    return int((LONGEST_DEADLINE_S + settings.result_ttl_s) * NANOSECONDS)
+
+
 def _results(names: Names, scope: str, max_bytes: int, settings: Settings) -> dict[str, Any]:
     return {
         "name": names.scope_results_stream(scope),
@@ -125,8 +135,8 @@ def _results(names: Names, scope: str, max_bytes: int, settings: Settings) -> di
         "discard": "new",
         "discard_new_per_subject": True,
         "max_msgs_per_subject": 1,
-        # each result has a time to live of its own; this is for those without
-        "max_age": int((LONGEST_DEADLINE_S + settings.result_ttl_s) * NANOSECONDS) + RESULT_MARGIN_S * NANOSECONDS,
+        # the dispatcher removes them long before
+        "max_age": _longest_ns(settings) + RESULT_MARGIN_S * NANOSECONDS,
         "max_bytes": max_bytes,
         "allow_direct": True,
         "allow_msg_ttl": True,
@@ -140,7 +150,8 @@ def _dead(names: Names, max_bytes: int, settings: Settings) -> dict[str, Any]:
         "subjects": [names.dead_subjects()],
         "storage": "file",
         "retention": "limits",
-        "discard": "new",
+        # the newest are those that somebody still looks for
+        "discard": "old",
         "max_age": 30 * 86400 * NANOSECONDS,
         "max_bytes": max_bytes,
         "allow_direct": True,
@@ -167,14 +178,21 @@ def _audit(names: Names, max_bytes: int, settings: Settings) -> dict[str, Any]:
 
 
 def _bucket(
-    names: Names, name: str, settings: Settings, *, storage: str = "file", max_bytes: int = -1, max_age: int = 0
+    names: Names,
+    name: str,
+    settings: Settings,
+    *,
+    storage: str = "file",
+    max_bytes: int = -1,
+    max_age: int = 0,
+    discard: str = "new",
 ) -> dict[str, Any]:
     return {
         "name": names.bucket_stream(name),
         "subjects": [names.bucket_key(name, ">")],
         "storage": storage,
         "retention": "limits",
-        "discard": "new",
+        "discard": discard,
         "max_msgs_per_subject": 1,
         "max_bytes": max_bytes,
         "max_age": max_age,

@@ -28,6 +28,7 @@ from tether.dispatcher.infer_streams import InferStreams
 from tether.dispatcher.lane_check import LaneCheck
 from tether.dispatcher.lanes import Lanes
 from tether.dispatcher.levels import Levels
+from tether.dispatcher.retention import Retention
 from tether.dispatcher.scopes import Scopes
 from tether.dispatcher.steps import Steps
 from tether.dispatcher.streams import Streams
@@ -75,6 +76,7 @@ class Dispatcher:
         self.infer = InferStreams(bus, self._routes, on_made=self.lanes.begin_anew, on_change=self._changed.set)
         self.decided = Decided(bus, self._changed.set)
         self.ended = EndedVersions(bus)
+        self.retention = Retention(bus)
         self._levels = Levels()
         self._findings = Findings()
         self.crew = Crew(bus.settings.worker_timeout_s, bus.settings.max_instances)
@@ -363,6 +365,7 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Dispatcher]:
         lanes = LaneCheck(bus)
         tasks.spawn(lanes.run(), "lane-check")
         await stack.enter_async_context(sweeping(bus, lanes, tasks))
+        tasks.spawn(dispatcher.retention.run(), "retention")
         yield dispatcher
 
 

@@ -237,7 +237,7 @@ class Sweeper:
         outcome = Outcome(job, JobState.FAILED, (), failure, 0, self._bus.signer.name, 0.0, now)
         subject = self._bus.names.result(job, record.scope)
         frame = self._bus.signer.seal(MessageType.RESULT, subject, codec.encode_outcomes([outcome]), jobs=(job,))
-        if await self._results.commit(job, frame, scope=record.scope, deadline=record.deadline):
+        if await self._results.commit(job, frame, scope=record.scope):
             metrics.JOBS_SWEPT.labels("lost").inc()
             metrics.JOBS_FINISHED.labels(record.model, outcome.state.value).inc()
             extra = {"action": "job_lost", "job_id": job, "tenant": record.tenant, "model": record.model}

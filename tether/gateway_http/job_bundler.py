@@ -19,9 +19,10 @@ from tether.bus.connection import Bus
 from tether.bus.patience import Patience
 from tether.bus.queue import BusQueue
 from tether.envelope import MessageType
-from tether.errors import BrokerUnavailable, TetherError
+from tether.errors import BrokerUnavailable, QueueFull, TetherError
 from tether.gateway_http.fair import FairQueue
 from tether.gateway_http.job_records import Entered, Records
+from tether.gateway_http.job_stores import JobStores
 from tether.job import Job, JobRecord, Lane, new_job_id
 from tether.lifecycle import Tasks
 
@@ -50,12 +51,15 @@ _Waiting = tuple[Submission, "asyncio.Future[Entered | None]"]
 class JobBundler:
     """The jobs of every lane that have not been stored yet."""
 
-    def __init__(self, bus: Bus, tasks: Tasks, weight: Callable[[str], float], records: Records) -> None:
+    def __init__(
+        self, bus: Bus, tasks: Tasks, weight: Callable[[str], float], records: Records, *, stores: JobStores
+    ) -> None:
         self._bus = bus
         self._tasks = tasks
         self._weight = weight
         self._queue = BusQueue(bus)
         self._records = records
+        self._stores = stores
         self._pending: dict[Lane, FairQueue[_Waiting]] = {}
         self._storing: set[Lane] = set()
 
@@ -124,6 +128,12 @@ class JobBundler:
         return await patience.until_done(lambda: self._records.accept(claim))
 
     async def _enter_one(self, item: Submission, bundle: str) -> Entered | None:
+        try:
+            return await self._stores.until_room(partial(self._put, item, bundle))
+        except QueueFull as full:
+            raise self._stores.records_full() from full
+
+    async def _put(self, item: Submission, bundle: str) -> Entered | None:
         if item.key:
             return await self._records.claim(item.record, bundle, item.after)
         return await self._records.enter(item.record, bundle)
@@ -139,7 +149,11 @@ class JobBundler:
             tenant=lane.tenant,
         )
         metrics.BUNDLE_JOBS.labels(lane.kind.value).observe(len(jobs))
-        await patience.until_done(lambda: self._queue.enqueue(lane, frame, message_id=bundle, ttl_s=None, timeout=5.0))
+        queue = partial(self._queue.enqueue, lane, frame, message_id=bundle, ttl_s=None, timeout=5.0)
+        try:
+            await patience.until_done(queue)
+        except QueueFull as full:
+            raise self._stores.queue_full() from full
 
 
 async def _all(steps: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -40,7 +40,7 @@ class JobEnds:
 
     async def _commit(self, record: JobRecord, frame: bytes) -> bool:
         """Safe to repeat: an earlier try whose answer was lost counts as this one."""
-        if await self._results.commit(record.id, frame, scope=record.scope, deadline=record.deadline):
+        if await self._results.commit(record.id, frame, scope=record.scope):
             return True
         found = await self._results.find([record.id], scope=record.scope)
         return found.get(record.id) == frame

@@ -130,15 +130,8 @@ class Records:
     async def _put(self, record: JobRecord, *, expected: int | None = None) -> int:
         subject = self.raw.subject(record.key)
         frame = self._bus.signer.seal(MessageType.RECORD, subject, codec.encode_record(record))
-        headers = {"Nats-TTL": str(self._ttl_s(record))}
-        if expected is not None:
-            headers["Nats-Expected-Last-Subject-Sequence"] = str(expected)
+        headers = None if expected is None else {"Nats-Expected-Last-Subject-Sequence": str(expected)}
         return (await self._bus.publish_acked(subject, frame, headers=headers)).sequence
-
-    def _ttl_s(self, record: JobRecord) -> int:
-        """The longest it may stay; the dispatcher removes it earlier, when its job has ended long enough ago."""
-        left = max(0.0, record.deadline - self._bus.clock.utc())
-        return max(1, int(left + self._bus.settings.result_ttl_s) + 1)
 
 
 def accepted(record: JobRecord | None) -> bool:

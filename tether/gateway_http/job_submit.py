@@ -20,6 +20,7 @@ from tether.gateway_http.job_bundler import JobBundler, Submission
 from tether.gateway_http.job_ends import JobEnds, ids_of
 from tether.gateway_http.job_records import Entered, Held, Records
 from tether.gateway_http.job_room import JobRoom
+from tether.gateway_http.job_stores import JobStores
 from tether.gateway_http.tenants import Tenants
 from tether.job import (
     Failure,
@@ -87,7 +88,8 @@ class JobSubmitter:
         self._records = records
         self._room = room
         self._ends = JobEnds(bus)
-        self._bundler = JobBundler(bus, tasks, tenants.weight, records)
+        self._stores = JobStores(bus)
+        self._bundler = JobBundler(bus, tasks, tenants.weight, records, stores=self._stores)
 
     async def submit(self, tenant: str, requests: Sequence[NewJob]) -> list[Accepted]:
         """The records of the jobs in the order of ``requests``. When one is refused none of them is run, but for those
@@ -183,7 +185,11 @@ class JobSubmitter:
 
     async def _store(self, tenant: str, fresh: Mapping[int, Submission], patience: Patience) -> dict[int, Entered]:
         """Those that were stored and queued, all but those whose claim was lost."""
-        stored: dict[int, Entered] = {}
+        if not fresh:
+            return {}
+        streams = {self._bus.names.lane_stream(item.lane) for item in fresh.values()}
+        scope = next(iter(fresh.values())).record.scope
+        await self._stores.require(scope, streams)
         records = [item.record for item in fresh.values()]
         async with AsyncExitStack() as stack:
             await patience.until_done(lambda: stack.enter_async_context(self._room.hold(tenant, records)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -12,7 +12,7 @@ from tether.bus.connection import Bus
 from tether.bus.queue import BusResults
 from tether.envelope import MessageType
 from tether.errors import BrokerUnavailable, PayloadTooLarge, QueueFull, ResultTooLarge
-from tether.job import Failure, JobId, JobState, Outcome
+from tether.job import Failure, JobState, Outcome
 
 _RETRY_S = 0.25
 
@@ -58,13 +58,11 @@ class Answers:
             outcome, state=JobState.FAILED, outputs=(), error=Failure(error.code, error.message), sealed=None
         )
 
-    async def commit(self, model: str, outcomes: Sequence[Outcome], deadlines: Mapping[JobId, float]) -> None:
+    async def commit(self, model: str, outcomes: Sequence[Outcome]) -> None:
         """Store how durable jobs ended; returns when every one is stored or was refused as second."""
-        await asyncio.gather(
-            *[self._commit_one(model, self._fitting(outcome), deadlines.get(outcome.job)) for outcome in outcomes]
-        )
+        await asyncio.gather(*[self._commit_one(model, self._fitting(outcome)) for outcome in outcomes])
 
-    async def _commit_one(self, model: str, outcome: Outcome, deadline: float | None) -> None:
+    async def _commit_one(self, model: str, outcome: Outcome) -> None:
         scope = self._bus.scope
         subject = self._bus.names.result(outcome.job, scope)
         frame = self._bus.signer.seal(
@@ -72,14 +70,14 @@ class Answers:
         )
         while True:
             try:
-                first = await self._results.commit(outcome.job, frame, scope=scope, deadline=deadline)
+                first = await self._results.commit(outcome.job, frame, scope=scope)
             except (BrokerUnavailable, QueueFull):
                 await asyncio.sleep(_RETRY_S)
                 continue
             except PayloadTooLarge:
                 if not outcome.outputs and outcome.sealed is None:
                     raise
-                await self._commit_one(model, self._too_large(outcome), deadline)
+                await self._commit_one(model, self._too_large(outcome))
                 return
             if first:
                 metrics.JOBS_FINISHED.labels(model, outcome.state.value).inc()

@@ -148,7 +148,7 @@ class Intake:
         if bundles[0].durable:
             deadlines = {job.id: job.deadline for bundle in bundles for job in bundle.jobs}
             ends = [as_it_counts(outcome, deadlines.get(outcome.job, math.inf)) for outcome in outcomes]
-            await self._answers.commit(self._model, ends, deadlines)
+            await self._answers.commit(self._model, ends)
             return
         for outcome in outcomes:
             metrics.JOBS_FINISHED.labels(self._model, outcome.state.value).inc()

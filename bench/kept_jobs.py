@@ -1,0 +1,142 @@
+"""What a kept job costs the broker: bytes on its disk, and memory, for each of many jobs that have ended.
+
+Records, results and notes of attempts are stored as gateways and workers store them, at a steady rate in pieces, into a broker
+under the platform's own configuration; no model runs. Memory is the broker's resident set, taken when each piece is stored, so the
+growth from the second piece on does not count what it takes to begin. Run with ``python -m bench.kept_jobs``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import itertools
+import os
+import tempfile
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import msgspec
+import psutil
+import uvloop
+
+from tether import codec
+from tether.bus.connection import Bus
+from tether.bus.keys import create_home
+from tether.bus.queue import BusResults
+from tether.bus.server import EmbeddedServer
+from tether.bus.topology import ensure_platform
+from tether.envelope import MessageType
+from tether.gateway_http.job_records import Records
+from tether.home import Home
+from tether.job import (
+    JobId,
+    JobRecord,
+    JobState,
+    Outcome,
+    Priority,
+    idempotency_digest,
+    new_job_id,
+    new_keyed_job_id,
+)
+from tether.settings import Settings
+from tether.tensor import Tensor
+
+_AT_ONCE = 64
+_OUTPUT = Tensor("y", "FP32", (1, 4), bytes(16))
+
+
+class Cost(msgspec.Struct):
+    """Of one kept job. ``memory`` is bytes of the broker's resident set, the others bytes on disk."""
+
+    record: float
+    result: float
+    memory: float
+
+
+class _Keeper:
+    """Stores jobs as they are once they have ended."""
+
+    def __init__(self, gateway: Bus, worker: Bus) -> None:
+        self._gateway = gateway
+        self._worker = worker
+        self._records = Records(gateway)
+        self._results = BusResults(worker)
+        self._numbers = itertools.count()
+
+    async def keep(self, count: int, rate: float) -> None:
+        began = self._gateway.clock.monotonic()
+        for start in range(0, count, _AT_ONCE):
+            await asyncio.sleep(began + start / rate - self._gateway.clock.monotonic())
+            await asyncio.gather(*[self._job() for _ in range(min(_AT_ONCE, count - start))])
+
+    async def _job(self) -> None:
+        """Every other one under an Idempotency-Key, which is stored twice."""
+        number, now, bundle = next(self._numbers), self._gateway.clock.utc(), new_job_id()
+        key = idempotency_digest("acme", f"nightly-{number}") if number % 2 else ""
+        job = new_keyed_job_id(key) if key else new_job_id()
+        digest = os.urandom(32).hex() if key else ""
+        record = JobRecord(
+            job, "acme", "digits", 1, Priority.NORMAL, now, now + 86400, digest, "", "req-0123456789abcdef"
+        )
+        if key:
+            claim = await self._records.claim(record, bundle, 0)
+            if claim is None:
+                raise RuntimeError("a key of a fresh broker was taken")
+            await self._records.accept(claim.record)
+        else:
+            await self._records.enter(record, bundle)
+        await self._end(job, now)
+
+    async def _end(self, job: JobId, now: float) -> None:
+        outcome = Outcome(job, JobState.SUCCEEDED, (_OUTPUT,), None, 1, "worker-1", now, now)
+        subject, body = self._worker.names.result(job), codec.encode_outcomes([outcome])
+        frame = self._worker.signer.seal(MessageType.RESULT, subject, body, jobs=(job,), attempt=1)
+        await self._results.commit(job, frame)
+
+
+async def measure(home: Home, jobs: int, rate: float, *, pieces: int = 5) -> Cost:
+    """What each of ``jobs`` kept jobs costs a new broker in ``home``."""
+    settings = Settings(home=str(home.root))
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(EmbeddedServer(home, settings))
+        settings = dataclasses.replace(settings, nats_url=server.url)
+        dispatcher, gateway, worker = [
+            await stack.enter_async_context(Bus.connect(settings, home, name))
+            for name in ("dispatcher", "gateway", "worker-1")
+        ]
+        await ensure_platform(dispatcher, settings)
+        keeper, broker = _Keeper(gateway, worker), psutil.Process(server.pid)
+        sizes = []
+        for _ in range(pieces):
+            await keeper.keep(jobs // pieces, rate)
+            sizes.append(broker.memory_info().rss)
+        names = dispatcher.names
+        states = [
+            (await dispatcher.api(f"STREAM.INFO.{stream}"))["state"]
+            for stream in (names.bucket_stream("jobs"), names.results_stream)
+        ]
+    record, result = (state["bytes"] / state["messages"] for state in states)
+    grown = (sizes[-1] - sizes[0]) / (jobs // pieces * (pieces - 1))
+    return Cost(record, result, grown)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=100_000)
+    parser.add_argument("--rate", type=float, default=500.0, help="jobs a second")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="tether-bench-") as folder:
+        home = Home.at(str(Path(folder)))
+        create_home(home, workers=1)
+        cost = uvloop.run(measure(home, given.jobs, given.rate))
+    print(
+        f"a job's record takes {cost.record:.0f} bytes on disk, its result {cost.result:.0f} with 16 bytes of outputs"
+    )
+    print(
+        f"the broker's memory grew by {cost.memory / 1000:.2f} MB for 1,000 kept jobs ({given.jobs} jobs, {given.rate:g} a second)"
+    )
+
+
+if __name__ == "__main__":
+    main()

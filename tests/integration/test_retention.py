@@ -1,0 +1,219 @@
+"""Ended jobs are forgotten after their time, and earlier when there is no room; open ones never."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import models
+import pytest
+from brokers import StartBroker, wait_until
+from services import TENANT, Services, new_job, row, services
+
+from tether import codec
+from tether.bus.topology import DEAD, JOBS, NOTES, RECORDS, RESULTS, scope_streams, streams
+from tether.dispatcher.retention import Retention
+from tether.envelope import MessageType
+from tether.errors import JobNotFound, QueueFull
+from tether.gateway_http.catalog import Served
+from tether.job import LONGEST_DEADLINE_S
+from tether.settings import Settings
+from tether.subjects import Names
+
+SMALL_MB = 256
+
+
+@pytest.fixture
+async def short(start_broker: StartBroker) -> AsyncIterator[Services]:
+    """Results are kept as briefly as may be."""
+    async with start_broker(result_ttl_s=60, max_file_mb=SMALL_MB) as broker, services(broker, workers=1) as running:
+        yield running
+
+
+async def submit(running: Services, served: Served, count: int, tenant: str = TENANT) -> list[str]:
+    jobs = await running.gateway.jobs.submit(tenant, [new_job(served, row(number)) for number in range(count)])
+    return [job["id"] for job in jobs]
+
+
+async def ended(running: Services, ids: list[str], tenant: str = TENANT) -> None:
+    for start in range(0, len(ids), 200):
+        jobs = await running.gateway.jobs.get_many(tenant, ids[start : start + 200], 30)
+        assert {job["state"] for job in jobs} == {"succeeded"}
+
+
+async def known(running: Services, ids: list[str], tenant: str = TENANT) -> list[str]:
+    """Those that are still told of."""
+    found = await running.gateway.jobs._records.find(ids)
+    return [job for job in ids if job in found and found[job].tenant == tenant]  # type: ignore[index]
+
+
+async def messages(running: Services, stream: str) -> int:
+    assert running.dispatcher is not None
+    return int((await running.dispatcher._bus.api(f"STREAM.INFO.{stream}"))["state"]["messages"])
+
+
+async def test_a_job_is_forgotten_result_ttl_s_after_its_end_and_not_before(
+    short: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its deadline, a day ahead, does not count."""
+    served = await short.push("bump", models.add())
+    ids = [job["id"] for job in await short.gateway.jobs.submit(TENANT, [new_job(served, row(1), deadline_s=86400)])]
+    await ended(short, ids)
+    await short.workers[0].holder.stop(1)
+    waiting = await submit(short, served, 1)
+    assert short.dispatcher is not None
+    retention, clock = short.dispatcher.retention, short.dispatcher._bus.clock
+    now = clock.utc
+    monkeypatch.setattr(clock, "utc", lambda: now() + 50)
+    await retention.round()
+    assert await known(short, ids) == ids
+    monkeypatch.setattr(clock, "utc", lambda: now() + 100)
+    await retention.round()
+    assert await known(short, ids) == []
+    with pytest.raises(JobNotFound):
+        await short.gateway.jobs.get(TENANT, ids[0])
+    assert await messages(short, short.bus.names.results_stream) == 0
+    await wait_until(lambda: left(short, 1), "nothing is left of its record")
+    assert await known(short, waiting) == waiting
+
+
+async def left(running: Services, count: int) -> bool:
+    return await messages(running, running.bus.names.bucket_stream("jobs")) == count
+
+
+async def tighten(running: Services, stream: str, most: int) -> None:
+    assert running.dispatcher is not None
+    bus = running.dispatcher._bus
+    config = (await bus.api(f"STREAM.INFO.{stream}"))["config"]
+    await bus.api(f"STREAM.UPDATE.{stream}", {**config, "max_bytes": most})
+
+
+async def used(running: Services, stream: str) -> int:
+    assert running.dispatcher is not None
+    return int((await running.dispatcher._bus.api(f"STREAM.INFO.{stream}"))["state"]["bytes"])
+
+
+@pytest.mark.parametrize("store", ["records", "results"])
+async def test_the_oldest_ends_make_room_and_open_jobs_never(one: Services, store: str) -> None:
+    assert one.dispatcher is not None
+    served = await one.push("bump", models.add())
+    waits = await one.push("waits", models.add())
+    idle = [job["id"] for job in await one.gateway.jobs.submit(TENANT, [new_job(waits, row(0)) for _ in range(20)])]
+    await ended(one, idle)
+    ids = [await submit(one, served, 100) for _ in range(5)]
+    for part in ids:
+        await ended(one, part)
+    stream = one.bus.names.results_stream if store == "results" else one.bus.names.bucket_stream("jobs")
+    await one.workers[0].holder.stop(1)
+    waiting = await submit(one, served, 30)
+    await tighten(one, stream, int(await used(one, stream) / 0.85))
+    await one.dispatcher.retention.round()
+    kept = await known(one, [job for part in ids for job in part])
+    assert kept == [job for part in ids for job in part][-len(kept) :]
+    assert 300 < len(kept) < 480
+    assert await known(one, waiting) == waiting
+    await ended(one, kept)
+
+
+async def test_ended_jobs_keep_a_share_when_open_ones_fill_the_records(short: Services) -> None:
+    """What has ended is still told of, and more jobs are refused with the bound's name."""
+    served = await short.push("bump", models.add())
+    records = short.bus.names.bucket_stream("jobs")
+    await tighten(short, records, 300_000)
+    ids = await submit(short, served, 30)
+    await ended(short, ids)
+    await short.workers[0].holder.stop(1)
+    with pytest.raises(QueueFull, match=r"records of durable jobs have no room: .* raise max_file_mb"):
+        await fill(short, served)
+    assert short.dispatcher is not None
+    await short.dispatcher.retention.round()
+    assert await known(short, ids) == ids
+    await ended(short, ids)
+
+
+async def fill(running: Services, served: Served) -> None:
+    for _ in range(20):
+        await submit(running, served, 50)
+
+
+async def test_submits_find_room_however_many_jobs_have_ended(short: Services) -> None:
+    """Four times as many jobs as the store of records takes, and nobody is refused."""
+    served = await short.push("bump", models.add())
+    records = short.bus.names.bucket_stream("jobs")
+    await tighten(short, records, 200_000)
+    for _ in range(12):
+        await ended(short, await submit(short, served, 100))
+    assert await used(short, records) < 200_000
+
+
+async def test_a_tenant_that_keeps_little_is_spared_when_another_ones_jobs_make_room(one: Services) -> None:
+    assert one.dispatcher is not None
+    served = await one.push("bump", models.add())
+    modest = await submit(one, served, 10, "modest")
+    await ended(one, modest, "modest")
+    flood = await submit(one, served, 400)
+    await ended(one, flood)
+    records = one.bus.names.bucket_stream("jobs")
+    await tighten(one, records, int(await used(one, records) / 0.85))
+    await one.dispatcher.retention.round()
+    assert await known(one, modest, "modest") == modest
+    assert 0 < len(await known(one, flood)) < 380
+
+
+async def test_records_of_homes_of_before_are_forgotten_too(short: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = await short.push("bump", models.add())
+    ids = await submit(short, served, 1)
+    await ended(short, ids)
+    records = short.gateway.jobs._records
+    (record,) = (await records.find(ids)).values()
+    subject = short.bus.names.bucket_key("jobs", record.id)
+    frame = short.bus.signer.seal(MessageType.RECORD, subject, codec.encode_record(record))
+    await short.bus.publish_acked(subject, frame)
+    stored = await short.bus.direct_get(records.raw.stream, records.raw.subject(record.key))
+    assert stored is not None
+    await records.raw.forget(record.key, stored.sequence)
+    assert await known(short, ids) == ids
+    assert short.dispatcher is not None
+    clock = short.dispatcher._bus.clock
+    now = clock.utc
+    monkeypatch.setattr(clock, "utc", lambda: now() + 100)
+    await short.dispatcher.retention.round()
+    assert await known(short, ids) == []
+
+
+async def test_two_dispatchers_forget_the_same_jobs_without_harm(
+    short: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = await short.push("bump", models.add())
+    ids = await submit(short, served, 300)
+    await ended(short, ids)
+    assert short.dispatcher is not None
+    bus = short.dispatcher._bus
+    now = bus.clock.utc
+    monkeypatch.setattr(bus.clock, "utc", lambda: now() + 100)
+    await asyncio.gather(short.dispatcher.retention.round(), Retention(bus).round())
+    assert await known(short, ids) == []
+    assert await messages(short, short.bus.names.results_stream) == 0
+
+
+def test_all_stores_together_fit_the_disk() -> None:
+    for megabytes in (256, 20480, 1 << 20):
+        settings, names = Settings(max_file_mb=megabytes), Names()
+        bounds = {
+            config["name"]: config["max_bytes"] for config in streams(names, settings) if config["storage"] == "file"
+        }
+        scopes = sum(
+            config["max_bytes"] for config in scope_streams(names, "a", settings) if config["storage"] == "file"
+        )
+        bounded = sum(most for most in bounds.values() if most > 0) + scopes * settings.isolated_tenants
+        assert bounded <= megabytes * (1 << 20) * 31 // 32
+    assert JOBS + RESULTS + RECORDS + DEAD + NOTES == 26
+
+
+async def test_a_stream_of_results_keeps_its_messages_longer_than_the_records_are(one: Services) -> None:
+    """An end that were forgotten before its record would make the job open again."""
+    assert one.dispatcher is not None
+    bus, names = one.dispatcher._bus, one.bus.names
+    records = (await bus.api(f"STREAM.INFO.{names.bucket_stream('jobs')}"))["config"]
+    results = (await bus.api(f"STREAM.INFO.{names.results_stream}"))["config"]
+    assert results["max_age"] > records["max_age"] > LONGEST_DEADLINE_S * 10**9
