@@ -121,9 +121,13 @@ async def test_a_job_that_runs_while_its_version_is_deleted_ends_on_it(one: Serv
     await wait_until(lambda: not any(pull._task for pull in pulls), "the worker asks for no more of its jobs")
     late = await submit(one, served, 3)
     assert await told(one, late) == {("failed", "model_not_found")}
-    assert (await one.gateway.jobs.get(TENANT, ids[0]))["state"] == "running"
+    await wait_until(lambda: is_running(one, ids[0]), "it is noted as running")
     gate.touch()
     assert await told(one, ids) == {("succeeded", "")}
+
+
+async def is_running(running: Services, job: str) -> bool:
+    return bool((await running.gateway.jobs.get(TENANT, job))["state"] == "running")
 
 
 async def test_a_dispatcher_goes_on_where_another_one_stopped_and_two_do_no_harm(broker: Broker) -> None:

@@ -16,7 +16,7 @@ from tether.dispatcher.retention import Retention
 from tether.envelope import MessageType
 from tether.errors import JobNotFound, QueueFull
 from tether.gateway_http.catalog import Served
-from tether.job import LONGEST_DEADLINE_S
+from tether.job import LONGEST_DEADLINE_S, record_key
 from tether.settings import Settings
 from tether.subjects import Names
 
@@ -217,3 +217,28 @@ async def test_a_stream_of_results_keeps_its_messages_longer_than_the_records_ar
     records = (await bus.api(f"STREAM.INFO.{names.bucket_stream('jobs')}"))["config"]
     results = (await bus.api(f"STREAM.INFO.{names.results_stream}"))["config"]
     assert results["max_age"] > records["max_age"] > LONGEST_DEADLINE_S * 10**9
+
+
+async def test_all_that_is_left_of_a_job_is_one_record_and_one_result(one: Services) -> None:
+    """Each message more would cost the broker memory for as long as the job is kept; so would a time to live of its own."""
+    served = await one.push("bump", models.add())
+    slow = await one.push("slow", models.looping(400_000), max_batch_size=1)
+    requests = [new_job(served, row(number), key=f"key-{number}" if number % 2 else "") for number in range(60)]
+    ids = [job["id"] for job in await one.gateway.jobs.submit(TENANT, [*requests, new_job(slow, row(1))])]
+    await ended(one, ids)
+    names = one.bus.names
+    kept = dict.fromkeys((names.bucket_stream("jobs"), names.results_stream), 61)
+    kept |= {names.bucket_stream("attempts"): 0, names.jobs_stream(0): 0, names.dead_stream: 0}
+    await wait_until(lambda: holds(one, kept), "nothing else is left")
+    for job in ids:
+        record = await one.bus.direct_get(names.bucket_stream("jobs"), names.bucket_key("jobs", record_key(job)))
+        result = await one.bus.direct_get(names.results_stream, names.result(job))
+        assert record is not None
+        assert result is not None
+        assert "Nats-TTL" not in {**record.headers, **result.headers}
+        assert len(record.data) < 600
+        assert len(result.data) < 500
+
+
+async def holds(running: Services, kept: dict[str, int]) -> bool:
+    return {stream: await messages(running, stream) for stream in kept} == kept

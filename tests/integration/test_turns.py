@@ -111,13 +111,17 @@ async def test_whoever_waits_beside_a_batch_waits_for_one_run(one: Services, gat
     assert gate.runs[4:] == list(range(1, 100)), "the batch goes on in its order"
 
 
+async def has_states(running: Services, ids: list[str], states: list[str]) -> bool:
+    return [job["state"] for job in await running.gateway.jobs.get_many(TENANT, ids, 0)] == states
+
+
 async def test_results_are_there_as_soon_as_each_run_has_ended(one: Services, gate: Gate) -> None:
     served = await gate.push(one)
     gate.hold(3)
     ids = await submit(one, served, range(5))
     await gate.began(3)
     assert await ended(one, ids[:3]) == [1, 1, 1]
-    assert {job["state"] for job in await one.gateway.jobs.get_many(TENANT, ids[3:], 0)} == {"running"}
+    await wait_until(lambda: has_states(one, ids[3:], ["running", "running"]), "the bundle is noted as running")
     gate.release(3)
     await ended(one, ids)
 
@@ -192,8 +196,8 @@ async def test_what_a_busy_worker_hands_back_is_joined_elsewhere_and_not_suspect
             ids += await submit(running, served, range(value, value + 1))
         await gate.began(1)
         await wait_until(lambda: handed_back() > before, "what waits is handed back")
-        states = [job["state"] for job in await running.gateway.jobs.get_many(TENANT, ids, 0)]
-        assert states == ["running"] + ["queued"] * 8
+        states = ["running"] + ["queued"] * 8
+        await wait_until(lambda: has_states(running, ids, states), "the first one is noted as running")
         await running.start_worker("worker-2")
         assert await ended(running, ids[1:]) == [2] * 8
         gate.release(1)

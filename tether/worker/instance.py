@@ -360,6 +360,7 @@ class ModelInstance:
         if not bundle.left:
             self._bundles.pop(bundle, None)
             await bundle.delivery.ack()
+            await self.redelivery.over(bundle)
             self._changed.set()
 
     def _abandon(self, bundle: Bundle) -> None:

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 class Bundle:
     """A verified delivery: the header, its jobs, and the right to settle it; and how far its jobs have come."""
 
-    __slots__ = ("begun", "delivery", "header", "jobs", "leaving", "left", "running", "suspect", "touched_at")
+    __slots__ = ("begun", "delivery", "header", "jobs", "leaving", "left", "noted", "running", "suspect", "touched_at")
 
     def __init__(self, delivery: BusDelivery, header: Header, jobs: list[Job]) -> None:
         self.delivery = delivery
@@ -41,6 +41,8 @@ class Bundle:
         """Jobs that have not ended."""
         self.running = 0
         self.begun = False
+        self.noted = False
+        """Whether a note says that it has begun."""
         self.leaving = False
         """Whether it is handed back as soon as none of its jobs runs."""
         self.suspect = False

@@ -10,18 +10,23 @@ the bundle's jobs are joined as if it came for the first time.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from contextlib import suppress
 
 from tether import codec, metrics
 from tether.bus.connection import Bus
-from tether.bus.kv import SignedBucket
+from tether.bus.kv import GONE, SignedBucket
 from tether.envelope import MessageType
-from tether.errors import AttemptsExhausted, PayloadTooLarge, QueueFull, TetherError
+from tether.errors import AttemptsExhausted, BrokerUnavailable, PayloadTooLarge, QueueFull, TetherError
 from tether.job import AttemptNote, Failure, Job, JobState, Outcome
 from tether.worker.intake import Bundle
 
 log = logging.getLogger(__name__)
 
+
+NOTED_S = 0.1
+"""A bundle that takes this long is noted."""
 
 _ANSWERED = 0
 """As the attempt of a job whose caller has its answer; infer lanes keep no results that would tell."""
@@ -46,7 +51,12 @@ class Redelivery:
         return not harmless
 
     async def began(self, bundle: Bundle) -> None:
-        """Note that a bundle begins that came for the first time, for those who ask for the state of its jobs."""
+        """Note that a bundle began that came for the first time, for those who ask for the state of its jobs; one that is over
+        at once needs no note."""
+        await asyncio.sleep(NOTED_S)
+        if not bundle.left or (bundle.leaving and not bundle.running):
+            return  # it is over, or was handed back with a note of its own
+        bundle.noted = True
         try:
             await self._put(bundle.header.message_id, 1)
         except TetherError as error:
@@ -75,6 +85,17 @@ class Redelivery:
     async def answered(self, job: Job) -> None:
         """The caller of a job of a suspect infer bundle has its answer: no other worker need run it."""
         await self._put(job.id, _ANSWERED)
+
+    async def over(self, bundle: Bundle) -> None:
+        """All jobs of an acknowledged bundle have ended: notes of it are needed no more. One that stays, because the broker did
+        not hear, goes with its age."""
+        again = bundle.delivery.attempt > 1
+        keys = [bundle.header.message_id] if again or bundle.noted else []
+        keys += [job.id for job in bundle.jobs] if bundle.suspect else []
+        for key in keys:
+            subject = self._notes.raw.subject(self._bus.names.attempt_key(key, self._bus.scope))
+            with suppress(BrokerUnavailable):
+                await self._bus.publish(subject, b"", headers=dict(GONE))
 
     async def _put(self, of: str, attempt: int, deliveries: int = 0) -> None:
         note = AttemptNote(attempt, self._bus.signer.name, self._bus.clock.utc(), deliveries)
