@@ -88,9 +88,9 @@ class Platform:
 
 
 @contextlib.contextmanager
-def platform(workers: int = 2, env: Mapping[str, str] = NO_MORE) -> Iterator[Platform]:
-    """Everything on free ports in a folder of its own; nothing of it is left afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="tether-test-"))
+def platform(workers: int = 2, env: Mapping[str, str] = NO_MORE, *, folder: Path | None = None) -> Iterator[Platform]:
+    """Everything on free ports in a folder of its own, or in ``folder``; nothing of it is left afterwards."""
+    folder = folder or Path(tempfile.mkdtemp(prefix="tether-test-"))
     home = Home.at(str(folder))
     running = Platform(home)
     pids: list[int] = []

@@ -23,6 +23,7 @@
     │   ├── QueueFull
     │   ├── RateLimited       the key or its tenant asks more often than it may
     │   ├── QuotaExceeded     the tenant has as much as it may have
+    │   ├── StorageFull       there is no room to store anything more: a disk, or a store's own bound
     │   ├── NoMemoryFolder    there is no place in memory for an encrypted model
     │   └── BrokerUnavailable
     ├── DeadlineExceeded
@@ -190,6 +191,15 @@ class RateLimited(Unavailable):
 
 class QuotaExceeded(Unavailable):
     code = "quota_exceeded"
+
+
+class StorageFull(Unavailable):
+    """Nothing was stored. The message says what is full, and how to make room in it."""
+
+    code = "storage_full"
+
+    def __init__(self, message: str, *, field: str | None = None, retry_after: float = 10.0) -> None:
+        super().__init__(message, field=field, retry_after=retry_after)
 
 
 class NoMemoryFolder(Unavailable):

@@ -35,8 +35,12 @@ def waits() -> dict[str, str]:
 
 
 def write_endpoint(home: Home, name: str, port: int) -> None:
-    """Say in ``run/<name>.json`` that this process is ``name`` and listens on ``port``."""
-    write_secret(home.run / f"{name}.json", json.dumps({"pid": os.getpid(), "port": port}).encode())
+    """Say in ``run/<name>.json`` that this process is ``name`` and listens on ``port``. On a full disk it goes unsaid: who
+    restarts a service has given it its port."""
+    try:
+        write_secret(home.run / f"{name}.json", json.dumps({"pid": os.getpid(), "port": port}).encode())
+    except OSError as error:
+        log.warning("cannot say where %s listens: %s", name, error, extra={"action": "endpoint_unwritten"})
 
 
 def stop_on_signals() -> asyncio.Event:

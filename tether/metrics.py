@@ -5,6 +5,8 @@ They register with prometheus_client's own registry once per process, and a proc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -15,6 +17,15 @@ BROKER_RECONNECTS = Counter("tether_broker_reconnects_total", "Times this proces
 PERMISSION_DENIED = Counter("tether_permission_denied_total", "Subjects the broker refused to this identity.")
 ENVELOPES_REJECTED = Counter(
     "tether_envelopes_rejected_total", "Messages that were not acted on, by the error's code.", ["code"]
+)
+
+DEPENDENCY_READY = Gauge(
+    "tether_dependency_ready",
+    "1 while a dependency of this service works, as /readyz says; 0 when it does not.",
+    ["dependency"],
+)
+BROKER_DISK_FREE = Gauge(
+    "tether_broker_disk_free_bytes", "Free bytes of the disk that the broker stores on, where this service can see it."
 )
 
 KEYSET_VERSION = Gauge("tether_keyset_version", "Version of the keyset that this process goes by.")
@@ -157,6 +168,12 @@ REPAIRED_PIECES = Counter(
 DAMAGED_PIECES = Gauge(
     "tether_damaged_pieces", "Pieces that a version names and that are missing or altered: alarm on any."
 )
+
+
+def dependencies(checks: Mapping[str, str]) -> None:
+    """Bring :data:`DEPENDENCY_READY` in line with what ``/readyz`` says: ``ok``, or what is wrong with a dependency."""
+    for name, state in checks.items():
+        DEPENDENCY_READY.labels(name).set(1 if state == "ok" else 0)
 
 
 def exposition() -> tuple[bytes, str]:

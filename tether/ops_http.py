@@ -117,6 +117,7 @@ def operations(checks: Checks) -> App:
 def answer(path: str, checks: Checks) -> tuple[int, str, bytes]:
     """The answer of an operations route: status, content type, body."""
     if path == "/metrics":
+        metrics.dependencies(checks())
         body, content_type = metrics.exposition()
         return 200, content_type, body
     if path == "/healthz":

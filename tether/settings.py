@@ -55,6 +55,21 @@ class Settings:
     nats_ca: str = _setting("", "File with the certificate of the authority that signed the broker's; asks for TLS.")
     nats_cert: str = _setting("", "File with this service's own certificate, where the broker wants one.")
     nats_key: str = _setting("", "File with the key of nats_cert; mode 0600.")
+    nats_monitor_url: str = _setting(
+        "",
+        "The broker's monitor, e.g. http://127.0.0.1:8222: services ask it whether the broker can store. 'tether up' sets it.",
+    )
+    nats_store_dir: str = _setting(
+        "",
+        "Folder that the broker stores in, where this service can see it: nothing more is taken in before its disk is full. "
+        "'tether up' sets it.",
+    )
+    store_reserve_mb: int = _setting(
+        512,
+        "Disk that is left free where the broker stores, for work in hand; at most a sixteenth of the disk, or 16 MB.",
+        low=0,
+        high=1 << 24,
+    )
     embedded_tls: str = _setting(
         "off",
         "Whether the embedded broker speaks TLS, with the certificates of 'tether init --tls'.",
@@ -242,6 +257,12 @@ class Settings:
     )
     scrub_mb_s: float = _setting(8.0, "Megabytes a second that such a pass reads at most.", low=0.1, high=10_000)
 
+    unresponsive_s: float = _setting(
+        30.0,
+        "A service or broker that has answered no health check for this long is restarted by 'tether up'; 0: never.",
+        low=0,
+        high=3600,
+    )
     workers: int = _setting(2, "Workers that 'tether up' starts.", low=1, high=256)
     model_stores: int = _setting(1, "Model stores that 'tether up' starts.", low=1, high=16)
     log_level: str = _setting("info", "Least severity that is logged.", choices=("debug", "info", "warning", "error"))

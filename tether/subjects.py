@@ -148,6 +148,18 @@ class Names:
             return None
         return None
 
+    # what gateways write to see that streams take messages; no lane, job or result has such a name
+
+    def infer_probe(self, shard: int | str) -> str:
+        return f"{self.prefix}.infer.{shard}.probe"
+
+    def jobs_probe(self, shard: int | str) -> str:
+        return f"{self.prefix}.job.{shard}.probe"
+
+    def result_probe(self, gateway: str) -> str:
+        """``gateway`` is one run of one gateway."""
+        return self.result(f"probe-{gateway}")
+
     # results, replies, dead letters
 
     def result(self, job: str, scope: str = SHARED) -> str:

@@ -159,6 +159,11 @@ def _print_status(found: dict[str, Any]) -> None:
     typer.echo()
     columns = ("name", "pid", "alive", "ready", "port", "restarts")
     print_table(columns, [[_word(row[column]) for column in columns] for row in found["processes"]])
+    for row in found["processes"]:
+        for what, reason in row["missing"].items():
+            typer.echo(f"{row['name']}: {what}: {reason}")
+        if row["restarted_because"]:
+            typer.echo(f"{row['name']} was restarted: {row['restarted_because']}")
     typer.echo()
     counts = ("messages", "bytes", "consumers")
     rows = [[row["name"], *(row[count] for count in counts)] for row in broker.get("streams", [])]
@@ -254,7 +259,10 @@ def _serve(main: Any, name: str, **overrides: Any) -> None:
                 f"{name} has no broker: give --nats, set TETHER_NATS_URL or start 'tether up' on {home.root}",
                 field="nats_url",
             )
-        settings = dataclasses.replace(settings, nats_url=running["nats"])
+        folder = settings.nats_store_dir if running["durability"] == "external" else str(home.nats_store)
+        settings = dataclasses.replace(
+            settings, nats_url=running["nats"], nats_monitor_url=running["monitor"], nats_store_dir=folder
+        )
     uvloop.run(main(settings))
 
 

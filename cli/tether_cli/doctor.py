@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import stat
 import sys
 import time
@@ -18,6 +17,8 @@ import msgspec
 from tether.bus.certificates import expires_at
 from tether.bus.connection import Bus
 from tether.bus.server import EmbeddedServer, check_server, find_server, show_version
+from tether.bus.storage import frozen_streams
+from tether.disk import look, shortage
 from tether.envelope import Role, open_keyset
 from tether.errors import ConfigError, KeysetError, NotFound, PermissionDenied, TetherError
 from tether.home import Home
@@ -58,8 +59,14 @@ def disk(home: Home, settings: Settings) -> Finding:
     folder = home.root
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free >> 20
+    room = look(folder)
+    if room is None:
+        return Finding("fail", f"disk: {folder} cannot be looked at", "see that it can be read")
+    free = room.free >> 20
     what = f"disk: {free} MB free under {home.root}"
+    if missing := shortage(room, settings.store_reserve_mb):
+        fix = f"make room: nothing new is stored there until then (it {missing}; store_reserve_mb)"
+        return Finding("fail", what, fix)
     if free < MIN_FREE_MB:
         return Finding("fail", what, f"free at least {MIN_FREE_MB} MB or choose another TETHER_HOME")
     if free < settings.max_file_mb:
@@ -146,7 +153,7 @@ async def broker(settings: Settings, home: Home) -> AsyncIterator[Finding]:
         async for finding in _examine_broker(settings, home, str(running["nats"]), str(running["monitor"])):
             yield finding
     elif settings.nats_url:
-        async for finding in _examine_broker(settings, home, settings.nats_url, ""):
+        async for finding in _examine_broker(settings, home, settings.nats_url, settings.nats_monitor_url):
             yield finding
     elif not home.keyset.exists():
         yield Finding("warn", "broker: not examined, there are no keys yet", "run 'tether init'")
@@ -169,7 +176,11 @@ async def _examine_broker(settings: Settings, home: Home, url: str, monitor: str
         async for finding in _examine_monitor(settings, monitor):
             yield finding
     else:
-        yield Finding("warn", "broker settings: not checked, the monitor of an external server is not known")
+        yield Finding(
+            "warn",
+            "broker settings: not checked, the monitor of an external server is not known",
+            "set nats_monitor_url",
+        )
     settings = dataclasses.replace(settings, nats_url=url)
     yield await _jetstream(settings, home)
     for role in Role:
@@ -183,6 +194,9 @@ async def _examine_monitor(settings: Settings, monitor: str) -> AsyncIterator[Fi
         yield Finding("fail", f"broker: {what}", fix)
     if not report.problems:
         yield Finding("ok", f"broker: nats-server {report.version}, JetStream on, acknowledgement format v1")
+    async with httpx.AsyncClient(trust_env=False) as http:
+        if frozen := await frozen_streams(http, monitor):
+            yield Finding("fail", f"storage: {frozen}", "make room; an embedded broker then restarts, restart another")
     if report.sync == "always":
         yield Finding("ok", "durability: durable, every write is synced before it is acknowledged")
     else:

@@ -9,11 +9,12 @@ import httpx
 
 from tether.bus.connection import Bus
 from tether.bus.server import check_server
+from tether.bus.storage import frozen_streams
 from tether.errors import TetherError
 from tether.home import Home
 from tether.processes import alive
 from tether.settings import Settings
-from tether_cli.supervisor import is_ready
+from tether_cli.supervisor import unready
 from tether_cli.up import is_locked, read_endpoints
 
 
@@ -38,26 +39,33 @@ async def _processes(found: dict[str, Any]) -> list[dict[str, Any]]:
     async with httpx.AsyncClient(trust_env=False, timeout=2) as http:
         for name, pid in found["pids"].items():
             port = found["ports"].get(name, 0)
+            missing = await _missing(http, found, name)
             rows.append(
                 {
                     "name": name,
                     "pid": pid,
                     "alive": alive(pid),
-                    "ready": await _ready(http, found, name),
+                    "ready": not missing,
+                    "missing": missing,
                     "port": port or None,
                     "restarts": found["restarts"].get(name, 0),
+                    "restarted_because": found.get("reasons", {}).get(name, ""),
                 }
             )
     return rows
 
 
-async def _ready(http: httpx.AsyncClient, found: dict[str, Any], name: str) -> bool:
+async def _missing(http: httpx.AsyncClient, found: dict[str, Any], name: str) -> dict[str, str]:
+    """What keeps a process from its work: dependency and reason; empty when it is ready."""
     if name in found["ports"]:
-        return await is_ready(http, found["hosts"][name], found["ports"][name])
+        return await unready(http, found["hosts"][name], found["ports"][name])
     try:
-        return not (await check_server(found["monitor"])).problems
-    except TetherError:
-        return False
+        problems = (await check_server(found["monitor"])).problems
+    except TetherError as error:
+        return {"process": error.message}
+    told = {"settings": "; ".join(problems)} if problems else {}
+    storage = found.get("storage") or await frozen_streams(http, found["monitor"])
+    return told | ({"storage": storage} if storage else {})
 
 
 async def _broker(settings: Settings, home: Home, found: dict[str, Any]) -> dict[str, Any]:

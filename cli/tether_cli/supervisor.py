@@ -9,11 +9,11 @@ import signal
 import sys
 import time
 from asyncio.subprocess import DEVNULL, Process
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import httpx
 
@@ -101,6 +101,11 @@ class Service:
         """Where it listens, also while it is being restarted."""
         return self.host, int(self.environment[self._port_variable])
 
+    def url(self, path: str) -> str:
+        """A URL of the running process."""
+        host, port = self.address
+        return f"http://{_literal(host)}:{port}{path}"
+
     def keep_port(self) -> None:
         """Have the next process listen where clients look for this one."""
         self.environment[self._port_variable] = str(self.port())
@@ -155,6 +160,10 @@ class Entry:
     part: Part
     restarts: int = 0
     proven: bool = False
+    why: str = ""
+    """Why it was started again the last time."""
+    ending: str = ""
+    """Why it is being ended just now, when it does not end by itself."""
 
 
 class Supervisor:
@@ -213,7 +222,7 @@ class Supervisor:
             raise Unavailable(f"not ready after {timeout_s:g} s: {late}; see the log of each") from error
 
     async def _until_ready(self, http: httpx.AsyncClient, service: Service) -> None:
-        while not await is_ready(http, service.host, service.port()):
+        while not await is_started(http, service):
             if self._failed is not None:
                 raise self._failed
             if self.stopping.is_set():
@@ -231,12 +240,13 @@ class Supervisor:
             if self.stopping.is_set():
                 return
             entry.restarts += 1
+            entry.why, entry.ending = entry.ending or f"it ended with status {status}", ""
             if not entry.proven and entry.restarts >= START_ATTEMPTS:
                 words = entry.part.last_words() if isinstance(entry.part, Service) else "see its log"
                 self._failed = ConfigError(f"{name} ended {entry.restarts} times with status {status}: {words}")
                 return
             delay = backoff.after(time.monotonic() - began)
-            log.warning("%s ended (%d), restart in %.1f s", name, status, delay, extra={"action": "child_died"})
+            log.warning("%s: %s; restart in %.1f s", name, entry.why, delay, extra={"action": "child_died"})
             await self._again(name, entry, delay)
 
     async def _again(self, name: str, entry: Entry, delay_s: float) -> None:
@@ -246,11 +256,15 @@ class Supervisor:
             return
         try:
             await entry.part.start()
-        except TetherError as error:
-            log.warning("%s: %s", name, error.message, extra={"action": "child_start_failed", "code": error.code})
+        except (TetherError, OSError) as error:
+            log.warning("%s did not start: %s", name, error, extra={"action": "child_start_failed"})
         if self.stopping.is_set():
             await entry.part.stop(grace_s=self._grace_s)
         self._on_change()
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Run something beside the processes; it must end soon after ``stopping`` is set."""
+        self._tasks.spawn(work, name)
 
     async def stop(self) -> None:
         """Stop the gateway first and the broker last; return when every process has ended."""
@@ -273,11 +287,31 @@ def last_line(path: Path, start: int = 0) -> str:
     return lines[-1].removeprefix("error: ") if lines else ""
 
 
-async def is_ready(http: httpx.AsyncClient, host: str, port: int) -> bool:
-    """Whether a service says that it can do its work."""
+async def unready(http: httpx.AsyncClient, host: str, port: int) -> dict[str, str]:
+    """What keeps a service from its work, as it says itself: dependency and reason; empty when it is ready."""
     if not port:
-        return False
+        return {"process": "has not said where it listens"}
     try:
-        return (await http.get(f"http://{host}:{port}/readyz")).status_code == 200
-    except httpx.HTTPError:
-        return False
+        answer = await http.get(f"http://{_literal(host)}:{port}/readyz")
+        if answer.status_code == 200:
+            return {}
+        checks: dict[str, str] = answer.json()["checks"]
+        return {name: state for name, state in checks.items() if state != "ok"}
+    except httpx.HTTPError as error:
+        return {"process": f"does not answer ({type(error).__name__})"}
+    except (ValueError, KeyError, AttributeError):
+        return {"process": f"answered {answer.status_code} with something else than its checks"}
+
+
+async def is_started(http: httpx.AsyncClient, service: Service) -> bool:
+    """Whether a service is ready, or would be if the broker had room: a platform must start on a disk that is full, or it
+    could not be emptied."""
+    missing = await unready(http, service.host, service.port())
+    if missing and "storage" in missing and not set(missing) - {"storage", "jobs", "results"}:
+        log.warning("%s is not ready: %s", service.name, missing["storage"], extra={"action": "storage_full"})
+        return True
+    return not missing
+
+
+def _literal(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -30,6 +30,7 @@ from tether.lifecycle import stop_on_signals
 from tether.processes import alive, can_listen, send
 from tether.settings import Settings, load
 from tether_cli.supervisor import DISPATCHER, GATEWAY, MODELSTORE, Service, Supervisor, last_line
+from tether_cli.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -78,12 +79,15 @@ def ops_ports(settings: Settings) -> dict[str, int]:
     }
 
 
-def services(plan: Plan, nats_url: str) -> list[Service]:
-    """The services in starting order: model stores, dispatcher, workers, gateway."""
+def services(plan: Plan, nats_url: str, monitor: str) -> list[Service]:
+    """The services in starting order: model stores, dispatcher, workers, gateway. ``monitor`` is the broker's."""
     common = {
         "TETHER_HOME": str(plan.home.root),
         "TETHER_NATS_URL": nats_url,
         "TETHER_PARTITIONS": str(plan.settings.partitions),
+        "TETHER_STORE_RESERVE_MB": str(plan.settings.store_reserve_mb),
+        "TETHER_NATS_MONITOR_URL": monitor,
+        "TETHER_NATS_STORE_DIR": plan.settings.nats_store_dir if plan.settings.nats_url else str(plan.home.nats_store),
     }
     any_port = plan.settings.ops_port == 0 or (plan.http is not None and plan.http[1] == 0)
     host = local(plan.settings.ops_host)
@@ -178,20 +182,25 @@ class Platform:
         self.broker = None if plan.settings.nats_url else EmbeddedServer(plan.home, plan.settings)
         grace_s = plan.settings.drain_s + 2.0
         self.supervisor = Supervisor(self.broker, stopping=stopping, grace_s=grace_s, on_change=self.publish)
+        self.watch = Watch(self.supervisor, plan.settings, self.broker, self.publish)
         self.version = ""
         self.ready = False
+        self._published: dict[str, Any] = {}
 
     @property
     def nats_url(self) -> str:
         return self.plan.settings.nats_url if self.broker is None else self.broker.url
 
     @property
+    def monitor(self) -> str:
+        return self.plan.settings.nats_monitor_url if self.broker is None else self.broker.monitor
+
+    @property
     def http(self) -> str:
         """The gateway's URL; empty while there is none."""
         for service in self.supervisor.services:
             if service.name == GATEWAY:
-                host, port = service.address
-                return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+                return service.url("")
         return ""
 
     async def start(self) -> None:
@@ -202,13 +211,15 @@ class Platform:
             if report.problems:
                 raise ConfigError(f"the broker is not fit: {'; '.join(report.problems)}")
             self.version = report.version
-        await self.supervisor.start_services(services(self.plan, self.nats_url), timeout_s=START_S)
+        await self.supervisor.start_services(services(self.plan, self.nats_url, self.monitor), timeout_s=START_S)
         await provide_admin_key(dataclasses.replace(self.plan.settings, nats_url=self.nats_url), self.plan.home)
         self.ready = True
         self.publish()
+        self.supervisor.spawn(self.watch.run(), "watch")
 
     def publish(self) -> None:
-        """Write what runs to the home's endpoints file."""
+        """Write what runs to the home's endpoints file, unless it is there already. What a full disk does not take is
+        written at the next look."""
         entries, own = self.supervisor.entries, self.supervisor.services
         pids = {name: entry.part.pid for name, entry in entries.items() if entry.part.pid}
         content = {
@@ -216,17 +227,28 @@ class Platform:
             "supervisor": os.getpid(),
             "http": self.http,
             "nats": self.nats_url,
-            "monitor": "" if self.broker is None else self.broker.monitor,
+            "monitor": self.monitor,
+            "storage": self.watch.storage,
             "version": self.version,
             "durability": "external" if self.broker is None else self.plan.settings.durability,
             "pids": pids,
             "restarts": {name: entry.restarts for name, entry in entries.items()},
+            "reasons": {name: entry.why for name, entry in entries.items() if entry.why},
             "hosts": {service.name: service.address[0] for service in own},
             "ports": {service.name: service.address[1] for service in own},
         }
-        write_secret(self.plan.home.endpoints, json.dumps(content, indent=1).encode())
-        for name, pid in {"up": os.getpid(), **pids}.items():
-            write_secret(self.plan.home.run / f"{name}.pid", f"{pid}\n".encode())
+        if content == self._published:
+            return
+        try:
+            write_secret(self.plan.home.endpoints, json.dumps(content, indent=1).encode())
+            for name, pid in {"up": os.getpid(), **pids}.items():
+                write_secret(self.plan.home.run / f"{name}.pid", f"{pid}\n".encode())
+        except OSError as error:
+            if not self.ready:
+                raise ConfigError(f"{self.plan.home.run} cannot be written: {error.strerror}; make room") from error
+            log.warning("cannot say what runs: %s", error, extra={"action": "endpoints_unwritten"})
+        else:
+            self._published = content
 
 
 async def _supervise(plan: Plan) -> None:

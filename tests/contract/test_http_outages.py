@@ -64,7 +64,8 @@ def test_without_the_broker_every_route_answers_what_it_can_and_says_when_to_com
         push(http, "m")
         alone.run(server.kill())
         until(lambda: http.get("/readyz").status_code == 503, "the gateway notices")
-        assert http.get("/readyz").json() == {"ready": False, "checks": {"broker": "not connected"}}
+        readiness = http.get("/readyz").json()
+        assert (readiness["ready"], readiness["checks"]["broker"]) == (False, "not connected")
         assert http.get("/v2/health/ready").status_code == 400
         assert http.get("/v2/health/live").status_code == 200
         assert http.get("/healthz").status_code == 200

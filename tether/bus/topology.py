@@ -11,7 +11,7 @@ from typing import Any
 from tether import metrics
 from tether.bus.connection import Bus
 from tether.bus.errors import JetStreamError
-from tether.errors import BrokerUnavailable, QueueFull, TetherError
+from tether.errors import BrokerUnavailable, QueueFull, StorageFull, TetherError
 from tether.job import LONGEST_DEADLINE_S, SHARED, Lane, LaneKind, Priority
 from tether.settings import Settings
 from tether.subjects import BUCKETS, Names, scope_token
@@ -110,6 +110,8 @@ def _jobs(names: Names, shard: int | str, max_bytes: int, settings: Settings) ->
         "discard": "new",
         "max_bytes": max_bytes,
         "max_consumers": MAX_CONSUMERS,
+        # jobs have none: a gateway's probes go by themselves
+        "allow_msg_ttl": True,
         "duplicate_window": 120 * NANOSECONDS,
         "num_replicas": settings.replicas,
     }
@@ -245,7 +247,7 @@ async def ensure_streams(bus: Bus, configs: Sequence[dict[str, Any]]) -> dict[st
 
     await asyncio.gather(*map(ensure, configs))
     # what grows may need the room that another one leaves
-    for config in [config for config in configs if isinstance(failed.get(config["name"]), QueueFull)]:
+    for config in [config for config in configs if isinstance(failed.get(config["name"]), QueueFull | StorageFull)]:
         del failed[config["name"]]
         await ensure(config)
     return failed
@@ -255,7 +257,7 @@ async def ensure_scope(bus: Bus, scope: str, settings: Settings) -> None:
     """:func:`ensure_platform` for the streams of one isolated tenant.
 
     Raises:
-        QueueFull: the broker has no room for them.
+        QueueFull, StorageFull: the broker has no room for them.
         JetStreamError, BrokerUnavailable
     """
     for error in (await ensure_streams(bus, scope_streams(bus.names, scope, settings))).values():

@@ -13,7 +13,7 @@ from tether import codec
 from tether.bus.connection import Bus
 from tether.bus.errors import JetStreamError
 from tether.bus.topology import ensure_scope, is_empty, scopes_with_streams
-from tether.errors import BadEncoding, BrokerUnavailable, QueueFull
+from tether.errors import BadEncoding, BrokerUnavailable, QueueFull, StorageFull
 from tether.job import SHARED
 from tether.model import ModelRef
 from tether.subjects import name_of, token
@@ -109,7 +109,7 @@ class Scopes:
     async def _make(self, scope: str) -> BrokerUnavailable | None:
         try:
             await ensure_scope(self._bus, scope, self._bus.settings)
-        except (QueueFull, JetStreamError) as error:
+        except (QueueFull, StorageFull, JetStreamError) as error:
             self._made.discard(scope)
             self._refused.add(scope)
             log.warning(

@@ -47,6 +47,8 @@ DEFAULT_PORT = 8002
 _TICK_S = 0.5
 _AGAIN_S = 0.2
 _LOOK_S = 10.0
+_LATE_S = 30.0
+"""Without a reconciliation that came to its end for this long, a dispatcher is not ready."""
 _SOON_S = 1.0
 """Between two looks after versions were deleted."""
 
@@ -85,6 +87,8 @@ class Dispatcher:
         self._look_soon = False
         self._unsure = False
         """The broker may have lost what was written to it."""
+        self._worked = bus.clock.monotonic()
+        """When assignments and routes were last in line with what is known."""
         self._since = bus.clock.monotonic()
         """Start of the listening: until every worker had time for a heartbeat, no route loses a worker."""
         bus.on_reconnect(self._begin_anew)
@@ -222,7 +226,9 @@ class Dispatcher:
                 pass
             self._changed.clear()
             self.lanes.wake.set()
-            if not await self.reconcile():
+            if await self.reconcile():
+                self._worked = self._bus.clock.monotonic()
+            else:
                 await asyncio.sleep(_AGAIN_S)
 
     async def reconcile(self) -> bool:
@@ -328,9 +334,11 @@ class Dispatcher:
         return {place: msgspec.structs.replace(self._routed[place], workers=()) for place in gone}
 
     def checks(self) -> dict[str, str]:
+        late_s = self._bus.clock.monotonic() - self._worked
         return {
             "broker": "ok" if self._bus.connected else "not connected",
             "streams": "ok" if self.streams.ok else "not yet as they must be",
+            "work": "ok" if late_s < _LATE_S else f"routes were last brought up to date {late_s:.0f} s ago",
         }
 
 

@@ -10,6 +10,7 @@ from tether import lifecycle, metrics
 from tether.audit import NOBODY, clean
 from tether.bus.audit import AuditLog, writing
 from tether.bus.connection import Bus
+from tether.bus.storage import BrokerStorage
 from tether.bus.tenant_keys import Keyring, ModelKeyring, TenantSeals
 from tether.errors import JobCancelled, TetherError
 from tether.gateway_http import infer_streams
@@ -18,6 +19,7 @@ from tether.gateway_http.bundler import InferBundler
 from tether.gateway_http.catalog import Catalog, Served
 from tether.gateway_http.encrypted import ModelSeals
 from tether.gateway_http.extras import Extras
+from tether.gateway_http.heartbeats import Heartbeats
 from tether.gateway_http.job_room import JobRoom
 from tether.gateway_http.jobs import JobService
 from tether.gateway_http.limits import Limits
@@ -25,12 +27,13 @@ from tether.gateway_http.loose_pieces import LoosePieces
 from tether.gateway_http.patience import Patience
 from tether.gateway_http.plan import Asked
 from tether.gateway_http.queueing import waits
+from tether.gateway_http.readiness import Readiness
 from tether.gateway_http.request import Headers
 from tether.gateway_http.tenants import Tenants
 from tether.home import Home
 from tether.job import Job, new_job_id
 from tether.lifecycle import Tasks
-from tether.model import LATEST, check_outputs
+from tether.model import LATEST, ModelRef, check_outputs
 from tether.settings import Settings
 from tether.tensor import Tensor
 
@@ -43,8 +46,11 @@ class Gateway:
         self.encrypted = ModelSeals(bus, model_keyring)
         self.audit = audit
         self.settings = bus.settings
+        self.storage = BrokerStorage(bus.settings, bus.clock)
+        self.readiness = Readiness(bus, self.storage)
         self.patience = Patience(bus.settings.body_timeout_s)
         self.catalog = Catalog(bus)
+        self.heartbeats = Heartbeats(bus)
         self.tenants = Tenants(bus)
         self.loose = LoosePieces(bus.clock.monotonic, self.catalog.stored_bytes)
         self.keys = ApiKeys(bus, self.tenants)
@@ -158,9 +164,17 @@ class Gateway:
         policy = self.catalog.queue(model)
         return (timeout_s, timeout_s) if policy is None else waits(policy, timeout_s, self.settings.request_timeout_s)
 
+    def ready(self, served: Served, scope: str) -> bool:
+        """Whether a worker answers for a version just now: its route names one that says so itself, a moment ago."""
+        manifest = served.manifest
+        if not self.catalog.ready(served, scope) or not self.readiness.infers():
+            return False
+        ref = ModelRef(manifest.name, manifest.version)
+        return any(self.heartbeats.holds(worker, ref) for worker in self.catalog.workers(served, scope))
+
     def checks(self) -> dict[str, str]:
         """The dependencies of ``/readyz``."""
-        return {"broker": "ok" if self.bus.connected else "not connected"}
+        return self.readiness.checks()
 
 
 @asynccontextmanager
@@ -179,7 +193,10 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Gateway]:
         tasks.spawn(gateway.seals.keep(), "tenant-keys")
         await stack.enter_async_context(gateway.encrypted.keyring.watching())
         await stack.enter_async_context(gateway.catalog.watching())
+        await stack.enter_async_context(gateway.heartbeats.listening())
         await stack.enter_async_context(gateway.limits.talking())
         await gateway.start()
         await stack.enter_async_context(infer_streams.following(bus, gateway.stream_renewed))
+        tasks.spawn(gateway.storage.keep(), "storage")
+        tasks.spawn(gateway.readiness.keep(), "readiness")
         yield gateway

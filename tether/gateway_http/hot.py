@@ -106,7 +106,8 @@ class HotRoutes:
             key = self._gateway.keys.authenticate(heading.key, scope)
             ticket = self._gateway.limits.enter(key.key)
             answer = await work(incoming, heading, key, ticket)
-        except TetherError as error:
+        except TetherError as raised:
+            error = raised if route == "infer" else self._gateway.storage.explained(raised)
             audited.refused(self._gateway, error, incoming, route)
             answer = _refusal(error, incoming)
         except Exception:
@@ -177,6 +178,7 @@ class HotRoutes:
         return reply(202, _encode({"jobs": jobs}), heading, content_type=_JSON)
 
     async def _taken(self, key: Caller, requests: list[NewJob]) -> list[dict[str, Any]]:
+        self._gateway.storage.require()
         jobs = await self._gateway.jobs.submit(key.tenant, requests)
         sizes = [sum([len(tensor.data) for tensor in request.inputs]) for request in requests]
         audited.submitted(self._gateway, key, jobs, sizes, requests[0].request_id)

@@ -159,7 +159,8 @@ ROWS = [
         "models:write",
         query=bodies_models.ChunkQuery,
         binary=Media(OCTETS, "At most 4 MiB whose SHA-256 is the digest in the path; 200 when it was there already."),
-        errors=(404, 429, 503, 504),
+        errors=(404, 429, 504),
+        grows=True,
     ),
     Row(
         "POST",
@@ -170,6 +171,7 @@ ROWS = [
         {201: bodies.PushedVersion, 200: bodies.PushedVersion},
         "models:write",
         body=bodies_models.NewVersion,
-        errors=(404, 409, 422, 429, 503, 504),
+        errors=(404, 409, 422, 429, 504),
+        grows=True,
     ),
 ]

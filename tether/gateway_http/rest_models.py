@@ -17,7 +17,7 @@ from tether.effective import effective_isolation
 from tether.envelope import MessageType
 from tether.errors import InvalidRequest, PayloadTooLarge
 from tether.gateway_http import bodies, bodies_models
-from tether.gateway_http.catalog import Catalog, Served
+from tether.gateway_http.catalog import Served
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.encrypted import ModelSeals, Target
 from tether.gateway_http.job_view import rfc3339
@@ -59,17 +59,18 @@ class PushQuery(Struct, forbid_unknown_fields=True):
 async def _list(call: Call) -> Reply:
     catalog = call.gateway.catalog
     seen = [name for name in catalog.names() if call.caller.sees(name)]
-    return Reply(bodies.Models([_summary(catalog, name, call.scope) for name in seen]))
+    return Reply(bodies.Models([_summary(call.gateway, name, call.scope) for name in seen]))
 
 
-def _summary(catalog: Catalog, name: str, scope: str) -> bodies.ModelSummary:
+def _summary(gateway: Gateway, name: str, scope: str) -> bodies.ModelSummary:
+    catalog = gateway.catalog
     versions = catalog.versions(name)
     newest = versions[max(versions)]
     return bodies.ModelSummary(
         name=name,
         versions=list(versions),
         aliases=catalog.aliases(name),
-        ready=catalog.ready(newest, scope),
+        ready=gateway.ready(newest, scope),
         loaded=catalog.loaded(name),
         labels=dict(catalog.note(name, newest.manifest.version).labels),
         platform=newest.manifest.platform,
@@ -104,7 +105,7 @@ def _detail(gateway: Gateway, served: Served, scope: str) -> bodies.VersionDetai
         created_at=rfc3339(manifest.created_at),
         publisher=manifest.publisher,
         workers=len(catalog.workers(served, scope)),
-        ready=catalog.ready(served, scope),
+        ready=gateway.ready(served, scope),
         served=catalog.serves(manifest.name, manifest.version),
         reason=catalog.reason(served, scope),
         labels=dict(note.labels),
@@ -169,6 +170,7 @@ async def _parts(call: Call, tenant: Tenant | None) -> AsyncIterator[bytes]:
     """The body as it comes; what comes is held against the tenant's quota, whatever length was announced."""
     stored = 0 if tenant is None else call.gateway.catalog.stored_bytes(tenant.name)
     async for part in call.request.stream():
+        call.gateway.storage.require()
         stored += len(part)
         if tenant is not None:
             check_stored_bytes(tenant, stored, 0)
@@ -269,7 +271,8 @@ ROWS = [
             Header("x-tether-sha256", "Hex SHA-256 of the whole body; another body is refused."),
             Header("x-tether-filename", "The file's name, which must end in .onnx."),
         ),
-        errors=(404, 409, 422, 429, 503, 504),
+        errors=(404, 409, 422, 429, 504),
+        grows=True,
     ),
     Row(
         "POST",

@@ -30,7 +30,7 @@ async def _live(call: Call) -> Reply:
 
 
 async def _ready(call: Call) -> Reply:
-    ready = all(state == "ok" for state in call.gateway.checks().values())
+    ready = call.gateway.readiness.infers()
     return Reply(bodies.ServerReady(live=True, ready=ready), 200 if ready else 400)
 
 
@@ -46,7 +46,7 @@ async def _metadata(call: Call) -> Reply:
 
 async def _model_ready(call: Call) -> Reply:
     served = _served(call)
-    ready = call.gateway.catalog.ready(served, call.scope)
+    ready = call.gateway.ready(served, call.scope)
     return Reply(bodies.ModelReady(served.manifest.name, ready), 200 if ready else 400)
 
 
@@ -93,7 +93,7 @@ ROWS = [
     Row(
         "GET",
         "/v2/health/ready",
-        "Whether the server can do its work",
+        "Whether synchronous requests are answered; they need no disk",
         TAG,
         _ready,
         {200: bodies.ServerReady, 400: bodies.ServerReady},

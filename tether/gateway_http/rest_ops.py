@@ -25,7 +25,7 @@ async def _readyz(call: Call) -> Reply:
 
 
 async def _metrics(call: Call) -> Reply:
-    del call
+    metrics.dependencies(call.gateway.checks())
     content, content_type = metrics.exposition()
     return Reply(content, content_type=content_type)
 

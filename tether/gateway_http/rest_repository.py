@@ -87,7 +87,7 @@ async def _held(call: Call, name: str) -> bodies_triton.LoadedVersion:
     catalog, limit_s = call.gateway.catalog, call.gateway.settings.request_timeout_s
     try:
         async with asyncio.timeout(limit_s):
-            while not catalog.ready(served := catalog.resolve(name, ""), call.scope):
+            while not call.gateway.ready(served := catalog.resolve(name, ""), call.scope):
                 await asyncio.sleep(_LOOK_S)
     except TimeoutError:
         version = catalog.resolve(name, "").manifest.version

@@ -99,7 +99,8 @@ class Row:
     """One method of one path. Without a ``handler`` it is served by the hot path and only documented here.
 
     ``scope`` None means that no API key is needed, ANY_SCOPE that any will do. ``answers`` maps statuses to what they carry, ``errors`` are the
-    error statuses beyond those that follow from the other columns.
+    error statuses beyond those that follow from the other columns. ``grows``: it stores something new, so it is refused while the
+    broker has no room.
     """
 
     method: str
@@ -116,6 +117,7 @@ class Row:
     query: type[msgspec.Struct] | None = None
     headers: Sequence[Header] = ()
     errors: Sequence[int] = ()
+    grows: bool = False
 
     def statuses(self) -> list[int]:
         """Every error status the route can answer."""
@@ -126,6 +128,8 @@ class Row:
             found |= {400, 408, 413}
         if self.query is not None or "{" in self.path:
             found.add(400)
+        if self.grows:
+            found.add(503)
         return sorted(found - set(self.answers))
 
 
@@ -166,7 +170,8 @@ class Endpoint:
 
         try:
             await self._answer(seen, incoming, scope, receive, noting)
-        except TetherError as error:
+        except TetherError as raised:
+            error = self._gateway.storage.explained(raised)
             audited.refused(self._gateway, error, incoming, self._route(scope))
             self._audit(seen, scope, error.code, None)
             seen.status = await refuse(error, seen.heading, send, extra=seen.limits())
@@ -232,6 +237,8 @@ class Endpoint:
         if row.scope is not None:
             key = gateway.keys.authenticate(heading.key, row.scope)
             seen.ticket = gateway.limits.enter(key.key)
+        if row.grows:
+            gateway.storage.require()
         query = None if row.query is None else read_query(request.query_params.multi_items(), row.query)
         body = None
         if row.body is not None:

@@ -111,9 +111,13 @@ class Partitions:
             raise Unavailable(f"partition {lease.partition} is another model store's by now; try again", retry_after=2)
 
     def checks(self) -> dict[str, str]:
-        """For readiness: whether every partition has an owner."""
+        """For readiness: whether every partition has an owner, and whether what this one writes is stored."""
         listed = ", ".join(map(str, self._unowned[:8]))
-        return {"partitions": f"nobody looks after {listed}" if listed else "ok"}
+        late = self._bus.clock.monotonic() >= self._until
+        return {
+            "partitions": f"nobody looks after {listed}" if listed else "ok",
+            "leases": "the broker has not stored its last signs of life" if late else "ok",
+        }
 
     # the work
 

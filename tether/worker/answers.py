@@ -11,7 +11,7 @@ from tether import codec, metrics
 from tether.bus.connection import Bus
 from tether.bus.queue import BusResults
 from tether.envelope import MessageType
-from tether.errors import BrokerUnavailable, PayloadTooLarge, QueueFull, ResultTooLarge
+from tether.errors import BrokerUnavailable, PayloadTooLarge, QueueFull, ResultTooLarge, StorageFull
 from tether.job import Failure, JobState, Outcome
 
 _RETRY_S = 0.25
@@ -71,7 +71,7 @@ class Answers:
         while True:
             try:
                 first = await self._results.commit(outcome.job, frame, scope=scope)
-            except (BrokerUnavailable, QueueFull):
+            except (BrokerUnavailable, QueueFull, StorageFull):
                 await asyncio.sleep(_RETRY_S)
                 continue
             except PayloadTooLarge:

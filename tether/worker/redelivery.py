@@ -18,7 +18,7 @@ from tether import codec, metrics
 from tether.bus.connection import Bus
 from tether.bus.kv import GONE, SignedBucket
 from tether.envelope import MessageType
-from tether.errors import AttemptsExhausted, BrokerUnavailable, PayloadTooLarge, QueueFull, TetherError
+from tether.errors import AttemptsExhausted, BrokerUnavailable, PayloadTooLarge, QueueFull, StorageFull, TetherError
 from tether.job import AttemptNote, Failure, Job, JobState, Outcome
 from tether.worker.intake import Bundle
 
@@ -125,7 +125,7 @@ class Redelivery:
         }
         try:
             await self._keep_letter(subject, letter, job)
-        except QueueFull as full:
+        except (QueueFull, StorageFull) as full:
             # its end is kept all the same, and the jobs behind it in the bundle must not wait for room
             log.warning("a dead letter is lost: %s", full, extra={"action": "dead_letter_lost", "job_id": job.id})
         metrics.DEAD_LETTERS.labels(lane.model).inc()
