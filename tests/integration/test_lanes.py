@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -118,6 +119,22 @@ async def test_a_dispatcher_that_starts_makes_what_is_missing_before_it_looks_at
         await Lanes(bus).ensure(new, REGIONS)
         missing = [bus.names.lane_consumer(lanes_of(ref.model, 1, "local")[0]) for ref in new[SHARED][30:]]
         assert sorted(asked[:10]) == sorted(missing)
+        there = {bus.names.lane_consumer(lane) for ref in old[SHARED] for lane in lanes_of(ref.model, 1, "local")}
+        assert not there & set(asked), "lanes that are there, and as they should be, are left alone"
+
+
+async def test_a_dispatcher_with_other_settings_brings_lanes_up_to_date(embedded_broker: Broker) -> None:
+    one = {SHARED: MODELS[SHARED][:1]}
+    async with dispatcher(embedded_broker) as bus:
+        await ensure_platform(bus, embedded_broker.settings)
+        assert await Lanes(bus).ensure(one, REGIONS)
+        bus.settings = dataclasses.replace(bus.settings, jobs_ack_wait_s=bus.settings.jobs_ack_wait_s + 1)
+        asked = bus.note()
+        assert await Lanes(bus).ensure(one, REGIONS)
+        assert len(asked) == 3
+        asked = bus.note()
+        assert await Lanes(bus).ensure(one, REGIONS)
+        assert asked == []
 
 
 async def test_lanes_of_a_version_that_went_and_comes_back_are_made_again(embedded_broker: Broker) -> None:

@@ -13,7 +13,7 @@ from tether import metrics
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket
 from tether.bus.pull import COLD_S, BusDelivery, LanePull
-from tether.bus.topology import lanes_of
+from tether.bus.topology import ensure_lane, lanes_of
 from tether.errors import BrokerUnavailable
 from tether.gateway_http.open_jobs import OpenJobs
 from tether.job import JobId, JobRecord, Priority
@@ -62,6 +62,39 @@ async def test_a_lane_that_was_cold_is_not_begun_anew_while_its_first_message_is
     heartbeat_s = COLD_S / 4
     assert pull._silence_s() > 2 * heartbeat_s, "the pull that is still open has the heartbeat of a cold lane"
     assert metrics.PULL_RESETS._value.get() == resets
+    await pull.stop()
+
+
+async def test_after_a_reconnect_busy_lanes_are_pulled_before_those_that_rest(one: Services) -> None:
+    served = await one.push("bump", models.add())
+    await one.workers[0].holder.stop(1)
+    bus = one.workers[0]._bus
+    pulls = [LanePull(bus, served.job_lane(level), 1, lambda _: None) for level in Priority]
+    for pull in pulls:
+        await pull.start()
+    await wait_until(lambda: all(pull._outstanding for pull in pulls), "the lanes are pulled")
+    busy, *resting = pulls
+    before = [pull._inbox for pull in pulls]
+    for pull in resting:
+        pull._expiry_s = COLD_S
+    bus.begin_again()
+    assert [pull._lost for pull in pulls] == [True, False, False]
+    await wait_until(lambda: busy._inbox is not before[0], "the busy lane is pulled anew")
+    await wait_until(lambda: all(pull._inbox not in before for pull in pulls), "so are the others, within a second", 5)
+    await asyncio.gather(*[pull.stop() for pull in pulls])
+
+
+async def test_a_lane_without_a_consumer_is_pulled_as_soon_as_it_has_one(one: Services) -> None:
+    assert one.dispatcher is not None
+    lane = lanes_of("absent", 1, "local")[0]
+    got: list[BusDelivery] = []
+    pull = LanePull(one.workers[0]._bus, lane, 1, got.append)
+    pull._expiry_s = COLD_S
+    await pull.start()
+    await wait_until(lambda: pull._absences > 2, "the broker said more than once that there is none")
+    await one.bus.publish_acked(one.bus.names.lane(lane), b"somebody waits")
+    await ensure_lane(one.dispatcher._bus, lane, one.settings)
+    await wait_until(lambda: len(got) == 1, "it is delivered", 5)
     await pull.stop()
 
 

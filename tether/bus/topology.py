@@ -334,14 +334,14 @@ def lanes_of(model: str, version: int, region: str, scope: str = SHARED) -> list
     return [infer, *(Lane(LaneKind.JOB, model, version, region, scope, level) for level in Priority)]
 
 
-async def ensure_lane(bus: Bus, lane: Lane, settings: Settings) -> None:
-    """Create the durable pull consumer of a lane, or bring it up to date."""
-    stream, name, subject = bus.names.lane_stream(lane), bus.names.lane_consumer(lane), bus.names.lane(lane)
+def lane_config(names: Names, lane: Lane, settings: Settings) -> dict[str, Any]:
+    """The configuration of a lane's durable pull consumer, in JetStream API form."""
+    name = names.lane_consumer(lane)
     wait = settings.infer_ack_wait_s if lane.kind is LaneKind.INFER else settings.jobs_ack_wait_s
-    config = {
+    return {
         "name": name,
         "durable_name": name,
-        "filter_subject": subject,
+        "filter_subject": names.lane(lane),
         "ack_policy": "explicit",
         "deliver_policy": "all",
         "replay_policy": "instant",
@@ -352,6 +352,12 @@ async def ensure_lane(bus: Bus, lane: Lane, settings: Settings) -> None:
         "priority_groups": [PRIORITY_GROUP],
         "priority_policy": "prioritized",
     }
+
+
+async def ensure_lane(bus: Bus, lane: Lane, settings: Settings) -> None:
+    """Create the durable pull consumer of a lane, or bring it up to date."""
+    config = lane_config(bus.names, lane, settings)
+    stream, name, subject = bus.names.lane_stream(lane), config["name"], config["filter_subject"]
     create = f"CONSUMER.CREATE.{stream}.{name}.{subject}", {"stream_name": stream, "config": config}
     made = await bus.api(*create)
     if lane.kind is LaneKind.JOB and await _is_ahead(bus, made):

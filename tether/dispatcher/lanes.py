@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tether import metrics
 from tether.bus.connection import Bus
-from tether.bus.lanes import consumers_of, waiting_in
+from tether.bus.lanes import configured_lanes, consumers_of, waiting_in
 from tether.bus.seldom import Seldom
 from tether.bus.topology import ensure_lane, lanes_of
 from tether.dispatcher.placement import LaneGroup, Models
-from tether.errors import TetherError
+from tether.errors import BrokerUnavailable, TetherError
 from tether.job import Lane, LaneKind
 
 log = logging.getLogger(__name__)
@@ -137,8 +137,11 @@ class Lanes:
 
     async def _in_stream(self, stream: str, lanes: Sequence[Lane], gate: asyncio.Semaphore) -> bool:
         if stream not in self._listed:
-            self._listed[stream] = there = await consumers_of(self._bus, stream)
-            self._as_wanted[stream] = self._as_wanted.get(stream, set()) & there
+            there = await consumers_of(self._bus, stream)
+            if stream not in self._as_wanted:
+                self._as_wanted[stream] = await self._configured(stream) if there else set()
+            self._listed[stream] = there
+            self._as_wanted[stream] &= there
         as_wanted, there = self._as_wanted[stream], self._listed[stream]
         left = [lane for lane in lanes if lane not in as_wanted]
         if len(left) > A_PART:
@@ -149,6 +152,13 @@ class Lanes:
         if failed:
             raise failed[0]
         return len(left) <= A_PART
+
+    async def _configured(self, stream: str) -> set[Lane]:
+        """What needs nothing; in a cluster with a server away this is not always told, and each lane is asked for."""
+        try:
+            return await configured_lanes(self._bus, stream, self._bus.settings)
+        except BrokerUnavailable:
+            return set()
 
     async def _one(self, lane: Lane, as_wanted: set[Lane], gate: asyncio.Semaphore, failed: list[TetherError]) -> None:
         async with gate:
