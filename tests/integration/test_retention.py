@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import models
 import pytest
@@ -11,7 +12,8 @@ from brokers import StartBroker, wait_until
 from services import TENANT, Services, new_job, row, services
 
 from tether import codec
-from tether.bus.topology import DEAD, JOBS, NOTES, RECORDS, RESULTS, scope_streams, streams
+from tether.bus.connection import Bus
+from tether.bus.topology import DEAD, JOBS, NOTES, RECORDS, RESULTS, ensure_platform, scope_streams, streams
 from tether.dispatcher.retention import Retention
 from tether.envelope import MessageType
 from tether.errors import JobNotFound, QueueFull
@@ -242,3 +244,46 @@ async def test_all_that_is_left_of_a_job_is_one_record_and_one_result(one: Servi
 
 async def holds(running: Services, kept: dict[str, int]) -> bool:
     return {stream: await messages(running, stream) for stream in kept} == kept
+
+
+async def test_a_list_ends_where_the_kept_jobs_do(one: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many were forgotten before them: no page of it is empty for want of what is gone."""
+    served = await one.push("bump", models.add())
+    monkeypatch.setattr("tether.gateway_http.jobs._WINDOW", 8)
+    monkeypatch.setattr("tether.gateway_http.jobs._MAX_WINDOWS", 2)
+    gone = await submit(one, served, 200)
+    ids = await submit(one, served, 5)
+    await ended(one, [*gone, *ids])
+    records = one.gateway.jobs._records
+    for job, record in (await records.find(gone)).items():
+        stored = await one.bus.direct_get(records.raw.stream, records.raw.subject(record.key))
+        assert stored is not None, job
+        await records.raw.forget(record.key, stored.sequence)
+    await wait_until(lambda: left(one, 5), "only the kept ones are there")
+    page, cursor = await one.gateway.jobs.list(TENANT, state="", model="", limit=10, cursor="")
+    while cursor is not None and not page:
+        page, cursor = await one.gateway.jobs.list(TENANT, state="", model="", limit=10, cursor=cursor)
+    assert {job["id"] for job in page} == set(ids)
+    assert cursor is None
+
+
+async def test_a_home_of_before_gets_the_new_bounds(start_broker: StartBroker) -> None:
+    """Some stores grow and others shrink, and the broker has no room to spare."""
+    async with (
+        start_broker(max_file_mb=SMALL_MB) as broker,
+        Bus.connect(broker.settings, broker.home, "dispatcher") as bus,
+    ):
+        now, disk = {config["name"]: config for config in streams(bus.names, broker.settings)}, SMALL_MB << 20
+        before: dict[str, dict[str, Any]] = {
+            bus.names.results_stream: {"max_bytes": disk // 8},
+            bus.names.dead_stream: {"max_bytes": disk // 16, "discard": "new"},
+            bus.names.bucket_stream("jobs"): {"max_bytes": disk // 16, "max_age": 0},
+            bus.names.bucket_stream("attempts"): {"max_bytes": disk // 32, "discard": "new"},
+        }
+        for name, config in now.items():
+            await bus.api(f"STREAM.CREATE.{name}", {**config, **before.get(name, {})})
+        await ensure_platform(bus, broker.settings)
+        for name in before:
+            config = (await bus.api(f"STREAM.INFO.{name}"))["config"]
+            for field in ("max_bytes", "max_age", "discard"):
+                assert config[field] == now[name][field], (name, field)

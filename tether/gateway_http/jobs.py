@@ -152,9 +152,11 @@ class JobService:
     async def _page(self, tenant: str, state: str, wanted: Sees, limit: int, cursor: str) -> Page:
         stream, subjects = self._records.raw.stream, self._records.raw.subject(">")
         upper = int(cursor) - 1 if cursor else await self._bus.direct_last(stream, subjects)
+        oldest = await self._bus.direct_page(stream, subjects, start=1, batch=1, max_bytes=1)
+        end = oldest[0].sequence if oldest else upper + 1
         found: list[dict[str, Any]] = []
         for _ in range(_MAX_WINDOWS):
-            if upper < 1:
+            if upper < end:
                 return found, None
             lower = max(1, upper - _WINDOW + 1)
             rows = await self._window(tenant, wanted, lower, upper)
