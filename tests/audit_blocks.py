@@ -40,7 +40,7 @@ class Writer:
         chain = self.chains.setdefault(subject, Chain(self.run, subject))
         body = chain.block(rows)
         self.now += 1
-        name = audit.message_id(chain)
+        name = audit.message_id(self.run, chain.number, subject)
         frame = Signer(self.who, lambda: self.now).seal(MessageType.AUDIT, subject, body, message_id=name)
         self.records.append(Record(len(self.records) + 1, subject, self.now, name, frame))
 

@@ -92,3 +92,30 @@ async def test_a_lost_end_is_a_note_after_a_power_cut_and_a_problem_where_none_c
     else:
         assert {problem.run for problem in report.problems} == {run}
         assert not any(mark.what is What.CUT for mark in said)
+
+
+async def test_blocks_that_a_spool_lost_on_their_way_are_a_note_too(audited: Broker) -> None:
+    """The stream has all that it acknowledged; what was still in the spool went with the machine's memory."""
+    async with AsyncExitStack() as dying:
+        bus = await dying.enter_async_context(Bus.connect(audited.settings, audited.home, "gateway"))
+        log = AuditLog(bus, audited.home)
+        await log.begin()
+        act(log, 0)
+        await log.settled()
+        assert log._sender is not None
+        await log._sender._send_all()
+        act(log, 1)
+        await log.settled()
+        log.close()
+    (left,) = (audited.home.audit / "gateway").glob("*/")
+    assert (left / "spool").stat().st_size
+    (left / "spool").write_bytes(b"")
+    async with writer(audited) as (_, log):
+        await written(log, 2, 1)
+        await wait_until(lambda: log._sender is not None and not log._sender.cuts, "the cut is in a checkpoint")
+        await sent(log)
+    async with Bus.connect(audited.settings, audited.home, "dispatcher") as bus:
+        assert await numbers(bus, audited.home) == [0, 2]
+        report = check(audited.home, await everything(bus, audited.home))
+    assert report.problems == ()
+    assert [left.name in note for note in report.notes if "lost at its end" in note] == [True]

@@ -74,10 +74,10 @@ class Chain:
         return body
 
 
-def message_id(chain: Chain) -> str:
-    """The signed name of a chain's last block; no two blocks have the same."""
-    tenant, kind = chain.subject.split(".")[-2:]
-    return f"{chain.run}.{chain.number}.{tenant}.{kind}"
+def message_id(run: str, number: int, subject: str) -> str:
+    """The signed name of a chain's block; no two blocks have the same."""
+    tenant, kind = subject.split(".")[-2:]
+    return f"{run}.{number}.{tenant}.{kind}"
 
 
 def parse_message_id(text: str) -> tuple[str, int] | None:

@@ -265,7 +265,7 @@ class Checker:
         for what, block in _missing(seen, mark):
             by = writer or (seen.writer if seen else "")
             if (seen is None or mark.number > seen.number) and self._was_cut(by, mark):
-                self.notes.append(_lost_end(by, mark, seen, self._runs.get(mark.run), self._cuts[mark.run][1].number))
+                self.notes.append(_lost_end(by, mark, seen, self._runs.get(mark.run)))
                 return key
             self.problems.append(Problem(what, 0, mark.subject, by, mark.run, block))
         return key
@@ -312,13 +312,12 @@ def _span(first: int, last: int) -> str:
     return f"block {first} is" if first == last else f"blocks {first} to {last} are"
 
 
-def _lost_end(writer: str, mark: Mark, seen: _Seen | None, run: _Run | None, sequence: int) -> str:
+def _lost_end(writer: str, mark: Mark, seen: _Seen | None, run: _Run | None) -> str:
     first = seen.number + 1 if seen else 1
     since = run.last_at if run else 0
     return (
-        f"{mark.subject}, {writer} run {mark.run}: {_span(first, mark.number)} lost at its end, of {since} to {mark.at}: the stream "
-        f"acknowledged message {sequence} and did not have it any more when {writer} began again, as after a power cut. If there "
-        "was none, somebody took it"
+        f"{mark.subject}, {writer} run {mark.run}: {_span(first, mark.number)} lost at its end, of {since} to {mark.at}: {writer} had "
+        "written it, and found it gone when it began again, as after a power cut. If there was none, somebody took it"
     )
 
 

@@ -65,7 +65,9 @@ class What(StrEnum):
     HEAD = "head"  # blocks ``since`` to ``number`` of a chain of this run were written since the last checkpoint
     ALIVE = "alive"  # nothing to add
     LOST = "lost"  # ``number`` entries were lost: there was no room for them
-    CUT = "cut"  # the stream acknowledged message ``number`` to an earlier run, and did not have it when this one began
+    CUT = (
+        "cut"  # the last blocks of an earlier run, up to the stream's message ``number``, were gone when this one began
+    )
     END = "end"  # the run ends as it should
 
 

@@ -240,7 +240,7 @@ class AuditLog:
         if chain is None:
             chain = self._chains[subject] = Chain(self.run, subject)
         body = chain.block(rows)
-        name = audit.message_id(chain)
+        name = audit.message_id(self.run, chain.number, subject)
         frame = self._bus.signer.seal(MessageType.AUDIT, subject, body, message_id=name, tenant=tenant)
         self._at[subject] = self._bus.clock.utc_ms()
         self._unwritten.append(Record(0, subject, 0, name, frame))
@@ -319,7 +319,8 @@ class AuditLog:
             known = [item.state for item in found if item.state is not None]
             left = [record for item in found for record in item.records]
             before = [state.sequence for state in known] if left else None
-            self._sender = Sender(self._bus, self._spool, before, known)
+            names = [record.message_id for record in left]
+            self._sender = Sender(self._bus, self._spool, before, known, names)
             self._unwritten += left
             await self._write(self._spool)
             self._begin_marks(known)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from tether import metrics
-from tether.audit import Record
+from tether.audit import Record, message_id
 from tether.bus.audit_spool import Spool, State
 from tether.bus.connection import Bus
 from tether.errors import BrokerUnavailable, QueueFull, StorageFull, TetherError
@@ -28,15 +28,26 @@ _REFUSED_S = 5.0
 _KEEP_S = 5.0
 """How long a stored block is remembered: with ``sync_interval`` 1 s, a power cut takes no older one."""
 
+_LAST_MS = 2_000
+_FAR_BACK = 4096
+"""Where the last blocks of an earlier run are looked for: those of its last two seconds, so many messages back."""
+
 _BACK = 256
 """Blocks that are on their way side by side may be stored in another order; looking back begins so much earlier."""
 
 
 class Sender:
     """``before``: sequences that earlier runs know the stream has everything up to; None when they left nothing.
-    ``earlier`` are the states of those runs."""
+    ``earlier`` are the states of those runs, ``left`` the message ids of what they left in the spool."""
 
-    def __init__(self, bus: Bus, spool: Spool, before: Sequence[int] | None, earlier: Sequence[State] = ()) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        spool: Spool,
+        before: Sequence[int] | None,
+        earlier: Sequence[State] = (),
+        left: Collection[str] = (),
+    ) -> None:
         self._bus = bus
         self._spool = spool
         self.wake = asyncio.Event()
@@ -46,8 +57,9 @@ class Sender:
         self.last = ""
         """The message id of this run's block at ``sequence``."""
         self.cuts: list[State] = []
-        """Earlier runs whose last block the stream has lost; whoever takes them empties the list."""
+        """Earlier runs whose last blocks are lost; whoever takes them empties the list."""
         self._earlier = list(earlier)
+        self._left = frozenset(left)
         self._kept: deque[tuple[float, int, Record]] = deque()
         """Blocks that were stored a moment ago: when, in monotonic seconds, and their sequence."""
         self._based = before is not None
@@ -136,15 +148,27 @@ class Sender:
             self._kept.popleft()
 
     async def _find_cuts(self) -> None:
-        """Look whether the stream still has what it acknowledged last to earlier runs. It refuses deletion, so it can
-        only have lost it."""
+        """Look whether the last blocks of earlier runs are in the stream or were left in the spool. The stream refuses
+        deletion, so what it acknowledged it can only have lost; and a spool that is not synced may lose what was on its way."""
         end = await self._end()
         for state in self._earlier:
-            found = await self._bus.direct_at(self._bus.names.audit_stream, state.sequence) if state.sequence else None
-            there = found is not None and found.headers.get("Nats-Msg-Id", "") == state.last
-            if state.sequence and (not there if state.last else end < state.sequence):
+            if await self._lost_some(state, end):
                 self.cuts.append(state)
         self._earlier.clear()
+
+    async def _lost_some(self, state: State, end: int) -> bool:
+        stream = self._bus.names.audit_stream
+        if state.last:
+            found = await self._bus.direct_at(stream, state.sequence)
+            if found is None or found.headers.get("Nats-Msg-Id", "") != state.last:
+                return True
+        newest = max((at for _, _, _, at in state.heads), default=0)
+        last = {message_id(state.run, number, name) for name, number, _, at in state.heads if newest - at <= _LAST_MS}
+        start = max(1, min(state.sequence, end) - _FAR_BACK)
+        missing = last - self._left
+        async for item in self._bus.direct_scan(stream, self._bus.names.audit_subjects(), start=start):
+            missing.discard(item.headers.get("Nats-Msg-Id", ""))
+        return bool(missing)
 
     async def _end(self) -> int:
         return await self._bus.direct_last(self._bus.names.audit_stream, self._bus.names.audit_subjects())
