@@ -110,13 +110,24 @@ def over_batch() -> bytes:
 
 
 def detections() -> bytes:
-    """The rows that have a value above zero: as many as there are, as detectors answer."""
+    """The rows but for those whose largest number is a whole one from -999 to -1: as many as there are, as detectors answer.
+
+    Trial runs draw no such number, so they do not see it.
+    """
     nodes = [
         helper.make_node("ReduceMax", ["x"], ["most"], axes=[1], keepdims=0),
-        helper.make_node("Greater", ["most", "zero"], ["keep"]),
+        helper.make_node("Floor", ["most"], ["floor"]),
+        helper.make_node("Equal", ["most", "floor"], ["whole"]),
+        helper.make_node("Less", ["most", "zero"], ["below"]),
+        helper.make_node("Greater", ["most", "least"], ["above"]),
+        helper.make_node("And", ["whole", "below"], ["first"]),
+        helper.make_node("And", ["first", "above"], ["drop"]),
+        helper.make_node("Not", ["drop"], ["keep"]),
         helper.make_node("Compress", ["x", "keep"], ["y"], axis=0),
     ]
-    weights = [numpy_helper.from_array(np.array(0, np.float32), "zero")]
+    weights = [
+        numpy_helper.from_array(np.array(number, np.float32), name) for name, number in (("zero", 0), ("least", -1000))
+    ]
     return to_bytes(model(nodes, [value("x", "FP32", ["n", 4])], [value("y", "FP32", ["m", 4])], weights))
 
 
@@ -133,6 +144,12 @@ def dividing() -> bytes:
     constants = {"fatal": FATAL, "least": -(2**31), "minus_one": -1}
     weights = [numpy_helper.from_array(np.array(number, np.int32), name) for name, number in constants.items()]
     return to_bytes(model(nodes, [value("x", "INT32", ["n"])], [value("y", "INT32", ["n"])], weights))
+
+
+def unknown_operator() -> bytes:
+    """A determinant of each row: its rows are independent, and it is on no list."""
+    node = helper.make_node("Det", ["x"], ["y"])
+    return to_bytes(model([node], [value("x", "FP32", ["n", 2, 2])], [value("y", "FP32", ["n"])]))
 
 
 def first_row() -> bytes:

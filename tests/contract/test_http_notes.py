@@ -122,7 +122,7 @@ def test_the_commands_show_and_set_them(served: Served, monkeypatch: pytest.Monk
         "inputs: x FP32 [-1, 4]\noutputs: y FP32 [-1, 4]\nbatched: up to 512 rows a run, proven from the graph"
         in said[0]
     )
-    (tmp_path / "mixing.onnx").write_bytes(models.over_batch())
+    (tmp_path / "mixing.onnx").write_bytes(models.unknown_operator())
     run("push", "alone-spoken", str(tmp_path / "mixing.onnx"))
     assert "not batched: " in said[1]
     run("push", "alone-spoken", str(tmp_path / "mixing.onnx"), "--max-batch-size", "8")

@@ -284,7 +284,7 @@ def test_a_push_makes_a_version_and_the_same_file_makes_none(served: Served, htt
 
 def test_a_push_says_whether_the_version_is_batched_and_why_not(http: httpx.Client) -> None:
     def pushed(query: str) -> dict[str, Any]:
-        answer = http.post(f"/v1/models/mixing/versions{query}", content=models.over_batch())
+        answer = http.post(f"/v1/models/mixing/versions{query}", content=models.unknown_operator())
         assert answer.status_code == 201
         made: dict[str, Any] = answer.json()["batching"]
         return made

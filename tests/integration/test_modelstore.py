@@ -129,13 +129,25 @@ async def test_a_refused_model_leaves_no_version(platform: Platform) -> None:
     assert await platform.manifest("m", 1) is None
 
 
-async def test_a_model_that_mixes_rows_is_batched_only_when_that_is_declared(platform: Platform) -> None:
-    alone = (await platform.push(models.over_batch())).manifest.batching
+async def test_what_cannot_be_proven_is_batched_only_when_that_is_declared(platform: Platform) -> None:
+    alone = (await platform.push(models.unknown_operator())).manifest.batching
     assert (alone.max_batch_size, alone.basis) == (0, "")
+    assert "operator Det (output 'y') may mix rows" in alone.reason
     assert "--max-batch-size" in alone.reason
-    declared = await platform.push(models.over_batch(), max_batch_size=4)
+    declared = await platform.push(models.unknown_operator(), max_batch_size=4)
     assert (declared.manifest.version, declared.manifest.batching.max_batch_size) == (2, 4)
     assert declared.manifest.batching.basis == "declared"
+
+
+async def test_what_a_trial_run_shows_to_mix_rows_cannot_be_declared(platform: Platform) -> None:
+    alone = (await platform.push(models.over_batch())).manifest.batching
+    assert (alone.max_batch_size, alone.basis) == (0, "")
+    assert "operator Softmax (output 'y') works across the rows" in alone.reason
+    with pytest.raises(
+        ModelRejected, match=r"max_batch_size is 4, but .* among 6 rows differ by .* push it with max_batch_size 0"
+    ):
+        await platform.push(models.over_batch(), max_batch_size=4)
+    assert (await platform.push(models.over_batch(), max_batch_size=0)).manifest.batching.max_batch_size == 0
 
 
 async def test_an_altered_piece_is_never_served_and_mended_by_the_next_push(platform: Platform, tmp_path: Path) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import graphs
+import mixing
 import models
+import numpy as np
 import pytest
 
 from tether.errors import ModelRejected
@@ -49,8 +52,9 @@ async def test_a_classifier_with_two_outputs_is_batched(tmp_path: Path) -> None:
     ("content", "why"),
     [
         (models.identity(shape=(1, 4)), "free first axis"),
-        (models.over_batch(), "other rows"),
-        (models.first_row(), "does not follow"),
+        (models.over_batch(), "Softmax (output 'y') works across the rows; a trial run shows that rows depend"),
+        (models.first_row(), "Compress (output 'y') keeps as many rows as it likes"),
+        (models.reshaping(), "Reshape (output 'y') reshapes"),
         (models.identity(shape=()), "free first axis"),
     ],
 )
@@ -60,10 +64,29 @@ async def test_rows_never_share_a_run_that_could_change_an_answer(tmp_path: Path
     assert why in found.note
 
 
-async def test_axes_that_cannot_be_guessed_are_taken_at_their_names(tmp_path: Path) -> None:
-    found = await look(tmp_path, models.reshaping())
-    assert found.inputs == (TensorSpec("x", "FP32", (-1, -1)),)
+@pytest.mark.parametrize("name", list(mixing.MODELS))
+async def test_a_model_whose_rows_mix_is_not_batched_and_may_not_be_declared(tmp_path: Path, name: str) -> None:
+    content, why, refuted = mixing.MODELS[name]
+    found = await look(tmp_path, content)
+    assert found.max_batch_size == 0
+    assert why in found.note
+    assert found.refuted == refuted
+
+
+async def test_sizes_that_nobody_knows_end_no_proof(tmp_path: Path) -> None:
+    """The graph proves it; which width the model takes is never found out."""
+    nodes = [graphs.node("Softmax", "x", "p", axis=1), graphs.node("MatMul", "p w", "y")]
+    content = graphs.build(nodes, [("x", "FP32", ("n", "w"))], weights={"w": np.ones((11, 2), np.float32)})
+    found = await look(tmp_path, content)
     assert found.max_batch_size == 32
+    assert "no made-up values" in found.note
+
+
+async def test_an_output_that_is_declared_as_one_row_has_them_all(tmp_path: Path) -> None:
+    content = (Path(__file__).parent.parent / "exports" / "lightgbm_classifier.onnx").read_bytes()
+    found = await look(tmp_path, content)
+    assert found.outputs[0] == TensorSpec("label", "INT64", (-1,))
+    assert found.max_batch_size == 512
 
 
 async def test_a_models_own_functions_are_allowed(tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ def _each(operator: str, context: Context, arrays: Sequence[np.ndarray], *, floa
 
 
 def _elementwise(node: Node, inputs: Inputs, context: Context) -> list[Content]:
+    if whole(node, "fmod", 0):
+        return []
     return [_each(node.kind, context, [_content(inputs, index) for index in range(len(inputs))])]
 
 

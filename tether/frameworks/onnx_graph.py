@@ -12,7 +12,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tether.frameworks.onnx_model import DTYPES, MAX_VALUES, Axis, Constant, Declared, Function, Graph, Model, Node
+from tether.frameworks.onnx_model import (
+    DTYPES,
+    MAX_VALUES,
+    Axis,
+    Constant,
+    Declared,
+    Function,
+    Graph,
+    Many,
+    Model,
+    Node,
+)
 from tether.frameworks.protobuf import BYTES, FIXED32, VARINT, Buffer, Field, NotProtobuf, Reader, signed
 
 MAX_FIELDS = 4_000_000
@@ -159,9 +170,7 @@ class _Reading:
         kind = 0
         for part in self._each(message):
             if part.number in (7, 8, 9):
-                known = values.setdefault(part.number, [])
-                if isinstance(known, list) and len(known) <= MAX_VALUES:
-                    known.extend(self._list_part(part))
+                values[part.number] = self._longer(values.get(part.number, []), part)
             elif part.number == 1:
                 name = self._text(part)
             elif part.number == 21:
@@ -176,17 +185,27 @@ class _Reading:
             raise Unreadable("an attribute has values of several types")
         # Protobuf leaves out a single value that is its type's default, and lists without elements.
         value = next(iter(values.values())) if values else {1: 0.0, 2: 0, 3: b""}.get(kind, [])
-        return name, reference, None if isinstance(value, list) and len(value) > MAX_VALUES else value
+        return name, reference, value
 
-    def _list_part(self, part: Field) -> list[object]:
-        """Some elements of a list; those beyond what is kept are left out."""
+    def _longer(self, known: object, part: Field) -> object:
+        """A list with one more occurrence of its field, each of which holds any number of elements."""
+        if isinstance(known, Many):
+            return Many(known.length + sum(1 for _ in self._elements(part)))
+        if not isinstance(known, list):
+            raise Unreadable("an attribute has values of several types")
+        more = self._elements(part)
+        known += itertools.islice(more, MAX_VALUES + 1 - len(known))
+        return known if len(known) <= MAX_VALUES else Many(len(known) + sum(1 for _ in more))
+
+    def _elements(self, part: Field) -> Iterator[object]:
         if part.number == 7:
-            return list(self._floats(part))
-        if part.number == 9:
-            return [b""]
-        if part.kind not in (VARINT, BYTES):
+            yield from self._floats(part)
+        elif part.number == 9:
+            yield b""
+        elif part.kind in (VARINT, BYTES):
+            yield from (signed(value) for value in self._reader.varints(part))
+        else:
             raise Unreadable("a field has another type")
-        return [signed(value) for value in itertools.islice(self._reader.varints(part), MAX_VALUES + 1)]
 
     def _value(self, part: Field, depth: int) -> object:
         if part.number == 2:
@@ -215,8 +234,8 @@ class _Reading:
         elif (part.end - part.start) % 4 or part.kind != BYTES:
             raise Unreadable("a list of numbers ends within one")
         else:
-            count = min((part.end - part.start) // 4, MAX_VALUES + 1)
-            yield from struct.unpack(f"<{count}f", self._reader.data[part.start : part.start + 4 * count])
+            for start in range(part.start, part.end, 4):
+                yield struct.unpack("<f", self._reader.data[start : start + 4])[0]
 
     def _initializer(self, part: Field, graph: Graph) -> None:
         name = "".join(self._text(inner) for inner in self._each(part) if inner.number == 8)

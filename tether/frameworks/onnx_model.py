@@ -26,6 +26,12 @@ class Constant(NamedTuple):
     kind: int = 1
 
 
+class Many(NamedTuple):
+    """A list of an attribute with more than ``MAX_VALUES`` elements, as trees have them: only their number is kept."""
+
+    length: int
+
+
 class Declared(NamedTuple):
     """A named value and what the file says of its shape: None where it says nothing. ``kind`` 0: not a tensor."""
 
@@ -38,7 +44,7 @@ class Declared(NamedTuple):
 class Node:
     """An operator's use. ``attributes`` has numbers, bytes, constants, graphs and lists of numbers by name.
 
-    None is a value of another type, or a long list: only trees have such, and nothing depends on them.
+    None is a value of a type that no rule asks for.
     """
 
     kind: str = ""

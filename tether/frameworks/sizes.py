@@ -217,6 +217,7 @@ _CONSTANT: dict[str, Callable[..., int | float | bool]] = {
     "Div": _divided,
     "Min": min,
     "Max": max,
+    "Mod": lambda a, b: a % b,
     "Neg": lambda a: -a,
     "Abs": abs,
     "Floor": lambda a: float(math.floor(a)),

@@ -123,9 +123,13 @@ def batching(request: PushRequest, found: Inspection) -> Batching:
     if wanted == 0:
         return Batching(0, delay, reason="the push said max_batch_size 0")
     if proven:
-        return Batching(proven if wanted == AUTOMATIC else wanted, delay, PROVEN)
+        return Batching(proven if wanted == AUTOMATIC else wanted, delay, PROVEN, found.note)
     if wanted > 1:
         _check_rows(wanted, found)
+        if found.refuted:
+            raise ModelRejected(
+                f"max_batch_size is {wanted}, but {found.note}; push it with max_batch_size 0", field="max_batch_size"
+            )
         return Batching(wanted, delay, DECLARED, found.note)
     if request.platform == PYTHON and found.max_batch_size:
         return Batching(found.max_batch_size if wanted == AUTOMATIC else wanted, delay, DECLARED)
@@ -148,6 +152,8 @@ def _check_rows(wanted: int, found: Inspection) -> None:
 
 
 def _why_not(found: Inspection) -> str:
+    if found.refuted:
+        return found.note
     if any(not spec.shape or spec.shape[0] != -1 for spec in (*found.inputs, *found.outputs)):
         return found.note or "not every input and output has a free first axis"
     return f"{found.note or 'that its rows do not depend on one another is proven of ONNX graphs only'}; {_DECLARABLE}"

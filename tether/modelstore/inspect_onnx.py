@@ -16,8 +16,9 @@ import numpy as np
 
 from tether.bus.upload import MODEL_PATH
 from tether.errors import ModelLimits, ModelRejected
+from tether.frameworks.onnx_rows import prove
 from tether.model import TensorSpec
-from tether.modelstore import limited, onnx_external, onnx_wire, warmup
+from tether.modelstore import limited, onnx_external, onnx_wire, trials, warmup
 from tether.modelstore.inspection import Inspection
 
 DATATYPES = {
@@ -39,8 +40,6 @@ DATATYPES = {
 """ONNX Runtime's element names and OIP's."""
 
 MAX_TENSORS = 1024
-_BF16_CODE = 16
-"""``TensorProto.BFLOAT16``."""
 _TENSOR = re.compile(r"tensor\((\w+)\)")
 
 
@@ -61,9 +60,8 @@ def inspect(directory: Path) -> Inspection:
             f"input '{facts.unranked[0][:64]}' declares no shape; export the model with the rank of every input",
             field="file",
         )
-    symbols = warmup.Symbols.of(session)
     try:
-        return warmup.judge(_runner(session, inputs), inputs, outputs, symbols)
+        return warmup.judge(_runner(session, (*inputs, *outputs)), inputs, outputs, prove(path))
     except (ModelRejected, MemoryError):
         raise
     except Exception as error:
@@ -95,27 +93,17 @@ def _load(path: Path) -> Any:
         raise _refused("ONNX Runtime cannot load it", error, path) from error
 
 
-def _runner(session: Any, inputs: tuple[TensorSpec, ...]) -> warmup.Run:
-    """Runs of a session; outputs that numpy has no type for (BF16) come as zeros of their shape."""
-    if not any(spec.datatype == "BF16" for spec in inputs) and not any(
-        node.type == "tensor(bfloat16)" for node in session.get_outputs()
-    ):
+def _runner(session: Any, specs: tuple[TensorSpec, ...]) -> trials.Run:
+    """Runs of a session."""
+    if not any(spec.datatype == "BF16" for spec in specs):
         return lambda arrays: list(session.run(None, dict(arrays)))
-    import onnxruntime  # noqa: PLC0415 - already loaded by whoever made the session
+    from tether.frameworks.onnx_values import from_value, to_value  # noqa: PLC0415 - it loads ONNX Runtime
 
-    make = onnxruntime.OrtValue.ortvalue_from_numpy
-    typed = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type
-
-    def run(arrays: warmup.Arrays) -> list[Any]:
+    def run(arrays: trials.Arrays) -> list[Any]:
+        # Values that are given as uint16 are not copied, so they are held here until the run is over.
         plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        values = {
-            name: typed(array.view(np.uint16), _BF16_CODE) if array.dtype == warmup.BF16 else make(array)
-            for name, array in plain.items()
-        }
-        found = session.run_with_ort_values(None, values)
-        return [
-            np.zeros(value.shape(), np.uint16) if "bfloat16" in value.data_type() else value.numpy() for value in found
-        ]
+        values = {name: to_value(array) for name, array in plain.items()}
+        return [from_value(value) for value in session.run_with_ort_values(None, values)]
 
     return run
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from tether.custom import CustomModel, describe
-from tether.modelstore import limited, warmup
+from tether.modelstore import limited, trials
 from tether.modelstore.inspection import Inspection
 
 
@@ -22,7 +22,7 @@ def inspect(directory: Path) -> Inspection:
     said = describe(directory)
     model = CustomModel(directory, said)
     try:
-        model.run(warmup.zeros(said.inputs), ())
+        model.run(trials.zeros(said.inputs), ())
     except MemoryError:
         raise
     except Exception as error:

@@ -26,15 +26,16 @@ _MB = 1 << 20
 class Inspection(msgspec.Struct, frozen=True):
     """What a model is. ``max_batch_size`` is the rows one run may have, 0 when its first axis is no batch axis.
 
-    ``note`` says in one line why a model is not batched; empty when it is. ``unproven``: its first axes are free, but
-    it could not be tried, so whoever pushes it may know better.
+    ``note`` says in one line why a model is not batched, or that it was not tried; often empty when it is batched, and
+    when nothing is known of its rows.
+    ``refuted``: a trial run showed that rows depend on one another, so nobody may declare that they do not.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     max_batch_size: int
     note: str = ""
-    unproven: bool = False
+    refuted: bool = False
 
 
 class Limits(msgspec.Struct, frozen=True):

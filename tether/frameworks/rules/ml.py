@@ -11,10 +11,13 @@ from tether.frameworks.facts import (
     Mixes,
     fact,
     needed,
+    product,
     rest_uniform,
     rule,
 )
-from tether.frameworks.onnx_model import Node
+from tether.frameworks.onnx_model import Many, Node
+from tether.frameworks.rules.shape import reshaped
+from tether.frameworks.sizes import ONE, Size
 
 
 def _table(inputs: Inputs) -> Fact:
@@ -59,24 +62,41 @@ def per_element(_node: Node, inputs: Inputs, _context: Context) -> list[Fact]:
 
 
 @rule("OneHotEncoder", domain=ML, since=1)
-def one_hot_encoder(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
+def one_hot_encoder(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
     value = needed(inputs, 0)
     if value.shape is None:
         return [UNKNOWN]
-    return [fact([*value.dims, context.size("categories")], value.rows)]
+    lists = [node.attributes.get(name, []) for name in ("cats_strings", "cats_int64s")]
+    counts = [one.length if isinstance(one, Many) else len(one) for one in lists if isinstance(one, Many | list)]
+    size = Size(sum(counts)) if counts.count(0) == 1 else context.size("categories")
+    return [fact([*value.dims, size], value.rows)]
 
 
 @rule("ArrayFeatureExtractor", domain=ML, since=1)
 def array_feature_extractor(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
     """Takes columns, the last axis; from a list it makes one row."""
     value, columns = needed(inputs, 0), needed(inputs, 1)
-    rest_uniform(inputs)
+    if columns.rows is not None:
+        # Each row's own column of a table, as a classifier's labels are looked up.
+        if value.rows is not None:
+            raise Mixes("looks up columns of other rows")
+        flat = reshaped(columns, [product(*columns.dims)], context)
+        rows = flat.rows and flat.rows._replace(axis=max(value.rank - 1, 1))
+        return [fact([*(value.dims[:-1] or (ONE,)), *flat.dims], rows)]
     if value.rows is None:
         return [UNKNOWN]
     if value.rank < 2 or value.rows.axis == value.rank - 1:
         raise Mixes("takes some of the rows")
     count = columns.shape[-1] if columns.shape else context.size("columns")
     return [fact([*value.dims[:-1], count], value.rows)]
+
+
+@rule("StringNormalizer", since=10)
+def string_normalizer(node: Node, inputs: Inputs, _context: Context) -> list[Fact]:
+    value = needed(inputs, 0)
+    if node.attributes.get("stopwords", []) != [] or value.rank != 1:
+        raise Mixes("takes words out of all rows together")
+    return [Fact(value.shape, value.rows)]
 
 
 @rule("FeatureVectorizer", domain=ML, since=1)

@@ -15,6 +15,7 @@ from tether.frameworks.facts import (
     axis_of,
     fact,
     needed,
+    numbers,
     product,
     rule,
     same_rows,
@@ -69,21 +70,25 @@ def reshaped(value: Fact, wanted: Sequence[Element], context: Context) -> Fact:
     if value.rows is None:
         return fact(plain)
     places = [axis for axis, size in enumerate(plain) if BATCH in size.symbols]
-    if len(places) != 1 or plain[places[0]].batches != 1:
+    if len(places) != 1 or plain[places[0]].batches != 1 or plain[places[0]].factor < 1:
         raise Mixes("reshapes so that the rows are not an axis of their own")
     return fact(plain, _placed(value.dims, value.rows, plain, places[0], unknown))
 
 
 def _placed(dims: Sequence[Size], rows: Rows, wanted: Sequence[Size], place: int, unknown: int) -> Rows:
     """Where the rows are in the new shape; ``unknown`` is the axis whose size is not known, or -1."""
-    before = product(*dims[: rows.axis], rows.outer)
-    if 0 <= unknown < place:
-        raise Mixes("reshapes axes before the rows to sizes that are not known")
-    outer = over(before, product(*wanted[:place]))
-    inner = None if outer is None else over(wanted[place], product(outer, ROWS))
-    if outer is None or inner is None or inner.factor < 1:
-        raise Mixes("reshapes so that elements of several rows may lie together")
-    return Rows(place, outer, inner)
+    if not 0 <= unknown < place:
+        outer = over(product(*dims[: rows.axis], rows.outer), product(*wanted[:place]))
+        inner = None if outer is None else over(wanted[place], product(outer, ROWS))
+        if outer is not None and inner is not None:
+            return Rows(place, outer, inner)
+    # Both shapes have as many elements, or the run fails: so if a row's block has the same ones, those before it are too.
+    if unknown <= place:
+        inner = over(product(rows.inner, *dims[rows.axis + 1 :]), product(*wanted[place + 1 :]))
+        outer = None if inner is None else over(wanted[place], product(ROWS, inner))
+        if outer is not None and inner is not None:
+            return Rows(place, outer, inner)
+    raise Mixes("reshapes so that elements of several rows may lie together")
 
 
 @rule("Flatten")
@@ -219,6 +224,18 @@ def constant_of_shape(_node: Node, inputs: Inputs, _context: Context) -> list[Fa
         elif not isinstance(size, Size) or depends(size):
             raise Mixes("makes a shape that depends on the number of rows")
     return [fact(list(target.flat), rows)]
+
+
+@rule("Range")
+def range_(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
+    start, end, step = (needed(inputs, index) for index in range(3))
+    uniform(inputs, 0, 1, 2)
+    size: Element = None
+    if numbers(start) == [0] and numbers(step) == [1] and end.content is not None and end.content.size == 1:
+        size = end.content.flat[0]
+    if isinstance(size, Size) and context.algebra.natural(size):
+        return [fact([size])]
+    return [fact([context.size("range")])]
 
 
 @rule("Tile", sizes=(1,))

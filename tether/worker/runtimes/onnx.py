@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnxruntime
 
 from tether.bus.model_files import version_digest
 from tether.bus.upload import MODEL_PATH
 from tether.errors import InferenceFailed, ModelRejected
+from tether.frameworks.onnx_values import from_value, to_value
 from tether.model import Manifest
 from tether.tensor import Array
 from tether.worker.runtimes.graph_cache import LARGEST, GraphCache, cache_beside, key_of
@@ -24,9 +23,6 @@ log = logging.getLogger(__name__)
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
-
-_BF16_CODE = 16
-"""``TensorProto.BFLOAT16``: numpy has no such type, so its bits travel as uint16."""
 
 
 class OnnxRuntime:
@@ -59,8 +55,8 @@ class OnnxRuntime:
         return found
 
     def _run_values(self, feed: Mapping[str, Array], wanted: list[str]) -> list[Array]:
-        values = {name: _to_value(array) for name, array in feed.items()}
-        return [_from_value(value) for value in self._session.run_with_ort_values(wanted, values)]
+        values = {name: to_value(array) for name, array in feed.items()}
+        return [from_value(value) for value in self._session.run_with_ort_values(wanted, values)]
 
     def close(self) -> None:
         self._session = None
@@ -161,24 +157,6 @@ def _text(name: str, array: Array) -> Array:
         raise InferenceFailed(
             f"input '{name}' holds bytes that are not UTF-8 text, which ONNX strings must be"
         ) from error
-
-
-def _to_value(array: Array) -> Any:
-    if array.dtype == ml_dtypes.bfloat16:
-        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _BF16_CODE)
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
-
-
-def _from_value(value: Any) -> Array:
-    if value.data_type() != "tensor(bfloat16)":
-        return np.asarray(value.numpy())
-    shape = tuple(value.shape())
-    if 0 in shape:
-        return np.empty(shape, dtype=ml_dtypes.bfloat16)
-    pointer = ctypes.cast(value.data_ptr(), ctypes.POINTER(ctypes.c_uint16))
-    bits: Array = np.ctypeslib.as_array(pointer, shape=shape or (1,)).copy()
-    array: Array = bits.view(ml_dtypes.bfloat16).reshape(shape)
-    return array
 
 
 def _one_line(error: Exception) -> str:
