@@ -14,6 +14,7 @@ from tether.errors import Unavailable
 from tether.job import Job, Lane, LaneKind, Outcome, Priority
 from tether.ports import Runtime
 from tether.worker import batching
+from tether.worker.apart import Apart, Seats
 from tether.worker.copies import Copies, Generation
 from tether.worker.intake import Bundle
 from tether.worker.runs import Runs
@@ -56,7 +57,8 @@ def work_off(queue: RunQueue, model: Runtime, limit: int) -> tuple[list[Outcome]
     """Run everything in order, as a worker does: how each job ended, and what showed that rows were not kept apart."""
     found: list[str] = []
     clock = SystemClock()
-    runs = Runs("worker-1", clock, "m", Copies(_nothing, clock), mixed=found.append)
+    apart = Apart(Copies(_nothing, clock), _nothing, found.append, Seats())
+    runs = Runs("worker-1", clock, "m", apart, mixed=found.append)
     outcomes: list[Outcome] = []
     while queue:
         level = next(level for level in queue.order(0.0) if queue.has(level))

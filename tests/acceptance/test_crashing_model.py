@@ -19,6 +19,10 @@ def ask(running: Platform, model: str, number: int) -> httpx.Response:
     return httpx.post(url, json={"inputs": [tensor]}, headers={"x-api-key": running.key}, timeout=60)
 
 
+def pids(running: Platform) -> dict[str, int]:
+    return {name: pid for name, pid in running.pids.items() if name.startswith("worker")}
+
+
 def isolation(running: Platform, model: str) -> tuple[str, str]:
     answer = httpx.get(f"{running.url}/v1/models/{model}", headers={"x-api-key": running.key}).json()
     version = answer["versions"][0]
@@ -26,33 +30,35 @@ def isolation(running: Platform, model: str) -> tuple[str, str]:
 
 
 @pytest.mark.alone
+@pytest.mark.parametrize("workers", [1, 2])
 async def test_a_request_that_crashes_onnx_runtime_ends_a_worker_once_and_then_only_its_own_process(
-    tmp_path: Path,
+    tmp_path: Path, workers: int
 ) -> None:
     (tmp_path / "dividing.onnx").write_bytes(models.dividing())
     (tmp_path / "beside.onnx").write_bytes(models.identity("INT32", ("n",)))
-    with platform(workers=1) as running:
+    with platform(workers=workers) as running:
         for name in ("dividing", "beside"):
             pushed = running.run("model", "push", name, str(tmp_path / f"{name}.onnx"))
             assert pushed.returncode == 0, pushed.stderr
         assert ask(running, "dividing", 7).json()["outputs"][0]["data"] == [-7]
         assert isolation(running, "dividing") == ("thread", "")
-        worker = running.pids["worker-1"]
+        before = pids(running)
         refused = ask(running, "dividing", models.FATAL)
         assert refused.status_code == 500, refused.text
-        assert not alive(worker)
         assert "SIGFPE" in refused.json()["error"], refused.text
-        await wait_until(lambda: running.pids["worker-1"] != worker, "the worker is back")
-        worker = running.pids["worker-1"]
+        (dead,) = [name for name, pid in before.items() if not alive(pid)]
+        await wait_until(lambda: pids(running)[dead] != before[dead], "the worker is back")
+        after = pids(running)
 
         await wait_until(lambda: isolation(running, "dividing")[0] == "process", "the gateway heard of it", 30)
-        assert "ended worker 'worker-1': Floating point exception" in isolation(running, "dividing")[1]
+        assert isolation(running, "dividing")[1]
         assert isolation(running, "beside") == ("thread", "")
-        for _ in range(3):
+        await wait_until(running.ready, "every process is ready", 30)
+        for _ in range(3 * workers):
             assert ask(running, "dividing", models.FATAL).status_code == 500
             assert ask(running, "dividing", 9).json()["outputs"][0]["data"] == [-9]
             assert ask(running, "beside", 5).json()["outputs"][0]["data"] == [5]
-        assert running.pids["worker-1"] == worker
-        assert alive(worker)
-        log = (running.home.logs / "worker-1.log").read_text()
-        assert log.count('"action":"worker_crashed"') + log.count('"action": "worker_crashed"') == 1
+        assert pids(running) == after
+        assert all(map(alive, after.values()))
+        log = (running.home.logs / f"{dead}.log").read_text()
+        assert f"ended worker '{dead}': Floating point exception" in log

@@ -45,6 +45,15 @@ class Findings:
         log.error("its jobs are not joined any more: %s", reason, extra=fields)
         self.found(ref, Finding(mixed=f"a run did not keep rows apart: {reason}"))
 
+    def crashed(self, ref: ModelRef, how: str) -> None:
+        """A job that came again ended the process that it ran in: said once, loudly."""
+        if self.get(ref).crashed:
+            return
+        metrics.WORKER_CRASHES.labels(ref.model).inc()
+        fields = {"action": "worker_crashed", "model": ref.model, "version": ref.version}
+        log.error("it runs in a process of its own from now on: a run %s", how, extra=fields)
+        self.found(ref, Finding(crashed=f"a job that came again ended its process: it {how}"))
+
     def news(self) -> tuple[tuple[ModelRef, Finding], ...]:
         """What the dispatcher does not know yet, for the next heartbeat."""
         return tuple(

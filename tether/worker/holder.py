@@ -19,6 +19,7 @@ from tether.lifecycle import Tasks
 from tether.model import Finding, Manifest, ModelRef
 from tether.model_config import InstanceKind, LoadBalancing
 from tether.worker import judging
+from tether.worker.apart import Apart, Seats
 from tether.worker.balance import Headroom
 from tether.worker.configs import Configs
 from tether.worker.copies import Copies, Generation
@@ -86,6 +87,7 @@ class Holder:
         """Set when another configuration of a model counts: who waits to try again need not wait."""
         self._ahead = asyncio.Semaphore(_AHEAD)
         self._judging = asyncio.Semaphore(1)
+        self._seats = Seats()
         self._stopping = False
         self.has_orders = False
         self.findings = Findings(lambda ref: self._configured(ref.model))
@@ -233,7 +235,8 @@ class Holder:
             if at_once:
                 await copies.ensure()
             hearing = Hearing(partial(self._lose, ref), partial(self.findings.mixed, ref))
-            instance = ModelInstance(self._bus, manifest, copies, self._keepalive, self._keyring, hearing=hearing)
+            apart = Apart(copies, loader.load_apart, partial(self.findings.crashed, ref), self._seats)
+            instance = ModelInstance(self._bus, manifest, apart, self._keepalive, self._keyring, hearing=hearing)
             instance.configure(loader.serving, loader.wanted.copies)
             try:
                 await instance.start()

@@ -24,8 +24,8 @@ from tether.job import LaneKind
 from tether.lifecycle import Tasks
 from tether.model import Manifest
 from tether.model_config import LoadBalancing
+from tether.worker.apart import Apart
 from tether.worker.asking import Asking
-from tether.worker.copies import Copies
 from tether.worker.intake import Bundle, Intake
 from tether.worker.keepalive import KeepAlive
 from tether.worker.loadout import Serving
@@ -58,7 +58,7 @@ class ModelInstance:
         self,
         bus: Bus,
         manifest: Manifest,
-        copies: Copies,
+        apart: Apart,
         keepalive: KeepAlive,
         keyring: Keyring,
         *,
@@ -67,12 +67,12 @@ class ModelInstance:
         self._bus = bus
         self._settings = bus.settings
         self.manifest = manifest
-        self.copies = copies
+        self._apart, self.copies = apart, apart.copies
         self._hearing = hearing
         self._keepalive = keepalive
         self.intake = Intake(bus, keyring, manifest.name)
         self._results = BusResults(bus)
-        self.runs = Runs(bus.signer.name, bus.clock, manifest.name, copies, mixed=hearing.mixed)
+        self.runs = Runs(bus.signer.name, bus.clock, manifest.name, apart, mixed=hearing.mixed)
         self.redelivery = Redelivery(bus, manifest.name)
         self._tasks = Tasks()
         self._serving = Serving(manifest.batching, (), 0.0, 0.0, LoadBalancing.LEAST_CONNECTIONS)
@@ -156,6 +156,7 @@ class ModelInstance:
         await asyncio.gather(*serving, return_exceptions=True)
         await self._tasks.finish(_LAST_S)
         await self._tasks.cancel()
+        self._apart.close()
         generation = self.copies.take_out()
         if generation is not None:
             generation.close()
@@ -308,7 +309,7 @@ class ModelInstance:
                 self.queue.remove(lambda other: other is ticket)
                 return [End(ticket, begun)]
             ticket.attempt = begun
-        ends, again = self.runs.ends(turn, *await self.runs.run(turn.run))
+        ends, again = self.runs.ends(turn, *await self.runs.run(turn.run, suspect=ticket.bundle.suspect))
         for end in ends:
             if end.ticket.rows > 0:
                 self.queue.remove(lambda other: other is end.ticket)  # noqa: B023

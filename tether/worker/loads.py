@@ -13,7 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from tether.bus.connection import Bus
-from tether.model import NO_FINDING, Manifest, ModelRef
+from tether.model import NO_FINDING, Isolation, Manifest, ModelRef
 from tether.model_config import Loading, ModelConfig
 from tether.ports import Runtime
 from tether.worker import runtimes
@@ -90,6 +90,18 @@ class Loader:
             raise
         self.current = wanted
         return Generation(made, self._bus.clock)
+
+    async def load_apart(self) -> Generation | None:
+        """One more copy, in a process of its own and beside what memory is reserved for; None where all of them are in such.
+
+        Raises:
+            ModelRejected: it cannot be loaded so.
+        """
+        wanted = self.wanted
+        if wanted.manifest.isolation == Isolation.PROCESS:
+            return None
+        manifest = msgspec.structs.replace(wanted.manifest, isolation=Isolation.PROCESS.value)
+        return Generation([await self._one(wanted._replace(manifest=manifest))], self._bus.clock)
 
     async def _all(self, first: _Copy) -> list[Runtime]:
         """The first copy alone, so that one that fails does so once; then the others side by side."""

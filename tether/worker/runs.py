@@ -11,8 +11,8 @@ from tether.errors import DeadlineExceeded, TetherError
 from tether.job import Failure, JobState, Outcome
 from tether.ports import Clock
 from tether.worker import batching
+from tether.worker.apart import Apart
 from tether.worker.balance import Capacity
-from tether.worker.copies import Copies
 from tether.worker.pace import Pace
 from tether.worker.turns import Ticket, Turn
 
@@ -29,22 +29,23 @@ class End(NamedTuple):
 class Runs:
     """Makes the runs of one version and learns from them. ``mixed`` hears that it does not keep rows apart."""
 
-    def __init__(self, worker: str, clock: Clock, model: str, copies: Copies, *, mixed: Callable[[str], None]) -> None:
+    def __init__(self, worker: str, clock: Clock, model: str, apart: Apart, *, mixed: Callable[[str], None]) -> None:
         self._worker = worker
         self._clock = clock
         self._model = model
-        self._copies = copies
+        self._apart = apart
         self._mixed = mixed
         self.pace = Pace()
         self.capacity = Capacity()
         self.running = 0
         """Jobs that run now."""
 
-    async def run(self, wanted: batching.Run) -> tuple[batching.Done, float, float]:
-        """How a run ended, and the times (UTC seconds) when it began and ended."""
+    async def run(self, wanted: batching.Run, *, suspect: bool = False) -> tuple[batching.Done, float, float]:
+        """How a run ended, and the times (UTC seconds) when it began and ended. ``suspect``: it may have ended a worker, so it runs
+        in a process of its own."""
         self.running += len(wanted.pieces)
         try:
-            ran = await self._copies.run(wanted)
+            ran = await (self._apart if suspect else self._apart.copies).run(wanted)
         finally:
             self.running -= len(wanted.pieces)
         self.pace.ran(ran.seconds, wanted.jobs)

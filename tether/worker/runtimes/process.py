@@ -40,6 +40,7 @@ LARGEST_FRAME = 1 << 30
 _LENGTH = struct.Struct(">I")
 _LOOK_S = 0.2
 """How often whoever waits looks whether it should."""
+_OWN_DOING = ("memory", "signal", "exit")
 _BACKOFF_S = (0.0, 0.1, 0.5, 2.0, 5.0)
 """Wait before the n-th start in a row without a run that ended."""
 
@@ -95,6 +96,8 @@ class ProcessRuntime:
         self._child: subprocess.Popen[bytes] | None = None
         self._loading = ExitStack()
         """What the process has until it has loaded."""
+        self.crash = ""
+        """How the model last ended its process, if that was its own doing: killed or too slow does not count."""
         self._failures = 0
         self._kills = 0
         self._closed = closed or threading.Event()
@@ -220,12 +223,16 @@ class ProcessRuntime:
             return Ended("answered with something else than an answer", "protocol")
         if status == -signal.SIGKILL and out_of_memory_kills() > self._kills:
             return Ended("was ended by signal 9 (SIGKILL), and the machine was out of memory", "memory")
+        if status == -signal.SIGKILL:
+            return Ended("was ended by signal 9 (SIGKILL)", "killed")
         if status < 0:
             return Ended(f"was ended by signal {-status} ({signal.Signals(-status).name})", "signal")
         return Ended(f"ended with status {status}", "exit")
 
     def _broken(self, ended: Ended) -> InferenceFailed:
         name = self._start.manifest.name
+        if ended.reason in _OWN_DOING:
+            self.crash = ended.words
         metrics.MODEL_CRASHES.labels(name, ended.reason).inc()
         fields = {"action": "model_process_ended", "model": name, "version": self._start.manifest.version}
         log.error("the model's process %s", ended.words, extra=fields)

@@ -1,0 +1,91 @@
+"""A copy of a version in a process of its own, for jobs that may have ended the worker that had them before.
+
+Such a job runs here instead of in the worker's own process: if it ends a process again, it is this one, and everybody knows of
+which version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from tether.errors import ModelRejected
+from tether.worker import batching
+from tether.worker.copies import Copies, Generation, Ran
+from tether.worker.runtimes.process import ProcessRuntime
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 5.0
+"""How long the copy stays after its last run: jobs of a bundle come one after the other."""
+SEATS = 2
+"""Such copies in one worker at a time. When a worker with many versions is killed, each of them has jobs that come again."""
+
+
+class Seats:
+    """How many more such copies a worker may have."""
+
+    def __init__(self) -> None:
+        self.left = SEATS
+
+
+class Apart:
+    """``load`` makes the copy; None where the version runs in processes anyway. ``crashed`` hears how a run ended it."""
+
+    def __init__(
+        self,
+        copies: Copies,
+        load: Callable[[], Awaitable[Generation | None]],
+        crashed: Callable[[str], None],
+        seats: Seats,
+    ) -> None:
+        self.copies = copies
+        self._load = load
+        self._crashed = crashed
+        self._seats = seats
+        self._made: Generation | None = None
+        self._one = asyncio.Lock()
+        self._closing: asyncio.TimerHandle | None = None
+
+    async def run(self, wanted: batching.Run) -> Ran:
+        """One run at a time. Where the copy cannot be made, or there is no seat, it runs on the others."""
+        async with self._one:
+            made = await self._ensured()
+            if made is None:
+                return await self.copies.run(wanted)
+            try:
+                ran = await made.run(wanted)
+            finally:
+                self._closing = asyncio.get_running_loop().call_later(IDLE_S, self.close)
+            self._look(made)
+            return ran
+
+    def close(self) -> None:
+        """End the process; a run that goes on in it fails."""
+        if self._closing is not None:
+            self._closing.cancel()
+        made, self._made, self._closing = self._made, None, None
+        if made is not None:
+            self._seats.left += 1
+            made.close()
+
+    async def _ensured(self) -> Generation | None:
+        if self._closing is not None:
+            self._closing.cancel()
+            self._closing = None
+        if self._made is None and self._seats.left:
+            self._seats.left -= 1
+            try:
+                self._made = await self._load()
+            except ModelRejected as error:
+                log.warning("no process for a job that came again: %s", error, extra={"action": "apart_failed"})
+            finally:
+                self._seats.left += self._made is None
+        return self._made
+
+    def _look(self, made: Generation) -> None:
+        for runtime in made.runtimes:
+            if isinstance(runtime, ProcessRuntime) and runtime.crash:
+                self._crashed(runtime.crash)
+                self.close()
