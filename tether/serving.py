@@ -9,6 +9,9 @@ import msgspec
 
 from tether.job import SHARED
 
+BUNDLE_S = 0.1
+"""About how long the jobs of one durable bundle should run together: one worker has all of them, and they are in its order."""
+
 
 class Finding(msgspec.Struct, frozen=True):
     """What workers found out about a version that its manifest does not say. It counts until the version is deleted."""
@@ -48,6 +51,8 @@ class Route(msgspec.Struct, frozen=True):
     """Why it is on fewer workers than it should be; empty when it is not."""
     finding: Finding = NO_FINDING
     """What workers of the scope found out about it."""
+    job_s: float = 0.0
+    """About how long its slowest worker runs for one job, as far as that matters to the size of bundles; 0: not known."""
 
 
 class ModelRef(msgspec.Struct, frozen=True):
@@ -142,3 +147,5 @@ class Heartbeat(msgspec.Struct, frozen=True):
     """Jobs a second that it could do of each version whose jobs are shared by capacity, as far as it has measured that."""
     findings: tuple[tuple[ModelRef, Finding], ...] = ()
     """What this worker found out about versions, or was told that others did."""
+    paces: tuple[tuple[ModelRef, float], ...] = ()
+    """Seconds that a job of a version usually runs; of those whose full bundles run for long."""

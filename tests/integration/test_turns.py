@@ -226,6 +226,17 @@ async def test_the_rest_of_a_batch_goes_elsewhere_when_more_urgent_work_does_not
         assert sorted(gate.runs) == [*range(20), 500], "nothing ran twice"
 
 
+async def test_a_batch_of_long_jobs_is_cut_so_that_workers_share_it(broker: Broker, gate: Gate) -> None:
+    """Once it is known how long a job runs; also by a gateway that has seen no answer of it."""
+    async with services(broker, workers=2) as running:
+        served = await gate.push(running, each_s=0.03)
+        lane = served.job_lane(Priority.NORMAL, "shared")
+        await ended(running, await submit(running, served, range(3)))
+        await wait_until(lambda: running.gateway.catalog.job_s(lane) > 0.02, "the gateway knows how long a job runs")
+        workers = await ended(running, await submit(running, served, range(100, 132)))
+        assert min(workers.count(1), workers.count(2)) >= 8, "in one bundle one of them would have all"
+
+
 @pytest.mark.parametrize("noted", [True, False])
 async def test_a_worker_that_stops_hands_the_rest_of_a_batch_to_another_at_once(
     broker: Broker, gate: Gate, monkeypatch: pytest.MonkeyPatch, noted: bool

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from tether.dispatcher import placement
 from tether.dispatcher.placement import LaneGroup, Seen
 from tether.job import SHARED
@@ -42,6 +44,25 @@ def test_a_route_names_the_workers_of_its_scope_that_hold_the_version() -> None:
         (SHARED, B): Route("b", 2, ("new", "one"), ("local",), SHARED, "why"),
         ("acme", B): Route("b", 2, ("own",), ("edge",), "acme"),
     }
+
+
+def test_a_route_has_the_time_that_its_slowest_worker_takes_for_a_job_and_keeps_it_until_that_doubles_or_halves() -> (
+    None
+):
+    def job_s(**paces: float) -> Route:
+        living = {
+            name: msgspec.structs.replace(beat(name, SHARED, A), paces=((A, pace), (B, 9.0)))
+            for name, pace in paces.items()
+        }
+        return placement.routes(living, {}, {SHARED: (A, B)})[SHARED, A]
+
+    first = placement.steady(job_s(one=0.1, two=0.3), None)
+    assert first.job_s == 0.3
+    assert placement.routes({"one": beat("one", SHARED, A)}, {}, {SHARED: (A, B)})[SHARED, B].job_s == 0, "it has no B"
+    for seen, kept in ((0.5, 0.3), (0.16, 0.3), (0.6, 0.6), (0.15, 0.15)):
+        assert placement.steady(job_s(one=seen), first).job_s == kept
+    silent = placement.routes({}, {}, {SHARED: (A,)})[SHARED, A]
+    assert placement.steady(silent, first).job_s == 0.3, "known until somebody knows better"
 
 
 def test_a_silent_worker_is_not_alive() -> None:

@@ -9,6 +9,8 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import NamedTuple
 
+import msgspec
+
 from tether.job import SHARED
 from tether.model import NO_FINDING, Assignment, Finding, Heartbeat, ModelRef, Route
 from tether.serving import EndedLanes
@@ -110,4 +112,17 @@ def routes(
             regions = tuple(sorted({own[name].region for name in holders})) or ("local",)
             why, known = reasons.get((scope, ref), ""), findings.get((scope, ref), NO_FINDING)
             found[scope, ref] = Route(ref.model, ref.version, tuple(holders), regions, scope, why, known)
+    for beat in living.values():
+        for ref, job_s in beat.paces:
+            route = found.get((beat.scope, ref))
+            if route is not None and beat.worker in route.workers and job_s > route.job_s:
+                found[beat.scope, ref] = msgspec.structs.replace(route, job_s=job_s)
     return found
+
+
+def steady(route: Route, before: Route | None) -> Route:
+    """The route with the time of a job that it had, unless that has doubled or halved, so that it is not written all the time."""
+    old = 0.0 if before is None else before.job_s
+    if old and (not route.job_s or old / 2 < route.job_s < old * 2):
+        return msgspec.structs.replace(route, job_s=old)
+    return route

@@ -319,8 +319,9 @@ class Dispatcher:
         found = placement.routes(
             living, self._bound, self._scopes.models(self._models), self.crew.reasons, self._findings.known
         )
-        for place, route in {**self._unserved(found), **found}.items():
+        for place, new in {**self._unserved(found), **found}.items():
             before = self._routed.get(place)
+            route = placement.steady(new, before)
             if waiting and before is not None and not set(before.workers) <= set(route.workers):
                 continue
             if before != route:

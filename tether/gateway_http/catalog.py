@@ -17,17 +17,7 @@ from tether.envelope import MessageType
 from tether.errors import BadEncoding, ModelNotFound, ModelNotReady, ModelUnloaded
 from tether.gateway_http.choosing import drawn, no_model, no_worker
 from tether.job import SHARED, Lane, LaneKind, Priority
-from tether.model import (
-    LATEST,
-    NO_FINDING,
-    Alias,
-    Batching,
-    Finding,
-    Manifest,
-    Route,
-    TensorSpec,
-    check_inputs,
-)
+from tether.model import LATEST, Alias, Batching, Finding, Manifest, Route, TensorSpec, check_inputs
 from tether.model_config import ModelConfig, QueuePolicy, default_config
 from tether.subjects import name_of, token
 from tether.tensor import Tensor
@@ -241,22 +231,26 @@ class Catalog:
 
     def _held(self, model: str, version: int) -> bool:
         """Whether a shared worker holds a version: what ``latest`` means is the same for every tenant."""
-        route = self._routes.get((model, version, SHARED))
-        return route is not None and bool(route.workers)
+        return bool(self.route(model, version).workers)
+
+    def route(self, model: str, version: int, scope: str = SHARED) -> Route:
+        """What the dispatcher says of a version in a scope; of one that has no lanes there, nothing."""
+        return self._routes.get((model, version, scope)) or Route(model, version, (), scope=scope)
 
     def workers(self, served: Served, scope: str = SHARED) -> tuple[str, ...]:
         """Who answers for a version in a scope just now; empty when nobody does."""
-        route = self._routes.get((served.manifest.name, served.manifest.version, scope))
-        return () if route is None else route.workers
+        return self.route(served.manifest.name, served.manifest.version, scope).workers
 
     def reason(self, served: Served, scope: str = SHARED) -> str:
         """Why a version is on fewer workers than it should be; empty when nothing is known against it."""
-        route = self._routes.get((served.manifest.name, served.manifest.version, scope))
-        return "" if route is None else route.reason
+        return self.route(served.manifest.name, served.manifest.version, scope).reason
 
     def worker_count(self, lane: Lane) -> int:
-        route = self._routes.get((lane.model, lane.version, lane.scope))
-        return 0 if route is None else len(route.workers)
+        return len(self.route(lane.model, lane.version, lane.scope).workers)
+
+    def job_s(self, lane: Lane) -> float:
+        """About how long a job of a lane runs; 0 when that is short or not known."""
+        return self.route(lane.model, lane.version, lane.scope).job_s
 
     def require_lane(self, served: Served, scope: str = SHARED) -> None:
         """Prove that the version has lanes in a scope, so that a job for it will be found.
@@ -311,8 +305,7 @@ class Catalog:
 
     def finding(self, served: Served, scope: str = SHARED) -> Finding:
         """What a scope's workers found out about a version."""
-        route = self._routes.get((served.manifest.name, served.manifest.version, scope))
-        return NO_FINDING if route is None else route.finding
+        return self.route(served.manifest.name, served.manifest.version, scope).finding
 
     def check_inputs(self, served: Served, inputs: tuple[Tensor, ...], scope: str = SHARED) -> None:
         """Compare a request's tensors with the version's signature.

@@ -25,6 +25,7 @@ from tether.gateway_http.job_records import Entered, Records
 from tether.gateway_http.job_stores import JobStores
 from tether.job import Job, JobRecord, Lane, new_job_id
 from tether.lifecycle import Tasks
+from tether.serving import BUNDLE_S
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,14 @@ class JobBundler:
     """The jobs of every lane that have not been stored yet."""
 
     def __init__(
-        self, bus: Bus, tasks: Tasks, weight: Callable[[str], float], records: Records, *, stores: JobStores
+        self,
+        bus: Bus,
+        tasks: Tasks,
+        weight: Callable[[str], float],
+        records: Records,
+        *,
+        stores: JobStores,
+        job_s: Callable[[Lane], float],
     ) -> None:
         self._bus = bus
         self._tasks = tasks
@@ -60,6 +68,7 @@ class JobBundler:
         self._queue = BusQueue(bus)
         self._records = records
         self._stores = stores
+        self._job_s = job_s
         self._pending: dict[Lane, FairQueue[_Waiting]] = {}
         self._storing: set[Lane] = set()
 
@@ -80,7 +89,7 @@ class JobBundler:
         try:
             while waiting := self._pending.get(lane):
                 limit = min(self._bus.settings.max_body_bytes, self._bus.room)
-                batch = waiting.take(self._bus.settings.bundle_max_jobs, limit, _any)
+                batch = waiting.take(self._most(lane), limit, _any)
                 try:
                     stored = await self._store(lane, [item for item, _ in batch])
                 except TetherError as error:
@@ -92,6 +101,11 @@ class JobBundler:
                     _settle(batch, stored)
         finally:
             self._storing.discard(lane)
+
+    def _most(self, lane: Lane) -> int:
+        """Jobs of one bundle: a worker has all of them, so they are no more than it runs in a moment."""
+        most, job_s = self._bus.settings.bundle_max_jobs, self._job_s(lane)
+        return max(1, min(most, int(BUNDLE_S / job_s))) if job_s > 0 else most
 
     async def _store(self, lane: Lane, items: Sequence[Submission]) -> list[Entered | None]:
         """Records first, then the bundle, then what makes claims count; each step may be repeated."""

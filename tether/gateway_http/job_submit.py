@@ -89,7 +89,7 @@ class JobSubmitter:
         self._room = room
         self._ends = JobEnds(bus)
         self._stores = JobStores(bus)
-        self._bundler = JobBundler(bus, tasks, tenants.weight, records, stores=self._stores)
+        self._bundler = JobBundler(bus, tasks, tenants.weight, records, stores=self._stores, job_s=catalog.job_s)
 
     async def submit(self, tenant: str, requests: Sequence[NewJob]) -> list[Accepted]:
         """The records of the jobs in the order of ``requests``. When one is refused none of them is run, but for those

@@ -18,6 +18,7 @@ from tether.errors import ModelNotFound, TetherError
 from tether.lifecycle import Tasks
 from tether.model import Finding, Manifest, ModelRef
 from tether.model_config import InstanceKind, LoadBalancing
+from tether.serving import BUNDLE_S
 from tether.worker import judging
 from tether.worker.apart import Apart, Seats
 from tether.worker.balance import Headroom
@@ -140,6 +141,11 @@ class Holder:
             if level := held.instance.weigh(factor, self._least.get(ref, 0.0)):
                 found.append((ref, level))
         return tuple(found)
+
+    def paces(self) -> tuple[tuple[ModelRef, float], ...]:
+        """How long a job runs, of versions whose full bundles take long enough to be cut."""
+        found = [(ref, held.instance.runs.pace.job_s) for ref, held in self._held.items()]
+        return tuple((ref, job_s) for ref, job_s in found if job_s * self._bus.settings.bundle_max_jobs > BUNDLE_S)
 
     async def run(self) -> None:
         await self.files.sweep()

@@ -27,6 +27,11 @@ class Pace:
         self._run_s = self._job_s = math.inf
         self._jobs = 1.0
 
+    @property
+    def job_s(self) -> float:
+        """Seconds that a job usually runs; 0: there was none yet."""
+        return 0.0 if math.isinf(self._job_s) else self._job_s
+
     def ran(self, seconds: float, jobs: float) -> None:
         """A run of so many jobs, or of such a part of one, took so long."""
         self._runs.append(seconds)

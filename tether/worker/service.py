@@ -139,6 +139,7 @@ class WorkerService:
                 memory=self._memory,
                 levels=levels,
                 findings=self.holder.findings.news(),
+                paces=self.holder.paces(),
             )
         )
         try:
