@@ -18,7 +18,7 @@ from tether import client_models, client_pull, client_push
 from tether.client_async import AsyncClient, AsyncJobHandle
 from tether.client_drive import drive
 from tether.client_flows import Inputs, JobInfo, JobOptions, JobPage, Json, Outputs, Version
-from tether.client_http import Flow, Policy, Progress
+from tether.client_http import Flow, Policy, Progress, Waiting
 from tether.client_wire import Wire
 from tether.job import JobState
 
@@ -207,6 +207,7 @@ class Client:
         note: str | None = None,
         encrypt: bool | None = None,
         progress: Progress | None = None,
+        waiting: Waiting | None = None,
         timeout: float = client_push.PUSH_TIMEOUT_S,
     ) -> Json:
         """Make the file or folder at ``path`` the next version of ``name``.
@@ -216,7 +217,8 @@ class Client:
         that is proven. The answer says which under ``batching``. ``progress`` is called with the bytes that are there.
         ``isolation`` is 'thread' (of the worker) or 'process'; a run that takes longer than ``run_timeout_s`` ends the model's process. ``config`` is as for :meth:`configure`, ``labels`` and
         ``note`` as for :meth:`annotate`. With ``version`` it becomes that one or none. With ``encrypt`` only the platform's
-        own services can read what is stored; None: as the model's versions before.
+        own services can read what is stored; None: as the model's versions before. What restarts on the way is waited for until
+        ``timeout`` seconds are over; ``waiting`` is told for what, and an empty text when it goes on.
 
         Raises:
             Conflict: ``version`` is something else already, or not the next one.
@@ -235,7 +237,8 @@ class Client:
             "note": note,
         }
         return self.run(
-            lambda policy: client_push.push(policy, name, model, params, progress, encrypt=encrypt), timeout
+            lambda policy: client_push.push(policy, name, model, params, progress, encrypt=encrypt, waiting=waiting),
+            timeout,
         )
 
     def pull(

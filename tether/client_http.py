@@ -24,6 +24,8 @@ from tether.errors import (
     NotFound,
     PayloadTooLarge,
     QueueFull,
+    QuotaExceeded,
+    StorageFull,
     TetherError,
     Unauthenticated,
     Unavailable,
@@ -32,6 +34,8 @@ from tether.errors import (
 from tether.oip import bad_json
 
 T = TypeVar("T")
+TIMEOUT_HEADER = "x-tether-timeout-s"
+"""Request header: seconds that the client still waits for the answer."""
 Progress = Callable[[int], None]
 
 _BY_STATUS: dict[int, type[TetherError]] = {
@@ -98,12 +102,34 @@ class Together:
 Flow = Generator[Send | Pause | Together, Any, T]
 
 
+Waiting = Callable[[str], None]
+"""Told what is waited for, in words; empty when it goes on."""
+
+
+def unwatched(_: str) -> None:
+    """Nobody wants to know what is waited for."""
+
+
+@dataclass
+class Patience:
+    """The time that all requests of one operation share; it ends at ``until``, by the clock of the client's policy."""
+
+    until: float
+    waiting: Waiting = unwatched
+    answered: bool = False
+    """Whether a server was heard of yet: one that was is waited for until the time is over, whatever it does meanwhile."""
+
+
 @dataclass(frozen=True)
 class Policy:
-    """How a client waits: seconds for one operation, tries in a row without an answer, its clock and its chance."""
+    """How a client waits: seconds for one operation, tries in a row without an answer, its clock and its chance.
+
+    With ``patience`` all requests together have its time, and each tells the gateway how much of it is left.
+    """
 
     timeout: float = 30.0
     tries: int = 8
+    patience: Patience | None = None
     monotonic: Callable[[], float] = time.monotonic
     chance: Callable[[], float] = random.random
 
@@ -139,7 +165,7 @@ def _seconds(text: str) -> float:
 
 
 def exchange(policy: Policy, ask: Send, *, longer: float = 0.0) -> Flow[Reply]:
-    """Send until there is an answer, within ``policy.timeout`` and ``longer`` seconds in all.
+    """Send until there is an answer, within ``policy.timeout`` and ``longer`` seconds in all, or within its patience.
 
     Connections that were refused are tried again, and 429 and 503 after their ``Retry-After``; an answer that got
     lost only where ``ask.repeatable``.
@@ -147,22 +173,40 @@ def exchange(policy: Policy, ask: Send, *, longer: float = 0.0) -> Flow[Reply]:
     Raises:
         TetherError: what the server answered, or Unavailable or DeadlineExceeded when it did not.
     """
-    end = policy.monotonic() + policy.timeout + longer
+    patience = policy.patience
+    end = policy.monotonic() + policy.timeout + longer if patience is None else patience.until
     tried = lost = 0
     while True:
-        got = yield replace(ask, timeout=max(0.05, end - policy.monotonic()))
+        got = yield _timed(ask, end - policy.monotonic(), tell=patience is not None)
         error = failure(got)
+        if patience is not None:
+            patience.answered = patience.answered or isinstance(got, Reply)
+            patience.waiting("" if error is None else error.message)
         if error is None and isinstance(got, Reply):
             return got
         tried += 1
         lost = lost + 1 if isinstance(got, Lost) else 0
         may = ask.repeatable or (not got.sent if isinstance(got, Lost) else isinstance(error, QueueFull))
-        if error is None or not may or not isinstance(error, Unavailable) or lost >= policy.tries:
+        if error is None or not may or not isinstance(error, Unavailable) or _given_up(policy, error, lost):
             raise error or Unavailable("no answer")
         pause = policy.pause(tried, 0.0 if isinstance(got, Lost) else error.retry_after)
         if policy.monotonic() + pause >= end:
             raise error
         yield Pause(pause)
+
+
+def _timed(ask: Send, left_s: float, *, tell: bool) -> Send:
+    left_s = max(0.05, left_s)
+    headers = {**ask.headers, TIMEOUT_HEADER: f"{left_s:.2f}"} if tell else ask.headers
+    return replace(ask, timeout=left_s, headers=headers)
+
+
+def _given_up(policy: Policy, error: TetherError, lost: int) -> bool:
+    """Whether no more is tried although there is time."""
+    if policy.patience is None or not policy.patience.answered:
+        return lost >= policy.tries
+    # room comes when somebody makes some, not by waiting
+    return isinstance(error, StorageFull | QuotaExceeded)
 
 
 def exchange_json(policy: Policy, ask: Send, kind: type[T], *, longer: float = 0.0) -> Flow[T]:

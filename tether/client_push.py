@@ -5,14 +5,25 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from tether.client_flows import Counted, Json, model_path, post
-from tether.client_http import Flow, Policy, Progress, Send, Together, exchange, exchange_json
+from tether.client_http import (
+    Flow,
+    Patience,
+    Policy,
+    Progress,
+    Send,
+    Together,
+    Waiting,
+    exchange,
+    exchange_json,
+    unwatched,
+)
 from tether.errors import InvalidRequest
 
 PUSH_TIMEOUT_S = 600.0
@@ -145,8 +156,15 @@ def push(
     progress: Progress | None,
     *,
     encrypt: bool | None = None,
+    waiting: Waiting | None = None,
 ) -> Flow[Json]:
-    """Send the pieces that the store does not have, then make a version; ``progress`` counts those it has as done."""
+    """Send the pieces that the store does not have, then make a version; ``progress`` counts those it has as done.
+
+    All of it has one patience, of ``policy.timeout`` seconds: a gateway, broker or model store that restarts meanwhile is
+    waited for, and ``waiting`` is told so.
+    """
+    patience = Patience(policy.monotonic() + policy.timeout, waiting or unwatched)
+    policy = replace(policy, patience=patience)
     platform, files = model
     pieces = {digest: (file.source, offset, size) for file in files for digest, offset, size in file.pieces}
     missing, encrypt = yield from _missing(policy, name, list(pieces), encrypt)
@@ -165,6 +183,7 @@ def push(
     yield Together(map(stored, missing), WIDTH, counted.add)
     given = {key: value for key, value in {**params, "encrypt": encrypt}.items() if value is not None}
     body = {"files": [file.described() for file in files], "platform": platform, **given}
+    patience.waiting("the model store looks at the model")
     told = yield from exchange_json(policy, post(f"{model_path(name)}/versions:register", body), dict[str, Any])
     return {**told, "stored_bytes": left}
 

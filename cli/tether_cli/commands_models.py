@@ -136,6 +136,7 @@ def push(
             note=note,
             encrypt=encrypt,
             progress=done,
+            waiting=done.waiting,
             timeout=timeout,
         )
     if json_output:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Task
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
@@ -43,17 +48,41 @@ def print_fields(fields: dict[str, Any]) -> None:
         typer.echo(f"{name.ljust(width)}  {_cell(value)}")
 
 
+class Bar:
+    """Shown progress: called with how much is done. Where nobody watches nothing is shown."""
+
+    def __init__(self, show: Callable[..., None] | None = None) -> None:
+        self._show = show
+        self._waits = ""
+
+    def __call__(self, done: float) -> None:
+        if self._show is not None:
+            self._show(completed=done)
+
+    def waiting(self, what: str) -> None:
+        """Say what is waited for, and for how long; empty: it goes on."""
+        if self._show is not None and what != self._waits:
+            self._waits = what
+            self._show(waits=what, since=time.monotonic())
+
+
 @contextmanager
-def progress(label: str, total: float | None, *, unit: str = "") -> Iterator[Callable[[float], None]]:
+def progress(label: str, total: float | None, *, unit: str = "") -> Iterator[Bar]:
     """A bar on stderr when that is a terminal; the block calls what it is given with how much is done."""
     if not sys.stderr.isatty():
-        yield lambda _done: None
+        yield Bar()
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Waits(TextColumn):
+        def render(self, task: Task) -> Text:
+            what, seconds = task.fields["waits"], time.monotonic() - task.fields["since"]
+            return Text(f"{what[:100]} ... {seconds:.0f} s" if what else "")
 
     count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn(), Waits(""))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda done: bar.update(task, completed=done)
+        task = bar.add_task(label, total=total, waits="", since=0.0)
+        yield Bar(partial(bar.update, task))

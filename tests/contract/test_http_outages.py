@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 
 import httpx
@@ -82,6 +84,28 @@ def test_without_the_broker_every_route_answers_what_it_can_and_says_when_to_com
         alone.run(server.start())
         until(lambda: http.get("/readyz").status_code == 200, "the gateway is back")
         until(lambda: http.get("/v1/workers").status_code == 200, "what asks the broker works again")
+
+
+def test_a_push_is_worked_on_no_longer_than_its_client_waits(alone: Served) -> None:
+    server = alone.broker.server
+    assert server is not None
+    with Document.of(alone).client(alone) as http:
+
+        def ask(waits: str) -> httpx.Response:
+            wanted = {"chunks": ["0" * 64]}
+            return http.post("/v1/models/m/chunks:missing", json=wanted, headers={"x-tether-timeout-s": waits})
+
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            answer = ask("0.5")
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        assert (answer.status_code, answer.json()["code"]) == (504, "deadline_exceeded"), answer.text
+        until(lambda: ask("5").status_code == 200, "the broker goes on")
+        for wrong in ("0", "-1", "nan", "inf", "soon"):
+            answer = ask(wrong)
+            assert answer.status_code == 400, answer.text
+            assert "x-tether-timeout-s" in answer.json()["error"]
 
 
 def test_a_model_file_over_the_limit_is_refused_with_and_without_its_length(nats_binary: Binary) -> None:

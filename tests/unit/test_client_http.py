@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from drive import BROKEN, REFUSED, Drive, refusal, reply
 
 from tether import client_flows as flows
-from tether.client_http import Flow, Lost, Policy, Reply, Send, exchange, failure
+from tether.client_http import TIMEOUT_HEADER, Flow, Lost, Patience, Policy, Reply, Send, exchange, failure
 from tether.errors import (
     BadJson,
     Conflict,
@@ -110,3 +111,53 @@ def test_an_answer_that_is_not_json_is_bad_json() -> None:
     for body in (b"<html>", b"[]", b"\xff"):
         with pytest.raises(BadJson):
             Drive([reply(body)])(lambda policy: flows.cancel(policy, "j"))
+
+
+# one patience for many requests
+
+
+def patiently(told: list[str], seconds: float = 60.0) -> Callable[[Policy], Flow[list[Reply]]]:
+    """Two requests, one after the other, within one time."""
+
+    def flow(policy: Policy) -> Flow[list[Reply]]:
+        shared = replace(policy, patience=Patience(policy.monotonic() + seconds, told.append))
+        first = yield from exchange(shared, Send("GET", "/a"))
+        second = yield from exchange(shared, Send("GET", "/b"))
+        return [first, second]
+
+    return flow
+
+
+def test_a_server_that_answered_once_is_waited_for_until_the_time_of_all_requests_is_over() -> None:
+    told: list[str] = []
+    drive = Drive([reply({}), *[REFUSED] * 20, reply({})])
+    assert [got.status for got in drive(patiently(told))] == [200, 200]
+    assert told == ["", *["no answer: connection refused"] * 20, ""]
+    left = [float(sent.headers[TIMEOUT_HEADER]) for sent in drive.sent]
+    assert left == sorted(left, reverse=True)
+    assert left[0] == 60
+    assert left[-1] == pytest.approx(60 - drive.now, abs=0.01)
+
+
+def test_the_time_of_all_requests_is_not_begun_anew_by_each() -> None:
+    slow = [refusal("unavailable", 503, retry_after="20")] * 2
+    drive = Drive([*slow, reply({}), *slow, reply({})])
+    with pytest.raises(Unavailable):
+        drive(patiently([]))
+    assert drive.now == 40
+
+
+def test_a_server_that_never_answered_is_given_up_after_a_few_tries() -> None:
+    drive = Drive([REFUSED] * 99, tries=3)
+    with pytest.raises(Unavailable):
+        drive(patiently([]))
+    assert len(drive.sent) == 3
+
+
+@pytest.mark.parametrize(("code", "status"), [("storage_full", 503), ("quota_exceeded", 429)])
+def test_room_is_not_waited_for(code: str, status: int) -> None:
+    drive = Drive([refusal(code, status, retry_after="10")])
+    with pytest.raises(TetherError) as caught:
+        drive(patiently([]))
+    assert caught.value.code == code
+    assert drive.now == 0

@@ -11,7 +11,7 @@ from tether.errors import InvalidRequest, NotFound, PayloadTooLarge
 from tether.gateway_http import bodies, bodies_models
 from tether.gateway_http.rest_config import checked_patch
 from tether.gateway_http.rest_models import TAG, pushed, registered
-from tether.gateway_http.routing import OCTETS, Call, Media, Reply, Row
+from tether.gateway_http.routing import CLIENT_WAITS, OCTETS, Call, Media, Reply, Row
 from tether.model import ModelFile, PushRequest, check_name
 from tether.pieces import LARGEST, digest_of
 
@@ -147,7 +147,8 @@ ROWS = [
         {200: bodies_models.MissingChunks},
         "models:write",
         body=bodies_models.WantedChunks,
-        errors=(404, 503),
+        headers=(CLIENT_WAITS,),
+        errors=(404, 503, 504),
     ),
     Row(
         "PUT",
@@ -159,6 +160,7 @@ ROWS = [
         "models:write",
         query=bodies_models.ChunkQuery,
         binary=Media(OCTETS, "At most 4 MiB whose SHA-256 is the digest in the path; 200 when it was there already."),
+        headers=(CLIENT_WAITS,),
         errors=(404, 429, 504),
         grows=True,
     ),
@@ -171,6 +173,7 @@ ROWS = [
         {201: bodies.PushedVersion, 200: bodies.PushedVersion},
         "models:write",
         body=bodies_models.NewVersion,
+        headers=(CLIENT_WAITS,),
         errors=(404, 409, 422, 429, 504),
         grows=True,
     ),

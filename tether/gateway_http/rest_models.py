@@ -21,7 +21,7 @@ from tether.gateway_http.catalog import Served
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.encrypted import ModelSeals, Target
 from tether.gateway_http.job_view import rfc3339
-from tether.gateway_http.routing import OCTETS, Call, Header, Media, Reply, Row
+from tether.gateway_http.routing import CLIENT_WAITS, OCTETS, Call, Header, Media, Reply, Row
 from tether.model import AUTOMATIC, Batching, Change, PushAnswer, PushRequest, TensorSpec, check_name
 from tether.tenant import Tenant, check_stored_bytes
 
@@ -206,7 +206,7 @@ async def registered(call: Call, request: PushRequest, target: Target, *, openin
         MessageType.PUSH,
         codec.encode(request),
         answers=MessageType.PUSHED,
-        timeout=REGISTER_S,
+        timeout=call.waits(REGISTER_S),
     )
     call.gateway.loose.drop(call.tenant, target.store.bucket, digests)
     answer = codec.decode(body, PushAnswer)
@@ -270,6 +270,7 @@ ROWS = [
         headers=(
             Header("x-tether-sha256", "Hex SHA-256 of the whole body; another body is refused."),
             Header("x-tether-filename", "The file's name, which must end in .onnx."),
+            CLIENT_WAITS,
         ),
         errors=(404, 409, 422, 429, 504),
         grows=True,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Route
 
 from tether import metrics, oip_json
-from tether.errors import InvalidRequest, NotFound, TetherError, Unauthenticated
+from tether.errors import DeadlineExceeded, InvalidRequest, NotFound, TetherError, Unauthenticated
 from tether.gateway_http import audited
 from tether.gateway_http.asgi import AsgiIncoming, send_reply
 from tether.gateway_http.auth import Caller
@@ -45,6 +47,9 @@ class Header:
 
     name: str
     description: str
+
+
+CLIENT_WAITS = Header("x-tether-timeout-s", "Seconds that the client still waits; nothing is done for it after that.")
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,23 @@ class Call:
 
     def path(self, name: str) -> str:
         return str(self.request.path_params.get(name, ""))
+
+    def waits(self, most_s: float) -> float:
+        """How long the client still waits, as it said, but ``most_s`` seconds at most.
+
+        Raises:
+            InvalidRequest: what it said is no time.
+        """
+        text = self.request.headers.get(CLIENT_WAITS.name)
+        if text is None:
+            return most_s
+        try:
+            given = float(text)
+        except ValueError:
+            given = 0.0
+        if not 0 < given < math.inf:
+            raise InvalidRequest(f"{CLIENT_WAITS.name} must be a number of seconds above 0", field=CLIENT_WAITS.name)
+        return min(given, most_s)
 
 
 Handler = Callable[[Call], Awaitable[Reply]]
@@ -196,7 +218,7 @@ class Endpoint:
             return
         row, handler = found
         seen.call = call = await self._call(row, seen, incoming, Request(scope, receive))
-        given = await handler(call)
+        given = await (_in_time(handler, call) if CLIENT_WAITS in row.headers else handler(call))
         if self._audit(seen, scope, "ok", given.value):
             await self._gateway.audit.settled()
         content = given.value if isinstance(given.value, bytes) else _encode(given.value)
@@ -245,6 +267,21 @@ class Endpoint:
             content = await read_body(heading, incoming, gateway.settings.max_body_bytes, gateway.patience)
             body = row.body() if row.body_optional and not content else oip_json.parse_body(_decoder(row.body), content)
         return Call(gateway, request, heading, key, body, query)
+
+
+_LONGEST_S = 86400.0
+
+
+async def _in_time(handler: Handler, call: Call) -> Reply:
+    """Answer while the client waits."""
+    seconds = call.waits(_LONGEST_S)
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            return await handler(call)
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded(f"there was no answer within the {seconds:g} s that the client waits") from error
 
 
 @lru_cache(maxsize=64)
