@@ -32,6 +32,16 @@ async def short(start_broker: StartBroker) -> AsyncIterator[Services]:
         yield running
 
 
+@pytest.fixture(autouse=True)
+def bounds_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dispatcher would bring the bounds that tests set back to what they must be, every ten seconds."""
+
+    async def as_they_are(*_: object) -> None:
+        return
+
+    monkeypatch.setattr("tether.dispatcher.streams.ensure_platform", as_they_are)
+
+
 async def submit(running: Services, served: Served, count: int, tenant: str = TENANT) -> list[str]:
     jobs = await running.gateway.jobs.submit(tenant, [new_job(served, row(number)) for number in range(count)])
     return [job["id"] for job in jobs]

