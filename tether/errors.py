@@ -219,6 +219,12 @@ class JobCancelled(TetherError):
     code = "job_cancelled"
 
 
+class ClientDisconnected(TetherError):
+    """Seen in metrics, logs and the audit log alone: there is no connection left to answer on."""
+
+    code = "client_disconnected"
+
+
 class InferenceFailed(TetherError):
     code = "inference_failed"
 

@@ -178,6 +178,13 @@ class AttemptNote(msgspec.Struct, frozen=True):
     """Of a bundle that was handed back: how often it had been delivered, each time without harm."""
 
 
+class Withdrawal(msgspec.Struct, frozen=True):
+    """Jobs of an infer lane that nobody waits for any more. After ``until``, UTC seconds, none of them could run anyhow."""
+
+    jobs: tuple[str, ...]
+    until: float
+
+
 class _Random(threading.local):
     """Random bytes from the system, fetched for many ids at once; each thread, and a forked child, has its own."""
 

@@ -49,6 +49,11 @@ INFER_RESUBMITTED = Counter("tether_infer_resubmitted_total", "Bundles sent agai
 BUNDLE_JOBS = Histogram("tether_bundle_jobs", "Jobs in a published bundle.", ["kind"], buckets=_COUNTS)
 JOBS_ACCEPTED = Counter("tether_jobs_accepted_total", "Durable jobs accepted.", ["model"])
 JOBS_FINISHED = Counter("tether_jobs_finished_total", "Jobs that ended, by their last state.", ["model", "state"])
+INFER_WITHDRAWN = Counter(
+    "tether_infer_withdrawn_total",
+    "Requests whose client disconnected before the answer, by where their job was: gateway (not sent), lane (sent to workers).",
+    ["where"],
+)
 ANSWERS_LATE = Counter("tether_answers_late_total", "Answers nobody waited for any more.")
 
 CACHE_HITS = Counter("tether_response_cache_hits_total", "Requests answered from the response cache.", ["model"])

@@ -160,6 +160,16 @@ class Names:
         """``gateway`` is one run of one gateway."""
         return self.result(f"probe-{gateway}")
 
+    # what nobody waits for any more
+
+    def withdrawn(self, lane: Lane) -> str:
+        """Where the workers of an infer lane hear of jobs that nobody waits for any more; plain NATS, nothing is stored."""
+        return f"{self.prefix}.withdrawn.{lane.region}.{token(lane.scope)}.{token(lane.model)}.{lane.version}"
+
+    def all_withdrawn(self, scope: str = "*") -> str:
+        """:meth:`withdrawn` of every lane, or of those of one scope."""
+        return f"{self.prefix}.withdrawn.*.{scope if scope == '*' else token(scope)}.*.*"
+
     # results, replies, dead letters
 
     def result(self, job: str, scope: str = SHARED) -> str:

@@ -155,3 +155,31 @@ def test_whatever_was_learned_a_bundle_has_a_size(bundles: list[tuple[int, float
 
 def test_before_anything_was_learned_a_bundle_may_be_full() -> None:
     assert Pace().most(256, 0.005) == 256
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 5000)), max_size=40),
+    st.integers(0, 20),
+    st.sets(st.integers(0, 39)),
+)
+def test_what_is_pruned_is_as_if_it_were_passed_over(
+    added: list[tuple[str, int]], first: int, unwanted: set[int]
+) -> None:
+    """The same jobs in the same order, and nothing is held for the others."""
+    pruned, lazy = queue(), queue()
+    for waiting in (pruned, lazy):
+        for number, (tenant, size) in enumerate(added):
+            waiting.add(tenant, str(number), size)
+        taken(waiting, first)
+
+    def wanted(item: str) -> bool:
+        return int(item) not in unwanted
+
+    pruned.prune(wanted)
+    rest = [number for number in range(len(added)) if wanted(str(number))]
+    assert len(pruned) <= len(rest)
+    found = pruned.take(100, MANY, lambda _: True)
+    assert sorted(found) == sorted(lazy.take(100, MANY, wanted))
+    assert (len(pruned), pruned.size) == (0, 0)
+    pruned.add("a", "again", 7)
+    assert (len(pruned), pruned.size, taken(pruned, 1)) == (1, 7, ["again"])

@@ -156,6 +156,13 @@ def test_a_worker_hears_what_is_wanted_of_itself_and_answers_for_itself() -> Non
         assert {other for other in TABLE if may_subscribe(other, NAMES.piece(name))} == {"modelstore"}
 
 
+def test_a_worker_hears_what_gateways_withdraw_from_the_lanes_of_its_scope() -> None:
+    for scope, hearers in ((SHARED, SHARED_WORKERS), ("acme.eu", {"own-1"}), ("other", {"own-2"})):
+        subject = NAMES.withdrawn(Lane(LaneKind.INFER, "m.onnx", 3, "local", scope))
+        assert publishers(subject) == {"gateway"}
+        assert {name for name in TABLE if may_subscribe(name, subject)} == hearers
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_no_list_is_empty_or_of_another_prefix(name: str) -> None:
     table = TABLE[name]

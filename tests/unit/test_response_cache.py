@@ -164,6 +164,9 @@ class Sends:
         self.sent.append(asyncio.get_running_loop().create_future())
         return self.sent[-1]
 
+    def withdraw(self) -> None:
+        self.sent[-1].cancel()
+
 
 class Desk:
     """Several callers with the same request."""
@@ -176,7 +179,7 @@ class Desk:
 
     def ask(self, *, timeout_s: float = 10.0) -> asyncio.Task[tuple[Answer, bool]]:
         asked = question(b"k", timeout_s=timeout_s)
-        return asyncio.ensure_future(self.kept.answer(asked, self.sends, lambda: self.may_keep))
+        return asyncio.ensure_future(self.kept.answer(asked, self.sends, self.sends.withdraw, lambda: self.may_keep))
 
 
 async def turns(count: int = 5) -> None:
@@ -208,6 +211,25 @@ async def test_who_leaves_takes_the_answer_from_nobody() -> None:
     left = await asyncio.gather(first, third, return_exceptions=True)
     assert all(isinstance(end, asyncio.CancelledError) for end in left)
     assert await desk.ask() == (answer(), True)
+
+
+async def test_a_run_that_the_last_of_its_callers_has_left_is_withdrawn() -> None:
+    desk = Desk()
+    callers = [desk.ask(), desk.ask(), desk.ask(timeout_s=0.01)]
+    await turns()
+    with pytest.raises(DeadlineExceeded):
+        await callers[2]
+    callers[0].cancel()
+    await turns()
+    assert not desk.sends.sent[0].cancelled()
+    callers[1].cancel()
+    await turns()
+    assert desk.sends.sent[0].cancelled()
+    again = desk.ask()
+    await turns()
+    assert len(desk.sends.sent) == 2
+    desk.sends.sent[1].set_result(answer())
+    assert await again == (answer(), False)
 
 
 async def test_an_error_is_nobody_elses_and_never_kept() -> None:

@@ -74,6 +74,7 @@ def _gateway(names: Names, inbox: str) -> Permissions:
             *(names.store_services(endpoint) for endpoint in MODELSTORE_SERVICES),
             names.audit_subjects(),
             names.demand(),
+            names.all_withdrawn(),
             *_keys(names, "jobs", "apikeys", "keyuse", "tenants", "tenantkeys"),
             *_objects(names),
             "$JS.API.DIRECT.GET.*",
@@ -143,7 +144,13 @@ def _worker(names: Names, inbox: str, name: str, scope: str) -> Permissions:
             _last(names.scope_results_stream(scope), names.results(scope)),
             *(_last(names.object_stream(bucket), names.object_chunk(bucket, "*")) for bucket in names.chunk_buckets()),
         ),
-        subscribe=(inbox, own_order, names.wanted(name), *_keys(names, "tenantkeys", "modelkeys", "keyset")),
+        subscribe=(
+            inbox,
+            own_order,
+            names.wanted(name),
+            names.all_withdrawn(scope),
+            *_keys(names, "tenantkeys", "modelkeys", "keyset"),
+        ),
     )
 
 

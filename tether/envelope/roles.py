@@ -94,5 +94,5 @@ ROLE_TYPES: Mapping[Role, frozenset[MessageType]] = {
     ),
     Role.ADMIN: frozenset({MessageType.API_KEY, MessageType.TENANT, MessageType.AUDIT}),
 }
-"""The types each role may send. RESULT from a gateway is how a cancelled or expired job
-ends, from the dispatcher how a lost one does."""
+"""The types each role may send. RESULT from a gateway is how a cancelled or expired job ends, and how it tells workers that
+nobody waits for a job of an infer lane any more; from the dispatcher how a lost job ends."""

@@ -23,26 +23,25 @@ from tether.errors import (
     BadEncoding,
     BrokerUnavailable,
     DeadlineExceeded,
-    InferenceFailed,
     QueueFull,
     TetherError,
     Unavailable,
-    by_code,
 )
 from tether.gateway_http.job_view import refuse_end
 from tether.gateway_http.lane_bundler import Flight, LaneBundler
 from tether.gateway_http.queueing import delays_s
+from tether.gateway_http.waiting import Answer, Waiting, error_of
+from tether.gateway_http.withdrawals import Withdrawals
 from tether.job import Job, JobId, JobState, Lane, Outcome, new_job_id
 from tether.lifecycle import Tasks
 from tether.model_config import QueuePolicy
-from tether.tensor import Tensor
 
 log = logging.getLogger(__name__)
 
 _refused_full = metrics.LIMITED.labels("gateway")
 _refused_queue = metrics.LIMITED.labels("queue")
-
-Answer = tuple[Tensor, ...]
+_withdrawn_here = metrics.INFER_WITHDRAWN.labels("gateway")
+_withdrawn_lane = metrics.INFER_WITHDRAWN.labels("lane")
 
 _RECONNECT_S = 0.5
 _OVERFULL = 1.25
@@ -51,30 +50,6 @@ _OVERFULL = 1.25
 
 def _no_policy(_: str) -> None:
     return None
-
-
-class Waiting:
-    """One job somebody waits for."""
-
-    __slots__ = ("bundler", "expires", "flight", "future", "late_at", "tenant", "timer")
-
-    def __init__(
-        self,
-        future: asyncio.Future[Answer],
-        timer: asyncio.TimerHandle,
-        tenant: str,
-        bundler: LaneBundler,
-        expires: float,
-    ) -> None:
-        self.future = future
-        self.timer = timer
-        self.tenant = tenant
-        self.bundler = bundler
-        self.expires = expires
-        """When its caller stops waiting (UTC seconds); the job itself may have to begin before."""
-        self.late_at = math.inf
-        """When it is to let others pass, on the monotonic clock."""
-        self.flight: Flight | None = None
 
 
 class InferBundler:
@@ -99,6 +74,9 @@ class InferBundler:
         self._queue = BusQueue(bus)
         self._lanes: dict[Lane, LaneBundler] = {}
         self._waiting: dict[JobId, Waiting] = {}
+        self._withdrawn: dict[JobId, Waiting] = {}
+        """Sent, and nobody waits for them any more: until a worker has dropped them, or their deadline."""
+        self._withdrawals = Withdrawals(bus, tasks)
         self._held: dict[str, int] = {}
         self.flights: set[Flight] = set()
         self.reply = bus.names.reply(new_job_id())
@@ -111,6 +89,36 @@ class InferBundler:
     def held(self) -> int:
         """Requests that wait for their answer."""
         return len(self._waiting)
+
+    @property
+    def in_flight(self) -> int:
+        """Bundles with a job that somebody waits for."""
+        return sum(flight.wanted for flight in self.flights)
+
+    async def answer(self, lane: Lane, job: Job, timeout_s: float) -> Answer:
+        """:meth:`submit`, and wait; a wait that is cancelled withdraws the job."""
+        try:
+            return await self.submit(lane, job, timeout_s)
+        except asyncio.CancelledError:
+            self.withdraw(job.id)
+            raise
+
+    def withdraw(self, job: JobId) -> None:
+        """Nobody waits for a job any more: what it held is free at once, and workers that have not begun it drop it."""
+        waiting = self._waiting.get(job)
+        if waiting is None:
+            return
+        waiting.future.cancel()
+        flight = waiting.flight
+        if flight is None or not flight.sends:
+            _withdrawn_here.inc()
+            self._forget(job, waiting)
+            return
+        _withdrawn_lane.inc()
+        self._release(job, waiting)
+        self._withdrawn[job] = waiting
+        flight.withdrawn.add(job)
+        self._withdrawals.add(flight.bundler.lane, job, waiting.expires)
 
     def submit(self, lane: Lane, job: Job, timeout_s: float) -> asyncio.Future[Answer]:
         """Put a job on its way; the future has its outputs, or the error it ended with.
@@ -222,7 +230,7 @@ class InferBundler:
         """``message_id``: that of an earlier message with the same jobs, of which the broker takes only one."""
         lane = flight.bundler.lane
         subject = self._bus.names.lane(lane)
-        jobs = [job for job in flight.jobs if job.id in flight.open]
+        jobs = [job for job in flight.jobs if job.id in flight.open and job.id not in flight.withdrawn]
         if not jobs:
             return
         flight.sends += 1
@@ -245,7 +253,7 @@ class InferBundler:
         flight.sending = False
 
     async def _store(self, flight: Flight, lane: Lane, frame: bytes, message_id: str, deadline: float) -> None:
-        while flight.open:
+        while flight.wanted:
             try:
                 ttl = max(1.0, deadline - self._bus.clock.utc())
                 await self._queue.enqueue(lane, frame, message_id=message_id, ttl_s=ttl)
@@ -261,16 +269,21 @@ class InferBundler:
     def _send_all_again(self) -> None:
         """The broker was away: infer lanes live in its memory, and answers may have been lost on the way."""
         for flight in [flight for flight in self.flights if not flight.sending]:
-            metrics.INFER_RESUBMITTED.inc()
-            self._tasks.spawn(self._send(flight), "send-again")
+            self._send_again(flight)
 
     def stream_renewed(self, streams: Container[str]) -> None:
         """Streams of infer lanes were made again, and what was in them before is lost. What they hold by now is not stored
         a second time, since it has the same id."""
         for flight in [flight for flight in self.flights if not flight.sending]:
             if self._bus.names.lane_stream(flight.bundler.lane) in streams:
-                metrics.INFER_RESUBMITTED.inc()
-                self._tasks.spawn(self._send(flight, flight.message_id), "send-again")
+                self._send_again(flight, flight.message_id)
+
+    def _send_again(self, flight: Flight, message_id: str = "") -> None:
+        for job in list(flight.withdrawn):
+            self._forget_withdrawn(job)
+        if flight.open:
+            metrics.INFER_RESUBMITTED.inc()
+            self._tasks.spawn(self._send(flight, message_id), "send-again")
 
     # answers
 
@@ -291,54 +304,67 @@ class InferBundler:
         return outcome if waiting is None else await self._keyring.open_outcome(waiting.tenant, outcome)
 
     def _settle(self, outcome: Outcome, envelope: Envelope) -> None:
-        waiting = self._waiting.get(outcome.job)
+        job = outcome.job
+        waiting = self._waiting.get(job) or self._withdrawn.get(job)
         if waiting is None:
             metrics.ANSWERS_LATE.inc()
             return
         if waiting.flight is None or waiting.flight.bundler.lane.tenant != envelope.sender_tenant:
-            refuse_end(outcome.job, envelope.sender)
+            refuse_end(job, envelope.sender)
             return
-        if outcome.state is JobState.SUCCEEDED:
-            if waiting.flight is not None:
-                waiting.flight.ran(outcome)
-            self._forget(outcome.job, waiting)
+        succeeded = outcome.state is JobState.SUCCEEDED
+        if succeeded:
+            waiting.flight.ran(outcome)
+        if job in self._withdrawn:
+            if outcome.state is not JobState.CANCELLED:
+                metrics.ANSWERS_LATE.inc()
+            self._forget_withdrawn(job)
+        elif succeeded:
+            self._forget(job, waiting)
             if not waiting.future.done():
                 waiting.future.set_result(outcome.outputs)
         else:
-            self._fail(outcome.job, _error_of(outcome))
+            self._fail(job, error_of(outcome))
 
     def _fail(self, job: JobId, error: TetherError | None) -> None:
         waiting = self._waiting.get(job)
         if waiting is None:
+            self._forget_withdrawn(job)
             return
         self._forget(job, waiting)
         if not waiting.future.done():
             waiting.future.set_exception(error or DeadlineExceeded("no answer before the request's deadline"))
 
     def _forget(self, job: JobId, waiting: Waiting) -> None:
+        self._release(job, waiting)
+        self._close(job, waiting)
+
+    def _forget_withdrawn(self, job: JobId) -> None:
+        waiting = self._withdrawn.pop(job, None)
+        if waiting is not None:
+            self._close(job, waiting)
+
+    def _release(self, job: JobId, waiting: Waiting) -> None:
+        """Give back what a request holds in this gateway."""
         del self._waiting[job]
         waiting.bundler.held -= 1
-        waiting.timer.cancel()
         held = self._held[waiting.tenant]
         if held > 1:
             self._held[waiting.tenant] = held - 1
         else:
             del self._held[waiting.tenant]
+
+    def _close(self, job: JobId, waiting: Waiting) -> None:
+        """Nothing more is to come for a job."""
+        waiting.timer.cancel()
         flight = waiting.flight
-        if flight is not None:
-            flight.open.discard(job)
-            if not flight.open:
-                self._land(flight)
+        if flight is None:
+            waiting.bundler.ended_unsent()
+        elif flight.close(job):
+            self._land(flight)
 
     def _land(self, flight: Flight) -> None:
         if flight in self.flights:
             self.flights.discard(flight)
             total_s = self._bus.clock.monotonic() - flight.sent_at
             flight.bundler.landed(len(flight.jobs), flight.ended - flight.began, total_s)
-
-
-def _error_of(outcome: Outcome) -> TetherError:
-    failure = outcome.error
-    if outcome.state is JobState.EXPIRED:
-        return DeadlineExceeded("the deadline passed before the job could run")
-    return InferenceFailed("the job failed") if failure is None else by_code(failure.code, failure.message)

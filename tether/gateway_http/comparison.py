@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tether.gateway_http.bundler import Answer
+from tether.gateway_http.waiting import Answer
 from tether.tensor import NUMPY_DTYPES, Tensor
 
 

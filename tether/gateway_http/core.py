@@ -17,6 +17,7 @@ from tether.gateway_http import infer_streams
 from tether.gateway_http.auth import ApiKeys
 from tether.gateway_http.bundler import InferBundler
 from tether.gateway_http.catalog import Catalog, Served
+from tether.gateway_http.disconnects import Disconnects
 from tether.gateway_http.encrypted import ModelSeals
 from tether.gateway_http.extras import Extras
 from tether.gateway_http.heartbeats import Heartbeats
@@ -49,6 +50,7 @@ class Gateway:
         self.storage = BrokerStorage(bus.settings, bus.clock)
         self.readiness = Readiness(bus, self.storage)
         self.patience = Patience(bus.settings.body_timeout_s)
+        self.disconnects = Disconnects()
         self.catalog = Catalog(bus)
         self.heartbeats = Heartbeats(bus)
         self.tenants = Tenants(bus)
@@ -74,8 +76,8 @@ class Gateway:
 
     @property
     def inflight(self) -> int:
-        """Bundles whose answers are not complete."""
-        return len(self._bundler.flights)
+        """Bundles with a request that waits for its answer."""
+        return self._bundler.in_flight
 
     def held(self, model: str) -> int:
         """Requests for a model that nobody has answered yet."""
@@ -109,14 +111,13 @@ class Gateway:
 
         Raises:
             BadTensor: inputs or outputs are not those of the model's signature; nothing was queued.
-            ModelUnloaded: until it is loaded again.
-            ModelNotReady, QueueFull, Unavailable: try again later.
+            ModelNotReady, ModelUnloaded, QueueFull, Unavailable: try again later, or when it is loaded again.
             DeadlineExceeded: no answer within ``timeout_s`` seconds, or not begun when its model's queue policy says so.
+            ClientDisconnected: its client left; the job was withdrawn.
             InferenceFailed: the model failed on this input.
         """
-        name = served.manifest.name
         scope = self._admit(served, tenant, inputs, outputs)
-        timeout_s, queued_s = self._waits(name, timeout_s)
+        timeout_s, queued_s = self._waits(name := served.manifest.name, timeout_s)
         began = self.bus.clock.monotonic()
         deadline = self.bus.clock.utc() + queued_s
         job = Job(new_job_id(), tenant, inputs, deadline, outputs, request_id, traceparent)
@@ -125,10 +126,11 @@ class Gateway:
         try:
             plan = self.extras.plans.get(name)
             if plan is None:
-                answer = await self._bundler.submit(served.lane(scope), self.seals.seal(job), timeout_s)
+                waiting = self._bundler.answer(served.lane(scope), self.seals.seal(job), timeout_s)
+                answer = await self.disconnects.wait(waiting)
             else:
                 asked = Asked(plan, served, alias or LATEST, scope, job, timeout_s)
-                answer, job_id = await self.extras.answer(asked, notes)
+                answer, job_id = await self.disconnects.wait(self.extras.answer(asked, notes))
             outcome = "ok"
         except TetherError as error:
             outcome = error.code
@@ -140,7 +142,7 @@ class Gateway:
                 actor,
                 "infer",
                 outcome,
-                served.manifest.name,
+                name,
                 served.manifest.version,
                 job_id,
                 clean(request_id),
@@ -148,7 +150,7 @@ class Gateway:
                 sum([len(tensor.data) for tensor in answer]),
                 int(seconds * 1e6),
             )
-        self._seconds(served.manifest.name).observe(seconds)
+        self._seconds(name).observe(seconds)
         return answer
 
     def _admit(self, served: Served, tenant: str, inputs: tuple[Tensor, ...], outputs: tuple[str, ...]) -> str:

@@ -23,6 +23,7 @@ STATUSES: dict[type[errors.TetherError], int] = {
     errors.QuotaExceeded: 429,
     errors.DeadlineExceeded: 504,
     errors.JobCancelled: 409,
+    errors.ClientDisconnected: 499,
     errors.ModelRejected: 422,
     errors.CorruptChunk: 503,
 }

@@ -10,7 +10,7 @@ from functools import partial
 from tether import metrics
 from tether.bus.connection import Bus
 from tether.bus.tenant_keys import TenantSeals
-from tether.gateway_http.bundler import Answer, InferBundler
+from tether.gateway_http.bundler import InferBundler
 from tether.gateway_http.catalog import Catalog
 from tether.gateway_http.kept_answers import HIT, MISS, KeptAnswers
 from tether.gateway_http.plan import Asked, Plan
@@ -18,6 +18,7 @@ from tether.gateway_http.request import Headers
 from tether.gateway_http.response_cache import Question, ResponseCache, digest_of
 from tether.gateway_http.shadows import Shadows
 from tether.gateway_http.tenants import Tenants
+from tether.gateway_http.waiting import Answer
 from tether.lifecycle import Tasks
 
 
@@ -71,7 +72,8 @@ class Extras:
         if asked.plan.cache_ttl_s and self._may_keep(asked.job.tenant):
             answer, hit = await self._kept(asked, notes)
         else:
-            answer, hit = await self._sent(asked, asked.timeout_s), False
+            lane, job = asked.served.lane(asked.scope), self._seals.seal(asked.job)
+            answer, hit = await self._bundler.answer(lane, job, asked.timeout_s), False
         if asked.plan.shadows and not hit:
             self.shadows.copy(asked, answer)
         return answer, "" if hit else asked.job.id
@@ -83,6 +85,7 @@ class Extras:
         answer, hit = await self.kept.answer(
             question,
             partial(self._sent, asked),
+            partial(self._bundler.withdraw, asked.job.id),
             lambda: self.plans.get(manifest.name) is plan and self._may_keep(tenant),
         )
         if notes is not None:

@@ -94,6 +94,20 @@ class FairQueue(Generic[T]):
                 heapq.heapreplace(waiting, flow)
         return taken
 
+    def prune(self, wanted: Callable[[T], bool]) -> None:
+        """Drop what is not wanted any more, wherever it stands."""
+        for flow in self._waiting:
+            kept = deque(entry for entry in flow.items if wanted(entry[0]))
+            self._count -= len(flow.items) - len(kept)
+            self.size -= sum(size for _, size in flow.items) - sum(size for _, size in kept)
+            flow.items = kept
+            if not kept:
+                self._last = max(self._last, flow.start)
+        self._waiting = [flow for flow in self._waiting if flow.items]
+        heapq.heapify(self._waiting)
+        if not self._waiting:
+            self._now = max(self._now, self._last)
+
     def _forget(self) -> None:
         """Tenants at rest whose last item is long past: they would begin where a new one begins."""
         if len(self._flows) >= len(self._waiting) + _FORGET_AT:

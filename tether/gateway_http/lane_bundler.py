@@ -40,18 +40,32 @@ _MOMENT_S = 0.001
 class Flight:
     """One bundle on its way, and which of its jobs nobody has answered yet."""
 
-    __slots__ = ("began", "bundler", "ended", "jobs", "message_id", "open", "sending", "sends", "sent_at")
+    __slots__ = ("began", "bundler", "ended", "jobs", "message_id", "open", "sending", "sends", "sent_at", "withdrawn")
 
     def __init__(self, bundler: LaneBundler, jobs: list[Job]) -> None:
         self.bundler = bundler
         self.jobs = jobs
         self.open: set[JobId] = {job.id for job in jobs}
+        self.withdrawn: set[JobId] = set()
+        """Those of ``open`` that nobody waits for any more. They hold their place in the lane until a worker has dropped
+        them, so that a client that asks and leaves, again and again, does not fill the lane."""
         self.sends = 0
         self.message_id = ""
         """Of the message that the broker stored last."""
         self.sending = False
         self.sent_at = 0.0
         self.began = self.ended = 0.0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits for one of its jobs."""
+        return len(self.open) > len(self.withdrawn)
+
+    def close(self, job: JobId) -> bool:
+        """Nothing more is to come for this job; whether that was the last of them."""
+        self.open.discard(job)
+        self.withdrawn.discard(job)
+        return not self.open
 
     def ran(self, outcome: Outcome) -> None:
         """Note when its first job began and its last one ended, on the worker's clock."""
@@ -79,6 +93,7 @@ class LaneBundler:
         self._timer: asyncio.TimerHandle | None = None
         self._gathering: asyncio.Handle | None = None
         self._overdue = False
+        self._unwanted = 0
         self._tenant = ""
         self._mixed_at = -_SHARED_S
 
@@ -97,6 +112,16 @@ class LaneBundler:
         elif self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._owner.settings_delay_s, self._flush)
+
+    def ended_unsent(self) -> None:
+        """Nobody waits any more for a job that has not left. It is passed over when its turn comes; when half of what is
+        here is such, all of that goes, so that it holds no memory."""
+        self._unwanted += 1
+        if 2 * self._unwanted > len(self._pending) + len(self._late):
+            self._unwanted = 0
+            self._pending.prune(self._owner.wanted)
+            self._late.prune(self._owner.wanted)
+            self._overdue = self._overdue and bool(self._pending or self._late)
 
     def _may_leave(self) -> bool:
         """Whether a bundle should leave now: nothing is in flight; or a worker has none, and running the model is what

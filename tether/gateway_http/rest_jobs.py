@@ -48,14 +48,16 @@ def _wait(call: Call) -> float:
 
 
 async def _get(call: Call) -> Reply:
-    return Reply(await call.gateway.jobs.get(call.tenant, call.path("id"), _wait(call), call.caller.sees))
+    found = call.gateway.jobs.get(call.tenant, call.path("id"), _wait(call), call.caller.sees)
+    return Reply(await call.gateway.disconnects.wait(found))
 
 
 async def _list(call: Call) -> Reply:
     query: JobsQuery = call.query
     jobs, wait = call.gateway.jobs, _wait(call)
     if query.ids:
-        return Reply({"jobs": await jobs.get_many(call.tenant, _ids(query), wait, call.caller.sees)})
+        found_many = jobs.get_many(call.tenant, _ids(query), wait, call.caller.sees)
+        return Reply({"jobs": await call.gateway.disconnects.wait(found_many)})
     if wait:
         raise InvalidRequest("query parameter 'wait' needs 'ids'", field="wait")
     state = "" if query.state is None else query.state.value

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from granian.rsgi import ProtocolClosed
 
 from tether.errors import InvalidRequest, PayloadTooLarge, TetherError
+from tether.gateway_http.disconnects import client_gone
 from tether.gateway_http.errors import error_response
 from tether.gateway_http.hot import Handler
 from tether.gateway_http.request import Headers, PartCounter, cut_short, too_large, too_slow
@@ -54,7 +55,7 @@ class RsgiProtocol(Protocol):
 
     def response_stream(self, status: int, headers: Headers) -> RsgiTransport: ...
 
-    async def client_disconnect(self) -> None: ...
+    def client_disconnect(self) -> Awaitable[None]: ...
 
 
 _REFUSED = 400
@@ -127,6 +128,7 @@ def entry(route: Callable[[str, str], Handler | None], cold: App, *, part_s: flo
     """
 
     async def app(scope: RsgiScope, protocol: RsgiProtocol) -> None:
+        client_gone.set(protocol.client_disconnect)
         handler = route(scope.method, scope.path)
         if handler is None:
             await bridge(cold, scope, protocol, part_s)

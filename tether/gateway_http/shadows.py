@@ -16,10 +16,11 @@ from tether import metrics
 from tether.bus.connection import Bus
 from tether.bus.tenant_keys import TenantSeals
 from tether.errors import TetherError
-from tether.gateway_http.bundler import Answer, InferBundler
+from tether.gateway_http.bundler import InferBundler
 from tether.gateway_http.catalog import Catalog, Served
 from tether.gateway_http.comparison import Comparison, Verdict, compare
 from tether.gateway_http.plan import Asked
+from tether.gateway_http.waiting import Answer
 from tether.job import Job, new_job_id
 from tether.lifecycle import Tasks
 from tether.model import check_outputs

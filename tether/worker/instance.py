@@ -33,6 +33,7 @@ from tether.worker.pace import AHEAD_S
 from tether.worker.redelivery import Redelivery
 from tether.worker.runs import End, Runs
 from tether.worker.turns import RunQueue, Ticket, Turn, bundles_of, level_of
+from tether.worker.withdrawn import Withdrawn
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class ModelInstance:
             LanePull(bus, lane, 1, self._take)
             for lane in lanes_of(manifest.name, manifest.version, self._settings.region, bus.scope)
         ]
+        self._withdrawn = Withdrawn(bus, self._pulls[0].lane)
         self._by_lane = {pull.lane: pull for pull in self._pulls}
         self.queue = RunQueue(self._settings.priority_patience_s, bus.clock.monotonic())
         self._asking = Asking(
@@ -128,6 +130,7 @@ class ModelInstance:
     async def start(self) -> None:
         self._tasks.spawn(self._serve(), f"serve-{self.manifest.name}")
         self._tasks.spawn(self._watch(), f"serve-watch-{self.manifest.name}")
+        await self._withdrawn.start()
         for pull in self._pulls:
             await pull.start()
 
@@ -157,6 +160,7 @@ class ModelInstance:
         await self._tasks.finish(_LAST_S)
         await self._tasks.cancel()
         self._apart.close()
+        await self._withdrawn.stop()
         generation = self.copies.take_out()
         if generation is not None:
             generation.close()
@@ -274,16 +278,23 @@ class ModelInstance:
                 self._release(bundle.delivery)
                 if bundle.durable and not bundle.suspect:
                     self._tasks.spawn(self.redelivery.began(bundle), "note")
-        late = [ticket for ticket in turn.tickets if ticket.job.deadline <= now]
-        if late:
+        over = [end for ticket in turn.tickets if (end := self._over(ticket, now)) is not None]
+        if over:
+            late = [end.ticket for end in over]
             self.queue.remove(lambda ticket: ticket in late)
             turn = turn.without(late)
             self._ending += 1
-            self._tasks.spawn(self._end(late, [self.runs.expired(ticket) for ticket in late]), "work")
+            self._tasks.spawn(self._end(late, over), "work")
         if turn.tickets:
             self._ending += 1
             self._asking.began()
             self._tasks.spawn(self._run(turn), "work")
+
+    def _over(self, ticket: Ticket, now: float) -> End | None:
+        """The end of a job that needs no run any more."""
+        if ticket.job.id in self._withdrawn:
+            return self.runs.withdrawn(ticket)
+        return self.runs.expired(ticket) if ticket.job.deadline <= now else None
 
     async def _run(self, turn: Turn) -> None:
         ends: list[End] | None = None

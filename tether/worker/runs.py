@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tether import metrics
-from tether.errors import DeadlineExceeded, TetherError
+from tether.errors import DeadlineExceeded, JobCancelled, TetherError
 from tether.job import Failure, JobState, Outcome
 from tether.ports import Clock
 from tether.worker import batching
@@ -91,8 +91,15 @@ class Runs:
 
     def expired(self, ticket: Ticket) -> End:
         """The end of a job that is past its deadline before it could run, or all of it could."""
+        failure = Failure(DeadlineExceeded.code, "the deadline passed before the job could run")
+        return self._not_run(ticket, JobState.EXPIRED, failure)
+
+    def withdrawn(self, ticket: Ticket) -> End:
+        """The end of a job that nobody waits for any more."""
+        return self._not_run(ticket, JobState.CANCELLED, Failure(JobCancelled.code, "its client left before it began"))
+
+    def _not_run(self, ticket: Ticket, state: JobState, failure: Failure) -> End:
         ticket.ended = True
         job, attempt = ticket.job, ticket.attempt or ticket.bundle.delivery.attempt
-        failure = Failure(DeadlineExceeded.code, "the deadline passed before the job could run")
         now, worker = self._clock.utc(), self._worker
-        return End(ticket, Outcome(job.id, JobState.EXPIRED, (), failure, attempt - 1, worker, ticket.began, now))
+        return End(ticket, Outcome(job.id, state, (), failure, attempt - 1, worker, ticket.began, now))
