@@ -50,9 +50,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, frozenset[str]]]:
     seen: list[tuple[str, frozenset[str]]] = []
     run = Runs.run
 
-    async def noted(self: Runs, wanted: Run) -> tuple[Done, float, float]:
+    async def noted(self: Runs, wanted: Run, *, suspect: bool = False) -> tuple[Done, float, float]:
         seen.append((self._worker, frozenset(piece.source.job.tenant for piece in wanted.pieces)))
-        return await run(self, wanted)
+        return await run(self, wanted, suspect=suspect)
 
     monkeypatch.setattr(Runs, "run", noted)
     return seen

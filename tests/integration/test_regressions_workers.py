@@ -192,10 +192,10 @@ async def test_a_caller_is_answered_once_although_a_neighbour_keeps_killing_the_
     delivered: list[tuple[str, JobState]] = []
     run = instance.runs.run
 
-    async def dying(wanted: Run) -> tuple[Done, float, float]:
+    async def dying(wanted: Run, *, suspect: bool = False) -> tuple[Done, float, float]:
         if wanted.pieces[0].source.job.id == poison.id:
             raise BrokerUnavailable("as if the process had died")
-        return await run(wanted)
+        return await run(wanted, suspect=suspect)
 
     async def deliver(_: Sequence[Bundle], outcomes: Sequence[Outcome]) -> None:
         delivered.extend((outcome.job, outcome.state) for outcome in outcomes)
