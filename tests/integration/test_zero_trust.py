@@ -13,6 +13,7 @@ from services import TENANT, Services, new_job, row, services
 
 from tether import apikey, codec, metrics
 from tether.bus.connection import Bus
+from tether.bus.leases import LeaseBucket
 from tether.envelope import MessageType
 from tether.job import AttemptNote, Job, JobId, JobState, Outcome, Priority, new_job_id
 from tether.model import Alias, Assignment, Heartbeat, PushRequest, Registration, Route
@@ -40,8 +41,11 @@ async def one(broker: Broker) -> AsyncIterator[Services]:
         yield running
 
 
-def hijack(running: Services) -> list[Target]:
+async def hijack(running: Services) -> list[Target]:
     """One message for every subject that some service listens to or reads."""
+    lease = await LeaseBucket(running.bus).get(0)
+    assert lease is not None
+    epoch = lease.epoch
     names, gateway, worker = running.bus.names, running.bus, running.workers[0]._bus
     assert running.dispatcher is not None
     assert running.modelstore is not None
@@ -60,7 +64,7 @@ def hijack(running: Services) -> list[Target]:
         Target("reply", worker, running.gateway._bundler.reply, MessageType.ANSWER, codec.encode_outcomes([done]), ids, False),
         Target("register", worker, names.service("registerWorker"), MessageType.REGISTER,
                text(Registration("worker-1", "local", 1, ())), (), False),
-        Target("push", gateway, names.store_service("registerModel", 0, 1), MessageType.PUSH,
+        Target("push", gateway, names.store_service("registerModel", 0, epoch), MessageType.PUSH,
                text(PushRequest("bump", served.manifest.files)), (), False),
         Target("wanted piece", running.modelstore._bus, names.wanted("worker-1"), MessageType.WANTED,
                text(Wanted("0" * 64)), (), False),
@@ -95,7 +99,7 @@ async def publish(target: Target, frame: bytes) -> None:
 @pytest.mark.parametrize("what", ["unsigned", "tampered", "misdirected"])
 async def test_no_subject_acts_on_it(one: Services, what: str) -> None:
     before = await state(one)
-    for target in hijack(one):
+    for target in await hijack(one):
         if target.name == "alias":
             continue  # only the model store may publish there: see the permission matrix
         count = rejected()
