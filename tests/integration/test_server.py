@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from brokers import Broker
+from disks import fill, small_disk
 
 from tether.bus.connection import Bus
 from tether.bus.keys import create_home
@@ -43,6 +44,23 @@ async def test_a_killed_server_comes_back_on_its_port_with_its_data(embedded_bro
     assert server.url == url
     async with Bus.connect(embedded_broker.settings, embedded_broker.home, "dispatcher") as bus:
         assert (await bus.api("STREAM.INFO.KEEP"))["config"]["name"] == "KEEP"
+
+
+async def test_a_killed_server_comes_back_on_its_port_while_its_disk_is_full(
+    tmp_path: Path, nats_binary: Binary
+) -> None:
+    with small_disk(tmp_path / "disk", 32):
+        home = Home.at(str(tmp_path / "disk" / "home"))
+        create_home(home, workers=1)
+        async with EmbeddedServer(home, Settings(home=str(home.root)), binary=nats_binary) as server:
+            url = server.url
+            fill(tmp_path / "disk" / "ballast")
+            for _ in range(2):
+                await server.kill()
+                await server.start()
+                assert server.url == url
+                async with Bus.connect(Settings(home=str(home.root), nats_url=url), home, "dispatcher") as bus:
+                    assert await bus.api("INFO")
 
 
 async def test_stopping_leaves_no_process(home: Home, nats_binary: Binary) -> None:

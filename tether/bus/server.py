@@ -149,6 +149,7 @@ class EmbeddedServer:
                 self.binary.path,
                 "-c",
                 config,
+                *self._same_ports(),
                 env=without_passphrase(),
                 stdin=DEVNULL,
                 stdout=DEVNULL,
@@ -181,6 +182,11 @@ class EmbeddedServer:
                 raise ConfigError(f"{error.filename} cannot be written: {error.strerror}; make room for it") from error
             log.warning("the configuration is the last one: %s", error, extra={"action": "config_kept"})
             return self.home.nats_config
+
+    def _same_ports(self) -> list[str]:
+        """Options for the ports that are known: a kept configuration is of the first start, and names no port."""
+        known = {"-p": self._ports.client, "-m": self._ports.monitor}
+        return [part for option, port in known.items() if port > 0 for part in (option, str(port))]
 
     async def _ready(self) -> None:
         again = min(self._ports.client, self._ports.monitor) > 0
