@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tether.frameworks.facts import (
+    INT32,
     Context,
     Fact,
     Inputs,
     axes_given,
     axis_of,
+    constant,
     elements,
     given,
     needed,
@@ -23,14 +25,19 @@ from tether.frameworks.facts import (
     whole,
     wholes,
 )
-from tether.frameworks.onnx_model import DTYPES, MAX_VALUES, Node
-from tether.frameworks.sizes import Algebra, Element, Size, depends
+from tether.frameworks.onnx_model import DTYPES, MAX_VALUES, Constant, Node
+from tether.frameworks.sizes import Algebra, Element, Size, depends, sliced
 
 Content = np.ndarray | None
 Compute = Callable[[Node, Inputs, Context], Sequence[Content]]
 
-_RANGES = {kind: np.iinfo(np.dtype(name)) for kind, name in DTYPES.items() if np.dtype(name).kind in "iu"}
+_RANGES = {kind: np.iinfo(np.dtype(DTYPES[kind])) for kind in (6, 7)}
 _FLOATS = (1, 10, 11, 16)
+MAX_FACTOR = 1 << 20
+MAX_NARROW = 1 << 11
+"""Of sizes that are computed, the latter with 32 bits: a product that wraps is no product. Rows of a run are at most 2**16."""
+MAX_COMPUTED = 4
+"""Symbols in such a size; half as many with 32 bits."""
 
 
 def compute(node: Node, inputs: Inputs, context: Context) -> list[Fact] | None:
@@ -44,15 +51,41 @@ def compute(node: Node, inputs: Inputs, context: Context) -> list[Fact] | None:
         return None
     if not found or any(one is None for one in found):
         return None
-    return [_fact(one) for one in found if one is not None]
+    narrow = _is_narrow(node, inputs)
+    return [_fact(one, node, context.algebra, narrow=narrow) for one in found if one is not None]
+
+
+def _is_narrow(node: Node, inputs: Inputs) -> bool:
+    if node.kind == "Cast":
+        return node.attributes.get("to") == INT32
+    return node.kind not in _OF_SHAPES and any(one.narrow for one in inputs if one is not None)
 
 
 def _all_known(inputs: Inputs) -> bool:
     return all(one is None or one.content is not None for one in inputs)
 
 
-def _fact(content: np.ndarray) -> Fact:
-    return Fact(tuple(Size(size) for size in content.shape), None, content)
+def _fact(content: np.ndarray, node: Node, algebra: Algebra, *, narrow: bool) -> Fact:
+    if node.kind not in _OF_SHAPES:
+        content = _each_of(content, lambda element: _fitting(element, algebra, narrow=narrow))
+    return Fact(tuple(Size(size) for size in content.shape), None, content, narrow)
+
+
+def _fitting(element: Element, algebra: Algebra, *, narrow: bool) -> Element:
+    """The element, where it surely fits its type, else what little is known of it."""
+    if not isinstance(element, Size) or element.constant:
+        return element
+    factor, symbols = (MAX_NARROW, MAX_COMPUTED // 2) if narrow else (MAX_FACTOR, MAX_COMPUTED)
+    if abs(element.factor) <= factor and len(element.symbols) <= symbols:
+        return element
+    return None if depends(element) else algebra.symbol("wrapped", element, narrow, signed=True)
+
+
+def _each_of(array: np.ndarray, change: Callable[[Element], Element]) -> np.ndarray:
+    found = np.empty(array.shape, object)
+    for index in np.ndindex(array.shape):
+        found[index] = change(_at(array, index))
+    return found
 
 
 def _content(inputs: Inputs, index: int) -> np.ndarray:
@@ -86,19 +119,14 @@ def _elementwise(node: Node, inputs: Inputs, context: Context) -> list[Content]:
 
 def _cast(node: Node, inputs: Inputs, context: Context) -> list[Content]:
     to = whole(node, "to", 0)
-    source = _content(inputs, 0)
-    found = np.empty(source.shape, object)
-    for index in np.ndindex(source.shape):
-        found[index] = _cast_one(_at(source, index), to, context.algebra)
-    return [found]
+    return [_each_of(_content(inputs, 0), lambda element: _cast_one(element, to, context.algebra))]
 
 
 def _cast_one(element: Element, to: int, algebra: Algebra) -> Element:
     value = element.factor if isinstance(element, Size) and element.constant else element
     known: Element = None
     if isinstance(value, Size):
-        # A size fits a whole number of 32 bits or more.
-        known = value if to in (6, 7, 12, 13) and not algebra.is_floating(value) else None
+        known = value if to in _RANGES and not algebra.is_floating(value) else None
     elif value is not None:
         known = _cast_constant(value, to)
     if known is not None or depends(element):
@@ -112,7 +140,10 @@ def _cast_constant(value: float, to: int) -> Element:
         return Size(int(value))
     if to == 9:
         return Size(int(bool(value)))
-    return float(value) if to in _FLOATS and abs(value) < 1 << 20 else None
+    if to not in _FLOATS or to not in DTYPES or not abs(value) < 1 << 20:
+        return None
+    # Where it is rounded, a runtime may or may not leave the cast out.
+    return float(value) if float(np.dtype(DTYPES[to]).type(value)) == value else None
 
 
 def _identity(_node: Node, inputs: Inputs, _context: Context) -> list[Content]:
@@ -188,18 +219,14 @@ def _slice(node: Node, inputs: Inputs, context: Context) -> list[Content]:
         if any(found is None and given(inputs, index) is not None for index, found in enumerate(lists, 1)):
             return []
     else:
-        lists = [wholes(node, "starts"), wholes(node, "ends"), wholes(node, "axes"), None]
+        lists = [wholes(node, "starts"), wholes(node, "ends"), wholes(node, "axes") or None, None]
     starts, ends, axes, steps = lists
     if starts is None or ends is None:
         return []
     for start, end, axis, step in zip(
         starts, ends, axes or range(len(starts)), steps or [1] * len(starts), strict=True
     ):
-        # Python's own slices cut off ends that are too far, as ONNX does, but for ends before the first element.
-        last: int | None = end
-        if step < 0 and end < -data.shape[axis]:
-            last = None
-        data = data[(slice(None),) * axis_of(axis, data.ndim) + (slice(start, last, step),)]
+        data = data[(slice(None),) * axis_of(axis, data.ndim) + (sliced(start, end, step, data.shape[axis]),)]
     return [data]
 
 
@@ -240,10 +267,10 @@ def _filled(node: Node, inputs: Inputs, _context: Context) -> list[Content]:
     value = node.attributes.get("value")
     fill: Element = 0.0
     if value is not None:
-        values = getattr(value, "values", None)
-        if values is None or values.size != 1:
+        content = constant(value).content if isinstance(value, Constant) else None
+        if content is None or content.size != 1:
             return []
-        fill = elements(values).flat[0]
+        fill = content.flat[0]
     found = np.empty(target, object)
     for index in np.ndindex(*target):
         found[index] = fill

@@ -22,6 +22,9 @@ from tether.frameworks.onnx_model import Constant, Graph, Node
 from tether.frameworks.sizes import BATCH, ONE, ROWS, Algebra, Size, depends, times
 
 MAX_AXES = 32
+INT32 = 6
+FOLLOWED = (1, INT32, 7, 9, 10, 11)
+"""Types whose elements are followed: in shorter ones, and in unsigned ones, numbers wrap."""
 
 
 class Mixes(Exception):
@@ -45,11 +48,13 @@ Shape = tuple[Size, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fact:
-    """``shape`` None: not even the rank is known. ``content``: elements, as an array of :data:`~tether.frameworks.sizes.Element`."""
+    """``shape`` None: not even the rank is known. ``content``: elements, as an array of :data:`~tether.frameworks.sizes.Element`,
+    which are of 32 bits where they are ``narrow``."""
 
     shape: Shape | None
     rows: Rows | None = None
     content: np.ndarray | None = None
+    narrow: bool = False
 
     @property
     def counts(self) -> bool:
@@ -102,9 +107,9 @@ def product(*sizes: Size) -> Size:
 
 def constant(value: Constant) -> Fact:
     shape = tuple(Size(size) for size in value.shape)
-    if value.values is None:
+    if value.values is None or value.kind not in FOLLOWED:
         return Fact(shape)
-    return Fact(shape, None, elements(value.values))
+    return Fact(shape, None, elements(value.values), value.kind == INT32)
 
 
 def elements(values: np.ndarray) -> np.ndarray:
@@ -150,12 +155,17 @@ RULES: dict[tuple[str, str], Entry] = {}
 ML, MICROSOFT = "ai.onnx.ml", "com.microsoft"
 
 
-def rule(*kinds: str, domain: str = "", sizes: Iterable[int] = (), since: int = 7) -> Callable[[Rule], Rule]:
-    """Put a rule on the list of what is allowed."""
+OLDEST = {"": 7, ML: 1, MICROSOFT: 1}
+"""The oldest version of each operator set whose meaning the rules know."""
+
+
+def rule(*kinds: str, domain: str = "", sizes: Iterable[int] = (), since: int = 0) -> Callable[[Rule], Rule]:
+    """Put a rule on the list of what is allowed; ``since`` 0 stands for the oldest operator set."""
 
     def add(function: Rule) -> Rule:
         for kind in kinds:
-            if RULES.setdefault((domain, kind), Entry(function, frozenset(sizes), since)).rule is not function:
+            entry = Entry(function, frozenset(sizes), since or OLDEST[domain])
+            if RULES.setdefault((domain, kind), entry).rule is not function:
                 raise ValueError(kind)
         return function
 
@@ -226,20 +236,20 @@ def numbers(value: Fact) -> list[int] | None:
 
 
 def axes_given(node: Node, inputs: Inputs, index: int, *, as_input: bool) -> list[int] | None:
-    """Axes of an attribute or, ``as_input``, of an input; None when there are none.
+    """Axes of an attribute or, ``as_input``, of an input; None when there are none: ONNX Runtime takes an empty list for none given.
 
     Raises:
         Mixes: they are computed, so nobody knows which they are.
     """
     if not as_input:
-        return wholes(node, "axes")
+        return wholes(node, "axes") or None
     found = given(inputs, index)
     if found is None:
         return None
     known = numbers(found)
     if known is None:
         raise Mixes("works on axes that are computed")
-    return known
+    return known or None
 
 
 def away_from_rows(value: Fact, axes: Iterable[int], what: str) -> None:
@@ -276,6 +286,13 @@ def broadcast(values: Iterable[Fact], algebra: Algebra) -> Fact:
             else:
                 shape[axis] = _broadcast_size(shape[axis], size, algebra)
     return fact(shape, rows)
+
+
+def onto(value: Fact, other: Fact, algebra: Algebra) -> Fact:
+    """:func:`broadcast` of operators that give the value's own shape, so that the other cannot bring the rows."""
+    if value.rows is None and other.rows is not None:
+        raise Mixes("joins the rows to a value that has none")
+    return broadcast([value, other], algebra)
 
 
 def _aligned_rows(facts: list[Fact], rank: int) -> Rows | None:

@@ -238,19 +238,28 @@ class _Reading:
                 yield struct.unpack("<f", self._reader.data[start : start + 4])[0]
 
     def _initializer(self, part: Field, graph: Graph) -> None:
-        name = "".join(self._text(inner) for inner in self._each(part) if inner.number == 8)
+        self._constant(part, self._tensor(part), graph)
+
+    def _constant(self, part: Field, value: Constant, graph: Graph) -> None:
+        names = [self._text(inner) for inner in self._each(part) if inner.number == 8]
+        if len(names) > 1:
+            raise Unreadable("a constant has two names")
+        name = names[0] if names else ""
         if name in graph.constants:
             raise Unreadable("it has a constant twice")
-        graph.constants[name] = self._tensor(part)
+        graph.constants[name] = value
 
     def _sparse_initializer(self, part: Field, graph: Graph) -> None:
-        name, shape = "", []
+        values: list[Field] = []
+        shape = []
         for inner in self._each(part):
             if inner.number == 1:
-                name = "".join(self._text(one) for one in self._each(inner) if one.number == 8)
+                values.append(inner)
             elif inner.number == 3:
                 shape += self._axes(inner)
-        graph.constants[name] = Constant(_sizes(shape), None)
+        if len(values) != 1:
+            raise Unreadable("a sparse constant has not one list of values")
+        self._constant(values[0], Constant(_sizes(shape), None), graph)
 
     def _tensor(self, message: Field) -> Constant:
         shape: list[int] = []

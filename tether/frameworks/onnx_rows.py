@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tether.frameworks import contents
-from tether.frameworks.facts import MICROSOFT, ML, RULES, UNKNOWN, Context, Fact, Mixes, Rows, constant, fact
+from tether.frameworks.facts import MICROSOFT, ML, OLDEST, RULES, UNKNOWN, Context, Fact, Mixes, Rows, constant, fact
 from tether.frameworks.onnx_graph import Unreadable, read
 from tether.frameworks.onnx_model import Axis, Declared, Function, Graph, Model, Node
 from tether.frameworks.rules import (
@@ -39,7 +39,6 @@ FAMILIES = (attention, control, elementwise, linear, lookup, ml, norm, places, q
 
 NEWEST = {"": 26, ML: 5, MICROSOFT: 1}
 """The newest version of each operator set whose meaning the rules know."""
-OLDEST = {"": 7, ML: 1, MICROSOFT: 1}
 MAX_STEPS = 200_000
 """Nodes and constants that are looked at, those of loops and functions each time."""
 MAX_FUNCTIONS = 16
@@ -253,6 +252,8 @@ class _Run:
             return self._call(function, node, inputs)
         if node.domain not in opsets or node.domain not in NEWEST:
             raise Mixes("is of an operator set that is not known")
+        if node.references:
+            raise Mixes("has an attribute of a function and is in none")
 
         def run_graph(graph: Graph, values: Sequence[Fact]) -> list[Fact]:
             return self._inner(graph, values, scope, opsets)
@@ -273,6 +274,8 @@ class _Run:
     def _call(self, function: Function, node: Node, inputs: list[Fact | None]) -> list[Fact]:
         if self._functions >= MAX_FUNCTIONS:
             raise Mixes("is a function that calls too many others")
+        if any(version != self._model.opsets.get(domain, version) for domain, version in function.opsets.items()):
+            raise Mixes("is a function of other operator sets than the model's, which ONNX Runtime does not heed")
         _check_opsets(function.opsets)
         self._count(len(function.nodes))
         scope: Scope = ChainMap()

@@ -72,6 +72,13 @@ def depends(element: Element) -> bool:
     return element is None or (isinstance(element, Size) and BATCH in element.symbols)
 
 
+def sliced(start: int, end: int, step: int, size: int) -> slice:
+    """A slice of ONNX as one of Python, which cuts off backward slices that begin or end before the first element elsewhere."""
+    if step > 0:
+        return slice(start, end, step)
+    return slice(max(start, -size), None if end < -size else end, step)
+
+
 class Algebra:
     """The symbols of one graph, and the operators on elements."""
 
@@ -117,7 +124,7 @@ class Algebra:
             if found is not None:
                 return found
         whole = [operand for operand in operands if isinstance(operand, Size)]
-        if len(whole) == len(operands) and not any(map(self.is_floating, whole)):
+        if None in plain and len(whole) == len(operands) and not any(map(self.is_floating, whole)):
             known = self._whole(operator, whole)
             if known is not None:
                 return known
@@ -235,13 +242,14 @@ _CONSTANT: dict[str, Callable[..., int | float | bool]] = {
 
 def _constant(operator: str, values: list[int | float]) -> Element:
     compute = _CONSTANT.get(operator)
-    if compute is None or (operator in ("Min", "Max") and len(values) == 1):
+    if compute is None or (operator in ("Min", "Max") and len(values) == 1) or not all(map(math.isfinite, values)):
         return None
     try:
         found = compute(*values)
     except (ArithmeticError, TypeError, ValueError):
         return None
     if isinstance(found, float):
-        # Exact in every floating-point type that a model may compute it in.
-        return found if found.is_integer() and abs(found) < 1 << 20 else None
-    return Size(int(found)) if abs(int(found)) <= _LARGEST else None
+        # Exact in every floating-point type that is followed, of which the shortest has 11 bits.
+        return found if found.is_integer() and abs(found) <= 1 << 11 else None
+    # Fits every whole type that is followed.
+    return Size(int(found)) if abs(int(found)) < 1 << 31 or found in values else None

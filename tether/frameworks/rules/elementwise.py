@@ -16,6 +16,7 @@ from tether.frameworks.facts import (
     given,
     needed,
     numbers,
+    onto,
     rest_uniform,
     rule,
     whole,
@@ -38,11 +39,17 @@ def unary(_node: Node, inputs: Inputs, _context: Context) -> list[Fact]:
 
 @rule(
     "Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater", "GreaterOrEqual", "Less",
-    "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "Pow", "PRelu", "StringConcat", "Sub", "Sum", "Where", "Xor",
+    "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "Pow", "StringConcat", "Sub", "Sum", "Where", "Xor",
 )  # fmt: skip
-@rule("BiasGelu", "FastGelu", domain=MICROSOFT)
 def several(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
     return [broadcast([one for one in inputs if one is not None], context.algebra)]
+
+
+@rule("PRelu")
+@rule("BiasGelu", "FastGelu", domain=MICROSOFT)
+def with_slope(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
+    value, other = needed(inputs, 0), given(inputs, 1)
+    return [value if other is None else onto(value, other, context.algebra)]
 
 
 @rule("CastLike")

@@ -17,6 +17,7 @@ from tether.frameworks.facts import (
     fact,
     given,
     needed,
+    onto,
     rest_uniform,
     rule,
     text,
@@ -109,7 +110,7 @@ def gemm(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
     a, b = swapped(a) if whole(node, "transA", 0) else a, swapped(b) if whole(node, "transB", 0) else b
     found = multiplied(a, b, context.algebra)
     bias = given(inputs, 2)
-    return [found if bias is None else broadcast([found, bias], context.algebra)]
+    return [found if bias is None else onto(found, bias, context.algebra)]
 
 
 @rule("Conv")

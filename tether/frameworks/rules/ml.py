@@ -29,7 +29,7 @@ def _table(inputs: Inputs) -> Fact:
     return value
 
 
-@rule("LinearClassifier", "SVMClassifier", "TreeEnsembleClassifier", domain=ML, since=1)
+@rule("LinearClassifier", "SVMClassifier", "TreeEnsembleClassifier", domain=ML)
 def classifier(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
     """Labels, and scores of each class."""
     value = _table(inputs)
@@ -41,7 +41,7 @@ def classifier(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
     ]
 
 
-@rule("LinearRegressor", "SVMRegressor", "TreeEnsembleRegressor", "TreeEnsemble", domain=ML, since=1)
+@rule("LinearRegressor", "SVMRegressor", "TreeEnsembleRegressor", "TreeEnsemble", domain=ML)
 def regressor(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
     value = _table(inputs)
     if value.shape is None or value.rank != 2:
@@ -49,19 +49,19 @@ def regressor(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
     return [fact([value.dims[0], context.size("targets")], value.rows)]
 
 
-@rule("Imputer", "Normalizer", "Scaler", domain=ML, since=1)
+@rule("Imputer", "Normalizer", "Scaler", domain=ML)
 def per_column(_node: Node, inputs: Inputs, _context: Context) -> list[Fact]:
     value = _table(inputs)
     return [Fact(value.shape, value.rows)]
 
 
-@rule("Binarizer", "CategoryMapper", "LabelEncoder", domain=ML, since=1)
+@rule("Binarizer", "CategoryMapper", "LabelEncoder", domain=ML)
 def per_element(_node: Node, inputs: Inputs, _context: Context) -> list[Fact]:
     value = needed(inputs, 0)
     return [Fact(value.shape, value.rows)]
 
 
-@rule("OneHotEncoder", domain=ML, since=1)
+@rule("OneHotEncoder", domain=ML)
 def one_hot_encoder(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
     value = needed(inputs, 0)
     if value.shape is None:
@@ -72,7 +72,7 @@ def one_hot_encoder(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
     return [fact([*value.dims, size], value.rows)]
 
 
-@rule("ArrayFeatureExtractor", domain=ML, since=1)
+@rule("ArrayFeatureExtractor", domain=ML)
 def array_feature_extractor(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
     """Takes columns, the last axis; from a list it makes one row."""
     value, columns = needed(inputs, 0), needed(inputs, 1)
@@ -87,7 +87,7 @@ def array_feature_extractor(_node: Node, inputs: Inputs, context: Context) -> li
         return [UNKNOWN]
     if value.rank < 2 or value.rows.axis == value.rank - 1:
         raise Mixes("takes some of the rows")
-    count = columns.shape[-1] if columns.shape else context.size("columns")
+    count = context.size("columns") if columns.shape is None else product(*columns.shape)
     return [fact([*value.dims[:-1], count], value.rows)]
 
 
@@ -99,7 +99,7 @@ def string_normalizer(node: Node, inputs: Inputs, _context: Context) -> list[Fac
     return [Fact(value.shape, value.rows)]
 
 
-@rule("FeatureVectorizer", domain=ML, since=1)
+@rule("FeatureVectorizer", domain=ML)
 def feature_vectorizer(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
     """Puts tables side by side."""
     values = [one for one in inputs if one is not None]

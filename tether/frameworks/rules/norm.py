@@ -18,6 +18,7 @@ from tether.frameworks.facts import (
     given,
     needed,
     numbers,
+    onto,
     rest_uniform,
     rule,
     uniform,
@@ -160,7 +161,7 @@ def layer_normalization(node: Node, inputs: Inputs, context: Context) -> list[Fa
 def skip_layer_normalization(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
     """Normalises the sum of its first two inputs over the last axis; weights are lists, the fourth output is the sum."""
     rest_uniform(inputs, 2)
-    total = broadcast([needed(inputs, 0), needed(inputs, 1)], context.algebra)
+    total = onto(needed(inputs, 0), needed(inputs, 1), context.algebra)
     if total.rows is None:
         return [UNKNOWN] * len(node.outputs)
     away_from_rows(total, [total.rank - 1], OVER_ROWS)

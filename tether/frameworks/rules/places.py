@@ -22,7 +22,7 @@ from tether.frameworks.facts import (
     wholes,
 )
 from tether.frameworks.onnx_model import Node
-from tether.frameworks.sizes import ONE, Element, Size, depends, over
+from tether.frameworks.sizes import ONE, Element, Size, depends, over, sliced
 
 FAR = (1 << 31) - 1
 """As the end of a slice: more rows than any run has."""
@@ -62,7 +62,7 @@ def _slice_lists(
     """Starts, ends, axes and steps; what is not known has no elements, or ones that are None."""
     if context.opset < 10:
         starts, ends = ([Size(one) for one in wholes(node, name) or []] for name in ("starts", "ends"))
-        return list(starts), list(ends), wholes(node, "axes"), []
+        return list(starts), list(ends), axes_given(node, inputs, 3, as_input=False), []
     lists: list[list[Element]] = []
     for index in (1, 2, 4):
         found = given(inputs, index)
@@ -96,8 +96,7 @@ def _cut(part: Part, size: Size) -> Size | None:
     if len(found) != 3 or not size.constant or not found[2] or abs(size.factor) > 1 << 40:
         return None
     start, end, step = found
-    last = None if step < 0 and end < -size.factor else end
-    return Size(len(range(*slice(start, last, step).indices(size.factor))))
+    return Size(len(range(*sliced(start, end, step, size.factor).indices(size.factor))))
 
 
 @rule("Split")
@@ -192,8 +191,7 @@ def resize(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
         return [UNKNOWN]
     axes = wholes(node, "axes") if context.opset >= 18 else None
     places = [axis_of(axis, value.rank) for axis in axes] if axes is not None else list(range(value.rank))
-    if value.rows is not None:
-        _check_resize(node, value)
+    _check_resize(node, value)
     scales, sizes = _resize_amounts(node, inputs, context)
     for found in (scales, sizes):
         if found is not None and len(found) != len(places):
@@ -217,12 +215,12 @@ def resize(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
 
 
 def _check_resize(node: Node, value: Fact) -> None:
-    """Only modes that leave an axis of scale 1 alone, to the bit."""
+    """Only modes that leave an axis of scale 1 alone, to the bit, and whose sizes are what the factors or sizes say."""
     mode = text(node, "mode", "nearest")
     coordinates = text(node, "coordinate_transformation_mode", "half_pixel")
     if coordinates not in ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric"):
         raise Mixes(f"has the mode '{coordinates[:32]}', which is not known to keep rows apart")
-    if mode != "nearest" and (value.rank != 4 or value.rows is None or value.rows.axis != 0):
+    if mode != "nearest" and value.rows is not None and (value.rank != 4 or value.rows.axis != 0):
         raise Mixes("may take means along the axis of the rows")
     if text(node, "keep_aspect_ratio_policy", "stretch") != "stretch":
         raise Mixes("derives sizes from one another")
