@@ -183,14 +183,14 @@ class Cuts:
         return [answer.json()["id"] for answer in answers]
 
     async def _ended(self, number: int, seen: Seen) -> tuple[dict[int, Accepted], dict[int, Accepted], int]:
-        """Jobs that nobody knows, jobs that do not end, and how many ended another time than a client saw."""
+        """Jobs that are unknown or ended as ``job_lost``, jobs that do not end, and how many ended another time than a client saw."""
         gone: dict[int, Accepted] = {}
         left, again, end = dict(self.history.jobs), 0, time.monotonic() + _END_S
         async with self.history.client() as http:
             while left and time.monotonic() < end:
                 for place, job in list(left.items()):
                     answer = await http.get(f"/v1/jobs/{job.id}")
-                    if answer.status_code == 404:
+                    if _lost(answer):
                         gone[place] = left.pop(place)
                     elif answer.is_success and answer.json()["state"] in FINAL:
                         del left[place]
@@ -209,6 +209,13 @@ class Cuts:
                 say(stream["name"], {name: stream["state"][name] for name in ("messages", "first_seq", "last_seq")})
                 for consumer in stream.get("consumer_detail", []):
                     say("  ", consumer["name"], consumer["delivered"], "pending", consumer["num_pending"])
+
+
+def _lost(answer: httpx.Response) -> bool:
+    """Whether a job is unknown, or its record outlived its message or result, which ends it as ``job_lost`` after half a minute."""
+    if answer.is_success:
+        return bool(answer.json().get("error", {}).get("code") == "job_lost")
+    return answer.status_code == 404
 
 
 async def attacked(given: Namespace, disk: Disk) -> None:
