@@ -13,6 +13,7 @@ import pytest
 from brokers import Broker, wait_until
 from services import TENANT, new_job, row, services
 from shipped import Node, nodes, running
+from stored import count
 
 from tether.bus.certificates import make_certificates
 from tether.bus.config import CLUSTER
@@ -64,10 +65,10 @@ async def test_waiting_callers_are_answered_when_the_server_with_the_infer_strea
         await platform.workers[0].holder.stop(5)  # so that what waits is in the stream that is lost
         waiting = [asyncio.create_task(platform.infer(served, row(value), timeout_s=30)) for value in range(5)]
 
-        async def stored() -> bool:
-            return int((await bus.api(f"STREAM.INFO.{bus.names.infer_stream(0)}"))["state"]["messages"]) > 0
+        async def wait() -> bool:
+            return await count(bus, bus.names.infer_stream(0)) > 0
 
-        await wait_until(stored, "requests wait in the stream")
+        await wait_until(wait, "requests wait in the stream")
         await platform.start_worker("worker-2")
         node.kill()
         answers = await asyncio.gather(*waiting)

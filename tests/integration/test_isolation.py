@@ -9,6 +9,7 @@ import models
 import pytest
 from brokers import wait_until
 from services import Services, first, new_job, row
+from stored import count
 from tenancy import Thief, bound_home, has_lane, isolate, own_worker
 
 from tether import codec, metrics
@@ -89,8 +90,7 @@ def refused(code: str) -> float:
 
 async def messages(running: Services, stream: str) -> int:
     assert running.dispatcher is not None
-    info = await running.dispatcher._bus.api(f"STREAM.INFO.{stream}")
-    return int(info["state"]["messages"])
+    return await count(running.dispatcher._bus, stream)
 
 
 async def test_two_tenants_share_no_stream_no_run_and_no_worker(

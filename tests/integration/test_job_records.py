@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from brokers import Broker, wait_until
 from services import TENANT, Services, new_job, row
+from stored import count
 
 from tether import codec, oip
 from tether.bus.kv import KvBucket
@@ -64,10 +65,7 @@ class Bound:
         self._max = 0
 
     async def messages(self) -> int:
-        """Without those with which a gateway tries the stream."""
-        info = await self._bus.api(f"STREAM.INFO.{self._stream}", {"subjects_filter": ">"})
-        counts = (info["state"].get("subjects") or {}).items()
-        return sum(int(count) for subject, count in counts if not subject.endswith(".probe"))
+        return await count(self._bus, self._stream)
 
     async def shut(self, *, room: int = 0) -> None:
         info = await self._bus.api(f"STREAM.INFO.{self._stream}")

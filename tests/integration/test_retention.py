@@ -10,6 +10,7 @@ import models
 import pytest
 from brokers import StartBroker, wait_until
 from services import TENANT, Services, new_job, row, services
+from stored import count
 
 from tether import codec
 from tether.bus.connection import Bus
@@ -61,7 +62,7 @@ async def known(running: Services, ids: list[str], tenant: str = TENANT) -> list
 
 async def messages(running: Services, stream: str) -> int:
     assert running.dispatcher is not None
-    return int((await running.dispatcher._bus.api(f"STREAM.INFO.{stream}"))["state"]["messages"])
+    return await count(running.dispatcher._bus, stream)
 
 
 async def test_a_job_is_forgotten_result_ttl_s_after_its_end_and_not_before(

@@ -11,6 +11,7 @@ import pytest
 from brokers import Broker, wait_until
 from prometheus_client import REGISTRY
 from services import TENANT, Services, new_job, row, services
+from stored import count
 
 from tether.errors import BrokerUnavailable
 from tether.gateway_http.catalog import Served
@@ -90,6 +91,12 @@ def instance(running: Services, worker: int = 0) -> ModelInstance:
     return held.instance
 
 
+async def in_stream(running: Services) -> bool:
+    """Whether a caller's message is at the broker, where it stays until it is answered."""
+    assert running.dispatcher is not None
+    return await count(running.dispatcher._bus, running.bus.names.infer_stream(0)) == 1
+
+
 def handed_back() -> float:
     return REGISTRY.get_sample_value("tether_handed_back_total", {"model": "gate"}) or 0.0
 
@@ -103,7 +110,7 @@ async def test_whoever_waits_beside_a_batch_waits_for_one_run(one: Services, gat
     normal = await submit(one, served, range(300, 301))
     high = await submit(one, served, range(200, 201), Priority.HIGH)
     caller = asyncio.create_task(one.infer(served, row(400), timeout_s=30))
-    await wait_until(lambda: one.gateway.inflight == 1, "the caller waits")
+    await wait_until(lambda: in_stream(one), "the caller waits")
     gate.release(0)
     await caller
     await ended(one, [*high, *normal, *low])

@@ -9,6 +9,7 @@ import models
 import pytest
 from brokers import StartBroker, wait_until
 from services import TENANT, Services, row, services
+from stored import count
 from tenancy import bound_home, isolate, own_worker
 
 from tether import codec, metrics
@@ -60,8 +61,7 @@ async def ask_and_leave(running: Services, served: Served) -> None:
 
 async def in_lane(running: Services, lane: Lane) -> int:
     assert running.dispatcher is not None
-    found = await running.dispatcher._bus.api(f"STREAM.INFO.{running.bus.names.lane_stream(lane)}")
-    return int(found["state"]["messages"])
+    return await count(running.dispatcher._bus, running.bus.names.lane_stream(lane))
 
 
 async def test_a_caller_that_asks_and_leaves_again_and_again_fills_neither_lane_nor_gateway(idle: Services) -> None:
