@@ -284,7 +284,7 @@ def test_a_push_makes_a_version_and_the_same_file_makes_none(served: Served, htt
 
 def test_a_push_says_whether_the_version_is_batched_and_why_not(http: httpx.Client) -> None:
     def pushed(query: str) -> dict[str, Any]:
-        answer = http.post(f"/v1/models/mixing/versions{query}", content=models.unknown_operator())
+        answer = http.post(f"/v1/models/unproven/versions{query}", content=models.unknown_operator())
         assert answer.status_code == 201
         made: dict[str, Any] = answer.json()["batching"]
         return made
@@ -294,10 +294,10 @@ def test_a_push_says_whether_the_version_is_batched_and_why_not(http: httpx.Clie
     assert "--max-batch-size" in alone["reason"]
     declared = pushed("?max_batch_size=4")
     assert (declared["max_batch_size"], declared["basis"]) == (4, "declared")
-    until(lambda: len(http.get("/v1/models/mixing").json()["versions"]) == 2, "the gateway knows both versions")
-    shown = [version["batching"] for version in http.get("/v1/models/mixing").json()["versions"]]
+    until(lambda: len(http.get("/v1/models/unproven").json()["versions"]) == 2, "the gateway knows both versions")
+    shown = [version["batching"] for version in http.get("/v1/models/unproven").json()["versions"]]
     assert shown == [alone, declared]
-    refused = http.patch("/v1/models/mixing/config", json={"max_batch_size": 8})
+    refused = http.patch("/v1/models/unproven/config", json={"max_batch_size": 8})
     assert_error(refused, 400, "invalid_request", "push a version with --max-batch-size")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
+import bundles
 import models
 import numpy as np
 import pytest
@@ -237,16 +239,39 @@ async def test_jobs_of_every_priority_have_a_lane_and_are_run(one: Services) -> 
     assert {job["state"] for job in jobs} == {"succeeded"}
 
 
+WAITS = """
+import time
+from pathlib import Path
+
+
+class Model:
+    def load(self, directory):
+        self.folder = Path(FOLDER)
+
+    def predict(self, inputs):
+        while (self.folder / "hold").exists():
+            (self.folder / "begun").touch()
+            time.sleep(0.01)
+        return {"y": inputs["x"]}
+"""
+"""Runs for as long as a file is there."""
+
+
 @pytest.mark.parametrize("looked_at", [True, False])
-async def test_a_job_that_ends_after_its_deadline_is_expired_whoever_looks(one: Services, looked_at: bool) -> None:
+async def test_a_job_that_ends_after_its_deadline_is_expired_whoever_looks(
+    one: Services, tmp_path: Path, looked_at: bool
+) -> None:
     """It begins in time and runs for longer than it may."""
-    served = await one.push("slow", models.looping(600_000), max_batch_size=1)
-    began = one.bus.clock.monotonic()
-    await one.infer(served, row(1))
-    takes_s = one.bus.clock.monotonic() - began
-    (job_id,) = await submit(one, new_job(served, row(1), deadline_s=takes_s / 2))
+    code = WAITS.replace("FOLDER", repr(str(tmp_path)))
+    served = await one.push_bundle("slow", bundles.write(tmp_path / "m", code=code, maxBatchSize=0))
+    (tmp_path / "hold").touch()
+    (job_id,) = await submit(one, new_job(served, row(1), deadline_s=3.0))
+    await wait_until((tmp_path / "begun").exists, "it runs")
     if looked_at:
-        await wait_until(lambda: has_state(one, job_id, "running"), "it runs")
+        await wait_until(lambda: has_state(one, job_id, "running"), "it is seen to run")
+    (record,) = (await one.gateway.jobs._records.find([job_id])).values()
+    await wait_until(lambda: one.workers[0]._bus.clock.utc() > record.deadline, "its time is over")
+    (tmp_path / "hold").unlink()
     await wait_until(lambda: has_result(one, job_id), "its run is over")
     job = await one.gateway.jobs.get(TENANT, job_id)
     assert (job["state"], job["error"]["code"], "result" in job) == ("expired", "deadline_exceeded", False)

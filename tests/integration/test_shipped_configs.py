@@ -13,7 +13,7 @@ from tether.bus.certificates import make_certificates
 from tether.bus.config import CLUSTER
 from tether.bus.connection import Bus
 from tether.bus.server import Binary, check_server
-from tether.bus.topology import ensure_platform
+from tether.bus.topology import ensure_platform, ensure_streams, streams
 from tether.errors import BrokerUnavailable
 from tether.home import Home
 from tether.settings import Settings
@@ -35,6 +35,13 @@ async def test_a_single_production_server_speaks_tls_only(home: Home, nats_binar
             assert (await bus.api("INFO"))["streams"] > 10
 
 
+async def prepared(bus: Bus, settings: Settings) -> bool:
+    """As the dispatcher does: three servers that sync each stream may take longer than one try."""
+    failed = await ensure_streams(bus, streams(bus.names, settings))
+    assert all(isinstance(error, BrokerUnavailable) for error in failed.values()), failed
+    return not failed
+
+
 @pytest.mark.slow
 async def test_three_servers_go_on_when_one_is_killed(home: Home, nats_binary: Binary, tmp_path: Path) -> None:
     make_certificates(home, CLUSTER)
@@ -42,7 +49,7 @@ async def test_three_servers_go_on_when_one_is_killed(home: Home, nats_binary: B
     servers = ",".join(node.url for node in made)
     settings = Settings(nats_url=servers, replicas=3, home=str(home.root))
     async with running(made, nats_binary), Bus.connect(settings, home, "dispatcher") as bus:
-        await ensure_platform(bus, settings)
+        await wait_until(lambda: prepared(bus, settings), "the streams are there", 60)
         key = bus.names.bucket_key("routes", "m.1")
         assert (await bus.api(f"STREAM.INFO.{bus.names.jobs_stream(0)}"))["config"]["num_replicas"] == 3
         await bus.publish_acked(key, b"before")
