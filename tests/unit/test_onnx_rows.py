@@ -38,6 +38,10 @@ INDEPENDENT = {
     "all rows": build(
         [node("Slice", "x a b c")], weights={"a": np.array([0]), "b": np.array([1 << 62]), "c": np.array([0])}
     ),
+    "all rows as TensorFlow writes it": build(
+        [node("Slice", "x a b c")],
+        weights={"a": np.array([0, 0]), "b": np.array([10**9, 10**9]), "c": np.array([1, 0])},
+    ),
     "a column": build([node("Gather", "x i", axis=1)], weights={"i": np.array(2)}, outputs=[("y", "FP32", ("n",))]),
     "embedding": build(
         [node("Gather", "table x")], [("x", "INT64", ("n", "t"))], [("y", "FP32", ("n", "t", 4))], {"table": W44}

@@ -28,6 +28,10 @@ MIXED = {
         build([node("Slice", "x a b", "p"), node("Sub", "x p", "y")], weights={"a": np.array([0]), "b": np.array([1])}),
         "takes some of the rows",
     ),
+    "parts of rows to a number that a run may reach": (
+        build([node("Reshape", "x t", "r"), node("Slice", "r a b")], weights={"t": np.array([-1, 2]), "a": np.array([0]), "b": np.array([1 << 16])}),
+        "takes some of the rows",
+    ),
     "rows backwards": (
         build([node("Slice", "x a b c d")], weights={"a": np.array([-1]), "b": np.array([-(1 << 62)]), "c": np.array([0]), "d": np.array([-1])}),
         "takes some of the rows",

@@ -35,7 +35,7 @@ _RANGES = {kind: np.iinfo(np.dtype(DTYPES[kind])) for kind in (6, 7)}
 _FLOATS = (1, 10, 11, 16)
 MAX_FACTOR = 1 << 20
 MAX_NARROW = 1 << 11
-"""Of sizes that are computed, the latter with 32 bits: a product that wraps is no product. Rows of a run are at most 2**16."""
+"""Of sizes that are computed, the latter with 32 bits: a product that wraps is no product. See ``MAX_ROWS``."""
 MAX_COMPUTED = 4
 """Symbols in such a size; half as many with 32 bits."""
 

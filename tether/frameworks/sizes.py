@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 BATCH = 0
+MAX_ROWS = 1 << 16
+"""Of a run that is joined."""
 MAX_SYMBOLS = 16
 """In one product."""
 MAX_APPLIED = 1_000_000

@@ -22,10 +22,10 @@ from tether.frameworks.facts import (
     wholes,
 )
 from tether.frameworks.onnx_model import Node
-from tether.frameworks.sizes import ONE, Element, Size, depends, over, sliced
+from tether.frameworks.sizes import MAX_ROWS, ONE, ROWS, Element, Size, depends, over, sliced
 
 FAR = (1 << 31) - 1
-"""As the end of a slice: more rows than any run has."""
+"""As the end of a slice: more than any axis has."""
 
 
 @rule("Slice", sizes=(1, 2, 3, 4))
@@ -82,12 +82,14 @@ def _at(found: list[Element], index: int, default: Element) -> Element:
 
 def _is_whole(part: Part, size: Size) -> bool:
     start, end, step = part
-    return (
-        step == ONE
-        and start == Size(0)
-        and isinstance(end, Size)
-        and (end == size or (end.constant and end.factor >= FAR))
-    )
+    if step != ONE or start != Size(0) or not isinstance(end, Size):
+        return False
+    return end == size or (end.constant and end.factor >= _most(size))
+
+
+def _most(size: Size) -> int:
+    """The end that is surely not before the last element: TensorFlow's exporter writes 10**9."""
+    return size.factor * MAX_ROWS if size.symbols == ROWS.symbols else FAR
 
 
 def _cut(part: Part, size: Size) -> Size | None:
