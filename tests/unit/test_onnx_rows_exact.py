@@ -191,6 +191,13 @@ def test_a_function_of_another_operator_set_means_that_of_the_model(tmp_path: Pa
     assert "other operator sets than the model's" in proof(tmp_path, content).reason
 
 
+@pytest.mark.parametrize("keep", [-1, 2])
+def test_a_flag_is_0_or_1(tmp_path: Path, keep: int) -> None:
+    """ONNX Runtime drops the axis, and the largest of each row is then taken from every row."""
+    nodes = [node("ReduceMax", "x", "most", axes=[-1], keepdims=keep), node("Sub", "x most")]
+    assert "neither 0 nor 1" in proof(tmp_path, build(nodes, [("x", "FP32", ("n", 4, 4))])).reason
+
+
 EMPTY = {
     "squeeze": (
         build([node("Squeeze", "x a", "s"), node("Softmax", "s", axis=-2)], [("x", "FP32", ("n", 1, 3, 4))], weights={"a": NONE}),

@@ -18,6 +18,7 @@ from tether.frameworks.facts import (
     axis_of,
     constant,
     elements,
+    flag,
     given,
     needed,
     numbers,
@@ -112,7 +113,7 @@ def _each(operator: str, context: Context, arrays: Sequence[np.ndarray], *, floa
 
 
 def _elementwise(node: Node, inputs: Inputs, context: Context) -> list[Content]:
-    if whole(node, "fmod", 0):
+    if flag(node, "fmod"):
         return []
     return [_each(node.kind, context, [_content(inputs, index) for index in range(len(inputs))])]
 
@@ -203,7 +204,7 @@ def _squeeze(node: Node, inputs: Inputs, context: Context) -> list[Content]:
 
 def _reshape(node: Node, inputs: Inputs, _context: Context) -> list[Content]:
     data, target = _content(inputs, 0), numbers(needed(inputs, 1))
-    if target is None or 0 in target or whole(node, "allowzero", 0):
+    if target is None or 0 in target or flag(node, "allowzero"):
         return []
     return [data.reshape(target)]
 
@@ -280,7 +281,7 @@ def _filled(node: Node, inputs: Inputs, _context: Context) -> list[Content]:
 def _product(node: Node, inputs: Inputs, context: Context) -> list[Content]:
     """ReduceProd, ReduceMin, ReduceMax and ReduceSum of a list to one number."""
     data = _content(inputs, 0)
-    if data.ndim != 1 or not data.size or whole(node, "noop_with_empty_axes", 0):
+    if data.ndim != 1 or not data.size or flag(node, "noop_with_empty_axes"):
         return []
     by_input = context.opset >= (13 if node.kind == "ReduceSum" else 18)
     if axes_given(node, inputs, 1, as_input=by_input) not in (None, [], [0], [-1]):
@@ -289,7 +290,7 @@ def _product(node: Node, inputs: Inputs, context: Context) -> list[Content]:
     total: Element = data[0]
     for element in data[1:]:
         total = context.algebra.apply(operator, (total, element))
-    return [_objects([total]).reshape((1,) if whole(node, "keepdims", 1) else ())]
+    return [_objects([total]).reshape((1,) if flag(node, "keepdims", default=True) else ())]
 
 
 _OF_SHAPES = ("Shape", "Size")

@@ -205,6 +205,14 @@ def whole(node: Node, name: str, default: int) -> int:
     return found
 
 
+def flag(node: Node, name: str, *, default: bool = False) -> bool:
+    """An attribute that is 0 or 1; of others ONNX Runtime takes some for 0 and some for 1."""
+    found = whole(node, name, int(default))
+    if found not in (0, 1):
+        raise Mixes(f"has an attribute '{name}' that is neither 0 nor 1")
+    return bool(found)
+
+
 def text(node: Node, name: str, default: str) -> str:
     found = node.attributes.get(name, default.encode())
     if not isinstance(found, bytes):

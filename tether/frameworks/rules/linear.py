@@ -15,6 +15,7 @@ from tether.frameworks.facts import (
     batch_first,
     broadcast,
     fact,
+    flag,
     given,
     needed,
     onto,
@@ -97,17 +98,17 @@ def matmul(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
 
 @rule("FusedMatMul", domain=MICROSOFT)
 def fused_matmul(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
-    if whole(node, "transBatchA", 0) or whole(node, "transBatchB", 0):
+    if flag(node, "transBatchA") or flag(node, "transBatchB"):
         raise Mixes("turns the axes before the matrices")
     a, b = needed(inputs, 0), needed(inputs, 1)
-    a, b = swapped(a) if whole(node, "transA", 0) else a, swapped(b) if whole(node, "transB", 0) else b
+    a, b = swapped(a) if flag(node, "transA") else a, swapped(b) if flag(node, "transB") else b
     return [multiplied(a, b, context.algebra)]
 
 
 @rule("Gemm")
 def gemm(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
     a, b = needed(inputs, 0), needed(inputs, 1)
-    a, b = swapped(a) if whole(node, "transA", 0) else a, swapped(b) if whole(node, "transB", 0) else b
+    a, b = swapped(a) if flag(node, "transA") else a, swapped(b) if flag(node, "transB") else b
     found = multiplied(a, b, context.algebra)
     bias = given(inputs, 2)
     return [found if bias is None else onto(found, bias, context.algebra)]
@@ -181,7 +182,7 @@ def _window(node: Node, size: Size, kernel: Size, index: int, count: int) -> Siz
     pads = lists["pads"] or [0] * (2 * count)
     if len(strides) != count or len(dilations) != count or len(pads) != 2 * count:
         return None
-    if not (size.constant and kernel.constant) or whole(node, "ceil_mode", 0) or strides[index] < 1:
+    if not (size.constant and kernel.constant) or flag(node, "ceil_mode") or strides[index] < 1:
         return None
     mode = text(node, "auto_pad", "NOTSET")
     if mode in ("SAME_UPPER", "SAME_LOWER"):

@@ -15,6 +15,7 @@ from tether.frameworks.facts import (
     batch_first,
     broadcast,
     fact,
+    flag,
     given,
     needed,
     numbers,
@@ -56,10 +57,10 @@ def reduce(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
         return [UNKNOWN]
     axes = axes_given(node, inputs, 1, as_input=context.opset >= _AXES_AS_INPUT.get(node.kind, 18))
     if not axes:
-        if whole(node, "noop_with_empty_axes", 0):
+        if flag(node, "noop_with_empty_axes"):
             return [Fact(value.shape, value.rows)]
         axes = list(range(value.rank))
-    return [reduced(value, {axis_of(axis, value.rank) for axis in axes}, keep=bool(whole(node, "keepdims", 1)))]
+    return [reduced(value, {axis_of(axis, value.rank) for axis in axes}, keep=flag(node, "keepdims", default=True))]
 
 
 def reduced(value: Fact, axes: set[int], *, keep: bool) -> Fact:
@@ -75,7 +76,7 @@ def arg_max(node: Node, inputs: Inputs, _context: Context) -> list[Fact]:
     if value.shape is None:
         return [UNKNOWN]
     axis = axis_of(whole(node, "axis", 0), value.rank)
-    return [reduced(value, {axis}, keep=bool(whole(node, "keepdims", 1)))]
+    return [reduced(value, {axis}, keep=flag(node, "keepdims", default=True))]
 
 
 @rule("TopK")
@@ -107,7 +108,7 @@ def cumulated(_node: Node, inputs: Inputs, _context: Context) -> list[Fact]:
 def batch_normalization(node: Node, inputs: Inputs, _context: Context) -> list[Fact]:
     value = needed(inputs, 0)
     rest_uniform(inputs)
-    if whole(node, "training_mode", 0) or any(node.outputs[1:]):
+    if flag(node, "training_mode") or any(node.outputs[1:]):
         raise Mixes("takes the mean over all rows, because it was exported in training mode")
     if value.rows is not None:
         away_from_rows(value, [1], OVER_ROWS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tether.frameworks.facts import Context, Fact, Inputs, Mixes, Rows, fact, given, needed, rule, uniform, whole
+from tether.frameworks.facts import Context, Fact, Inputs, Mixes, Rows, fact, flag, given, needed, rule, uniform, whole
 from tether.frameworks.onnx_model import Node
 from tether.frameworks.sizes import ONE, Size
 
@@ -14,7 +14,7 @@ def recurrent(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
     if value.rows is None:
         uniform(inputs, *range(1, len(inputs)))
         raise Mixes("starts from values that are the same for all rows")
-    if whole(node, "layout", 0):
+    if flag(node, "layout"):
         raise Mixes("has the batch first, which ONNX Runtime does not run")
     if value.rank != 3 or value.rows.axis != 1:
         raise Mixes("runs along the rows as if they were time")

@@ -14,6 +14,7 @@ from tether.frameworks.facts import (
     axes_given,
     axis_of,
     fact,
+    flag,
     needed,
     numbers,
     product,
@@ -38,7 +39,7 @@ def reshape(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
         raise Mixes("reshapes to a shape that is not known")
     if value.shape is None:
         return [UNKNOWN]
-    zero_copies = not whole(node, "allowzero", 0)
+    zero_copies = not flag(node, "allowzero")
     wanted: list[Element] = [
         value.dims[axis] if size == Size(0) and zero_copies and axis < value.rank else size
         for axis, size in enumerate(target.content)
