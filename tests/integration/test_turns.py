@@ -191,8 +191,12 @@ async def test_nobody_waits_behind_a_long_job_while_another_worker_is_idle(
         assert busy == set(await ended(running, long)), "all of them ran on the other worker"
 
 
-async def test_what_a_busy_worker_hands_back_is_joined_elsewhere_and_not_suspected(broker: Broker, gate: Gate) -> None:
+async def test_what_a_busy_worker_hands_back_is_joined_elsewhere_and_not_suspected(
+    broker: Broker, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It held messages when a run turned out to be long: another worker that comes later has them at once, as if new."""
+    # also on a machine so busy that no run is quick, the worker asks ahead
+    monkeypatch.setattr("tether.worker.pace.AHEAD_S", 1.0)
     async with services(broker, workers=1) as running:
         served = await gate.push(running, each_s=0.001)
         await ended(running, await submit(running, served, range(100, 140)))
