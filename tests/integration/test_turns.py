@@ -195,8 +195,9 @@ async def test_what_a_busy_worker_hands_back_is_joined_elsewhere_and_not_suspect
     broker: Broker, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It held messages when a run turned out to be long: another worker that comes later has them at once, as if new."""
-    # also on a machine so busy that no run is quick, the worker asks ahead
-    monkeypatch.setattr("tether.worker.pace.AHEAD_S", 1.0)
+    # on a machine so busy that no run is quick the worker asks ahead too, and is not soon aware that a run is long
+    for module in ("pace", "asking"):
+        monkeypatch.setattr(f"tether.worker.{module}.AHEAD_S", 1.0)
     async with services(broker, workers=1) as running:
         served = await gate.push(running, each_s=0.001)
         await ended(running, await submit(running, served, range(100, 140)))
