@@ -99,6 +99,7 @@ async def ends(http: httpx.AsyncClient, ids: list[str]) -> list[dict[str, Any]]:
     raise AssertionError("jobs did not end in 90 s")
 
 
+@pytest.mark.timeout(300)
 async def test_two_thousand_jobs_survive_the_killing_of_worker_dispatcher_and_broker(
     running: Platform, images: Any
 ) -> None:
