@@ -8,12 +8,13 @@ from typing import Any
 
 import models
 import pytest
-from brokers import StartBroker, wait_until
+from brokers import Broker, StartBroker, wait_until
 from services import TENANT, Services, new_job, row, services
 from stored import count
 
 from tether import codec
 from tether.bus.connection import Bus
+from tether.bus.kv import KvBucket
 from tether.bus.topology import DEAD, JOBS, NOTES, RECORDS, RESULTS, ensure_platform, scope_streams, streams
 from tether.dispatcher.retention import Retention
 from tether.envelope import MessageType
@@ -207,6 +208,47 @@ async def test_two_dispatchers_forget_the_same_jobs_without_harm(
     await asyncio.gather(short.dispatcher.retention.round(), Retention(bus).round())
     assert await known(short, ids) == []
     assert await messages(short, short.bus.names.results_stream) == 0
+
+
+async def test_a_forgotten_job_stays_forgotten_when_the_broker_is_killed(
+    restartable: tuple[Broker, Services], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broker reads its files again. A record that came back would be that of an open job without a lane, and be lost."""
+    broker, running = restartable
+    served = await running.push("bump", models.add())
+    forgotten = await submit(running, served, 30)
+    await ended(running, forgotten)
+    assert running.dispatcher is not None
+    clock, records = running.dispatcher._bus.clock, running.bus.names.bucket_stream("jobs")
+    now = clock.utc
+    with monkeypatch.context() as patch:
+        patch.setattr(clock, "utc", lambda: now() + broker.settings.result_ttl_s + 10)
+        await running.dispatcher.retention.round()
+    kept = await submit(running, served, 5)  # in the same file of the broker's
+    await ended(running, kept)
+    await wait_until(lambda: holds(running, {records: 5}), "nothing else is left")
+    assert broker.server is not None
+    await broker.server.kill()
+    await wait_until(lambda: not running.bus.connected, "it is away")
+    await broker.server.start()
+    assert await running.bus.wait_connected(10)
+    assert await messages(running, records) == 5
+    assert await known(running, [*forgotten, *kept]) == kept
+
+
+async def test_an_older_broker_configuration_does_not_keep_jobs(one: Services) -> None:
+    """A gateway has no more rights than a dispatcher had before. What was written after the entry stays."""
+    records, stream = KvBucket(one.bus, "jobs"), one.bus.names.bucket_stream("jobs")
+    await records.put("a", b"1")
+    first = await one.bus.direct_get(stream, records.subject("a"))
+    assert first is not None
+    await records.put("a", b"2")
+    assert one.dispatcher is not None
+    for bus in (one.bus, one.dispatcher._bus):
+        await KvBucket(bus, "jobs").remove("a", first.sequence)
+        assert await records.get("a") == b"2"
+    await records.remove("a", first.sequence + 1)
+    assert await records.get("a") is None
 
 
 def test_all_stores_together_fit_the_disk() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -21,6 +21,7 @@ from tether.envelope import Envelope, MessageType
 from tether.errors import (
     EnvelopeError,
     KvBinding,
+    PermissionDenied,
     SubjectMismatch,
     Unavailable,
     VersionConflict,
@@ -85,7 +86,8 @@ class KvBucket:
         await self._bus.publish_acked(self.subject(key), b"", headers={"KV-Operation": "DEL"})
 
     async def forget(self, key: str, sequence: int) -> None:
-        """Take away what the key had at ``sequence``; a second later nothing of the key is left in the stream.
+        """Take away what the key had at ``sequence``; a second later nothing of the key is left in the stream. A broker that is
+        killed may bring it back: see :meth:`remove`, to which not every role has a right.
 
         Raises:
             VersionConflict: it has something else by now.
@@ -93,6 +95,22 @@ class KvBucket:
         """
         expected = {"Nats-Expected-Last-Subject-Sequence": str(sequence)}
         await self._bus.publish_acked(self.subject(key), b"", headers={**GONE, **expected})
+
+    async def remove(self, key: str, sequence: int) -> None:
+        """Take away what the key had at ``sequence``, for good; what was written after it stays.
+
+        nats-server 2.15 brings entries back that were taken away by :meth:`forget`, when it is killed and reads its files again:
+        it has noted there that the empty entry is gone, and of the one before only that it was replaced. This notes it of the
+        entry itself, and tells no watcher. Where the broker's configuration is older and does not allow it, it is :meth:`forget`.
+
+        Raises:
+            BrokerUnavailable: it may be gone all the same.
+        """
+        try:
+            await self._bus.api(f"STREAM.PURGE.{self.stream}", {"filter": self.subject(key), "seq": sequence + 1})
+        except PermissionDenied:
+            with suppress(VersionConflict):
+                await self.forget(key, sequence)
 
     async def was_deleted(self, key: str) -> bool:
         """Whether the key had a value and was deleted; False for one that never had any."""

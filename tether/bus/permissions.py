@@ -103,6 +103,8 @@ def _dispatcher(names: Names, inbox: str) -> Permissions:
             *_STREAMS,
             # they hold nothing that outlives a server, and are made again when theirs is away
             *(f"$JS.API.STREAM.DELETE.{stream}" for stream in infer),
+            # records of jobs that are forgotten, one by one
+            f"$JS.API.STREAM.PURGE.{names.bucket_stream('jobs')}",
             *_keys(names, "assign", "routes", "keyset", "jobs"),
             f"{names.prefix}.result.>",
             names.audit_subjects(),

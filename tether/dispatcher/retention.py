@@ -22,7 +22,7 @@ from tether.bus.seldom import Seldom
 from tether.bus.stream_use import StreamUse, stream_use
 from tether.bus.topology import scopes_with_streams
 from tether.dispatcher.open_records import decoded
-from tether.errors import TetherError, VersionConflict
+from tether.errors import TetherError
 from tether.job import SHARED, record_key
 
 log = logging.getLogger(__name__)
@@ -198,11 +198,8 @@ class Retention:
             )
 
     async def _drop_record(self, record: Stored) -> None:
-        key = record.subject[len(self._records.subject("")) :]
-        try:
-            await self._records.forget(key, record.sequence)
-        except VersionConflict:
-            return  # it is another job's by now
+        """What another job has put in its place stays."""
+        await self._records.remove(record.subject[len(self._records.subject("")) :], record.sequence)
 
     async def _drop_result(self, stream: str, sequence: int) -> None:
         try:

@@ -26,7 +26,7 @@ from tether.dispatcher.lane_check import LaneCheck
 from tether.dispatcher.lane_messages import LaneMessages
 from tether.dispatcher.open_records import Entry, OpenRecords, decoded
 from tether.envelope import MessageType
-from tether.errors import BadEncoding, JobLost, PermissionDenied, TetherError, VersionConflict
+from tether.errors import BadEncoding, JobLost, PermissionDenied, TetherError
 from tether.job import Failure, JobId, JobRecord, JobState, Lane, LaneKind, Outcome
 from tether.lifecycle import Tasks
 
@@ -43,7 +43,6 @@ MOST_LANES = 256
 """Lanes with old jobs that one round looks at; the others have their turn in the next rounds."""
 
 _BATCH = 512
-_MARKER_TTL_S = 60
 
 
 @dataclass
@@ -259,11 +258,7 @@ class Sweeper:
             record = None if item is None else decoded(item.data)
             if item is None or record is None or record.id != entry.job or record.bundle:
                 continue
-            headers = {"KV-Operation": "DEL", "Nats-Expected-Last-Subject-Sequence": str(item.sequence)}
-            try:
-                await self._bus.publish_acked(item.subject, b"", headers={**headers, "Nats-TTL": str(_MARKER_TTL_S)})
-            except VersionConflict:
-                continue
+            await self._records.remove(entry.key, item.sequence)
             metrics.JOBS_SWEPT.labels("unqueued").inc()
             log.info("the record of a job that was never queued is removed", extra={"action": "record_removed"})
 
