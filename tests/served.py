@@ -54,6 +54,12 @@ class Served:
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers=self.headers, timeout=60, trust_env=False, **options)
 
+    def share(self, name: str) -> None:
+        """Let every tenant use a model."""
+        with self.client() as http:
+            answer = http.put(f"/v1/models/{name}/grants/*", json={"right": "use"})
+            assert answer.status_code == 200, answer.text
+
     def push(self, name: str, content: bytes, **query: float) -> int:
         """Push a model over HTTP and wait until a worker answers for it; its version."""
         with self.client() as http:

@@ -33,6 +33,7 @@ from tether.model import ChangeRequest, ModelFile, PushAnswer, PushRequest
 from tether.model_config import ModelConfig, check_config
 from tether.modelstore import service as modelstore_service
 from tether.modelstore.service import ModelStoreService
+from tether.ownership import DEFAULT_TENANT, Asker
 from tether.settings import Settings
 from tether.subjects import token
 from tether.tensor import Array, Tensor, from_numpy
@@ -40,6 +41,9 @@ from tether.worker import service as worker_service
 from tether.worker.service import WorkerService
 
 TENANT = "acme"
+
+ASKER = Asker(DEFAULT_TENANT)
+"""Who pushes and changes models here: what it pushes first, every tenant may use."""
 
 
 @dataclass
@@ -75,14 +79,14 @@ class Services:
         encrypt: bool | None = None,
     ) -> Served:
         """Push a model and wait until ``workers`` (default: all) answer for it."""
-        target = await self.gateway.encrypted.target(name, encrypt)
+        target = await self.gateway.encrypted.target(name, encrypt, ASKER)
         file = await self._upload(target, model)
         files, sealed = target.described(name, (file,))
         return await self._register(PushRequest(name, files, max_batch_size=max_batch_size, sealed=sealed), workers)
 
     async def push_bundle(self, name: str, folder: Path, *, workers: int | None = None) -> Served:
         """:meth:`push` for a Python model in a folder."""
-        target = await self.gateway.encrypted.target(name, None)
+        target = await self.gateway.encrypted.target(name, None, ASKER)
         files = [
             msgspec.structs.replace(await self._upload(target, path.read_bytes()), path=str(path.relative_to(folder)))
             for path in sorted(folder.rglob("*"))
@@ -99,6 +103,7 @@ class Services:
 
     async def _register(self, request: PushRequest, workers: int | None) -> Served:
         name = request.name
+        request = msgspec.structs.replace(request, tenant=request.tenant or ASKER.tenant)
         body, partition = codec.encode(request), self.bus.names.partition(name)
         answer = await ask_owner(
             self.bus, "registerModel", partition, MessageType.PUSH, body, answers=MessageType.PUSHED, timeout=60
@@ -110,6 +115,7 @@ class Services:
 
     async def change(self, request: ChangeRequest) -> None:
         """Have the model store change a model."""
+        request = msgspec.structs.replace(request, tenant=request.tenant or ASKER.tenant)
         body, partition = codec.encode(request), self.bus.names.partition(request.model)
         await ask_owner(
             self.bus, "changeModel", partition, MessageType.CHANGE, body, answers=MessageType.CHANGED, timeout=20

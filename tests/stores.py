@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
+import msgspec
 from brokers import Broker
 
 from tether import codec
@@ -21,6 +22,7 @@ from tether.envelope import MessageType, Role
 from tether.model import Alias, Manifest, ModelFile, PushAnswer, PushRequest
 from tether.modelstore import service
 from tether.modelstore.service import ENDPOINT
+from tether.ownership import DEFAULT_TENANT
 
 MB = 1 << 20
 
@@ -40,7 +42,7 @@ class Platform:
         return await upload(self.bus, self.store(model), parts(content), limit=limit)
 
     async def register(self, request: PushRequest) -> PushAnswer:
-        body = codec.encode(request)
+        body = codec.encode(msgspec.structs.replace(request, tenant=request.tenant or DEFAULT_TENANT))
         partition = self.bus.names.partition(request.name)
         answer = await ask_owner(
             self.bus, ENDPOINT, partition, MessageType.PUSH, body, answers=MessageType.PUSHED, timeout=60

@@ -18,6 +18,7 @@ from tether import client_models, client_pull, client_push
 from tether.client_async import AsyncClient, AsyncJobHandle
 from tether.client_drive import drive
 from tether.client_flows import Inputs, JobInfo, JobOptions, JobPage, Json, Outputs, Version
+from tether.client_grants import Grants
 from tether.client_http import Flow, Policy, Progress, Waiting
 from tether.client_wire import Wire
 from tether.job import JobState
@@ -313,6 +314,11 @@ class Client:
             Conflict: an alias stands for it.
         """
         self.run(lambda policy: client_models.delete(policy, name, version))
+
+    @property
+    def grants(self) -> Grants:
+        """Who owns a model, and what it grants to other tenants."""
+        return Grants(self.run)
 
     # how a model is served
 

@@ -14,6 +14,7 @@ from tether import client_flows as flows
 from tether import client_models, client_pull, client_push
 from tether.client_drive import drive_async
 from tether.client_flows import Inputs, JobInfo, JobOptions, JobPage, Json, Outputs, Version
+from tether.client_grants import AsyncGrants
 from tether.client_http import Flow, Policy, Progress, Waiting
 from tether.client_wire import AsyncWire
 from tether.job import JobState
@@ -306,6 +307,11 @@ class AsyncClient:
             Conflict: an alias stands for it.
         """
         await self.run(lambda policy: client_models.delete(policy, name, version))
+
+    @property
+    def grants(self) -> AsyncGrants:
+        """Who owns a model, and what it grants to other tenants."""
+        return AsyncGrants(self.run)
 
     # how a model is served
 

@@ -44,7 +44,8 @@ class ConfigAction(StrEnum):
 
 class ConfigRequest(msgspec.Struct, frozen=True):
     """Gateway to model store: show, change by a merge patch (RFC 7396), or reset a configuration, or change labels and note
-    of a ``version``. ``by`` is who asked.
+    of a ``version``. ``by`` is the API key that asked, ``tenant`` its tenant, ``admin`` whether it may change every tenant's
+    models.
 
     Unless ``revision`` is ``ANY_REVISION`` the change is made to that revision only.
     """
@@ -55,6 +56,8 @@ class ConfigRequest(msgspec.Struct, frozen=True):
     revision: int = ANY_REVISION
     by: str = ""
     version: int = 0
+    tenant: str = ""
+    admin: bool = False
 
 
 WORDS: Mapping[str, type[StrEnum]] = {

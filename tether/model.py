@@ -111,6 +111,9 @@ class Manifest(msgspec.Struct, frozen=True):
     """Of an encrypted version. The digests in ``files`` are then names that only holders of its key can compute."""
     partition: int = 0
     """Where its pieces are; versions from before there were several are in the first."""
+    owner: str = ""
+    """The tenant that owned the model when the version was made; empty in versions from before models had owners. Who
+    owns it now, its :class:`~tether.ownership.Ownership` says."""
 
     @property
     def size(self) -> int:
@@ -151,6 +154,8 @@ class PushRequest(msgspec.Struct, frozen=True):
     sealed: SealedDigests | None = None
     open: bool = False
     """To be stored in the clear although the model is encrypted."""
+    admin: bool = False
+    """The pusher may push to every tenant's models."""
 
 
 class PushAnswer(msgspec.Struct, frozen=True):
@@ -214,14 +219,24 @@ class Change(StrEnum):
     SCRUB = "scrub"
     ENCRYPT = "encrypt"
     REKEY = "rekey"
+    SHOW_OWNER = "show_owner"
+    GRANT = "grant"
+    HAND_OVER = "hand_over"
 
 
 STORE_CHANGES = frozenset({Change.SHOW_STORE, Change.COLLECT, Change.SCRUB})
 """Those that are about the store of pieces, and no model."""
 
+OWNER_CHANGES = frozenset({Change.SHOW_OWNER, Change.GRANT, Change.HAND_OVER})
+"""Those that are about who may do what with a model; they are answered with its ownership."""
+
 
 class ChangeRequest(msgspec.Struct, frozen=True):
-    """Gateway to model store: change a model. Which fields count follows from ``change``; ``by`` is who asked."""
+    """Gateway to model store: change a model. Which fields count follows from ``change``.
+
+    ``by`` is the API key that asked, ``tenant`` its tenant, ``admin`` whether it may change every tenant's models.
+    ``grantee`` gets the right whose number is ``right`` (0: none), or becomes the owner.
+    """
 
     change: Change
     model: str
@@ -230,6 +245,10 @@ class ChangeRequest(msgspec.Struct, frozen=True):
     split: tuple[Share, ...] = ()
     sticky: bool = False
     by: str = ""
+    tenant: str = ""
+    admin: bool = False
+    grantee: str = ""
+    right: int = 0
 
 
 class DamagedPiece(msgspec.Struct, frozen=True):

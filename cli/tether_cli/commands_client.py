@@ -9,6 +9,7 @@ import typer
 from tether_cli import (
     commands_audit,
     commands_config,
+    commands_grants,
     commands_jobs,
     commands_keys,
     commands_model_config,
@@ -40,7 +41,7 @@ def _work() -> dict[str, Group]:
             {"list": jobs.listing, "get": jobs.get, "wait": jobs.wait, "cancel": jobs.cancel},
         ),
         "model": (
-            "Models: push, pull, list, show, promote, roll back, delete; look after their pieces.",
+            "Models: push, pull, list, show, promote, roll back, delete; share them; look after their pieces.",
             {
                 "push": models.push,
                 "pull": models.pull,
@@ -55,6 +56,10 @@ def _work() -> dict[str, Group]:
                 "shadows": models.shadows,
                 "rekey": models.rekey,
                 "delete": models.delete,
+                "grants": commands_grants.grants,
+                "grant": commands_grants.grant,
+                "revoke": commands_grants.revoke,
+                "hand-over": commands_grants.hand_over,
                 "store": models.store,
                 "gc": models.collect,
                 "scrub": models.scrub,

@@ -204,7 +204,7 @@ def listing(*, url: Url = None, json_output: JsonFlag = False) -> None:
     if json_output:
         print_json({"models": models})
         return
-    heading = ("NAME", "VERSIONS", "ALIASES", "READY", "PLATFORM", "BYTES", "LABELS")
+    heading = ("NAME", "VERSIONS", "ALIASES", "READY", "PLATFORM", "BYTES", "RIGHT", "LABELS")
     print_table(heading, [_model_row(entry) for entry in models])
 
 
@@ -212,7 +212,8 @@ def _model_row(entry: dict[str, Any]) -> tuple[Any, ...]:
     aliases = [f"{alias}={version}" for alias, version in entry.get("aliases", {}).items()]
     ready = "yes" if entry.get("ready") else "no" if entry.get("loaded", True) else "unloaded"
     labels = [f"{name}={value}" for name, value in entry.get("labels", {}).items()]
-    return (entry["name"], entry.get("versions", []), aliases, ready, entry.get("platform"), entry.get("size"), labels)
+    columns = (entry["name"], entry.get("versions", []), aliases, ready, entry.get("platform"), entry.get("size"))
+    return (*columns, entry.get("right", ""), labels)
 
 
 def show(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) -> None:

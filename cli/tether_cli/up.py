@@ -27,6 +27,7 @@ from tether.envelope import MessageType
 from tether.errors import ConfigError, Conflict, Unavailable
 from tether.home import Home, private_folder, read_secret, write_secret
 from tether.lifecycle import stop_on_signals
+from tether.ownership import DEFAULT_TENANT
 from tether.processes import alive, can_listen, send
 from tether.settings import Settings, load
 from tether_cli.supervisor import DISPATCHER, GATEWAY, MODELSTORE, Service, Supervisor, last_line
@@ -36,8 +37,6 @@ log = logging.getLogger(__name__)
 
 START_S = 60.0
 """Longest time from ``tether up`` to its ready line."""
-
-ADMIN_TENANT = "default"
 
 
 @dataclass(frozen=True)
@@ -288,7 +287,7 @@ async def provide_admin_key(settings: Settings, home: Home, *, timeout_s: float 
 async def _store_key(bus: Bus, identity: str, text: str) -> None:
     bucket = SignedBucket(bus, "apikeys", MessageType.API_KEY)
     if await bucket.get(identity) is None:
-        key = stored_key(text, tenant=ADMIN_TENANT, scopes=SCOPES, name="tether up", created_at=bus.clock.utc())
+        key = stored_key(text, tenant=DEFAULT_TENANT, scopes=SCOPES, name="tether up", created_at=bus.clock.utc())
         await bucket.put(identity, codec.encode(key))
 
 

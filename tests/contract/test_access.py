@@ -86,6 +86,10 @@ ASKED: dict[tuple[str, str], Asked] = {
     ("POST", "/v1/models/{name}/rekey"): MODEL,
     ("PATCH", "/v1/models/{name}/config"): Asked("model", {"instances": 1}),
     ("DELETE", "/v1/models/{name}/config"): MODEL,
+    ("GET", "/v1/models/{name}/grants"): MODEL,
+    ("PUT", "/v1/models/{name}/grants/{tenant}"): Asked("model", {"right": "use"}),
+    ("DELETE", "/v1/models/{name}/grants/{tenant}"): MODEL,
+    ("PUT", "/v1/models/{name}/owner"): Asked("model", {"tenant": "acme"}),
     ("GET", "/v1/store"): NOTHING,
     ("POST", "/v1/store:collect"): NOTHING,
     ("POST", "/v1/store:scrub"): NOTHING,
@@ -212,6 +216,65 @@ def seen(answer: httpx.Response, name: str) -> tuple[Any, ...]:
     return answer.status_code, {field: text.replace(name, "NAME") for field, text in body.items()}, headers
 
 
+RIGHTS = ["stranger", "use", "write", "own"]
+"""Tenants by what they may do with ``HIDDEN``; the last is the tenant that pushed it."""
+
+OWNERS_ALONE = [row for row in ROWS if "/grants" in row.path]
+OF_FILES = [
+    row for row in ROWS if row.path.endswith(("/files", "/chunks/{digest}", "/shadows")) and row.method == "GET"
+]
+PUSHES = [
+    row
+    for row in ROWS
+    if row.path.endswith(("/versions", ":missing", ":register")) or (row.method == "PUT" and "/chunks/" in row.path)
+]
+
+
+def needs(row: Row) -> str:
+    if row in OWNERS_ALONE:
+        return "own"
+    return "write" if row.scope == "models:write" or row in OF_FILES else "use"
+
+
+def grant(walk: Walk, tenant: str, right: str) -> None:
+    path = f"/v1/models/{HIDDEN}/grants/{tenant}"
+    answer = walk.http.put(path, json={"right": right}, headers=walk.served.headers)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    "row",
+    [row for row in NAMING if ASKED[row.method, row.path].names == "model" and row.scope != "admin"],
+    ids=label,
+)
+def test_what_a_tenant_may_do_with_another_tenants_model_is_what_it_was_granted(walk: Walk, row: Row) -> None:
+    for right in ("use", "write"):
+        grant(walk, f"tenant-{right}", right)
+    for right in RIGHTS:
+        key = narrow(walk, row) if right == "own" else narrow(walk, row, tenant=f"tenant-{right}")
+        answer = walk.ask(row, key)
+        told = (answer.status_code, answer.json().get("code") if answer.status_code >= 400 else "")
+        if RIGHTS.index(right) >= RIGHTS.index(needs(row)):
+            assert told[0] != 403, (right, answer.text)
+            assert f"there is no model '{HIDDEN}'" not in answer.text, right
+            assert "is taken" not in answer.text, right
+        elif right != "stranger":
+            assert told == (403, "forbidden"), (right, answer.text)
+        elif row in PUSHES:
+            assert told == (409, "conflict"), answer.text
+        else:
+            assert told == (404, "model_not_found"), answer.text
+            assert f"there is no model '{HIDDEN}'" in answer.text
+        assert not any(name in answer.text for name in ("tenant-", "acme")) or row in OWNERS_ALONE, answer.text
+
+
+def test_only_an_administrator_hands_a_model_over(walk: Walk) -> None:
+    (row,) = (row for row in ROWS if row.path.endswith("/owner"))
+    answer = walk.ask(row, walk.served.new_key("models:read", "models:write"))
+    assert answer.status_code == 403
+    assert walk.ask(row, narrow(walk, row, tenant=OTHER)).status_code == 200
+
+
 @pytest.mark.parametrize("row", [row for row in NAMING if ASKED[row.method, row.path].names == "job"], ids=label)
 def test_a_job_of_another_tenant_or_of_a_hidden_model_looks_like_one_that_is_not_there(walk: Walk, row: Row) -> None:
     absent = "0" * 32
@@ -242,6 +305,7 @@ def test_the_tenants_patterns_bound_those_of_its_keys_at_once(walk: Walk) -> Non
     admin = {"headers": walk.served.headers}
     loaded = walk.http.post(f"/v2/repository/models/{HIDDEN}/load", **admin)  # type: ignore[arg-type]
     assert loaded.status_code == 200, "another test asked to unload it"
+    grant(walk, "bounded", "use")
     assert walk.ask(row, key).status_code == 200
     walk.http.post("/v1/tenants", json={"name": "bounded", "models": ["other-*"]}, **admin)  # type: ignore[arg-type]
     assert walk.ask(row, key).status_code == 404

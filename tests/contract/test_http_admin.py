@@ -15,6 +15,7 @@ from served import Served, until
 @pytest.fixture(scope="module")
 def document(served: Served) -> Document:
     served.push("plus", models.add())
+    served.share("plus")
     return Document.of(served)
 
 

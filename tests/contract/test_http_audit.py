@@ -87,6 +87,7 @@ def test_a_model_and_a_job_that_are_not_the_callers_are_refusals(served: Served)
 
 def test_inference_says_who_what_and_how_it_went(served: Served) -> None:
     version = served.push("measured", models.add())
+    served.share("measured")
     key = served.new_key("infer", tenant="asker")
     with served.client() as http:
         headers = {"x-api-key": key, "x-request-id": "tell-me"}

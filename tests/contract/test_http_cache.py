@@ -22,6 +22,7 @@ from tether.tenant import Tenant
 def cached(served: Served, name: str, content: bytes | None = None, *, ttl_s: float = 600.0) -> None:
     """A model whose answers are kept."""
     served.push(name, models.add() if content is None else content)
+    served.share(name)
     served.run(configure(served.services, ModelConfig(name, revision=1, cache_ttl_s=ttl_s)))
 
 

@@ -19,6 +19,7 @@ INPUT = {"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}
 @pytest.fixture(scope="module")
 def document(served: Served) -> Document:
     served.push("alone", models.add())
+    served.share("alone")
     return Document.of(served)
 
 

@@ -23,6 +23,7 @@ from tether.tenant import Quotas, Tenant
 @pytest.fixture(scope="module")
 def document(served: Served) -> Document:
     served.push("limited", models.add())
+    served.share("limited")
     return Document.of(served)
 
 

@@ -47,6 +47,7 @@ MODELS = {
 def document(served: Served) -> Document:
     for name, content in MODELS.items():
         served.push(name, content)
+        served.share(name)
     return Document.of(served)
 
 

@@ -30,6 +30,7 @@ INPUT = {"modelId": "plus", "inputData": [[1, 2, 3, 4]]}
 @pytest.fixture(scope="module")
 def document(served: Served) -> Document:
     served.push("plus", models.add())
+    served.share("plus")
     return Document.of(served)
 
 

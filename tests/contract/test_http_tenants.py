@@ -16,7 +16,9 @@ from served import Served, until
 @pytest.fixture(scope="module")
 def document(served: Served) -> Document:
     served.push("plus", models.add())
+    served.share("plus")
     served.push("slow", models.looping(1_000_000))
+    served.share("slow")
     return Document.of(served)
 
 

@@ -29,6 +29,7 @@ from tether.model import Change, ChangeRequest, Manifest, ModelFile, PushRequest
 from tether.modelstore import changes
 from tether.modelstore.keeper import Keeper
 from tether.modelstore.registry import Registry
+from tether.ownership import DEFAULT_TENANT
 
 
 @dataclasses.dataclass
@@ -41,7 +42,9 @@ class Kept:
     registry: Registry
 
     async def delete(self, version: int, *, model: str = "m") -> None:
-        body = codec.encode(ChangeRequest(Change.DELETE_VERSION, model, version=version))
+        body = codec.encode(
+            ChangeRequest(Change.DELETE_VERSION, model, version=version, tenant=DEFAULT_TENANT, admin=True)
+        )
         await ask_owner(
             self.platform.bus, changes.ENDPOINT, 0, MessageType.CHANGE, body, answers=MessageType.CHANGED, timeout=30
         )

@@ -37,8 +37,10 @@ from tether.model import Change, ChangeRequest, Manifest, PushRequest
 from tether.modelstore import service as modelstore
 from tether.modelstore.configs import Configs
 from tether.modelstore.notes import Notes
+from tether.modelstore.owners import Owners
 from tether.modelstore.partitions import Partitions
 from tether.modelstore.registry import Registry
+from tether.ownership import DEFAULT_TENANT
 from tether.partition import Lease
 from tether.pieces import LARGEST, Bytes, Cutter
 from tether.processes import send
@@ -130,7 +132,9 @@ async def test_a_store_that_is_not_the_owner_writes_nothing(broker: Broker) -> N
         manifest = (await platform.push(models.add())).manifest
     async with audits.writer(broker, "modelstore") as (bus, audit):
         idle, old = Partitions(bus, "idle", nothing), Lease(0, 1, "idle")
-        registry, before = Registry(bus, lambda: idle.check(old)), await KvBucket(bus, "models").entries()
+        registry = Registry(bus, lambda: idle.check(old))
+        owners = Owners(bus, registry, audit)
+        before = {name: await KvBucket(bus, name).entries() for name in ("models", "configs")}
 
         def build(version: int) -> Manifest:
             return msgspec.structs.replace(manifest, version=version, platform="other")
@@ -139,14 +143,15 @@ async def test_a_store_that_is_not_the_owner_writes_nothing(broker: Broker) -> N
             lambda: registry.add("m", build, admitted),
             lambda: registry.move("m", "latest", 7),
             lambda: registry.delete("m", 1),
-            lambda: Configs(bus, registry, audit, Notes(bus, registry, audit)).given(
+            lambda: Configs(bus, registry, audit, Notes(bus, registry, audit), owners).given(
                 manifest, {"instances": 2}, "key:test"
             ),
+            lambda: owners.handle(ChangeRequest(Change.GRANT, "m", tenant=DEFAULT_TENANT, grantee="b", right=1)),
+            lambda: owners.claim(PushRequest("new", manifest.files, tenant=DEFAULT_TENANT)),
         ):
             with pytest.raises(Unavailable, match="another model store's by now"):
                 await attempt()
-        assert await KvBucket(bus, "models").entries() == before
-        assert await KvBucket(bus, "configs").entries() == {}
+        assert {name: await KvBucket(bus, name).entries() for name in before} == before
 
 
 async def test_a_lease_changes_hands_once(broker: Broker) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from brokers import Broker, wait_until
 from encryption import believe, without
-from services import Services, services
+from services import ASKER, Services, services
 
 from tether import codec
 from tether.bus import identities
@@ -141,7 +141,7 @@ async def test_the_key_outlives_a_restart_and_a_model_store_that_was_rotated_whi
 async def rekeyed(running: Services, generation: int) -> None:
     """Ask for another key and wait until every version is stored under it."""
     seals = running.gateway.encrypted
-    assert await seals.ask(Change.REKEY, "m") == generation
+    assert await seals.ask(Change.REKEY, "m", ASKER) == generation
 
     def moved() -> bool:
         versions = running.gateway.catalog.versions("m").values()
@@ -244,9 +244,8 @@ async def test_a_plain_push_of_an_encrypted_model_must_say_that_it_means_it(one:
     async def register(request: PushRequest) -> PushAnswer:
         kinds = (MessageType.PUSH, MessageType.PUSHED)
         partition = one.bus.names.partition(request.name)
-        body = await ask_owner(
-            one.bus, ENDPOINT, partition, kinds[0], codec.encode(request), answers=kinds[1], timeout=60
-        )
+        body = codec.encode(msgspec.structs.replace(request, tenant=ASKER.tenant))
+        body = await ask_owner(one.bus, ENDPOINT, partition, kinds[0], body, answers=kinds[1], timeout=60)
         return codec.decode(body, PushAnswer)
 
     with pytest.raises(Unavailable, match="encrypted"):

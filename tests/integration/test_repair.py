@@ -11,7 +11,7 @@ import encryption
 import models
 import pytest
 from brokers import Broker, wait_until
-from services import Services, services
+from services import ASKER, Services, services
 from stores import MB
 
 from tether import metrics
@@ -299,7 +299,7 @@ async def test_a_piece_of_the_key_before_is_not_stored_under_the_name_of_the_new
     monkeypatch.setattr(WorkerFiles, "lend", lambda _, name: kept(running, names[name]))
     async with services(broker) as running:
         old = await cached(running, encrypt=True)
-        assert await running.gateway.encrypted.ask(Change.REKEY, "m") == 2
+        assert await running.gateway.encrypted.ask(Change.REKEY, "m", ASKER) == 2
 
         def current() -> Manifest:
             return running.gateway.catalog.resolve("m", "1").manifest

@@ -172,7 +172,7 @@ async def test_what_a_revoked_model_store_signed_before_the_leak_is_signed_anew_
     key = one.bus.names.version_key("m", served.manifest.version)
     assert f"models/{key}" in done.signed
     assert "configs/m" in done.signed
-    assert len(done.signed) == 3  # and its alias
+    assert len(done.signed) == 4  # its alias, its configuration and its owner too
     assert done.left == ["aliases/theirs"]
     identities.revoke(home, root(home), old.kid.hex())
     async with Bus.connect(broker.settings, home, "gateway", follow=False) as bus:

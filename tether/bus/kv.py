@@ -11,14 +11,16 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
+from tether import codec
 from tether.bus.believed import Believed
 from tether.bus.kv_watch import OnChange, Watcher
 from tether.envelope import Envelope, MessageType
 from tether.errors import (
+    BadEncoding,
     EnvelopeError,
     KvBinding,
     PermissionDenied,
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from tether.bus.connection import Bus, Stored
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 GONE = {"KV-Operation": "PURGE", "Nats-TTL": "1"}
 """Headers of an empty entry that replaces one which is needed no more, and goes itself after a second."""
@@ -297,6 +301,15 @@ class SignedBucket:
                 f"bucket '{self.raw.name}': an entry was replaced {behind} ms after it was issued, and is back"
             )
         self._issued[key] = issued_at
+
+
+def read_entry(body: bytes, kind: type[T]) -> T | None:
+    """What a verified entry says; None (logged) when it cannot be read."""
+    try:
+        return codec.decode(body, kind)
+    except BadEncoding as error:
+        log.warning("unreadable entry: %s", error, extra={"action": "entry_refused"})
+        return None
 
 
 def _value(item: Stored) -> bytes | None:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import TypeVar
 
-from tether import codec
 from tether.bus.connection import Bus
-from tether.bus.kv import SignedBucket
+from tether.bus.kv import SignedBucket, read_entry
+from tether.bus.owners import OwnerBook
 from tether.dispatcher import policy
 from tether.dispatcher.placement import Models, Place
 from tether.envelope import MessageType
-from tether.errors import BadEncoding
 from tether.model import Alias, Route
 from tether.model_config import ModelConfig
 from tether.subjects import name_of, token
-
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class Decided:
@@ -29,6 +22,7 @@ class Decided:
     def __init__(self, bus: Bus, changed: Callable[[], None]) -> None:
         self._bus = bus
         self._changed = changed
+        self.owners = OwnerBook()
         self.configs: dict[str, ModelConfig] = {}
         self._aliases: dict[str, dict[str, Alias]] = {}
         self._wanted = policy.Wanted()
@@ -38,19 +32,24 @@ class Decided:
         """Know what there is, and follow it until the block ends."""
         configs = SignedBucket(self._bus, "configs", MessageType.CONFIG)
         aliases = SignedBucket(self._bus, "aliases", MessageType.ALIAS)
-        async with configs.watch(self._config_changed), aliases.watch(self._alias_changed):
+        async with (
+            configs.watch(self._config_changed, on_refused=self.owners.refused),
+            aliases.watch(self._alias_changed),
+        ):
             yield
 
     def _config_changed(self, key: str, body: bytes | None) -> None:
-        config = None if body is None else _decoded(body, ModelConfig)
+        if self.owners.config_changed(key, body):
+            return self._changed()
+        config = None if body is None else read_entry(body, ModelConfig)
         if body is None:
             self.configs.pop(name_of(key), None)
         elif config is not None and key == token(config.model):
             self.configs[config.model] = config
-        self._changed()
+        return self._changed()
 
     def _alias_changed(self, key: str, body: bytes | None) -> None:
-        alias = None if body is None else _decoded(body, Alias)
+        alias = None if body is None else read_entry(body, Alias)
         if body is None:
             model, _, name = key.partition(".")
             self._aliases.get(name_of(model), {}).pop(name_of(name), None)
@@ -67,11 +66,3 @@ class Decided:
         aliases = {model: named.values() for model, named in self._aliases.items()}
         wanted = policy.served(models, self.configs, aliases, routes)
         return self._wanted.lingering(wanted, models, self._bus.clock.monotonic())
-
-
-def _decoded(body: bytes, kind: type[T]) -> T | None:
-    try:
-        return codec.decode(body, kind)
-    except BadEncoding as error:
-        log.warning("unreadable entry: %s", error, extra={"action": "entry_refused"})
-        return None

@@ -12,10 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from tether import codec
 from tether.bus.connection import Bus
 from tether.bus.errors import JetStreamError
+from tether.bus.owners import OwnerBook
 from tether.bus.topology import ensure_scope, is_empty, scopes_with_streams
 from tether.errors import BadEncoding, BrokerUnavailable, QueueFull, StorageFull
 from tether.job import SHARED
 from tether.model import ModelRef
+from tether.ownership import Right
 from tether.subjects import name_of, token
 from tether.tenant import Tenant, allows_model
 
@@ -60,13 +62,15 @@ class Scopes:
         """Every scope whose lanes are served, without the shared one: its streams are there."""
         return (self._isolated() | self._leaving) & self._made
 
-    def models(self, refs: Iterable[ModelRef]) -> Mapping[str, tuple[ModelRef, ...]]:
+    def models(self, refs: Iterable[ModelRef], owners: OwnerBook) -> Mapping[str, tuple[ModelRef, ...]]:
         """For the shared and every served scope the versions that it may use."""
         every = tuple(sorted(refs, key=lambda ref: (ref.model, ref.version)))
         found = {SHARED: every}
         for scope in self.served():
             tenant = self._tenants.get(scope) or Tenant(scope)
-            found[scope] = tuple(ref for ref in every if allows_model(tenant.models, ref.model))
+            allowed = {ref.model for ref in every if allows_model(tenant.models, ref.model)}
+            allowed = {model for model in allowed if owners.right(model, scope) > Right.NONE}
+            found[scope] = tuple(ref for ref in every if ref.model in allowed)
         return found
 
     async def ensure(self) -> None:

@@ -204,12 +204,15 @@ class Dispatcher:
 
     def model_changed(self, key: str, body: bytes | None) -> None:
         if body is None:
-            self._models = {ref for ref in self._models if self._bus.names.version_key(ref.model, ref.version) != key}
+            for ref in [ref for ref in self._models if self._bus.names.version_key(ref.model, ref.version) == key]:
+                self._models.remove(ref)
+                self.decided.owners.gone(ref.model, ref.version)
             self._look_soon = True
         else:
             manifest = codec.decode(body, Manifest)
             self._models.add(ModelRef(manifest.name, manifest.version))
             self.crew.version(manifest)
+            self.decided.owners.manifest(manifest)
         self._changed.set()
 
     def tenant_changed(self, key: str, body: bytes | None) -> None:
@@ -274,12 +277,16 @@ class Dispatcher:
             if there.get(key) != body:
                 await bucket.put(key, body)
 
+    def _usable(self) -> placement.Models:
+        """For every scope the versions that it may use."""
+        return self._scopes.models(self._models, self.decided.owners)
+
     async def keep_lanes(self) -> None:
         """Keep the lanes of every version that is served, in every region where there is a worker."""
-        await self.lanes.keep(lambda: self._scopes.models(self._models), lambda: tuple(self._regions))
+        await self.lanes.keep(self._usable, lambda: tuple(self._regions))
 
     async def _write_assignments(self) -> None:
-        models = self.decided.served(self._scopes.models(self._models), self._routed)
+        models = self.decided.served(self._usable(), self._routed)
         living, now = self._living(), self._bus.clock.monotonic()
         held = self.crew.place(
             models,
@@ -316,9 +323,7 @@ class Dispatcher:
         living = self._living()
         metrics.WORKERS_READY.set(len(living))
         waiting = now - self._since < self._settings.worker_timeout_s
-        found = placement.routes(
-            living, self._bound, self._scopes.models(self._models), self.crew.reasons, self._findings.known
-        )
+        found = placement.routes(living, self._bound, self._usable(), self.crew.reasons, self._findings.known)
         for place, new in {**self._unserved(found), **found}.items():
             before = self._routed.get(place)
             route = placement.steady(new, before)

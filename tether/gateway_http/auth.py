@@ -12,12 +12,13 @@ from tether import codec
 from tether.apikey import SCOPES, ApiKey
 from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
+from tether.bus.owners import OwnerBook
 from tether.envelope import MessageType, Session
 from tether.errors import Forbidden, Unauthenticated
-from tether.gateway_http.choosing import no_model
 from tether.gateway_http.key_use import KeyUses
 from tether.gateway_http.sessions import CACHED, Sessions
 from tether.gateway_http.tenants import Tenants
+from tether.ownership import Asker, Right, push_refusal, refusal
 from tether.tenant import Tenant, allows_model
 
 ANY_SCOPE = "any"
@@ -28,12 +29,27 @@ _DECISIONS = 4096
 
 
 class Caller:
-    """An API key with its tenant's rights, as a request uses them. A change of either makes a new one."""
+    """An API key with its tenant's rights, as a request uses them. A change of either makes a new one.
 
-    __slots__ = ("_decisions", "_patterns", "expires_at", "id", "key", "scopes", "session", "tenant")
+    Which models it may use follows from its patterns and its tenant's, and from who owns each model.
+    """
 
-    def __init__(self, key: ApiKey, tenant: Tenant, session: Session | None = None) -> None:
+    __slots__ = (
+        "_decisions",
+        "_owners",
+        "_patterns",
+        "admin",
+        "expires_at",
+        "id",
+        "key",
+        "scopes",
+        "session",
+        "tenant",
+    )
+
+    def __init__(self, key: ApiKey, tenant: Tenant, owners: OwnerBook, session: Session | None = None) -> None:
         self.key = key
+        self._owners = owners
         self.id = key.id
         self.tenant = tenant.name
         self.expires_at = key.expires_at
@@ -44,10 +60,26 @@ class Caller:
             self.expires_at = min(session.expires_at, key.expires_at or session.expires_at)
             self.scopes &= {*session.scopes, ANY_SCOPE}
             self._patterns.append(session.models)
+        self.admin = "admin" in self.scopes
+        """It may do with every tenant's models what their owners may, within its patterns."""
         self._decisions: dict[str, bool] = {}
 
+    @property
+    def asker(self) -> Asker:
+        """For whom the model store is asked."""
+        return Asker(self.tenant, self.admin, f"key:{self.id}")
+
     def sees(self, model: str) -> bool:
-        """Whether key and tenant both allow a model's name."""
+        """Whether key and tenant both allow a model's name, and it is not another tenant's own."""
+        return self._matches(model) and (self.admin or self._owners.right(model, self.tenant) is not Right.NONE)
+
+    def right(self, model: str) -> Right:
+        """What this caller may do with a model; of a name that nobody has a model of, everything."""
+        if not self._matches(model):
+            return Right.NONE
+        return Right.OWN if self.admin else self._owners.right(model, self.tenant)
+
+    def _matches(self, model: str) -> bool:
         found = self._decisions.get(model)
         if found is None:
             if len(self._decisions) >= _DECISIONS:
@@ -56,23 +88,38 @@ class Caller:
             self._decisions[model] = found
         return found
 
-    def check_model(self, model: str) -> None:
-        """Refuse a model that this caller may not use as if there were none of its name.
+    def check_model(self, model: str, wanted: Right = Right.USE) -> None:
+        """Refuse what this caller may not do with a model; one that it may not use, as if there were none of its name.
 
         Raises:
             BadName: no model could have this name.
             ModelNotFound: it may not be used.
+            Forbidden: it may be used, and belongs to another tenant.
         """
-        if not self.sees(model):
-            error = no_model(model)
-            error.hidden = True
+        if wanted is Right.USE and self.sees(model):
+            return  # what every request asks
+        error = refusal(model, self.right(model), wanted)
+        if error is not None:
+            raise error
+
+    def check_push(self, model: str) -> None:
+        """:meth:`check_model` for a push, which another tenant's model stands in the way of.
+
+        Raises:
+            Conflict: the name is another tenant's.
+            BadName, ModelNotFound, Forbidden
+        """
+        found = self.right(model)
+        error = push_refusal(model, found) if self._matches(model) else refusal(model, found, Right.WRITE)
+        if error is not None:
             raise error
 
 
 class ApiKeys:
     """Looks keys up by the SHA-256 of their text, so a wrong one costs what a right one costs."""
 
-    def __init__(self, bus: Bus, tenants: Tenants) -> None:
+    def __init__(self, bus: Bus, tenants: Tenants, owners: OwnerBook) -> None:
+        self._owners = owners
         self.bucket = SignedBucket(bus, "apikeys", MessageType.API_KEY)
         self.uses = KeyUses(bus)
         self.sessions = Sessions(bus)
@@ -110,7 +157,7 @@ class ApiKeys:
         if self._tenants.doubtful(record.tenant):
             self._doubtful.add(digest)
         else:
-            self._callers[digest] = Caller(record, self._tenants.get(record.tenant))
+            self._callers[digest] = Caller(record, self._tenants.get(record.tenant), self._owners)
 
     def _tenant_changed(self, name: str) -> None:
         self._in_session.clear()
@@ -178,7 +225,7 @@ class ApiKeys:
                 raise _doubtful()
             if len(self._in_session) >= CACHED:
                 self._in_session.clear()
-            caller = self._in_session[digest] = Caller(key, self._tenants.get(key.tenant), session)
+            caller = self._in_session[digest] = Caller(key, self._tenants.get(key.tenant), self._owners, session)
         return caller
 
 

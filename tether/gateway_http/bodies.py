@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -188,9 +188,13 @@ class Jobs(Struct, omit_defaults=True):
 # models
 
 
+RightName = Literal["use", "write", "own"]
+"""What the caller's tenant may do with a model; an administrator may do what the owner may."""
+
+
 class ModelSummary(Struct):
     """A model; platform, size (bytes), labels and creation time are those of its newest version. `loaded` is false when it was
-    unloaded on purpose."""
+    unloaded on purpose. `right` is what this caller may do with it: `use` it, `write` to it, or all that its owner may."""
 
     name: str
     versions: list[int]
@@ -201,6 +205,7 @@ class ModelSummary(Struct):
     created_at: str
     loaded: bool = True
     labels: dict[str, str] = {}
+    right: RightName = "use"
 
 
 class Models(Struct):
@@ -210,7 +215,7 @@ class Models(Struct):
 
 
 class StoredFile(Struct):
-    """A file of a version; `digest` is its SHA-256 in hex."""
+    """A file of a version; `digest` is its SHA-256 in hex, and empty for who may use the model and not read its files."""
 
     path: str
     size: int
@@ -258,12 +263,14 @@ class VersionDetail(Struct):
 
 
 class ModelDetail(Struct):
-    """A model with all of its versions, oldest first; `loaded` is false when it was unloaded on purpose."""
+    """A model with all of its versions, oldest first; `loaded` is false when it was unloaded on purpose. `right` as in a
+    list of models."""
 
     name: str
     aliases: dict[str, int]
     versions: list[VersionDetail]
     loaded: bool = True
+    right: RightName = "use"
 
 
 class PushedVersion(Struct):

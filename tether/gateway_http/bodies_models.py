@@ -200,3 +200,32 @@ class Store(Struct):
     named_bytes: int
     unreferenced_pieces: int
     damaged: list[DamagedPiece]
+
+
+class WantedGrant(Struct, forbid_unknown_fields=True):
+    """What a tenant is granted in place of what it had: to `use` a model, or also to `write` to it: push, change, load,
+    delete, read its files."""
+
+    right: Literal["use", "write"]
+
+
+class WantedOwner(Struct, forbid_unknown_fields=True):
+    """The tenant that is to own a model. The owner before keeps no right but those that every tenant has."""
+
+    tenant: str
+
+
+class Grant(Struct):
+    """What a tenant may do with another tenant's model; `*` is every tenant."""
+
+    tenant: str
+    right: Literal["use", "write"]
+
+
+class Grants(Struct):
+    """Who owns a model, and what others may do with it. `revision` counts the changes."""
+
+    model: str
+    owner: str
+    grants: list[Grant]
+    revision: int

@@ -7,26 +7,24 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
 
-from tether import codec
 from tether.bus.connection import Bus
-from tether.bus.kv import SignedBucket
+from tether.bus.kv import SignedBucket, read_entry
+from tether.bus.owners import OwnerBook
 from tether.effective import effective_batching
 from tether.envelope import MessageType
-from tether.errors import BadEncoding, ModelNotFound, ModelNotReady, ModelUnloaded
-from tether.gateway_http.choosing import drawn, no_model, no_worker
+from tether.errors import ModelNotFound, ModelNotReady, ModelUnloaded
+from tether.gateway_http.choosing import drawn, no_worker
 from tether.job import SHARED, Lane, LaneKind, Priority
 from tether.model import LATEST, Alias, Batching, Finding, Manifest, Route, TensorSpec, check_inputs
 from tether.model_config import ModelConfig, QueuePolicy, default_config
+from tether.ownership import no_such_model
 from tether.subjects import name_of, token
 from tether.tensor import Tensor
 from tether.version_notes import VersionNote
 from tether.version_policy import served_versions
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _FOLLOW_S = 1.0
 
@@ -61,6 +59,7 @@ class Catalog:
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
+        self.owners = OwnerBook()
         self._served: dict[str, dict[int, Served]] = {}
         self._aliases: dict[str, dict[str, Alias]] = {}
         self._moved = asyncio.Event()
@@ -81,7 +80,9 @@ class Catalog:
                 ("notes", MessageType.CONFIG, self._note_changed),
                 ("routes", MessageType.ROUTE, self._route_changed),
             ):
-                await stack.enter_async_context(SignedBucket(self._bus, name, kind).watch(changed))
+                refused = self.owners.refused if name == "configs" else None
+                watch = SignedBucket(self._bus, name, kind).watch(changed, on_refused=refused)
+                await stack.enter_async_context(watch)
             yield
 
     def on_change(self, listener: Callable[[str], None]) -> None:
@@ -97,18 +98,20 @@ class Catalog:
         if body is None:
             name, version = self._keys.pop(key, ("", 0))
             self._policies.pop(name, None)
+            self.owners.gone(name, version)
             self._served.get(name, {}).pop(version, None)
             if name and not self._served.get(name):
                 self._served.pop(name, None)
             self._tell(name)
             return
-        manifest = _decoded(body, Manifest)
+        manifest = read_entry(body, Manifest)
         if manifest is None or self._bus.names.version_key(manifest.name, manifest.version) != key:
             return
         lane = Lane(LaneKind.INFER, manifest.name, manifest.version, self._bus.settings.region)
         specs = {spec.name: spec for spec in manifest.inputs}
         self._policies.pop(manifest.name, None)
         known = key in self._keys
+        self.owners.manifest(manifest)
         self._keys[key] = (manifest.name, manifest.version)
         self._served.setdefault(manifest.name, {})[manifest.version] = Served(manifest, specs, lane)
         if known:
@@ -120,7 +123,7 @@ class Catalog:
         self._moved = asyncio.Event()
 
     def _alias_changed(self, key: str, body: bytes | None) -> None:
-        alias = None if body is None else _decoded(body, Alias)
+        alias = None if body is None else read_entry(body, Alias)
         if body is None:
             model, _, name = key.partition(".")
             self._policies.pop(name_of(model), None)
@@ -131,7 +134,9 @@ class Catalog:
         self._tell_waiting()
 
     def _config_changed(self, key: str, body: bytes | None) -> None:
-        config = None if body is None else _decoded(body, ModelConfig)
+        if self.owners.config_changed(key, body):
+            return
+        config = None if body is None else read_entry(body, ModelConfig)
         self._policies.pop(name_of(key), None)
         if body is None:
             self._configs.pop(name_of(key), None)
@@ -141,7 +146,7 @@ class Catalog:
             self._tell(config.model)
 
     def _note_changed(self, key: str, body: bytes | None) -> None:
-        note = None if body is None else _decoded(body, VersionNote)
+        note = None if body is None else read_entry(body, VersionNote)
         if body is None:
             self._notes.pop(key, None)
         elif note is not None and key == self._bus.names.version_key(note.model, note.version):
@@ -152,7 +157,7 @@ class Catalog:
             version_key = self._bus.names.version_key
             self._routes = {place: route for place, route in self._routes.items() if version_key(*place) != key}
             return
-        route = _decoded(body, Route)
+        route = read_entry(body, Route)
         if route is not None and key == self._bus.names.version_key(route.model, route.version, route.scope):
             self._policies.pop(route.model, None)
             self._routes[route.model, route.version, route.scope] = route
@@ -183,7 +188,7 @@ class Catalog:
         """:meth:`resolve`, of versions that are not served too."""
         versions = self._served.get(model)
         if versions is None:
-            raise no_model(model)
+            raise no_such_model(model)
         number = (
             int(version)
             if version.isdecimal() and len(version) < 10
@@ -338,7 +343,7 @@ class Catalog:
         """
         versions = self._served.get(model)
         if versions is None:
-            raise no_model(model)
+            raise no_such_model(model)
         return dict(sorted(versions.items()))
 
     def stored_bytes(self, tenant: str) -> int:
@@ -383,11 +388,3 @@ class Catalog:
     def _follows(self, alias: Alias) -> bool:
         known = self._aliases.get(alias.model, {}).get(alias.name)
         return known is not None and (known == alias or known.revision > alias.revision)
-
-
-def _decoded(body: bytes, kind: type[T]) -> T | None:
-    try:
-        return codec.decode(body, kind)
-    except BadEncoding as error:
-        log.warning("unreadable entry: %s", error, extra={"action": "entry_refused"})
-        return None

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import random
 
-from tether.errors import ModelNotFound
 from tether.job import SHARED
-from tether.model import Alias, Manifest, check_name
+from tether.model import Alias, Manifest
 
 
 def drawn(alias: Alias, sticky: str) -> int:
@@ -36,13 +35,3 @@ def no_worker(manifest: Manifest, scope: str, reason: str = "") -> str:
         f"{manifest.version} loaded; the administrator starts one with "
         f"'tether identity add NAME --role worker --tenant {scope}' and 'tether worker --name NAME --ops-port 0'"
     )
-
-
-def no_model(model: str) -> ModelNotFound:
-    """The refusal of a model that is not there, and of one that the caller may not know of.
-
-    Raises:
-        BadName: no model could have this name.
-    """
-    check_name(model, field="model")
-    return ModelNotFound(f"there is no model '{model}'", field="model")

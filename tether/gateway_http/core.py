@@ -55,7 +55,7 @@ class Gateway:
         self.heartbeats = Heartbeats(bus)
         self.tenants = Tenants(bus)
         self.loose = LoosePieces(bus.clock.monotonic, self.catalog.stored_bytes)
-        self.keys = ApiKeys(bus, self.tenants)
+        self.keys = ApiKeys(bus, self.tenants, self.catalog.owners)
         self.limits = Limits(bus, tasks, self.keys.find, self.tenants.find)
         self.seals = TenantSeals(bus, keyring, self.tenants)
         room = JobRoom(bus, self.tenants)

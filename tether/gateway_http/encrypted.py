@@ -17,6 +17,7 @@ from tether.envelope.model_seal import PieceSeal, opened_manifest, seal_files
 from tether.envelope.sealing import DataKey
 from tether.errors import EnvelopeError, NotEntitled
 from tether.model import Change, ChangeAnswer, ChangeRequest, Manifest, ModelFile, SealedDigests
+from tether.ownership import Asker
 from tether.subjects import token
 
 _KEY_S = 10.0
@@ -55,19 +56,22 @@ class ModelSeals:
             await self._look(model)  # another gateway may have encrypted it just now
         return self.keyring.stored(model) is not None
 
-    async def missing(self, model: str, wanted: bool | None, digests: Sequence[str]) -> tuple[list[str], bool]:
+    async def missing(
+        self, model: str, wanted: bool | None, digests: Sequence[str], asker: Asker
+    ) -> tuple[list[str], bool]:
         """Which pieces of a push are not stored yet, and whether it is encrypted. A model that has no key gets none."""
         encrypted = await self.encrypts(model, wanted)
         if encrypted and self.keyring.stored(model) is None:
             return list(dict.fromkeys(digests)), True
-        target = await self.target(model, encrypted)
+        target = await self.target(model, encrypted, asker)
         return await target.store.missing(digests), encrypted
 
-    async def target(self, model: str, wanted: bool | None) -> Target:
-        """Where a push of a model goes; one that is to be encrypted for the first time gets its key.
+    async def target(self, model: str, wanted: bool | None, asker: Asker) -> Target:
+        """Where a push of a model goes that ``asker`` makes; one that is to be encrypted for the first time gets its key.
 
         Raises:
             NotEntitled: the model has a key, and this gateway may not open it.
+            Conflict, Forbidden: it has none, and the model is another tenant's.
             Unavailable: it has none, and the model store does not answer.
         """
         bucket = self._bus.names.chunk_bucket(model)
@@ -75,20 +79,21 @@ class ModelSeals:
             return Target(ObjectChunkStore(self._bus, bucket), None)
         key = self.keyring.newest(model)
         if key is None:
-            await self.ask(Change.ENCRYPT, model)
+            await self.ask(Change.ENCRYPT, model, asker)
             key = self.keyring.newest(model)
         if key is None:
             raise NotEntitled(f"'{self._bus.signer.name}' has no key for the encrypted model '{model}'")
         return Target(SealedChunkStore(self._bus, bucket, PieceSeal(key, model)), key)
 
-    async def ask(self, change: Change, model: str, by: str = "") -> int:
+    async def ask(self, change: Change, model: str, asker: Asker) -> int:
         """Let the model store give the model its first key, or another one; returns the key's generation.
 
         Raises:
             ModelNotFound: the model is not encrypted.
+            Conflict, Forbidden: it is another tenant's.
             Unavailable: the model store does not answer.
         """
-        request = codec.encode(ChangeRequest(change, model, by=by))
+        request = codec.encode(ChangeRequest(change, model, **asker._asdict()))
         kinds = (MessageType.CHANGE, MessageType.CHANGED)
         partition = self._bus.names.partition(model)
         answer = await ask_owner(

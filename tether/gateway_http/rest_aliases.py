@@ -13,16 +13,17 @@ from tether.gateway_http.job_view import rfc3339
 from tether.gateway_http.rest_models import TAG
 from tether.gateway_http.routing import Call, Reply, Row
 from tether.model import Alias, Change, ChangeAnswer, ChangeRequest, Move, Share, check_name
+from tether.ownership import Right
 
 
-def _model(call: Call) -> str:
+def _model(call: Call, wanted: Right = Right.WRITE) -> str:
     name = check_name(call.path("name"), field="name")
-    call.caller.check_model(name)
+    call.caller.check_model(name, wanted)
     return name
 
 
 async def _changed(call: Call, change: Change, alias: str, **fields: Any) -> Alias | None:
-    request = ChangeRequest(change, _model(call), alias, by=f"key:{call.caller.id}", **fields)
+    request = ChangeRequest(change, _model(call), alias, **call.caller.asker._asdict(), **fields)
     bus, body = call.gateway.bus, codec.encode(request)
     again = change is Change.SET_ALIAS
     answer = await ask_owner(
@@ -68,7 +69,7 @@ def _require_ready(call: Call, versions: list[int]) -> None:
 
 
 async def _show(call: Call) -> Reply:
-    return Reply(_alias(call.gateway.catalog.alias(_model(call), call.path("alias"))))
+    return Reply(_alias(call.gateway.catalog.alias(_model(call, Right.USE), call.path("alias"))))
 
 
 async def _rollback(call: Call) -> Reply:

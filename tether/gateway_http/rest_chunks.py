@@ -13,14 +13,23 @@ from tether.gateway_http.rest_config import checked_patch
 from tether.gateway_http.rest_models import TAG, pushed, registered
 from tether.gateway_http.routing import CLIENT_WAITS, OCTETS, Call, Media, Reply, Row
 from tether.model import ModelFile, PushRequest, check_name
+from tether.ownership import Right
 from tether.pieces import LARGEST, digest_of
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-def _name(call: Call) -> str:
+def _pushed(call: Call) -> str:
+    """The model that is being pushed."""
     name = check_name(call.path("name"), field="name")
-    call.caller.check_model(name)
+    call.caller.check_push(name)
+    return name
+
+
+def _read(call: Call) -> str:
+    """The model whose files are read: who may only run it gets none of them."""
+    name = check_name(call.path("name"), field="name")
+    call.caller.check_model(name, Right.WRITE)
     return name
 
 
@@ -31,13 +40,13 @@ def _digest(text: str, field: str) -> str:
 
 
 async def _missing(call: Call) -> Reply:
-    name, asked = _name(call), [_digest(text, "chunks") for text in call.body.chunks]
-    missing, encrypted = await call.gateway.encrypted.missing(name, call.body.encrypt, asked)
+    name, asked = _pushed(call), [_digest(text, "chunks") for text in call.body.chunks]
+    missing, encrypted = await call.gateway.encrypted.missing(name, call.body.encrypt, asked, call.caller.asker)
     return Reply(bodies_models.MissingChunks(missing, encrypted))
 
 
 async def _put(call: Call) -> Reply:
-    name, digest = _name(call), _digest(call.path("digest"), "digest")
+    name, digest = _pushed(call), _digest(call.path("digest"), "digest")
     piece = await _piece(call)
     if await asyncio.to_thread(digest_of, piece) != digest:
         raise InvalidRequest(
@@ -45,7 +54,7 @@ async def _put(call: Call) -> Reply:
             field="body",
         )
 
-    store = (await call.gateway.encrypted.target(name, call.query.encrypt)).store
+    store = (await call.gateway.encrypted.target(name, call.query.encrypt, call.caller.asker)).store
 
     async def only() -> AsyncIterator[tuple[str, bytes]]:
         yield digest, piece
@@ -70,7 +79,7 @@ async def _piece(call: Call) -> bytes:
 
 
 async def _register(call: Call) -> Reply:
-    name, wanted = _name(call), call.body
+    name, wanted = _pushed(call), call.body
     files = tuple(
         ModelFile(file.path, file.size, file.digest, tuple(file.chunks), tuple(file.sizes)) for file in wanted.files
     )
@@ -79,7 +88,6 @@ async def _register(call: Call) -> Reply:
         files,
         wanted.max_batch_size,
         wanted.max_delay_ms,
-        f"key:{call.caller.id}",
         isolation=wanted.isolation,
         run_timeout_s=wanted.run_timeout_s,
         platform=wanted.platform,
@@ -88,13 +96,13 @@ async def _register(call: Call) -> Reply:
         version=wanted.version,
         about={"labels": wanted.labels, "note": wanted.note} if wanted.labels or wanted.note else {},
     )
-    target = await call.gateway.encrypted.target(name, wanted.encrypt)
+    target = await call.gateway.encrypted.target(name, wanted.encrypt, call.caller.asker)
     answer = await registered(call, request, target, opening=wanted.encrypt is False)
     return Reply(pushed(call.gateway.encrypted, answer, 0), 201 if answer.created else 200)
 
 
 async def _files(call: Call) -> Reply:
-    manifest = call.gateway.encrypted.plain(call.gateway.catalog.known(_name(call), call.path("version")).manifest)
+    manifest = call.gateway.encrypted.plain(call.gateway.catalog.known(_read(call), call.path("version")).manifest)
     files = [_described(file) for file in manifest.files]
     return Reply(bodies_models.VersionFiles(manifest.name, manifest.version, manifest.platform, files))
 
@@ -106,7 +114,7 @@ def _described(file: ModelFile) -> bodies_models.NewFile:
 
 async def _get(call: Call) -> Reply:
     """A piece, to those who may read a version that it belongs to."""
-    name, digest = _name(call), _digest(call.path("digest"), "digest")
+    name, digest = _read(call), _digest(call.path("digest"), "digest")
     seals = call.gateway.encrypted
     manifest = call.gateway.catalog.known(name, call.path("version")).manifest
     if not any(digest in file.chunks for file in seals.plain(manifest).files):

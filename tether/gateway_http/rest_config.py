@@ -18,6 +18,7 @@ from tether.gateway_http.rest_models import TAG
 from tether.gateway_http.routing import Call, Reply, Row
 from tether.model import check_name
 from tether.model_config import ModelConfig
+from tether.ownership import Right
 from tether.version_notes import VersionNote, noted, patch_of
 
 LARGEST = 64 * 1024
@@ -27,9 +28,9 @@ _HEARD_S = 2.0
 """How long an answer waits for this gateway to hear of a change, so that the next request is served by it."""
 
 
-def _model(call: Call) -> str:
+def _model(call: Call, wanted: Right = Right.WRITE) -> str:
     name = check_name(call.path("name"), field="name")
-    call.caller.check_model(name)
+    call.caller.check_model(name, wanted)
     return name
 
 
@@ -47,14 +48,15 @@ def checked_patch(call: Call, name: str, patch: Mapping[str, Any]) -> dict[str, 
     return dict(patch)
 
 
-async def configured(call: Call, request: ConfigRequest) -> ModelConfig:
+async def _configured(call: Call, request: ConfigRequest) -> ModelConfig:
     """Let the model store change a configuration, and wait until this gateway goes by it."""
     config = codec.decode(await _asked(call, request), ModelConfig)
-    await _heard(lambda: call.gateway.catalog.config(config.model).revision >= config.revision)
+    await heard(lambda: call.gateway.catalog.config(config.model).revision >= config.revision)
     return config
 
 
 async def _asked(call: Call, request: ConfigRequest) -> bytes:
+    request = msgspec.structs.replace(request, **call.caller.asker._asdict())
     bus, body = call.gateway.bus, codec.encode(request)
     return await ask_owner(
         bus,
@@ -68,7 +70,7 @@ async def _asked(call: Call, request: ConfigRequest) -> bytes:
     )
 
 
-async def _heard(true: Callable[[], bool]) -> None:
+async def heard(true: Callable[[], bool]) -> None:
     """The change is made whether this gateway hears of it in time or not."""
     try:
         async with asyncio.timeout(_HEARD_S):
@@ -79,32 +81,33 @@ async def _heard(true: Callable[[], bool]) -> None:
 
 
 async def _show(call: Call) -> Reply:
-    name, catalog = _model(call), call.gateway.catalog
+    name, catalog = _model(call, Right.USE), call.gateway.catalog
     catalog.versions(name)
-    return Reply(catalog.config(name))
+    config = catalog.config(name)
+    if call.caller.right(name) < Right.WRITE:
+        config = msgspec.structs.replace(config, changed_by="")
+    return Reply(config)
 
 
 async def _change(call: Call) -> Reply:
     name = _model(call)
     call.gateway.catalog.versions(name)
     patch = checked_patch(call, name, call.body)
-    who = f"key:{call.caller.id}"
-    return Reply(await configured(call, ConfigRequest(ConfigAction.CHANGE, name, patch, call.query.revision, who)))
+    return Reply(await _configured(call, ConfigRequest(ConfigAction.CHANGE, name, patch, call.query.revision)))
 
 
 async def _reset(call: Call) -> Reply:
-    name, who = _model(call), f"key:{call.caller.id}"
-    request = ConfigRequest(ConfigAction.RESET, name, revision=call.query.revision, by=who)
+    name = _model(call)
+    request = ConfigRequest(ConfigAction.RESET, name, revision=call.query.revision)
     call.gateway.catalog.versions(name)
-    return Reply(await configured(call, request))
+    return Reply(await _configured(call, request))
 
 
 async def set_loaded(call: Call, name: str, patch: Mapping[str, Any], *, loaded: bool) -> ModelConfig:
     """Load a model, with what else is to change, or unload it."""
     call.gateway.catalog.versions(name)
     changes = checked_patch(call, name, {**patch, "loaded": loaded})
-    who = f"key:{call.caller.id}"
-    return await configured(call, ConfigRequest(ConfigAction.CHANGE, name, changes, ANY_REVISION, who))
+    return await _configured(call, ConfigRequest(ConfigAction.CHANGE, name, changes, ANY_REVISION))
 
 
 async def _annotate(call: Call) -> Reply:
@@ -115,11 +118,9 @@ async def _annotate(call: Call) -> Reply:
         raise InvalidRequest("version must be a number: an alias has no labels of its own", field="version")
     patch = {key: value for key, value in msgspec.to_builtins(call.body).items() if value is not None}
     noted(VersionNote(name, int(text)), patch_of(patch))
-    who = f"key:{call.caller.id}"
-    note = codec.decode(
-        await _asked(call, ConfigRequest(ConfigAction.NOTE, name, patch, by=who, version=int(text))), VersionNote
-    )
-    await _heard(lambda: call.gateway.catalog.note(name, note.version).revision >= note.revision)
+    request = ConfigRequest(ConfigAction.NOTE, name, patch, version=int(text))
+    note = codec.decode(await _asked(call, request), VersionNote)
+    await heard(lambda: call.gateway.catalog.note(name, note.version).revision >= note.revision)
     return Reply(note)
 
 

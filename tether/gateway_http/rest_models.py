@@ -23,6 +23,7 @@ from tether.gateway_http.encrypted import ModelSeals, Target
 from tether.gateway_http.job_view import rfc3339
 from tether.gateway_http.routing import CLIENT_WAITS, OCTETS, Call, Header, Media, Reply, Row
 from tether.model import AUTOMATIC, Batching, Change, PushAnswer, PushRequest, TensorSpec, check_name
+from tether.ownership import Right
 from tether.tenant import Tenant, check_stored_bytes
 
 TAG = "Models"
@@ -59,11 +60,11 @@ class PushQuery(Struct, forbid_unknown_fields=True):
 async def _list(call: Call) -> Reply:
     catalog = call.gateway.catalog
     seen = [name for name in catalog.names() if call.caller.sees(name)]
-    return Reply(bodies.Models([_summary(call.gateway, name, call.scope) for name in seen]))
+    return Reply(bodies.Models([_summary(call, name) for name in seen]))
 
 
-def _summary(gateway: Gateway, name: str, scope: str) -> bodies.ModelSummary:
-    catalog = gateway.catalog
+def _summary(call: Call, name: str) -> bodies.ModelSummary:
+    gateway, scope, catalog = call.gateway, call.scope, call.gateway.catalog
     versions = catalog.versions(name)
     newest = versions[max(versions)]
     return bodies.ModelSummary(
@@ -76,21 +77,30 @@ def _summary(gateway: Gateway, name: str, scope: str) -> bodies.ModelSummary:
         platform=newest.manifest.platform,
         size=newest.manifest.size,
         created_at=rfc3339(newest.manifest.created_at),
+        right=_word(call.caller.right(name)),
     )
+
+
+def _word(right: Right) -> bodies.RightName:
+    """A right as answers name it."""
+    return "own" if right is Right.OWN else "write" if right is Right.WRITE else "use"
 
 
 async def _show(call: Call) -> Reply:
     catalog, name = call.gateway.catalog, call.path("name")
     call.caller.check_model(name)
     versions = catalog.versions(name)
-    details = [_detail(call.gateway, served, call.scope) for served in versions.values()]
-    return Reply(bodies.ModelDetail(name, catalog.aliases(name), details, loaded=catalog.loaded(name)))
+    right = call.caller.right(name)
+    details = [_detail(call.gateway, served, call.scope, right) for served in versions.values()]
+    loaded = catalog.loaded(name)
+    return Reply(bodies.ModelDetail(name, catalog.aliases(name), details, loaded=loaded, right=_word(right)))
 
 
-def _detail(gateway: Gateway, served: Served, scope: str) -> bodies.VersionDetail:
+def _detail(gateway: Gateway, served: Served, scope: str, right: Right) -> bodies.VersionDetail:
+    """A version; who may only use it gets no digests of its files, and does not see who pushed it."""
     catalog, seals = gateway.catalog, gateway.encrypted
     manifest = seals.shown(served.manifest)
-    finding = catalog.finding(served, scope)
+    finding, reads = catalog.finding(served, scope), right >= Right.WRITE
     note, batching = catalog.note(manifest.name, manifest.version), catalog.batching(served, scope)
     return bodies.VersionDetail(
         version=manifest.version,
@@ -100,10 +110,10 @@ def _detail(gateway: Gateway, served: Served, scope: str) -> bodies.VersionDetai
         max_batch_size=batching.max_batch_size,
         max_delay_ms=batching.max_delay_ms,
         batching=_batching(batching),
-        files=[bodies.StoredFile(file.path, file.size, file.digest) for file in manifest.files],
+        files=[bodies.StoredFile(file.path, file.size, file.digest if reads else "") for file in manifest.files],
         size=manifest.size,
         created_at=rfc3339(manifest.created_at),
-        publisher=manifest.publisher,
+        publisher=manifest.publisher if reads else "",
         workers=len(catalog.workers(served, scope)),
         ready=gateway.ready(served, scope),
         served=catalog.serves(manifest.name, manifest.version),
@@ -128,7 +138,7 @@ def _specs(specs: tuple[TensorSpec, ...]) -> list[bodies.TensorSpec]:
 async def _push(call: Call) -> Reply:
     """Store the body's pieces, then ask the model store to make a version of them."""
     gateway, name = call.gateway, check_name(call.path("name"), field="name")
-    call.caller.check_model(name)
+    call.caller.check_push(name)
     wanted = _wanted_digest(call)
     _check_filename(call)
     limit = gateway.settings.max_upload_bytes
@@ -141,7 +151,7 @@ async def _push(call: Call) -> Reply:
     named = _pieces_of_newest(gateway, name, wanted)
     if not named:
         check_stored_bytes(tenant, gateway.catalog.stored_bytes(tenant.name), call.heading.length)
-    target = await gateway.encrypted.target(name, query.encrypt)
+    target = await gateway.encrypted.target(name, query.encrypt, call.caller.asker)
     store = target.store
     held = None if named else tenant
     counted = partial(gateway.loose.counted, tenant, store.bucket, named)
@@ -152,8 +162,7 @@ async def _push(call: Call) -> Reply:
             f"the body's SHA-256 is {file.digest}, x-tether-sha256 says {wanted}; send the file again",
             field="x-tether-sha256",
         )
-    publisher = f"key:{call.caller.id}"
-    wish = PushRequest(name, (file,), query.max_batch_size, query.max_delay_ms, publisher, version=query.version)
+    wish = PushRequest(name, (file,), query.max_batch_size, query.max_delay_ms, version=query.version)
     answer = await registered(call, wish, target, opening=query.encrypt is False)
     return Reply(pushed(gateway.encrypted, answer, stored), 201 if answer.created else 200)
 
@@ -197,7 +206,10 @@ async def registered(call: Call, request: PushRequest, target: Target, *, openin
     whatever the model is."""
     digests = {digest for file in request.files for digest in file.chunks}
     files, sealed = target.described(request.name, request.files)
-    request = msgspec.structs.replace(request, tenant=call.tenant, files=files, sealed=sealed, open=opening)
+    tenant, admin, by = call.caller.asker
+    request = msgspec.structs.replace(
+        request, tenant=tenant, admin=admin, publisher=by, files=files, sealed=sealed, open=opening
+    )
     bus = call.gateway.bus
     body = await ask_owner(
         bus,
@@ -234,8 +246,8 @@ def pushed(seals: ModelSeals, answer: PushAnswer, stored: int) -> bodies.PushedV
 async def _rekey(call: Call) -> Reply:
     """Another data key; versions follow in the background."""
     gateway, name = call.gateway, check_name(call.path("name"), field="name")
-    call.caller.check_model(name)
-    generation = await gateway.encrypted.ask(Change.REKEY, name, by=f"key:{call.caller.id}")
+    call.caller.check_model(name, Right.WRITE)
+    generation = await gateway.encrypted.ask(Change.REKEY, name, call.caller.asker)
     versions = gateway.catalog.versions(name) if name in gateway.catalog.names() else {}
     left = [
         number

@@ -15,6 +15,7 @@ from tether.gateway_http.rest_oip import TAG
 from tether.gateway_http.routing import Call, Reply, Row
 from tether.gateway_http.triton_form import patch_of
 from tether.model import check_name
+from tether.ownership import Right
 
 _LOOK_S = 0.02
 
@@ -51,7 +52,7 @@ def _state(catalog: Catalog, served: Served, scope: str) -> tuple[str, str]:
 
 def _model(call: Call) -> str:
     name = check_name(call.path("model"), field="model")
-    call.caller.check_model(name)
+    call.caller.check_model(name, Right.WRITE)
     return name
 
 

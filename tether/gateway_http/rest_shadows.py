@@ -9,11 +9,12 @@ from tether.gateway_http.rest_models import TAG
 from tether.gateway_http.routing import Call, Reply, Row
 from tether.gateway_http.shadows import Tally
 from tether.model_config import Shadow
+from tether.ownership import Right
 
 
 async def _show(call: Call) -> Reply:
     gateway, name = call.gateway, call.path("name")
-    call.caller.check_model(name)
+    call.caller.check_model(name, Right.WRITE)
     gateway.catalog.versions(name)
     tallies = gateway.extras.shadows.tallies(name)
     return Reply(bodies_models.Shadows(name, [_tally(shadow, tally) for shadow, tally in tallies.items()]))

@@ -17,7 +17,7 @@ _WAIT_S = 30.0
 
 def _asking(change: Change, status: int) -> Handler:
     async def handler(call: Call) -> Reply:
-        body = codec.encode(ChangeRequest(change, "", by=f"key:{call.caller.id}"))
+        body = codec.encode(ChangeRequest(change, "", **call.caller.asker._asdict()))
         bus = call.gateway.bus
         # each owner works on its own partitions, and any of them sees the whole
         for partition in range(1 if change is Change.SHOW_STORE else bus.names.partitions):

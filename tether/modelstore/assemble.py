@@ -160,7 +160,7 @@ def _why_not(found: Inspection) -> str:
 
 
 def manifest_builder(
-    request: PushRequest, found: Inspection, *, created_at: float, publisher: str, partition: int = 0
+    request: PushRequest, found: Inspection, *, created_at: float, publisher: str, partition: int = 0, owner: str = ""
 ) -> Callable[[int], Manifest]:
     """What makes the manifest of any version number."""
     joined = batching(request, found)
@@ -181,6 +181,7 @@ def manifest_builder(
             run_timeout_s=request.run_timeout_s,
             sealed=request.sealed,
             partition=partition,
+            owner=owner,
         )
 
     return build

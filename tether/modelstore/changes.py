@@ -7,14 +7,15 @@ import math
 from functools import partial
 
 from tether import codec
-from tether.bus.connection import Bus
 from tether.envelope import Envelope
-from tether.errors import BadEncoding, Conflict, InvalidRequest, ModelNotFound, TetherError
-from tether.model import STORE_CHANGES, Alias, Change, ChangeAnswer, ChangeRequest, Share, check_name
+from tether.errors import BadEncoding, Conflict, Forbidden, InvalidRequest, ModelNotFound, TetherError
+from tether.model import OWNER_CHANGES, STORE_CHANGES, Alias, Change, ChangeAnswer, ChangeRequest, Share, check_name
 from tether.modelstore.keeper import Keeper
 from tether.modelstore.model_keys import KeyMaker
 from tether.modelstore.notes import Notes
+from tether.modelstore.owners import Owners
 from tether.modelstore.registry import Registry
+from tether.ownership import Asker, Right
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +26,8 @@ MOST_SHARES = 16
 class Changes:
     """Handles ``changeModel``."""
 
-    def __init__(self, bus: Bus, registry: Registry, keeper: Keeper, notes: Notes, keys: KeyMaker) -> None:
-        self._bus = bus
+    def __init__(self, registry: Registry, owners: Owners, keeper: Keeper, notes: Notes, keys: KeyMaker) -> None:
+        self._owners = owners
         self._notes = notes
         self._keys = keys
         self._keeper = keeper
@@ -37,7 +38,8 @@ class Changes:
 
         Raises:
             InvalidRequest, BadName: the request itself is wrong.
-            ModelNotFound: there is no such version or alias.
+            ModelNotFound: there is no such version or alias, or the asker may not know of the model.
+            Forbidden: the model belongs to another tenant.
             Conflict: a version that an alias names cannot be deleted; an alias without a past cannot be rolled back.
             Unavailable: try again.
         """
@@ -50,6 +52,15 @@ class Changes:
         check_name(request.model, field="name")
         fields = {"action": f"model_{request.change.value}", "model": request.model, "by": request.by[:64]}
         try:
+            if request.change in OWNER_CHANGES:
+                ownership = await self._owners.handle(request)
+                log.info("the owner is '%s'", ownership.tenant, extra=fields)
+                return codec.encode(ownership)
+            asker = Asker(request.tenant, request.admin, request.by)
+            if request.change is Change.ENCRYPT:
+                await self._owners.may_encrypt(request.model, asker)
+            else:
+                await self._owners.require(request.model, asker, Right.WRITE)
             if request.change in (Change.ENCRYPT, Change.REKEY):
                 return await self._keyed(request, fields)
             alias = await self._changed(request)
@@ -67,7 +78,9 @@ class Changes:
         return codec.encode(ChangeAnswer(key_generation=generation))
 
     async def _kept(self, request: ChangeRequest) -> bytes:
-        """Begin what is asked for, and say what is in the store just now."""
+        """Begin what is asked for, and say what is in the store just now: it tells of every tenant's models."""
+        if not request.admin:
+            raise Forbidden("only an administrator may look into the store of pieces")
         if request.change is not Change.SHOW_STORE:
             asked = self._keeper.collect_now if request.change is Change.COLLECT else self._keeper.scrub_now
             asked.set()

@@ -36,7 +36,9 @@ from tether.errors import (
 from tether.model import Manifest, check_name
 from tether.model_config import ModelConfig, default_config
 from tether.modelstore.notes import Notes
+from tether.modelstore.owners import Owners
 from tether.modelstore.registry import Registry
+from tether.ownership import Asker, Right
 from tether.subjects import token
 
 log = logging.getLogger(__name__)
@@ -48,8 +50,9 @@ TRIES = 16
 class Configs:
     """Handles ``configureModel``, and what a push says about its model."""
 
-    def __init__(self, bus: Bus, registry: Registry, audit: AuditLog, notes: Notes) -> None:
+    def __init__(self, bus: Bus, registry: Registry, audit: AuditLog, notes: Notes, owners: Owners) -> None:
         self._bus = bus
+        self._owners = owners
         self._notes = notes
         self._registry = registry
         self._audit = audit
@@ -60,7 +63,8 @@ class Configs:
 
         Raises:
             InvalidRequest, BadName: naming the field that is wrong.
-            ModelNotFound: no version of the model has ever been pushed.
+            ModelNotFound: no version of the model has ever been pushed, or the asker may not know of it.
+            Forbidden: the model belongs to another tenant.
             Conflict: it is at another revision than the request is about.
             Unavailable: try again.
         """
@@ -69,6 +73,9 @@ class Configs:
         except BadEncoding as error:
             raise InvalidRequest(f"the change cannot be read: {error.message}") from error
         check_name(request.model, field="name")
+        asker = Asker(request.tenant, request.admin, request.by)
+        wanted = Right.USE if request.action is ConfigAction.SHOW else Right.WRITE
+        await self._owners.require(request.model, asker, wanted)
         if request.action is ConfigAction.SHOW:
             return codec.encode(await self.get(request.model))
         if request.action is ConfigAction.NOTE:

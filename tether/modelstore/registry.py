@@ -207,6 +207,16 @@ class Registry:
                 found.append(manifest)
         return found
 
+    async def any_recorded(self, model: str) -> bool:
+        """Whether a model has an entry that was not deleted, be it one that cannot be read.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        subjects = self._models.subject(f"{token(model)}.*")
+        entries = [item async for item in self._bus.direct_scan(self._models.stream, subjects)]
+        return any(not item.headers.get("KV-Operation") for item in entries)
+
     async def recorded(self, model: str, version: int) -> bool:
         """Whether a version has an entry, be it one that cannot be read."""
         return await self._models.get(self._bus.names.version_key(model, version)) is not None
@@ -270,11 +280,18 @@ class Registry:
             BrokerUnavailable: no answer.
         """
         newest: dict[str, int] = {}
-        async for manifest in self._readable():
-            if self._bus.names.partition(manifest.name) == partition:
-                newest[manifest.name] = max(newest.get(manifest.name, 0), manifest.version)
+        for manifest in await self.readable(partition):
+            newest[manifest.name] = max(newest.get(manifest.name, 0), manifest.version)
         for model, version in newest.items():
             await self.move(model, LATEST, version, forward_only=True)
+
+    async def readable(self, partition: int) -> list[Manifest]:
+        """Every version of a partition's models that can be read.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        return [one async for one in self._readable() if self._bus.names.partition(one.name) == partition]
 
     async def check_partitions(self) -> None:
         """Prove that every version's pieces are in a partition that there is.

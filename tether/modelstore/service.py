@@ -40,6 +40,7 @@ from tether.modelstore.inspection import Inspection
 from tether.modelstore.keeper import Keeper
 from tether.modelstore.model_keys import KeyMaker
 from tether.modelstore.notes import Notes
+from tether.modelstore.owners import Owners
 from tether.modelstore.partitions import Instance, Partitions
 from tether.modelstore.quota import StorageQuota
 from tether.modelstore.registry import Registry
@@ -65,6 +66,7 @@ class Desk(NamedTuple):
     registry: Registry
     configs: Configs
     notes: Notes
+    owners: Owners
 
 
 class ModelStoreService:
@@ -118,8 +120,11 @@ class ModelStoreService:
         """Answer what is about models of one partition."""
         registry = Registry(self._bus, lambda: self.partitions.check(lease))
         notes = Notes(self._bus, registry, self._audit)
-        desk = Desk(lease, registry, Configs(self._bus, registry, self._audit, notes), notes)
+        owners = Owners(self._bus, registry, self._audit)
+        configs = Configs(self._bus, registry, self._audit, notes, owners)
+        desk = Desk(lease, registry, configs, notes, owners)
         await self._patiently(lambda: registry.repair(lease.partition))
+        await self._patiently(lambda: owners.migrate(lease.partition))
         subject = partial(self._bus.names.store_service, partition=lease.partition, epoch=lease.epoch)
         async with (
             rpc.serve(
@@ -136,7 +141,7 @@ class ModelStoreService:
                 changes.ENDPOINT,
                 accepts=MessageType.CHANGE,
                 answers=MessageType.CHANGED,
-                handler=Changes(self._bus, registry, self.keeper, notes, self.keys).handle,
+                handler=Changes(registry, owners, self.keeper, notes, self.keys).handle,
                 subject=subject(changes.ENDPOINT),
             ),
             rpc.serve(
@@ -172,6 +177,7 @@ class ModelStoreService:
 
         Raises:
             InvalidRequest, PayloadTooLarge: the push itself is wrong.
+            Conflict, Forbidden: the model belongs to another tenant.
             ModelRejected: the file cannot be served.
             CorruptChunk: the stored pieces are not the file; push again.
             ConfigError: the gateway has another number of partitions.
@@ -226,6 +232,7 @@ class ModelStoreService:
 
     async def _register(self, desk: Desk, request: PushRequest, publisher: str) -> PushAnswer:
         assemble.check_request(request, max_bytes=self._bus.settings.max_upload_bytes)
+        owner = await desk.owners.may_push(request)
         version_notes.noted(version_notes.VersionNote(request.name, 0), version_notes.patch_of(request.about))
         if request.config:
             config_changes.patched(await desk.configs.get(request.name), request.config)
@@ -238,6 +245,7 @@ class ModelStoreService:
             created_at=self._bus.clock.utc(),
             publisher=publisher,
             partition=desk.lease.partition,
+            owner=owner,
         )
         async with self._quota.turn(request.tenant):
             manifest, created = await desk.registry.add(
@@ -255,8 +263,9 @@ class ModelStoreService:
         return PushAnswer(manifest, created, await desk.registry.aliases(request.name))
 
     async def _admit(self, desk: Desk, request: PushRequest, publisher: str, manifest: Manifest) -> None:
-        """Before a version can be seen there is room for it, and its model is configured as its push says."""
+        """Before a version can be seen there is room for it, and its model has an owner and is configured as its push says."""
         await self._quota.check(manifest)
+        await desk.owners.claim(request)
         if request.config:
             await desk.configs.given(manifest, request.config, publisher)
 

@@ -1,0 +1,111 @@
+"""Who owns a model, and what it grants to other tenants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tether import codec
+from tether.bus.leases import ask_owner
+from tether.envelope import MessageType
+from tether.gateway_http import bodies_models
+from tether.gateway_http.rest_config import heard
+from tether.gateway_http.rest_models import TAG
+from tether.gateway_http.routing import Call, Reply, Row
+from tether.model import Change, ChangeRequest, check_name
+from tether.ownership import Ownership, Right
+
+
+async def _asked(call: Call, change: Change, **fields: Any) -> Reply:
+    """Let the model store decide, and wait until this gateway goes by it."""
+    name = check_name(call.path("name"), field="name")
+    call.caller.check_model(name, Right.OWN)
+    bus = call.gateway.bus
+    request = ChangeRequest(change, name, **call.caller.asker._asdict(), **fields)
+    answer = await ask_owner(
+        bus,
+        "changeModel",
+        bus.names.partition(name),
+        MessageType.CHANGE,
+        codec.encode(request),
+        answers=MessageType.CHANGED,
+    )
+    ownership = codec.decode(answer, Ownership)
+    await heard(lambda: _heard(call, ownership))
+    return Reply(_told(ownership))
+
+
+def _heard(call: Call, ownership: Ownership) -> bool:
+    known = call.gateway.catalog.owners.of(ownership.owned)
+    return known is not None and known.revision >= ownership.revision
+
+
+def _told(ownership: Ownership) -> bodies_models.Grants:
+    uses = [bodies_models.Grant(tenant, "use") for tenant in ownership.uses]
+    writes = [bodies_models.Grant(tenant, "write") for tenant in ownership.writes]
+    return bodies_models.Grants(ownership.owned, ownership.tenant, [*uses, *writes], ownership.revision)
+
+
+async def _show(call: Call) -> Reply:
+    return await _asked(call, Change.SHOW_OWNER)
+
+
+async def _grant(call: Call) -> Reply:
+    right = Right.WRITE if call.body.right == "write" else Right.USE
+    return await _asked(call, Change.GRANT, grantee=call.path("tenant"), right=int(right))
+
+
+async def _revoke(call: Call) -> Reply:
+    return await _asked(call, Change.GRANT, grantee=call.path("tenant"), right=int(Right.NONE))
+
+
+async def _hand_over(call: Call) -> Reply:
+    return await _asked(call, Change.HAND_OVER, grantee=call.body.tenant)
+
+
+_ONE = "/v1/models/{name}/grants/{tenant}"
+_ANSWER = {200: bodies_models.Grants}
+
+ROWS = [
+    Row(
+        "GET",
+        "/v1/models/{name}/grants",
+        "Show who owns a model and what others may do with it",
+        TAG,
+        _show,
+        _ANSWER,
+        "models:read",
+        errors=(404, 503),
+    ),
+    Row(
+        "PUT",
+        _ONE,
+        "Grant a tenant, or with * every tenant, the use of a model, or writing to it",
+        TAG,
+        _grant,
+        _ANSWER,
+        "models:write",
+        body=bodies_models.WantedGrant,
+        errors=(404, 503),
+    ),
+    Row(
+        "DELETE",
+        _ONE,
+        "Take back what a tenant, or with * every tenant, was granted",
+        TAG,
+        _revoke,
+        _ANSWER,
+        "models:write",
+        errors=(404, 503),
+    ),
+    Row(
+        "PUT",
+        "/v1/models/{name}/owner",
+        "Let another tenant own a model",
+        TAG,
+        _hand_over,
+        _ANSWER,
+        "admin",
+        body=bodies_models.WantedOwner,
+        errors=(404, 503),
+    ),
+]
