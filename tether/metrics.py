@@ -88,6 +88,15 @@ HANDED_BACK = Counter(
 REDELIVERED = Counter("tether_redelivered_total", "Messages that were delivered more than once.", ["model"])
 DEAD_LETTERS = Counter("tether_dead_letters_total", "Jobs that became dead letters.", ["model"])
 RESULTS_REFUSED = Counter("tether_results_refused_total", "Results that came second and were refused.")
+RESULTS_WAITING = Gauge(
+    "tether_results_waiting",
+    "Ended durable jobs whose results this worker could not store for a second or more: alarm when it stays above 0.",
+)
+RESULTS_WITHOUT_ROOM = Counter(
+    "tether_results_without_room_total",
+    "Durable jobs that ended as failed (storage_full) because results had no room for their outputs.",
+    ["model"],
+)
 PULL_RESETS = Counter("tether_pull_resets_total", "Pulls begun anew because the broker fell silent.")
 MODEL_CRASHES = Counter(
     "tether_model_crashes_total",

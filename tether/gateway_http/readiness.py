@@ -86,8 +86,9 @@ class Readiness:
             await self._tries[name]()
         except JetStreamError as error:
             return "ok" if error.err_code == _NO_TTL else error.message
-        except QueueFull:
-            return "ok"  # it is full of other work: requests are answered, by 429
+        except QueueFull as full:
+            # a full lane is full of other work: requests are answered, by 429; with full results no job can end
+            return "ok" if name != RESULTS else f"results of durable jobs have no room: {full.message}"
         except TetherError as error:
             return error.message
         return "ok"

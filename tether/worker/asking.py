@@ -51,6 +51,8 @@ class Asking:
         self._shut = [False] * LEVELS
         """Levels of which a message was handed back, until one could begin again."""
         self._begun_at = clock.monotonic()
+        self._resting = False
+        """No durable job begins: their ends find no room."""
 
     def configure(self, strategy: LoadBalancing, copies: int) -> None:
         """What counts from now on; ``copies`` is how many runs are made side by side."""
@@ -67,14 +69,21 @@ class Asking:
         most = max(self._slots, self.copies + 1)
         if not self._by_need:
             turns = balance.turns(self._strategy, self._weight, self._runs.capacity)
-            for pull in self.pulls.values():
-                pull.share(most - self.copies, turns)
+            for level, pull in self.pulls.items():
+                pull.share(0 if level and self._resting else most - self.copies, turns)
             return
         stalled = self._stalled(self._clock.monotonic())
         for level, pull in self.pulls.items():
             waiting = self._queue.ahead(level)
             credit = self._runs.pace.wanted(running=self.running, copies=self.copies, waiting=waiting, most=most)
-            pull.share(0 if stalled or self._shut[level] else credit)
+            pull.share(0 if stalled or self._shut[level] or (level and self._resting) else credit)
+
+    def rest(self, *, durable: bool) -> None:
+        """Whether durable jobs stay where they are; those who wait for an answer go on."""
+        if durable != self._resting:
+            self._resting = durable
+            self.arrived.set()
+            self.share()
 
     def _stalled(self, now: float) -> bool:
         """Whether the runs of now take longer than was expected."""
@@ -154,7 +163,7 @@ class Asking:
                 urgent = True
             elif self._known_empty(level):
                 self._queue.served(level, now)
-        return self._queue.order(now)
+        return [0] if self._resting else self._queue.order(now)
 
     def _known_empty(self, level: int) -> bool:
         return not self._opening[level] and self.pulls[level].empty

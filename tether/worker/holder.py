@@ -124,6 +124,11 @@ class Holder:
         """Those of the held ones that are loaded."""
         return tuple(ref for ref in self.ready() if self._held[ref].instance.copies.loaded)
 
+    def waiting_results(self) -> str:
+        """Why ends of durable jobs are not stored; empty while they are."""
+        found = [held.instance.intake.answers.waiting for held in self._held.values()]
+        return next(filter(None, found), "")
+
     def running(self) -> int:
         return sum(held.instance.running for held in self._held.values())
 

@@ -26,6 +26,7 @@ from tether.model import Manifest
 from tether.model_config import LoadBalancing
 from tether.worker.apart import Apart
 from tether.worker.asking import Asking
+from tether.worker.ending import Ending
 from tether.worker.intake import Bundle, Intake
 from tether.worker.keepalive import KeepAlive
 from tether.worker.loadout import Serving
@@ -37,8 +38,6 @@ from tether.worker.withdrawn import Withdrawn
 
 log = logging.getLogger(__name__)
 
-_ENDING = 8
-"""Runs whose ends may be on their way beside those that run: a slow broker holds the next runs back."""
 _LAST_S = 2.0
 """How long a stopping version may take to hand back what it has in hand."""
 
@@ -96,8 +95,8 @@ class ModelInstance:
         """What is in hand, in order of arrival, until it is settled or left."""
         self._waiting: set[str] = set()
         """Deliveries that hold a slot of their lane: nothing of them has begun."""
-        self._ending = 0
         self._changed = asyncio.Event()
+        self._ending = Ending(self._ends_changed)
         self._holding = asyncio.Event()
         self._stopping = False
 
@@ -258,7 +257,7 @@ class ModelInstance:
     async def _serve(self) -> None:
         """Begin the next run whenever a copy is free."""
         while True:
-            while self._asking.running >= self._asking.copies or self._ending >= self._asking.copies + _ENDING:
+            while self._asking.running >= self._asking.copies or self._ending.full(self._asking.copies):
                 self._changed.clear()
                 await self._changed.wait()
             level = await self._asking.next_level()
@@ -283,10 +282,10 @@ class ModelInstance:
             late = [end.ticket for end in over]
             self.queue.remove(lambda ticket: ticket in late)
             turn = turn.without(late)
-            self._ending += 1
+            self._ending.expect()
             self._tasks.spawn(self._end(late, over), "work")
         if turn.tickets:
-            self._ending += 1
+            self._ending.expect()
             self._asking.began()
             self._tasks.spawn(self._run(turn), "work")
 
@@ -334,26 +333,29 @@ class ModelInstance:
         """Deliver how jobs ended, after a run of ``tickets``; ``None``, or a failure to do so, leaves their bundles for
         redelivery."""
         delivered = False
-        try:
-            if ends is not None:
-                await self._deliver(ends)
-                delivered = True
-        except TetherError as error:
-            log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
-        finally:
-            self._ending -= 1
-            moment = self._bus.clock.monotonic()
-            for ticket in tickets:
-                ticket.bundle.running -= 1
-                ticket.bundle.touched_at = moment
-                if not delivered:
-                    self._abandon(ticket.bundle)
-            self._changed.set()
+        with self._ending.sending(durable=tickets[0].bundle.durable):
+            try:
+                if ends is not None:
+                    await self._deliver(ends)
+                    delivered = True
+            except TetherError as error:
+                log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
+            finally:
+                moment = self._bus.clock.monotonic()
+                for ticket in tickets:
+                    ticket.bundle.running -= 1
+                    ticket.bundle.touched_at = moment
+                    if not delivered:
+                        self._abandon(ticket.bundle)
         for end in (ends or ()) if delivered else ():
             await self._one_less(end.ticket.bundle)
         for bundle in bundles_of(tickets):
             if bundle.leaving and bundle in self._bundles:
                 self._leave(bundle)
+
+    def _ends_changed(self) -> None:
+        self._asking.rest(durable=self._ending.durable_full)
+        self._changed.set()
 
     async def _deliver(self, ends: Sequence[End]) -> None:
         told = [end for end in ends if end.outcome is not None]

@@ -63,7 +63,7 @@ class Intake:
         self._keyring = keyring
         self._settings = bus.settings
         self._model = model
-        self._answers = Answers(bus)
+        self.answers = Answers(bus)
 
     async def open(self, delivery: BusDelivery) -> Bundle | None:
         """Verify, then decode. What fails is acknowledged: delivering it again would change nothing.
@@ -150,7 +150,7 @@ class Intake:
         if bundles[0].durable:
             deadlines = {job.id: job.deadline for bundle in bundles for job in bundle.jobs}
             ends = [as_it_counts(outcome, deadlines.get(outcome.job, math.inf)) for outcome in outcomes]
-            await self._answers.commit(self._model, ends)
+            await self.answers.commit(self._model, ends)
             return
         for outcome in outcomes:
             metrics.JOBS_FINISHED.labels(self._model, outcome.state.value).inc()
@@ -161,4 +161,4 @@ class Intake:
             by_reply.setdefault(bundle.header.reply, []).extend(found)
         for reply, group in by_reply.items():
             if reply.startswith(self._bus.names.reply("")):
-                await self._answers.reply(reply, group)
+                await self.answers.reply(reply, group)

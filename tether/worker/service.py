@@ -153,6 +153,7 @@ class WorkerService:
         return {
             "broker": "ok" if self._bus.connected else "not connected",
             "registration": self.registrar.refused or "ok",
+            "results": self.holder.waiting_results() or "ok",
         }
 
     @property
