@@ -163,8 +163,8 @@ class JobRecord(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        """The key of the record in its bucket."""
-        return record_key(self.id)
+        """The key of the record in its bucket. Ids of homes of before do not begin with their tenant's mark."""
+        return record_key(self.id) if self.id.startswith(tenant_mark(self.tenant)) else self.id[:RECORD_KEY_LENGTH]
 
 
 class AttemptNote(msgspec.Struct, frozen=True):
@@ -217,20 +217,42 @@ def new_request_id() -> str:
 RECORD_KEY_LENGTH = 24
 """Characters of a job's id that name its record; the others make the id a new one each time a key is used again."""
 
+_MARK_LENGTH = 8
+
+
+def tenant_mark(tenant: str) -> str:
+    """The first characters of the ids of a tenant's durable jobs: its records are found by them, without a look at others'."""
+    return hashlib.blake2b(tenant.encode(), digest_size=_MARK_LENGTH // 2, person=b"tether-mark").hexdigest()
+
 
 def record_key(job_id: str) -> str:
-    """The key of a job's record in the bucket ``jobs``, from the job's id."""
-    return job_id[:RECORD_KEY_LENGTH]
+    """The key of a job's record in the bucket ``jobs``, from the job's id: the mark of its tenant, and the rest."""
+    return f"{job_id[:_MARK_LENGTH]}.{job_id[_MARK_LENGTH:RECORD_KEY_LENGTH]}"
+
+
+def older_record_keys(job_id: str) -> tuple[str, str]:
+    """The keys that records have in homes of before."""
+    return job_id[:RECORD_KEY_LENGTH], job_id
 
 
 def idempotency_digest(tenant: str, key: str) -> str:
     """What an Idempotency-Key stands for: the same for the same tenant and key, on every gateway and after every
-    restart. The id of its job begins with :func:`record_key` of it. Homes of before have jobs whose whole id it is."""
+    restart. The id of its job begins with its first :data:`RECORD_KEY_LENGTH` characters."""
     digest = hashlib.blake2b(f"{tenant}\0{key}".encode(), digest_size=16, person=b"tether-idem")
-    return digest.hexdigest()
+    return tenant_mark(tenant) + digest.hexdigest()
+
+
+def digest_of_before(digest: str) -> str:
+    """:func:`idempotency_digest` as homes of before have it: ids of jobs there begin with it, or are it."""
+    return digest[_MARK_LENGTH:]
+
+
+def new_durable_job_id(tenant: str) -> JobId:
+    """An id for a durable job without an Idempotency-Key."""
+    return JobId(tenant_mark(tenant) + _random.take(12).hex())
 
 
 def new_keyed_job_id(digest: str) -> JobId:
     """An id for a job under an Idempotency-Key. No two jobs have the same one, also when the key is used again after
     its first job was forgotten: what is still stored of that one cannot be taken for the new one's."""
-    return JobId(record_key(digest) + _random.take(4).hex())
+    return JobId(digest[:RECORD_KEY_LENGTH] + _random.take(4).hex())

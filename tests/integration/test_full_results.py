@@ -105,7 +105,7 @@ async def test_a_job_that_was_ended_meanwhile_waits_no_longer(short: Services) -
     await wait_until(lambda: waits(worker), "its result waits")
     cancelling = asyncio.create_task(short.gateway.jobs.cancel(TENANT, job))
     await bound(short, 1000)
-    (end,) = await asyncio.gather(cancelling, return_exceptions=True)
+    end: object = (await asyncio.gather(cancelling, return_exceptions=True))[0]
     await wait_until(lambda: worker.checks()["results"] == "ok", "the worker has let go")
     (found,) = await ends(short, [job])
     assert found["state"] == ("succeeded" if isinstance(end, ResultConflict) else "cancelled")

@@ -20,7 +20,7 @@ from tether.envelope import MessageType
 from tether.errors import IdempotencyConflict, JobNotFound, QueueFull
 from tether.gateway_http import core
 from tether.gateway_http.catalog import Served
-from tether.job import JobId, JobRecord, Priority, idempotency_digest, new_job_id, record_key
+from tether.job import JobId, JobRecord, Priority, digest_of_before, idempotency_digest, new_job_id, record_key
 from tether.tensor import to_numpy
 
 
@@ -176,33 +176,58 @@ async def test_a_claim_whose_gateway_died_is_stored_again_under_the_same_id(one:
     assert output(await one.gateway.jobs.get(TENANT, again["id"], 20))[0, 0] == 2.0
 
 
-async def test_records_of_homes_of_before_are_found_by_id_and_by_key(one: Services) -> None:
-    """Their key in the bucket is the whole id, which an Idempotency-Key gave them."""
+@pytest.mark.parametrize("length", [24, 32])
+async def test_records_of_homes_of_before_are_found_by_id_and_by_key(one: Services, length: int) -> None:
+    """Their key in the bucket is the whole id, which an Idempotency-Key gave them, or as much of it as the key gave."""
     served = await halted(one)
     (made,) = await submit(one, new_job(served, row(1), key="old"))
     records = one.gateway.jobs._records
     (record,) = (await records.find([made["id"]])).values()
     await records.leave([await records.accept(claimed(record))])
-    keyed, plain = JobId(idempotency_digest(TENANT, "old")), new_job_id()
+    digest = digest_of_before(idempotency_digest(TENANT, "old"))
+    keyed, plain = JobId(digest[:length] + new_job_id()[length:]), new_job_id()
     for job_id in (keyed, plain):
-        await put_as_before(one, msgspec.structs.replace(record, id=job_id))
+        await put_as_before(one, msgspec.structs.replace(record, id=job_id), length)
     assert (await one.gateway.jobs.get(TENANT, plain))["id"] == plain
     (again,) = await submit(one, new_job(served, row(1), key="old"))
     assert again["id"] == keyed
     with pytest.raises(IdempotencyConflict):
         await submit(one, new_job(served, row(2), key="old"))
-    assert sorted(await listed(one)) == sorted([keyed, plain])
+    assert await one.gateway.jobs.room.open.count(TENANT) == 2
+    assert await one.gateway.jobs.list("other", state="", model="", limit=9, cursor="") == ([], None)
+    (newest,) = await submit(one, new_job(served, row(3)))
+    assert set(await listed(one)) == {keyed, plain, newest["id"]}
+    page, cursor = await one.gateway.jobs.list(TENANT, state="", model="", limit=1, cursor="")
+    assert [job["id"] for job in page] == [newest["id"]]
+    rest, end = await one.gateway.jobs.list(TENANT, state="", model="", limit=9, cursor=str(cursor))
+    assert ({job["id"] for job in rest}, end) == ({keyed, plain}, None)
+
+
+async def test_a_claim_of_a_home_of_before_is_stored_again_under_its_id_and_key(one: Services) -> None:
+    served = await halted(one)
+    (made,) = await submit(one, new_job(served, row(1), key="old"))
+    records = one.gateway.jobs._records
+    (record,) = (await records.find([made["id"]])).values()
+    await records.leave([await records.accept(claimed(record))])
+    digest = digest_of_before(idempotency_digest(TENANT, "old"))
+    older = msgspec.structs.replace(claimed(record), id=JobId(digest[:24] + new_job_id()[24:]))
+    assert older.key == digest[:24]
+    await records._put(older)
+    (again,) = await submit(one, new_job(served, row(1), key="old"))
+    assert again["id"] == older.id
+    assert (await one.gateway.jobs.get(TENANT, older.id))["id"] == older.id
 
 
 def claimed(record: JobRecord) -> JobRecord:
     return msgspec.structs.replace(record, bundle="", storing=record.bundle)
 
 
-async def put_as_before(running: Services, record: JobRecord) -> None:
-    """As gateways stored records when a record's key was its job's id and no field ``storing`` was known."""
+async def put_as_before(running: Services, record: JobRecord, length: int) -> None:
+    """As gateways stored records when a record's key was so much of its job's id; the oldest know no field ``storing``."""
     bus, fields = running.bus, msgspec.to_builtins(record)
-    del fields["storing"]
-    subject = bus.names.bucket_key("jobs", record.id)
+    if length == len(record.id):
+        del fields["storing"]
+    subject = bus.names.bucket_key("jobs", record.id[:length])
     frame = bus.signer.seal(MessageType.RECORD, subject, codec.pack(fields))
     await bus.publish_acked(subject, frame, headers={"Nats-TTL": "600"})
 

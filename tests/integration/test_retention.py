@@ -174,13 +174,16 @@ async def test_a_tenant_that_keeps_little_is_spared_when_another_ones_jobs_make_
     assert 0 < len(await known(one, flood)) < 380
 
 
-async def test_records_of_homes_of_before_are_forgotten_too(short: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("length", [24, 32])
+async def test_records_of_homes_of_before_are_forgotten_too(
+    short: Services, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
     served = await short.push("bump", models.add())
     ids = await submit(short, served, 1)
     await ended(short, ids)
     records = short.gateway.jobs._records
     (record,) = (await records.find(ids)).values()
-    subject = short.bus.names.bucket_key("jobs", record.id)
+    subject = short.bus.names.bucket_key("jobs", record.id[:length])
     frame = short.bus.signer.seal(MessageType.RECORD, subject, codec.encode_record(record))
     await short.bus.publish_acked(subject, frame)
     stored = await short.bus.direct_get(records.raw.stream, records.raw.subject(record.key))
@@ -302,8 +305,8 @@ async def holds(running: Services, kept: dict[str, int]) -> bool:
 async def test_a_list_ends_where_the_kept_jobs_do(one: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many were forgotten before them: no page of it is empty for want of what is gone."""
     served = await one.push("bump", models.add())
-    monkeypatch.setattr("tether.gateway_http.jobs._WINDOW", 8)
-    monkeypatch.setattr("tether.gateway_http.jobs._MAX_WINDOWS", 2)
+    monkeypatch.setattr("tether.gateway_http.job_list._WINDOW", 8)
+    monkeypatch.setattr("tether.gateway_http.job_list._MAX_RECORDS", 16)
     gone = await submit(one, served, 200)
     ids = await submit(one, served, 5)
     await ended(one, [*gone, *ids])

@@ -15,9 +15,11 @@ from tether.job import (
     Sealed,
     as_it_counts,
     idempotency_digest,
+    new_durable_job_id,
     new_job_id,
     new_keyed_job_id,
     record_key,
+    tenant_mark,
 )
 from tether.model import Batching, Manifest, ModelFile, TensorSpec
 from tether.tensor import Tensor
@@ -128,7 +130,12 @@ def test_job_ids_are_unguessable_and_never_the_same() -> None:
     keyed = {new_keyed_job_id(digest) for _ in range(100)}
     assert len(keyed) == 100
     assert {record_key(job) for job in keyed} == {record_key(digest)}
-    assert {len(job) for job in (*keyed, new_job_id(), digest)} == {32}
+    plain = {new_durable_job_id("t") for _ in range(100)}
+    assert len(plain) == 100
+    assert {len(job) for job in (*keyed, *plain, new_job_id())} == {32}
+    assert {job[:8] for job in keyed | plain} == {tenant_mark("t")}
+    assert {record_key(job).partition(".")[0] for job in keyed | plain} == {tenant_mark("t")}
+    assert tenant_mark("t") != tenant_mark("u")
 
 
 def test_states_are_the_closed_set() -> None:

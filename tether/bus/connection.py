@@ -190,6 +190,13 @@ class Bus(Link):
         request = {"batch": batch, "seq": start, "next_by_subj": subjects, "max_bytes": max_bytes}
         return (await self._batch(stream, request, timeout))[0]
 
+    async def direct_since(self, stream: str, subjects: str, time: str, *, timeout: float = 5.0) -> int:
+        """The sequence of the first message of ``stream`` that matches ``subjects`` and was stored at ``time`` (as in
+        ``Nats-Time-Stamp``) or later; 0 when there is none."""
+        request = {"batch": 1, "start_time": time, "next_by_subj": subjects}
+        got, _ = await self._batch(stream, request, timeout)
+        return got[0].sequence if got else 0
+
     async def _batch(self, stream: str, request: object, timeout: float) -> tuple[list[Stored], bool]:
         subject, payload = f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(request)
         collected: list[Message] = []

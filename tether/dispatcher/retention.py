@@ -23,7 +23,7 @@ from tether.bus.stream_use import StreamUse, stream_use
 from tether.bus.topology import scopes_with_streams
 from tether.dispatcher.open_records import decoded
 from tether.errors import TetherError
-from tether.job import SHARED, record_key
+from tether.job import SHARED, older_record_keys, record_key
 
 log = logging.getLogger(__name__)
 
@@ -173,8 +173,7 @@ class Retention:
         jobs = [_job_of(item) for item in ends]
         found = _by_job(await self._read({record_key(job) for job in jobs}))
         if older := {job for job in jobs if job not in found}:
-            # homes of before have records whose key is the whole id
-            found |= _by_job(await self._read(older))
+            found |= _by_job(await self._read({key for job in older for key in older_record_keys(job)}))
         return found
 
     async def _read(self, keys: set[str]) -> Iterable[Stored]:

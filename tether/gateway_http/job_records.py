@@ -21,7 +21,7 @@ from tether.bus.connection import Bus, Stored
 from tether.bus.kv import KvBucket
 from tether.envelope import MessageType
 from tether.errors import BadEncoding, TetherError, VersionConflict
-from tether.job import JobId, JobRecord, record_key
+from tether.job import JobId, JobRecord, digest_of_before, older_record_keys, record_key, tenant_mark
 
 log = logging.getLogger(__name__)
 
@@ -55,25 +55,37 @@ class Records:
         found = await self._read({record_key(job_id) for job_id in wanted})
         by_id = {record.id: record for record, _ in found.values()}
         if len(by_id.keys() & set(wanted)) < len(wanted):
-            # homes of before have records whose key is the whole id
-            older = await self._read({job_id for job_id in wanted if job_id not in by_id})
+            missing = [job_id for job_id in wanted if job_id not in by_id]
+            older = await self._read({key for job_id in missing for key in older_record_keys(job_id)})
             by_id.update({record.id: record for record, _ in older.values()})
         return {JobId(job_id): by_id[JobId(job_id)] for job_id in wanted if accepted(by_id.get(JobId(job_id)))}
 
     async def held(self, digests: Sequence[str]) -> dict[str, Held]:
         """What the Idempotency-Keys with these digests have."""
-        keys = [key for digest in digests for key in (record_key(digest), digest)]
-        subjects = {self.raw.subject(key): key for key in keys}
+        keys = {digest: (record_key(digest), *older_record_keys(digest_of_before(digest))) for digest in digests}
+        subjects = {self.raw.subject(key): key for several in keys.values() for key in several}
         stored = await self._bus.direct_batch(self.raw.stream, list(subjects))
         by_key = {subjects[subject]: item for subject, item in stored.items()}
-        return {digest: self._held(by_key.get(record_key(digest)), by_key.get(digest)) for digest in digests}
+        return {digest: self._held([by_key.get(key) for key in several]) for digest, several in keys.items()}
 
-    def _held(self, item: Stored | None, older: Stored | None) -> Held:
-        """A job of a home of before that was accepted under the key counts; what was only claimed does not."""
-        before = None if older is None else self.opened(older.subject, older.data)
-        if before is not None and accepted(before):
-            return Held(before, older.sequence if older is not None else 0)
-        return Held() if item is None else Held(self.opened(item.subject, item.data), item.sequence)
+    def _held(self, items: Sequence[Stored | None]) -> Held:
+        """Of a key's three subjects the newest form counts first; of the oldest form only a job that was accepted."""
+        opened = [None if item is None else self.opened(item.subject, item.data) for item in items]
+        if not accepted(opened[-1]):
+            opened[-1] = None
+        for item, record in zip(items, opened, strict=True):
+            if item is not None and record is not None:
+                return Held(record, item.sequence)
+        return Held() if items[0] is None else Held(None, items[0].sequence)
+
+    def subjects_of(self, tenant: str) -> str:
+        """All records of a tenant, and hardly any other one's."""
+        return self.raw.subject(f"{tenant_mark(tenant)}.*")
+
+    @property
+    def subjects_of_before(self) -> str:
+        """All records that homes of before left, of every tenant."""
+        return self.raw.subject("*")
 
     async def _read(self, keys: set[str]) -> dict[str, tuple[JobRecord, int]]:
         stored = await self._bus.direct_batch(self.raw.stream, [self.raw.subject(key) for key in keys])

@@ -29,7 +29,7 @@ from tether.job import (
     JobState,
     Priority,
     idempotency_digest,
-    new_job_id,
+    new_durable_job_id,
     new_keyed_job_id,
 )
 from tether.lifecycle import Tasks
@@ -131,7 +131,7 @@ class JobSubmitter:
 
     def _submission(self, tenant: str, scope: str, request: NewJob, now: float) -> Submission:
         key = idempotency_digest(tenant, request.idempotency_key) if request.idempotency_key else ""
-        job_id = new_keyed_job_id(key) if key else new_job_id()
+        job_id = new_keyed_job_id(key) if key else new_durable_job_id(tenant)
         deadline = now + request.deadline_s
         job = Job(job_id, tenant, request.inputs, deadline, request.outputs, request.request_id, request.traceparent)
         digest = _digest(request) if key else ""

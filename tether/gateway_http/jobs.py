@@ -8,9 +8,8 @@ these whenever somebody asks, so there is no state that could be written wrongly
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from functools import partial
 from typing import Any
 
 from tether import codec
@@ -23,6 +22,7 @@ from tether.envelope import MessageType
 from tether.errors import BrokerUnavailable, DeadlineExceeded, JobCancelled, JobNotFound, ResultConflict
 from tether.gateway_http.catalog import Catalog
 from tether.gateway_http.job_ends import JobEnds
+from tether.gateway_http.job_list import Asked, JobList, Page, Sees, before
 from tether.gateway_http.job_records import Records
 from tether.gateway_http.job_room import JobRoom
 from tether.gateway_http.job_submit import JobSubmitter, NewJob
@@ -36,19 +36,6 @@ _SOON_S = 0.005
 """After a result was heard of: it is heard when it is sent, and may be stored a moment later."""
 _GATHER_S = 0.02
 """Of many jobs many end together: one look for all of them."""
-
-_WINDOW = 512
-_MAX_WINDOWS = 20
-
-
-Row = tuple[int, JobRecord]
-"""A record and its sequence in the bucket's stream."""
-
-Rows = list[Row]
-Page = tuple[list[dict[str, Any]], str | None]
-
-Sees = Callable[[str], bool]
-"""Whether the caller may use a model of this name."""
 
 
 def _all(_model: str) -> bool:
@@ -67,6 +54,7 @@ class JobService:
         self._results = BusResults(bus)
         self._attempts = KvBucket(bus, "attempts")
         self._records = Records(bus)
+        self._list = JobList(bus, self._records, self._states)
         self._ends = JobEnds(bus)
         self._submitter = JobSubmitter(bus, catalog, tenants, tasks, seals, records=self._records, room=room)
 
@@ -145,44 +133,13 @@ class JobService:
         return [job for job in ids if job not in ended and states[job].record.deadline + STORED_S > now]
 
     async def list(self, tenant: str, *, state: str, model: str, limit: int, cursor: str, sees: Sees = _all) -> Page:
-        """A tenant's jobs of models that the caller sees, newest first; and the next page's cursor (None: no more)."""
-        page = partial(self._page, tenant, state, lambda name: model in ("", name) and sees(name), limit, cursor)
-        return await Patience(self._bus).until_done(page)
+        """A tenant's jobs of models that the caller sees, newest first; and the next page's cursor (None: no more).
 
-    async def _page(self, tenant: str, state: str, wanted: Sees, limit: int, cursor: str) -> Page:
-        stream, subjects = self._records.raw.stream, self._records.raw.subject(">")
-        upper = int(cursor) - 1 if cursor else await self._bus.direct_last(stream, subjects)
-        oldest = await self._bus.direct_page(stream, subjects, start=1, batch=1, max_bytes=1)
-        end = oldest[0].sequence if oldest else upper + 1
-        found: list[dict[str, Any]] = []
-        for _ in range(_MAX_WINDOWS):
-            if upper < end:
-                return found, None
-            lower = max(1, upper - _WINDOW + 1)
-            rows = await self._window(tenant, wanted, lower, upper)
-            states = await self._states([record for _, record in rows])
-            for sequence, record in reversed(rows):
-                shown = view(states[record.id])
-                if state and shown["state"] != state:
-                    continue
-                found.append(shown)
-                if len(found) == limit:
-                    return found, str(sequence)
-            upper = lower - 1
-        return found, str(upper + 1)
-
-    async def _window(self, tenant: str, wanted: Sees, lower: int, upper: int) -> Rows:
-        rows: Rows = []
-        stream, subjects = self._records.raw.stream, self._records.raw.subject(">")
-        async for item in self._bus.direct_scan(stream, subjects, start=lower, batch=_WINDOW):
-            if item.sequence > upper:
-                break
-            record = self._records.opened(item.subject, item.data)
-            if record is None or record.tenant != tenant or not record.bundle:
-                continue
-            if wanted(record.model):
-                rows.append((item.sequence, record))
-        return rows
+        Raises:
+            InvalidRequest: the cursor is none of an earlier page.
+        """
+        asked = Asked(tenant, state, lambda name: model in ("", name) and sees(name), limit, before(cursor))
+        return await Patience(self._bus).until_done(lambda: self._list.page(asked))
 
     # cancel
 

@@ -30,6 +30,8 @@ class _Count:
     """Of those that are not in the shared scope."""
     seen: int = 0
     """The last record that was read, by its sequence."""
+    seen_of_before: int = 0
+    """The same of those that homes of before left."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     looks: int = 0
     """How many looks have begun."""
@@ -47,7 +49,7 @@ class OpenJobs:
 
     def _begin_anew(self) -> None:
         for count in self._counts.values():
-            count.seen = 0
+            count.seen = count.seen_of_before = 0
 
     def known(self, tenant: str) -> int:
         """How many there were when this gateway last looked, and those it accepted since."""
@@ -108,12 +110,18 @@ class OpenJobs:
         return len(count.ends)
 
     async def _read(self, count: _Count, tenant: str) -> None:
-        bucket = self._records.raw
-        async for item in self._bus.direct_scan(bucket.stream, bucket.subject(">"), start=count.seen + 1, batch=_BATCH):
-            count.seen = item.sequence
+        count.seen = await self._read_from(count, tenant, self._records.subjects_of(tenant), count.seen)
+        older = self._records.subjects_of_before
+        count.seen_of_before = await self._read_from(count, tenant, older, count.seen_of_before)
+
+    async def _read_from(self, count: _Count, tenant: str, subjects: str, seen: int) -> int:
+        """How far the records are read after this."""
+        async for item in self._bus.direct_scan(self._records.raw.stream, subjects, start=seen + 1, batch=_BATCH):
+            seen = item.sequence
             record = self._records.opened(item.subject, item.data)
             if record is not None and record.id not in count.ends:
                 self._take(count, tenant, record)
+        return seen
 
     def _take(self, count: _Count, tenant: str, record: JobRecord) -> None:
         end = record.deadline + _AFTER_DEADLINE_S

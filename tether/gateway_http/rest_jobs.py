@@ -36,7 +36,7 @@ class JobsQuery(Struct, forbid_unknown_fields=True):
     model: Annotated[str, Meta(description="Only jobs of this model.", max_length=64)] = ""
     limit: Annotated[int, Meta(ge=1, le=1000, description="Most jobs in one answer.")] = 100
     cursor: Annotated[
-        str, Meta(pattern="^[0-9]{0,18}$", description="`next_cursor` of the answer before this one.")
+        str, Meta(pattern="^[A-Za-z0-9_-]{0,64}$", description="`next_cursor` of the answer before this one.")
     ] = ""
 
 
