@@ -36,6 +36,7 @@ from tether.job import (
     Outcome,
     Priority,
     idempotency_digest,
+    new_durable_job_id,
     new_job_id,
     new_keyed_job_id,
 )
@@ -74,7 +75,7 @@ class _Keeper:
         """Every other one under an Idempotency-Key, which is stored twice."""
         number, now, bundle = next(self._numbers), self._gateway.clock.utc(), new_job_id()
         key = idempotency_digest("acme", f"nightly-{number}") if number % 2 else ""
-        job = new_keyed_job_id(key) if key else new_job_id()
+        job = new_keyed_job_id(key) if key else new_durable_job_id("acme")
         digest = os.urandom(32).hex() if key else ""
         record = JobRecord(
             job, "acme", "digits", 1, Priority.NORMAL, now, now + 86400, digest, "", "req-0123456789abcdef"

@@ -37,6 +37,7 @@ from tether.modelstore import assemble, changes
 from tether.modelstore.changes import Changes
 from tether.modelstore.configs import Configs
 from tether.modelstore.inspection import Inspection
+from tether.modelstore.inspection_turns import InspectionTurns
 from tether.modelstore.keeper import Keeper
 from tether.modelstore.model_keys import KeyMaker
 from tether.modelstore.notes import Notes
@@ -79,7 +80,7 @@ class ModelStoreService:
         self._bus = bus
         self._audit = audit
         self._scratch = instance.folder
-        self._inspections = asyncio.Semaphore(INSPECTIONS)
+        self._inspections = InspectionTurns(INSPECTIONS, bus.clock.monotonic)
         self.partitions = Partitions(bus, instance.name, self._looking_after, instance.dead)
         reading = Registry(bus)
         self._lenders = Lenders(bus)
@@ -273,7 +274,7 @@ class ModelStoreService:
         """Look at the files, whose pieces are safe from collections meanwhile and for as long again; the request comes back with
         the digests that they have."""
         store, settings = PieceKeeper(self._bus, self._bus.names.chunk_bucket(request.name)), self._bus.settings
-        async with self._inspections:
+        async with self._inspections.turn(request.tenant):
             began = self._bus.clock.monotonic()
             source = assemble.Source(request.files, store, self._scratch)
             if request.sealed is not None:
