@@ -160,6 +160,8 @@ class JobRecord(msgspec.Struct, frozen=True):
     """Whose lanes and results hold it; it stays when the tenant ceases to be isolated, or begins to be."""
     storing: str = ""
     """Of a job with an Idempotency-Key that is not accepted yet: message id of the bundle that is being stored."""
+    size: int = 0
+    """About how many bytes the job takes in its lane."""
 
     @property
     def key(self) -> str:

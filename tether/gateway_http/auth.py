@@ -168,6 +168,12 @@ class ApiKeys:
     def known(self) -> list[ApiKey]:
         return sorted(self._by_id.values(), key=lambda record: record.created_at)
 
+    def others(self, tenant: str) -> bool:
+        """Whether another tenant has a record, or a key that was not revoked; an administrator's makes no tenant."""
+        records = any(record.name != tenant for record in self._tenants.known())
+        keys = [key for key in self._by_id.values() if not key.revoked and "admin" not in key.scopes]
+        return records or any(key.tenant != tenant for key in keys)
+
     def find(self, key_id: str) -> ApiKey | None:
         return self._by_id.get(key_id)
 

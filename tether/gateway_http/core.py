@@ -59,7 +59,7 @@ class Gateway:
         self.limits = Limits(bus, tasks, self.keys.find, self.tenants.find)
         self.seals = TenantSeals(bus, keyring, self.tenants)
         room = JobRoom(bus, self.tenants)
-        self.jobs = JobService(bus, self.catalog, self.tenants, tasks, self.seals, room=room)
+        self.jobs = JobService(bus, self.catalog, self.tenants, tasks, self.seals, room=room, shared=self.keys.others)
         self._bundler = InferBundler(
             bus, tasks, self.catalog.worker_count, keyring, self.tenants.weight, policy=self.catalog.queue
         )

@@ -28,6 +28,8 @@ _ANSWER_S = 1.0
 _NEARLY = 0.97
 """Share of its bound at which a store takes no more jobs: others are on their way, and ends must find room."""
 
+_FILLS = 0.75
+
 T = TypeVar("T")
 
 
@@ -94,10 +96,11 @@ class JobStores:
         )
 
     async def _share(self, stream: str) -> float:
-        use = await self._use(stream)
+        use = await self.use(stream)
         return 0.0 if use is None else use.share
 
-    async def _use(self, stream: str) -> StreamUse | None:
+    async def use(self, stream: str) -> StreamUse | None:
+        """How full a stream was within the last second; None when that is not known."""
         at, use = self._uses.get(stream, (float("-inf"), None))
         if not self._may_look or self._is_fresh(at, use):
             return use
@@ -109,8 +112,8 @@ class JobStores:
         return use
 
     def _is_fresh(self, at: float, use: StreamUse | None) -> bool:
-        """A store that is full is looked at again sooner."""
-        full = use is not None and use.share >= _NEARLY
+        """A store that fills up is looked at again sooner."""
+        full = use is not None and use.share >= _FILLS
         return self._bus.clock.monotonic() - at < (_AGAIN_S if full else _LOOK_S)
 
     async def _look(self, stream: str, before: StreamUse | None) -> StreamUse | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 
 import msgspec
@@ -20,6 +21,7 @@ from tether.gateway_http.job_bundler import JobBundler, Submission
 from tether.gateway_http.job_ends import JobEnds, ids_of
 from tether.gateway_http.job_records import Entered, Held, Records
 from tether.gateway_http.job_room import JobRoom
+from tether.gateway_http.job_shares import JobShares
 from tether.gateway_http.job_stores import JobStores
 from tether.gateway_http.tenants import Tenants
 from tether.job import (
@@ -45,6 +47,9 @@ _CLAIM_S = 2.0
 """How long a claim that another request holds may take to be accepted, before its gateway is taken for dead."""
 
 _LOOK_S = 0.05
+
+JOB_OVERHEAD = 128
+"""Bytes that a job takes in its lane beside its inputs, about."""
 
 
 class NewJob(msgspec.Struct, frozen=True):
@@ -80,6 +85,7 @@ class JobSubmitter:
         *,
         records: Records,
         room: JobRoom,
+        shared: Callable[[str], bool],
     ) -> None:
         self._bus = bus
         self._catalog = catalog
@@ -89,6 +95,7 @@ class JobSubmitter:
         self._room = room
         self._ends = JobEnds(bus)
         self._stores = JobStores(bus)
+        self._shares = JobShares(bus, self._stores, tenants, shared)
         self._bundler = JobBundler(bus, tasks, tenants.weight, records, stores=self._stores, job_s=catalog.job_s)
 
     async def submit(self, tenant: str, requests: Sequence[NewJob]) -> list[Accepted]:
@@ -148,6 +155,7 @@ class JobSubmitter:
             bundle="",
             request_id=request.request_id,
             scope=scope,
+            size=job.size + JOB_OVERHEAD,
         )
         return Submission(lane, job, record, digest, key)
 
@@ -190,6 +198,7 @@ class JobSubmitter:
         streams = {self._bus.names.lane_stream(item.lane) for item in fresh.values()}
         scope = next(iter(fresh.values())).record.scope
         await self._stores.require(scope, streams)
+        await self._shares.require(tenant, self._by_stream(fresh))
         records = [item.record for item in fresh.values()]
         async with AsyncExitStack() as stack:
             await patience.until_done(lambda: stack.enter_async_context(self._room.hold(tenant, records)))
@@ -207,6 +216,13 @@ class JobSubmitter:
             if log.isEnabledFor(logging.DEBUG):
                 log.debug("accepted", extra={"action": "job_accepted", **ids_of(entered.record)})
         return stored
+
+    def _by_stream(self, fresh: Mapping[int, Submission]) -> Counter[str]:
+        """Bytes that the jobs take, by lane stream."""
+        found = Counter[str]()
+        for item in fresh.values():
+            found[self._bus.names.lane_stream(item.lane)] += item.record.size
+        return found
 
     async def _take_back(self, stored: Sequence[Entered]) -> None:
         """End the jobs of a request that is refused as a whole, and forget them: its client will send all of it again."""

@@ -8,7 +8,7 @@ these whenever somebody asks, so there is no state that could be written wrongly
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -46,7 +46,15 @@ class JobService:
     """Jobs of every tenant, as one gateway sees them."""
 
     def __init__(
-        self, bus: Bus, catalog: Catalog, tenants: Tenants, tasks: Tasks, seals: TenantSeals, *, room: JobRoom
+        self,
+        bus: Bus,
+        catalog: Catalog,
+        tenants: Tenants,
+        tasks: Tasks,
+        seals: TenantSeals,
+        *,
+        room: JobRoom,
+        shared: Callable[[str], bool],
     ) -> None:
         self._bus = bus
         self._seals = seals
@@ -56,7 +64,9 @@ class JobService:
         self._records = Records(bus)
         self._list = JobList(bus, self._records, self._states)
         self._ends = JobEnds(bus)
-        self._submitter = JobSubmitter(bus, catalog, tenants, tasks, seals, records=self._records, room=room)
+        self._submitter = JobSubmitter(
+            bus, catalog, tenants, tasks, seals, records=self._records, room=room, shared=shared
+        )
 
     async def submit(self, tenant: str, requests: Sequence[NewJob]) -> list[dict[str, Any]]:
         """Accept jobs; returns when the broker holds every one. See :meth:`JobSubmitter.submit` for what it raises."""

@@ -8,13 +8,14 @@ at the first record.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tether.bus.connection import Bus
 from tether.bus.queue import BusResults
 from tether.gateway_http.job_records import Records
-from tether.job import SHARED, JobId, JobRecord
+from tether.job import SHARED, JobId, JobRecord, Lane, LaneKind
 
 _BATCH = 512
 _AFTER_DEADLINE_S = 2.0
@@ -28,6 +29,8 @@ class _Count:
     ends: dict[JobId, float] = field(default_factory=dict)
     scopes: dict[JobId, str] = field(default_factory=dict)
     """Of those that are not in the shared scope."""
+    lanes: dict[JobId, tuple[str, int]] = field(default_factory=dict)
+    """The lane stream of each of them, and its bytes there."""
     seen: int = 0
     """The last record that was read, by its sequence."""
     seen_of_before: int = 0
@@ -55,6 +58,13 @@ class OpenJobs:
         """How many there were when this gateway last looked, and those it accepted since."""
         count = self._counts.get(tenant)
         return 0 if count is None else len(count.ends)
+
+    def waiting(self, tenant: str) -> dict[str, int]:
+        """Bytes of the jobs that :meth:`known` counts, by lane stream."""
+        count, found = self._counts.get(tenant), Counter[str]()
+        for stream, size in () if count is None else count.lanes.values():
+            found[stream] += size
+        return found
 
     def accepted(self, tenant: str, records: Iterable[JobRecord]) -> None:
         """Count jobs that this gateway accepted."""
@@ -130,6 +140,8 @@ class OpenJobs:
 
     def _add(self, count: _Count, record: JobRecord) -> None:
         count.ends[record.id] = record.deadline + _AFTER_DEADLINE_S
+        lane = Lane(LaneKind.JOB, record.model, record.version, scope=record.scope, priority=record.priority)
+        count.lanes[record.id] = self._bus.names.lane_stream(lane), record.size
         if record.scope != SHARED:
             count.scopes[record.id] = record.scope
 
@@ -156,3 +168,4 @@ class OpenJobs:
 def _forget(count: _Count, job: JobId) -> None:
     count.ends.pop(job, None)
     count.scopes.pop(job, None)
+    count.lanes.pop(job, None)
