@@ -10,7 +10,7 @@ import pytest
 from brokers import StartBroker
 from services import Services, new_job, services
 
-from tether.apikey import SCOPES, stored_key
+from tether.apikey import SCOPES, new_key_text, stored_key
 from tether.errors import QueueFull, QuotaExceeded
 from tether.gateway_http import core
 from tether.gateway_http.catalog import Served
@@ -110,12 +110,12 @@ async def test_a_tenant_with_more_weight_has_a_larger_share(short: Services, ser
 
 async def test_a_queue_is_all_of_the_only_tenants(short: Services, served: Served) -> None:
     keys = short.gateway.keys
-    await keys.store(stored_key("t" * 40, tenant="default", scopes=SCOPES, name="admin", created_at=1.0))
+    await keys.store(stored_key(new_key_text(), tenant="default", scopes=SCOPES, name="admin", created_at=1.0))
     assert not keys.others("greedy")
     with pytest.raises(QueueFull, match="the queue of durable jobs is full"):
         await fill(short, served, "greedy")
     assert await used(short) > 0.95
-    key = stored_key("u" * 40, tenant="modest", scopes=("jobs",), name="m", created_at=1.0)
+    key = stored_key(new_key_text(), tenant="modest", scopes=("jobs",), name="m", created_at=1.0)
     await keys.store(key)
     assert keys.others("greedy")
     await keys.revoke(key)
