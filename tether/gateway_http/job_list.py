@@ -55,7 +55,9 @@ def before(cursor: str) -> str:
     except (binascii.Error, ValueError):
         time = "-"
     if time and _TIME.fullmatch(time) is None:
-        raise InvalidRequest("cursor is not the next_cursor of an earlier answer; begin without one", field="cursor")
+        raise InvalidRequest(
+            "query parameter 'cursor' is not the next_cursor of an earlier answer; begin without one", field="cursor"
+        )
     return time
 
 
