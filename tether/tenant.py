@@ -24,7 +24,7 @@ class Quotas(msgspec.Struct, frozen=True):
     queued_jobs: int = 0
     """Durable jobs that were accepted and have not ended."""
     stored_bytes: int = 0
-    """Bytes of the model versions that the tenant pushed."""
+    """Bytes of the model versions that the tenant pushed, and of deleted ones until they are collected."""
     requests_per_minute: int = 0
 
 

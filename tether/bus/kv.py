@@ -86,8 +86,9 @@ class KvBucket:
             return True
         return False
 
-    async def delete(self, key: str) -> None:
-        await self._bus.publish_acked(self.subject(key), b"", headers={"KV-Operation": "DEL"})
+    async def delete(self, key: str, last: bytes = b"") -> None:
+        """Take the value away. ``last`` stays beside the note that it was deleted, for who asks what it was."""
+        await self._bus.publish_acked(self.subject(key), last, headers={"KV-Operation": "DEL"})
 
     async def forget(self, key: str, sequence: int) -> None:
         """Take away what the key had at ``sequence``; a second later nothing of the key is left in the stream. A broker that is

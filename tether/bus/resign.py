@@ -106,7 +106,7 @@ class _Work:
     async def through(self, bucket: SignedBucket, done: Resigned) -> None:
         raw = bucket.raw
         async for item in self.bus.direct_scan(raw.stream, raw.subject(">")):
-            if _signed_by(item.data) not in self.kids:
+            if item.headers.get("KV-Operation") or _signed_by(item.data) not in self.kids:
                 continue
             key = item.subject.removeprefix(raw.subject(""))
             envelope = self._safe(item, bucket.kind)

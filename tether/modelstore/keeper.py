@@ -140,23 +140,30 @@ class Keeper:
     async def _collect(self, partition: int) -> tuple[int, int]:
         """Bytes removed, and the pieces that no version named."""
         store = self._store(partition)
+        # before the snapshot: what they named was stored then
+        deleted = [left for left in await self._registry.deleted() if left.manifest.partition == partition]
         snapshot = await store.snapshot()
         # after the snapshot: a version that is younger claimed its pieces, which changed their meta messages
         named = (await self._named())[partition]
-        removed = 0
+        removed, gone = 0, set[str]()
 
         async def step(piece: Piece) -> None:
             nonlocal removed
             if piece.digest in named:
                 await self._bring_back(store, piece, named[piece.digest].size)
                 return
-            size = await self._put_away(store, piece, snapshot.now)
-            removed += size
+            if size := await self._put_away(store, piece, snapshot.now):
+                removed += size
+                gone.add(piece.digest)
 
         async with Window(_SIDE_BY_SIDE) as window:
             for piece in snapshot.pieces.values():
                 await window.start(step(piece))
-        return removed, len(snapshot.pieces.keys() - named.keys())
+        rest = snapshot.pieces.keys() - named.keys()
+        for left in deleted:
+            if all(digest not in rest - gone for file in left.manifest.files for digest, _ in file.pieces()):
+                await self._registry.collected(left)
+        return removed, len(rest)
 
     async def _bring_back(self, store: PieceKeeper, piece: Piece, size: int) -> None:
         if piece.state is State.UNREFERENCED:

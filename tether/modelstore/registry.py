@@ -7,6 +7,7 @@ and a move of an alias are each won by whoever's conditional write comes first.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import msgspec
@@ -35,6 +36,14 @@ class Versions(NamedTuple):
 
     newest: Manifest | None
     highest: int
+
+
+class Deleted(NamedTuple):
+    """What is kept of a deleted version: its manifest, and where that is."""
+
+    manifest: Manifest
+    subject: str
+    sequence: int
 
 
 class Registry:
@@ -68,10 +77,11 @@ class Registry:
         return Versions(newest, highest)
 
     def _manifest(self, key: str, item: Stored) -> Manifest | None:
-        if item.headers.get("KV-Operation"):
-            return None
+        return None if item.headers.get("KV-Operation") else self._opened(key, item)
+
+    def _opened(self, key: str, item: Stored) -> Manifest | None:
         try:
-            return open_manifest(self._bus.verifier, self._bus.names, key, item.data)
+            return open_manifest(self._bus.verifier, self._bus.names, key, item.data) if item.data else None
         except EnvelopeError:
             return None
 
@@ -234,14 +244,16 @@ class Registry:
         return True
 
     async def delete(self, model: str, version: int) -> None:
-        """Take a version away for good; its number is never given out again.
+        """Take a version away for good; its number is never given out again. What it named counts for its tenant until it is
+        collected, so its manifest stays until then, as that of a deleted version.
 
         Raises:
             Unavailable: another model store looks after the model by now.
             BrokerUnavailable: no answer.
         """
         self.check()
-        await self._models.delete(self._bus.names.version_key(model, version))
+        key = self._bus.names.version_key(model, version)
+        await self._models.delete(key, await self._models.get(key) or b"")
 
     def _alias(self, stored: Stored) -> tuple[Alias, int] | None:
         """An alias and when it was issued."""
@@ -265,12 +277,44 @@ class Registry:
         return found
 
     async def stored_bytes(self, tenant: str) -> int:
-        """Bytes of the versions that a tenant's keys pushed.
+        """Bytes of the versions that a tenant's keys pushed, and of what deleted ones left that no version names.
 
         Raises:
             BrokerUnavailable: no answer.
         """
-        return sum([manifest.size async for manifest in self._readable() if manifest.tenant == tenant])
+        kept = [manifest async for manifest in self._readable()]
+        gone = [left.manifest for left in await self.deleted() if left.manifest.tenant == tenant]
+        own = sum(manifest.size for manifest in kept if manifest.tenant == tenant)
+        if not gone:
+            return own
+        named = {piece for manifest in kept for piece in _pieces(manifest)}
+        return own + sum(
+            {piece: size for one in gone for piece, size in _pieces(one).items() if piece not in named}.values()
+        )
+
+    async def deleted(self) -> list[Deleted]:
+        """Deleted versions whose pieces may not have been collected yet.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        prefix, found = len(self._models.subject("")), []
+        async for item in self._bus.direct_scan(self._models.stream, self._models.subject(">")):
+            if item.headers.get("KV-Operation"):
+                manifest = self._opened(item.subject[prefix:], item)
+                if manifest is not None:
+                    found.append(Deleted(manifest, item.subject, item.sequence))
+        return found
+
+    async def collected(self, left: Deleted) -> None:
+        """Nothing is left of a deleted version.
+
+        Raises:
+            BrokerUnavailable: it may be noted all the same.
+        """
+        expected = {"Nats-Expected-Last-Subject-Sequence": str(left.sequence)}
+        with suppress(VersionConflict):
+            await self._bus.publish_acked(left.subject, b"", headers={"KV-Operation": "DEL", **expected})
 
     async def repair(self, partition: int) -> None:
         """Move every ``latest`` of a partition that was left behind when a model store died between a manifest and its alias.
@@ -315,6 +359,11 @@ class Registry:
             manifest = self._manifest(item.subject[prefix:], item)
             if manifest is not None:
                 yield manifest
+
+
+def _pieces(manifest: Manifest) -> dict[tuple[int, str], int]:
+    """Bytes of the pieces of a version, each once, by partition and digest."""
+    return {(manifest.partition, digest): size for file in manifest.files for digest, size in file.pieces()}
 
 
 def _same(one: Manifest, other: Manifest) -> bool:

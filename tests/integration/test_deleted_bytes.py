@@ -1,0 +1,115 @@
+"""What deleted versions left counts in the quota ``stored_bytes`` until it is collected."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import models
+import pytest
+from brokers import Broker
+from stores import MB, Platform, platform_on
+
+from tether import codec
+from tether.bus.connection import Bus
+from tether.bus.kv import KvBucket, SignedBucket
+from tether.bus.leases import ask_owner
+from tether.bus.resign import _Work
+from tether.bus.tenant_keys import ModelKeyring
+from tether.envelope import MessageType
+from tether.errors import QuotaExceeded
+from tether.model import Change, ChangeRequest, PushRequest
+from tether.modelstore import changes
+from tether.modelstore.keeper import Keeper
+from tether.modelstore.registry import Registry
+from tether.subjects import token
+from tether.tenant import Quotas, Tenant
+
+
+@dataclass
+class Bounded:
+    """A platform on which the tenant ``acme`` may store 15 MB, and a keeper for whom every piece is old enough at once."""
+
+    platform: Platform
+    keeper: Keeper
+    registry: Registry
+    bus: Bus
+
+    async def push(self, seed: int, model: str = "m", tenant: str = "acme") -> int:
+        """Push a model of 6 MB; its version."""
+        file, _ = await self.platform.upload(models.padded(6 * MB, seed=seed), model=model)
+        return (await self.platform.register(PushRequest(model, (file,), tenant=tenant))).manifest.version
+
+    async def delete(self, version: int, model: str = "m") -> None:
+        """A version, and the alias that stands for it."""
+        wanted = ChangeRequest(Change.DELETE_ALIAS, model, alias="latest")
+        for change in (wanted, ChangeRequest(Change.DELETE_VERSION, model, version=version)):
+            body = codec.encode(change)
+            await ask_owner(
+                self.platform.bus,
+                changes.ENDPOINT,
+                0,
+                MessageType.CHANGE,
+                body,
+                answers=MessageType.CHANGED,
+                timeout=30,
+            )
+
+    async def stored(self) -> int:
+        return round(await self.registry.stored_bytes("acme") / MB)
+
+
+@pytest.fixture
+async def bounded(broker: Broker) -> AsyncIterator[Bounded]:
+    settings = dataclasses.replace(broker.settings, upload_ttl_s=0.0, collect_grace_s=0.0)
+    async with (
+        platform_on(broker) as platform,
+        Bus.connect(settings, broker.home, "modelstore") as bus,
+    ):
+        tenants = SignedBucket(platform.bus, "tenants", MessageType.TENANT)
+        await tenants.put(token("acme"), codec.encode(Tenant("acme", quotas=Quotas(stored_bytes=15 * MB))))
+        registry = Registry(bus)
+        yield Bounded(platform, Keeper(bus, registry, ModelKeyring(bus, broker.home, every=True)), registry, bus)
+
+
+async def test_push_and_delete_again_and_again_stops_at_the_quota(bounded: Bounded) -> None:
+    for seed in (1, 2):
+        await bounded.delete(await bounded.push(seed))
+    assert await bounded.stored() == 12
+    with pytest.raises(QuotaExceeded, match="stored_bytes"):
+        await bounded.push(3)
+    await bounded.push(4, "other", tenant="globex")
+    for _ in range(2):
+        await bounded.keeper.collect()
+    assert await bounded.stored() == 0
+    assert await bounded.registry.deleted() == []
+    assert await bounded.push(5) == 3  # a number is never given out again
+
+
+async def test_what_a_version_names_again_counts_once(bounded: Bounded) -> None:
+    for number in (1, 2, 3):
+        assert await bounded.push(7) == number
+        assert await bounded.stored() == 6
+        if number < 3:
+            await bounded.delete(number)
+            assert await bounded.stored() == 6
+    await bounded.keeper.collect()
+    assert await bounded.registry.deleted() == []
+    assert await bounded.stored() == 6
+
+
+async def test_a_deleted_version_stays_deleted_for_all_who_read(bounded: Bounded) -> None:
+    """Its manifest is beside the note that it is gone; signing entries anew does not bring it back."""
+    await bounded.delete(await bounded.push(1))
+    bucket = KvBucket(bounded.bus, "models")
+    assert [left.manifest.version for left in await bounded.registry.deleted()] == [1]
+    assert await bucket.get("m.1") is None
+    assert await bucket.was_deleted("m.1")
+    assert await bucket.entries() == {}
+    assert await bounded.registry.manifests() == []
+    assert not await bounded.registry.recorded("m", 1)
+    signers = {item.kid for item in bounded.bus.verifier.keyset.identities}
+    work = _Work(bounded.bus, None, signers, 1 << 62)  # type: ignore[arg-type]
+    await work.through(SignedBucket(bounded.bus, "models", MessageType.MANIFEST), None)  # type: ignore[arg-type]
+    assert await bucket.was_deleted("m.1")
