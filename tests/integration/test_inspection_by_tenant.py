@@ -13,7 +13,6 @@ from tether.bus.leases import ask_owner
 from tether.envelope import MessageType
 from tether.errors import ModelLimits
 from tether.model import PushAnswer, PushRequest
-from tether.modelstore import assemble
 from tether.modelstore.inspection import Limits
 
 
@@ -32,7 +31,7 @@ async def test_two_pushes_of_one_tenant_do_not_hold_inspection_for_all(
     one: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = Limits(cpu_s=8, wall_s=8.0)
-    monkeypatch.setattr(assemble.Limits, "for_size", lambda *_: limits)
+    monkeypatch.setattr(Limits, "for_size", lambda *_: limits)
     endless = [asyncio.create_task(push(one, "hostile", f"endless-{number}", models.looping())) for number in range(2)]
     assert one.modelstore is not None
     turns = one.modelstore._inspections
