@@ -179,6 +179,62 @@ def looping(trips: int = 1 << 60) -> bytes:
     return to_bytes(model([node], [value("x", "FP32", ["n", 4])], [value("y", "FP32", ["n", 4])], weights))
 
 
+def counting() -> bytes:
+    """A loop of as many steps as its input says; the answer is their number, as far as float32 counts."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Add", ["state", "one"], ["next"])],
+        "body",
+        [
+            value("i", "INT64", []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            value("state", "FP32", [1]),
+        ],
+        [helper.make_tensor_value_info("go_on", TensorProto.BOOL, []), value("next", "FP32", [1])],
+    )
+    weights = [
+        numpy_helper.from_array(np.zeros(1, np.float32), "zero"),
+        numpy_helper.from_array(np.ones(1, np.float32), "one"),
+    ]
+    nodes = [
+        helper.make_node("Squeeze", ["n"], ["trips"]),
+        helper.make_node("Loop", ["trips", "", "zero"], ["y"], body=body),
+    ]
+    return to_bytes(model(nodes, [value("n", "INT64", [1])], [value("y", "FP32", [1])], weights))
+
+
+def filling() -> bytes:
+    """Adds up a matrix of ones whose shape its input says."""
+    ones = helper.make_tensor("ones", TensorProto.FLOAT, [1], [1.0])
+    nodes = [
+        helper.make_node("ConstantOfShape", ["n"], ["matrix"], value=ones),
+        helper.make_node("Sqrt", ["matrix"], ["roots"]),
+        helper.make_node("ReduceSum", ["roots"], ["sum"], keepdims=0),
+        helper.make_node("Unsqueeze", ["sum", "first"], ["y"]),
+    ]
+    weights = [numpy_helper.from_array(np.zeros(1, np.int64), "first")]
+    return to_bytes(model(nodes, [value("n", "INT64", [2])], [value("y", "FP32", [1])], weights))
+
+
+def repeating(times: int) -> bytes:
+    """Each row as many times in one."""
+    weights = [numpy_helper.from_array(np.array([1, times], np.int64), "times")]
+    nodes = [helper.make_node("Tile", ["x", "times"], ["y"])]
+    return to_bytes(model(nodes, [value("x", "FP32", ["n", 4])], [value("y", "FP32", ["n", 4 * times])], weights))
+
+
+def multiplying() -> bytes:
+    """One kernel that works as long as its input says: the product of two matrices of ones of that shape."""
+    ones = helper.make_tensor("ones", TensorProto.FLOAT, [1], [1.0])
+    nodes = [
+        helper.make_node("ConstantOfShape", ["n"], ["matrix"], value=ones),
+        helper.make_node("MatMul", ["matrix", "matrix"], ["product"]),
+        helper.make_node("ReduceSum", ["product"], ["sum"], keepdims=0),
+        helper.make_node("Unsqueeze", ["sum", "first"], ["y"]),
+    ]
+    weights = [numpy_helper.from_array(np.zeros(1, np.int64), "first")]
+    return to_bytes(model(nodes, [value("n", "INT64", [2])], [value("y", "FP32", [1])], weights))
+
+
 def swelling(elements: int = 1 << 40) -> bytes:
     """Fills a tensor far larger than any machine's memory."""
     nodes = [

@@ -15,9 +15,10 @@ from tether.job import Job, Lane, LaneKind, Outcome, Priority
 from tether.ports import Runtime
 from tether.worker import batching
 from tether.worker.apart import Apart, Seats
+from tether.worker.apart import Hearing as ApartHearing
 from tether.worker.copies import Copies, Generation
 from tether.worker.intake import Bundle
-from tether.worker.runs import Runs
+from tether.worker.runs import Hearing, Runs
 from tether.worker.turns import RunQueue, Ticket
 
 LANES = (
@@ -57,8 +58,8 @@ def work_off(queue: RunQueue, model: Runtime, limit: int) -> tuple[list[Outcome]
     """Run everything in order, as a worker does: how each job ended, and what showed that rows were not kept apart."""
     found: list[str] = []
     clock = SystemClock()
-    apart = Apart(Copies(_nothing, clock), _nothing, found.append, Seats())
-    runs = Runs("worker-1", clock, "m", apart, mixed=found.append)
+    apart = Apart(Copies(_nothing, clock), _nothing, ApartHearing(found.append, found.append), Seats())
+    runs = Runs("worker-1", clock, "m", apart, Hearing(lambda _: None, found.append, found.append), room=1 << 30)
     outcomes: list[Outcome] = []
     while queue:
         level = next(level for level in queue.order(0.0) if queue.has(level))

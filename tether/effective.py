@@ -32,9 +32,16 @@ def effective_batching(manifest: Manifest, config: ModelConfig, finding: Finding
     return msgspec.structs.replace(own, max_batch_size=rows, basis=own.basis or PROVEN)
 
 
-def effective_isolation(manifest: Manifest, config: ModelConfig, finding: Finding = NO_FINDING) -> Isolation:
-    """A program never runs in a worker's own process, nor does a version that has ended one."""
-    if finding.crashed or isolation_of(msgspec.structs.replace(manifest, isolation="")) is Isolation.PROCESS:
+def effective_isolation(
+    manifest: Manifest, config: ModelConfig, finding: Finding = NO_FINDING, *, rule: str = Isolation.THREAD
+) -> Isolation:
+    """A program never runs in a worker's own process, nor does a version that has ended one, nor any by the ``rule``
+    ``process``, which is the setting ``onnx_isolation``."""
+    if (
+        finding.crashed
+        or rule == Isolation.PROCESS
+        or isolation_of(msgspec.structs.replace(manifest, isolation="")) is Isolation.PROCESS
+    ):
         return Isolation.PROCESS
     return Isolation(config.isolation) if config.isolation else isolation_of(manifest)
 

@@ -82,6 +82,12 @@ BATCHING_STOPPED = Counter(
     "tether_batching_stopped_total", "Versions whose jobs are not joined any more, because a run mixed rows.", ["model"]
 )
 RUN_SECONDS = Histogram("tether_run_seconds", "Seconds of one run of a model.", ["model"], buckets=_SECONDS)
+RUNS_ENDED = Counter(
+    "tether_runs_ended_total",
+    "Runs in a worker's own process that were ended before they were done, by why: time, memory, unwanted (no caller waits for "
+    "them), unload.",
+    ["model", "cause"],
+)
 HANDED_BACK = Counter(
     "tether_handed_back_total", "Bundles that a busy worker handed back, for another one to begin.", ["model"]
 )

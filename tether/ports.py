@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from tether.envelope import Envelope, MessageType
 from tether.job import SHARED, Lane
@@ -117,3 +117,14 @@ class Runtime(Protocol):
         """
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Endable(Runtime, Protocol):
+    """A runtime whose run can be ended from another thread."""
+
+    def allow_runs(self) -> None:
+        """Runs begin again. Only while none goes on."""
+
+    def end_run(self) -> None:
+        """End the run that goes on, and fail each that begins, until :meth:`allow_runs`. Does not wait."""

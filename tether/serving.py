@@ -23,7 +23,7 @@ class Finding(msgspec.Struct, frozen=True):
     unproven: str = ""
     """Of such a version: why that is not proven."""
     crashed: str = ""
-    """How a run of it ended a worker: since then it runs in a process of its own."""
+    """How a run of it ended a worker, or took more than it may in a worker's own process: since then it runs in one of its own."""
 
     def __or__(self, other: Finding) -> Finding:
         """Both together; where they say different things, what this one says."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tether.errors import ConfigError
@@ -63,6 +65,26 @@ def checked(known: Mapping[str, SettingInfo], name: str, value: Any) -> Any:
     if not _in_range(info, value):
         raise ConfigError(f"setting '{name}' must be between {info.low:g} and {info.high:g}, not {value!r}", field=name)
     return value
+
+
+def read_file(path: Path, known: Mapping[str, SettingInfo]) -> dict[str, Any]:
+    """What a configuration file sets; nothing when there is none.
+
+    Raises:
+        ConfigError: it cannot be read, or names what is no setting.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold one JSON object")
+    for name in content:
+        if name not in known:
+            raise unknown(f"{path}: ", name, known)
+    return content
 
 
 def _in_range(info: SettingInfo, value: Any) -> bool:

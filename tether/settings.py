@@ -8,7 +8,6 @@ variable ``TETHER_<FIELD>`` < command line. Durations are in the unit their name
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import typing
@@ -19,7 +18,7 @@ from typing import Any
 
 from tether.environment import HOME_VARIABLE, OTHER_VARIABLES
 from tether.errors import ConfigError
-from tether.setting import SettingInfo, checked, parse, schema_of, unknown
+from tether.setting import SettingInfo, checked, parse, read_file, schema_of, unknown
 
 _TOKEN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 ENV_PREFIX = "TETHER_"
@@ -197,7 +196,22 @@ class Settings:
     )
     onnx_threads: int = _setting(1, "Threads of one model instance.", low=1, high=256)
     run_timeout_s: float = _setting(
-        60.0, "A model's process is ended when one run takes longer; a version may have its own.", low=0.1, high=86400
+        60.0,
+        "A run that takes longer is ended, in a model's own process with that process; a version may have its own.",
+        low=0.1,
+        high=86400,
+    )
+    run_memory_mb: int = _setting(
+        1024,
+        "Memory that a run in a worker's own process may take; one that takes more is made again in a process of the model's own, "
+        "where the model stays. 0: no limit.",
+        low=0,
+        high=1 << 24,
+    )
+    onnx_isolation: str = _setting(
+        "thread",
+        "Where ONNX models run: in a thread of the worker, or each in a process of its own, whatever the model says.",
+        choices=("thread", "process"),
     )
     load_timeout_s: float = _setting(
         300.0, "A model's process is ended when it takes longer to load, its files being there.", low=1, high=86400
@@ -308,28 +322,13 @@ def load(
     config_dir = Path(environ.get("TETHER_CONFIG_DIR", "config")) if config_dir is None else config_dir
     values: dict[str, Any] = {}
     for file in (config_dir / f"{service}.json", config_dir / f"{service}.{environment}.json"):
-        values.update(_from_file(file, known))
+        values.update(read_file(file, known))
     values.update(from_env)
     values.update(given)
     values = {name: checked(known, name, value) for name, value in values.items()}
     settings = Settings(**values)
     _cross_check(settings)
     return settings
-
-
-def _from_file(path: Path, known: Mapping[str, SettingInfo]) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold one JSON object")
-    for name in content:
-        if name not in known:
-            raise unknown(f"{path}: ", name, known)
-    return content
 
 
 def _from_environment(known: Mapping[str, SettingInfo], environ: Mapping[str, str]) -> dict[str, Any]:

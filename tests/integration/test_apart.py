@@ -13,6 +13,7 @@ from tether.tensor import from_numpy, to_numpy
 from tether.worker.apart import SEATS
 from tether.worker.batching import Piece, Result, Run, Source
 from tether.worker.holder import Held
+from tether.worker.run_limits import Going
 from tether.worker.runtimes.process import ProcessRuntime
 
 
@@ -28,7 +29,7 @@ async def run(running: Services, number: int) -> Result:
     instance = held(running).instance
     wanted = Run((Piece(Source(job), 0, 1),), batched=False)
     async with instance.copies.held():
-        (result,) = (await instance.runs.run(wanted, suspect=True))[0].results
+        (result,) = (await instance.runs.run(wanted, Going(), suspect=True))[0].results
     assert result is not None
     return result
 

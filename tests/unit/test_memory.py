@@ -13,6 +13,7 @@ from tether.ports import Runtime
 from tether.worker import memory as module
 from tether.worker.copies import Copies, Generation
 from tether.worker.memory import Memory
+from tether.worker.run_limits import RunWatch
 
 A, B, C, D = (ModelRef(name, 1) for name in "abcd")
 MB = 1 << 20
@@ -53,7 +54,7 @@ class House:
         await self.memory.reserve(ref, size)
         self.loads.append(ref.model)
         runtimes: Sequence[Runtime] = ()
-        return Generation(runtimes, self.clock)
+        return Generation(runtimes, self.clock, RunWatch(0), ref.model)
 
     async def use(self, *refs: ModelRef) -> None:
         for ref in refs:

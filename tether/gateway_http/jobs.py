@@ -28,12 +28,15 @@ from tether.gateway_http.job_room import JobRoom
 from tether.gateway_http.job_submit import JobSubmitter, NewJob
 from tether.gateway_http.job_view import State, read_outcome, view
 from tether.gateway_http.tenants import Tenants
-from tether.job import STORED_S, AttemptNote, Failure, JobId, JobRecord, JobState, Outcome, as_it_counts
+from tether.gateway_http.withdrawals import Withdrawals
+from tether.job import STORED_S, AttemptNote, Failure, JobId, JobRecord, JobState, Lane, LaneKind, Outcome, as_it_counts
 from tether.lifecycle import Tasks
 
 _POLL_S = 1.0
 _SOON_S = 0.005
 """After a result was heard of: it is heard when it is sent, and may be stored a moment later."""
+_TOLD_S = 60.0
+"""A worker remembers a cancelled job for this long: one that it has not in hand by then it finds ended when it comes."""
 _GATHER_S = 0.02
 """Of many jobs many end together: one look for all of them."""
 
@@ -64,6 +67,7 @@ class JobService:
         self._records = Records(bus)
         self._list = JobList(bus, self._records, self._states)
         self._ends = JobEnds(bus)
+        self._withdrawals = Withdrawals(bus, tasks)
         self._submitter = JobSubmitter(
             bus, catalog, tenants, tasks, seals, records=self._records, room=room, shared=shared
         )
@@ -154,7 +158,7 @@ class JobService:
     # cancel
 
     async def cancel(self, tenant: str, job_id: str, sees: Sees = _all) -> dict[str, Any]:
-        """End a job that has not ended.
+        """End a job that has not ended; a worker that runs it is told.
 
         Raises:
             JobNotFound: as :meth:`get`.
@@ -166,6 +170,8 @@ class JobService:
         if not await self._ends.end(record, JobState.CANCELLED, failure, int(shown["attempts"])):
             shown = await self.get(tenant, job_id)
             raise ResultConflict(f"job '{job_id}' has already ended: {shown['state']}", field="id")
+        lane = Lane(LaneKind.INFER, record.model, record.version, self._bus.settings.region, record.scope)
+        self._withdrawals.add(lane, record.id, min(record.deadline, self._bus.clock.utc() + _TOLD_S))
         return await self.get(tenant, job_id)
 
     # states

@@ -122,7 +122,9 @@ def _detail(gateway: Gateway, served: Served, scope: str, right: Right) -> bodie
         note=note.note,
         encrypted=manifest.sealed is not None,
         key_generation=seals.generation(manifest),
-        isolation=effective_isolation(manifest, catalog.config(manifest.name), finding).value,
+        isolation=effective_isolation(
+            manifest, catalog.config(manifest.name), finding, rule=gateway.settings.onnx_isolation
+        ).value,
         isolation_reason=finding.crashed,
     )
 

@@ -1,7 +1,7 @@
 """A copy of a version in a process of its own, for jobs that may have ended the worker that had them before.
 
 Such a job runs here instead of in the worker's own process: if it ends a process again, it is this one, and everybody knows of
-which version.
+which version. The same goes for a run that was ended because the worker's process took too much memory.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 from tether.errors import ModelRejected
 from tether.worker import batching
 from tether.worker.copies import Copies, Generation, Ran
+from tether.worker.run_limits import Going, memory_of, peak_of
 from tether.worker.runtimes.process import ProcessRuntime
 
 log = logging.getLogger(__name__)
@@ -30,35 +32,48 @@ class Seats:
         self.left = SEATS
 
 
+class Hearing(NamedTuple):
+    """Who hears what only such a run shows."""
+
+    crashed: Callable[[str], None]
+    """How it ended its process."""
+    over: Callable[[str], None]
+    """That it took more than it may in the worker's own process."""
+
+
 class Apart:
-    """``load`` makes the copy; None where the version runs in processes anyway. ``crashed`` hears how a run ended it."""
+    """``load`` makes the copy; None where the version runs in processes anyway. ``limit_mb``: what a run in the worker's own
+    process may take; 0: as much as there is."""
 
     def __init__(
         self,
         copies: Copies,
         load: Callable[[], Awaitable[Generation | None]],
-        crashed: Callable[[str], None],
+        hearing: Hearing,
         seats: Seats,
+        limit_mb: int = 0,
     ) -> None:
         self.copies = copies
         self._load = load
-        self._crashed = crashed
+        self._hearing = hearing
         self._seats = seats
+        self._limit_mb = limit_mb
         self._made: Generation | None = None
         self._one = asyncio.Lock()
         self._closing: asyncio.TimerHandle | None = None
 
-    async def run(self, wanted: batching.Run) -> Ran:
+    async def run(self, wanted: batching.Run, going: Going) -> Ran:
         """One run at a time. Where the copy cannot be made, or there is no seat, it runs on the others."""
         async with self._one:
             made = await self._ensured()
             if made is None:
-                return await self.copies.run(wanted)
+                return await self.copies.run(wanted, going)
+            before = self._memory(made)
             try:
-                ran = await made.run(wanted)
+                ran = await made.run(wanted, going)
             finally:
                 self._closing = asyncio.get_running_loop().call_later(IDLE_S, self.close)
-            self._look(made)
+            self._look(made, before)
             return ran
 
     def close(self) -> None:
@@ -84,8 +99,16 @@ class Apart:
                 self._seats.left += self._made is None
         return self._made
 
-    def _look(self, made: Generation) -> None:
+    def _memory(self, made: Generation) -> int:
+        return sum(memory_of(runtime.pid) for runtime in made.runtimes if isinstance(runtime, ProcessRuntime))
+
+    def _look(self, made: Generation, before: int) -> None:
+        """What the run shows of the version: it ended its process, or took more memory than one in the worker's own may."""
         for runtime in made.runtimes:
-            if isinstance(runtime, ProcessRuntime) and runtime.crash:
-                self._crashed(runtime.crash)
+            if not isinstance(runtime, ProcessRuntime):
+                continue
+            if runtime.crash:
+                self._hearing.crashed(runtime.crash)
                 self.close()
+            elif self._limit_mb and peak_of(runtime.pid) - before > self._limit_mb << 20:
+                self._hearing.over(f"took more than {self._limit_mb} MiB of memory")

@@ -163,12 +163,19 @@ class Parts:
 
     def __init__(self, source: Source) -> None:
         self._left = max(source.rows, 0)
+        self._bytes = 0
         self._parts: list[tuple[int, tuple[Tensor, ...]]] = []
 
-    def add(self, piece: Piece, outputs: tuple[Tensor, ...]) -> bool:
-        """Whether that was the last piece."""
+    def add(self, piece: Piece, outputs: tuple[Tensor, ...]) -> int:
+        """Bytes of the outputs so far."""
         self._parts.append((piece.start, outputs))
         self._left -= max(piece.stop - piece.start, 0)
+        self._bytes += sum([len(tensor.data) for tensor in outputs])
+        return self._bytes
+
+    @property
+    def complete(self) -> bool:
+        """Whether every piece is there."""
         return self._left <= 0
 
     def together(self) -> tuple[tuple[Tensor, ...], str]:

@@ -9,9 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
-from tether.ports import Clock, Runtime
+from tether.errors import Unavailable
+from tether.ports import Clock, Endable, Runtime
 from tether.processes import signal_stack
 from tether.worker import batching
+from tether.worker.run_limits import Going, RunWatch
 from tether.worker.runtimes.process import ProcessRuntime
 
 log = logging.getLogger(__name__)
@@ -33,15 +35,22 @@ class _Copy(NamedTuple):
 
     runtime: Runtime
     thread: ThreadPoolExecutor
+    endable: Endable | None
+
+
+def _copy(runtime: Runtime) -> _Copy:
+    return _Copy(runtime, _thread(), runtime if isinstance(runtime, Endable) else None)
 
 
 class Generation:
     """Copies that were loaded together."""
 
-    def __init__(self, runtimes: Sequence[Runtime], clock: Clock) -> None:
+    def __init__(self, runtimes: Sequence[Runtime], clock: Clock, watch: RunWatch, model: str) -> None:
         self._clock = clock
-        self._copies = [_Copy(runtime, _thread()) for runtime in runtimes]
-        self._free: asyncio.Queue[_Copy] = asyncio.Queue()
+        self._watch, self._model = watch, model
+        self._copies = [_copy(runtime) for runtime in runtimes]
+        self._free: asyncio.Queue[_Copy | None] = asyncio.Queue()
+        """None: there will be no more."""
         for copy in self._copies:
             self._free.put_nowait(copy)
         self._users = 0
@@ -52,26 +61,59 @@ class Generation:
     def runtimes(self) -> list[Runtime]:
         return [copy.runtime for copy in self._copies]
 
-    async def run(self, wanted: batching.Run) -> Ran:
-        """Run on the next copy that is free."""
+    async def run(self, wanted: batching.Run, going: Going) -> Ran:
+        """Run on the next copy that is free.
+
+        Raises:
+            Unavailable: it is closed, and this run had not begun.
+        """
         self._users += 1
         self._unused.clear()
         try:
             copy = await self._free.get()
-            try:
-                began = self._clock.monotonic()
-                run = asyncio.get_running_loop().run_in_executor
-                done = await run(copy.thread, batching.run, copy.runtime, wanted)
-                return Ran(done, self._clock.monotonic() - began)
-            finally:
-                self._free.put_nowait(copy)
+            if copy is None:
+                raise Unavailable("the model is being unloaded")
+            began = self._clock.monotonic()
+            done = await self._run(copy, wanted, going)
+            return Ran(done, self._clock.monotonic() - began)
         finally:
             self._users -= 1
             if not self._users:
                 self._unused.set()
 
+    def _run(self, copy: _Copy, wanted: batching.Run, going: Going) -> asyncio.Future[batching.Done]:
+        """How the run ended. The copy is free again when its thread is, which may be later."""
+        loop = asyncio.get_running_loop()
+        told: asyncio.Future[batching.Done] = loop.create_future()
+
+        def ended(thread: asyncio.Future[batching.Done]) -> None:
+            self._free.put_nowait(copy)
+            if copy.endable is not None:
+                going.ended()
+                self._watch.end(self._model, going)
+            error = None if thread.cancelled() else thread.exception()
+            if told.done():
+                return
+            if thread.cancelled():
+                told.set_exception(Unavailable("the model is being unloaded"))
+            elif error is not None:
+                told.set_exception(error)
+            else:
+                told.set_result(thread.result())
+
+        def give_up() -> None:
+            if not told.done():
+                told.set_result(batching.Done([None] * len(wanted.pieces)))
+
+        if copy.endable is not None:
+            copy.endable.allow_runs()
+            self._watch.begin(going)
+            going.begin(copy.endable, give_up)
+        loop.run_in_executor(copy.thread, batching.run, copy.runtime, wanted).add_done_callback(ended)
+        return told
+
     def limit(self, run_timeout_s: float) -> None:
-        """How long a run may take from now on, where a run can be ended."""
+        """How long a run may take from now on, of versions in processes of their own."""
         for runtime in self.runtimes:
             if isinstance(runtime, ProcessRuntime):
                 runtime.run_timeout_s = run_timeout_s
@@ -87,7 +129,11 @@ class Generation:
             self.close()
 
     def close(self) -> None:
+        for _ in range(self._users):
+            self._free.put_nowait(None)
         for copy in self._copies:
+            if copy.endable is not None:
+                copy.endable.end_run()
             copy.thread.shutdown(wait=False, cancel_futures=True)
             copy.runtime.close()
 
@@ -157,10 +203,10 @@ class Copies:
             old, self._now = self._now, new
         await old.end(drain_s)
 
-    async def run(self, wanted: batching.Run) -> Ran:
+    async def run(self, wanted: batching.Run, going: Going) -> Ran:
         """See :meth:`Generation.run`; only while they are held and loaded."""
         assert self._now is not None  # noqa: S101 - ensured by whoever holds them
-        return await self._now.run(wanted)
+        return await self._now.run(wanted, going)
 
     def limit(self, run_timeout_s: float) -> None:
         if self._now is not None:

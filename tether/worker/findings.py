@@ -54,6 +54,14 @@ class Findings:
         log.error("it runs in a process of its own from now on: a run %s", how, extra=fields)
         self.found(ref, Finding(crashed=f"a job that came again ended its process: it {how}"))
 
+    def over(self, ref: ModelRef, how: str) -> None:
+        """A run took more than it may in the worker's own process: said once, loudly."""
+        if self.get(ref).crashed:
+            return
+        fields = {"action": "run_over_limit", "model": ref.model, "version": ref.version}
+        log.error("it runs in a process of its own from now on: a run %s", how, extra=fields)
+        self.found(ref, Finding(crashed=f"a run of it in a worker's own process {how}"))
+
     def news(self) -> tuple[tuple[ModelRef, Finding], ...]:
         """What the dispatcher does not know yet, for the next heartbeat."""
         return tuple(

@@ -21,16 +21,19 @@ from tether.model_config import InstanceKind, LoadBalancing
 from tether.serving import BUNDLE_S
 from tether.worker import judging
 from tether.worker.apart import Apart, Seats
+from tether.worker.apart import Hearing as ApartHearing
 from tether.worker.balance import Headroom
 from tether.worker.configs import Configs
 from tether.worker.copies import Copies, Generation
 from tether.worker.crash_notes import CrashNotes
 from tether.worker.files import WorkerFiles
 from tether.worker.findings import Findings
-from tether.worker.instance import Hearing, ModelInstance
+from tether.worker.instance import ModelInstance
 from tether.worker.keepalive import KeepAlive
 from tether.worker.loads import Loader
 from tether.worker.memory import Memory
+from tether.worker.run_limits import RunWatch
+from tether.worker.runs import Hearing
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +85,7 @@ class Holder:
         """What the least able worker can do of a version, as the dispatcher says."""
         self._lost: set[ModelRef] = set()
         """Held, and could not be loaded when a job came."""
+        self.watch = RunWatch(bus.settings.run_memory_mb)
         self.memory = Memory(bus.settings.worker_memory_mb << 20, self._evictable)
         self._tasks = Tasks()
         self._news: dict[str, asyncio.Event] = {}
@@ -239,14 +243,17 @@ class Holder:
         loader = Loader(self._bus, manifest, directory, config, self.memory)
         loader.graphs, loader.finding = str(self.files.graphs), self.findings.get(ref)
         loader.running = partial(self._notes.running, ref)
+        loader.watch = self.watch
         at_once = not (lazily and loader.lazy)
         try:
             await self._fetch(ref, loader, ahead=ahead and at_once)
             copies = Copies(partial(self._load_now, loader), self._bus.clock, self.memory.look)
             if at_once:
                 await copies.ensure()
-            hearing = Hearing(partial(self._lose, ref), partial(self.findings.mixed, ref))
-            apart = Apart(copies, loader.load_apart, partial(self.findings.crashed, ref), self._seats)
+            over = partial(self.findings.over, ref)
+            hearing = Hearing(partial(self._lose, ref), partial(self.findings.mixed, ref), over)
+            alone = ApartHearing(partial(self.findings.crashed, ref), over)
+            apart = Apart(copies, loader.load_apart, alone, self._seats, self.watch.limit_mb)
             instance = ModelInstance(self._bus, manifest, apart, self._keepalive, self._keyring, hearing=hearing)
             instance.configure(loader.serving, loader.wanted.copies)
             try:

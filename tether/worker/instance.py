@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
 
 from tether import metrics
 from tether.bus.connection import Bus
@@ -32,23 +31,15 @@ from tether.worker.keepalive import KeepAlive
 from tether.worker.loadout import Serving
 from tether.worker.pace import AHEAD_S
 from tether.worker.redelivery import Redelivery
-from tether.worker.runs import End, Runs
+from tether.worker.runs import End, Hearing, Runs
 from tether.worker.turns import RunQueue, Ticket, Turn, bundles_of, level_of
+from tether.worker.under_way import UnderWay
 from tether.worker.withdrawn import Withdrawn
 
 log = logging.getLogger(__name__)
 
 _LAST_S = 2.0
 """How long a stopping version may take to hand back what it has in hand."""
-
-
-class Hearing(NamedTuple):
-    """Who hears what only the runs of a version show."""
-
-    lost: Callable[[Exception], None]
-    """It cannot be loaded any more."""
-    mixed: Callable[[str], None]
-    """It does not keep rows apart."""
 
 
 class ModelInstance:
@@ -72,7 +63,7 @@ class ModelInstance:
         self._keepalive = keepalive
         self.intake = Intake(bus, keyring, manifest.name)
         self._results = BusResults(bus)
-        self.runs = Runs(bus.signer.name, bus.clock, manifest.name, apart, mixed=hearing.mixed)
+        self.runs = Runs(bus.signer.name, bus.clock, manifest.name, apart, hearing, room=bus.room)
         self.redelivery = Redelivery(bus, manifest.name)
         self._tasks = Tasks()
         self._serving = Serving(manifest.batching, (), 0.0, 0.0, LoadBalancing.LEAST_CONNECTIONS)
@@ -81,6 +72,8 @@ class ModelInstance:
             for lane in lanes_of(manifest.name, manifest.version, self._settings.region, bus.scope)
         ]
         self._withdrawn = Withdrawn(bus, self._pulls[0].lane)
+        self._under_way = UnderWay(bus.clock, self._withdrawn)
+        self._withdrawn.changed = self._under_way.look
         self._by_lane = {pull.lane: pull for pull in self._pulls}
         self.queue = RunQueue(self._settings.priority_patience_s, bus.clock.monotonic())
         self._asking = Asking(
@@ -152,6 +145,7 @@ class ModelInstance:
                     await self._changed.wait()
         except TimeoutError:
             log.warning("runs did not end in time; their jobs are redelivered", extra={"action": "drain_timeout"})
+        self._under_way.end()
         serving = self._tasks.named("serve-")
         for task in serving:
             task.cancel()
@@ -319,7 +313,9 @@ class ModelInstance:
                 self.queue.remove(lambda other: other is ticket)
                 return [End(ticket, begun)]
             ticket.attempt = begun
-        ends, again = self.runs.ends(turn, *await self.runs.run(turn.run, suspect=ticket.bundle.suspect))
+        with self._under_way.limited(turn, self._serving.run_timeout_s) as going:
+            done = await self.runs.run(turn.run, going, suspect=ticket.bundle.suspect)
+        ends, again = self.runs.ends(turn, *done)
         for end in ends:
             if end.ticket.rows > 0:
                 self.queue.remove(lambda other: other is end.ticket)  # noqa: B023

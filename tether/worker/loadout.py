@@ -41,12 +41,14 @@ def loadout(manifest: Manifest, config: ModelConfig, settings: Settings, finding
     options = Options(
         threads=config.threads or settings.onnx_threads,
         memory_mb=settings.model_memory_mb,
+        run_memory_mb=settings.run_memory_mb,
         load_timeout_s=settings.load_timeout_s,
         device=settings.model_device if config.kind is InstanceKind.AUTO else config.kind.value,
         compile=compiled,
         warmup=config.warmup if compiled else (),
     )
-    as_loaded = msgspec.structs.replace(manifest, isolation=effective_isolation(manifest, config, finding).value)
+    isolation = effective_isolation(manifest, config, finding, rule=settings.onnx_isolation)
+    as_loaded = msgspec.structs.replace(manifest, isolation=isolation.value)
     return Loadout(as_loaded, options, min(config.instances, settings.max_instances), config.warmup)
 
 

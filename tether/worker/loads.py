@@ -20,6 +20,7 @@ from tether.worker import runtimes
 from tether.worker.copies import Generation
 from tether.worker.loadout import Loadout, Serving, loadout, serving
 from tether.worker.memory import Memory
+from tether.worker.run_limits import RunWatch
 from tether.worker.runtimes import Begun, Running
 from tether.worker.runtimes.process import Options
 from tether.worker.warmup import warm_up
@@ -43,6 +44,8 @@ class Loader:
         """Entered for as long as it is loaded or run in this process."""
         self.graphs = ""
         """Where optimised graphs are kept; empty: nowhere."""
+        self.watch = RunWatch(bus.settings.run_memory_mb)
+        """The runs of this process."""
         self._begun: _Copy | None = None
 
     @property
@@ -89,7 +92,7 @@ class Loader:
             self._memory.change(self._ref, before)
             raise
         self.current = wanted
-        return Generation(made, self._bus.clock)
+        return self._generation(made)
 
     async def load_apart(self) -> Generation | None:
         """One more copy, in a process of its own and beside what memory is reserved for; None where all of them are in such.
@@ -101,7 +104,10 @@ class Loader:
         if wanted.manifest.isolation == Isolation.PROCESS:
             return None
         manifest = msgspec.structs.replace(wanted.manifest, isolation=Isolation.PROCESS.value)
-        return Generation([await self._one(wanted._replace(manifest=manifest))], self._bus.clock)
+        return self._generation([await self._one(wanted._replace(manifest=manifest))])
+
+    def _generation(self, runtimes: list[Runtime]) -> Generation:
+        return Generation(runtimes, self._bus.clock, self.watch, self._ref.model)
 
     async def _all(self, first: _Copy) -> list[Runtime]:
         """The first copy alone, so that one that fails does so once; then the others side by side."""
@@ -143,6 +149,7 @@ class _Copy:
     def __init__(self, wanted: Loadout, directory: Path, options: Options, running: Running) -> None:
         self.wanted = wanted
         self._closed = threading.Event()
+        self._limit_s = options.load_timeout_s
         self._beginning = _in_thread(
             partial(runtimes.begin, wanted.manifest, directory, options, self._closed, running)
         )
@@ -150,18 +157,24 @@ class _Copy:
     async def load(self) -> Runtime:
         """Its files are there: load and warm up in a thread; what nobody wants any more when it is ready is closed."""
         begun = await self._wanted(self._beginning)
-        return await self._wanted(_in_thread(partial(_warm, begun, self.wanted)))
+        loading = _in_thread(partial(_warm, begun, self.wanted))
+        timer = asyncio.get_running_loop().call_later(self._limit_s, begun.end)
+        try:
+            return await self._wanted(loading, begun.end)
+        finally:
+            timer.cancel()
 
     async def give_up(self) -> None:
         """End it, as far as it has come."""
         self._closed.set()
         await _close(self._beginning)
 
-    async def _wanted(self, coming: asyncio.Future[T]) -> T:
+    async def _wanted(self, coming: asyncio.Future[T], end: Callable[[], None] = lambda: None) -> T:
         try:
             return await asyncio.shield(coming)
         except asyncio.CancelledError:
             self._closed.set()
+            end()
             await _close(coming)
             raise
 

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tether import metrics
-from tether.errors import DeadlineExceeded, JobCancelled, TetherError
+from tether.errors import DeadlineExceeded, InferenceFailed, JobCancelled, ResultTooLarge, TetherError, Unavailable
 from tether.job import Failure, JobState, Outcome
 from tether.ports import Clock
 from tether.worker import batching
 from tether.worker.apart import Apart
 from tether.worker.balance import Capacity
+from tether.worker.copies import Ran
 from tether.worker.pace import Pace
+from tether.worker.run_limits import Cause, Going
 from tether.worker.turns import Ticket, Turn
 
 log = logging.getLogger(__name__)
@@ -26,26 +28,64 @@ class End(NamedTuple):
     outcome: Outcome | None
 
 
-class Runs:
-    """Makes the runs of one version and learns from them. ``mixed`` hears that it does not keep rows apart."""
+def _why(going: Going, piece: batching.Piece, now: float) -> TetherError:
+    match going.cause:
+        case Cause.TIME:
+            return InferenceFailed(f"the run took longer than {going.run_timeout_s:g} s and was ended")
+        case Cause.MEMORY:
+            return InferenceFailed("the run took more than 'run_memory_mb' of the worker's memory and was ended")
+        case Cause.UNWANTED if piece.source.job.deadline <= now + _ABOUT_S:
+            return DeadlineExceeded("the deadline passed while the job ran")
+        case Cause.UNWANTED:
+            return JobCancelled("nobody waits for the job any more")
+    raise Unavailable("the model is being unloaded")
 
-    def __init__(self, worker: str, clock: Clock, model: str, apart: Apart, *, mixed: Callable[[str], None]) -> None:
+
+_STATES = {DeadlineExceeded: JobState.EXPIRED, JobCancelled: JobState.CANCELLED}
+_ABOUT_S = 0.01
+"""How much earlier than its time a timer may be."""
+
+
+class Hearing(NamedTuple):
+    """Who hears what only the runs of a version show."""
+
+    lost: Callable[[Exception], None]
+    """It cannot be loaded any more."""
+    mixed: Callable[[str], None]
+    """It does not keep rows apart."""
+    over: Callable[[str], None]
+    """A run took more than it may in the worker's own process."""
+
+
+class Runs:
+    """Makes the runs of one version and learns from them. ``room``: bytes that the outputs of one job may have."""
+
+    def __init__(self, worker: str, clock: Clock, model: str, apart: Apart, hearing: Hearing, *, room: int) -> None:
         self._worker = worker
         self._clock = clock
         self._model = model
         self._apart = apart
-        self._mixed = mixed
+        self._hearing = hearing
+        self._room = room
         self.pace = Pace()
         self.capacity = Capacity()
         self.running = 0
         """Jobs that run now."""
 
-    async def run(self, wanted: batching.Run, *, suspect: bool = False) -> tuple[batching.Done, float, float]:
+    async def run(
+        self, wanted: batching.Run, going: Going, *, suspect: bool = False
+    ) -> tuple[batching.Done, float, float]:
         """How a run ended, and the times (UTC seconds) when it began and ended. ``suspect``: it may have ended a worker, so it runs
-        in a process of its own."""
+        in a process of its own; so does, once more, one that was ended because it took too much memory.
+
+        Raises:
+            Unavailable: it was ended because the version is unloaded.
+        """
         self.running += len(wanted.pieces)
         try:
-            ran = await (self._apart if suspect else self._apart.copies).run(wanted)
+            ran = await (self._apart if suspect else self._apart.copies).run(wanted, going)
+            if going.cause is Cause.MEMORY:
+                ran = await self._elsewhere(wanted, going, ran)
         finally:
             self.running -= len(wanted.pieces)
         self.pace.ran(ran.seconds, wanted.jobs)
@@ -53,7 +93,28 @@ class Runs:
         metrics.BATCH_ROWS.labels(self._model).observe(wanted.rows)
         metrics.RUN_SECONDS.labels(self._model).observe(ran.seconds)
         finished = self._clock.utc()
-        return ran.done, finished - ran.seconds, finished
+        return self._by_cause(going, wanted, ran.done, finished), finished - ran.seconds, finished
+
+    async def _elsewhere(self, wanted: batching.Run, going: Going, ran: Ran) -> Ran:
+        """A run that was ended for want of memory is made again in a process of its own, unless it was done before it ended."""
+        guilty = going.alone
+        if any(not isinstance(result, tuple) for result in ran.done.results):
+            going.again()
+            ran = await self._apart.run(wanted, going)
+        if guilty:
+            self._hearing.over("took more than 'run_memory_mb' of memory")
+        return ran
+
+    def _by_cause(self, going: Going, wanted: batching.Run, done: batching.Done, now: float) -> batching.Done:
+        """The results of a run that was ended: what it has none of says why."""
+        if going.cause is None:
+            return done
+        if going.cause is Cause.TIME:
+            self._hearing.over(f"took longer than {going.run_timeout_s:g} s")
+        pairs = zip(done.results, wanted.pieces, strict=True)
+        return done._replace(
+            results=[result if isinstance(result, tuple) else _why(going, piece, now) for result, piece in pairs]
+        )
 
     def ends(self, turn: Turn, done: batching.Done, started: float, finished: float) -> tuple[list[End], list[Ticket]]:
         """The jobs that ended with this run; and those that must run whole, because it did not keep rows apart."""
@@ -68,7 +129,12 @@ class Runs:
                 again.append(ticket)
             elif isinstance(result, TetherError):
                 ends.append(self._end(ticket, result, finished))
-            elif parts.add(piece, result):
+            elif parts.add(piece, result) > self._room:
+                too_large = ResultTooLarge(
+                    f"the outputs take more than the {self._room} bytes that one answer may have"
+                )
+                ends.append(self._end(ticket, too_large, finished))
+            elif parts.complete:
                 outputs, unlike = parts.together()
                 mixed = mixed or unlike
                 if unlike:
@@ -76,7 +142,7 @@ class Runs:
                 else:
                     ends.append(self._end(ticket, outputs, finished))
         if mixed:
-            self._mixed(mixed)
+            self._hearing.mixed(mixed)
         return ends, again
 
     def _end(self, ticket: Ticket, result: batching.Result, finished: float) -> End:
@@ -85,8 +151,8 @@ class Runs:
         if isinstance(result, TetherError):
             ids = {"job_id": job.id, "request_id": job.request_id, "tenant": job.tenant, "model": self._model}
             log.info("a job failed: %s", result, extra={"action": "job_failed", "code": result.code, **ids})
-            failure = Failure(result.code, result.message)
-            return End(ticket, Outcome(job.id, JobState.FAILED, (), failure, attempt, worker, ticket.began, finished))
+            failure, state = Failure(result.code, result.message), _STATES.get(type(result), JobState.FAILED)
+            return End(ticket, Outcome(job.id, state, (), failure, attempt, worker, ticket.began, finished))
         return End(ticket, Outcome(job.id, JobState.SUCCEEDED, result, None, attempt, worker, ticket.began, finished))
 
     def expired(self, ticket: Ticket) -> End:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -166,7 +167,7 @@ async def running(settings: Settings, home: Home, *, alone: bool = False) -> Asy
     """A worker that serves until the block ends, and then finishes what it holds. ``alone``: the process is its own."""
     private_folder(home.cache(settings.worker_name))
     check_folder(home.cache(settings.worker_name))
-    async with AsyncExitStack() as stack:
+    async with AsyncExitStack() as stuck, AsyncExitStack() as stack:
         notes = CrashNotes(home.run, settings.worker_name)
         stack.callback(notes.close)
         if alone:
@@ -176,6 +177,8 @@ async def running(settings: Settings, home: Home, *, alone: bool = False) -> Asy
         keepalive.start()
         stack.push_async_callback(keepalive.stop)
         worker = WorkerService(bus, home, keepalive, notes)
+        if alone:
+            stuck.push(lambda kind, *_: _leave(worker, 0 if kind is None else 1))
         tasks = await stack.enter_async_context(lifecycle.tasks())
         stack.push_async_callback(worker.holder.stop, settings.drain_s)
         stack.push_async_callback(worker.ended.stop)
@@ -190,6 +193,14 @@ async def running(settings: Settings, home: Home, *, alone: bool = False) -> Asy
         tasks.spawn(worker.registrar.confirm(worker._follow), "registration")  # noqa: SLF001 - same module
         tasks.spawn(worker.holder.run(), "holder")
         yield worker
+
+
+def _leave(worker: WorkerService, status: int) -> None:
+    """Everything is in order but for a run that cannot be ended: Python would wait for its thread."""
+    if worker.holder.watch.busy:
+        log.warning("a run does not end; this process ends without it", extra={"action": "run_left"})
+        logging.shutdown()
+        os._exit(status)
 
 
 async def main(settings: Settings) -> None:

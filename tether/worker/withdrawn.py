@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from tether import codec, metrics
 from tether.bus.connection import Bus, Message, Subscription
@@ -20,6 +21,8 @@ class Withdrawn:
     def __init__(self, bus: Bus, lane: Lane) -> None:
         self._bus = bus
         self._lane = lane
+        self.changed: Callable[[], None] = lambda: None
+        """Called when there are more."""
         self._until: OrderedDict[str, float] = OrderedDict()
         self._subscription: Subscription | None = None
 
@@ -32,7 +35,7 @@ class Withdrawn:
         if self._subscription is not None:
             await self._subscription.unsubscribe()
 
-    def __contains__(self, job: str) -> bool:
+    def __contains__(self, job: object) -> bool:
         return job in self._until
 
     async def _arrived(self, message: Message) -> None:
@@ -52,6 +55,7 @@ class Withdrawn:
             self._until[job] = withdrawal.until
         while len(self._until) > _MOST:
             self._until.popitem(last=False)
+        self.changed()
 
     def _forget(self, now: float) -> None:
         """The oldest whose time is over; one that lasts longer keeps those behind it for as long."""

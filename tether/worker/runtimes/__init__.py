@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from tether import plugins
 from tether.errors import ModelRejected
 from tether.model import Isolation, Manifest, isolation_of
-from tether.ports import Runtime
+from tether.ports import Endable, Runtime
 from tether.tensor import Array
 from tether.worker.runtimes.process import Options, ProcessRuntime
 
@@ -53,6 +53,9 @@ class Begun(Protocol):
             ModelRejected: the framework refuses them.
         """
 
+    def end(self) -> None:
+        """Fail the warm-up run that goes on in this process; elsewhere the load has a time of its own."""
+
     def close(self) -> None:
         """Whatever it has come to, the runtime included."""
 
@@ -63,12 +66,16 @@ class _Here:
     def __init__(self, manifest: Manifest, directory: Path, options: Options, running: Running) -> None:
         self._load = partial(prepare_here(manifest), directory, options)
         self._running = running
-        self._loaded: Runtime | None = None
+        self._loaded: _Noted | None = None
 
     def load(self) -> Runtime:
         with self._running():
             self._loaded = _Noted(self._load(), self._running)
         return self._loaded
+
+    def end(self) -> None:
+        if self._loaded is not None:
+            self._loaded.end_run()
 
     def close(self) -> None:
         """What was imported stays."""
@@ -82,6 +89,7 @@ class _Noted:
     def __init__(self, runtime: Runtime, running: Running) -> None:
         self._runtime = runtime
         self._running = running
+        self._endable = runtime if isinstance(runtime, Endable) else None
 
     @property
     def output_names(self) -> Sequence[str]:
@@ -90,6 +98,14 @@ class _Noted:
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         with self._running():
             return self._runtime.run(inputs, outputs)
+
+    def allow_runs(self) -> None:
+        if self._endable is not None:
+            self._endable.allow_runs()
+
+    def end_run(self) -> None:
+        if self._endable is not None:
+            self._endable.end_run()
 
     def close(self) -> None:
         self._runtime.close()

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
 
 from tether.bus.model_files import version_digest
 from tether.bus.upload import MODEL_PATH
-from tether.errors import InferenceFailed, ModelRejected
+from tether.errors import InferenceFailed, ModelRejected, ResultTooLarge
 from tether.frameworks.onnx_values import from_value, to_value
 from tether.model import Manifest
 from tether.tensor import Array
 from tether.worker.runtimes.graph_cache import LARGEST, GraphCache, cache_beside, key_of
-from tether.worker.runtimes.process import Options
+from tether.worker.runtimes.process import LARGEST_FRAME, Options
 
 log = logging.getLogger(__name__)
+
+_WIDTHS = {
+    f"tensor({kind})": width
+    for width, kinds in {
+        1: ("bool", "int8", "uint8"),
+        2: ("int16", "uint16", "float16", "bfloat16"),
+        4: ("int32", "uint32", "float"),
+        8: ("int64", "uint64", "double"),
+    }.items()
+    for kind in kinds
+}
+"""Bytes of an element, by what ONNX Runtime calls a tensor's type."""
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
@@ -32,6 +45,11 @@ class OnnxRuntime:
         self._session: Any = _session(manifest, directory, options)
         self._outputs = tuple(spec.name for spec in manifest.outputs)
         self._text = {spec.name for spec in manifest.inputs if spec.datatype == "BYTES"}
+        self._sizes = _known_sizes(self._session)
+        self._largest = min(options.run_memory_mb << 20 or LARGEST_FRAME, LARGEST_FRAME)
+        self._now: Any = None
+        """The options of the run that goes on."""
+        self._ended = False
         self._has_bf16 = any(spec.datatype == "BF16" for spec in (*manifest.inputs, *manifest.outputs))
 
     @property
@@ -42,24 +60,80 @@ class OnnxRuntime:
         """Run once; ``outputs`` names what is wanted, empty for all in the model's order.
 
         Raises:
-            InferenceFailed: ONNX Runtime refused the input, or text is not UTF-8.
+            InferenceFailed: ONNX Runtime refused the input, or text is not UTF-8, or the run was ended.
+            ResultTooLarge: by the shapes of the inputs, the outputs are larger than a run may make them; nothing was run.
         """
         wanted = list(outputs or self._outputs)
+        self._check_size(inputs, wanted)
+        self._now = now = onnxruntime.RunOptions()
+        if self._ended:
+            now.terminate = True
+        try:
+            return self._run(inputs, wanted, now)
+        finally:
+            self._now = None
+
+    def allow_runs(self) -> None:
+        self._ended = False
+
+    def end_run(self) -> None:
+        self._ended = True
+        now = self._now
+        if now is not None:
+            now.terminate = True
+
+    def _check_size(self, inputs: Mapping[str, Array], wanted: list[str]) -> None:
+        size = sum([self._sizes[name].of(inputs) for name in wanted if name in self._sizes])
+        if size > self._largest:
+            raise ResultTooLarge(
+                f"the outputs of the run would take {size} bytes; at most {self._largest} are made: send fewer rows"
+            )
+
+    def _run(self, inputs: Mapping[str, Array], wanted: list[str], now: Any) -> list[Array]:
         feed = {name: _text(name, array) if name in self._text else array for name, array in inputs.items()}
         try:
             if self._has_bf16:
-                return self._run_values(feed, wanted)
-            found: list[Array] = self._session.run(wanted, feed)
+                return self._run_values(feed, wanted, now)
+            found: list[Array] = self._session.run(wanted, feed, now)
         except Exception as error:
+            if self._ended:
+                raise InferenceFailed("the run was ended") from error
             raise InferenceFailed(f"the model failed: {_one_line(error)}") from error
         return found
 
-    def _run_values(self, feed: Mapping[str, Array], wanted: list[str]) -> list[Array]:
+    def _run_values(self, feed: Mapping[str, Array], wanted: list[str], now: Any) -> list[Array]:
         values = {name: to_value(array) for name, array in feed.items()}
-        return [from_value(value) for value in self._session.run_with_ort_values(wanted, values)]
+        return [from_value(value) for value in self._session.run_with_ort_values(wanted, values, now)]
 
     def close(self) -> None:
         self._session = None
+
+
+class _Size(NamedTuple):
+    """The size of an output as a product: bytes that are fixed, and axes of inputs."""
+
+    fixed: int
+    axes: tuple[tuple[str, int], ...]
+
+    def of(self, inputs: Mapping[str, Array]) -> int:
+        return math.prod((self.fixed, *[inputs[name].shape[axis] for name, axis in self.axes]))
+
+
+def _known_sizes(session: Any) -> dict[str, _Size]:
+    """Those of the outputs whose every axis is fixed or has the name of an axis of an input."""
+    axes: dict[str, tuple[str, int]] = {}
+    for given in session.get_inputs():
+        for number, axis in enumerate(given.shape):
+            if isinstance(axis, str):
+                axes.setdefault(axis, (given.name, number))
+    found = {}
+    for output in session.get_outputs():
+        width = _WIDTHS.get(output.type, 0)
+        named = [axis for axis in output.shape if not isinstance(axis, int)]
+        if width and all(axis in axes for axis in named):
+            fixed = math.prod((width, *[axis for axis in output.shape if isinstance(axis, int)]))
+            found[output.name] = _Size(fixed, tuple([axes[axis] for axis in named]))
+    return found
 
 
 def load(manifest: Manifest, directory: Path, options: Options) -> OnnxRuntime:
@@ -107,6 +181,8 @@ def _settings(options: Options) -> Any:
     made.intra_op_num_threads = options.threads
     made.inter_op_num_threads = 1
     made.log_severity_level = 4
+    # an arena would keep the most that any run ever took; without one, runs are as fast
+    made.enable_cpu_mem_arena = False
     if options.threads == 1:
         made.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return made

@@ -46,7 +46,8 @@ _BACKOFF_S = (0.0, 0.1, 0.5, 2.0, 5.0)
 
 
 class Options(msgspec.Struct, frozen=True):
-    """How a model is run. ``memory_mb`` limits its process's address space (0: no limit); times are in seconds.
+    """How a model is run. ``memory_mb`` limits its process's address space (0: no limit), ``run_memory_mb`` the outputs of a run
+    (0: what can be sent from process to process); times are in seconds.
 
     ``graph_cache`` is the folder, beside those of versions, where optimised graphs are kept, up to ``graph_cache_mb`` MiB;
     empty: none is, nor of a version whose files lie elsewhere. ``compile``: for any number of rows, and for ``warmup``.
@@ -54,6 +55,7 @@ class Options(msgspec.Struct, frozen=True):
 
     threads: int = 1
     memory_mb: int = 0
+    run_memory_mb: int = 0
     run_timeout_s: float = 60.0
     load_timeout_s: float = 300.0
     device: str = "auto"
@@ -142,6 +144,9 @@ class ProcessRuntime:
             return [to_numpy(Tensor(*found[name])) for name in outputs or self._outputs]
         except KeyError as error:
             raise InferenceFailed(f"the model's process answered without the output {error}") from error
+
+    def end(self) -> None:
+        """A load and each run have a time of their own."""
 
     def close(self) -> None:
         self._closed.set()
