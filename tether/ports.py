@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from tether.envelope import Envelope, MessageType
@@ -80,8 +81,8 @@ class ChunkStore(Protocol):
 
     async def missing(self, digests: Sequence[str]) -> list[str]: ...
 
-    async def put(self, pieces: AsyncIterator[tuple[str, Bytes]]) -> int:
-        """Store pieces, several in flight; returns the bytes that were not there before."""
+    async def put(self, pieces: AsyncIterator[tuple[str, Bytes]], known: AbstractSet[str] | None = None) -> int:
+        """Store pieces, several in flight; returns the bytes that were not there before, or are not ``known``."""
 
     def get(self, digests: Sequence[str]) -> AsyncIterator[bytes]:
         """The pieces in order, as they are stored: whoever uses them compares.

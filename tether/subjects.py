@@ -27,6 +27,7 @@ BUCKETS = (
     "modelkeys",
     "jobs",
     "attempts",
+    "puts",
 )
 """Every key-value bucket of the platform."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import models
+import msgspec
 import pytest
 from served import Served
 
@@ -99,6 +100,9 @@ def test_what_is_no_piece_is_refused(
 def test_a_description_that_does_not_add_up_is_refused(
     http: httpx.Client, model: LocalFile, change: dict[str, object], word: str
 ) -> None:
+    for number in range(len(model.pieces)):
+        digest, content = piece(model, number)
+        assert http.put(f"/v1/models/m/chunks/{digest}", content=content).is_success
     answer = http.post("/v1/models/m/versions:register", json={"files": [{**model.described(), **change}]})
     assert answer.status_code == 400, answer.text
     assert word in answer.json()["error"]
@@ -135,3 +139,89 @@ def test_of_two_clients_that_push_the_same_version_one_wins(served: Served, tmp_
         assert (
             http.post(f"/v1/models/{name}/versions", content=models.add(99.0), params={"version": 3}).status_code == 201
         )
+
+
+def patterned(served: Served, tenant: str, *patterns: str) -> httpx.Client:
+    """A client of another tenant, which sees models of these names only."""
+    key = served.new_key("infer", "models:read", "models:write", tenant=tenant)
+    record = next(one for one in served.services.gateway.keys.known() if one.tenant == tenant)
+    served.run(served.services.gateway.keys.store(msgspec.structs.replace(record, models=patterns)))
+    return httpx.Client(base_url=served.url, headers={"x-api-key": key}, timeout=60, trust_env=False)
+
+
+def test_who_knows_the_digests_of_a_file_does_not_have_it(served: Served, model: LocalFile) -> None:
+    """Neither by asking, nor by registering, nor by what sending a piece tells."""
+    with Client(served.url, served.key) as client:
+        client.push("secret-one", model.source)
+    asked = [entry[0] for entry in model.pieces]
+    with patterned(served, "knower", "taken-*") as thief:
+        assert thief.get("/v1/models/secret-one").status_code == 404
+        told = thief.post("/v1/models/taken-one/chunks:missing", json={"chunks": asked}).json()["missing"]
+        assert told == asked, "as if nobody had them"
+        refused = thief.post("/v1/models/taken-one/versions:register", json={"files": [model.described()]})
+        assert (refused.status_code, refused.json()["code"]) == (503, "corrupt_chunk")
+        absent = {**model.described(), "chunks": [hashlib.sha256(digest.encode()).hexdigest() for digest in asked]}
+        other = thief.post("/v1/models/taken-one/versions:register", json={"files": [absent]})
+        assert other.json()["error"] == refused.json()["error"].replace(asked[0], absent["chunks"][0])
+        digest, content = piece(model, 0)
+        sent = thief.put(f"/v1/models/taken-one/chunks/{digest}", content=content)
+        assert (sent.status_code, sent.json()["stored_bytes"]) == (201, len(content)), "as if nobody had it"
+        again = thief.put(f"/v1/models/taken-one/chunks/{digest}", content=content)
+        assert (again.status_code, again.json()["stored_bytes"]) == (200, 0)
+        told = thief.post("/v1/models/taken-one/chunks:missing", json={"chunks": asked}).json()["missing"]
+        assert told == asked[1:]
+
+
+def test_who_has_a_file_that_another_tenant_has_pushes_it_and_the_store_has_it_once(
+    served: Served, model: LocalFile
+) -> None:
+    with Client(served.url, served.key) as client:
+        client.push("theirs", model.source)
+
+    def pieces() -> int:
+        names, bus = served.services.bus.names, served.services.bus
+        stream = names.object_stream(names.chunk_bucket("theirs"))
+        return int(served.run(bus.api(f"STREAM.INFO.{stream}"))["state"]["messages"])
+
+    before = pieces()
+    with patterned(served, "owner", "ours-*") as other, Client(served.url, other.headers["x-api-key"]) as client:
+        told = client.push("ours-one", model.source)
+        assert (told["version"], told["stored_bytes"]) == (1, model.size)
+        whole = other.post("/v1/models/ours-two/versions", content=model.source.read_bytes())
+        assert (whole.status_code, whole.json()["stored_bytes"]) == (201, model.size), "nor does a whole body tell"
+    assert pieces() == before
+
+
+def test_what_was_sent_to_one_gateway_counts_at_another(served: Served, model: LocalFile) -> None:
+    name = "elsewhere"
+    for number in range(len(model.pieces)):
+        digest, content = piece(model, number)
+        with served.client() as http:
+            assert http.put(f"/v1/models/{name}/chunks/{digest}", content=content).is_success
+    served.services.gateway.possession._own.clear()  # as of a gateway that none was sent to
+    with served.client() as http:
+        made = http.post(f"/v1/models/{name}/versions:register", json={"files": [model.described()]})
+        assert made.status_code == 201, made.text
+
+
+def test_a_version_of_a_model_may_be_made_of_pieces_of_its_others(served: Served, model: LocalFile) -> None:
+    with Client(served.url, served.key) as client:
+        client.push("grown", model.source)
+    possession, asked = served.services.gateway.possession, [entry[0] for entry in model.pieces]
+    possession._own.clear()
+    with patterned(served, "reader", "grown") as other:
+        told = other.post("/v1/models/grown/chunks:missing", json={"chunks": asked}).json()["missing"]
+        assert told == [], "it may read them"
+    with patterned(served, "writer", "grown") as other:
+        record = next(one for one in served.services.gateway.keys.known() if one.tenant == "writer")
+        blind = msgspec.structs.replace(record, scopes=("models:write",))
+        served.run(served.services.gateway.keys.store(blind))
+        told = other.post("/v1/models/grown/chunks:missing", json={"chunks": asked}).json()["missing"]
+        assert told == asked, "it may not"
+
+
+def test_a_digest_with_more_in_it_reaches_no_subject(served: Served, model: LocalFile) -> None:
+    described = {**model.described(), "chunks": ["*", *model.described()["chunks"][1:]]}
+    with served.client() as http:
+        answer = http.post("/v1/models/wild/versions:register", json={"files": [described]})
+        assert (answer.status_code, "SHA-256" in answer.json()["error"]) == (400, True)

@@ -55,6 +55,7 @@ WRITERS = {
     "tenants": {"gateway", "admin"},
     "tenantkeys": {"gateway"},
     "modelkeys": {"modelstore"},
+    "puts": {"gateway"},
 }
 
 

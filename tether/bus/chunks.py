@@ -11,6 +11,7 @@ import asyncio
 import base64
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar
@@ -64,13 +65,22 @@ class ObjectChunkStore:
             present |= await self._present(wanted[start : start + LOOKUP])
         return [digest for digest in wanted if digest not in present]
 
+    async def _lacking(self, digests: list[str], known: AbstractSet[str] | None) -> list[str]:
+        """What of an upload is to be stored; as long to find out for what is there as for what is not."""
+        missing = set(await self.missing(digests))
+        return [digest for digest in digests if digest in missing or (known is not None and digest not in known)]
+
     async def _present(self, digests: list[str]) -> set[str]:
         subjects = {self._meta_subject(digest): digest for digest in digests}
         found = await self._patiently(lambda: self._bus.direct_batch(self._stream, list(subjects)))
         return {subjects[subject] for subject, item in found.items() if state_of(item.data) is State.ALIVE}
 
-    async def put(self, pieces: AsyncIterator[tuple[str, Bytes]]) -> int:
-        """Store pieces that are not there yet; returns their bytes.
+    def name_of(self, digest: str) -> str:
+        """What a piece is called here."""
+        return digest
+
+    async def put(self, pieces: AsyncIterator[tuple[str, Bytes]], known: AbstractSet[str] | None = None) -> int:
+        """Store pieces that are not there yet; returns their bytes. With ``known``, all others are stored over what may be there.
 
         Groups of pieces are looked up ahead of those that are being sent: a question waits behind what is sent already.
 
@@ -95,7 +105,7 @@ class ObjectChunkStore:
                 async for group in _groups(pieces):
                     fresh = {digest: piece for digest, piece in group if digest not in seen}
                     seen.update(fresh)
-                    asked.append((asyncio.create_task(self.missing(list(fresh)), name="look-up"), fresh))
+                    asked.append((asyncio.create_task(self._lacking(list(fresh), known), name="look-up"), fresh))
                     if len(asked) > LOOKUPS_AHEAD:
                         await send()
                 while asked:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import aclosing
 
 from tether.bus.chunks import ObjectChunkStore
@@ -30,8 +31,13 @@ class SealedChunkStore:
         digest_of = {self._seal.name(digest): digest for digest in digests}
         return [digest_of[name] for name in await self._store.missing(list(digest_of))]
 
-    async def put(self, pieces: AsyncIterator[tuple[str, Bytes]]) -> int:
-        """Close and store pieces that are not there yet; returns the bytes that they have in the clear.
+    def name_of(self, digest: str) -> str:
+        """What a piece is called in the store."""
+        return self._seal.name(digest)
+
+    async def put(self, pieces: AsyncIterator[tuple[str, Bytes]], known: AbstractSet[str] | None = None) -> int:
+        """Close and store pieces that are not there yet; returns the bytes that they have in the clear. ``known``: as for
+        :meth:`ObjectChunkStore.put`.
 
         Raises:
             QueueFull, DeadlineExceeded, BrokerUnavailable: as :meth:`ObjectChunkStore.put`.
@@ -41,7 +47,8 @@ class SealedChunkStore:
             async for digest, piece in pieces:
                 yield self._seal.name(digest), piece
 
-        return await self._store.put(named())
+        names = None if known is None else {self._seal.name(digest) for digest in known}
+        return await self._store.put(named(), names)
 
     async def get(self, digests: Sequence[str]) -> AsyncGenerator[bytes, None]:
         """The plain pieces in order. Close the iterator when you stop early.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable
+from collections.abc import Set as AbstractSet
 
 from tether.bus.connection import Bus
 from tether.errors import InvalidRequest
@@ -31,10 +32,12 @@ async def upload(
     path: str = MODEL_PATH,
     counted: Callable[[Pieces], Pieces] = lambda pieces: pieces,
     whole: bool = False,
+    known: AbstractSet[str] | None = None,
 ) -> tuple[ModelFile, int]:
     """Cut ``body`` into pieces and store those that are new; the file's description and the bytes that were new.
 
-    Only a window of pieces is in memory; ``counted`` sees each before it is stored. Until a manifest names them, stored pieces mean nothing to anybody.
+    Only a window of pieces is in memory; ``counted`` sees each before it is stored. ``known``: as for
+    :meth:`tether.ports.ChunkStore.put`. Until a manifest names them, stored pieces mean nothing to anybody.
     Without ``whole`` the description has no digest of the file: whoever makes the version reads all of it anyway.
 
     Raises:
@@ -44,7 +47,7 @@ async def upload(
     """
     began = bus.clock.monotonic()
     cutter = Cutter(whole=whole)
-    stored = await store.put(counted(cut(body, min(limit, LARGEST_ONNX), cutter)))
+    stored = await store.put(counted(cut(body, min(limit, LARGEST_ONNX), cutter)), known)
     if not cutter.sizes:
         raise InvalidRequest("the body is empty; send the bytes of the model file", field="body")
     size, seconds = sum(cutter.sizes), bus.clock.monotonic() - began

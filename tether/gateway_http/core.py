@@ -27,6 +27,7 @@ from tether.gateway_http.limits import Limits
 from tether.gateway_http.loose_pieces import LoosePieces
 from tether.gateway_http.patience import Patience
 from tether.gateway_http.plan import Asked
+from tether.gateway_http.possession import Possession
 from tether.gateway_http.queueing import waits
 from tether.gateway_http.readiness import Readiness
 from tether.gateway_http.request import Headers
@@ -55,6 +56,7 @@ class Gateway:
         self.heartbeats = Heartbeats(bus)
         self.tenants = Tenants(bus)
         self.loose = LoosePieces(bus.clock.monotonic, self.catalog.stored_bytes)
+        self.possession = Possession(bus, self.catalog, self.encrypted)
         self.keys = ApiKeys(bus, self.tenants, self.catalog.owners)
         self.limits = Limits(bus, tasks, self.keys.find, self.tenants.find)
         self.seals = TenantSeals(bus, keyring, self.tenants)

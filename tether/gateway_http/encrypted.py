@@ -56,16 +56,6 @@ class ModelSeals:
             await self._look(model)  # another gateway may have encrypted it just now
         return self.keyring.stored(model) is not None
 
-    async def missing(
-        self, model: str, wanted: bool | None, digests: Sequence[str], asker: Asker
-    ) -> tuple[list[str], bool]:
-        """Which pieces of a push are not stored yet, and whether it is encrypted. A model that has no key gets none."""
-        encrypted = await self.encrypts(model, wanted)
-        if encrypted and self.keyring.stored(model) is None:
-            return list(dict.fromkeys(digests)), True
-        target = await self.target(model, encrypted, asker)
-        return await target.store.missing(digests), encrypted
-
     async def target(self, model: str, wanted: bool | None, asker: Asker) -> Target:
         """Where a push of a model goes that ``asker`` makes; one that is to be encrypted for the first time gets its key.
 

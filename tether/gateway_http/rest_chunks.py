@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 
-from tether.errors import InvalidRequest, NotFound, PayloadTooLarge
+from tether.bus.model_files import check_file
+from tether.errors import BadEncoding, InvalidRequest, NotFound, PayloadTooLarge
 from tether.gateway_http import bodies, bodies_models
 from tether.gateway_http.rest_config import checked_patch
 from tether.gateway_http.rest_models import TAG, pushed, registered
@@ -40,8 +41,16 @@ def _digest(text: str, field: str) -> str:
 
 
 async def _missing(call: Call) -> Reply:
+    """What others have is missing, as long as this tenant has not sent it."""
     name, asked = _pushed(call), [_digest(text, "chunks") for text in call.body.chunks]
-    missing, encrypted = await call.gateway.encrypted.missing(name, call.body.encrypt, asked, call.caller.asker)
+    seals, possession = call.gateway.encrypted, call.gateway.possession
+    encrypted = await seals.encrypts(name, call.body.encrypt)
+    if encrypted and seals.keyring.stored(name) is None:  # it gets its key with its first piece
+        return Reply(bodies_models.MissingChunks(list(dict.fromkeys(asked)), encrypted))
+    store = (await seals.target(name, encrypted, call.caller.asker)).store
+    shown = await possession.shown(call.caller, name, asked, store.name_of)
+    lost = set(await store.missing([digest for digest in asked if digest in shown]))
+    missing = [digest for digest in dict.fromkeys(asked) if digest in lost or digest not in shown]
     return Reply(bodies_models.MissingChunks(missing, encrypted))
 
 
@@ -61,9 +70,11 @@ async def _put(call: Call) -> Reply:
 
     tenant, loose = call.gateway.tenants.get(call.tenant), call.gateway.loose
     counted = loose.take(tenant, store.bucket, digest, len(piece))
-    stored = await store.put(only())
+    shown = await call.gateway.possession.shown(call.caller, name, [digest], store.name_of)
+    stored = await store.put(only(), shown)
     if counted and not stored:
         loose.drop(tenant.name, store.bucket, [digest])
+    await call.gateway.possession.note(tenant.name, store.name_of(digest))
     return Reply(bodies_models.StoredChunk(digest, len(piece), stored), 201 if stored else 200)
 
 
@@ -97,8 +108,19 @@ async def _register(call: Call) -> Reply:
         about={"labels": wanted.labels, "note": wanted.note} if wanted.labels or wanted.note else {},
     )
     target = await call.gateway.encrypted.target(name, wanted.encrypt, call.caller.asker)
+    digests = _digests(files, sealed=target.key is not None)
+    await call.gateway.possession.require(call.caller, name, digests, target.store.name_of)
     answer = await registered(call, request, target, opening=wanted.encrypt is False)
     return Reply(pushed(call.gateway.encrypted, answer, 0), 201 if answer.created else 200)
+
+
+def _digests(files: Sequence[ModelFile], *, sealed: bool) -> list[str]:
+    try:
+        for file in files:
+            check_file(file, whole=sealed)
+    except BadEncoding as error:
+        raise InvalidRequest(error.message, field="files") from error
+    return [digest for file in files for digest in file.chunks]
 
 
 async def _files(call: Call) -> Reply:
@@ -149,7 +171,7 @@ ROWS = [
     Row(
         "POST",
         "/v1/models/{name}/chunks:missing",
-        "Ask which pieces the store does not have",
+        "Ask which pieces of a file are to be sent",
         TAG,
         _missing,
         {200: bodies_models.MissingChunks},

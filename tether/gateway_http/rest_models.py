@@ -158,7 +158,10 @@ async def _push(call: Call) -> Reply:
     held = None if named else tenant
     counted = partial(gateway.loose.counted, tenant, store.bucket, named)
     whole = bool(wanted) or target.key is not None
-    file, stored = await upload(gateway.bus, store, _parts(call, held), limit=limit, counted=counted, whole=whole)
+    known = gateway.possession.readable(call.caller, name)
+    file, stored = await upload(
+        gateway.bus, store, _parts(call, held), limit=limit, counted=counted, whole=whole, known=known
+    )
     if wanted and wanted != file.digest:
         raise InvalidRequest(
             f"the body's SHA-256 is {file.digest}, x-tether-sha256 says {wanted}; send the file again",
