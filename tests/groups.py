@@ -20,7 +20,9 @@ FIRST = (ALONE, ACCEPTANCE, CONTAINER)
 """What is alone begins, one test after another, so that the others wait for it once; then the longest groups, because a
 process that began late with one of them would be the last for minutes."""
 
-ALONE_FILES = frozenset({"test_key_revocation.py", "test_keyset.py", "test_limits_cluster.py", "test_slow_clients.py"})
+ALONE_FILES = frozenset(
+    {"test_key_revocation.py", "test_keyset.py", "test_limits_cluster.py", "test_run_limits.py", "test_slow_clients.py"}
+)
 """These watch how long things take, so no other test runs beside theirs."""
 
 

@@ -207,3 +207,27 @@ def refused_after(authenticate: Callable[[str, str], object], text: str) -> floa
     except Unauthenticated:
         return time.perf_counter() - began
     raise AssertionError("it was not refused")
+
+
+def test_an_admin_key_that_is_bounded_gives_no_more_than_it_has(http: httpx.Client, served: Served) -> None:
+    """Neither to a key that it makes, nor by rotating one, nor to a tenant."""
+    wide = made(http)
+    bounded = made(http, scopes=["admin"], models=["own-*", "*-shared"])
+    headers = {"x-api-key": bounded["key"]}
+    first = http.post("/v1/keys", json={"tenant": "acme", "scopes": ["infer"]}, headers=headers)
+    assert (first.status_code, first.json()["models"]) == (201, ["own-*", "*-shared"]), "as wide as it may be"
+    for patterns in (["own-*"], ["own-a*"], ["a*-shared", "own-x"]):
+        less = http.post("/v1/keys", json={"tenant": "acme", "scopes": ["admin"], "models": patterns}, headers=headers)
+        assert less.status_code == 201, patterns
+    for patterns in (["*"], ["own*"], ["own-*", "a"], ["*own-*"]):
+        body = {"tenant": "elsewhere", "scopes": ["infer"], "models": patterns}
+        assert_error(http.post("/v1/keys", json=body, headers=headers), 403, "forbidden", "may use models")
+        change = {"name": "bounded-tenant", "models": patterns}
+        assert_error(http.post("/v1/tenants", json=change, headers=headers), 403, "forbidden", "may use models")
+    rotated = http.post(f"/v1/keys/{wide['id']}/rotate", headers=headers)
+    assert_error(rotated, 403, "forbidden", "may use models")
+    tenant = http.post("/v1/tenants", json={"name": "bounded-tenant"}, headers=headers)
+    assert (tenant.status_code, tenant.json()["models"]) == (201, ["own-*", "*-shared"])
+    wider = http.patch("/v1/tenants/bounded-tenant", json={"models": ["*"]}, headers=headers)
+    assert_error(wider, 403, "forbidden", "may use models")
+    assert http.patch("/v1/tenants/bounded-tenant", json={"models": ["*"]}).status_code == 200

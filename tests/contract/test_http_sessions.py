@@ -88,7 +88,13 @@ def test_a_session_may_have_less_and_never_more(http: httpx.Client, served: Serv
 
 def test_a_session_of_an_admin_key_administers_nothing(http: httpx.Client, served: Served) -> None:
     made = session(http, served.key)
-    assert made["scopes"] == ["infer", "jobs", "models:read", "models:write", "models:code"]
+    assert made["scopes"] == ["infer", "jobs", "models:read", "models:write"]
+    asked = session(http, served.key, scopes=["models:code"])
+    assert asked["scopes"] == ["models:code"], "which an admin key may give, when it is asked for"
+    also = session(http, served.new_key("admin"))
+    assert also["scopes"] == made["scopes"]
+    named = session(http, served.new_key("models:write", "models:code"))
+    assert named["scopes"] == ["models:write", "models:code"]
     assert (status(http, made["token"]), status(http, made["token"], "/v1/keys")) == (200, 403)
     assert_error(http.post("/v1/sessions", json={"scopes": ["admin"]}), 400, "bad_json", "admin")
 

@@ -25,6 +25,7 @@ from tether.model import Assignment, Change, ChangeRequest, Heartbeat, ModelRef
 from tether.tenant import Tenant
 from tether.tensor import from_numpy
 from tether.worker.batching import Done, Run
+from tether.worker.run_limits import Going
 from tether.worker.runs import Runs
 
 ACME, OTHER = "acme", "other"
@@ -51,9 +52,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, frozenset[str]]]:
     seen: list[tuple[str, frozenset[str]]] = []
     run = Runs.run
 
-    async def noted(self: Runs, wanted: Run, *, suspect: bool = False) -> tuple[Done, float, float]:
+    async def noted(self: Runs, wanted: Run, going: Going, *, suspect: bool = False) -> tuple[Done, float, float]:
         seen.append((self._worker, frozenset(piece.source.job.tenant for piece in wanted.pieces)))
-        return await run(self, wanted, suspect=suspect)
+        return await run(self, wanted, going, suspect=suspect)
 
     monkeypatch.setattr(Runs, "run", noted)
     return seen

@@ -32,6 +32,7 @@ from tether.worker.batching import Done, Run
 from tether.worker.intake import Bundle
 from tether.worker.keepalive import KeepAlive
 from tether.worker.redelivery import Redelivery
+from tether.worker.run_limits import Going
 
 
 @dataclasses.dataclass
@@ -192,10 +193,10 @@ async def test_a_caller_is_answered_once_although_a_neighbour_keeps_killing_the_
     delivered: list[tuple[str, JobState]] = []
     run = instance.runs.run
 
-    async def dying(wanted: Run, *, suspect: bool = False) -> tuple[Done, float, float]:
+    async def dying(wanted: Run, going: Going, *, suspect: bool = False) -> tuple[Done, float, float]:
         if wanted.pieces[0].source.job.id == poison.id:
             raise BrokerUnavailable("as if the process had died")
-        return await run(wanted, suspect=suspect)
+        return await run(wanted, going, suspect=suspect)
 
     async def deliver(_: Sequence[Bundle], outcomes: Sequence[Outcome]) -> None:
         delivered.extend((outcome.job, outcome.state) for outcome in outcomes)

@@ -89,14 +89,14 @@ async def test_a_run_ends_at_its_limit_and_the_version_gets_a_process_of_its_own
 
 
 async def test_a_kernel_that_cannot_be_ended_is_not_waited_for(start_broker: StartBroker) -> None:
-    async with start_broker(run_timeout_s=0.5, run_memory_mb=0) as broker, services(broker, workers=1) as running:
+    async with start_broker(run_timeout_s=5.0, run_memory_mb=0) as broker, services(broker, workers=1) as running:
         served = await running.push("multiplying", models.multiplying())
-        with pytest.raises(InferenceFailed, match=r"took longer than 0\.5 s"):
-            await running.infer(served, square(7000), timeout_s=60)
+        with pytest.raises(InferenceFailed, match="took longer than 5 s"):
+            await running.infer(served, square(9000), timeout_s=120)
         assert watch(running).busy == 1, "it still works"
         await moved(running, served)
         assert (await running.infer(served, square(2), timeout_s=60)).tolist() == [8.0]
-        await wait_until(lambda: watch(running).busy == 0, "its thread is free", timeout_s=120)
+        await wait_until(lambda: watch(running).busy == 0, "its thread is free", timeout_s=300)
 
 
 async def test_a_run_ends_with_the_deadline_of_its_caller(patient: Services) -> None:
@@ -148,7 +148,7 @@ async def test_a_worker_stops_though_a_run_cannot_be_ended(start_broker: StartBr
             await wait_until(lambda: bool(running.gateway.catalog.workers(served)), "it answers for the model", 60)
             before = memory_of(worker.pid)
             asking = asyncio.create_task(running.infer(served, square(10_000), timeout_s=600))
-            await wait_until(lambda: memory_of(worker.pid) - before > 500 << 20, "the product is being made", 60)
+            await wait_until(lambda: memory_of(worker.pid) - before > 420 << 20, "the product is being made", 120)
             worker.send_signal(signal.SIGTERM)
             async with asyncio.timeout(15):
                 assert await worker.wait() == 0

@@ -77,7 +77,11 @@ async def test_a_caller_that_asks_and_leaves_again_and_again_fills_neither_lane_
     assert (await idle.infer(served, row(1.0)))[0, 0] == 2.0
     await wait_until(lambda: not bundler.flights, "what was sent is answered")
     assert not bundler._withdrawn
-    assert await in_lane(idle, lane) == 0
+
+    async def empty() -> bool:
+        return await in_lane(idle, lane) == 0
+
+    await wait_until(empty, "what was answered is acknowledged")
 
 
 async def test_workers_of_the_scope_hear_what_is_withdrawn_and_no_others(one: Services) -> None:

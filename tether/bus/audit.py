@@ -22,6 +22,7 @@ import msgspec
 from tether import audit, codec, metrics
 from tether.audit import NOBODY, Chain, Kind, Mark, Record, What, clean, encode
 from tether.bus import audit_read
+from tether.bus.audit_groups import Attempt, Attempts
 from tether.bus.audit_read import AuditReader
 from tether.bus.audit_send import Sender
 from tether.bus.audit_spool import Leftover, Spool, State, forget, leftovers
@@ -41,10 +42,6 @@ CHECKPOINT_S = 10.0
 MOST_PENDING = 65_536
 """Entries in memory that no block holds yet: six seconds of ten thousand requests a second."""
 
-MOST_GROUPS = 256
-"""Different attempts that are told apart within ``GATHER_S``; the others share an entry."""
-
-OTHERS = "(others)"
 _SECURITY = frozenset(Kind) - {Kind.INFERENCE, Kind.JOB}
 
 Pending = tuple[Kind, str, tuple[Any, ...]]
@@ -62,7 +59,7 @@ class AuditLog:
         self._all = mode == "full"
         self.run = os.urandom(6).hex()
         self._pending: list[Pending] = []
-        self._groups: dict[tuple[Any, ...], list[Any]] = {}
+        self._attempts = Attempts()
         self._chains: dict[str, Chain] = {}
         self._at: dict[str, int] = {}
         self._lost = 0
@@ -120,20 +117,14 @@ class AuditLog:
         address: str = "",
         detail: str = "",
         request_id: str = "",
+        by: str = "",
     ) -> None:
-        """An attempt that whoever makes it can repeat as fast as he likes: alike ones of a second are one entry."""
+        """An attempt that whoever makes it can repeat as fast as he likes: alike ones of a second are one entry. ``by``: who it
+        counts for, when that is not ``actor``, a name that the caller chose."""
         if kind not in self._kinds:
             return
-        group = (kind, tenant, actor, clean(action), outcome, clean(model), address, clean(detail))
-        if group not in self._groups and len(self._groups) >= MOST_GROUPS:
-            group = (kind, "", NOBODY, OTHERS, outcome, "", "", "")
-        now = self._bus.clock.utc_ms()
-        found = self._groups.get(group)
-        if found is None:
-            self._groups[group] = [now, now, 1, clean(request_id)]
-        else:
-            found[1] = now
-            found[2] += 1
+        attempt = Attempt(kind, tenant, actor, clean(action), outcome, clean(model), address, clean(detail))
+        self._attempts.add(attempt, self._bus.clock.utc_ms(), clean(request_id), by or actor)
 
     def refused_envelope(self, code: str, subject: str) -> None:
         """A message that was not acted on; of its subject only what does not name a single call."""
@@ -189,32 +180,14 @@ class AuditLog:
 
     def _gather(self, *, everything: bool) -> None:
         now = self._bus.clock.monotonic()
-        if not self._groups or (now - self._gathered < GATHER_S and not everything):
+        if not self._attempts or (now - self._gathered < GATHER_S and not everything):
             return
         self._gathered = now
-        groups, self._groups = self._groups, {}
-        for (kind, tenant, actor, action, outcome, model, address, detail), (
-            first,
-            last,
-            count,
-            request,
-        ) in groups.items():
-            fields = (
-                actor,
-                action,
-                outcome,
-                model,
-                0,
-                "",
-                request,
-                0,
-                0,
-                (last - first) * 1000,
-                count,
-                address,
-                detail,
-            )
-            self._pending.append((kind, tenant, (first, *fields)))
+        for one, seen in self._attempts.take().items():
+            lasted = (seen.last - seen.first) * 1000
+            told = (one.actor, one.action, one.outcome, one.model, 0, "", seen.request, 0, 0)
+            fields = (seen.first, *told, lasted, seen.count, one.address, one.detail)
+            self._pending.append((one.kind, one.tenant, fields))
 
     async def _make_blocks(self) -> None:
         pending, self._pending = self._pending, []

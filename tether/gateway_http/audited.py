@@ -45,7 +45,8 @@ def refused(gateway: Gateway, error: TetherError, incoming: Incoming, action: st
         return
     shown, request_id = _presented(incoming)
     key_id = apikey.key_id(shown) or _of_session(gateway, shown)
-    record = None if kind is Kind.AUTH else gateway.keys.find(key_id)
+    known = gateway.keys.find(key_id)
+    record = None if kind is Kind.AUTH else known
     gateway.audit.count(
         kind,
         "" if record is None else record.tenant,
@@ -55,6 +56,7 @@ def refused(gateway: Gateway, error: TetherError, incoming: Incoming, action: st
         address=incoming.peer.rpartition(":")[0],
         detail="" if kind is Kind.AUTH else error.message,
         request_id=request_id,
+        by=NOBODY if known is None else "",
     )
 
 

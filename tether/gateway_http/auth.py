@@ -19,7 +19,7 @@ from tether.gateway_http.key_use import KeyUses
 from tether.gateway_http.sessions import CACHED, Sessions
 from tether.gateway_http.tenants import Tenants
 from tether.ownership import Asker, Right, push_refusal, refusal
-from tether.tenant import Tenant, allows_model
+from tether.tenant import EVERY_MODEL, Tenant, allows_model, check_patterns
 
 ANY_SCOPE = "any"
 """What a route asks for that any key which counts may use."""
@@ -87,6 +87,24 @@ class Caller:
             found = all(allows_model(patterns, model) for patterns in self._patterns)
             self._decisions[model] = found
         return found
+
+    def bound(self, models: tuple[str, ...] | None, *, field: str = "models") -> tuple[str, ...]:
+        """The patterns that a key or tenant which this caller makes or changes may have: ``models``, or without them the widest.
+        No pattern may match a name that this caller may not use.
+
+        Raises:
+            InvalidRequest: one is no pattern.
+            Forbidden: one goes beyond the caller's own.
+        """
+        asked = [EVERY_MODEL, *self._patterns] if models is None else [check_patterns(models, field=field)]
+        for patterns in asked:
+            # a '*' in a pattern is matched by a '*' only, so what matches the text matches all that the pattern stands for
+            if all(allows_model(own, pattern) for own in self._patterns for pattern in patterns):
+                return patterns
+        own = ", ".join(self._patterns[0])
+        raise Forbidden(
+            f"this API key may use models that match {own[:200]} only, and give no more than that", field=field
+        )
 
     def check_model(self, model: str, wanted: Right = Right.USE) -> None:
         """Refuse what this caller may not do with a model; one that it may not use, as if there were none of its name.

@@ -136,7 +136,8 @@ SessionScope = Literal["infer", "jobs", "models:read", "models:write", "models:c
 
 
 class NewSession(Struct, omit_defaults=True, forbid_unknown_fields=True):
-    """A session to make: `ttl_s` seconds long; what is left out is as its API key has it, but never `admin`."""
+    """A session to make: `ttl_s` seconds long; what is left out is as its API key has it, but never `admin`,
+    nor `models:code` of an admin key."""
 
     ttl_s: Annotated[float, Meta(ge=1, le=3600)] = 900.0
     scopes: Annotated[list[SessionScope], Meta(min_length=1, max_length=16)] | UnsetType = UNSET

@@ -12,7 +12,7 @@ from tether.errors import Conflict, NotFound
 from tether.gateway_http import bodies_admin as bodies
 from tether.gateway_http.job_view import rfc3339
 from tether.gateway_http.routing import Call, Reply, Row
-from tether.tenant import EVERY_MODEL, check_patterns, check_tenant_name
+from tether.tenant import check_tenant_name
 
 TAG = "Administration"
 
@@ -25,7 +25,7 @@ async def _create(call: Call) -> Reply:
     now = call.gateway.bus.clock.utc()
     record = msgspec.structs.replace(
         apikey.stored_key(text, tenant=tenant, scopes=scopes, name=wanted.name, created_at=now),
-        models=EVERY_MODEL if isinstance(wanted.models, msgspec.UnsetType) else check_patterns(tuple(wanted.models)),
+        models=call.caller.bound(None if isinstance(wanted.models, msgspec.UnsetType) else tuple(wanted.models)),
         rate=wanted.rate,
         burst=wanted.burst,
         concurrency=wanted.concurrency,
@@ -61,6 +61,7 @@ async def _rotate(call: Call) -> Reply:
     keys, record, now = call.gateway.keys, _found(call), call.gateway.bus.clock.utc()
     if not record.counts(now):
         raise Conflict(f"API key '{record.id}' is revoked or expired; make a new one", field="id")
+    call.caller.bound(record.models)
     text = apikey.new_key_text()
     successor = apikey.rotated(record, text, now)
     await keys.store(successor)

@@ -10,7 +10,7 @@ from tether.gateway_http import bodies_admin as bodies
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.job_view import rfc3339
 from tether.gateway_http.routing import Call, Reply, Row
-from tether.tenant import Quotas, Tenant, check_patterns, check_tenant_name
+from tether.tenant import Quotas, Tenant, check_tenant_name
 
 TAG = "Administration"
 
@@ -18,7 +18,8 @@ TAG = "Administration"
 async def _create(call: Call) -> Reply:
     wanted: bodies.NewTenant = call.body
     name = check_tenant_name(wanted.name, field="name")
-    changed = _changed(Tenant(name, created_at=call.gateway.bus.clock.utc()), wanted)
+    fresh = Tenant(name, models=call.caller.bound(None), created_at=call.gateway.bus.clock.utc())
+    changed = _changed(call, fresh, wanted)
     if not await call.gateway.tenants.create(changed):
         raise Conflict(
             f"there is a tenant '{name}' already; change it with PATCH or 'tether tenant set {name}'", field="name"
@@ -26,15 +27,16 @@ async def _create(call: Call) -> Reply:
     return Reply(_shown(changed), 201)
 
 
-def _changed(tenant: Tenant, wanted: bodies.TenantChange) -> Tenant:
+def _changed(call: Call, tenant: Tenant, wanted: bodies.TenantChange) -> Tenant:
     """The tenant with what was asked for.
 
     Raises:
         InvalidRequest: a pattern is none.
+        Forbidden: one goes beyond what the caller may use.
     """
     given = {name: value for name in ("isolated", "sealed", "weight") if (value := getattr(wanted, name)) is not UNSET}
     if not isinstance(wanted.models, msgspec.UnsetType):
-        given["models"] = check_patterns(tuple(wanted.models))
+        given["models"] = call.caller.bound(tuple(wanted.models))
     if not isinstance(wanted.quotas, msgspec.UnsetType):
         given["quotas"] = _quotas(tenant.quotas, wanted.quotas)
     return msgspec.structs.replace(tenant, **given)
@@ -77,7 +79,7 @@ async def _use(gateway: Gateway, name: str) -> bodies.TenantUse:
 
 
 async def _change(call: Call) -> Reply:
-    tenant = _changed(_found(call), call.body)
+    tenant = _changed(call, _found(call), call.body)
     await call.gateway.tenants.store(tenant)
     return Reply(_shown(tenant))
 
