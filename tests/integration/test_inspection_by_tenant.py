@@ -14,10 +14,11 @@ from tether.envelope import MessageType
 from tether.errors import ModelLimits
 from tether.model import PushAnswer, PushRequest
 from tether.modelstore.inspection import Limits
+from tether.ownership import Asker
 
 
 async def push(running: Services, tenant: str, name: str, model: bytes) -> PushAnswer:
-    target = await running.gateway.encrypted.target(name, None)
+    target = await running.gateway.encrypted.target(name, None, Asker(tenant, False, "key:test"))
     file = await running._upload(target, model)
     request, partition = PushRequest(name, (file,), tenant=tenant), running.bus.names.partition(name)
     body = codec.encode(request)
