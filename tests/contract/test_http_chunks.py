@@ -207,6 +207,8 @@ def test_what_was_sent_to_one_gateway_counts_at_another(served: Served, model: L
 def test_a_version_of_a_model_may_be_made_of_pieces_of_its_others(served: Served, model: LocalFile) -> None:
     with Client(served.url, served.key) as client:
         client.push("grown", model.source)
+        for tenant in ("reader", "writer"):
+            client.grants.grant("grown", tenant, "write")
     possession, asked = served.services.gateway.possession, [entry[0] for entry in model.pieces]
     possession._own.clear()
     with patterned(served, "reader", "grown") as other:
