@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from tether import lifecycle, logs, ops_http
 from tether.home import Home
-from tether.processes import few_heaps
+from tether.processes import few_heaps, keep_memory_private
 from tether.settings import Settings
 
 
@@ -37,6 +37,7 @@ async def run(
         ConfigError, BrokerUnavailable: what kept it from starting or going on.
     """
     few_heaps(keep_mb)
+    keep_memory_private()
     logs.setup(settings, name)
     stop = lifecycle.stop_on_signals()
     home = Home.at(settings.home)

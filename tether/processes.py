@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 
 
 def die_with_parent(number: signal.Signals) -> Callable[[], None] | None:
@@ -34,16 +34,14 @@ def die_with_parent(number: signal.Signals) -> Callable[[], None] | None:
     return bind
 
 
-_CLONE_NEWUSER = 0x10000000
-_CLONE_NEWNET = 0x40000000
+def keep_memory_private() -> bool:
+    """Let no other process of the same user read this one's memory and environment, or trace it; root still can.
 
-
-def leave_network() -> bool:
-    """Move this process into an empty network namespace; False where the kernel or the container does not allow it."""
+    Programs that this process starts are as open as ever. False where the system has no such thing.
+    """
     if sys.platform != "linux":
         return False
-    unshare = ctypes.CDLL(None, use_errno=True).unshare
-    return bool(unshare(_CLONE_NEWNET) == 0 or unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0)
+    return bool(ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8

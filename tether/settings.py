@@ -216,6 +216,21 @@ class Settings:
     load_timeout_s: float = _setting(
         300.0, "A model's process is ended when it takes longer to load, its files being there.", low=1, high=86400
     )
+    model_confinement: str = _setting(
+        "required",
+        "Processes of models get only what they need, by what the kernel offers. 'required': models that are programs are refused "
+        "where it has no Landlock or seccomp; 'available': they run with what there is; 'off': they are not confined.",
+        choices=("required", "available", "off"),
+    )
+    model_read_dirs: str = _setting(
+        "", "Comma-separated folders that every model's process may read beside its own files and libraries."
+    )
+    model_scratch_mb: int = _setting(
+        64,
+        "Memory for temporary files of a model's process, where the kernel allows a folder of its own; 0: none.",
+        low=0,
+        high=1 << 20,
+    )
     model_memory_mb: int = _setting(0, "Address space of a model's own process; 0: no limit.", low=0, high=1 << 24)
     model_device: str = _setting(
         "auto",

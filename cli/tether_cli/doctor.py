@@ -9,10 +9,8 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Literal
 
 import httpx
-import msgspec
 
 from tether.bus.certificates import expires_at
 from tether.bus.connection import Bus
@@ -24,29 +22,19 @@ from tether.errors import ConfigError, KeysetError, NotFound, PermissionDenied, 
 from tether.home import Home
 from tether.processes import can_listen
 from tether.settings import Settings
+from tether_cli.doctor_models import confinement
+from tether_cli.findings import Finding, Level
 from tether_cli.up import is_locked, ops_ports, read_endpoints
-
-Level = Literal["ok", "warn", "fail"]
 
 MIN_FREE_MB = 1024
 CERTIFICATE_WARNING_DAYS = 30
 KEYSET_WARNING_MS = 30 * 86_400_000
 
 
-class Finding(msgspec.Struct, frozen=True):
-    """One checked thing. ``fix`` is empty when nothing needs doing."""
-
-    level: Level
-    what: str
-    fix: str = ""
-
-    def line(self) -> str:
-        return f"{self.level:<4}  {self.what}" + (f"  -> {self.fix}" if self.fix else "")
-
-
 async def examine(settings: Settings, home: Home) -> list[Finding]:
     """Every check in order; a check that cannot be made is a finding too."""
     found = [python_version(), disk(home, settings), *keys(home), *ports(home, settings), *[binary(settings)]]
+    found += confinement(settings, home)
     found += [finding async for finding in broker(settings, home)]
     return found
 

@@ -28,7 +28,7 @@ from tether.errors import ConfigError, Conflict, Unavailable
 from tether.home import Home, private_folder, read_secret, write_secret
 from tether.lifecycle import stop_on_signals
 from tether.ownership import DEFAULT_TENANT
-from tether.processes import alive, can_listen, send
+from tether.processes import alive, can_listen, keep_memory_private, send
 from tether.settings import Settings, load
 from tether_cli.supervisor import DISPATCHER, GATEWAY, MODELSTORE, Service, Supervisor, last_line
 from tether_cli.watch import Watch
@@ -157,6 +157,7 @@ async def run(plan: Plan) -> None:
         ConfigError, Unavailable: something did not start; everything else was stopped again.
     """
     home = plan.home
+    keep_memory_private()
     with locked(home):
         create_home(home, workers=plan.settings.workers, model_stores=plan.settings.model_stores)
         _forget(home)

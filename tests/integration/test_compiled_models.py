@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import frameworks
+import msgspec
 import numpy as np
 import pytest
 from brokers import wait_until
@@ -18,6 +19,7 @@ from brokers import wait_until
 from tether.errors import ModelRejected
 from tether.model import Batching, Manifest, ModelFile, TensorSpec
 from tether.processes import alive
+from tether.sandbox import plan
 from tether.tensor import Array
 from tether.worker import runtimes
 from tether.worker.runtimes import workbench
@@ -51,10 +53,18 @@ def torch_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compiler(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Have models find this g++, which may leave word in the file that is returned."""
     (folder / "bin").mkdir()
-    log, real = folder / "log", shutil.which("g++", path=workbench.PATH)
+    (folder / "log").mkdir()
+    log, real = folder / "log" / "calls", shutil.which("g++", path=workbench.PATH)
     (folder / "bin" / "g++").write_text(code.format(log=log, real=real))
     (folder / "bin" / "g++").chmod(0o755)
     monkeypatch.setattr(workbench, "PATH", f"{folder / 'bin'}:{workbench.PATH}")
+    wish = ProcessRuntime._wish
+
+    def with_log(runtime: ProcessRuntime, more: Mapping[str, str]) -> plan.Wish:
+        found = wish(runtime, more)
+        return msgspec.structs.replace(found, write=(*found.write, str(log.parent)))
+
+    monkeypatch.setattr(ProcessRuntime, "_wish", with_log)
     return log
 
 
@@ -99,13 +109,13 @@ def test_a_compiled_model_answers_as_it_does_uncompiled_and_is_compiled_while_it
         assert sum("-shared" in call for call in calls) >= 2  # for several rows and for one
         found = [answers(first)]
         assert log.read_text().splitlines() == calls
-    (entry,) = graphs.iterdir()
+    (entry,) = graphs.glob("processes/*/*")
     kept = entry.read_bytes()
     log.write_text("")
     with loaded(manifest, directory, options) as second:
         found.append(answers(second))
     assert "-shared" not in log.read_text()
-    assert [path.read_bytes() for path in graphs.iterdir()] == [kept]
+    assert [path.read_bytes() for path in graphs.glob("processes/*/*")] == [kept]
     for one in found:
         for rows, (label, probabilities) in one.items():
             np.testing.assert_array_equal(label, expected[rows][0])
@@ -131,7 +141,7 @@ def test_what_the_compiler_complains_of_is_told_and_nothing_is_kept(
     with pytest.raises(ModelRejected, match=r"the model cannot be compiled: \w+: .*no luck today") as caught:
         runtimes.load(manifest, directory, options)
     assert "/" not in caught.value.message
-    assert list((tmp_path / "graphs").iterdir()) == []
+    assert list((tmp_path / "graphs").glob("processes/*/*")) == []
 
 
 async def test_a_compiler_is_ended_with_the_load_that_nobody_wants_any_more(
@@ -149,7 +159,7 @@ async def test_a_compiler_is_ended_with_the_load_that_nobody_wants_any_more(
             await loading
     pid = int(log.read_text())
     await wait_until(lambda: not alive(pid), "the compiler is ended")
-    assert list((tmp_path / "graphs").iterdir()) == []
+    assert list((tmp_path / "graphs").glob("processes/*/*")) == []
 
 
 def test_the_compiler_gets_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +169,7 @@ def test_the_compiler_gets_no_more_than_it_needs(tmp_path: Path, monkeypatch: py
         assert set(environment) == {
             "PATH",
             "CXX",
+            "TMPDIR",
             workbench.FOLDER,
             "TORCHINDUCTOR_COMPILE_THREADS",
             "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS",

@@ -13,7 +13,7 @@ from tether import lifecycle, logs, ops_http
 from tether.gateway_http import app, core
 from tether.gateway_http.core import Gateway
 from tether.home import Home
-from tether.processes import KEEP_MB, few_heaps
+from tether.processes import KEEP_MB, few_heaps, keep_memory_private
 from tether.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ async def _drained(gateway: Gateway, within_s: float) -> None:
 async def main(settings: Settings) -> None:
     """Run the gateway until SIGTERM or SIGINT."""
     few_heaps(KEEP_MB)
+    keep_memory_private()
     logs.setup(settings, "gateway")
     home = Home.at(settings.home)
     stop = lifecycle.stop_on_signals()

@@ -17,10 +17,13 @@ from tether.bus.sealed_chunks import SealedChunkStore
 from tether.bus.tenant_keys import ModelKeyring
 from tether.envelope.model_seal import PieceSeal, open_files
 from tether.errors import BadEncoding, CorruptChunk, InvalidRequest, ModelRejected
+from tether.home import Home
 from tether.memory_folder import MemoryFolder
 from tether.model import AUTOMATIC, DECLARED, PROVEN, Batching, Isolation, Manifest, ModelFile, PushRequest, check_name
 from tether.modelstore.formats import ONNX, PYTHON, check_files, format_of
 from tether.modelstore.inspection import Inspection, Limits, inspect
+from tether.sandbox import plan
+from tether.settings import Settings
 
 MAX_BATCH = 65536
 MAX_DELAY_MS = 10_000.0
@@ -79,8 +82,22 @@ async def sealed_source(request: PushRequest, bus: Bus, keyring: ModelKeyring, m
     return Source(files, SealedChunkStore(bus, bucket, PieceSeal(key, request.name)), scratch)
 
 
+def confined(platform: str, settings: Settings) -> plan.Wish:
+    """How the process is confined that looks at a model.
+
+    Raises:
+        ModelRejected: the model is a program, and this machine's kernel cannot confine it.
+    """
+    plan.check(settings.model_confinement, platform)
+    return plan.Wish(
+        mode=plan.mode_for(settings.model_confinement, platform),
+        apart=str(Home.at(settings.home).root),
+        read=plan.read_dirs(settings.model_read_dirs),
+    )
+
+
 async def examine(
-    store: PieceKeeper, request: PushRequest, source: Source, *, fresh_s: float
+    store: PieceKeeper, request: PushRequest, source: Source, wish: plan.Wish, *, fresh_s: float
 ) -> tuple[tuple[ModelFile, ...], Inspection]:
     """Make sure of the pieces for ``fresh_s`` seconds, fetch the files into a private folder, verify and look at them; the folder is gone afterwards.
     The files of ``source`` come back with their own digests, whoever pushed them said these or not.
@@ -104,7 +121,7 @@ async def examine(
         size = sum(file.size for file in request.files)
         known = format_of(request.platform)
         limits = Limits.for_size(size, known.memory_mb)
-        return tuple(files), await inspect(Path(folder), known.inspector, limits, known.platform)
+        return tuple(files), await inspect(Path(folder), known.inspector, limits, known.platform, wish)
 
 
 _DECLARABLE = "push it with --max-batch-size N to declare that its rows do not depend on one another"

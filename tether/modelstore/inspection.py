@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import msgspec
 from tether.errors import FormatNotAllowed, ModelLimits, ModelRejected, UnsafeModel
 from tether.model import TensorSpec
 from tether.processes import die_with_parent
+from tether.sandbox import plan
 
 MAX_REPORT = 1 << 20
 """Bytes of the child's answer; a model whose signature is longer is refused."""
@@ -21,6 +21,7 @@ REFUSALS = {kind.code: kind for kind in (ModelRejected, FormatNotAllowed, Unsafe
 """The errors that a child may report."""
 
 _MB = 1 << 20
+CONFINED = plan.Wish()
 
 
 class Inspection(msgspec.Struct, frozen=True):
@@ -68,21 +69,19 @@ class Report(msgspec.Struct, frozen=True):
     code: str = ModelRejected.code
 
 
-async def inspect(directory: Path, inspector: str, limits: Limits, platform: str = "") -> Inspection:
-    """Inspect the files of ``directory`` with a module of this package, which is told the platform. The child inherits no environment and may write no file.
+async def inspect(
+    directory: Path, inspector: str, limits: Limits, platform: str = "", confined: plan.Wish = CONFINED
+) -> Inspection:
+    """Inspect the files of ``directory`` with a module of this package, which is told the platform. The child is ``confined``,
+    inherits no environment, may write no file, and reads nothing but these files and libraries.
 
     Raises:
         ModelRejected: the model cannot be served, or its inspection crashed, ran too long or needed too much memory.
     """
+    wish = msgspec.structs.replace(confined, read=(str(directory), *confined.read))
+    arguments = (str(directory), str(limits.memory_mb), str(limits.cpu_s), platform)
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-s",
-        "-m",
-        f"tether.modelstore.{inspector}",
-        str(directory),
-        str(limits.memory_mb),
-        str(limits.cpu_s),
-        platform,
+        *plan.command(plan.plan(wish), f"tether.modelstore.{inspector}", *arguments),
         stdin=DEVNULL,
         stdout=PIPE,
         stderr=DEVNULL,
@@ -106,13 +105,10 @@ async def inspect(directory: Path, inspector: str, limits: Limits, platform: str
 
 def _environment() -> dict[str, str]:
     return {
-        "PYTHONPATH": ":".join(entry for entry in sys.path if entry),
-        "PYTHONSAFEPATH": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
+        **plan.environment(),
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
-        "LANG": "C.UTF-8",
     }
 
 

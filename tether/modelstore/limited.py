@@ -1,7 +1,7 @@
 """What every child of an inspection does: limit itself, look, and print one report.
 
-Called as ``python -m tether.modelstore.inspect_X DIR MEMORY_MB CPU_SECONDS PLATFORM``. The process limits its own memory and processor
-time, may not write a byte to any file, and leaves the network where the kernel lets it.
+Called as ``tether.modelstore.inspect_X DIR MEMORY_MB CPU_SECONDS PLATFORM`` in a process that is confined already
+(:mod:`tether.sandbox.enter`). It limits its own memory and processor time, and may not write a byte to any file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import msgspec
 
 from tether.errors import ModelLimits, ModelRejected
 from tether.modelstore.inspection import Inspection, Report
-from tether.processes import leave_network
 
 MEMORY = "the model needs more memory than an inspection may use; push a smaller model"
 
@@ -35,9 +34,7 @@ def _limit(memory_mb: int, cpu_s: int, files: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    leave_network()
 
 
 def _report(directory: Path, inspect: Callable[[Path], Inspection]) -> Report:

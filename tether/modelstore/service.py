@@ -274,12 +274,13 @@ class ModelStoreService:
         """Look at the files, whose pieces are safe from collections meanwhile and for as long again; the request comes back with
         the digests that they have."""
         store, settings = PieceKeeper(self._bus, self._bus.names.chunk_bucket(request.name)), self._bus.settings
+        confined = assemble.confined(request.platform, settings)
         async with self._inspections.turn(request.tenant):
             began = self._bus.clock.monotonic()
             source = assemble.Source(request.files, store, self._scratch)
             if request.sealed is not None:
                 source = await assemble.sealed_source(request, self._bus, self._keyring, self._memory)
-            files, found = await assemble.examine(store, request, source, fresh_s=settings.upload_ttl_s / 2)
+            files, found = await assemble.examine(store, request, source, confined, fresh_s=settings.upload_ttl_s / 2)
         if self._bus.clock.monotonic() - began > settings.collect_grace_s:
             raise Unavailable("looking at the model took too long; push it again", retry_after=2)
         return (request if request.sealed is not None else msgspec.structs.replace(request, files=files)), found

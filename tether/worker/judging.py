@@ -1,7 +1,7 @@
 """Whether the rows of a version are independent whose manifest does not say so: asked in a process of its own, by the worker that
 loads it. Versions have such manifests from before batching had to be proven.
 
-Called as ``python -m tether.worker.judging FILE``, it prints one JSON object ``{"independent", "reason"}``.
+Called as ``tether.worker.judging FILE`` in a process that is confined (:mod:`tether.sandbox.enter`), it prints one JSON object ``{"independent", "reason"}``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import msgspec
 from tether.bus.upload import MODEL_PATH
 from tether.frameworks.onnx_rows import RowProof, prove
 from tether.model import Finding, Manifest
-from tether.processes import die_with_parent, leave_network
+from tether.processes import die_with_parent
+from tether.sandbox import plan
 
 DECLARE = "push it again with --max-batch-size N to declare that no row's answer depends on another row"
 _WALL_S = 120.0
@@ -42,16 +43,13 @@ async def judge(manifest: Manifest, directory: Path) -> Finding:
 
 
 async def _asked(path: Path) -> RowProof:
+    wish = plan.Wish(mode=plan.AVAILABLE, apart=str(path.parent), read=(str(path),))
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-s",
-        "-m",
-        "tether.worker.judging",
-        str(path),
+        *plan.command(plan.plan(wish), "tether.worker.judging", str(path)),
         stdin=DEVNULL,
         stdout=PIPE,
         stderr=DEVNULL,
-        env={"PYTHONPATH": ":".join(entry for entry in sys.path if entry), "PYTHONSAFEPATH": "1", "LANG": "C.UTF-8"},
+        env=plan.environment(),
         start_new_session=True,
         preexec_fn=die_with_parent(signal.SIGKILL),
     )
@@ -73,9 +71,7 @@ def main(path: Path) -> None:
     memory = (_MEMORY_MB << 20) + 2 * path.stat().st_size
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (_CPU_S, _CPU_S + 1))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    leave_network()
     sys.stdout.buffer.write(msgspec.json.encode(prove(path)))
 
 

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import msgspec
 
 from tether.effective import effective_batching, effective_isolation
+from tether.home import Home
 from tether.model import NO_FINDING, Batching, Finding, Manifest
 from tether.model_config import COMPILED, InstanceKind, LoadBalancing, ModelConfig, Warmup
+from tether.sandbox import plan
 from tether.settings import Settings
 from tether.worker.runtimes.process import Options
 
@@ -46,6 +48,10 @@ def loadout(manifest: Manifest, config: ModelConfig, settings: Settings, finding
         device=settings.model_device if config.kind is InstanceKind.AUTO else config.kind.value,
         compile=compiled,
         warmup=config.warmup if compiled else (),
+        confinement=settings.model_confinement,
+        home=str(Home.at(settings.home).root),
+        read_dirs=plan.read_dirs(settings.model_read_dirs),
+        scratch_mb=settings.model_scratch_mb,
     )
     isolation = effective_isolation(manifest, config, finding, rule=settings.onnx_isolation)
     as_loaded = msgspec.structs.replace(manifest, isolation=isolation.value)

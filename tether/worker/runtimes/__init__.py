@@ -14,6 +14,7 @@ from tether import plugins
 from tether.errors import ModelRejected
 from tether.model import Isolation, Manifest, isolation_of
 from tether.ports import Endable, Runtime
+from tether.sandbox import plan
 from tether.tensor import Array
 from tether.worker.runtimes.process import Options, ProcessRuntime
 
@@ -124,9 +125,10 @@ def begin(
     long as the version is loaded or run in this process.
 
     Raises:
-        ModelRejected: no runtime serves the manifest's platform.
+        ModelRejected: no runtime serves the manifest's platform, or it is a program that the kernel cannot confine.
     """
     _file(manifest)
+    plan.check(options.confinement, manifest.platform)
     if manifest.platform != ONNX_PLATFORM or isolation_of(manifest) is Isolation.PROCESS:
         return ProcessRuntime(manifest, directory, options, closed)
     return _Here(manifest, directory, options, running)

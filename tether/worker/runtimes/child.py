@@ -1,7 +1,7 @@
 """The process of one model: ``python -m tether.worker.runtimes.child``, started by :mod:`tether.worker.runtimes.process`.
 
-It limits itself before it touches the model: memory, no core dumps, few files, no network where the kernel lets it. Then it
-imports the framework, which takes seconds, and waits until it is told where the files are.
+It is confined before anything else (:mod:`tether.sandbox.enter`) and limits its memory. Then it imports the framework, which
+takes seconds, and waits until it is told where the files are.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import math
 import os
 import resource
 import sys
+import tempfile
 from pathlib import Path
 
 from tether import codec
 from tether.errors import TetherError
 from tether.ports import Runtime
-from tether.processes import die_first, leave_network
 from tether.tensor import Tensor, from_numpy, to_numpy
 from tether.worker import runtimes
 from tether.worker.runtimes.process import LARGEST_FRAME, Options, Start, read_frame, write_frame
@@ -30,6 +30,7 @@ _SCARCE_WORDS = ("bad_alloc", "bad allocation", "can't allocate memory", "alloca
 
 def main() -> int:
     questions, answers = os.dup(0), os.dup(1)
+    tempfile.tempdir = os.environ["TMPDIR"]  # frameworks ask for one, and do not always write there
     # a model's code may print, and must not read what it is asked
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
@@ -80,12 +81,9 @@ def _serve(runtime: Runtime, start: Start, questions: int, answers: int) -> int:
 
 
 def _limit(options: Options) -> None:
-    die_first()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if options.memory_mb:
         size = options.memory_mb << 20
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
-    leave_network()
 
 
 def _run(runtime: Runtime, question: bytes, options: Options) -> Answer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tether.bus.model_files import version_digest
 from tether.errors import InferenceFailed, ModelRejected
 from tether.model import Manifest
 from tether.model_config import Warmup
+from tether.sandbox import seccomp
 from tether.tensor import Array
 from tether.worker.runtimes.graph_cache import cache_beside, key_of
 from tether.worker.runtimes.process import Options
@@ -46,6 +48,7 @@ def load(manifest: Manifest, directory: Path, options: Options) -> torch_model.T
     for inputs in _examples(model, manifest, options.warmup):
         _compile(model, inputs)
     torch.compiler.set_stance("eager_on_recompile")
+    _start_no_more()
     if cache is not None and before != set(_files(folder)):
         made = codec.pack([(name, (folder / name).read_bytes()) for name in _files(folder)])
         draft = cache.draft(len(made))
@@ -53,6 +56,13 @@ def load(manifest: Manifest, directory: Path, options: Options) -> torch_model.T
             draft.write_bytes(made)
             cache.keep(key, draft)
     return model
+
+
+def _start_no_more() -> None:
+    """No compiler is needed from here on."""
+    if seccomp.available():
+        with suppress(OSError):  # where the process was not confined it may not confine itself so
+            seccomp.install(seccomp.no_more_processes())
 
 
 def _examples(

@@ -19,6 +19,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from tether.model_config import COMPILED
+
 log = logging.getLogger(__name__)
 
 LARGEST = 16 << 20
@@ -29,6 +31,9 @@ _MARK = b"tethergraph1"
 _END = len(_MARK) + hashlib.sha256().digest_size
 _LARGEST_ENTRY = 16 * LARGEST
 """An optimised graph may hold what the version computes from its weights."""
+_KEEPING = frozenset({"onnxruntime_onnx", *COMPILED})
+"""Platforms whose processes have something to keep."""
+_PROCESSES = "processes"
 DRAFT = ".draft"
 """How names of files, and of folders, end whose maker may have been killed."""
 _STALE_S = 3600.0
@@ -77,7 +82,6 @@ class GraphCache:
             content = draft.read_bytes()
             with draft.open("ab") as file:
                 file.write(_end(key, content))
-            draft.chmod(0o600)
             draft.rename(self._path(key))
             self._make_room()
         except OSError as error:
@@ -114,8 +118,43 @@ class GraphCache:
 def cache_beside(directory: Path, folder: str, megabytes: int) -> GraphCache | None:
     """The cache in ``folder``, for a version whose files lie beside it: one whose files may not lie on a disk leaves nothing
     there."""
-    beside = bool(folder) and Path(folder).parent == directory.parent
-    return GraphCache(Path(folder), megabytes << 20) if beside else None
+    return GraphCache(Path(folder), megabytes << 20) if _beside(directory, folder) else None
+
+
+def of_process(platform: str, directory: Path, folder: str) -> str:
+    """The part of the cache that processes of one version may write to, made if need be; empty where they keep nothing.
+    ``directory`` has the version's files, and its digest as its name.
+
+    What they leave there counts for that version's processes only: not for another version, nor in the worker's own process.
+    """
+    if platform not in _KEEPING or not _beside(directory, folder):
+        return ""
+    own = Path(folder) / _PROCESSES / directory.name
+    try:
+        own.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.utime(own)
+    except OSError as error:
+        log.warning("no optimised graph is kept: %s", error.strerror, extra={"action": "graph_not_kept"})
+        return ""
+    return str(own)
+
+
+def trim(own: str, budget: int) -> None:
+    """Delete what processes of other versions keep, that first which was not used for the longest time, until ``budget`` bytes are left."""
+    used = []
+    for folder in Path(own).parent.iterdir():
+        with suppress(OSError):
+            size = sum(path.lstat().st_size for path in folder.rglob("*"))
+            used.append((folder.stat().st_mtime_ns, size, folder))
+    total = sum(size for _, size, _ in used)
+    for _, size, folder in sorted(used):
+        if total > budget and folder != Path(own):
+            shutil.rmtree(folder, ignore_errors=True)
+            total -= size
+
+
+def _beside(directory: Path, folder: str) -> bool:
+    return bool(folder) and directory.parent in Path(folder).parents
 
 
 def _remove(path: Path) -> None:

@@ -16,11 +16,11 @@ import select
 import signal
 import struct
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +31,10 @@ from tether.errors import BadEncoding, InferenceFailed, ModelRejected
 from tether.model import Manifest
 from tether.model_config import Warmup
 from tether.processes import die_with_parent, out_of_memory_kills
+from tether.sandbox import plan
 from tether.tensor import Array, Tensor, from_numpy, to_numpy
-from tether.worker.runtimes import workbench
+from tether.worker.runtimes import graph_cache, workbench
+from tether.worker.runtimes.said import Said
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,9 @@ class Options(msgspec.Struct, frozen=True):
 
     ``graph_cache`` is the folder, beside those of versions, where optimised graphs are kept, up to ``graph_cache_mb`` MiB;
     empty: none is, nor of a version whose files lie elsewhere. ``compile``: for any number of rows, and for ``warmup``.
+
+    Its process is confined as ``confinement`` says (the setting ``model_confinement``). It reads its own files, libraries and
+    ``read_dirs``, and nothing below the data directory ``home``. It has ``scratch_mb`` MiB for files of its own.
     """
 
     threads: int = 1
@@ -63,6 +68,10 @@ class Options(msgspec.Struct, frozen=True):
     graph_cache_mb: int = 0
     compile: bool = False
     warmup: tuple[Warmup, ...] = ()
+    confinement: str = plan.REQUIRED
+    home: str = ""
+    read_dirs: tuple[str, ...] = ()
+    scratch_mb: int = 64
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -89,13 +98,15 @@ class ProcessRuntime:
     def __init__(
         self, manifest: Manifest, directory: Path, options: Options, closed: threading.Event | None = None
     ) -> None:
-        self._start = Start(manifest, options)
         self._directory = str(directory)
+        self._graphs = graph_cache.of_process(manifest.platform, directory, options.graph_cache)
+        self._start = Start(manifest, msgspec.structs.replace(options, graph_cache=self._graphs))
         self._options = options
         self.run_timeout_s = options.run_timeout_s
         """Counts from the next run on."""
         self._outputs = tuple(spec.name for spec in manifest.outputs)
         self._child: subprocess.Popen[bytes] | None = None
+        self._said: Said | None = None
         self._loading = ExitStack()
         """What the process has until it has loaded."""
         self.crash = ""
@@ -122,6 +133,8 @@ class ProcessRuntime:
         """
         with self._loading, self._rejecting():
             self._ask(codec.pack(self._directory), self._options.load_timeout_s)
+        if self._graphs:
+            graph_cache.trim(self._graphs, self._options.graph_cache_mb << 20)
         return self
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
@@ -171,21 +184,42 @@ class ProcessRuntime:
         more: Mapping[str, str] = {}
         if self._options.compile:
             sealed = self._start.manifest.sealed is not None
-            made = workbench.made(Path(self._directory), self._options.graph_cache, sealed=sealed)
+            made = workbench.made(Path(self._directory), self._graphs, sealed=sealed)
             more = self._loading.enter_context(made)
         self._failures += 1
         self._kills = out_of_memory_kills()
         self._child = subprocess.Popen(
-            [sys.executable, "-s", "-m", "tether.worker.runtimes.child"],
+            plan.command(plan.plan(self._wish(more)), "tether.worker.runtimes.child"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             cwd="/",  # away from files that nobody has verified yet
-            env={**_environment(self._options.threads, self._start.manifest, self._directory), **more},
+            env={**_environment(self._options.threads, self._directory), **more},
             start_new_session=True,
             preexec_fn=die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - it imports and locks nothing
         )
+        manifest = self._start.manifest
+        assert isinstance(self._child.stderr, BufferedReader)  # noqa: S101 - PIPE was asked for
+        self._said = Said(self._child.stderr, manifest.name, manifest.version)
         with self._rejecting(), self._speaking(self._options.load_timeout_s) as (questions, _, end):
             write_frame(questions, codec.encode(self._start), end, self._closed)
+
+    def _wish(self, more: Mapping[str, str]) -> plan.Wish:
+        options = self._options
+        write = [more[workbench.FOLDER]] if more else []
+        if self._graphs:
+            write.append(self._graphs)
+        return plan.Wish(
+            mode=plan.mode_for(options.confinement, self._start.manifest.platform),
+            apart=options.home,
+            read=(self._directory, *options.read_dirs),
+            write=tuple(write),
+            compilers=tuple(workbench.PATH.split(os.pathsep)) if more else (),
+            gpu=options.device != "cpu",
+            scratch_mb=options.scratch_mb,
+            file_mb=max(options.scratch_mb, options.graph_cache_mb, 1) if write else options.scratch_mb,
+            dies_first=True,
+        )
 
     @contextmanager
     def _rejecting(self) -> Iterator[None]:
@@ -255,25 +289,23 @@ class ProcessRuntime:
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:
                 pipe.close()
+        if self._said is not None:
+            self._said.close()
 
 
 def _row(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.name, tensor.datatype, tensor.shape, tensor.data)
 
 
-def _environment(threads: int, manifest: Manifest, directory: str) -> dict[str, str]:
+def _environment(threads: int, directory: str) -> dict[str, str]:
     """Nothing of the worker's own: no settings, no keys. What an encrypted model's framework writes stays in memory too."""
-    scratch = {"TMPDIR": directory} if manifest.sealed is not None else {}
     return {
-        **scratch,
-        "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
-        "PYTHONSAFEPATH": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
+        **plan.environment(),
+        "TMPDIR": directory,  # where there is no folder in memory for what it writes, which is a better place
         "OMP_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": str(threads),
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
-        "LANG": "C.UTF-8",
     }
 
 

@@ -55,6 +55,7 @@ def _environment(compiler: str, folder: str) -> dict[str, str]:
         "PATH": PATH,
         "CXX": compiler,
         FOLDER: folder,
+        "TMPDIR": folder,
         # no processes that wait for work, each with a PyTorch of its own
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         # 150 MB in a folder of everybody's, made again at each load

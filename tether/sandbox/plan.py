@@ -1,0 +1,194 @@
+"""What a process of a model may do, said by the service that starts it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+import msgspec
+
+import tether
+from tether.errors import ConfigError, ModelRejected
+from tether.sandbox import landlock, seccomp
+
+REQUIRED, AVAILABLE, OFF = "required", "available", "off"
+"""Values of the setting ``model_confinement``."""
+WITHOUT_CODE = frozenset({"onnxruntime_onnx", "pytorch_safetensors"})
+"""Platforms whose models are data; those of every other one are programs, or may have some in them."""
+PROGRAM = "tether.sandbox.enter"
+
+_SYSTEM = (
+    "/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib", "/usr/local/lib64", "/usr/local/cuda",
+    "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/localtime",
+    "/sys/devices/system", "/sys/fs/cgroup", "/sys/kernel/mm/transparent_hugepage",
+    "/dev/random", "/dev/urandom",
+)  # fmt: skip
+"""What frameworks and the C library read."""
+_PROC = ("/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/version", "/proc/sys/vm")
+"""The same; ``/proc/self`` is the process's own."""
+_PLAIN_DEVICES = ("/dev/null", "/dev/zero", "/dev/full")
+_GPU = ("/sys/devices", "/sys/bus/pci", "/sys/module/nvidia", "/proc/driver/nvidia", "/proc/devices", "/proc/modules")
+_COMPILER = ("/usr/libexec", "/usr/include", "/usr/local/include")
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """``rules`` are paths and what Landlock lets the process do there; ``parent`` is the process with which it ends.
+
+    It has ``scratch_mb`` MiB of memory for files of its own, writes none larger than ``file_mb`` (0: no limit), and starts
+    no other process unless ``processes``.
+    """
+
+    mode: str
+    parent: int
+    rules: tuple[tuple[str, int], ...]
+    scratch_mb: int = 0
+    file_mb: int = 0
+    processes: bool = False
+    dies_first: bool = False
+    """It is ended before others when the machine is out of memory."""
+
+
+class Wish(msgspec.Struct, frozen=True):
+    """What one process is to have beside Python and its libraries: ``mode`` is the setting ``model_confinement``.
+
+    ``apart`` is the data directory, of which it gets nothing but what is named here.
+    """
+
+    mode: str = REQUIRED
+    apart: str = ""
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+    compilers: tuple[str, ...] = ()
+    """Folders with programs that it may start; with none it starts nothing."""
+    gpu: bool = False
+    scratch_mb: int = 0
+    file_mb: int = 0
+    dies_first: bool = False
+
+
+@cache
+def offered() -> tuple[int, bool]:
+    """The ABI of Landlock that this kernel has (0: none), and whether it has seccomp."""
+    return landlock.abi(), seccomp.available()
+
+
+def missing() -> str:
+    """What this kernel lacks to confine a process; empty when it has it."""
+    abi, filters = offered()
+    return " and ".join(name for name, there in (("Landlock", abi > 0), ("seccomp", filters)) if not there)
+
+
+def check(mode: str, platform: str) -> None:
+    """Refuse to run what is a program and would not be confined.
+
+    Raises:
+        ModelRejected: the kernel cannot do it, and the setting asks for it.
+    """
+    if mode != REQUIRED or platform in WITHOUT_CODE:
+        return
+    if lacking := missing():
+        raise ModelRejected(
+            f"models for '{platform}' are programs, and this machine's kernel cannot confine them: it has no {lacking} "
+            "(Linux 5.13 or newer, not turned off at the boot); setting 'model_confinement' = 'available' runs them "
+            "with what there is",
+            field="platform",
+        )
+
+
+def mode_for(mode: str, platform: str) -> str:
+    """How a version is confined: what is data runs with what there is, also where programs would be refused."""
+    return AVAILABLE if mode == REQUIRED and platform in WITHOUT_CODE else mode
+
+
+def plan(wish: Wish) -> Plan:
+    """The rules for one process.
+
+    Raises:
+        ModelRejected: Python's own files lie around the data directory, so that they cannot be told apart.
+    """
+    try:
+        shared = [*_libraries(wish.apart), *_SYSTEM]
+    except ConfigError as error:
+        raise ModelRejected(error.message) from error
+    rules = [(path, landlock.READ) for path in (*shared, *_PROC, *wish.read)]
+    rules += [(path, landlock.DEVICE) for path in _PLAIN_DEVICES]
+    if wish.gpu:
+        rules += [(path, landlock.READ) for path in _GPU]
+        rules += [(str(path), landlock.DEVICE | landlock.READ_DIR) for path in Path("/dev").glob("nvidia*")]
+    if wish.compilers:
+        # a compiler runs programs that lie beside libraries, and PyTorch runs Python to try what was compiled
+        python = str(Path(sys.executable).resolve())
+        rules += [(path, landlock.RUN) for path in (*wish.compilers, *_COMPILER, python, *shared)]
+    rules += [(path, landlock.WRITE) for path in wish.write]
+    return Plan(
+        mode=wish.mode,
+        parent=os.getpid(),
+        rules=tuple(rules),
+        scratch_mb=wish.scratch_mb,
+        file_mb=wish.file_mb,
+        processes=bool(wish.compilers),
+        dies_first=wish.dies_first,
+    )
+
+
+def command(made: Plan, module: str, *arguments: str) -> list[str]:
+    """What starts a Python module of ours in a process that confines itself first."""
+    return [sys.executable, "-s", "-m", PROGRAM, msgspec.json.encode(made).decode(), module, *arguments]
+
+
+def environment() -> dict[str, str]:
+    """The variables of such a process: nothing of its parent's."""
+    return {
+        "PYTHONPATH": os.pathsep.join(import_paths()),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "USER": "model",
+        "HOME": "/nonexistent",  # not the one that the user database names: frameworks look there and it may not be read
+        "TORCHINDUCTOR_CACHE_DIR": "/",  # PyTorch makes this folder when it is imported, and could make no other
+        "LANG": "C.UTF-8",
+    }
+
+
+def import_paths() -> list[str]:
+    """Where Python looks for modules here, but for the folder that a command was started in, which nobody named."""
+    here = str(Path.cwd())
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [entry for entry in sys.path if entry and (entry != here or entry in named)]
+
+
+def hidden_paths(apart: str) -> list[str]:
+    """Folders with modules that no model's process gets, because the data directory lies in them."""
+    return [entry for entry in import_paths() if _holds(entry, apart)]
+
+
+def read_dirs(setting: str) -> tuple[str, ...]:
+    """The setting ``model_read_dirs`` as paths."""
+    return tuple(entry.strip() for entry in setting.split(",") if entry.strip())
+
+
+def _libraries(apart: str) -> Sequence[str]:
+    prefixes = {sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix}
+    own = [
+        str(Path(prefix) / folder)
+        for prefix in sorted(prefixes)
+        for folder in ("lib", "lib64", "include", "pyvenv.cfg")
+    ]
+    own.append(str(Path(tether.__file__).parent))
+    for path in own:
+        if _holds(path, apart):
+            raise ConfigError(
+                f"the data directory {apart} lies inside of Python's own folder {path}, which models may read; move it"
+            )
+    return [*own, *_outermost(own, (entry for entry in import_paths() if not _holds(entry, apart)))]
+
+
+def _outermost(own: Sequence[str], entries: Iterable[str]) -> list[str]:
+    return [entry for entry in entries if not any(Path(entry).is_relative_to(path) for path in own)]
+
+
+def _holds(folder: str, apart: str) -> bool:
+    """Whether the data directory is in a folder, or is it."""
+    return bool(apart) and Path(apart).resolve().is_relative_to(Path(folder).resolve())
