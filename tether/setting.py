@@ -5,11 +5,23 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tether.errors import ConfigError
+
+
+def setting(
+    default: Any,
+    help_text: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A field of the settings table."""
+    return field(default=default, metadata={"help": help_text, "low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,24 @@ def checked(known: Mapping[str, SettingInfo], name: str, value: Any) -> Any:
     if not _in_range(info, value):
         raise ConfigError(f"setting '{name}' must be between {info.low:g} and {info.high:g}, not {value!r}", field=name)
     return value
+
+
+def parse_labels(text: str) -> dict[str, str]:
+    """The labels of a worker, from NAME=VALUE separated by commas.
+
+    Raises:
+        ConfigError: it is no such list, or has more than 16.
+    """
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    found = {name.strip(): value.strip() for name, _, value in pairs}
+    good = all(
+        0 < len(name) <= 64 and len(value) <= 64 and (name + value).isprintable() for name, value in found.items()
+    )
+    if not good or not all(mark for _, mark, _ in pairs) or not len(found) == len(pairs) <= 16:
+        raise ConfigError(
+            "setting 'worker_labels' must be up to 16 different NAME=VALUE, separated by commas", field="worker_labels"
+        )
+    return found
 
 
 def read_file(path: Path, known: Mapping[str, SettingInfo]) -> dict[str, Any]:

@@ -12,13 +12,14 @@ import os
 import re
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tether.environment import HOME_VARIABLE, OTHER_VARIABLES
 from tether.errors import ConfigError
-from tether.setting import SettingInfo, checked, parse, read_file, schema_of, unknown
+from tether.setting import SettingInfo, checked, parse, parse_labels, read_file, schema_of, unknown
+from tether.setting import setting as _setting
 
 _TOKEN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 ENV_PREFIX = "TETHER_"
@@ -26,17 +27,6 @@ TEST_PREFIX = "TETHER_TEST_"
 """Variables of the test suite, which starts services in its own environment."""
 ENVIRONMENTS = ("dev", "prod", "local")
 SERVICES = ("gateway", "dispatcher", "worker", "modelstore", "broker")
-
-
-def _setting(
-    default: Any,
-    help_text: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    return field(default=default, metadata={"help": help_text, "low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,16 +357,7 @@ def labels_of(settings: Settings) -> dict[str, str]:
     Raises:
         ConfigError: it is no list of NAME=VALUE, or has more than 16.
     """
-    pairs = [part.partition("=") for part in settings.worker_labels.split(",") if part.strip()]
-    found = {name.strip(): value.strip() for name, _, value in pairs}
-    good = all(
-        0 < len(name) <= 64 and len(value) <= 64 and (name + value).isprintable() for name, value in found.items()
-    )
-    if not good or not all(mark for _, mark, _ in pairs) or not len(found) == len(pairs) <= 16:
-        raise ConfigError(
-            "setting 'worker_labels' must be up to 16 different NAME=VALUE, separated by commas", field="worker_labels"
-        )
-    return found
+    return parse_labels(settings.worker_labels)
 
 
 def _cross_check(settings: Settings) -> None:
