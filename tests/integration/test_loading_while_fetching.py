@@ -237,6 +237,7 @@ async def loads(make: Callable[[], object], begun: ProcessRuntime) -> None:
 
 
 async def test_waiting_for_files_takes_nothing_of_the_time_to_load(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
     begun = began(tmp_path / "m", Options(load_timeout_s=3.0))
     until = time.monotonic() + 3.5
     await wait_until(lambda: time.monotonic() > until, "longer than a load may take")
@@ -277,11 +278,6 @@ def test_what_an_encrypted_models_framework_writes_while_it_waits_stays_in_memor
     try:
         environment = psutil.Process(begun.pid).environ()
         assert environment["TMPDIR"] == str(tmp_path)
-    finally:
-        begun.close()
-    begun = began(tmp_path)
-    try:
-        assert "TMPDIR" not in psutil.Process(begun.pid).environ()
     finally:
         begun.close()
 

@@ -121,7 +121,7 @@ def begin(
 ) -> Begun:
     """Do what needs no files of a version yet: start its process unless it may run in the worker's, import its framework. Blocks.
 
-    Nothing is read from ``directory``. Setting ``closed`` ends a process that is being started. ``running`` is entered for as
+    Nothing is read from ``directory``, which must be there: a process can be allowed to read only what exists. Setting ``closed`` ends a process that is being started. ``running`` is entered for as
     long as the version is loaded or run in this process.
 
     Raises:
