@@ -31,7 +31,7 @@ JOBS, RESULTS, RECORDS, DEAD, NOTES = 8, 9, 6, 2, 1
 """How many 64ths of the disk each of these stores may use. A small job takes about 570 bytes of records and 450 of results."""
 
 PUTS = 256
-"""What part of the disk the notes of sent pieces may use; the oldest give way."""
+"""What part of the disk the notes of sent pieces may use, taken from the share of ``attempts``; the oldest give way."""
 
 RESULT_MARGIN_S = 120
 """A result may be kept this much longer than the record of its job."""
@@ -53,6 +53,7 @@ def streams(names: Names, settings: Settings) -> list[dict[str, Any]]:
     jobs = [_jobs(names, shard, disk * JOBS // (64 * names.job_shards), settings) for shard in range(names.job_shards)]
     buckets = [_bucket(names, name, settings) for name in BUCKETS if name not in BOUNDED_BUCKETS]
     notes_ns = int(settings.result_ttl_s * NANOSECONDS)
+    puts = disk // PUTS
     puts_ns = int(settings.upload_ttl_s * NANOSECONDS)
     return [
         *infer,
@@ -62,9 +63,9 @@ def streams(names: Names, settings: Settings) -> list[dict[str, Any]]:
         _audit(names, audit, settings),
         *buckets,
         _bucket(names, "jobs", settings, max_bytes=disk * RECORDS // 64, max_age=_longest_ns(settings)),
-        _bucket(names, "attempts", settings, max_bytes=disk * NOTES // 64, max_age=notes_ns, discard="old"),
+        _bucket(names, "attempts", settings, max_bytes=disk * NOTES // 64 - puts, max_age=notes_ns, discard="old"),
         _bucket(names, "liveness", settings, storage="memory", max_bytes=memory // 16, max_age=60 * NANOSECONDS),
-        _bucket(names, "puts", settings, max_bytes=disk // PUTS, max_age=puts_ns, discard="old"),
+        _bucket(names, "puts", settings, max_bytes=puts, max_age=puts_ns, discard="old"),
         *(_objects(names, bucket, settings) for bucket in names.chunk_buckets()),
     ]
 
