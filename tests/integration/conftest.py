@@ -8,6 +8,16 @@ import pytest
 from brokers import Broker
 from services import Services, services
 
+from tether.settings import Settings
+
+
+@pytest.fixture
+def unconfined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python models of this test may tell it by files how far they are: it is about something else than what they may do."""
+    defaults = Settings.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "model_confinement", "off")
+
 
 @pytest.fixture
 async def one(broker: Broker) -> AsyncIterator[Services]:

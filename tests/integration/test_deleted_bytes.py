@@ -43,8 +43,8 @@ class Bounded:
 
     async def delete(self, version: int, model: str = "m") -> None:
         """A version, and the alias that stands for it."""
-        wanted = ChangeRequest(Change.DELETE_ALIAS, model, alias="latest")
-        for change in (wanted, ChangeRequest(Change.DELETE_VERSION, model, version=version)):
+        wanted = ChangeRequest(Change.DELETE_ALIAS, model, alias="latest", tenant="acme")
+        for change in (wanted, ChangeRequest(Change.DELETE_VERSION, model, version=version, tenant="acme")):
             body = codec.encode(change)
             await ask_owner(
                 self.platform.bus,

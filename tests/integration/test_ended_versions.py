@@ -99,6 +99,7 @@ async def test_what_is_published_after_the_lanes_are_gone_ends_all_the_same(one:
     await wait_until(lambda: no_lanes(one), "its lanes are gone again", GONE_S)
 
 
+@pytest.mark.usefixtures("unconfined")
 async def test_a_job_that_runs_while_its_version_is_deleted_ends_on_it(one: Services, tmp_path: Path) -> None:
     gate, begun = tmp_path / "gate", tmp_path / "begun"
     gate.touch()

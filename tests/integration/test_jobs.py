@@ -257,6 +257,7 @@ class Model:
 """Runs for as long as a file is there."""
 
 
+@pytest.mark.usefixtures("unconfined")
 @pytest.mark.parametrize("looked_at", [True, False])
 async def test_a_job_that_ends_after_its_deadline_is_expired_whoever_looks(
     one: Services, tmp_path: Path, looked_at: bool

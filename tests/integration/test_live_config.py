@@ -104,6 +104,7 @@ async def test_a_worker_that_waits_for_company_and_is_stopped_answers_what_it_ha
     assert (ended["state"], ended["attempts"]) == ("succeeded", 1)
 
 
+@pytest.mark.usefixtures("unconfined")
 async def test_several_copies_run_side_by_side_and_no_more_than_the_worker_allows(
     one: Services, tmp_path: Path
 ) -> None:

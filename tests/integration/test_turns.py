@@ -18,6 +18,8 @@ from tether.gateway_http.catalog import Served
 from tether.job import Priority
 from tether.worker.instance import ModelInstance
 
+pytestmark = pytest.mark.usefixtures("unconfined")
+
 CODE = """
 import os
 import time
