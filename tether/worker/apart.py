@@ -42,13 +42,13 @@ class Hearing(NamedTuple):
 
 
 class Apart:
-    """``load`` makes the copy; None where the version runs in processes anyway. ``limit_mb``: what a run in the worker's own
-    process may take; 0: as much as there is."""
+    """``load`` makes the copy, which is not needed while all others are in processes anyway. ``limit_mb``: what a run in the
+    worker's own process may take; 0: as much as there is."""
 
     def __init__(
         self,
         copies: Copies,
-        load: Callable[[], Awaitable[Generation | None]],
+        load: Callable[[], Awaitable[Generation]],
         hearing: Hearing,
         seats: Seats,
         limit_mb: int = 0,
@@ -65,7 +65,10 @@ class Apart:
     async def run(self, wanted: batching.Run, going: Going) -> Ran:
         """One run at a time. Where the copy cannot be made, or there is no seat, it runs on the others."""
         async with self._one:
-            made = await self._ensured()
+            # by what runs now, not by what is wanted: copies that are about to move into processes are not there yet
+            now = self.copies.runtimes
+            moved = bool(now) and all(isinstance(runtime, ProcessRuntime) for runtime in now)
+            made = None if moved else await self._ensured()
             if made is None:
                 return await self.copies.run(wanted, going)
             before = self._memory(made)

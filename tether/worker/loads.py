@@ -94,15 +94,13 @@ class Loader:
         self.current = wanted
         return self._generation(made)
 
-    async def load_apart(self) -> Generation | None:
-        """One more copy, in a process of its own and beside what memory is reserved for; None where all of them are in such.
+    async def load_apart(self) -> Generation:
+        """One more copy, in a process of its own and beside what memory is reserved for.
 
         Raises:
             ModelRejected: it cannot be loaded so.
         """
         wanted = self.wanted
-        if wanted.manifest.isolation == Isolation.PROCESS:
-            return None
         manifest = msgspec.structs.replace(wanted.manifest, isolation=Isolation.PROCESS.value)
         return self._generation([await self._one(wanted._replace(manifest=manifest))])
 
