@@ -19,7 +19,7 @@ def confinement(settings: Settings, home: Home) -> Iterator[Finding]:
     """One line for what the kernel has, one for the trial, one for each thing that models will miss."""
     mode = settings.model_confinement
     if mode == plan.OFF:
-        fix = "set TETHER_MODEL_CONFINEMENT=required, or let nobody push whom you would not give the root key"
+        fix = "set TETHER_MODEL_CONFINEMENT=required, or give the scope models:code only to people you trust with the root key"
         yield Finding(
             "warn", "models: model_confinement is off, so a pushed program can read every key of this home", fix
         )
