@@ -7,7 +7,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnxruntime
+
+from tether.frameworks.onnx_runtime import onnxruntime
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -77,7 +77,7 @@ def _walk(path: Path) -> onnx_wire.Facts:
 
 
 def _load(path: Path) -> Any:
-    import onnxruntime  # noqa: PLC0415 - only after the file was walked, and under the limits
+    from tether.frameworks.onnx_runtime import onnxruntime  # noqa: PLC0415 - only after the file was walked, and under the limits
 
     onnxruntime.set_default_logger_severity(4)
     options = onnxruntime.SessionOptions()

@@ -149,6 +149,7 @@ def environment() -> dict[str, str]:
         "HOME": "/nonexistent",  # not the one that the user database names: frameworks look there and it may not be read
         "TORCHINDUCTOR_CACHE_DIR": "/",  # PyTorch makes this folder when it is imported, and could make no other
         "LANG": "C.UTF-8",
+        "ORT_DISABLE_TELEMETRY": os.environ.get("ORT_DISABLE_TELEMETRY", "1"),
     }
 
 

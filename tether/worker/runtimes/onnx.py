@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 
 from tether.bus.model_files import version_digest
 from tether.bus.upload import MODEL_PATH
 from tether.errors import InferenceFailed, ModelRejected, ResultTooLarge
+from tether.frameworks.onnx_runtime import onnxruntime
 from tether.frameworks.onnx_values import from_value, to_value
 from tether.model import Manifest
 from tether.tensor import Array
