@@ -43,15 +43,37 @@ def _running_url(environment: ClientEnvironment) -> str:
 def resolve_key(url: str, api_key: str | None, environment: ClientEnvironment) -> str:
     """``api_key``, else TETHER_API_KEY, else the data directory's admin key when ``url`` is this machine.
 
+    White space around it is taken off: files with secrets often end in a newline.
+
     Raises:
-        ConfigError: the admin key's file may be read by others.
+        ConfigError: the admin key's file may be read by others, or the key has a character that no header may have.
     """
-    if api_key or environment.api_key:
-        return api_key or environment.api_key
+    for where, text in (("the argument api_key", api_key), ("TETHER_API_KEY", environment.api_key)):
+        if text and (key := text.strip()):
+            return _checked(where, key)
     file = Home.at(environment.home).admin_key
     if not is_local(url) or not file.is_file():
         return ""
-    return read_secret(file).decode("ascii", "replace").strip()
+    return _checked(str(file), read_secret(file).decode("utf-8", "replace").strip())
+
+
+def _checked(where: str, key: str) -> str:
+    for place, letter in enumerate(key, 1):
+        if not "!" <= letter <= "~":
+            raise ConfigError(
+                f"the API key in {where} has the character {letter!a} at place {place} of {len(key)}; keys have letters, "
+                "digits, '_' and '-' only",
+                field="api_key",
+            )
+    return key
+
+
+def where_keys_are(url: str) -> str:
+    """For an error: where a key was looked for and not found."""
+    looked = "the argument api_key, TETHER_API_KEY"
+    if is_local(url):
+        looked += f" and {Home.at(client_environment().home).admin_key}"
+    return f"no API key was found (looked at {looked})"
 
 
 def is_local(url: str) -> bool:

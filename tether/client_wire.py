@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
 
-from tether.client_address import is_local, resolve
+from tether.client_address import is_local, resolve, where_keys_are
 from tether.client_http import Lost, Reply, Send
-from tether.errors import ConfigError
+from tether.errors import ConfigError, Unauthenticated
 
 
 def _options(url: str | None, api_key: str | None) -> dict[str, Any]:
@@ -32,8 +33,11 @@ def _request(send: Send) -> dict[str, Any]:
     }
 
 
-def _reply(answer: httpx.Response) -> Reply:
-    return Reply(answer.status_code, {name.lower(): value for name, value in answer.headers.items()}, answer.content)
+def _reply(answer: httpx.Response, options: dict[str, Any]) -> Reply:
+    content = answer.content
+    if answer.status_code == 401 and "x-api-key" not in options["headers"]:
+        content = json.dumps({"error": where_keys_are(options["base_url"]), "code": Unauthenticated.code}).encode()
+    return Reply(answer.status_code, {name.lower(): value for name, value in answer.headers.items()}, content)
 
 
 def _lost(error: httpx.RequestError) -> Lost:
@@ -50,13 +54,13 @@ class Wire:
     """One connection pool for blocking use."""
 
     def __init__(self, url: str | None, api_key: str | None) -> None:
-        options = _options(url, api_key)
-        self.url = str(options["base_url"])
-        self._http = httpx.Client(**options)
+        self._options = _options(url, api_key)
+        self.url = str(self._options["base_url"])
+        self._http = httpx.Client(**self._options)
 
     def send(self, send: Send) -> Reply | Lost:
         try:
-            return _reply(self._http.request(content=send.content, **_request(send)))
+            return _reply(self._http.request(content=send.content, **_request(send)), self._options)
         except httpx.RequestError as error:
             return _lost(error)
 
@@ -68,13 +72,13 @@ class AsyncWire:
     """One connection pool for asynchronous use."""
 
     def __init__(self, url: str | None, api_key: str | None) -> None:
-        options = _options(url, api_key)
-        self.url = str(options["base_url"])
-        self._http = httpx.AsyncClient(**options)
+        self._options = _options(url, api_key)
+        self.url = str(self._options["base_url"])
+        self._http = httpx.AsyncClient(**self._options)
 
     async def send(self, send: Send) -> Reply | Lost:
         try:
-            return _reply(await self._http.request(content=send.content, **_request(send)))
+            return _reply(await self._http.request(content=send.content, **_request(send)), self._options)
         except httpx.RequestError as error:
             return _lost(error)
 

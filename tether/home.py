@@ -27,8 +27,19 @@ class Home:
 
     @classmethod
     def at(cls, path: str) -> Home:
-        """The data directory of the settings; ``./.tether`` when none is set."""
-        return cls(Path(path or ".tether").absolute())
+        """The data directory of the settings; ``./.tether`` when none is set.
+
+        Raises:
+            ConfigError: its name is no UTF-8, so it could be written into no configuration, log or message.
+        """
+        root = Path(path or ".tether").absolute()
+        try:
+            str(root).encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"the data directory {os.fsencode(root)!r} has bytes that are no UTF-8", field="home"
+            ) from error
+        return cls(root)
 
     @property
     def keys(self) -> Path:
@@ -102,10 +113,20 @@ class Home:
 
 
 def private_folder(path: Path) -> None:
-    """Make a folder that only its owner may enter, and what is missing above it; one that exists stays as it is."""
-    if not path.is_dir():
-        private_folder(path.parent)
-        path.mkdir(mode=0o700, exist_ok=True)
+    """Make a folder that only its owner may enter, and what is missing above it; one that exists stays as it is.
+
+    Raises:
+        ConfigError: there is something else than a folder at this place.
+        OSError: it cannot be made.
+    """
+    if path.is_dir():
+        return
+    if path.is_symlink() or path.exists():
+        raise ConfigError(
+            f"{path} is no folder, and one is needed there; choose another with --data-dir or TETHER_HOME"
+        )
+    private_folder(path.parent)
+    path.mkdir(mode=0o700, exist_ok=True)
 
 
 def check_folder(path: Path) -> None:

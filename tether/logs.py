@@ -9,7 +9,9 @@ import sys
 from datetime import UTC, datetime
 
 from tether.errors import one_line
-from tether.settings import Settings
+from tether.settings import Settings, ignored
+
+log = logging.getLogger(__name__)
 
 FIELDS = (
     "action",
@@ -71,7 +73,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def setup(settings: Settings, service: str) -> None:
-    """Send this process's log records to stderr in the configured form."""
+    """Send this process's log records to stderr in the configured form; the first ones say which variables were ignored."""
     handler = logging.StreamHandler(sys.stderr)
     if settings.log_format == "json":
         handler.setFormatter(JsonFormatter(service))
@@ -83,3 +85,5 @@ def setup(settings: Settings, service: str) -> None:
     logging.getLogger("nats").setLevel(logging.CRITICAL)
     logging.getLogger("_granian").setLevel(logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    for line in ignored():
+        log.warning(line, extra={"action": "setting_ignored"})

@@ -55,6 +55,10 @@ _ELEMENT_TYPES: dict[str, Any] = {"BOOL": bool | int, "FP32": float, "FP64": flo
 _BINARY_ONLY = (Datatype.FP16, Datatype.BF16)
 _OPENING = re.compile(rb"(?:\s*\[)*+")
 _PATH = re.compile(r"`(?:key` in `)?\$([^`]*)`")
+_PLACE = re.compile(r"\(byte (\d+)\)")
+_NO_NUMBER = re.compile(rb"[^-\w]?(?P<word>-?(NaN|Infinity)\b)")
+_WORDS = re.compile(rb'"(?:[^"\\]|\\.)*"|-?(?:NaN|Infinity)')
+_SHORT = 64 << 10
 _DECODING_ERRORS = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
@@ -92,7 +96,44 @@ def parse(decoder: msgspec.json.Decoder[Any], data: bytes | msgspec.Raw, *, wher
     try:
         return decoder.decode(data)
     except _DECODING_ERRORS as error:
-        raise bad_json(error, where=where) from error
+        raise _no_number(error, data, where) or bad_json(error, where=where) from error
+
+
+def _no_number(error: Exception, data: bytes | msgspec.Raw, where: str) -> BadJson | None:
+    """The error for NaN and infinities, which JSON has not although many encoders write them."""
+    found = _PLACE.search(str(error))
+    text = bytes(data)
+    word = _NO_NUMBER.match(text, max(0, int(found[1]) - 1)) if found else None
+    if word is None:
+        return None
+    name = _name_around(text)
+    tensor = f" of tensor '{name}'" if name else ""
+    return BadJson(
+        f"{where} has {word['word'].decode()} at byte {word.start('word')}{tensor}, and JSON has no such number; send the tensor "
+        'as binary data, or in base64 (parameter "base64": true)',
+        field=name or None,
+    )
+
+
+def _name_around(text: bytes) -> str:
+    """The name in the innermost object that has such a word; empty in a text too long to look for it, or not JSON otherwise."""
+    if len(text) > _SHORT:
+        return ""
+    marked = _WORDS.sub(lambda found: found[0] if found[0].startswith(b'"') else b'"\\u0000"', text)
+    try:
+        open_: list[tuple[str, Any]] = [("", msgspec.json.decode(marked))]
+    except _DECODING_ERRORS:
+        return ""
+    while open_:
+        name, value = open_.pop()
+        if value == "\0":
+            return name
+        if isinstance(value, dict):
+            name = str(value.get("name", name))
+            value = list(value.values())
+        if isinstance(value, list):
+            open_ += [(name, part) for part in value]
+    return ""
 
 
 def parse_body(decoder: msgspec.json.Decoder[Any], data: bytes, *, where: str = "the body") -> Any:

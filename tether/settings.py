@@ -16,9 +16,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tether.environment import HOME_VARIABLE, OTHER_VARIABLES
+from tether.environment import HOME_VARIABLE, OTHER_VARIABLES, ignored_variables, is_service_link
 from tether.errors import ConfigError
-from tether.setting import SettingInfo, checked, parse, parse_labels, read_file, schema_of, unknown
+from tether.setting import SettingInfo, checked, parse, parse_labels, read_file, schema_of
 from tether.setting import setting as _setting
 
 _TOKEN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -316,7 +316,7 @@ def load(
     """Read the settings of ``service`` in the order above; ``overrides`` are the command line's (None: not given).
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one), a wrong type, a value out of range, an
+        ConfigError: an unknown key in a file (with the nearest known one), a wrong type, a value out of range, an
             unreadable file, or two settings that contradict each other.
     """
     environ = os.environ if environ is None else environ
@@ -338,17 +338,17 @@ def load(
 
 def _from_environment(known: Mapping[str, SettingInfo], environ: Mapping[str, str]) -> dict[str, Any]:
     by_env = {info.env: info for info in known.values()}
-    found: dict[str, Any] = {}
-    for variable, text in environ.items():
-        if not variable.startswith(ENV_PREFIX) or variable.startswith(TEST_PREFIX):
-            continue
-        if variable in ("TETHER_CONFIG_DIR", *OTHER_VARIABLES):
-            continue
-        info = by_env.get(variable)
-        if info is None:
-            raise unknown("environment: ", variable, by_env)
-        found[info.name] = parse(info, text)
-    return found
+    return {
+        by_env[variable].name: parse(by_env[variable], text)
+        for variable, text in environ.items()
+        if variable in by_env and not is_service_link(variable, text, by_env)
+    }
+
+
+def ignored(environ: Mapping[str, str] | None = None) -> list[str]:
+    """A line for each variable ``TETHER_...`` that is no setting, with the nearest one that is."""
+    given = {name: text for name, text in (environ or os.environ).items() if not name.startswith(TEST_PREFIX)}
+    return ignored_variables(ENV_PREFIX, ["TETHER_CONFIG_DIR", *OTHER_VARIABLES, *(i.env for i in table())], given)
 
 
 def labels_of(settings: Settings) -> dict[str, str]:

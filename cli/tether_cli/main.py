@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import sys
 from typing import Annotated
 
@@ -19,6 +22,7 @@ def _version(wanted: bool) -> None:
 
 
 def _root(
+    context: typer.Context,
     _version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -27,6 +31,11 @@ def _root(
 
     Data goes to stdout and words to stderr; --json makes data JSON. Exit status: 0 done, 1 failed, 2 wrong usage.
     """
+    from tether import settings
+
+    if context.invoked_subcommand not in settings.SERVICES:  # a service says it in its log
+        for line in settings.ignored():
+            typer.echo(f"warning: {line}", err=True)
 
 
 def application() -> typer.Typer:
@@ -46,9 +55,38 @@ def application() -> typer.Typer:
 
 
 def main() -> None:
-    """Run the command line; an error of the tree is one line on stderr and status 1."""
+    """Run the command line; an error of the tree or of the system is one line on stderr and status 1."""
     try:
-        application()(prog_name="tether")
+        try:
+            application()(prog_name="tether")
+        finally:
+            if sys.stdout is not None:  # closed by who started it
+                sys.stdout.flush()
     except TetherError as error:
-        typer.echo(f"error: {error.message} ({error.code})", err=True)
-        sys.exit(1)
+        _fail(f"{error.message} ({error.code})")
+    except OSError as error:
+        _fail(_told(error))
+
+
+def _told(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    if error.filename is None:  # a write to an open file, which is nearly always standard output
+        return f"cannot write what was asked for: {reason}"
+    hint = {
+        errno.EACCES: "; run it as a user that may, or name another place",
+        errno.EROFS: "; name a place that can be written",
+        errno.ENOSPC: "; free some room there",
+        errno.EDQUOT: "; free some room there",
+        errno.EMFILE: "; raise the limit of open files (ulimit -n)",
+        errno.ENOTDIR: "; name a folder",
+        errno.EISDIR: "; name a file",
+    }.get(error.errno or 0, "")
+    return f"{os.fsdecode(error.filename)}: {reason}{hint}"
+
+
+def _fail(message: str) -> None:
+    with contextlib.suppress(OSError):
+        typer.echo(f"error: {message}", err=True)
+    # Python flushes standard output once more when it ends, and would print a traceback if that fails too
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(1)

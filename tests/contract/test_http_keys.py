@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,7 +16,7 @@ import pytest
 from documented import Document, assert_error
 from served import TENANT, Served, until
 
-from tether import apikey
+from tether import Client, apikey
 from tether.errors import Unauthenticated
 from tether.gateway_http import core
 
@@ -231,3 +232,17 @@ def test_an_admin_key_that_is_bounded_gives_no_more_than_it_has(http: httpx.Clie
     wider = http.patch("/v1/tenants/bounded-tenant", json={"models": ["*"]}, headers=headers)
     assert_error(wider, 403, "forbidden", "may use models")
     assert http.patch("/v1/tenants/bounded-tenant", json={"models": ["*"]}).status_code == 200
+
+
+def test_a_client_without_a_key_is_told_where_one_was_looked_for(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TETHER_API_KEY", raising=False)
+    monkeypatch.setenv("TETHER_HOME", str(tmp_path))
+    with Client(served.url) as client, pytest.raises(Unauthenticated) as caught:
+        client.models()
+    assert caught.value.message == (
+        f"no API key was found (looked at the argument api_key, TETHER_API_KEY and {tmp_path / 'admin.key'})"
+    )
+    with Client(served.url, "tk_wrong\n") as client, pytest.raises(Unauthenticated, match="Invalid API key"):
+        client.models()

@@ -32,6 +32,18 @@ async def test_the_durability_profile_sets_the_sync_interval(
         assert (await check_server(server.monitor)).sync == sync
 
 
+@pytest.mark.parametrize(
+    "name", ["josé", "日本 語", "a\"b'c", "back\\slash\\n", "$HOME", "#no # comment", "new\nline", "\t\x7f{}()"]
+)
+async def test_a_home_may_have_any_name_that_is_text(name: str, tmp_path: Path, nats_binary: Binary) -> None:
+    home = Home.at(str(tmp_path / name))
+    create_home(home, workers=1)
+    async with EmbeddedServer(home, Settings(home=str(home.root)), binary=nats_binary) as server:
+        assert (await check_server(server.monitor)).problems == ()
+    assert (home.nats_store / "jetstream").is_dir()
+    assert (home.logs / "nats.log").is_file()
+
+
 async def test_a_killed_server_comes_back_on_its_port_with_its_data(embedded_broker: Broker) -> None:
     server = embedded_broker.server
     assert server is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import resource
 import signal
 import socket
@@ -33,6 +34,53 @@ def run(*words: str, stdin: bytes = b"", timeout: float = 60.0) -> subprocess.Co
 
 def invoke(*words: str) -> Any:
     return CliRunner().invoke(application(), list(words))
+
+
+# what the system refuses
+
+
+@pytest.mark.parametrize("below", ["", "/deeper/home"])
+@pytest.mark.parametrize("words", [("up",), ("up", "--detach"), ("init",), ("doctor",), ("status",), ("key", "list")])
+def test_a_file_where_the_data_directory_should_be_is_told_in_one_line(
+    words: tuple[str, ...], below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "file"
+    place.write_text("")
+    monkeypatch.setenv("TETHER_HOME", f"{place}{below}")
+    monkeypatch.setenv("TETHER_URL", NOBODY)
+    done = run(*words)
+    assert b"Traceback" not in done.stderr
+    if words[0] in ("up", "init"):
+        assert done.returncode == 1
+        assert done.stderr.splitlines() == [
+            f"error: {place} is no folder, and one is needed there; choose another with --data-dir or TETHER_HOME"
+            " (config_invalid)".encode()
+        ]
+
+
+@pytest.mark.parametrize(
+    "words", [("config", "show"), ("config", "schema"), ("--help",), ("up", "--help"), ("--version",)]
+)
+def test_standard_output_that_is_full_closed_or_left_ends_without_a_traceback(words: tuple[str, ...]) -> None:
+    command = [*TETHER, *words]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (1, b"error: cannot write what was asked for: No space left on device\n")
+    closed = subprocess.run(["/bin/sh", "-c", '"$@" >&-', "-", *command], capture_output=True, timeout=60, check=False)
+    assert closed.stderr == b""
+    reading, writing = os.pipe()
+    os.close(reading)
+    left = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(writing)
+    assert left.returncode == 1
+    assert b"Traceback" not in left.stderr
+
+
+def test_a_data_directory_whose_name_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TETHER_HOME", os.fsdecode(b"/tmp/\xff"))
+    done = run("up")
+    assert done.returncode == 1
+    assert b"bytes that are no UTF-8" in done.stderr
 
 
 # starting

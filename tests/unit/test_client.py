@@ -227,3 +227,27 @@ def test_a_server_that_does_not_answer_in_time_is_a_deadline() -> None:
             client.models()
         asyncio.run(asynchronous(url))
         release.set()
+
+
+@pytest.mark.parametrize("around", ["{}\n", "{}\r\n", " {}", "\t{} \n"])
+def test_white_space_around_a_key_is_taken_off(around: str, tmp_path: Path) -> None:
+    text = around.format("tk_key")
+    assert resolve_key("http://a.example", text, ClientEnvironment("", "", "")) == "tk_key"
+    assert resolve_key("http://a.example", None, ClientEnvironment("", text, "")) == "tk_key"
+    write_secret(Home(tmp_path).admin_key, text.encode())
+    assert resolve_key("http://127.0.0.1", " ", ClientEnvironment("", "\n", str(tmp_path))) == "tk_key"
+
+
+@pytest.mark.parametrize("inside", ["\n", "\r", "\0", " ", "é", "\x7f", "\ud800"])
+def test_a_key_that_no_header_can_hold_is_refused_without_being_shown(inside: str, tmp_path: Path) -> None:
+    key = f"tk_secret{inside}secret"
+    with pytest.raises(ConfigError) as caught:
+        resolve_key("http://a.example", None, ClientEnvironment("", key, ""))
+    assert "secret" not in caught.value.message
+    assert "TETHER_API_KEY" in caught.value.message
+    assert "place 10 of 16" in caught.value.message
+    with pytest.raises(ConfigError, match="api_key"):
+        resolve_key("http://a.example", key, ClientEnvironment("", "", ""))
+    write_secret(Home(tmp_path).admin_key, key.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ConfigError, match=r"admin\.key"):
+        resolve_key("http://127.0.0.1", None, ClientEnvironment("", "", str(tmp_path)))

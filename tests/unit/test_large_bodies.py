@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import itertools
+import os
+import zlib
 from collections.abc import Awaitable, Coroutine, Iterable
 from typing import Any
 
 import pytest
 
+from tether.errors import InvalidRequest, PayloadTooLarge
 from tether.gateway_http.request import Heading, read_body, replied
 
 MB = 1 << 20
@@ -62,3 +66,39 @@ async def test_what_does_not_get_smaller_is_not_packed(accept: str) -> None:
     made = await replied(200, BODY, heading, content_type="application/octet-stream", pack=False)
     assert made.body is BODY
     assert "content-encoding" not in dict(made.headers)
+
+
+async def unpacked(packed: bytes, encoding: str = "gzip", limit: int = MB) -> bytes:
+    found = await read_body(Heading([("content-encoding", encoding)]), Whole(packed), limit, Patient())
+    assert isinstance(found, bytes)
+    return found
+
+
+@pytest.mark.parametrize("cut", [[0], [1], [5, 5], [20_000], [3, 10_000, 60_000]])
+async def test_every_member_of_a_gzip_body_counts(cut: list[int]) -> None:
+    body = os.urandom(70_000)
+    ends = [0, *cut, len(body)]
+    members = b"".join(gzip.compress(body[begin:end]) for begin, end in itertools.pairwise(ends))
+    assert await unpacked(members) == body
+
+
+async def test_very_many_members_cost_little() -> None:
+    assert await unpacked(gzip.compress(b"") * 100_000 + gzip.compress(b"x")) == b"x"
+
+
+@pytest.mark.parametrize(
+    "after", [b"more", b"\0", b"\x1f", gzip.compress(b"x")[:-1], gzip.compress(b"x") + b"\x1f\x8b"]
+)
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+async def test_what_follows_the_last_member_is_refused(after: bytes, encoding: str) -> None:
+    packed = gzip.compress(BODY[: MB // 2]) if encoding == "gzip" else zlib.compress(BODY[: MB // 2])
+    with pytest.raises(InvalidRequest) as caught:
+        await unpacked(packed + after, encoding)
+    assert caught.value.field == "content-encoding"
+
+
+async def test_members_together_may_be_no_larger_than_one() -> None:
+    half = gzip.compress(bytes(MB // 2))
+    assert len(await unpacked(half + half)) == MB
+    with pytest.raises(PayloadTooLarge):
+        await unpacked(half + half + gzip.compress(b"x"))

@@ -108,14 +108,6 @@ def test_a_value_that_does_not_fit_its_datatype_is_refused_by_name(datatype: str
     assert datatype in error.message
 
 
-@pytest.mark.parametrize("literal", ["1e999", "-1e999", "NaN", "Infinity", "-Infinity", "01", "1.", "+1", "0x1"])
-@pytest.mark.parametrize("datatype", ["FP32", "FP64", "INT32"])
-def test_numbers_that_json_does_not_have_are_refused(literal: str, datatype: str) -> None:
-    raw = b'{"inputs":[{"name":"x","shape":[1],"datatype":"%s","data":[%s]}]}' % (datatype.encode(), literal.encode())
-    with pytest.raises(InvalidRequest):
-        oip.parse_infer_request(raw, None)
-
-
 @pytest.mark.parametrize(
     ("data", "shape"),
     [

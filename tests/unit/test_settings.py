@@ -67,7 +67,6 @@ def test_the_config_folder_comes_from_the_environment(tmp_path: Path) -> None:
     ("more", "words"),
     [
         ({"files": {"gateway.json": {"wrokers": 1}}}, "'workers'"),
-        ({"environ": {"TETHER_WROKERS": "1"}}, "'TETHER_WORKERS'"),
         ({"wrokers": 1}, "'workers'"),
         ({"files": {"gateway.json": "{"}}, "JSON"),
         ({"files": {"gateway.json": []}}, "object"),
@@ -88,6 +87,41 @@ def test_the_config_folder_comes_from_the_environment(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_is_refused_and_says_what_would_do(tmp_path: Path, more: dict[str, Any], words: str) -> None:
     assert words in refused(tmp_path, **more).message
+
+
+KUBERNETES = {
+    "TETHER_SERVICE_HOST": "10.0.0.1",
+    "TETHER_SERVICE_PORT": "8000",
+    "TETHER_SERVICE_PORT_HTTP": "8000",
+    "TETHER_PORT": "tcp://10.0.0.1:8000",
+    "TETHER_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    "TETHER_PORT_8000_TCP_PROTO": "tcp",
+    "TETHER_PORT_8000_TCP_PORT": "8000",
+    "TETHER_PORT_8000_TCP_ADDR": "10.0.0.1",
+    "TETHER_GATEWAY_PORT": "tcp://10.0.0.1:8000",
+    "TETHER_NATS_PORT": "tcp://10.0.0.2:4222",  # the name of a setting too
+    "TETHER_NATS_SERVICE_PORT_MONITOR": "8222",
+    "TETHER_HTTP_PORT": "udp://[fd00::1]:8000",
+}
+
+
+def test_what_kubernetes_sets_for_a_service_changes_no_setting_and_is_told_in_one_line(tmp_path: Path) -> None:
+    assert load(tmp_path, environ=KUBERNETES) == Settings()
+    (line,) = settings.ignored({**KUBERNETES, "TETHER_WORKERS": "3"})
+    assert all(name in line for name in KUBERNETES)
+    assert "enableServiceLinks" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("TETHER_WROKERS", "TETHER_WORKERS"), ("TETHER_OSP_PORT", "TETHER_OPS_PORT"), ("TETHER_0123456789", "")],
+)
+def test_a_variable_that_is_no_setting_is_told_with_the_nearest_one(tmp_path: Path, name: str, near: str) -> None:
+    assert load(tmp_path, environ={name: "1"}) == Settings()
+    (line,) = settings.ignored({name: "1", "TETHER_URL": "x", "TETHER_TEST_X": "x", "PATH": "x"})
+    assert name in line
+    assert ("did you mean" in line) == bool(near)
+    assert near in line
 
 
 def test_a_whole_number_may_stand_for_a_number(tmp_path: Path) -> None:

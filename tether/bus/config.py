@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -92,8 +91,18 @@ def _embedded_tls(home: Home, settings: Settings) -> str:
     return _tls(files)
 
 
-def _quoted(path: Path) -> str:
-    return json.dumps(str(path))
+def _quoted(text: str | Path) -> str:
+    """A string of nats.conf, whose escapes are not those of JSON: bytes as ``\\x0a``, any other text as it is.
+
+    Source: ``lexStringEscape`` in nats-server's ``conf/lex.go``.
+    """
+    parts = (
+        f"\\x{ord(letter) & 0xFF:02x}"
+        if letter in '"\\' or (not letter.isprintable() and ord(letter) < 0x80) or "\udc80" <= letter <= "\udcff"
+        else letter
+        for letter in str(text)
+    )
+    return f'"{"".join(parts)}"'
 
 
 def _limits(settings: Settings) -> str:
@@ -108,7 +117,7 @@ ping_max: 2
 def _jetstream(settings: Settings, store: str, *, encrypted: bool = False) -> str:
     lock = "  cipher: chacha\n  key: $NATS_JETSTREAM_KEY\n" if encrypted else ""
     return f"""jetstream {{
-  store_dir: {json.dumps(store)}
+  store_dir: {_quoted(store)}
   max_mem: {settings.max_memory_mb}MB
   max_file: {settings.max_file_mb}MB
   sync_interval: {sync_interval(settings.durability)}
