@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Self, TypeVar
 
 from tether import client_flows as flows
 from tether import client_models, client_pull, client_push
 from tether.client_async import AsyncClient, AsyncJobHandle
 from tether.client_drive import drive
-from tether.client_flows import Inputs, JobInfo, JobOptions, JobPage, Json, Outputs, Version
+from tether.client_flows import JobInfo, JobOptions, JobPage, Json, Outputs
 from tether.client_grants import Grants
 from tether.client_http import Flow, Policy, Progress, Waiting
+from tether.client_inputs import Inputs, Version
 from tether.client_wire import Wire
 from tether.job import JobState
 
@@ -69,8 +69,8 @@ class JobHandle:
 class Client:
     """A connection to a Tether server, for blocking code; safe to share between threads.
 
-    Server and key come from the arguments, else TETHER_URL and TETHER_API_KEY, else the data directory TETHER_HOME of
-    this machine. ``timeout`` is in seconds, for one operation with all its tries.
+    Server and key come from the arguments, else TETHER_URL and TETHER_API_KEY, else the data directory of this machine.
+    ``timeout`` is in seconds, for one operation with all its tries.
     """
 
     def __init__(
@@ -82,9 +82,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, _type: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, _type: object, _value: object, _trace: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -112,7 +110,8 @@ class Client:
     ) -> Outputs:
         """Run ``model`` once on ``inputs`` and return its outputs by name (all of them when ``outputs`` is empty).
 
-        Arrays keep their dtype; lists and numbers take the datatype the model declares.
+        A model's only input needs no name. Lists, numbers and arrays of float64 and int64 take the datatype that the model
+        declares, where it can hold their values; other arrays keep their dtype.
 
         Raises:
             TetherError: what the server refused, or Unavailable when it cannot be reached.

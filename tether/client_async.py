@@ -13,9 +13,10 @@ from typing import Self, TypeVar
 from tether import client_flows as flows
 from tether import client_models, client_pull, client_push
 from tether.client_drive import drive_async
-from tether.client_flows import Inputs, JobInfo, JobOptions, JobPage, Json, Outputs, Version
+from tether.client_flows import JobInfo, JobOptions, JobPage, Json, Outputs
 from tether.client_grants import AsyncGrants
 from tether.client_http import Flow, Policy, Progress, Waiting
+from tether.client_inputs import Inputs, Version
 from tether.client_wire import AsyncWire
 from tether.job import JobState
 
@@ -101,7 +102,8 @@ class AsyncClient:
     ) -> Outputs:
         """Run ``model`` once on ``inputs`` and return its outputs by name (all of them when ``outputs`` is empty).
 
-        Arrays keep their dtype; lists and numbers take the datatype the model declares.
+        A model's only input needs no name. Lists, numbers and arrays of float64 and int64 take the datatype that the model
+        declares, where it can hold their values; other arrays keep their dtype.
 
         Raises:
             TetherError: what the server refused, or Unavailable when it cannot be reached.

@@ -10,14 +10,12 @@ from typing import Any
 from urllib.parse import quote
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from tether import oip
 from tether.client_http import Flow, Policy, Progress, Reply, Send, exchange, exchange_json
+from tether.client_inputs import Inputs, Version, arrays, fitted, served_path
 from tether.errors import (
     AttemptsExhausted,
-    BadTensor,
     DeadlineExceeded,
     InferenceFailed,
     InvalidRequest,
@@ -26,13 +24,10 @@ from tether.errors import (
     by_code,
 )
 from tether.job import TERMINAL, Failure, JobState
-from tether.model import TensorSpec
-from tether.tensor import NUMPY_DTYPES, Array, from_numpy, to_numpy
+from tether.tensor import Array, from_numpy, to_numpy
 
-Inputs = Mapping[str, npt.ArrayLike]
 Outputs = dict[str, Array]
 Json = dict[str, Any]
-Version = int | str | None
 
 BATCH = 200
 """Jobs of one ``/v1/jobs:batch`` request, and ids of one waiting request."""
@@ -94,10 +89,6 @@ class JobPage(msgspec.Struct, frozen=True):
     next_cursor: str | None = None
 
 
-class _Metadata(msgspec.Struct):
-    inputs: list[TensorSpec] = []
-
-
 class _Result(msgspec.Struct):
     outputs: list[oip.WireTensor]
 
@@ -114,65 +105,13 @@ def encoded_job(job: JobInfo) -> Json:
 # inference
 
 
-def _model_path(model: str, version: Version) -> str:
-    tail = "" if version is None else f"/versions/{quote(str(version), safe='')}"
-    return f"/v2/models/{quote(model, safe='')}{tail}"
-
-
-def datatypes(policy: Policy, model: str, version: Version = None) -> Flow[dict[str, str]]:
-    """The datatype of each of the model's inputs, in the model's order."""
-    told = yield from exchange_json(policy, Send("GET", _model_path(model, version)), _Metadata)
-    return {spec.name: spec.datatype for spec in told.inputs}
-
-
-def arrays(
-    policy: Policy, model: str, version: Version, inputs: Inputs, known: dict[str, str] | None = None
-) -> Flow[dict[str, Array]]:
-    """Inputs as arrays. Arrays keep their dtype; other values take the model's, which the server is asked for once.
-
-    ``known`` remembers what the server said, for the next inputs of the same model.
-    """
-    if all(isinstance(value, np.ndarray) for value in inputs.values()):
-        return {name: np.asarray(value) for name, value in inputs.items()}
-    found = known or (yield from datatypes(policy, model, version))
-    if known is not None:
-        known.update(found)
-    return {name: _as_array(name, value, found.get(name)) for name, value in inputs.items()}
-
-
-def _as_array(name: str, value: npt.ArrayLike, datatype: str | None) -> Array:
-    if isinstance(value, np.ndarray):
-        return value
-    dtype = NUMPY_DTYPES.get(datatype or "")
-    try:
-        plain: Array = np.asarray(value)
-        if dtype is None or plain.dtype == dtype:
-            return plain
-        with np.errstate(all="ignore"):
-            cast = plain.astype(dtype)
-        if plain.dtype.kind in "OSU" or not _same_values(plain, cast):
-            raise ValueError(f"a value does not fit {datatype}")
-        return cast
-    except (ValueError, TypeError, OverflowError) as error:
-        raise BadTensor(
-            f"input '{name}' is not an array of {datatype or 'one datatype'}: {error}", field=name
-        ) from error
-
-
-def _same_values(plain: Array, cast: Array) -> bool:
-    """Rounding to a shorter float is what was asked for; anything else would change the values."""
-    if cast.dtype.kind in "biu":
-        return bool(np.array_equal(plain, cast))
-    wide = cast.astype(np.float64)
-    return bool(np.array_equal(np.isfinite(plain), np.isfinite(wide)))
-
-
 def infer(policy: Policy, model: str, inputs: Inputs, version: Version, outputs: Sequence[str]) -> Flow[Outputs]:
-    given = yield from arrays(policy, model, version, inputs)
-    body, length = oip.build_infer_request(given, outputs=outputs)
-    headers = {"content-type": "application/octet-stream", oip.HEADER_LENGTH: str(length)}
-    path = f"{_model_path(model, version)}/infer"
-    reply = yield from exchange(policy, Send("POST", path, body, headers=headers))
+    def sent(given: dict[str, Array]) -> Flow[Reply]:
+        body, length = oip.build_infer_request(given, outputs=outputs)
+        headers = {"content-type": "application/octet-stream", oip.HEADER_LENGTH: str(length)}
+        return exchange(policy, Send("POST", f"{served_path(model, version)}/infer", body, headers=headers))
+
+    reply = yield from fitted(policy, model, version, inputs, sent)
     told = reply.headers.get(oip.HEADER_LENGTH)
     if told is not None and not told.isdecimal():
         raise InvalidRequest(f"the server sent {oip.HEADER_LENGTH}: {told[:40]!r}", field=oip.HEADER_LENGTH)
@@ -215,10 +154,12 @@ def put(path: str, body: Json) -> Send:
 
 
 def submit(policy: Policy, model: str, inputs: Inputs, options: JobOptions, key: str | None) -> Flow[JobInfo]:
-    given = yield from arrays(policy, model, options.version, inputs)
     headers = {"idempotency-key": key or uuid.uuid4().hex}
-    ask = post("/v1/jobs", job_body(model, given, options), headers=headers)
-    return (yield from exchange_json(policy, ask, JobInfo))
+
+    def sent(given: dict[str, Array]) -> Flow[JobInfo]:
+        return exchange_json(policy, post("/v1/jobs", job_body(model, given, options), headers=headers), JobInfo)
+
+    return (yield from fitted(policy, model, options.version, inputs, sent))
 
 
 def submit_many(
@@ -230,7 +171,7 @@ def submit_many(
     bodies: list[msgspec.Raw] = []
     size = 0
     for row in rows:
-        given = yield from arrays(policy, model, options.version, row, known)
+        given = yield from arrays(policy, model, options.version, row, known, fit=True)
         body = msgspec.json.encode(job_body(model, given, options))
         if bodies and (len(bodies) == BATCH or size + len(body) > BATCH_BYTES):
             found += yield from _submit_batch(policy, bodies)

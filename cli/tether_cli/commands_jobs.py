@@ -18,14 +18,11 @@ if TYPE_CHECKING:
 
 
 def _arrays(client: Client, model: str, version: str | None, source: str) -> dict[str, Array]:
-    from tether import client_flows as flows
+    from tether.client_inputs import arrays
     from tether_cli import inputs
 
     given = inputs.read(source)
-    if inputs.UNNAMED in given:
-        known = client.run(lambda policy: flows.datatypes(policy, model, version))
-        given = inputs.named(given, known)
-    return client.run(lambda policy: flows.arrays(policy, model, version, given))
+    return client.run(lambda policy: arrays(policy, model, version, given, fit=True))
 
 
 def _save(path: str, outputs: Outputs) -> None:

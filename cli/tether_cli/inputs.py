@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 
 from tether import oip
+from tether.client_inputs import UNNAMED
 from tether.errors import InvalidRequest
 from tether.tensor import Array, to_numpy
-
-UNNAMED = ""
-"""Name of an input whose source does not say it: the model's only input is meant."""
 
 
 def read(source: str) -> dict[str, Any]:
@@ -47,7 +45,7 @@ def _numpy(source: str, data: bytes) -> Array:
     try:
         return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
     except (ValueError, OSError, EOFError) as error:
-        raise InvalidRequest(f"{source} is no array that can be read: {error}", field="inputs") from error
+        raise InvalidRequest(f"{source} is no array that can be read: {_told(error)}", field="inputs") from error
 
 
 def _archive(source: str, data: bytes) -> dict[str, Any]:
@@ -55,7 +53,13 @@ def _archive(source: str, data: bytes) -> dict[str, Any]:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise InvalidRequest(f"{source} is no .npz file that can be read: {error}", field="inputs") from error
+        raise InvalidRequest(f"{source} is no .npz file that can be read: {_told(error)}", field="inputs") from error
+
+
+def _told(error: Exception) -> str:
+    if "Object arrays" in str(error):
+        return "it has an array of Python objects; save text as array.astype('U') and bytes as array.astype('S')"
+    return str(error)
 
 
 def _json(source: str, data: bytes) -> dict[str, Any]:
@@ -73,20 +77,6 @@ def _json(source: str, data: bytes) -> dict[str, Any]:
     if isinstance(tensors, list) and tensors and all(isinstance(item, dict) for item in tensors):
         return {tensor.name: to_numpy(tensor) for tensor in oip.tensors_from_json(tensors)}
     return found
-
-
-def named(inputs: dict[str, Any], datatypes: Mapping[str, str]) -> dict[str, Any]:
-    """Give an unnamed input the name of the model's only one.
-
-    Raises:
-        InvalidRequest: the model has more than one.
-    """
-    if UNNAMED not in inputs:
-        return inputs
-    if len(datatypes) != 1:
-        listed = ", ".join(f"'{name}'" for name in datatypes)
-        raise InvalidRequest(f"the model's inputs are {listed}; name them in an .npz or JSON file", field="inputs")
-    return {next(iter(datatypes)): inputs[UNNAMED]}
 
 
 def rows(inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
