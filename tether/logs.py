@@ -75,7 +75,8 @@ class JsonFormatter(logging.Formatter):
 def setup(settings: Settings, service: str) -> None:
     """Send this process's log records to stderr in the configured form; the first ones say which variables were ignored."""
     handler = logging.StreamHandler(sys.stderr)
-    if settings.log_format == "json":
+    form = settings.log_format
+    if form == "json" or (form == "auto" and not sys.stderr.isatty()):
         handler.setFormatter(JsonFormatter(service))
     else:
         handler.setFormatter(TextFormatter(service))

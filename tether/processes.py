@@ -143,11 +143,16 @@ def send(pid: int, number: signal.Signals) -> None:
 
 def can_listen(host: str, port: int) -> bool:
     """Whether this process could listen on a TCP port just now; port 0 is always free."""
+    return not why_not_listen(host, port)
+
+
+def why_not_listen(host: str, port: int) -> str:
+    """Why this process could not listen on a TCP port just now, as the system says it; empty when it could."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            return error.strerror or str(error)
+    return ""

@@ -285,7 +285,9 @@ class Settings:
     workers: int = _setting(2, "Workers that 'tether up' starts.", low=1, high=256)
     model_stores: int = _setting(1, "Model stores that 'tether up' starts.", low=1, high=16)
     log_level: str = _setting("info", "Least severity that is logged.", choices=("debug", "info", "warning", "error"))
-    log_format: str = _setting("json", "Form of log lines.", choices=("json", "text"))
+    log_format: str = _setting(
+        "auto", "Form of log lines; 'auto': text on a terminal, else JSON.", choices=("auto", "json", "text")
+    )
 
 
 def table() -> list[SettingInfo]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import signal
 import sys
 import time
@@ -284,7 +285,8 @@ def last_line(path: Path, start: int = 0) -> str:
         lines = path.read_bytes()[start:].decode(errors="replace").strip().splitlines()
     except OSError:
         return ""
-    return lines[-1].removeprefix("error: ") if lines else ""
+    # without the codes that an error's line ends in: the error that repeats it has its own
+    return re.sub(r"( \([a-z_]+\))+$", "", lines[-1].removeprefix("error: ")) if lines else ""
 
 
 async def unready(http: httpx.AsyncClient, host: str, port: int) -> dict[str, str]:

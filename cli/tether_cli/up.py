@@ -28,8 +28,9 @@ from tether.errors import ConfigError, Conflict, Unavailable
 from tether.home import Home, private_folder, read_secret, write_secret
 from tether.lifecycle import stop_on_signals
 from tether.ownership import DEFAULT_TENANT
-from tether.processes import alive, can_listen, keep_memory_private, send
+from tether.processes import alive, can_listen, keep_memory_private, send, why_not_listen
 from tether.settings import Settings, load
+from tether_cli.greeting import greet
 from tether_cli.supervisor import DISPATCHER, GATEWAY, MODELSTORE, Service, Supervisor, last_line
 from tether_cli.watch import Watch
 
@@ -159,6 +160,12 @@ async def run(plan: Plan) -> None:
     home = plan.home
     keep_memory_private()
     with locked(home):
+        host, port = plan.http or _gateway_address()
+        if reason := why_not_listen(host, port):
+            raise ConfigError(
+                f"cannot listen on {host}:{port}: {reason}; choose another with --http HOST:PORT (port 0: a free one)",
+                field="http",
+            )
         create_home(home, workers=plan.settings.workers, model_stores=plan.settings.model_stores)
         _forget(home)
         try:
@@ -256,7 +263,7 @@ async def _supervise(plan: Plan) -> None:
     platform = Platform(plan, stop)
     try:
         await platform.start()
-        print(f"ready {platform.http}", flush=True)
+        greet(plan.home, platform.http)
         await stop.wait()
     except Unavailable:
         if not stop.is_set():  # being told to stop while starting is no failure

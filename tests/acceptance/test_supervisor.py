@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import socket
 import stat
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -169,15 +171,55 @@ def test_a_signal_in_the_foreground_stops_everything_with_status_0(tmp_path: Pat
             up.kill()
 
 
-def test_a_start_that_fails_is_rolled_back_and_says_why(tmp_path: Path) -> None:
+def test_at_a_terminal_up_says_what_to_do_next_and_logs_text(tmp_path: Path) -> None:
     home = Home(tmp_path)
+    here, there = pty.openpty()
+    words = command("up", "--http", "127.0.0.1:0", "--workers", "1")
+    with subprocess.Popen(words, env=environment(home), stdout=there, stderr=there, process_group=0) as up:
+        os.close(there)
+        shown = ""
+        try:
+            with suppress(OSError):  # the terminal has no other end any more
+                while part := os.read(here, 4096).decode():
+                    shown += part
+                    if "tether down" in shown:
+                        up.send_signal(signal.SIGINT)
+            assert up.wait(30) == 0
+        finally:
+            up.kill()
+            os.close(here)
+    for said in (
+        "ready http://127.0.0.1:",
+        str(home.admin_key),
+        "tether model push NAME FILE",
+        f"tether down --data-dir {home.root}",
+    ):
+        assert said in shown
+    assert "INFO    gateway listening" in shown
+    assert "{" not in shown
+
+
+@pytest.mark.parametrize("more", [(), ("--detach",)])
+def test_a_port_that_is_taken_is_told_before_anything_starts(tmp_path: Path, more: tuple[str, ...]) -> None:
+    started = Platform(Home(tmp_path))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = taken.getsockname()[1]
-        done = tether(home, "up", "--detach", "--http", f"127.0.0.1:{port}", "--workers", "1")
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = started.run("up", "--http", address, *more)
     assert done.returncode == 1
-    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert f"cannot listen on {address}: Address already in use; choose another with --http HOST:PORT" in line
+    assert line.count(" (") == 2  # the port 0 and the code
+    assert not started.home.nats_config.exists()
+
+
+def test_a_start_that_fails_is_rolled_back_and_says_why(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    env = {"TETHER_OPS_HOST": "192.0.2.1"}  # no machine has this address
+    done = tether(home, "up", "--detach", "--http", "127.0.0.1:0", "--workers", "1", env=env)
+    assert done.returncode == 1
+    assert "cannot listen on 192.0.2.1:" in done.stderr
     assert not is_running(home)
 
 

@@ -167,7 +167,7 @@ async def test_low_jobs_get_a_run_now_and_then_however_many_callers_come(broker:
         order = [value for value in gate.runs if value < 100]
         places = [gate.runs.index(value) for value in (1, 2, 3)]
         assert order == [1, 2, 3]
-        assert min(later - sooner for sooner, later in pairwise(places)) > 2, "callers come first"
+        assert min(later - sooner for sooner, later in pairwise(places)) > 1, "callers come first"
 
 
 @pytest.mark.parametrize("kind", ["callers", "jobs"])

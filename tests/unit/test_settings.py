@@ -143,5 +143,5 @@ def test_the_schema_describes_every_setting() -> None:
         "minimum": 1,
         "maximum": 256,
     }
-    assert found["properties"]["log_format"]["enum"] == ["json", "text"]
+    assert found["properties"]["log_format"]["enum"] == ["auto", "json", "text"]
     assert not found["additionalProperties"]
