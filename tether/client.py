@@ -306,13 +306,13 @@ class Client:
         """
         return self.run(lambda policy: client_models.rekey(policy, name))
 
-    def delete_version(self, name: str, version: int) -> None:
-        """Delete a version for good.
+    def delete_model(self, name: str, version: int | None = None, *, force: bool = False) -> list[int]:
+        """Delete a version, or all of a model's, for good; returns their numbers. With ``force`` their aliases go too.
 
         Raises:
-            Conflict: an alias stands for it.
+            Conflict: another alias than ``latest`` stands for it.
         """
-        self.run(lambda policy: client_models.delete(policy, name, version))
+        return self.run(lambda policy: client_models.delete_model(policy, name, version, force=force))
 
     @property
     def grants(self) -> Grants:

@@ -10,9 +10,11 @@ import msgspec
 
 from tether.client_flows import Json, model_path, post, put
 from tether.client_http import Flow, Policy, Send, exchange_json
-from tether.errors import InvalidRequest, ModelNotFound
+from tether.errors import Conflict, InvalidRequest, ModelNotFound
 
 PRODUCTION = "production"
+LATEST = "latest"
+"""The alias that stands for the newest version that was pushed."""
 
 
 def alias_path(name: str, alias: str) -> str:
@@ -66,6 +68,39 @@ def delete(policy: Policy, name: str, version: int) -> Flow[Json]:
     """Delete a version that no alias stands for."""
     ask = Send("DELETE", f"{model_path(name)}/versions/{version}")
     return (yield from exchange_json(policy, ask, dict[str, Any]))
+
+
+def delete_model(policy: Policy, name: str, version: int | None, *, force: bool) -> Flow[list[int]]:
+    """Delete a version, or all of a model's; returns their numbers.
+
+    The alias ``latest``, which a push moves, then stands for the newest version that is left, or goes. Others go with ``force``.
+
+    Raises:
+        Conflict: another alias stands for one of them.
+        ModelNotFound: there is no such model or version.
+    """
+    told = yield from exchange_json(policy, Send("GET", model_path(name)), dict[str, Any])
+    there = [entry["version"] for entry in told["versions"]]
+    gone = there if version is None else [version]
+    left = [number for number in there if number not in gone]
+    for alias, stands in told["aliases"].items():
+        found = yield from exchange_json(policy, Send("GET", alias_path(name, alias)), dict[str, Any])
+        if not {stands, *(share["version"] for share in found["split"])} & set(gone):
+            continue
+        if alias == LATEST and left:
+            yield from exchange_json(
+                policy, put(alias_path(name, alias), {"version": max(left), "force": True}), dict[str, Any]
+            )
+        elif alias == LATEST or force:
+            yield from delete_alias(policy, name, alias)
+        else:
+            raise Conflict(
+                f"alias '{alias}' stands for version {stands} of model '{name}'; --force deletes it too",
+                field="version",
+            )
+    for number in gone:
+        yield from delete(policy, name, number)
+    return gone
 
 
 def delete_alias(policy: Policy, name: str, alias: str) -> Flow[Json]:

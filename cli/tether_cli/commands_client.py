@@ -53,6 +53,7 @@ def _work() -> dict[str, Group]:
                 "unload": model_config.unload,
                 "promote": models.promote,
                 "rollback": models.rollback,
+                "alias": models.alias,
                 "shadows": models.shadows,
                 "rekey": models.rekey,
                 "delete": models.delete,

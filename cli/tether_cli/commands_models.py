@@ -71,18 +71,48 @@ def _told(told: dict[str, Any], *, json_output: bool) -> None:
     typer.echo(f"{told['model']} {told['alias']} = {', '.join(shares)}")
 
 
-def delete(
+def alias(
     name: ModelName,
-    version: Version,
+    alias: Annotated[str | None, typer.Argument(metavar="[ALIAS]", help="One of them.")] = None,
     *,
+    remove: Annotated[bool, typer.Option("--delete", help="Delete it; the version that it stands for stays.")] = False,
     url: Url = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Delete a version that no alias stands for. Jobs that still wait for it end with `model_not_found`."""
+    """Show what a model's aliases stand for, or delete one; 'promote' sets one."""
+    if remove and alias is None:
+        raise typer.BadParameter("--delete needs the alias to delete")
     with connect(url) as client:
-        client.delete_version(name, version)
+        if remove and alias is not None:
+            client.delete_alias(name, alias)
+        known = client.model(name)["aliases"]
+        if alias is not None and not remove and alias not in known:
+            client.alias(name, alias)  # raises: there is none
+        found = [client.alias(name, each) for each in known if alias in (None, each)]
     if json_output:
-        print_json({"model": name, "deleted": str(version)})
+        print_json({"model": name, "aliases": found})
+        return
+    if remove:
+        say(f"alias {alias} of model {name} is deleted")
+    for one in found:
+        _told(one, json_output=False)
+
+
+def delete(
+    name: ModelName,
+    version: Annotated[int | None, typer.Argument(metavar="[VERSION]", help="One version; else all of them.")] = None,
+    *,
+    force: Annotated[bool, typer.Option("--force", help="Also delete aliases that stand for what is deleted.")] = False,
+    url: Url = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Delete a model, or a version of it. Jobs that still wait for it end with `model_not_found`."""
+    with connect(url) as client:
+        gone = client.delete_model(name, version, force=force)
+    if json_output:
+        print_json({"model": name, "deleted": gone})
+    elif version is None:
+        say(f"model {name} is deleted: {len(gone)} versions; their numbers are never given out again")
     else:
         say(f"version {version} of model {name} is deleted; its number is never given out again")
 

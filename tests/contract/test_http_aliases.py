@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections import Counter
+from pathlib import Path
 
 import httpx
 import models
@@ -58,21 +62,65 @@ def test_a_version_that_an_alias_stands_for_is_not_deleted(served: Served, http:
     pushed(served, name, 3)
     sdk.promote(name, 1)
     with pytest.raises(Conflict, match="production"):
-        sdk.delete_version(name, 1)
-    with pytest.raises(Conflict, match="latest"):
-        sdk.delete_version(name, 3)
-    sdk.delete_version(name, 2)
+        sdk.delete_model(name, 1)
+    answer = http.delete(f"/v1/models/{name}/versions/3")
+    assert (answer.status_code, "latest" in answer.json()["error"]) == (409, True)
+    sdk.delete_model(name, 2)
     until(lambda: http.get(f"/v2/models/{name}/versions/2").status_code == 404, "the version is gone")
     with pytest.raises(ModelNotFound):
-        sdk.delete_version(name, 2)
+        sdk.delete_model(name, 2)
     with pytest.raises(ModelNotFound):
         sdk.promote(name, 2)
     sdk.delete_alias(name, "production")
     until(lambda: "production" not in sdk.model(name)["aliases"], "the alias is gone")
-    sdk.delete_version(name, 1)
+    sdk.delete_model(name, 1)
     assert served.push(name, models.add(4.0)) == 4
     held = served.services.workers[0].holder
     until(lambda: {ref.version for ref in held.ready() if ref.model == name} == {3, 4}, "the worker let go of them")
+
+
+def test_latest_goes_back_when_the_newest_version_is_deleted(served: Served, http: httpx.Client, sdk: Client) -> None:
+    pushed(served, "one-back", 2)
+    assert sdk.delete_model("one-back", 2) == [2]
+    follows(http, "one-back", "latest", 1)
+    assert asked(http, "one-back", "latest") == (1, 1.0)
+
+
+def test_a_model_is_deleted_whole_and_its_other_aliases_only_with_force(
+    served: Served, http: httpx.Client, sdk: Client
+) -> None:
+    pushed(served, "mistake", 2)
+    sdk.promote("mistake", 2, alias="stable")
+    sdk.promote("mistake", 1, alias="canaries", canary=None)
+    sdk.promote("mistake", 2, alias="canaries", canary=10)
+    until(lambda: set(sdk.model("mistake")["aliases"]) == {"latest", "stable", "canaries"}, "the gateway knows them")
+    with pytest.raises(Conflict, match="--force deletes it too"):
+        sdk.delete_model("mistake")
+    assert len(sdk.model("mistake")["versions"]) == 2
+    assert sdk.delete_model("mistake", force=True) == [1, 2]
+    until(lambda: http.get("/v1/models/mistake").status_code == 404, "it is gone")
+    with pytest.raises(ModelNotFound):
+        sdk.delete_model("mistake")
+
+
+def test_the_command_line_shows_and_deletes_aliases_and_models(served: Served, sdk: Client, tmp_path: Path) -> None:
+    pushed(served, "cleaned", 2)
+    sdk.promote("cleaned", 1, alias="old")
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "TETHER_URL": served.url, "TETHER_API_KEY": served.key, "TETHER_HOME": str(tmp_path)}
+        line = [sys.executable, "-m", "tether_cli", "model", *words]
+        return subprocess.run(line, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+    until(lambda: "old" in sdk.model("cleaned")["aliases"], "the gateway knows it")
+    assert sorted(run("alias", "cleaned").stdout.split("\n")) == ["", "cleaned latest = 2", "cleaned old = 1"]
+    assert run("alias", "cleaned", "old").stdout == "cleaned old = 1\n"
+    assert "no alias" in run("alias", "cleaned", "none").stderr
+    assert "stands for version 1" in run("delete", "cleaned", "1").stderr
+    assert run("alias", "cleaned", "old", "--delete").returncode == 0
+    until(lambda: "old" not in sdk.model("cleaned")["aliases"], "the alias is gone")
+    assert "model cleaned is deleted: 2 versions" in run("delete", "cleaned").stderr
+    assert run("delete", "cleaned").returncode == 1
 
 
 def test_a_split_shares_requests_by_weight(served: Served, http: httpx.Client, sdk: Client) -> None:

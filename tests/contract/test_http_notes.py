@@ -95,7 +95,7 @@ def test_only_versions_that_are_there_have_notes(served: Served, sdk: Client, ht
         sdk.annotate("nowhere", 1, note="x")
     assert http.patch("/v1/models/short-lived/versions/latest", json={"note": "x"}).status_code == 400
     sdk.annotate("short-lived", 1, note="gone soon")
-    sdk.delete_version("short-lived", 1)
+    sdk.delete_model("short-lived", 1)
 
     async def stored() -> bytes | None:
         async with Bus.connect(served.services.settings, served.home, "modelstore") as bus:

@@ -182,7 +182,7 @@ def test_pieces_of_a_deleted_version_go_and_those_of_others_stay(nats_binary: Bi
         sdk.push("m", first, encrypt=True)
         sdk.push("m", second)
         answers(running, "m", 2)
-        sdk.delete_version("m", 1)
+        sdk.delete_model("m", 1)
         running.run(collected(running))
         told = sdk.store()
         assert (told["pieces"], told["damaged"]) == (told["named_pieces"], [])
@@ -207,7 +207,7 @@ def test_a_model_in_a_process_of_its_own_has_its_files_in_memory_and_takes_them_
     assert not (running.home.cache("worker-1") / digest).exists()
     assert sdk.infer("own-process", {"x": [[1.0, 2.0, 3.0, 4.0]]})["y"].tolist() == [[3.5, 4.5, 5.5, 6.5]]
     sdk.delete_alias("own-process", "latest")
-    sdk.delete_version("own-process", 1)
+    sdk.delete_model("own-process", 1)
     until(lambda: ref not in holder.ready(), "it is unloaded")
     until(lambda: not [path for path in ours_in_memory(running) if digest in path.parts], "its files are gone")
 
