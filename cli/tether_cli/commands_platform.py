@@ -135,8 +135,12 @@ def down(data_dir: DataDir = None) -> None:
     say("stopped" if stopped else f"nothing runs on {home.root}")
 
 
-def status(data_dir: DataDir = None, json_output: JsonFlag = False) -> None:
-    """Show processes, broker and streams; exit status 1 when something is not as it should be."""
+def status(
+    data_dir: DataDir = None,
+    json_output: JsonFlag = False,
+    streams: Annotated[bool, typer.Option("--streams", help="Also show the broker's streams.")] = False,
+) -> None:
+    """Show processes, models, workers and queues; exit status 1 when something is not as it should be."""
     from tether_cli.status import collect
 
     _quiet()
@@ -145,29 +149,60 @@ def status(data_dir: DataDir = None, json_output: JsonFlag = False) -> None:
     if json_output:
         print_json(found)
     else:
-        _print_status(found)
+        _print_status(found, streams=streams)
     if not (found["running"] and all(row["alive"] and row["ready"] for row in found["processes"])):
         raise typer.Exit(1)
 
 
-def _print_status(found: dict[str, Any]) -> None:
+def _print_status(found: dict[str, Any], *, streams: bool) -> None:
     if not found["running"]:
-        say(f"nothing runs on {found['home']}; start it with 'tether up'")
+        say(f"nothing runs on {found['home']}; start it with 'tether up', or name another folder with --data-dir")
         return
-    broker = found["broker"]
-    print_fields({"gateway": found["http"], "broker": broker["url"], "durability": broker["durability"]})
+    broker, queues = found["broker"], found["queues"]
+    print_fields(
+        {
+            "gateway": found["http"],
+            "broker": f"{broker['url']} ({broker['durability']})",
+            "waiting": f"durable jobs {queues['jobs']}, requests {queues['requests']}",
+            "kept": f"results {queues['results']}, dead letters {queues['dead_letters']}",
+        }
+    )
     typer.echo()
     columns = ("name", "pid", "alive", "ready", "port", "restarts")
-    print_table(columns, [[_word(row[column]) for column in columns] for row in found["processes"]])
+    print_table(("process", *columns[1:]), [[_word(row[column]) for column in columns] for row in found["processes"]])
     for row in found["processes"]:
         for what, reason in row["missing"].items():
             typer.echo(f"{row['name']}: {what}: {reason}")
         if row["restarted_because"]:
             typer.echo(f"{row['name']} was restarted: {row['restarted_because']}")
     typer.echo()
-    counts = ("messages", "bytes", "consumers")
-    rows = [[row["name"], *(row[count] for count in counts)] for row in broker.get("streams", [])]
-    print_table(("stream", *counts), rows)
+    print_table(
+        ("worker", "models", "running", "slots", "heard of"),
+        [
+            [row["name"], len(row["ready"]), row["running"], row["slots"], f"{row['age_s']:.1f} s ago"]
+            for row in found["workers"]
+        ],
+    )
+    typer.echo()
+    print_table(
+        ("model", "versions", "aliases", "ready"),
+        [
+            [
+                row["name"],
+                row["versions"],
+                [f"{name}={version}" for name, version in row["aliases"].items()],
+                row["ready"],
+            ]
+            for row in found["models"]
+        ],
+    )
+    if "error" in found:
+        typer.echo(f"models and workers are not known: {found['error']}")
+    if streams:
+        typer.echo()
+        counts = ("messages", "bytes", "consumers")
+        rows = [[row["name"], *(row[count] for count in counts)] for row in broker.get("streams", [])]
+        print_table(("stream", *counts), rows)
 
 
 def _word(value: Any) -> Any:

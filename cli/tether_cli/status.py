@@ -10,8 +10,9 @@ import httpx
 from tether.bus.connection import Bus
 from tether.bus.server import check_server
 from tether.bus.storage import frozen_streams
+from tether.client_async import AsyncClient
 from tether.errors import TetherError
-from tether.home import Home
+from tether.home import Home, read_secret
 from tether.processes import alive
 from tether.settings import Settings
 from tether_cli.supervisor import unready
@@ -23,6 +24,7 @@ async def collect(settings: Settings, home: Home) -> dict[str, Any]:
     found = read_endpoints(home)
     if found is None or not is_locked(home):
         return {"running": False, "home": str(home.root), "processes": [], "broker": None}
+    broker = await _broker(settings, home, found)
     return {
         "running": True,
         "ready": found["ready"],
@@ -30,8 +32,32 @@ async def collect(settings: Settings, home: Home) -> dict[str, Any]:
         "http": found["http"],
         "supervisor": found["supervisor"],
         "processes": await _processes(found),
-        "broker": await _broker(settings, home, found),
+        "broker": broker,
+        "queues": _queues(settings.prefix, broker.get("streams", [])),
+        **await _served(home, found["http"]),
     }
+
+
+QUEUES = {"jobs": "_JOBS_", "requests": "_INFER_", "results": "_RESULTS", "dead_letters": "_DEAD"}
+"""What the streams that hold work are called after the platform's prefix."""
+
+
+def _queues(prefix: str, streams: list[dict[str, Any]]) -> dict[str, int]:
+    """How many jobs and requests wait, and how many results and dead letters are kept."""
+    named = {kind: f"{prefix.upper()}{part}" for kind, part in QUEUES.items()}
+    return {
+        kind: sum(row["messages"] for row in streams if row["name"].startswith(name)) for kind, name in named.items()
+    }
+
+
+async def _served(home: Home, url: str) -> dict[str, Any]:
+    """Models and workers as the gateway tells them; what it does not tell is in ``error``."""
+    try:
+        key = read_secret(home.admin_key).decode().strip()
+        async with AsyncClient(url, key, timeout=3, tries=1) as client:
+            return {"models": await client.models(), "workers": await client.workers()}
+    except (TetherError, ValueError) as error:
+        return {"models": [], "workers": [], "error": str(error)}
 
 
 async def _processes(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -73,9 +99,21 @@ async def _broker(settings: Settings, home: Home, found: dict[str, Any]) -> dict
     try:
         async with Bus.connect(dataclasses.replace(settings, nats_url=found["nats"]), home, "admin") as bus:
             report["streams"] = await streams(bus)
+            for row in report["streams"]:
+                row["messages"] -= await _probes(bus, row["name"])
     except TetherError as error:
         report["error"] = error.message
     return report
+
+
+async def _probes(bus: Bus, stream: str) -> int:
+    """Messages that services stored in a queue to know that they can: each is there for a second, and is nobody's work."""
+    names, shard = bus.names, stream.rpartition("_")[2]
+    kinds = {names.infer_stream(shard): names.infer_probe(shard), names.jobs_stream(shard): names.jobs_probe(shard)}
+    if stream not in kinds:
+        return 0
+    found = await bus.api(f"STREAM.INFO.{stream}", {"subjects_filter": kinds[stream]})
+    return sum((found["state"].get("subjects") or {}).values())
 
 
 async def streams(bus: Bus) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import httpx
+import models
 import pytest
 from brokers import Broker, wait_until
 from platforms import Platform, command, environment, platform, tether
@@ -38,14 +39,23 @@ def test_everything_is_ready_when_up_returns(running: Platform) -> None:
     assert httpx.get(f"{running.url}/readyz").status_code == 200
 
 
-def test_status_tells_version_durability_and_streams(running: Platform) -> None:
-    broker = running.status()["broker"]
+def test_status_tells_processes_workers_models_and_queues(running: Platform, tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(models.add())
+    assert running.run("model", "push", "plus", str(tmp_path / "m.onnx")).returncode == 0
+    found = running.status()
+    broker = found["broker"]
     assert broker["durability"] == "fast"
     assert broker["version"].startswith("2.")
     assert {"TETHER_JOBS_0", "TETHER_RESULTS"} <= {stream["name"] for stream in broker["streams"]}
+    assert set(found["queues"]) == {"jobs", "requests", "results", "dead_letters"}
+    assert [row["name"] for row in found["models"]] == ["plus"]
+    assert [row["name"] for row in found["workers"]] == ["worker-1"]
     words = running.run("status")
     assert words.returncode == 0
-    assert "TETHER_RESULTS" in words.stdout
+    for line in ("waiting ", "durable jobs 0, requests 0", "dead letters 0", "gateway ", "worker-1 ", "plus "):
+        assert line in words.stdout
+    assert "TETHER_RESULTS" not in words.stdout
+    assert "TETHER_RESULTS" in running.run("status", "--streams").stdout
 
 
 def test_the_admin_key_works_and_only_its_owner_can_read_it(running: Platform) -> None:
