@@ -157,6 +157,11 @@ def _finish(client: Client, ids: Sequence[str], within: float | None, output: st
     if failed:
         say(f"{len(failed)} of {len(ended)} jobs did not succeed")
         raise typer.Exit(1)
+    again = sum(info.attempts > 1 for info in ended)
+    if len(ended) > 1:
+        say(
+            f"{len(ended):,} of {len(ended):,} jobs succeeded{f', {again:,} of them when tried again' if again else ''}"
+        )
 
 
 def _reason(info: JobInfo) -> str:
