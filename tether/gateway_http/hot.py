@@ -106,8 +106,11 @@ class HotRoutes:
             key = self._gateway.keys.authenticate(heading.key, scope)
             ticket = self._gateway.limits.enter(key.key)
             answer = await work(incoming, heading, key, ticket)
-        except TetherError as raised:
-            error = raised if route == "infer" else self._gateway.storage.explained(raised)
+        except TetherError as error:
+            if route != "infer":
+                error = self._gateway.storage.explained(
+                    error
+                )  # another name would outlive this block, and keep the request
             audited.refused(self._gateway, error, incoming, route)
             answer = _refusal(error, incoming)
         except Exception:

@@ -192,8 +192,10 @@ class Endpoint:
 
         try:
             await self._answer(seen, incoming, scope, receive, noting)
-        except TetherError as raised:
-            error = self._gateway.storage.explained(raised)
+        except TetherError as error:
+            error = self._gateway.storage.explained(
+                error
+            )  # another name would outlive this block, and keep the request
             audited.refused(self._gateway, error, incoming, self._route(scope))
             self._audit(seen, scope, error.code, None)
             seen.status = await refuse(error, seen.heading, send, extra=seen.limits())
