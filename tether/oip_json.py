@@ -96,13 +96,15 @@ def parse(decoder: msgspec.json.Decoder[Any], data: bytes | msgspec.Raw, *, wher
     try:
         return decoder.decode(data)
     except _DECODING_ERRORS as error:
-        raise _no_number(error, data, where) or bad_json(error, where=where) from error
+        raise _common_fault(error, data, where) or bad_json(error, where=where) from error
 
 
-def _no_number(error: Exception, data: bytes | msgspec.Raw, where: str) -> BadJson | None:
-    """The error for NaN and infinities, which JSON has not although many encoders write them."""
+def _common_fault(error: Exception, data: bytes | msgspec.Raw, where: str) -> BadJson | None:
+    """The error for nothing at all, and for NaN and infinities, which JSON has not although many encoders write them."""
     found = _PLACE.search(str(error))
     text = bytes(data)
+    if not text.strip():
+        return BadJson(f"{where} is empty; JSON is wanted")
     word = _NO_NUMBER.match(text, max(0, int(found[1]) - 1)) if found else None
     if word is None:
         return None

@@ -1,4 +1,4 @@
-"""Numbers that JSON does not have, in a request."""
+"""What a request has instead of JSON, and numbers that JSON does not have."""
 
 from __future__ import annotations
 
@@ -30,3 +30,9 @@ def test_numbers_that_json_does_not_have_are_refused(literal: str, datatype: str
     raw = b'{"inputs":[{"name":"x","shape":[1],"datatype":"%s","data":[%s]}]}' % (datatype.encode(), literal.encode())
     with pytest.raises(InvalidRequest):
         oip.parse_infer_request(raw, None)
+
+
+@pytest.mark.parametrize("body", [b"", b" \n"])
+def test_an_empty_body_is_told_as_that(body: bytes) -> None:
+    with pytest.raises(BadJson, match="the body is empty; JSON is wanted"):
+        oip.parse_infer_request(body, None)
