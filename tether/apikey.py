@@ -11,8 +11,9 @@ import secrets
 
 import msgspec
 
-SCOPES = ("infer", "jobs", "models:read", "models:write", "models:code", "admin")
-"""What a key may do; ``admin`` implies all others, ``models:code`` allows models that are programs to be pushed."""
+SCOPES = ("infer", "jobs", "models:read", "models:write", "models:code", "metrics", "admin")
+"""What a key may do; ``admin`` implies all others, ``models:code`` allows models that are programs to be pushed,
+``metrics`` to read metrics that name models."""
 
 _TEXT = re.compile(r"tk_([a-z2-7]{8})_([A-Za-z0-9_-]{43})")
 

@@ -5,9 +5,18 @@ They register with prometheus_client's own registry once per process, and a proc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    generate_latest,
+)
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -196,6 +205,26 @@ def dependencies(checks: Mapping[str, str]) -> None:
         DEPENDENCY_READY.labels(name).set(1 if state == "ok" else 0)
 
 
-def exposition() -> tuple[bytes, str]:
-    """All metrics in Prometheus' text form, and its content type."""
-    return generate_latest(), CONTENT_TYPE_LATEST
+def exposition(shows: Callable[[str], bool] | None = None) -> tuple[bytes, str]:
+    """All metrics in Prometheus' text form, and its content type. ``shows``: whether samples that name this model are told."""
+    registry = REGISTRY if shows is None else _Shown(shows)
+    return generate_latest(registry), CONTENT_TYPE_LATEST
+
+
+class _Shown(CollectorRegistry):
+    """The process's own registry without the samples of some models."""
+
+    def __init__(self, shows: Callable[[str], bool]) -> None:
+        super().__init__()
+        self._shows = shows
+
+    def collect(self) -> Iterator[Metric]:
+        for family in REGISTRY.collect():
+            told = [sample for sample in family.samples if self._tells(sample.labels)]
+            if told or not family.samples:
+                shown = Metric(family.name, family.documentation, family.type, family.unit)
+                shown.samples = told
+                yield shown
+
+    def _tells(self, labels: Mapping[str, str]) -> bool:
+        return "model" not in labels or self._shows(labels["model"])

@@ -50,7 +50,7 @@ def create(
         typer.Option(
             "--scope",
             metavar="SCOPE",
-            help="infer, jobs, models:read, models:write, models:code or admin; may be given again.",
+            help="infer, jobs, models:read, models:write, models:code, metrics or admin; may be given again.",
         ),
     ],
     models: Annotated[

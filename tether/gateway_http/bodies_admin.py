@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-Scope = Literal["infer", "jobs", "models:read", "models:write", "models:code", "admin"]
+Scope = Literal["infer", "jobs", "models:read", "models:write", "models:code", "metrics", "admin"]
 
 # tenants
 

@@ -13,6 +13,11 @@ TAG = "Operations"
 _NO_SCRIPTS = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'"
 
 
+def _nothing(model: str) -> bool:
+    del model
+    return False
+
+
 async def _healthz(call: Call) -> Reply:
     del call
     return Reply(bodies.ServerLive(live=True))
@@ -25,8 +30,11 @@ async def _readyz(call: Call) -> Reply:
 
 
 async def _metrics(call: Call) -> Reply:
+    """What names a model is for who shows a key, as far as that key sees the model."""
+    text = call.heading.key
+    shows = call.gateway.keys.authenticate(text, "metrics").sees if text else _nothing
     metrics.dependencies(call.gateway.checks())
-    content, content_type = metrics.exposition()
+    content, content_type = metrics.exposition(shows)
     return Reply(content, content_type=content_type)
 
 
@@ -53,7 +61,15 @@ def rows(document: Callable[[], bytes], page: Callable[[], bytes]) -> list[Row]:
             _readyz,
             {200: bodies.Readiness, 503: bodies.Readiness},
         ),
-        _row("/metrics", "Metrics", _metrics, Media("text/plain", "Prometheus' text form.")),
+        Row(
+            "GET",
+            "/metrics",
+            "Metrics; those that name models with a key of the scope `metrics` or `admin`",
+            TAG,
+            _metrics,
+            {200: Media("text/plain", "Prometheus' text form.")},
+            errors=(401, 403),
+        ),
         _row("/openapi.json", "This document", openapi, Media("application/json", "OpenAPI 3.1.")),
         _row("/docs", "This document as a page", docs, Media("text/html", "A page without scripts.")),
     ]

@@ -41,12 +41,12 @@ async def _create(call: Call) -> Reply:
 
 
 def _scopes(call: Call, wanted: bodies.NewSession) -> tuple[str, ...]:
-    """The scopes asked for; without any, those of the key, but never ``admin``, nor ``models:code`` of an admin key.
+    """The scopes asked for; without any, those of the key, but never ``admin`` or ``metrics``, nor ``models:code`` of an admin key.
 
     Raises:
         Forbidden: the key has not all of them.
     """
-    may = [scope for scope in SCOPES if scope != "admin" and scope in call.caller.scopes]
+    may = [scope for scope in SCOPES if scope not in ("admin", "metrics") and scope in call.caller.scopes]
     if isinstance(wanted.scopes, msgspec.UnsetType):
         return tuple([scope for scope in may if scope != "models:code" or "admin" not in call.caller.key.scopes])
     for scope in wanted.scopes:
