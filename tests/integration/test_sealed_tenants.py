@@ -21,13 +21,14 @@ from tether.bus.keys import RootKey
 from tether.bus.kv import SignedBucket
 from tether.bus.pull import BusDelivery, LanePull
 from tether.envelope import MessageType
-from tether.envelope.sealing import seal_job
-from tether.errors import BadSeal, IdempotencyConflict, InferenceFailed, NotEntitled
+from tether.envelope.sealing import new_data_key, seal_job
+from tether.errors import BadSeal, DeadlineExceeded, IdempotencyConflict, InferenceFailed, NotEntitled
 from tether.gateway_http import core
 from tether.gateway_http.catalog import Served
-from tether.job import AttemptNote, Job, Lane, Outcome, Priority, new_job_id
+from tether.job import AttemptNote, Failure, Job, JobId, JobState, Lane, Outcome, Priority, new_job_id
 from tether.tenant import Tenant
 from tether.tensor import from_numpy
+from tether.worker.sealed import closed
 
 SEALED, OPEN = "clinic", "acme"
 IN, OUT = 1234.5, 1235.5
@@ -130,6 +131,27 @@ async def test_a_failure_says_its_reason_to_the_caller_alone(embedded_broker: Br
                 assert tap.heard(message.encode()) == (tenant == OPEN)
 
 
+async def test_what_a_worker_cannot_seal_leaves_without_a_models_words(one: Services) -> None:
+    """Its box of the tenant's keys was withdrawn while the job ran."""
+    ring = one.workers[0].keyring
+    inputs = (from_numpy("x", row(1)),)
+    job = seal_job(new_data_key(1), Job(new_job_id(), "stranger", inputs, 5.0))
+    end = Outcome(JobId(job.id), JobState.FAILED, (), None, 1, "worker-1", 1.0, 2.0)
+    for failure, words in (
+        (Failure(InferenceFailed.code, "index 42 is out of bounds"), "may no longer seal"),
+        (Failure(NotEntitled.code, "no key"), "no key"),
+        (Failure(DeadlineExceeded.code, "too late"), "too late"),
+    ):
+        (left,) = closed(ring, [job], [msgspec.structs.replace(end, error=failure)])
+        assert left.error is not None
+        assert (left.state, left.error.code) == (JobState.FAILED, failure.code)
+        assert words in left.error.message
+        assert "42" not in left.error.message
+    (without,) = closed(ring, [job], [msgspec.structs.replace(end, state=JobState.SUCCEEDED, outputs=inputs)])
+    assert without.error is not None
+    assert (without.state, without.outputs, without.error.code) == (JobState.FAILED, (), NotEntitled.code)
+
+
 async def test_who_is_revoked_cannot_open_what_is_sealed_afterwards_and_its_jobs_end(one: Services) -> None:
     """As soon as the gateway has heard of it. The worker keeps pulling; what it is sent ends with a reason, once."""
     served = await one.push("bump", models.add())
@@ -212,11 +234,10 @@ async def test_a_job_that_comes_again_and_one_that_is_buried_stay_sealed(one: Se
     again, dead = await one.gateway.jobs.get_many(SEALED, ids, 30)
     assert (shown(again), again["attempts"]) == (OUT, 2)
     assert (dead["state"], dead["error"]["code"]) == ("dead", "attempts_exhausted")
-    assert one.dispatcher is not None
-    letters = await one.dispatcher._bus.direct_get(bus.names.dead_stream, bus.names.dead(lane))
-    assert letters is not None
-    assert ids[1].encode() in letters.data
-    assert tensor(IN) not in letters.data
+    letters = await one.bus.direct_batch(bus.names.dead_stream, [bus.names.dead(lane)])
+    (letter,) = letters.values()
+    assert ids[1].encode() in letter.data
+    assert tensor(IN) not in letter.data
 
 
 async def test_a_payload_that_was_moved_to_another_job_does_not_open(one: Services) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ import msgspec
 
 from tether import metrics, oip, oip_json
 from tether.errors import InvalidRequest, PayloadTooLarge, TetherError
-from tether.gateway_http import audited
+from tether.gateway_http import audited, told
 from tether.gateway_http.auth import Caller
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.errors import error_response
@@ -29,8 +28,6 @@ from tether.gateway_http.request import (
     timeout_of,
 )
 from tether.job import LONGEST_DEADLINE_S, Priority
-
-log = logging.getLogger(__name__)
 
 MAX_BATCH = 1000
 """Jobs in one ``POST /v1/jobs:batch``."""
@@ -100,7 +97,7 @@ class HotRoutes:
 
     async def _answered(self, route: str, scope: str, work: Work, incoming: Incoming) -> Reply:
         """Authenticate, let in or refuse, work, and give back what the request held, however it ends."""
-        ticket = None
+        ticket = key = None
         try:
             heading = Heading(incoming.headers)
             key = self._gateway.keys.authenticate(heading.key, scope)
@@ -112,10 +109,10 @@ class HotRoutes:
                     error
                 )  # another name would outlive this block, and keep the request
             audited.refused(self._gateway, error, incoming, route)
-            answer = _refusal(error, incoming)
-        except Exception:
-            log.exception("a request failed", extra={"action": "request_failed"})
-            answer = _refusal(TetherError("the gateway failed; its log has the reason"), incoming)
+            answer = self._refusal(error, incoming, key)
+        except Exception as error:  # noqa: BLE001 - logged
+            told.failed(error, only_id(incoming.headers).request_id, sealed=told.sealed(self._gateway, key))
+            answer = self._refusal(TetherError("the gateway failed; its log has the reason"), incoming, key)
         finally:
             if ticket is not None:
                 ticket.leave()
@@ -127,6 +124,12 @@ class HotRoutes:
             self._counters[route, answer.status] = counter
         counter.inc()
         return answer
+
+    def _refusal(self, error: TetherError, incoming: Incoming, caller: Caller | None) -> Reply:
+        heading = only_id(incoming.headers)
+        status, extra, body = error_response(error, heading.request_id)
+        told.refused(error, status, heading.request_id, sealed=told.sealed(self._gateway, caller))
+        return reply(status, body, heading, content_type=_JSON, extra=extra)
 
     def _body(self, heading: Heading, incoming: Incoming) -> Coroutine[Any, Any, bytes]:
         return read_body(heading, incoming, self._limit, self._gateway.patience)
@@ -206,12 +209,3 @@ class HotRoutes:
             request_id=heading.request_id,
             traceparent=heading.traceparent,
         )
-
-
-def _refusal(error: TetherError, incoming: Incoming) -> Reply:
-    heading = only_id(incoming.headers)
-    status, extra, body = error_response(error, heading.request_id)
-    level = logging.WARNING if status == 500 else logging.DEBUG
-    fields = {"action": "request_refused", "code": error.code, "request_id": heading.request_id}
-    log.log(level, "%s", error.message, extra=fields)
-    return reply(status, body, heading, content_type=_JSON, extra=extra)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from starlette.routing import Route
 
 from tether import metrics, oip_json
 from tether.errors import DeadlineExceeded, InvalidRequest, NotFound, TetherError, Unauthenticated
-from tether.gateway_http import audited
+from tether.gateway_http import audited, told
 from tether.gateway_http.asgi import AsgiIncoming, send_reply
 from tether.gateway_http.auth import Caller
 from tether.gateway_http.core import Gateway
@@ -24,8 +23,6 @@ from tether.gateway_http.errors import error_response
 from tether.gateway_http.limits import Ticket
 from tether.gateway_http.request import Headers, Heading, Incoming, only_id, read_body, replied, reply
 from tether.ops_http import Receive, Scope, Send
-
-log = logging.getLogger(__name__)
 
 JSON = "application/json"
 OCTETS = "application/octet-stream"
@@ -201,8 +198,9 @@ class Endpoint:
             seen.status = await refuse(error, seen.heading, send, extra=seen.limits())
         except ClientDisconnect:
             seen.status = 499
-        except Exception:
-            log.exception("a request failed", extra={"action": "request_failed", "request_id": seen.heading.request_id})
+        except Exception as error:
+            caller = None if seen.call is None else seen.call.key
+            told.failed(error, seen.heading.request_id, sealed=told.sealed(self._gateway, caller))
             seen.status = 500
             if seen.sent:
                 raise

@@ -150,7 +150,9 @@ class Runs:
         job, attempt, worker = ticket.job, ticket.attempt, self._worker
         if isinstance(result, TetherError):
             ids = {"job_id": job.id, "request_id": job.request_id, "tenant": job.tenant, "model": self._model}
-            log.info("a job failed: %s", result, extra={"action": "job_failed", "code": result.code, **ids})
+            # a model's words may hold what it was sent
+            words = result.message if job.sealed is None else "its words are sealed"
+            log.info("a job failed: %s", words, extra={"action": "job_failed", "code": result.code, **ids})
             failure, state = Failure(result.code, result.message), _STATES.get(type(result), JobState.FAILED)
             return End(ticket, Outcome(job.id, state, (), failure, attempt, worker, ticket.began, finished))
         return End(ticket, Outcome(job.id, JobState.SUCCEEDED, result, None, attempt, worker, ticket.began, finished))

@@ -10,10 +10,23 @@ import msgspec
 from tether import metrics
 from tether.bus.tenant_keys import Keyring
 from tether.envelope.sealing import seal_outcome
-from tether.errors import EnvelopeError, NotEntitled
+from tether.errors import (
+    AttemptsExhausted,
+    BadSeal,
+    DeadlineExceeded,
+    EnvelopeError,
+    JobCancelled,
+    ModelNotFound,
+    NotEntitled,
+)
 from tether.job import Failure, Job, JobState, Outcome
 
 log = logging.getLogger(__name__)
+
+_OURS = frozenset(
+    error.code for error in (NotEntitled, BadSeal, DeadlineExceeded, JobCancelled, ModelNotFound, AttemptsExhausted)
+)
+"""Ends whose words are our own, and hold nothing of what was sent."""
 
 
 async def opened(keyring: Keyring, jobs: Sequence[Job]) -> tuple[list[Job], list[tuple[Job, EnvelopeError]]]:
@@ -50,13 +63,16 @@ def closed(keyring: Keyring, jobs: Sequence[Job], outcomes: Sequence[Outcome]) -
 
 
 def _closed(keyring: Keyring, job: Job, outcome: Outcome) -> Outcome:
-    """With the job's own key where the newest is not for this worker, and without outputs where it has none at all."""
+    """With the job's own key where the newest is not for this worker, and without outputs and words where it has none at all."""
     key = keyring.newest(job.tenant)
     if key is None and job.sealed is not None:
         key = keyring.known(job.tenant, job.sealed.key_id)
     if key is not None:
         return seal_outcome(key, job.tenant, outcome)
-    if not outcome.outputs:
+    if outcome.outputs:
+        failure = Failure(NotEntitled.code, "the worker may no longer open this tenant's payloads")
+        return msgspec.structs.replace(outcome, state=JobState.FAILED, outputs=(), error=failure)
+    if outcome.error is None or outcome.error.code in _OURS:
         return outcome
-    failure = Failure(NotEntitled.code, "the worker may no longer open this tenant's payloads")
-    return msgspec.structs.replace(outcome, state=JobState.FAILED, outputs=(), error=failure)
+    failure = Failure(outcome.error.code, "the worker may no longer seal what it would say of this tenant's job")
+    return msgspec.structs.replace(outcome, error=failure)
