@@ -17,7 +17,10 @@ from brokers import Broker, embedded, temporary_home
 from services import Services, services
 
 from tether import apikey
-from tether.bus.server import Binary
+from tether.bus import identities
+from tether.bus.keys import RootKey
+from tether.bus.server import Binary, reload_embedded
+from tether.envelope import Role
 from tether.gateway_http import service
 from tether.home import Home
 
@@ -46,6 +49,11 @@ class Served:
         record = apikey.stored_key(text, tenant=tenant, scopes=scopes, name="test", created_at=time.time())
         self.run(self.services.gateway.keys.store(record))
         return text
+
+    def bind(self, worker: str, tenant: str) -> None:
+        """Make an identity of a worker that serves one isolated tenant, and tell the broker of it."""
+        identities.add(self.home, RootKey(self.home.root_key), worker, Role.WORKER, tenant=tenant)
+        assert reload_embedded(self.home, self.services.settings)
 
     @property
     def headers(self) -> dict[str, str]:

@@ -17,8 +17,7 @@ def matches(pattern: str, subject: str) -> bool:
 
 
 def may_publish(permissions: Permissions, subject: str) -> bool:
-    denied = any(matches(pattern, subject) for pattern in permissions.publish_deny)
-    return not denied and any(matches(pattern, subject) for pattern in permissions.publish)
+    return any(matches(pattern, subject) for pattern in permissions.publish)
 
 
 def may_subscribe(permissions: Permissions, subject: str) -> bool:

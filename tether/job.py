@@ -180,6 +180,10 @@ class AttemptNote(msgspec.Struct, frozen=True):
     """Of a bundle that was handed back: how often it had been delivered, each time without harm."""
 
 
+CANCELLATION_TOLD_S = 60.0
+"""Workers are told of a cancelled job, and remember it for this long."""
+
+
 class Withdrawal(msgspec.Struct, frozen=True):
     """Jobs of an infer lane that nobody waits for any more. After ``until``, UTC seconds, none of them could run anyhow."""
 

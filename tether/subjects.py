@@ -102,6 +102,10 @@ class Names:
     def scope_jobs_stream(self, scope: str) -> str:
         return self.jobs_stream(scope_token(scope))
 
+    def scope_streams(self, scope: str) -> list[str]:
+        """The streams of an isolated tenant."""
+        return [self.scope_infer_stream(scope), self.scope_jobs_stream(scope), self.scope_results_stream(scope)]
+
     def stream_scope(self, stream: str) -> str | None:
         """The isolated tenant whose jobs stream this is; None for every other stream."""
         start = self.jobs_stream("=")

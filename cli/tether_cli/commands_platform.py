@@ -31,6 +31,7 @@ def register(app: typer.Typer) -> None:
     app.command()(up)
     app.command()(down)
     app.command()(status)
+    app.command()(streams)
     app.command()(doctor)
     app.command()(gateway)
     app.command()(dispatcher)
@@ -207,6 +208,35 @@ def _print_status(found: dict[str, Any], *, streams: bool) -> None:
 
 def _word(value: Any) -> Any:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+
+
+def streams(
+    data_dir: DataDir = None,
+    nats: Nats = None,
+    *,
+    apply: Annotated[bool, typer.Option("--apply", help="Change them; 'tether up' does so when it starts.")] = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Show which of the broker's streams are not as the settings want them; exit status 1 when some stay so."""
+    from tether.bus.stream_updates import differing_streams, update_streams
+    from tether_cli.audits import connected
+
+    _quiet()
+    settings, home = _load("dispatcher", home=data_dir, nats_url=nats)
+
+    async def looked() -> dict[str, list[str]]:
+        async with connected(settings, home) as bus:
+            return await (update_streams if apply else differing_streams)(bus, settings)
+
+    found = asyncio.run(looked())
+    if json_output:
+        print_json(found)
+    else:
+        print_table(
+            ("stream", "changed" if apply else "differs in"), [[name, ", ".join(of)] for name, of in found.items()]
+        )
+    if found and not apply:
+        raise typer.Exit(1)
 
 
 def doctor(data_dir: DataDir = None, json_output: JsonFlag = False) -> None:

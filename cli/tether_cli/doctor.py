@@ -22,6 +22,7 @@ from tether.errors import ConfigError, KeysetError, NotFound, PermissionDenied, 
 from tether.home import Home
 from tether.processes import can_listen
 from tether.settings import Settings
+from tether.subjects import Names
 from tether_cli.doctor_models import confinement
 from tether_cli.findings import Finding, Level
 from tether_cli.up import is_locked, ops_ports, read_endpoints
@@ -218,9 +219,7 @@ async def _jetstream(settings: Settings, home: Home) -> Finding:
 async def _permissions(settings: Settings, home: Home, role: Role) -> Finding:
     """A role must be refused what is another's, or the broker's allow lists are not ours."""
     identity = "worker-1" if role is Role.WORKER else role.value
-    foreign = (
-        f"$KV.{settings.prefix.upper()}_{'apikeys' if role in (Role.WORKER, Role.MODELSTORE) else 'models'}.doctor"
-    )
+    foreign = _foreign(Names(settings.prefix), role)
     try:
         async with Bus.connect(settings, home, identity) as bus:
             await bus.publish_acked(foreign, b"", timeout=2)
@@ -231,6 +230,19 @@ async def _permissions(settings: Settings, home: Home, role: Role) -> Finding:
     except TetherError as error:
         return Finding("fail", f"permissions: {identity} was not refused '{foreign}' ({error.code})", _LISTS)
     return Finding("fail", f"permissions: {identity} may publish on '{foreign}'", _LISTS)
+
+
+def _foreign(names: Names, role: Role) -> str:
+    """What a role must be refused; for some a right that the lists of earlier releases gave."""
+    match role:
+        case Role.DISPATCHER:
+            return f"$JS.API.STREAM.UPDATE.{names.audit_stream}"
+        case Role.WORKER:
+            return f"$JS.API.DIRECT.GET.{names.results_stream}"
+        case Role.MODELSTORE:
+            return names.bucket_key("apikeys", "doctor")
+        case _:
+            return names.bucket_key("models", "doctor")
 
 
 _LISTS = "use the lists of ops/nats/permissions.conf"

@@ -30,6 +30,7 @@ from tether.lifecycle import stop_on_signals
 from tether.ownership import DEFAULT_TENANT
 from tether.processes import alive, can_listen, keep_memory_private, send, why_not_listen
 from tether.settings import Settings, load
+from tether_cli.broker_streams import bring_up_to_date
 from tether_cli.greeting import greet
 from tether_cli.supervisor import DISPATCHER, GATEWAY, MODELSTORE, Service, Supervisor, last_line
 from tether_cli.watch import Watch
@@ -218,6 +219,7 @@ class Platform:
             if report.problems:
                 raise ConfigError(f"the broker is not fit: {'; '.join(report.problems)}")
             self.version = report.version
+        await bring_up_to_date(self.plan.settings, self.nats_url)
         await self.supervisor.start_services(services(self.plan, self.nats_url, self.monitor), timeout_s=START_S)
         await provide_admin_key(dataclasses.replace(self.plan.settings, nats_url=self.nats_url), self.plan.home)
         self.ready = True

@@ -59,8 +59,10 @@ def test_a_model_is_ready_for_those_whose_workers_hold_it(http: httpx.Client, lo
 
 
 def test_without_a_worker_of_its_own_its_callers_are_told_and_its_jobs_wait(
-    http: httpx.Client, lonely: httpx.Client
+    served: Served, http: httpx.Client, lonely: httpx.Client
 ) -> None:
+    assert_error(submit(lonely), 503, "model_not_ready", "'lonely'")
+    served.bind("lonely-1", TENANT)
     until(lambda: submit(lonely).status_code == 202, "the tenant has lanes")
     refused = lonely.post(f"{PATH}/infer", json={"inputs": [INPUT]})
     assert_error(refused, 503, "model_not_ready", "'lonely' is isolated", "tether worker --name NAME")

@@ -84,6 +84,7 @@ def test_a_tenant_changes_its_isolation_while_its_jobs_wait(http: httpx.Client, 
     def submit() -> httpx.Response:
         return http.post("/v1/jobs", json=body, headers=own)
 
+    served.bind("moving-1", "moving")
     early = [submit().json()["id"] for _ in range(20)]
     assert http.post("/v1/tenants", json={"name": "moving", "isolated": True}).status_code == 201
     until(lambda: submit().status_code == 202, "the tenant has lanes")

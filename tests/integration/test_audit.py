@@ -23,6 +23,7 @@ from tether.bus.audit_read import Filter
 from tether.bus.audit_spool import look
 from tether.bus.connection import Bus
 from tether.bus.keys import RootKey
+from tether.bus.stream_updates import update_streams
 from tether.bus.topology import ensure_platform
 from tether.envelope import MessageType
 from tether.errors import PermissionDenied, TetherError
@@ -189,7 +190,8 @@ async def test_a_full_stream_refuses_keeps_what_it_has_and_says_so(start_broker:
                 await wait_until(lambda: metrics.AUDIT_FULL._value.get() == 1, "the metric says that it is full")
                 assert (await entries(bus, broker.home, kind=Kind.ADMIN))[0].entry.detail == "0"
                 larger = dataclasses.replace(broker.settings, audit_max_mb=64)
-                await ensure_platform(bus, larger)
+                async with Bus.connect(broker.settings, broker.home, "admin") as admin:
+                    assert await update_streams(admin, larger)
                 await wait_until(lambda: metrics.AUDIT_FULL._value.get() == 0, "it is taken in", 20)
         async with Bus.connect(broker.settings, broker.home, "admin") as admin:
             assert len(await entries(admin, broker.home, kind=Kind.ADMIN)) == 40 * 256 + 1

@@ -11,6 +11,7 @@ from pathlib import Path
 import models
 import pytest
 from brokers import Broker, wait_until
+from operators import add_operator, as_operator, new_seed
 from services import TENANT, new_job, row, services
 from shipped import Node, nodes, running
 from stored import count
@@ -30,12 +31,16 @@ from tether.settings import Settings
 
 pytestmark = pytest.mark.slow
 
+OPERATOR = new_seed()
+
 
 @asynccontextmanager
 async def cluster(home: Home, binary: Binary, folder: Path) -> AsyncIterator[tuple[Broker, list[Node]]]:
     """Three servers with the shipped files, on loopback."""
     make_certificates(home, CLUSTER)
     made = nodes(folder, home, ["cluster-1", "cluster-2", "cluster-3"])
+    for node in made:
+        add_operator(node.config.parent / "permissions.conf", OPERATOR)
     settings = Settings(nats_url=",".join(node.url for node in made), replicas=3, home=str(home.root))
     async with running(made, binary):
         async with Bus.connect(settings, home, "dispatcher") as bus:
@@ -85,10 +90,12 @@ async def test_waiting_callers_are_answered_when_the_server_with_the_infer_strea
 async def test_jobs_of_a_resting_lane_run_soon_after_the_leader_of_its_consumer_was_killed(
     home: Home, nats_binary: Binary, tmp_path: Path
 ) -> None:
-    async with cluster(home, nats_binary, tmp_path) as (broker, made), services(broker, workers=1) as platform:
-        assert platform.dispatcher is not None
+    async with (
+        cluster(home, nats_binary, tmp_path) as (broker, made),
+        services(broker, workers=1) as platform,
+        as_operator(home, broker.settings, OPERATOR) as bus,
+    ):
         served = await platform.push("bump", models.add(1.0))
-        bus = platform.dispatcher._bus
         lane = served.job_lane(Priority.NORMAL)
         consumer = f"{bus.names.lane_stream(lane)}.{bus.names.lane_consumer(lane)}"
 

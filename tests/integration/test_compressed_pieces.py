@@ -13,6 +13,7 @@ import pytest
 import zstandard
 from brokers import Broker
 from nats.js import JetStreamContext
+from operators import operator
 from stores import MB, Platform, noise, parts, platform_on
 
 from tether.bus.chunk_meta import State
@@ -90,7 +91,7 @@ async def test_other_object_stores_read_the_stored_bytes(platform: Platform) -> 
     """With their size and digest as the meta message has them; unpacked they are the piece."""
     content = weights(3 * MB)
     file, _ = await platform.upload(content)
-    async with Bus.connect(platform.broker.settings, platform.broker.home, "dispatcher") as bus:
+    async with operator(platform.broker.home, platform.broker.settings) as bus:
         objects = await JetStreamContext(bus._client).object_store(BUCKET)
         got = [await objects.get(name) for name in file.chunks]
     assert all(one.info.size == len(one.data or b"") for one in got)
@@ -170,6 +171,6 @@ async def test_a_piece_that_was_put_away_comes_back_as_it_lies_there(platform: P
         await store.claim(file.pieces(), fresh_s=0.0)
         after = (await store.snapshot()).pieces[name]
         assert (after.state, after.size, after.stored_digest) == (State.ALIVE, before.size, before.stored_digest)
-    async with Bus.connect(platform.broker.settings, platform.broker.home, "dispatcher") as bus:
+    async with operator(platform.broker.home, platform.broker.settings) as bus:
         objects = await JetStreamContext(bus._client).object_store(BUCKET)
         assert (await objects.get(name)).data == data

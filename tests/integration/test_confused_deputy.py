@@ -242,8 +242,8 @@ async def test_a_wildcard_in_a_read_gives_nothing_of_another_scope(logins: Login
             stored = await logins.worker.direct_get(stream, subject)
             found += [] if stored is None else [stored.data]
     assert found == []
-    own = await logins.own.direct_get(names.scope_results_stream(TENANT), names.result("secret", TENANT))
-    assert own is not None
+    notes, own = names.bucket_stream("attempts"), names.bucket_key("attempts", names.attempt_key("secret", TENANT))
+    assert await logins.own.direct_get(notes, own) is not None
 
 
 async def test_the_subject_form_of_a_read_takes_no_other_wish_in_its_body(logins: Logins) -> None:

@@ -24,6 +24,7 @@ from encryption import (
     platform,
 )
 from nats.js import JetStreamContext
+from operators import operator
 from served import Served, until
 
 from tether import Client
@@ -132,12 +133,11 @@ def test_the_nats_object_store_reads_what_lies_there(pair: Pair, tmp_path: Path)
     sdk.push("object", source, encrypt=True)
     answers(running, "object", 1)
     (file,) = manifest(running, "object", 1).files
-    assert running.services.dispatcher is not None
-    client = running.services.dispatcher._bus._client
 
     async def read() -> list[bytes]:
-        store = await JetStreamContext(client).object_store("TETHER_CHUNKS_0")
-        return [(await store.get(name)).data or b"" for name in file.chunks]
+        async with operator(running.services.home, running.services.settings) as bus:
+            store = await JetStreamContext(bus._client).object_store("TETHER_CHUNKS_0")
+            return [(await store.get(name)).data or b"" for name in file.chunks]
 
     stored = running.run(read())
     assert sum(map(len, stored)) == file.size + 41 * len(file.chunks)

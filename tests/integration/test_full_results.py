@@ -9,9 +9,11 @@ import models
 import numpy as np
 import pytest
 from brokers import StartBroker, wait_until
+from operators import reconfigure
 from services import TENANT, Services, new_job, row, services
 
 from tether import metrics
+from tether.bus.connection import Bus
 from tether.errors import ResultConflict
 from tether.gateway_http.catalog import Served
 from tether.tensor import Array
@@ -33,16 +35,14 @@ def nobody_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     async def nothing(*_: object) -> None:
         return
 
-    monkeypatch.setattr("tether.dispatcher.streams.ensure_platform", nothing)
     monkeypatch.setattr("tether.dispatcher.retention.Retention.round", nothing)
 
 
 async def bound(running: Services, room: int) -> None:
     """Let results have ``room`` bytes more than they have."""
-    assert running.dispatcher is not None
-    bus, stream = running.dispatcher._bus, running.bus.names.results_stream
-    found = await bus.api(f"STREAM.INFO.{stream}")
-    await bus.api(f"STREAM.UPDATE.{stream}", {**found["config"], "max_bytes": max(1, found["state"]["bytes"] + room)})
+    stream = running.bus.names.results_stream
+    state = (await running.bus.api(f"STREAM.INFO.{stream}"))["state"]
+    await reconfigure(running.home, running.settings, stream, max_bytes=max(1, state["bytes"] + room))
 
 
 async def waiting_jobs(running: Services, served: Served, inputs: list[Array]) -> list[str]:
@@ -103,8 +103,11 @@ async def test_a_job_that_was_ended_meanwhile_waits_no_longer(short: Services) -
     await bound(short, 0)
     worker = await short.start_worker("worker-2")
     await wait_until(lambda: waits(worker), "its result waits")
-    cancelling = asyncio.create_task(short.gateway.jobs.cancel(TENANT, job))
-    await bound(short, 1000)
+    async with Bus.connect(short.settings, short.home, "admin") as admin:
+        stream = short.bus.names.results_stream
+        config = (await admin.api(f"STREAM.INFO.{stream}"))["config"]
+        cancelling = asyncio.create_task(short.gateway.jobs.cancel(TENANT, job))
+        await admin.api(f"STREAM.UPDATE.{stream}", {**config, "max_bytes": config["max_bytes"] + 1000})
     end: object = (await asyncio.gather(cancelling, return_exceptions=True))[0]
     await wait_until(lambda: worker.checks()["results"] == "ok", "the worker has let go")
     (found,) = await ends(short, [job])

@@ -171,10 +171,8 @@ async def test_a_job_that_keeps_killing_its_workers_is_buried_in_its_tenants_let
     await one.start_worker(SPARE)
     shown = await one.gateway.jobs.get(ACME, job, 20)
     assert (shown["state"], shown["error"]["code"]) == ("dead", "attempts_exhausted")
-    assert one.dispatcher is not None
-    bus, names = one.dispatcher._bus, one.bus.names
-    letter = await bus.direct_get(names.dead_stream, names.dead(lane))
-    assert letter is not None
+    bus, names = one.bus, one.bus.names
+    letter = (await bus.direct_batch(names.dead_stream, [names.dead(lane)]))[names.dead(lane)]
     assert letter.subject == "tether.dead.acme.bump.1"
     assert await bus.direct_last(names.dead_stream, names.dead_subjects(SHARED)) == 0
 

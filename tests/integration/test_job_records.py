@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 from brokers import Broker, wait_until
+from operators import reconfigure
 from services import TENANT, Services, new_job, row
 from stored import count
 
@@ -22,16 +23,6 @@ from tether.gateway_http import core
 from tether.gateway_http.catalog import Served
 from tether.job import JobId, JobRecord, Priority, digest_of_before, idempotency_digest, new_job_id, record_key
 from tether.tensor import to_numpy
-
-
-@pytest.fixture(autouse=True)
-def bounds_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The dispatcher would bring the bounds that tests set back to what they must be, every ten seconds."""
-
-    async def as_they_are(*_: object) -> None:
-        return
-
-    monkeypatch.setattr("tether.dispatcher.streams.ensure_platform", as_they_are)
 
 
 async def halted(running: Services) -> Served:
@@ -59,8 +50,7 @@ class Bound:
     """A stream that takes no more than it has, until it is opened again."""
 
     def __init__(self, running: Services, stream: str) -> None:
-        assert running.dispatcher is not None
-        self._bus = running.dispatcher._bus
+        self._home, self._settings, self._bus = running.home, running.settings, running.bus
         self._stream = stream
         self._max = 0
 
@@ -76,8 +66,7 @@ class Bound:
         await self._limit(self._max)
 
     async def _limit(self, most: int) -> None:
-        config = (await self._bus.api(f"STREAM.INFO.{self._stream}"))["config"]
-        await self._bus.api(f"STREAM.UPDATE.{self._stream}", {**config, "max_bytes": most})
+        await reconfigure(self._home, self._settings, self._stream, max_bytes=most)
 
 
 @pytest.mark.parametrize("keyed", [True, False])

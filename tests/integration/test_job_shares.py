@@ -8,6 +8,7 @@ import models
 import numpy as np
 import pytest
 from brokers import StartBroker
+from operators import reconfigure
 from services import Services, new_job, services
 
 from tether.apikey import SCOPES, new_key_text, stored_key
@@ -30,20 +31,12 @@ async def short(start_broker: StartBroker) -> AsyncIterator[Services]:
 @pytest.fixture
 async def served(short: Services, monkeypatch: pytest.MonkeyPatch) -> Served:
     """A model that no worker takes jobs of, in a lane stream of :data:`ROOM` bytes."""
-
-    async def as_they_are(*_: object) -> None:
-        return
-
-    monkeypatch.setattr("tether.dispatcher.streams.ensure_platform", as_they_are)
     monkeypatch.setattr("tether.gateway_http.job_stores._LOOK_S", 0.0)
     monkeypatch.setattr("tether.gateway_http.job_stores._AGAIN_S", 0.0)
     monkeypatch.setattr("tether.gateway_http.job_shares.FRESH_S", 0.0)
     found = await short.push("wide", models.add(width=WIDTH))
     await short.workers[0].holder.stop(1)
-    assert short.dispatcher is not None
-    bus, stream = short.dispatcher._bus, short.bus.names.jobs_stream(0)
-    config = (await bus.api(f"STREAM.INFO.{stream}"))["config"]
-    await bus.api(f"STREAM.UPDATE.{stream}", {**config, "max_bytes": ROOM})
+    await reconfigure(short.home, short.settings, short.bus.names.jobs_stream(0), max_bytes=ROOM)
     return found
 
 

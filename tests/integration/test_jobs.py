@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 import bundles
@@ -20,7 +21,8 @@ from tether.bus.queue import BusResults
 from tether.envelope import MessageType
 from tether.errors import BadTensor, IdempotencyConflict, JobNotFound, ResultConflict
 from tether.gateway_http.catalog import Served
-from tether.job import STORED_S, AttemptNote, JobId, JobState, Lane, Outcome, Priority
+from tether.job import SHARED, STORED_S, AttemptNote, JobId, JobState, Lane, Outcome, Priority
+from tether.model import ModelRef
 from tether.tensor import from_numpy, to_numpy
 
 
@@ -106,6 +108,34 @@ async def test_a_cancelled_job_never_runs_and_stays_cancelled(one: Services) -> 
     assert (job["state"], job["attempts"], "result" in job) == ("cancelled", 0, False)
 
 
+async def test_a_bundle_that_was_stored_while_its_worker_listened_is_not_asked_about(
+    one: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gateways tell workers of cancelled jobs; one that has listened since before a bundle was stored knows them all."""
+    served = await bump(one)
+    instance = one.workers[0].holder._held[ModelRef("bump", served.manifest.version)].instance
+    asked: list[str] = []
+    ended = BusResults.ended
+
+    async def noted(self: BusResults, jobs: Sequence[str], *, scope: str = SHARED) -> set[str]:
+        asked.extend(jobs)
+        return await ended(self, jobs, scope=scope)
+
+    async def done(value: int) -> str:
+        (job,) = await submit(one, new_job(served, row(value)))
+        assert (await one.gateway.jobs.get(TENANT, job, 20))["state"] == "succeeded"
+        return job
+
+    monkeypatch.setattr(BusResults, "ended", noted)
+    assert asked == [first := await done(1)]
+    instance._withdrawn._since = 0.0
+    await done(2)
+    assert asked == [first]
+    one.workers[0]._bus.begin_again()
+    await wait_until(lambda: instance._withdrawn._since > 0.0, "it listens again")
+    assert asked == [first, await done(3)]
+
+
 async def test_a_job_expires_when_nobody_runs_it_in_time(one: Services) -> None:
     served = await bump(one)
     await one.workers[0].holder.stop(1)
@@ -178,10 +208,8 @@ async def test_a_job_that_keeps_killing_its_worker_is_buried_and_its_neighbours_
 
 async def buried(running: Services, lane: Lane) -> dict[str, object]:
     """The dead letter of a lane, verified."""
-    assert running.dispatcher is not None
-    bus, subject = running.dispatcher._bus, running.bus.names.dead(lane)
-    found = await bus.direct_get(bus.names.dead_stream, subject)
-    assert found is not None
+    bus, subject = running.bus, running.bus.names.dead(lane)
+    found = (await bus.direct_batch(bus.names.dead_stream, [subject]))[subject]
     envelope = bus.open_frame(found.data, subject, MessageType.DEAD)
     assert envelope is not None
     letter: dict[str, object] = codec.unpack(envelope.body)

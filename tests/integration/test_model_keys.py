@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 
 import models
 import msgspec
 import numpy as np
 import pytest
-from brokers import Broker, wait_until
+from brokers import Broker, embedded, wait_until
 from encryption import believe, without
 from services import ASKER, Services, services
+from tenancy import bound_home, isolate, own_worker
 
 from tether import codec
 from tether.bus import identities
@@ -23,15 +24,19 @@ from tether.bus.connection import Bus
 from tether.bus.keys import RootKey
 from tether.bus.kv import SignedBucket
 from tether.bus.leases import ask_owner
-from tether.bus.server import reload_embedded
+from tether.bus.server import Binary, reload_embedded
 from tether.bus.tenant_keys import ModelKeyring
 from tether.bus.upload import upload
+from tether.dispatcher import service as dispatcher_service
 from tether.envelope import MessageType, Role
-from tether.envelope.model_seal import ModelKeys
+from tether.envelope.model_seal import ModelKeys, model_holders
 from tether.errors import ModelNotFound, NoMemoryFolder, NotEntitled, Unavailable
+from tether.gateway_http import core
 from tether.gateway_http.catalog import Served
 from tether.home import load_identity
 from tether.model import Change, Manifest, ModelRef, PushAnswer, PushRequest
+from tether.modelstore import service as modelstore_service
+from tether.modelstore.assigned import Assigned
 from tether.modelstore.keeper import Keeper
 from tether.modelstore.model_keys import KeyMaker
 from tether.modelstore.registry import Registry
@@ -70,7 +75,67 @@ async def pieces(running: Services, found: Manifest) -> bytes:
 
 async def test_model_stores_gateways_and_workers_have_the_key_and_nobody_else(one: Services) -> None:
     await works(one, await one.push("m", models.padded(SIZE), encrypt=True))
-    assert holders(one) == {"modelstore", "gateway", "worker-1", "worker-2"}
+    assert holders(one) == {"modelstore", "gateway", "worker-1"}, "worker-2 does not run"
+
+
+async def test_a_worker_has_the_key_of_a_model_while_it_is_told_to_hold_it(one: Services) -> None:
+    both = {"worker-1", "worker-2"}
+    await one.start_worker("worker-2")
+    served = await one.push("m", models.padded(SIZE), encrypt=True)
+    await wait_until(lambda: holders(one) >= both, "both have a box")
+    key = stored(one).keys[-1].id
+    await one.decide("m", replicas_max=1)
+    await wait_until(lambda: len(holders(one) & both) == 1, "one of them has no box any more", 40)
+    (told,) = holders(one) & both
+    for worker in one.workers:
+        opened = worker.model_keyring.known("m", key) is not None
+        assert opened == (worker._bus.signer.name == told)
+    other = next(worker for worker in one.workers if worker._bus.signer.name != told)
+    with pytest.raises(NotEntitled):
+        await other.model_keyring.opened(manifest(one))
+    await works(one, served)
+    await one.decide("m", replicas_max=2)
+    await wait_until(lambda: holders(one) >= both, "both have one again", 40)
+    await wait_until(lambda: other.holder.ready() == (ModelRef("m", 1),), "and hold the model", 40)
+    assert [wrapped.id for wrapped in stored(one).keys] == [key], "nothing is stored again for it"
+
+
+async def test_a_worker_that_is_bound_to_a_tenant_has_the_keys_of_its_models_alone(nats_binary: Binary) -> None:
+    with bound_home(own="acme") as home:
+        async with embedded(home, nats_binary) as broker, services(broker, workers=1) as running:
+            shown = await running.push("shown", models.padded(SIZE), encrypt=True)
+            await running.push("hidden", models.padded(SIZE, seed=2), encrypt=True)
+            await isolate(running, "acme", shown, models=("shown",))
+            await own_worker(running, "own", shown, "acme")
+            await wait_until(lambda: "own" in holders(running, "shown"), "it has the key of the one")
+            assert holders(running, "hidden") == {"modelstore", "gateway", "worker-1"}
+            with pytest.raises(NotEntitled):
+                await running.workers[-1].model_keyring.opened(manifest(running, model="hidden"))
+
+
+async def test_without_a_model_store_a_worker_loads_what_it_held_and_new_ones_wait_for_it(broker: Broker) -> None:
+    async with services(broker, workers=1) as running:
+        await running.push("m", models.padded(SIZE), encrypt=True)
+    async with AsyncExitStack() as stack:
+        dispatcher = await stack.enter_async_context(dispatcher_service.running(broker.settings, broker.home))
+        gateway = await stack.enter_async_context(core.running(broker.settings, broker.home))
+        running = Services(broker.home, broker.settings, stack, gateway, dispatcher)
+        first, second = await running.start_worker("worker-1"), await running.start_worker("worker-2")
+        await wait_until(lambda: first.holder.ready() == (ModelRef("m", 1),), "it has the key of before", 40)
+        await wait_until(lambda: bool(second.holder.failed()), "the other one has none", 40)
+        ((_, reason),) = second.holder.failed()
+        assert reason.split(":")[0] == NotEntitled.code
+        await stack.enter_async_context(modelstore_service.running(broker.settings, broker.home))
+        await wait_until(lambda: second.holder.ready() == (ModelRef("m", 1),), "it gets one and loads", 60)
+
+
+async def test_who_may_not_read_assignments_takes_every_worker_for_told(one: Services) -> None:
+    """As a model store under a configuration of the broker from before."""
+    assigned = Assigned(one.bus)
+    async with assigned.following():
+        assert assigned.to("m") is None
+    every = model_holders(one.bus.verifier.keyset.identities, one.bus.clock.utc_ms(), assigned.to("m"))
+    assert len(every) == 4
 
 
 async def test_who_is_not_entitled_gets_a_typed_refusal_and_the_model_when_it_is_again(one: Services) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import models
 import msgspec
-import nats
 import pytest
 from brokers import Broker, StartBroker, wait_until
+from nats.js import JetStreamContext
 from nats.js.errors import ObjectNotFoundError
+from operators import operator
 from stores import MB, Platform, alter, noise, parts, platform_on
 
 from tether import codec
@@ -33,7 +34,6 @@ from tether.errors import (
     SubjectMismatch,
     TetherError,
 )
-from tether.home import read_secret
 from tether.model import Manifest, ModelFile, PushRequest
 from tether.pieces import Cutter, digest_of
 from tether.processes import send
@@ -229,8 +229,9 @@ async def test_a_manifest_counts_only_under_its_own_key(platform: Platform) -> N
 async def test_what_may_be_asked_again_fails_with_the_connection_and_all_else_waits_on(embedded_broker: Broker) -> None:
     server = embedded_broker.server
     assert server is not None
-    async with Bus.connect(embedded_broker.settings, embedded_broker.home, "dispatcher") as bus:
-        await ensure_platform(bus, embedded_broker.settings)
+    async with Bus.connect(embedded_broker.settings, embedded_broker.home, "dispatcher") as dispatcher:
+        await ensure_platform(dispatcher, embedded_broker.settings)
+    async with Bus.connect(embedded_broker.settings, embedded_broker.home, "modelstore") as bus:
         send(server.pid, signal.SIGSTOP)
         status = Path(f"/proc/{server.pid}/stat")
         await wait_until(
@@ -304,11 +305,8 @@ async def test_the_clients_own_object_store_reads_our_pieces(platform: Platform)
     content = noise(5 * MB)
     file, _ = await platform.upload(content)
     await platform.store().put(again(content[: file.sizes[0]]))
-    seed = read_secret(platform.broker.home.nats_seed("dispatcher")).decode().strip()
-    inbox = platform.bus.names.inbox("dispatcher", "dispatcher")
-    client = await nats.connect(platform.broker.url, nkeys_seed_str=seed, inbox_prefix=inbox)
-    try:
-        objects = await client.jetstream().object_store(platform.bus.names.chunk_bucket("m"))
+    async with operator(platform.broker.home, platform.broker.settings) as bus:
+        objects = await JetStreamContext(bus._client).object_store(platform.bus.names.chunk_bucket("m"))
         start = 0
         for digest, size in file.pieces():
             piece = content[start : start + size]
@@ -320,8 +318,6 @@ async def test_the_clients_own_object_store_reads_our_pieces(platform: Platform)
         await platform.store().discard(file.chunks[1])
         with pytest.raises(ObjectNotFoundError):
             await objects.get(file.chunks[1])
-    finally:
-        await client.close()
 
 
 async def again(piece: bytes) -> AsyncIterator[tuple[str, bytes]]:

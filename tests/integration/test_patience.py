@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 from brokers import Broker
+from operators import reconfigure
 
 from tether.bus.connection import Bus
 from tether.bus.errors import ApiError, translate, undone
@@ -72,8 +73,7 @@ async def test_a_full_stream_is_not_waited_for(broker: Broker) -> None:
     ):
         await ensure_platform(dispatcher, broker.settings)
         name = gateway.names.bucket_stream("tenants")
-        config = (await dispatcher.api(f"STREAM.INFO.{name}"))["config"]
-        await dispatcher.api(f"STREAM.UPDATE.{name}", {**config, "max_msgs": 1})
+        await reconfigure(broker.home, broker.settings, name, max_msgs=1)
         await gateway.publish_acked(gateway.names.bucket_key("tenants", "a"), b"1", timeout=60)
         with pytest.raises(QueueFull):
             await asyncio.wait_for(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator
-from typing import Any
 
 import models
 import pytest
 from brokers import Broker, wait_until
+from operators import reconfigure
 from services import Services, row, services
 
 from tether import ops_http
+from tether.bus.connection import Bus
 from tether.bus.storage import BrokerStorage
+from tether.bus.stream_updates import update_streams
 from tether.errors import BrokerUnavailable, StorageFull
 from tether.gateway_http.readiness import BROKER, INFERENCE, JOBS, RESULTS, STORAGE
 from tether.model import ModelRef
@@ -65,15 +67,14 @@ async def test_a_stream_that_takes_nothing_is_noticed_without_any_request(
     assert "no stream takes" in failing(running)[name]
     assert running.gateway.readiness.infers() is infers
     assert running.gateway.ready(served, "shared") is infers
-    await wait_until(lambda: failing(running) == {}, "the dispatcher has mended it", 30)
+    async with Bus.connect(running.settings, running.home, "admin") as admin:
+        assert await update_streams(admin, running.settings) == {stream: ["subjects"]}
+    await wait_until(lambda: failing(running) == {}, "an administrator has mended it", 30)
 
 
 async def elsewhere(running: Services, stream: str) -> None:
-    """Let a stream take other subjects than its own, until the dispatcher brings it up to date."""
-    assert running.dispatcher is not None
-    bus = running.dispatcher._bus
-    config: dict[str, Any] = (await bus.api(f"STREAM.INFO.{stream}"))["config"]
-    await bus.api(f"STREAM.UPDATE.{stream}", {**config, "subjects": [f"elsewhere.{stream}"]})
+    """Let a stream take other subjects than its own."""
+    await reconfigure(running.home, running.settings, stream, subjects=[f"elsewhere.{stream}"])
 
 
 async def test_without_a_broker_nothing_is_ready_and_with_it_everything(running: Services, broker: Broker) -> None:

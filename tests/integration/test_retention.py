@@ -9,13 +9,15 @@ from typing import Any
 import models
 import pytest
 from brokers import Broker, StartBroker, wait_until
+from operators import reconfigure
 from services import TENANT, Services, new_job, row, services
 from stored import count
 
 from tether import codec
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket
-from tether.bus.topology import DEAD, JOBS, NOTES, RECORDS, RESULTS, ensure_platform, scope_streams, streams
+from tether.bus.stream_updates import differing_streams, update_streams
+from tether.bus.topology import DEAD, JOBS, NOTES, RECORDS, RESULTS, scope_streams, streams
 from tether.dispatcher.retention import Retention
 from tether.envelope import MessageType
 from tether.errors import JobNotFound, QueueFull
@@ -32,16 +34,6 @@ async def short(start_broker: StartBroker) -> AsyncIterator[Services]:
     """Results are kept as briefly as may be."""
     async with start_broker(result_ttl_s=60, max_file_mb=SMALL_MB) as broker, services(broker, workers=1) as running:
         yield running
-
-
-@pytest.fixture(autouse=True)
-def bounds_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The dispatcher would bring the bounds that tests set back to what they must be, every ten seconds."""
-
-    async def as_they_are(*_: object) -> None:
-        return
-
-    monkeypatch.setattr("tether.dispatcher.streams.ensure_platform", as_they_are)
 
 
 async def submit(running: Services, served: Served, count: int, tenant: str = TENANT) -> list[str]:
@@ -96,10 +88,7 @@ async def left(running: Services, count: int) -> bool:
 
 
 async def tighten(running: Services, stream: str, most: int) -> None:
-    assert running.dispatcher is not None
-    bus = running.dispatcher._bus
-    config = (await bus.api(f"STREAM.INFO.{stream}"))["config"]
-    await bus.api(f"STREAM.UPDATE.{stream}", {**config, "max_bytes": most})
+    await reconfigure(running.home, running.settings, stream, max_bytes=most)
 
 
 async def used(running: Services, stream: str) -> int:
@@ -328,6 +317,7 @@ async def test_a_home_of_before_gets_the_new_bounds(start_broker: StartBroker) -
     async with (
         start_broker(max_file_mb=SMALL_MB) as broker,
         Bus.connect(broker.settings, broker.home, "dispatcher") as bus,
+        Bus.connect(broker.settings, broker.home, "admin") as admin,
     ):
         now, disk = {config["name"]: config for config in streams(bus.names, broker.settings)}, SMALL_MB << 20
         before: dict[str, dict[str, Any]] = {
@@ -338,7 +328,8 @@ async def test_a_home_of_before_gets_the_new_bounds(start_broker: StartBroker) -
         }
         for name, config in now.items():
             await bus.api(f"STREAM.CREATE.{name}", {**config, **before.get(name, {})})
-        await ensure_platform(bus, broker.settings)
+        assert set(await update_streams(admin, broker.settings)) == set(before)
+        assert await differing_streams(admin, broker.settings) == {}
         for name in before:
             config = (await bus.api(f"STREAM.INFO.{name}"))["config"]
             for field in ("max_bytes", "max_age", "discard"):

@@ -15,6 +15,7 @@ from tether.errors import ConfigError, PermissionDenied
 from tether.home import Home
 from tether.processes import alive
 from tether.settings import Settings
+from tether.subjects import Names
 
 
 async def test_the_server_has_the_settings_tether_relies_on(broker: Broker) -> None:
@@ -47,15 +48,16 @@ async def test_a_home_may_have_any_name_that_is_text(name: str, tmp_path: Path, 
 async def test_a_killed_server_comes_back_on_its_port_with_its_data(embedded_broker: Broker) -> None:
     server = embedded_broker.server
     assert server is not None
+    keep = Names().dead_stream
     async with Bus.connect(embedded_broker.settings, embedded_broker.home, "dispatcher") as bus:
-        await bus.api("STREAM.CREATE.KEEP", {"name": "KEEP", "subjects": ["keep"], "storage": "file"})
+        await bus.api(f"STREAM.CREATE.{keep}", {"name": keep, "subjects": ["keep"], "storage": "file"})
     url, first = server.url, server.pid
     await server.kill()
     assert not alive(first)
     await server.start()
     assert server.url == url
     async with Bus.connect(embedded_broker.settings, embedded_broker.home, "dispatcher") as bus:
-        assert (await bus.api("STREAM.INFO.KEEP"))["config"]["name"] == "KEEP"
+        assert (await bus.api(f"STREAM.INFO.{keep}"))["config"]["name"] == keep
 
 
 async def test_a_killed_server_comes_back_on_its_port_while_its_disk_is_full(
@@ -71,7 +73,7 @@ async def test_a_killed_server_comes_back_on_its_port_while_its_disk_is_full(
                 await server.kill()
                 await server.start()
                 assert server.url == url
-                async with Bus.connect(Settings(home=str(home.root), nats_url=url), home, "dispatcher") as bus:
+                async with Bus.connect(Settings(home=str(home.root), nats_url=url), home, "admin") as bus:
                     assert await bus.api("INFO")
 
 

@@ -10,6 +10,7 @@ import models
 import msgspec
 import pytest
 from brokers import Broker, embedded, wait_until
+from operators import operator
 from services import TENANT, Services, new_job, row, services
 from stored import count
 from tenancy import Thief, bound_home, isolate, own_worker
@@ -78,7 +79,8 @@ async def lose(running: Services, served: Served, place: int, scope: str = "shar
         found = await next_message(bus, stream, bus.names.lane(lane), sequence + 1)
         assert found is not None
         sequence = found.sequence
-    assert (await bus.api(f"STREAM.MSG.DELETE.{stream}", {"seq": sequence}))["success"]
+    async with operator(running.home, running.settings) as everywhere:
+        assert (await everywhere.api(f"STREAM.MSG.DELETE.{stream}", {"seq": sequence}))["success"]
 
 
 def swept(outcome: str) -> float:

@@ -143,12 +143,17 @@ def record(who: envelope.Identity, *, expires_at: int = NOW + YEAR) -> IdentityR
     return who.record(not_before=NOW - 1, expires_at=expires_at)
 
 
-def test_model_stores_gateways_and_workers_whose_time_is_not_over_may_have_keys() -> None:
+def test_model_stores_gateways_and_workers_that_are_told_to_hold_it_may_have_keys() -> None:
     people = {role: identity(role) for role in Role}
-    records = [record(who) for who in people.values()]
+    other = msgspec.structs.replace(identity(Role.WORKER), name="other")
+    records = [record(who) for who in (*people.values(), other)]
     gone = record(identity(Role.WORKER), expires_at=NOW)
-    found = model_holders([*records, gone], NOW)
-    assert set(found) == {people[role].kid for role in (Role.MODELSTORE, Role.GATEWAY, Role.WORKER)}
+    always = {people[role].kid for role in (Role.MODELSTORE, Role.GATEWAY)}
+    told = people[Role.WORKER]
+    assert set(model_holders([*records, gone], NOW)) == always
+    assert set(model_holders([*records, gone], NOW, {told.name})) == always | {told.kid}
+    assert set(model_holders([*records, gone], NOW, {"dispatcher", "admin"})) == always
+    assert set(model_holders([*records, gone], NOW, None)) == always | {told.kid, other.kid}
 
 
 def test_keys_are_passed_on_and_withdrawn_without_making_new_ones() -> None:
@@ -156,7 +161,7 @@ def test_keys_are_passed_on_and_withdrawn_without_making_new_ones() -> None:
     opener = KeyOpener(store)
 
     def of(*who: envelope.Identity) -> dict[bytes, bytes]:
-        return model_holders(map(record, who), NOW)
+        return model_holders(map(record, who), NOW, None)
 
     keys = with_new_key(ModelKeys("m", 0, ()), of(store, worker), keyset_version=1, now_ms=NOW)
     keys = with_new_key(keys, of(store, worker), keyset_version=1, now_ms=NOW)

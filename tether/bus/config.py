@@ -131,15 +131,16 @@ def accounts_text(logins: Iterable[Login], names: Names) -> str:
 
     Every accounts block we write ends its file, and begins with :data:`ACCOUNTS`.
     """
+    logins = tuple(logins)
     users, system = [], ""
+    scopes = sorted({login.tenant for login in logins if login.tenant})
     for login in logins:
         if login.role is None:
             system = login.nkey
             continue
-        permissions = nats_block(identity_permissions(names, login.role, login.name, login.tenant), "        ")
-        users.append(
-            f"      {{ # {login.name}\n        nkey: {login.nkey}\n        permissions: {permissions}\n      }}"
-        )
+        permissions = identity_permissions(names, login.role, login.name, login.tenant, scopes)
+        block = nats_block(permissions, "        ")
+        users.append(f"      {{ # {login.name}\n        nkey: {login.nkey}\n        permissions: {block}\n      }}")
     listed = "\n".join(users)
     return f"""{ACCOUNTS}
 accounts {{

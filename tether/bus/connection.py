@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from datetime import datetime
@@ -27,6 +28,9 @@ from tether.settings import Settings
 from tether.subjects import Names
 
 log = logging.getLogger(__name__)
+
+_REFUSED = {"Nats-Expected-Last-Subject-Sequence": str(1 << 62)}
+_LAST_SEQUENCE = re.compile(rb"wrong last sequence: (\d+)")
 
 MULTI_LAST = 512
 """Subjects asked for in one batch; the server refuses more than 1024."""
@@ -120,6 +124,22 @@ class Bus(Link):
             undone=lambda answer: undone(answer.data, answer.headers),
         )
         return parse_ack(answer.data, answer.headers, subject)
+
+    async def last_sequence(self, subject: str, *, timeout: float = 5.0) -> int:
+        """The sequence that the last message of ``subject`` has in its stream; 0 when there is none. It takes the right to
+        write there and none to read: asked is by a message that the stream must refuse, for its sequence is never the expected one.
+
+        Raises:
+            ResultConflict: there is one, in a stream that is full for this subject.
+            VersionConflict: one is being stored just now.
+            BrokerUnavailable, PermissionDenied, JetStreamError: unknown.
+        """
+        answer = await patiently(lambda left: self._ask(subject, b"", _REFUSED, left), timeout, undone=_not_said)
+        said = _LAST_SEQUENCE.search(answer.data)
+        if said is None:
+            parse_ack(answer.data, answer.headers, subject)
+            raise JetStreamError(f"the stream of '{subject}' took a message that it must refuse")
+        return int(said[1])
 
     async def api(self, path: str, body: object | None = None, *, timeout: float = 5.0) -> dict[str, Any]:
         """Call ``$JS.API.<path>`` and return its JSON answer.
@@ -275,6 +295,11 @@ class Bus(Link):
             more = f" ({passed} more like this were not logged)" if passed else ""
             extra = {"action": "envelope_refused", "code": error.code}
             log.warning("refused a message: %s%s", error, more, extra=extra)
+
+
+def _not_said(answer: Message) -> bool:
+    """Whether :meth:`Bus.last_sequence` may be answered later."""
+    return _LAST_SEQUENCE.search(answer.data) is None and undone(answer.data, answer.headers)
 
 
 def _stored(message: Message) -> Stored | None:

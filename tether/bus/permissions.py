@@ -1,32 +1,23 @@
 """What each identity may publish and subscribe on the broker: one table, read by every configuration we write.
 
 A NATS wildcard stands for whole tokens only, so streams and buckets are listed one by one. An empty allow list would
-allow everything; no role has one.
+allow everything; no role has one. A right is a subject: what the body of a request asks for, such as the sources of a stream
+that is made, no right can say.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tether.envelope import Role
 from tether.job import SHARED
-from tether.subjects import Names
+from tether.subjects import BUCKETS, Names
 
 DISPATCHER_SERVICES = ("registerWorker",)
 MODELSTORE_SERVICES = ("registerModel", "changeModel", "configureModel")
 
 _DISCOVERY = "$SRV.>"
-_NEVER = ("$JS.API.CONSUMER.MSG.NEXT.>",)
-"""Taking work from a lane: not even the dispatcher, who makes them."""
-_STREAMS = (
-    *(f"$JS.API.STREAM.{verb}.*" for verb in ("CREATE", "UPDATE", "INFO", "MSG.GET", "MSG.DELETE")),
-    "$JS.API.STREAM.NAMES",
-    "$JS.API.STREAM.LIST",
-    "$JS.API.INFO",
-    "$JS.API.CONSUMER.>",
-    "$JS.API.DIRECT.>",
-)
-"""What the dispatcher does with streams: neither destroying nor copying one."""
 _LOOK = (
     "$JS.API.INFO",
     "$JS.API.STREAM.NAMES",
@@ -44,24 +35,26 @@ class Permissions:
 
     publish: tuple[str, ...]
     subscribe: tuple[str, ...]
-    publish_deny: tuple[str, ...] = ()
     responds: bool = False
 
 
-def identity_permissions(names: Names, role: Role, name: str, tenant: str = "") -> Permissions:
-    """What one identity may do; ``tenant`` is the isolated tenant that a worker is bound to, or empty."""
+def identity_permissions(
+    names: Names, role: Role, name: str, tenant: str = "", scopes: Sequence[str] = ()
+) -> Permissions:
+    """What one identity may do. ``tenant``: the isolated tenant that a worker is bound to, or empty. ``scopes``: every
+    tenant that some worker is bound to; their streams are named one by one too."""
     inbox = f"{names.inbox(role.value, name)}.>"
     match role:
         case Role.GATEWAY:
             return _gateway(names, inbox)
         case Role.DISPATCHER:
-            return _dispatcher(names, inbox)
+            return _dispatcher(names, inbox, scopes)
         case Role.WORKER:
             return _worker(names, inbox, name, tenant or SHARED)
         case Role.MODELSTORE:
             return _modelstore(names, inbox)
         case Role.ADMIN:
-            return _admin(names, inbox)
+            return _admin(names, inbox, scopes)
 
 
 def _gateway(names: Names, inbox: str) -> Permissions:
@@ -96,21 +89,40 @@ def _gateway(names: Names, inbox: str) -> Permissions:
     )
 
 
-def _dispatcher(names: Names, inbox: str) -> Permissions:
+def _dispatcher(names: Names, inbox: str, scopes: Sequence[str]) -> Permissions:
+    """It makes streams and changes none: who may change one may empty it, or have it copied. It reads what it decides
+    by, ended jobs included, and neither models' files nor anybody's keys."""
     infer = [names.infer_stream(shard) for shard in range(names.infer_shards)]
+    jobs = [names.jobs_stream(shard) for shard in range(names.job_shards)]
+    jobs += [names.scope_jobs_stream(scope) for scope in scopes]
+    lanes = [*infer, *(names.scope_infer_stream(scope) for scope in scopes), *jobs]
+    results = [names.scope_results_stream(scope) for scope in (SHARED, *scopes)]
     return Permissions(
         publish=(
-            *_STREAMS,
+            "$JS.API.STREAM.NAMES",
+            "$JS.API.STREAM.INFO.*",
+            *_calls("CREATE", streams_made(names, scopes)),
             # they hold nothing that outlives a server, and are made again when theirs is away
-            *(f"$JS.API.STREAM.DELETE.{stream}" for stream in infer),
-            # records of jobs that are forgotten, one by one
-            f"$JS.API.STREAM.PURGE.{names.bucket_stream('jobs')}",
+            *_calls("DELETE", infer),
+            # which bundles wait
+            *_calls("MSG.GET", jobs),
+            # results and records of jobs that are forgotten, one by one
+            *_calls("MSG.DELETE", results),
+            *_calls("PURGE", [names.bucket_stream("jobs")]),
+            *(f"$JS.API.CONSUMER.CREATE.{stream}.*.{names.prefix}.>" for stream in lanes),
+            *(f"$JS.API.CONSUMER.DELETE.{stream}.*" for stream in lanes),
+            "$JS.API.CONSUMER.NAMES.*",
+            "$JS.API.CONSUMER.LIST.*",
+            "$JS.API.CONSUMER.INFO.*.*",
+            *_read(names, "jobs", "assign", "routes", "liveness", "models", "aliases", "configs", "tenants", "keyset"),
+            *(subject for stream in results for subject in _get(stream)),
+            # who writes the audit log looks whether it kept what was written
+            *_get(names.audit_stream),
             *_keys(names, "assign", "routes", "keyset", "jobs"),
             f"{names.prefix}.result.>",
             names.audit_subjects(),
             _DISCOVERY,
         ),
-        publish_deny=_NEVER,
         subscribe=(
             inbox,
             *_keys(names, "liveness", "models", "aliases", "configs", "assign", "routes", "tenants", "keyset"),
@@ -121,9 +133,23 @@ def _dispatcher(names: Names, inbox: str) -> Permissions:
     )
 
 
+def streams_made(names: Names, scopes: Sequence[str] = ()) -> list[str]:
+    """Every stream of a platform on which workers are bound to the tenants ``scopes``."""
+    return [
+        *(names.infer_stream(shard) for shard in range(names.infer_shards)),
+        *(names.jobs_stream(shard) for shard in range(names.job_shards)),
+        names.results_stream,
+        names.dead_stream,
+        names.audit_stream,
+        *(names.bucket_stream(bucket) for bucket in BUCKETS),
+        *(names.object_stream(bucket) for bucket in names.chunk_buckets()),
+        *(stream for scope in scopes for stream in names.scope_streams(scope)),
+    ]
+
+
 def _worker(names: Names, inbox: str, name: str, scope: str) -> Permissions:
-    """One worker: its own key in ``assign`` and ``liveness``, and the lanes, results, notes and dead letters of its
-    scope. All but results are read one subject at a time, so that it cannot enumerate what it was not told of."""
+    """One worker: its own key in ``assign`` and ``liveness``, and the lanes, notes and dead letters of its scope, read
+    one subject at a time, so that it cannot enumerate what it was not told of. Results of its scope it writes and never reads."""
     lanes = _lane_streams(names, scope)
     own_order, note = names.bucket_key("assign", name), names.bucket_key("attempts", names.attempt_key("*", scope))
     return Permissions(
@@ -142,8 +168,6 @@ def _worker(names: Names, inbox: str, name: str, scope: str) -> Permissions:
             _last(names.bucket_stream("assign"), own_order),
             *_read_last(names, "models", "configs", "tenantkeys", "modelkeys"),
             *_read(names, "keyset"),
-            f"$JS.API.DIRECT.GET.{names.scope_results_stream(scope)}",
-            _last(names.scope_results_stream(scope), names.results(scope)),
             *(_last(names.object_stream(bucket), names.object_chunk(bucket, "*")) for bucket in names.chunk_buckets()),
         ),
         subscribe=(
@@ -172,6 +196,7 @@ def _modelstore(names: Names, inbox: str) -> Permissions:
             *_read(
                 names, "models", "aliases", "configs", "notes", "modelkeys", "leases", "routes", "tenants", "keyset"
             ),
+            *_read(names, "assign"),
             names.wanted("*"),
             *_get(names.audit_stream),
             *_read_objects(names),
@@ -179,7 +204,7 @@ def _modelstore(names: Names, inbox: str) -> Permissions:
         ),
         subscribe=(
             inbox,
-            *_keys(names, "models", "aliases", "modelkeys", "tenants", "keyset"),
+            *_keys(names, "models", "aliases", "modelkeys", "tenants", "keyset", "assign"),
             names.piece("*"),
             _DISCOVERY,
             *(names.store_services(endpoint) for endpoint in MODELSTORE_SERVICES),
@@ -188,10 +213,11 @@ def _modelstore(names: Names, inbox: str) -> Permissions:
     )
 
 
-def _admin(names: Names, inbox: str) -> Permissions:
+def _admin(names: Names, inbox: str, scopes: Sequence[str]) -> Permissions:
     return Permissions(
         publish=(
             *_LOOK,
+            *_calls("UPDATE", streams_made(names, scopes)),
             *_keys(names, "apikeys", "tenants", "keyset"),
             *_read(names, "apikeys", "tenants", "keyset"),
             *_get(names.audit_stream),
@@ -200,6 +226,11 @@ def _admin(names: Names, inbox: str) -> Permissions:
         ),
         subscribe=(inbox, *_keys(names, "apikeys", "tenants", "keyset")),
     )
+
+
+def _calls(verb: str, streams: Iterable[str]) -> tuple[str, ...]:
+    """A verb of the JetStream API for streams that are named one by one."""
+    return tuple(f"$JS.API.STREAM.{verb}.{stream}" for stream in streams)
 
 
 def _keys(names: Names, *buckets: str) -> tuple[str, ...]:
@@ -236,7 +267,7 @@ def _read_objects(names: Names) -> tuple[str, ...]:
 def _keep_objects(names: Names) -> tuple[str, ...]:
     """What looking after pieces takes: their number, and the deletion of single ones by sequence."""
     streams = [names.object_stream(bucket) for bucket in names.chunk_buckets()]
-    return tuple(f"$JS.API.STREAM.{verb}.{stream}" for stream in streams for verb in ("INFO", "MSG.DELETE"))
+    return (*_calls("INFO", streams), *_calls("MSG.DELETE", streams))
 
 
 def _services(names: Names, endpoints: tuple[str, ...]) -> tuple[str, ...]:
@@ -248,7 +279,6 @@ def nats_block(permissions: Permissions, indent: str) -> str:
     lines = [
         "publish: {",
         _listed("allow", permissions.publish),
-        *([_listed("deny", permissions.publish_deny)] if permissions.publish_deny else []),
         "}",
         "subscribe: {",
         _listed("allow", permissions.subscribe),

@@ -63,6 +63,11 @@ class BusDelivery:
         self.attempt = delivery_count(message.reply)
         self.on_settled: Callable[[BusDelivery], None] | None = None
 
+    @property
+    def stored_at(self) -> float:
+        """When the broker stored the message, by its own clock; UTC seconds."""
+        return stored_at(self.ack_subject)
+
     async def ack(self) -> None:
         """Done: the broker forgets the message."""
         await self._settle(b"+ACK")
@@ -93,6 +98,12 @@ def delivery_count(ack_subject: str) -> int:
     tokens = ack_subject.split(".")
     position = 4 if len(tokens) == 9 else 6
     return int(tokens[position])
+
+
+def stored_at(ack_subject: str) -> float:
+    """When the message was stored, in UTC seconds, from its ack subject."""
+    tokens = ack_subject.split(".")
+    return int(tokens[7 if len(tokens) == 9 else 9]) / 1e9
 
 
 def left_in_lane(ack_subject: str) -> int:

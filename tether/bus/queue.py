@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 
 from tether.bus.connection import Bus, Stored
-from tether.errors import ResultConflict
+from tether.errors import ResultConflict, VersionConflict
 from tether.job import SHARED, Lane
 
 
@@ -54,6 +55,23 @@ class BusResults:
         except ResultConflict:
             return False
         return True
+
+    async def ended(self, jobs: Sequence[str], *, scope: str = SHARED) -> set[str]:
+        """Those of the jobs that have ended: who may only store results learns that and nothing of the results.
+
+        Raises:
+            BrokerUnavailable
+        """
+        found = await asyncio.gather(*[self._has_ended(job, scope) for job in jobs])
+        return {job for job, ended in zip(jobs, found, strict=True) if ended}
+
+    async def _has_ended(self, job: str, scope: str) -> bool:
+        try:
+            return await self._bus.last_sequence(self._bus.names.result(job, scope)) > 0
+        except ResultConflict:
+            return True
+        except VersionConflict:
+            return False  # its end is being stored, and may not be; a second one would be refused
 
     async def find(self, jobs: Sequence[str], *, scope: str = SHARED) -> dict[str, bytes]:
         """The stored frames of those jobs of a scope that have ended."""

@@ -1,4 +1,5 @@
-"""Streams, buckets and lane consumers, as the platform needs them. Only the dispatcher creates them."""
+"""Streams, buckets and lane consumers, as the platform needs them. Only the dispatcher creates them, and only an
+administrator's login changes a stream that is there: see :mod:`tether.bus.stream_updates`."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 from tether import metrics
 from tether.bus.connection import Bus
 from tether.bus.errors import JetStreamError
-from tether.errors import BrokerUnavailable, QueueFull, StorageFull, TetherError
+from tether.errors import PermissionDenied, QueueFull, StorageFull, TetherError
 from tether.job import LONGEST_DEADLINE_S, SHARED, Lane, LaneKind, Priority
 from tether.settings import Settings
 from tether.subjects import BUCKETS, Names, scope_token
@@ -41,7 +42,6 @@ PRIORITY_GROUP = "lane"
 _JUST_MADE_S = 1.0
 _MB = 1 << 20
 _SIDE_BY_SIDE = 8
-_DELETE_S = 0.5
 
 
 def streams(names: Names, settings: Settings) -> list[dict[str, Any]]:
@@ -238,16 +238,19 @@ async def ensure_platform(bus: Bus, settings: Settings) -> None:
         raise error
 
 
-async def ensure_streams(bus: Bus, configs: Sequence[dict[str, Any]]) -> dict[str, TetherError]:
+async def ensure_streams(
+    bus: Bus, configs: Sequence[dict[str, Any]], as_they_are: set[str] | None = None
+) -> dict[str, TetherError]:
     """Create what is missing and bring the rest up to date, each by itself: one that does not answer holds up no other one.
-    Returns what went wrong, by stream."""
+    Returns what went wrong, by stream. ``as_they_are``: streams that this identity may not change, which is no failure; those
+    that it learns of are added."""
     failed: dict[str, TetherError] = {}
     gate = asyncio.Semaphore(_SIDE_BY_SIDE)
 
     async def ensure(config: dict[str, Any]) -> None:
         async with gate:
             try:
-                await _ensure_stream(bus, config)
+                await _ensure_stream(bus, config, as_they_are)
             except TetherError as error:
                 failed[config["name"]] = error
 
@@ -259,14 +262,15 @@ async def ensure_streams(bus: Bus, configs: Sequence[dict[str, Any]]) -> dict[st
     return failed
 
 
-async def ensure_scope(bus: Bus, scope: str, settings: Settings) -> None:
-    """:func:`ensure_platform` for the streams of one isolated tenant.
+async def ensure_scope(bus: Bus, scope: str, settings: Settings, as_they_are: set[str] | None = None) -> None:
+    """:func:`ensure_streams` for those of one isolated tenant.
 
     Raises:
         QueueFull, StorageFull: the broker has no room for them.
+        PermissionDenied: no worker is bound to the tenant, so this identity may not make them.
         JetStreamError, BrokerUnavailable
     """
-    for error in (await ensure_streams(bus, scope_streams(bus.names, scope, settings))).values():
+    for error in (await ensure_streams(bus, scope_streams(bus.names, scope, settings), as_they_are)).values():
         raise error
 
 
@@ -296,37 +300,44 @@ async def is_empty(bus: Bus, scope: str) -> bool:
     return True
 
 
-async def _ensure_stream(bus: Bus, config: dict[str, Any]) -> None:
-    name = config["name"]
-    try:
-        current = (await bus.api(f"STREAM.INFO.{name}"))["config"]
-    except JetStreamError as error:
-        if error.err_code != STREAM_NOT_FOUND:
-            raise
-        await bus.api(f"STREAM.CREATE.{name}", config)
-        return
-    changed = sorted(key for key, value in config.items() if current.get(key, _absent(value)) != value)
-    if changed:
-        log.info("stream %s: bringing %s up to date", name, ", ".join(changed), extra={"action": "stream_updated"})
-        await bus.api(f"STREAM.UPDATE.{name}", {**current, **config})
-
-
-async def renew_stream(bus: Bus, config: dict[str, Any]) -> None:
-    """Delete a stream that nobody answers for, and create it where somebody does.
+async def compared_stream(bus: Bus, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A stream's configuration as it is, empty when there is none, and the fields that ``config`` has otherwise.
 
     Raises:
-        JetStreamError, PermissionDenied, BrokerUnavailable: try again; it may be away, or there.
+        JetStreamError, BrokerUnavailable
     """
-    name = config["name"]
     try:
-        await bus.api(f"STREAM.DELETE.{name}", timeout=_DELETE_S)
-    except BrokerUnavailable:
-        # the server that should answer is the one that is away; the cluster has noted it all the same
-        log.debug("deletion of %s not acknowledged", name, extra={"action": "stream_deleted"})
+        current: dict[str, Any] = (await bus.api(f"STREAM.INFO.{config['name']}"))["config"]
     except JetStreamError as error:
         if error.err_code != STREAM_NOT_FOUND:
             raise
-    await bus.api(f"STREAM.CREATE.{name}", config, timeout=2.0)
+        return {}, []
+    return current, sorted(key for key, value in config.items() if current.get(key, _absent(value)) != value)
+
+
+async def _ensure_stream(bus: Bus, config: dict[str, Any], as_they_are: set[str] | None) -> None:
+    name = config["name"]
+    current, changed = await compared_stream(bus, config)
+    if not current:
+        await bus.api(f"STREAM.CREATE.{name}", config)
+        return
+    if not changed or (as_they_are is not None and name in as_they_are):
+        return
+    fields = ", ".join(changed)
+    try:
+        await bus.api(f"STREAM.UPDATE.{name}", {**current, **config})
+    except PermissionDenied:
+        if as_they_are is None:
+            raise
+        as_they_are.add(name)
+        log.warning(
+            "stream %s stays as it is: %s should change; run 'tether streams --apply' where the admin's keys are",
+            name,
+            fields,
+            extra={"action": "stream_not_updated"},
+        )
+    else:
+        log.info("stream %s: brought %s up to date", name, fields, extra={"action": "stream_updated"})
 
 
 def _absent(value: object) -> object:

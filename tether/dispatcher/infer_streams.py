@@ -13,13 +13,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from tether import codec, metrics
 from tether.bus.connection import Bus
 from tether.bus.errors import JetStreamError
 from tether.bus.kv import SignedBucket
 from tether.bus.seldom import Seldom
-from tether.bus.topology import STREAM_NOT_FOUND, renew_stream, streams
+from tether.bus.topology import STREAM_NOT_FOUND, streams
 from tether.errors import BadEncoding, BrokerUnavailable, TetherError
 from tether.serving import StreamsMade
 
@@ -29,6 +30,7 @@ SILENT_S = 3.0
 """A server may be busy for a moment; a stream that is made again loses what is in it."""
 _LOOK_S = 1.0
 _ASK_S = 1.0
+_DELETE_S = 0.5
 
 
 class InferStreams:
@@ -109,7 +111,7 @@ class InferStreams:
         )
         (config,) = [one for one in streams(self._bus.names, self._bus.settings) if one["name"] == stream]
         try:
-            await renew_stream(self._bus, config)
+            await _renew(self._bus, config)
         except TetherError as error:
             self._complain(f"{stream} is not made again", error)
             return
@@ -137,3 +139,21 @@ class InferStreams:
     def _complain(self, what: str, error: TetherError) -> None:
         if self._told.passes(f"{what} {error.code}") is not None:
             log.warning("%s: %s; trying again", what, error, extra={"action": "streams_failed", "code": error.code})
+
+
+async def _renew(bus: Bus, config: dict[str, Any]) -> None:
+    """Delete a stream that nobody answers for, and create it where somebody does.
+
+    Raises:
+        JetStreamError, PermissionDenied, BrokerUnavailable: try again; it may be away, or there.
+    """
+    name = config["name"]
+    try:
+        await bus.api(f"STREAM.DELETE.{name}", timeout=_DELETE_S)
+    except BrokerUnavailable:
+        # the server that should answer is the one that is away; the cluster has noted it all the same
+        log.debug("deletion of %s not acknowledged", name, extra={"action": "stream_deleted"})
+    except JetStreamError as error:
+        if error.err_code != STREAM_NOT_FOUND:
+            raise
+    await bus.api(f"STREAM.CREATE.{name}", config, timeout=2.0)

@@ -107,7 +107,7 @@ class Retention:
             JetStreamError, BrokerUnavailable
         """
         uses: dict[str, StreamUse] = {}
-        for scope in (SHARED, *sorted(await scopes_with_streams(self._bus))):
+        for scope in await self._scopes():
             if (use := await stream_use(self._bus, self._bus.names.scope_results_stream(scope))) is not None:
                 uses[scope] = use
         limit = self._bus.clock.utc() - self._bus.settings.result_ttl_s
@@ -116,6 +116,11 @@ class Retention:
         records = await stream_use(self._bus, self._records.stream)
         if records is not None:
             await self._make_room(records, uses)
+
+    async def _scopes(self) -> list[str]:
+        """Those whose results this dispatcher may read: not those of tenants that no worker is bound to any more."""
+        bound = {record.tenant for record in self._bus.verifier.keyset.identities}
+        return [SHARED, *sorted(await scopes_with_streams(self._bus) & bound)]
 
     # by age
 

@@ -13,8 +13,9 @@ from tether import codec
 from tether.bus.connection import Bus
 from tether.bus.errors import JetStreamError
 from tether.bus.owners import OwnerBook
+from tether.bus.seldom import Seldom
 from tether.bus.topology import ensure_scope, is_empty, scopes_with_streams
-from tether.errors import BadEncoding, BrokerUnavailable, QueueFull, StorageFull
+from tether.errors import BadEncoding, BrokerUnavailable, PermissionDenied, QueueFull, StorageFull
 from tether.job import SHARED
 from tether.model import ModelRef
 from tether.ownership import Right
@@ -22,6 +23,8 @@ from tether.subjects import name_of, token
 from tether.tenant import Tenant, allows_model
 
 log = logging.getLogger(__name__)
+
+_TOLD_S = 60.0
 
 
 class Scopes:
@@ -34,7 +37,9 @@ class Scopes:
         """Not isolated any more, and not yet empty."""
         self._made: set[str] = set()
         self._refused: set[str] = set()
-        """The broker had no room for their streams, when it was last asked."""
+        """The broker had no room for their streams, when it was last asked, or did not let this dispatcher make them."""
+        self._as_they_are: set[str] = set()
+        self._told = Seldom(bus.clock.monotonic, lines=1, within_s=_TOLD_S)
 
     def tenant_changed(self, key: str, body: bytes | None) -> None:
         name = name_of(key)
@@ -59,8 +64,12 @@ class Scopes:
         return scope in self._tenants and self._tenants[scope].isolated
 
     def served(self) -> set[str]:
-        """Every scope whose lanes are served, without the shared one: its streams are there."""
-        return (self._isolated() | self._leaving) & self._made
+        """Every scope whose lanes are served, without the shared one: its streams are there, and a worker is bound to it."""
+        return (self._isolated() | self._leaving) & self._made & self._bound()
+
+    def _bound(self) -> set[str]:
+        """Tenants with workers of their own, by the keyset: the broker lets nobody make streams of others."""
+        return {record.tenant for record in self._bus.verifier.keyset.identities}
 
     def models(self, refs: Iterable[ModelRef], owners: OwnerBook) -> Mapping[str, tuple[ModelRef, ...]]:
         """For the shared and every served scope the versions that it may use."""
@@ -111,19 +120,24 @@ class Scopes:
             raise error
 
     async def _make(self, scope: str) -> BrokerUnavailable | None:
+        if scope not in self._bound():
+            self._refuse(scope, f"no worker is bound to it: 'tether identity add NAME --role worker --tenant {scope}'")
+            return None
         try:
-            await ensure_scope(self._bus, scope, self._bus.settings)
+            await ensure_scope(self._bus, scope, self._bus.settings, self._as_they_are)
+        except PermissionDenied as error:
+            self._refuse(scope, f"{error}; let the broker read its new configuration")
         except (QueueFull, StorageFull, JetStreamError) as error:
-            self._made.discard(scope)
-            self._refused.add(scope)
-            log.warning(
-                "tenant '%s' is isolated and gets no streams: %s; raise max_memory_mb, max_file_mb or isolated_tenants",
-                scope,
-                error,
-                extra={"action": "scope_refused", "tenant": scope},
-            )
+            self._refuse(scope, f"{error}; raise max_memory_mb, max_file_mb or isolated_tenants")
         except BrokerUnavailable as error:
             return error
         else:
             self._made.add(scope)
         return None
+
+    def _refuse(self, scope: str, reason: str) -> None:
+        self._made.discard(scope)
+        self._refused.add(scope)
+        if self._told.passes(scope) is not None:
+            extra = {"action": "scope_refused", "tenant": scope}
+            log.warning("tenant '%s' is isolated and gets no streams: %s", scope, reason, extra=extra)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from tether.bus.connection import Bus
-from tether.bus.topology import ensure_platform, ensure_streams, streams
+from tether.bus.topology import ensure_streams, streams
 from tether.dispatcher.scopes import Scopes
 from tether.dispatcher.steps import Steps
-from tether.errors import BrokerUnavailable
+from tether.errors import BrokerUnavailable, TetherError
 
 _AGAIN_S = 0.2
 _ENSURE_S = 10.0
@@ -22,6 +22,7 @@ class Streams:
         self._scopes = scopes
         self._steps = steps
         self._lost = asyncio.Event()
+        self._as_they_are: set[str] = set()
         self.ok = False
 
     def begin_anew(self) -> None:
@@ -35,17 +36,24 @@ class Streams:
         Raises:
             TetherError: the broker refuses a stream.
         """
-        failed = await ensure_streams(self._bus, streams(self._bus.names, self._bus.settings))
+        failed = await self._ensured()
         for error in failed.values():
             if not isinstance(error, BrokerUnavailable):
                 raise error
         self.ok = not failed
 
+    async def _ensured(self) -> dict[str, TetherError]:
+        return await ensure_streams(self._bus, streams(self._bus.names, self._bus.settings), self._as_they_are)
+
+    async def _ensure(self) -> None:
+        for error in (await self._ensured()).values():
+            raise error
+
     async def keep(self) -> None:
         """Keep them as they must be until cancelled: after every reconnect, every ten seconds, and until it succeeds."""
         while True:
             self._lost.clear()
-            made = await self._steps.done("streams", ensure_platform(self._bus, self._bus.settings))
+            made = await self._steps.done("streams", self._ensure())
             self.ok = await self._steps.done("tenants' streams", self._scopes.look_again()) and made
             try:
                 async with asyncio.timeout(_ENSURE_S if self.ok else _AGAIN_S):

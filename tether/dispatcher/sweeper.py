@@ -149,21 +149,20 @@ class Sweeper:
         return {subjects[subject]: item for subject, item in stored.items() if item.data}
 
     async def _ended(self, records: Iterable[JobRecord]) -> set[str]:
-        by_scope: dict[str, list[JobId]] = {}
-        for record in records:
-            by_scope.setdefault(record.scope, []).append(record.id)
         found: set[str] = set()
-        for scope, jobs in by_scope.items():
+        for scope, jobs in _by_scope(records).items():
             found.update(await self._results.find(jobs, scope=scope))
         return found
 
     async def _ended_if_known(self, records: Iterable[JobRecord]) -> set[str]:
-        """None, when the results do not answer: a job that has ended is then asked about once more."""
-        try:
-            return await self._ended(records)
-        except TetherError as error:
-            log.info("results not read: %s", error, extra={"action": "not_swept", "code": error.code})
-            return set()
+        """Without those whose results do not answer, or may not be read: a job that has ended is then asked about once more."""
+        found: set[str] = set()
+        for scope, jobs in _by_scope(records).items():
+            try:
+                found.update(await self._results.find(jobs, scope=scope))
+            except TetherError as error:
+                log.info("results not read: %s", error, extra={"action": "not_swept", "code": error.code})
+        return found
 
     def _put(self, key: str, record: JobRecord) -> None:
         lane = Lane(LaneKind.JOB, record.model, record.version, "*", record.scope, record.priority)
@@ -261,6 +260,13 @@ class Sweeper:
             await self._records.remove(entry.key, item.sequence)
             metrics.JOBS_SWEPT.labels("unqueued").inc()
             log.info("the record of a job that was never queued is removed", extra={"action": "record_removed"})
+
+
+def _by_scope(records: Iterable[JobRecord]) -> dict[str, list[JobId]]:
+    found: dict[str, list[JobId]] = {}
+    for record in records:
+        found.setdefault(record.scope, []).append(record.id)
+    return found
 
 
 @asynccontextmanager

@@ -9,7 +9,7 @@ version's plain digests are is closed too, bound to the files that its manifest 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -30,8 +30,9 @@ _DIGEST_BYTES = 32
 _AS_IT_IS, _ZSTD = b"\0", b"\1"
 """First byte inside a closed piece: what follows is the piece, or a Zstandard frame of it."""
 
-HOLDERS = frozenset({Role.MODELSTORE, Role.GATEWAY, Role.WORKER})
-"""The model store looks at a pushed model, gateways take it in and hand it out, workers run it."""
+HOLDERS = frozenset({Role.MODELSTORE, Role.GATEWAY})
+"""The model store looks at a pushed model, gateways take it in and hand it out. Of the workers those may open it that are told
+to run it."""
 
 
 class ModelKeys(msgspec.Struct, frozen=True):
@@ -46,9 +47,20 @@ class ModelKeys(msgspec.Struct, frozen=True):
         return self.model
 
 
-def model_holders(identities: Iterable[IdentityRecord], now_ms: int) -> dict[bytes, bytes]:
-    """Key id and X25519 key of everyone who may open encrypted models."""
-    return {record.kid: record.x25519 for record in identities if record.role in HOLDERS and now_ms < record.expires_at}
+def model_holders(
+    identities: Iterable[IdentityRecord], now_ms: int, workers: Collection[str] | None = ()
+) -> dict[bytes, bytes]:
+    """Key id and X25519 key of everyone who may open an encrypted model. ``workers``: names of those that are told to hold it;
+    None: all."""
+    return {
+        record.kid: record.x25519
+        for record in identities
+        if now_ms < record.expires_at and (record.role in HOLDERS or _is_told(record, workers))
+    }
+
+
+def _is_told(record: IdentityRecord, workers: Collection[str] | None) -> bool:
+    return record.role is Role.WORKER and (workers is None or record.name in workers)
 
 
 def passed_on(

@@ -29,13 +29,24 @@ from tether.gateway_http.job_submit import JobSubmitter, NewJob
 from tether.gateway_http.job_view import State, read_outcome, view
 from tether.gateway_http.tenants import Tenants
 from tether.gateway_http.withdrawals import Withdrawals
-from tether.job import STORED_S, AttemptNote, Failure, JobId, JobRecord, JobState, Lane, LaneKind, Outcome, as_it_counts
+from tether.job import (
+    CANCELLATION_TOLD_S,
+    STORED_S,
+    AttemptNote,
+    Failure,
+    JobId,
+    JobRecord,
+    JobState,
+    Lane,
+    LaneKind,
+    Outcome,
+    as_it_counts,
+)
 from tether.lifecycle import Tasks
 
 _POLL_S = 1.0
 _SOON_S = 0.005
 """After a result was heard of: it is heard when it is sent, and may be stored a moment later."""
-_TOLD_S = 60.0
 """A worker remembers a cancelled job for this long: one that it has not in hand by then it finds ended when it comes."""
 _GATHER_S = 0.02
 """Of many jobs many end together: one look for all of them."""
@@ -171,7 +182,7 @@ class JobService:
             shown = await self.get(tenant, job_id)
             raise ResultConflict(f"job '{job_id}' has already ended: {shown['state']}", field="id")
         lane = Lane(LaneKind.INFER, record.model, record.version, self._bus.settings.region, record.scope)
-        self._withdrawals.add(lane, record.id, min(record.deadline, self._bus.clock.utc() + _TOLD_S))
+        self._withdrawals.add(lane, record.id, min(record.deadline, self._bus.clock.utc() + CANCELLATION_TOLD_S))
         return await self.get(tenant, job_id)
 
     # states

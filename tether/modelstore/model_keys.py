@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 import msgspec
 
@@ -41,6 +41,7 @@ from tether.errors import (
     VersionConflict,
 )
 from tether.model import Manifest, ModelFile
+from tether.modelstore.assigned import Assigned
 from tether.modelstore.registry import Registry
 from tether.pieces import digest_of
 from tether.subjects import token
@@ -58,6 +59,7 @@ class KeyMaker:
 
     def __init__(self, bus: Bus, keyring: ModelKeyring, registry: Registry) -> None:
         self._bus = bus
+        self.assigned = Assigned(bus)
         self._keyring = keyring
         self._registry = registry
         self._models = SignedBucket(bus, "models", MessageType.MANIFEST)
@@ -98,14 +100,16 @@ class KeyMaker:
     def _newest(self, keys: ModelKeys) -> DataKey | None:
         return self._keyring.opener.open(keys.keys[-1]) if keys.keys else None
 
+    def _holders(self, model: str) -> dict[bytes, bytes]:
+        return model_holders(self.keyset().identities, self._bus.clock.utc_ms(), self.assigned.to(model))
+
     def _renewed(self, keys: ModelKeys) -> ModelKeys:
-        keyset, now_ms = self.keyset(), self._bus.clock.utc_ms()
-        holders = model_holders(keyset.identities, now_ms)
+        holders = self._holders(keys.model)
         if not any(kid in self._keyring.opener for kid in holders):
             raise Unavailable(
                 "this model store is not in the keyset, so it can make no key; see 'tether identity list'"
             )
-        return with_new_key(keys, holders, keyset_version=keyset.version, now_ms=now_ms)
+        return with_new_key(keys, holders, keyset_version=self.keyset().version, now_ms=self._bus.clock.utc_ms())
 
     async def _changed(self, model: str, decide: Callable[[ModelKeys], ModelKeys]) -> ModelKeys:
         """Replace a model's entry by what ``decide`` makes of it."""
@@ -133,13 +137,17 @@ class KeyMaker:
     async def keep(self) -> None:
         """Bring the keys of every encrypted model, and what is stored under them, up to date."""
         while True:
+            self.assigned.news.clear()
             for model in self._keyring.owners():
                 await self._keep_one(model)
-            await asyncio.sleep(_LOOK_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_S):
+                    await self.assigned.news.wait()
 
     async def _keep_one(self, model: str) -> None:
         part = int(self._bus.clock.monotonic() // _EVERY_S)
-        seen = (self.keyset(), self._keyring.stored(model), part)
+        told = self.assigned.to(model)
+        seen = (self.keyset(), self._keyring.stored(model), part, told)
         if self._kept.get(model) == seen:
             return
         self._keyring.refresh()
@@ -152,12 +160,10 @@ class KeyMaker:
             log.warning("keys of an encrypted model: %s", error, extra={**fields, "code": error.code})
         except Exception:
             log.exception("keys of an encrypted model", extra=fields)
-        self._kept[model] = (self.keyset(), self._keyring.stored(model), part)
+        self._kept[model] = (self.keyset(), self._keyring.stored(model), part, told)
 
     def _passed_on(self, keys: ModelKeys) -> ModelKeys:
-        keyset = self.keyset()
-        holders = model_holders(keyset.identities, self._bus.clock.utc_ms())
-        return passed_on(keys, holders, self._keyring.opener, keyset_version=keyset.version)
+        return passed_on(keys, self._holders(keys.model), self._keyring.opener, keyset_version=self.keyset().version)
 
     # another key
 

@@ -108,6 +108,7 @@ class ModelStoreService:
         await asyncio.to_thread(self._memory.sweep)
         async with (
             self._keyring.watching(),
+            self.keys.assigned.following(),
             lifecycle.tasks() as tasks,
             self.partitions.working(),
             self._lenders.listening(),

@@ -195,7 +195,7 @@ class ModelInstance:
         """Put the jobs of a bundle that have not ended yet in the queue; False when it is settled already."""
         bundle.suspect = await self.redelivery.is_suspect(bundle)
         ids = [job.id for job in bundle.jobs]
-        ended = await self._results.find(ids, scope=self._bus.scope) if bundle.durable else {}
+        ended = await self._ended(bundle, ids)
         jobs = [job for job in bundle.jobs if job.id not in ended]
         bundle.left = len(jobs)
         if not jobs:
@@ -211,6 +211,12 @@ class ModelInstance:
         for job in jobs:
             self.queue.add(Ticket(job, bundle, alone=bundle.suspect))
         return True
+
+    async def _ended(self, bundle: Bundle, ids: Sequence[str]) -> set[str]:
+        """Jobs of a durable bundle that ended before it came: of one that came before, or may hold cancelled ones that nobody told
+        this worker of."""
+        told = bundle.delivery.attempt == 1 and self._withdrawn.would_know(bundle.delivery.stored_at)
+        return set() if told or not bundle.durable else await self._results.ended(ids, scope=self._bus.scope)
 
     async def _watch(self) -> None:
         """Hand back what does not come to its turn here."""

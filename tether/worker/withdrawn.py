@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 
 from tether import codec, metrics
 from tether.bus.connection import Bus, Message, Subscription
-from tether.envelope import MessageType, Role
+from tether.envelope import MAX_SKEW_MS, MessageType, Role
 from tether.errors import BadEncoding, RoleNotAllowed
-from tether.job import Lane, Withdrawal
+from tether.job import CANCELLATION_TOLD_S, Lane, Withdrawal
 
+_SKEW_S = MAX_SKEW_MS / 1000
 _MOST = 65536
 """Jobs that are remembered; beyond that the oldest are forgotten, and run if they come."""
 
@@ -23,6 +25,8 @@ class Withdrawn:
         self._lane = lane
         self.changed: Callable[[], None] = lambda: None
         """Called when there are more."""
+        self._since = math.inf
+        self._unhook: Callable[[], None] = lambda: None
         self._until: OrderedDict[str, float] = OrderedDict()
         self._subscription: Subscription | None = None
 
@@ -30,8 +34,18 @@ class Withdrawn:
         """Listen. A broker whose permissions are older than this message refuses; then every job is run, as before."""
         subject = self._bus.names.withdrawn(self._lane)
         self._subscription = await self._bus.subscribe(subject, self._arrived, confirmed=False)
+        self._listening()
+        self._unhook = self._bus.on_reconnect(self._listening)
+
+    def _listening(self) -> None:
+        self._since = self._bus.clock.utc()
+
+    def would_know(self, stored_at: float) -> bool:
+        """Whether a job in a message that the broker stored then (UTC seconds) would be here by now, if it was cancelled."""
+        return self._since + _SKEW_S < stored_at and self._bus.clock.utc() - stored_at < CANCELLATION_TOLD_S - _SKEW_S
 
     async def stop(self) -> None:
+        self._unhook()
         if self._subscription is not None:
             await self._subscription.unsubscribe()
 
