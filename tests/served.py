@@ -26,7 +26,7 @@ from tether.home import Home
 
 T = TypeVar("T")
 
-TENANT = "acme"
+TENANT = "default"
 
 
 @dataclasses.dataclass

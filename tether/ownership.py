@@ -9,12 +9,11 @@ from typing import NamedTuple
 import msgspec
 
 from tether.errors import Conflict, Forbidden, InvalidRequest, ModelNotFound, TetherError
-from tether.model import Manifest, check_name
+from tether.model import Manifest
+from tether.namespaces import DEFAULT_TENANT as DEFAULT_TENANT  # noqa: PLC0414 - handed on
+from tether.namespaces import check_new_name, check_platform_name, namespace
 from tether.subjects import name_of, token
 from tether.tenant import check_tenant_name
-
-DEFAULT_TENANT = "default"
-"""The tenant of the first administrator's key. Its models are shared with every tenant unless it takes that back."""
 
 EVERYBODY = "*"
 """As the tenant of a grant: every tenant there is and will be."""
@@ -144,7 +143,7 @@ def no_such_model(model: str) -> ModelNotFound:
     Raises:
         BadName: no model could have this name.
     """
-    check_name(model, field="model")
+    check_platform_name(model, field="model")
     return ModelNotFound(f"there is no model '{model}'", field="model")
 
 
@@ -165,10 +164,28 @@ def refusal(model: str, found: Right, wanted: Right) -> TetherError | None:
     )
 
 
-def push_refusal(model: str, found: Right) -> TetherError | None:
-    """:func:`refusal` of a push, which must say that the name cannot be had; it does not say whose it is."""
-    if found == Right.NONE:
+def push_refusal(model: str, found: Right | None, asker: Asker) -> TetherError | None:
+    """:func:`refusal` of a push; ``found`` is None where there is no model of the name yet. Where only its namespace's tenant may
+    make one, it does not say whether there is one, and otherwise that the name cannot be had, and not whose it is.
+
+    Raises:
+        BadName: no new model could have this name.
+    """
+    if found is None:
+        check_new_name(model, field="name")
+    elif found > Right.NONE:
+        return refusal(model, found, Right.WRITE)
+    space = namespace(model)
+    error: TetherError
+    if not asker.admin and space != asker.tenant:
+        own = model.rpartition("/")[2]
+        error = Forbidden(
+            f"only tenant '{space}' and administrators make the models of its namespace; push this one as '{own}'",
+            field="name",
+        )
+    elif found is None:
+        return None
+    else:
         error = Conflict(f"the name '{model}' is taken; push the model under another name", field="name")
-        error.hidden = True
-        return error
-    return refusal(model, found, Right.WRITE)
+    error.hidden = found is not None
+    return error

@@ -1,7 +1,8 @@
 """Every stream, subject, bucket and consumer name: built and parsed here alone.
 
 Names that clients choose match ``[a-z0-9][a-z0-9._-]*`` (see :func:`tether.model.check_name`); a dot would split a
-subject, so it is written ``=``, which no name can hold.
+subject, so it is written ``=``, which no name can hold. A model of another tenant than ``default`` is called ``tenant/model``
+(see :mod:`tether.namespaces`); the slash stays, but in names of consumers, which cannot have one.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ class Names:
     def lane_consumer(self, lane: Lane) -> str:
         """The durable pull consumer of a lane; unique within its stream, since no name can hold a ``+``."""
         level = "" if lane.kind is LaneKind.INFER else f"{lane.priority.value}+"
-        return f"{level}{lane.region}+{token(lane.scope)}+{token(lane.model)}+{lane.version}"
+        return f"{level}{lane.region}+{token(lane.scope)}+{token(lane.model).replace('/', '~')}+{lane.version}"
 
     def parse_lane_consumer(self, consumer: str) -> Lane | None:
         """The lane that a consumer of a lane's stream is for, or None when it is no lane's."""
@@ -133,7 +134,7 @@ class Names:
             if len(parts) == 5:
                 kind, priority = LaneKind.JOB, Priority(parts.pop(0))
             region, scope, model, version = parts
-            return Lane(kind, name_of(model), int(version), region, name_of(scope), priority)
+            return Lane(kind, name_of(model.replace("~", "/")), int(version), region, name_of(scope), priority)
         except ValueError:
             return None
 

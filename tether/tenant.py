@@ -10,8 +10,10 @@ import msgspec
 from tether.errors import BadName, InvalidRequest, QuotaExceeded
 from tether.job import SHARED
 from tether.model import check_name
+from tether.namespaces import DEFAULT_TENANT, spelled_out
 
-_PATTERN = re.compile(r"[a-z0-9*][a-z0-9._*-]{0,63}")
+_PART = r"[a-z0-9*][a-z0-9._*-]{0,63}"
+_PATTERN = re.compile(rf"{_PART}(?:/{_PART})?")
 _MAX_STARS = 4
 """More would let one pattern cost seconds to match."""
 
@@ -42,6 +44,9 @@ class Tenant(msgspec.Struct, frozen=True):
     """Its share of a saturated platform, relative to the other tenants'."""
     quotas: Quotas = Quotas()
     created_at: float = 0.0
+    removed_at: float = 0.0
+    """When it was removed (UTC seconds); 0: it was not. The record keeps its name from another tenant, which would have what the
+    removed one left: models, grants, jobs. All else in it is as in a tenant without a record."""
 
     @property
     def scope(self) -> str:
@@ -77,7 +82,8 @@ def check_stored_bytes(tenant: Tenant, stored: int, more: int) -> None:
 
 
 def check_patterns(patterns: tuple[str, ...], *, field: str = "models") -> tuple[str, ...]:
-    """Return model patterns in which ``*`` stands for any run of characters.
+    """Return model patterns in which ``*`` stands for any run of characters. One without a tenant before it is about the models of
+    the key's own tenant and the plain ones, and ``*`` alone about every model.
 
     Raises:
         InvalidRequest: one is no pattern that a model name could match, or there is none.
@@ -93,12 +99,26 @@ def check_patterns(patterns: tuple[str, ...], *, field: str = "models") -> tuple
     return patterns
 
 
-def allows_model(patterns: tuple[str, ...], model: str) -> bool:
-    """Whether one of the patterns matches a model's name."""
-    return patterns == EVERY_MODEL or _matcher(patterns).fullmatch(model) is not None
+def allows_model(patterns: tuple[str, ...], model: str, tenant: str = DEFAULT_TENANT) -> bool:
+    """Whether one of the patterns, of a key or a session of ``tenant`` or of the tenant itself, matches a model's platform's name."""
+    if patterns == EVERY_MODEL:
+        return True
+    whole = model if "/" in model else f"{DEFAULT_TENANT}/{model}"
+    return _matcher(patterns, tenant).fullmatch(whole) is not None
+
+
+def allows_patterns(patterns: tuple[str, ...], tenant: str, others: tuple[str, ...], other: str) -> bool:
+    """Whether all that ``others`` match as patterns of tenant ``other`` is matched by ``patterns`` as those of ``tenant``."""
+    # a '*' in a pattern is matched by a '*' only, so what matches the text matches all that the pattern stands for
+    matcher = _matcher(patterns, tenant)
+    return all(matcher.fullmatch(pattern) is not None for pattern in spelled_out(others, other))
 
 
 @lru_cache(maxsize=4096)
-def _matcher(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    alternatives = (".*".join(re.escape(part) for part in pattern.split("*")) for pattern in patterns)
-    return re.compile("|".join(f"(?:{alternative})" for alternative in alternatives))
+def _matcher(patterns: tuple[str, ...], tenant: str) -> re.Pattern[str]:
+    """A '*' stands for no slash, so none reaches from one namespace into another, but for the pattern that is a '*' alone."""
+    parts = [
+        ".*" if pattern == "*" else "[^/]*".join(map(re.escape, pattern.split("*")))
+        for pattern in spelled_out(patterns, tenant)
+    ]
+    return re.compile("|".join(f"(?:{part})" for part in parts))

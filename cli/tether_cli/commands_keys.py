@@ -55,7 +55,11 @@ def create(
     ],
     models: Annotated[
         list[str] | None,
-        typer.Option("--models", metavar="PATTERN", help="Models it may use, as 'fraud-*'; may be given again."),
+        typer.Option(
+            "--models",
+            metavar="PATTERN",
+            help="Models it may use, as 'fraud-*', or 'acme/*' of another tenant; may be given again.",
+        ),
     ] = None,
     rate: Annotated[
         str | None, typer.Option("--rate", metavar="N/s", help="Requests a second (N/s), minute (N/m) or hour (N/h).")

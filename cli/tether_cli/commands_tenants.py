@@ -53,13 +53,20 @@ def create(
     queued_jobs: QueuedJobs = None,
     stored_bytes: StoredBytes = None,
     requests_per_minute: PerMinute = None,
+    restore: Annotated[
+        bool, typer.Option("--restore", help="Bring a removed tenant back, with the models, grants and jobs it left.")
+    ] = False,
     url: Url = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Make a tenant."""
     quotas = {"queued_jobs": queued_jobs, "stored_bytes": stored_bytes, "requests_per_minute": requests_per_minute}
     body = _body(models, isolated, sealed, weight, quotas)
-    _told(ask(url, "POST", "/v1/tenants", {"name": name, **body}), json_output, "made")
+    _told(
+        ask(url, "POST", "/v1/tenants", {"name": name, **body, **({"restore": True} if restore else {})}),
+        json_output,
+        "made",
+    )
 
 
 def change(
@@ -117,5 +124,5 @@ def show(name: Name, *, url: Url = None, json_output: JsonFlag = False) -> None:
 
 
 def delete(name: Name, *, url: Url = None, json_output: JsonFlag = False) -> None:
-    """Remove a tenant that has no keys."""
+    """Remove a tenant that has no keys. Its models stay, and nobody else gets its name."""
     _told(ask(url, "DELETE", "/v1/tenants", last=name), json_output, "removed")

@@ -32,7 +32,9 @@ Within = Annotated[
     float | None,
     typer.Option("--within", metavar="SECONDS", min=0, help="Longest wait for the end; without it, until the end."),
 ]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")]
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Name of the model; tenant/model for one of another tenant.")
+]
 Source = Annotated[
     str,
     typer.Argument(

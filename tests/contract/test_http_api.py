@@ -20,7 +20,7 @@ from served import Served
 from starlette.applications import Starlette
 
 from tether import ops_http
-from tether.gateway_http import app, rest, routing, rsgi
+from tether.gateway_http import app, paths, rest, rsgi
 from tether.gateway_http.auth import ANY_SCOPE
 from tether.gateway_http.routing import Call, Reply, Row
 
@@ -307,7 +307,7 @@ def test_a_failure_of_our_own_tells_no_detail_and_is_logged_with_its_id(
         raise RuntimeError(f"secret detail of {call.gateway}")
 
     row = Row("GET", "/fails", "Fails", "Test", failing, {200: None})
-    broken = Starlette(routes=routing.routes(served.services.gateway, [row]))
+    broken = Starlette(routes=paths.routes(served.services.gateway, [row]))
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(broken), base_url="http://t") as client:

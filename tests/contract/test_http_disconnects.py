@@ -113,7 +113,7 @@ def slow(served: Served, tmp_path: Path, request: pytest.FixtureRequest) -> Iter
 def limited_key(served: Served, concurrency: int) -> tuple[str, str]:
     """A key that may have so many requests open: its text and its id."""
     text = apikey.new_key_text()
-    record = apikey.stored_key(text, tenant="acme", scopes=apikey.SCOPES, name="limited", created_at=time.time())
+    record = apikey.stored_key(text, tenant="default", scopes=apikey.SCOPES, name="limited", created_at=time.time())
     served.run(served.services.gateway.keys.store(msgspec.structs.replace(record, concurrency=concurrency)))
     return text, record.id
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,39 +13,12 @@ import models
 import pytest
 from platforms import tether
 from served import Served, until
+from tenant_http import INPUT, Tenant, pushed, tenants
 
 from tether import AsyncClient, Client
-from tether.errors import Conflict, Forbidden, ModelNotFound
-
-ALL = ("infer", "jobs", "models:read", "models:write")
-INPUT = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]}
+from tether.errors import Forbidden, ModelNotFound
 
 _numbers = itertools.count()
-
-
-class Tenant:
-    """A tenant with a key that may do everything but administer."""
-
-    def __init__(self, served: Served, name: str) -> None:
-        self.name = name
-        self.key = served.new_key(*ALL, tenant=name)
-        self.http = httpx.Client(base_url=served.url, headers={"x-api-key": self.key}, timeout=60, trust_env=False)
-
-    def push(self, model: str, bias: float = 1.0) -> httpx.Response:
-        return self.http.post(f"/v1/models/{model}/versions", content=models.add(bias))
-
-    def infer(self, model: str) -> int:
-        return self.http.post(f"/v2/models/{model}/infer", json=INPUT).status_code
-
-    def listed(self) -> dict[str, str]:
-        """The models that it may know of, each with what it may do with it."""
-        found = self.http.get("/v1/models").json()["models"]
-        index = {entry["name"] for entry in self.http.post("/v2/repository/index").json()}
-        assert index == {entry["name"] for entry in found}
-        return {entry["name"]: entry["right"] for entry in found}
-
-    def grant(self, model: str, tenant: str, right: str) -> httpx.Response:
-        return self.http.put(f"/v1/models/{model}/grants/{tenant}", json={"right": right})
 
 
 @pytest.fixture
@@ -56,14 +28,7 @@ def name() -> str:
 
 @pytest.fixture
 def tenant(served: Served) -> Iterator[Callable[[str], Tenant]]:
-    """Makes a tenant of a name; its connections end with the test."""
-    with contextlib.ExitStack() as stack:
-
-        def made(name: str) -> Tenant:
-            found = Tenant(served, name)
-            stack.callback(found.http.close)
-            return found
-
+    with tenants(served) as made:
         yield made
 
 
@@ -77,12 +42,6 @@ def other(tenant: Callable[[str], Tenant]) -> Tenant:
     return tenant(f"other-{next(_numbers)}")
 
 
-def pushed(tenant: Tenant, model: str) -> None:
-    answer = tenant.push(model)
-    assert answer.status_code == 201, answer.text
-    until(lambda: tenant.infer(model) == 200, f"{model} answers")
-
-
 def test_what_a_tenant_pushed_is_its_own(mine: Tenant, other: Tenant, name: str) -> None:
     pushed(mine, name)
     assert mine.listed()[name] == "own"
@@ -90,9 +49,8 @@ def test_what_a_tenant_pushed_is_its_own(mine: Tenant, other: Tenant, name: str)
     assert other.infer(name) == 404
     job = other.http.post("/v1/jobs", json={"model": name, **INPUT})
     assert (job.status_code, job.json()["code"]) == (404, "model_not_found")
-    taken = other.push(name, 2.0)
-    assert (taken.status_code, taken.json()["code"]) == (409, "conflict")
-    assert mine.name not in taken.text
+    pushed(other, name)
+    assert other.listed()[name] == "own"
     assert list(mine.http.get(f"/v1/models/{name}").json()["aliases"].values()) == [1]
 
 
@@ -101,40 +59,44 @@ def test_a_model_that_is_used_by_others_keeps_its_weights_and_its_publisher_to_i
 ) -> None:
     pushed(mine, name)
     assert mine.grant(name, other.name, "use").status_code == 200
-    assert other.infer(name) == 200
-    assert other.listed()[name] == "use"
-    (seen,), (known,) = (one.http.get(f"/v1/models/{name}").json()["versions"] for one in (other, mine))
+    theirs = mine.seen(name)
+    assert other.infer(theirs) == 200
+    assert other.listed()[f"{mine.name}/{name}"] == "use"
+    (seen,) = other.http.get(f"/v1/models/{theirs}").json()["versions"]
+    (known,) = mine.http.get(f"/v1/models/{name}").json()["versions"]
     assert (seen["publisher"], [file["digest"] for file in seen["files"]]) == ("", [""])
     assert known["publisher"].startswith("key:")
     digest = known["files"][0]["digest"]
     assert len(digest) == 64
     for path in ("files", f"chunks/{digest}"):
-        answer = other.http.get(f"/v1/models/{name}/versions/1/{path}")
+        answer = other.http.get(f"/v1/models/{theirs}/versions/1/{path}")
         assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
     mine.http.patch(f"/v1/models/{name}/config", json={"instances": 1})
-    assert other.http.get(f"/v1/models/{name}/config").json()["changed_by"] == ""
+    assert other.http.get(f"/v1/models/{theirs}/config").json()["changed_by"] == ""
 
 
 def test_what_was_granted_is_taken_back_at_once(mine: Tenant, other: Tenant, name: str) -> None:
     pushed(mine, name)
     assert mine.grant(name, other.name, "write").json()["grants"] == [{"tenant": other.name, "right": "write"}]
-    assert other.push(name, 2.0).status_code == 201
-    assert other.grant(name, other.name, "write").status_code == 403
-    assert other.http.get(f"/v1/models/{name}/grants").status_code == 403
+    theirs = mine.seen(name)
+    assert other.push(theirs, 2.0).json()["version"] == 2
+    assert other.grant(theirs, other.name, "write").status_code == 403
+    assert other.http.get(f"/v1/models/{theirs}/grants").status_code == 403
     told = mine.http.delete(f"/v1/models/{name}/grants/{other.name}")
     assert (told.json()["grants"], told.json()["owner"], told.json()["revision"]) == ([], mine.name, 3)
-    assert other.infer(name) == 404
-    assert other.push(name, 3.0).status_code == 409
+    assert other.infer(theirs) == 404
+    assert other.push(theirs, 3.0).status_code == 403
 
 
 def test_a_model_is_shared_with_every_tenant(mine: Tenant, other: Tenant, name: str) -> None:
     pushed(mine, name)
     assert mine.grant(name, "*", "use").status_code == 200
-    assert other.infer(name) == 200
-    assert other.push(name, 2.0).status_code == 403
+    theirs = mine.seen(name)
+    assert other.infer(theirs) == 200
+    assert other.push(theirs, 2.0).status_code == 403
     assert mine.grant(name, "*", "write").status_code == 400
     assert mine.http.delete(f"/v1/models/{name}/grants/*").json()["grants"] == []
-    assert other.infer(name) == 404
+    assert other.infer(theirs) == 404
 
 
 def test_models_of_the_default_tenant_are_shared_until_it_takes_that_back(
@@ -144,7 +106,7 @@ def test_models_of_the_default_tenant_are_shared_until_it_takes_that_back(
     pushed(default, name)
     assert other.infer(name) == 200
     assert other.listed()[name] == "use"
-    assert other.push(name, 2.0).status_code == 403
+    assert other.push(f"default%2F{name}", 2.0).status_code == 403
     assert default.http.delete(f"/v1/models/{name}/grants/*").status_code == 200
     assert other.infer(name) == 404
 
@@ -154,7 +116,7 @@ def test_a_session_has_its_tenants_rights_and_never_an_administrators(served: Se
     for key, status in ((mine.key, 200), (served.key, 404)):
         made = httpx.post(f"{served.url}/v1/sessions", headers={"x-api-key": key}, trust_env=False).json()
         headers = {"x-api-key": made["token"]}
-        shown = httpx.get(f"{served.url}/v1/models/{name}", headers=headers, trust_env=False)
+        shown = httpx.get(f"{served.url}/v1/models/{mine.seen(name)}", headers=headers, trust_env=False)
         assert shown.status_code == status, shown.text
 
 
@@ -163,17 +125,20 @@ def test_an_administrator_may_do_everything_and_hands_models_over(
 ) -> None:
     pushed(mine, name)
     with served.client() as admin:
-        assert admin.get(f"/v1/models/{name}").json()["right"] == "own"
-        told = admin.put(f"/v1/models/{name}/owner", json={"tenant": other.name})
+        theirs = mine.seen(name)
+        assert admin.get(f"/v1/models/{theirs}").json()["right"] == "own"
+        told = admin.put(f"/v1/models/{theirs}/owner", json={"tenant": other.name})
         assert (told.status_code, told.json()["owner"]) == (200, other.name), told.text
-    assert (mine.infer(name), other.infer(name)) == (404, 200)
-    assert mine.push(name, 2.0).status_code == 409
+    assert (mine.infer(name), other.infer(theirs)) == (404, 200)
+    taken = mine.push(name, 2.0)
+    assert (taken.status_code, taken.json()["code"]) == (409, "conflict")
+    assert other.name not in taken.text
 
 
 def test_grants_and_refusals_are_in_the_audit_log(served: Served, mine: Tenant, other: Tenant, name: str) -> None:
     pushed(mine, name)
     mine.grant(name, other.name, "use")
-    other.push(name, 2.0)
+    other.push(mine.seen(name), 2.0)
 
     def told(**wanted: str) -> list[dict[str, Any]]:
         with served.client() as http:
@@ -185,7 +150,7 @@ def test_grants_and_refusals_are_in_the_audit_log(served: Served, mine: Tenant, 
 
     until(lambda: grants() != [], "the grant is told of")
     (grant,) = grants()
-    assert (grant["model"], grant["outcome"], other.name in grant["detail"]) == (name, "ok", True)
+    assert (grant["model"], grant["outcome"], other.name in grant["detail"]) == (f"{mine.name}/{name}", "ok", True)
     until(lambda: told(kind="access", tenant=other.name) != [], "the refusal is told of")
     assert {row["outcome"] for row in told(kind="access", tenant=other.name)} == {"forbidden"}
 
@@ -196,24 +161,25 @@ def test_the_sdk_grants_revokes_and_shows(
     file = tmp_path / "model.onnx"
     file.write_bytes(models.add(3.0))
     pushed(mine, name)
+    theirs = f"{mine.name}/{name}"
     with Client(served.url, mine.key) as client, Client(served.url, other.key) as stranger:
         with pytest.raises(ModelNotFound):
-            stranger.model(name)
+            stranger.model(theirs)
         assert client.grants.grant(name, other.name)["grants"] == [{"tenant": other.name, "right": "use"}]
-        assert stranger.model(name)["right"] == "use"
+        assert stranger.model(theirs)["right"] == "use"
         with pytest.raises(Forbidden):
-            stranger.grants.show(name)
+            stranger.grants.show(theirs)
         with pytest.raises(Forbidden):
             client.grants.hand_over(name, other.name)
         assert client.grants.revoke(name, other.name) == client.grants.show(name)
-        with pytest.raises(Conflict):
-            stranger.push(name, file)
+        with pytest.raises(Forbidden):
+            stranger.push(theirs, file)
 
     async def later() -> None:
         async with AsyncClient(served.url, mine.key) as client, AsyncClient(served.url, served.key) as admin:
             assert (await client.grants.grant(name, "*"))["grants"] == [{"tenant": "*", "right": "use"}]
             assert (await client.grants.revoke(name, "*"))["grants"] == []
-            assert (await admin.grants.hand_over(name, other.name))["owner"] == other.name
+            assert (await admin.grants.hand_over(theirs, other.name))["owner"] == other.name
             with pytest.raises(ModelNotFound):
                 await client.grants.show(name)
 
@@ -233,7 +199,7 @@ def test_the_command_line_grants_revokes_and_shows(served: Served, mine: Tenant,
         [mine.name, "own"],
         [other.name, "write"],
     ]
-    assert other.push(name, 2.0).status_code == 201
+    assert other.push(mine.seen(name), 2.0).status_code == 201
     assert '"right": "use"' in said("grant", name, "--tenant", other.name, "--use", "--json")
     said("revoke", name, "--tenant", other.name)
     assert other.name not in said("grants", name)

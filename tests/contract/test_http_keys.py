@@ -215,10 +215,10 @@ def test_an_admin_key_that_is_bounded_gives_no_more_than_it_has(http: httpx.Clie
     wide = made(http)
     bounded = made(http, scopes=["admin"], models=["own-*", "*-shared"])
     headers = {"x-api-key": bounded["key"]}
-    first = http.post("/v1/keys", json={"tenant": "acme", "scopes": ["infer"]}, headers=headers)
+    first = http.post("/v1/keys", json={"tenant": TENANT, "scopes": ["infer"]}, headers=headers)
     assert (first.status_code, first.json()["models"]) == (201, ["own-*", "*-shared"]), "as wide as it may be"
     for patterns in (["own-*"], ["own-a*"], ["a*-shared", "own-x"]):
-        less = http.post("/v1/keys", json={"tenant": "acme", "scopes": ["admin"], "models": patterns}, headers=headers)
+        less = http.post("/v1/keys", json={"tenant": TENANT, "scopes": ["admin"], "models": patterns}, headers=headers)
         assert less.status_code == 201, patterns
     for patterns in (["*"], ["own*"], ["own-*", "a"], ["*own-*"]):
         body = {"tenant": "elsewhere", "scopes": ["infer"], "models": patterns}
@@ -228,7 +228,7 @@ def test_an_admin_key_that_is_bounded_gives_no_more_than_it_has(http: httpx.Clie
     rotated = http.post(f"/v1/keys/{wide['id']}/rotate", headers=headers)
     assert_error(rotated, 403, "forbidden", "may use models")
     tenant = http.post("/v1/tenants", json={"name": "bounded-tenant"}, headers=headers)
-    assert (tenant.status_code, tenant.json()["models"]) == (201, ["own-*", "*-shared"])
+    assert (tenant.status_code, tenant.json()["models"]) == (201, ["default/own-*", "default/*-shared"])
     wider = http.patch("/v1/tenants/bounded-tenant", json={"models": ["*"]}, headers=headers)
     assert_error(wider, 403, "forbidden", "may use models")
     assert http.patch("/v1/tenants/bounded-tenant", json={"models": ["*"]}).status_code == 200

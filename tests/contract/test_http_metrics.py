@@ -18,6 +18,7 @@ def traffic(served: Served) -> None:
     served.push(HIDDEN, models.add())
     inputs = [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]
     with served.client() as http:
+        assert http.delete(f"/v1/models/{HIDDEN}/grants/*").status_code == 200
         answer = http.post(f"/v2/models/{HIDDEN}/infer", json={"inputs": inputs})
     assert answer.status_code == 200, answer.text
 

@@ -29,22 +29,22 @@ def http(served: Served, document: Document) -> Iterator[httpx.Client]:
 
 
 def test_a_tenant_is_made_changed_listed_and_removed(http: httpx.Client) -> None:
-    made = http.post("/v1/tenants", json={"name": "made", "models": ["a-*", "b"], "quotas": {"queued_jobs": 5}})
+    made = http.post("/v1/tenants", json={"name": "made-first", "models": ["a-*", "b"], "quotas": {"queued_jobs": 5}})
     assert made.status_code == 201, made.text
     assert made.json()["quotas"] == {"queued_jobs": 5, "stored_bytes": 0, "requests_per_minute": 0}
     assert (made.json()["isolated"], made.json()["sealed"], made.json()["weight"]) == (False, False, 1.0)
-    assert_error(http.post("/v1/tenants", json={"name": "made"}), 409, "conflict", "made")
-    changed = http.patch("/v1/tenants/made", json={"weight": 2.5, "quotas": {"stored_bytes": 9}})
+    assert_error(http.post("/v1/tenants", json={"name": "made-first"}), 409, "conflict", "made-first")
+    changed = http.patch("/v1/tenants/made-first", json={"weight": 2.5, "quotas": {"stored_bytes": 9}})
     assert changed.status_code == 200
     assert (changed.json()["weight"], changed.json()["models"]) == (2.5, ["a-*", "b"])
     assert changed.json()["quotas"] == {"queued_jobs": 5, "stored_bytes": 9, "requests_per_minute": 0}
-    shown = http.get("/v1/tenants/made").json()
+    shown = http.get("/v1/tenants/made-first").json()
     assert shown["use"]["keys"] == shown["use"]["queued_jobs"] == 0
-    assert "made" in [entry["name"] for entry in http.get("/v1/tenants").json()["tenants"]]
-    assert http.delete("/v1/tenants/made").status_code == 200
-    assert_error(http.get("/v1/tenants/made"), 404, "not_found", "made")
-    assert_error(http.patch("/v1/tenants/made", json={}), 404, "not_found")
-    assert_error(http.delete("/v1/tenants/made"), 404, "not_found")
+    assert "made-first" in [entry["name"] for entry in http.get("/v1/tenants").json()["tenants"]]
+    assert http.delete("/v1/tenants/made-first").status_code == 200
+    assert_error(http.get("/v1/tenants/made-first"), 404, "not_found", "made-first")
+    assert_error(http.patch("/v1/tenants/made-first", json={}), 404, "not_found")
+    assert_error(http.delete("/v1/tenants/made-first"), 404, "not_found")
 
 
 @pytest.mark.parametrize(

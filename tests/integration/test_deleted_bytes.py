@@ -36,12 +36,12 @@ class Bounded:
     registry: Registry
     bus: Bus
 
-    async def push(self, seed: int, model: str = "m", tenant: str = "acme") -> int:
+    async def push(self, seed: int, model: str = "acme/m", tenant: str = "acme") -> int:
         """Push a model of 6 MB; its version."""
         file, _ = await self.platform.upload(models.padded(6 * MB, seed=seed), model=model)
         return (await self.platform.register(PushRequest(model, (file,), tenant=tenant))).manifest.version
 
-    async def delete(self, version: int, model: str = "m") -> None:
+    async def delete(self, version: int, model: str = "acme/m") -> None:
         """A version, and the alias that stands for it."""
         wanted = ChangeRequest(Change.DELETE_ALIAS, model, alias="latest", tenant="acme")
         for change in (wanted, ChangeRequest(Change.DELETE_VERSION, model, version=version, tenant="acme")):
@@ -79,7 +79,7 @@ async def test_push_and_delete_again_and_again_stops_at_the_quota(bounded: Bound
     assert await bounded.stored() == 12
     with pytest.raises(QuotaExceeded, match="stored_bytes"):
         await bounded.push(3)
-    await bounded.push(4, "other", tenant="globex")
+    await bounded.push(4, "globex/m", tenant="globex")
     for _ in range(2):
         await bounded.keeper.collect()
     assert await bounded.stored() == 0
@@ -104,12 +104,12 @@ async def test_a_deleted_version_stays_deleted_for_all_who_read(bounded: Bounded
     await bounded.delete(await bounded.push(1))
     bucket = KvBucket(bounded.bus, "models")
     assert [left.manifest.version for left in await bounded.registry.deleted()] == [1]
-    assert await bucket.get("m.1") is None
-    assert await bucket.was_deleted("m.1")
+    assert await bucket.get("acme/m.1") is None
+    assert await bucket.was_deleted("acme/m.1")
     assert await bucket.entries() == {}
     assert await bounded.registry.manifests() == []
     assert not await bounded.registry.recorded("m", 1)
     signers = {item.kid for item in bounded.bus.verifier.keyset.identities}
     work = _Work(bounded.bus, None, signers, 1 << 62)  # type: ignore[arg-type]
     await work.through(SignedBucket(bounded.bus, "models", MessageType.MANIFEST), None)  # type: ignore[arg-type]
-    assert await bucket.was_deleted("m.1")
+    assert await bucket.was_deleted("acme/m.1")

@@ -33,13 +33,15 @@ async def test_two_pushes_of_one_tenant_do_not_hold_inspection_for_all(
 ) -> None:
     limits = Limits(cpu_s=8, wall_s=8.0)
     monkeypatch.setattr(Limits, "for_size", lambda *_: limits)
-    endless = [asyncio.create_task(push(one, "hostile", f"endless-{number}", models.looping())) for number in range(2)]
+    endless = [
+        asyncio.create_task(push(one, "hostile", f"hostile/endless-{number}", models.looping())) for number in range(2)
+    ]
     assert one.modelstore is not None
     turns = one.modelstore._inspections
     while not (turns._began and turns._waiting):
         await asyncio.sleep(0.01)
         assert not any(task.done() for task in endless)
-    made = await push(one, "modest", "bump", models.add())
+    made = await push(one, "modest", "modest/bump", models.add())
     assert made.created
     assert not any(task.done() for task in endless)
     refused = await asyncio.gather(*endless, return_exceptions=True)

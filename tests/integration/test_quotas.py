@@ -155,7 +155,7 @@ async def test_the_model_store_has_the_last_word_on_a_tenants_bytes(one: Service
     served = await one.push("bump", models.add())
     size = served.manifest.size
     await one.gateway.tenants.store(Tenant(TENANT, quotas=Quotas(stored_bytes=2 * size)))
-    requests = [PushRequest(f"own-{number}", served.manifest.files, tenant=TENANT) for number in range(4)]
+    requests = [PushRequest(f"{TENANT}/own-{number}", served.manifest.files, tenant=TENANT) for number in range(4)]
     answers = await asyncio.gather(*[register(one, request) for request in requests], return_exceptions=True)
     made = [answer for answer in answers if isinstance(answer, PushAnswer)]
     refused = [answer for answer in answers if isinstance(answer, QuotaExceeded)]

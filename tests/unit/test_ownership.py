@@ -14,6 +14,7 @@ from tether.ownership import (
     DEFAULT_TENANT,
     EVERYBODY,
     MOST_GRANTS,
+    Asker,
     Ownership,
     Right,
     first_ownership,
@@ -110,11 +111,32 @@ def test_a_refusal_tells_a_stranger_nothing_and_a_user_what_to_ask_for() -> None
     assert "model grant m" in user.message
     assert refusal("m", Right.WRITE, Right.WRITE) is None
     assert isinstance(refusal("m", Right.WRITE, Right.OWN), Forbidden)
-    taken = push_refusal("m", Right.NONE)
+    asker = Asker(DEFAULT_TENANT)
+    taken = push_refusal("m", Right.NONE, asker)
     assert isinstance(taken, Conflict)
     assert taken.hidden
-    assert isinstance(push_refusal("m", Right.USE), Forbidden)
-    assert push_refusal("m", Right.WRITE) is None
+    assert isinstance(push_refusal("m", Right.USE, asker), Forbidden)
+    assert push_refusal("m", Right.WRITE, asker) is None
+
+
+@pytest.mark.parametrize("name", ["m", "beta/m"])
+def test_a_push_into_another_namespace_is_refused_in_the_same_words_whether_there_is_a_model_or_not(name: str) -> None:
+    absent, hidden = (push_refusal(name, found, Asker("acme")) for found in (None, Right.NONE))
+    assert isinstance(absent, Forbidden)
+    assert isinstance(hidden, Forbidden)
+    assert absent.message == hidden.message
+    assert (absent.hidden, hidden.hidden) == (False, True)
+    assert push_refusal(name, None, Asker("acme", admin=True)) is None
+    assert push_refusal(name, Right.WRITE, Asker("acme")) is None
+
+
+def test_a_tenant_makes_models_in_its_own_namespace() -> None:
+    assert push_refusal("acme/m", None, Asker("acme")) is None
+    assert push_refusal("m", None, Asker(DEFAULT_TENANT)) is None
+    assert isinstance(push_refusal("acme/m", Right.NONE, Asker("acme")), Conflict)
+    with pytest.raises(BadName, match="a word of the HTTP interface"):
+        push_refusal("acme/ready", None, Asker("acme"))
+    assert push_refusal("ready", None, Asker(DEFAULT_TENANT)) is None
 
 
 def test_no_key_of_a_configuration_is_taken_for_that_of_an_owner() -> None:

@@ -18,7 +18,8 @@ from tether import codec
 from tether.bus.connection import Bus
 from tether.envelope import MessageType, Role, Verifier
 from tether.errors import BadEncoding, CorruptChunk, RoleNotAllowed, SubjectMismatch, TetherError, Unavailable
-from tether.model import FIXED_PIECE, Manifest, ModelFile, check_name
+from tether.model import FIXED_PIECE, Manifest, ModelFile
+from tether.namespaces import check_platform_name
 from tether.pieces import LARGEST, digest_of
 from tether.processes import alive
 from tether.subjects import Names
@@ -110,7 +111,7 @@ async def fetch_model(
         CorruptChunk: the store's pieces are missing, altered, or do not make up the file that was signed.
         Unavailable: the disk has no room, or the broker does not answer.
     """
-    check_name(manifest.name, field="name")
+    check_platform_name(manifest.name, field="name")
     directory = cache_dir / version_digest(manifest)
     await asyncio.to_thread(_prepare, directory)
     for file in manifest.files:

@@ -70,6 +70,10 @@ class OwnerBook:
         versions = self._manifests.get(model)
         return None if versions is None else implied_ownership(versions.values())
 
+    def known(self, model: str) -> bool:
+        """Whether somebody has a model of this name, or had one."""
+        return model in self._records or model in self._manifests or model in self._doubtful
+
     def right(self, model: str, tenant: str) -> Right:
         """What a tenant may do with a model; everything, when nobody has a model of this name."""
         found = self.of(model)

@@ -77,7 +77,7 @@ class Scopes:
         found = {SHARED: every}
         for scope in self.served():
             tenant = self._tenants.get(scope) or Tenant(scope)
-            allowed = {ref.model for ref in every if allows_model(tenant.models, ref.model)}
+            allowed = {ref.model for ref in every if allows_model(tenant.models, ref.model, scope)}
             allowed = {model for model in allowed if owners.right(model, scope) > Right.NONE}
             found[scope] = tuple(ref for ref in every if ref.model in allowed)
         return found

@@ -91,12 +91,14 @@ def act(
     key: Caller | None,
     route: str,
     path: Mapping[str, Any],
+    model: str,
     *,
     request_id: str,
     outcome: str,
     answer: Any,
 ) -> None:
-    """Record what a key did, or tried to do, through ``route``: its method and path."""
+    """Record what a key did, or tried to do, through ``route``: its method and path. ``model``: the platform's name of the one
+    in the path."""
     parts = route.split("/")
     kind = _KINDS.get(parts[2].partition(":")[0], Kind.ADMIN) if len(parts) > 2 else Kind.ADMIN
     told = [f"{name}={value}" for name, value in path.items()]
@@ -107,7 +109,7 @@ def act(
         actor=actor(key),
         action=route,
         outcome=outcome,
-        model=str(path.get("name") or path.get("model", "")) if kind is Kind.MODEL else "",
+        model=model if kind is Kind.MODEL else "",
         job=str(path.get("id", ""))[:32] if kind is Kind.JOB else "",
         request_id=request_id,
         detail=" ".join(told),

@@ -18,8 +18,9 @@ from tether.errors import Forbidden, Unauthenticated
 from tether.gateway_http.key_use import KeyUses
 from tether.gateway_http.sessions import CACHED, Sessions
 from tether.gateway_http.tenants import Tenants
+from tether.namespaces import resolved, resolved_push, shown, shown_text, spelled_out
 from tether.ownership import Asker, Right, push_refusal, refusal
-from tether.tenant import EVERY_MODEL, Tenant, allows_model, check_patterns
+from tether.tenant import EVERY_MODEL, Tenant, allows_model, allows_patterns, check_patterns
 
 ANY_SCOPE = "any"
 """What a route asks for that any key which counts may use."""
@@ -69,6 +70,34 @@ class Caller:
         """For whom the model store is asked."""
         return Asker(self.tenant, self.admin, f"key:{self.id}")
 
+    # names: every other method takes the platform's name of a model
+
+    def named(self, written: str) -> str:
+        """The platform's name of the model that the caller wrote the name of.
+
+        Raises:
+            BadName: it has a slash and is not tenant/model.
+        """
+        return resolved(written, self.tenant, self._owners.known)
+
+    def named_push(self, written: str) -> str:
+        """The platform's name of the model that a push under this name makes a version of.
+
+        Raises:
+            BadName
+        """
+        return resolved_push(written, self.tenant, self._owners.known, lambda name: self.right(name) >= Right.WRITE)
+
+    def shown(self, model: str) -> str:
+        """How the caller writes a platform's name."""
+        return shown(model, self.tenant, self._owners.known)
+
+    def told(self, message: str) -> str:
+        """A message with the names of models as the caller writes them."""
+        return shown_text(message, self.tenant)
+
+    # rights
+
     def sees(self, model: str) -> bool:
         """Whether key and tenant both allow a model's name, and it is not another tenant's own."""
         return self._matches(model) and (self.admin or self._owners.right(model, self.tenant) is not Right.NONE)
@@ -84,27 +113,32 @@ class Caller:
         if found is None:
             if len(self._decisions) >= _DECISIONS:
                 self._decisions.clear()
-            found = all(allows_model(patterns, model) for patterns in self._patterns)
+            found = all(allows_model(patterns, model, self.tenant) for patterns in self._patterns)
             self._decisions[model] = found
         return found
 
-    def bound(self, models: tuple[str, ...] | None, *, field: str = "models") -> tuple[str, ...]:
-        """The patterns that a key or tenant which this caller makes or changes may have: ``models``, or without them the widest.
-        No pattern may match a name that this caller may not use.
+    def bound(self, models: tuple[str, ...] | None, tenant: str, *, field: str = "models") -> tuple[str, ...]:
+        """The patterns that ``tenant``, or a key of it, which this caller makes or changes may have: ``models``, or without them
+        the widest. No pattern may match a name that this caller may not use.
 
         Raises:
             InvalidRequest: one is no pattern.
             Forbidden: one goes beyond the caller's own.
         """
-        asked = [EVERY_MODEL, *self._patterns] if models is None else [check_patterns(models, field=field)]
+        asked = [check_patterns(models, field=field)] if models is not None else [EVERY_MODEL, *self._as_of(tenant)]
         for patterns in asked:
-            # a '*' in a pattern is matched by a '*' only, so what matches the text matches all that the pattern stands for
-            if all(allows_model(own, pattern) for own in self._patterns for pattern in patterns):
+            if all(allows_patterns(own, self.tenant, patterns, tenant) for own in self._patterns):
                 return patterns
         own = ", ".join(self._patterns[0])
         raise Forbidden(
             f"this API key may use models that match {own[:200]} only, and give no more than that", field=field
         )
+
+    def _as_of(self, tenant: str) -> list[tuple[str, ...]]:
+        """This caller's patterns, as they are written for another tenant."""
+        if tenant == self.tenant:
+            return self._patterns
+        return [tuple(spelled_out(patterns, self.tenant)) for patterns in self._patterns]
 
     def check_model(self, model: str, wanted: Right = Right.USE) -> None:
         """Refuse what this caller may not do with a model; one that it may not use, as if there were none of its name.
@@ -128,7 +162,10 @@ class Caller:
             BadName, ModelNotFound, Forbidden
         """
         found = self.right(model)
-        error = push_refusal(model, found) if self._matches(model) else refusal(model, found, Right.WRITE)
+        if self._matches(model):
+            error = push_refusal(model, found if self._owners.known(model) else None, self.asker)
+        else:
+            error = refusal(model, found, Right.WRITE)
         if error is not None:
             raise error
 

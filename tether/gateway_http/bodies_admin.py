@@ -11,7 +11,13 @@ Scope = Literal["infer", "jobs", "models:read", "models:write", "models:code", "
 # tenants
 
 Patterns = Annotated[
-    list[str], Meta(min_length=1, max_length=32, description="Model names, in which `*` stands for any characters.")
+    list[str],
+    Meta(
+        min_length=1,
+        max_length=32,
+        description="Model names, in which `*` stands for any characters but a slash. `fraud-*` is about models of the key's own "
+        "tenant and of `default`, `acme/fraud-*` about those in the namespace of `acme`, and `*` alone about all.",
+    ),
 ]
 Quota = Annotated[int, Meta(ge=0, le=1 << 62)]
 
@@ -43,9 +49,11 @@ class TenantChange(Struct, omit_defaults=True, forbid_unknown_fields=True, kw_on
 
 
 class NewTenant(TenantChange, kw_only=True):
-    """A tenant to make; what is left out has its default."""
+    """A tenant to make; what is left out has its default. `restore`: bring back one that was removed, with the models, grants and
+    jobs that it left; without it such a name is refused."""
 
     name: str
+    restore: bool = False
 
 
 class TenantUse(Struct):

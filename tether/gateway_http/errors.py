@@ -54,8 +54,11 @@ def status_of(error: errors.TetherError) -> int:
     return 500
 
 
-def error_response(error: errors.TetherError, request_id: str) -> tuple[int, list[tuple[str, str]], bytes]:
-    """Status, extra headers and body of an error. What is ours alone (500) is not told in detail."""
+def error_response(
+    error: errors.TetherError, request_id: str, message: str | None = None
+) -> tuple[int, list[tuple[str, str]], bytes]:
+    """Status, extra headers and body of an error; with ``message`` in place of its own. What is ours alone (500) is not told
+    in detail."""
     status = status_of(error)
     headers: list[tuple[str, str]] = []
     if isinstance(error, errors.Unavailable):
@@ -64,4 +67,4 @@ def error_response(error: errors.TetherError, request_id: str) -> tuple[int, lis
         headers += limit_headers(error.limit, error.remaining, error.reset)
     if status == 401:
         headers.append(("www-authenticate", "Bearer"))
-    return status, headers, msgspec.json.encode(ErrorBody(error.message, error.code, request_id))
+    return status, headers, msgspec.json.encode(ErrorBody(message or error.message, error.code, request_id))

@@ -15,6 +15,7 @@ from tether.gateway_http.auth import Caller
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.errors import error_response
 from tether.gateway_http.job_submit import NewJob
+from tether.gateway_http.job_view import shown_job
 from tether.gateway_http.limits import Ticket
 from tether.gateway_http.request import (
     Headers,
@@ -28,6 +29,7 @@ from tether.gateway_http.request import (
     timeout_of,
 )
 from tether.job import LONGEST_DEADLINE_S, Priority
+from tether.namespaces import RESERVED
 
 MAX_BATCH = 1000
 """Jobs in one ``POST /v1/jobs:batch``."""
@@ -85,6 +87,8 @@ class HotRoutes:
             return None
         if path.startswith("/v2/models/") and path.endswith("/infer"):
             parts = path.split("/")
+            if len(parts) in (6, 8) and parts[4] not in RESERVED:
+                parts[3:5] = [f"{parts[3]}/{parts[4]}"]
             if len(parts) == 5:
                 return partial(self._answered, "infer", "infer", partial(self._infer, parts[3], ""))
             if len(parts) == 7 and parts[4] == "versions":
@@ -127,7 +131,8 @@ class HotRoutes:
 
     def _refusal(self, error: TetherError, incoming: Incoming, caller: Caller | None) -> Reply:
         heading = only_id(incoming.headers)
-        status, extra, body = error_response(error, heading.request_id)
+        message = error.message if caller is None else caller.told(error.message)
+        status, extra, body = error_response(error, heading.request_id, message)
         told.refused(error, status, heading.request_id, sealed=told.sealed(self._gateway, caller))
         return reply(status, body, heading, content_type=_JSON, extra=extra)
 
@@ -139,8 +144,9 @@ class HotRoutes:
     ) -> Reply:
         """``POST /v2/models/{model}[/versions/{version}]/infer``."""
         gateway = self._gateway
-        key.check_model(model)
-        served = gateway.catalog.resolve(model, version, heading.sticky, key.id)
+        name = key.named(model)
+        key.check_model(name)
+        served = gateway.catalog.resolve(name, version, heading.sticky, key.id)
         body = await self._body(heading, incoming)
         request = oip.parse_infer_request(body, heading.json_length, specs=served.specs)
         extra: Headers = []
@@ -158,7 +164,7 @@ class HotRoutes:
         )
         manifest = served.manifest
         answer, length = oip.build_infer_response(
-            model=manifest.name, version=manifest.version, request=request, outputs=tensors
+            model=key.shown(manifest.name), version=manifest.version, request=request, outputs=tensors
         )
         if length is None:
             return await replied(200, answer, heading, content_type=_JSON, extra=extra)
@@ -188,7 +194,7 @@ class HotRoutes:
         jobs = await self._gateway.jobs.submit(key.tenant, requests)
         sizes = [sum([len(tensor.data) for tensor in request.inputs]) for request in requests]
         audited.submitted(self._gateway, key, jobs, sizes, requests[0].request_id)
-        return jobs
+        return [shown_job(job, key.shown, key.told) for job in jobs]
 
     def _new_job(self, caller: Caller, body: JobBody, heading: Heading, suffix: str) -> NewJob:
         settings = self._gateway.settings
@@ -197,10 +203,11 @@ class HotRoutes:
         deadline_s = settings.job_deadline_s if body.deadline_ms is None else body.deadline_ms / 1000
         if not 0 < deadline_s <= LONGEST_DEADLINE_S:
             raise InvalidRequest("deadline_ms must be more than 0 and at most 30 days", field="deadline_ms")
-        caller.check_model(body.model)
+        name = caller.named(body.model)
+        caller.check_model(name)
         key = heading.idempotency_key
         return NewJob(
-            served=self._gateway.catalog.resolve(body.model, str(body.version), heading.sticky, caller.id),
+            served=self._gateway.catalog.resolve(name, str(body.version), heading.sticky, caller.id),
             inputs=oip.tensors_from_json(body.inputs),
             outputs=tuple([output.name for output in body.outputs]),
             priority=body.priority,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -106,6 +107,17 @@ def view(state: State) -> dict[str, Any]:
             "id": record.id,
             "outputs": [oip.tensor_to_json(tensor) for tensor in outcome.outputs],
         }
+    return shown
+
+
+def shown_job(job: dict[str, Any], name: Callable[[str], str], text: Callable[[str], str]) -> dict[str, Any]:
+    """A job object with the model as its caller writes it; ``name`` and ``text`` give that of a name and of a message."""
+    model = name(job["model"])
+    shown = {**job, "model": model}
+    if "result" in job:
+        shown["result"] = {**job["result"], "model_name": model}
+    if "error" in job:
+        shown["error"] = {**job["error"], "message": text(job["error"]["message"])}
     return shown
 
 

@@ -19,8 +19,8 @@ _ERROR = {"$ref": "#/components/schemas/ErrorBody"}
 _PARAMETER = re.compile(r"\{(\w+)\}")
 
 _PARAMETERS = {
-    "model": "A model's name.",
-    "name": "A model's name.",
+    "model": "A model's name; of one in another tenant's namespace `tenant%2Fmodel`.",
+    "name": "A model's name; of one in another tenant's namespace `tenant%2Fmodel`.",
     "version": "A version's number, or an alias such as `latest`.",
     "id": "The id.",
     "tenant": "A tenant's name.",

@@ -30,7 +30,8 @@ from tether.gateway_http import (
     rest_tenants,
 )
 from tether.gateway_http.core import Gateway
-from tether.gateway_http.routing import Row, nowhere, routes
+from tether.gateway_http.paths import nowhere, routes
+from tether.gateway_http.routing import Row
 from tether.ops_http import App
 from tether.settings import Settings
 

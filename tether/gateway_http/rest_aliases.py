@@ -12,18 +12,12 @@ from tether.gateway_http import bodies_models
 from tether.gateway_http.job_view import rfc3339
 from tether.gateway_http.rest_models import TAG
 from tether.gateway_http.routing import Call, Reply, Row
-from tether.model import Alias, Change, ChangeAnswer, ChangeRequest, Move, Share, check_name
+from tether.model import Alias, Change, ChangeAnswer, ChangeRequest, Move, Share
 from tether.ownership import Right
 
 
-def _model(call: Call, wanted: Right = Right.WRITE) -> str:
-    name = check_name(call.path("name"), field="name")
-    call.caller.check_model(name, wanted)
-    return name
-
-
 async def _changed(call: Call, change: Change, alias: str, **fields: Any) -> Alias | None:
-    request = ChangeRequest(change, _model(call), alias, **call.caller.asker._asdict(), **fields)
+    request = ChangeRequest(change, call.model(), alias, **call.caller.asker._asdict(), **fields)
     bus, body = call.gateway.bus, codec.encode(request)
     again = change is Change.SET_ALIAS
     answer = await ask_owner(
@@ -52,12 +46,12 @@ async def _set(call: Call) -> Reply:
     alias = await _changed(
         call, Change.SET_ALIAS, call.path("alias"), version=wanted.version, split=split, sticky=sticky
     )
-    return Reply(_alias(alias))
+    return Reply(_alias(call, alias))
 
 
 def _require_ready(call: Call, versions: list[int]) -> None:
     """Refuse to send requests where nobody would answer them."""
-    catalog, model = call.gateway.catalog, _model(call)
+    catalog, model = call.gateway.catalog, call.model()
     for number in filter(None, versions):
         served = catalog.versions(model).get(number)
         if served is None:
@@ -69,16 +63,16 @@ def _require_ready(call: Call, versions: list[int]) -> None:
 
 
 async def _show(call: Call) -> Reply:
-    return Reply(_alias(call.gateway.catalog.alias(_model(call, Right.USE), call.path("alias"))))
+    return Reply(_alias(call, call.gateway.catalog.alias(call.model(Right.USE), call.path("alias"))))
 
 
 async def _rollback(call: Call) -> Reply:
-    return Reply(_alias(await _changed(call, Change.ROLLBACK, call.body.alias)))
+    return Reply(_alias(call, await _changed(call, Change.ROLLBACK, call.body.alias)))
 
 
 async def _delete_alias(call: Call) -> Reply:
     await _changed(call, Change.DELETE_ALIAS, call.path("alias"))
-    return Reply(bodies_models.Gone(_model(call), call.path("alias")))
+    return Reply(bodies_models.Gone(call.caller.shown(call.model()), call.path("alias")))
 
 
 async def _delete_version(call: Call) -> Reply:
@@ -86,14 +80,14 @@ async def _delete_version(call: Call) -> Reply:
     if not text.isdecimal() or not 0 < len(text) < 10:
         raise InvalidRequest("version must be a number; an alias has a path of its own", field="version")
     await _changed(call, Change.DELETE_VERSION, "", version=int(text))
-    return Reply(bodies_models.Gone(_model(call), text))
+    return Reply(bodies_models.Gone(call.caller.shown(call.model()), text))
 
 
-def _alias(alias: Alias | None) -> bodies_models.AliasDetail:
+def _alias(call: Call, alias: Alias | None) -> bodies_models.AliasDetail:
     if alias is None:
         raise TetherError("the model store answered without an alias")
     return bodies_models.AliasDetail(
-        model=alias.model,
+        model=call.caller.shown(alias.model),
         alias=alias.name,
         version=alias.version,
         split=_shares(alias.split),

@@ -14,12 +14,14 @@ from tether.errors import InvalidRequest
 from tether.gateway_http import bodies_admin as bodies
 from tether.gateway_http.job_view import rfc3339
 from tether.gateway_http.routing import Call, Reply, Row
+from tether.namespaces import WRITTEN
 
 TAG = "Administration"
 
 _CURSOR = re.compile(r"([0-9]{1,18})\.([0-9]{1,9})")
 
 Text = Annotated[str, Meta(max_length=64)]
+ModelText = Annotated[str, Meta(pattern=WRITTEN)]
 
 
 class AuditQuery(Struct, forbid_unknown_fields=True):
@@ -29,7 +31,7 @@ class AuditQuery(Struct, forbid_unknown_fields=True):
     kind: Annotated[Kind | None, Meta(description="Only entries of this kind.")] = None
     since: Annotated[str, Meta(description="Not before this time (RFC 3339).", max_length=40)] = ""
     until: Annotated[str, Meta(description="Before this time (RFC 3339).", max_length=40)] = ""
-    model: Text = ""
+    model: ModelText = ""
     key: Annotated[str, Meta(description="Only what the key with this id did.", max_length=64)] = ""
     job: Text = ""
     outcome: Annotated[str, Meta(description="`ok`, or an error's code.", max_length=64)] = ""
@@ -45,7 +47,7 @@ async def _list(call: Call) -> Reply:
         kind=query.kind,
         since=_ms(query.since, "since"),
         until=_ms(query.until, "until"),
-        model=query.model,
+        model=call.caller.named(query.model) if query.model else "",
         key=query.key,
         job=query.job,
         outcome=query.outcome,

@@ -13,25 +13,10 @@ from tether.gateway_http import bodies, bodies_models
 from tether.gateway_http.rest_config import checked_patch
 from tether.gateway_http.rest_models import TAG, pushed, registered
 from tether.gateway_http.routing import CLIENT_WAITS, OCTETS, Call, Media, Reply, Row
-from tether.model import ModelFile, PushRequest, check_name
-from tether.ownership import Right
+from tether.model import ModelFile, PushRequest
 from tether.pieces import LARGEST, digest_of
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-def _pushed(call: Call) -> str:
-    """The model that is being pushed."""
-    name = check_name(call.path("name"), field="name")
-    call.caller.check_push(name)
-    return name
-
-
-def _read(call: Call) -> str:
-    """The model whose files are read: who may only run it gets none of them."""
-    name = check_name(call.path("name"), field="name")
-    call.caller.check_model(name, Right.WRITE)
-    return name
 
 
 def _digest(text: str, field: str) -> str:
@@ -42,7 +27,7 @@ def _digest(text: str, field: str) -> str:
 
 async def _missing(call: Call) -> Reply:
     """What others have is missing, as long as this tenant has not sent it."""
-    name, asked = _pushed(call), [_digest(text, "chunks") for text in call.body.chunks]
+    name, asked = call.pushed_model(), [_digest(text, "chunks") for text in call.body.chunks]
     seals, possession = call.gateway.encrypted, call.gateway.possession
     encrypted = await seals.encrypts(name, call.body.encrypt)
     if encrypted and seals.keyring.stored(name) is None:  # it gets its key with its first piece
@@ -55,7 +40,7 @@ async def _missing(call: Call) -> Reply:
 
 
 async def _put(call: Call) -> Reply:
-    name, digest = _pushed(call), _digest(call.path("digest"), "digest")
+    name, digest = call.pushed_model(), _digest(call.path("digest"), "digest")
     piece = await _piece(call)
     if await asyncio.to_thread(digest_of, piece) != digest:
         raise InvalidRequest(
@@ -90,7 +75,7 @@ async def _piece(call: Call) -> bytes:
 
 
 async def _register(call: Call) -> Reply:
-    name, wanted = _pushed(call), call.body
+    name, wanted = call.pushed_model(), call.body
     files = tuple(
         ModelFile(file.path, file.size, file.digest, tuple(file.chunks), tuple(file.sizes)) for file in wanted.files
     )
@@ -111,7 +96,7 @@ async def _register(call: Call) -> Reply:
     digests = _digests(files, sealed=target.key is not None)
     await call.gateway.possession.require(call.caller, name, digests, target.store.name_of)
     answer = await registered(call, request, target, opening=wanted.encrypt is False)
-    return Reply(pushed(call.gateway.encrypted, answer, 0), 201 if answer.created else 200)
+    return Reply(pushed(call, answer, 0), 201 if answer.created else 200)
 
 
 def _digests(files: Sequence[ModelFile], *, sealed: bool) -> list[str]:
@@ -124,9 +109,12 @@ def _digests(files: Sequence[ModelFile], *, sealed: bool) -> list[str]:
 
 
 async def _files(call: Call) -> Reply:
-    manifest = call.gateway.encrypted.plain(call.gateway.catalog.known(_read(call), call.path("version")).manifest)
+    """Who may only run a model gets none of its files."""
+    manifest = call.gateway.encrypted.plain(call.gateway.catalog.known(call.model(), call.path("version")).manifest)
     files = [_described(file) for file in manifest.files]
-    return Reply(bodies_models.VersionFiles(manifest.name, manifest.version, manifest.platform, files))
+    return Reply(
+        bodies_models.VersionFiles(call.caller.shown(manifest.name), manifest.version, manifest.platform, files)
+    )
 
 
 def _described(file: ModelFile) -> bodies_models.NewFile:
@@ -136,7 +124,7 @@ def _described(file: ModelFile) -> bodies_models.NewFile:
 
 async def _get(call: Call) -> Reply:
     """A piece, to those who may read a version that it belongs to."""
-    name, digest = _read(call), _digest(call.path("digest"), "digest")
+    name, digest = call.model(), _digest(call.path("digest"), "digest")
     seals = call.gateway.encrypted
     manifest = call.gateway.catalog.known(name, call.path("version")).manifest
     if not any(digest in file.chunks for file in seals.plain(manifest).files):

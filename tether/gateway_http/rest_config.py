@@ -16,7 +16,6 @@ from tether.errors import InvalidRequest, PayloadTooLarge
 from tether.gateway_http import bodies_models
 from tether.gateway_http.rest_models import TAG
 from tether.gateway_http.routing import Call, Reply, Row
-from tether.model import check_name
 from tether.model_config import ModelConfig
 from tether.ownership import Right
 from tether.version_notes import VersionNote, noted, patch_of
@@ -26,12 +25,6 @@ LARGEST = 64 * 1024
 
 _HEARD_S = 2.0
 """How long an answer waits for this gateway to hear of a change, so that the next request is served by it."""
-
-
-def _model(call: Call, wanted: Right = Right.WRITE) -> str:
-    name = check_name(call.path("name"), field="name")
-    call.caller.check_model(name, wanted)
-    return name
 
 
 def checked_patch(call: Call, name: str, patch: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,26 +74,31 @@ async def heard(true: Callable[[], bool]) -> None:
 
 
 async def _show(call: Call) -> Reply:
-    name, catalog = _model(call, Right.USE), call.gateway.catalog
+    name, catalog = call.model(Right.USE), call.gateway.catalog
     catalog.versions(name)
     config = catalog.config(name)
     if call.caller.right(name) < Right.WRITE:
         config = msgspec.structs.replace(config, changed_by="")
-    return Reply(config)
+    return _answer(call, config)
+
+
+def _answer(call: Call, told: ModelConfig | VersionNote) -> Reply:
+    """With the name that the caller writes."""
+    return Reply(msgspec.structs.replace(told, model=call.caller.shown(told.model)))
 
 
 async def _change(call: Call) -> Reply:
-    name = _model(call)
+    name = call.model()
     call.gateway.catalog.versions(name)
     patch = checked_patch(call, name, call.body)
-    return Reply(await _configured(call, ConfigRequest(ConfigAction.CHANGE, name, patch, call.query.revision)))
+    return _answer(call, await _configured(call, ConfigRequest(ConfigAction.CHANGE, name, patch, call.query.revision)))
 
 
 async def _reset(call: Call) -> Reply:
-    name = _model(call)
+    name = call.model()
     request = ConfigRequest(ConfigAction.RESET, name, revision=call.query.revision)
     call.gateway.catalog.versions(name)
-    return Reply(await _configured(call, request))
+    return _answer(call, await _configured(call, request))
 
 
 async def set_loaded(call: Call, name: str, patch: Mapping[str, Any], *, loaded: bool) -> ModelConfig:
@@ -112,7 +110,7 @@ async def set_loaded(call: Call, name: str, patch: Mapping[str, Any], *, loaded:
 
 async def _annotate(call: Call) -> Reply:
     """The version is looked for by the model store, which knows of one that was pushed a moment ago."""
-    name, text = _model(call), call.path("version")
+    name, text = call.model(), call.path("version")
     call.gateway.catalog.versions(name)
     if not text.isdecimal() or not 0 < len(text) < 10:
         raise InvalidRequest("version must be a number: an alias has no labels of its own", field="version")
@@ -121,7 +119,7 @@ async def _annotate(call: Call) -> Reply:
     request = ConfigRequest(ConfigAction.NOTE, name, patch, version=int(text))
     note = codec.decode(await _asked(call, request), VersionNote)
     await heard(lambda: call.gateway.catalog.note(name, note.version).revision >= note.revision)
-    return Reply(note)
+    return _answer(call, note)
 
 
 _PATH = "/v1/models/{name}/config"

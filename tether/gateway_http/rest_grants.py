@@ -11,14 +11,13 @@ from tether.gateway_http import bodies_models
 from tether.gateway_http.rest_config import heard
 from tether.gateway_http.rest_models import TAG
 from tether.gateway_http.routing import Call, Reply, Row
-from tether.model import Change, ChangeRequest, check_name
+from tether.model import Change, ChangeRequest
 from tether.ownership import Ownership, Right
 
 
 async def _asked(call: Call, change: Change, **fields: Any) -> Reply:
     """Let the model store decide, and wait until this gateway goes by it."""
-    name = check_name(call.path("name"), field="name")
-    call.caller.check_model(name, Right.OWN)
+    name = call.model(Right.OWN)
     bus = call.gateway.bus
     request = ChangeRequest(change, name, **call.caller.asker._asdict(), **fields)
     answer = await ask_owner(
@@ -31,7 +30,7 @@ async def _asked(call: Call, change: Change, **fields: Any) -> Reply:
     )
     ownership = codec.decode(answer, Ownership)
     await heard(lambda: _heard(call, ownership))
-    return Reply(_told(ownership))
+    return Reply(_told(call, ownership))
 
 
 def _heard(call: Call, ownership: Ownership) -> bool:
@@ -39,10 +38,12 @@ def _heard(call: Call, ownership: Ownership) -> bool:
     return known is not None and known.revision >= ownership.revision
 
 
-def _told(ownership: Ownership) -> bodies_models.Grants:
+def _told(call: Call, ownership: Ownership) -> bodies_models.Grants:
     uses = [bodies_models.Grant(tenant, "use") for tenant in ownership.uses]
     writes = [bodies_models.Grant(tenant, "write") for tenant in ownership.writes]
-    return bodies_models.Grants(ownership.owned, ownership.tenant, [*uses, *writes], ownership.revision)
+    return bodies_models.Grants(
+        call.caller.shown(ownership.owned), ownership.tenant, [*uses, *writes], ownership.revision
+    )
 
 
 async def _show(call: Call) -> Reply:

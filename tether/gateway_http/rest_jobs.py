@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
 from tether.errors import InvalidRequest
 from tether.gateway_http import bodies
+from tether.gateway_http.job_view import shown_job
 from tether.gateway_http.routing import Call, Header, Reply, Row
 from tether.job import JobState
+from tether.namespaces import WRITTEN
 
 TAG = "Jobs"
 MAX_IDS = 200
@@ -33,7 +35,7 @@ class JobsQuery(Struct, forbid_unknown_fields=True):
     ids: Annotated[str, Meta(description="Comma-separated job ids, at most 200; excludes the other filters.")] = ""
     wait: Wait = 0.0
     state: Annotated[JobState | None, Meta(description="Only jobs in this state.")] = None
-    model: Annotated[str, Meta(description="Only jobs of this model.", max_length=64)] = ""
+    model: Annotated[str, Meta(description="Only jobs of this model.", pattern=WRITTEN)] = ""
     limit: Annotated[int, Meta(ge=1, le=1000, description="Most jobs in one answer.")] = 100
     cursor: Annotated[
         str, Meta(pattern="^[A-Za-z0-9_-]{0,64}$", description="`next_cursor` of the answer before this one.")
@@ -49,7 +51,11 @@ def _wait(call: Call) -> float:
 
 async def _get(call: Call) -> Reply:
     found = call.gateway.jobs.get(call.tenant, call.path("id"), _wait(call), call.caller.sees)
-    return Reply(await call.gateway.disconnects.wait(found))
+    return Reply(_shown(call, await call.gateway.disconnects.wait(found)))
+
+
+def _shown(call: Call, job: dict[str, Any]) -> dict[str, Any]:
+    return shown_job(job, call.caller.shown, call.caller.told)
 
 
 async def _list(call: Call) -> Reply:
@@ -57,13 +63,15 @@ async def _list(call: Call) -> Reply:
     jobs, wait = call.gateway.jobs, _wait(call)
     if query.ids:
         found_many = jobs.get_many(call.tenant, _ids(query), wait, call.caller.sees)
-        return Reply({"jobs": await call.gateway.disconnects.wait(found_many)})
+        return Reply({"jobs": [_shown(call, job) for job in await call.gateway.disconnects.wait(found_many)]})
     if wait:
         raise InvalidRequest("query parameter 'wait' needs 'ids'", field="wait")
     state = "" if query.state is None else query.state.value
-    found, cursor = await jobs.list(
-        call.tenant, state=state, model=query.model, limit=query.limit, cursor=query.cursor, sees=call.caller.sees
+    model = call.caller.named(query.model) if query.model else ""
+    listed, cursor = await jobs.list(
+        call.tenant, state=state, model=model, limit=query.limit, cursor=query.cursor, sees=call.caller.sees
     )
+    found = [_shown(call, job) for job in listed]
     return Reply({"jobs": found} if cursor is None else {"jobs": found, "next_cursor": cursor})
 
 
@@ -80,7 +88,7 @@ def _ids(query: JobsQuery) -> list[str]:
 
 
 async def _cancel(call: Call) -> Reply:
-    return Reply(await call.gateway.jobs.cancel(call.tenant, call.path("id"), call.caller.sees))
+    return Reply(_shown(call, await call.gateway.jobs.cancel(call.tenant, call.path("id"), call.caller.sees)))
 
 
 _KEY = Header("idempotency-key", "The same key makes the same job, however often it is sent.")

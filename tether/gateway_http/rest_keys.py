@@ -20,12 +20,15 @@ TAG = "Administration"
 async def _create(call: Call) -> Reply:
     wanted: bodies.NewKey = call.body
     tenant = check_tenant_name(wanted.tenant, field="tenant")
+    call.gateway.tenants.require_unused(tenant)
     text = apikey.new_key_text()
     scopes = tuple(scope for scope in apikey.SCOPES if scope in wanted.scopes)
     now = call.gateway.bus.clock.utc()
     record = msgspec.structs.replace(
         apikey.stored_key(text, tenant=tenant, scopes=scopes, name=wanted.name, created_at=now),
-        models=call.caller.bound(None if isinstance(wanted.models, msgspec.UnsetType) else tuple(wanted.models)),
+        models=call.caller.bound(
+            None if isinstance(wanted.models, msgspec.UnsetType) else tuple(wanted.models), tenant
+        ),
         rate=wanted.rate,
         burst=wanted.burst,
         concurrency=wanted.concurrency,
@@ -61,7 +64,7 @@ async def _rotate(call: Call) -> Reply:
     keys, record, now = call.gateway.keys, _found(call), call.gateway.bus.clock.utc()
     if not record.counts(now):
         raise Conflict(f"API key '{record.id}' is revoked or expired; make a new one", field="id")
-    call.caller.bound(record.models)
+    call.caller.bound(record.models, record.tenant)
     text = apikey.new_key_text()
     successor = apikey.rotated(record, text, now)
     await keys.store(successor)

@@ -19,10 +19,10 @@ from tether.errors import InvalidRequest, PayloadTooLarge
 from tether.gateway_http import bodies, bodies_models
 from tether.gateway_http.catalog import Served
 from tether.gateway_http.core import Gateway
-from tether.gateway_http.encrypted import ModelSeals, Target
+from tether.gateway_http.encrypted import Target
 from tether.gateway_http.job_view import rfc3339
 from tether.gateway_http.routing import CLIENT_WAITS, OCTETS, Call, Header, Media, Reply, Row
-from tether.model import AUTOMATIC, Batching, Change, PushAnswer, PushRequest, TensorSpec, check_name
+from tether.model import AUTOMATIC, Batching, Change, PushAnswer, PushRequest, TensorSpec
 from tether.ownership import Right
 from tether.tenant import Tenant, check_stored_bytes
 
@@ -68,7 +68,7 @@ def _summary(call: Call, name: str) -> bodies.ModelSummary:
     versions = catalog.versions(name)
     newest = versions[max(versions)]
     return bodies.ModelSummary(
-        name=name,
+        name=call.caller.shown(name),
         versions=list(versions),
         aliases=catalog.aliases(name),
         ready=gateway.ready(newest, scope),
@@ -87,13 +87,14 @@ def _word(right: Right) -> bodies.RightName:
 
 
 async def _show(call: Call) -> Reply:
-    catalog, name = call.gateway.catalog, call.path("name")
-    call.caller.check_model(name)
+    catalog, name = call.gateway.catalog, call.model(Right.USE)
     versions = catalog.versions(name)
     right = call.caller.right(name)
     details = [_detail(call.gateway, served, call.scope, right) for served in versions.values()]
     loaded = catalog.loaded(name)
-    return Reply(bodies.ModelDetail(name, catalog.aliases(name), details, loaded=loaded, right=_word(right)))
+    return Reply(
+        bodies.ModelDetail(call.caller.shown(name), catalog.aliases(name), details, loaded=loaded, right=_word(right))
+    )
 
 
 def _detail(gateway: Gateway, served: Served, scope: str, right: Right) -> bodies.VersionDetail:
@@ -139,8 +140,7 @@ def _specs(specs: tuple[TensorSpec, ...]) -> list[bodies.TensorSpec]:
 
 async def _push(call: Call) -> Reply:
     """Store the body's pieces, then ask the model store to make a version of them."""
-    gateway, name = call.gateway, check_name(call.path("name"), field="name")
-    call.caller.check_push(name)
+    gateway, name = call.gateway, call.pushed_model()
     wanted = _wanted_digest(call)
     _check_filename(call)
     limit = gateway.settings.max_upload_bytes
@@ -169,7 +169,7 @@ async def _push(call: Call) -> Reply:
         )
     wish = PushRequest(name, (file,), query.max_batch_size, query.max_delay_ms, version=query.version)
     answer = await registered(call, wish, target, opening=query.encrypt is False)
-    return Reply(pushed(gateway.encrypted, answer, stored), 201 if answer.created else 200)
+    return Reply(pushed(call, answer, stored), 201 if answer.created else 200)
 
 
 def _pieces_of_newest(gateway: Gateway, name: str, digest: str) -> frozenset[str]:
@@ -231,10 +231,10 @@ async def registered(call: Call, request: PushRequest, target: Target, *, openin
     return answer
 
 
-def pushed(seals: ModelSeals, answer: PushAnswer, stored: int) -> bodies.PushedVersion:
-    manifest = seals.shown(answer.manifest)
+def pushed(call: Call, answer: PushAnswer, stored: int) -> bodies.PushedVersion:
+    manifest = call.gateway.encrypted.shown(answer.manifest)
     return bodies.PushedVersion(
-        name=manifest.name,
+        name=call.caller.shown(manifest.name),
         version=manifest.version,
         platform=manifest.platform,
         inputs=_specs(manifest.inputs),
@@ -250,8 +250,7 @@ def pushed(seals: ModelSeals, answer: PushAnswer, stored: int) -> bodies.PushedV
 
 async def _rekey(call: Call) -> Reply:
     """Another data key; versions follow in the background."""
-    gateway, name = call.gateway, check_name(call.path("name"), field="name")
-    call.caller.check_model(name, Right.WRITE)
+    gateway, name = call.gateway, call.model()
     generation = await gateway.encrypted.ask(Change.REKEY, name, call.caller.asker)
     versions = gateway.catalog.versions(name) if name in gateway.catalog.names() else {}
     left = [
@@ -259,7 +258,7 @@ async def _rekey(call: Call) -> Reply:
         for number, served in versions.items()
         if served.manifest.sealed is not None and gateway.encrypted.generation(served.manifest) != generation
     ]
-    return Reply(bodies_models.ModelKey(name, generation, left), 202)
+    return Reply(bodies_models.ModelKey(call.caller.shown(name), generation, left), 202)
 
 
 ROWS = [

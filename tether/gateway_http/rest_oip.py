@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tether import __version__, model
+import msgspec
+
+from tether import __version__
 from tether.gateway_http import bodies, bodies_triton
 from tether.gateway_http.catalog import Served
 from tether.gateway_http.routing import OCTETS, Call, Handler, Header, Media, Reply, Row
 from tether.gateway_http.triton_form import triton_config
+from tether.model import Manifest, metadata
+from tether.ownership import Right
 
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository")
 """Extensions of the protocol that are served in full."""
@@ -35,26 +39,30 @@ async def _ready(call: Call) -> Reply:
 
 
 def _served(call: Call) -> Served:
-    call.caller.check_model(call.path("model"))
-    return call.gateway.catalog.resolve(call.path("model"), call.path("version"))
+    return call.gateway.catalog.resolve(call.model(Right.USE), call.path("version"))
+
+
+def _shown(call: Call, manifest: Manifest) -> Manifest:
+    """With the name that the caller writes."""
+    return msgspec.structs.replace(manifest, name=call.caller.shown(manifest.name))
 
 
 async def _metadata(call: Call) -> Reply:
     manifest = _served(call).manifest
-    return Reply(model.metadata(manifest, tuple(call.gateway.catalog.versions(manifest.name))))
+    return Reply(metadata(_shown(call, manifest), tuple(call.gateway.catalog.versions(manifest.name))))
 
 
 async def _model_ready(call: Call) -> Reply:
     served = _served(call)
     ready = call.gateway.ready(served, call.scope)
-    return Reply(bodies.ModelReady(served.manifest.name, ready), 200 if ready else 400)
+    return Reply(bodies.ModelReady(call.caller.shown(served.manifest.name), ready), 200 if ready else 400)
 
 
 async def _config(call: Call) -> Reply:
     served = _served(call)
     catalog = call.gateway.catalog
     config, batching = catalog.config(served.manifest.name), catalog.batching(served, call.scope)
-    return Reply(triton_config(served.manifest, config, batching))
+    return Reply(triton_config(_shown(call, served.manifest), config, batching))
 
 
 _LENGTH = Header("inference-header-content-length", "Bytes of the JSON part, when binary tensors follow it.")

@@ -14,8 +14,6 @@ from tether.gateway_http.rest_config import set_loaded
 from tether.gateway_http.rest_oip import TAG
 from tether.gateway_http.routing import Call, Reply, Row
 from tether.gateway_http.triton_form import patch_of
-from tether.model import check_name
-from tether.ownership import Right
 
 _LOOK_S = 0.02
 
@@ -23,7 +21,7 @@ _LOOK_S = 0.02
 async def _index(call: Call) -> Reply:
     catalog, wanted = call.gateway.catalog, call.body.ready
     entries = [
-        _entry(catalog, served, call.scope)
+        _entry(call, served)
         for name in catalog.names()
         if call.caller.sees(name)
         for served in catalog.versions(name).values()
@@ -31,10 +29,10 @@ async def _index(call: Call) -> Reply:
     return Reply([entry for entry in entries if entry.state == "READY" or not wanted])
 
 
-def _entry(catalog: Catalog, served: Served, scope: str) -> bodies.IndexEntry:
+def _entry(call: Call, served: Served) -> bodies.IndexEntry:
     manifest = served.manifest
-    state, reason = _state(catalog, served, scope)
-    return bodies.IndexEntry(manifest.name, str(manifest.version), state, reason)
+    state, reason = _state(call.gateway.catalog, served, call.scope)
+    return bodies.IndexEntry(call.caller.shown(manifest.name), str(manifest.version), state, call.caller.told(reason))
 
 
 def _state(catalog: Catalog, served: Served, scope: str) -> tuple[str, str]:
@@ -50,12 +48,6 @@ def _state(catalog: Catalog, served: Served, scope: str) -> tuple[str, str]:
     return "UNAVAILABLE", no_worker(served.manifest, scope, catalog.reason(served, scope))
 
 
-def _model(call: Call) -> str:
-    name = check_name(call.path("model"), field="model")
-    call.caller.check_model(name, Right.WRITE)
-    return name
-
-
 def _parameters(call: Call) -> dict[str, Any]:
     given: dict[str, Any] = call.body.parameters
     for name in given:
@@ -69,12 +61,14 @@ def _parameters(call: Call) -> dict[str, Any]:
 
 
 async def _load(call: Call) -> Reply:
-    name, catalog = _model(call), call.gateway.catalog
+    name, catalog = call.model(), call.gateway.catalog
     catalog.versions(name)
     given = _parameters(call).get("config")
     if given is not None and not isinstance(given, str):
         raise InvalidRequest("parameters.config must be JSON as a string", field="parameters.config")
-    patch = {} if given is None else patch_of(given, name, catalog.config(name))
+    patch = (
+        {} if given is None else patch_of(given, (call.path("model"), call.caller.shown(name)), catalog.config(name))
+    )
     await set_loaded(call, name, patch, loaded=True)
     return Reply(await _held(call, name))
 
@@ -95,18 +89,17 @@ async def _held(call: Call, name: str) -> bodies_triton.LoadedVersion:
         failed = [dict(beat.failed).get(f"{name}:{version}", "") for beat in await heartbeats(call.gateway)]
         reason = next(filter(None, failed), "no worker has loaded it yet")
         raise ModelNotReady(f"model '{name}' version {version} is not loaded after {limit_s:g} s: {reason}") from None
-    return bodies_triton.LoadedVersion(name, str(served.manifest.version), "READY")
+    return bodies_triton.LoadedVersion(call.caller.shown(name), str(served.manifest.version), "READY")
 
 
 async def _unload(call: Call) -> Reply:
-    name, catalog = _model(call), call.gateway.catalog
+    name, catalog = call.model(), call.gateway.catalog
     if "config" in _parameters(call):
         raise InvalidRequest("a model is not configured by unloading it", field="parameters.config")
     await set_loaded(call, name, {}, loaded=False)
     served = catalog.known(name, "")
-    return Reply(
-        bodies_triton.LoadedVersion(name, str(served.manifest.version), _state(catalog, served, call.scope)[0])
-    )
+    state = _state(catalog, served, call.scope)[0]
+    return Reply(bodies_triton.LoadedVersion(call.caller.shown(name), str(served.manifest.version), state))
 
 
 def _row(what: str, summary: str, handler: Any, errors: tuple[int, ...]) -> Row:

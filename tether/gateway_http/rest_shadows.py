@@ -9,15 +9,14 @@ from tether.gateway_http.rest_models import TAG
 from tether.gateway_http.routing import Call, Reply, Row
 from tether.gateway_http.shadows import Tally
 from tether.model_config import Shadow
-from tether.ownership import Right
 
 
 async def _show(call: Call) -> Reply:
-    gateway, name = call.gateway, call.path("name")
-    call.caller.check_model(name, Right.WRITE)
+    gateway, name = call.gateway, call.model()
     gateway.catalog.versions(name)
     tallies = gateway.extras.shadows.tallies(name)
-    return Reply(bodies_models.Shadows(name, [_tally(shadow, tally) for shadow, tally in tallies.items()]))
+    told = [_tally(shadow, tally) for shadow, tally in tallies.items()]
+    return Reply(bodies_models.Shadows(call.caller.shown(name), told))
 
 
 def _tally(shadow: Shadow, tally: Tally) -> bodies_models.ShadowTally:

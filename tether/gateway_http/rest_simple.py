@@ -35,9 +35,10 @@ async def _inference(call: Call) -> Reply:
         raise InvalidRequest("inputData is required", field="inputData")
     oip_json.check_parameters(body.parameters, "parameters")
     gateway = call.gateway
-    call.caller.check_model(body.model_id)
+    name = call.caller.named(body.model_id)
+    call.caller.check_model(name)
     version = "" if body.version is None else str(body.version)
-    served = gateway.catalog.resolve(body.model_id, version, call.heading.sticky, call.caller.id)
+    served = gateway.catalog.resolve(name, version, call.heading.sticky, call.caller.id)
     notes: Headers = []
     outputs = await gateway.infer(
         served,
@@ -53,7 +54,7 @@ async def _inference(call: Call) -> Reply:
     )
     manifest = served.manifest
     answer = {tensor.name: nested(tensor) for tensor in outputs}
-    return Reply(bodies.InferenceAnswer(manifest.name, str(manifest.version), answer), headers=notes)
+    return Reply(bodies.InferenceAnswer(call.caller.shown(manifest.name), str(manifest.version), answer), headers=notes)
 
 
 def read_input(data: bytes, served: Served) -> tuple[Tensor, ...]:

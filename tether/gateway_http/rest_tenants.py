@@ -18,8 +18,13 @@ TAG = "Administration"
 async def _create(call: Call) -> Reply:
     wanted: bodies.NewTenant = call.body
     name = check_tenant_name(wanted.name, field="name")
-    fresh = Tenant(name, models=call.caller.bound(None), created_at=call.gateway.bus.clock.utc())
+    fresh = Tenant(name, models=call.caller.bound(None, name), created_at=call.gateway.bus.clock.utc())
     changed = _changed(call, fresh, wanted)
+    if not wanted.restore:
+        call.gateway.tenants.require_unused(name)
+    elif call.gateway.tenants.removed(name):
+        await call.gateway.tenants.store(changed)
+        return Reply(_shown(changed), 201)
     if not await call.gateway.tenants.create(changed):
         raise Conflict(
             f"there is a tenant '{name}' already; change it with PATCH or 'tether tenant set {name}'", field="name"
@@ -36,7 +41,7 @@ def _changed(call: Call, tenant: Tenant, wanted: bodies.TenantChange) -> Tenant:
     """
     given = {name: value for name in ("isolated", "sealed", "weight") if (value := getattr(wanted, name)) is not UNSET}
     if not isinstance(wanted.models, msgspec.UnsetType):
-        given["models"] = call.caller.bound(tuple(wanted.models))
+        given["models"] = call.caller.bound(tuple(wanted.models), tenant.name)
     if not isinstance(wanted.quotas, msgspec.UnsetType):
         given["quotas"] = _quotas(tenant.quotas, wanted.quotas)
     return msgspec.structs.replace(tenant, **given)
@@ -91,7 +96,7 @@ async def _remove(call: Call) -> Reply:
         raise Conflict(f"tenant '{tenant.name}' has keys that count ({use.keys}); revoke them first", field="tenant")
     if use.queued_jobs and tenant.isolated:
         raise Conflict(f"tenant '{tenant.name}' has {use.queued_jobs} jobs that have not ended", field="tenant")
-    await gateway.tenants.remove(tenant.name)
+    await gateway.tenants.remove(tenant.name, gateway.bus.clock.utc())
     return Reply(_shown(tenant))
 
 

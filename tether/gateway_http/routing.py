@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
-from starlette.routing import Route
 
 from tether import metrics, oip_json
-from tether.errors import DeadlineExceeded, InvalidRequest, NotFound, TetherError, Unauthenticated
+from tether.errors import DeadlineExceeded, InvalidRequest, TetherError, Unauthenticated
 from tether.gateway_http import audited, told
 from tether.gateway_http.asgi import AsgiIncoming, send_reply
 from tether.gateway_http.auth import Caller
@@ -22,7 +21,9 @@ from tether.gateway_http.core import Gateway
 from tether.gateway_http.errors import error_response
 from tether.gateway_http.limits import Ticket
 from tether.gateway_http.request import Headers, Heading, Incoming, only_id, read_body, replied, reply
+from tether.namespaces import check_platform_name
 from tether.ops_http import Receive, Scope, Send
+from tether.ownership import Right
 
 JSON = "application/json"
 OCTETS = "application/octet-stream"
@@ -72,6 +73,8 @@ class Call:
     key: Caller | None
     body: Any
     query: Any
+    named: list[str] = field(default_factory=list)
+    """The platform's name of the model in the path, once it was asked for."""
 
     @property
     def tenant(self) -> str:
@@ -91,6 +94,35 @@ class Call:
 
     def path(self, name: str) -> str:
         return str(self.request.path_params.get(name, ""))
+
+    def model(self, wanted: Right = Right.WRITE) -> str:
+        """The platform's name of the model in the path, when the caller may do with it what takes ``wanted``.
+
+        Raises:
+            BadName: no model could have this name.
+            ModelNotFound: it may not be used.
+            Forbidden: it may be used, and belongs to another tenant.
+        """
+        name = self._named(self.caller.named)
+        self.caller.check_model(name, wanted)
+        return name
+
+    def pushed_model(self) -> str:
+        """The platform's name of the model that a push under the name in the path makes a version of.
+
+        Raises:
+            Conflict: the name is another tenant's.
+            BadName, ModelNotFound, Forbidden
+        """
+        name = self._named(self.caller.named_push)
+        self.caller.check_push(name)
+        return name
+
+    def _named(self, read: Callable[[str], str]) -> str:
+        if not self.named:
+            field_name = "name" if "name" in self.request.path_params else "model"
+            self.named.append(check_platform_name(read(self.path(field_name)), field=field_name))
+        return self.named[0]
 
     def waits(self, most_s: float) -> float:
         """How long the client still waits, as it said, but ``most_s`` seconds at most.
@@ -163,6 +195,11 @@ class _Seen:
     call: Call | None = None
     """There once the request is authenticated and parsed."""
 
+    def told(self, error: TetherError) -> str:
+        """An error as its caller reads it."""
+        key = None if self.call is None else self.call.key
+        return error.message if key is None else key.told(error.message)
+
     def limits(self) -> Headers:
         """What its key may still ask for, when it is under a limit."""
         return [] if self.ticket is None else self.ticket.headers()
@@ -195,7 +232,7 @@ class Endpoint:
             )  # another name would outlive this block, and keep the request
             audited.refused(self._gateway, error, incoming, self._route(scope))
             self._audit(seen, scope, error.code, None)
-            seen.status = await refuse(error, seen.heading, send, extra=seen.limits())
+            seen.status = await refuse(error, seen.heading, send, extra=seen.limits(), message=seen.told(error))
         except ClientDisconnect:
             seen.status = 499
         except Exception as error:
@@ -236,9 +273,17 @@ class Endpoint:
         found, call = self._rows.get(scope["method"]), seen.call
         if found is None or call is None or not audited.acts(scope["method"], self._path, found[0].scope):
             return False
-        path, request_id = call.request.path_params, seen.heading.request_id
+        path, request_id = dict(call.request.path_params), seen.heading.request_id
+        model = call.named[0] if call.named else str(path.get("name") or path.get("model", ""))
         audited.act(
-            self._gateway, call.key, self._route(scope), path, request_id=request_id, outcome=outcome, answer=answer
+            self._gateway,
+            call.key,
+            self._route(scope),
+            path,
+            model,
+            request_id=request_id,
+            outcome=outcome,
+            answer=answer,
         )
         return True
 
@@ -315,26 +360,16 @@ def read_query(items: Iterable[tuple[str, str]], kind: type[msgspec.Struct]) -> 
 
 
 async def refuse(
-    error: TetherError, heading: Heading, send: Send, *, status: int | None = None, extra: Headers | None = None
+    error: TetherError,
+    heading: Heading,
+    send: Send,
+    *,
+    status: int | None = None,
+    extra: Headers | None = None,
+    message: str | None = None,
 ) -> int:
-    """Answer with an error; its status is the error's own unless one is given."""
-    own, headers, body = error_response(error, heading.request_id)
+    """Answer with an error; its status and message are the error's own unless they are given."""
+    own, headers, body = error_response(error, heading.request_id, message)
     status = own if status is None else status
     await send_reply(send, reply(status, body, heading, content_type=JSON, extra=[*headers, *(extra or [])]))
     return status
-
-
-async def nowhere(scope: Scope, receive: Receive, send: Send) -> None:
-    """The answer on every path that nothing is served on."""
-    shown = scope["path"][:200].encode("ascii", "backslashreplace").decode()
-    heading = only_id(AsgiIncoming(scope, receive).headers)
-    status = await refuse(NotFound(f"nothing is served on '{shown}'; see /docs", field="path"), heading, send)
-    metrics.HTTP_REQUESTS.labels("none", str(status)).inc()
-
-
-def routes(gateway: Gateway, rows: Sequence[Row]) -> list[Route]:
-    """Starlette's routes of a table: one for each path, in the order of the table."""
-    by_path: dict[str, list[Row]] = {}
-    for row in rows:
-        by_path.setdefault(row.path, []).append(row)
-    return [Route(path, Endpoint(gateway, group)) for path, group in by_path.items()]

@@ -10,7 +10,7 @@ from tether import codec
 from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
 from tether.envelope import MessageType
-from tether.errors import BadEncoding
+from tether.errors import BadEncoding, Conflict
 from tether.job import SHARED
 from tether.subjects import name_of, token
 from tether.tenant import Tenant
@@ -26,6 +26,7 @@ class Tenants:
         self._known: dict[str, Tenant] = {}
         self._scopes: dict[str, str] = {}
         self._doubtful: set[str] = set()
+        self._removed: set[str] = set()
         self._listeners: list[Callable[[str], None]] = []
 
     @asynccontextmanager
@@ -47,10 +48,8 @@ class Tenants:
     def _changed(self, key: str, body: bytes | None) -> None:
         self._doubtful.discard(name_of(key))
         if body is None:
-            name = name_of(key)
-            self._known.pop(name, None)
-            self._scopes.pop(name, None)
-            self._tell(name)
+            self._removed.discard(name_of(key))
+            self._forget(name_of(key))
             return
         try:
             record = codec.decode(body, Tenant)
@@ -59,9 +58,19 @@ class Tenants:
             return
         if token(record.name) != key:
             return
+        if record.removed_at:
+            self._removed.add(record.name)
+            self._forget(record.name)
+            return
+        self._removed.discard(record.name)
         self._known[record.name] = record
         self._scopes[record.name] = record.scope
         self._tell(record.name)
+
+    def _forget(self, name: str) -> None:
+        self._known.pop(name, None)
+        self._scopes.pop(name, None)
+        self._tell(name)
 
     def _tell(self, name: str) -> None:
         for listener in self._listeners:
@@ -76,6 +85,23 @@ class Tenants:
     def get(self, name: str) -> Tenant:
         """The tenant's record, or the defaults when it has none."""
         return self._known.get(name) or Tenant(name)
+
+    def removed(self, name: str) -> bool:
+        """Whether there was a tenant of this name, which was removed."""
+        return name in self._removed
+
+    def require_unused(self, name: str) -> None:
+        """Refuse the name of a tenant that was removed: who got it would have what that tenant left.
+
+        Raises:
+            Conflict
+        """
+        if self.removed(name):
+            raise Conflict(
+                f"tenant '{name}' was removed, and its models, grants and jobs may be there still; choose another name, or "
+                f"bring it back with all that it left: 'tether tenant create {name} --restore'",
+                field="tenant",
+            )
 
     def doubtful(self, name: str) -> bool:
         """Whether the tenant has a record that cannot be believed: not even its defaults may be taken for granted."""
@@ -111,11 +137,10 @@ class Tenants:
             self._changed(key, body)
         return made
 
-    async def remove(self, name: str) -> None:
-        """Forget a tenant's record.
+    async def remove(self, name: str, now: float) -> None:
+        """Put a note in place of a tenant's record that keeps its name from others; ``now`` is UTC seconds.
 
         Raises:
             BrokerUnavailable: it may be gone all the same.
         """
-        await self.bucket.delete(token(name))
-        self._changed(token(name), None)
+        await self.store(Tenant(name, removed_at=now))

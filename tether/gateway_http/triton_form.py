@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -106,15 +107,15 @@ class _Given(msgspec.Struct, forbid_unknown_fields=True):
 _decoder = msgspec.json.Decoder(_Given)
 
 
-def patch_of(text: str, model: str, config: ModelConfig) -> dict[str, Any]:
-    """What a configuration in Triton's form changes in ``config``, as a merge patch.
+def patch_of(text: str, names: Sequence[str], config: ModelConfig) -> dict[str, Any]:
+    """What a configuration in Triton's form changes in ``config``, as a merge patch; ``names``: how the caller may call its model.
 
     Raises:
         InvalidRequest, BadJson: naming the field that cannot be set so.
     """
     given = oip_json.parse_body(_decoder, text.encode(), where="parameters.config")
-    if given.name not in ("", model):
-        raise _not_so("name", f"is '{given.name[:64]}', and the model is '{model}'")
+    if given.name not in ("", *names):
+        raise _not_so("name", f"is '{given.name[:64]}', and the model is '{names[0]}'")
     patch: dict[str, Any] = {}
     if given.max_batch_size is not None:
         patch["max_batch_size"] = given.max_batch_size

@@ -19,9 +19,10 @@ from tether.envelope.model_seal import PieceSeal, open_files
 from tether.errors import BadEncoding, CorruptChunk, InvalidRequest, ModelRejected
 from tether.home import Home
 from tether.memory_folder import MemoryFolder
-from tether.model import AUTOMATIC, DECLARED, PROVEN, Batching, Isolation, Manifest, ModelFile, PushRequest, check_name
+from tether.model import AUTOMATIC, DECLARED, PROVEN, Batching, Isolation, Manifest, ModelFile, PushRequest
 from tether.modelstore.formats import ONNX, PYTHON, check_files, format_of
 from tether.modelstore.inspection import Inspection, Limits, inspect
+from tether.namespaces import check_platform_name
 from tether.sandbox import plan
 from tether.settings import Settings
 
@@ -37,7 +38,7 @@ def check_request(request: PushRequest, *, max_bytes: int) -> None:
         InvalidRequest: naming the field and what it may be.
         PayloadTooLarge: the file is over a limit.
     """
-    check_name(request.name, field="name")
+    check_platform_name(request.name, field="name")
     for file in request.files:
         try:
             check_file(file, whole=request.sealed is not None)

@@ -15,6 +15,7 @@ from tether.modelstore.model_keys import KeyMaker
 from tether.modelstore.notes import Notes
 from tether.modelstore.owners import Owners
 from tether.modelstore.registry import Registry
+from tether.namespaces import check_platform_name
 from tether.ownership import Asker, Right
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Changes:
             raise InvalidRequest(f"the change cannot be read: {error.message}") from error
         if request.change in STORE_CHANGES:
             return await self._kept(request)
-        check_name(request.model, field="name")
+        check_platform_name(request.model, field="name")
         fields = {"action": f"model_{request.change.value}", "model": request.model, "by": request.by[:64]}
         try:
             if request.change in OWNER_CHANGES:

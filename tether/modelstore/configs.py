@@ -33,11 +33,12 @@ from tether.errors import (
     Unavailable,
     VersionConflict,
 )
-from tether.model import Manifest, check_name
+from tether.model import Manifest
 from tether.model_config import ModelConfig, default_config
 from tether.modelstore.notes import Notes
 from tether.modelstore.owners import Owners
 from tether.modelstore.registry import Registry
+from tether.namespaces import check_platform_name
 from tether.ownership import Asker, Right
 from tether.subjects import token
 
@@ -72,7 +73,7 @@ class Configs:
             request = codec.decode(envelope.body, ConfigRequest)
         except BadEncoding as error:
             raise InvalidRequest(f"the change cannot be read: {error.message}") from error
-        check_name(request.model, field="name")
+        check_platform_name(request.model, field="name")
         asker = Asker(request.tenant, request.admin, request.by)
         wanted = Right.USE if request.action is ConfigAction.SHOW else Right.WRITE
         await self._owners.require(request.model, asker, wanted)

@@ -24,6 +24,7 @@ from tether.errors import (
 )
 from tether.model import Change, ChangeRequest, Manifest, PushRequest
 from tether.modelstore.registry import Registry
+from tether.namespaces import namespace
 from tether.ownership import (
     Asker,
     Ownership,
@@ -81,33 +82,34 @@ class Owners:
         """Prove that a push may make a version, and return the tenant that owns the model, or will.
 
         Raises:
+            BadName: no new model may have this name.
             Conflict: the name belongs to a tenant that granted the asker nothing.
-            Forbidden: the asker may only use the model; or the request names no tenant.
+            Forbidden: the asker may only use the model, or there is none and the name is in another tenant's namespace; or
+                the request names no tenant.
             Unavailable, BrokerUnavailable
         """
-        asker = Asker(request.tenant, request.admin, request.publisher)
-        found = await self.of(request.name)
-        if found is None:
-            self._known(asker)
-            return request.tenant
-        self._refuse(request.name, asker, push_refusal(request.name, self._right(found, asker)))
-        return found.tenant or request.tenant
+        found = await self._may_push(request.name, Asker(request.tenant, request.admin, request.publisher))
+        return namespace(request.name) if found is None else found.tenant or request.tenant
+
+    async def _may_push(self, model: str, asker: Asker) -> Ownership | None:
+        self._known(asker)
+        found = await self.of(model)
+        right = None if found is None else self._right(found, asker)
+        self._refuse(model, asker, push_refusal(model, right, asker))
+        return found
 
     async def may_encrypt(self, model: str, asker: Asker) -> None:
         """As :meth:`require` with WRITE, or there is no such model yet."""
-        found = await self.of(model)
-        self._known(asker)
-        if found is not None:
-            self._refuse(model, asker, push_refusal(model, self._right(found, asker)))
+        await self._may_push(model, asker)
 
     async def claim(self, request: PushRequest) -> None:
-        """Make the pusher of a model's first version its owner, before the version can be seen.
+        """Make the tenant of a new model's namespace its owner, before a version can be seen.
 
         Raises:
             Conflict, Forbidden: another tenant was first.
             Unavailable, BrokerUnavailable
         """
-        first = first_ownership(request.name, request.tenant)
+        first = first_ownership(request.name, namespace(request.name))
         for _ in range(TRIES):
             found, latest = await self._latest(request.name)
             if found is not None and latest.body is not None:
