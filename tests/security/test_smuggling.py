@@ -59,7 +59,7 @@ def test_with_both_lengths_the_chunks_count_and_nothing_is_left_over(target: Ser
         ("GET /v2/ HTTP/1.1", (404,)),
         ("GET /v2/../v2 HTTP/1.1", (404,)),
         ("GET /v1/../../etc/passwd HTTP/1.1", (404,)),
-        ("GET /v2/models/a%2Fb HTTP/1.1", (404,)),
+        ("GET /v2/models/a%2Fb HTTP/1.1", (401,)),
         ("GET /v2 HTTP/9.9", (400, 505, 0)),
         ("GET /v2", (400, 0)),
         ("PRI * HTTP/2.0\r\n\r\nSM", (400, 505, 0)),
