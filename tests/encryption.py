@@ -47,7 +47,8 @@ def pattern(path: Path) -> bytes:
 
 def digests(path: Path) -> list[bytes]:
     """The SHA-256 of a file and of each of its pieces, as hex and as bytes."""
-    cutter = cut_file(path)
+    with path.open("rb") as file:
+        cutter = cut_file(file)
     every = [hashlib.sha256(path.read_bytes()).hexdigest(), *cutter.digests]
     return [digest.encode() for digest in every] + [bytes.fromhex(digest) for digest in every]
 

@@ -139,8 +139,12 @@ def write_tensorflow(folder: Path) -> None:
     module = tf.Module()
     tf.saved_model.save(module, str(folder / "shout"), signatures=tf.function(shout, input_signature=signature))
     tf.saved_model.save(module, str(folder / "unsigned"))
+    shouting = tf.function(shout, input_signature=signature)
+    whispering = tf.function(lambda text: {"quiet": tf.strings.lower(text)}, input_signature=signature)
+    tf.saved_model.save(module, str(folder / "named"), signatures={"shout": shouting})
+    tf.saved_model.save(module, str(folder / "several"), signatures={"shout": shouting, "whisper": whispering})
     try:
-        tensorflow_model.SavedModel(folder / "unsigned")
+        tensorflow_model.SavedModel(folder / "unsigned", "")
     except ModelRejected as error:
         (folder / "refusal").write_text(error.message)
 

@@ -33,6 +33,7 @@ def build(
     weights: Mapping[str, Any] | None = None,
     *,
     opset: int = 17,
+    ir: int = 10,
     declared: Sequence[Spec] = (),
     functions: Sequence[Any] = (),
 ) -> bytes:
@@ -51,7 +52,7 @@ def build(
         helper.make_opsetid("com.microsoft", 1),
         *[helper.make_opsetid(one.domain, 1) for one in functions if one.domain],
     ]
-    proto = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=list(functions))
+    proto = helper.make_model(graph, opset_imports=opsets, ir_version=ir, functions=list(functions))
     return bytes(proto.SerializeToString(deterministic=True))
 
 

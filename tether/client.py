@@ -10,16 +10,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Self, TypeVar, Unpack
 
 from tether import client_flows as flows
-from tether import client_models, client_pull, client_push
+from tether import client_local, client_models, client_pull, client_push
 from tether.client_async import AsyncClient, AsyncJobHandle
 from tether.client_drive import drive
 from tether.client_flows import JobInfo, JobOptions, JobPage, Json, Outputs
 from tether.client_grants import Grants
 from tether.client_http import Flow, Policy, Progress, Waiting
 from tether.client_inputs import Inputs, Version
+from tether.client_push import PushOptions
 from tether.client_wire import Wire
 from tether.job import JobState
 
@@ -197,47 +198,28 @@ class Client:
         name: str,
         path: str | Path,
         *,
-        max_batch_size: int | None = None,
-        max_delay_ms: float | None = None,
-        isolation: str | None = None,
-        run_timeout_s: float | None = None,
-        config: Json | None = None,
-        version: int | None = None,
-        labels: Mapping[str, str] | None = None,
-        note: str | None = None,
-        encrypt: bool | None = None,
         progress: Progress | None = None,
         waiting: Waiting | None = None,
         timeout: float = client_push.PUSH_TIMEOUT_S,
+        **options: Unpack[PushOptions],
     ) -> Json:
         """Make the file or folder at ``path`` the next version of ``name``.
 
-        Only pieces that the store does not have are sent, so a push that broke off goes on where it was.
-        ``max_batch_size`` of 2 or more declares that no row's answer depends on another row; 0: it is not batched; None: it is when
-        that is proven. The answer says which under ``batching``. ``progress`` is called with the bytes that are there.
-        ``isolation`` is 'thread' (of the worker) or 'process'; a run that takes longer than ``run_timeout_s`` ends the model's process. ``config`` is as for :meth:`configure`, ``labels`` and
-        ``note`` as for :meth:`annotate`. With ``version`` it becomes that one or none. With ``encrypt`` only the platform's
-        own services can read what is stored; None: as the model's versions before. What restarts on the way is waited for until
-        ``timeout`` seconds are over; ``waiting`` is told for what, and an empty text when it goes on.
+        Only pieces that the store does not have are sent, so a push that broke off goes on where it was. What can be said of the
+        version is in :class:`~tether.client_push.PushOptions`. The answer says under ``batching`` whether rows of several requests
+        share a run, under ``untried`` why no trial run succeeded, under ``skipped`` which files of the folder are no part of it.
+        ``progress`` is called with the bytes that are there. What restarts on the way is waited for until ``timeout`` seconds are
+        over; ``waiting`` is told for what, and an empty text when it goes on.
 
         Raises:
             Conflict: ``version`` is something else already, or not the next one.
             ModelRejected: the file is no model that can be served.
-            InvalidRequest: it cannot be read.
+            InvalidRequest: it cannot be read, or is another form of model; the message says how to convert it.
         """
-        model = client_push.local_model(Path(path))
-        params = {
-            "max_batch_size": max_batch_size,
-            "max_delay_ms": max_delay_ms,
-            "isolation": isolation,
-            "run_timeout_s": run_timeout_s,
-            "config": config,
-            "version": version,
-            "labels": labels,
-            "note": note,
-        }
+        model = client_local.local_model(Path(path))
+        params = client_push.checked(options)
         return self.run(
-            lambda policy: client_push.push(policy, name, model, params, progress, encrypt=encrypt, waiting=waiting),
+            lambda policy: client_push.push(policy, name, model, params, progress, waiting=waiting),
             timeout,
         )
 

@@ -108,7 +108,9 @@ def encoded_job(job: JobInfo) -> Json:
 def infer(policy: Policy, model: str, inputs: Inputs, version: Version, outputs: Sequence[str]) -> Flow[Outputs]:
     def sent(given: dict[str, Array]) -> Flow[Reply]:
         body, length = oip.build_infer_request(given, outputs=outputs)
-        headers = {"content-type": "application/octet-stream", oip.HEADER_LENGTH: str(length)}
+        kind = {"content-type": "application/json"}  # of a model without inputs
+        binary = {"content-type": "application/octet-stream", oip.HEADER_LENGTH: str(length)}
+        headers = kind if length is None else binary
         return exchange(policy, Send("POST", f"{served_path(model, version)}/infer", body, headers=headers))
 
     reply = yield from fitted(policy, model, version, inputs, sent)

@@ -36,10 +36,9 @@ def served_path(model: str, version: Version) -> str:
     return f"/v2/models/{quote(model, safe='')}{tail}"
 
 
-def datatypes(policy: Policy, model: str, version: Version = None) -> Flow[dict[str, str]]:
-    """The datatype of each of the model's inputs, in the model's order."""
+def _signature(policy: Policy, model: str, version: Version) -> Flow[list[TensorSpec]]:
     told = yield from exchange_json(policy, Send("GET", served_path(model, version)), _Metadata)
-    return {spec.name: spec.datatype for spec in told.inputs}
+    return told.inputs
 
 
 def fitted(
@@ -83,10 +82,14 @@ def arrays(
     as_they_are = (value for value in given.values() if isinstance(value, np.ndarray))
     if UNNAMED not in given and sum(not fit or value.dtype not in _DEFAULT for value in as_they_are) == len(given):
         return {name: np.asarray(value) for name, value in given.items()}
-    found = known or (yield from datatypes(policy, model, version))
+    found, needed = known, list(known or ())
+    if not found:
+        specs = yield from _signature(policy, model, version)
+        found = {spec.name: spec.datatype for spec in specs}
+        needed = [spec.name for spec in specs if not spec.optional]
     if known is not None:
         known.update(found)
-    return {name: _as_array(name, value, found.get(name), fit=fit) for name, value in named(given, list(found)).items()}
+    return {name: _as_array(name, value, found.get(name), fit=fit) for name, value in named(given, needed).items()}
 
 
 def named(given: dict[str, Any], names: list[str]) -> dict[str, Any]:

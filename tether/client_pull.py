@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote
@@ -14,13 +13,11 @@ import msgspec
 from tether.client_flows import Counted, Json, model_path
 from tether.client_http import Flow, Policy, Progress, Send, Together, exchange, exchange_json
 from tether.errors import Conflict, CorruptChunk, InvalidRequest
+from tether.file_names import fault_of
 
 WIDTH = 4
 GROUP = 16
 """Pieces of a file that are fetched before any of them is written, ``WIDTH`` of them at a time."""
-
-_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
-_PATH = re.compile(rf"{_NAME}(?:/{_NAME}){{0,7}}")
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -48,7 +45,7 @@ def pull(policy: Policy, name: str, version: str, folder: Path, progress: Progre
     told = yield from exchange_json(policy, Send("GET", f"{path}/files"), _Files)
     done, counted = 0, Counted(progress)
     for file in told.files:
-        if _PATH.fullmatch(file.path) is None:
+        if fault_of(file.path):
             raise InvalidRequest(f"the server names a file {file.path[:64]!r}, which cannot be written", field="path")
         target = folder / file.path
         if _is_there(target, file):

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from tether.errors import InferenceFailed, ModelRejected
+from tether.errors import ModelRejected, OutputMisfit
 from tether.model import TensorSpec
 from tether.tensor import NUMPY_DTYPES, Array
 
@@ -64,15 +64,25 @@ def _check(found: Description) -> None:
             )
 
 
+def found_class(directory: Path, description: Description) -> Any:
+    """Import the bundle's ``model.py``, which runs its code; the class that it is about.
+
+    Raises:
+        ModelRejected: the module has no such class.
+    """
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
+    module = importlib.import_module("model")
+    if not hasattr(module, description.class_name):
+        raise ModelRejected(f"model.py has no class '{description.class_name}'", field="className")
+    return getattr(module, description.class_name)
+
+
 class CustomModel:
     """An instance of a bundle's class; see :class:`tether.ports.Runtime`. Loading it runs its code."""
 
     def __init__(self, directory: Path, description: Description) -> None:
-        sys.path.insert(0, str(directory))
-        try:
-            made = getattr(importlib.import_module("model"), description.class_name)()
-        except AttributeError as error:
-            raise ModelRejected(f"model.py has no class '{description.class_name}'", field="className") from error
+        made = found_class(directory, description)()
         if hasattr(made, "load"):
             made.load(directory)
         if not callable(getattr(made, "predict", None)):
@@ -88,7 +98,7 @@ class CustomModel:
         """Call ``predict``.
 
         Raises:
-            InferenceFailed: it did not return, or yield, what the bundle's description says.
+            OutputMisfit: it did not return, or yield, what the bundle's description says.
         """
         wanted = [self._specs[name] for name in outputs or self._specs]
         found = self._model.predict(dict(inputs))
@@ -107,13 +117,13 @@ def _joined(parts: Iterator[Any], wanted: Sequence[TensorSpec]) -> list[Array]:
         for spec, before in zip(wanted, found, strict=True):
             array = _output(part, _open(spec), f"part {number}: ").copy()
             if before and before[0].shape[1:] != array.shape[1:]:
-                raise InferenceFailed(
+                raise OutputMisfit(
                     f"part {number}: output '{spec.name}' has shape {list(array.shape)}, and the part before it "
                     f"{list(before[-1].shape)}; they can differ in the first axis only"
                 )
             before.append(array)
     if any(not arrays for arrays in found):
-        raise InferenceFailed(
+        raise OutputMisfit(
             "predict() yielded nothing; yield arrays by name at least once, of no rows if there are none"
         )
     return [_output({spec.name: np.concatenate(found.pop(0))}, spec) for spec in wanted]
@@ -122,9 +132,7 @@ def _joined(parts: Iterator[Any], wanted: Sequence[TensorSpec]) -> list[Array]:
 def _open(spec: TensorSpec) -> TensorSpec:
     """Of a part."""
     if not spec.shape:
-        raise InferenceFailed(
-            f"predict() yields parts, and output '{spec.name}' has no axis to join them on: return it"
-        )
+        raise OutputMisfit(f"predict() yields parts, and output '{spec.name}' has no axis to join them on: return it")
     return TensorSpec(spec.name, spec.datatype, (-1, *spec.shape[1:]))
 
 
@@ -132,14 +140,14 @@ def _output(found: Any, spec: TensorSpec, part: str = "") -> Array:
     """One output of an answer, or of the ``part`` that the words about it begin with."""
     what = f"{part}predict() {'yielded' if part else 'returned'}"
     if not isinstance(found, Mapping):
-        raise InferenceFailed(f"{what} {type(found).__name__}, not arrays by name")
+        raise OutputMisfit(f"{what} {type(found).__name__}, not arrays by name")
     if spec.name not in found:
-        raise InferenceFailed(f"{what} no output '{spec.name}'")
+        raise OutputMisfit(f"{what} no output '{spec.name}'")
     dtype = np.dtype(np.object_) if spec.datatype == "BYTES" else NUMPY_DTYPES[spec.datatype]
     array = np.asarray(found[spec.name], dtype=dtype)
     fits = len(array.shape) == len(spec.shape) and all(
         want in (-1, have) for want, have in zip(spec.shape, array.shape, strict=True)
     )
     if not fits:
-        raise InferenceFailed(f"{part}output '{spec.name}' has shape {list(array.shape)}, not {list(spec.shape)}")
+        raise OutputMisfit(f"{part}output '{spec.name}' has shape {list(array.shape)}, not {list(spec.shape)}")
     return array

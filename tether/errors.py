@@ -28,7 +28,8 @@
     │   └── BrokerUnavailable
     ├── DeadlineExceeded
     ├── JobCancelled
-    ├── InferenceFailed       the model raised, or its output does not fit
+    ├── InferenceFailed       the model raised
+    │   ├── OutputMisfit          its output is not what it declares
     │   ├── AttemptsExhausted     every attempt ended without an answer
     │   └── ResultTooLarge
     ├── ModelRejected         a pushed model cannot be served
@@ -227,6 +228,12 @@ class ClientDisconnected(TetherError):
 
 class InferenceFailed(TetherError):
     code = "inference_failed"
+
+
+class OutputMisfit(InferenceFailed):
+    """The model's answer is not what its signature says: its own fault, whatever it was given."""
+
+    code = "output_misfit"
 
 
 class AttemptsExhausted(InferenceFailed):

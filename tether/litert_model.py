@@ -6,6 +6,7 @@ LiteRT trusts offsets in a file that it is given, so a model is a program: it is
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,13 @@ from ai_edge_litert.interpreter import Interpreter
 
 from tether.errors import ModelRejected
 from tether.model import TensorSpec
+from tether.signature import chosen
 from tether.tensor import NUMPY_DTYPES, Array
 
 FILE = "model.tflite"
-SIGNATURE = "serving_default"
+_LACKING = ("unresolved custom op", "Select TensorFlow op")
+"""What LiteRT says of an operator that it lacks."""
+_NODE = re.compile(r"Node number \d+ \((.*?)\) failed to prepare", re.DOTALL)
 _IDENTIFIER = b"TFL3"
 _MOST_OPERATORS = 4096
 """Kinds of operators of one model; there are some 200."""
@@ -30,11 +34,19 @@ _DATATYPES = {np.dtype(dtype): datatype for datatype, dtype in NUMPY_DTYPES.item
 class LiteModel:
     """A model in an interpreter, and its signature; see :class:`tether.ports.Runtime`."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, signature: str) -> None:
         self._interpreter: Any = Interpreter(model_path=str(path), num_threads=threads)
-        self._run: Any = self._interpreter.get_signature_runner(_signature(self._interpreter.get_signature_list()))
+        fault = _prepared(self._interpreter)
+        known = self._interpreter.get_signature_list()
+        self.signatures = tuple(sorted(known))
+        self.signature = chosen(self.signatures, signature) if known or signature else ""
+        self._run: Any = (
+            self._interpreter.get_signature_runner(self.signature) if known else _Unsigned(self._interpreter)
+        )
         self.inputs = _specs(self._run.get_input_details())
         self.outputs = _specs(self._run.get_output_details())
+        if fault is not None and not any(-1 in spec.shape for spec in self.inputs):
+            raise fault
 
     @property
     def output_names(self) -> Sequence[str]:
@@ -53,8 +65,44 @@ class LiteModel:
         self._interpreter = self._run = None
 
 
-def load(directory: Path, *, threads: int = 1, device: str = "auto") -> LiteModel:
-    """Load the ``model.tflite`` of a folder, on the processor.
+class _Unsigned:
+    """A file without signatures: the inputs and outputs of its first graph, called as their tensors are. Where two are called the
+    same, the place of each is put behind."""
+
+    def __init__(self, interpreter: Any) -> None:
+        self._interpreter = interpreter
+        self._inputs = _named(interpreter.get_input_details())
+        self._outputs = _named(interpreter.get_output_details())
+
+    def get_input_details(self) -> Mapping[str, Any]:
+        return self._inputs
+
+    def get_output_details(self) -> Mapping[str, Any]:
+        return self._outputs
+
+    def __call__(self, **given: Array) -> dict[str, Array]:
+        for name, array in given.items():
+            self._interpreter.resize_tensor_input(self._inputs[name]["index"], array.shape)
+        self._interpreter.allocate_tensors()
+        for name, array in given.items():
+            self._interpreter.set_tensor(self._inputs[name]["index"], array)
+        self._interpreter.invoke()
+        return {name: self._interpreter.get_tensor(found["index"]) for name, found in self._outputs.items()}
+
+
+def _named(details: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    names = [str(found["name"]) for found in details]
+    places = range(len(names))
+    named = [
+        f"{names[place]}_{place}" if names.count(names[place]) > 1 or not names[place] else names[place]
+        for place in places
+    ]
+    return dict(zip(named, details, strict=True))
+
+
+def load(directory: Path, *, threads: int = 1, device: str = "auto", signature: str = "") -> LiteModel:
+    """Load the ``model.tflite`` of a folder, on the processor. Serves ``signature``, see :func:`tether.signature.chosen`; a file
+    that has none is served as it is.
 
     Raises:
         ModelRejected: it is none, has operators that are not LiteRT's own, or no signature that can be served.
@@ -67,7 +115,32 @@ def load(directory: Path, *, threads: int = 1, device: str = "auto") -> LiteMode
             check(b"")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             check(content)
-    return LiteModel(path, threads)
+    return LiteModel(path, threads, signature)
+
+
+def _prepared(interpreter: Any) -> RuntimeError | None:
+    """What LiteRT says against the model with inputs of the shapes that the file has.
+
+    Raises:
+        ModelRejected: naming one that it has not.
+    """
+    try:
+        interpreter.allocate_tensors()
+    except RuntimeError as error:
+        text = str(error)
+        if not any(words in text for words in _LACKING):
+            return error
+        node = _NODE.search(text)
+        raise ModelRejected(
+            f"the model needs the operator '{_plain(node[1] if node else '')}', which LiteRT does not have; convert it with "
+            "TFLITE_BUILTINS only, without Select TensorFlow and custom operators",
+            field="file",
+        ) from error
+    return None
+
+
+def _plain(name: str) -> str:
+    return "".join(filter(str.isprintable, name))[:64] or "without a name"
 
 
 def check(content: bytes | mmap.mmap) -> None:
@@ -91,39 +164,10 @@ def check(content: bytes | mmap.mmap) -> None:
                 f"the model has no graph, or more than {_MOST_OPERATORS} kinds of operators; convert it again",
                 field="file",
             )
-        foreign = [name for index in range(count) if (name := _foreign(model.OperatorCodes(index)))]
     except (struct.error, IndexError, ValueError, TypeError, OverflowError) as error:
         raise ModelRejected(
             "the file is damaged: it points to where it has no bytes; convert the model again", field="file"
         ) from error
-    if foreign:
-        raise ModelRejected(
-            f"the model needs the operator '{foreign[0]}', which LiteRT does not have; convert it with "
-            "TFLITE_BUILTINS only, without Select TensorFlow and custom operators",
-            field="file",
-        )
-
-
-def _foreign(operator: Any) -> str:
-    """The name of an operator that is not LiteRT's own; empty for others."""
-    # files from before there were 128 kinds have the number in the other field
-    if max(operator.BuiltinCode(), operator.DeprecatedBuiltinCode()) != schema.BuiltinOperator.CUSTOM:
-        return ""
-    name = "".join(filter(str.isprintable, bytes(operator.CustomCode() or b"").decode(errors="replace")))
-    return name[:64] or "without a name"
-
-
-def _signature(known: Mapping[str, Any]) -> str:
-    if SIGNATURE in known:
-        return SIGNATURE
-    if len(known) == 1:
-        return next(iter(known))
-    there = ", ".join(f"'{name[:64]}'" for name in sorted(known)[:8]) or "none"
-    raise ModelRejected(
-        f"the model has no signature '{SIGNATURE}', and not one alone; it has: {there}. Convert it from a SavedModel "
-        "or a function with names",
-        field="file",
-    )
 
 
 def _specs(details: Mapping[str, Any]) -> tuple[TensorSpec, ...]:

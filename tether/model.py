@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from tether.errors import BadName, BadTensor
+from tether.errors import BadName
 from tether.serving import NO_FINDING as NO_FINDING  # noqa: PLC0414 - handed on
 from tether.serving import Assignment as Assignment  # noqa: PLC0414 - handed on
 from tether.serving import Epoch as Epoch  # noqa: PLC0414 - handed on
@@ -17,18 +17,14 @@ from tether.serving import Heartbeat as Heartbeat  # noqa: PLC0414 - handed on
 from tether.serving import ModelRef as ModelRef  # noqa: PLC0414 - handed on
 from tether.serving import Registration as Registration  # noqa: PLC0414 - handed on
 from tether.serving import Route as Route  # noqa: PLC0414 - handed on
-from tether.tensor import Tensor
+from tether.signature import TensorSpec as TensorSpec  # noqa: PLC0414 - handed on
+from tether.signature import check_inputs as check_inputs  # noqa: PLC0414 - handed on
+from tether.signature import check_outputs as check_outputs  # noqa: PLC0414 - handed on
+from tether.signature import gives_optional as gives_optional  # noqa: PLC0414 - handed on
+from tether.signature import metadata as metadata  # noqa: PLC0414 - handed on
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-
-
-class TensorSpec(msgspec.Struct, frozen=True):
-    """What a model declares of one input or output; -1 in ``shape`` is an axis of any length."""
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
 
 
 FIXED_PIECE = 1 << 20
@@ -114,6 +110,12 @@ class Manifest(msgspec.Struct, frozen=True):
     owner: str = ""
     """The tenant that owned the model when the version was made; empty in versions from before models had owners. Who
     owns it now, its :class:`~tether.ownership.Ownership` says."""
+    untried: str = ""
+    """Why no trial run succeeded at the push, in one line; empty when one did."""
+    signature: str = ""
+    """The signature of its file that is served, for formats that have several."""
+    signatures: tuple[str, ...] = ()
+    """All that its file has."""
 
     @property
     def size(self) -> int:
@@ -156,6 +158,8 @@ class PushRequest(msgspec.Struct, frozen=True):
     """To be stored in the clear although the model is encrypted."""
     admin: bool = False
     """The pusher may push to every tenant's models."""
+    signature: str = ""
+    """Which signature of its file is to be served; empty: the usual one."""
 
 
 class PushAnswer(msgspec.Struct, frozen=True):
@@ -295,96 +299,3 @@ def check_name(name: str, *, field: str) -> str:
         shown = name[:64].encode("ascii", "backslashreplace").decode()
         raise BadName(f"{field} {shown!r} does not match {NAME_PATTERN}", field=field)
     return name
-
-
-MOST_RUNS = 4096
-"""Runs that one request may be cut into."""
-
-
-def check_inputs(manifest: Manifest, inputs: tuple[Tensor, ...], *, run_rows: int) -> None:
-    """Compare a request's tensors with the version's signature. ``run_rows``: rows of one run; they must have as many rows as one
-    another then, and not more than fit into ``MOST_RUNS``. 0: it is not batched.
-
-    Raises:
-        BadTensor: naming the tensor, what was sent and what is expected.
-    """
-    specs = {spec.name: spec for spec in manifest.inputs}
-    rows = -1
-    for tensor in inputs:
-        spec = specs.pop(tensor.name, None)
-        if spec is None:
-            raise _unexpected(manifest, inputs, tensor)
-        _check_against(spec, tensor)
-        if run_rows:
-            rows = _same_rows(tensor, rows)
-    if specs:
-        missing = next(iter(specs))
-        raise BadTensor(f"input '{missing}' is required by model '{manifest.name}' and missing", field=missing)
-    if rows > run_rows * MOST_RUNS:
-        raise BadTensor(
-            f"the inputs have {rows} rows; model '{manifest.name}' takes at most {run_rows * MOST_RUNS} in one request, "
-            f"which are {MOST_RUNS} runs of {run_rows}: send several requests",
-            field="inputs",
-        )
-
-
-def _same_rows(tensor: Tensor, rows: int) -> int:
-    own = tensor.shape[0]
-    if rows not in (-1, own):
-        raise BadTensor(
-            f"input '{tensor.name}' has {own} rows and another input has {rows}; all inputs need the same first axis",
-            field=f"{tensor.name}.shape",
-        )
-    return own
-
-
-def _unexpected(manifest: Manifest, inputs: tuple[Tensor, ...], tensor: Tensor) -> BadTensor:
-    if sum(other.name == tensor.name for other in inputs) > 1:
-        return BadTensor(f"input '{tensor.name}' is given twice", field=tensor.name)
-    known = ", ".join(f"'{spec.name}'" for spec in manifest.inputs)
-    shown = tensor.name[:64]
-    return BadTensor(f"model '{manifest.name}' has no input '{shown}'; its inputs are {known}", field=shown)
-
-
-def _check_against(spec: TensorSpec, tensor: Tensor) -> None:
-    if tensor.datatype != spec.datatype:
-        raise BadTensor(
-            f"input '{spec.name}' has datatype {tensor.datatype[:32]}; the model expects {spec.datatype}",
-            field=f"{spec.name}.datatype",
-        )
-    fits = len(tensor.shape) == len(spec.shape) and all(
-        want in (-1, have) for want, have in zip(spec.shape, tensor.shape, strict=True)
-    )
-    if not fits:
-        raise BadTensor(
-            f"input '{spec.name}' has shape {list(tensor.shape)}; the model expects {list(spec.shape)}",
-            field=f"{spec.name}.shape",
-        )
-
-
-def check_outputs(manifest: Manifest, names: tuple[str, ...]) -> None:
-    """Prove that every requested output is one of the model's, and asked for once.
-
-    Raises:
-        BadTensor: naming the first that is not.
-    """
-    known = {spec.name for spec in manifest.outputs}
-    if len(set(names)) != len(names):
-        raise BadTensor("an output is asked for twice", field="outputs")
-    for name in names:
-        if name not in known:
-            listed = ", ".join(f"'{output}'" for output in sorted(known))
-            raise BadTensor(
-                f"model '{manifest.name}' has no output '{name[:64]}'; its outputs are {listed}", field="outputs"
-            )
-
-
-def metadata(manifest: Manifest, versions: tuple[int, ...]) -> dict[str, Any]:
-    """The OIP model metadata object."""
-    return {
-        "name": manifest.name,
-        "versions": [str(version) for version in versions],
-        "platform": manifest.platform,
-        "inputs": [msgspec.to_builtins(spec) for spec in manifest.inputs],
-        "outputs": [msgspec.to_builtins(spec) for spec in manifest.outputs],
-    }

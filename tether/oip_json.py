@@ -27,10 +27,16 @@ import msgspec
 from tether.errors import BadJson, BadTensor, InvalidRequest
 from tether.job import Parameter
 from tether.json_keys import refuse_duplicates
-from tether.tensor import Datatype, Tensor, check, element_count, pack_bytes, unknown_datatype, unpack_bytes
-
-MAX_NAME = 256
-"""Longest tensor name, in characters."""
+from tether.tensor import (
+    Datatype,
+    Tensor,
+    check,
+    element_count,
+    fault_of_name,
+    pack_bytes,
+    unknown_datatype,
+    unpack_bytes,
+)
 
 MAX_TENSORS = 1024
 """Most inputs or outputs of a request; a model has at most as many."""
@@ -194,8 +200,8 @@ def check_heading(wire: WireTensor, where: str) -> None:
     Raises:
         BadTensor: naming the field.
     """
-    if not 0 < len(wire.name) <= MAX_NAME or not wire.name.isprintable():
-        raise BadTensor(f"{where}.name must be 1 to {MAX_NAME} printable characters", field=f"{where}.name")
+    if fault := fault_of_name(wire.name):
+        raise BadTensor(f"{where}.name {fault}", field=f"{where}.name")
     if wire.datatype not in Datatype.__members__:
         raise unknown_datatype(wire.name, wire.datatype)
     check_parameters(wire.parameters, f"{where}.parameters")

@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Iterable, Sequence
-from pathlib import Path
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias
 
 import zstandard
 from pyfastcdc import FastCDC
@@ -178,12 +177,11 @@ async def _gathered(body: AsyncIterator[bytes], limit: int) -> AsyncIterator[lis
         yield parts
 
 
-def cut_file(path: Path) -> Cutter:
+def cut_file(file: BinaryIO) -> Cutter:
     """Cut a file without keeping its pieces: what is known afterwards is the cutter's. Blocks."""
     cutter = Cutter()
-    with path.open("rb") as file:
-        while part := file.read(_ENOUGH):
-            cutter.cut((part,))
+    while part := file.read(_ENOUGH):
+        cutter.cut((part,))
     cutter.cut((), last=True)
     return cutter
 

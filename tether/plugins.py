@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tether.errors import InferenceFailed, ModelRejected
+from tether.errors import ModelRejected, OutputMisfit
 from tether.model import TensorSpec
 from tether.tensor import NUMPY_DTYPES, Array
 
@@ -75,12 +75,12 @@ class Checked:
         """Run once; ``outputs`` names what is wanted, empty for all in the model's order.
 
         Raises:
-            InferenceFailed: the answer is not what the model's signature says.
+            OutputMisfit: the answer is not what the model's signature says.
         """
         wanted = tuple(outputs or self._specs)
         found = list(self._model.run(dict(inputs), wanted))
         if len(found) != len(wanted):
-            raise InferenceFailed(f"the runtime returned {len(found)} arrays, {len(wanted)} were asked for")
+            raise OutputMisfit(f"the runtime returned {len(found)} arrays, {len(wanted)} were asked for")
         return [_fitting(self._specs[name], array) for name, array in zip(wanted, found, strict=True)]
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ def _fitting(spec: TensorSpec, found: Any) -> Array:
         want in (-1, have) for want, have in zip(spec.shape, array.shape, strict=True)
     )
     if not fits or array.dtype != dtype:
-        raise InferenceFailed(
+        raise OutputMisfit(
             f"output '{spec.name}' is {array.dtype} of shape {list(array.shape)}; "
             f"the signature says {spec.datatype} of {list(spec.shape)}"
         )

@@ -77,6 +77,19 @@ class Tensor(msgspec.Struct, frozen=True, gc=False):
     data: bytes
 
 
+LONGEST_NAME = 1024
+"""Characters of a tensor's name."""
+
+
+def fault_of_name(name: str) -> str:
+    """Why no tensor may be called so; empty when one may. One rule for models and requests."""
+    if not name:
+        return "is empty"
+    if len(name) > LONGEST_NAME:
+        return f"has more than {LONGEST_NAME} characters"
+    return "" if name.isprintable() else "has a line break or another character that cannot be printed"
+
+
 def element_count(shape: tuple[int, ...], *, name: str) -> int:
     """Product of ``shape``, checked.
 

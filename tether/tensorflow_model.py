@@ -1,4 +1,4 @@
-"""TensorFlow SavedModels: the signature ``serving_default``, with the names that TensorFlow and Triton give it."""
+"""TensorFlow SavedModels: one of their signatures, with the names that TensorFlow and Triton give it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import tensorflow as tf
 
 from tether.errors import ModelRejected
 from tether.model import TensorSpec
+from tether.signature import chosen
 from tether.tensor import Array
 
-SIGNATURE = "serving_default"
 DATATYPES = {
     tf.bool: "BOOL",
     tf.uint8: "UINT8",
@@ -34,12 +34,11 @@ DATATYPES = {
 class SavedModel:
     """A loaded SavedModel and its signature; see :class:`tether.ports.Runtime`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, signature: str) -> None:
         self._model: Any = tf.saved_model.load(str(directory))
-        function = self._model.signatures.get(SIGNATURE)
-        if function is None:
-            there = ", ".join(f"'{name[:64]}'" for name in self._model.signatures) or "none"
-            raise ModelRejected(f"the SavedModel has no signature '{SIGNATURE}'; it has: {there}", field="file")
+        self.signatures = tuple(sorted(map(str, self._model.signatures)))
+        self.signature = chosen(self.signatures, signature)
+        function = self._model.signatures[self.signature]
         self._function: Any = function
         # sorted, because TensorFlow's own order is another one in every process
         self._inputs = dict(sorted(function.structured_input_signature[1].items()))
@@ -60,8 +59,9 @@ class SavedModel:
         self._model = self._function = None
 
 
-def load(directory: Path, *, threads: int = 1, device: str = "auto") -> SavedModel:
-    """Load a folder that is a SavedModel; ``device`` is ``auto``, ``cpu`` or ``cuda``. Sets up TensorFlow: once a process.
+def load(directory: Path, *, threads: int = 1, device: str = "auto", signature: str = "") -> SavedModel:
+    """Load a folder that is a SavedModel; ``device`` is ``auto``, ``cpu`` or ``cuda``. Serves ``signature``, see
+    :func:`tether.signature.chosen`. Sets up TensorFlow: once a process.
 
     Raises:
         ModelRejected: it has not the signature that is served, or holds something else than tensors.
@@ -76,16 +76,16 @@ def load(directory: Path, *, threads: int = 1, device: str = "auto") -> SavedMod
     else:
         for found in devices:
             tf.config.experimental.set_memory_growth(found, True)
-    return SavedModel(directory)
+    return SavedModel(directory, signature)
 
 
 def _spec(name: str, found: Any) -> TensorSpec:
     datatype = DATATYPES.get(getattr(found, "dtype", None))
     if datatype is None or not isinstance(found, tf.TensorSpec):
-        raise ModelRejected(f"'{name[:64]}' of '{SIGNATURE}' is no tensor that OIP has a datatype for", field="file")
+        raise ModelRejected(f"'{name[:64]}' is no tensor that OIP has a datatype for", field="file")
     if found.shape.rank is None:
         raise ModelRejected(
-            f"'{name[:64]}' of '{SIGNATURE}' declares no shape; export the model with the rank of every tensor",
+            f"'{name[:64]}' declares no shape; export the model with the rank of every tensor",
             field="file",
         )
     return TensorSpec(name, datatype, tuple(-1 if axis is None else int(axis) for axis in found.shape))

@@ -107,6 +107,18 @@ def signature(directory: Path, kind: type[_Described]) -> _Described:
     return found
 
 
+def _what(path: Path) -> str:
+    """Of a file that is no archive."""
+    size = path.stat().st_size
+    if not size:
+        return "empty: it has 0 bytes; export or download it again"
+    with path.open("rb") as file:
+        begins = file.read(4) == b"PK\x03\x04"
+    if begins:
+        return f"cut off: it begins as an archive, and ends after {size} bytes without its list of files; download or export it again"
+    return "not what torch.jit.save or torch.export.save writes"
+
+
 def _members(path: Path) -> list[str]:
     """The names in an archive.
 
@@ -118,7 +130,7 @@ def _members(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise FormatNotAllowed(f"{path.name} is not what torch.jit.save or torch.export.save writes") from error
+        raise FormatNotAllowed(f"{path.name} is {_what(path)}") from error
     if sum(member.file_size for member in members) > 20 * path.stat().st_size + _SWELLING:
         raise ModelLimits(f"{path.name} would unpack to more than 20 times its size", field="file")
     return [member.filename for member in members]

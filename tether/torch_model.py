@@ -18,7 +18,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from tether import plugins, torch_archive
-from tether.errors import InferenceFailed, ModelRejected
+from tether.errors import InferenceFailed, ModelRejected, OutputMisfit
 from tether.model import TensorSpec
 from tether.tensor import Array
 
@@ -62,13 +62,13 @@ class TorchModel:
         """Run once; ``outputs`` names what is wanted, empty for all in the model's order.
 
         Raises:
-            InferenceFailed: the model's answer is not what its signature says.
+            OutputMisfit: the model's answer is not what its signature says.
         """
         with torch.inference_mode():
             tensors = [_tensor(inputs[spec.name]).to(self._device) for spec in self.inputs]
             found = self._call(tensors)
             if len(found) != len(self.outputs):
-                raise InferenceFailed(f"the model returned {len(found)} values, its signature has {len(self.outputs)}")
+                raise OutputMisfit(f"the model returned {len(found)} values, its signature has {len(self.outputs)}")
             wanted = [self._index[name] for name in outputs or self._index]
             return [_array(self.outputs[index], found[index]) for index in wanted]
 
@@ -216,7 +216,7 @@ def _described(module: Any, signature: torch_archive.Signature) -> _Loaded:
             return list(answer) if isinstance(answer, list | tuple) else [answer]
         missing = [spec.name for spec in signature.outputs if spec.name not in answer]
         if missing:
-            raise InferenceFailed(f"the model returned no output '{missing[0][:64]}'")
+            raise OutputMisfit(f"the model returned no output '{missing[0][:64]}'")
         return [answer[spec.name] for spec in signature.outputs]
 
     return _Loaded(signature.inputs, signature.outputs, call)
@@ -231,9 +231,9 @@ def _tensor(array: Array) -> Any:
 
 def _array(spec: TensorSpec, found: Any) -> Array:
     if not isinstance(found, torch.Tensor):
-        raise InferenceFailed(f"output '{spec.name}' is a {type(found).__name__}, not a tensor")
+        raise OutputMisfit(f"output '{spec.name}' is a {type(found).__name__}, not a tensor")
     if DATATYPES.get(found.dtype) != spec.datatype or not _fits(spec.shape, found.shape):
-        raise InferenceFailed(
+        raise OutputMisfit(
             f"output '{spec.name}' is {found.dtype} of shape {list(found.shape)}; "
             f"the signature says {spec.datatype} of {list(spec.shape)}"
         )

@@ -27,6 +27,25 @@ MaxBatchSize = Annotated[
         "not given: batched when that is proven.",
     ),
 ]
+ModelPath = Annotated[
+    str,
+    typer.Argument(
+        metavar="PATH",
+        help="A folder, or an .onnx, .pt2, .pt, .ts, .jit, .torchscript, .safetensors or .tflite file.",
+    ),
+]
+SampleFile = Annotated[
+    str | None,
+    typer.Option(
+        "--sample",
+        metavar="FILE",
+        help="Real inputs (.npz or JSON): tried at the push, run at each load, kept with the version.",
+    ),
+]
+SignatureName = Annotated[
+    str | None,
+    typer.Option("--signature", metavar="NAME", help="Serve this signature of a SavedModel or .tflite file."),
+]
 IsolationName = Annotated[
     str | None, typer.Option("--isolation", metavar="WHERE", help="'thread' of the worker, or 'process' of its own.")
 ]
@@ -119,9 +138,7 @@ def delete(
 
 def push(
     name: ModelName,
-    path: Annotated[
-        str, typer.Argument(metavar="PATH", help="A folder, or an .onnx, .pt2, .pt, .safetensors or .tflite file.")
-    ],
+    path: ModelPath,
     *,
     max_batch_size: MaxBatchSize = None,
     max_delay_ms: Annotated[
@@ -144,15 +161,14 @@ def push(
     label: Labels = None,
     note: Note = None,
     encrypt: Encrypt = None,
+    sample: SampleFile = None,
+    signature: SignatureName = None,
     url: Url = None,
     timeout: Timeout = 600.0,
     json_output: JsonFlag = False,
 ) -> None:
     """Make a file or a folder the next version of a model. Only what the store does not have is sent."""
-    from pathlib import Path
-
-    size = Path(path).stat().st_size if Path(path).is_file() else None
-    with connect(url, timeout) as client, progress("pushing", size, unit="bytes") as done:
+    with connect(url, timeout) as client, progress("pushing", _size(path), unit="bytes") as done:
         told = client.push(
             name,
             path,
@@ -165,6 +181,8 @@ def push(
             labels={key: value or "" for key, value in labels_of(label).items()} or None,
             note=note,
             encrypt=encrypt,
+            sample=sample,
+            signature=signature,
             progress=done,
             waiting=done.waiting,
             timeout=timeout,
@@ -175,6 +193,16 @@ def push(
     _tell_pushed(told)
 
 
+def _size(path: str) -> int | None:
+    """Bytes of a file; None of a folder, and of what the push itself will say that it cannot be read."""
+    from pathlib import Path
+
+    try:
+        return Path(path).stat().st_size if Path(path).is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
 def _tell_pushed(told: dict[str, Any]) -> None:
     typer.echo(f"{told['name']} {told['version']}")
     how = "encrypted, " if told.get("encrypted") else ""
@@ -182,6 +210,13 @@ def _tell_pushed(told: dict[str, Any]) -> None:
     for side in ("inputs", "outputs"):
         listed = ", ".join(f"{spec['name']} {spec['datatype']} {spec['shape']}" for spec in told.get(side, ()))
         say(f"{side}: {listed or 'none'}")
+    if told.get("skipped"):
+        say(f"not part of the model, and not sent: {', '.join(told['skipped'])}")
+    others = [name for name in told.get("signatures", ()) if name != told.get("signature")]
+    if others:
+        say(f"serves signature '{told['signature']}'; the file also has {', '.join(others)} (--signature NAME)")
+    if told.get("untried"):
+        say(f"not tried: {told['untried']}; push it with --sample FILE to try it with real inputs")
     say(_joined(told.get("batching") or {}))
 
 

@@ -69,12 +69,12 @@ def _json(source: str, data: bytes) -> dict[str, Any]:
         raise InvalidRequest(f"{source} is not JSON, .npy or .npz: {error}", field="inputs") from error
     if isinstance(found, list):
         return {UNNAMED: found}
-    if not isinstance(found, dict) or not found:
+    if not isinstance(found, dict):
         raise InvalidRequest(
             f'{source} must hold {{"name": [...]}}, {{"inputs": [tensors]}} or one nested list', field="inputs"
         )
     tensors = found.get("inputs")
-    if isinstance(tensors, list) and tensors and all(isinstance(item, dict) for item in tensors):
+    if isinstance(tensors, list) and (tensors or len(found) == 1) and all(isinstance(item, dict) for item in tensors):
         return {tensor.name: to_numpy(tensor) for tensor in oip.tensors_from_json(tensors)}
     return found
 

@@ -15,8 +15,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-from onnx import numpy_helper
+
+try:
+    import onnx
+    from onnx import numpy_helper
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error.name} is not installed; install it with: {sys.executable} -m pip install onnx") from error
 
 HERE = Path(__file__).resolve().parent
 INPUTS = [{"name": "image", "datatype": "FP32", "shape": [-1, 64]}]

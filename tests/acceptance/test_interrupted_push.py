@@ -16,7 +16,7 @@ from platforms import Platform, environment, platform
 from served import until
 
 from tether import Client
-from tether.client_push import LocalFile, local_model
+from tether.client_local import LocalFile, local_model
 from tether.processes import send
 
 PUSHER = """
@@ -47,7 +47,7 @@ def model(folder: Path, seed: int) -> LocalFile:
     """A file of several pieces that no other file has."""
     path = folder / f"{seed}.onnx"
     path.write_bytes(models.padded(8 << 20, seed=seed))
-    _, (described,) = local_model(path)
+    (described,) = local_model(path).files
     assert len(described.pieces) > 3
     return described
 

@@ -153,7 +153,32 @@ def test_a_signature_that_is_not_the_models_is_refused(sdk: Client, torch_models
 
 def test_a_saved_model_without_a_signature_is_refused(tensorflow_models: Path) -> None:
     refusal = (tensorflow_models / "refusal").read_text()
-    assert refusal == "the SavedModel has no signature 'serving_default'; it has: none"
+    assert refusal == (
+        "the model has no signature 'serving_default', and not one alone; it has: none; save it with signatures"
+    )
+
+
+def test_the_signature_that_is_named_of_a_saved_model_is_served(
+    served: Served, sdk: Client, tensorflow_models: Path
+) -> None:
+    told = sdk.push("several", tensorflow_models / "several", signature="whisper")
+    assert (told["signature"], told["signatures"]) == ("whisper", ["shout", "whisper"])
+    with served.client() as http:
+        until(lambda: http.get("/v2/models/several/ready").status_code == 200, "several is ready", 60)
+    assert sdk.infer("several", {"text": np.array([[b"LOUD"]], np.object_)})["quiet"].tolist() == [[b"loud"]]
+    assert sdk.model("several")["versions"][0]["signatures"] == ["shout", "whisper"]
+
+
+def test_the_only_signature_of_a_saved_model_needs_no_name(sdk: Client, tensorflow_models: Path) -> None:
+    told = sdk.push("named", tensorflow_models / "named")
+    assert (told["signature"], told["signatures"]) == ("shout", ["shout"])
+
+
+def test_a_format_of_one_signature_takes_no_other(sdk: Client, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(models.add())
+    with pytest.raises(InvalidRequest, match="has one signature only"):
+        sdk.push("one-signature", path, signature="a")
 
 
 @pytest.mark.parametrize("name", ["digits.pt2", "digits.pt", *TENSORFLOW])

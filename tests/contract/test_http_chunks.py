@@ -14,7 +14,7 @@ import pytest
 from served import Served
 
 from tether import Client
-from tether.client_push import LocalFile, local_model
+from tether.client_local import LocalFile, local_model
 from tether.errors import Conflict
 
 
@@ -23,7 +23,7 @@ def model(tmp_path: Path, request: pytest.FixtureRequest) -> LocalFile:
     """A model whose pieces no other test stores."""
     path = tmp_path / "model.onnx"
     path.write_bytes(models.padded(8 << 20, seed=zlib.crc32(request.node.name.encode())))
-    _, (described,) = local_model(path)
+    (described,) = local_model(path).files
     assert len(described.pieces) > 2
     return described
 
@@ -90,7 +90,7 @@ def test_what_is_no_piece_is_refused(
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"path": "../../etc/passwd"}, "path"),
+        ({"path": "../../etc/passwd"}, "cannot be stored"),
         ({"path": "other.onnx"}, "model.onnx"),
         ({"sizes": [1]}, "add up"),
         ({"size": 0}, "add up"),

@@ -56,7 +56,7 @@ def test_bytes_that_are_not_utf8_are_refused_where_onnx_needs_text(
 ) -> None:
     sent = np.array([[b"\xff\xfe", b"", b"\x00", b"ok"]], np.object_)
     refused(
-        lambda: client.infer("same-bytes", [given("x", sent, "BYTES")], headers=headers), "'x'", "UTF-8", status="500"
+        lambda: client.infer("same-bytes", [given("x", sent, "BYTES")], headers=headers), "'x'", "UTF-8", status="422"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import frameworks
 import numpy as np
@@ -20,6 +21,8 @@ frameworks.need("ai_edge_litert")
 
 import lite  # noqa: E402 - only where LiteRT is
 from ai_edge_litert import schema_py_generated as schema  # noqa: E402 - likewise
+
+from tether import litert_model  # noqa: E402 - likewise
 
 INPUTS, OUTPUTS = (TensorSpec("x", "FP32", (1, 2)),), (TensorSpec("y", "FP32", (1, 2)),)
 GOOD = lite.written(lite.recurrent())
@@ -75,13 +78,9 @@ HOSTILE = {
     "custom": (needs(b"Mine\x1b[2J"), r"needs the operator 'Mine\[2J'"),
     "no graph": (changed(lambda model: model.subgraphs.clear()), "has no graph"),
     "weights elsewhere": (changed(elsewhere), "weights in other files"),
-    "no signature": (
-        changed(lambda model: model.signatureDefs.clear()),
-        "no signature 'serving_default'.* it has: none",
-    ),
     "text": (changed(text), "'x' holds .*; only numbers can be served"),
     "a tensor that is not there": (changed(absent), "refused|ended its process"),
-    "too large to try": (changed(endless), "more than 67108864 elements"),
+    "too large to try": (changed(endless), "more than 67108864 elements|refused"),
 }
 
 
@@ -92,6 +91,26 @@ async def test_a_file_that_cannot_be_served_is_refused_with_the_reason(tmp_path:
         await looked_at(tmp_path / "m", content)
     assert "/" not in caught.value.message
     assert caught.value.message.isprintable()
+
+
+async def test_a_file_without_signatures_is_served_by_the_names_of_its_tensors(tmp_path: Path) -> None:
+    content = changed(lambda model: model.signatureDefs.clear())
+    found = await looked_at(tmp_path / "m", content)
+    assert (found.signature, found.signatures, found.untried) == ("", (), "")
+    assert [spec.shape for spec in (*found.inputs, *found.outputs)] == [spec.shape for spec in (*INPUTS, *OUTPUTS)]
+    runtime = litert_model.load(tmp_path / "m")
+    given = {found.inputs[0].name: np.ones((1, 2), np.float32)}
+    np.testing.assert_array_equal(runtime.run(given, ()), litert_model_answers(tmp_path, given))
+    with pytest.raises(ModelRejected, match="has no signature 'serving_default'; it has: none"):
+        litert_model.load(tmp_path / "m", signature="serving_default")
+
+
+def litert_model_answers(folder: Path, given: dict[str, Any]) -> list[Any]:
+    """What the same file with its signature answers."""
+    (folder / "signed").mkdir()
+    (folder / "signed" / "model.tflite").write_bytes(GOOD)
+    signed = litert_model.load(folder / "signed")
+    return signed.run(dict(zip([spec.name for spec in signed.inputs], given.values(), strict=True)), ())
 
 
 async def test_whatever_bytes_are_wrong_there_is_an_inspection_or_a_refusal(tmp_path: Path) -> None:

@@ -257,9 +257,14 @@ def test_an_input_may_be_called_inputs(tmp_path: Path) -> None:
     assert inputs.read(saved(tmp_path, {"inputs": [1, 2]})) == {"inputs": [1, 2]}
 
 
+@pytest.mark.parametrize("body", [{}, {"inputs": []}])
+def test_a_model_without_inputs_is_given_none(tmp_path: Path, body: dict[str, Any]) -> None:
+    assert inputs.read(saved(tmp_path, body)) == {}
+
+
 @pytest.mark.parametrize(
     "data",
-    [b"", b"text", b"7", b"{}", b"\x93NUMPY", b"PK\x03\x04", npy(np.array([{}]), allow_pickle=True), b"[" * 100_000],
+    [b"", b"text", b"7", b"\x93NUMPY", b"PK\x03\x04", npy(np.array([{}]), allow_pickle=True), b"[" * 100_000],
 )
 def test_what_is_no_input_is_refused(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(InvalidRequest):

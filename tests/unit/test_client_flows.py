@@ -10,7 +10,7 @@ import pytest
 from drive import BROKEN, REFUSED, Drive, done, job, refusal, reply
 
 from tether import client_flows as flows
-from tether import client_push, oip
+from tether import client_local, client_push, oip
 from tether.client_flows import JobInfo, JobOptions
 from tether.client_http import Lost, Reply
 from tether.errors import (
@@ -223,13 +223,14 @@ def test_a_list_of_jobs_is_narrowed_by_what_is_given() -> None:
 def test_a_push_goes_on_where_it_was(tmp_path: Path) -> None:
     file = tmp_path / "größe.ONNX"
     file.write_bytes(b"abc")
-    platform, files = client_push.local_model(file)
+    model = client_local.local_model(file)
+    platform, files, _ = model
     assert platform == "onnxruntime_onnx"
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert [(item.path, item.digest, item.pieces) for item in files] == [("model.onnx", digest, ((digest, 0, 3),))]
     drive = Drive([reply({"missing": [digest]}), BROKEN, reply({}, 201), BROKEN, reply({"version": 1}, 201)])
     options = {"max_batch_size": 0, "max_delay_ms": None}
-    told = drive(lambda policy: client_push.push(policy, "m", (platform, files), options, None))
+    told = drive(lambda policy: client_push.push(policy, "m", model, options, None))
     assert told == {"version": 1, "stored_bytes": 3}
     paths = [(sent.method, sent.path.removeprefix("/v1/models/m/")) for sent in drive.sent]
     piece, register = ("PUT", f"chunks/{digest}"), ("POST", "versions:register")
@@ -239,10 +240,9 @@ def test_a_push_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_is_told() -> None:
-    with pytest.raises(InvalidRequest, match="cannot read"):
-        client_push.local_model(Path("/nonexistent/model.onnx"))
-    with pytest.raises(InvalidRequest, match="no model that is known here"):
-        client_push.local_model(Path("/nonexistent/model.pkl"))
+    for name in ("model.onnx", "model.pkl"):
+        with pytest.raises(InvalidRequest, match=f"there is no file or folder '/nonexistent/{name}' here"):
+            client_local.local_model(Path("/nonexistent") / name)
 
 
 def test_keys_are_made_once_and_revoked() -> None:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from tether import model
-from tether.errors import BadTensor, TetherError, all_errors, by_code
+from tether.errors import BadTensor, ModelRejected, TetherError, all_errors, by_code
 from tether.job import (
     JobState,
     Outcome,
@@ -22,6 +22,7 @@ from tether.job import (
     tenant_mark,
 )
 from tether.model import Batching, Manifest, ModelFile, TensorSpec
+from tether.signature import chosen
 from tether.tensor import Tensor
 
 BATCHED = Manifest(
@@ -76,6 +77,72 @@ def test_what_does_not_fit_is_named(inputs: tuple[Tensor, ...], words: str) -> N
         model.check_inputs(BATCHED, inputs, run_rows=8)
     assert words in caught.value.message
     assert caught.value.field
+
+
+NAMED = msgspec.structs.replace(
+    SINGLE,
+    inputs=(
+        TensorSpec("x", "FP32", (-1, -1), ("n", "seq")),
+        TensorSpec("mask", "BOOL", (-1,), ("seq",)),
+        TensorSpec("w", "FP32", (-1,), ("seq",), optional=True),
+    ),
+)
+
+
+def test_axes_of_one_name_have_one_length_and_optional_inputs_may_be_left_out() -> None:
+    model.check_inputs(NAMED, (x(2, 3), mask(3)), run_rows=0)
+    model.check_inputs(NAMED, (x(3, name="w"), mask(3), x(2, 3)), run_rows=0)
+    model.check_inputs(
+        msgspec.structs.replace(BATCHED, inputs=NAMED.inputs), (x(3, 3), mask(3), x(3, name="w")), run_rows=8
+    )
+    for inputs in ((x(2, 3), mask(2)), (mask(2), x(2, 3)), (x(2, 3), mask(3), x(1, name="w"))):
+        with pytest.raises(BadTensor, match=r"on axis \d \('seq'\).*they must agree") as caught:
+            model.check_inputs(NAMED, inputs, run_rows=0)
+        assert caught.value.field == f"{inputs[-1].name}.shape"
+    described = model.metadata(NAMED, (1,))["inputs"]
+    assert described[1:] == [
+        {"name": "mask", "datatype": "BOOL", "shape": [-1]},
+        {"name": "w", "datatype": "FP32", "shape": [-1], "optional": True},
+    ]
+
+
+def test_a_model_without_inputs_says_that_it_has_none() -> None:
+    none = msgspec.structs.replace(BATCHED, inputs=(), batching=Batching())
+    model.check_inputs(none, (), run_rows=0)
+    with pytest.raises(BadTensor, match="has no input 'x'; it has none"):
+        model.check_inputs(none, (x(1),), run_rows=0)
+
+
+@pytest.mark.parametrize(
+    ("known", "wanted", "served"),
+    [
+        (("a", "serving_default"), "", "serving_default"),
+        (("a", "serving_default"), "a", "a"),
+        (("a",), "", "a"),
+        (("a", "b"), "b", "b"),
+    ],
+)
+def test_the_signature_that_is_served(known: tuple[str, ...], wanted: str, served: str) -> None:
+    assert chosen(known, wanted) == served
+
+
+@pytest.mark.parametrize(
+    ("known", "wanted", "words"),
+    [
+        (
+            ("b", "a"),
+            "",
+            "no signature 'serving_default', and not one alone; it has: 'a', 'b'; name one with --signature",
+        ),
+        (("b", "a"), "c", "no signature 'c'; it has: 'a', 'b'"),
+        ((), "", "it has: none; save it with signatures"),
+    ],
+)
+def test_a_signature_that_is_not_there_is_told_with_those_that_are(
+    known: tuple[str, ...], wanted: str, words: str
+) -> None:
+    with pytest.raises(ModelRejected, match=words):
+        chosen(known, wanted)
 
 
 def test_only_the_models_outputs_can_be_asked_for() -> None:

@@ -66,7 +66,15 @@ async def test_the_first_error_of_a_window_ends_the_rest() -> None:
         ModelFile("/a", 3, DIGEST, (DIGEST,)),
         ModelFile("a/", 3, DIGEST, (DIGEST,)),
         ModelFile("model.onnx\n", 3, DIGEST, (DIGEST,)),
-        ModelFile("model.onnx", 0, DIGEST, ()),
+        ModelFile("model.onnx", 0, DIGEST, (DIGEST,)),
+        ModelFile("model.onnx", 0, DIGEST, (DIGEST,), (0,)),
+        ModelFile("model.onnx", 3, DIGEST, ()),
+        ModelFile("a\\b", 3, DIGEST, (DIGEST,)),
+        ModelFile("a\u202eb", 3, DIGEST, (DIGEST,)),
+        ModelFile("x" * 129, 3, DIGEST, (DIGEST,)),
+        ModelFile("語" * 67, 3, DIGEST, (DIGEST,)),
+        ModelFile("/".join("abcdefghi"), 3, DIGEST, (DIGEST,)),
+        ModelFile("a\udc80", 3, DIGEST, (DIGEST,)),
         ModelFile("model.onnx", FIXED_PIECE + 1, DIGEST, (DIGEST,)),
         ModelFile("model.onnx", 3, DIGEST, (DIGEST,), (4,)),
         ModelFile("model.onnx", 3, DIGEST, (DIGEST,), (1, 2)),
@@ -80,6 +88,23 @@ def test_a_description_that_could_reach_elsewhere_is_refused(file: ModelFile) ->
     with pytest.raises(BadEncoding):
         check_file(file)
     check_file(FILE)
+
+
+@pytest.mark.parametrize(
+    "path", ["my weights (1).npy", "größe+ß.bin", "日本語/モデル.onnx", "-v", "a,b;c=d", "x" * 128, "__init__.py"]
+)
+def test_whatever_else_a_file_is_called_it_may_be_stored(path: str) -> None:
+    check_file(ModelFile(path, 3, DIGEST, (DIGEST,)))
+
+
+def test_a_file_may_be_empty() -> None:
+    check_file(ModelFile("pkg/__init__.py", 0, DIGEST, ()))
+    assert ModelFile("pkg/__init__.py", 0, DIGEST, ()).pieces() == []
+
+
+def test_a_refusal_names_the_file() -> None:
+    with pytest.raises(BadEncoding, match=r"the file '\.gitattributes' cannot be stored: .*begins with a dot"):
+        check_file(ModelFile(".gitattributes", 3, DIGEST, (DIGEST,)))
 
 
 def test_files_from_before_content_defined_cutting_keep_their_pieces() -> None:

@@ -18,6 +18,7 @@ from tether import codec
 from tether.bus.connection import Bus
 from tether.envelope import MessageType, Role, Verifier
 from tether.errors import BadEncoding, CorruptChunk, RoleNotAllowed, SubjectMismatch, TetherError, Unavailable
+from tether.file_names import fault_of, shown
 from tether.model import FIXED_PIECE, Manifest, ModelFile
 from tether.namespaces import check_platform_name
 from tether.pieces import LARGEST, digest_of
@@ -26,8 +27,6 @@ from tether.subjects import Names
 
 log = logging.getLogger(__name__)
 
-_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
-_PATH = re.compile(rf"{_NAME}(?:/{_NAME}){{0,7}}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -53,11 +52,6 @@ def open_manifest(verifier: Verifier, names: Names, key: str, frame: bytes) -> M
     return manifest
 
 
-def is_plain_path(path: str) -> bool:
-    """Whether a path stays below its folder whatever it is joined to: plain names, at most 8 deep, none hidden."""
-    return _PATH.fullmatch(path) is not None
-
-
 def check_file(file: ModelFile, *, whole: bool = True) -> None:
     """Prove that a file's description can be acted on: a plain name, real digests, as many pieces as its size needs.
     Unless ``whole`` it may lack the digest of the file itself.
@@ -65,18 +59,18 @@ def check_file(file: ModelFile, *, whole: bool = True) -> None:
     Raises:
         BadEncoding: with the field that does not fit.
     """
-    if not is_plain_path(file.path):
-        raise BadEncoding("a model file's path must be plain names, at most 8 deep", field="path")
+    if fault := fault_of(file.path):
+        raise BadEncoding(f"the file {shown(file.path)} cannot be stored: {fault}", field="path")
     known = (file.digest,) if whole or file.digest else ()
     if not all(_DIGEST.fullmatch(digest) for digest in (*known, *file.chunks)):
-        raise BadEncoding("a model file's digests must be hex SHA-256", field="chunks")
+        raise BadEncoding(f"the digests of the file {shown(file.path)} must be hex SHA-256", field="chunks")
     if not _adds_up(file):
-        raise BadEncoding("a model file's pieces do not add up to its size", field="size")
+        raise BadEncoding(f"the pieces of the file {shown(file.path)} do not add up to its size", field="size")
 
 
 def _adds_up(file: ModelFile) -> bool:
     if file.size <= 0:
-        return False
+        return file.size == 0 and not file.chunks and not file.sizes
     if not file.sizes:
         return len(file.chunks) == -(-file.size // FIXED_PIECE)
     fits = all(0 < size <= LARGEST for size in file.sizes)

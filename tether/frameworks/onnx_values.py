@@ -16,6 +16,15 @@ BF16_CODE = 16
 """``TensorProto.BFLOAT16``: numpy has no such type, so its bits travel as uint16."""
 
 
+def to_text(array: Array) -> Array:
+    """Elements of a BYTES tensor as the text that ONNX strings are.
+
+    Raises:
+        UnicodeDecodeError: one is not UTF-8.
+    """
+    return np.array([item.decode() for item in array.ravel()], dtype=np.object_).reshape(array.shape)
+
+
 def to_value(array: Array) -> Any:
     """An array as a value of ONNX Runtime."""
     if array.dtype == ml_dtypes.bfloat16:

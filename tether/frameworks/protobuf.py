@@ -19,6 +19,10 @@ class TooManyFields(NotProtobuf):
     """The message has more fields than it may have."""
 
 
+class CutOff(NotProtobuf):
+    """A message ends before one of its fields does."""
+
+
 class Field(NamedTuple):
     """One field: number, wire type, its varint value or length-delimited range."""
 
@@ -58,7 +62,9 @@ class Reader:
         """An unsigned number and the place after it."""
         value = shift = 0
         while True:
-            if position >= end or shift > 63:
+            if position >= end:
+                raise CutOff("a number without an end")
+            if shift > 63:
                 raise NotProtobuf("a number without an end")
             byte = self.data[position]
             position += 1
@@ -92,7 +98,7 @@ class Reader:
         else:
             raise NotProtobuf("a wire type that is none")
         if start + length > end:
-            raise NotProtobuf("a field that ends beyond its message")
+            raise CutOff("a field that ends beyond its message")
         return 0, start, start + length
 
 

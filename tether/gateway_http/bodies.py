@@ -68,12 +68,15 @@ class ServerReady(Struct):
     ready: bool
 
 
-class TensorSpec(Struct):
-    """An input or output of a model; -1 is an axis of any length."""
+class TensorSpec(Struct, omit_defaults=True):
+    """An input or output of a model; -1 is an axis of any length. `axes` are the names that the model gives to such axes, empty
+    where it gives none: axes of inputs with one name have one length. A request may leave out an `optional` input."""
 
     name: str
     datatype: str
     shape: list[int]
+    axes: list[str] = []
+    optional: bool = False
 
 
 class ModelMetadata(Struct):
@@ -194,7 +197,8 @@ RightName = Literal["use", "write", "own"]
 
 class ModelSummary(Struct):
     """A model; platform, size (bytes), labels and creation time are those of its newest version. `loaded` is false when it was
-    unloaded on purpose. `right` is what this caller may do with it: `use` it, `write` to it, or all that its owner may."""
+    unloaded on purpose. `right` is what this caller may do with it: `use` it, `write` to it, or all that its owner may. `untried`: why
+    no trial run of the newest version succeeded at its push, empty when one did."""
 
     name: str
     versions: list[int]
@@ -206,6 +210,7 @@ class ModelSummary(Struct):
     loaded: bool = True
     labels: dict[str, str] = {}
     right: RightName = "use"
+    untried: str = ""
 
 
 class Models(Struct):
@@ -237,7 +242,8 @@ class VersionDetail(Struct):
     """One immutable version. `workers`: how many answer for it just now; `reason`: why fewer than its configuration asks
     for; `served`: the version policy serves it. `key_generation`: which of the model's data keys an `encrypted` one is
     stored under. `isolation`: where it runs, `thread` (of the worker) or `process` (of its own); `isolation_reason`: how a run of it
-    ended a worker, after which it runs in a process of its own."""
+    ended a worker, after which it runs in a process of its own. `untried`: why no trial run succeeded at the push, empty when one did.
+    `signature`: the one of its file's `signatures` that is served."""
 
     version: int
     platform: str
@@ -260,6 +266,9 @@ class VersionDetail(Struct):
     key_generation: int = 0
     isolation: str = ""
     isolation_reason: str = ""
+    untried: str = ""
+    signature: str = ""
+    signatures: list[str] = []
 
 
 class ModelDetail(Struct):
@@ -275,7 +284,8 @@ class ModelDetail(Struct):
 
 class PushedVersion(Struct):
     """The version a push made; `stored_bytes` of its `size` were stored by this request. `digest` is the SHA-256 of the
-    only file, empty when there are several."""
+    only file, empty when there are several. `untried`: why no trial run succeeded, empty when one did. `signature`: the one of its
+    file's `signatures` that is served."""
 
     name: str
     version: int
@@ -288,6 +298,9 @@ class PushedVersion(Struct):
     aliases: dict[str, int]
     encrypted: bool
     batching: Batching
+    untried: str = ""
+    signature: str = ""
+    signatures: list[str] = []
 
 
 # workers

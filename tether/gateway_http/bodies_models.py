@@ -161,7 +161,9 @@ class NewVersion(Struct, forbid_unknown_fields=True):
     """Files whose pieces are stored, to become a version. `platform` is its format; one that is a program needs the scope
     `models:code`. `run_timeout_s` ends the process of a model whose run takes longer; 0 is the worker's setting. `config`
     changes how the model is served, before the version can be seen. With `version` it becomes that one or, where that is not the next
-    one, none. `encrypt` is what it was for its pieces."""
+    one, none. `encrypt` is what it was for its pieces. `sample`: real inputs for trial runs, warm-up and the check of rows,
+    `{"inputs": [tensors]}` as in an inference request or values by name; they are kept with the version. `signature`: which one of a
+    SavedModel or TensorFlow Lite file is served."""
 
     files: Annotated[list[NewFile], Meta(min_length=1, max_length=1024)]
     max_batch_size: Annotated[int, Meta(ge=-1, le=65536)] = -1
@@ -174,6 +176,8 @@ class NewVersion(Struct, forbid_unknown_fields=True):
     labels: dict[str, str] = {}
     note: str = ""
     encrypt: bool | None = None
+    sample: dict[str, Any] = {}
+    signature: Annotated[str, Meta(max_length=256)] = ""
 
 
 class WantedNote(Struct, forbid_unknown_fields=True):

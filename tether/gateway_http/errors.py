@@ -24,6 +24,9 @@ STATUSES: dict[type[errors.TetherError], int] = {
     errors.DeadlineExceeded: 504,
     errors.JobCancelled: 409,
     errors.ClientDisconnected: 499,
+    errors.InferenceFailed: 422,
+    errors.AttemptsExhausted: 500,
+    errors.JobLost: 500,
     errors.ModelRejected: 422,
     errors.CorruptChunk: 503,
 }

@@ -6,10 +6,18 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from functools import partial
+from typing import Any
 
+import msgspec
+from msgspec.structs import replace
+
+from tether import sample
 from tether.bus.model_files import check_file
+from tether.bus.upload import upload
 from tether.errors import BadEncoding, InvalidRequest, NotFound, PayloadTooLarge
 from tether.gateway_http import bodies, bodies_models
+from tether.gateway_http.encrypted import Target
 from tether.gateway_http.rest_config import checked_patch
 from tether.gateway_http.rest_models import TAG, pushed, registered
 from tether.gateway_http.routing import CLIENT_WAITS, OCTETS, Call, Media, Reply, Row
@@ -91,12 +99,32 @@ async def _register(call: Call) -> Reply:
         config=checked_patch(call, name, wanted.config),
         version=wanted.version,
         about={"labels": wanted.labels, "note": wanted.note} if wanted.labels or wanted.note else {},
+        signature=wanted.signature,
     )
     target = await call.gateway.encrypted.target(name, wanted.encrypt, call.caller.asker)
     digests = _digests(files, sealed=target.key is not None)
     await call.gateway.possession.require(call.caller, name, digests, target.store.name_of)
+    if wanted.sample:
+        given = [file for file in files if file.path != sample.PATH]
+        request = replace(request, files=(*given, await _kept(call, name, wanted.sample, target)))
     answer = await registered(call, request, target, opening=wanted.encrypt is False)
     return Reply(pushed(call, answer, 0), 201 if answer.created else 200)
+
+
+async def _kept(call: Call, name: str, given: dict[str, Any], target: Target) -> ModelFile:
+    """The sample as a file of the version."""
+
+    async def only() -> AsyncIterator[bytes]:
+        yield msgspec.json.encode(given)
+
+    gateway, store = call.gateway, target.store
+    tenant = gateway.tenants.get(call.tenant)
+    counted = partial(gateway.loose.counted, tenant, store.bucket, frozenset())
+    known = gateway.possession.readable(call.caller, name)
+    file, _ = await upload(
+        gateway.bus, store, only(), limit=sample.LARGEST, path=sample.PATH, counted=counted, whole=True, known=known
+    )
+    return file
 
 
 def _digests(files: Sequence[ModelFile], *, sealed: bool) -> list[str]:

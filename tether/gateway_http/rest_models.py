@@ -78,6 +78,7 @@ def _summary(call: Call, name: str) -> bodies.ModelSummary:
         size=newest.manifest.size,
         created_at=rfc3339(newest.manifest.created_at),
         right=_word(call.caller.right(name)),
+        untried=newest.manifest.untried,
     )
 
 
@@ -127,6 +128,9 @@ def _detail(gateway: Gateway, served: Served, scope: str, right: Right) -> bodie
             manifest, catalog.config(manifest.name), finding, rule=gateway.settings.onnx_isolation
         ).value,
         isolation_reason=finding.crashed,
+        untried=manifest.untried,
+        signature=manifest.signature,
+        signatures=list(manifest.signatures),
     )
 
 
@@ -202,7 +206,8 @@ def _check_filename(call: Call) -> None:
     text = call.request.headers.get("x-tether-filename", "model.onnx")
     if len(text) > 255 or not text.lower().endswith(".onnx"):
         raise InvalidRequest(
-            "x-tether-filename must end in .onnx: only ONNX models are served", field="x-tether-filename"
+            "x-tether-filename must end in .onnx: one body holds an ONNX file; push other models, and folders, with 'tether model push'",
+            field="x-tether-filename",
         )
 
 
@@ -245,6 +250,9 @@ def pushed(call: Call, answer: PushAnswer, stored: int) -> bodies.PushedVersion:
         aliases=answer.aliases,
         encrypted=manifest.sealed is not None,
         batching=_batching(manifest.batching),
+        untried=manifest.untried,
+        signature=manifest.signature,
+        signatures=list(manifest.signatures),
     )
 
 

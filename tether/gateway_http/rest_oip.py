@@ -91,7 +91,7 @@ def _infer_row(root: str) -> Row:
         body=bodies.InferBody,
         binary=_BINARY,
         headers=(_LENGTH, _ENCODING),
-        errors=(404, 429, 503, 504),
+        errors=(404, 422, 429, 503, 504),
     )
 
 

@@ -140,6 +140,6 @@ ROWS = [
         {200: bodies.InferenceAnswer},
         "infer",
         body=bodies.InferenceBody,
-        errors=(404, 429, 503, 504),
+        errors=(404, 422, 429, 503, 504),
     )
 ]

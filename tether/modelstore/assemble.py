@@ -25,6 +25,7 @@ from tether.modelstore.inspection import Inspection, Limits, inspect
 from tether.namespaces import check_platform_name
 from tether.sandbox import plan
 from tether.settings import Settings
+from tether.tensor import fault_of_name
 
 MAX_BATCH = 65536
 MAX_DELAY_MS = 10_000.0
@@ -53,6 +54,10 @@ def check_request(request: PushRequest, *, max_bytes: int) -> None:
         raise InvalidRequest("only ONNX runs in the worker's own process; leave isolation out", field="isolation")
     if not 0 <= request.run_timeout_s <= MAX_RUN_S:
         raise InvalidRequest(f"run_timeout_s must be 0 (the worker's setting) to {MAX_RUN_S:g}", field="run_timeout_s")
+    if request.signature and not format_of(request.platform).signatures:
+        raise InvalidRequest(
+            f"a model for '{request.platform[:64]}' has one signature only; leave signature out", field="signature"
+        )
     if not 0 <= request.max_delay_ms <= MAX_DELAY_MS:
         raise InvalidRequest(f"max_delay_ms must be 0 to {MAX_DELAY_MS:g}", field="max_delay_ms")
 
@@ -122,7 +127,34 @@ async def examine(
         size = sum(file.size for file in request.files)
         known = format_of(request.platform)
         limits = Limits.for_size(size, known.memory_mb)
-        return tuple(files), await inspect(Path(folder), known.inspector, limits, known.platform, wish)
+        wanted = (known.platform, request.signature)
+        return tuple(files), _checked(await inspect(Path(folder), known.inspector, limits, wanted, wish))
+
+
+def _checked(found: Inspection) -> Inspection:
+    """What an inspection found, when requests can name its inputs and outputs, and its named axes are its own.
+
+    Raises:
+        ModelRejected: naming the first that is not so.
+    """
+    for side, specs in (("input", found.inputs), ("output", found.outputs)):
+        names = [spec.name for spec in specs]
+        for spec in specs:
+            if fault := fault_of_name(spec.name):
+                raise ModelRejected(
+                    f"the name of {side} {spec.name[:64]!a} {fault}, so that no request could name it; rename it in the "
+                    "model",
+                    field="file",
+                )
+            if names.count(spec.name) > 1:
+                raise ModelRejected(f"two {side}s are called '{spec.name[:64]}'; rename one in the model", field="file")
+            if spec.axes and len(spec.axes) != len(spec.shape):
+                raise ModelRejected(
+                    f"{side} '{spec.name[:64]}' has {len(spec.shape)} axes and {len(spec.axes)} names of axes; name each one, "
+                    "empty where it has no name",
+                    field="file",
+                )
+    return found
 
 
 _DECLARABLE = "push it with --max-batch-size N to declare that its rows do not depend on one another"
@@ -195,11 +227,14 @@ def manifest_builder(
             created_at=created_at,
             publisher=publisher,
             tenant=request.tenant,
-            isolation=request.isolation,
+            isolation=request.isolation or (Isolation.PROCESS.value if found.crashed else ""),
             run_timeout_s=request.run_timeout_s,
             sealed=request.sealed,
             partition=partition,
             owner=owner,
+            untried=found.untried,
+            signature=found.signature,
+            signatures=found.signatures,
         )
 
     return build

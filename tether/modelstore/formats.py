@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tether import plugins
+from tether import plugins, sample
 from tether.bus.upload import LARGEST_ONNX, MODEL_PATH
-from tether.errors import FormatNotAllowed, InvalidRequest, PayloadTooLarge
+from tether.errors import FormatNotAllowed, InvalidRequest, ModelRejected, PayloadTooLarge
 from tether.model import ModelFile
 
 ONNX = "onnxruntime_onnx"
@@ -23,6 +23,8 @@ class Format:
     """One platform. ``needs`` are paths that a version must have, ``only`` says that it has no others; the first of them
     has at most ``largest`` bytes.
 
+    ``signatures``: a file may have several, of which one is served.
+
     ``code``: loading it runs what is in it, so that only a trusted publisher may push it. ``inspector`` is the module of
     this package that looks at it, and ``memory_mb`` the address space that it takes beside what the model's size asks for.
     """
@@ -34,6 +36,7 @@ class Format:
     code: bool = True
     largest: int = 1 << 50
     memory_mb: int = 4096
+    signatures: bool = False
 
 
 FORMATS = {
@@ -46,8 +49,8 @@ FORMATS = {
         Format(
             SAFETENSORS, ("model.safetensors", "model.json"), "inspect_torch", only=True, code=False, memory_mb=16384
         ),
-        Format(SAVED_MODEL, ("saved_model.pb",), "inspect_tensorflow", memory_mb=16384),
-        Format(TENSORFLOW_LITE, ("model.tflite",), "inspect_litert", only=True),
+        Format(SAVED_MODEL, ("saved_model.pb",), "inspect_tensorflow", memory_mb=16384, signatures=True),
+        Format(TENSORFLOW_LITE, ("model.tflite",), "inspect_litert", only=True, signatures=True),
     )
 }
 
@@ -72,16 +75,20 @@ def check_files(platform: str, files: tuple[ModelFile, ...], *, trusted: bool, m
 
     Raises:
         InvalidRequest: no such platform, or files that do not fit it.
+        ModelRejected: the model's own file is empty.
         FormatNotAllowed: it is a program, and who pushes it may not push programs.
         PayloadTooLarge: together the files are over a limit.
     """
     found = format_of(platform)
-    paths = [file.path for file in files]
+    paths = [file.path for file in files if file.path != sample.PATH]
     missing = [path for path in found.needs if path not in paths]
     if missing or (found.only and len(paths) != len(found.needs)) or len(set(paths)) != len(paths):
         needed = ", ".join(f"'{path}'" for path in found.needs)
         words = ("exactly" if found.only else "at least") + (" the files" if len(found.needs) > 1 else " the file")
         raise InvalidRequest(f"a version for '{platform}' has {words} {needed}, each once", field="files")
+    empty = next((file.path for file in files if file.path in found.needs and not file.size), "")
+    if empty:
+        raise ModelRejected(f"the file '{empty}' is empty: it has 0 bytes; export or download it again", field="files")
     if found.code and not trusted:
         raise FormatNotAllowed(
             f"a model for '{platform}' is a program; pushing it needs an API key with the scope 'models:code'",

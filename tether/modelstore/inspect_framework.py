@@ -7,16 +7,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from tether.errors import ModelLimits, ModelRejected, TetherError
 from tether.modelstore import limited, warmup
-from tether.modelstore.inspection import Inspection
+from tether.modelstore.inspection import Inspection, Tell
 
 FILES = 1024
 """Open at a time: the frameworks' own libraries and the model's files."""
 
 
-def look(directory: Path, module: str, extra: str) -> Inspection:
-    """Load with a module of the package ``tether`` that needs an extra of the package, and run a few times.
+def look(directory: Path, tell: Tell, module: str, extra: str, **how: Any) -> Inspection:
+    """Load with a module of the package ``tether`` that needs an extra of the package, and run a few times. ``how`` goes to its
+    ``load``.
 
     Raises:
         ModelRejected: it cannot be served, or the framework is not installed here.
@@ -28,23 +31,25 @@ def look(directory: Path, module: str, extra: str) -> Inspection:
         raise ModelRejected(
             f"this model store cannot look at the model: {error.name} is not installed; install 'tether[{extra}]'"
         ) from error
-    return tried(framework, directory)
+    return tried(framework, directory, tell, **how)
 
 
-def tried(framework: Any, directory: Path) -> Inspection:
+def tried(framework: Any, directory: Path, tell: Tell, **how: Any) -> Inspection:
     """What ``framework.load`` makes of a folder, after a few runs.
 
     Raises:
         ModelRejected: it cannot be loaded and run.
     """
     try:
-        model = framework.load(directory, device="cpu")
-        return warmup.judge(lambda arrays: model.run(arrays, ()), model.inputs, model.outputs)
+        loaded = framework.load(directory, device="cpu", **how)
+        model = warmup.Model(lambda arrays: loaded.run(arrays, ()), loaded.inputs, loaded.outputs)
+        found = warmup.judge(model, directory, tell)
+        return replace(found, signature=getattr(loaded, "signature", ""), signatures=getattr(loaded, "signatures", ()))
     except (ModelRejected, MemoryError):
         raise
     except TetherError as error:
         raise ModelRejected(f"the model was refused: {error.message}", field="file") from error
     except Exception as error:
-        if "allocate memory" in str(error) or "bad_alloc" in str(error):
+        if limited.is_memory(error):
             raise ModelLimits(limited.MEMORY, field="file") from error
         raise limited.refused("it cannot be loaded and run", error) from error

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from tether.modelstore import inspect_framework, limited
-from tether.modelstore.inspection import Inspection
+from tether.modelstore.inspection import Inspection, Tell
 
 
-def inspect(directory: Path) -> Inspection:
+def inspect(wanted: str, directory: Path, tell: Tell) -> Inspection:
     """What the model is, after a few runs; raises as :func:`tether.modelstore.inspect_framework.look`."""
-    return inspect_framework.look(directory, "litert_model", "litert")
+    return inspect_framework.look(directory, tell, "litert_model", "litert", signature=wanted)
 
 
 if __name__ == "__main__":
-    sys.exit(limited.main(sys.argv[1:], inspect, files=inspect_framework.FILES))
+    sys.exit(limited.main(sys.argv[1:], partial(inspect, sys.argv[5]), files=inspect_framework.FILES))

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from tether.bus.upload import MODEL_PATH
 from tether.errors import ModelLimits, ModelRejected
+from tether.frameworks import onnx_words
 from tether.frameworks.onnx_rows import prove
 from tether.model import TensorSpec
 from tether.modelstore import limited, onnx_external, onnx_wire, trials, warmup
-from tether.modelstore.inspection import Inspection
+from tether.modelstore.inspection import Inspection, Tell
 
 DATATYPES = {
     "bool": "BOOL",
@@ -43,7 +45,7 @@ MAX_TENSORS = 1024
 _TENSOR = re.compile(r"tensor\((\w+)\)")
 
 
-def inspect(directory: Path) -> Inspection:
+def inspect(directory: Path, tell: Tell) -> Inspection:
     """What the model is, after a few runs.
 
     Raises:
@@ -54,18 +56,15 @@ def inspect(directory: Path) -> Inspection:
     onnx_external.check_files(directory, facts.external)
     session = _load(path)
     inputs = _specs(session.get_inputs(), "input")
+    inputs += tuple(replace(spec, optional=True) for spec in _specs(session.get_overridable_initializers(), "input"))
     outputs = _specs(session.get_outputs(), "output")
     if facts.unranked:
         raise ModelRejected(
             f"input '{facts.unranked[0][:64]}' declares no shape; export the model with the rank of every input",
             field="file",
         )
-    try:
-        return warmup.judge(_runner(session, (*inputs, *outputs)), inputs, outputs, prove(path))
-    except (ModelRejected, MemoryError):
-        raise
-    except Exception as error:
-        raise _refused("its warm-up run failed", error, path) from error
+    model = warmup.Model(_runner(session, (*inputs, *outputs)), inputs, outputs)
+    return warmup.judge(model, directory, tell, proof=prove(path), words=lambda error: onnx_words.told(str(error)))
 
 
 def _walk(path: Path) -> onnx_wire.Facts:
@@ -95,13 +94,18 @@ def _load(path: Path) -> Any:
 
 def _runner(session: Any, specs: tuple[TensorSpec, ...]) -> trials.Run:
     """Runs of a session."""
-    if not any(spec.datatype == "BF16" for spec in specs):
-        return lambda arrays: list(session.run(None, dict(arrays)))
-    from tether.frameworks.onnx_values import from_value, to_value  # noqa: PLC0415 - it loads ONNX Runtime
+    from tether.frameworks.onnx_values import from_value, to_text, to_value  # noqa: PLC0415 - it loads ONNX Runtime
+
+    bf16 = any(spec.datatype == "BF16" for spec in specs)
+    text = {spec.name for spec in specs if spec.datatype == "BYTES"}
 
     def run(arrays: trials.Arrays) -> list[Any]:
         # Values that are given as uint16 are not copied, so they are held here until the run is over.
-        plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        plain = {
+            name: to_text(array) if name in text else np.ascontiguousarray(array) for name, array in arrays.items()
+        }
+        if not bf16:
+            return list(session.run(None, plain))
         values = {name: to_value(array) for name, array in plain.items()}
         return [from_value(value) for value in session.run_with_ort_values(None, values)]
 
@@ -111,7 +115,12 @@ def _runner(session: Any, specs: tuple[TensorSpec, ...]) -> trials.Run:
 def _specs(nodes: list[Any], side: str) -> tuple[TensorSpec, ...]:
     if len(nodes) > MAX_TENSORS:
         raise ModelRejected(f"the model has {len(nodes)} {side}s; at most {MAX_TENSORS} are allowed", field="file")
-    return tuple(TensorSpec(node.name, _datatype(node, side), _shape(node.shape)) for node in nodes)
+    return tuple(TensorSpec(node.name, _datatype(node, side), _shape(node.shape), _axes(node.shape)) for node in nodes)
+
+
+def _axes(axes: list[Any]) -> tuple[str, ...]:
+    names = tuple(axis if isinstance(axis, str) else "" for axis in axes)
+    return names if any(names) else ()
 
 
 def _shape(axes: list[Any]) -> tuple[int, ...]:
@@ -123,8 +132,8 @@ def _datatype(node: Any, side: str) -> str:
     match = _TENSOR.fullmatch(node.type)
     if match is None:
         raise ModelRejected(
-            f"{side} '{name}' is a {node.type[:64]}, and only tensors can be served; "
-            "a scikit-learn classifier is exported with options={'zipmap': False}",
+            f"{side} '{name}' is a {node.type[:64]}, and only tensors can be served; export a classifier without ZipMap: "
+            "to_onnx(..., options={'zipmap': False}) of skl2onnx, convert_lightgbm(..., zipmap=False) of onnxmltools",
             field="file",
         )
     datatype = DATATYPES.get(match[1])
@@ -137,12 +146,10 @@ def _datatype(node: Any, side: str) -> str:
 
 def _refused(what: str, error: Exception, path: Path) -> ModelRejected:
     """One line without this machine's paths: those of the file, and those ONNX Runtime was compiled under."""
-    text = str(error).replace(str(path), path.name).replace(str(path.parent), "")
-    if "bad_alloc" in text or "bad allocation" in text or "Failed to allocate memory" in text:
+    if limited.is_memory(error):
         return ModelLimits(limited.MEMORY, field="file")
-    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : |\S*onnxruntime_src/\S+|\S+\.(?:cc|h|hpp):\d+\S*", "", text)
-    text = " ".join(text.split())[:240]
-    return ModelRejected(f"the model was refused: {what}: {text}", field="file")
+    text = str(error).replace(str(path), path.name).replace(str(path.parent), "")
+    return ModelRejected(f"the model was refused: {what}: {onnx_words.told(text)}", field="file")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from typing import Any
 
 from tether import plugins
 from tether.modelstore import inspect_framework, limited
-from tether.modelstore.inspection import Inspection
+from tether.modelstore.inspection import Inspection, Tell
 
 
-def inspect(platform: str, directory: Path) -> Inspection:
+def inspect(platform: str, directory: Path, tell: Tell) -> Inspection:
     """What the model is, after a few runs; raises as :func:`tether.plugins.load` and :func:`~.inspect_framework.tried`."""
     runtime = plugins.load(plugins.RUNTIMES, platform, "runtime", "platform")
-    return inspect_framework.tried(_Checking(runtime), directory)
+    return inspect_framework.tried(_Checking(runtime), directory, tell)
 
 
 class _Checking:

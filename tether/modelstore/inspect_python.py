@@ -1,6 +1,6 @@
 """The child of an inspection of a Python bundle; called as :mod:`tether.modelstore.inspect_onnx` is.
 
-It runs the bundle's code: once, on zeros, under the limits of an inspection.
+It runs the bundle's code under the limits of an inspection: imports it, makes its class, and makes one run.
 """
 
 from __future__ import annotations
@@ -8,27 +8,34 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tether.custom import CustomModel, describe
-from tether.modelstore import limited, trials
-from tether.modelstore.inspection import Inspection
+from msgspec.structs import replace
+
+from tether.custom import CustomModel, describe, found_class
+from tether.errors import ModelRejected, OutputMisfit
+from tether.modelstore import limited
+from tether.modelstore.inspection import IMPORTING, MAKING, Inspection, Report, Tell
+from tether.modelstore.warmup import Model, judge
 
 
-def inspect(directory: Path) -> Inspection:
+def inspect(directory: Path, tell: Tell) -> Inspection:
     """What the bundle is, after one run.
 
     Raises:
         ModelRejected: its description or its code is not as it should be.
     """
     said = describe(directory)
+    tell(Report(doing=IMPORTING))
+    found_class(directory, said)
+    tell(Report(doing=MAKING))
     model = CustomModel(directory, said)
     try:
-        model.run(trials.zeros(said.inputs), ())
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise limited.refused("its warm-up run failed", error) from error
+        tried = judge(
+            Model(lambda arrays: model.run(arrays, ()), said.inputs, said.outputs), directory, tell, compare=False
+        )
+    except OutputMisfit as error:
+        raise ModelRejected(f"the model was refused: {error.message}", field="file") from error
     note = "" if said.max_batch_size else "its description sets no maxBatchSize"
-    return Inspection(said.inputs, said.outputs, said.max_batch_size, note)
+    return replace(tried, max_batch_size=said.max_batch_size, note=note)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -20,6 +22,21 @@ MAX_REPORT = 1 << 20
 REFUSALS = {kind.code: kind for kind in (ModelRejected, FormatNotAllowed, UnsafeModel, ModelLimits)}
 """The errors that a child may report."""
 
+LOADING = "loading the model"
+IMPORTING = "importing model.py"
+MAKING = "making the class of model.py and its load()"
+TRYING = "the trial run with made-up inputs"
+SAMPLE = "the trial run with the sample"
+MORE = "further trial runs"
+"""What a child may be doing."""
+
+_HINTS = {
+    IMPORTING: "something at the top level of model.py, or of a module that it imports, does not end",
+    MAKING: "it waits for something that does not come, or loads too much",
+    TRYING: "push a smaller model, or real inputs with --sample",
+}
+_FAULTS = (signal.SIGSEGV, signal.SIGFPE, signal.SIGILL, signal.SIGBUS)
+"""Signals that a model's process gets for what it computes."""
 _MB = 1 << 20
 CONFINED = plan.Wish()
 
@@ -30,6 +47,8 @@ class Inspection(msgspec.Struct, frozen=True):
     ``note`` says in one line why a model is not batched, or that it was not tried; often empty when it is batched, and
     when nothing is known of its rows.
     ``refuted``: a trial run showed that rows depend on one another, so nobody may declare that they do not.
+    ``untried``: why no trial run succeeded, in one line; empty when one did. ``crashed``: a trial run ended its process.
+    ``signature``: the one of its file's ``signatures`` that is served, for formats that have several.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -37,6 +56,10 @@ class Inspection(msgspec.Struct, frozen=True):
     max_batch_size: int
     note: str = ""
     refuted: bool = False
+    untried: str = ""
+    crashed: bool = False
+    signature: str = ""
+    signatures: tuple[str, ...] = ()
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -61,25 +84,36 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """The child's one line: an inspection, or the reason for a refusal."""
+    """A line of the child. With ``doing`` it says what is done next, and what is known of the model so far; without, it is the
+    last one: an inspection, or the reason for a refusal."""
 
     inspection: Inspection | None = None
     rejected: str = ""
     field: str = "file"
     code: str = ModelRejected.code
+    doing: str = ""
+
+
+Tell = Callable[[Report], None]
+"""Sends a line to whoever asked for an inspection, before it is over."""
 
 
 async def inspect(
-    directory: Path, inspector: str, limits: Limits, platform: str = "", confined: plan.Wish = CONFINED
+    directory: Path,
+    inspector: str,
+    limits: Limits,
+    wanted: tuple[str, str] = ("", ""),
+    confined: plan.Wish = CONFINED,
 ) -> Inspection:
-    """Inspect the files of ``directory`` with a module of this package, which is told the platform. The child is ``confined``,
+    """Inspect the files of ``directory`` with a module of this package, which is told what is ``wanted``: the platform and the
+    signature. The child is ``confined``,
     inherits no environment, may write no file, and reads nothing but these files and libraries.
 
     Raises:
         ModelRejected: the model cannot be served, or its inspection crashed, ran too long or needed too much memory.
     """
     wish = msgspec.structs.replace(confined, read=(str(directory), *confined.read))
-    arguments = (str(directory), str(limits.memory_mb), str(limits.cpu_s), platform)
+    arguments = (str(directory), str(limits.memory_mb), str(limits.cpu_s), *wanted)
     process = await asyncio.create_subprocess_exec(
         *plan.command(plan.plan(wish), f"tether.modelstore.{inspector}", *arguments),
         stdin=DEVNULL,
@@ -90,17 +124,18 @@ async def inspect(
         start_new_session=True,
         preexec_fn=die_with_parent(signal.SIGKILL),
     )
+    answer, late = bytearray(), False
     try:
         async with asyncio.timeout(limits.wall_s):
-            answer = await _read(process)
-            status = await process.wait()
-    except TimeoutError as error:
-        raise _too_long(limits.wall_s) from error
+            await _read(process, answer)
+            await process.wait()
+    except TimeoutError:
+        late = True
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    return _judge(answer, status, limits)
+    return _judge(_last(answer), 0 if late else process.returncode or 0, limits, limits.wall_s if late else 0.0)
 
 
 def _environment() -> dict[str, str]:
@@ -112,37 +147,48 @@ def _environment() -> dict[str, str]:
     }
 
 
-async def _read(process: Process) -> bytes:
+async def _read(process: Process, found: bytearray) -> None:
     assert process.stdout is not None  # noqa: S101 - PIPE was asked for
-    found = bytearray()
     while part := await process.stdout.read(65536):
         found += part
         if len(found) > MAX_REPORT:
             raise ModelRejected(
                 "the model's description is longer than 1 MiB; it has too many inputs or outputs", field="file"
             )
-    return bytes(found)
 
 
-def _judge(answer: bytes, status: int, limits: Limits) -> Inspection:
-    if status == -24:  # SIGXCPU
-        raise _too_long(limits.cpu_s)
-    try:
-        report = msgspec.json.decode(answer, type=Report)
-    except msgspec.DecodeError as error:
-        raise ModelLimits(
-            f"loading the model ended its process ({_ending(status)}), within {limits.memory_mb} MiB; "
-            "run it on your machine and export it again",
-            field="file",
-        ) from error
-    if report.inspection is None:
-        raise REFUSALS.get(report.code, ModelRejected)(report.rejected, field=report.field)
-    return report.inspection
+def _last(answer: bytes | bytearray) -> Report:
+    """The last whole line that the child wrote."""
+    for line in reversed(bytes(answer).split(b"\n")):
+        with suppress(msgspec.DecodeError):
+            return msgspec.json.decode(line, type=Report)
+    return Report(doing=LOADING)
 
 
-def _too_long(seconds: float) -> ModelLimits:
-    return ModelLimits(
-        f"loading and one warm-up run took longer than {seconds:g} s; push a smaller model", field="file"
+def _judge(last: Report, status: int, limits: Limits, late_s: float) -> Inspection:
+    """What the child said, or how it ended: after ``late_s`` seconds (0: not so), or with a ``status``.
+
+    A model that ran once is taken whatever became of further trial runs, and one whose first run crashed as not tried.
+    """
+    if not last.doing and last.inspection is not None:
+        return last.inspection
+    if not last.doing:
+        raise REFUSALS.get(last.code, ModelRejected)(last.rejected, field=last.field)
+    late_s = late_s or (limits.cpu_s if status == -signal.SIGXCPU else 0.0)
+    known, ending = (
+        last.inspection,
+        f"took longer than {late_s:g} s" if late_s else f"ended its process ({_ending(status)})",
+    )
+    if known is not None and not known.untried:
+        note = f"{known.note}; " if known.note else ""
+        return msgspec.structs.replace(known, note=f"{note}not all trial runs were made: one {ending}")
+    if known is not None and -status in _FAULTS:
+        return msgspec.structs.replace(known, untried=f"{last.doing} {ending}", crashed=True)
+    if late_s:
+        raise ModelLimits(f"{last.doing} {ending}; {_HINTS.get(last.doing, 'push a smaller model')}", field="file")
+    raise ModelLimits(
+        f"{last.doing} {ending}, within {limits.memory_mb} MiB; run it on your machine and export it again",
+        field="file",
     )
 
 

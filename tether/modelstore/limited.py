@@ -1,6 +1,6 @@
-"""What every child of an inspection does: limit itself, look, and print one report.
+"""What every child of an inspection does: limit itself, look, and print reports, one a line.
 
-Called as ``tether.modelstore.inspect_X DIR MEMORY_MB CPU_SECONDS PLATFORM`` in a process that is confined already
+Called as ``tether.modelstore.inspect_X DIR MEMORY_MB CPU_SECONDS PLATFORM SIGNATURE`` in a process that is confined already
 (:mod:`tether.sandbox.enter`). It limits its own memory and processor time, and may not write a byte to any file.
 """
 
@@ -14,19 +14,29 @@ from pathlib import Path
 import msgspec
 
 from tether.errors import ModelLimits, ModelRejected
-from tether.modelstore.inspection import Inspection, Report
+from tether.modelstore.inspection import Inspection, Report, Tell
 
+_MEMORY_WORDS = ("bad_alloc", "bad allocation", "allocate memory")
 MEMORY = "the model needs more memory than an inspection may use; push a smaller model"
 
 
-def main(arguments: list[str], inspect: Callable[[Path], Inspection], *, files: int = 64) -> int:
+Inspect = Callable[[Path, Tell], Inspection]
+
+
+def main(arguments: list[str], inspect: Inspect, *, files: int = 64) -> int:
     """Inspect the folder that the arguments name; ``files`` may be open at a time."""
     directory, memory_mb, cpu_s = arguments[:3]
     _limit(int(memory_mb), int(cpu_s), files)
     # Libraries write to descriptor 1 as they please; the report gets a copy that they do not know.
     report_to = os.dup(1)
     os.dup2(2, 1)
-    os.write(report_to, msgspec.json.encode(_report(Path(directory), inspect)))
+
+    def tell(report: Report) -> None:
+        line = msgspec.json.encode(report) + b"\n"
+        while line:
+            line = line[os.write(report_to, line) :]
+
+    tell(_report(Path(directory), inspect, tell))
     return 0
 
 
@@ -37,15 +47,20 @@ def _limit(memory_mb: int, cpu_s: int, files: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
 
 
-def _report(directory: Path, inspect: Callable[[Path], Inspection]) -> Report:
+def _report(directory: Path, inspect: Inspect, tell: Tell) -> Report:
     try:
-        return Report(inspection=inspect(directory))
+        return Report(inspection=inspect(directory, tell))
     except ModelRejected as error:
         return Report(rejected=error.message, field=error.field or "file", code=error.code)
     except MemoryError:
         return Report(rejected=MEMORY, code=ModelLimits.code)
     except Exception as error:  # noqa: BLE001 - a model's code, and every framework, raises what it likes
         return Report(rejected=refused("it cannot be loaded", error).message)
+
+
+def is_memory(error: Exception) -> bool:
+    """Whether a framework's error is for want of memory."""
+    return any(words in str(error) for words in _MEMORY_WORDS)
 
 
 def refused(what: str, error: Exception) -> ModelRejected:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tether.bus.model_files import is_plain_path
+from tether import sample
 from tether.bus.upload import MODEL_PATH
 from tether.errors import ModelRejected, UnsafeModel
 
@@ -22,6 +22,9 @@ LONGEST = 1024
 
 MAX_AXES = 64
 _KEYS = {"location", "offset", "length", "checksum"}
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9._ ()+,@=-]{0,127}"
+_LOCATION = re.compile(rf"{_NAME}(?:/{_NAME}){{0,7}}")
+"""Stricter than what files may be called: ONNX Runtime sees more than paths in some names (``*/_ORT_MEM_ADDR_/``)."""
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _BITS = {
     **dict.fromkeys((2, 3, 9, 17, 18, 19, 20, 24), 8),
@@ -62,7 +65,7 @@ def reference(tensor: str, entries: Sequence[tuple[str, str]], kind: int, axes: 
     if len(said) != len(entries) or not said.keys() <= _KEYS:
         raise unsafe(tensor, "says something unknown, or twice, of where they lie")
     location = said.get("location", "")
-    if not is_plain_path(location) or location == MODEL_PATH:
+    if _LOCATION.fullmatch(location) is None or location == MODEL_PATH:
         raise unsafe(tensor, "names no plain file beside the model")
     numbers = {key: said.get(key, "0") for key in ("offset", "length")}
     if not all(_NUMBER.fullmatch(text) for text in numbers.values()):
@@ -88,10 +91,14 @@ def check_files(directory: Path, external: Sequence[External]) -> None:
         if part.location not in sizes:
             sizes[part.location] = _size(directory, part)
         if part.offset + part.size > sizes[part.location]:
-            raise unsafe(part.tensor, f"lies beyond the end of '{part.location[:64]}'")
+            raise unsafe(
+                part.tensor,
+                f"lies beyond the end of '{part.location[:64]}', which has {sizes[part.location]} bytes (a download that broke "
+                "off leaves such a file)",
+            )
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if not path.is_dir() and name != MODEL_PATH and name not in sizes:
+        if not path.is_dir() and name not in (MODEL_PATH, sample.PATH) and name not in sizes:
             raise ModelRejected(
                 f"no weights of the model are in the file '{name[:64]}'; push a folder without it", field="files"
             )

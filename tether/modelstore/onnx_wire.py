@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from tether.errors import FormatNotAllowed, ModelLimits, UnsafeModel
-from tether.frameworks.protobuf import BYTES, VARINT, Buffer, Field, NotProtobuf, Reader, TooManyFields
+from tether.frameworks.protobuf import BYTES, VARINT, Buffer, CutOff, Field, NotProtobuf, Reader, TooManyFields
 from tether.modelstore.onnx_external import LONGEST, MAX_AXES, External, reference, unsafe
 
 DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "com.microsoft"})
@@ -19,6 +19,8 @@ DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "c
 
 MAX_FIELDS = 4_000_000
 MAX_NODES = 500_000
+_MOST_IR = 1000
+"""More than any ir_version is."""
 MAX_DEPTH = 24
 """Subgraphs inside subgraphs."""
 
@@ -48,10 +50,20 @@ def check_file(data: Buffer) -> Facts:
     except TooManyFields as error:
         raise ModelLimits(f"the graph has more than {MAX_FIELDS} protobuf fields", field="file") from error
     except (NotProtobuf, IndexError, RecursionError) as error:
-        raise _not_onnx() from error
+        raise (_cut_off(data) if isinstance(error, CutOff) and walk.began else _not_onnx(data)) from error
 
 
-def _not_onnx() -> FormatNotAllowed:
+def _cut_off(data: Buffer) -> FormatNotAllowed:
+    return FormatNotAllowed(
+        f"the file begins as an ONNX model and is cut off: it ends after {len(data)} bytes, in the middle of a field; download or "
+        "export it again",
+        field="file",
+    )
+
+
+def _not_onnx(data: Buffer) -> FormatNotAllowed:
+    if not len(data):
+        return FormatNotAllowed("the file is empty: it has 0 bytes; export or download it again", field="file")
     return FormatNotAllowed("the file is not an ONNX model; export the model to ONNX and push that file", field="file")
 
 
@@ -60,17 +72,23 @@ class _Walk:
         self._data = data
         self._reader = Reader(data, MAX_FIELDS)
         self._each = self._reader.fields
+        self.began = False
+        """It begins as an ONNX file does, and nobody knows yet whether it ends as one."""
         self._nodes = 0
         self._own: set[str] = set()
         self._external: list[External] = []
 
     def model(self) -> Facts:
-        fields = list(self._each(0, len(self._data)))
+        fields = []
+        for field in self._each(0, len(self._data)):
+            fields.append(field)
+            self.began = (fields[0].number, fields[0].kind) == (1, VARINT) and 0 < fields[0].value < _MOST_IR
+        self.began = False
         graphs = [field for field in fields if field.number == 7 and field.kind == BYTES]
         functions = [field for field in fields if field.number == 25 and field.kind == BYTES]
         ir_version = next((field.value for field in fields if field.number == 1 and field.kind == VARINT), 0)
         if not graphs or not ir_version:
-            raise _not_onnx()
+            raise _not_onnx(self._data)
         # Functions a model brings along are inlined before it runs, so their own domains are as good as none.
         self._own = {self._text(part) for function in functions for part in self._inside(function, 10)}
         for graph in graphs:

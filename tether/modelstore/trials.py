@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from tether.errors import ModelRejected
+from tether.errors import ModelRejected, OutputMisfit, TetherError
 from tether.model import TensorSpec
+from tether.sample import rows_of
 from tether.tensor import NUMPY_DTYPES
 
 MAX_ELEMENTS = 1 << 26
@@ -47,16 +48,28 @@ class Tried:
     refuted: str = ""
 
 
-def trial(run: Run, inputs: Sequence[TensorSpec], names: Sequence[str], *, rows: bool) -> Tried:
+def trial(
+    run: Run,
+    inputs: Sequence[TensorSpec],
+    names: Sequence[str],
+    *,
+    rows: bool,
+    sample: Arrays | None = None,
+    ran: Callable[[list[Any]], None] = lambda _outputs: None,
+) -> Tried:
     """Run the model with rows of many kinds; with ``rows`` each run of several is compared with runs of one.
 
-    ``names`` are those of the outputs.
+    ``names`` are those of the outputs. A ``sample`` of real inputs is run before all that is made up. ``ran`` is told of the
+    outputs of the first run that did not fail.
 
     Raises:
-        ModelRejected: an input is too large to try.
+        ModelRejected: an input is too large to try, or the model does not take the sample.
+        OutputMisfit: its outputs are not what it declares.
         MemoryError: a run needs more memory than there is.
     """
-    trials = _Trials(run, names, time.monotonic() + SECONDS)
+    trials = _Trials(run, names, time.monotonic() + SECONDS, ran)
+    if sample is not None:
+        trials.real(sample, [spec.name for spec in inputs], rows=rows)
     for size in SIZES if any(-1 in spec.shape[1:] for spec in inputs) else SIZES[:1]:
         if trials.sizes == SIZES_TRIED or trials.over(rows=rows):
             break
@@ -65,8 +78,9 @@ def trial(run: Run, inputs: Sequence[TensorSpec], names: Sequence[str], *, rows:
 
 
 class _Trials:
-    def __init__(self, run: Run, names: Sequence[str], ends: float) -> None:
+    def __init__(self, run: Run, names: Sequence[str], ends: float, ran: Callable[[list[Any]], None]) -> None:
         self._run = run
+        self._ran = ran
         self._names = names
         self._ends = ends
         self.outputs: list[Any] | None = None
@@ -79,6 +93,15 @@ class _Trials:
         """Whether nothing more is to be learned, or not in the time that there is."""
         return bool(self.refuted) or (self.outputs is not None and (not rows or time.monotonic() > self._ends))
 
+    def real(self, sample: Arrays, names: Sequence[str], *, rows: bool) -> None:
+        """A run of the sample as it is and, with ``rows``, one of as many of its rows as made-up inputs have."""
+        found = self._try(sample)
+        if isinstance(found, Exception):
+            raise ModelRejected(f"the model does not take the sample: {words(found)}", field="sample") from found
+        some = rows_of(dict(sample), names, len(SCALES)) if rows else None
+        if some is not None:
+            self.size([some], rows=True)
+
     def size(self, kinds: Iterable[Arrays], *, rows: bool) -> None:
         taken = 0
         for arrays in kinds:
@@ -90,25 +113,27 @@ class _Trials:
                 taken += rows and self._alone(arrays)
                 continue
             taken += 1
-            self.outputs = self.outputs or together
             if rows:
                 self.refuted = self._refuted(arrays, together)
         self.sizes += bool(taken)
 
     def _try(self, arrays: Arrays) -> list[Any] | Exception:
+        """One run. The model gets arrays of its own, which it may write into."""
         try:
-            return self._run(arrays)
-        except (ModelRejected, MemoryError):
+            found = self._run({name: np.array(array) for name, array in arrays.items()})
+        except (ModelRejected, OutputMisfit, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - the runtime's errors share no base; made-up values may not be the model's
             return error
+        if self.outputs is None:
+            self.outputs = found
+            self._ran(found)
+        return found
 
     def _alone(self, arrays: Arrays) -> bool:
         """Whether a row runs alone; where each does, but not all together, the model takes one row at a time."""
         found = [self._try(_row(arrays, row)) for row in range(_count(arrays))]
         ran = [outputs for outputs in found if not isinstance(outputs, Exception)]
-        if ran:
-            self.outputs = self.outputs or ran[0]
         if len(ran) == len(found):
             self.refuted = f"it runs with each of {len(found)} rows alone, and not with all of them"
         return bool(ran)
@@ -143,17 +168,10 @@ class _Trials:
         return isinstance(again, Exception) or bool(_difference(output, again[index]))
 
 
-def zeros(inputs: Sequence[TensorSpec], rows: int = 1) -> dict[str, Any]:
-    """Zeros that fit; free axes have ``rows`` elements if they are the first one, else 1.
-
-    Raises:
-        ModelRejected: an input is too large to try.
-    """
-    return {
-        spec.name: np.full(shape, "", np.object_) if spec.datatype == "BYTES" else np.zeros(shape, _dtype(spec))
-        for spec in inputs
-        for shape in [_shape(spec, rows, 1)]
-    }
+def words(error: Exception) -> str:
+    """An error in one line, without what could be a path."""
+    text = " ".join(word for word in str(error).split() if "/" not in word)[:240]
+    return text if isinstance(error, TetherError) else f"{type(error).__name__}: {text}"
 
 
 def _row(arrays: Arrays, row: int) -> dict[str, Any]:
@@ -231,7 +249,7 @@ def _whole(shape: list[int], kind: int, dtype: Any, draw: np.random.Generator) -
 
 
 def _texts(shape: list[int], kind: int, draw: np.random.Generator) -> Any:
-    """Words, sentences, numbers, other scripts, and texts of very different lengths."""
+    """Words, sentences, numbers, other scripts, and texts of very different lengths; bytes, as in serving."""
     choices = (
         ["a", "word", "Ulm"],
         ["a short sentence", "another, of more words than the first one"],
@@ -239,4 +257,4 @@ def _texts(shape: list[int], kind: int, draw: np.random.Generator) -> Any:
         ["Größe", "Привет", "日本語", "🙂"],
         ["x", "long " * 40, " "],
     )[kind]
-    return draw.choice(np.array(choices, np.object_), shape)
+    return draw.choice(np.array([text.encode() for text in choices], np.object_), shape)

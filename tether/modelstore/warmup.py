@@ -6,14 +6,19 @@ declared by its publisher. Trial runs can only speak against it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
+from msgspec.structs import replace
 
+from tether import sample as samples
+from tether.errors import ModelLimits
 from tether.frameworks.onnx_rows import RowProof
 from tether.model import TensorSpec
-from tether.modelstore.inspection import Inspection
+from tether.modelstore import limited, trials
+from tether.modelstore.inspection import MORE, SAMPLE, TRYING, Inspection, Report, Tell
 from tether.modelstore.trials import Run, Tried, trial
 from tether.tensor import NUMPY_DTYPES
 
@@ -29,32 +34,83 @@ UNTRIED = "its rows are proven to be independent; no made-up values were found t
 NO_FREE_AXIS = "not every input and output has a free first axis"
 
 
+class _Named(NamedTuple):
+    """A signature to compare a sample with."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...] = ()
+    name: str = ""
+    platform: str = ""
+
+
+class Model(NamedTuple):
+    """A model that is to be tried: one run of it, and its signature."""
+
+    run: Run
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
 def judge(
-    run: Run, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], proof: RowProof = NO_PROOF
+    model: Model,
+    directory: Path,
+    tell: Tell,
+    *,
+    proof: RowProof = NO_PROOF,
+    compare: bool = True,
+    words: Callable[[Exception], str] = trials.words,
 ) -> Inspection:
-    """Warm the model up and decide on batching.
+    """Try a model of ``directory`` with the sample that is there and with made-up inputs, and decide on batching.
+
+    It may fail with what is made up: then it is taken as not tried. ``tell`` hears what is known so far. ``compare``: rows alone
+    with the same rows together. ``words`` tells of an error.
 
     Raises:
-        Exception: the framework's own, when the model raised whatever it was given, and its shapes are known.
-        ModelRejected: an input is too large to try.
+        ModelRejected: an input is too large to try, the model does not take its sample, or needs too much memory.
+        OutputMisfit: its outputs are not what it declares.
     """
-    free = bool(inputs) and all(spec.shape and spec.shape[0] == -1 for spec in inputs)
-    tried = trial(run, inputs, [spec.name for spec in outputs], rows=free)
-    if tried.error is not None and not any(-1 in spec.shape[1:] for spec in inputs):
-        raise tried.error
-    outputs = _ranked(outputs, tried)
+    sample = samples.read(directory, _Named(model.inputs))
+    needed = tuple(spec for spec in model.inputs if not spec.optional)
+    doing = TRYING if sample is None else SAMPLE
+    tell(Report(doing=doing, inspection=_concluded(model, needed, proof, Tried(), f"{doing} did not end")))
+    tried = trial(
+        model.run,
+        needed,
+        [spec.name for spec in model.outputs],
+        rows=compare and _free(needed),
+        sample=sample,
+        ran=lambda found: tell(Report(doing=MORE, inspection=_concluded(model, needed, proof, Tried(found)))),
+    )
+    if tried.error is not None and limited.is_memory(tried.error):
+        raise ModelLimits(limited.MEMORY, field="file") from tried.error
+    return _concluded(
+        model, needed, proof, tried, "" if tried.error is None else f"{TRYING} failed: {words(tried.error)}"
+    )
+
+
+def _free(specs: Sequence[TensorSpec]) -> bool:
+    return bool(specs) and all(spec.shape and spec.shape[0] == -1 for spec in specs)
+
+
+def _concluded(
+    model: Model, needed: tuple[TensorSpec, ...], proof: RowProof, tried: Tried, untried: str = ""
+) -> Inspection:
+    """What trials, as far as they came, and the proof say of a model."""
+    outputs = _ranked(model.outputs, tried)
+    found = Inspection(model.inputs, outputs, 0, untried=untried)
     if proof.independent:
         outputs = _with_rows(outputs)
-    if not free or not all(spec.shape and spec.shape[0] == -1 for spec in outputs):
-        return Inspection(inputs, outputs, 0, proof.reason or NO_FREE_AXIS)
+    found = replace(found, outputs=outputs)
+    if not _free(needed) or not _free(outputs):
+        return replace(found, note=proof.reason or NO_FREE_AXIS)
     if tried.refuted:
         said = f"a trial run shows that rows depend on one another: {tried.refuted}"
         note = f"{proof.reason}; {said}" if proof.reason else said
-        return Inspection(inputs, outputs, 0, note, refuted=True)
+        return replace(found, note=note, refuted=True)
     if not proof.independent:
-        return Inspection(inputs, outputs, 0, proof.reason)
+        return replace(found, note=proof.reason)
     note = "" if tried.outputs is not None else UNTRIED
-    return Inspection(inputs, outputs, automatic_batch(inputs, outputs), note)
+    return replace(found, max_batch_size=automatic_batch(needed, outputs), note=note)
 
 
 def automatic_batch(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> int:
@@ -73,15 +129,21 @@ def _item_size(spec: TensorSpec) -> int:
 
 
 def _ranked(outputs: Sequence[TensorSpec], tried: Tried) -> tuple[TensorSpec, ...]:
-    """Give outputs that declare no shape the rank they really had."""
+    """Outputs as they really were: with the rank they had, where they declare none, and open axes for sizes that they did not have."""
     if tried.outputs is None:
         return tuple(outputs)
-    return tuple(
-        TensorSpec(spec.name, spec.datatype, (-1,) * array.ndim) if not spec.shape and array.ndim else spec
-        for spec, array in zip(outputs, tried.outputs, strict=True)
-    )
+    return tuple(_seen(spec, np.shape(array)) for spec, array in zip(outputs, tried.outputs, strict=True))
+
+
+def _seen(spec: TensorSpec, shape: tuple[int, ...]) -> TensorSpec:
+    if not spec.shape and shape:
+        return replace(spec, shape=(-1,) * len(shape))
+    if len(spec.shape) != len(shape):
+        return spec
+    axes = (axis if axis in (-1, seen) else -1 for axis, seen in zip(spec.shape, shape, strict=True))
+    return replace(spec, shape=tuple(axes))
 
 
 def _with_rows(outputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
     """Some exporters write that an output has one row; where the graph proves that it has them all, it does."""
-    return tuple(msgspec.structs.replace(spec, shape=(-1, *spec.shape[1:])) if spec.shape else spec for spec in outputs)
+    return tuple(replace(spec, shape=(-1, *spec.shape[1:])) if spec.shape else spec for spec in outputs)

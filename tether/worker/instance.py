@@ -21,7 +21,7 @@ from tether.bus.topology import lanes_of
 from tether.errors import TetherError
 from tether.job import LaneKind
 from tether.lifecycle import Tasks
-from tether.model import Manifest
+from tether.model import Manifest, gives_optional
 from tether.model_config import LoadBalancing
 from tether.worker.apart import Apart
 from tether.worker.asking import Asking
@@ -209,7 +209,7 @@ class ModelInstance:
         self._bundles[bundle] = None
         self._holding.set()
         for job in jobs:
-            self.queue.add(Ticket(job, bundle, alone=bundle.suspect))
+            self.queue.add(Ticket(job, bundle, alone=bundle.suspect, whole=gives_optional(self.manifest, job.inputs)))
         return True
 
     async def _ended(self, bundle: Bundle, ids: Sequence[str]) -> set[str]:

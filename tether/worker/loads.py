@@ -146,6 +146,7 @@ class _Copy:
 
     def __init__(self, wanted: Loadout, directory: Path, options: Options, running: Running) -> None:
         self.wanted = wanted
+        self._directory = directory
         self._closed = threading.Event()
         self._limit_s = options.load_timeout_s
         self._beginning = _in_thread(
@@ -155,7 +156,7 @@ class _Copy:
     async def load(self) -> Runtime:
         """Its files are there: load and warm up in a thread; what nobody wants any more when it is ready is closed."""
         begun = await self._wanted(self._beginning)
-        loading = _in_thread(partial(_warm, begun, self.wanted))
+        loading = _in_thread(partial(_warm, begun, self.wanted, self._directory))
         timer = asyncio.get_running_loop().call_later(self._limit_s, begun.end)
         try:
             return await self._wanted(loading, begun.end)
@@ -187,10 +188,10 @@ async def _close(coming: asyncio.Future[T]) -> None:
         coming.result().close()
 
 
-def _warm(begun: Begun, wanted: Loadout) -> Runtime:
+def _warm(begun: Begun, wanted: Loadout, directory: Path) -> Runtime:
     try:
         runtime = begun.load()
-        warm_up(runtime, wanted.manifest, wanted.warmup)
+        warm_up(runtime, wanted.manifest, wanted.warmup, directory)
     except BaseException:
         begun.close()
         raise

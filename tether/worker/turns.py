@@ -33,11 +33,11 @@ class Ticket:
 
     __slots__ = ("alone", "attempt", "began", "bundle", "ended", "job", "next", "parts", "source", "whole")
 
-    def __init__(self, job: Job, bundle: Bundle, *, alone: bool = False) -> None:
+    def __init__(self, job: Job, bundle: Bundle, *, alone: bool = False, whole: bool = False) -> None:
         self.job = job
         self.bundle = bundle
-        self.alone = alone
-        self.whole = False
+        self.alone = alone or whole
+        self.whole = whole
         self.source = Source(job)
         self.next = 0
         """The first of its rows that has not begun."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 
+from tether import sample as samples
 from tether.errors import InferenceFailed, ModelRejected
 from tether.model import Manifest, TensorSpec
 from tether.model_config import Warmup
@@ -15,19 +17,35 @@ from tether.tensor import NUMPY_DTYPES, Array
 MAX_ELEMENTS = 1 << 26
 
 
-def warm_up(runtime: Runtime, manifest: Manifest, warmups: tuple[Warmup, ...]) -> None:
-    """Make the runs that were asked for, in order. Blocks.
+def warm_up(runtime: Runtime, manifest: Manifest, warmups: tuple[Warmup, ...], directory: Path) -> None:
+    """Run the sample that the version in ``directory`` brings along, and make the runs that were asked for, in order. Where there
+    is a sample, they are made of its rows, unless they name shapes or want drawn numbers. Blocks.
 
     Raises:
         ModelRejected: one failed, or its inputs cannot be made.
     """
+    there = any(file.path == samples.PATH for file in manifest.files)
+    sample = samples.read(directory, manifest) if there else None
+    if sample is not None:
+        _run(runtime, sample, 1, "the run of the version's sample")
     for number, warmup in enumerate(warmups):
-        inputs = warmup_inputs(manifest, warmup, f"warmup[{number}]")
-        try:
-            for _ in range(warmup.count):
-                runtime.run(inputs, ())
-        except InferenceFailed as error:
-            raise ModelRejected(f"warmup[{number}] failed: {error.message}", field="warmup") from error
+        what = f"warmup[{number}]"
+        own = None if sample is None or warmup.shapes or warmup.random else _rows(sample, manifest, warmup)
+        _run(runtime, own or warmup_inputs(manifest, warmup, what), warmup.count, what)
+
+
+def _run(runtime: Runtime, inputs: dict[str, Array], count: int, what: str) -> None:
+    try:
+        for _ in range(count):
+            runtime.run(inputs, ())
+    except InferenceFailed as error:
+        raise ModelRejected(f"{what} failed: {error.message}", field="warmup") from error
+
+
+def _rows(sample: dict[str, Array], manifest: Manifest, warmup: Warmup) -> dict[str, Array]:
+    most = manifest.batching.max_batch_size
+    names = [spec.name for spec in manifest.inputs if not spec.optional]
+    return (samples.rows_of(sample, names, min(warmup.rows, most)) if most else None) or sample
 
 
 def warmup_inputs(manifest: Manifest, warmup: Warmup, field: str = "warmup") -> dict[str, Array]:
@@ -39,7 +57,7 @@ def warmup_inputs(manifest: Manifest, warmup: Warmup, field: str = "warmup") -> 
     unknown = set(warmup.shapes) - {spec.name for spec in manifest.inputs}
     if unknown:
         raise ModelRejected(f"{field}.shapes names '{min(unknown)[:64]}', which is no input", field="warmup")
-    return {spec.name: _array(spec, manifest, warmup, field) for spec in manifest.inputs}
+    return {spec.name: _array(spec, manifest, warmup, field) for spec in manifest.inputs if not spec.optional}
 
 
 def _array(spec: TensorSpec, manifest: Manifest, warmup: Warmup, field: str) -> Array:

@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 from tether import codec
 from tether.errors import TetherError
 from tether.ports import Runtime
@@ -89,7 +91,7 @@ def _limit(options: Options) -> None:
 def _run(runtime: Runtime, question: bytes, options: Options) -> Answer:
     try:
         outputs, rows = codec.unpack(question)
-        arrays = {row[0]: to_numpy(Tensor(*row)) for row in rows}
+        arrays = {row[0]: np.array(to_numpy(Tensor(*row))) for row in rows}  # the model's own, to write into
         found = runtime.run(arrays, outputs)
         names = outputs or runtime.output_names
         tensors = [from_numpy(name, array) for name, array in zip(names, found, strict=True)]

@@ -9,5 +9,5 @@ from tether.model import Manifest
 from tether.worker.runtimes.process import Options
 
 
-def load(_manifest: Manifest, directory: Path, options: Options) -> litert_model.LiteModel:
-    return litert_model.load(directory, threads=options.threads, device=options.device)
+def load(manifest: Manifest, directory: Path, options: Options) -> litert_model.LiteModel:
+    return litert_model.load(directory, threads=options.threads, device=options.device, signature=manifest.signature)

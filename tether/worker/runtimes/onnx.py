@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from tether.bus.model_files import version_digest
 from tether.bus.upload import MODEL_PATH
 from tether.errors import InferenceFailed, ModelRejected, ResultTooLarge
+from tether.frameworks import onnx_words
 from tether.frameworks.onnx_runtime import onnxruntime
-from tether.frameworks.onnx_values import from_value, to_value
+from tether.frameworks.onnx_values import from_value, to_text, to_value
 from tether.model import Manifest
 from tether.tensor import Array
 from tether.worker.runtimes.graph_cache import LARGEST, GraphCache, cache_beside, key_of
@@ -98,7 +97,7 @@ class OnnxRuntime:
         except Exception as error:
             if self._ended:
                 raise InferenceFailed("the run was ended") from error
-            raise InferenceFailed(f"the model failed: {_one_line(error)}") from error
+            raise InferenceFailed(f"the model failed: {onnx_words.plain(str(error))}") from error
         return found
 
     def _run_values(self, feed: Mapping[str, Array], wanted: list[str], now: Any) -> list[Array]:
@@ -228,14 +227,8 @@ def _graph(manifest: Manifest) -> str:
 
 def _text(name: str, array: Array) -> Array:
     try:
-        return np.array([item.decode() for item in array.ravel()], dtype=np.object_).reshape(array.shape)
+        return to_text(array)
     except UnicodeDecodeError as error:
         raise InferenceFailed(
             f"input '{name}' holds bytes that are not UTF-8 text, which ONNX strings must be"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    """The framework's own words, without line breaks and without what could be a path."""
-    words = str(error).split()
-    return " ".join(word for word in words if "/" not in word)[:300]

@@ -9,5 +9,7 @@ from tether.model import Manifest
 from tether.worker.runtimes.process import Options
 
 
-def load(_manifest: Manifest, directory: Path, options: Options) -> tensorflow_model.SavedModel:
-    return tensorflow_model.load(directory, threads=options.threads, device=options.device)
+def load(manifest: Manifest, directory: Path, options: Options) -> tensorflow_model.SavedModel:
+    return tensorflow_model.load(
+        directory, threads=options.threads, device=options.device, signature=manifest.signature
+    )
