@@ -144,7 +144,7 @@ def test_a_quota_of_bytes_holds_for_pieces_that_nothing_names(http: httpx.Client
         return http.post("/v1/models/pieces-one/versions", content=data, headers={**own, **headers})
 
     assert push(content).status_code == 201
-    until(lambda: served.services.gateway.catalog.stored_bytes("few-pieces") == len(content), "it counts")
+    until(lambda: served.services.gateway.catalog.stored.of("few-pieces") == len(content), "it counts")
     assert loose.bytes_of("few-pieces") == 0
     assert [put(b"a" * 2000).status_code for _ in range(3)] == [201, 200, 200]
     assert_error(put(b"b" * 2000), 429, "quota_exceeded", "few-pieces", "stored_bytes")

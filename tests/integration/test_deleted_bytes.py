@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import models
 import pytest
-from brokers import Broker
+from brokers import Broker, wait_until
 from stores import MB, Platform, platform_on
 
 from tether import codec
@@ -19,6 +19,7 @@ from tether.bus.resign import _Work
 from tether.bus.tenant_keys import ModelKeyring
 from tether.envelope import MessageType
 from tether.errors import QuotaExceeded
+from tether.gateway_http.catalog import Catalog
 from tether.model import Change, ChangeRequest, PushRequest
 from tether.modelstore import changes
 from tether.modelstore.keeper import Keeper
@@ -113,3 +114,28 @@ async def test_a_deleted_version_stays_deleted_for_all_who_read(bounded: Bounded
     work = _Work(bounded.bus, None, signers, 1 << 62)  # type: ignore[arg-type]
     await work.through(SignedBucket(bounded.bus, "models", MessageType.MANIFEST), None)  # type: ignore[arg-type]
     assert await bucket.was_deleted("acme/m.1")
+
+
+async def test_gateways_count_what_the_model_store_counts(bounded: Bounded) -> None:
+    """Also one that starts later, and after a collection; and nobody learns from it what other tenants have."""
+    catalog = Catalog(bounded.platform.bus)
+
+    async def all_count(megabytes: int) -> None:
+        assert await bounded.stored() == megabytes
+        await wait_until(lambda: round(catalog.stored.of("acme") / MB) == megabytes, "the gateway counts the same")
+        late = Catalog(bounded.platform.bus)
+        async with late.watching():
+            assert round(late.stored.of("acme") / MB) == megabytes
+
+    async with catalog.watching():
+        await bounded.push(1, "globex/other", tenant="globex")
+        await bounded.push(1)
+        await all_count(6)
+        await bounded.delete(1)
+        await all_count(6)
+        await bounded.push(2)
+        await all_count(12)
+        for _ in range(2):
+            await bounded.keeper.collect()
+        await all_count(6)
+    assert round(catalog.stored.of("globex") / MB) == 6

@@ -162,6 +162,6 @@ async def test_the_model_store_has_the_last_word_on_a_tenants_bytes(one: Service
     assert (len(made), len(refused)) == (2, 2)
     assert all("stored_bytes" in str(error) for error in refused)
     assert {answer.manifest.tenant for answer in made} == {TENANT}
-    await wait_until(lambda: one.gateway.catalog.stored_bytes(TENANT) == 2 * size, "the gateway knows both")
+    await wait_until(lambda: one.gateway.catalog.stored.of(TENANT) == 2 * size, "the gateway knows both")
     again = await register(one, PushRequest(made[0].manifest.name, served.manifest.files, tenant=TENANT))
     assert not again.created

@@ -17,7 +17,7 @@ import msgspec
 
 from tether import codec
 from tether.bus.believed import Believed
-from tether.bus.kv_watch import OnChange, Watcher
+from tether.bus.kv_watch import OnChange, OnDeleted, Watcher
 from tether.envelope import Envelope, MessageType
 from tether.errors import (
     BadEncoding,
@@ -124,21 +124,30 @@ class KvBucket:
 
     async def entries(self) -> dict[str, bytes]:
         """Every key that has a value."""
+        return (await self.entries_and_deleted())[0]
+
+    async def entries_and_deleted(self) -> tuple[dict[str, bytes], dict[str, bytes]]:
+        """Every key that has a value; and what deleted ones had, where :meth:`delete` was given it."""
         found: dict[str, bytes] = {}
+        deleted: dict[str, bytes] = {}
         async for item in self._bus.direct_scan(self.stream, self._root + ">"):
-            value = _value(item)
+            value, key = _value(item), item.subject[len(self._root) :]
             if value is not None:
-                found[item.subject[len(self._root) :]] = value
-        return found
+                found[key] = value
+            elif item.data:
+                deleted[key] = item.data
+        return found, deleted
 
     @asynccontextmanager
-    async def watch(self, on_change: OnChange, *, key: str = "", refetch: bool = True) -> AsyncIterator[None]:
+    async def watch(
+        self, on_change: OnChange, *, key: str = "", refetch: bool = True, on_deleted: OnDeleted | None = None
+    ) -> AsyncIterator[None]:
         """Call ``on_change`` for every entry there is, then for every change, until the block ends.
 
         With ``key`` only for that one, which needs no right to read the others. ``refetch=False`` believes what it
-        hears without asking the stream: for heartbeats.
+        hears without asking the stream: for heartbeats. ``on_deleted`` hears what deleted entries had.
         """
-        watcher = Watcher(self._bus, self, on_change, key=key, refetch=refetch)
+        watcher = Watcher(self._bus, self, on_change, key=key, refetch=refetch, on_deleted=on_deleted)
         subscription = await self._bus.subscribe(self._root + (key or ">"), watcher.heard)
         forget = self._bus.on_reconnect(watcher.resync.set)
         task = asyncio.create_task(watcher.run(), name=f"watch-{self.name}")
@@ -256,16 +265,18 @@ class SignedBucket:
         refetch: bool = True,
         on_refused: Callable[[str], None] | None = None,
         withdraw: bool = False,
+        on_deleted: OnDeleted | None = None,
     ) -> AsyncIterator[None]:
         """:meth:`KvBucket.watch` with verified bodies; an entry that fails verification changes nothing.
 
         ``on_refused`` hears of it; with ``withdraw`` an entry goes when the key that signed it is revoked.
+        ``on_deleted`` hears what deleted entries had, which it has to verify itself.
         """
         verifier = self._bus.verifier
         believed = Believed(verifier, self._open, on_change, on_refused=on_refused, withdraw=withdraw)
         forget = verifier.on_replace(believed.look_again)
         try:
-            async with self.raw.watch(believed.heard, key=key, refetch=refetch):
+            async with self.raw.watch(believed.heard, key=key, refetch=refetch, on_deleted=on_deleted):
                 yield
         finally:
             forget()

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 OnChange = Callable[[str, bytes | None], None]
 """Called with a key and its new value; None when it is gone."""
 
+OnDeleted = Callable[[str, bytes], None]
+"""Called with a deleted key and what it had; with nothing when that is gone too."""
+
 _RESYNC_S = 20.0
 _QUIET_S = 5.0
 _SETTLE_S = (0.0, 0.01, 0.05, 0.25)
@@ -28,11 +31,22 @@ _SETTLE_S = (0.0, 0.01, 0.05, 0.25)
 class Watcher:
     """Calls ``on_change`` as :meth:`KvBucket.watch` says."""
 
-    def __init__(self, bus: Bus, bucket: KvBucket, on_change: OnChange, *, key: str, refetch: bool) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        bucket: KvBucket,
+        on_change: OnChange,
+        *,
+        key: str,
+        refetch: bool,
+        on_deleted: OnDeleted | None = None,
+    ) -> None:
         self._bus = bus
         self._key = key
         self._bucket = bucket
         self._on_change = on_change
+        self._on_deleted = on_deleted
+        self._deleted: dict[str, bytes] = {}
         self._refetch = refetch
         self._known: dict[str, bytes] = {}
         self._first = asyncio.Event()
@@ -57,7 +71,8 @@ class Watcher:
 
     async def heard(self, message: Message) -> None:
         key = message.subject[self._root :]
-        value = None if (message.headers or {}).get("KV-Operation") else message.data
+        gone = bool((message.headers or {}).get("KV-Operation"))
+        value = None if gone else message.data
         if self._refetch:
             try:
                 value = await self._settled(key, value)
@@ -65,6 +80,8 @@ class Watcher:
                 self.resync.set()
                 return
         self._apply(key, value)
+        if value is None and gone:
+            self._left(key, message.data)
 
     async def _settled(self, key: str, heard: bytes | None) -> bytes | None:
         """What the stream holds; asked again for a moment while it is not yet what was heard."""
@@ -83,8 +100,22 @@ class Watcher:
             del self._known[key]
         else:
             self._known[key] = value
+        self._act(lambda: self._on_change(key, value))
+
+    def _left(self, key: str, data: bytes) -> None:
+        """A deleted key has this, or nothing."""
+        if self._on_deleted is None or self._deleted.get(key, b"") == data:
+            return
+        if data:
+            self._deleted[key] = data
+        else:
+            del self._deleted[key]
+        on_deleted = self._on_deleted
+        self._act(lambda: on_deleted(key, data))
+
+    def _act(self, act: Callable[[], None]) -> None:
         try:
-            self._on_change(key, value)
+            act()
         except Exception:
             log.exception("bucket %s: an entry was not acted on", self._bucket.name, extra={"action": "watch_failed"})
 
@@ -123,14 +154,14 @@ class Watcher:
             fields = {"action": "watch_waits", "bucket": self._bucket.name}
             log.warning("waiting for bucket %s, which the dispatcher makes: %s", self._bucket.name, why, extra=fields)
 
-    async def _entries(self) -> dict[str, bytes]:
+    async def _entries(self) -> tuple[dict[str, bytes], dict[str, bytes]]:
         if not self._key:
-            return await self._bucket.entries()
+            return await self._bucket.entries_and_deleted()
         value = await self._bucket.get(self._key)
-        return {} if value is None else {self._key: value}
+        return ({} if value is None else {self._key: value}), {}
 
     async def _snapshot(self) -> None:
-        entries = await self._entries()
+        entries, deleted = await self._entries()
         if self._refetch:
             for key in [key for key in self._known if key not in entries]:
                 self._apply(key, await self._bucket.get(key))
@@ -139,3 +170,7 @@ class Watcher:
                 self._apply(key, value)
             elif self._refetch and self._known[key] != value:
                 self._apply(key, await self._bucket.get(key))
+        for key in self._deleted.keys() - deleted.keys():
+            self._left(key, b"")
+        for key, data in deleted.items():
+            self._left(key, data)

@@ -15,6 +15,7 @@ from tether.effective import effective_batching
 from tether.envelope import MessageType
 from tether.errors import ModelNotFound, ModelNotReady, ModelUnloaded
 from tether.gateway_http.choosing import drawn, no_worker
+from tether.gateway_http.stored import Stored
 from tether.job import SHARED, Lane, LaneKind, Priority
 from tether.model import LATEST, Alias, Batching, Finding, Manifest, Route, TensorSpec, check_inputs
 from tether.model_config import ModelConfig, QueuePolicy, default_config
@@ -60,6 +61,7 @@ class Catalog:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self.owners = OwnerBook()
+        self.stored = Stored(bus)
         self._served: dict[str, dict[int, Served]] = {}
         self._aliases: dict[str, dict[str, Alias]] = {}
         self._moved = asyncio.Event()
@@ -81,7 +83,8 @@ class Catalog:
                 ("routes", MessageType.ROUTE, self._route_changed),
             ):
                 refused = self.owners.refused if name == "configs" else None
-                watch = SignedBucket(self._bus, name, kind).watch(changed, on_refused=refused)
+                deleted = self.stored.deleted if name == "models" else None
+                watch = SignedBucket(self._bus, name, kind).watch(changed, on_refused=refused, on_deleted=deleted)
                 await stack.enter_async_context(watch)
             yield
 
@@ -97,6 +100,7 @@ class Catalog:
     def _model_changed(self, key: str, body: bytes | None) -> None:
         if body is None:
             name, version = self._keys.pop(key, ("", 0))
+            self.stored.drop(key)
             self._policies.pop(name, None)
             self.owners.gone(name, version)
             self._served.get(name, {}).pop(version, None)
@@ -112,6 +116,7 @@ class Catalog:
         self._policies.pop(manifest.name, None)
         known = key in self._keys
         self.owners.manifest(manifest)
+        self.stored.keep(key, manifest)
         self._keys[key] = (manifest.name, manifest.version)
         self._served.setdefault(manifest.name, {})[manifest.version] = Served(manifest, specs, lane)
         if known:
@@ -345,11 +350,6 @@ class Catalog:
         if versions is None:
             raise no_such_model(model)
         return dict(sorted(versions.items()))
-
-    def stored_bytes(self, tenant: str) -> int:
-        """Bytes of the versions that a tenant's keys pushed."""
-        served = (one for versions in self._served.values() for one in versions.values())
-        return sum(one.manifest.size for one in served if one.manifest.tenant == tenant)
 
     def aliases(self, model: str) -> dict[str, int]:
         return {name: alias.version for name, alias in sorted(self._aliases.get(model, {}).items())}

@@ -55,7 +55,7 @@ class Gateway:
         self.catalog = Catalog(bus)
         self.heartbeats = Heartbeats(bus)
         self.tenants = Tenants(bus)
-        self.loose = LoosePieces(bus.clock.monotonic, self.catalog.stored_bytes)
+        self.loose = LoosePieces(bus.clock.monotonic, self.catalog.stored.of)
         self.possession = Possession(bus, self.catalog, self.encrypted)
         self.keys = ApiKeys(bus, self.tenants, self.catalog.owners)
         self.limits = Limits(bus, tasks, self.keys.find, self.tenants.find)

@@ -156,7 +156,7 @@ async def _push(call: Call) -> Reply:
     query: PushQuery = call.query
     named = _pieces_of_newest(gateway, name, wanted)
     if not named:
-        check_stored_bytes(tenant, gateway.catalog.stored_bytes(tenant.name), call.heading.length)
+        check_stored_bytes(tenant, gateway.catalog.stored.of(tenant.name), call.heading.length)
     target = await gateway.encrypted.target(name, query.encrypt, call.caller.asker)
     store = target.store
     held = None if named else tenant
@@ -186,7 +186,7 @@ def _pieces_of_newest(gateway: Gateway, name: str, digest: str) -> frozenset[str
 
 async def _parts(call: Call, tenant: Tenant | None) -> AsyncIterator[bytes]:
     """The body as it comes; what comes is held against the tenant's quota, whatever length was announced."""
-    stored = 0 if tenant is None else call.gateway.catalog.stored_bytes(tenant.name)
+    stored = 0 if tenant is None else call.gateway.catalog.stored.of(tenant.name)
     async for part in call.request.stream():
         call.gateway.storage.require()
         stored += len(part)

@@ -78,7 +78,7 @@ async def _use(gateway: Gateway, name: str) -> bodies.TenantUse:
     keys = [key for key in gateway.keys.known() if key.tenant == name and key.counts(now)]
     return bodies.TenantUse(
         queued_jobs=await gateway.jobs.room.open.count(name),
-        stored_bytes=gateway.catalog.stored_bytes(name),
+        stored_bytes=gateway.catalog.stored.of(name),
         keys=len(keys),
     )
 

@@ -19,6 +19,7 @@ from tether.bus.model_files import open_manifest
 from tether.envelope import MessageType
 from tether.errors import BrokerUnavailable, ConfigError, Conflict, EnvelopeError, Unavailable, VersionConflict
 from tether.model import LATEST, PROVEN, Alias, Batching, Manifest, Move
+from tether.stored import stored_bytes
 from tether.subjects import token
 
 TRIES = 16
@@ -277,20 +278,14 @@ class Registry:
         return found
 
     async def stored_bytes(self, tenant: str) -> int:
-        """Bytes of the versions that a tenant's keys pushed, and of what deleted ones left that no version names.
+        """See :func:`tether.stored.stored_bytes`.
 
         Raises:
             BrokerUnavailable: no answer.
         """
-        kept = [manifest async for manifest in self._readable()]
-        gone = [left.manifest for left in await self.deleted() if left.manifest.tenant == tenant]
-        own = sum(manifest.size for manifest in kept if manifest.tenant == tenant)
-        if not gone:
-            return own
-        named = {piece for manifest in kept for piece in _pieces(manifest)}
-        return own + sum(
-            {piece: size for one in gone for piece, size in _pieces(one).items() if piece not in named}.values()
-        )
+        kept = [manifest async for manifest in self._readable() if manifest.tenant == tenant]
+        deleted = [left.manifest for left in await self.deleted() if left.manifest.tenant == tenant]
+        return stored_bytes(kept, deleted)
 
     async def deleted(self) -> list[Deleted]:
         """Deleted versions whose pieces may not have been collected yet.
@@ -359,11 +354,6 @@ class Registry:
             manifest = self._manifest(item.subject[prefix:], item)
             if manifest is not None:
                 yield manifest
-
-
-def _pieces(manifest: Manifest) -> dict[tuple[int, str], int]:
-    """Bytes of the pieces of a version, each once, by partition and digest."""
-    return {(manifest.partition, digest): size for file in manifest.files for digest, size in file.pieces()}
 
 
 def _same(one: Manifest, other: Manifest) -> bool:
