@@ -20,6 +20,7 @@ from tether.errors import (
     InferenceFailed,
     InvalidRequest,
     JobCancelled,
+    ResultTooLarge,
     TetherError,
     by_code,
 )
@@ -59,6 +60,7 @@ class JobInfo(msgspec.Struct, frozen=True):
     started_at: datetime | None = None
     finished_at: datetime | None = None
     result: msgspec.Raw = msgspec.Raw(b"null")
+    result_left_out: bool = False
     error: Failure | None = None
 
     @property
@@ -71,6 +73,8 @@ class JobInfo(msgspec.Struct, frozen=True):
         Raises:
             TetherError: why there are none, by the class of the job's error code.
         """
+        if self.result_left_out:
+            raise ResultTooLarge(f"the answer had no room for the result of job {self.id}; ask for this job alone")
         if self.state is JobState.SUCCEEDED:
             try:
                 result = _result_decoder.decode(self.result)
@@ -251,7 +255,9 @@ def wait_many(
         params = {"ids": ",".join(part), "wait": f"{left:.3f}"}
         ask = Send("GET", "/v1/jobs", params=params)
         page = yield from exchange_json(policy, ask, JobPage, longer=left)
-        ended.update({info.id: info for info in page.jobs if info.ended})
+        for info in page.jobs:
+            if info.ended:
+                ended[info.id] = (yield from job(policy, info.id, 0.0)) if info.result_left_out else info
         open_ids = [job_id for job_id in open_ids if job_id not in ended]
         tell(progress, len(ended))
     return [ended[job_id] for job_id in ids]

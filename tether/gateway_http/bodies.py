@@ -166,7 +166,8 @@ class JobError(Struct):
 
 
 class Job(Struct, omit_defaults=True):
-    """A durable job; times are RFC 3339, UTC."""
+    """A durable job; times are RFC 3339, UTC. `result_left_out`: the answer about many jobs has no room for its result, ask for it
+    alone."""
 
     id: str
     state: JobState
@@ -178,6 +179,7 @@ class Job(Struct, omit_defaults=True):
     started_at: str | UnsetType = UNSET
     finished_at: str | UnsetType = UNSET
     result: InferAnswer | UnsetType = UNSET
+    result_left_out: bool | UnsetType = UNSET
     error: JobError | UnsetType = UNSET
 
 

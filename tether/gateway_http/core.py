@@ -14,15 +14,17 @@ from tether.bus.storage import BrokerStorage
 from tether.bus.tenant_keys import Keyring, ModelKeyring, TenantSeals
 from tether.errors import JobCancelled, TetherError
 from tether.gateway_http import infer_streams
-from tether.gateway_http.auth import ApiKeys
+from tether.gateway_http.auth import ApiKeys, Caller
 from tether.gateway_http.bundler import InferBundler
 from tether.gateway_http.catalog import Catalog, Served
 from tether.gateway_http.disconnects import Disconnects
+from tether.gateway_http.door import Door
 from tether.gateway_http.encrypted import ModelSeals
 from tether.gateway_http.extras import Extras
 from tether.gateway_http.heartbeats import Heartbeats
 from tether.gateway_http.job_room import JobRoom
 from tether.gateway_http.jobs import JobService
+from tether.gateway_http.large_bodies import LargeBodies
 from tether.gateway_http.limits import Limits
 from tether.gateway_http.loose_pieces import LoosePieces
 from tether.gateway_http.patience import Patience
@@ -30,7 +32,7 @@ from tether.gateway_http.plan import Asked
 from tether.gateway_http.possession import Possession
 from tether.gateway_http.queueing import waits
 from tether.gateway_http.readiness import Readiness
-from tether.gateway_http.request import Headers
+from tether.gateway_http.request import Headers, Heading
 from tether.gateway_http.tenants import Tenants
 from tether.home import Home
 from tether.job import Job, new_job_id
@@ -59,9 +61,13 @@ class Gateway:
         self.possession = Possession(bus, self.catalog, self.encrypted)
         self.keys = ApiKeys(bus, self.tenants, self.catalog.owners)
         self.limits = Limits(bus, tasks, self.keys.find, self.tenants.find)
+        self.door = Door(self.tenants.weight)
         self.seals = TenantSeals(bus, keyring, self.tenants)
         room = JobRoom(bus, self.tenants)
-        self.jobs = JobService(bus, self.catalog, self.tenants, tasks, self.seals, room=room, shared=self.keys.others)
+        self.large = LargeBodies(str(Home.at(bus.settings.home).root), self.tenants.weight)
+        self.jobs = JobService(
+            bus, self.catalog, self.tenants, tasks, self.seals, room=room, shared=self.keys.others, large=self.large
+        )
         self._bundler = InferBundler(
             bus, tasks, self.catalog.worker_count, keyring, self.tenants.weight, policy=self.catalog.queue
         )
@@ -93,6 +99,20 @@ class Gateway:
     async def start(self) -> None:
         await self._bundler.start()
         await self.extras.shadows.start()
+
+    async def authenticated(self, heading: Heading, scope: str) -> Caller:
+        """Whose a request is, when it is its turn; unknown keys take turns as one tenant.
+
+        Raises:
+            Unauthenticated, Forbidden: see :meth:`ApiKeys.authenticate`.
+        """
+        try:
+            caller = self.keys.authenticate(heading.key, scope)
+        except TetherError:
+            await self.door.enter("")
+            raise
+        await self.door.enter(caller.tenant, heading.length)
+        return caller
 
     async def infer(
         self,
@@ -190,6 +210,7 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Gateway]:
         audit = await stack.enter_async_context(writing(bus, home, tasks))
         keyrings = Keyring(bus, home, every=True), ModelKeyring(bus, home, every=True)
         gateway = Gateway(bus, tasks, audit, *keyrings)
+        stack.push_async_callback(gateway.large.close)
         await stack.enter_async_context(gateway.tenants.watching())
         await stack.enter_async_context(gateway.keys.watching())
         tasks.spawn(gateway.keys.uses.keep(), "key-uses")

@@ -8,12 +8,13 @@ from typing import Any
 
 import msgspec
 
-from tether import metrics, oip, oip_json
-from tether.errors import InvalidRequest, PayloadTooLarge, TetherError
+from tether import metrics
+from tether.errors import InvalidRequest, TetherError
 from tether.gateway_http import audited, told
 from tether.gateway_http.auth import Caller
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.errors import error_response
+from tether.gateway_http.job_bodies import Wanted
 from tether.gateway_http.job_submit import NewJob
 from tether.gateway_http.job_view import shown_job
 from tether.gateway_http.limits import Ticket
@@ -31,38 +32,9 @@ from tether.gateway_http.request import (
 from tether.job import LONGEST_DEADLINE_S, Priority
 from tether.namespaces import RESERVED
 
-MAX_BATCH = 1000
-"""Jobs in one ``POST /v1/jobs:batch``."""
-
 _JSON = "application/json"
 _BINARY = "application/octet-stream"
 _encode = msgspec.json.Encoder().encode
-
-
-class OutputName(msgspec.Struct, frozen=True):
-    name: str
-
-
-class JobBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``POST /v1/jobs``."""
-
-    model: str
-    inputs: list[msgspec.Raw]
-    version: str | int = ""
-    outputs: list[OutputName] = []
-    priority: Priority | None = None
-    deadline_ms: float | None = None
-    parameters: dict[str, str | int | float | bool] = {}
-
-
-class BatchBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``POST /v1/jobs:batch``."""
-
-    jobs: list[JobBody]
-
-
-_job_decoder = msgspec.json.Decoder(JobBody)
-_batch_decoder = msgspec.json.Decoder(BatchBody)
 
 
 Handler = Callable[[Incoming], Coroutine[Any, Any, Reply]]
@@ -104,7 +76,7 @@ class HotRoutes:
         ticket = key = None
         try:
             heading = Heading(incoming.headers)
-            key = self._gateway.keys.authenticate(heading.key, scope)
+            key = await self._gateway.authenticated(heading, scope)
             ticket = self._gateway.limits.enter(key.key)
             answer = await work(incoming, heading, key, ticket)
         except TetherError as error:
@@ -148,7 +120,7 @@ class HotRoutes:
         key.check_model(name)
         served = gateway.catalog.resolve(name, version, heading.sticky, key.id)
         body = await self._body(heading, incoming)
-        request = oip.parse_infer_request(body, heading.json_length, specs=served.specs)
+        request = await gateway.large.infer_request(key.tenant, body, heading.json_length, served.specs)
         extra: Headers = []
         tensors = await gateway.infer(
             served,
@@ -163,8 +135,8 @@ class HotRoutes:
             notes=extra,
         )
         manifest = served.manifest
-        answer, length = oip.build_infer_response(
-            model=key.shown(manifest.name), version=manifest.version, request=request, outputs=tensors
+        answer, length = await gateway.large.infer_answer(
+            key.tenant, key.shown(manifest.name), manifest.version, request, tensors
         )
         if length is None:
             return await replied(200, answer, heading, content_type=_JSON, extra=extra)
@@ -173,19 +145,17 @@ class HotRoutes:
 
     async def _submit(self, incoming: Incoming, heading: Heading, key: Caller, _ticket: Ticket | None) -> Reply:
         """``POST /v1/jobs``."""
-        body: JobBody = oip_json.parse_body(_job_decoder, await self._body(heading, incoming))
-        (job,) = await self._taken(key, [self._new_job(key, body, heading, "")])
+        wanted = await self._gateway.large.jobs(key.tenant, await self._body(heading, incoming), many=False)
+        (job,) = await self._taken(key, [self._new_job(key, wanted[0], heading, "")])
         extra = [("location", f"/v1/jobs/{job['id']}")]
         return reply(202, _encode(job), heading, content_type=_JSON, extra=extra)
 
     async def _submit_many(self, incoming: Incoming, heading: Heading, key: Caller, ticket: Ticket | None) -> Reply:
         """``POST /v1/jobs:batch``; it counts as as many requests as it has jobs."""
-        body: BatchBody = oip_json.parse_body(_batch_decoder, await self._body(heading, incoming))
-        if not 0 < len(body.jobs) <= MAX_BATCH:
-            raise PayloadTooLarge(f"a batch has 1 to {MAX_BATCH} jobs, not {len(body.jobs)}", field="jobs")
+        wanted = await self._gateway.large.jobs(key.tenant, await self._body(heading, incoming), many=True)
         if ticket is not None:
-            ticket.count(len(body.jobs) - 1)
-        requests = [self._new_job(key, job, heading, f"/{index}") for index, job in enumerate(body.jobs)]
+            ticket.count(len(wanted) - 1)
+        requests = [self._new_job(key, job, heading, f"/{index}") for index, job in enumerate(wanted)]
         jobs = await self._taken(key, requests)
         return reply(202, _encode({"jobs": jobs}), heading, content_type=_JSON)
 
@@ -196,21 +166,19 @@ class HotRoutes:
         audited.submitted(self._gateway, key, jobs, sizes, requests[0].request_id)
         return [shown_job(job, key.shown, key.told) for job in jobs]
 
-    def _new_job(self, caller: Caller, body: JobBody, heading: Heading, suffix: str) -> NewJob:
+    def _new_job(self, caller: Caller, wanted: Wanted, heading: Heading, suffix: str) -> NewJob:
         settings = self._gateway.settings
-        oip_json.check_count(body.outputs, "outputs")
-        oip_json.check_parameters(body.parameters, "parameters")
-        deadline_s = settings.job_deadline_s if body.deadline_ms is None else body.deadline_ms / 1000
+        deadline_s = settings.job_deadline_s if wanted.deadline_ms is None else wanted.deadline_ms / 1000
         if not 0 < deadline_s <= LONGEST_DEADLINE_S:
             raise InvalidRequest("deadline_ms must be more than 0 and at most 30 days", field="deadline_ms")
-        name = caller.named(body.model)
+        name = caller.named(wanted.model)
         caller.check_model(name)
         key = heading.idempotency_key
         return NewJob(
-            served=self._gateway.catalog.resolve(name, str(body.version), heading.sticky, caller.id),
-            inputs=oip.tensors_from_json(body.inputs),
-            outputs=tuple([output.name for output in body.outputs]),
-            priority=body.priority,
+            served=self._gateway.catalog.resolve(name, wanted.version, heading.sticky, caller.id),
+            inputs=wanted.inputs,
+            outputs=wanted.outputs,
+            priority=Priority(wanted.priority) if wanted.priority else None,
             deadline_s=deadline_s,
             idempotency_key=key + suffix if key else "",
             request_id=heading.request_id,

@@ -7,14 +7,17 @@ the broker stored the last job of its page: it tells nothing of others, and coun
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from typing import Any, NamedTuple
 
 from tether.bus.connection import Bus, Stored
 from tether.errors import InvalidRequest
+from tether.gateway_http.job_outputs import AT_ONCE, OutputRoom
 from tether.gateway_http.job_records import Records
 from tether.gateway_http.job_view import State, view
 from tether.job import JobId, JobRecord
@@ -31,7 +34,7 @@ Page = tuple[list[dict[str, Any]], str | None]
 Sees = Callable[[str], bool]
 """Whether the caller may use a model of this name."""
 
-States = Callable[[Sequence[JobRecord]], Awaitable[dict[JobId, State]]]
+States = Callable[[Sequence[JobRecord], OutputRoom], Awaitable[dict[JobId, State]]]
 
 
 class Asked(NamedTuple):
@@ -81,13 +84,14 @@ class JobList:
             BrokerUnavailable: no answer.
         """
         found: list[dict[str, Any]] = []
+        room = OutputRoom()
         for subjects in (self._records.subjects_of(asked.tenant), self._records.subjects_of_before):
-            cursor = await self._add(found, asked, subjects)
+            cursor = await self._add(found, asked, subjects, room)
             if cursor is not None:
                 return found, cursor
         return found, None
 
-    async def _add(self, found: list[dict[str, Any]], asked: Asked, subjects: str) -> str | None:
+    async def _add(self, found: list[dict[str, Any]], asked: Asked, subjects: str, room: OutputRoom) -> str | None:
         """Add what matches; the cursor to go on from, when there may be more of these."""
         upper, first = await self._bounds(subjects, asked.before)
         size, left = _WINDOW, _MAX_RECORDS
@@ -97,10 +101,11 @@ class JobList:
             if items is None:
                 size = max(_WINDOW, size // _GROWTH)
                 continue
-            for item, job in await self._shown(items, asked):
-                found.append(job)
-                if len(found) == asked.limit:
-                    return _cursor(item)
+            async with aclosing(self._shown(items, asked, room)) as shown:
+                async for item, job in shown:
+                    found.append(job)
+                    if len(found) == asked.limit:
+                        return _cursor(item)
             left -= len(items)
             if left <= 0:
                 return _cursor(items[0])
@@ -128,13 +133,20 @@ class JobList:
                 return None
         return items
 
-    async def _shown(self, items: Sequence[Stored], asked: Asked) -> list[tuple[Stored, dict[str, Any]]]:
-        """Those that were asked for, newest first."""
-        opened = [(item, self._records.opened(item.subject, item.data)) for item in items]
-        rows = [(item, record) for item, record in opened if record is not None and _is_asked(record, asked)]
-        states = await self._states([record for _, record in rows])
-        shown = [(item, view(states[record.id])) for item, record in reversed(rows)]
-        return [(item, job) for item, job in shown if asked.state in ("", job["state"])]
+    async def _shown(
+        self, items: Sequence[Stored], asked: Asked, room: OutputRoom
+    ) -> AsyncGenerator[tuple[Stored, dict[str, Any]], None]:
+        """Those that were asked for, newest first; a few at a time, between which other requests have their turn."""
+        newest = list(reversed(items))
+        for start in range(0, len(newest), AT_ONCE):
+            opened = [(item, self._records.opened(item.subject, item.data)) for item in newest[start : start + AT_ONCE]]
+            rows = [(item, record) for item, record in opened if record is not None and _is_asked(record, asked)]
+            states = await self._states([record for _, record in rows], room)
+            for item, record in rows:
+                job = view(states[record.id])
+                if asked.state in ("", job["state"]):
+                    yield item, job
+            await asyncio.sleep(0)
 
 
 def _is_asked(record: JobRecord, asked: Asked) -> bool:

@@ -27,6 +27,10 @@ class State(msgspec.Struct, frozen=True):
     record: JobRecord
     outcome: Outcome | None = None
     note: AttemptNote | None = None
+    outputs: bytes = b""
+    """Those of the outcome as JSON, when that was made elsewhere."""
+    left_out: bool = False
+    """It has outputs that the answer has no room for."""
 
     @property
     def ended(self) -> bool:
@@ -100,12 +104,16 @@ def view(state: State) -> dict[str, Any]:
     shown["finished_at"] = rfc3339(finished)
     if outcome.error is not None:
         shown["error"] = {"code": outcome.error.code, "message": outcome.error.message}
-    if outcome.state is JobState.SUCCEEDED:
+    if state.left_out:
+        shown["result_left_out"] = True
+    elif outcome.state is JobState.SUCCEEDED:
         shown["result"] = {
             "model_name": record.model,
             "model_version": str(record.version),
             "id": record.id,
-            "outputs": [oip.tensor_to_json(tensor) for tensor in outcome.outputs],
+            "outputs": msgspec.Raw(state.outputs)
+            if state.outputs
+            else [oip.tensor_to_json(tensor) for tensor in outcome.outputs],
         }
     return shown
 

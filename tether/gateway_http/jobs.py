@@ -8,9 +8,11 @@ these whenever somebody asks, so there is no state that could be written wrongly
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from tether import codec
 from tether.bus.connection import Bus, Stored
@@ -23,10 +25,12 @@ from tether.errors import BrokerUnavailable, DeadlineExceeded, JobCancelled, Job
 from tether.gateway_http.catalog import Catalog
 from tether.gateway_http.job_ends import JobEnds
 from tether.gateway_http.job_list import Asked, JobList, Page, Sees, before
+from tether.gateway_http.job_outputs import AT_ONCE, OutputRoom
 from tether.gateway_http.job_records import Records
 from tether.gateway_http.job_room import JobRoom
 from tether.gateway_http.job_submit import JobSubmitter, NewJob
 from tether.gateway_http.job_view import State, read_outcome, view
+from tether.gateway_http.large_bodies import LargeBodies
 from tether.gateway_http.tenants import Tenants
 from tether.gateway_http.withdrawals import Withdrawals
 from tether.job import (
@@ -52,8 +56,16 @@ _GATHER_S = 0.02
 """Of many jobs many end together: one look for all of them."""
 
 
+T = TypeVar("T")
+
+
 def _all(_model: str) -> bool:
     return True
+
+
+def _few(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """As many at a time as may have their results in memory."""
+    return (items[start : start + AT_ONCE] for start in range(0, len(items), AT_ONCE))
 
 
 class JobService:
@@ -69,8 +81,10 @@ class JobService:
         *,
         room: JobRoom,
         shared: Callable[[str], bool],
+        large: LargeBodies,
     ) -> None:
         self._bus = bus
+        self._large = large
         self._seals = seals
         self.room = room
         self._results = BusResults(bus)
@@ -150,8 +164,10 @@ class JobService:
                         pause = min(_POLL_S, 2 * pause)
 
     async def _still_open(self, ids: list[JobId], states: dict[JobId, State]) -> list[JobId]:
+        ended = set[str]()
         try:
-            ended = await self._stored([states[job].record for job in ids])
+            for some in _few(ids):
+                ended.update(await self._stored([states[job].record for job in some]))
         except BrokerUnavailable:
             return ids  # who waits for a job waits for the broker too
         now = self._bus.clock.utc()
@@ -187,10 +203,15 @@ class JobService:
 
     # states
 
-    async def _states(self, records: Sequence[JobRecord]) -> dict[JobId, State]:
-        """What is known of each job; those whose deadline is over without a result are ended here."""
-        if not records:
-            return {}
+    async def _states(self, records: Sequence[JobRecord], room: OutputRoom | None = None) -> dict[JobId, State]:
+        """What is known of each job; those whose deadline is over without a result are ended here. Outputs for which the answer
+        has no ``room`` are left out."""
+        room, found = room or OutputRoom(), dict[JobId, State]()
+        for some in _few(records):
+            found.update(await self._some(some, room))
+        return found
+
+    async def _some(self, records: Sequence[JobRecord], room: OutputRoom) -> dict[JobId, State]:
         outcomes = await self._outcomes(records)
         now = self._bus.clock.utc()
         late = [record for record in records if record.id not in outcomes and record.deadline + STORED_S < now]
@@ -199,7 +220,19 @@ class JobService:
             await asyncio.gather(*[self._ends.end(record, JobState.EXPIRED, failure, 0) for record in late])
             outcomes.update(await self._outcomes(late))
         notes = await self._notes([record for record in records if record.id not in outcomes])
-        return {record.id: State(record, outcomes.get(record.id), notes.get(record.id)) for record in records}
+        return {
+            record.id: await self._state(record, outcomes.get(record.id), notes.get(record.id), room)
+            for record in records
+        }
+
+    async def _state(
+        self, record: JobRecord, outcome: Outcome | None, note: AttemptNote | None, room: OutputRoom
+    ) -> State:
+        if outcome is None or not outcome.outputs:
+            return State(record, outcome, note)
+        if not room.takes(outcome):
+            return State(record, msgspec.structs.replace(outcome, outputs=()), note, left_out=True)
+        return State(record, outcome, note, await self._large.job_outputs(record.tenant, outcome.outputs) or b"")
 
     async def _outcomes(self, records: Sequence[JobRecord]) -> dict[JobId, Outcome]:
         stored = await self._stored(records)

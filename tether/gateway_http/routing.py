@@ -302,7 +302,7 @@ class Endpoint:
         seen.heading = heading = Heading(incoming.headers)
         key = None
         if row.scope is not None:
-            key = gateway.keys.authenticate(heading.key, row.scope)
+            key = await gateway.authenticated(heading, row.scope)
             seen.ticket = gateway.limits.enter(key.key)
         if row.grows:
             gateway.storage.require()
