@@ -202,6 +202,30 @@ def counting() -> bytes:
     return to_bytes(model(nodes, [value("n", "INT64", [1])], [value("y", "FP32", [1])], weights))
 
 
+def slow_when_long(trips: int = 1 << 40) -> bytes:
+    """A loop of so many steps for each row above a hundred; quick with fewer."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Sin", ["state"], ["next"])],
+        "body",
+        [value("i", "INT64", []), value("go", "BOOL", []), value("state", "FP32", [1])],
+        [value("go_on", "BOOL", []), value("next", "FP32", [1])],
+    )
+    weights = [
+        numpy_helper.from_array(np.zeros(1, np.float32), "zero"),
+        numpy_helper.from_array(np.array(100, np.int64), "hundred"),
+        numpy_helper.from_array(np.array(0, np.int64), "none"),
+        numpy_helper.from_array(np.array(trips, np.int64), "each"),
+    ]
+    nodes = [
+        helper.make_node("Size", ["x"], ["size"]),
+        helper.make_node("Sub", ["size", "hundred"], ["above"]),
+        helper.make_node("Max", ["above", "none"], ["rows"]),
+        helper.make_node("Mul", ["rows", "each"], ["turns"]),
+        helper.make_node("Loop", ["turns", "", "zero"], ["y"], body=body),
+    ]
+    return to_bytes(model(nodes, [value("x", "FP32", ["n"])], [value("y", "FP32", [1])], weights))
+
+
 def filling() -> bytes:
     """Adds up a matrix of ones whose shape its input says."""
     ones = helper.make_tensor("ones", TensorProto.FLOAT, [1], [1.0])

@@ -33,6 +33,7 @@ SCRIPTS: dict[str, tuple[int, list[str]]] = {
     "multi": (8, []),
     "clock": (8, []),
     "kills": (20, ["--worker-kills", "8", "--other-kills", "20"]),
+    "tenants": (5, ["--seconds", "60"]),
     "soak": (12, ["--seconds", "300"]),
     "scale": (20, ["--models", "300", "--jobs", "10000"]),
     "bigbroker": (20, ["--models", "300"]),

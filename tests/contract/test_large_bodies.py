@@ -96,7 +96,9 @@ def test_an_answer_about_many_jobs_has_results_up_to_a_bound(served: Served, htt
     key = served.new_key("jobs", tenant="many-results")
     with httpx.Client(base_url=served.url, headers={"x-api-key": key}, timeout=60, trust_env=False) as own:
         jobs = [{"model": "large-wide", **body(1)} for _ in range(fits + 3)]
-        ids = [job["id"] for job in own.post("/v1/jobs:batch", json={"jobs": jobs}).json()["jobs"]]
+        submitted = own.post("/v1/jobs:batch", json={"jobs": jobs})
+        assert submitted.status_code == 202, submitted.text
+        ids = [job["id"] for job in submitted.json()["jobs"]]
         for query in (f"ids={','.join(ids)}&wait=50", "limit=1000"):
             shown = own.get(f"/v1/jobs?{query}").json()["jobs"]
             assert [job["state"] for job in shown] == ["succeeded"] * len(ids)
