@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from broker_users import add_operator, new_seed
 
 from tether.bus.config import write_ops_files
 from tether.bus.keys import create_home
@@ -34,6 +35,8 @@ class Broker:
     settings: Settings
     monitor: str
     server: EmbeddedServer | None = None
+    operator_seed: str = ""
+    """Of a user of a broker in a container who may do everything; one is added to an embedded broker where a test needs it."""
 
     @property
     def url(self) -> str:
@@ -95,13 +98,15 @@ async def container(home: Home, **changes: Any) -> AsyncIterator[Broker]:
     files = write_ops_files(folder, home, partitions=settings.partitions)
     started = DockerContainer(image).with_exposed_ports(4222, 8222).with_command("-c /etc/tether/container.conf")
     started = started.waiting_for(LogMessageWaitStrategy("Server is ready"))
+    seed = new_seed()
+    add_operator(folder / "permissions.conf", seed)
     for file in files:
         started = started.with_copy_into_container(file, f"/etc/tether/{file.name}")
     with contextlib.closing(started.get_docker_client().client), started as running:
         host = running.get_container_host_ip()
         client, monitor = running.get_exposed_port(4222), running.get_exposed_port(8222)
         settings = dataclasses.replace(settings, nats_url=f"nats://{host}:{client}")
-        yield Broker(home, settings, f"http://{host}:{monitor}")
+        yield Broker(home, settings, f"http://{host}:{monitor}", operator_seed=seed)
 
 
 async def wait_until(

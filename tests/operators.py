@@ -6,10 +6,9 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
-import nkeys
-from brokers import wait_until
+from broker_users import add_operator, new_seed
+from brokers import Broker, wait_until
 
 from tether.bus.connection import Bus
 from tether.bus.server import _running_on
@@ -17,20 +16,6 @@ from tether.bus.tls import client_context
 from tether.errors import BrokerUnavailable, ConfigError
 from tether.home import Home
 from tether.settings import Settings
-
-USERS = "    users: [\n"
-
-
-def new_seed() -> str:
-    seed: bytes = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
-    return seed.decode()
-
-
-def add_operator(accounts: Path, seed: str) -> None:
-    """Name one more user, without any limit, in a file with accounts of ours."""
-    public = nkeys.from_seed(bytearray(seed.encode())).public_key.decode()
-    head, mark, rest = accounts.read_text().rpartition(USERS)
-    accounts.write_text(f"{head}{mark}      {{ nkey: {public} }}\n{rest}")
 
 
 @asynccontextmanager
@@ -61,6 +46,14 @@ async def operator(home: Home, settings: Settings) -> AsyncIterator[Bus]:
     add_operator(home.nats_config, seed)
     os.kill(found[0], signal.SIGHUP)
     async with as_operator(home, settings, seed) as bus:
+        yield bus
+
+
+@asynccontextmanager
+async def operator_of(broker: Broker) -> AsyncIterator[Bus]:
+    """:func:`as_operator` on a test's broker, of either kind."""
+    home, settings, seed = broker.home, broker.settings, broker.operator_seed
+    async with as_operator(home, settings, seed) if seed else operator(home, settings) as bus:
         yield bus
 
 

@@ -44,7 +44,7 @@ async def test_a_request_that_crashes_onnx_runtime_ends_a_worker_once_and_then_o
         assert isolation(running, "dividing") == ("thread", "")
         before = pids(running)
         refused = ask(running, "dividing", models.FATAL)
-        assert refused.status_code == 500, refused.text
+        assert refused.status_code == 422, refused.text
         assert "SIGFPE" in refused.json()["error"], refused.text
         (dead,) = [name for name, pid in before.items() if not alive(pid)]
         await wait_until(lambda: pids(running)[dead] != before[dead], "the worker is back")
@@ -55,7 +55,7 @@ async def test_a_request_that_crashes_onnx_runtime_ends_a_worker_once_and_then_o
         assert isolation(running, "beside") == ("thread", "")
         await wait_until(running.ready, "every process is ready", 30)
         for _ in range(3 * workers):
-            assert ask(running, "dividing", models.FATAL).status_code == 500
+            assert ask(running, "dividing", models.FATAL).status_code == 422
             assert ask(running, "dividing", 9).json()["outputs"][0]["data"] == [-9]
             assert ask(running, "beside", 5).json()["outputs"][0]["data"] == [5]
         assert pids(running) == after

@@ -125,7 +125,9 @@ def test_weights_of_an_onnx_model_may_be_pushed_beside_it(served: Served, sdk: C
     with pytest.raises(ModelRejected, match=r"the file 'parts/weights\.bin' \(external data\), which is not here"):
         sdk.push("split", folder / "model.onnx")
     (folder / "notes.txt").write_text("x")
-    with pytest.raises(ModelRejected, match=r"in the file 'notes\.txt'"):
+    assert sdk.push("split", folder)["skipped"] == ["notes.txt"]
+    (folder / "notes.bin").write_text("x")
+    with pytest.raises(ModelRejected, match=r"in the file 'notes\.bin'"):
         sdk.push("split", folder)
 
 
@@ -161,12 +163,12 @@ def test_a_saved_model_without_a_signature_is_refused(tensorflow_models: Path) -
 def test_the_signature_that_is_named_of_a_saved_model_is_served(
     served: Served, sdk: Client, tensorflow_models: Path
 ) -> None:
-    told = sdk.push("several", tensorflow_models / "several", signature="whisper")
+    told = sdk.push("signatures", tensorflow_models / "several", signature="whisper")
     assert (told["signature"], told["signatures"]) == ("whisper", ["shout", "whisper"])
     with served.client() as http:
-        until(lambda: http.get("/v2/models/several/ready").status_code == 200, "several is ready", 60)
-    assert sdk.infer("several", {"text": np.array([[b"LOUD"]], np.object_)})["quiet"].tolist() == [[b"loud"]]
-    assert sdk.model("several")["versions"][0]["signatures"] == ["shout", "whisper"]
+        until(lambda: http.get("/v2/models/signatures/ready").status_code == 200, "it is ready", 60)
+    assert sdk.infer("signatures", {"text": np.array([[b"LOUD"]], np.object_)})["quiet"].tolist() == [[b"loud"]]
+    assert sdk.model("signatures")["versions"][0]["signatures"] == ["shout", "whisper"]
 
 
 def test_the_only_signature_of_a_saved_model_needs_no_name(sdk: Client, tensorflow_models: Path) -> None:

@@ -251,7 +251,7 @@ def test_pushed_models_are_listed_and_shown(http: httpx.Client) -> None:
     assert (plus["versions"], plus["aliases"], plus["ready"], plus["size"]) == ([1], {"latest": 1}, True, len(content))
     shown = http.get("/v1/models/plus").json()
     (version,) = shown["versions"]
-    assert version["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}]
+    assert version["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 4], "axes": ["n", ""]}]
     assert version["files"] == [
         {"path": "model.onnx", "size": len(content), "digest": hashlib.sha256(content).hexdigest()}
     ]

@@ -168,7 +168,7 @@ class Model:
         x = inputs["x"]
         if x.size and x.min() == 13:
             raise ValueError("unlucky")
-        while x.size and x.min() < 0 and not os.path.exists(GATE):
+        while x.size and x.min() == -7777 and not os.path.exists(GATE):
             time.sleep(0.01)
         return {"y": x + np.float32(1)}
 """
@@ -197,7 +197,7 @@ def test_a_shadow_that_hangs_holds_up_no_caller_and_costs_nobody_anything(
     record = apikey.stored_key(text, tenant="acme", scopes=("infer",), name="n", created_at=time.time())
     served.run(gateway.keys.store(msgspec.structs.replace(record, rate=0.001, burst=most + 20, concurrency=2)))
     for _ in range(most + 20):
-        assert ask(http, name, -1.0, headers={"x-api-key": text}) == [0.0] * 4
+        assert ask(http, name, -7777.0, headers={"x-api-key": text}) == [-7776.0] * 4
     assert gateway.extras.shadows.under_way == most
     assert gateway._bundler.held == gateway.inflight == 0
     assert counts(http, name) == {"dropped": 20}

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import models
 import pytest
+from broker_users import add_operator, new_seed
 from brokers import Broker, wait_until
-from operators import add_operator, as_operator, new_seed
+from operators import as_operator
 from services import TENANT, new_job, row, services
 from shipped import Node, nodes, running
 from stored import count

@@ -14,7 +14,7 @@ import pytest
 from brokers import Broker, StartBroker, wait_until
 from nats.js import JetStreamContext
 from nats.js.errors import ObjectNotFoundError
-from operators import operator
+from operators import operator_of
 from stores import MB, Platform, alter, noise, parts, platform_on
 
 from tether import codec
@@ -305,7 +305,7 @@ async def test_the_clients_own_object_store_reads_our_pieces(platform: Platform)
     content = noise(5 * MB)
     file, _ = await platform.upload(content)
     await platform.store().put(again(content[: file.sizes[0]]))
-    async with operator(platform.broker.home, platform.broker.settings) as bus:
+    async with operator_of(platform.broker) as bus:
         objects = await JetStreamContext(bus._client).object_store(platform.bus.names.chunk_bucket("m"))
         start = 0
         for digest, size in file.pieces():

@@ -16,6 +16,7 @@ from tether.errors import InvalidRequest, PayloadTooLarge
 from tether.gateway_http.request import Heading, read_body, replied
 
 MB = 1 << 20
+ONE = gzip.compress(b"x", mtime=0)
 BODY = b"0123456789abcdef" * (8 * MB // 16)
 
 
@@ -86,9 +87,7 @@ async def test_very_many_members_cost_little() -> None:
     assert await unpacked(gzip.compress(b"") * 100_000 + gzip.compress(b"x")) == b"x"
 
 
-@pytest.mark.parametrize(
-    "after", [b"more", b"\0", b"\x1f", gzip.compress(b"x")[:-1], gzip.compress(b"x") + b"\x1f\x8b"]
-)
+@pytest.mark.parametrize("after", [b"more", b"\0", b"\x1f", ONE[:-1], ONE + b"\x1f\x8b"])
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
 async def test_what_follows_the_last_member_is_refused(after: bytes, encoding: str) -> None:
     packed = gzip.compress(BODY[: MB // 2]) if encoding == "gzip" else zlib.compress(BODY[: MB // 2])
