@@ -209,7 +209,7 @@ def test_commands_say_what_they_did_and_what_is_wrong() -> None:
         cache = home.cache("worker-1")
         cache.mkdir(parents=True)
         cache.chmod(0o777)
-        refused = tether(home, "worker", "--nats", "nats://127.0.0.1:1")
+        refused = tether(home, "worker", "--nats", "nats://127.0.0.1:1", "--ops-port", "0")
         assert refused.returncode == 1
         assert f"chmod go-w {cache}" in refused.stderr
         home.identity("gateway").chmod(0o644)
