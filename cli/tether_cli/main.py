@@ -68,10 +68,14 @@ def main() -> None:
         _fail(_told(error))
 
 
+_UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.EBADF)
+
+
 def _told(error: OSError) -> str:
-    reason = error.strerror or str(error)
-    if error.filename is None:  # a write to an open file, which is nearly always standard output
-        return f"cannot write what was asked for: {reason}"
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.filename is None:
+        # a write to an open file, nearly always standard output; a time-out or a lost connection is an OSError too
+        return f"cannot write what was asked for: {reason}" if error.errno in _UNWRITTEN else reason
     hint = {
         errno.EACCES: "; run it as a user that may, or name another place",
         errno.EROFS: "; name a place that can be written",

@@ -107,7 +107,7 @@ async def _broker(settings: Settings, home: Home, found: dict[str, Any]) -> dict
 
 
 async def _probes(bus: Bus, stream: str) -> int:
-    """Messages that services stored in a queue to know that they can: each is there for a second, and is nobody's work."""
+    """How many readiness probes are in a queue: empty messages that live for a second and are no work."""
     names, shard = bus.names, stream.rpartition("_")[2]
     kinds = {names.infer_stream(shard): names.infer_probe(shard), names.jobs_stream(shard): names.jobs_probe(shard)}
     if stream not in kinds:

@@ -22,7 +22,7 @@ from tether import client, oip
 from tether.client_inputs import UNNAMED, named
 from tether.errors import ConfigError, InvalidRequest, Unavailable
 from tether.tensor import from_numpy
-from tether_cli import inputs, output
+from tether_cli import inputs, main, output
 from tether_cli.main import application
 
 TETHER = (sys.executable, "-m", "tether_cli")
@@ -75,6 +75,19 @@ def test_standard_output_that_is_full_closed_or_left_ends_without_a_traceback(wo
     os.close(writing)
     assert left.returncode == 1
     assert b"Traceback" not in left.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (TimeoutError(), "TimeoutError"),
+        (ConnectionResetError(104, "Connection reset by peer"), "Connection reset by peer"),
+        (OSError(28, "No space left on device"), "cannot write what was asked for: No space left on device"),
+        (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied; run it as a user that may"),
+    ],
+)
+def test_a_fault_of_the_system_is_told_as_what_it_is(error: OSError, words: str) -> None:
+    assert main._told(error).startswith(words)
 
 
 def test_a_data_directory_whose_name_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
