@@ -95,7 +95,7 @@ def until(true: Any, what: str, timeout_s: float = 20.0) -> None:
 @contextmanager
 def served(binary: Binary, *, workers: int = 1, **changes: Any) -> Iterator[Served]:
     """Broker, dispatcher, model store, workers and a gateway that listens on a free port; ``changes`` are settings."""
-    with temporary_home(workers=1) as home:
+    with temporary_home(workers=3) as home:
         ready: Future[Served] = Future()
         stop: Future[asyncio.Event] = Future()
         platform = _platform(home, binary, workers, changes)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self, TypeVar, Unpack
 
 from tether import client_flows as flows
-from tether import client_local, client_models, client_pull, client_push
+from tether import client_local, client_models, client_pull, client_push, client_rollout
 from tether.client_async import AsyncClient, AsyncJobHandle
 from tether.client_drive import drive
 from tether.client_flows import JobInfo, JobOptions, JobPage, Json, Outputs
@@ -222,6 +222,21 @@ class Client:
             lambda policy: client_push.push(policy, name, model, params, progress, waiting=waiting),
             timeout,
         )
+
+    def wait_ready(
+        self,
+        name: str,
+        version: int,
+        *,
+        waiting: Waiting | None = None,
+        timeout: float = client_push.PUSH_TIMEOUT_S,
+    ) -> Json:
+        """Wait until a worker answers for a version, at most ``timeout`` seconds; how many do is in the answer.
+
+        Raises:
+            ModelNotReady: no worker could load it, none may hold it, or the time was over; the message says which.
+        """
+        return self.run(lambda policy: client_rollout.wait_ready(policy, name, version, waiting), timeout)
 
     def pull(
         self,

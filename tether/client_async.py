@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
 from tether import client_flows as flows
-from tether import client_local, client_models, client_pull, client_push
+from tether import client_local, client_models, client_pull, client_push, client_rollout
 from tether.client_drive import drive_async
 from tether.client_flows import JobInfo, JobOptions, JobPage, Json, Outputs
 from tether.client_grants import AsyncGrants
@@ -218,6 +218,21 @@ class AsyncClient:
             lambda policy: client_push.push(policy, name, model, params, progress, waiting=waiting),
             timeout,
         )
+
+    async def wait_ready(
+        self,
+        name: str,
+        version: int,
+        *,
+        waiting: Waiting | None = None,
+        timeout: float = client_push.PUSH_TIMEOUT_S,
+    ) -> Json:
+        """Wait until a worker answers for a version, at most ``timeout`` seconds; how many do is in the answer.
+
+        Raises:
+            ModelNotReady: no worker could load it, none may hold it, or the time was over; the message says which.
+        """
+        return await self.run(lambda policy: client_rollout.wait_ready(policy, name, version, waiting), timeout)
 
     async def pull(
         self,

@@ -14,6 +14,7 @@ from tether_cli import (
     commands_keys,
     commands_model_config,
     commands_models,
+    commands_push,
     commands_sessions,
     commands_tenants,
 )
@@ -43,7 +44,7 @@ def _work() -> dict[str, Group]:
         "model": (
             "Models: push, pull, list, show, promote, roll back, delete; share them; look after their pieces.",
             {
-                "push": models.push,
+                "push": commands_push.push,
                 "pull": models.pull,
                 "list": models.listing,
                 "show": models.show,

@@ -82,7 +82,8 @@ def progress(label: str, total: float | None, *, unit: str = "") -> Iterator[Bar
             return Text(f"{what[:100]} ... {seconds:.0f} s" if what else "")
 
     count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn(), Waits(""))
+    counted = (BarColumn(), count, TimeRemainingColumn()) if unit or total is not None else ()
+    columns = (TextColumn("{task.description}"), *counted, Waits(""))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total, waits="", since=0.0)
         yield Bar(partial(bar.update, task))

@@ -77,6 +77,7 @@ ASKED: dict[tuple[str, str], Asked] = {
     ("POST", "/v1/models/{name}/rollback"): Asked("model", {"alias": "walked"}),
     ("DELETE", "/v1/models/{name}/versions/{version}"): MODEL,
     ("GET", "/v1/models/{name}/versions/{version}/files"): MODEL,
+    ("GET", "/v1/models/{name}/versions/{version}/rollout"): MODEL,
     ("GET", "/v1/models/{name}/versions/{version}/chunks/{digest}"): MODEL,
     ("POST", "/v1/models/{name}/chunks:missing"): Asked("model", {"chunks": []}),
     ("PUT", "/v1/models/{name}/chunks/{digest}"): MODEL,

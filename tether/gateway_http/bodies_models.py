@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Raw, Struct
+from msgspec import Meta, Struct
 
 ConfigPatch = Annotated[
     dict[str, Any],
@@ -66,6 +66,24 @@ class AliasDetail(Struct):
     revision: int
     previous: list[AliasMove]
     undone: list[AliasMove]
+
+
+RolloutState = Literal["loading", "ready", "failed", "unplaced", "no_workers", "unloaded", "not_served"]
+
+
+class Rollout(Struct):
+    """How far a version is on its way to the workers that the caller's requests go to. `state`: `ready` when a worker answers,
+    `loading` before that; `failed` when no worker could load it, which goes on being tried; `unplaced` when none has room for it or
+    its labels; `no_workers` when there are none; `unloaded` and `not_served` as the model's configuration says. `workers`: how many
+    are to hold it; `ready` and `failed`: how many of them do, and could not load it. `reason`: why it is not ready."""
+
+    name: str
+    version: int
+    state: RolloutState
+    workers: int
+    ready: int
+    failed: int
+    reason: str = ""
 
 
 class Gone(Struct):
@@ -176,7 +194,7 @@ class NewVersion(Struct, forbid_unknown_fields=True):
     labels: dict[str, str] = {}
     note: str = ""
     encrypt: bool | None = None
-    sample: dict[str, Raw] = {}
+    sample: dict[str, Any] = {}
     signature: Annotated[str, Meta(max_length=256)] = ""
 
 

@@ -23,6 +23,7 @@ from tether.gateway_http import (
     rest_oip,
     rest_ops,
     rest_repository,
+    rest_rollout,
     rest_sessions,
     rest_shadows,
     rest_simple,
@@ -63,6 +64,7 @@ def table() -> list[Row]:
     rows = [
         *rest_oip.ROWS,
         *rest_repository.ROWS,
+        *rest_rollout.ROWS,
         *rest_simple.ROWS,
         *rest_jobs.ROWS,
         *rest_models.ROWS,
