@@ -143,10 +143,29 @@ def write_tensorflow(folder: Path) -> None:
     whispering = tf.function(lambda text: {"quiet": tf.strings.lower(text)}, input_signature=signature)
     tf.saved_model.save(module, str(folder / "named"), signatures={"shout": shouting})
     tf.saved_model.save(module, str(folder / "several"), signatures={"shout": shouting, "whisper": whispering})
+    _write_trained(folder / "trained")
     try:
         tensorflow_model.SavedModel(folder / "unsigned", "")
     except ModelRejected as error:
         (folder / "refusal").write_text(error.message)
+
+
+def _write_trained(folder: Path) -> None:
+    """A model with the state of its optimizer, as Keras 2 saved them: ``y = 2 x``."""
+    import tensorflow as tf  # noqa: PLC0415 - only the child
+    from tensorflow.core.protobuf import saved_model_pb2  # noqa: PLC0415 - likewise
+    from tensorflow.python.keras.optimizer_v2 import adam  # noqa: PLC0415 - likewise
+
+    module = tf.Module()
+    module.factor = tf.Variable(2.0)
+    module.optimizer = adam.Adam(0.0)
+    module.optimizer.apply_gradients([(tf.constant(1.0), module.factor)])
+    function = tf.function(lambda x: {"y": x * module.factor}, input_signature=[tf.TensorSpec([None], name="x")])
+    tf.saved_model.save(module, str(folder), signatures=function)
+    saved = saved_model_pb2.SavedModel.FromString((folder / "saved_model.pb").read_bytes())
+    (optimizer,) = [node for node in saved.meta_graphs[0].object_graph_def.nodes if node.slot_variables]
+    optimizer.user_object.identifier = "optimizer"  # so did Keras 2; the copy in TensorFlow has another one
+    (folder / "saved_model.pb").write_bytes(saved.SerializeToString())
 
 
 def _answer_lite(folder: Path) -> None:

@@ -15,7 +15,8 @@ class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a model declares of one input or output; -1 in ``shape`` is an axis of any length.
 
     ``axes`` are the names that the model gives to such axes, one for each axis, empty where there is none; () when it names
-    none. Axes of inputs with one name have one length. An ``optional`` input has a value of its own when a request gives none.
+    none. Axes of two inputs with one name have one length, unless the name has no letter or digit, as the '?' of some exporters. An
+    ``optional`` input has a value of its own when a request gives none.
     """
 
     name: str
@@ -84,7 +85,7 @@ def check_inputs(model: Signature, inputs: tuple[Tensor, ...], *, run_rows: int)
         _check_against(spec, tensor)
         if run_rows and not spec.optional:
             rows = _same_rows(tensor, rows)
-        if spec.axes:
+        if spec.axes and len(model.inputs) > 1:
             _check_axes(spec, tensor, named)
     missing = next((name for name, spec in specs.items() if not spec.optional), None)
     if missing is not None:
@@ -114,10 +115,11 @@ def _same_rows(tensor: Tensor, rows: int) -> int:
 
 
 def _check_axes(spec: TensorSpec, tensor: Tensor, named: dict[str, tuple[str, int]]) -> None:
-    """Axes of one name have one length; ``named`` has those seen so far, with the input that they were seen in."""
+    """Axes of one name have one length; ``named`` has those seen so far, with the input that they were seen in. Exporters give one
+    name to height and width too, so axes of one input are not compared."""
     for place, (axis, length) in enumerate(zip(spec.axes, tensor.shape, strict=True)):
-        other, expected = named.setdefault(axis, (tensor.name, length)) if axis else ("", length)
-        if length != expected:
+        other, expected = named.setdefault(axis, (tensor.name, length))
+        if length != expected and other != tensor.name and any(map(str.isalnum, axis)):
             raise BadTensor(
                 f"input '{tensor.name}' has {length} on axis {place} ('{axis[:64]}'), and input '{other}' has {expected} "
                 "on the axis of that name; they must agree",

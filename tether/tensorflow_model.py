@@ -31,10 +31,34 @@ DATATYPES = {
 }
 
 
+_loading = tf.__internal__.saved_model.load
+
+
+class _Optimizer(tf.Module):  # type: ignore[misc, unused-ignore]
+    """Stands for the optimizer that Keras 2 saved with a model, because TensorFlow itself cannot load one. Serving needs none, so
+    its variables (its slots) are left out."""
+
+    def add_slot(self, **_: Any) -> Any:
+        return tf.Module()
+
+    def _create_or_restore_slot_variable(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def _allow_optimizers() -> None:
+    """Models of this process may have one from now on."""
+    if "optimizer" not in _loading.registered_identifiers():
+        version = _loading.VersionedTypeRegistration(
+            object_factory=lambda _proto: _Optimizer(), version=1, min_producer_version=1, min_consumer_version=1
+        )
+        _loading.register_revived_type("optimizer", lambda found: isinstance(found, _Optimizer), [version])
+
+
 class SavedModel:
     """A loaded SavedModel and its signature; see :class:`tether.ports.Runtime`."""
 
     def __init__(self, directory: Path, signature: str) -> None:
+        _allow_optimizers()
         self._model: Any = tf.saved_model.load(str(directory))
         self.signatures = tuple(sorted(map(str, self._model.signatures)))
         self.signature = chosen(self.signatures, signature)

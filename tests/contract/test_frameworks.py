@@ -176,6 +176,13 @@ def test_the_only_signature_of_a_saved_model_needs_no_name(sdk: Client, tensorfl
     assert (told["signature"], told["signatures"]) == ("shout", ["shout"])
 
 
+def test_a_saved_model_that_keras_2_saved_with_its_optimizer_is_served(
+    served: Served, sdk: Client, tensorflow_models: Path
+) -> None:
+    serve(served, sdk, "trained", tensorflow_models / "trained")
+    assert sdk.infer("trained", {"x": np.array([1.5, -3], np.float32)})["y"].tolist() == [3, -6]
+
+
 def test_a_format_of_one_signature_takes_no_other(sdk: Client, tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(models.add())

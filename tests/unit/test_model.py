@@ -106,6 +106,21 @@ def test_axes_of_one_name_have_one_length_and_optional_inputs_may_be_left_out() 
     ]
 
 
+UNNAMED = msgspec.structs.replace(
+    SINGLE,
+    inputs=(
+        TensorSpec("x", "FP32", (-1, -1), ("?", "?")),
+        TensorSpec("mask", "BOOL", (-1,), ("?",)),
+        TensorSpec("w", "FP32", (-1, -1), ("size", "size"), optional=True),
+    ),
+)
+
+
+def test_a_name_that_says_nothing_and_axes_of_one_input_bind_no_lengths() -> None:
+    model.check_inputs(UNNAMED, (x(2, 3), mask(5)), run_rows=0)
+    model.check_inputs(UNNAMED, (x(2, 3), mask(5), x(4, 6, name="w")), run_rows=0)
+
+
 def test_a_model_without_inputs_says_that_it_has_none() -> None:
     none = msgspec.structs.replace(BATCHED, inputs=(), batching=Batching())
     model.check_inputs(none, (), run_rows=0)
