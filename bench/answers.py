@@ -22,8 +22,8 @@ from bench.load import drive, post
 from bench.run import request_body, say
 from bench.servers import READY_S, ROOT, Server, push, tether_platform
 from tether import codec
-from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
+from tether.bus.session import connect
 from tether.envelope import MessageType
 from tether.model_config import ModelConfig
 from tether.settings import Settings
@@ -41,7 +41,7 @@ async def configure(server: Server, *configs: ModelConfig) -> None:
     if server.home is None:
         raise RuntimeError("this server has no data directory to read keys from")
     nats = msgspec.json.decode(server.home.endpoints.read_bytes())["nats"]
-    async with Bus.connect(Settings(home=str(server.home.root), nats_url=nats), server.home, "modelstore") as bus:
+    async with connect(Settings(home=str(server.home.root), nats_url=nats), server.home, "modelstore") as bus:
         bucket = SignedBucket(bus, "configs", MessageType.CONFIG)
         for config in configs:
             await bucket.put(token(config.model), codec.encode(config))

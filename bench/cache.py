@@ -22,6 +22,7 @@ from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
 from tether.bus.keys import create_home
 from tether.bus.server import EmbeddedServer, find_server
+from tether.bus.session import connect
 from tether.bus.topology import ensure_platform
 from tether.bus.upload import upload
 from tether.home import Home, private_folder
@@ -130,13 +131,13 @@ async def measure(size: int, rounds: int) -> str:
         change(folder / "model", folder / "changed", 0.01)
         async with EmbeddedServer(home, settings, binary=find_server(settings)) as server:
             settings = dataclasses.replace(settings, nats_url=server.url)
-            async with Bus.connect(settings, home, "dispatcher") as admin:
+            async with connect(settings, home, "dispatcher") as admin:
                 await ensure_platform(admin, settings)
-            async with Bus.connect(settings, home, "gateway") as bus:
+            async with connect(settings, home, "gateway") as bus:
                 store = ObjectChunkStore(bus, bus.names.chunk_bucket(MODEL))
                 first, _ = await upload(bus, store, parts(folder / "model"), limit=1 << 40, whole=True)
                 second, _ = await upload(bus, store, parts(folder / "changed"), limit=1 << 40, whole=True)
-            async with Bus.connect(settings, home, "worker-1") as bus:
+            async with connect(settings, home, "worker-1") as bus:
                 for _ in range(rounds):
                     await one_round(bus, folder, first, second, times)
     return table(size, times)

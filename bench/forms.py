@@ -25,6 +25,7 @@ from tether.bus.keys import create_home
 from tether.bus.model_files import download
 from tether.bus.sealed_chunks import SealedChunkStore
 from tether.bus.server import EmbeddedServer, find_server
+from tether.bus.session import connect
 from tether.bus.topology import ensure_platform
 from tether.bus.upload import upload
 from tether.envelope.model_seal import PieceSeal
@@ -113,8 +114,8 @@ async def measure(size: int, rounds: int) -> str:
         async with EmbeddedServer(home, settings, binary=find_server(settings)) as server:
             settings = dataclasses.replace(settings, nats_url=server.url)
             async with (
-                Bus.connect(settings, home, "dispatcher") as admin,
-                Bus.connect(settings, home, "gateway") as bus,
+                connect(settings, home, "dispatcher") as admin,
+                connect(settings, home, "gateway") as bus,
             ):
                 await ensure_platform(admin, settings)
                 for kind in DATA:

@@ -25,6 +25,7 @@ from tether.bus.connection import Bus
 from tether.bus.keys import create_home
 from tether.bus.queue import BusResults
 from tether.bus.server import EmbeddedServer
+from tether.bus.session import connect
 from tether.bus.topology import ensure_platform
 from tether.envelope import MessageType
 from tether.gateway_http.job_records import Records
@@ -103,7 +104,7 @@ async def measure(home: Home, jobs: int, rate: float, *, pieces: int = 5) -> Cos
         server = await stack.enter_async_context(EmbeddedServer(home, settings))
         settings = dataclasses.replace(settings, nats_url=server.url)
         dispatcher, gateway, worker = [
-            await stack.enter_async_context(Bus.connect(settings, home, name))
+            await stack.enter_async_context(connect(settings, home, name))
             for name in ("dispatcher", "gateway", "worker-1")
         ]
         await ensure_platform(dispatcher, settings)

@@ -32,6 +32,7 @@ from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
 from tether.bus.keys import create_home
 from tether.bus.server import EmbeddedServer, find_server
+from tether.bus.session import connect
 from tether.bus.topology import ensure_platform
 from tether.bus.upload import upload
 from tether.home import Home, private_folder
@@ -161,15 +162,15 @@ async def measure(size_mb: int, rounds: int, platforms: list[str], mb_s: float) 
         settings = Settings(home=str(home.root), max_file_mb=max(20480, 16 * size_mb), cache_mb=0)
         async with EmbeddedServer(home, settings, binary=find_server(settings)) as server:
             settings = dataclasses.replace(settings, nats_url=server.url)
-            async with Bus.connect(settings, home, "dispatcher") as admin:
+            async with connect(settings, home, "dispatcher") as admin:
                 await ensure_platform(admin, settings)
             for platform in platforms:
                 (folder / platform).mkdir()
                 WRITERS[platform](folder / platform, max(1, round(size_mb / _LAYER_MB)))
-                async with Bus.connect(settings, home, "gateway") as bus:
+                async with connect(settings, home, "gateway") as bus:
                     manifest = await push(bus, folder / platform, platform)
                 with link(server.url, mb_s) as url:
-                    async with Bus.connect(dataclasses.replace(settings, nats_url=url), home, "worker-1") as bus:
+                    async with connect(dataclasses.replace(settings, nats_url=url), home, "worker-1") as bus:
                         found = await alternate(bus, folder / "cache", manifest, rounds)
                 tables.append(table(manifest, found))
     return "\n".join(tables)

@@ -29,6 +29,7 @@ from tether.bus.connection import Bus
 from tether.bus.keys import create_home
 from tether.bus.model_files import download
 from tether.bus.server import EmbeddedServer, find_server
+from tether.bus.session import connect
 from tether.bus.topology import ensure_platform
 from tether.bus.upload import upload
 from tether.home import Home
@@ -151,9 +152,9 @@ async def platform(place: Path, size: int) -> AsyncIterator[Bus]:
     settings = Settings(home=str(home.root), max_file_mb=max(20480, 4 * size >> 20))
     async with EmbeddedServer(home, settings, binary=find_server(settings)) as server:
         settings = dataclasses.replace(settings, nats_url=server.url)
-        async with Bus.connect(settings, home, "dispatcher") as admin:
+        async with connect(settings, home, "dispatcher") as admin:
             await ensure_platform(admin, settings)
-        async with Bus.connect(settings, home, "gateway") as bus:
+        async with connect(settings, home, "gateway") as bus:
             yield bus
 
 

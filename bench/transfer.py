@@ -16,9 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bench.servers import Server
 from tether.bus.chunks import ObjectChunkStore
-from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket
 from tether.bus.model_files import fetch_model, open_manifest
+from tether.bus.session import connect
 from tether.settings import Settings
 
 
@@ -60,7 +60,7 @@ async def pull(server: Server, name: str, version: int) -> float:
         raise RuntimeError("this server has no data directory to read keys from")
     nats = msgspec.json.decode(server.home.endpoints.read_bytes())["nats"]
     settings = dataclasses.replace(Settings(), nats_url=nats, home=str(server.home.root))
-    async with Bus.connect(settings, server.home, "worker-1") as bus:
+    async with connect(settings, server.home, "worker-1") as bus:
         key = bus.names.version_key(name, version)
         frame = await KvBucket(bus, "models").get(key)
         if frame is None:

@@ -15,6 +15,7 @@ from tether.bus import audit_read
 from tether.bus.audit import AuditLog, writing
 from tether.bus.audit_read import AuditReader, Filter, Found
 from tether.bus.connection import Bus
+from tether.bus.session import connect
 from tether.envelope import body_of
 from tether.home import Home
 
@@ -25,7 +26,7 @@ WHO = "key:abcdefgh"
 async def writer(broker: Broker, name: str = "gateway", **changes: object) -> AsyncIterator[tuple[Bus, AuditLog]]:
     settings = dataclasses.replace(broker.settings, **changes)  # type: ignore[arg-type]
     async with (
-        Bus.connect(settings, broker.home, name) as bus,
+        connect(settings, broker.home, name) as bus,
         lifecycle.tasks() as tasks,
         writing(bus, broker.home, tasks) as log,
     ):

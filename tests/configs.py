@@ -6,8 +6,8 @@ from brokers import wait_until
 from services import Services
 
 from tether import codec
-from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
+from tether.bus.session import connect
 from tether.envelope import MessageType
 from tether.model_config import ModelConfig, check_config, default_config
 from tether.subjects import token
@@ -15,7 +15,7 @@ from tether.subjects import token
 
 async def configure(running: Services, config: ModelConfig) -> None:
     """Sign and store a configuration, and wait until the gateway goes by it."""
-    async with Bus.connect(running.settings, running.home, "modelstore") as bus:
+    async with connect(running.settings, running.home, "modelstore") as bus:
         bucket = SignedBucket(bus, "configs", MessageType.CONFIG)
         await bucket.put(token(config.model), codec.encode(check_config(config)))
     await wait_until(
@@ -25,7 +25,7 @@ async def configure(running: Services, config: ModelConfig) -> None:
 
 async def unconfigure(running: Services, model: str) -> None:
     """Remove a model's configuration, and wait until the gateway goes by the defaults."""
-    async with Bus.connect(running.settings, running.home, "modelstore") as bus:
+    async with connect(running.settings, running.home, "modelstore") as bus:
         await SignedBucket(bus, "configs", MessageType.CONFIG).delete(token(model))
     default = default_config(model)
     await wait_until(lambda: running.gateway.catalog.config(model) == default, "the gateway has the defaults")

@@ -16,8 +16,8 @@ from served import Served, served, until
 from services import Services
 
 from tether import Client, metrics
-from tether.bus.connection import Bus
 from tether.bus.server import Binary
+from tether.bus.session import connect
 from tether.bus.tenant_keys import ModelKeyring
 from tether.envelope import Keyset
 from tether.model import Manifest, ModelRef
@@ -114,7 +114,7 @@ def without(name: str) -> Callable[[Keyset], Keyset]:
 async def collected(running: Served) -> None:
     """Remove what no version names, as if it had been so for long."""
     settings = dataclasses.replace(running.broker.settings, upload_ttl_s=0.0, collect_grace_s=0.0)
-    async with Bus.connect(settings, running.home, "modelstore") as bus:
+    async with connect(settings, running.home, "modelstore") as bus:
         keeper = Keeper(bus, Registry(bus), ModelKeyring(bus, running.home, every=True))
         for _ in range(3):
             await keeper.collect()

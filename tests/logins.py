@@ -11,6 +11,7 @@ from brokers import Broker
 
 from tether.bus.connection import Bus
 from tether.bus.keys import make_nats_seed, nats_public_key, read_keyset
+from tether.bus.session import connect
 from tether.bus.topology import ensure_lane, ensure_platform
 from tether.envelope import Keyset, Revocation, Role, new_identity, sign_keyset
 from tether.home import Home, read_secret, save_identity, write_secret
@@ -65,7 +66,7 @@ async def connected(broker: Broker) -> AsyncIterator[Logins]:
     """Everyone logged in, on a platform whose streams exist, those of the isolated tenant too."""
     names = ("dispatcher", "gateway", "modelstore", "worker-1", "worker-2", OWN)
     async with AsyncExitStack() as stack:
-        buses = [await stack.enter_async_context(Bus.connect(broker.settings, broker.home, name)) for name in names]
+        buses = [await stack.enter_async_context(connect(broker.settings, broker.home, name)) for name in names]
         dispatcher, gateway, modelstore, worker, other, bound = buses
         lane = Lane(LaneKind.JOB, "m", 1)
         logins = Logins(broker, dispatcher, gateway, modelstore, worker, other, bound, lane)

@@ -12,6 +12,7 @@ from brokers import Broker, wait_until
 
 from tether.bus.connection import Bus
 from tether.bus.server import _running_on
+from tether.bus.session import connect, prepare
 from tether.bus.tls import client_context
 from tether.errors import BrokerUnavailable, ConfigError
 from tether.home import Home
@@ -21,7 +22,7 @@ from tether.settings import Settings
 @asynccontextmanager
 async def as_operator(home: Home, settings: Settings, seed: str) -> AsyncIterator[Bus]:
     """A connection of the user that :func:`add_operator` added, as soon as the broker knows it."""
-    bus, _ = Bus.prepare(settings, home, "admin")
+    bus, _ = prepare(settings, home, "admin")
 
     async def connected() -> bool:
         try:
@@ -59,6 +60,6 @@ async def operator_of(broker: Broker) -> AsyncIterator[Bus]:
 
 async def reconfigure(home: Home, settings: Settings, stream: str, **changes: object) -> None:
     """Change fields of a stream's configuration, as an administrator may."""
-    async with Bus.connect(settings, home, "admin", follow=False) as bus:
+    async with connect(settings, home, "admin", follow=False) as bus:
         config = (await bus.api(f"STREAM.INFO.{stream}"))["config"]
         await bus.api(f"STREAM.UPDATE.{stream}", {**config, **changes})

@@ -17,6 +17,7 @@ from tether import codec
 from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
 from tether.bus.leases import ask_owner
+from tether.bus.session import connect
 from tether.bus.upload import upload
 from tether.dispatcher import service as dispatcher_service
 from tether.dispatcher.service import Dispatcher
@@ -124,7 +125,7 @@ class Services:
     async def configs(self) -> SignedBucket:
         """The configurations, as the model store may write them."""
         if self._configs is None:
-            bus = await self.stack.enter_async_context(Bus.connect(self.settings, self.home, "modelstore"))
+            bus = await self.stack.enter_async_context(connect(self.settings, self.home, "modelstore"))
             self._configs = SignedBucket(bus, "configs", MessageType.CONFIG)
         return self._configs
 

@@ -16,6 +16,7 @@ from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket
 from tether.bus.leases import ask_owner
 from tether.bus.model_files import open_manifest
+from tether.bus.session import connect
 from tether.bus.stream_updates import update_streams
 from tether.bus.topology import ensure_platform
 from tether.bus.upload import upload
@@ -81,11 +82,11 @@ def noise(size: int, seed: int = 0) -> bytes:
 @asynccontextmanager
 async def platform_on(broker: Broker, *, modelstores: int = 1) -> AsyncIterator[Platform]:
     async with AsyncExitStack() as stack:
-        dispatcher = await stack.enter_async_context(Bus.connect(broker.settings, broker.home, "dispatcher"))
-        async with Bus.connect(broker.settings, broker.home, "admin") as admin:
+        dispatcher = await stack.enter_async_context(connect(broker.settings, broker.home, "dispatcher"))
+        async with connect(broker.settings, broker.home, "admin") as admin:
             await update_streams(admin, broker.settings)
         await ensure_platform(dispatcher, broker.settings)
-        bus = await stack.enter_async_context(Bus.connect(broker.settings, broker.home, "gateway"))
+        bus = await stack.enter_async_context(connect(broker.settings, broker.home, "gateway"))
         for _ in range(modelstores):
             await stack.enter_async_context(service.running(broker.settings, broker.home))
         yield Platform(broker, bus)

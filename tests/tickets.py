@@ -16,8 +16,8 @@ from tether.ports import Runtime
 from tether.worker import batching
 from tether.worker.apart import Apart, Seats
 from tether.worker.apart import Hearing as ApartHearing
+from tether.worker.bundle import Bundle
 from tether.worker.copies import Copies, Generation
-from tether.worker.intake import Bundle
 from tether.worker.runs import Hearing, Runs
 from tether.worker.turns import RunQueue, Ticket
 

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """Time, passed in. ``monotonic`` is for durations inside a process, ``utc`` for what crosses processes (seconds)."""
+
+    def monotonic(self) -> float: ...
+
+    def utc(self) -> float: ...
 
 
 class SystemClock:

@@ -18,7 +18,7 @@ import itertools
 import math
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from functools import lru_cache
 from typing import Any
 
@@ -172,7 +172,7 @@ def wire_tensor(item: WireTensor | msgspec.Raw | Mapping[str, Any], where: str) 
     return parse(_wire_decoder, encoded, where=where)  # type: ignore[no-any-return]
 
 
-def check_count(items: Sequence[Any], where: str) -> None:
+def check_count(items: Sized, where: str) -> None:
     """Refuse more tensors than any model has, before each of them is looked at.
 
     Raises:

@@ -15,6 +15,7 @@ from tether.audit import Checker, Record, Report, read_records, write_record
 from tether.bus import audit_read
 from tether.bus.audit_read import AuditReader, Filter, Found
 from tether.bus.connection import Bus
+from tether.bus.session import connect
 from tether.errors import BadEncoding, ConfigError
 from tether.home import Home
 from tether.settings import Settings
@@ -41,7 +42,7 @@ async def connected(settings: Settings, home: Home) -> AsyncIterator[Bus]:
                 f"no platform runs on {home.root}: set TETHER_NATS_URL or start 'tether up'", field="nats_url"
             )
         settings = dataclasses.replace(settings, nats_url=running["nats"])
-    async with Bus.connect(settings, home, "admin") as bus:
+    async with connect(settings, home, "admin") as bus:
         yield bus
 
 

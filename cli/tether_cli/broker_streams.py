@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 
-from tether.bus.connection import Bus
+from tether.bus.session import connect
 from tether.bus.stream_updates import update_streams
 from tether.errors import TetherError
 from tether.home import Home
@@ -20,7 +20,7 @@ async def bring_up_to_date(plan: Settings, nats_url: str) -> None:
     goes by."""
     settings = dataclasses.replace(load(DISPATCHER), home=plan.home, nats_url=nats_url, partitions=plan.partitions)
     try:
-        async with Bus.connect(settings, Home.at(plan.home), "admin") as bus:
+        async with connect(settings, Home.at(plan.home), "admin") as bus:
             for stream, fields in (await update_streams(bus, settings)).items():
                 log.info(
                     "stream %s: brought %s up to date", stream, ", ".join(fields), extra={"action": "stream_updated"}

@@ -289,9 +289,9 @@ def _reload(settings: Settings, home: Home) -> None:
 
 
 async def _publish(settings: Settings, home: Home, *, settle_s: float) -> None:
-    from tether.bus.connection import Bus
     from tether.bus.keyset import SeenKeyset, offer
+    from tether.bus.session import connect
 
-    async with Bus.connect(settings, home, "admin", follow=False) as bus:
+    async with connect(settings, home, "admin", follow=False) as bus:
         await offer(bus, SeenKeyset.load(home))
         await asyncio.sleep(settle_s)

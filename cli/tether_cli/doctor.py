@@ -13,8 +13,8 @@ from email.utils import parsedate_to_datetime
 import httpx
 
 from tether.bus.certificates import expires_at
-from tether.bus.connection import Bus
 from tether.bus.server import EmbeddedServer, check_server, find_server, show_version
+from tether.bus.session import connect
 from tether.bus.storage import frozen_streams
 from tether.disk import look, shortage
 from tether.envelope import Role, open_keyset
@@ -208,7 +208,7 @@ async def _clock(monitor: str) -> Finding:
 
 async def _jetstream(settings: Settings, home: Home) -> Finding:
     try:
-        async with Bus.connect(settings, home, "admin") as bus:
+        async with connect(settings, home, "admin") as bus:
             account = await bus.api("INFO")
     except TetherError as error:
         return Finding("fail", f"JetStream: {error.message}", "compare the broker's users with this home's keys")
@@ -221,7 +221,7 @@ async def _permissions(settings: Settings, home: Home, role: Role) -> Finding:
     identity = "worker-1" if role is Role.WORKER else role.value
     foreign = _foreign(Names(settings.prefix), role)
     try:
-        async with Bus.connect(settings, home, identity) as bus:
+        async with connect(settings, home, identity) as bus:
             await bus.publish_acked(foreign, b"", timeout=2)
     except PermissionDenied:
         return Finding("ok", f"permissions: {identity} can log in and is refused what is not its own")

@@ -9,6 +9,7 @@ import httpx
 
 from tether.bus.connection import Bus
 from tether.bus.server import check_server
+from tether.bus.session import connect
 from tether.bus.storage import frozen_streams
 from tether.client_async import AsyncClient
 from tether.errors import TetherError
@@ -97,7 +98,7 @@ async def _missing(http: httpx.AsyncClient, found: dict[str, Any], name: str) ->
 async def _broker(settings: Settings, home: Home, found: dict[str, Any]) -> dict[str, Any]:
     report: dict[str, Any] = {"url": found["nats"], "version": found["version"], "durability": found["durability"]}
     try:
-        async with Bus.connect(dataclasses.replace(settings, nats_url=found["nats"]), home, "admin") as bus:
+        async with connect(dataclasses.replace(settings, nats_url=found["nats"]), home, "admin") as bus:
             report["streams"] = await streams(bus)
             for row in report["streams"]:
                 row["messages"] -= await _probes(bus, row["name"])

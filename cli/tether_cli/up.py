@@ -23,6 +23,7 @@ from tether.bus.connection import Bus
 from tether.bus.keys import create_home, store_names
 from tether.bus.kv import SignedBucket
 from tether.bus.server import EmbeddedServer, check_server
+from tether.bus.session import connect
 from tether.envelope import MessageType
 from tether.errors import ConfigError, Conflict, Unavailable
 from tether.home import Home, private_folder, read_secret, write_secret
@@ -283,7 +284,7 @@ async def provide_admin_key(settings: Settings, home: Home, *, timeout_s: float 
     if identity is None:
         raise ConfigError(f"{home.admin_key} is not an API key; remove it and start again")
     end = time.monotonic() + timeout_s
-    async with Bus.connect(settings, home, "admin") as bus:
+    async with connect(settings, home, "admin") as bus:
         while True:
             try:
                 await _store_key(bus, identity, text)

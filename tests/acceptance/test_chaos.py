@@ -17,7 +17,7 @@ from brokers import wait_until
 from platforms import ROOT, Platform, platform
 from stored import stored
 
-from tether.bus.connection import Bus
+from tether.bus.session import connect
 from tether.processes import send
 from tether.settings import Settings
 
@@ -130,7 +130,7 @@ async def test_two_thousand_jobs_survive_the_killing_of_worker_dispatcher_and_br
 async def results(running: Platform) -> Counter[str]:
     """How many results are stored of every job."""
     settings = Settings(home=str(running.home.root), nats_url=running.endpoints["nats"])
-    async with Bus.connect(settings, running.home, "dispatcher", follow=False) as bus:
+    async with connect(settings, running.home, "dispatcher", follow=False) as bus:
         found = await stored(bus, bus.names.results_stream)
         return Counter({subject.removeprefix(bus.names.result("")): count for subject, count in found.items()})
 

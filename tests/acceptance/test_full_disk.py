@@ -15,7 +15,7 @@ from brokers import wait_until
 from disks import fill, small_disk
 from platforms import Platform, platform
 
-from tether.bus.connection import Bus
+from tether.bus.session import connect
 from tether.errors import BrokerUnavailable
 from tether.processes import send
 from tether.settings import Settings
@@ -135,7 +135,7 @@ async def test_a_broker_that_stopped_storing_is_restarted_when_there_is_room(sma
 async def stop_storing(running: Platform) -> None:
     """Have the broker fail to write a job, as a client that nothing keeps from it would."""
     settings = Settings(home=str(running.home.root), nats_url=running.endpoints["nats"])
-    async with Bus.connect(settings, running.home, "gateway") as bus:
+    async with connect(settings, running.home, "gateway") as bus:
         subject = bus.names.jobs_probe(0)
         with pytest.raises(BrokerUnavailable):
             await bus.publish_acked(subject, bytes(4 << 20), headers={"Nats-TTL": "1"}, timeout=2)

@@ -21,8 +21,8 @@ from brokers import temporary_home, wait_until
 from platforms import ROOT, Platform, platform, tether
 
 from bench.load import HEAD_END, content_length
-from tether.bus.connection import Bus
 from tether.bus.keys import read_keyset
+from tether.bus.session import connect
 from tether.envelope import is_locked
 from tether.errors import ConfigError
 from tether.home import Home, load_identity
@@ -129,7 +129,7 @@ async def test_a_revoked_worker_is_out_within_two_seconds_and_nobody_else_notice
     thief = Home(tmp_path / "stolen")
     shutil.copytree(running.home.keys, thief.keys)
     settings = Settings(nats_url=str(running.endpoints["nats"]))
-    async with load(running, record_property) as flowing, Bus.connect(settings, thief, "worker-2", follow=False) as bus:
+    async with load(running, record_property) as flowing, connect(settings, thief, "worker-2", follow=False) as bus:
         revoking = asyncio.create_task(command(running, "identity", "revoke", "worker-2"))
         await wait_until(lambda: read_keyset(running.home).version == 2, "the keyset is signed")
         at = read_keyset(running.home).revoked[0].revoked_at / 1000
@@ -141,7 +141,7 @@ async def test_a_revoked_worker_is_out_within_two_seconds_and_nobody_else_notice
         assert (await revoking)["published"] is True
     assert set(flowing.statuses) == {"200"}, flowing.statuses
     with pytest.raises(ConfigError):
-        async with Bus.connect(settings, thief, "worker-2", follow=False):
+        async with connect(settings, thief, "worker-2", follow=False):
             pass
     assert "was revoked" in (running.home.logs / "worker-2.log").read_text()
     gc.collect()
@@ -181,7 +181,7 @@ async def test_a_worker_is_added_to_a_running_platform_on_a_data_directory_of_it
     home = Home(tmp_path / "three")
     assert not (home.keys / "root.key").exists()
     settings = Settings(nats_url=str(running.endpoints["nats"]), home=str(home.root))
-    async with Bus.connect(settings, home, "worker-3") as bus:
+    async with connect(settings, home, "worker-3") as bus:
         assert bus.verifier.keyset.version == 2
 
 

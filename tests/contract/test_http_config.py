@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from tether import Client, codec
 from tether.audit import Kind
-from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
+from tether.bus.session import connect
 from tether.envelope import MessageType
 from tether.errors import Conflict, InvalidRequest, ModelNotFound
 from tether.model_config import ModelConfig, QueuePolicy
@@ -28,7 +28,7 @@ def stored(served: Served, name: str) -> ModelConfig:
     """What the bucket holds, as any other service reads it."""
 
     async def read() -> ModelConfig:
-        async with Bus.connect(served.services.settings, served.home, "modelstore") as bus:
+        async with connect(served.services.settings, served.home, "modelstore") as bus:
             body = await SignedBucket(bus, "configs", MessageType.CONFIG).require(token(name))
             assert body is not None
             return codec.decode(body, ModelConfig)

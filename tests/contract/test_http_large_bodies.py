@@ -15,8 +15,11 @@ import pytest
 from served import Served
 
 from tether import Client, oip, oip_json
+from tether.gateway_http import simple_bodies
 from tether.gateway_http.job_outputs import ANSWER_BYTES
 from tether.gateway_http.large_bodies import LARGE
+from tether.gateway_http.rest import table
+from tether.gateway_http.routing import Row
 
 ROWS = 100_000
 
@@ -43,6 +46,8 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     for module in (oip, oip_json):
         monkeypatch.setattr(module, "parse_body", noted(oip_json.parse_body, lambda _, data: len(data)))
         monkeypatch.setattr(module, "json_values", noted(oip_json.json_values, lambda tensor: len(tensor.data)))
+    monkeypatch.setattr(simple_bodies, "read_input", noted(simple_bodies.read_input, lambda data, *_: len(data)))
+    monkeypatch.setattr(simple_bodies, "nested", noted(simple_bodies.nested, lambda tensor: len(tensor.data)))
     yield sizes
     assert not sizes or max(sizes) < LARGE, "a large body was read or written in the event loop"
 
@@ -79,6 +84,63 @@ def test_what_is_wrong_with_a_large_body_is_said_as_of_a_small_one(http: httpx.C
         assert refused(good[:-5]) == (400, "bad_json", None)
         assert refused(good.replace(b'"shape": [', b'"shape": [9, ')) == (400, "bad_tensor", None)
         assert refused(good.replace(b'"name"', b'"name": "x", "name"')) == (400, "bad_json", None)
+
+
+def test_a_large_request_and_its_answer_on_the_simple_route(http: httpx.Client, parsed: list[int]) -> None:
+    def asked(rows: int) -> httpx.Response:
+        nest = [[4 * row % 1000, 1, 2, 3] for row in range(rows)]
+        return http.post("/v1/inference", json={"modelId": "large-add", "inputData": nest})
+
+    answer = asked(ROWS)
+    assert answer.status_code == 200, answer.text[:300]
+    output = answer.json()["output"]["y"]
+    assert (len(output), output[10]) == (ROWS, [41, 2, 3, 4])
+    assert asked(1).json()["output"]["y"] == [[1, 2, 3, 4]]
+    assert parsed, "the small one was read here"
+
+
+def test_a_large_body_of_the_simple_route_is_refused_as_a_small_one(http: httpx.Client, parsed: list[int]) -> None:
+    def refused(content: bytes) -> tuple[int, str]:
+        answer = http.post("/v1/inference", content=content)
+        return answer.status_code, answer.json()["code"]
+
+    for rows in (1, ROWS):
+        good = json.dumps({"modelId": "large-add", "inputData": {"x": [[1, 2, 3, 4]] * rows}}).encode()
+        assert refused(good[:-5]) == (400, "bad_json")
+        assert refused(good.replace(b"[[1", b"[" * ROWS + b"[[1")) == (400, "bad_json")
+        assert refused(good.replace(b'"x"', b'"no"')) == (400, "bad_tensor")
+        assert refused(good.replace(b'"modelId"', b'"modelId": "x", "modelId"')) == (400, "bad_json")
+        assert refused(good.replace(b"[1, 2, 3, 4]", b"[1, 2, 3]", 1)) == (400, "bad_tensor")
+        many = b'"parameters": {' + b", ".join(b'"%d": 1' % number for number in range(300)) + b'}, "modelId"'
+        assert refused(good.replace(b'"modelId"', many)) == (400, "invalid_request")
+
+
+def test_a_version_of_many_pieces_is_read_beside_the_loop(http: httpx.Client, parsed: list[int]) -> None:
+    digests = [f"{number:064x}" for number in range(3000)]
+    told = http.post("/v1/models/large-add/chunks:missing", json={"chunks": digests})
+    assert told.json()["missing"] == digests
+
+    def refused(chunks: list[str], **more: Any) -> tuple[int, str]:
+        file = {"path": "model.onnx", "size": len(chunks), "digest": "", "chunks": chunks, "sizes": [1] * len(chunks)}
+        answer = http.post("/v1/models/large-add/versions:register", json={"files": [{**file, **more}]})
+        return answer.status_code, answer.json()["code"]
+
+    for some in (digests[:10], digests):
+        assert refused(some)[1] == "corrupt_chunk"
+        assert refused(some[:-1], sizes=[1] * len(some)) == (400, "invalid_request")
+        assert refused([*some[:-1], "0" * 63]) == (400, "invalid_request")
+
+
+SMALL = [row for row in table() if row.body is not None and row.handler is not None and not row.large]
+
+
+@pytest.mark.parametrize("row", SMALL, ids=[f"{row.method} {row.path}" for row in SMALL])
+def test_a_route_that_needs_no_large_body_reads_none(http: httpx.Client, row: Row) -> None:
+    path = row.path.translate(str.maketrans("{}", "xx"))
+    answer = http.request(row.method, path, content=b" " * LARGE + b"{}")
+    assert (answer.status_code, answer.json()["code"]) == (413, "payload_too_large")
+    assert f"{LARGE} bytes" in answer.json()["error"]
+    assert f"{row.method} {row.path}" in answer.json()["error"]
 
 
 def test_large_jobs_and_their_results(http: httpx.Client, parsed: list[int]) -> None:

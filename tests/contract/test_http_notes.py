@@ -14,8 +14,8 @@ from served import Served, until
 from typer.testing import CliRunner
 
 from tether import Client
-from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket
+from tether.bus.session import connect
 from tether.errors import InvalidRequest, ModelNotFound
 from tether_cli.main import application
 
@@ -98,7 +98,7 @@ def test_only_versions_that_are_there_have_notes(served: Served, sdk: Client, ht
     sdk.delete_model("short-lived", 1)
 
     async def stored() -> bytes | None:
-        async with Bus.connect(served.services.settings, served.home, "modelstore") as bus:
+        async with connect(served.services.settings, served.home, "modelstore") as bus:
             return await KvBucket(bus, "notes").get(bus.names.version_key("short-lived", 1))
 
     assert served.run(stored()) is None

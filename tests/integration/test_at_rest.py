@@ -10,8 +10,8 @@ from brokers import wait_until
 from shipped import JETSTREAM_KEY, nodes, running
 
 from tether.bus.certificates import make_certificates
-from tether.bus.connection import Bus
 from tether.bus.server import Binary
+from tether.bus.session import connect
 from tether.bus.topology import ensure_platform
 from tether.home import Home
 from tether.settings import Settings
@@ -33,7 +33,7 @@ async def test_stored_messages_are_encrypted_in_production(
     settings = Settings(nats_url=node.url, home=str(home.root))
     stored = node.config.parent / "data"
     async with running([node], nats_binary):
-        async with Bus.connect(settings, home, "dispatcher") as bus:
+        async with connect(settings, home, "dispatcher") as bus:
             await ensure_platform(bus, settings)
             await bus.publish_acked(bus.names.bucket_key("routes", "m.1"), PLAIN)
         node.kill()
@@ -41,7 +41,7 @@ async def test_stored_messages_are_encrypted_in_production(
         assert on_disk(stored) == readable
         node.start(nats_binary)
         await wait_until(node.healthy, "the server is back on its files", 30)
-        async with Bus.connect(settings, home, "dispatcher") as bus:
+        async with connect(settings, home, "dispatcher") as bus:
             found = await bus.direct_get(bus.names.bucket_stream("routes"), bus.names.bucket_key("routes", "m.1"))
     assert found is not None
     assert found.data == PLAIN

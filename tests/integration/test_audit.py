@@ -23,6 +23,7 @@ from tether.bus.audit_read import Filter
 from tether.bus.audit_spool import look
 from tether.bus.connection import Bus
 from tether.bus.keys import RootKey
+from tether.bus.session import connect
 from tether.bus.stream_updates import update_streams
 from tether.bus.topology import ensure_platform
 from tether.envelope import MessageType
@@ -31,7 +32,7 @@ from tether.errors import PermissionDenied, TetherError
 
 @pytest.fixture
 async def dispatcher(broker: Broker) -> AsyncIterator[Bus]:
-    async with Bus.connect(broker.settings, broker.home, "dispatcher") as bus:
+    async with connect(broker.settings, broker.home, "dispatcher") as bus:
         await ensure_platform(bus, broker.settings)
         yield bus
 
@@ -52,7 +53,7 @@ async def test_what_is_recorded_is_in_the_stream_and_whole(broker: Broker, dispa
 async def test_an_outage_loses_no_entry_and_keeps_their_order(embedded_broker: Broker) -> None:
     broker = embedded_broker
     assert broker.server is not None
-    async with Bus.connect(broker.settings, broker.home, "dispatcher") as dispatcher, writer(broker) as (bus, log):
+    async with connect(broker.settings, broker.home, "dispatcher") as dispatcher, writer(broker) as (bus, log):
         await ensure_platform(dispatcher, broker.settings)
         number = 0
         for _ in range(3):
@@ -78,14 +79,14 @@ async def test_an_outage_loses_no_entry_and_keeps_their_order(embedded_broker: B
 
 
 async def _after(broker: Broker) -> list[Record]:
-    async with Bus.connect(broker.settings, broker.home, "admin") as admin:
+    async with connect(broker.settings, broker.home, "admin") as admin:
         return await everything(admin, broker.home)
 
 
 async def test_a_process_that_died_leaves_its_blocks_to_the_next(broker: Broker, dispatcher: Bus) -> None:
     """Its first blocks are in the stream and not known to be; the next process neither loses nor repeats one."""
     async with AsyncExitStack() as dying:
-        bus = await dying.enter_async_context(Bus.connect(broker.settings, broker.home, "gateway"))
+        bus = await dying.enter_async_context(connect(broker.settings, broker.home, "gateway"))
         log = AuditLog(bus, broker.home)
         sender = await log.begin()
         for number in range(300):
@@ -151,7 +152,7 @@ async def test_what_does_not_fit_is_counted_said_and_noted_and_nobody_waits(
 async def test_a_full_spool_takes_no_more_and_what_it_has_is_kept(embedded_broker: Broker) -> None:
     broker = embedded_broker
     assert broker.server is not None
-    async with Bus.connect(broker.settings, broker.home, "dispatcher") as dispatcher:
+    async with connect(broker.settings, broker.home, "dispatcher") as dispatcher:
         await ensure_platform(dispatcher, broker.settings)
         async with writer(broker, audit_spool_mb=1) as (bus, log):
             await broker.server.kill()
@@ -179,7 +180,7 @@ async def test_a_full_spool_takes_no_more_and_what_it_has_is_kept(embedded_broke
 
 async def test_a_full_stream_refuses_keeps_what_it_has_and_says_so(start_broker: StartBroker) -> None:
     async with start_broker(max_file_mb=256, audit_max_mb=1) as broker:
-        async with Bus.connect(broker.settings, broker.home, "dispatcher") as bus:
+        async with connect(broker.settings, broker.home, "dispatcher") as bus:
             await ensure_platform(bus, broker.settings)
             async with writer(broker) as (_, log):
                 act(log, 0)
@@ -190,10 +191,10 @@ async def test_a_full_stream_refuses_keeps_what_it_has_and_says_so(start_broker:
                 await wait_until(lambda: metrics.AUDIT_FULL._value.get() == 1, "the metric says that it is full")
                 assert (await entries(bus, broker.home, kind=Kind.ADMIN))[0].entry.detail == "0"
                 larger = dataclasses.replace(broker.settings, audit_max_mb=64)
-                async with Bus.connect(broker.settings, broker.home, "admin") as admin:
+                async with connect(broker.settings, broker.home, "admin") as admin:
                     assert await update_streams(admin, larger)
                 await wait_until(lambda: metrics.AUDIT_FULL._value.get() == 0, "it is taken in", 20)
-        async with Bus.connect(broker.settings, broker.home, "admin") as admin:
+        async with connect(broker.settings, broker.home, "admin") as admin:
             assert len(await entries(admin, broker.home, kind=Kind.ADMIN)) == 40 * 256 + 1
 
 
@@ -209,7 +210,7 @@ async def test_nobody_can_delete_purge_or_change_what_is_written(broker: Broker,
     ):
         with pytest.raises(TetherError):
             await dispatcher.api(path, body)
-    async with Bus.connect(broker.settings, broker.home, "worker-1") as worker:
+    async with connect(broker.settings, broker.home, "worker-1") as worker:
         with pytest.raises(PermissionDenied):
             await worker.publish_acked(worker.names.audit(TENANT, "admin"), b"x")
     assert await numbers(dispatcher, broker.home) == [1]
@@ -383,7 +384,7 @@ async def test_entries_signed_with_a_key_that_was_replaced_still_count(one: Serv
         return await numbers(one.bus, home) == [1, 2]
 
     await wait_until(arrived, "entries of both keys are read")
-    async with Bus.connect(one.settings, home, "admin") as admin:
+    async with connect(one.settings, home, "admin") as admin:
         signed = await audit_read.keysets(admin, home)
     assert len(signed) >= 2
     checker = Checker(audit_read.historical(signed, home.root_public.read_bytes()), 365 * 86_400_000)

@@ -12,12 +12,13 @@ from brokers import Broker, wait_until
 from tether.audit import What
 from tether.bus.audit import AuditLog
 from tether.bus.connection import Bus
+from tether.bus.session import connect
 from tether.bus.topology import ensure_platform
 
 
 @pytest.fixture
 async def audited(embedded_broker: Broker) -> Broker:
-    async with Bus.connect(embedded_broker.settings, embedded_broker.home, "dispatcher") as bus:
+    async with connect(embedded_broker.settings, embedded_broker.home, "dispatcher") as bus:
         await ensure_platform(bus, bus.settings)
     return embedded_broker
 
@@ -37,7 +38,7 @@ async def written(log: AuditLog, first: int, count: int) -> None:
 
 async def restored(broker: Broker) -> Bus:
     """The stream is made again over what the cut left, as the dispatcher does."""
-    async with Bus.connect(broker.settings, broker.home, "dispatcher") as bus:
+    async with connect(broker.settings, broker.home, "dispatcher") as bus:
         await ensure_platform(bus, bus.settings)
     return bus
 
@@ -52,7 +53,7 @@ async def test_a_writer_that_lives_stores_again_what_the_broker_lost(audited: Br
         await restored(audited)
         assert await bus.wait_connected(10)
         await written(log, 7, 2)
-    async with Bus.connect(audited.settings, audited.home, "dispatcher") as bus:
+    async with connect(audited.settings, audited.home, "dispatcher") as bus:
         assert await numbers(bus, audited.home) == list(range(9))
         assert check(audited.home, await everything(bus, audited.home)).problems == ()
 
@@ -80,7 +81,7 @@ async def test_a_lost_end_is_a_note_after_a_power_cut_and_a_problem_where_none_c
         await written(log, 7, 1)
         await wait_until(lambda: log._sender is not None and not log._sender.cuts, "the cut is in a checkpoint")
         await sent(log)
-    async with Bus.connect(audited.settings, audited.home, "dispatcher") as bus:
+    async with connect(audited.settings, audited.home, "dispatcher") as bus:
         assert await numbers(bus, audited.home) == [0, 1, 2, 7]
         found = await everything(bus, audited.home)
         report = check(audited.home, found)
@@ -97,7 +98,7 @@ async def test_a_lost_end_is_a_note_after_a_power_cut_and_a_problem_where_none_c
 async def test_blocks_that_a_spool_lost_on_their_way_are_a_note_too(audited: Broker) -> None:
     """The stream has all that it acknowledged; what was still in the spool went with the machine's memory."""
     async with AsyncExitStack() as dying:
-        bus = await dying.enter_async_context(Bus.connect(audited.settings, audited.home, "gateway"))
+        bus = await dying.enter_async_context(connect(audited.settings, audited.home, "gateway"))
         log = AuditLog(bus, audited.home)
         await log.begin()
         act(log, 0)
@@ -114,7 +115,7 @@ async def test_blocks_that_a_spool_lost_on_their_way_are_a_note_too(audited: Bro
         await written(log, 2, 1)
         await wait_until(lambda: log._sender is not None and not log._sender.cuts, "the cut is in a checkpoint")
         await sent(log)
-    async with Bus.connect(audited.settings, audited.home, "dispatcher") as bus:
+    async with connect(audited.settings, audited.home, "dispatcher") as bus:
         assert await numbers(bus, audited.home) == [0, 2]
         report = check(audited.home, await everything(bus, audited.home))
     assert report.problems == ()

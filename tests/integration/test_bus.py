@@ -17,6 +17,7 @@ from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket, SignedBucket
 from tether.bus.pull import BusDelivery, LanePull
 from tether.bus.queue import BusQueue, BusResults
+from tether.bus.session import connect
 from tether.bus.topology import ensure_lane, ensure_platform, lanes_of
 from tether.envelope import Envelope, MessageType
 from tether.errors import BrokerUnavailable, PermissionDenied, QueueFull, TetherError, VersionConflict
@@ -42,9 +43,7 @@ class Buses:
 
 async def connected(stack: AsyncExitStack, broker: Broker) -> Buses:
     names = ("dispatcher", "gateway", "worker-1")
-    one, two, three = [
-        await stack.enter_async_context(Bus.connect(broker.settings, broker.home, name)) for name in names
-    ]
+    one, two, three = [await stack.enter_async_context(connect(broker.settings, broker.home, name)) for name in names]
     await ensure_platform(one, broker.settings)
     lane = lanes_of("a.model", 1, "local")[0]
     await ensure_lane(one, lane, broker.settings)

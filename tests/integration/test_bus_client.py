@@ -12,7 +12,8 @@ from brokers import Broker, wait_until
 from nats.protocol.parser import Parser as Original
 
 from tether.bus.client import LARGE, Parser
-from tether.bus.connection import Bus, Message
+from tether.bus.connection import Message
+from tether.bus.session import connect
 
 SIZES = (0, 1, LARGE - 1, LARGE, LARGE + 1, 300_000, 3_000_001)
 
@@ -77,7 +78,7 @@ async def test_a_parser_that_was_reset_in_the_middle_of_a_message_begins_anew() 
 
 async def test_large_messages_arrive_as_they_were_sent(broker: Broker) -> None:
     """With and without headers, several at a time, between small ones; also after the connection was made anew."""
-    async with Bus.connect(broker.settings, broker.home, "gateway") as bus:
+    async with connect(broker.settings, broker.home, "gateway") as bus:
         heard: asyncio.Queue[Message] = asyncio.Queue()
         await bus.subscribe(bus.names.demand(), heard.put)
         for _ in range(2):

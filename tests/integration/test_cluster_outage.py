@@ -22,6 +22,7 @@ from tether.bus.config import CLUSTER
 from tether.bus.connection import Bus
 from tether.bus.pull import COLD_S
 from tether.bus.server import Binary
+from tether.bus.session import connect
 from tether.bus.topology import ensure_streams, streams
 from tether.errors import BrokerUnavailable
 from tether.gateway_http.catalog import Served
@@ -44,7 +45,7 @@ async def cluster(home: Home, binary: Binary, folder: Path) -> AsyncIterator[tup
         add_operator(node.config.parent / "permissions.conf", OPERATOR)
     settings = Settings(nats_url=",".join(node.url for node in made), replicas=3, home=str(home.root))
     async with running(made, binary):
-        async with Bus.connect(settings, home, "dispatcher") as bus:
+        async with connect(settings, home, "dispatcher") as bus:
 
             async def there() -> bool:
                 return not await ensure_streams(bus, streams(bus.names, settings))

@@ -16,11 +16,11 @@ from stores import MB, Platform, alter, parts, platform_on
 
 from tether import codec
 from tether.bus.chunk_meta import State
-from tether.bus.connection import Bus
 from tether.bus.keeping import PieceKeeper
 from tether.bus.kv import KvBucket
 from tether.bus.leases import ask_owner
 from tether.bus.model_files import download
+from tether.bus.session import connect
 from tether.bus.tenant_keys import ModelKeyring
 from tether.bus.upload import upload
 from tether.envelope import MessageType
@@ -58,7 +58,7 @@ async def keeping(platform: Platform, *, upload_ttl_s: float = 0.0) -> AsyncIter
     settings = dataclasses.replace(
         platform.broker.settings, upload_ttl_s=upload_ttl_s, collect_grace_s=0.0, scrub_mb_s=10_000.0
     )
-    async with Bus.connect(settings, platform.broker.home, "modelstore") as bus:
+    async with connect(settings, platform.broker.home, "modelstore") as bus:
         registry = Registry(bus)
         keyring = ModelKeyring(bus, platform.broker.home, every=True)
         yield Kept(platform, Keeper(bus, registry, keyring), PieceKeeper(bus, bus.names.chunk_bucket("m")), registry)
@@ -210,7 +210,7 @@ async def orphans(kept: Kept) -> set[str]:
 async def test_nothing_is_collected_while_a_manifest_cannot_be_read(kept: Kept) -> None:
     await two_versions(kept)
     bus = kept.platform.bus
-    async with Bus.connect(bus.settings, kept.platform.broker.home, "modelstore") as writer:
+    async with connect(bus.settings, kept.platform.broker.home, "modelstore") as writer:
         await KvBucket(writer, "models").put("other.1", b"not a frame")
     await kept.delete(1)
     with pytest.raises(Unavailable, match=r"'other\.1' cannot be read"):
@@ -242,7 +242,7 @@ async def remove_data(kept: Kept, digest: str) -> bool:
     found = await kept.store.read(digest)
     assert found is not None
     path = f"STREAM.MSG.DELETE.{kept.platform.bus.names.object_stream(kept.store.bucket)}"
-    async with Bus.connect(kept.platform.bus.settings, kept.platform.broker.home, "modelstore") as bus:
+    async with connect(kept.platform.bus.settings, kept.platform.broker.home, "modelstore") as bus:
         return bool((await bus.api(path, {"seq": found.sequence}))["success"])
 
 

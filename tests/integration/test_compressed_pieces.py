@@ -18,10 +18,10 @@ from stores import MB, Platform, noise, parts, platform_on
 
 from tether.bus.chunk_meta import State
 from tether.bus.chunks import ENCODING, ObjectChunkStore
-from tether.bus.connection import Bus
 from tether.bus.keeping import PieceKeeper
 from tether.bus.model_files import download
 from tether.bus.sealed_chunks import SealedChunkStore
+from tether.bus.session import connect
 from tether.bus.tenant_keys import ModelKeyring
 from tether.bus.upload import upload
 from tether.envelope.model_seal import PieceSeal
@@ -44,7 +44,7 @@ async def platform(broker: Broker) -> AsyncIterator[Platform]:
 @asynccontextmanager
 async def keeping(platform: Platform) -> AsyncIterator[tuple[Keeper, PieceKeeper]]:
     settings = dataclasses.replace(platform.broker.settings, upload_ttl_s=0.0, collect_grace_s=0.0)
-    async with Bus.connect(settings, platform.broker.home, "modelstore") as bus:
+    async with connect(settings, platform.broker.home, "modelstore") as bus:
         keyring = ModelKeyring(bus, platform.broker.home, every=True)
         yield Keeper(bus, Registry(bus), keyring), PieceKeeper(bus, BUCKET)
 

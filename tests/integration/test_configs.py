@@ -8,8 +8,8 @@ from configs import configure, unconfigure
 from services import Services
 
 from tether import codec, metrics
-from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket, SignedBucket
+from tether.bus.session import connect
 from tether.envelope import MessageType
 from tether.gateway_http import core
 from tether.model_config import ModelConfig, Shadow, default_config
@@ -40,7 +40,7 @@ async def test_who_listens_hears_of_versions_that_went_and_not_of_new_ones(one: 
     first = await one.push("heard", models.add())
     assert catalog.find("heard", 1) == first
     assert (catalog.find("heard", 2), catalog.find("unheard", 1), told) == (None, None, [])
-    async with Bus.connect(one.settings, one.home, "modelstore") as bus:
+    async with connect(one.settings, one.home, "modelstore") as bus:
         await SignedBucket(bus, "models", MessageType.MANIFEST).delete(bus.names.version_key("heard", 1))
     await wait_until(lambda: told == ["heard"], "the listener was told")
     assert catalog.find("heard", 1) is None
@@ -50,7 +50,7 @@ async def test_a_configuration_counts_only_from_the_model_store_at_its_own_key_a
     first, second = (ModelConfig("kept", revision=number, cache_ttl_s=float(number)) for number in (1, 2))
     names, catalog = one.bus.names, one.gateway.catalog
     await configure(one, first)
-    async with Bus.connect(one.settings, one.home, "modelstore") as bus:
+    async with connect(one.settings, one.home, "modelstore") as bus:
         bucket = KvBucket(bus, "configs")
         old = await bucket.get("kept")
         assert old is not None

@@ -16,6 +16,7 @@ from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket, SignedBucket
 from tether.bus.leases import ask_owner
 from tether.bus.resign import _Work
+from tether.bus.session import connect
 from tether.bus.tenant_keys import ModelKeyring
 from tether.envelope import MessageType
 from tether.errors import QuotaExceeded
@@ -66,7 +67,7 @@ async def bounded(broker: Broker) -> AsyncIterator[Bounded]:
     settings = dataclasses.replace(broker.settings, upload_ttl_s=0.0, collect_grace_s=0.0)
     async with (
         platform_on(broker) as platform,
-        Bus.connect(settings, broker.home, "modelstore") as bus,
+        connect(settings, broker.home, "modelstore") as bus,
     ):
         tenants = SignedBucket(platform.bus, "tenants", MessageType.TENANT)
         await tenants.put(token("acme"), codec.encode(Tenant("acme", quotas=Quotas(stored_bytes=15 * MB))))

@@ -14,6 +14,7 @@ from tether.bus import rpc
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket
 from tether.bus.server import Binary, reload_embedded
+from tether.bus.session import connect
 from tether.envelope import MessageType
 from tether.errors import ConfigError, KeyRevoked, PermissionDenied
 from tether.home import Home
@@ -78,7 +79,7 @@ async def test_a_revoked_identity_is_cut_off_at_once_and_nobody_else(logins: Log
     await asyncio.wait_for(logins.other.closed.wait(), 5)
     assert {name: getattr(logins, name).losses for name in losses} == losses
     with pytest.raises(KeyRevoked, match="worker-2"):
-        async with Bus.connect(settings, home, "worker-2"):
+        async with connect(settings, home, "worker-2"):
             pass
     gc.collect()
 
@@ -87,10 +88,10 @@ async def test_a_new_identity_can_log_in_after_a_reload(home: Home, nats_binary:
     async with embedded(home, nats_binary) as broker:
         add_bound_worker(home)
         with pytest.raises(ConfigError, match="refused"):
-            async with Bus.connect(broker.settings, home, OWN):
+            async with connect(broker.settings, home, OWN):
                 pass
         assert await asyncio.to_thread(reload_embedded, home, broker.settings)
-        async with Bus.connect(broker.settings, home, OWN) as bus:
+        async with connect(broker.settings, home, OWN) as bus:
             with pytest.raises(PermissionDenied):
                 await bus.publish_acked(bus.names.result("job"), b"of another scope")
 

@@ -13,7 +13,7 @@ from operators import reconfigure
 from services import TENANT, Services, new_job, row, services
 
 from tether import metrics
-from tether.bus.connection import Bus
+from tether.bus.session import connect
 from tether.errors import ResultConflict
 from tether.gateway_http.catalog import Served
 from tether.tensor import Array
@@ -103,7 +103,7 @@ async def test_a_job_that_was_ended_meanwhile_waits_no_longer(short: Services) -
     await bound(short, 0)
     worker = await short.start_worker("worker-2")
     await wait_until(lambda: waits(worker), "its result waits")
-    async with Bus.connect(short.settings, short.home, "admin") as admin:
+    async with connect(short.settings, short.home, "admin") as admin:
         stream = short.bus.names.results_stream
         config = (await admin.api(f"STREAM.INFO.{stream}"))["config"]
         cancelling = asyncio.create_task(short.gateway.jobs.cancel(TENANT, job))

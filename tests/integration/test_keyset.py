@@ -22,6 +22,7 @@ from tether.bus.connection import Bus
 from tether.bus.keys import RootKey
 from tether.bus.keyset import CURRENT, SETTLE_S, SeenKeyset, offer, standing
 from tether.bus.kv import KvBucket
+from tether.bus.session import connect
 from tether.bus.topology import ensure_platform
 from tether.clock import SystemClock
 from tether.envelope import KEYSET_DOMAIN, Keyset, Role, sign_keyset
@@ -41,7 +42,7 @@ def signed(home: Home, keyset: Keyset) -> bytes:
 
 @contextlib.asynccontextmanager
 async def administrator(broker: Broker) -> AsyncIterator[Bus]:
-    async with Bus.connect(broker.settings, broker.home, "admin", follow=False) as bus:
+    async with connect(broker.settings, broker.home, "admin", follow=False) as bus:
         yield bus
 
 
@@ -126,16 +127,16 @@ async def test_a_restart_brings_no_older_keyset_back(broker: Broker) -> None:
     home = broker.home
     other = Home(identities.export(home, "worker-1", home.root / "elsewhere"))
     older = home.keyset.read_bytes()
-    async with Bus.connect(broker.settings, home, "dispatcher", follow=False) as dispatcher:
+    async with connect(broker.settings, home, "dispatcher", follow=False) as dispatcher:
         await ensure_platform(dispatcher, broker.settings)
-    async with Bus.connect(broker.settings, other, "worker-1") as worker:
+    async with connect(broker.settings, other, "worker-1") as worker:
         identities.add(home, root(home), "worker-9", Role.WORKER)
         await publish(broker)
         await wait_until(lambda: worker.verifier.keyset.version == 2, "the worker hears of it", SOON_S)
     async with administrator(broker) as bus:
         await KvBucket(bus, "keyset").put(CURRENT, older)
     before = refusals("older")
-    async with Bus.connect(broker.settings, other, "worker-1") as worker:
+    async with connect(broker.settings, other, "worker-1") as worker:
         assert worker.verifier.keyset.version == 2
         await wait_until(lambda: refusals("older") > before, "the older one is refused", SOON_S)
         assert worker.verifier.keyset.version == 2
@@ -204,11 +205,11 @@ async def test_a_rotated_identity_signs_with_its_new_key_and_nothing_fails(
 async def test_an_identity_whose_old_key_is_over_stops_unless_it_has_the_new_one(broker: Broker) -> None:
     home = broker.home
     other = Home(identities.export(home, "worker-1", home.root / "elsewhere"))
-    async with Bus.connect(broker.settings, home, "dispatcher") as dispatcher:
+    async with connect(broker.settings, home, "dispatcher") as dispatcher:
         await ensure_platform(dispatcher, broker.settings)
         async with (
-            Bus.connect(broker.settings, other, "worker-1") as left,
-            Bus.connect(broker.settings, home, "worker-1") as right,
+            connect(broker.settings, other, "worker-1") as left,
+            connect(broker.settings, home, "worker-1") as right,
         ):
             made = identities.rotate(home, root(home), "worker-1", grace_s=0)
             await publish(broker)
@@ -224,9 +225,9 @@ async def test_an_identity_that_no_keyset_knows_yet_waits_for_one_that_does(brok
     identities.rotate(home, root(home), "worker-1")
     other = Home(identities.export(home, "worker-1", home.root / "elsewhere"))
     other.keyset.write_bytes(old)
-    async with Bus.connect(broker.settings, home, "dispatcher") as dispatcher:
+    async with connect(broker.settings, home, "dispatcher") as dispatcher:
         await ensure_platform(dispatcher, broker.settings)
-        async with Bus.connect(broker.settings, other, "worker-1") as worker:
+        async with connect(broker.settings, other, "worker-1") as worker:
             assert isinstance(_standing(worker), UnknownKey)
             await wait_until(lambda: _standing(worker) is None, "the keyset comes from the bucket", SOON_S + SETTLE_S)
             assert not worker.closed.is_set()

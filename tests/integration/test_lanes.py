@@ -11,6 +11,7 @@ from brokers import Broker
 
 from tether.bus.connection import Bus
 from tether.bus.lanes import consumers_of
+from tether.bus.session import connect
 from tether.bus.topology import ensure_platform, ensure_streams, lanes_of, streams
 from tether.dispatcher import lanes as lanes_module
 from tether.dispatcher.lanes import A_PART, Lanes
@@ -44,7 +45,8 @@ class Watched(Bus):
 
 @asynccontextmanager
 async def dispatcher(broker: Broker) -> AsyncIterator[Watched]:
-    async with Watched.connect(broker.settings, broker.home, "dispatcher") as bus:
+    async with connect(broker.settings, broker.home, "dispatcher") as bus:
+        bus.__class__ = Watched
         assert isinstance(bus, Watched)
         bus.note()
         yield bus
@@ -52,7 +54,7 @@ async def dispatcher(broker: Broker) -> AsyncIterator[Watched]:
 
 async def put(broker: Broker, *lanes: Lane) -> None:
     """Let a message wait in each of ``lanes``, as a gateway does that asks before there is a consumer."""
-    async with Bus.connect(broker.settings, broker.home, "gateway") as gateway:
+    async with connect(broker.settings, broker.home, "gateway") as gateway:
         for lane in lanes:
             await gateway.publish_acked(gateway.names.lane(lane), b"somebody waits")
 

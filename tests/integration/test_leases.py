@@ -29,6 +29,7 @@ from tether.bus.kv import KvBucket
 from tether.bus.leases import LeaseBucket, ask_owner
 from tether.bus.model_files import download
 from tether.bus.server import Binary
+from tether.bus.session import connect
 from tether.bus.topology import ensure_platform
 from tether.envelope import MessageType, Role
 from tether.errors import ConfigError, Unavailable
@@ -89,7 +90,7 @@ async def test_versions_from_before_there_were_partitions_are_still_found(home: 
     async with embedded(home, nats_binary) as broker, platform_on(broker) as platform:
         old = (await platform.push(models.add(1.0), model=name)).manifest
         fields = {key: value for key, value in msgspec.to_builtins(old).items() if key != "partition"}
-        async with Bus.connect(broker.settings, home, "modelstore") as bus:
+        async with connect(broker.settings, home, "modelstore") as bus:
             subject = bus.names.bucket_key("models", f"{name}.1")
             frame = bus.signer.seal(MessageType.MANIFEST, subject, codec.pack(fields))
             await bus.publish_acked(subject, frame)
@@ -155,7 +156,7 @@ async def test_a_store_that_is_not_the_owner_writes_nothing(broker: Broker) -> N
 
 
 async def test_a_lease_changes_hands_once(broker: Broker) -> None:
-    async with platform_on(broker) as platform, Bus.connect(broker.settings, broker.home, "modelstore") as bus:
+    async with platform_on(broker) as platform, connect(broker.settings, broker.home, "modelstore") as bus:
         leases = LeaseBucket(bus)
         sequence, lease = (await leases.look()).leases[0]
         assert lease is not None
@@ -170,9 +171,9 @@ async def test_a_request_waits_for_an_owner_and_says_when_there_is_none(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tether.bus.leases.PATIENCE_S", 1.0)
-    async with Bus.connect(broker.settings, broker.home, "dispatcher") as dispatcher:
+    async with connect(broker.settings, broker.home, "dispatcher") as dispatcher:
         await ensure_platform(dispatcher, broker.settings)
-    async with Bus.connect(broker.settings, broker.home, "gateway") as bus:
+    async with connect(broker.settings, broker.home, "gateway") as bus:
         body = codec.encode(ChangeRequest(Change.SHOW_STORE, ""))
         with pytest.raises(Unavailable, match="no model store looks after partition 0"):
             await ask_owner(bus, "changeModel", 0, MessageType.CHANGE, body, answers=MessageType.CHANGED)

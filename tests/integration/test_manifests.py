@@ -11,8 +11,8 @@ from brokers import wait_until
 from services import Services, row
 
 from tether import codec
-from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket
+from tether.bus.session import connect
 from tether.envelope import MessageType, Signer
 from tether.gateway_http.catalog import Served
 from tether.model import Manifest, ModelFile, ModelRef
@@ -77,7 +77,7 @@ async def reasons(running: Services, served: Served, forge: Forge) -> str:
     """Why the worker does not load the entry, though it was told to."""
     worker, names = running.workers[0], running.bus.names
     key = names.version_key("m", NUMBER)
-    async with Bus.connect(running.settings, running.home, "modelstore") as bus:
+    async with connect(running.settings, running.home, "modelstore") as bus:
         frame = forge(served.manifest, bus.signer, running.bus.signer, names.bucket_key("models", key))
         await KvBucket(bus, "models").put(key, frame)
     worker.holder.want([ModelRef("m", 1), ModelRef("m", NUMBER)])

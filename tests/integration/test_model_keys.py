@@ -20,11 +20,11 @@ from tenancy import bound_home, isolate, own_worker
 from tether import codec
 from tether.bus import identities
 from tether.bus.chunks import ObjectChunkStore
-from tether.bus.connection import Bus
 from tether.bus.keys import RootKey
 from tether.bus.kv import SignedBucket
 from tether.bus.leases import ask_owner
 from tether.bus.server import Binary, reload_embedded
+from tether.bus.session import connect
 from tether.bus.tenant_keys import ModelKeyring
 from tether.bus.upload import upload
 from tether.dispatcher import service as dispatcher_service
@@ -247,7 +247,7 @@ async def test_pieces_under_the_old_key_are_collected(one: Services) -> None:
     store = ObjectChunkStore(one.bus, one.bus.names.chunk_bucket("m"))
     assert await store.missing(old + new) == []
     settings = dataclasses.replace(one.settings, upload_ttl_s=0.0, collect_grace_s=0.0)
-    async with Bus.connect(settings, one.home, "modelstore") as bus:
+    async with connect(settings, one.home, "modelstore") as bus:
         keeper = Keeper(bus, Registry(bus), ModelKeyring(bus, one.home, every=True))
         for _ in range(3):
             await keeper.collect()
@@ -283,7 +283,7 @@ async def test_a_key_is_taken_over_when_its_writer_is_revoked_and_never_replaced
 async def other_keys(running: Services, **changes: float) -> AsyncIterator[KeyMaker]:
     """What a second model store would do."""
     settings = dataclasses.replace(running.settings, **changes)  # type: ignore[arg-type]
-    async with Bus.connect(settings, running.home, "modelstore") as bus:
+    async with connect(settings, running.home, "modelstore") as bus:
         keyring = ModelKeyring(bus, running.home, every=True)
         async with keyring.watching():
             yield KeyMaker(bus, keyring, Registry(bus))

@@ -19,9 +19,9 @@ from stores import MB, Platform, alter, noise, parts, platform_on
 
 from tether import codec
 from tether.bus.calls import lossy
-from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket
 from tether.bus.model_files import download, fetch_model, intact, open_manifest
+from tether.bus.session import connect
 from tether.bus.topology import ensure_platform
 from tether.bus.upload import upload
 from tether.envelope import MessageType
@@ -229,9 +229,9 @@ async def test_a_manifest_counts_only_under_its_own_key(platform: Platform) -> N
 async def test_what_may_be_asked_again_fails_with_the_connection_and_all_else_waits_on(embedded_broker: Broker) -> None:
     server = embedded_broker.server
     assert server is not None
-    async with Bus.connect(embedded_broker.settings, embedded_broker.home, "dispatcher") as dispatcher:
+    async with connect(embedded_broker.settings, embedded_broker.home, "dispatcher") as dispatcher:
         await ensure_platform(dispatcher, embedded_broker.settings)
-    async with Bus.connect(embedded_broker.settings, embedded_broker.home, "modelstore") as bus:
+    async with connect(embedded_broker.settings, embedded_broker.home, "modelstore") as bus:
         send(server.pid, signal.SIGSTOP)
         status = Path(f"/proc/{server.pid}/stat")
         await wait_until(
@@ -286,7 +286,7 @@ async def test_a_model_store_that_died_before_the_alias_repairs_it_at_its_next_s
         await platform.push(models.add(1.0))
         second = (await platform.push(models.add(2.0))).manifest
         assert second.version == 2
-    async with Bus.connect(broker.settings, broker.home, "modelstore") as bus:
+    async with connect(broker.settings, broker.home, "modelstore") as bus:
         key, subject = "m.3", bus.names.bucket_key("models", "m.3")
         orphan = Manifest(
             **{name: getattr(second, name) for name in second.__struct_fields__ if name != "version"}, version=3

@@ -15,9 +15,9 @@ from stores import Platform, platform_on
 from tenancy import bound_home, has_lane, isolate, own_worker
 
 from tether import codec, config_changes
-from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket, SignedBucket
 from tether.bus.leases import ask_owner
+from tether.bus.session import connect
 from tether.config_changes import ConfigAction, ConfigRequest
 from tether.envelope import MessageType
 from tether.errors import BadName, Conflict, Forbidden, InvalidRequest, ModelNotFound, TetherError, Unavailable
@@ -228,7 +228,7 @@ async def as_before_owners(broker: Broker, platform: Platform, *pushers: str) ->
     """Store versions of a plain name as tenants pushed them before models had owners."""
     for number, _ in enumerate(pushers):
         await push(platform, DEFAULT_TENANT, number + 1.0, model=PLAIN)
-    async with Bus.connect(broker.settings, broker.home, "modelstore") as bus:
+    async with connect(broker.settings, broker.home, "modelstore") as bus:
         versions = SignedBucket(bus, "models", MessageType.MANIFEST)
         for key, body in (await versions.entries()).items():
             old = codec.decode(body, Manifest)
@@ -280,7 +280,7 @@ async def test_before_it_is_recorded_a_models_owner_follows_from_its_versions(
 
 async def test_a_model_whose_versions_cannot_be_read_is_nobodys(broker: Broker, platform: Platform) -> None:
     await as_before_owners(broker, platform, ACME)
-    async with Bus.connect(broker.settings, broker.home, "modelstore") as bus:
+    async with connect(broker.settings, broker.home, "modelstore") as bus:
         await KvBucket(bus, "models").put("m.1", b"no frame")
     delete = ChangeRequest(Change.DELETE_VERSION, PLAIN, version=1, tenant=OTHER)
     for tenant, error in ((OTHER, Forbidden), (DEFAULT_TENANT, Conflict)):

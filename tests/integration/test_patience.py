@@ -8,8 +8,8 @@ import pytest
 from brokers import Broker
 from operators import reconfigure
 
-from tether.bus.connection import Bus
 from tether.bus.errors import ApiError, translate, undone
+from tether.bus.session import connect
 from tether.bus.topology import ensure_platform
 from tether.errors import BrokerUnavailable, QueueFull
 
@@ -47,8 +47,8 @@ def test_what_was_stored_or_refused_is_not_sent_again() -> None:
 
 async def test_a_stream_that_comes_within_the_time_gets_what_was_sent_before_it_was_there(broker: Broker) -> None:
     async with (
-        Bus.connect(broker.settings, broker.home, "dispatcher") as dispatcher,
-        Bus.connect(broker.settings, broker.home, "gateway") as gateway,
+        connect(broker.settings, broker.home, "dispatcher") as dispatcher,
+        connect(broker.settings, broker.home, "gateway") as gateway,
     ):
         key = gateway.names.bucket_key("tenants", "acme")
         stream = gateway.names.bucket_stream("tenants")
@@ -68,8 +68,8 @@ async def test_a_stream_that_comes_within_the_time_gets_what_was_sent_before_it_
 
 async def test_a_full_stream_is_not_waited_for(broker: Broker) -> None:
     async with (
-        Bus.connect(broker.settings, broker.home, "dispatcher") as dispatcher,
-        Bus.connect(broker.settings, broker.home, "gateway") as gateway,
+        connect(broker.settings, broker.home, "dispatcher") as dispatcher,
+        connect(broker.settings, broker.home, "gateway") as gateway,
     ):
         await ensure_platform(dispatcher, broker.settings)
         name = gateway.names.bucket_stream("tenants")

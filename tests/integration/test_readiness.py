@@ -12,7 +12,7 @@ from operators import reconfigure
 from services import Services, row, services
 
 from tether import ops_http
-from tether.bus.connection import Bus
+from tether.bus.session import connect
 from tether.bus.storage import BrokerStorage
 from tether.bus.stream_updates import update_streams
 from tether.errors import BrokerUnavailable, StorageFull
@@ -67,7 +67,7 @@ async def test_a_stream_that_takes_nothing_is_noticed_without_any_request(
     assert "no stream takes" in failing(running)[name]
     assert running.gateway.readiness.infers() is infers
     assert running.gateway.ready(served, "shared") is infers
-    async with Bus.connect(running.settings, running.home, "admin") as admin:
+    async with connect(running.settings, running.home, "admin") as admin:
         assert await update_streams(admin, running.settings) == {stream: ["subjects"]}
     await wait_until(lambda: failing(running) == {}, "an administrator has mended it", 30)
 

@@ -29,7 +29,7 @@ from tether.job import Job, JobState, Outcome, new_job_id
 from tether.model import Assignment, Epoch, Registration
 from tether.worker import service as worker_service
 from tether.worker.batching import Done, Run
-from tether.worker.intake import Bundle
+from tether.worker.bundle import Bundle
 from tether.worker.keepalive import KeepAlive
 from tether.worker.redelivery import Redelivery
 from tether.worker.run_limits import Going

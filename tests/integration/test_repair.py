@@ -16,9 +16,10 @@ from stores import MB
 
 from tether import metrics
 from tether.bus.chunk_meta import State
-from tether.bus.connection import Bus, Message
+from tether.bus.connection import Message
 from tether.bus.keeping import PieceKeeper
 from tether.bus.repair import Lenders
+from tether.bus.session import connect
 from tether.bus.tenant_keys import ModelKeyring
 from tether.envelope import MessageType
 from tether.envelope.model_seal import PieceSeal
@@ -72,7 +73,7 @@ async def spoil(running: Services, manifest: Manifest) -> tuple[str, str, str]:
     altered, lost, gone, *_ = manifest.files[0].chunks
     names, bucket = running.bus.names, running.bus.names.partition_bucket(manifest.partition)
     await running.bus.publish_acked(names.object_chunk(bucket, altered), b"evil")
-    async with Bus.connect(running.settings, running.home, "modelstore") as bus:
+    async with connect(running.settings, running.home, "modelstore") as bus:
         store, stream = PieceKeeper(bus, bucket), names.object_stream(bucket)
         metas = (await store.snapshot()).pieces
         for digest in (lost, gone):
@@ -118,7 +119,7 @@ async def test_what_is_damaged_comes_back_from_a_workers_cache(running: Services
     pieces = await spoil(running, manifest)
     assert len((await keeper(running).state()).damaged) == 2
     assert await keeper(running).scrub() == 0
-    async with Bus.connect(running.settings, running.home, "modelstore") as bus:
+    async with connect(running.settings, running.home, "modelstore") as bus:
         store = PieceKeeper(bus, bus.names.partition_bucket(manifest.partition))
         assert await store.missing(manifest.files[0].chunks) == []
         for piece in (await store.snapshot()).pieces.values():
@@ -211,8 +212,8 @@ async def test_nobody_is_asked_but_who_holds_the_version(running: Services, encr
         others.append(message)
 
     async with (
-        Bus.connect(running.settings, running.home, "worker-1") as holder,
-        Bus.connect(running.settings, running.home, "worker-2") as other,
+        connect(running.settings, running.home, "worker-1") as holder,
+        connect(running.settings, running.home, "worker-2") as other,
     ):
         await other.subscribe(other.names.wanted("worker-2"), heard)
         with pytest.raises(PermissionDenied):
@@ -239,7 +240,7 @@ async def test_a_piece_of_an_encrypted_model_travels_as_the_worker_keeps_it(runn
         assert envelope is not None
         sent[envelope.header.message_id] = envelope.body
 
-    async with Bus.connect(running.settings, running.home, "modelstore") as bus:
+    async with connect(running.settings, running.home, "modelstore") as bus:
         await bus.subscribe(bus.names.piece("worker-1"), heard)
         await bus.flush()
         pieces = await spoil(running, manifest)
@@ -280,7 +281,7 @@ async def test_a_model_store_without_the_key_asks_nobody(asked: list[str], runni
     """It would have to believe whatever a worker sends; damage is reported all the same."""
     manifest = await cached(running, encrypt=True)
     pieces = await spoil(running, manifest)
-    async with Bus.connect(running.settings, running.home, "modelstore") as bus:
+    async with connect(running.settings, running.home, "modelstore") as bus:
         lenders = Lenders(bus)
         async with lenders.listening():
             unread = ModelKeyring(bus, running.home, every=True)
@@ -317,7 +318,7 @@ async def test_a_piece_that_somebody_stores_meanwhile_is_left_to_him(running: Se
     manifest = await cached(running, encrypt=True)
     name, names = manifest.files[0].chunks[0], running.bus.names
     bucket = names.partition_bucket(manifest.partition)
-    async with Bus.connect(running.settings, running.home, "modelstore") as bus:
+    async with connect(running.settings, running.home, "modelstore") as bus:
         store = PieceKeeper(bus, bucket)
         piece, before = (await store.snapshot()).pieces[name], await store.read(name)
         assert before is not None

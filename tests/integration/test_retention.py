@@ -14,8 +14,8 @@ from services import TENANT, Services, new_job, row, services
 from stored import count
 
 from tether import codec
-from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket
+from tether.bus.session import connect
 from tether.bus.stream_updates import differing_streams, update_streams
 from tether.bus.topology import DEAD, JOBS, NOTES, RECORDS, RESULTS, scope_streams, streams
 from tether.dispatcher.retention import Retention
@@ -316,8 +316,8 @@ async def test_a_home_of_before_gets_the_new_bounds(start_broker: StartBroker) -
     """Some stores grow and others shrink, and the broker has no room to spare."""
     async with (
         start_broker(max_file_mb=SMALL_MB) as broker,
-        Bus.connect(broker.settings, broker.home, "dispatcher") as bus,
-        Bus.connect(broker.settings, broker.home, "admin") as admin,
+        connect(broker.settings, broker.home, "dispatcher") as bus,
+        connect(broker.settings, broker.home, "admin") as admin,
     ):
         now, disk = {config["name"]: config for config in streams(bus.names, broker.settings)}, SMALL_MB << 20
         before: dict[str, dict[str, Any]] = {

@@ -15,8 +15,8 @@ from prometheus_client import REGISTRY
 from services import Services, new_job, row, services
 
 from tether import codec
-from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
+from tether.bus.session import connect
 from tether.dispatcher import service as dispatcher_service
 from tether.envelope import MessageType
 from tether.gateway_http.catalog import Served
@@ -78,7 +78,7 @@ async def as_before(running: Services, served: Served) -> None:
     """Have a worker load a version whose manifest is from before there was a basis."""
     manifest = msgspec.structs.replace(served.manifest, batching=Batching(8))
     key = running.bus.names.version_key(manifest.name, manifest.version)
-    async with Bus.connect(running.settings, running.home, "modelstore") as bus:
+    async with connect(running.settings, running.home, "modelstore") as bus:
         await SignedBucket(bus, "models", MessageType.MANIFEST).put(key, codec.encode(manifest))
     for loaded in (False, True):
         await running.decide(manifest.name, loaded=loaded)

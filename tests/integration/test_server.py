@@ -8,9 +8,9 @@ import pytest
 from brokers import Broker
 from disks import fill, small_disk
 
-from tether.bus.connection import Bus
 from tether.bus.keys import create_home
 from tether.bus.server import Binary, EmbeddedServer, check_server, find_server
+from tether.bus.session import connect
 from tether.errors import ConfigError, PermissionDenied
 from tether.home import Home
 from tether.processes import alive
@@ -49,14 +49,14 @@ async def test_a_killed_server_comes_back_on_its_port_with_its_data(embedded_bro
     server = embedded_broker.server
     assert server is not None
     keep = Names().dead_stream
-    async with Bus.connect(embedded_broker.settings, embedded_broker.home, "dispatcher") as bus:
+    async with connect(embedded_broker.settings, embedded_broker.home, "dispatcher") as bus:
         await bus.api(f"STREAM.CREATE.{keep}", {"name": keep, "subjects": ["keep"], "storage": "file"})
     url, first = server.url, server.pid
     await server.kill()
     assert not alive(first)
     await server.start()
     assert server.url == url
-    async with Bus.connect(embedded_broker.settings, embedded_broker.home, "dispatcher") as bus:
+    async with connect(embedded_broker.settings, embedded_broker.home, "dispatcher") as bus:
         assert (await bus.api(f"STREAM.INFO.{keep}"))["config"]["name"] == keep
 
 
@@ -73,7 +73,7 @@ async def test_a_killed_server_comes_back_on_its_port_while_its_disk_is_full(
                 await server.kill()
                 await server.start()
                 assert server.url == url
-                async with Bus.connect(Settings(home=str(home.root), nats_url=url), home, "admin") as bus:
+                async with connect(Settings(home=str(home.root), nats_url=url), home, "admin") as bus:
                     assert await bus.api("INFO")
 
 
@@ -96,7 +96,7 @@ async def test_an_identity_the_server_does_not_know_is_refused(broker: Broker, t
     stranger = Home(tmp_path)
     create_home(stranger, workers=1)
     with pytest.raises(ConfigError, match="refused"):
-        async with Bus.connect(broker.settings, stranger, "gateway"):
+        async with connect(broker.settings, stranger, "gateway"):
             pass
 
 
@@ -114,7 +114,7 @@ async def test_an_identity_the_server_does_not_know_is_refused(broker: Broker, t
     ],
 )
 async def test_a_role_cannot_publish_on_what_is_not_its_own(broker: Broker, identity: str, subject: str) -> None:
-    async with Bus.connect(broker.settings, broker.home, identity) as bus:
+    async with connect(broker.settings, broker.home, identity) as bus:
         with pytest.raises(PermissionDenied):
             await bus.publish_acked(subject, b"x", timeout=2)
 

@@ -14,6 +14,7 @@ from tether.bus.config import CLUSTER
 from tether.bus.connection import Bus
 from tether.bus.queue import BusResults
 from tether.bus.server import Binary, check_server
+from tether.bus.session import connect
 from tether.bus.topology import ensure_platform, ensure_streams, streams
 from tether.errors import BrokerUnavailable
 from tether.home import Home
@@ -29,9 +30,9 @@ async def test_a_single_production_server_speaks_tls_only(home: Home, nats_binar
         report = await check_server(f"http://127.0.0.1:{node.monitor}")
         assert (report.sync, report.strict, report.problems) == ("always", True, ())
         with pytest.raises(BrokerUnavailable, match="nats_cert and nats_key"):
-            async with Bus.connect(plain, home, "dispatcher"):
+            async with connect(plain, home, "dispatcher"):
                 pass
-        async with Bus.connect(settings, home, "dispatcher") as bus:
+        async with connect(settings, home, "dispatcher") as bus:
             await ensure_platform(bus, settings)
             assert (await bus.api("STREAM.NAMES"))["total"] > 10
 
@@ -49,7 +50,7 @@ async def test_three_servers_go_on_when_one_is_killed(home: Home, nats_binary: B
     made = nodes(tmp_path, home, ["cluster-1", "cluster-2", "cluster-3"])
     servers = ",".join(node.url for node in made)
     settings = Settings(nats_url=servers, replicas=3, home=str(home.root))
-    async with running(made, nats_binary), Bus.connect(settings, home, "dispatcher") as bus:
+    async with running(made, nats_binary), connect(settings, home, "dispatcher") as bus:
         await wait_until(lambda: prepared(bus, settings), "the streams are there", 60)
         key = bus.names.bucket_key("routes", "m.1")
         assert (await bus.api(f"STREAM.INFO.{bus.names.jobs_stream(0)}"))["config"]["num_replicas"] == 3

@@ -14,6 +14,7 @@ from tether.bus.errors import JetStreamError
 from tether.bus.permissions import streams_made
 from tether.bus.queue import BusResults
 from tether.bus.server import Binary
+from tether.bus.session import connect
 from tether.errors import PermissionDenied
 from tether.home import Home
 
@@ -154,6 +155,6 @@ async def test_results_that_are_full_still_say_what_ended(logins: Logins) -> Non
     assert await results.commit("job", b"x" * 1000)
     stream = logins.worker.names.results_stream
     config = await configuration(logins.dispatcher, stream)
-    async with Bus.connect(logins.broker.settings, logins.broker.home, "admin") as admin:
+    async with connect(logins.broker.settings, logins.broker.home, "admin") as admin:
         await admin.api(f"STREAM.UPDATE.{stream}", {**config, "max_bytes": 1})
     assert await results.ended(["job", "another"]) == {"job"}

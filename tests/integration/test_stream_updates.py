@@ -15,8 +15,8 @@ from services import Services, new_job, row, services
 from tenancy import bound_home, isolate
 from typer.testing import CliRunner
 
-from tether.bus.connection import Bus
 from tether.bus.server import Binary
+from tether.bus.session import connect
 from tether.bus.stream_updates import differing_streams, update_streams
 from tether.bus.topology import ensure_platform
 from tether.envelope import Role
@@ -30,7 +30,7 @@ async def test_a_dispatcher_leaves_a_stream_as_it_is_says_so_once_and_goes_on(
     broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
     larger = dataclasses.replace(broker.settings, max_file_mb=broker.settings.max_file_mb * 2)
-    async with Bus.connect(broker.settings, broker.home, "dispatcher") as bus:
+    async with connect(broker.settings, broker.home, "dispatcher") as bus:
         await ensure_platform(bus, broker.settings)
     with caplog.at_level(logging.WARNING):
         async with services(dataclasses.replace(broker, settings=larger), workers=1) as running:
@@ -42,7 +42,7 @@ async def test_a_dispatcher_leaves_a_stream_as_it_is_says_so_once_and_goes_on(
             assert len(told) == 1
             assert "max_bytes" in told[0]
             assert "tether streams --apply" in told[0]
-            async with Bus.connect(larger, broker.home, "admin") as admin:
+            async with connect(larger, broker.home, "admin") as admin:
                 assert stream in await differing_streams(admin, larger)
 
 
@@ -64,7 +64,7 @@ async def test_an_administrator_changes_streams_those_of_isolated_tenants_too(na
             own, shared = running.bus.names.scope_jobs_stream("acme"), running.bus.names.results_stream
             for stream in (own, shared):
                 await reconfigure(home, broker.settings, stream, max_bytes=1 << 20)
-            async with Bus.connect(broker.settings, home, "admin") as admin:
+            async with connect(broker.settings, home, "admin") as admin:
                 assert await differing_streams(admin, broker.settings) == {own: ["max_bytes"], shared: ["max_bytes"]}
                 assert set(await update_streams(admin, broker.settings)) == {own, shared}
                 assert await update_streams(admin, broker.settings) == {}
@@ -74,7 +74,7 @@ async def test_the_command_shows_and_changes_them_and_so_does_the_start_of_a_pla
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tether_cli.commands_platform._quiet", lambda: None)
-    async with Bus.connect(broker.settings, broker.home, "dispatcher") as bus:
+    async with connect(broker.settings, broker.home, "dispatcher") as bus:
         await ensure_platform(bus, broker.settings)
         stream = bus.names.dead_stream
 

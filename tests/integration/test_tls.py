@@ -18,9 +18,9 @@ import pytest
 from brokers import Broker, embedded, temporary_home, wait_until
 
 from tether.bus.certificates import expires_at, make_certificates
-from tether.bus.connection import Bus
 from tether.bus.keys import create_home
 from tether.bus.server import Binary, EmbeddedServer, reload_embedded
+from tether.bus.session import connect
 from tether.bus.topology import ensure_platform
 from tether.errors import BrokerUnavailable, ConfigError
 from tether.home import Home
@@ -37,7 +37,7 @@ async def secure(home: Home, nats_binary: Binary) -> AsyncIterator[Broker]:
 
 async def test_services_and_broker_show_each_other_certificates(secure: Broker) -> None:
     assert secure.url.startswith("tls://127.0.0.1:")
-    async with Bus.connect(secure.settings, secure.home, "dispatcher") as bus:
+    async with connect(secure.settings, secure.home, "dispatcher") as bus:
         await ensure_platform(bus, secure.settings)
         assert bus._client._transport._io_writer.get_extra_info("ssl_object").version() == "TLSv1.3"
     assert await asyncio.to_thread(reload_embedded, secure.home, secure.settings)
@@ -45,7 +45,7 @@ async def test_services_and_broker_show_each_other_certificates(secure: Broker) 
 
 async def test_a_connection_over_tls_comes_back_over_tls(secure: Broker) -> None:
     assert secure.server is not None
-    async with Bus.connect(secure.settings, secure.home, "gateway") as bus:
+    async with connect(secure.settings, secure.home, "gateway") as bus:
         await secure.server.kill()
         await secure.server.start()
         assert await bus.wait_connected(10)
@@ -60,7 +60,7 @@ async def test_certificates_are_renewed_while_the_broker_runs(secure: Broker) ->
     assert secure.home.tls_file("server.crt").read_bytes() != before
     assert secure.home.tls_file("ca.crt").read_bytes() == authority
     assert await asyncio.to_thread(reload_embedded, secure.home, secure.settings)
-    async with Bus.connect(secure.settings, secure.home, "gateway") as bus:
+    async with connect(secure.settings, secure.home, "gateway") as bus:
         await bus.flush()
 
 
@@ -114,7 +114,7 @@ async def test_a_service_elsewhere_gets_a_certificate_of_its_own(
         }
         assert there.tls_file("client.crt").read_bytes() != home.tls_file("client.crt").read_bytes()
         settings = Settings(nats_url=broker.url, home=str(folder))
-        async with Bus.connect(settings, there, "worker-9") as bus:
+        async with connect(settings, there, "worker-9") as bus:
             await bus.flush()
 
 
@@ -122,7 +122,7 @@ async def test_a_service_elsewhere_gets_a_certificate_of_its_own(
 
 
 async def test_an_answer_that_comes_after_its_asker_left_does_no_harm(broker: Broker) -> None:
-    async with Bus.connect(broker.settings, broker.home, "gateway", follow=False) as bus:
+    async with connect(broker.settings, broker.home, "gateway", follow=False) as bus:
         asker = asyncio.create_task(bus.flush())
         while not bus._client._pongs:
             await asyncio.sleep(0)
@@ -140,7 +140,7 @@ async def test_refused_connections_leave_no_socket_open(secure: Broker, other_au
     try:
         for _ in range(3):
             with pytest.raises(BrokerUnavailable):
-                async with Bus.connect(settings, secure.home, "gateway"):
+                async with connect(settings, secure.home, "gateway"):
                     pass
 
         def left() -> list[object]:
@@ -273,19 +273,19 @@ async def test_a_broker_that_wants_a_certificate_says_so(secure: Broker) -> None
 async def test_a_setting_that_names_no_file_is_named(broker: Broker) -> None:
     settings = dataclasses.replace(broker.settings, nats_ca="/nonexistent/ca.crt")
     with pytest.raises(ConfigError, match="nats_ca"):
-        async with Bus.connect(settings, broker.home, "gateway"):
+        async with connect(settings, broker.home, "gateway"):
             pass
 
 
 async def test_a_key_that_others_may_read_is_refused(secure: Broker) -> None:
     secure.home.tls_file("client.key").chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
-        async with Bus.connect(secure.settings, secure.home, "gateway"):
+        async with connect(secure.settings, secure.home, "gateway"):
             pass
 
 
 async def test_a_login_is_never_sent_to_a_broker_without_tls(broker: Broker, other_authority: Path) -> None:
     settings = dataclasses.replace(broker.settings, nats_ca=str(other_authority))
     with pytest.raises(BrokerUnavailable, match="offers no TLS"):
-        async with Bus.connect(settings, broker.home, "gateway"):
+        async with connect(settings, broker.home, "gateway"):
             pass

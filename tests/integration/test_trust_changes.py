@@ -12,12 +12,12 @@ from services import Services
 from tether import codec, metrics
 from tether.apikey import ApiKey, new_key_text, stored_key
 from tether.bus import identities
-from tether.bus.connection import Bus
 from tether.bus.keys import RootKey
 from tether.bus.keyset import SeenKeyset, offer
 from tether.bus.kv import KvBucket, SignedBucket
 from tether.bus.model_files import open_manifest
 from tether.bus.resign import keys_of, resign
+from tether.bus.session import connect
 from tether.bus.topology import ensure_platform
 from tether.clock import SystemClock
 from tether.envelope import Identity, MessageType, Role, Signer, new_identity, sign_keyset
@@ -36,7 +36,7 @@ def root(home: Home) -> RootKey:
 
 
 async def prepared(broker: Broker) -> None:
-    async with Bus.connect(broker.settings, broker.home, "dispatcher", follow=False) as dispatcher:
+    async with connect(broker.settings, broker.home, "dispatcher", follow=False) as dispatcher:
         await ensure_platform(dispatcher, broker.settings)
 
 
@@ -50,11 +50,11 @@ async def test_entries_outlive_the_rotation_of_the_key_that_signed_them(broker: 
         ("modelstore", "modelkeys", MessageType.MODEL_KEY),
     ]
     for name, bucket, kind in cases:
-        async with Bus.connect(broker.settings, broker.home, name, follow=False) as bus:
+        async with connect(broker.settings, broker.home, name, follow=False) as bus:
             await SignedBucket(bus, bucket, kind).put("a", b"before")
     for name in ("gateway", "modelstore"):
         identities.rotate(broker.home, root(broker.home), name, grace_s=0)
-    async with Bus.connect(broker.settings, broker.home, "gateway", follow=False) as bus:
+    async with connect(broker.settings, broker.home, "gateway", follow=False) as bus:
         for _, bucket, kind in cases:
             assert await SignedBucket(bus, bucket, kind).get("a") == b"before", bucket
 
@@ -66,7 +66,7 @@ def api_key(name: str, tenant: str = "acme") -> tuple[str, ApiKey]:
 
 async def store(broker: Broker, signer: Signer, bucket: str, key: str, body: bytes) -> None:
     """Store what ``signer`` signed; the administrator's login brings it to the broker."""
-    async with Bus.connect(broker.settings, broker.home, "admin", follow=False) as bus:
+    async with connect(broker.settings, broker.home, "admin", follow=False) as bus:
         raw = KvBucket(bus, bucket)
         kind = {"apikeys": MessageType.API_KEY, "tenants": MessageType.TENANT}[bucket]
         await raw.put(key, signer.seal(kind, raw.subject(key), body))
@@ -86,7 +86,7 @@ def second_admin() -> tuple[Identity, Signer]:
 
 
 async def published(broker: Broker) -> None:
-    async with Bus.connect(broker.settings, broker.home, "admin", follow=False) as bus:
+    async with connect(broker.settings, broker.home, "admin", follow=False) as bus:
         await offer(bus, SeenKeyset.load(broker.home))
 
 
@@ -138,7 +138,7 @@ async def test_a_tenant_whose_record_cannot_be_believed_is_refused_and_not_taken
     identity, signer = second_admin()
     known(broker.home, identity)
     await published(broker)
-    async with Bus.connect(broker.settings, broker.home, "gateway", follow=False) as bus:
+    async with connect(broker.settings, broker.home, "gateway", follow=False) as bus:
         await SignedBucket(bus, "apikeys", MessageType.API_KEY).put(record.id, codec.encode(record))
     await store(broker, signer, "tenants", token("acme"), sealed)
     revoked = keys_of(broker.home, "admin-2")
@@ -151,7 +151,7 @@ async def test_a_tenant_whose_record_cannot_be_believed_is_refused_and_not_taken
         assert done.signed == ["tenants/acme"]
         await wait_until(lambda: gateway.tenants.scope("acme") == "acme", "the record counts again", WAIT_S)
         assert gateway.keys.authenticate(text, "infer").tenant == "acme"
-    async with Bus.connect(broker.settings, broker.home, "modelstore", follow=False) as bus:
+    async with connect(broker.settings, broker.home, "modelstore", follow=False) as bus:
         assert await SignedBucket(bus, "tenants", MessageType.TENANT).require(token("acme")) == sealed
 
 
@@ -164,7 +164,7 @@ async def test_what_a_revoked_model_store_signed_before_the_leak_is_signed_anew_
     old = load_identity(home.identity("modelstore"))
     leak = SystemClock().utc_ms()
     await wait_until(lambda: SystemClock().utc_ms() > leak, "time goes on", WAIT_S)
-    async with Bus.connect(broker.settings, home, "modelstore", follow=False) as thief:
+    async with connect(broker.settings, home, "modelstore", follow=False) as thief:
         assert thief.signer.kid == old.kid
         await SignedBucket(thief, "aliases", MessageType.ALIAS).put("theirs", b"theirs")
     identities.rotate(home, root(home), "modelstore", grace_s=3600)
@@ -175,7 +175,7 @@ async def test_what_a_revoked_model_store_signed_before_the_leak_is_signed_anew_
     assert len(done.signed) == 4  # its alias, its configuration and its owner too
     assert done.left == ["aliases/theirs"]
     identities.revoke(home, root(home), old.kid.hex())
-    async with Bus.connect(broker.settings, home, "gateway", follow=False) as bus:
+    async with connect(broker.settings, home, "gateway", follow=False) as bus:
         frame = await KvBucket(bus, "models").get(key)
         assert frame is not None
         assert open_manifest(bus.verifier, bus.names, key, frame) == served.manifest

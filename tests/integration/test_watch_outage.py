@@ -14,8 +14,8 @@ from brokers import Broker, wait_until
 from services import TENANT, Services, first, row, services
 
 from tether import codec
-from tether.bus.connection import Bus
 from tether.bus.kv import SignedBucket
+from tether.bus.session import connect
 from tether.envelope import MessageType
 from tether.gateway_http import core
 from tether.gateway_http.core import Gateway
@@ -87,7 +87,7 @@ class CutOff:
 
     async def write(self, identity: str, bucket: str, kind: MessageType, key: str, body: bytes | None) -> None:
         """As another service would, which is connected."""
-        async with Bus.connect(self.platform.settings, self.platform.home, identity) as bus:
+        async with connect(self.platform.settings, self.platform.home, identity) as bus:
             entries = SignedBucket(bus, bucket, kind)
             await (entries.delete(key) if body is None else entries.put(key, body))
 

@@ -13,7 +13,7 @@ from stored import count
 from tenancy import bound_home, isolate, own_worker
 
 from tether import codec, metrics
-from tether.bus.connection import Bus
+from tether.bus.session import connect
 from tether.envelope import MessageType
 from tether.errors import RoleNotAllowed, SubjectMismatch
 from tether.gateway_http.catalog import Served
@@ -119,7 +119,7 @@ async def test_only_a_gateway_may_withdraw_and_only_in_the_lane_that_it_says(one
     if case == "another subject":
         frame = one.bus.signer.seal(MessageType.RESULT, one.bus.names.result(job), body)
     else:
-        async with Bus.connect(one.settings, one.home, case) as other:
+        async with connect(one.settings, one.home, case) as other:
             frame = other.signer.seal(MessageType.RESULT, subject, body)
     await one.bus.publish(subject, frame)
     await wait_until(lambda: refusals._value.get() == before + 1, "it is refused")

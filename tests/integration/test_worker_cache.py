@@ -25,6 +25,7 @@ from tether import metrics
 from tether.bus.chunks import ObjectChunkStore
 from tether.bus.connection import Bus
 from tether.bus.model_files import version_digest
+from tether.bus.session import connect
 from tether.bus.topology import ensure_platform
 from tether.bus.upload import upload
 from tether.errors import CorruptChunk, Unavailable
@@ -80,11 +81,11 @@ class Place:
 
 @pytest.fixture
 async def place(broker: Broker, tmp_path: Path) -> AsyncIterator[Place]:
-    async with Bus.connect(broker.settings, broker.home, "dispatcher") as dispatcher:
+    async with connect(broker.settings, broker.home, "dispatcher") as dispatcher:
         await ensure_platform(dispatcher, broker.settings)
         async with (
-            Bus.connect(broker.settings, broker.home, "gateway") as gateway,
-            Bus.connect(broker.settings, broker.home, "worker-1") as bus,
+            connect(broker.settings, broker.home, "gateway") as gateway,
+            connect(broker.settings, broker.home, "worker-1") as bus,
         ):
             yield Place(bus, gateway, tmp_path / "cache")
 

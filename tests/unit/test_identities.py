@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tether.bus import identities
-from tether.bus.connection import Bus
 from tether.bus.keys import DAY_MS, RootKey, broker_logins, create_home, read_keyset
 from tether.bus.keyset import SeenKeyset
+from tether.bus.session import prepare
 from tether.clock import SystemClock
 from tether.envelope import Identity, Role, is_locked, lock_root_key, sign_keyset, unlock_root_key
 from tether.errors import ConfigError, Conflict, InvalidRequest, KeyRevoked, KeysetError, NotFound
@@ -89,7 +89,7 @@ def test_a_revoked_identity_counts_no_more_and_its_files_are_gone(home: Home, ro
     with pytest.raises(ConfigError, match="identity add worker-1 --role worker"):
         create_home(home, workers=1)
     with pytest.raises(KeyRevoked):
-        Bus.prepare(Settings(), home, "worker-1")
+        prepare(Settings(), home, "worker-1")
     identities.add(home, root, "worker-1", Role.WORKER)
     create_home(home, workers=1)
     assert own(home, "worker-1").kid != kid
@@ -100,7 +100,7 @@ def test_a_revoked_key_does_not_come_back_with_its_file(home: Home, root: RootKe
     identities.revoke(home, root, "worker-1")
     write_secret(home.identity("worker-1"), file)
     with pytest.raises(KeyRevoked):
-        Bus.prepare(Settings(), home, "worker-1")
+        prepare(Settings(), home, "worker-1")
     identities.add(home, root, "worker-2", Role.WORKER)
     with pytest.raises(ConfigError, match="revoked"):
         create_home(home, workers=1)
@@ -143,7 +143,7 @@ def test_an_exported_home_holds_one_identity_and_no_root_key(home: Home, root: R
         assert {path.name for path in target.keys.iterdir()} == {
             "root.pub", "keyset", f"{stem}.identity", f"nats-{stem}.seed",
         }  # fmt: skip
-        bus, _ = Bus.prepare(Settings(), target, stem)
+        bus, _ = prepare(Settings(), target, stem)
         assert bus.signer.name == name
 
 
@@ -235,9 +235,9 @@ def test_a_folder_of_keys_that_others_may_write_is_refused_with_the_fix(home: Ho
     for folder in (home.keys, home.root):
         folder.chmod(mode)
         with pytest.raises(ConfigError, match=f"chmod go-w {folder}"):
-            Bus.prepare(Settings(), home, "gateway")
+            prepare(Settings(), home, "gateway")
         folder.chmod(0o755)
-        Bus.prepare(Settings(), home, "gateway")
+        prepare(Settings(), home, "gateway")
 
 
 def test_another_users_file_or_folder_is_refused(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

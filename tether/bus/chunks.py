@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class ObjectChunkStore:
-    """See :class:`tether.ports.ChunkStore`.
+    """See :class:`tether.bus.upload.ChunkStore`.
 
     A broker that goes away is waited for: no single piece may take longer than ``patience_s``, and nothing longer
     than ``deadline_s`` as a whole. At most a window of pieces is in memory.

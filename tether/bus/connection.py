@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, nullcontext
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -15,17 +14,11 @@ import msgspec
 from tether import metrics
 from tether.bus.calls import Message, patiently, status_of
 from tether.bus.errors import ApiError, JetStreamError, PubAck, parse_ack, translate, undone
-from tether.bus.keyset import SeenKeyset, following, standing
 from tether.bus.link import Link, Subscription
 from tether.bus.seldom import Seldom
-from tether.bus.tls import client_context
-from tether.clock import SystemClock
-from tether.envelope import Envelope, MessageType, Signer, Verifier
-from tether.errors import BrokerUnavailable, EnvelopeError, KeyRevoked, TetherError
-from tether.home import Home, load_identity, read_secret
+from tether.envelope import Envelope, MessageType
+from tether.errors import BrokerUnavailable, EnvelopeError, TetherError
 from tether.job import SHARED
-from tether.settings import Settings
-from tether.subjects import Names
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +44,7 @@ class Stored(msgspec.Struct, frozen=True):
 
 
 class Bus(Link):
-    """See :meth:`connect`."""
+    """Made by :func:`tether.bus.session.connect`."""
 
     scope: str = SHARED
     """Of a worker: whose lanes it serves; what the keyset says of its key, when it held nothing yet."""
@@ -59,42 +52,6 @@ class Bus(Link):
     @cached_property
     def _told(self) -> Seldom:
         return Seldom(self.clock.monotonic)
-
-    @classmethod
-    @asynccontextmanager
-    async def connect(cls, settings: Settings, home: Home, identity: str, *, follow: bool = True) -> AsyncIterator[Bus]:
-        """Connect as ``identity``, whose key files are in ``home``; the connection reconnects for ever.
-
-        It goes by the newest keyset there is unless ``follow`` is off, for a connection that verifies nothing.
-
-        Raises:
-            KeyRevoked: the key of ``identity`` counts no more.
-            ConfigError: key files missing or open to others, or the broker refuses this identity.
-            BrokerUnavailable: no broker answers at ``settings.nats_url``.
-        """
-        bus, newest = cls.prepare(settings, home, identity)
-        await bus.open_connection(_nats_seed(home, identity), client_context(settings, home))
-        try:
-            async with following(bus, home, home.identity(identity), newest) if follow else nullcontext():
-                yield bus
-        finally:
-            await bus.close()
-
-    @classmethod
-    def prepare(cls, settings: Settings, home: Home, identity: str) -> tuple[Bus, SeenKeyset]:
-        """Read keys and keyset; no network."""
-        clock = SystemClock()
-        newest = SeenKeyset.load(home)
-        if not home.identity(identity).exists() and (gone := newest.revoked(identity)) is not None:
-            raise gone
-        own = load_identity(home.identity(identity))
-        problem = standing(newest.keyset, own.kid, own.name, clock.utc_ms())
-        if isinstance(problem, KeyRevoked):
-            raise problem
-        names = Names(settings.prefix, partitions=settings.partitions)
-        bus = cls(settings, names, Signer(own, clock.utc_ms), Verifier(newest.keyset, clock.utc_ms))
-        bus.scope = bus.bound_scope()
-        return bus, newest
 
     def bound_scope(self) -> str:
         """The scope that the newest keyset binds this identity's key to."""
@@ -319,10 +276,6 @@ def _found(message: Message) -> Stored | None:
     if status not in ("", "404"):
         raise translate(ApiError(code=int(status), description=(message.headers or {}).get("Description", "")))
     return _stored(message)
-
-
-def _nats_seed(home: Home, name: str) -> str:
-    return read_secret(home.nats_seed(name)).decode().strip()
 
 
 __all__ = ["Bus", "Message", "PubAck", "Stored", "Subscription"]

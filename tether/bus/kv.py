@@ -49,7 +49,7 @@ their attempts and heartbeats are too many to be remembered, and what they say i
 
 
 class KvBucket:
-    """One bucket; see :class:`tether.ports.Bucket`. Values are what the writer signed, unopened."""
+    """One bucket. Values are what the writer signed, not verified."""
 
     def __init__(self, bus: Bus, name: str) -> None:
         self._bus = bus

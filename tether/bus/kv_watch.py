@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tether import lifecycle
 from tether.bus.seldom import Seldom
@@ -13,7 +13,6 @@ from tether.errors import BrokerUnavailable, PermissionDenied, TetherError
 
 if TYPE_CHECKING:
     from tether.bus.connection import Bus, Message
-    from tether.bus.kv import KvBucket
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +27,25 @@ _QUIET_S = 5.0
 _SETTLE_S = (0.0, 0.01, 0.05, 0.25)
 
 
+class Watched(Protocol):
+    """A bucket, as far as a watcher reads it."""
+
+    name: str
+
+    def subject(self, key: str) -> str: ...
+
+    async def get(self, key: str) -> bytes | None: ...
+
+    async def entries_and_deleted(self) -> tuple[dict[str, bytes], dict[str, bytes]]: ...
+
+
 class Watcher:
-    """Calls ``on_change`` as :meth:`KvBucket.watch` says."""
+    """Calls ``on_change`` as :meth:`tether.bus.kv.KvBucket.watch` says."""
 
     def __init__(
         self,
         bus: Bus,
-        bucket: KvBucket,
+        bucket: Watched,
         on_change: OnChange,
         *,
         key: str,

@@ -49,7 +49,7 @@ _serial = itertools.count()
 
 
 class BusDelivery:
-    """One delivered message and the right to settle it; see :class:`tether.ports.Delivery`."""
+    """One delivered message and the right to settle it, once."""
 
     __slots__ = ("_bus", "_settled", "ack_subject", "attempt", "frame", "lane", "on_settled", "subject")
 

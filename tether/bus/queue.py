@@ -1,4 +1,4 @@
-"""Lanes and results in their NATS form: :class:`tether.ports.JobQueue` and :class:`tether.ports.ResultLog`."""
+"""Puts bundles into lanes, and commits and finds the results of durable jobs."""
 
 from __future__ import annotations
 

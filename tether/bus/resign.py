@@ -16,6 +16,7 @@ from tether.bus.connection import Bus, Stored
 from tether.bus.keys import own_identities
 from tether.bus.keyset import SeenKeyset, standing
 from tether.bus.kv import Latest, SignedBucket
+from tether.bus.session import connect
 from tether.clock import SystemClock
 from tether.envelope import Envelope, Historical, MessageType, Role, kid_of
 from tether.errors import EnvelopeError, NotFound
@@ -78,7 +79,7 @@ async def resign(settings: Settings, home: Home, kids: set[bytes], before_ms: in
         if not name:
             done.nobody += [bucket for bucket, _ in buckets]
             continue
-        async with Bus.connect(settings, home, name, follow=False) as bus:
+        async with connect(settings, home, name, follow=False) as bus:
             past = historical(await keysets(bus, home), home.root_public.read_bytes())
             work = _Work(bus, past, kids, before_ms)
             for bucket, kind in buckets:

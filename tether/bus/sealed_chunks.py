@@ -15,7 +15,7 @@ from tether.pieces import Bytes, digest_of
 
 
 class SealedChunkStore:
-    """See :class:`tether.ports.ChunkStore`; digests are those of plain pieces, errors name the stored ones."""
+    """See :class:`tether.bus.upload.ChunkStore`; digests are those of plain pieces, errors name the stored ones."""
 
     def __init__(self, bus: Bus, bucket: str, seal: PieceSeal) -> None:
         self.bucket = bucket

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from collections.abc import Set as AbstractSet
+from typing import Protocol
 
 from tether.bus.connection import Bus
 from tether.errors import InvalidRequest
 from tether.model import ModelFile
 from tether.pieces import Bytes, Cutter, cut
-from tether.ports import ChunkStore
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +21,22 @@ MODEL_PATH = "model.onnx"
 
 LARGEST_ONNX = (2 << 30) - 1
 """Protobuf ends here, so no larger file can be one self-contained ONNX model."""
+
+
+class ChunkStore(Protocol):
+    """Content-addressed pieces of model files; a digest is the hex SHA-256 of its piece."""
+
+    async def missing(self, digests: Sequence[str]) -> list[str]: ...
+
+    async def put(self, pieces: AsyncIterator[tuple[str, Bytes]], known: AbstractSet[str] | None = None) -> int:
+        """Store pieces, several in flight; returns the bytes that were not there before, or are not ``known``."""
+
+    def get(self, digests: Sequence[str]) -> AsyncIterator[bytes]:
+        """The pieces in order, as they are stored: whoever uses them compares.
+
+        Raises:
+            CorruptChunk: one is missing.
+        """
 
 
 async def upload(
@@ -37,7 +53,7 @@ async def upload(
     """Cut ``body`` into pieces and store those that are new; the file's description and the bytes that were new.
 
     Only a window of pieces is in memory; ``counted`` sees each before it is stored. ``known``: as for
-    :meth:`tether.ports.ChunkStore.put`. Until a manifest names them, stored pieces mean nothing to anybody.
+    :meth:`ChunkStore.put`. Until a manifest names them, stored pieces mean nothing to anybody.
     Without ``whole`` the description has no digest of the file: whoever makes the version reads all of it anyway.
 
     Raises:

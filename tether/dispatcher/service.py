@@ -19,6 +19,7 @@ from tether.bus import rpc
 from tether.bus.audit import AuditLog, writing
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket, SignedBucket
+from tether.bus.session import connect
 from tether.dispatcher import placement
 from tether.dispatcher.crew import Crew
 from tether.dispatcher.decided import Decided
@@ -352,7 +353,7 @@ class Dispatcher:
 async def running(settings: Settings, home: Home) -> AsyncIterator[Dispatcher]:
     """A dispatcher that works until the block ends."""
     async with AsyncExitStack() as stack:
-        bus = await stack.enter_async_context(Bus.connect(settings, home, "dispatcher"))
+        bus = await stack.enter_async_context(connect(settings, home, "dispatcher"))
         tasks = await stack.enter_async_context(lifecycle.tasks())
         dispatcher = Dispatcher(bus, await stack.enter_async_context(writing(bus, home, tasks)))
         await dispatcher.prepare()

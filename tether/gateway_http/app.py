@@ -5,7 +5,8 @@ from __future__ import annotations
 from tether.gateway_http import rest, rsgi
 from tether.gateway_http.asgi import AsgiIncoming, send_reply
 from tether.gateway_http.core import Gateway
-from tether.gateway_http.hot import Handler, HotRoutes
+from tether.gateway_http.hot import HotRoutes
+from tether.gateway_http.request import Handler
 from tether.ops_http import App, Receive, Scope, Send
 from tether.settings import Settings
 

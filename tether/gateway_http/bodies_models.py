@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Raw, Struct
 
 ConfigPatch = Annotated[
     dict[str, Any],
@@ -194,7 +194,7 @@ class NewVersion(Struct, forbid_unknown_fields=True):
     labels: dict[str, str] = {}
     note: str = ""
     encrypt: bool | None = None
-    sample: dict[str, Any] = {}
+    sample: dict[str, Raw] = {}
     signature: Annotated[str, Meta(max_length=256)] = ""
 
 

@@ -27,9 +27,9 @@ from tether.errors import (
     TetherError,
     Unavailable,
 )
-from tether.gateway_http.job_view import refuse_end
 from tether.gateway_http.lane_bundler import Flight, LaneBundler
 from tether.gateway_http.queueing import delays_s
+from tether.gateway_http.refused_outcomes import refuse_end
 from tether.gateway_http.waiting import Answer, Waiting, error_of
 from tether.gateway_http.withdrawals import Withdrawals
 from tether.job import Job, JobId, JobState, Lane, Outcome, new_job_id

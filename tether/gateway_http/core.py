@@ -10,6 +10,7 @@ from tether import lifecycle, metrics
 from tether.audit import NOBODY, clean
 from tether.bus.audit import AuditLog, writing
 from tether.bus.connection import Bus
+from tether.bus.session import connect
 from tether.bus.storage import BrokerStorage
 from tether.bus.tenant_keys import Keyring, ModelKeyring, TenantSeals
 from tether.errors import JobCancelled, TetherError
@@ -205,7 +206,7 @@ class Gateway:
 async def running(settings: Settings, home: Home) -> AsyncIterator[Gateway]:
     """A connected gateway whose caches are filled, until the block ends. It does not listen yet."""
     async with AsyncExitStack() as stack:
-        bus = await stack.enter_async_context(Bus.connect(settings, home, "gateway"))
+        bus = await stack.enter_async_context(connect(settings, home, "gateway"))
         tasks = await stack.enter_async_context(lifecycle.tasks())
         audit = await stack.enter_async_context(writing(bus, home, tasks))
         keyrings = Keyring(bus, home, every=True), ModelKeyring(bus, home, every=True)

@@ -19,6 +19,7 @@ from tether.gateway_http.job_submit import NewJob
 from tether.gateway_http.job_view import shown_job
 from tether.gateway_http.limits import Ticket
 from tether.gateway_http.request import (
+    Handler,
     Headers,
     Heading,
     Incoming,
@@ -36,9 +37,6 @@ _JSON = "application/json"
 _BINARY = "application/octet-stream"
 _encode = msgspec.json.Encoder().encode
 
-
-Handler = Callable[[Incoming], Coroutine[Any, Any, Reply]]
-"""Answers one request, errors included."""
 
 Work = Callable[[Incoming, Heading, Caller, Ticket | None], Coroutine[Any, Any, Reply]]
 """Answers a request that was let in."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
-from tether import codec, metrics, oip
+from tether import codec, oip
 from tether.bus.connection import Bus
 from tether.envelope import Header, MessageType, Role
 from tether.errors import BadEncoding, JobLost, ResultConflict
+from tether.gateway_http.refused_outcomes import refuse_end
 from tether.job import SHARED, TERMINAL, AttemptNote, JobId, JobRecord, JobState, Outcome
-
-log = logging.getLogger(__name__)
 
 _BY_GATEWAY = (JobState.CANCELLED, JobState.EXPIRED)
 """The only ends that a gateway may give a job."""
@@ -72,13 +70,6 @@ def _is_end_of(job: JobId, header: Header, outcome: Outcome) -> bool:
     if header.role is not Role.WORKER:
         return outcome.state in _BY_GATEWAY
     return outcome.state in TERMINAL and header.attempt == outcome.attempts
-
-
-def refuse_end(job: str, sender: str) -> None:
-    """Count what a worker said of a job that is not its scope's: an isolated tenant's worker speaks for its jobs
-    alone, and no other worker does."""
-    metrics.ENVELOPES_REJECTED.labels(ResultConflict.code).inc()
-    log.warning("'%s' answered a job of another scope", sender, extra={"action": "answer_refused", "job_id": job})
 
 
 def view(state: State) -> dict[str, Any]:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from tether.gateway_http.fair import FairQueue, Pace
 from tether.job import Job, JobId, Lane, Outcome
-
-if TYPE_CHECKING:
-    from tether.gateway_http.bundler import InferBundler
 
 _BUSY = 0.4
 """Share of a bundle's time in flight above which the model is what takes the time."""
@@ -74,10 +71,37 @@ class Flight:
         self.ended = max(self.ended, outcome.finished_at)
 
 
+class Sender(Protocol):
+    """What a lane asks of the bundler that it belongs to."""
+
+    @property
+    def settings_delay_s(self) -> float: ...
+
+    @property
+    def max_jobs(self) -> int: ...
+
+    @property
+    def max_bytes(self) -> int: ...
+
+    def weight(self, tenant: str, /) -> float: ...
+
+    def now(self) -> float: ...
+
+    def workers(self, lane: Lane) -> int: ...
+
+    def slots(self) -> int: ...
+
+    def wanted(self, job: Job) -> bool: ...
+
+    def late(self, job: Job) -> bool: ...
+
+    def launch(self, flight: Flight) -> None: ...
+
+
 class LaneBundler:
     """The jobs of one lane that have not left yet."""
 
-    def __init__(self, owner: InferBundler, lane: Lane) -> None:
+    def __init__(self, owner: Sender, lane: Lane) -> None:
         self._owner = owner
         self.lane = lane
         self.held = 0

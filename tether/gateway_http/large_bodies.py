@@ -16,9 +16,12 @@ from typing import Any
 
 from tether import codec, oip
 from tether.errors import TetherError, by_code
+from tether.gateway_http import large_work as work
+from tether.gateway_http import simple_bodies
 from tether.gateway_http.fair import FairQueue
 from tether.gateway_http.job_bodies import Wanted, read_jobs
-from tether.gateway_http.large_work import LENGTH, infer_answer, infer_request, job_outputs, jobs, rows_of, tensors_of
+from tether.gateway_http.large_documents import decoded, read_document
+from tether.gateway_http.large_work import LENGTH, rows_of, tensors_of
 from tether.model import TensorSpec
 from tether.processes import die_with_parent
 from tether.sandbox import plan
@@ -52,7 +55,9 @@ class LargeBodies:
         """See :func:`oip.parse_infer_request`."""
         if (len(body) if json_length is None else json_length) < LARGE:
             return oip.parse_infer_request(body, json_length, specs=specs)
-        name, rows, outputs, default, parameters = await self._do(tenant, len(body), infer_request, body, json_length)
+        name, rows, outputs, default, parameters = await self._do(
+            tenant, len(body), work.infer_request, body, json_length
+        )
         wanted = tuple([oip.RequestedOutput(*row) for row in outputs])
         return oip.InferRequest(name, tensors_of(rows), wanted, default, parameters)
 
@@ -66,24 +71,45 @@ class LargeBodies:
             return oip.build_infer_response(model=model, version=version, request=request, outputs=tensors)
         outputs = [(output.name, output.binary, output.classification) for output in request.outputs]
         asked = request.id, outputs, request.binary_default
-        size = sum([len(tensor.data) for tensor in tensors])
-        found = await self._do(tenant, size, infer_answer, model, str(version), asked, rows_of(tensors))
+        size = _bytes(tensors)
+        found = await self._do(tenant, size, work.infer_answer, model, str(version), asked, rows_of(tensors))
         return bytes(found[0]), found[1]
 
     async def jobs(self, tenant: str, body: bytes, *, many: bool) -> list[Wanted]:
         """See :func:`read_jobs`."""
         if len(body) < LARGE:
             return read_jobs(body, many=many)
-        rows = await self._do(tenant, len(body), jobs, body, many)
+        rows = await self._do(tenant, len(body), work.jobs, body, many)
         return [Wanted(model, version, tensors_of(found), *rest) for model, version, found, *rest in rows]
 
     async def job_outputs(self, tenant: str, tensors: Sequence[Tensor]) -> bytes | None:
         """The outputs of a job as JSON; None when they are not large."""
         if not _large(tensors):
             return None
-        return bytes(
-            await self._do(tenant, sum([len(tensor.data) for tensor in tensors]), job_outputs, rows_of(tensors))
-        )
+        return bytes(await self._do(tenant, _bytes(tensors), work.job_outputs, rows_of(tensors)))
+
+    async def simple_inputs(
+        self, tenant: str, data: bytes, model: str, specs: Mapping[str, TensorSpec]
+    ) -> tuple[Tensor, ...]:
+        """See :func:`simple_bodies.read_input`."""
+        if len(data) < LARGE:
+            return simple_bodies.read_input(data, model, specs)
+        known = [(spec.name, spec.datatype, spec.shape) for spec in specs.values()]
+        return tensors_of(await self._do(tenant, len(data), work.simple_inputs, data, model, known))
+
+    async def simple_answer(self, tenant: str, model: str, version: int, outputs: Sequence[Tensor]) -> bytes:
+        """See :func:`simple_bodies.written`."""
+        if not _large(outputs):
+            return simple_bodies.written(model, version, outputs)
+        rows = rows_of(outputs)
+        return bytes(await self._do(tenant, _bytes(outputs), work.simple_answer, model, version, rows))
+
+    async def document(self, tenant: str, kind: str, body: bytes) -> Any:
+        """See :func:`read_document`: proven in the process, and then decoded here, which takes little time."""
+        if len(body) < LARGE:
+            return read_document(kind, body)
+        await self._do(tenant, len(body), work.document, kind, body)
+        return decoded(kind, body)
 
     async def close(self) -> None:
         running, self._running = self._running, None
@@ -154,6 +180,10 @@ def _error(code: str, message: str, field: str) -> TetherError:
     error = by_code(code, message)
     error.field = field or None
     return error
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum([len(tensor.data) for tensor in tensors])
 
 
 def _large(tensors: Sequence[Tensor]) -> bool:

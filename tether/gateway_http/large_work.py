@@ -17,7 +17,10 @@ import msgspec
 
 from tether import codec, oip
 from tether.errors import TetherError
+from tether.gateway_http import simple_bodies
 from tether.gateway_http.job_bodies import read_jobs
+from tether.gateway_http.large_documents import read_document
+from tether.model import TensorSpec
 from tether.tensor import Tensor
 
 LENGTH = struct.Struct(">I")
@@ -60,8 +63,25 @@ def jobs(body: bytes, many: bool) -> list[tuple[Any, ...]]:
     return [(job.model, job.version, rows_of(job.inputs), job.outputs, job.priority, job.deadline_ms) for job in found]
 
 
+def simple_inputs(data: bytes, model: str, specs: Rows) -> Rows:
+    """See :func:`simple_bodies.read_input`."""
+    known = [TensorSpec(*row) for row in specs]
+    return rows_of(simple_bodies.read_input(data, model, {spec.name: spec for spec in known}))
+
+
+def simple_answer(model: str, version: int, outputs: Rows) -> bytes:
+    """See :func:`simple_bodies.written`."""
+    return simple_bodies.written(model, version, tensors_of(outputs))
+
+
+def document(kind: str, body: bytes) -> None:
+    """Prove what :func:`read_document` does."""
+    read_document(kind, body)
+
+
 TASKS: Mapping[str, Callable[..., Any]] = {
-    task.__name__: task for task in (infer_request, infer_answer, job_outputs, jobs)
+    task.__name__: task
+    for task in (infer_request, infer_answer, job_outputs, jobs, simple_inputs, simple_answer, document)
 }
 
 

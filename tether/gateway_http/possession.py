@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 _OWN = 65_536
 """Pieces that this gateway remembers without asking the broker; the oldest give way."""
 _SETS = 64
+_TOGETHER = 1024
+"""Digests that are looked for before others get a turn."""
 _VERIFIED = 64
 """Signatures that are verified before others get a turn."""
 
@@ -78,13 +80,19 @@ class Possession:
         Raises:
             BrokerUnavailable: no answer.
         """
-        asked = set(digests)
-        found = asked & self.readable(caller, model)
+        readable, asked, found = self.readable(caller, model), list(set(digests)), set[str]()
+        for start in range(0, len(asked), _TOGETHER):
+            found |= await self._shown(caller, readable, asked[start : start + _TOGETHER], named)
+            await asyncio.sleep(0)
+        return found
+
+    async def _shown(self, caller: Caller, readable: frozenset[str], asked: Sequence[str], named: Named) -> set[str]:
+        found = readable.intersection(asked)
         now = self._bus.clock.monotonic()
-        keys = {_key(caller.tenant, named(digest)): digest for digest in asked - found}
+        keys = {_key(caller.tenant, named(digest)): digest for digest in asked if digest not in found}
         own = [key for key in keys if self._own.get(key, 0.0) > now]
         found |= {keys.pop(key) for key in own}
-        return found | await self._stored(keys)
+        return set(found) | await self._stored(keys)
 
     async def require(self, caller: Caller, model: str, digests: Sequence[str], named: Named) -> None:
         """Refuse a version of pieces that the tenant has not shown to have, as if they were not there.

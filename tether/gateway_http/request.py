@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import gzip
 import zlib
-from collections.abc import Awaitable, Iterable, Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 from tether.errors import InvalidRequest, PayloadTooLarge, RequestTimeout
 from tether.job import Parameter, new_request_id
@@ -52,6 +52,10 @@ class Reply(NamedTuple):
     status: int
     headers: Headers
     body: bytes
+
+
+Handler = Callable[[Incoming], Coroutine[Any, Any, Reply]]
+"""Answers one request, errors included."""
 
 
 class Heading:

@@ -12,16 +12,14 @@ from tether import codec
 from tether.bus.leases import ask_owner
 from tether.config_changes import ANY_REVISION, ENDPOINT, ConfigAction, ConfigRequest, patched
 from tether.envelope import MessageType
-from tether.errors import InvalidRequest, PayloadTooLarge
+from tether.errors import InvalidRequest
 from tether.gateway_http import bodies_models
+from tether.gateway_http.large_documents import check_config
 from tether.gateway_http.rest_models import TAG
 from tether.gateway_http.routing import Call, Reply, Row
 from tether.model_config import ModelConfig
 from tether.ownership import Right
 from tether.version_notes import VersionNote, noted, patch_of
-
-LARGEST = 64 * 1024
-"""Bytes of a patch as JSON."""
 
 _HEARD_S = 2.0
 """How long an answer waits for this gateway to hear of a change, so that the next request is served by it."""
@@ -34,9 +32,8 @@ def checked_patch(call: Call, name: str, patch: Mapping[str, Any]) -> dict[str, 
         InvalidRequest: naming the field that is wrong.
         PayloadTooLarge: no configuration says so much.
     """
+    check_config(patch)
     if patch:
-        if len(msgspec.json.encode(patch)) > LARGEST:
-            raise PayloadTooLarge(f"a change of a configuration has at most {LARGEST} bytes", field="config")
         patched(call.gateway.catalog.config(name), patch)
     return dict(patch)
 

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import msgspec
-import numpy as np
 
-from tether import oip, oip_json
-from tether.errors import BadTensor, InvalidRequest
+from tether.errors import InvalidRequest
 from tether.gateway_http import audited, bodies
-from tether.gateway_http.catalog import Served
 from tether.gateway_http.request import Headers, timeout_of
 from tether.gateway_http.routing import Call, Reply, Row
-from tether.model import TensorSpec
-from tether.tensor import NUMPY_DTYPES, Array, Datatype, Tensor, to_numpy
 
 TAG = "Simple inference"
-
-_FLOATS = (Datatype.FP16, Datatype.BF16)
-"""Datatypes whose values travel as FP32 on this route: JSON has numbers for them, the protocol has not."""
-
-_any = msgspec.json.Decoder(Any)
-_object = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_objects = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 async def _inference(call: Call) -> Reply:
@@ -33,17 +18,17 @@ async def _inference(call: Call) -> Reply:
         raise InvalidRequest("modelId is required", field="modelId")
     if isinstance(body.input_data, msgspec.UnsetType) or bytes(body.input_data) == b"null":
         raise InvalidRequest("inputData is required", field="inputData")
-    oip_json.check_parameters(body.parameters, "parameters")
     gateway = call.gateway
     name = call.caller.named(body.model_id)
     call.caller.check_model(name)
     version = "" if body.version is None else str(body.version)
     served = gateway.catalog.resolve(name, version, call.heading.sticky, call.caller.id)
+    inputs = await gateway.large.simple_inputs(call.tenant, bytes(body.input_data), served.manifest.name, served.specs)
     notes: Headers = []
     outputs = await gateway.infer(
         served,
         call.tenant,
-        read_input(bytes(body.input_data), served),
+        inputs,
         (),
         request_id=call.heading.request_id,
         traceparent=call.heading.traceparent,
@@ -53,81 +38,8 @@ async def _inference(call: Call) -> Reply:
         notes=notes,
     )
     manifest = served.manifest
-    answer = {tensor.name: nested(tensor) for tensor in outputs}
-    return Reply(bodies.InferenceAnswer(call.caller.shown(manifest.name), str(manifest.version), answer), headers=notes)
-
-
-def read_input(data: bytes, served: Served) -> tuple[Tensor, ...]:
-    """The tensors that ``inputData`` means for a model.
-
-    Raises:
-        BadJson, BadTensor: naming the input and what does not fit.
-    """
-    specs = served.specs
-    opening = data.lstrip()[:1]
-    if opening == b"{":
-        fields: dict[str, msgspec.Raw] = oip_json.parse(_object, data, where="inputData")
-        return tuple([_tensor(name, bytes(raw), specs) for name, raw in fields.items()])
-    if opening == b"[" and data.lstrip()[1:].lstrip()[:1] == b"{":
-        return oip.tensors_from_json(oip_json.parse(_objects, data, where="inputData"), where="inputData")
-    if len(specs) != 1:
-        names = ", ".join(f"'{name}'" for name in specs)
-        raise BadTensor(
-            f"inputData must be an object: model '{served.manifest.name}' has the inputs {names}", field="inputData"
-        )
-    (name,) = specs
-    return (_tensor(name, data, specs),)
-
-
-def _tensor(name: str, data: bytes, specs: Mapping[str, TensorSpec]) -> Tensor:
-    spec = specs.get(name)
-    if spec is None:
-        known = ", ".join(f"'{name}'" for name in specs)
-        raise BadTensor(f"inputData has '{name[:64]}', which is no input; the inputs are {known}", field=name[:64])
-    shape = _shape(oip_json.parse(_any, data, where=f"inputData.{name}"))
-    wide = "FP32" if spec.datatype in _FLOATS else spec.datatype
-    tensor = oip_json.from_wire(oip_json.WireTensor(name, shape, wide, None, msgspec.Raw(data)), f"inputData.{name}")
-    if spec.datatype not in _FLOATS:
-        return tensor
-    narrow = to_numpy(tensor).astype(NUMPY_DTYPES[spec.datatype])
-    return Tensor(name, spec.datatype, shape, narrow.tobytes())
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    """The shape of a nest whose lists are all as long as the first of their depth; whether they are is seen later."""
-    shape: list[int] = []
-    while isinstance(value, list):
-        shape.append(len(value))
-        value = value[0] if value else None
-    return tuple(shape)
-
-
-def nested(tensor: Tensor) -> Any:
-    """A tensor's values as a nest of plain lists.
-
-    Raises:
-        InvalidRequest: JSON cannot carry them; the message names the route that can.
-    """
-    array: Array = to_numpy(tensor)
-    try:
-        if tensor.datatype == Datatype.BYTES:
-            flat = [element.decode() for element in array.ravel()]
-            return np.array(flat, dtype=np.object_).reshape(tensor.shape).tolist()
-    except UnicodeDecodeError as error:
-        raise _no_json(tensor, "BYTES that are not UTF-8") from error
-    if array.dtype.kind not in "biu":
-        array = array.astype(np.float64)
-        if not np.isfinite(array).all():
-            raise _no_json(tensor, "NaN or infinity")
-    return array.tolist()
-
-
-def _no_json(tensor: Tensor, what: str) -> InvalidRequest:
-    return InvalidRequest(
-        f"output '{tensor.name}' holds {what}, which JSON cannot carry; "
-        "ask for binary data on /v2/models/{model}/infer",
-        field=tensor.name,
-    )
+    shown = call.caller.shown(manifest.name)
+    return Reply(await gateway.large.simple_answer(call.tenant, shown, manifest.version, outputs), headers=notes)
 
 
 ROWS = [
@@ -140,6 +52,7 @@ ROWS = [
         {200: bodies.InferenceAnswer},
         "infer",
         body=bodies.InferenceBody,
+        large=True,
         errors=(404, 422, 429, 503, 504),
     )
 ]

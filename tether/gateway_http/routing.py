@@ -13,12 +13,13 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 
 from tether import metrics, oip_json
-from tether.errors import DeadlineExceeded, InvalidRequest, TetherError, Unauthenticated
+from tether.errors import DeadlineExceeded, InvalidRequest, PayloadTooLarge, TetherError, Unauthenticated
 from tether.gateway_http import audited, told
 from tether.gateway_http.asgi import AsgiIncoming, send_reply
 from tether.gateway_http.auth import Caller
 from tether.gateway_http.core import Gateway
 from tether.gateway_http.errors import error_response
+from tether.gateway_http.large_bodies import LARGE
 from tether.gateway_http.limits import Ticket
 from tether.gateway_http.request import Headers, Heading, Incoming, only_id, read_body, replied, reply
 from tether.namespaces import check_platform_name
@@ -163,6 +164,9 @@ class Row:
     scope: str | None = None
     body: Any = None
     body_optional: bool = False
+    large: bool = False
+    """Its body may have up to ``max_body_bytes``, and is one of :mod:`tether.gateway_http.large_documents`; others have at most
+    ``LARGE`` bytes."""
     binary: Media | None = None
     """A second form that the body may have; alone, it is streamed and not read for the handler."""
     query: type[msgspec.Struct] | None = None
@@ -309,9 +313,23 @@ class Endpoint:
         query = None if row.query is None else read_query(request.query_params.multi_items(), row.query)
         body = None
         if row.body is not None:
-            content = await read_body(heading, incoming, gateway.settings.max_body_bytes, gateway.patience)
-            body = row.body() if row.body_optional and not content else oip_json.parse_body(_decoder(row.body), content)
+            body = await self._body(row, heading, incoming, "" if key is None else key.tenant)
         return Call(gateway, request, heading, key, body, query)
+
+    async def _body(self, row: Row, heading: Heading, incoming: Incoming, tenant: str) -> Any:
+        """What is read in the event loop is small; large bodies are read beside it."""
+        gateway, most = self._gateway, self._gateway.settings.max_body_bytes
+        if row.large:
+            content = await read_body(heading, incoming, most, gateway.patience)
+            return await gateway.large.document(tenant, row.body.__name__, content)
+        try:
+            content = await read_body(heading, incoming, min(most, LARGE), gateway.patience)
+        except PayloadTooLarge as error:
+            if most <= LARGE:
+                raise
+            words = f"the body is larger than {LARGE} bytes, the most that {row.method} {row.path} reads"
+            raise PayloadTooLarge(words, field=error.field) from None
+        return row.body() if row.body_optional and not content else oip_json.parse_body(_decoder(row.body), content)
 
 
 _LONGEST_S = 86400.0

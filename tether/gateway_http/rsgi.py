@@ -15,8 +15,7 @@ from granian.rsgi import ProtocolClosed
 from tether.errors import InvalidRequest, PayloadTooLarge, TetherError
 from tether.gateway_http.disconnects import client_gone
 from tether.gateway_http.errors import error_response
-from tether.gateway_http.hot import Handler
-from tether.gateway_http.request import Headers, PartCounter, cut_short, too_large, too_slow
+from tether.gateway_http.request import Handler, Headers, PartCounter, cut_short, too_large, too_slow
 from tether.ops_http import App
 
 log = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from tether.bus.audit import AuditLog, writing
 from tether.bus.connection import Bus
 from tether.bus.keeping import PieceKeeper
 from tether.bus.repair import Lenders
+from tether.bus.session import connect
 from tether.bus.tenant_keys import ModelKeyring
 from tether.envelope import Envelope, MessageType
 from tether.errors import (
@@ -303,7 +304,7 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[ModelStoreSer
     """A model store that works until the block ends."""
     name = settings.store_name
     async with (
-        Bus.connect(settings, home, name) as bus,
+        connect(settings, home, name) as bus,
         lifecycle.tasks() as tasks,
         writing(bus, home, tasks) as audit,
     ):

@@ -11,10 +11,10 @@ import asyncio
 from collections.abc import Iterable, Sequence
 
 from tether.bus.pull import LanePull
+from tether.clock import Clock
 from tether.model_config import LoadBalancing
-from tether.ports import Clock
 from tether.worker import balance, batching
-from tether.worker.intake import Bundle
+from tether.worker.bundle import Bundle
 from tether.worker.loadout import Serving
 from tether.worker.pace import AHEAD_S
 from tether.worker.runs import Runs

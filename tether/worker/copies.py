@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
+from tether.clock import Clock
 from tether.errors import Unavailable
-from tether.ports import Clock, Endable, Runtime
+from tether.ports import Endable, Runtime
 from tether.processes import signal_stack
 from tether.worker import batching
 from tether.worker.run_limits import Going, RunWatch

@@ -15,7 +15,8 @@ from tether.errors import DeadlineExceeded, ModelNotFound, TetherError
 from tether.job import Failure, Job, JobState, LaneKind, Outcome
 from tether.lifecycle import Tasks
 from tether.serving import EndedLanes
-from tether.worker.intake import Bundle, Intake
+from tether.worker.bundle import Bundle
+from tether.worker.intake import Intake
 from tether.worker.keepalive import KeepAlive
 
 log = logging.getLogger(__name__)

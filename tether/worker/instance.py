@@ -25,8 +25,9 @@ from tether.model import Manifest, gives_optional
 from tether.model_config import LoadBalancing
 from tether.worker.apart import Apart
 from tether.worker.asking import Asking
+from tether.worker.bundle import Bundle
 from tether.worker.ending import Ending
-from tether.worker.intake import Bundle, Intake
+from tether.worker.intake import Intake
 from tether.worker.keepalive import KeepAlive
 from tether.worker.loadout import Serving
 from tether.worker.pace import AHEAD_S
@@ -76,14 +77,8 @@ class ModelInstance:
         self._withdrawn.changed = self._under_way.look
         self._by_lane = {pull.lane: pull for pull in self._pulls}
         self.queue = RunQueue(self._settings.priority_patience_s, bus.clock.monotonic())
-        self._asking = Asking(
-            self._pulls,
-            self.queue,
-            self.runs,
-            bus.clock,
-            slots=self._settings.worker_slots,
-            weight=self._settings.worker_weight,
-        )
+        slots, weight = self._settings.worker_slots, self._settings.worker_weight
+        self._asking = Asking(self._pulls, self.queue, self.runs, bus.clock, slots=slots, weight=weight)
         self._bundles: dict[Bundle, None] = {}
         """What is in hand, in order of arrival, until it is settled or left."""
         self._waiting: set[str] = set()

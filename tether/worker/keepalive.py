@@ -12,6 +12,7 @@ import threading
 from dataclasses import dataclass
 
 from tether.bus.connection import Bus
+from tether.bus.session import connect
 from tether.errors import TetherError
 from tether.home import Home
 from tether.settings import Settings
@@ -65,7 +66,7 @@ class KeepAlive:
             self._stop.wait(1)
 
     async def _serve(self) -> None:
-        async with Bus.connect(self._settings, self._home, self._identity, follow=False) as bus:
+        async with connect(self._settings, self._home, self._identity, follow=False) as bus:
             while not (self._stop.is_set() or bus.closed.is_set()):
                 await self._send_due(bus)
                 await asyncio.sleep(_TICK_S)

@@ -20,7 +20,7 @@ from tether.bus.kv import GONE, SignedBucket
 from tether.envelope import MessageType
 from tether.errors import AttemptsExhausted, BrokerUnavailable, PayloadTooLarge, QueueFull, StorageFull, TetherError
 from tether.job import AttemptNote, Failure, Job, JobState, Outcome
-from tether.worker.intake import Bundle
+from tether.worker.bundle import Bundle
 
 log = logging.getLogger(__name__)
 

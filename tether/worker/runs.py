@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tether import metrics
+from tether.clock import Clock
 from tether.errors import DeadlineExceeded, InferenceFailed, JobCancelled, ResultTooLarge, TetherError, Unavailable
 from tether.job import Failure, JobState, Outcome
-from tether.ports import Clock
 from tether.worker import batching
 from tether.worker.apart import Apart
 from tether.worker.balance import Capacity

@@ -13,6 +13,7 @@ from tether import codec, daemon, lifecycle, metrics
 from tether.bus.connection import Bus
 from tether.bus.kv import KvBucket, SignedBucket
 from tether.bus.repair import lending
+from tether.bus.session import connect
 from tether.bus.tenant_keys import Keyring, ModelKeyring
 from tether.envelope import MessageType
 from tether.errors import TetherError
@@ -172,7 +173,7 @@ async def running(settings: Settings, home: Home, *, alone: bool = False) -> Asy
         stack.callback(notes.close)
         if alone:
             notes.watch()
-        bus = await stack.enter_async_context(Bus.connect(settings, home, settings.worker_name))
+        bus = await stack.enter_async_context(connect(settings, home, settings.worker_name))
         keepalive = KeepAlive(settings, home, settings.worker_name)
         keepalive.start()
         stack.push_async_callback(keepalive.stop)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tether.job import Job, Lane, LaneKind, Priority
 from tether.worker.batching import Key, Parts, Piece, Run, Source, key_of
-from tether.worker.intake import Bundle
+from tether.worker.bundle import Bundle
 
 LEVELS = 4
 """0: callers who wait; 1 to 3: high, normal and low."""

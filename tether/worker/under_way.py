@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 
-from tether.ports import Clock
+from tether.clock import Clock
 from tether.worker.run_limits import Cause, Going
 from tether.worker.turns import Turn
 

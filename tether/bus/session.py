@@ -1,0 +1,53 @@
+"""Connects a service to the broker as one identity, and keeps its keyset up to date."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
+
+from tether.bus.connection import Bus
+from tether.bus.keyset import SeenKeyset, following, standing
+from tether.bus.tls import client_context
+from tether.clock import SystemClock
+from tether.envelope import Signer, Verifier
+from tether.errors import KeyRevoked
+from tether.home import Home, load_identity, read_secret
+from tether.settings import Settings
+from tether.subjects import Names
+
+
+@asynccontextmanager
+async def connect(settings: Settings, home: Home, identity: str, *, follow: bool = True) -> AsyncIterator[Bus]:
+    """Connect as ``identity``, whose key files are in ``home``. The connection reconnects without end.
+
+    It follows the newest keyset, unless ``follow`` is off: for a connection that verifies nothing.
+
+    Raises:
+        KeyRevoked: the key of ``identity`` is revoked.
+        ConfigError: key files are missing or open to others, or the broker refuses this identity.
+        BrokerUnavailable: no broker answers at ``settings.nats_url``.
+    """
+    bus, newest = prepare(settings, home, identity)
+    seed = read_secret(home.nats_seed(identity)).decode().strip()
+    await bus.open_connection(seed, client_context(settings, home))
+    try:
+        async with following(bus, home, home.identity(identity), newest) if follow else nullcontext():
+            yield bus
+    finally:
+        await bus.close()
+
+
+def prepare(settings: Settings, home: Home, identity: str) -> tuple[Bus, SeenKeyset]:
+    """Read keys and keyset; no network."""
+    clock = SystemClock()
+    newest = SeenKeyset.load(home)
+    if not home.identity(identity).exists() and (gone := newest.revoked(identity)) is not None:
+        raise gone
+    own = load_identity(home.identity(identity))
+    problem = standing(newest.keyset, own.kid, own.name, clock.utc_ms())
+    if isinstance(problem, KeyRevoked):
+        raise problem
+    names = Names(settings.prefix, partitions=settings.partitions)
+    bus = Bus(settings, names, Signer(own, clock.utc_ms), Verifier(newest.keyset, clock.utc_ms))
+    bus.scope = bus.bound_scope()
+    return bus, newest
