@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 
 import models
@@ -14,7 +15,9 @@ from services import TENANT, Services, new_job, row, services
 
 from tether import metrics
 from tether.bus.session import connect
-from tether.errors import ResultConflict
+from tether.bus.stream_use import stream_use
+from tether.bus.topology import ENDS
+from tether.errors import QueueFull, ResultConflict
 from tether.gateway_http.catalog import Served
 from tether.tensor import Array
 from tether.worker import answers
@@ -112,3 +115,30 @@ async def test_a_job_that_was_ended_meanwhile_waits_no_longer(short: Services) -
     await wait_until(lambda: worker.checks()["results"] == "ok", "the worker has let go")
     (found,) = await ends(short, [job])
     assert found["state"] == ("succeeded" if isinstance(end, ResultConflict) else "cancelled")
+
+
+async def test_outputs_leave_room_for_ends_without(short: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No dispatcher makes room. Outputs of 16 KiB fill the results, and every job after them ends all the same: as failed, with
+    the reason."""
+    monkeypatch.setattr(answers, "ROOM_S", 0.5)
+    served = await short.push("wide", models.add(width=4096), max_batch_size=1)
+    room = 1 << 20
+    fit, more = room // (16 << 10), 60
+    wide = [np.full((1, 4096), number, np.float32) for number in range(fit + more)]
+    ids = await waiting_jobs(short, served, wide)
+    await bound(short, room)
+    worker = await short.start_worker("worker-2")
+    found = await ends(short, ids)
+    states = Counter(job["state"] for job in found)
+    assert set(states) == {"succeeded", "failed"}
+    assert states["failed"] >= more
+    codes = {job["error"]["code"] for job in found if job["state"] == "failed"}  # type: ignore[index]
+    assert codes == {"storage_full"}
+    assert worker.checks()["results"] == "ok", "none waits"
+    use = await stream_use(short.bus, short.bus.names.results_stream)
+    assert use is not None
+    assert use.share > 1 - ENDS, "what was kept for ends is used by them"
+    with pytest.raises(QueueFull, match="no room for outputs"):
+        await short.gateway.jobs.submit(TENANT, [new_job(served, wide[0])])
+    await wait_until(lambda: "kept for ends" in short.gateway.readiness.checks()["results"], "the gateway says so")
+    assert np.array_equal(await short.infer(served, wide[1], timeout_s=10), wide[1] + 1), "callers are answered"

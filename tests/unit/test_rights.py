@@ -11,6 +11,7 @@ import wildcards
 from tether.bus.permissions import identity_permissions, streams_made
 from tether.bus.topology import scope_streams, streams
 from tether.envelope import Role
+from tether.job import SHARED
 from tether.settings import Settings
 from tether.subjects import BUCKETS, Names
 
@@ -80,7 +81,12 @@ DISPATCHER, LOOKERS, NOBODY = {"dispatcher"}, {"dispatcher", "admin"}, set[str](
 RULES: dict[str, Callable[[str], set[str]]] = {
     "create": lambda stream: DISPATCHER if stream in STREAMS else NOBODY,
     "update": lambda stream: {"admin"} if stream in STREAMS else NOBODY,
-    "info": lambda stream: {*LOOKERS, "gateway", *(["modelstore"] if stream in PIECES else [])},
+    "info": lambda stream: {
+        *LOOKERS,
+        "gateway",
+        *(["modelstore"] if stream in PIECES else []),
+        *(name for name, tenant in WORKERS.items() if stream == NAMES.scope_results_stream(tenant or SHARED)),
+    },
     "delete": lambda stream: DISPATCHER if stream in INFER else NOBODY,
     "purge": lambda stream: DISPATCHER if stream == NAMES.bucket_stream("jobs") else NOBODY,
     "get": lambda stream: DISPATCHER if stream in JOBS or (stream in OWN and "JOBS" in stream) else NOBODY,

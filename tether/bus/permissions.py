@@ -149,7 +149,8 @@ def streams_made(names: Names, scopes: Sequence[str] = ()) -> list[str]:
 
 def _worker(names: Names, inbox: str, name: str, scope: str) -> Permissions:
     """One worker: its own key in ``assign`` and ``liveness``, and the lanes, notes and dead letters of its scope, read
-    one subject at a time, so that it cannot enumerate what it was not told of. Results of its scope it writes and never reads."""
+    one subject at a time, so that it cannot enumerate what it was not told of. Results of its scope it writes and never reads;
+    it sees how full they are, and with that the ids of jobs that ended."""
     lanes = _lane_streams(names, scope)
     own_order, note = names.bucket_key("assign", name), names.bucket_key("attempts", names.attempt_key("*", scope))
     return Permissions(
@@ -159,6 +160,7 @@ def _worker(names: Names, inbox: str, name: str, scope: str) -> Permissions:
             *(f"$JS.ACK.*.*.{stream}.>" for stream in lanes),
             names.reply("*"),
             names.results(scope),
+            f"$JS.API.STREAM.INFO.{names.scope_results_stream(scope)}",
             names.dead_subjects(scope),
             names.service("registerWorker"),
             names.bucket_key("liveness", name),

@@ -31,6 +31,9 @@ DUPLICATES_S = 30
 JOBS, RESULTS, RECORDS, DEAD, NOTES = 8, 9, 6, 2, 1
 """How many 64ths of the disk each of these stores may use. A small job takes about 570 bytes of records and 450 of results."""
 
+ENDS = 1 / 16
+"""Part of the results that only ends without outputs may use: there is room for them when outputs have filled the rest."""
+
 PUTS = 256
 """What part of the disk the notes of sent pieces may use, taken from the share of ``attempts``; the oldest give way."""
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 from tether.bus.connection import Bus
 from tether.bus.errors import JetStreamError
 from tether.bus.stream_use import StreamUse, stream_use
+from tether.bus.topology import ENDS
 from tether.errors import BrokerUnavailable, PermissionDenied, QueueFull
 
 log = logging.getLogger(__name__)
@@ -57,9 +58,9 @@ class JobStores:
     async def _require_kept(self, scope: str) -> None:
         if await self._share(self._bus.names.bucket_stream("jobs")) >= _NEARLY:
             raise self.records_full()
-        if await self._share(self._bus.names.scope_results_stream(scope)) >= _NEARLY:
+        if await self._share(self._bus.names.scope_results_stream(scope)) >= 1 - ENDS:
             raise _full(
-                "results of durable jobs have no room: they fill their share of max_file_mb; ended jobs make room while a "
+                "results of durable jobs have no room for outputs: they fill their share of max_file_mb; ended jobs make room while a "
                 "dispatcher runs: see that one does, or raise max_file_mb"
             )
 

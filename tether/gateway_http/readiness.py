@@ -10,12 +10,15 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from tether.bus.connection import Bus
 from tether.bus.errors import JetStreamError
 from tether.bus.storage import BrokerStorage
-from tether.errors import BrokerUnavailable, QueueFull, TetherError
+from tether.bus.stream_use import stream_use
+from tether.bus.topology import ENDS
+from tether.errors import BrokerUnavailable, PermissionDenied, QueueFull, TetherError
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +107,15 @@ class Readiness:
         for pause in _REPLICA_S:  # a replica that answers may be a moment behind
             await asyncio.sleep(pause)
             if await self._bus.direct_get(stream, subject, timeout=TRY_S) is not None:
-                return
+                return await self._room(stream)
         raise BrokerUnavailable(f"what was stored in '{stream}' cannot be read back")
+
+    async def _room(self, stream: str) -> None:
+        """Whether outputs are stored; what is left may be for ends without outputs alone."""
+        with suppress(PermissionDenied):  # the broker's configuration is of an older version
+            use = await stream_use(self._bus, stream, timeout=TRY_S)
+            if use is not None and use.share >= 1 - ENDS:
+                raise QueueFull("what is left is kept for ends without outputs")
 
     def checks(self) -> dict[str, str]:
         """Every dependency by name: ``ok``, or what is wrong with it."""

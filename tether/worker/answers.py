@@ -16,6 +16,7 @@ from tether.bus.seldom import Seldom
 from tether.envelope import MessageType
 from tether.errors import BrokerUnavailable, PayloadTooLarge, QueueFull, ResultTooLarge, StorageFull, TetherError
 from tether.job import Failure, JobState, Outcome
+from tether.worker.results_room import ResultsRoom
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Answers:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._results = BusResults(bus)
+        self._room = ResultsRoom(bus)
         self._told = Seldom(bus.clock.monotonic, lines=1, within_s=_TOLD_S)
         self._waiting: dict[str, str] = {}
 
@@ -93,6 +95,8 @@ class Answers:
             frame = self._sealed(subject, outcome)
             while True:
                 try:
+                    if _has_outputs(outcome):
+                        await self._room.take(len(frame))
                     first = await self._results.commit(outcome.job, frame, scope=scope)
                     break
                 except QueueFull as full:
