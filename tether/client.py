@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self, TypeVar, Unpack
 
 from tether import client_flows as flows
-from tether import client_local, client_models, client_pull, client_push, client_rollout
+from tether import client_infer, client_local, client_models, client_pull, client_push, client_rollout
 from tether.client_async import AsyncClient, AsyncJobHandle
 from tether.client_drive import drive
 from tether.client_flows import JobInfo, JobOptions, JobPage, Json, Outputs
@@ -112,12 +112,13 @@ class Client:
         """Run ``model`` once on ``inputs`` and return its outputs by name (all of them when ``outputs`` is empty).
 
         A model's only input needs no name. Lists, numbers and arrays of float64 and int64 take the datatype that the model
-        declares, where it can hold their values; other arrays keep their dtype.
+        declares, where it can hold their values; other arrays keep their dtype. What is too large for one request is sent as
+        several where the model is batched, within the same ``timeout``.
 
         Raises:
             TetherError: what the server refused, or Unavailable when it cannot be reached.
         """
-        return self.run(lambda policy: flows.infer(policy, model, inputs, version, outputs), timeout)
+        return self.run(lambda policy: client_infer.infer(policy, model, inputs, version, outputs), timeout)
 
     # jobs
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
 from tether import client_flows as flows
-from tether import client_local, client_models, client_pull, client_push, client_rollout
+from tether import client_infer, client_local, client_models, client_pull, client_push, client_rollout
 from tether.client_drive import drive_async
 from tether.client_flows import JobInfo, JobOptions, JobPage, Json, Outputs
 from tether.client_grants import AsyncGrants
@@ -104,12 +104,13 @@ class AsyncClient:
         """Run ``model`` once on ``inputs`` and return its outputs by name (all of them when ``outputs`` is empty).
 
         A model's only input needs no name. Lists, numbers and arrays of float64 and int64 take the datatype that the model
-        declares, where it can hold their values; other arrays keep their dtype.
+        declares, where it can hold their values; other arrays keep their dtype. What is too large for one request is sent as
+        several where the model is batched, within the same ``timeout``.
 
         Raises:
             TetherError: what the server refused, or Unavailable when it cannot be reached.
         """
-        return await self.run(lambda policy: flows.infer(policy, model, inputs, version, outputs), timeout)
+        return await self.run(lambda policy: client_infer.infer(policy, model, inputs, version, outputs), timeout)
 
     # jobs
 

@@ -13,7 +13,7 @@ import msgspec
 
 from tether import oip
 from tether.client_http import Flow, Policy, Progress, Reply, Send, exchange, exchange_json
-from tether.client_inputs import Inputs, Version, arrays, fitted, served_path
+from tether.client_inputs import Inputs, Version, arrays, fitted
 from tether.errors import (
     AttemptsExhausted,
     DeadlineExceeded,
@@ -104,24 +104,6 @@ def encoded_job(job: JobInfo) -> Json:
     """A job as the plain object the gateway sent."""
     plain = msgspec.json.decode(msgspec.json.encode(job))
     return {name: value for name, value in plain.items() if value is not None}
-
-
-# inference
-
-
-def infer(policy: Policy, model: str, inputs: Inputs, version: Version, outputs: Sequence[str]) -> Flow[Outputs]:
-    def sent(given: dict[str, Array]) -> Flow[Reply]:
-        body, length = oip.build_infer_request(given, outputs=outputs)
-        kind = {"content-type": "application/json"}  # of a model without inputs
-        binary = {"content-type": "application/octet-stream", oip.HEADER_LENGTH: str(length)}
-        headers = kind if length is None else binary
-        return exchange(policy, Send("POST", f"{served_path(model, version)}/infer", body, headers=headers))
-
-    reply = yield from fitted(policy, model, version, inputs, sent)
-    told = reply.headers.get(oip.HEADER_LENGTH)
-    if told is not None and not told.isdecimal():
-        raise InvalidRequest(f"the server sent {oip.HEADER_LENGTH}: {told[:40]!r}", field=oip.HEADER_LENGTH)
-    return oip.parse_infer_response(reply.body, None if told is None else int(told)).outputs
 
 
 # jobs

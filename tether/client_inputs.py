@@ -36,7 +36,8 @@ def served_path(model: str, version: Version) -> str:
     return f"/v2/models/{quote(model, safe='')}{tail}"
 
 
-def _signature(policy: Policy, model: str, version: Version) -> Flow[list[TensorSpec]]:
+def signature(policy: Policy, model: str, version: Version) -> Flow[list[TensorSpec]]:
+    """A version's inputs, as the server tells them."""
     told = yield from exchange_json(policy, Send("GET", served_path(model, version)), _Metadata)
     return told.inputs
 
@@ -84,7 +85,7 @@ def arrays(
         return {name: np.asarray(value) for name, value in given.items()}
     found, needed = known, list(known or ())
     if not found:
-        specs = yield from _signature(policy, model, version)
+        specs = yield from signature(policy, model, version)
         found = {spec.name: spec.datatype for spec in specs}
         needed = [spec.name for spec in specs if not spec.optional]
     if known is not None:

@@ -10,7 +10,7 @@ import pytest
 from drive import BROKEN, REFUSED, Drive, done, job, refusal, reply
 
 from tether import client_flows as flows
-from tether import client_local, client_push, oip
+from tether import client_infer, client_local, client_push, oip
 from tether.client_flows import JobInfo, JobOptions
 from tether.client_http import Lost, Reply
 from tether.errors import (
@@ -21,6 +21,7 @@ from tether.errors import (
     InferenceFailed,
     InvalidRequest,
     JobCancelled,
+    OutputMisfit,
     ResultConflict,
     TetherError,
 )
@@ -41,7 +42,9 @@ def test_arrays_travel_as_binary_both_ways() -> None:
     drive = Drive(
         [answer(from_numpy("y", np.arange(3, dtype=np.int32)), Tensor("t", "BYTES", (1,), pack_bytes([b"x"])))]
     )
-    outputs = drive(lambda policy: flows.infer(policy, "a.b", {"x": np.ones((1, 2), dtype=np.float32)}, 3, ["y", "t"]))
+    outputs = drive(
+        lambda policy: client_infer.infer(policy, "a.b", {"x": np.ones((1, 2), dtype=np.float32)}, 3, ["y", "t"])
+    )
     np.testing.assert_array_equal(outputs["y"], [0, 1, 2])
     assert list(outputs["t"]) == [b"x"]
     (sent,) = drive.sent
@@ -54,14 +57,14 @@ def test_arrays_travel_as_binary_both_ways() -> None:
 
 def test_names_cannot_leave_their_place_in_the_path() -> None:
     drive = Drive([answer()])
-    drive(lambda policy: flows.infer(policy, "../v1/keys?x", {}, "a/b", []))
+    drive(lambda policy: client_infer.infer(policy, "../v1/keys?x", {}, "a/b", []))
     assert drive.sent[0].path == "/v2/models/..%2Fv1%2Fkeys%3Fx/versions/a%2Fb/infer"
 
 
 def test_lists_take_the_datatype_the_model_declares() -> None:
     spec = {"name": "m", "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1]}]}
     drive = Drive([reply(spec), answer()])
-    drive(lambda policy: flows.infer(policy, "m", {"x": [1, 0.1]}, None, []))
+    drive(lambda policy: client_infer.infer(policy, "m", {"x": [1, 0.1]}, None, []))
     assert [send.path for send in drive.sent] == ["/v2/models/m", "/v2/models/m/infer"]
     content = drive.sent[1].content
     assert isinstance(content, bytes)
@@ -76,12 +79,50 @@ def test_lists_take_the_datatype_the_model_declares() -> None:
 def test_lists_that_do_not_fit_are_refused_before_anything_is_sent(value: Any, datatype: str) -> None:
     drive = Drive([reply({"inputs": [{"name": "x", "datatype": datatype, "shape": [-1]}]})])
     with pytest.raises(BadTensor, match="'x'"):
-        drive(lambda policy: flows.infer(policy, "m", {"x": value}, None, []))
+        drive(lambda policy: client_infer.infer(policy, "m", {"x": value}, None, []))
 
 
 def test_a_length_header_that_is_no_number_is_refused() -> None:
     with pytest.raises(InvalidRequest):
-        Drive([reply({}, inference_header_content_length="x")])(lambda policy: flows.infer(policy, "m", {}, None, []))
+        Drive([reply({}, inference_header_content_length="x")])(
+            lambda policy: client_infer.infer(policy, "m", {}, None, [])
+        )
+
+
+TOO_LARGE = refusal("payload_too_large", 413)
+SPEC = {"inputs": [{"name": "x", "datatype": "INT32", "shape": [-1]}]}
+
+
+def part(*values: int) -> Reply:
+    return answer(from_numpy("y", np.array(values, dtype=np.int32)))
+
+
+def test_all_parts_of_a_request_are_answered_by_the_version_that_answered_the_first() -> None:
+    drive = Drive(
+        [
+            TOO_LARGE,
+            reply({"max_batch_size": 2}),
+            reply(SPEC),
+            TOO_LARGE,
+            part(0, 1),
+            part(2, 3),
+            TOO_LARGE,
+            part(4),
+            part(5),
+        ]
+    )
+    values = np.arange(6, dtype=np.int32)
+    found = drive(lambda policy: client_infer.infer(policy, "m", {"x": values}, "canary", []))
+    assert list(found["y"]) == list(range(6))
+    root = "/v2/models/m/versions"
+    asked = [send.path for send in drive.sent if send.method == "POST"]
+    assert asked == [f"{root}/canary/infer"] * 3 + [f"{root}/1/infer"] * 4
+
+
+def test_answers_without_a_row_for_each_row_are_not_put_together() -> None:
+    drive = Drive([TOO_LARGE, reply({"max_batch_size": 2}), reply(SPEC), part(7), part(7, 8)])
+    with pytest.raises(OutputMisfit, match="'y' has no row for each of 2 rows"):
+        drive(lambda policy: client_infer.infer(policy, "m", {"x": np.arange(4, dtype=np.int32)}, None, []))
 
 
 # jobs
