@@ -45,12 +45,21 @@ _BY_STATUS: dict[int, type[TetherError]] = {
     404: NotFound,
     409: Conflict,
     413: PayloadTooLarge,
+    414: InvalidRequest,
     422: ModelRejected,
     429: QueueFull,
+    431: InvalidRequest,
     502: Unavailable,
     503: Unavailable,
     504: DeadlineExceeded,
 }
+
+_PHRASES = {
+    400: "the request is not one that it can read",
+    414: "the path or the query is too long",
+    431: "the headers are too large or too many",
+}
+"""What a status says that comes without a body, as from an HTTP server that has not asked its application."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,7 @@ def failure(got: Reply | Lost | None) -> TetherError | None:
         told = msgspec.json.decode(got.body)
         error = by_code(str(told["code"]), str(told["error"]))
     except (msgspec.MsgspecError, KeyError, TypeError):
-        text = got.body[:200].decode("utf-8", "replace").strip() or "no body"
+        text = got.body[:200].decode("utf-8", "replace").strip() or _PHRASES.get(got.status, "no body")
         error = _BY_STATUS.get(got.status, TetherError)(f"the server answered HTTP {got.status}: {text}")
     if isinstance(error, Unavailable):
         error.retry_after = _seconds(got.headers.get("retry-after", ""))

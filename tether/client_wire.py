@@ -9,7 +9,7 @@ import httpx
 
 from tether.client_address import is_local, resolve, where_keys_are
 from tether.client_http import Lost, Reply, Send
-from tether.errors import ConfigError, Unauthenticated
+from tether.errors import ConfigError, InvalidRequest, Unauthenticated
 
 
 def _options(url: str | None, api_key: str | None) -> dict[str, Any]:
@@ -63,6 +63,8 @@ class Wire:
             return _reply(self._http.request(content=send.content, **_request(send)), self._options)
         except httpx.RequestError as error:
             return _lost(error)
+        except httpx.InvalidURL as error:
+            raise InvalidRequest(f"a name is too long for a request: {error}", field="path") from error
 
     def close(self) -> None:
         self._http.close()
@@ -81,6 +83,8 @@ class AsyncWire:
             return _reply(await self._http.request(content=send.content, **_request(send)), self._options)
         except httpx.RequestError as error:
             return _lost(error)
+        except httpx.InvalidURL as error:
+            raise InvalidRequest(f"a name is too long for a request: {error}", field="path") from error
 
     async def close(self) -> None:
         await self._http.aclose()

@@ -16,6 +16,7 @@ from tether.errors import (
     Conflict,
     DeadlineExceeded,
     Forbidden,
+    InvalidRequest,
     ModelNotFound,
     NotFound,
     QueueFull,
@@ -90,6 +91,8 @@ def test_a_late_answer_is_a_deadline() -> None:
         (refusal("from_the_future", 418), TetherError),
         (reply(b"<html>", 404), NotFound),
         (reply(b"", 403), Forbidden),
+        (reply(b"", 414), InvalidRequest),
+        (reply(b"", 431), InvalidRequest),
         (reply(b"bad gateway", 502), Unavailable),
         (reply([], 409), Conflict),
         (reply({"error": "x"}, 500), TetherError),
@@ -98,6 +101,12 @@ def test_a_late_answer_is_a_deadline() -> None:
 def test_errors_take_the_class_of_their_code_or_else_of_their_status(got: Reply, kind: type[TetherError]) -> None:
     error = failure(got)
     assert type(error) is kind
+
+
+def test_a_status_without_a_body_is_told_in_words() -> None:
+    error = failure(reply(b"", 431))
+    assert error is not None
+    assert error.message == "the server answered HTTP 431: the headers are too large or too many"
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("7", 7.0), ("", 1.0), ("soon", 1.0), ("-1", 0.0), ("1e9", 3600.0)])
