@@ -21,13 +21,13 @@ import uvloop
 from bench.load import drive, post
 from bench.run import request_body, say
 from bench.servers import READY_S, ROOT, Server, push, tether_platform
-from tether import codec
-from tether.bus.kv import SignedBucket
+from tether.bus.key_value.bucket import SignedBucket
 from tether.bus.session import connect
-from tether.envelope import MessageType
-from tether.model_config import ModelConfig
+from tether.crypto import MessageType
+from tether.model.config import ModelConfig
 from tether.settings import Settings
-from tether.subjects import token
+from tether.wire import codec
+from tether.wire.subjects import token
 
 KEPT, MISSED, PLAIN = "digits-kept", "digits-missed", "digits"
 

@@ -27,7 +27,7 @@ from bench.rollout import wait
 from bench.run import request_body, say
 from bench.servers import Server, environment, tether, tether_platform
 from tether import Client
-from tether.model_config import LoadBalancing
+from tether.model.config import LoadBalancing
 
 SECOND = "worker-2"
 WEIGHT = 3

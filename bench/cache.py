@@ -17,18 +17,18 @@ from pathlib import Path
 import uvloop
 
 from bench.store import change, make_file, parts
-from tether import metrics
-from tether.bus.chunks import ObjectChunkStore
-from tether.bus.connection import Bus
-from tether.bus.keys import create_home
-from tether.bus.server import EmbeddedServer, find_server
+from tether.broker.embedded_server import EmbeddedServer, find_server
+from tether.bus.bus import Bus
 from tether.bus.session import connect
-from tether.bus.topology import ensure_platform
-from tether.bus.upload import upload
-from tether.home import Home, private_folder
-from tether.model import Batching, Manifest, ModelFile, ModelRef
+from tether.domain.manifest import Batching, Manifest, ModelFile, ModelRef
+from tether.identity.keys import create_home
+from tether.process import metrics
+from tether.process.data_dir import Home, private_folder
 from tether.settings import Settings
-from tether.worker.files import WorkerFiles
+from tether.storage.chunk_store import ObjectChunkStore
+from tether.storage.upload import upload
+from tether.streams.layout import ensure_platform
+from tether.worker.files.version_files import WorkerFiles
 
 MODEL = "bench"
 

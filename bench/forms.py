@@ -19,20 +19,20 @@ import numpy as np
 import uvloop
 
 from bench.store import parts
-from tether.bus.chunks import ObjectChunkStore
-from tether.bus.connection import Bus
-from tether.bus.keys import create_home
-from tether.bus.model_files import download
-from tether.bus.sealed_chunks import SealedChunkStore
-from tether.bus.server import EmbeddedServer, find_server
+from tether.broker.embedded_server import EmbeddedServer, find_server
+from tether.bus.bus import Bus
 from tether.bus.session import connect
-from tether.bus.topology import ensure_platform
-from tether.bus.upload import upload
-from tether.envelope.model_seal import PieceSeal
-from tether.envelope.sealing import new_data_key
-from tether.home import Home
-from tether.pieces import Bytes, Cutter, compressed
+from tether.crypto.model_encryption import PieceSeal
+from tether.crypto.payload_encryption import new_data_key
+from tether.domain.chunking import Bytes, Cutter, compressed
+from tether.identity.keys import create_home
+from tether.process.data_dir import Home
 from tether.settings import Settings
+from tether.storage.chunk_store import ObjectChunkStore
+from tether.storage.encrypted_chunk_store import SealedChunkStore
+from tether.storage.model_files import download
+from tether.storage.upload import upload
+from tether.streams.layout import ensure_platform
 
 MODEL = "bench"
 DATA = ("float32", "bfloat16", "bfloat16 in float32")

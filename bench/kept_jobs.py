@@ -20,17 +20,11 @@ import msgspec
 import psutil
 import uvloop
 
-from tether import codec
-from tether.bus.connection import Bus
-from tether.bus.keys import create_home
-from tether.bus.queue import BusResults
-from tether.bus.server import EmbeddedServer
+from tether.broker.embedded_server import EmbeddedServer
+from tether.bus.bus import Bus
 from tether.bus.session import connect
-from tether.bus.topology import ensure_platform
-from tether.envelope import MessageType
-from tether.gateway_http.job_records import Records
-from tether.home import Home
-from tether.job import (
+from tether.crypto import MessageType
+from tether.domain.job import (
     JobId,
     JobRecord,
     JobState,
@@ -41,8 +35,14 @@ from tether.job import (
     new_job_id,
     new_keyed_job_id,
 )
+from tether.domain.tensor import Tensor
+from tether.gateway_http.jobs.records import Records
+from tether.identity.keys import create_home
+from tether.process.data_dir import Home
 from tether.settings import Settings
-from tether.tensor import Tensor
+from tether.streams.job_queue import BusResults
+from tether.streams.layout import ensure_platform
+from tether.wire import codec
 
 _AT_ONCE = 64
 _OUTPUT = Tensor("y", "FP32", (1, 4), bytes(16))

@@ -28,20 +28,20 @@ import uvloop
 from bench.link import link
 from bench.run import say
 from bench.store import parts
-from tether.bus.chunks import ObjectChunkStore
-from tether.bus.connection import Bus
-from tether.bus.keys import create_home
-from tether.bus.server import EmbeddedServer, find_server
+from tether.broker.embedded_server import EmbeddedServer, find_server
+from tether.bus.bus import Bus
 from tether.bus.session import connect
-from tether.bus.topology import ensure_platform
-from tether.bus.upload import upload
-from tether.home import Home, private_folder
-from tether.model import Batching, Manifest, ModelRef, TensorSpec
-from tether.model_config import ModelConfig
+from tether.domain.manifest import Batching, Manifest, ModelRef, TensorSpec
+from tether.identity.keys import create_home
+from tether.model.config import ModelConfig
+from tether.process.data_dir import Home, private_folder
 from tether.settings import Settings
-from tether.worker.files import WorkerFiles
-from tether.worker.loads import Loader
-from tether.worker.memory import Memory
+from tether.storage.chunk_store import ObjectChunkStore
+from tether.storage.upload import upload
+from tether.streams.layout import ensure_platform
+from tether.worker.files.version_files import WorkerFiles
+from tether.worker.models.loader import Loader
+from tether.worker.models.memory_budget import Memory
 
 NAME = "bench"
 WIDTH = 2048

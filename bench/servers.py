@@ -19,7 +19,7 @@ from typing import Literal
 import httpx
 import msgspec
 
-from tether.home import Home
+from tether.process.data_dir import Home
 
 ROOT = Path(__file__).resolve().parent.parent
 READY_S = 60.0

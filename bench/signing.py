@@ -26,10 +26,10 @@ import uvloop
 
 from bench.load import Report, drive, post
 from bench.servers import ROOT, Server, environment, tether_platform
-from tether import metrics
-from tether.envelope import Signer, Verifier
+from tether.crypto import Signer, Verifier
 from tether.gateway_http import service
-from tether.home import Home
+from tether.process import metrics
+from tether.process.data_dir import Home
 from tether.settings import Settings
 
 

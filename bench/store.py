@@ -24,17 +24,17 @@ import nats
 import numpy as np
 import uvloop
 
-from tether.bus.chunks import ObjectChunkStore
-from tether.bus.connection import Bus
-from tether.bus.keys import create_home
-from tether.bus.model_files import download
-from tether.bus.server import EmbeddedServer, find_server
+from tether.broker.embedded_server import EmbeddedServer, find_server
+from tether.bus.bus import Bus
 from tether.bus.session import connect
-from tether.bus.topology import ensure_platform
-from tether.bus.upload import upload
-from tether.home import Home
-from tether.processes import KEEP_MB, few_heaps
+from tether.identity.keys import create_home
+from tether.process.data_dir import Home
+from tether.process.os_process import KEEP_MB, few_heaps
 from tether.settings import Settings
+from tether.storage.chunk_store import ObjectChunkStore
+from tether.storage.model_files import download
+from tether.storage.upload import upload
+from tether.streams.layout import ensure_platform
 
 PART = 1 << 18
 

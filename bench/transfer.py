@@ -15,11 +15,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from bench.servers import Server
-from tether.bus.chunks import ObjectChunkStore
-from tether.bus.kv import KvBucket
-from tether.bus.model_files import fetch_model, open_manifest
+from tether.bus.key_value.bucket import KvBucket
 from tether.bus.session import connect
 from tether.settings import Settings
+from tether.storage.chunk_store import ObjectChunkStore
+from tether.storage.model_files import fetch_model, open_manifest
 
 
 def make_model(path: Path, size_mb: int) -> int:

@@ -15,11 +15,12 @@ from typing import Any
 from prometheus_client.metrics import MetricWrapperBase
 from typer.main import get_command
 
-from tether import metrics, settings
-from tether.gateway_http import rest
-from tether.gateway_http.auth import ANY_SCOPE
-from tether.gateway_http.routing import Row
-from tether.setting import SettingInfo
+from tether import settings
+from tether.gateway_http.access.authentication import ANY_SCOPE
+from tether.gateway_http.api import route_table
+from tether.gateway_http.api.route_engine import Row
+from tether.process import metrics
+from tether.settings_schema import SettingInfo
 from tether_cli.main import application
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -116,7 +117,7 @@ def routes_table() -> str:
             row.summary,
             _statuses(row),
         ]
-        for row in rest.table()
+        for row in route_table.table()
     ]
     return table(("route", "scope", "what it does", "answers"), rows)
 

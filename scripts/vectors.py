@@ -20,12 +20,13 @@ import nacl.signing
 import numpy as np
 from vectors_models import encrypted
 
-from tether import codec, envelope
-from tether.envelope import Identity, MessageType, Role, Signer, key_id
-from tether.envelope.sealing import Box, DataKey, TenantKeys, WrappedKey, seal_job, seal_outcome
-from tether.envelope.session import Session, issue_session
-from tether.job import Failure, Job, JobId, JobState, Outcome
-from tether.tensor import Tensor, from_numpy, pack_bytes
+from tether import crypto
+from tether.crypto import Identity, MessageType, Role, Signer, key_id
+from tether.crypto.payload_encryption import Box, DataKey, TenantKeys, WrappedKey, seal_job, seal_outcome
+from tether.crypto.session_token import Session, issue_session
+from tether.domain.job import Failure, Job, JobId, JobState, Outcome
+from tether.domain.tensor import Tensor, from_numpy, pack_bytes
+from tether.wire import codec
 
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "vectors"
 NOW = 1_800_000_000_000
@@ -55,11 +56,11 @@ STRANGER = Identity("stranger", Role.GATEWAY, fixed("stranger ed25519"), fixed("
 ROOT = fixed("root")
 
 
-def keyset() -> envelope.Keyset:
+def keyset() -> crypto.Keyset:
     """Every identity, in force for a year."""
     records = tuple(identity.record(not_before=NOW - 1000, expires_at=NOW + YEAR) for identity in IDENTITIES.values())
-    gone = envelope.Revocation(STRANGER.kid, STRANGER.name, NOW - 1)
-    return envelope.Keyset(7, NOW - 1000, NOW + YEAR, records, (gone,))
+    gone = crypto.Revocation(STRANGER.kid, STRANGER.name, NOW - 1)
+    return crypto.Keyset(7, NOW - 1000, NOW + YEAR, records, (gone,))
 
 
 def signer(role: Role, label: str, now: int = NOW) -> Signer:
@@ -170,7 +171,7 @@ def _no_bodies() -> list[tuple[str, bytes]]:
 
 
 def keys() -> dict[str, Any]:
-    whole = envelope.sign_keyset(ROOT, keyset())
+    whole = crypto.sign_keyset(ROOT, keyset())
     shown = [
         {
             "name": identity.name,
@@ -183,12 +184,12 @@ def keys() -> dict[str, Any]:
         }
         for identity in (*IDENTITIES.values(), STRANGER)
     ]
-    other = envelope.sign_keyset(fixed("another root"), keyset())
+    other = crypto.sign_keyset(fixed("another root"), keyset())
     return {
         "identities": shown,
         "root_seed": ROOT.hex(),
-        "root_public": envelope.root_public_key(ROOT).hex(),
-        "keyset": {"domain": envelope.KEYSET_DOMAIN.decode(), "bytes": whole.hex(), "version": 7, "now_ms": NOW},
+        "root_public": crypto.root_public_key(ROOT).hex(),
+        "keyset": {"domain": crypto.KEYSET_DOMAIN.decode(), "bytes": whole.hex(), "version": 7, "now_ms": NOW},
         "refused": [
             {"what": "another root's signature", "bytes": other.hex(), "now_ms": NOW, "newer_than": 0},
             {
@@ -202,7 +203,7 @@ def keys() -> dict[str, Any]:
             {
                 "what": "not yet valid",
                 "bytes": whole.hex(),
-                "now_ms": NOW - 1001 - envelope.MAX_SKEW_MS,
+                "now_ms": NOW - 1001 - crypto.MAX_SKEW_MS,
                 "newer_than": 0,
             },
         ],
@@ -224,9 +225,9 @@ FIELDS: dict[str, Any] = {
 
 
 def frames() -> dict[str, Any]:
-    valid = [_valid(role, kind) for kind in MessageType for role in Role if kind in envelope.ROLE_TYPES[role]]
+    valid = [_valid(role, kind) for kind in MessageType for role in Role if kind in crypto.ROLE_TYPES[role]]
     return {
-        "domain": envelope.DOMAIN.decode(),
+        "domain": crypto.DOMAIN.decode(),
         "now_ms": NOW,
         "valid": valid,
         "refused": [
@@ -288,7 +289,7 @@ def _refused_frames() -> list[tuple[str, bytes, str, int, str]]:
         ("a type that is not handled here", seal("type", kind=MessageType.JOB), LANE, NOW, "role_not_allowed"),
         ("another subject", good, LANE + "2", NOW, "subject_mismatch"),
         ("past its expiry", seal("expired", expires_at=NOW + 1), LANE, NOW + 1, "expired"),
-        ("from the future", seal("future", at=NOW + envelope.MAX_SKEW_MS + 1), LANE, NOW, "clock_skew"),
+        ("from the future", seal("future", at=NOW + crypto.MAX_SKEW_MS + 1), LANE, NOW, "clock_skew"),
     ]
 
 

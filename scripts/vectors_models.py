@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from tether import codec
-from tether.envelope.model_seal import PieceSeal, seal_files
-from tether.envelope.sealing import DataKey
-from tether.model import Batching, Manifest, ModelFile
+from tether.crypto.model_encryption import PieceSeal, seal_files
+from tether.crypto.payload_encryption import DataKey
+from tether.domain.manifest import Batching, Manifest, ModelFile
+from tether.wire import codec
 
 MODEL = "digits"
 PIECES = (b"the first piece", b"a second one that compresses " * 40)

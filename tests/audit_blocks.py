@@ -6,16 +6,17 @@ import dataclasses
 
 import msgspec
 
-from tether import audit, codec, envelope
+from tether import audit, crypto
 from tether.audit import Chain, Checker, Mark, Record, Report, What
-from tether.envelope import Historical, MessageType, Role, Signer
+from tether.crypto import Historical, MessageType, Role, Signer
+from tether.wire import codec
 
 NOW = 1_800_000_000_000
 DAY = 86_400_000
 HOUR = 3_600_000
-GATEWAY = envelope.new_identity("gateway", Role.GATEWAY)
-WORKER = envelope.new_identity("worker-1", Role.WORKER)
-KEYS = envelope.Keyset(
+GATEWAY = crypto.new_identity("gateway", Role.GATEWAY)
+WORKER = crypto.new_identity("worker-1", Role.WORKER)
+KEYS = crypto.Keyset(
     1,
     NOW - DAY,
     NOW + DAY,
@@ -33,7 +34,7 @@ class Writer:
     run: str
     records: list[Record]
     now: int = NOW
-    who: envelope.Identity = GATEWAY
+    who: crypto.Identity = GATEWAY
     chains: dict[str, Chain] = dataclasses.field(default_factory=dict)
 
     def put(self, subject: str, rows: list[bytes]) -> None:

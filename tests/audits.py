@@ -9,15 +9,16 @@ from contextlib import asynccontextmanager
 from brokers import Broker
 from services import TENANT
 
-from tether import audit, lifecycle
+from tether import audit
 from tether.audit import Checker, Kind, Record, Report
-from tether.bus import audit_read
-from tether.bus.audit import AuditLog, writing
-from tether.bus.audit_read import AuditReader, Filter, Found
-from tether.bus.connection import Bus
+from tether.audit import reader as audit_read
+from tether.audit.reader import AuditReader, Filter, Found
+from tether.audit.writer import AuditLog, writing
+from tether.bus.bus import Bus
 from tether.bus.session import connect
-from tether.envelope import body_of
-from tether.home import Home
+from tether.crypto import body_of
+from tether.process import lifecycle
+from tether.process.data_dir import Home
 
 WHO = "key:abcdefgh"
 

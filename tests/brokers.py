@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from broker_users import add_operator, new_seed
 
-from tether.bus.config import write_ops_files
-from tether.bus.keys import create_home
-from tether.bus.server import Binary, EmbeddedServer, find_server
+from tether.broker.embedded_server import Binary, EmbeddedServer, find_server
+from tether.broker.nats_config import write_ops_files
 from tether.errors import ConfigError
-from tether.home import Home
+from tether.identity.keys import create_home
+from tether.process.data_dir import Home
 from tether.settings import Settings
 
 IMAGE_VARIABLE = "TETHER_TEST_NATS_IMAGE"

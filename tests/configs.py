@@ -5,12 +5,12 @@ from __future__ import annotations
 from brokers import wait_until
 from services import Services
 
-from tether import codec
-from tether.bus.kv import SignedBucket
+from tether.bus.key_value.bucket import SignedBucket
 from tether.bus.session import connect
-from tether.envelope import MessageType
-from tether.model_config import ModelConfig, check_config, default_config
-from tether.subjects import token
+from tether.crypto import MessageType
+from tether.model.config import ModelConfig, check_config, default_config
+from tether.wire import codec
+from tether.wire.subjects import token
 
 
 async def configure(running: Services, config: ModelConfig) -> None:

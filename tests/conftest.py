@@ -19,8 +19,8 @@ from brokers import IMAGE_VARIABLE, Broker, StartBroker, container, embedded, se
 from served import Served
 from served import served as serving
 
-from tether.bus.server import Binary
-from tether.home import Home
+from tether.broker.embedded_server import Binary
+from tether.process.data_dir import Home
 
 
 def pytest_configure() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from brokers import Broker
 
-from tether.bus.server import EmbeddedServer
+from tether.broker.embedded_server import EmbeddedServer
 
 
 def server_of(broker: Broker) -> EmbeddedServer:

@@ -16,41 +16,33 @@ import msgspec
 import nacl.signing
 import numpy as np
 
-from tether import (
-    apikey,
-    codec,
-    config_changes,
-    envelope,
-    job,
-    json_keys,
-    model,
-    model_config,
-    oip,
-    oip_json,
-    partition,
-    serving,
-    tenant,
-    version_notes,
-)
-from tether.bus import chunk_meta, model_files
+from tether import crypto
 from tether.bus.errors import parse_ack
-from tether.envelope import MessageType, Role, Signer, Verifier, model_seal, sealing
-from tether.envelope.sealing import new_data_key
+from tether.crypto import MessageType, Role, Signer, Verifier, model_encryption, payload_encryption
+from tether.crypto.payload_encryption import new_data_key
+from tether.domain import api_key, job, partition, tenant, worker_protocol
+from tether.domain import manifest as model
+from tether.domain.job import Job, JobId, JobState, Outcome
+from tether.domain.tensor import Tensor
 from tether.errors import BadSeal, TetherError
-from tether.gateway_http import rest, rest_jobs, triton_form
-from tether.gateway_http.request import Heading, Reads, read_body
-from tether.gateway_http.routing import read_query
-from tether.job import Job, JobId, JobState, Outcome
-from tether.model_config import ModelConfig
-from tether.modelstore import onnx_wire
-from tether.subjects import Names
-from tether.tensor import Tensor
+from tether.gateway_http.api import route_table
+from tether.gateway_http.api.route_engine import read_query
+from tether.gateway_http.api.routes import jobs
+from tether.gateway_http.http.request import Heading, Reads, read_body
+from tether.gateway_http.schemas import triton_config
+from tether.model import config as model_config
+from tether.model import config_patch, version_metadata
+from tether.model.config import ModelConfig
+from tether.modelstore.inspection.file_formats import onnx_parser
+from tether.storage import model_files, object_meta
+from tether.wire import codec, json_duplicates, oip, oip_json
+from tether.wire.subjects import Names
 
 NOW = 1_800_000_000_000
 YEAR = 365 * 86_400_000
 ROOT = os.urandom(32)
-GATEWAY = envelope.new_identity("gateway", Role.GATEWAY)
-MODELSTORE = envelope.new_identity("modelstore", Role.MODELSTORE)
+GATEWAY = crypto.new_identity("gateway", Role.GATEWAY)
+MODELSTORE = crypto.new_identity("modelstore", Role.MODELSTORE)
 SUBJECT = "tether.infer.0.local.shared.m.1"
 
 
@@ -63,9 +55,9 @@ class Decoder:
     read: Callable[[bytes], object]
 
 
-def keyset() -> envelope.Keyset:
+def keyset() -> crypto.Keyset:
     records = tuple(who.record(not_before=NOW - 1000, expires_at=NOW + YEAR) for who in (GATEWAY, MODELSTORE))
-    return envelope.Keyset(3, NOW - 1000, NOW + YEAR, records)
+    return crypto.Keyset(3, NOW - 1000, NOW + YEAR, records)
 
 
 def seal(body: bytes, **more: Any) -> bytes:
@@ -75,7 +67,7 @@ def seal(body: bytes, **more: Any) -> bytes:
 def _resigned(header: bytes) -> bytes:
     """A frame whose signature is good whatever its header holds: what a stolen key can send."""
     whole = GATEWAY.kid + header[:16_000]
-    signature = nacl.signing.SigningKey(GATEWAY.seed).sign(envelope.DOMAIN + whole).signature
+    signature = nacl.signing.SigningKey(GATEWAY.seed).sign(crypto.DOMAIN + whole).signature
     return b"TTHR\x01" + len(whole).to_bytes(2, "big") + signature + whole
 
 
@@ -94,18 +86,18 @@ def _outcomes() -> bytes:
 
 def structs() -> list[type[msgspec.Struct]]:
     """Every control value of the modules that define them."""
-    kinds = [envelope.Keyset, envelope.IdentityRecord, envelope.Revocation]
+    kinds = [crypto.Keyset, crypto.IdentityRecord, crypto.Revocation]
     modules = (
         model,
         model_config,
-        config_changes,
-        version_notes,
-        serving,
+        config_patch,
+        version_metadata,
+        worker_protocol,
         tenant,
-        apikey,
+        api_key,
         job,
-        sealing,
-        model_seal,
+        payload_encryption,
+        model_encryption,
         partition,
     )
     for module in modules:
@@ -206,7 +198,7 @@ MANIFEST = model.Manifest(
 
 @cache
 def _piece_meta(data: bytes) -> object:
-    meta = chunk_meta.read_meta(data)
+    meta = object_meta.read_meta(data)
     return None if meta is None else (meta.state, meta.piece_size, meta.stored_digest)
 
 
@@ -214,7 +206,7 @@ KEY = new_data_key(1)
 
 
 def _sealed_digests() -> tuple[bytes, ...]:
-    hidden, sealed = model_seal.seal_files(KEY, "m", MANIFEST.files)
+    hidden, sealed = model_encryption.seal_files(KEY, "m", MANIFEST.files)
     return (
         codec.encode(msgspec.structs.replace(MANIFEST, files=hidden, sealed=sealed)),
         codec.pack([[b"1" * 32, b"2" * 32]]),
@@ -224,9 +216,9 @@ def _sealed_digests() -> tuple[bytes, ...]:
 def _open_digests(data: bytes) -> object:
     """A manifest whose digests are closed; and digests that a holder of the key closed itself."""
     with contextlib.suppress(BadSeal):
-        bound = model_seal._bound_files(KEY, "m", MANIFEST.files)
-        model_seal.open_files(KEY, "m", MANIFEST.files, model.SealedDigests(KEY.id, KEY.close(bound, data)))
-    return model_seal.opened_manifest(KEY, codec.decode(data, model.Manifest))
+        bound = model_encryption._bound_files(KEY, "m", MANIFEST.files)
+        model_encryption.open_files(KEY, "m", MANIFEST.files, model.SealedDigests(KEY.id, KEY.close(bound, data)))
+    return model_encryption.opened_manifest(KEY, codec.decode(data, model.Manifest))
 
 
 def decoders() -> tuple[Decoder, ...]:
@@ -236,8 +228,8 @@ def decoders() -> tuple[Decoder, ...]:
     plain, _ = oip.build_infer_request({"x": np.ones((1, 4), np.float32)}, binary=False, parameters={"timeout": 1})
     empty = seal(b"", jobs=("0",))
     header = empty[71 + 16 : 71 + int.from_bytes(empty[5:7], "big")]
-    names, root = Names("tether"), envelope.root_public_key(ROOT)
-    signed = envelope.sign_keyset(ROOT, keyset())
+    names, root = Names("tether"), crypto.root_public_key(ROOT)
+    signed = crypto.sign_keyset(ROOT, keyset())
     manifest = codec.encode(MANIFEST)
     stored = Signer(MODELSTORE, lambda: NOW).seal(MessageType.MANIFEST, names.bucket_key("models", "m.1"), manifest)
     kinds = structs()
@@ -249,22 +241,22 @@ def decoders() -> tuple[Decoder, ...]:
         Decoder("jobs", (_jobs(),), lambda data: codec.decode_jobs(data, ["0", "1", "2"])),
         Decoder("outcomes", (_outcomes(),), codec.decode_outcomes),
         Decoder("structs", (manifest, *map(_example, kinds)), _many(codec.decode, kinds)),
-        Decoder("keyset", (signed,), lambda data: envelope.open_keyset(data, root, now_ms=NOW)),
+        Decoder("keyset", (signed,), lambda data: crypto.open_keyset(data, root, now_ms=NOW)),
         Decoder("manifest", (stored,), lambda data: model_files.open_manifest(verifier, names, "m.1", data)),
         Decoder("sealed digests", _sealed_digests(), _open_digests),
         Decoder("oip json", (plain,), lambda data: oip.parse_infer_request(data, None)),
         Decoder("oip binary", (binary,), lambda data: oip.parse_infer_request(data, length)),
         Decoder("oip answer", (answer,), lambda data: oip.parse_infer_response(data, answer_length)),
-        Decoder("json keys", (plain, job_body, b'{"a": {"a\\u0061": ":"}}'), json_keys.refuse_duplicates),
-        Decoder("onnx", (models.add(), models.looping(), models.with_function(), models.external(offset="64", length="16"), models.external_attribute()), onnx_wire.check_file),
+        Decoder("json keys", (plain, job_body, b'{"a": {"a\\u0061": ":"}}'), json_duplicates.refuse_duplicates),
+        Decoder("onnx", (models.add(), models.looping(), models.with_function(), models.external(offset="64", length="16"), models.external_attribute()), onnx_parser.check_file),
         Decoder("piece meta", (b'{"name":"a","bucket":"b","nuid":"c","size":1,"mtime":"","chunks":1,"digest":""}', b'{"name":"a","bucket":"b","nuid":"c","size":0,"mtime":"","chunks":0,"digest":"","deleted":true,"metadata":{"tether":"leaving","size":"7"}}'), _piece_meta),
         Decoder("ack", (b'{"stream":"S","seq":1}', b'{"stream":"S","seq":1,"error":{"code":400,"err_code":10071}}'), lambda data: parse_ack(data, None, "s")),
-        Decoder("key text", (apikey.new_key_text().encode(),), lambda data: apikey.key_id(data.decode("latin-1"))),
+        Decoder("key text", (api_key.new_key_text().encode(),), lambda data: api_key.key_id(data.decode("latin-1"))),
         Decoder("headers", tuple(HEAD % word + b"body" for word in (b"", b"gzip", b"br")), _request),
         Decoder("query", (b"ids=a&wait=1.5", b"state=queued&limit=5&cursor=77&model=m"), _query),
         Decoder("bodies", (plain, job_body, b'{"tenant": "a", "scopes": ["infer"]}'), _many(_body, _body_kinds())),
         Decoder("config patch", (PATCH, b'{"queue": {"max_size": 5}, "labels": {"a": "b"}, "cache_ttl_s": 2}', b'{"warmup": [{"shapes": {"x": [4]}}], "versions": null}'), _patched),
-        Decoder("triton config", (TRITON,), lambda data: triton_form.patch_of(data.decode("latin-1"), "m", ModelConfig("m"))),
+        Decoder("triton config", (TRITON,), lambda data: triton_config.patch_of(data.decode("latin-1"), "m", ModelConfig("m"))),
         Decoder("version note", (b'{"labels": {"a": "b", "c": null}, "note": "n"}',), _noted),
     )  # fmt: skip
 
@@ -282,22 +274,22 @@ def _object(data: bytes) -> Any:
 
 
 def _patched(data: bytes) -> object:
-    config = config_changes.patched(ModelConfig("m"), _object(data))
-    config_changes.check_against(config, ModelConfig("m"), [MANIFEST], [model.Alias("m", "a", 1)])
+    config = config_patch.patched(ModelConfig("m"), _object(data))
+    config_patch.check_against(config, ModelConfig("m"), [MANIFEST], [model.Alias("m", "a", 1)])
     return codec.encode(config)
 
 
 def _noted(data: bytes) -> object:
-    note = version_notes.noted(version_notes.VersionNote("m", 1), version_notes.patch_of(_object(data)))
+    note = version_metadata.noted(version_metadata.VersionNote("m", 1), version_metadata.patch_of(_object(data)))
     return codec.encode(note)
 
 
 def _query(data: bytes) -> object:
-    return read_query(parse_qsl(data.decode("latin-1"), keep_blank_values=True), rest_jobs.JobsQuery)
+    return read_query(parse_qsl(data.decode("latin-1"), keep_blank_values=True), jobs.JobsQuery)
 
 
 def _body_kinds() -> list[Any]:
-    return list(dict.fromkeys(row.body for row in rest.table() if row.body is not None))
+    return list(dict.fromkeys(row.body for row in route_table.table() if row.body is not None))
 
 
 def _body(data: bytes, kind: Any) -> object:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tether.home import private_folder
+from tether.process.data_dir import private_folder
 
 UMOUNT = shutil.which("umount") or "umount"
 

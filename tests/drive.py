@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tether import oip
-from tether.client_http import Flow, Lost, Pause, Policy, Reply, Send, Together
-from tether.tensor import from_numpy
+from tether.client.protocol import Flow, Lost, Pause, Policy, Reply, Send, Together
+from tether.domain.tensor import from_numpy
+from tether.wire import oip
 
 T = TypeVar("T")
 REFUSED = Lost("connection refused", sent=False)

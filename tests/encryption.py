@@ -15,15 +15,16 @@ import msgspec
 from served import Served, served, until
 from services import Services
 
-from tether import Client, metrics
-from tether.bus.server import Binary
+from tether import Client
+from tether.broker.embedded_server import Binary
+from tether.bus.key_value.keyrings import ModelKeyring
 from tether.bus.session import connect
-from tether.bus.tenant_keys import ModelKeyring
-from tether.envelope import Keyset
-from tether.model import Manifest, ModelRef
-from tether.modelstore.keeper import Keeper
-from tether.modelstore.registry import Registry
-from tether.pieces import cut_file
+from tether.crypto import Keyset
+from tether.domain.chunking import cut_file
+from tether.domain.manifest import Manifest, ModelRef
+from tether.modelstore.records.registry import Registry
+from tether.modelstore.upkeep.chunk_collector import Keeper
+from tether.process import metrics
 
 MB = 1 << 20
 

@@ -10,7 +10,7 @@ import bundles
 import numpy as np
 
 from tether import Client
-from tether.tensor import Array
+from tether.domain.tensor import Array
 
 TEXT = {"datatype": "BYTES", "shape": [1]}
 CODE = """

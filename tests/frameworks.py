@@ -125,7 +125,7 @@ def _write_hostile(folder: Path) -> None:
 def write_tensorflow(folder: Path) -> None:
     import tensorflow as tf  # noqa: PLC0415 - only the child
 
-    from tether import tensorflow_model  # noqa: PLC0415 - likewise
+    from tether.frameworks import tensorflow  # noqa: PLC0415 - likewise
 
     served = tf.saved_model.load(str(folder / "savedmodel")).signatures["serving_default"]
     found = served(image=tf.constant(images()))
@@ -145,7 +145,7 @@ def write_tensorflow(folder: Path) -> None:
     tf.saved_model.save(module, str(folder / "several"), signatures={"shout": shouting, "whisper": whispering})
     _write_trained(folder / "trained")
     try:
-        tensorflow_model.SavedModel(folder / "unsigned", "")
+        tensorflow.SavedModel(folder / "unsigned", "")
     except ModelRejected as error:
         (folder / "refusal").write_text(error.message)
 

@@ -11,7 +11,7 @@ import onnx
 from models import value
 from onnx import helper, numpy_helper
 
-from tether.frameworks.onnx_rows import RowProof, prove
+from tether.frameworks.row_proof.prover import RowProof, prove
 
 Spec = tuple[str, str, Sequence[int | str | None]]
 """Name, OIP datatype and shape of an input or output."""

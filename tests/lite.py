@@ -6,7 +6,7 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from tether.tensor import Array
+from tether.domain.tensor import Array
 
 
 def recurrent() -> schema.ModelT:

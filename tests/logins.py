@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import msgspec
 from brokers import Broker
 
-from tether.bus.connection import Bus
-from tether.bus.keys import make_nats_seed, nats_public_key, read_keyset
+from tether.bus.bus import Bus
 from tether.bus.session import connect
-from tether.bus.topology import ensure_lane, ensure_platform
-from tether.envelope import Keyset, Revocation, Role, new_identity, sign_keyset
-from tether.home import Home, read_secret, save_identity, write_secret
-from tether.job import Lane, LaneKind
+from tether.crypto import Keyset, Revocation, Role, new_identity, sign_keyset
+from tether.domain.job import Lane, LaneKind
+from tether.identity.keys import make_nats_seed, nats_public_key, read_keyset
+from tether.process.data_dir import Home, read_secret, save_identity, write_secret
+from tether.streams.layout import ensure_lane, ensure_platform
 
 OWN, TENANT = "own-1", "acme.eu"
 """A worker that is bound to an isolated tenant, and the tenant."""

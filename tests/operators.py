@@ -10,12 +10,12 @@ from contextlib import asynccontextmanager
 from broker_users import add_operator, new_seed
 from brokers import Broker, wait_until
 
-from tether.bus.connection import Bus
-from tether.bus.server import _running_on
+from tether.broker.embedded_server import _running_on
+from tether.bus.bus import Bus
 from tether.bus.session import connect, prepare
 from tether.bus.tls import client_context
 from tether.errors import BrokerUnavailable, ConfigError
-from tether.home import Home
+from tether.process.data_dir import Home
 from tether.settings import Settings
 
 

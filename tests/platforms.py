@@ -16,8 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tether.home import Home
-from tether.processes import alive, send
+from tether.process.data_dir import Home
+from tether.process.os_process import alive, send
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,13 +16,13 @@ import httpx
 from brokers import Broker, embedded, temporary_home
 from services import Services, services
 
-from tether import apikey
-from tether.bus import identities
-from tether.bus.keys import RootKey
-from tether.bus.server import Binary, reload_embedded
-from tether.envelope import Role
+from tether.broker.embedded_server import Binary, reload_embedded
+from tether.crypto import Role
+from tether.domain import api_key
 from tether.gateway_http import service
-from tether.home import Home
+from tether.identity import keyset_editor
+from tether.identity.keys import RootKey
+from tether.process.data_dir import Home
 
 T = TypeVar("T")
 
@@ -45,14 +45,14 @@ class Served:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
 
     def new_key(self, *scopes: str, tenant: str = TENANT) -> str:
-        text = apikey.new_key_text()
-        record = apikey.stored_key(text, tenant=tenant, scopes=scopes, name="test", created_at=time.time())
+        text = api_key.new_key_text()
+        record = api_key.stored_key(text, tenant=tenant, scopes=scopes, name="test", created_at=time.time())
         self.run(self.services.gateway.keys.store(record))
         return text
 
     def bind(self, worker: str, tenant: str) -> None:
         """Make an identity of a worker that serves one isolated tenant, and tell the broker of it."""
-        identities.add(self.home, RootKey(self.home.root_key), worker, Role.WORKER, tenant=tenant)
+        keyset_editor.add(self.home, RootKey(self.home.root_key), worker, Role.WORKER, tenant=tenant)
         assert reload_embedded(self.home, self.services.settings)
 
     @property
@@ -118,8 +118,8 @@ async def _platform(home: Home, binary: Binary, workers: int, changes: Any) -> A
         services(broker, workers=workers) as running,
         service.listen(running.gateway, "127.0.0.1", 0) as port,
     ):
-        text = apikey.new_key_text()
-        key = apikey.stored_key(text, tenant=TENANT, scopes=apikey.SCOPES, name="test", created_at=time.time())
+        text = api_key.new_key_text()
+        key = api_key.stored_key(text, tenant=TENANT, scopes=api_key.SCOPES, name="test", created_at=time.time())
         await running.gateway.keys.store(key)
         yield Served(f"http://127.0.0.1:{port}", text, home, broker, running, asyncio.get_running_loop())
 

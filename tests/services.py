@@ -13,31 +13,31 @@ import msgspec
 import numpy as np
 from brokers import Broker, wait_until
 
-from tether import codec
-from tether.bus.connection import Bus
-from tether.bus.kv import SignedBucket
-from tether.bus.leases import ask_owner
+from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import SignedBucket
+from tether.bus.key_value.leases import ask_owner
 from tether.bus.session import connect
-from tether.bus.upload import upload
+from tether.crypto import MessageType
 from tether.dispatcher import service as dispatcher_service
 from tether.dispatcher.service import Dispatcher
-from tether.envelope import MessageType
+from tether.domain.job import Priority
+from tether.domain.manifest import ChangeRequest, ModelFile, PushAnswer, PushRequest
+from tether.domain.tensor import Array, Tensor, from_numpy
 from tether.errors import ModelNotFound
-from tether.gateway_http import core
-from tether.gateway_http.catalog import Served
-from tether.gateway_http.core import Gateway
-from tether.gateway_http.encrypted import Target
-from tether.gateway_http.job_submit import NewJob
-from tether.home import Home
-from tether.job import Priority
-from tether.model import ChangeRequest, ModelFile, PushAnswer, PushRequest
-from tether.model_config import ModelConfig, check_config
+from tether.gateway_http import gateway as core
+from tether.gateway_http.gateway import Gateway
+from tether.gateway_http.jobs.submission import NewJob
+from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.encrypted_models import Target
+from tether.model.config import ModelConfig, check_config
+from tether.model.ownership import DEFAULT_TENANT, Asker
 from tether.modelstore import service as modelstore_service
 from tether.modelstore.service import ModelStoreService
-from tether.ownership import DEFAULT_TENANT, Asker
+from tether.process.data_dir import Home
 from tether.settings import Settings
-from tether.subjects import token
-from tether.tensor import Array, Tensor, from_numpy
+from tether.storage.upload import upload
+from tether.wire import codec
+from tether.wire.subjects import token
 from tether.worker import service as worker_service
 from tether.worker.service import WorkerService
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import httpx
 from brokers import wait_until
 
-from tether.bus.config import CLUSTER, write_ops_files
-from tether.bus.server import Binary
-from tether.home import Home
-from tether.processes import die_with_parent
+from tether.broker.embedded_server import Binary
+from tether.broker.nats_config import CLUSTER, write_ops_files
+from tether.process.data_dir import Home
+from tether.process.os_process import die_with_parent
 
 JETSTREAM_KEY = "key-of-the-tests-0123456789abcdef"
 SHIPPED = Path(__file__).parents[1] / "ops" / "nats"

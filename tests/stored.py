@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tether.bus.connection import Bus
-from tether.bus.lanes import stream_state
+from tether.bus.bus import Bus
+from tether.streams.lane_admin import stream_state
 
 
 async def stored(bus: Bus, stream: str) -> dict[str, int]:

@@ -10,21 +10,21 @@ from dataclasses import dataclass, field
 import msgspec
 from brokers import Broker
 
-from tether import codec
-from tether.bus.chunks import ObjectChunkStore
-from tether.bus.connection import Bus
-from tether.bus.kv import KvBucket
-from tether.bus.leases import ask_owner
-from tether.bus.model_files import open_manifest
+from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import KvBucket
+from tether.bus.key_value.leases import ask_owner
 from tether.bus.session import connect
-from tether.bus.stream_updates import update_streams
-from tether.bus.topology import ensure_platform
-from tether.bus.upload import upload
-from tether.envelope import MessageType, Role
-from tether.model import Alias, Manifest, ModelFile, PushAnswer, PushRequest
+from tether.crypto import MessageType, Role
+from tether.domain.manifest import Alias, Manifest, ModelFile, PushAnswer, PushRequest
+from tether.model.ownership import DEFAULT_TENANT
 from tether.modelstore import service
 from tether.modelstore.service import ENDPOINT
-from tether.ownership import DEFAULT_TENANT
+from tether.storage.chunk_store import ObjectChunkStore
+from tether.storage.model_files import open_manifest
+from tether.storage.upload import upload
+from tether.streams.layout import ensure_platform
+from tether.streams.updates import update_streams
+from tether.wire import codec
 
 MB = 1 << 20
 

@@ -11,14 +11,14 @@ import msgspec
 from brokers import temporary_home, wait_until
 from services import Services
 
-from tether.bus.connection import Bus
-from tether.bus.keys import create_home, read_keyset
-from tether.bus.pull import BusDelivery, LanePull
-from tether.envelope import Role, new_identity, sign_keyset
-from tether.gateway_http.catalog import Served
-from tether.home import Home, read_secret, save_identity, write_secret
-from tether.job import Lane
-from tether.tenant import Tenant
+from tether.bus.bus import Bus
+from tether.crypto import Role, new_identity, sign_keyset
+from tether.domain.job import Lane
+from tether.domain.tenant import Tenant
+from tether.gateway_http.models.catalog import Served
+from tether.identity.keys import create_home, read_keyset
+from tether.process.data_dir import Home, read_secret, save_identity, write_secret
+from tether.streams.lane_consumer import BusDelivery, LanePull
 
 
 def bind_worker(home: Home, name: str, tenant: str) -> None:

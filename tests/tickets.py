@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from tether.bus.connection import Bus
-from tether.bus.pull import BusDelivery
-from tether.clock import SystemClock
-from tether.envelope import Header
+from tether.bus.bus import Bus
+from tether.crypto import Header
+from tether.domain.job import Job, Lane, LaneKind, Outcome, Priority
 from tether.errors import Unavailable
-from tether.job import Job, Lane, LaneKind, Outcome, Priority
-from tether.ports import Runtime
-from tether.worker import batching
-from tether.worker.apart import Apart, Seats
-from tether.worker.apart import Hearing as ApartHearing
-from tether.worker.bundle import Bundle
-from tether.worker.copies import Copies, Generation
-from tether.worker.runs import Hearing, Runs
-from tether.worker.turns import RunQueue, Ticket
+from tether.frameworks.runtime import Runtime
+from tether.process.clock import SystemClock
+from tether.streams.lane_consumer import BusDelivery
+from tether.worker.models.instances import Copies, Generation
+from tether.worker.runs.isolated_instance import Apart, Seats
+from tether.worker.runs.isolated_instance import Hearing as ApartHearing
+from tether.worker.runs.job_runs import Hearing, Runs
+from tether.worker.scheduling import batching
+from tether.worker.scheduling.bundle import Bundle
+from tether.worker.scheduling.job_turns import RunQueue, Ticket
 
 LANES = (
     Lane(LaneKind.INFER, "m", 1),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tether.bus.permissions import Permissions
+from tether.broker.permissions import Permissions
 
 
 def matches(pattern: str, subject: str) -> bool:

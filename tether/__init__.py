@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tether.client import AsyncClient, AsyncJobHandle, Client, JobHandle
+    from tether.client.blocking import AsyncClient, AsyncJobHandle, Client, JobHandle
 
 __version__ = "0.1.0"
 __all__ = ["AsyncClient", "AsyncJobHandle", "Client", "JobHandle", "__version__"]
@@ -17,6 +17,6 @@ __all__ = ["AsyncClient", "AsyncJobHandle", "Client", "JobHandle", "__version__"
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'tether' has no attribute {name!r}")
-    from tether import client  # noqa: PLC0415 - loads httpx and numpy only for those who use the client
+    from tether.client import blocking  # noqa: PLC0415 - loads httpx and numpy only for those who use the client
 
-    return getattr(client, name)
+    return getattr(blocking, name)

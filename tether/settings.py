@@ -18,8 +18,8 @@ from typing import Any
 
 from tether.environment import HOME_VARIABLE, OTHER_VARIABLES, ignored_variables, is_service_link
 from tether.errors import ConfigError
-from tether.setting import SettingInfo, checked, parse, parse_labels, read_file, schema_of
-from tether.setting import setting as _setting
+from tether.settings_schema import SettingInfo, checked, parse, parse_labels, read_file, schema_of
+from tether.settings_schema import setting as _setting
 
 _TOKEN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 ENV_PREFIX = "TETHER_"

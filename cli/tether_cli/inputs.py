@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from tether import oip
-from tether.client_inputs import UNNAMED
+from tether.client.inputs import UNNAMED
+from tether.domain.tensor import Array, to_numpy
 from tether.errors import InvalidRequest
-from tether.tensor import Array, to_numpy
+from tether.wire import oip
 
 
 def read(source: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import typer
 
 from tether import __version__
 from tether.errors import TetherError
-from tether_cli import commands_client, commands_identity, commands_platform
+from tether_cli.commands import client, identity, platform
 
 
 def _version(wanted: bool) -> None:
@@ -48,9 +48,9 @@ def application() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
     app.callback()(_root)
-    commands_platform.register(app)
-    commands_client.register(app)
-    commands_identity.register(app)
+    platform.register(app)
+    client.register(app)
+    identity.register(app)
     return app
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from tether.bus.keys import RootKey
-    from tether.client import Client
-    from tether.home import Home
+    from tether.client.blocking import Client
+    from tether.identity.keys import RootKey
+    from tether.process.data_dir import Home
 
 DataDir = Annotated[str | None, typer.Option("--data-dir", metavar="DIR", help="Data directory; else TETHER_HOME.")]
 Nats = Annotated[str | None, typer.Option("--nats", metavar="URL", help="Use this broker, not an embedded one.")]
@@ -52,9 +52,9 @@ def root_key(home: Home, path: Path | None, *, confirm: bool = False) -> RootKey
     """The root key of a home; its passphrase is TETHER_ROOT_PASSPHRASE, or what a person types."""
     import sys
 
-    from tether.bus.keys import RootKey
     from tether.environment import root_passphrase
     from tether.errors import ConfigError
+    from tether.identity.keys import RootKey
 
     def ask() -> str:
         if given := root_passphrase():
@@ -69,7 +69,7 @@ def root_key(home: Home, path: Path | None, *, confirm: bool = False) -> RootKey
 
 
 def connect(url: str | None, timeout: float = 30.0) -> Client:
-    from tether.client import Client
+    from tether.client.blocking import Client
 
     return Client(url, timeout=timeout, tries=4)
 
@@ -78,9 +78,9 @@ def ask(
     url: str | None, method: str, path: str, body: dict[str, Any] | None = None, *, last: str = ""
 ) -> dict[str, Any]:
     """The JSON object that the gateway answers; ``last`` is added to ``path`` as one segment."""
-    from tether import client_flows
+    from tether.client import operations
 
-    whole = client_flows.below(path, last) if last else path
+    whole = operations.below(path, last) if last else path
     with connect(url) as client:
-        found: dict[str, Any] = client.run(lambda policy: client_flows.ask(policy, method, whole, body))
+        found: dict[str, Any] = client.run(lambda policy: operations.ask(policy, method, whole, body))
     return found

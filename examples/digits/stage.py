@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tether.processes import alive, die_with_parent, send
+from tether.process.os_process import alive, die_with_parent, send
 
 BRIGHTEST = 16.0
 WIDTH = 13

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tether.domain.manifest import TensorSpec
 from tether.errors import InferenceFailed, ModelRejected
-from tether.model import TensorSpec
 
 
 class Network:

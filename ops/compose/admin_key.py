@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from tether.home import Home, read_secret
+from tether.process.data_dir import Home, read_secret
 from tether.settings import load
-from tether_cli.up import provide_admin_key
+from tether_cli.platform.up import provide_admin_key
 
 
 def main() -> None:

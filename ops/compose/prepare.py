@@ -9,10 +9,10 @@ import os
 import shutil
 from pathlib import Path
 
-from tether.bus.config import write_ops_files
-from tether.bus.keys import create_home
-from tether.envelope import Role
-from tether.home import Home
+from tether.broker.nats_config import write_ops_files
+from tether.crypto import Role
+from tether.identity.keys import create_home
+from tether.process.data_dir import Home
 
 AUTHORITY = Path("/authority")
 SHARE = Path("/share")

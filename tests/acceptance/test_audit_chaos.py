@@ -15,8 +15,8 @@ from platforms import ROOT, Platform, platform
 from served import until
 
 from tether.audit import read_records, write_record
-from tether.envelope import body_of
-from tether.processes import send
+from tether.crypto import body_of
+from tether.process.os_process import send
 
 DIGITS = ROOT / "examples" / "digits" / "digits.onnx"
 KILLS = ("gateway", "nats", "gateway", "nats", "modelstore")

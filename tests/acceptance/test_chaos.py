@@ -18,7 +18,7 @@ from platforms import ROOT, Platform, platform
 from stored import stored
 
 from tether.bus.session import connect
-from tether.processes import send
+from tether.process.os_process import send
 from tether.settings import Settings
 
 DIGITS = ROOT / "examples" / "digits"

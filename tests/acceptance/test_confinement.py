@@ -22,7 +22,7 @@ from platforms import Platform, platform
 
 from tether import Client
 from tether.errors import ModelRejected
-from tether.processes import alive
+from tether.process.os_process import alive
 from tether.sandbox import plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

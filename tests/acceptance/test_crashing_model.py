@@ -10,7 +10,7 @@ import pytest
 from brokers import wait_until
 from platforms import Platform, platform
 
-from tether.processes import alive
+from tether.process.os_process import alive
 
 
 def ask(running: Platform, model: str, number: int) -> httpx.Response:

@@ -17,7 +17,7 @@ from platforms import Platform, platform
 
 from tether.bus.session import connect
 from tether.errors import BrokerUnavailable
-from tether.processes import send
+from tether.process.os_process import send
 from tether.settings import Settings
 
 MB = 120

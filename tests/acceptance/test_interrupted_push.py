@@ -16,8 +16,8 @@ from platforms import Platform, environment, platform
 from served import until
 
 from tether import Client
-from tether.client_local import LocalFile, local_model
-from tether.processes import send
+from tether.client.pushing.local_model import LocalFile, local_model
+from tether.process.os_process import send
 
 PUSHER = """
 import sys

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from platforms import ROOT, environment
 
-from tether.home import Home
-from tether.ops_http import bind
-from tether.processes import alive
+from tether.process.data_dir import Home
+from tether.process.operations_server import bind
+from tether.process.os_process import alive
 
 HOLDOUT = ROOT / "examples/digits/digits_holdout.npz"
 

@@ -21,11 +21,11 @@ from brokers import temporary_home, wait_until
 from platforms import ROOT, Platform, platform, tether
 
 from bench.load import HEAD_END, content_length
-from tether.bus.keys import read_keyset
 from tether.bus.session import connect
-from tether.envelope import is_locked
+from tether.crypto import is_locked
 from tether.errors import ConfigError
-from tether.home import Home, load_identity
+from tether.identity.keys import read_keyset
+from tether.process.data_dir import Home, load_identity
 from tether.settings import Settings
 
 DIGITS = ROOT / "examples" / "digits" / "digits.onnx"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from platforms import ROOT, Platform, environment
 
-from tether.home import Home
-from tether.processes import alive
+from tether.process.data_dir import Home
+from tether.process.os_process import alive
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -19,8 +19,8 @@ import pytest
 from brokers import Broker, wait_until
 from platforms import Platform, command, environment, platform, tether
 
-from tether.home import Home
-from tether.processes import alive, send
+from tether.process.data_dir import Home
+from tether.process.os_process import alive, send
 
 PARTS = ("nats", "modelstore", "dispatcher", "worker-1", "gateway")
 

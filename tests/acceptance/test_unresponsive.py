@@ -11,7 +11,7 @@ import pytest
 from brokers import wait_until
 from platforms import Platform, platform
 
-from tether.processes import send
+from tether.process.os_process import send
 
 INPUTS = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
 

@@ -16,7 +16,7 @@ from chaos.platform import Platform
 from chaos.report import arguments, check, finish, listed, say, skip
 from chaos.workload import square
 
-from tether.envelope.keyset import MAX_SKEW_MS
+from tether.crypto.keyset import MAX_SKEW_MS
 
 NAME = "far-1"
 _OLD_S = 60.0

@@ -24,8 +24,8 @@ from chaos.report import arguments, check, counted, finish, listed, say
 from chaos.workload import square
 from platforms import command, environment
 
-from tether.bus.server import find_server
-from tether.home import Home
+from tether.broker.embedded_server import find_server
+from tether.process.data_dir import Home
 from tether.settings import Settings
 
 SERVERS = (1, 2, 3)

@@ -13,7 +13,7 @@ from chaos.platform import Platform
 from chaos.report import check, counted, fail, percentile, say
 from chaos.workload import add_constant, body, right
 
-from tether.job import TERMINAL
+from tether.domain.job import TERMINAL
 
 FINAL = frozenset(state.value for state in TERMINAL)
 _AT_ONCE = 150

@@ -18,7 +18,7 @@ import psutil
 from chaos.report import fail
 from platforms import command, environment
 
-from tether.home import Home
+from tether.process.data_dir import Home
 
 Usage = dict[str, tuple[float, int]]
 """By process: memory in MB and open files."""

@@ -15,10 +15,10 @@ import msgspec
 import pytest
 from served import Served
 
-from tether import apikey
-from tether.gateway_http import rest
-from tether.gateway_http.auth import ANY_SCOPE
-from tether.gateway_http.routing import Row
+from tether.domain import api_key
+from tether.gateway_http.access.authentication import ANY_SCOPE
+from tether.gateway_http.api import route_table
+from tether.gateway_http.api.route_engine import Row
 
 OTHER = "rival"
 HIDDEN = "walk-hidden"
@@ -108,7 +108,7 @@ ASKED: dict[tuple[str, str], Asked] = {
     **dict.fromkeys([("GET", path) for path in ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs")], NOTHING),
 }
 
-ROWS = rest.table()
+ROWS = route_table.table()
 
 
 def label(row: Row) -> str:
@@ -160,7 +160,7 @@ def narrow(walk: Walk, row: Row, **changes: Any) -> str:
     """A key that has the route's scope, and what ``changes`` say of it."""
     text = walk.served.new_key(*scopes_of(row))
     keys = walk.served.services.gateway.keys
-    record = keys.find(apikey.key_id(text) or "")
+    record = keys.find(api_key.key_id(text) or "")
     assert record is not None
     walk.served.run(keys.store(msgspec.structs.replace(record, **changes)))
     return text
@@ -184,7 +184,7 @@ def test_a_route_that_names_a_model_or_a_job_is_asked_for_one() -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=label)
 def test_without_a_key_only_open_routes_answer(walk: Walk, row: Row) -> None:
-    for key in (None, "", apikey.new_key_text()):
+    for key in (None, "", api_key.new_key_text()):
         answer = walk.ask(row, key)
         # metrics may be asked for with a key, and a wrong one is refused
         asks = row.scope is not None or (row.path == "/metrics" and bool(key))
@@ -193,7 +193,7 @@ def test_without_a_key_only_open_routes_answer(walk: Walk, row: Row) -> None:
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.scope not in (None, ANY_SCOPE)], ids=label)
 def test_without_its_scope_a_key_is_refused_and_with_it_alone_it_is_not(walk: Walk, row: Row) -> None:
-    lesser = [scope for scope in apikey.SCOPES if scope not in (row.scope, "admin")]
+    lesser = [scope for scope in api_key.SCOPES if scope not in (row.scope, "admin")]
     for scopes in [*([scope] for scope in lesser), lesser]:
         answer = walk.ask(row, walk.served.new_key(*scopes))
         assert (answer.status_code, answer.json()["code"]) == (403, "forbidden"), scopes

@@ -17,8 +17,8 @@ import pytest
 from served import Served, until
 
 from tether import Client
+from tether.domain.tensor import NUMPY_DTYPES
 from tether.errors import FormatNotAllowed, InvalidRequest, ModelRejected
-from tether.tensor import NUMPY_DTYPES
 
 LABEL, PROBABILITIES = "label", "probabilities"
 PLATFORMS = {

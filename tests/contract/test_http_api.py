@@ -19,12 +19,13 @@ from granian.constants import Interfaces
 from served import Served
 from starlette.applications import Starlette
 
-from tether import ops_http
-from tether.gateway_http import app, paths, rest, rsgi
-from tether.gateway_http.auth import ANY_SCOPE
-from tether.gateway_http.routing import Call, Reply, Row
+from tether.gateway_http.access.authentication import ANY_SCOPE
+from tether.gateway_http.api import app, path_matching, route_table
+from tether.gateway_http.api.route_engine import Call, Reply, Row
+from tether.gateway_http.http import rsgi
+from tether.process import operations_server
 
-ROWS = rest.table()
+ROWS = route_table.table()
 SCOPED = [row for row in ROWS if row.scope is not None]
 ERROR_FIELDS = {"error", "code", "request_id"}
 
@@ -309,7 +310,7 @@ def test_a_failure_of_our_own_tells_no_detail_and_is_logged_with_its_id(
         raise RuntimeError(f"secret detail of {call.gateway}")
 
     row = Row("GET", "/fails", "Fails", "Test", failing, {200: None})
-    broken = Starlette(routes=paths.routes(served.services.gateway, [row]))
+    broken = Starlette(routes=path_matching.routes(served.services.gateway, [row]))
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(broken), base_url="http://t") as client:
@@ -334,7 +335,7 @@ def with_origin(served: Served, method: str, path: str, headers: dict[str, str],
     async def ask() -> httpx.Response:
         opened = rsgi.entry(lambda _method, _path: None, app.whole(served.services.gateway, settings), part_s=30)
         async with (
-            ops_http.listening(opened, "127.0.0.1", 0, interface=Interfaces.RSGI) as port,
+            operations_server.listening(opened, "127.0.0.1", 0, interface=Interfaces.RSGI) as port,
             httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
         ):
             return await client.request(method, path, headers=headers)

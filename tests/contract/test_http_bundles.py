@@ -15,9 +15,9 @@ import pytest
 from served import Served, until
 
 from tether import Client
+from tether.domain.tensor import Array
 from tether.errors import FormatNotAllowed, InferenceFailed, InvalidRequest, ModelRejected
-from tether.tensor import Array
-from tether.worker.runtimes.process import ProcessRuntime
+from tether.worker.runtimes.process_runtime import ProcessRuntime
 
 
 def ready(served: Served, name: str) -> None:

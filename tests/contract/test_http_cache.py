@@ -14,9 +14,11 @@ from configs import configure, unconfigure
 from prometheus_client import REGISTRY
 from served import Served, until
 
-from tether import Client, apikey, oip
-from tether.model_config import ModelConfig
-from tether.tenant import Tenant
+from tether import Client
+from tether.domain import api_key
+from tether.domain.tenant import Tenant
+from tether.model.config import ModelConfig
+from tether.wire import oip
 
 
 def cached(served: Served, name: str, content: bytes | None = None, *, ttl_s: float = 600.0) -> None:
@@ -179,16 +181,16 @@ def test_access_and_limits_are_decided_before_anything_is_looked_up(served: Serv
     name = "kept-guarded"
     cached(served, name)
     assert [ask(http, name)[0], ask(http, name)[0]] == ["miss", "hit"]
-    text = apikey.new_key_text()
-    record = apikey.stored_key(text, tenant="acme", scopes=("infer",), name="slow", created_at=time.time())
+    text = api_key.new_key_text()
+    record = api_key.stored_key(text, tenant="acme", scopes=("infer",), name="slow", created_at=time.time())
     served.run(served.services.gateway.keys.store(msgspec.structs.replace(record, rate=0.001, burst=3)))
     told = [http.post(f"/v2/models/{name}/infer", json=body(), headers={"x-api-key": text}) for _ in range(5)]
     assert [answer.status_code for answer in told] == [200, 200, 200, 429, 429]
     reader = served.new_key("models:read")
     assert http.post(f"/v2/models/{name}/infer", json=body(), headers={"x-api-key": reader}).status_code == 403
     assert http.post(f"/v2/models/{name}/infer", json=body(), headers={"x-api-key": "tk_no"}).status_code == 401
-    other = apikey.stored_key(
-        other_text := apikey.new_key_text(), tenant="acme", scopes=("infer",), name="n", created_at=0
+    other = api_key.stored_key(
+        other_text := api_key.new_key_text(), tenant="acme", scopes=("infer",), name="n", created_at=0
     )
     served.run(served.services.gateway.keys.store(msgspec.structs.replace(other, models=("nothing-*",))))
     assert http.post(f"/v2/models/{name}/infer", json=body(), headers={"x-api-key": other_text}).status_code == 404

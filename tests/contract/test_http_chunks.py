@@ -14,7 +14,7 @@ import pytest
 from served import Served
 
 from tether import Client
-from tether.client_local import LocalFile, local_model
+from tether.client.pushing.local_model import LocalFile, local_model
 from tether.errors import Conflict
 
 

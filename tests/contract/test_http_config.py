@@ -13,14 +13,15 @@ import pytest
 from served import Served, until
 from typer.testing import CliRunner
 
-from tether import Client, codec
+from tether import Client
 from tether.audit import Kind
-from tether.bus.kv import SignedBucket
+from tether.bus.key_value.bucket import SignedBucket
 from tether.bus.session import connect
-from tether.envelope import MessageType
+from tether.crypto import MessageType
 from tether.errors import Conflict, InvalidRequest, ModelNotFound
-from tether.model_config import ModelConfig, QueuePolicy
-from tether.subjects import token
+from tether.model.config import ModelConfig, QueuePolicy
+from tether.wire import codec
+from tether.wire.subjects import token
 from tether_cli.main import application
 
 

@@ -19,7 +19,9 @@ import numpy as np
 import pytest
 from served import Served, until
 
-from tether import AsyncClient, Client, apikey, metrics
+from tether import AsyncClient, Client
+from tether.domain import api_key
+from tether.process import metrics
 
 CODE = """
 import time
@@ -112,8 +114,8 @@ def slow(served: Served, tmp_path: Path, request: pytest.FixtureRequest) -> Iter
 
 def limited_key(served: Served, concurrency: int) -> tuple[str, str]:
     """A key that may have so many requests open: its text and its id."""
-    text = apikey.new_key_text()
-    record = apikey.stored_key(text, tenant="default", scopes=apikey.SCOPES, name="limited", created_at=time.time())
+    text = api_key.new_key_text()
+    record = api_key.stored_key(text, tenant="default", scopes=api_key.SCOPES, name="limited", created_at=time.time())
     served.run(served.services.gateway.keys.store(msgspec.structs.replace(record, concurrency=concurrency)))
     return text, record.id
 

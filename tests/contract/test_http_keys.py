@@ -16,9 +16,10 @@ import pytest
 from documented import Document, assert_error
 from served import TENANT, Served, until
 
-from tether import Client, apikey
+from tether import Client
+from tether.domain import api_key
 from tether.errors import Unauthenticated
-from tether.gateway_http import core
+from tether.gateway_http import gateway
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_the_last_use_of_a_key_is_told_by_every_gateway(http: httpx.Client, serv
     assert served.run(uses.write(every_s=0.0)) >= 1
 
     async def elsewhere() -> float:
-        async with core.running(served.services.settings, served.home) as other:
+        async with gateway.running(served.services.settings, served.home) as other:
             return (await other.keys.uses.last())[key["id"]]
 
     assert before <= served.run(elsewhere()) <= time.time()
@@ -159,7 +160,7 @@ def refusals(http: httpx.Client, served: Served) -> list[Refusal]:
     change(served, expired, expires_at=time.time() - 5)
     cut = wrong["key"][:-1] + ("A" if wrong["key"][-1] != "A" else "B")
     texts = {
-        "unknown": apikey.new_key_text(),
+        "unknown": api_key.new_key_text(),
         "wrong": cut,
         "revoked": revoked["key"],
         "expired": expired["key"],

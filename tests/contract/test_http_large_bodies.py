@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from served import Served
 
-from tether import Client, oip, oip_json
-from tether.gateway_http import simple_bodies
-from tether.gateway_http.job_outputs import ANSWER_BYTES
-from tether.gateway_http.large_bodies import LARGE
-from tether.gateway_http.rest import table
-from tether.gateway_http.routing import Row
+from tether import Client
+from tether.gateway_http.api.route_engine import Row
+from tether.gateway_http.api.route_table import table
+from tether.gateway_http.bodies import simple_bodies
+from tether.gateway_http.bodies.large_bodies import LARGE
+from tether.gateway_http.jobs.output_budget import ANSWER_BYTES
+from tether.wire import oip, oip_json
 
 ROWS = 100_000
 

@@ -16,8 +16,8 @@ import pytest
 from documented import Document, assert_error
 from served import Served, until
 
-from tether import apikey
-from tether.tenant import Quotas, Tenant
+from tether.domain import api_key
+from tether.domain.tenant import Quotas, Tenant
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def http(served: Served, document: Document) -> Iterator[httpx.Client]:
 
 def key_with(served: Served, *, tenant: str = "acme", **limits: float) -> dict[str, str]:
     """The header of a new key with limits."""
-    text = apikey.new_key_text()
-    record = apikey.stored_key(text, tenant=tenant, scopes=apikey.SCOPES, name="limited", created_at=time.time())
+    text = api_key.new_key_text()
+    record = api_key.stored_key(text, tenant=tenant, scopes=api_key.SCOPES, name="limited", created_at=time.time())
     served.run(served.services.gateway.keys.store(msgspec.structs.replace(record, **limits)))
     return {"x-api-key": text}
 
@@ -137,7 +137,7 @@ def test_a_tenants_requests_a_minute_count_over_its_keys(http: httpx.Client, ser
 
 
 def slots(served: Served, key: dict[str, str]) -> int:
-    return served.services.gateway.limits.open_requests(apikey.key_id(key["x-api-key"]) or "")
+    return served.services.gateway.limits.open_requests(api_key.key_id(key["x-api-key"]) or "")
 
 
 def test_only_so_many_may_be_open(http: httpx.Client, served: Served) -> None:

@@ -14,7 +14,7 @@ from served import Served, until
 from typer.testing import CliRunner
 
 from tether import Client
-from tether.bus.kv import KvBucket
+from tether.bus.key_value.bucket import KvBucket
 from tether.bus.session import connect
 from tether.errors import InvalidRequest, ModelNotFound
 from tether_cli.main import application

@@ -12,7 +12,7 @@ import pytest
 from documented import Document
 from served import Served, served, until
 
-from tether.bus.server import Binary
+from tether.broker.embedded_server import Binary
 
 BODY = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
 

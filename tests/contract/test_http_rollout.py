@@ -12,8 +12,9 @@ import pytest
 from served import Served, served, until
 from typer.testing import CliRunner, Result
 
-from tether import AsyncClient, Client, client_rollout
-from tether.bus.server import Binary
+from tether import AsyncClient, Client
+from tether.broker.embedded_server import Binary
+from tether.client import rollout as client_rollout
 from tether.errors import Forbidden, ModelNotFound, ModelNotReady
 from tether_cli.main import application
 

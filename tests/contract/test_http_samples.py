@@ -16,7 +16,7 @@ from served import Served, until
 from typer.testing import CliRunner
 
 from tether import Client
-from tether.client_local import local_model
+from tether.client.pushing.local_model import local_model
 from tether.errors import BadTensor, InferenceFailed, ModelRejected
 from tether_cli.main import application
 

@@ -9,8 +9,8 @@ import models
 import pytest
 from served import Served, until
 
-from tether.logs import JsonFormatter
-from tether.tenant import Tenant
+from tether.domain.tenant import Tenant
+from tether.process.logs import JsonFormatter
 
 NAME = "words-lookup"
 SEALED, OPEN = "words-sealed", "words-open"

@@ -15,14 +15,14 @@ from brokers import wait_until
 from documented import Document, assert_error
 from served import Served, until
 
-from tether import apikey
-from tether.apikey import ApiKey
-from tether.envelope import Identity, Role, Session, Signer, issue_session, new_identity
+from tether.crypto import Identity, Role, Session, Signer, issue_session, new_identity
+from tether.domain import api_key
+from tether.domain.api_key import ApiKey
 from tether.errors import RateLimited, Unauthenticated
-from tether.gateway_http import core
-from tether.gateway_http.job_view import rfc3339
-from tether.gateway_http.sessions import FORGERIES
-from tether.home import load_identity
+from tether.gateway_http import gateway as core
+from tether.gateway_http.access.sessions import FORGERIES
+from tether.gateway_http.jobs.view import rfc3339
+from tether.process.data_dir import load_identity
 
 INPUT = {"modelId": "plus", "inputData": [[1, 2, 3, 4]]}
 
@@ -52,7 +52,7 @@ def status(http: httpx.Client, token: str, path: str = "/v1/models") -> int:
 
 
 def stored(served: Served, text: str) -> ApiKey:
-    record = served.services.gateway.keys.find(apikey.key_id(text) or "")
+    record = served.services.gateway.keys.find(api_key.key_id(text) or "")
     assert record is not None
     return record
 
@@ -64,7 +64,7 @@ def change(served: Served, text: str, **changes: Any) -> None:
 def test_a_session_has_the_rights_of_its_key_in_either_header(http: httpx.Client, served: Served) -> None:
     key = served.new_key("infer", "models:read")
     made = session(http, key)
-    assert (made["scopes"], made["models"], made["key"]) == (["infer", "models:read"], ["*"], apikey.key_id(key))
+    assert (made["scopes"], made["models"], made["key"]) == (["infer", "models:read"], ["*"], api_key.key_id(key))
     for headers in ({"x-api-key": made["token"]}, {"x-api-key": "", "authorization": f"Bearer {made['token']}"}):
         assert http.post("/v1/inference", json=INPUT, headers=headers).status_code == 200
         assert http.get("/v1/models", headers=headers).status_code == 200
@@ -203,8 +203,8 @@ def test_every_gateway_accepts_the_session_of_one_without_asking(http: httpx.Cli
 
     async def elsewhere() -> None:
         async with core.running(served.services.settings, served.home) as other:
-            assert other.keys.authenticate(token, "models:read").id == apikey.key_id(key)
-            record = other.keys.find(apikey.key_id(key) or "")
+            assert other.keys.authenticate(token, "models:read").id == api_key.key_id(key)
+            record = other.keys.find(api_key.key_id(key) or "")
             assert record is not None
             await served.services.gateway.keys.revoke(record)
             await wait_until(lambda: refused(other, token), "the other gateway refuses the session")

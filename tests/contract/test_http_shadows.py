@@ -18,8 +18,9 @@ from prometheus_client import REGISTRY
 from served import Served, until
 from typer.testing import CliRunner
 
-from tether import Client, apikey
-from tether.model_config import ModelConfig, Shadow
+from tether import Client
+from tether.domain import api_key
+from tether.model.config import ModelConfig, Shadow
 from tether_cli.main import application
 
 COUNTS = ("equal", "close", "different", "error", "unavailable", "dropped")
@@ -193,8 +194,8 @@ def test_a_shadow_that_hangs_holds_up_no_caller_and_costs_nobody_anything(
         sdk.push(name, bundles.write(tmp_path / "bundle", code=f"GATE = {str(gate)!r}\n{CODE}"), run_timeout_s=60.0)
     until(lambda: http.get(f"/v2/models/{name}/versions/2/ready").status_code == 200, "version 2 is ready", 60)
     shadowed(served, name, Shadow(2))
-    text = apikey.new_key_text()
-    record = apikey.stored_key(text, tenant="acme", scopes=("infer",), name="n", created_at=time.time())
+    text = api_key.new_key_text()
+    record = api_key.stored_key(text, tenant="acme", scopes=("infer",), name="n", created_at=time.time())
     served.run(gateway.keys.store(msgspec.structs.replace(record, rate=0.001, burst=most + 20, concurrency=2)))
     for _ in range(most + 20):
         assert ask(http, name, -7777.0, headers={"x-api-key": text}) == [-7776.0] * 4

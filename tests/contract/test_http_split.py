@@ -13,7 +13,7 @@ from served import Served, served
 from typer.testing import CliRunner
 
 from tether import AsyncClient, Client
-from tether.bus.server import Binary
+from tether.broker.embedded_server import Binary
 from tether.errors import BadTensor, PayloadTooLarge
 from tether_cli.main import application
 

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from served import Served, until
 
-from tether import Client, plugins
+from tether import Client
+from tether.domain.manifest import Batching, Isolation, Manifest, ModelFile, TensorSpec
 from tether.errors import FormatNotAllowed, InvalidRequest, ModelRejected
-from tether.model import Batching, Isolation, Manifest, ModelFile, TensorSpec
-from tether.modelstore.formats import format_of
+from tether.frameworks import plugins
+from tether.modelstore.inspection.formats import format_of
 from tether.worker import runtimes
-from tether.worker.runtimes.process import Options, ProcessRuntime
+from tether.worker.runtimes.process_runtime import Options, ProcessRuntime
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_weights_are_data_so_whoever_pushes_models_may_push_them(
 
 DRAWS = """
 import torch
-from tether import torch_model
+from tether.frameworks import pytorch as torch_model
 
 class Module(torch.nn.Module):
     def __init__(self):

@@ -7,14 +7,14 @@ import numpy as np
 from brokers import wait_until
 from services import TENANT, Services
 
+from tether.domain.job import Job, new_job_id
+from tether.domain.tensor import from_numpy, to_numpy
 from tether.errors import InferenceFailed
-from tether.job import Job, new_job_id
-from tether.tensor import from_numpy, to_numpy
-from tether.worker.apart import SEATS
-from tether.worker.batching import Piece, Result, Run, Source
-from tether.worker.holder import Held
-from tether.worker.run_limits import Going
-from tether.worker.runtimes.process import ProcessRuntime
+from tether.worker.models.run_limits import Going
+from tether.worker.runs.isolated_instance import SEATS
+from tether.worker.runtimes.process_runtime import ProcessRuntime
+from tether.worker.scheduling.batching import Piece, Result, Run, Source
+from tether.worker.version_manager import Held
 
 
 def held(running: Services) -> Held:

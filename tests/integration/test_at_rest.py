@@ -9,12 +9,12 @@ import pytest
 from brokers import wait_until
 from shipped import JETSTREAM_KEY, nodes, running
 
-from tether.bus.certificates import make_certificates
-from tether.bus.server import Binary
+from tether.broker.embedded_server import Binary
 from tether.bus.session import connect
-from tether.bus.topology import ensure_platform
-from tether.home import Home
+from tether.identity.certificates import make_certificates
+from tether.process.data_dir import Home
 from tether.settings import Settings
+from tether.streams.layout import ensure_platform
 
 PLAIN = b"a sentence that nobody but its owner should read"
 

@@ -14,20 +14,21 @@ from audits import WHO, act, check, entries, everything, marks, numbers, reader,
 from brokers import Broker, StartBroker, wait_until
 from services import TENANT, Services, new_job, row
 
-from tether import metrics
-from tether.audit import Checker, Kind, Record, What
-from tether.bus import audit as audit_log
-from tether.bus import audit_groups, audit_read, identities
-from tether.bus.audit import AuditLog
-from tether.bus.audit_read import Filter
-from tether.bus.audit_spool import look
-from tether.bus.connection import Bus
-from tether.bus.keys import RootKey
+from tether.audit import Checker, Kind, Record, What, repeated_attempts
+from tether.audit import reader as audit_read
+from tether.audit import writer as audit_log
+from tether.audit.reader import Filter
+from tether.audit.spool import look
+from tether.audit.writer import AuditLog
+from tether.bus.bus import Bus
 from tether.bus.session import connect
-from tether.bus.stream_updates import update_streams
-from tether.bus.topology import ensure_platform
-from tether.envelope import MessageType
+from tether.crypto import MessageType
 from tether.errors import PermissionDenied, TetherError
+from tether.identity import keyset_editor
+from tether.identity.keys import RootKey
+from tether.process import metrics
+from tether.streams.layout import ensure_platform
+from tether.streams.updates import update_streams
 
 
 @pytest.fixture
@@ -130,9 +131,9 @@ async def test_a_flood_of_refusals_costs_a_handful_of_entries(broker: Broker, di
     found = await entries(dispatcher, broker.home, kind=Kind.AUTH)
     assert sum(item.entry.count for item in found) == 55_000
     assert metrics.AUDIT_ENTRIES.labels("auth")._value.get() - before == len(found)
-    assert len(found) <= 2 * (audit_groups.MOST_GROUPS + 1)
+    assert len(found) <= 2 * (repeated_attempts.MOST_GROUPS + 1)
     assert [item.entry.count for item in found if item.entry.address == "10.0.3.1"] == [12_500]
-    assert sum(item.entry.count for item in found if item.entry.action == audit_groups.OTHERS) == 5_000 - 252
+    assert sum(item.entry.count for item in found if item.entry.action == repeated_attempts.OTHERS) == 5_000 - 252
 
 
 async def test_what_does_not_fit_is_counted_said_and_noted_and_nobody_waits(
@@ -375,7 +376,7 @@ async def test_entries_signed_with_a_key_that_was_replaced_still_count(one: Serv
     act(gateway.audit, 1)
     await gateway.audit.settled()
     old = gateway.bus.signer.kid
-    identities.rotate(home, RootKey(home.root_key), "gateway", grace_s=0)
+    keyset_editor.rotate(home, RootKey(home.root_key), "gateway", grace_s=0)
     await wait_until(lambda: gateway.bus.signer.kid != old, "the gateway signs with its new key", 15)
     act(gateway.audit, 2)
     await gateway.audit.settled()

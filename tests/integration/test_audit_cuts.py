@@ -10,10 +10,10 @@ from audits import act, check, everything, marks, numbers, writer
 from brokers import Broker, wait_until
 
 from tether.audit import What
-from tether.bus.audit import AuditLog
-from tether.bus.connection import Bus
+from tether.audit.writer import AuditLog
+from tether.bus.bus import Bus
 from tether.bus.session import connect
-from tether.bus.topology import ensure_platform
+from tether.streams.layout import ensure_platform
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ import pytest
 from brokers import Broker, wait_until
 from services import TENANT, Services, new_job, row, services
 
-from tether.bus.topology import lanes_of
-from tether.gateway_http.catalog import Served
-from tether.job import LaneKind
-from tether.model import ModelRef
-from tether.model_config import LoadBalancing
-from tether.worker.balance import MOST
-from tether.worker.instance import ModelInstance
+from tether.domain.job import LaneKind
+from tether.domain.manifest import ModelRef
+from tether.gateway_http.models.catalog import Served
+from tether.model.config import LoadBalancing
+from tether.streams.layout import lanes_of
+from tether.worker.jobs.version_server import ModelInstance
+from tether.worker.scheduling.pull_balance import MOST
 
 SPEED = """
 import time

@@ -11,18 +11,19 @@ from typing import Self
 import pytest
 from brokers import Broker, StartBroker, wait_until
 
-from tether import codec, metrics
 from tether.bus import rpc
-from tether.bus.connection import Bus
-from tether.bus.kv import KvBucket, SignedBucket
-from tether.bus.pull import BusDelivery, LanePull
-from tether.bus.queue import BusQueue, BusResults
+from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import KvBucket, SignedBucket
 from tether.bus.session import connect
-from tether.bus.topology import ensure_lane, ensure_platform, lanes_of
-from tether.envelope import Envelope, MessageType
+from tether.crypto import Envelope, MessageType
+from tether.domain.job import Lane
+from tether.domain.manifest import Epoch
 from tether.errors import BrokerUnavailable, PermissionDenied, QueueFull, TetherError, VersionConflict
-from tether.job import Lane
-from tether.model import Epoch
+from tether.process import metrics
+from tether.streams.job_queue import BusQueue, BusResults
+from tether.streams.lane_consumer import BusDelivery, LanePull
+from tether.streams.layout import ensure_lane, ensure_platform, lanes_of
+from tether.wire import codec
 
 
 @dataclasses.dataclass

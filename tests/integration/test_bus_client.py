@@ -11,8 +11,8 @@ import pytest
 from brokers import Broker, wait_until
 from nats.protocol.parser import Parser as Original
 
-from tether.bus.client import LARGE, Parser
-from tether.bus.connection import Message
+from tether.bus.bus import Message
+from tether.bus.nats_client import LARGE, Parser
 from tether.bus.session import connect
 
 SIZES = (0, 1, LARGE - 1, LARGE, LARGE + 1, 300_000, 3_000_001)

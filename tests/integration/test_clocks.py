@@ -14,12 +14,14 @@ import pytest
 from brokers import Broker, embedded, temporary_home, wait_until
 from services import TENANT, Services, new_job, row, services
 
-from tether import lifecycle
-from tether.bus import connection, keys, link
-from tether.bus.server import Binary
-from tether.clock import SystemClock
-from tether.home import Home
-from tether.job import JobState
+from tether.broker.embedded_server import Binary
+from tether.bus import bus
+from tether.bus import connection as link
+from tether.domain.job import JobState
+from tether.identity import keys
+from tether.process import lifecycle
+from tether.process.clock import SystemClock
+from tether.process.data_dir import Home
 
 TOLERATED_S = (-20.0, 20.0)
 
@@ -45,7 +47,7 @@ def clock_off(by_s: float) -> Iterator[type[Shifted]]:
 
     Here.by_s = by_s
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connection, "SystemClock", Here)
+        patch.setattr(bus, "SystemClock", Here)
         patch.setattr(link, "SystemClock", Here)
         yield Here
 

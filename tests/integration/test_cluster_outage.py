@@ -17,19 +17,19 @@ from services import TENANT, new_job, row, services
 from shipped import Node, nodes, running
 from stored import count
 
-from tether.bus.certificates import make_certificates
-from tether.bus.config import CLUSTER
-from tether.bus.connection import Bus
-from tether.bus.pull import COLD_S
-from tether.bus.server import Binary
+from tether.broker.embedded_server import Binary
+from tether.broker.nats_config import CLUSTER
+from tether.bus.bus import Bus
 from tether.bus.session import connect
-from tether.bus.topology import ensure_streams, streams
+from tether.domain.job import Priority
+from tether.domain.manifest import ModelRef
 from tether.errors import BrokerUnavailable
-from tether.gateway_http.catalog import Served
-from tether.home import Home
-from tether.job import Priority
-from tether.model import ModelRef
+from tether.gateway_http.models.catalog import Served
+from tether.identity.certificates import make_certificates
+from tether.process.data_dir import Home
 from tether.settings import Settings
+from tether.streams.lane_consumer import COLD_S
+from tether.streams.layout import ensure_streams, streams
 
 pytestmark = pytest.mark.slow
 

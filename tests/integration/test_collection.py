@@ -14,22 +14,22 @@ import pytest
 from brokers import Broker, StartBroker, wait_until
 from stores import MB, Platform, alter, parts, platform_on
 
-from tether import codec
-from tether.bus.chunk_meta import State
-from tether.bus.keeping import PieceKeeper
-from tether.bus.kv import KvBucket
-from tether.bus.leases import ask_owner
-from tether.bus.model_files import download
+from tether.bus.key_value.bucket import KvBucket
+from tether.bus.key_value.keyrings import ModelKeyring
+from tether.bus.key_value.leases import ask_owner
 from tether.bus.session import connect
-from tether.bus.tenant_keys import ModelKeyring
-from tether.bus.upload import upload
-from tether.envelope import MessageType
+from tether.crypto import MessageType
+from tether.domain.manifest import Change, ChangeRequest, Manifest, ModelFile, PushRequest
 from tether.errors import Conflict, CorruptChunk, ModelNotFound, TetherError, Unavailable
-from tether.model import Change, ChangeRequest, Manifest, ModelFile, PushRequest
-from tether.modelstore import changes
-from tether.modelstore.keeper import Keeper
-from tether.modelstore.registry import Registry
-from tether.ownership import DEFAULT_TENANT
+from tether.model.ownership import DEFAULT_TENANT
+from tether.modelstore.records.registry import Registry
+from tether.modelstore.registration import model_changes
+from tether.modelstore.upkeep.chunk_collector import Keeper
+from tether.storage.chunk_lifecycle import PieceKeeper
+from tether.storage.model_files import download
+from tether.storage.object_meta import State
+from tether.storage.upload import upload
+from tether.wire import codec
 
 
 @dataclasses.dataclass
@@ -46,7 +46,13 @@ class Kept:
             ChangeRequest(Change.DELETE_VERSION, model, version=version, tenant=DEFAULT_TENANT, admin=True)
         )
         await ask_owner(
-            self.platform.bus, changes.ENDPOINT, 0, MessageType.CHANGE, body, answers=MessageType.CHANGED, timeout=30
+            self.platform.bus,
+            model_changes.ENDPOINT,
+            0,
+            MessageType.CHANGE,
+            body,
+            answers=MessageType.CHANGED,
+            timeout=30,
         )
 
     async def states(self) -> dict[str, State]:

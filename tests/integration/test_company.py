@@ -12,11 +12,11 @@ import pytest
 from brokers import StartBroker
 from services import Services, services
 
-from tether import codec
-from tether.gateway_http import lane_bundler
-from tether.gateway_http.catalog import Served
-from tether.job import Job
-from tether.tensor import from_numpy
+from tether.domain.job import Job
+from tether.domain.tensor import from_numpy
+from tether.gateway_http.bundling import lane_bundler
+from tether.gateway_http.models.catalog import Served
+from tether.wire import codec
 
 CROWD = 32
 

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from brokers import wait_until
 
+from tether.domain.manifest import Batching, Manifest, ModelFile, TensorSpec
+from tether.domain.tensor import Array
 from tether.errors import ModelRejected
-from tether.model import Batching, Manifest, ModelFile, TensorSpec
-from tether.processes import alive
+from tether.process.os_process import alive
 from tether.sandbox import plan
-from tether.tensor import Array
 from tether.worker import runtimes
-from tether.worker.runtimes import workbench
-from tether.worker.runtimes.process import Options, ProcessRuntime
+from tether.worker.runtimes import compiler_env
+from tether.worker.runtimes.process_runtime import Options, ProcessRuntime
 
 LABEL, PROBABILITIES = "label", "probabilities"
 COUNTING = """#!/bin/sh
@@ -45,7 +45,7 @@ exec sleep 600
 @pytest.fixture(scope="module")
 def torch_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frameworks.need("torch")
-    if shutil.which("g++", path=workbench.PATH) is None:
+    if shutil.which("g++", path=compiler_env.PATH) is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("needs g++")
     return frameworks.make(tmp_path_factory.mktemp("torch"), "torch")
 
@@ -54,10 +54,10 @@ def compiler(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Have models find this g++, which may leave word in the file that is returned."""
     (folder / "bin").mkdir()
     (folder / "log").mkdir()
-    log, real = folder / "log" / "calls", shutil.which("g++", path=workbench.PATH)
+    log, real = folder / "log" / "calls", shutil.which("g++", path=compiler_env.PATH)
     (folder / "bin" / "g++").write_text(code.format(log=log, real=real))
     (folder / "bin" / "g++").chmod(0o755)
-    monkeypatch.setattr(workbench, "PATH", f"{folder / 'bin'}:{workbench.PATH}")
+    monkeypatch.setattr(compiler_env, "PATH", f"{folder / 'bin'}:{compiler_env.PATH}")
     wish = ProcessRuntime._wish
 
     def with_log(runtime: ProcessRuntime, more: Mapping[str, str]) -> plan.Wish:
@@ -124,7 +124,7 @@ def test_a_compiled_model_answers_as_it_does_uncompiled_and_is_compiled_while_it
 
 def test_without_a_compiler_a_load_says_so(tmp_path: Path, torch_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest, directory = version(tmp_path, torch_models / "digits.pt2")
-    monkeypatch.setattr(workbench, "PATH", str(tmp_path))
+    monkeypatch.setattr(compiler_env, "PATH", str(tmp_path))
     with pytest.raises(
         ModelRejected, match=r"'compile' needs a C\+\+ compiler, and there is no g\+\+ or clang"
     ) as caught:
@@ -164,18 +164,18 @@ async def test_a_compiler_is_ended_with_the_load_that_nobody_wants_any_more(
 
 def test_the_compiler_gets_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TETHER_NATS_URL", "nats://secret")
-    with workbench.made(tmp_path, str(tmp_path / "graphs"), sealed=False) as environment:
-        folder = Path(environment[workbench.FOLDER])
+    with compiler_env.made(tmp_path, str(tmp_path / "graphs"), sealed=False) as environment:
+        folder = Path(environment[compiler_env.FOLDER])
         assert set(environment) == {
             "PATH",
             "CXX",
             "TMPDIR",
-            workbench.FOLDER,
+            compiler_env.FOLDER,
             "TORCHINDUCTOR_COMPILE_THREADS",
             "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS",
         }
         assert folder.parent == tmp_path / "graphs"
         assert folder.stat().st_mode & 0o777 == 0o700
     assert not folder.exists()
-    with workbench.made(tmp_path, str(tmp_path / "graphs"), sealed=True) as environment:
-        assert Path(environment[workbench.FOLDER]).parent == tmp_path
+    with compiler_env.made(tmp_path, str(tmp_path / "graphs"), sealed=True) as environment:
+        assert Path(environment[compiler_env.FOLDER]).parent == tmp_path

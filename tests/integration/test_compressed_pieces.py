@@ -16,21 +16,21 @@ from nats.js import JetStreamContext
 from operators import operator
 from stores import MB, Platform, noise, parts, platform_on
 
-from tether.bus.chunk_meta import State
-from tether.bus.chunks import ENCODING, ObjectChunkStore
-from tether.bus.keeping import PieceKeeper
-from tether.bus.model_files import download
-from tether.bus.sealed_chunks import SealedChunkStore
+from tether.bus.key_value.keyrings import ModelKeyring
 from tether.bus.session import connect
-from tether.bus.tenant_keys import ModelKeyring
-from tether.bus.upload import upload
-from tether.envelope.model_seal import PieceSeal
-from tether.envelope.sealing import new_data_key
+from tether.crypto.model_encryption import PieceSeal
+from tether.crypto.payload_encryption import new_data_key
+from tether.domain.chunking import LARGEST, ZSTD
+from tether.domain.manifest import ModelFile
 from tether.errors import CorruptChunk
-from tether.model import ModelFile
-from tether.modelstore.keeper import Keeper, Named
-from tether.modelstore.registry import Registry
-from tether.pieces import LARGEST, ZSTD
+from tether.modelstore.records.registry import Registry
+from tether.modelstore.upkeep.chunk_collector import Keeper, Named
+from tether.storage.chunk_lifecycle import PieceKeeper
+from tether.storage.chunk_store import ENCODING, ObjectChunkStore
+from tether.storage.encrypted_chunk_store import SealedChunkStore
+from tether.storage.model_files import download
+from tether.storage.object_meta import State
+from tether.storage.upload import upload
 
 BUCKET = "TETHER_CHUNKS_0"
 

@@ -7,12 +7,13 @@ from brokers import Broker, wait_until
 from configs import configure, unconfigure
 from services import Services
 
-from tether import codec, metrics
-from tether.bus.kv import KvBucket, SignedBucket
+from tether.bus.key_value.bucket import KvBucket, SignedBucket
 from tether.bus.session import connect
-from tether.envelope import MessageType
-from tether.gateway_http import core
-from tether.model_config import ModelConfig, Shadow, default_config
+from tether.crypto import MessageType
+from tether.gateway_http import gateway
+from tether.model.config import ModelConfig, Shadow, default_config
+from tether.process import metrics
+from tether.wire import codec
 
 
 def refused(code: str) -> float:
@@ -20,14 +21,14 @@ def refused(code: str) -> float:
 
 
 async def test_a_models_configuration_reaches_every_gateway_and_leaves_them_when_it_is_deleted(one: Services) -> None:
-    other = await one.stack.enter_async_context(core.running(one.settings, one.home))
+    other = await one.stack.enter_async_context(gateway.running(one.settings, one.home))
     told: list[str] = []
     other.catalog.on_change(told.append)
     assert other.catalog.config("a.b") == default_config("a.b")
     config = ModelConfig("a.b", revision=1, cache_ttl_s=5.0, shadows=(Shadow(2, 10.0),))
     await configure(one, config)
     await wait_until(lambda: other.catalog.config("a.b") == config, "the other gateway has it")
-    late = await one.stack.enter_async_context(core.running(one.settings, one.home))
+    late = await one.stack.enter_async_context(gateway.running(one.settings, one.home))
     assert late.catalog.config("a.b") == config
     await unconfigure(one, "a.b")
     await wait_until(lambda: other.catalog.config("a.b") == default_config("a.b"), "it is gone there too")

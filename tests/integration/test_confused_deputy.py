@@ -12,18 +12,19 @@ import pytest
 from brokers import embedded, wait_until
 from logins import OWN, TENANT, Logins, add_bound_worker, connected
 
-from tether import codec, metrics
+from tether.broker.embedded_server import Binary
 from tether.bus import rpc
-from tether.bus.connection import Bus, Message
+from tether.bus.bus import Bus, Message
 from tether.bus.errors import JetStreamError
-from tether.bus.kv import KvBucket, SignedBucket
-from tether.bus.pull import BusDelivery, LanePull
-from tether.bus.queue import BusQueue, BusResults
-from tether.bus.server import Binary
-from tether.envelope import Envelope, MessageType
+from tether.bus.key_value.bucket import KvBucket, SignedBucket
+from tether.crypto import Envelope, MessageType
+from tether.domain.manifest import Epoch
 from tether.errors import PermissionDenied
-from tether.home import Home
-from tether.model import Epoch
+from tether.process import metrics
+from tether.process.data_dir import Home
+from tether.streams.job_queue import BusQueue, BusResults
+from tether.streams.lane_consumer import BusDelivery, LanePull
+from tether.wire import codec
 
 
 @pytest.fixture

@@ -11,22 +11,22 @@ import pytest
 from brokers import Broker, wait_until
 from stores import MB, Platform, platform_on
 
-from tether import codec
-from tether.bus.connection import Bus
-from tether.bus.kv import KvBucket, SignedBucket
-from tether.bus.leases import ask_owner
-from tether.bus.resign import _Work
+from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import KvBucket, SignedBucket
+from tether.bus.key_value.keyrings import ModelKeyring
+from tether.bus.key_value.leases import ask_owner
 from tether.bus.session import connect
-from tether.bus.tenant_keys import ModelKeyring
-from tether.envelope import MessageType
+from tether.crypto import MessageType
+from tether.domain.manifest import Change, ChangeRequest, PushRequest
+from tether.domain.tenant import Quotas, Tenant
 from tether.errors import QuotaExceeded
-from tether.gateway_http.catalog import Catalog
-from tether.model import Change, ChangeRequest, PushRequest
-from tether.modelstore import changes
-from tether.modelstore.keeper import Keeper
-from tether.modelstore.registry import Registry
-from tether.subjects import token
-from tether.tenant import Quotas, Tenant
+from tether.gateway_http.models.catalog import Catalog
+from tether.identity.resigning import _Work
+from tether.modelstore.records.registry import Registry
+from tether.modelstore.registration import model_changes
+from tether.modelstore.upkeep.chunk_collector import Keeper
+from tether.wire import codec
+from tether.wire.subjects import token
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Bounded:
             body = codec.encode(change)
             await ask_owner(
                 self.platform.bus,
-                changes.ENDPOINT,
+                model_changes.ENDPOINT,
                 0,
                 MessageType.CHANGE,
                 body,

@@ -10,14 +10,14 @@ import pytest
 from brokers import Broker, embedded, wait_until
 from logins import OWN, Logins, add_bound_worker, connected, revoke
 
+from tether.broker.embedded_server import Binary, reload_embedded
 from tether.bus import rpc
-from tether.bus.connection import Bus
-from tether.bus.kv import KvBucket
-from tether.bus.server import Binary, reload_embedded
+from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import KvBucket
 from tether.bus.session import connect
-from tether.envelope import MessageType
+from tether.crypto import MessageType
 from tether.errors import ConfigError, KeyRevoked, PermissionDenied
-from tether.home import Home
+from tether.process.data_dir import Home
 from tether.settings import Settings
 
 

@@ -28,9 +28,9 @@ from operators import operator
 from served import Served, until
 
 from tether import Client
-from tether.bus.server import Binary
+from tether.broker.embedded_server import Binary
+from tether.domain.manifest import ModelRef
 from tether.errors import CorruptChunk, NoMemoryFolder, TetherError
-from tether.model import ModelRef
 
 Pair = tuple[Served, Client]
 

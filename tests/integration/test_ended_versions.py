@@ -11,15 +11,15 @@ import pytest
 from brokers import Broker, wait_until
 from services import TENANT, Services, new_job, row, services
 
-from tether import codec
-from tether.bus.lanes import lanes_there, lanes_with_messages
-from tether.dispatcher import ended
 from tether.dispatcher import service as dispatcher_service
+from tether.dispatcher.lanes import deleted_versions
+from tether.domain.job import Lane, LaneKind, Priority
+from tether.domain.manifest import Assignment, Change, ChangeRequest, ModelRef
+from tether.domain.worker_protocol import EndedLanes
 from tether.errors import ModelNotFound
-from tether.gateway_http.catalog import Served
-from tether.job import Lane, LaneKind, Priority
-from tether.model import Assignment, Change, ChangeRequest, ModelRef
-from tether.serving import EndedLanes
+from tether.gateway_http.models.catalog import Served
+from tether.streams.lane_admin import lanes_there, lanes_with_messages
+from tether.wire import codec
 
 GONE_S = 40.0
 
@@ -27,7 +27,7 @@ GONE_S = 40.0
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lanes that stay empty go sooner than they would: after a fifth of the time."""
-    monkeypatch.setattr(ended, "KEEP_S", ended.KEEP_S / 5)
+    monkeypatch.setattr(deleted_versions, "KEEP_S", deleted_versions.KEEP_S / 5)
 
 
 async def two_versions(running: Services) -> tuple[Served, Served]:

@@ -14,13 +14,13 @@ from brokers import Broker, wait_until
 from onnx import helper, numpy_helper
 from services import Services, services
 
-from tether.bus.queue import BusQueue
+from tether.domain.job import Lane
+from tether.domain.tenant import Tenant
+from tether.domain.tensor import from_numpy
 from tether.errors import Unavailable
-from tether.gateway_http.bundler import InferBundler
-from tether.gateway_http.catalog import Served
-from tether.job import Lane
-from tether.tenant import Tenant
-from tether.tensor import from_numpy
+from tether.gateway_http.bundling.infer_bundler import InferBundler
+from tether.gateway_http.models.catalog import Served
+from tether.streams.job_queue import BusQueue
 
 
 def slow(layers: int = 40, width: int = 512) -> bytes:

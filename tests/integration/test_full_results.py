@@ -13,15 +13,15 @@ from brokers import StartBroker, wait_until
 from operators import reconfigure
 from services import TENANT, Services, new_job, row, services
 
-from tether import metrics
 from tether.bus.session import connect
-from tether.bus.stream_use import stream_use
-from tether.bus.topology import ENDS
+from tether.domain.tensor import Array
 from tether.errors import QueueFull, ResultConflict
-from tether.gateway_http.catalog import Served
-from tether.tensor import Array
-from tether.worker import answers
-from tether.worker.ending import SLOW_RUNS
+from tether.gateway_http.models.catalog import Served
+from tether.process import metrics
+from tether.streams.layout import ENDS
+from tether.streams.usage import stream_use
+from tether.worker.jobs import outcome_publisher
+from tether.worker.jobs.commit_slots import SLOW_RUNS
 from tether.worker.service import WorkerService
 
 
@@ -38,7 +38,7 @@ def nobody_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     async def nothing(*_: object) -> None:
         return
 
-    monkeypatch.setattr("tether.dispatcher.retention.Retention.round", nothing)
+    monkeypatch.setattr("tether.dispatcher.jobs.retention.Retention.round", nothing)
 
 
 async def bound(running: Services, room: int) -> None:
@@ -86,7 +86,7 @@ async def test_a_caller_is_answered_while_results_have_no_room(short: Services) 
 async def test_outputs_without_room_end_their_job_as_failed_with_the_reason(
     short: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers, "ROOM_S", 0.5)
+    monkeypatch.setattr(outcome_publisher, "ROOM_S", 0.5)
     served = await short.push("wide", models.add(width=4096), max_batch_size=1)
     wide = [np.full((1, 4096), number, np.float32) for number in range(3)]
     ids = await waiting_jobs(short, served, wide)
@@ -120,7 +120,7 @@ async def test_a_job_that_was_ended_meanwhile_waits_no_longer(short: Services) -
 async def test_outputs_leave_room_for_ends_without(short: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     """No dispatcher makes room. Outputs of 16 KiB fill the results, and every job after them ends all the same: as failed, with
     the reason."""
-    monkeypatch.setattr(answers, "ROOM_S", 0.5)
+    monkeypatch.setattr(outcome_publisher, "ROOM_S", 0.5)
     served = await short.push("wide", models.add(width=4096), max_batch_size=1)
     room = 1 << 20
     fit, more = room // (16 << 10), 60

@@ -10,11 +10,11 @@ import bundles
 import numpy as np
 import pytest
 
+from tether.domain.manifest import Batching, Manifest, ModelFile, TensorSpec
+from tether.domain.tensor import Array
 from tether.errors import InferenceFailed
-from tether.model import Batching, Manifest, ModelFile, TensorSpec
-from tether.tensor import Array
 from tether.worker import runtimes
-from tether.worker.runtimes.process import Options, ProcessRuntime
+from tether.worker.runtimes.process_runtime import Options, ProcessRuntime
 
 Load = Callable[..., ProcessRuntime]
 CODE = """

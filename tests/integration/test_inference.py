@@ -13,15 +13,16 @@ from brokers import Broker, wait_until
 from prometheus_client import REGISTRY
 from services import TENANT, Services, row, services
 
-from tether import codec, metrics
-from tether.bus.connection import Bus
-from tether.bus.pull import BusDelivery, LanePull
-from tether.bus.topology import lanes_of
-from tether.envelope import MessageType
+from tether.bus.bus import Bus
+from tether.crypto import MessageType
+from tether.domain.job import Job, JobState, Lane, Outcome, new_job_id
+from tether.domain.tensor import from_numpy
 from tether.errors import BadTensor, DeadlineExceeded, InferenceFailed, ModelNotFound, TetherError
-from tether.gateway_http.catalog import Served
-from tether.job import Job, JobState, Lane, Outcome, new_job_id
-from tether.tensor import from_numpy
+from tether.gateway_http.models.catalog import Served
+from tether.process import metrics
+from tether.streams.lane_consumer import BusDelivery, LanePull
+from tether.streams.layout import lanes_of
+from tether.wire import codec
 
 
 def sample(name: str, **labels: str) -> float:

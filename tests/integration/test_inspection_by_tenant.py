@@ -8,13 +8,13 @@ import models
 import pytest
 from services import Services
 
-from tether import codec
-from tether.bus.leases import ask_owner
-from tether.envelope import MessageType
+from tether.bus.key_value.leases import ask_owner
+from tether.crypto import MessageType
+from tether.domain.manifest import PushAnswer, PushRequest
 from tether.errors import ModelLimits
-from tether.model import PushAnswer, PushRequest
-from tether.modelstore.inspection import Limits
-from tether.ownership import Asker
+from tether.model.ownership import Asker
+from tether.modelstore.inspection.inspector import Limits
+from tether.wire import codec
 
 
 async def push(running: Services, tenant: str, name: str, model: bytes) -> PushAnswer:

@@ -12,21 +12,22 @@ from services import Services, first, new_job, row
 from stored import count
 from tenancy import Thief, bound_home, has_lane, isolate, own_worker
 
-from tether import codec, metrics
-from tether.bus.kv import SignedBucket
-from tether.bus.queue import BusResults
+from tether.bus.key_value.bucket import SignedBucket
+from tether.crypto import MessageType
 from tether.dispatcher import service as dispatcher_service
-from tether.envelope import MessageType
+from tether.domain.job import SHARED, AttemptNote, Job, JobId, JobState, Lane, Outcome, Priority, new_job_id
+from tether.domain.manifest import Assignment, Change, ChangeRequest, Heartbeat, ModelRef
+from tether.domain.tenant import Tenant
+from tether.domain.tensor import from_numpy
 from tether.errors import IdempotencyConflict, JobNotFound, ModelNotReady, ResultConflict
-from tether.gateway_http.catalog import Served
-from tether.home import Home
-from tether.job import SHARED, AttemptNote, Job, JobId, JobState, Lane, Outcome, Priority, new_job_id
-from tether.model import Assignment, Change, ChangeRequest, Heartbeat, ModelRef
-from tether.tenant import Tenant
-from tether.tensor import from_numpy
-from tether.worker.batching import Done, Run
-from tether.worker.run_limits import Going
-from tether.worker.runs import Runs
+from tether.gateway_http.models.catalog import Served
+from tether.process import metrics
+from tether.process.data_dir import Home
+from tether.streams.job_queue import BusResults
+from tether.wire import codec
+from tether.worker.models.run_limits import Going
+from tether.worker.runs.job_runs import Runs
+from tether.worker.scheduling.batching import Done, Run
 
 ACME, OTHER = "acme", "other"
 OWN, SPARE = "own", "spare"

@@ -15,14 +15,14 @@ from operators import reconfigure
 from services import TENANT, Services, new_job, row
 from stored import count
 
-from tether import codec, oip
-from tether.bus.kv import KvBucket
-from tether.envelope import MessageType
+from tether.bus.key_value.bucket import KvBucket
+from tether.crypto import MessageType
+from tether.domain.job import JobId, JobRecord, Priority, digest_of_before, idempotency_digest, new_job_id, record_key
+from tether.domain.tensor import to_numpy
 from tether.errors import IdempotencyConflict, JobNotFound, QueueFull
-from tether.gateway_http import core
-from tether.gateway_http.catalog import Served
-from tether.job import JobId, JobRecord, Priority, digest_of_before, idempotency_digest, new_job_id, record_key
-from tether.tensor import to_numpy
+from tether.gateway_http import gateway as core
+from tether.gateway_http.models.catalog import Served
+from tether.wire import codec, oip
 
 
 async def halted(running: Services) -> Served:

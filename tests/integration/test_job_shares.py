@@ -11,11 +11,11 @@ from brokers import StartBroker
 from operators import reconfigure
 from services import Services, new_job, services
 
-from tether.apikey import SCOPES, new_key_text, stored_key
+from tether.domain.api_key import SCOPES, new_key_text, stored_key
+from tether.domain.tenant import Tenant
 from tether.errors import QueueFull, QuotaExceeded
-from tether.gateway_http import core
-from tether.gateway_http.catalog import Served
-from tether.tenant import Tenant
+from tether.gateway_http import gateway
+from tether.gateway_http.models.catalog import Served
 
 ROOM = 1_000_000
 WIDTH = 1024
@@ -31,9 +31,9 @@ async def short(start_broker: StartBroker) -> AsyncIterator[Services]:
 @pytest.fixture
 async def served(short: Services, monkeypatch: pytest.MonkeyPatch) -> Served:
     """A model that no worker takes jobs of, in a lane stream of :data:`ROOM` bytes."""
-    monkeypatch.setattr("tether.gateway_http.job_stores._LOOK_S", 0.0)
-    monkeypatch.setattr("tether.gateway_http.job_stores._AGAIN_S", 0.0)
-    monkeypatch.setattr("tether.gateway_http.job_shares.FRESH_S", 0.0)
+    monkeypatch.setattr("tether.gateway_http.jobs.store_room._LOOK_S", 0.0)
+    monkeypatch.setattr("tether.gateway_http.jobs.store_room._AGAIN_S", 0.0)
+    monkeypatch.setattr("tether.gateway_http.jobs.queue_shares.FRESH_S", 0.0)
     found = await short.push("wide", models.add(width=WIDTH))
     await short.workers[0].holder.stop(1)
     await reconfigure(short.home, short.settings, short.bus.names.jobs_stream(0), max_bytes=ROOM)
@@ -86,7 +86,7 @@ async def test_a_gateway_that_starts_counts_what_waits(short: Services, served: 
     await short.gateway.tenants.store(Tenant("modest"))
     with pytest.raises(QuotaExceeded):
         await fill(short, served, "greedy")
-    other = await short.stack.enter_async_context(core.running(short.settings, short.home))
+    other = await short.stack.enter_async_context(gateway.running(short.settings, short.home))
     one = np.full((1, WIDTH), 1.0, np.float32)
     with pytest.raises(QuotaExceeded):
         await other.jobs.submit("greedy", [new_job(served, one, deadline_s=600)] * 4)

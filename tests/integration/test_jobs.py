@@ -13,17 +13,17 @@ import pytest
 from brokers import Broker, wait_until
 from services import TENANT, Services, new_job, row
 
-from tether import codec, oip
-from tether.bus.connection import Bus
-from tether.bus.kv import SignedBucket
-from tether.bus.pull import BusDelivery, LanePull
-from tether.bus.queue import BusResults
-from tether.envelope import MessageType
+from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import SignedBucket
+from tether.crypto import MessageType
+from tether.domain.job import SHARED, STORED_S, AttemptNote, JobId, JobState, Lane, Outcome, Priority
+from tether.domain.manifest import ModelRef
+from tether.domain.tensor import from_numpy, to_numpy
 from tether.errors import BadTensor, IdempotencyConflict, JobNotFound, ResultConflict
-from tether.gateway_http.catalog import Served
-from tether.job import SHARED, STORED_S, AttemptNote, JobId, JobState, Lane, Outcome, Priority
-from tether.model import ModelRef
-from tether.tensor import from_numpy, to_numpy
+from tether.gateway_http.models.catalog import Served
+from tether.streams.job_queue import BusResults
+from tether.streams.lane_consumer import BusDelivery, LanePull
+from tether.wire import codec, oip
 
 
 async def bump(running: Services) -> Served:

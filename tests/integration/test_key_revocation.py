@@ -11,8 +11,8 @@ from brokers import wait_until
 from services import Services
 
 from bench.load import HEAD_END, content_length
-from tether import apikey
-from tether.gateway_http import core, service
+from tether.domain import api_key
+from tether.gateway_http import gateway, service
 
 RATE = 500
 CALLERS = 10
@@ -53,8 +53,8 @@ async def flow(port: int, key: str, number: int, stop: asyncio.Event, statuses: 
 
 
 async def new_key(running: Services, name: str) -> str:
-    text = apikey.new_key_text()
-    record = apikey.stored_key(text, tenant="acme", scopes=("infer",), name=name, created_at=time.time())
+    text = api_key.new_key_text()
+    record = api_key.stored_key(text, tenant="acme", scopes=("infer",), name=name, created_at=time.time())
     await running.gateway.keys.store(record)
     return text
 
@@ -63,7 +63,7 @@ async def test_a_revoked_key_ends_at_a_second_gateway_while_others_flow(one: Ser
     await one.push("flow", models.add())
     keys = [await new_key(one, f"flow-{number}") for number in range(CALLERS)]
     stolen = await new_key(one, "stolen")
-    other = await one.stack.enter_async_context(core.running(one.settings, one.home))
+    other = await one.stack.enter_async_context(gateway.running(one.settings, one.home))
     port = await one.stack.enter_async_context(service.listen(other, "127.0.0.1", 0))
     statuses: list[str] = []
     stop, began = asyncio.Event(), time.monotonic()
@@ -72,7 +72,7 @@ async def test_a_revoked_key_ends_at_a_second_gateway_while_others_flow(one: Ser
     try:
         await wait_until(lambda: len(statuses) > RATE, "requests flow")
         assert await thief.status() == "200"
-        record = one.gateway.keys.find(apikey.key_id(stolen) or "")
+        record = one.gateway.keys.find(api_key.key_id(stolen) or "")
         assert record is not None
         at = time.monotonic()
         await one.gateway.keys.revoke(record)

@@ -16,18 +16,18 @@ import pytest
 from brokers import Broker, wait_until
 from services import Services, row
 
-from tether import metrics
-from tether.bus import identities
-from tether.bus.connection import Bus
-from tether.bus.keys import RootKey
-from tether.bus.keyset import CURRENT, SETTLE_S, SeenKeyset, offer, standing
-from tether.bus.kv import KvBucket
+from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import KvBucket
+from tether.bus.key_value.keyset_sync import CURRENT, SETTLE_S, SeenKeyset, offer, standing
 from tether.bus.session import connect
-from tether.bus.topology import ensure_platform
-from tether.clock import SystemClock
-from tether.envelope import KEYSET_DOMAIN, Keyset, Role, sign_keyset
+from tether.crypto import KEYSET_DOMAIN, Keyset, Role, sign_keyset
 from tether.errors import KeyExpired, KeyRevoked, KeysetError, PermissionDenied, UnknownKey
-from tether.home import Home, load_identity
+from tether.identity import keyset_editor
+from tether.identity.keys import RootKey
+from tether.process import metrics
+from tether.process.clock import SystemClock
+from tether.process.data_dir import Home, load_identity
+from tether.streams.layout import ensure_platform
 
 SOON_S = 2.0
 
@@ -71,7 +71,7 @@ async def test_the_dispatcher_fills_the_bucket_and_everybody_hears_of_a_newer_ke
     broker: Broker, one: Services, caplog: pytest.LogCaptureFixture
 ) -> None:
     await published(broker, one)
-    identities.add(broker.home, root(broker.home), "worker-9", Role.WORKER)
+    keyset_editor.add(broker.home, root(broker.home), "worker-9", Role.WORKER)
     buses = [one.bus, one.workers[0]._bus]
     with caplog.at_level(logging.INFO):
         began = time.monotonic()
@@ -82,7 +82,7 @@ async def test_the_dispatcher_fills_the_bucket_and_everybody_hears_of_a_newer_ke
 
 
 async def test_a_keyset_in_the_file_reaches_the_bucket_without_an_administrator(broker: Broker, one: Services) -> None:
-    identities.add(broker.home, root(broker.home), "worker-9", Role.WORKER)
+    keyset_editor.add(broker.home, root(broker.home), "worker-9", Role.WORKER)
     await published(broker, one)
     await wait_until(lambda: one.bus.verifier.keyset.version == 2, "the gateway goes by it", SOON_S)
 
@@ -93,7 +93,7 @@ async def test_what_may_not_be_believed_is_refused_and_the_old_keyset_stays(
 ) -> None:
     home, now = broker.home, SystemClock().utc_ms()
     older = home.keyset.read_bytes()
-    identities.add(home, root(home), "worker-9", Role.WORKER)
+    keyset_editor.add(home, root(home), "worker-9", Role.WORKER)
     await published(broker, one)
     await wait_until(lambda: one.bus.verifier.keyset.version == 2, "version 2", SOON_S)
     keyset = one.bus.verifier.keyset
@@ -125,12 +125,12 @@ def _signed_map(home: Home) -> bytes:
 async def test_a_restart_brings_no_older_keyset_back(broker: Broker) -> None:
     """A machine with a home of its own hears of a newer keyset, ends, and starts where only an older one is offered."""
     home = broker.home
-    other = Home(identities.export(home, "worker-1", home.root / "elsewhere"))
+    other = Home(keyset_editor.export(home, "worker-1", home.root / "elsewhere"))
     older = home.keyset.read_bytes()
     async with connect(broker.settings, home, "dispatcher", follow=False) as dispatcher:
         await ensure_platform(dispatcher, broker.settings)
     async with connect(broker.settings, other, "worker-1") as worker:
-        identities.add(home, root(home), "worker-9", Role.WORKER)
+        keyset_editor.add(home, root(home), "worker-9", Role.WORKER)
         await publish(broker)
         await wait_until(lambda: worker.verifier.keyset.version == 2, "the worker hears of it", SOON_S)
     async with administrator(broker) as bus:
@@ -157,7 +157,7 @@ async def test_a_revoked_worker_stops_and_no_request_fails(
     first, kid = one.workers[0], load_identity(broker.home.identity("worker-1")).kid
     stop = asyncio.Event()
     answered = asyncio.create_task(_asking(one, served, stop))
-    identities.revoke(broker.home, root(broker.home), "worker-1")
+    keyset_editor.revoke(broker.home, root(broker.home), "worker-1")
     began = time.monotonic()
     await publish(broker)
     await wait_until(first.closed.is_set, "the worker stops", SOON_S)
@@ -190,7 +190,7 @@ async def test_a_rotated_identity_signs_with_its_new_key_and_nothing_fails(
     await published(broker, one)
     stop = asyncio.Event()
     answered = asyncio.create_task(_asking(one, served, stop))
-    made = identities.rotate(broker.home, root(broker.home), name, grace_s=3600)
+    made = keyset_editor.rotate(broker.home, root(broker.home), name, grace_s=3600)
     began = time.monotonic()
     await publish(broker)
     bus = {"gateway": one.bus, "worker-1": one.workers[0]._bus}.get(name)
@@ -204,14 +204,14 @@ async def test_a_rotated_identity_signs_with_its_new_key_and_nothing_fails(
 
 async def test_an_identity_whose_old_key_is_over_stops_unless_it_has_the_new_one(broker: Broker) -> None:
     home = broker.home
-    other = Home(identities.export(home, "worker-1", home.root / "elsewhere"))
+    other = Home(keyset_editor.export(home, "worker-1", home.root / "elsewhere"))
     async with connect(broker.settings, home, "dispatcher") as dispatcher:
         await ensure_platform(dispatcher, broker.settings)
         async with (
             connect(broker.settings, other, "worker-1") as left,
             connect(broker.settings, home, "worker-1") as right,
         ):
-            made = identities.rotate(home, root(home), "worker-1", grace_s=0)
+            made = keyset_editor.rotate(home, root(home), "worker-1", grace_s=0)
             await publish(broker)
             await wait_until(left.closed.is_set, "the one without the new key stops", SOON_S)
             assert isinstance(left.closed.reason, KeyExpired)
@@ -222,8 +222,8 @@ async def test_an_identity_whose_old_key_is_over_stops_unless_it_has_the_new_one
 async def test_an_identity_that_no_keyset_knows_yet_waits_for_one_that_does(broker: Broker) -> None:
     home = broker.home
     old = home.keyset.read_bytes()
-    identities.rotate(home, root(home), "worker-1")
-    other = Home(identities.export(home, "worker-1", home.root / "elsewhere"))
+    keyset_editor.rotate(home, root(home), "worker-1")
+    other = Home(keyset_editor.export(home, "worker-1", home.root / "elsewhere"))
     other.keyset.write_bytes(old)
     async with connect(broker.settings, home, "dispatcher") as dispatcher:
         await ensure_platform(dispatcher, broker.settings)

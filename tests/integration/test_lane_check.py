@@ -11,14 +11,14 @@ from brokers import Broker, embedded, wait_until
 from services import TENANT, Services, new_job, row, services
 from tenancy import Thief, bound_home, isolate, own_worker
 
-from tether import metrics
-from tether.bus.connection import Bus
-from tether.bus.lanes import consumer_state, remove_lane
-from tether.bus.server import Binary
+from tether.broker.embedded_server import Binary
+from tether.bus.bus import Bus
 from tether.dispatcher import service as dispatcher_service
-from tether.dispatcher.lane_check import LaneCheck
-from tether.gateway_http.catalog import Served
-from tether.job import Lane, Priority
+from tether.dispatcher.lanes.consumer_check import LaneCheck
+from tether.domain.job import Lane, Priority
+from tether.gateway_http.models.catalog import Served
+from tether.process import metrics
+from tether.streams.lane_admin import consumer_state, remove_lane
 
 Restartable = tuple[Broker, Services]
 
@@ -80,7 +80,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
     with monkeypatch.context() as patch:
         patch.setattr(LaneCheck, "look", nothing)
-        patch.setattr("tether.bus.topology._is_ahead", never)
+        patch.setattr("tether.streams.layout._is_ahead", never)
         yield patch
 
 

@@ -9,15 +9,15 @@ from contextlib import asynccontextmanager
 import pytest
 from brokers import Broker
 
-from tether.bus.connection import Bus
-from tether.bus.lanes import consumers_of
+from tether.bus.bus import Bus
 from tether.bus.session import connect
-from tether.bus.topology import ensure_platform, ensure_streams, lanes_of, streams
-from tether.dispatcher import lanes as lanes_module
-from tether.dispatcher.lanes import A_PART, Lanes
+from tether.dispatcher.lanes import version_lanes as lanes_module
+from tether.dispatcher.lanes.version_lanes import A_PART, Lanes
+from tether.domain.job import SHARED, Lane, LaneKind, Priority
+from tether.domain.manifest import ModelRef
 from tether.errors import BrokerUnavailable, TetherError
-from tether.job import SHARED, Lane, LaneKind, Priority
-from tether.model import ModelRef
+from tether.streams.lane_admin import consumers_of
+from tether.streams.layout import ensure_platform, ensure_streams, lanes_of, streams
 
 VERSIONS = 300
 MODELS = {SHARED: tuple(ModelRef(f"m{number:03}", 1) for number in range(VERSIONS))}

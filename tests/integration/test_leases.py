@@ -20,32 +20,32 @@ from onnx import helper, numpy_helper
 from platforms import command, environment
 from stores import Platform, platform_on
 
-from tether import codec
-from tether.bus import identities
-from tether.bus.chunks import ObjectChunkStore
-from tether.bus.connection import Bus
-from tether.bus.keys import RootKey
-from tether.bus.kv import KvBucket
-from tether.bus.leases import LeaseBucket, ask_owner
-from tether.bus.model_files import download
-from tether.bus.server import Binary
+from tether.broker.embedded_server import Binary
+from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import KvBucket
+from tether.bus.key_value.leases import LeaseBucket, ask_owner
 from tether.bus.session import connect
-from tether.bus.topology import ensure_platform
-from tether.envelope import MessageType, Role
+from tether.crypto import MessageType, Role
+from tether.domain.chunking import LARGEST, Bytes, Cutter
+from tether.domain.manifest import Change, ChangeRequest, Manifest, PushRequest
+from tether.domain.partition import Lease
 from tether.errors import ConfigError, Unavailable
-from tether.home import Home
-from tether.model import Change, ChangeRequest, Manifest, PushRequest
+from tether.identity import keyset_editor
+from tether.identity.keys import RootKey
+from tether.model.ownership import DEFAULT_TENANT
 from tether.modelstore import service as modelstore
-from tether.modelstore.configs import Configs
-from tether.modelstore.notes import Notes
-from tether.modelstore.owners import Owners
-from tether.modelstore.partitions import Partitions
-from tether.modelstore.registry import Registry
-from tether.ownership import DEFAULT_TENANT
-from tether.partition import Lease
-from tether.pieces import LARGEST, Bytes, Cutter
-from tether.processes import send
-from tether.subjects import Names
+from tether.modelstore.records.model_configs import Configs
+from tether.modelstore.records.model_owners import Owners
+from tether.modelstore.records.registry import Registry
+from tether.modelstore.records.version_metadata import Notes
+from tether.modelstore.upkeep.partitions import Partitions
+from tether.process.data_dir import Home
+from tether.process.os_process import send
+from tether.storage.chunk_store import ObjectChunkStore
+from tether.storage.model_files import download
+from tether.streams.layout import ensure_platform
+from tether.wire import codec
+from tether.wire.subjects import Names
 
 SECOND = "modelstore-2"
 
@@ -170,7 +170,7 @@ async def test_a_lease_changes_hands_once(broker: Broker) -> None:
 async def test_a_request_waits_for_an_owner_and_says_when_there_is_none(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tether.bus.leases.PATIENCE_S", 1.0)
+    monkeypatch.setattr("tether.bus.key_value.leases.PATIENCE_S", 1.0)
     async with connect(broker.settings, broker.home, "dispatcher") as dispatcher:
         await ensure_platform(dispatcher, broker.settings)
     async with connect(broker.settings, broker.home, "gateway") as bus:
@@ -221,7 +221,7 @@ class Stores:
 
 @asynccontextmanager
 async def stores(home: Home, binary: Binary) -> AsyncIterator[Stores]:
-    identities.add(home, RootKey(home.root_key), SECOND, Role.MODELSTORE)
+    keyset_editor.add(home, RootKey(home.root_key), SECOND, Role.MODELSTORE)
     async with AsyncExitStack() as stack:
         broker = await stack.enter_async_context(embedded(home, binary, partitions=2, lease_s=3.0))
         platform = await stack.enter_async_context(platform_on(broker, modelstores=0))

@@ -12,17 +12,18 @@ import pytest
 from brokers import Broker, wait_until
 from services import services
 
-from tether import apikey, codec
-from tether.apikey import ApiKey
-from tether.envelope import MessageType
+from tether.crypto import MessageType
+from tether.domain import api_key
+from tether.domain.api_key import ApiKey
+from tether.domain.job import new_job_id
+from tether.domain.tenant import Quotas, Tenant
 from tether.errors import RateLimited
-from tether.gateway_http import core
-from tether.gateway_http.core import Gateway
-from tether.gateway_http.limits import Ticket
-from tether.gateway_http.limits_gossip import Demand
-from tether.gateway_http.limits_meters import SILENT_S, Report
-from tether.job import new_job_id
-from tether.tenant import Quotas, Tenant
+from tether.gateway_http import gateway as core
+from tether.gateway_http.access.limit_meters import SILENT_S, Report
+from tether.gateway_http.access.limit_sync import Demand
+from tether.gateway_http.access.rate_limits import Ticket
+from tether.gateway_http.gateway import Gateway
+from tether.wire import codec
 
 
 @pytest.fixture
@@ -42,8 +43,8 @@ def _members(gateway: Gateway) -> dict[str, float]:
 
 
 async def _key(gateways: list[Gateway], *, tenant: str = "acme", **limits: float) -> ApiKey:
-    record = apikey.stored_key(
-        apikey.new_key_text(), tenant=tenant, scopes=("infer",), name="test", created_at=time.time()
+    record = api_key.stored_key(
+        api_key.new_key_text(), tenant=tenant, scopes=("infer",), name="test", created_at=time.time()
     )
     record = msgspec.structs.replace(record, **limits)
     await gateways[0].keys.store(record)

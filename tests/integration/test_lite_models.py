@@ -11,18 +11,18 @@ import frameworks
 import numpy as np
 import pytest
 
+from tether.domain.manifest import Batching, Manifest, ModelFile, TensorSpec
 from tether.errors import InferenceFailed, ModelRejected
-from tether.model import Batching, Manifest, ModelFile, TensorSpec
-from tether.modelstore.inspection import Inspection, Limits, inspect
+from tether.modelstore.inspection.inspector import Inspection, Limits, inspect
 from tether.worker import runtimes
-from tether.worker.runtimes.process import Options, ProcessRuntime
+from tether.worker.runtimes.process_runtime import Options, ProcessRuntime
 
 frameworks.need("ai_edge_litert")
 
 import lite  # noqa: E402 - only where LiteRT is
 from ai_edge_litert import schema_py_generated as schema  # noqa: E402 - likewise
 
-from tether import litert_model  # noqa: E402 - likewise
+from tether.frameworks import litert  # noqa: E402 - likewise
 
 INPUTS, OUTPUTS = (TensorSpec("x", "FP32", (1, 2)),), (TensorSpec("y", "FP32", (1, 2)),)
 GOOD = lite.written(lite.recurrent())
@@ -64,7 +64,7 @@ def endless(model: schema.ModelT) -> None:
 async def looked_at(folder: Path, content: bytes) -> Inspection:
     folder.mkdir(exist_ok=True)
     (folder / "model.tflite").write_bytes(content)
-    return await inspect(folder, "inspect_litert", Limits(cpu_s=20, wall_s=60))
+    return await inspect(folder, "litert", Limits(cpu_s=20, wall_s=60))
 
 
 HOSTILE = {
@@ -98,18 +98,18 @@ async def test_a_file_without_signatures_is_served_by_the_names_of_its_tensors(t
     found = await looked_at(tmp_path / "m", content)
     assert (found.signature, found.signatures, found.untried) == ("", (), "")
     assert [spec.shape for spec in (*found.inputs, *found.outputs)] == [spec.shape for spec in (*INPUTS, *OUTPUTS)]
-    runtime = litert_model.load(tmp_path / "m")
+    runtime = litert.load(tmp_path / "m")
     given = {found.inputs[0].name: np.ones((1, 2), np.float32)}
     np.testing.assert_array_equal(runtime.run(given, ()), litert_model_answers(tmp_path, given))
     with pytest.raises(ModelRejected, match="has no signature 'serving_default'; it has: none"):
-        litert_model.load(tmp_path / "m", signature="serving_default")
+        litert.load(tmp_path / "m", signature="serving_default")
 
 
 def litert_model_answers(folder: Path, given: dict[str, Any]) -> list[Any]:
     """What the same file with its signature answers."""
     (folder / "signed").mkdir()
     (folder / "signed" / "model.tflite").write_bytes(GOOD)
-    signed = litert_model.load(folder / "signed")
+    signed = litert.load(folder / "signed")
     return signed.run(dict(zip([spec.name for spec in signed.inputs], given.values(), strict=True)), ())
 
 

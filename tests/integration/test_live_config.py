@@ -12,14 +12,14 @@ import pytest
 from brokers import wait_until
 from services import TENANT, Services, new_job, row
 
+from tether.domain.manifest import ModelRef
 from tether.errors import InferenceFailed
-from tether.gateway_http.catalog import Served
-from tether.gateway_http.job_submit import NewJob
-from tether.model import ModelRef
-from tether.model_config import Warmup
-from tether.subjects import token
-from tether.worker.holder import Held
-from tether.worker.runtimes.process import ProcessRuntime
+from tether.gateway_http.jobs.submission import NewJob
+from tether.gateway_http.models.catalog import Served
+from tether.model.config import Warmup
+from tether.wire.subjects import token
+from tether.worker.runtimes.process_runtime import ProcessRuntime
+from tether.worker.version_manager import Held
 
 ROWS = """
 import numpy as np

@@ -12,10 +12,10 @@ from brokers import Broker, wait_until
 from services import TENANT, Services, new_job, services
 
 from tether.dispatcher import service as dispatcher_service
-from tether.dispatcher.placement import rendezvous
+from tether.dispatcher.assignments import rendezvous
+from tether.domain.job import SHARED
 from tether.errors import ConfigError
-from tether.gateway_http.catalog import Served
-from tether.job import SHARED
+from tether.gateway_http.models.catalog import Served
 from tether.settings import load
 
 

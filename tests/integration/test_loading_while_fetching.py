@@ -21,17 +21,19 @@ import pytest
 from brokers import Broker, wait_until
 from services import Services, row, services
 
-from tether import metrics, plugins
-from tether.bus.chunks import ObjectChunkStore
+from tether.domain.manifest import Batching, Manifest, ModelFile, ModelRef, SealedDigests, TensorSpec
 from tether.errors import ModelRejected
-from tether.gateway_http.catalog import Served
-from tether.model import Batching, Manifest, ModelFile, ModelRef, SealedDigests, TensorSpec
-from tether.model_config import ModelConfig
-from tether.processes import alive
-from tether.worker import files, holder, runtimes
-from tether.worker.loads import Loader
-from tether.worker.memory import Memory
-from tether.worker.runtimes.process import Options, ProcessRuntime
+from tether.frameworks import plugins
+from tether.gateway_http.models.catalog import Served
+from tether.model.config import ModelConfig
+from tether.process import metrics
+from tether.process.os_process import alive
+from tether.storage.chunk_store import ObjectChunkStore
+from tether.worker import runtimes, version_manager
+from tether.worker.files import version_files
+from tether.worker.models.loader import Loader
+from tether.worker.models.memory_budget import Memory
+from tether.worker.runtimes.process_runtime import Options, ProcessRuntime
 from tether.worker.service import WorkerService
 
 LIMIT = Options(load_timeout_s=20.0)
@@ -52,7 +54,7 @@ class Gate:
                     async for piece in pieces:
                         yield piece
 
-        monkeypatch.setattr(files, "ObjectChunkStore", Gated)
+        monkeypatch.setattr(version_files, "ObjectChunkStore", Gated)
 
 
 _OTHERS: set[int] = set()
@@ -76,7 +78,7 @@ def processes() -> list[psutil.Process]:
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             known = child.pid in _OTHERS
-            if not known and "tether.worker.runtimes.child" in child.cmdline() and alive(child.pid):
+            if not known and "tether.worker.runtimes.child_process" in child.cmdline() and alive(child.pid):
                 found.append(child)
     return found
 
@@ -154,13 +156,13 @@ async def test_a_process_that_is_killed_while_it_waits_is_told_and_the_next_try_
     broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    tell = holder.Holder._tell
+    tell = version_manager.Holder._tell
 
-    def heard(self: holder.Holder, ref: ModelRef, error: Exception) -> None:
+    def heard(self: version_manager.Holder, ref: ModelRef, error: Exception) -> None:
         tell(self, ref, error)
         seen.extend(reason for _, reason in self.failed())
 
-    monkeypatch.setattr(holder.Holder, "_tell", heard)
+    monkeypatch.setattr(version_manager.Holder, "_tell", heard)
     async with services(broker, workers=0) as running:
         served = await running.push_bundle("m", bundles.write(tmp_path / "m"), workers=0)
         gate = Gate(monkeypatch)
@@ -179,7 +181,7 @@ async def test_a_process_that_is_killed_while_it_waits_is_told_and_the_next_try_
 async def test_only_so_many_processes_wait_at_a_time_and_all_versions_load(
     broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holder, "_AHEAD", 1)
+    monkeypatch.setattr(version_manager, "_AHEAD", 1)
     async with services(broker, workers=0) as running:
         served = [
             await running.push_bundle(name, bundles.write(tmp_path / name, bias=bias), workers=0)

@@ -12,14 +12,14 @@ import pytest
 from brokers import wait_until
 from services import Services
 
-from tether import metrics
+from tether.domain.manifest import Batching, Manifest, ModelFile
 from tether.errors import ModelRejected
-from tether.model import Batching, Manifest, ModelFile
-from tether.model_config import ModelConfig
+from tether.model.config import ModelConfig
+from tether.process import metrics
 from tether.worker import runtimes
-from tether.worker.loads import Loader
-from tether.worker.memory import Memory
-from tether.worker.runtimes.process import Options
+from tether.worker.models.loader import Loader
+from tether.worker.models.memory_budget import Memory
+from tether.worker.runtimes.process_runtime import Options
 
 SLOW = "import time\ntime.sleep(600)\nclass Model: pass"
 

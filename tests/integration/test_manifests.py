@@ -10,12 +10,12 @@ import pytest
 from brokers import wait_until
 from services import Services, row
 
-from tether import codec
-from tether.bus.kv import KvBucket
+from tether.bus.key_value.bucket import KvBucket
 from tether.bus.session import connect
-from tether.envelope import MessageType, Signer
-from tether.gateway_http.catalog import Served
-from tether.model import Manifest, ModelFile, ModelRef
+from tether.crypto import MessageType, Signer
+from tether.domain.manifest import Manifest, ModelFile, ModelRef
+from tether.gateway_http.models.catalog import Served
+from tether.wire import codec
 
 NUMBER = 2
 Forge = Callable[[Manifest, Signer, Signer, str], bytes]

@@ -17,30 +17,30 @@ from encryption import believe, without
 from services import ASKER, Services, services
 from tenancy import bound_home, isolate, own_worker
 
-from tether import codec
-from tether.bus import identities
-from tether.bus.chunks import ObjectChunkStore
-from tether.bus.keys import RootKey
-from tether.bus.kv import SignedBucket
-from tether.bus.leases import ask_owner
-from tether.bus.server import Binary, reload_embedded
+from tether.broker.embedded_server import Binary, reload_embedded
+from tether.bus.key_value.bucket import SignedBucket
+from tether.bus.key_value.keyrings import ModelKeyring
+from tether.bus.key_value.leases import ask_owner
 from tether.bus.session import connect
-from tether.bus.tenant_keys import ModelKeyring
-from tether.bus.upload import upload
+from tether.crypto import MessageType, Role
+from tether.crypto.model_encryption import ModelKeys, model_holders
 from tether.dispatcher import service as dispatcher_service
-from tether.envelope import MessageType, Role
-from tether.envelope.model_seal import ModelKeys, model_holders
+from tether.domain.manifest import Change, Manifest, ModelRef, PushAnswer, PushRequest
 from tether.errors import ModelNotFound, NoMemoryFolder, NotEntitled, Unavailable
-from tether.gateway_http import core
-from tether.gateway_http.catalog import Served
-from tether.home import load_identity
-from tether.model import Change, Manifest, ModelRef, PushAnswer, PushRequest
+from tether.gateway_http import gateway as core
+from tether.gateway_http.models.catalog import Served
+from tether.identity import keyset_editor
+from tether.identity.keys import RootKey
 from tether.modelstore import service as modelstore_service
-from tether.modelstore.assigned import Assigned
-from tether.modelstore.keeper import Keeper
-from tether.modelstore.model_keys import KeyMaker
-from tether.modelstore.registry import Registry
+from tether.modelstore.records.assigned_workers import Assigned
+from tether.modelstore.records.registry import Registry
 from tether.modelstore.service import ENDPOINT
+from tether.modelstore.upkeep.chunk_collector import Keeper
+from tether.modelstore.upkeep.key_rotation import KeyMaker
+from tether.process.data_dir import load_identity
+from tether.storage.chunk_store import ObjectChunkStore
+from tether.storage.upload import upload
+from tether.wire import codec
 
 SIZE = 3 << 20
 
@@ -174,7 +174,7 @@ async def test_a_worker_that_is_added_later_gets_the_key_by_itself(embedded_brok
     async with services(embedded_broker, workers=1) as running:
         await running.push("m", models.padded(SIZE), encrypt=True)
         home = running.home
-        identities.add(home, RootKey(home.root_key), "worker-9", Role.WORKER)
+        keyset_editor.add(home, RootKey(home.root_key), "worker-9", Role.WORKER)
         assert await asyncio.to_thread(reload_embedded, home, running.settings)
         late = await running.start_worker("worker-9")
         await wait_until(lambda: late.holder.ready() == (ModelRef("m", 1),), "it holds the model", 40)
@@ -189,7 +189,7 @@ async def test_the_key_outlives_a_restart_and_a_model_store_that_was_rotated_whi
         before = stored(running)
     home = embedded_broker.home
     old = load_identity(home.identity("modelstore")).kid
-    identities.rotate(home, RootKey(home.root_key), "modelstore", grace_s=0)
+    keyset_editor.rotate(home, RootKey(home.root_key), "modelstore", grace_s=0)
     assert embedded_broker.server is not None
     await embedded_broker.server.kill()
     await embedded_broker.server.start()

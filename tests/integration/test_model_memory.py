@@ -14,14 +14,14 @@ import pytest
 from brokers import Broker, wait_until
 from services import TENANT, Services, new_job, row, services
 
-from tether import metrics
-from tether.gateway_http.catalog import Served
-from tether.model import ModelRef
-from tether.model_config import Loading
-from tether.worker.copies import Generation
-from tether.worker.holder import Held
-from tether.worker.loads import Loader
-from tether.worker.runtimes.process import ProcessRuntime
+from tether.domain.manifest import ModelRef
+from tether.gateway_http.models.catalog import Served
+from tether.model.config import Loading
+from tether.process import metrics
+from tether.worker.models.instances import Generation
+from tether.worker.models.loader import Loader
+from tether.worker.runtimes.process_runtime import ProcessRuntime
+from tether.worker.version_manager import Held
 
 ONE = np.ones((1, 1), np.float32)
 MB = 1 << 20

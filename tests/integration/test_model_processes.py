@@ -16,15 +16,16 @@ import numpy as np
 import pytest
 from brokers import wait_until
 
-from tether import codec, metrics
-from tether.custom import describe
+from tether.domain.manifest import Batching, Manifest, ModelFile, TensorSpec
+from tether.domain.tensor import Array
 from tether.errors import InferenceFailed, ModelRejected
-from tether.model import Batching, Manifest, ModelFile, TensorSpec
-from tether.processes import alive
-from tether.tensor import Array
+from tether.frameworks.python_bundle import describe
+from tether.process import metrics
+from tether.process.os_process import alive
+from tether.wire import codec
 from tether.worker import runtimes
-from tether.worker.runtimes import child, process
-from tether.worker.runtimes.process import Options, ProcessRuntime
+from tether.worker.runtimes import child_process, process_runtime
+from tether.worker.runtimes.process_runtime import Options, ProcessRuntime
 
 OPTIONS = Options(run_timeout_s=1.0, memory_mb=4096)
 
@@ -135,15 +136,15 @@ def test_messages_that_are_too_large_are_refused_and_end_no_process(
     runtime: ProcessRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pid = runtime.pid
-    monkeypatch.setattr(process, "LARGEST_FRAME", 1000)
+    monkeypatch.setattr(process_runtime, "LARGEST_FRAME", 1000)
     with pytest.raises(InferenceFailed, match=r"the inputs of one run have \d+ bytes; at most 1000 fit"):
         runtime.run({"x": np.zeros((100, 4), np.float32)}, ())
     (found,) = runtime.run(rows(1.0), ())
     assert found[0, 0] == 1.5
     assert runtime.pid == pid
-    monkeypatch.setattr(child, "LARGEST_FRAME", 1000)
-    assert child._packed((True, ["x" * 900]), OPTIONS)[0] is True
-    good, content = child._packed((True, ["x" * 1000]), OPTIONS)
+    monkeypatch.setattr(child_process, "LARGEST_FRAME", 1000)
+    assert child_process._packed((True, ["x" * 900]), OPTIONS)[0] is True
+    good, content = child_process._packed((True, ["x" * 1000]), OPTIONS)
     assert (good, codec.unpack(content)) == (False, (False, "the outputs of one run have 1006 bytes; at most 1000 fit"))
 
 

@@ -17,14 +17,12 @@ from nats.js.errors import ObjectNotFoundError
 from operators import operator_of
 from stores import MB, Platform, alter, noise, parts, platform_on
 
-from tether import codec
-from tether.bus.calls import lossy
-from tether.bus.kv import KvBucket
-from tether.bus.model_files import download, fetch_model, intact, open_manifest
+from tether.bus.key_value.bucket import KvBucket
+from tether.bus.pending_requests import lossy
 from tether.bus.session import connect
-from tether.bus.topology import ensure_platform
-from tether.bus.upload import upload
-from tether.envelope import MessageType
+from tether.crypto import MessageType
+from tether.domain.chunking import Cutter, digest_of
+from tether.domain.manifest import Manifest, ModelFile, PushRequest
 from tether.errors import (
     BrokerUnavailable,
     CorruptChunk,
@@ -34,9 +32,11 @@ from tether.errors import (
     SubjectMismatch,
     TetherError,
 )
-from tether.model import Manifest, ModelFile, PushRequest
-from tether.pieces import Cutter, digest_of
-from tether.processes import send
+from tether.process.os_process import send
+from tether.storage.model_files import download, fetch_model, intact, open_manifest
+from tether.storage.upload import upload
+from tether.streams.layout import ensure_platform
+from tether.wire import codec
 
 
 @pytest.fixture

@@ -14,20 +14,21 @@ from services import Services, first, new_job, row, services
 from stores import Platform, platform_on
 from tenancy import bound_home, has_lane, isolate, own_worker
 
-from tether import codec, config_changes
-from tether.bus.kv import KvBucket, SignedBucket
-from tether.bus.leases import ask_owner
+from tether.bus.key_value.bucket import KvBucket, SignedBucket
+from tether.bus.key_value.leases import ask_owner
 from tether.bus.session import connect
-from tether.config_changes import ConfigAction, ConfigRequest
-from tether.envelope import MessageType
+from tether.crypto import MessageType
+from tether.domain.manifest import OWNER_CHANGES, STORE_CHANGES, Change, ChangeRequest, Manifest, PushRequest
+from tether.domain.tenant import Tenant
+from tether.domain.tensor import from_numpy
 from tether.errors import BadName, Conflict, Forbidden, InvalidRequest, ModelNotFound, TetherError, Unavailable
-from tether.gateway_http.catalog import Served
-from tether.home import Home
-from tether.model import OWNER_CHANGES, STORE_CHANGES, Change, ChangeRequest, Manifest, PushRequest
+from tether.gateway_http.models.catalog import Served
+from tether.model import config_patch
+from tether.model.config_patch import ConfigAction, ConfigRequest
+from tether.model.ownership import DEFAULT_TENANT, EVERYBODY, Ownership, Right, owner_key
 from tether.modelstore import service
-from tether.ownership import DEFAULT_TENANT, EVERYBODY, Ownership, Right, owner_key
-from tether.tenant import Tenant
-from tether.tensor import from_numpy
+from tether.process.data_dir import Home
+from tether.wire import codec
 
 ACME, OTHER = "acme", "other"
 MODEL = "acme/m"
@@ -49,7 +50,7 @@ async def push(
 
 
 async def ask(platform: Platform, request: ChangeRequest | ConfigRequest) -> bytes:
-    endpoint = "changeModel" if isinstance(request, ChangeRequest) else config_changes.ENDPOINT
+    endpoint = "changeModel" if isinstance(request, ChangeRequest) else config_patch.ENDPOINT
     body = codec.encode(request)
     return await ask_owner(
         platform.bus, endpoint, 0, MessageType.CHANGE, body, answers=MessageType.CHANGED, timeout=30, again=False

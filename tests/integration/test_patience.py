@@ -10,8 +10,8 @@ from operators import reconfigure
 
 from tether.bus.errors import ApiError, translate, undone
 from tether.bus.session import connect
-from tether.bus.topology import ensure_platform
 from tether.errors import BrokerUnavailable, QueueFull
+from tether.streams.layout import ensure_platform
 
 PASSING = (
     (503, 10008, "JetStream system temporarily unavailable"),

@@ -11,12 +11,12 @@ import pytest
 from brokers import Broker, wait_until
 from services import TENANT, Services, first, new_job, row
 
-from tether.bus.kv import KvBucket
-from tether.bus.leases import LeaseBucket
+from tether.bus.key_value.bucket import KvBucket
+from tether.bus.key_value.leases import LeaseBucket
 from tether.dispatcher import service as dispatcher_service
 from tether.dispatcher.service import Dispatcher
 from tether.errors import BrokerUnavailable
-from tether.gateway_http import core
+from tether.gateway_http import gateway
 
 Restartable = tuple[Broker, Services]
 
@@ -39,7 +39,7 @@ async def test_a_route_that_the_broker_lost_is_written_again_for_gateways_that_s
         return False
 
     await wait_until(written, "the route is written again", 20)
-    later = await running.stack.enter_async_context(core.running(running.settings, running.home))
+    later = await running.stack.enter_async_context(gateway.running(running.settings, running.home))
     await wait_until(lambda: later.catalog.workers(served) == ("worker-1",), "a new gateway knows the worker")
     inputs = new_job(served, row(1)).inputs
     answer = await later.infer(served, TENANT, inputs, (), request_id="test", timeout_s=10)

@@ -11,11 +11,11 @@ from brokers import Broker, StartBroker, wait_until
 from configs import configure
 from services import Services, new_job, row, services
 
-from tether import metrics
+from tether.domain.job import Priority
 from tether.errors import DeadlineExceeded, IdempotencyConflict, QueueFull
-from tether.gateway_http.catalog import Served
-from tether.job import Priority
-from tether.model_config import ModelConfig, QueuePolicy, TimeoutAction
+from tether.gateway_http.models.catalog import Served
+from tether.model.config import ModelConfig, QueuePolicy, TimeoutAction
+from tether.process import metrics
 
 
 @pytest.fixture

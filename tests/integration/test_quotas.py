@@ -10,15 +10,15 @@ import pytest
 from brokers import wait_until
 from services import TENANT, Services, new_job, row
 
-from tether import codec
-from tether.bus.leases import ask_owner
-from tether.envelope import MessageType
+from tether.bus.key_value.leases import ask_owner
+from tether.crypto import MessageType
+from tether.domain.manifest import PushAnswer, PushRequest
+from tether.domain.tenant import Quotas, Tenant
 from tether.errors import QuotaExceeded
-from tether.gateway_http import core
-from tether.gateway_http.catalog import Served
-from tether.gateway_http.core import Gateway
-from tether.model import PushAnswer, PushRequest
-from tether.tenant import Quotas, Tenant
+from tether.gateway_http import gateway as core
+from tether.gateway_http.gateway import Gateway
+from tether.gateway_http.models.catalog import Served
+from tether.wire import codec
 
 
 async def halted(running: Services, **quotas: int) -> tuple[Served, Gateway]:

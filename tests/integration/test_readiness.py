@@ -11,13 +11,13 @@ from brokers import Broker, wait_until
 from operators import reconfigure
 from services import Services, row, services
 
-from tether import ops_http
 from tether.bus.session import connect
-from tether.bus.storage import BrokerStorage
-from tether.bus.stream_updates import update_streams
+from tether.domain.manifest import ModelRef
 from tether.errors import BrokerUnavailable, StorageFull
 from tether.gateway_http.readiness import BROKER, INFERENCE, JOBS, RESULTS, STORAGE
-from tether.model import ModelRef
+from tether.process import operations_server
+from tether.streams.broker_storage import BrokerStorage
+from tether.streams.updates import update_streams
 
 ALL = {BROKER, INFERENCE, JOBS, RESULTS, STORAGE}
 
@@ -36,7 +36,7 @@ def failing(running: Services) -> dict[str, str]:
 async def test_every_dependency_is_tried_and_named(running: Services) -> None:
     assert set(running.gateway.checks()) == ALL
     assert running.gateway.readiness.infers()
-    _, _, exposed = ops_http.answer("/metrics", running.gateway.checks)
+    _, _, exposed = operations_server.answer("/metrics", running.gateway.checks)
     for name in ALL:
         assert f'tether_dependency_ready{{dependency="{name}"}} 1.0'.encode() in exposed
 

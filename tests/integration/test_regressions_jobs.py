@@ -11,13 +11,13 @@ import pytest
 from brokers import wait_until
 from services import TENANT, Services, new_job, row
 
-from tether import codec, oip
-from tether.envelope import MessageType
+from tether.crypto import MessageType
+from tether.domain.job import Priority, new_job_id
+from tether.domain.tensor import to_numpy
 from tether.errors import BadTensor, IdempotencyConflict, QueueFull, TetherError
-from tether.gateway_http import core
-from tether.gateway_http.catalog import Served
-from tether.job import Priority, new_job_id
-from tether.tensor import to_numpy
+from tether.gateway_http import gateway as core
+from tether.gateway_http.models.catalog import Served
+from tether.wire import codec, oip
 
 
 async def bump(running: Services) -> Served:

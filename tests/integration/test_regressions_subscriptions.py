@@ -9,14 +9,14 @@ import pytest
 from brokers import Broker, wait_until
 from services import TENANT, Services, new_job, row
 
-from tether import metrics
-from tether.bus.connection import Bus
-from tether.bus.kv import KvBucket
-from tether.bus.pull import COLD_S, BusDelivery, LanePull
-from tether.bus.topology import ensure_lane, lanes_of
+from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import KvBucket
+from tether.domain.job import JobId, JobRecord, Priority
 from tether.errors import BrokerUnavailable
-from tether.gateway_http.open_jobs import OpenJobs
-from tether.job import JobId, JobRecord, Priority
+from tether.gateway_http.jobs.open_job_counter import OpenJobs
+from tether.process import metrics
+from tether.streams.lane_consumer import COLD_S, BusDelivery, LanePull
+from tether.streams.layout import ensure_lane, lanes_of
 
 
 def subscriptions(bus: Bus) -> int:

@@ -15,24 +15,24 @@ import pytest
 from brokers import Broker, wait_until
 from services import TENANT, Services, new_job, row
 
-from tether import codec
 from tether.bus import rpc
-from tether.bus.connection import Bus
-from tether.bus.kv import KvBucket
-from tether.bus.pull import BusDelivery
+from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import KvBucket
+from tether.crypto import MessageType
 from tether.dispatcher import service as dispatcher_service
 from tether.dispatcher.service import Dispatcher
-from tether.envelope import MessageType
+from tether.domain.job import Job, JobState, Outcome, new_job_id
+from tether.domain.manifest import Assignment, Epoch, Registration
 from tether.errors import BadName, BrokerUnavailable, QueueFull, TetherError
-from tether.gateway_http.catalog import Served
-from tether.job import Job, JobState, Outcome, new_job_id
-from tether.model import Assignment, Epoch, Registration
+from tether.gateway_http.models.catalog import Served
+from tether.streams.lane_consumer import BusDelivery
+from tether.wire import codec
 from tether.worker import service as worker_service
-from tether.worker.batching import Done, Run
-from tether.worker.bundle import Bundle
-from tether.worker.keepalive import KeepAlive
-from tether.worker.redelivery import Redelivery
-from tether.worker.run_limits import Going
+from tether.worker.jobs.ack_keepalive import KeepAlive
+from tether.worker.jobs.redelivery import Redelivery
+from tether.worker.models.run_limits import Going
+from tether.worker.scheduling.batching import Done, Run
+from tether.worker.scheduling.bundle import Bundle
 
 
 @dataclasses.dataclass
@@ -70,7 +70,7 @@ async def test_a_model_that_a_full_disk_refuses_is_reported_and_tried_again_late
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tether.worker.files.fetch_model", full)
+        patch.setattr("tether.worker.files.version_files.fetch_model", full)
         await one.push("bump", models.add(), workers=0)
         await wait_until(lambda: bool(one.workers[0].holder.failed()), "the failure is told")
         told, before = time.monotonic(), tries
@@ -89,7 +89,7 @@ async def test_a_worker_that_stops_while_it_loads_does_not_begin_again(
         loading += 1
         await asyncio.Event().wait()
 
-    monkeypatch.setattr("tether.worker.files.fetch_model", slow)
+    monkeypatch.setattr("tether.worker.files.version_files.fetch_model", slow)
     await one.push("bump", models.add(), workers=0)
     await wait_until(lambda: loading == 1, "it loads")
     await one.workers[0].holder.stop(1)

@@ -14,23 +14,23 @@ from brokers import Broker, wait_until
 from services import ASKER, Services, services
 from stores import MB
 
-from tether import metrics
-from tether.bus.chunk_meta import State
-from tether.bus.connection import Message
-from tether.bus.keeping import PieceKeeper
-from tether.bus.repair import Lenders
+from tether.bus.bus import Message
+from tether.bus.key_value.keyrings import ModelKeyring
 from tether.bus.session import connect
-from tether.bus.tenant_keys import ModelKeyring
-from tether.envelope import MessageType
-from tether.envelope.model_seal import PieceSeal
-from tether.envelope.sealing import new_data_key
+from tether.crypto import MessageType
+from tether.crypto.model_encryption import PieceSeal
+from tether.crypto.payload_encryption import new_data_key
+from tether.domain.chunking import digest_of
+from tether.domain.manifest import Change, Manifest, ModelRef
 from tether.errors import PermissionDenied
-from tether.model import Change, Manifest, ModelRef
-from tether.modelstore.keeper import Keeper
-from tether.modelstore.registry import Registry
-from tether.pieces import digest_of
-from tether.worker.chunk_cache import as_it_is
-from tether.worker.files import WorkerFiles
+from tether.modelstore.records.registry import Registry
+from tether.modelstore.upkeep.chunk_collector import Keeper
+from tether.process import metrics
+from tether.storage.chunk_lifecycle import PieceKeeper
+from tether.storage.chunk_repair import Lenders
+from tether.storage.object_meta import State
+from tether.worker.files.chunk_cache import as_it_is
+from tether.worker.files.version_files import WorkerFiles
 
 
 @pytest.fixture

@@ -7,17 +7,18 @@ import pytest
 from brokers import wait_until
 from services import TENANT, Services, new_job, row
 
-from tether import codec, metrics
-from tether.bus.kv import KvBucket, SignedBucket
-from tether.bus.pull import BusDelivery, LanePull
-from tether.bus.queue import BusResults
-from tether.envelope import MessageType, Signer
+from tether.bus.key_value.bucket import KvBucket, SignedBucket
+from tether.crypto import MessageType, Signer
+from tether.domain.job import Job, JobId, JobState, Outcome, Priority, new_job_id
+from tether.domain.tenant import Tenant
+from tether.domain.tensor import from_numpy
 from tether.errors import ResultConflict, VersionConflict
-from tether.gateway_http.catalog import Served
-from tether.home import load_identity
-from tether.job import Job, JobId, JobState, Outcome, Priority, new_job_id
-from tether.tenant import Tenant
-from tether.tensor import from_numpy
+from tether.gateway_http.models.catalog import Served
+from tether.process import metrics
+from tether.process.data_dir import load_identity
+from tether.streams.job_queue import BusResults
+from tether.streams.lane_consumer import BusDelivery, LanePull
+from tether.wire import codec
 
 
 def refused(code: str) -> float:

@@ -13,18 +13,18 @@ from operators import reconfigure
 from services import TENANT, Services, new_job, row, services
 from stored import count
 
-from tether import codec
-from tether.bus.kv import KvBucket
+from tether.bus.key_value.bucket import KvBucket
 from tether.bus.session import connect
-from tether.bus.stream_updates import differing_streams, update_streams
-from tether.bus.topology import DEAD, JOBS, NOTES, RECORDS, RESULTS, scope_streams, streams
-from tether.dispatcher.retention import Retention
-from tether.envelope import MessageType
+from tether.crypto import MessageType
+from tether.dispatcher.jobs.retention import Retention
+from tether.domain.job import LONGEST_DEADLINE_S, record_key
 from tether.errors import JobNotFound, QueueFull
-from tether.gateway_http.catalog import Served
-from tether.job import LONGEST_DEADLINE_S, record_key
+from tether.gateway_http.models.catalog import Served
 from tether.settings import Settings
-from tether.subjects import Names
+from tether.streams.layout import DEAD, JOBS, NOTES, RECORDS, RESULTS, scope_streams, streams
+from tether.streams.updates import differing_streams, update_streams
+from tether.wire import codec
+from tether.wire.subjects import Names
 
 SMALL_MB = 256
 
@@ -294,8 +294,8 @@ async def holds(running: Services, kept: dict[str, int]) -> bool:
 async def test_a_list_ends_where_the_kept_jobs_do(one: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many were forgotten before them: no page of it is empty for want of what is gone."""
     served = await one.push("bump", models.add())
-    monkeypatch.setattr("tether.gateway_http.job_list._WINDOW", 8)
-    monkeypatch.setattr("tether.gateway_http.job_list._MAX_RECORDS", 16)
+    monkeypatch.setattr("tether.gateway_http.jobs.listing._WINDOW", 8)
+    monkeypatch.setattr("tether.gateway_http.jobs.listing._MAX_RECORDS", 16)
     gone = await submit(one, served, 200)
     ids = await submit(one, served, 5)
     await ended(one, [*gone, *ids])

@@ -16,11 +16,11 @@ from brokers import wait_until
 from nats.aio.client import Client
 from shipped import SHIPPED, nodes, running
 
+from tether.broker.embedded_server import Binary
+from tether.broker.permissions import Permissions, streams_made
 from tether.bus.errors import denied_subject
-from tether.bus.permissions import Permissions, streams_made
-from tether.bus.server import Binary
-from tether.home import Home, read_secret
-from tether.subjects import Names
+from tether.process.data_dir import Home, read_secret
+from tether.wire.subjects import Names
 
 FOREIGN = ["other.infer.0.a", "$SYS.REQ.ACCOUNT.PING", "_INBOX.x.y", "$KV.OTHER_models.x", "tether.unknown"]
 

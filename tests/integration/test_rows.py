@@ -14,15 +14,15 @@ from brokers import Broker, wait_until
 from prometheus_client import REGISTRY
 from services import Services, new_job, row, services
 
-from tether import codec
-from tether.bus.kv import SignedBucket
+from tether.bus.key_value.bucket import SignedBucket
 from tether.bus.session import connect
+from tether.crypto import MessageType
 from tether.dispatcher import service as dispatcher_service
-from tether.envelope import MessageType
-from tether.gateway_http.catalog import Served
-from tether.model import Batching, Finding, Manifest
-from tether.tensor import Array
-from tether.worker import judging
+from tether.domain.manifest import Batching, Finding, Manifest
+from tether.domain.tensor import Array
+from tether.gateway_http.models.catalog import Served
+from tether.wire import codec
+from tether.worker.runs import row_judgement
 
 
 def sample(name: str, **labels: str) -> float:
@@ -103,13 +103,13 @@ async def test_a_version_from_before_that_mixes_rows_is_never_batched(
 ) -> None:
     served = await one.push("old", models.over_batch())
     proceed = asyncio.Event()
-    judge = judging.judge
+    judge = row_judgement.judge
 
     async def held_back(manifest: Manifest, directory: Path) -> Finding:
         await proceed.wait()
         return await judge(manifest, directory)
 
-    monkeypatch.setattr(judging, "judge", held_back)
+    monkeypatch.setattr(row_judgement, "judge", held_back)
     await as_before(one, served)
     assert "no worker has judged it" in told(one).reason
     for _ in range(2):

@@ -15,10 +15,10 @@ import pytest
 from prometheus_client import REGISTRY
 from services import Services
 
-from tether.frameworks.onnx_values import from_value, to_value
-from tether.gateway_http.catalog import Served
-from tether.model import TensorSpec
-from tether.tensor import NUMPY_DTYPES, from_numpy, to_numpy
+from tether.domain.manifest import TensorSpec
+from tether.domain.tensor import NUMPY_DTYPES, from_numpy, to_numpy
+from tether.frameworks.onnx.values import from_value, to_value
+from tether.gateway_http.models.catalog import Served
 
 REQUESTS = int(os.environ.get("TETHER_TEST_ROW_REQUESTS", "60"))
 """Of each tenant, for each model."""

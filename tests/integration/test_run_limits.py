@@ -14,15 +14,15 @@ import pytest
 from brokers import StartBroker, wait_until
 from services import TENANT, Services, new_job, row, services
 
+from tether.domain.manifest import Isolation
+from tether.domain.tensor import Array
 from tether.errors import DeadlineExceeded, InferenceFailed, ResultTooLarge
-from tether.gateway_http.catalog import Served
-from tether.model import Isolation
-from tether.model_config import Warmup
-from tether.ports import Endable
-from tether.tensor import Array
-from tether.worker.holder import Held
-from tether.worker.run_limits import RunWatch, memory_of
-from tether.worker.runtimes.process import ProcessRuntime
+from tether.frameworks.runtime import Endable
+from tether.gateway_http.models.catalog import Served
+from tether.model.config import Warmup
+from tether.worker.models.run_limits import RunWatch, memory_of
+from tether.worker.runtimes.process_runtime import ProcessRuntime
+from tether.worker.version_manager import Held
 
 NEVER = np.array([1 << 60], np.int64)
 LIMIT_MB = 200

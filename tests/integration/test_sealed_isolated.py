@@ -10,11 +10,11 @@ from brokers import wait_until
 from services import Services, first, new_job, row
 from tenancy import bound_home, has_lane, isolate, own_worker
 
+from tether.domain.tenant import Tenant
+from tether.domain.tensor import from_numpy
 from tether.errors import NotEntitled
-from tether.gateway_http.catalog import Served
-from tether.home import Home
-from tether.tenant import Tenant
-from tether.tensor import from_numpy
+from tether.gateway_http.models.catalog import Served
+from tether.process.data_dir import Home
 
 CLINIC, OWN = "clinic", "own"
 

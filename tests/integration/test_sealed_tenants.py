@@ -14,21 +14,21 @@ from brokers import Broker, wait_until
 from services import Services, first, new_job, row, services
 from taps import tapped
 
-from tether import codec
-from tether.bus import identities
-from tether.bus.connection import Bus
-from tether.bus.keys import RootKey
-from tether.bus.kv import SignedBucket
-from tether.bus.pull import BusDelivery, LanePull
-from tether.envelope import MessageType
-from tether.envelope.sealing import new_data_key, seal_job
+from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import SignedBucket
+from tether.crypto import MessageType
+from tether.crypto.payload_encryption import new_data_key, seal_job
+from tether.domain.job import AttemptNote, Failure, Job, JobId, JobState, Lane, Outcome, Priority, new_job_id
+from tether.domain.tenant import Tenant
+from tether.domain.tensor import from_numpy
 from tether.errors import BadSeal, DeadlineExceeded, IdempotencyConflict, InferenceFailed, NotEntitled
-from tether.gateway_http import core
-from tether.gateway_http.catalog import Served
-from tether.job import AttemptNote, Failure, Job, JobId, JobState, Lane, Outcome, Priority, new_job_id
-from tether.tenant import Tenant
-from tether.tensor import from_numpy
-from tether.worker.sealed import closed
+from tether.gateway_http import gateway
+from tether.gateway_http.models.catalog import Served
+from tether.identity import keyset_editor
+from tether.identity.keys import RootKey
+from tether.streams.lane_consumer import BusDelivery, LanePull
+from tether.wire import codec
+from tether.worker.jobs.payload_encryption import closed
 
 SEALED, OPEN = "clinic", "acme"
 IN, OUT = 1234.5, 1235.5
@@ -195,7 +195,7 @@ async def test_a_second_gateway_opens_what_the_first_sealed_and_all_of_it_outliv
         served = await running.push("bump", models.add())
         await seal_tenant(running)
         done = await run_job(running, SEALED, served)
-        other = await running.stack.enter_async_context(core.running(running.settings, running.home))
+        other = await running.stack.enter_async_context(gateway.running(running.settings, running.home))
         assert await other.jobs.get(SEALED, done["id"]) == done
         await running.workers[0].holder.stop(1)
         (waiting,) = await other.jobs.submit(SEALED, [new_job(served, row(IN))])
@@ -280,7 +280,7 @@ async def test_identities_that_rotate_keep_opening_what_was_and_what_will_be_sea
     done = await run_job(one, SEALED, served)
     for name in ("worker-1", "gateway"):
         before = one.gateway.seals.keyring.stored(SEALED)
-        identities.rotate(one.home, RootKey(one.home.root_key), name, grace_s=0)
+        keyset_editor.rotate(one.home, RootKey(one.home.root_key), name, grace_s=0)
         await wait_until(
             lambda before=before: one.gateway.seals.keyring.stored(SEALED) != before, "keys were passed on"
         )

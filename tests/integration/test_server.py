@@ -8,14 +8,14 @@ import pytest
 from brokers import Broker
 from disks import fill, small_disk
 
-from tether.bus.keys import create_home
-from tether.bus.server import Binary, EmbeddedServer, check_server, find_server
+from tether.broker.embedded_server import Binary, EmbeddedServer, check_server, find_server
 from tether.bus.session import connect
 from tether.errors import ConfigError, PermissionDenied
-from tether.home import Home
-from tether.processes import alive
+from tether.identity.keys import create_home
+from tether.process.data_dir import Home
+from tether.process.os_process import alive
 from tether.settings import Settings
-from tether.subjects import Names
+from tether.wire.subjects import Names
 
 
 async def test_the_server_has_the_settings_tether_relies_on(broker: Broker) -> None:

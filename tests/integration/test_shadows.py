@@ -12,11 +12,11 @@ from configs import configure
 from services import TENANT, Services, first, row
 from tenancy import bound_home, isolate, own_worker
 
-from tether.gateway_http.catalog import Served
-from tether.gateway_http.comparison import Verdict
-from tether.home import Home
-from tether.model_config import ModelConfig, Shadow
-from tether.tensor import from_numpy
+from tether.domain.tensor import from_numpy
+from tether.gateway_http.inference.output_comparison import Verdict
+from tether.gateway_http.models.catalog import Served
+from tether.model.config import ModelConfig, Shadow
+from tether.process.data_dir import Home
 
 CLINIC, OWN = "clinic", "own"
 SHADOW = Shadow(2)

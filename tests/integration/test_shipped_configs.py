@@ -9,16 +9,16 @@ import pytest
 from brokers import wait_until
 from shipped import nodes, running
 
-from tether.bus.certificates import make_certificates
-from tether.bus.config import CLUSTER
-from tether.bus.connection import Bus
-from tether.bus.queue import BusResults
-from tether.bus.server import Binary, check_server
+from tether.broker.embedded_server import Binary, check_server
+from tether.broker.nats_config import CLUSTER
+from tether.bus.bus import Bus
 from tether.bus.session import connect
-from tether.bus.topology import ensure_platform, ensure_streams, streams
 from tether.errors import BrokerUnavailable
-from tether.home import Home
+from tether.identity.certificates import make_certificates
+from tether.process.data_dir import Home
 from tether.settings import Settings
+from tether.streams.job_queue import BusResults
+from tether.streams.layout import ensure_platform, ensure_streams, streams
 
 
 async def test_a_single_production_server_speaks_tls_only(home: Home, nats_binary: Binary, tmp_path: Path) -> None:

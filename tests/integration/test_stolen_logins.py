@@ -9,14 +9,14 @@ import pytest
 from brokers import embedded, wait_until
 from logins import TENANT, Logins, add_bound_worker, connected
 
-from tether.bus.connection import Bus, Message
+from tether.broker.embedded_server import Binary
+from tether.broker.permissions import streams_made
+from tether.bus.bus import Bus, Message
 from tether.bus.errors import JetStreamError
-from tether.bus.permissions import streams_made
-from tether.bus.queue import BusResults
-from tether.bus.server import Binary
 from tether.bus.session import connect
 from tether.errors import PermissionDenied
-from tether.home import Home
+from tether.process.data_dir import Home
+from tether.streams.job_queue import BusResults
 
 
 @pytest.fixture

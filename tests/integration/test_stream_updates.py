@@ -15,15 +15,15 @@ from services import Services, new_job, row, services
 from tenancy import bound_home, isolate
 from typer.testing import CliRunner
 
-from tether.bus.server import Binary
+from tether.broker.embedded_server import Binary
 from tether.bus.session import connect
-from tether.bus.stream_updates import differing_streams, update_streams
-from tether.bus.topology import ensure_platform
-from tether.envelope import Role
+from tether.crypto import Role
 from tether.settings import Settings
-from tether_cli.broker_streams import bring_up_to_date
-from tether_cli.doctor import _permissions
+from tether.streams.layout import ensure_platform
+from tether.streams.updates import differing_streams, update_streams
 from tether_cli.main import application
+from tether_cli.platform.broker_streams import bring_up_to_date
+from tether_cli.platform.doctor import _permissions
 
 
 async def test_a_dispatcher_leaves_a_stream_as_it_is_says_so_once_and_goes_on(
@@ -73,7 +73,7 @@ async def test_an_administrator_changes_streams_those_of_isolated_tenants_too(na
 async def test_the_command_shows_and_changes_them_and_so_does_the_start_of_a_platform(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tether_cli.commands_platform._quiet", lambda: None)
+    monkeypatch.setattr("tether_cli.commands.platform._quiet", lambda: None)
     async with connect(broker.settings, broker.home, "dispatcher") as bus:
         await ensure_platform(bus, broker.settings)
         stream = bus.names.dead_stream

@@ -15,18 +15,19 @@ from services import TENANT, Services, new_job, row, services
 from stored import count
 from tenancy import Thief, bound_home, isolate, own_worker
 
-from tether import codec, metrics
-from tether.bus.connection import Bus
-from tether.bus.kv import SignedBucket
-from tether.bus.lanes import consumer_state, next_message
-from tether.bus.server import Binary
-from tether.dispatcher.lane_check import LaneCheck
-from tether.dispatcher.sweeper import Sweeper, sweeping
-from tether.envelope import MessageType
+from tether.broker.embedded_server import Binary
+from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import SignedBucket
+from tether.crypto import MessageType
+from tether.dispatcher.jobs.sweeper import Sweeper, sweeping
+from tether.dispatcher.lanes.consumer_check import LaneCheck
+from tether.domain.job import Failure, JobId, JobState, Outcome, Priority, new_job_id
 from tether.errors import JobNotFound
-from tether.gateway_http.catalog import Served
-from tether.job import Failure, JobId, JobState, Outcome, Priority, new_job_id
-from tether.lifecycle import tasks
+from tether.gateway_http.models.catalog import Served
+from tether.process import metrics
+from tether.process.lifecycle import tasks
+from tether.streams.lane_admin import consumer_state, next_message
+from tether.wire import codec
 
 Restartable = tuple[Broker, Services]
 
@@ -152,7 +153,7 @@ async def test_jobs_that_run_and_end_cost_no_look_at_their_results(
     one: Services, bump: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bus = bus_of(one)
-    monkeypatch.setattr("tether.dispatcher.sweeper.ROUND_S", 3600.0)
+    monkeypatch.setattr("tether.dispatcher.jobs.sweeper.ROUND_S", 3600.0)
     async with tasks() as owner, sweeping(bus, LaneCheck(bus), owner) as sweeper:
         await wait_until(lambda: sweeper._number == 1, "it has begun")
         jobs = [job["id"] for job in await one.gateway.jobs.submit(TENANT, [new_job(bump, row(n)) for n in range(600)])]
@@ -195,7 +196,7 @@ async def test_a_message_that_its_consumer_skips_is_delivered_after_a_look(
         return False
 
     monkeypatch.setattr(LaneCheck, "look", nothing)
-    monkeypatch.setattr("tether.bus.topology._is_ahead", never)
+    monkeypatch.setattr("tether.streams.layout._is_ahead", never)
     earlier = await cuts.keep(broker, bus.names.jobs_stream(0))
     for job in await submit(running, served, 12):  # gateways' probes have sequences too
         assert (await running.gateway.jobs.get(TENANT, job, 20.0))["state"] == "succeeded"

@@ -13,8 +13,8 @@ import msgspec
 import pytest
 from services import TENANT, Services, new_job, row
 
+from tether.domain.job import JobRecord, new_durable_job_id
 from tether.errors import InvalidRequest
-from tether.job import JobRecord, new_durable_job_id
 
 CROWD = 4000
 
@@ -113,7 +113,7 @@ async def test_a_dense_window_is_read_in_parts(
     one: Services, crowd: JobRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Few jobs lately make a window grow, and many before do not make it too large."""
-    monkeypatch.setattr("tether.gateway_http.job_list._WINDOW", 8)
+    monkeypatch.setattr("tether.gateway_http.jobs.listing._WINDOW", 8)
     ids = await stored(one, crowd, TENANT, 120)
     await stored(one, crowd, "crowd", 300)
     ids += await stored(one, crowd, TENANT, 1)

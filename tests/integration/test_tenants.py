@@ -5,13 +5,13 @@ from __future__ import annotations
 from brokers import wait_until
 from services import Services
 
-from tether.gateway_http import core
-from tether.job import SHARED
-from tether.tenant import Tenant
+from tether.domain.job import SHARED
+from tether.domain.tenant import Tenant
+from tether.gateway_http import gateway
 
 
 async def test_a_tenants_record_reaches_every_gateway_and_leaves_them_when_it_is_deleted(one: Services) -> None:
-    other = await one.stack.enter_async_context(core.running(one.settings, one.home))
+    other = await one.stack.enter_async_context(gateway.running(one.settings, one.home))
     assert (other.tenants.scope("a.b"), other.tenants.get("a.b")) == (SHARED, Tenant("a.b"))
     record = Tenant("a.b", models=("x-*",), isolated=True, created_at=1.0)
     await one.gateway.tenants.store(record)

@@ -17,14 +17,14 @@ import psutil
 import pytest
 from brokers import Broker, embedded, temporary_home, wait_until
 
-from tether.bus.certificates import expires_at, make_certificates
-from tether.bus.keys import create_home
-from tether.bus.server import Binary, EmbeddedServer, reload_embedded
+from tether.broker.embedded_server import Binary, EmbeddedServer, reload_embedded
 from tether.bus.session import connect
-from tether.bus.topology import ensure_platform
 from tether.errors import BrokerUnavailable, ConfigError
-from tether.home import Home
+from tether.identity.certificates import expires_at, make_certificates
+from tether.identity.keys import create_home
+from tether.process.data_dir import Home
 from tether.settings import Settings
+from tether.streams.layout import ensure_platform
 
 
 @pytest.fixture

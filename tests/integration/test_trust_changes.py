@@ -9,24 +9,25 @@ from brokers import Broker, wait_until
 from configs import configure
 from services import Services
 
-from tether import codec, metrics
-from tether.apikey import ApiKey, new_key_text, stored_key
-from tether.bus import identities
-from tether.bus.keys import RootKey
-from tether.bus.keyset import SeenKeyset, offer
-from tether.bus.kv import KvBucket, SignedBucket
-from tether.bus.model_files import open_manifest
-from tether.bus.resign import keys_of, resign
+from tether.bus.key_value.bucket import KvBucket, SignedBucket
+from tether.bus.key_value.keyset_sync import SeenKeyset, offer
 from tether.bus.session import connect
-from tether.bus.topology import ensure_platform
-from tether.clock import SystemClock
-from tether.envelope import Identity, MessageType, Role, Signer, new_identity, sign_keyset
+from tether.crypto import Identity, MessageType, Role, Signer, new_identity, sign_keyset
+from tether.domain.api_key import ApiKey, new_key_text, stored_key
+from tether.domain.tenant import Tenant
 from tether.errors import Forbidden, Unauthenticated
-from tether.gateway_http import core
-from tether.home import Home, load_identity, write_secret
-from tether.model_config import ModelConfig
-from tether.subjects import token
-from tether.tenant import Tenant
+from tether.gateway_http import gateway as core
+from tether.identity import keyset_editor
+from tether.identity.keys import RootKey
+from tether.identity.resigning import keys_of, resign
+from tether.model.config import ModelConfig
+from tether.process import metrics
+from tether.process.clock import SystemClock
+from tether.process.data_dir import Home, load_identity, write_secret
+from tether.storage.model_files import open_manifest
+from tether.streams.layout import ensure_platform
+from tether.wire import codec
+from tether.wire.subjects import token
 
 WAIT_S = 5.0
 
@@ -53,7 +54,7 @@ async def test_entries_outlive_the_rotation_of_the_key_that_signed_them(broker: 
         async with connect(broker.settings, broker.home, name, follow=False) as bus:
             await SignedBucket(bus, bucket, kind).put("a", b"before")
     for name in ("gateway", "modelstore"):
-        identities.rotate(broker.home, root(broker.home), name, grace_s=0)
+        keyset_editor.rotate(broker.home, root(broker.home), name, grace_s=0)
     async with connect(broker.settings, broker.home, "gateway", follow=False) as bus:
         for _, bucket, kind in cases:
             assert await SignedBucket(bus, bucket, kind).get("a") == b"before", bucket
@@ -108,7 +109,7 @@ async def test_an_api_key_that_a_thief_made_ends_with_the_identity_it_was_made_w
     await store(broker, signer, "apikeys", theirs[1].id, codec.encode(theirs[1]))
     await one.gateway.keys.store(ours[1])
     await wait_until(lambda: not refused(one, theirs[0]) and not refused(one, ours[0]), "both keys count", WAIT_S)
-    identities.revoke(broker.home, root(broker.home), "admin-2")
+    keyset_editor.revoke(broker.home, root(broker.home), "admin-2")
     await published(broker)
     await wait_until(lambda: refused(one, theirs[0]), "the thief's key ends", WAIT_S)
     assert not refused(one, ours[0])
@@ -142,7 +143,7 @@ async def test_a_tenant_whose_record_cannot_be_believed_is_refused_and_not_taken
         await SignedBucket(bus, "apikeys", MessageType.API_KEY).put(record.id, codec.encode(record))
     await store(broker, signer, "tenants", token("acme"), sealed)
     revoked = keys_of(broker.home, "admin-2")
-    identities.revoke(broker.home, root(broker.home), "admin-2")
+    keyset_editor.revoke(broker.home, root(broker.home), "admin-2")
     async with core.running(broker.settings, broker.home) as gateway:
         await wait_until(lambda: gateway.keys.find(record.id) is not None, "the key is known", WAIT_S)
         with pytest.raises(Forbidden, match="cannot be verified"):
@@ -167,14 +168,14 @@ async def test_what_a_revoked_model_store_signed_before_the_leak_is_signed_anew_
     async with connect(broker.settings, home, "modelstore", follow=False) as thief:
         assert thief.signer.kid == old.kid
         await SignedBucket(thief, "aliases", MessageType.ALIAS).put("theirs", b"theirs")
-    identities.rotate(home, root(home), "modelstore", grace_s=3600)
+    keyset_editor.rotate(home, root(home), "modelstore", grace_s=3600)
     done = await resign(broker.settings, home, {old.kid}, leak)
     key = one.bus.names.version_key("m", served.manifest.version)
     assert f"models/{key}" in done.signed
     assert "configs/m" in done.signed
     assert len(done.signed) == 4  # its alias, its configuration and its owner too
     assert done.left == ["aliases/theirs"]
-    identities.revoke(home, root(home), old.kid.hex())
+    keyset_editor.revoke(home, root(home), old.kid.hex())
     async with connect(broker.settings, home, "gateway", follow=False) as bus:
         frame = await KvBucket(bus, "models").get(key)
         assert frame is not None

@@ -13,10 +13,10 @@ from prometheus_client import REGISTRY
 from services import TENANT, Services, new_job, row, services
 from stored import count
 
+from tether.domain.job import Priority
 from tether.errors import BrokerUnavailable
-from tether.gateway_http.catalog import Served
-from tether.job import Priority
-from tether.worker.instance import ModelInstance
+from tether.gateway_http.models.catalog import Served
+from tether.worker.jobs.version_server import ModelInstance
 
 pytestmark = pytest.mark.usefixtures("unconfined")
 

@@ -13,16 +13,16 @@ import models
 from brokers import Broker, wait_until
 from services import TENANT, Services, first, row, services
 
-from tether import codec
-from tether.bus.kv import SignedBucket
+from tether.bus.key_value.bucket import SignedBucket
 from tether.bus.session import connect
-from tether.envelope import MessageType
-from tether.gateway_http import core
-from tether.gateway_http.core import Gateway
-from tether.model import Alias
-from tether.model_config import ModelConfig
-from tether.subjects import token
-from tether.tensor import from_numpy
+from tether.crypto import MessageType
+from tether.domain.manifest import Alias
+from tether.domain.tensor import from_numpy
+from tether.gateway_http import gateway as core
+from tether.gateway_http.gateway import Gateway
+from tether.model.config import ModelConfig
+from tether.wire import codec
+from tether.wire.subjects import token
 
 RIGHT_S = 3.0
 """How long after its reconnection a gateway may be wrong."""

@@ -12,14 +12,15 @@ from services import TENANT, Services, row, services
 from stored import count
 from tenancy import bound_home, isolate, own_worker
 
-from tether import codec, metrics
 from tether.bus.session import connect
-from tether.envelope import MessageType
+from tether.crypto import MessageType
+from tether.domain.job import JobId, Lane, Withdrawal, new_job_id
 from tether.errors import RoleNotAllowed, SubjectMismatch
-from tether.gateway_http.catalog import Served
-from tether.home import Home
-from tether.job import JobId, Lane, Withdrawal, new_job_id
-from tether.worker.withdrawn import Withdrawn
+from tether.gateway_http.models.catalog import Served
+from tether.process import metrics
+from tether.process.data_dir import Home
+from tether.wire import codec
+from tether.worker.jobs.withdrawn_jobs import Withdrawn
 
 OWN = "own"
 

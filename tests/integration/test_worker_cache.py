@@ -21,19 +21,19 @@ from services import TENANT, Services, new_job, services
 from bench.cache import Times, one_round
 from bench.store import change, make_file
 from bench.store import parts as parts_of
-from tether import metrics
-from tether.bus.chunks import ObjectChunkStore
-from tether.bus.connection import Bus
-from tether.bus.model_files import version_digest
+from tether.bus.bus import Bus
 from tether.bus.session import connect
-from tether.bus.topology import ensure_platform
-from tether.bus.upload import upload
+from tether.domain.manifest import Batching, Manifest, ModelFile, ModelRef
 from tether.errors import CorruptChunk, Unavailable
-from tether.gateway_http.catalog import Served
-from tether.gateway_http.rest_admin import heartbeats
-from tether.home import Home, private_folder
-from tether.model import Batching, Manifest, ModelFile, ModelRef
-from tether.worker.files import WorkerFiles
+from tether.gateway_http.api.routes.workers import heartbeats
+from tether.gateway_http.models.catalog import Served
+from tether.process import metrics
+from tether.process.data_dir import Home, private_folder
+from tether.storage.chunk_store import ObjectChunkStore
+from tether.storage.model_files import version_digest
+from tether.storage.upload import upload
+from tether.streams.layout import ensure_platform
+from tether.worker.files.version_files import WorkerFiles
 
 log = logging.getLogger(__name__)
 

@@ -11,14 +11,16 @@ import pytest
 from brokers import Broker, wait_until
 from services import TENANT, Services, new_job, row, services
 
-from tether import apikey, codec, metrics
-from tether.bus.connection import Bus
-from tether.bus.leases import LeaseBucket
-from tether.envelope import MessageType
-from tether.job import AttemptNote, Job, JobId, JobState, Outcome, Priority, new_job_id
-from tether.model import Alias, Assignment, Heartbeat, PushRequest, Registration, Route
-from tether.partition import Wanted
-from tether.tensor import from_numpy
+from tether.bus.bus import Bus
+from tether.bus.key_value.leases import LeaseBucket
+from tether.crypto import MessageType
+from tether.domain import api_key
+from tether.domain.job import AttemptNote, Job, JobId, JobState, Outcome, Priority, new_job_id
+from tether.domain.manifest import Alias, Assignment, Heartbeat, PushRequest, Registration, Route
+from tether.domain.partition import Wanted
+from tether.domain.tensor import from_numpy
+from tether.process import metrics
+from tether.wire import codec
 
 
 @dataclass
@@ -54,7 +56,7 @@ async def hijack(running: Services) -> list[Target]:
     job = Job(new_job_id(), TENANT, (from_numpy("x", row(1)),), time.time() + 60)
     ids, bundle = (job.id,), codec.encode_jobs([job])
     done = Outcome(JobId(job.id), JobState.SUCCEEDED, (from_numpy("y", row(9)),), None, 1, "worker-1", 1.0, 2.0)
-    key = apikey.stored_key(apikey.new_key_text(), tenant="evil", scopes=("admin",), name="", created_at=1.0)
+    key = api_key.stored_key(api_key.new_key_text(), tenant="evil", scopes=("admin",), name="", created_at=1.0)
     beat = Heartbeat("worker-1", 1, "local", (), (), 0, 1, 1.0)
     text = codec.encode
     entry = names.bucket_key

@@ -8,7 +8,7 @@ import models
 import pytest
 from served import Served, served
 
-from tether.bus.server import Binary
+from tether.broker.embedded_server import Binary
 
 CONNECTIONS = 64
 

@@ -70,7 +70,7 @@ def test_what_is_planted_is_found(source: str, word: str) -> None:
         "import subprocess\nsubprocess.run(['ls'], shell=False)",
         "import numpy as np\nnp.load(path, allow_pickle=False)",
         "import torch\ntorch.load(path, weights_only=True)",
-        "from tether.job import pickle",
+        "from tether.domain.job import pickle",
         "model.eval()",
     ],
 )

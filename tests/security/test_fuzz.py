@@ -19,8 +19,8 @@ from decoders import Decoder, decoders
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tether import codec
 from tether.errors import BadEncoding, TetherError
+from tether.wire import codec
 
 FRAMES = int(os.environ.get("TETHER_TEST_FUZZ", "8000"))
 SEED = int(os.environ.get("TETHER_TEST_FUZZ_SEED", str(random.SystemRandom().randrange(1 << 32))))

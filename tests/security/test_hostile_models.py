@@ -16,8 +16,8 @@ import pytest
 from served import Served
 
 from tether.errors import ModelLimits, ModelRejected, UnsafeModel
-from tether.modelstore import onnx_wire
-from tether.modelstore.inspection import Limits, inspect
+from tether.modelstore.inspection.file_formats import onnx_parser
+from tether.modelstore.inspection.inspector import Limits, inspect
 
 
 def pickled(sentinel: Path) -> bytes:
@@ -159,7 +159,7 @@ async def test_a_model_is_refused_with_the_code_of_its_reason(
         (folder / "hard").hardlink_to(tmp_path / "secret")
     (folder / "model.onnx").write_bytes(content)
     with pytest.raises(ModelRejected) as caught:
-        await inspect(folder, "inspect_onnx", SHORT)
+        await inspect(folder, "onnx", SHORT)
     assert type(caught.value) is kind
     assert "passwd" not in caught.value.message
 
@@ -168,7 +168,7 @@ def test_a_million_nodes_are_not_walked_to_the_end() -> None:
     node = b"\x0a\x03\x22\x01A" * 600_000
     length = b"".join(bytes([(len(node) >> shift & 0x7F) | 0x80]) for shift in (0, 7, 14)) + bytes([len(node) >> 21])
     with pytest.raises(ModelLimits, match="500000 nodes"):
-        onnx_wire.check_file(b"\x08\x09\x3a" + length + node)
+        onnx_parser.check_file(b"\x08\x09\x3a" + length + node)
 
 
 def test_the_platform_still_serves_afterwards(target: Served) -> None:

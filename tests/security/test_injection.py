@@ -18,9 +18,10 @@ from services import services
 from taps import tapped
 from wire import exchange, request
 
-from tether import apikey, logs
+from tether.domain import api_key
 from tether.errors import TetherError
 from tether.gateway_http import service
+from tether.process import logs
 
 NAMES = [
     "../x",
@@ -124,9 +125,9 @@ async def test_no_header_of_a_client_reaches_the_broker(broker: Broker) -> None:
     with tapped(broker) as (through, tap):
         async with services(through) as running, service.listen(running.gateway, "127.0.0.1", 0) as port:
             await running.push("bump", models.add())
-            text = apikey.new_key_text()
+            text = api_key.new_key_text()
             await running.gateway.keys.store(
-                apikey.stored_key(text, tenant="acme", scopes=apikey.SCOPES, name="", created_at=1.0)
+                api_key.stored_key(text, tenant="acme", scopes=api_key.SCOPES, name="", created_at=1.0)
             )
             for path, body in (("/v2/models/bump/infer", sent), ("/v1/jobs", job)):
                 chosen = [("x-api-key", text), ("content-length", str(len(body))), *CHOSEN]
@@ -174,7 +175,7 @@ FORGED = [
     '"},{"',
     "%s %n {0}",
 ]
-KEY = apikey.new_key_text()
+KEY = api_key.new_key_text()
 
 
 def logged(form: str, text: str, *, error: bool = False) -> list[str]:

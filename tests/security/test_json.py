@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from served import Served
 
-from tether import json_keys, metrics, oip
+from tether.domain.tensor import Tensor, check, element_count
 from tether.errors import BadJson, BadTensor, InvalidRequest
-from tether.tensor import Tensor, check, element_count
+from tether.process import metrics
+from tether.wire import json_duplicates, oip
 
 INFER = "/v2/models/bump/infer"
 TENSOR = '{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}'
@@ -178,7 +179,7 @@ values = st.recursive(
 
 @given(values, st.booleans(), st.sampled_from([None, 1]))
 def test_a_text_whose_keys_are_all_different_passes(value: Any, ascii_only: bool, indent: int | None) -> None:
-    json_keys.refuse_duplicates(json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode())
+    json_duplicates.refuse_duplicates(json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode())
 
 
 @given(
@@ -199,7 +200,7 @@ def test_a_key_that_is_said_twice_is_found_wherever_it_is(
     if key in ("between", "around"):
         return
     with pytest.raises(BadJson, match="twice"):
-        json_keys.refuse_duplicates(text.encode())
+        json_duplicates.refuse_duplicates(text.encode())
 
 
 def test_nan_and_infinity_travel_as_binary_and_never_as_json() -> None:
@@ -218,4 +219,4 @@ def test_nan_and_infinity_travel_as_binary_and_never_as_json() -> None:
 )
 def test_what_a_parser_passed_over_is_read_with_the_same_error(data: bytes) -> None:
     with pytest.raises(BadJson):
-        json_keys.refuse_duplicates(data)
+        json_duplicates.refuse_duplicates(data)

@@ -12,9 +12,9 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
 from served import Served
 
-from tether.gateway_http import openapi, rest
+from tether.gateway_http.api import openapi, route_table
 
-SCHEMA = schemathesis.openapi.from_dict(msgspec.to_builtins(openapi.document(rest.table())))
+SCHEMA = schemathesis.openapi.from_dict(msgspec.to_builtins(openapi.document(route_table.table())))
 
 
 @SCHEMA.parametrize()

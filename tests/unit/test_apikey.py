@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from tether import codec
-from tether.apikey import ApiKey, key_id, new_key_text, stored_key
+from tether.domain.api_key import ApiKey, key_id, new_key_text, stored_key
+from tether.wire import codec
 
 
 def made() -> tuple[str, ApiKey]:

@@ -11,10 +11,11 @@ from audit_blocks import ACCESS, CHECKPOINTS, DAY, GATEWAY, HOUR, INFERENCE, KEY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tether import audit, codec, envelope
+from tether import audit, crypto
 from tether.audit import Chain, Checker, Entry, Kind, Mark, Problem, Record, What
-from tether.envelope import Historical, MessageType, Role
+from tether.crypto import Historical, MessageType, Role
 from tether.errors import BadEncoding, KeyExpired, KeyRevoked, RoleNotAllowed, SubjectMismatch
+from tether.wire import codec
 
 
 def a_log() -> list[Record]:
@@ -42,7 +43,7 @@ def renumbered(records: list[Record]) -> list[Record]:
 
 
 LOG = a_log()
-HEADERS = [len(record.frame) - len(envelope.body_of(record.frame)) for record in LOG]
+HEADERS = [len(record.frame) - len(crypto.body_of(record.frame)) for record in LOG]
 
 
 def test_a_whole_log_has_nothing_wrong() -> None:
@@ -135,7 +136,7 @@ def test_a_log_that_was_cut_off_is_found_by_what_its_writer_remembers(kept: int)
     ends = {_chain(record): record for record in LOG}
     known = []
     for (run, subject), record in ends.items():
-        block = audit.decode_block(envelope.body_of(record.frame))
+        block = audit.decode_block(crypto.body_of(record.frame))
         known.append(Mark(NOW, What.PREVIOUS, run, subject, 1, block.number, block.head))
     checker = Checker(Historical([KEYS]), 365 * DAY)
     for record in LOG[:kept]:
@@ -214,7 +215,7 @@ def test_one_chain_cannot_be_taken_out_under_cover_of_the_retention() -> None:
 
 
 def test_keys_that_expired_or_were_revoked_since_still_count_for_what_they_signed() -> None:
-    revoked = envelope.Revocation(GATEWAY.kid, "gateway", LOG[5].stored_at + 1 - 10_000)
+    revoked = crypto.Revocation(GATEWAY.kid, "gateway", LOG[5].stored_at + 1 - 10_000)
     later = msgspec.structs.replace(KEYS, version=2, identities=(), revoked=(revoked,))
     found = check(LOG, keys=Historical([KEYS, later]))
     assert {problem.sequence for problem in found.problems if problem.sequence} >= set(range(7, len(LOG) + 1))
@@ -222,7 +223,7 @@ def test_keys_that_expired_or_were_revoked_since_still_count_for_what_they_signe
 
 
 def test_a_block_stored_long_after_its_key_was_revoked_is_worth_a_look() -> None:
-    revoked = envelope.Revocation(GATEWAY.kid, "gateway", LOG[-1].stored_at + 1)
+    revoked = crypto.Revocation(GATEWAY.kid, "gateway", LOG[-1].stored_at + 1)
     keys = Historical([msgspec.structs.replace(KEYS, revoked=(revoked,))])
     late = [*LOG[:-1], msgspec.structs.replace(LOG[-1], stored_at=NOW + DAY)]
     found = check(late, keys=keys)
@@ -233,7 +234,7 @@ def test_a_block_stored_long_after_its_key_was_revoked_is_worth_a_look() -> None
 def test_a_worker_cannot_write_the_log_and_nobody_another_ones_run() -> None:
     records = [*LOG]
     Writer("cccc", records, now=NOW + 500, who=WORKER).entries(INFERENCE)
-    stranger = envelope.new_identity("modelstore", Role.MODELSTORE)
+    stranger = crypto.new_identity("modelstore", Role.MODELSTORE)
     known = msgspec.structs.replace(
         KEYS, identities=(*KEYS.identities, stranger.record(not_before=NOW, expires_at=NOW + DAY))
     )
@@ -258,7 +259,7 @@ def test_stored_frames_are_verified_as_of_when_they_were_signed() -> None:
     short = GATEWAY.record(not_before=NOW - 2 * DAY, expires_at=NOW - DAY)
     with pytest.raises(KeyExpired):
         Historical([msgspec.structs.replace(KEYS, identities=(short,))]).header(frame)
-    gone = envelope.Revocation(GATEWAY.kid, "gateway", NOW - 10_000)
+    gone = crypto.Revocation(GATEWAY.kid, "gateway", NOW - 10_000)
     with pytest.raises(KeyRevoked):
         Historical([msgspec.structs.replace(KEYS, revoked=(gone,))]).header(frame)
 

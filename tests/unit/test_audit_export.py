@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from tether.audit import Record, write_record
-from tether.bus.keys import create_home
 from tether.errors import ConfigError, KeysetError
-from tether.home import Home, read_secret
+from tether.identity.keys import create_home
+from tether.process.data_dir import Home, read_secret
 from tether.settings import Settings
-from tether_cli.audits import KEYSET, verify_file
+from tether_cli.audit_queries import KEYSET, verify_file
 
 
 @pytest.fixture

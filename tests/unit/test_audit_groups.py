@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tether.audit import NOBODY, Kind
-from tether.bus.audit_groups import MOST_GROUPS, MOST_OF_ONE, OTHERS, Attempt, Attempts
+from tether.audit.repeated_attempts import MOST_GROUPS, MOST_OF_ONE, OTHERS, Attempt, Attempts
 
 
 def test_who_chooses_what_it_shows_hides_no_refusal_of_others() -> None:

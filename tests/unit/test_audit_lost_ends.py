@@ -6,12 +6,12 @@ import msgspec
 import pytest
 from audit_blocks import CHECKPOINTS, DAY, GATEWAY, INFERENCE, KEYS, NOW, Writer, check
 
-from tether import audit, envelope
+from tether import audit, crypto
 from tether.audit import Mark, Record, What
-from tether.envelope import Historical, Role
+from tether.crypto import Historical, Role
 
 
-def cut_log(*, lost_ms: int = 500, by: envelope.Identity = GATEWAY, said: bool = True) -> list[Record]:
+def cut_log(*, lost_ms: int = 500, by: crypto.Identity = GATEWAY, said: bool = True) -> list[Record]:
     """The stream lost the last two blocks of a run: one of each chain, written ``lost_ms`` after what is left."""
     records: list[Record] = []
     one = Writer("aaaa", records)
@@ -42,7 +42,7 @@ def test_an_end_that_its_writer_says_was_lost_with_the_power_is_a_note() -> None
     assert all("run aaaa" in note for note in report.notes if "lost at its end" in note)
 
 
-OTHER = envelope.new_identity("gateway-2", Role.GATEWAY)
+OTHER = crypto.new_identity("gateway-2", Role.GATEWAY)
 
 
 @pytest.mark.parametrize(

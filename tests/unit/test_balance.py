@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tether.dispatcher.levels import Levels
-from tether.job import SHARED
-from tether.model import Heartbeat, ModelRef
-from tether.model_config import LoadBalancing
-from tether.worker.balance import MOST, Capacity, Headroom, turns
-from tether.worker.gpu import Gpus
-from tether.worker.machine import Machine
+from tether.dispatcher.worker_capacity import Levels
+from tether.domain.job import SHARED
+from tether.domain.manifest import Heartbeat, ModelRef
+from tether.model.config import LoadBalancing
+from tether.worker.models.gpu import Gpus
+from tether.worker.models.machine import Machine
+from tether.worker.scheduling.pull_balance import MOST, Capacity, Headroom, turns
 
 REF = ModelRef("m", 1)
 ENOUGH = Headroom(1.0, 1.0, 1.0)

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from tickets import put, work_off
 
-from tether.effective import effective_batching, effective_isolation
+from tether.domain.job import Job, new_job_id
+from tether.domain.manifest import Batching, Finding, Manifest
+from tether.domain.tensor import Array, Tensor, from_numpy, to_numpy
 from tether.errors import InferenceFailed, TetherError, by_code
-from tether.job import Job, new_job_id
-from tether.model import Batching, Finding, Manifest
-from tether.model_config import ModelConfig
-from tether.tensor import Array, Tensor, from_numpy, to_numpy
-from tether.worker import batching
-from tether.worker.batching import Result, Run
-from tether.worker.turns import RunQueue
+from tether.model.config import ModelConfig
+from tether.model.run_settings import effective_batching, effective_isolation
+from tether.worker.scheduling import batching
+from tether.worker.scheduling.batching import Result, Run
+from tether.worker.scheduling.job_turns import RunQueue
 
 
 class Model:

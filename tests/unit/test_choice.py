@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tether.dispatcher.choice import Known, Offer, Placed, place
-from tether.dispatcher.crew import FAILING_S, Crew
-from tether.job import SHARED
-from tether.model import Assignment, Heartbeat, ModelRef, Registration
-from tether.model_config import Loading, ModelConfig
+from tether.dispatcher.placement import Known, Offer, Placed, place
+from tether.dispatcher.worker_inventory import FAILING_S, Crew
+from tether.domain.job import SHARED
+from tether.domain.manifest import Assignment, Heartbeat, ModelRef, Registration
+from tether.model.config import Loading, ModelConfig
 
 MB = 1 << 20
 

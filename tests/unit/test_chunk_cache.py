@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from tether import metrics
+from tether.domain.chunking import digest_of
 from tether.errors import ConfigError
-from tether.pieces import digest_of
-from tether.worker import piece_db
-from tether.worker.chunk_cache import ChunkCache
-from tether.worker.piece_db import DATA, Full, PieceDb
+from tether.process import metrics
+from tether.worker.files import lmdb_chunks
+from tether.worker.files.chunk_cache import ChunkCache
+from tether.worker.files.lmdb_chunks import DATA, Full, PieceDb
 
 MB = 1 << 20
 
@@ -170,7 +170,7 @@ def test_a_file_that_kills_its_reader_kills_only_the_child_that_tries_it(tmp_pat
     data = filled(tmp_path, some)
     size = data.stat().st_size
     os.truncate(data, size // 2)
-    program = [sys.executable, "-I", piece_db.__file__, str(data.parent), str(64 * MB), "whole"]
+    program = [sys.executable, "-I", lmdb_chunks.__file__, str(data.parent), str(64 * MB), "whole"]
     assert subprocess.run(program, capture_output=True, check=False).returncode == -signal.SIGBUS
     before = lost("damaged")
     with opened(tmp_path) as cache:
@@ -262,8 +262,8 @@ def test_only_one_has_the_file_at_a_time_and_a_forked_process_has_none(tmp_path:
 
 KILLED = """
 import os, pathlib, signal, sys
-from tether.pieces import digest_of
-from tether.worker.chunk_cache import ChunkCache
+from tether.domain.chunking import digest_of
+from tether.worker.files.chunk_cache import ChunkCache
 cache = ChunkCache(pathlib.Path(sys.argv[1]), 64 << 20, 0)
 cache.keep([(digest_of(piece), piece) for piece in (bytes([n]) * 300_000 for n in range(8))])
 cache.held([])

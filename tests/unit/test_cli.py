@@ -18,10 +18,11 @@ import pytest
 from typer.testing import CliRunner
 
 import tether
-from tether import client, oip
-from tether.client_inputs import UNNAMED, named
+from tether.client import blocking
+from tether.client.inputs import UNNAMED, named
+from tether.domain.tensor import from_numpy
 from tether.errors import ConfigError, InvalidRequest, Unavailable
-from tether.tensor import from_numpy
+from tether.wire import oip
 from tether_cli import inputs, main, output
 from tether_cli.main import application
 
@@ -130,8 +131,8 @@ def test_importing_the_package_loads_no_client() -> None:
 def test_everything_the_package_exports_is_there() -> None:
     for name in tether.__all__:
         assert getattr(tether, name)
-    assert tether.Client is client.Client
-    assert tether.AsyncClient is client.AsyncClient
+    assert tether.Client is blocking.Client
+    assert tether.AsyncClient is blocking.AsyncClient
     with pytest.raises(AttributeError, match="Clinet"):
         tether.Clinet  # noqa: B018 - the access is the test
 

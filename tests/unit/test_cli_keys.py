@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import typer
 
-from tether_cli.commands_keys import per_second, seconds
+from tether_cli.commands.keys import per_second, seconds
 
 
 @pytest.mark.parametrize(

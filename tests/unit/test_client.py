@@ -16,13 +16,14 @@ import pytest
 from drive import done, job
 from http_servers import Answer, serving
 
-from tether import AsyncClient, Client, oip
-from tether.client_address import DEFAULT_URL, resolve, resolve_key, resolve_url
+from tether import AsyncClient, Client
+from tether.client.address import DEFAULT_URL, resolve, resolve_key, resolve_url
+from tether.domain.job import JobState
+from tether.domain.tensor import from_numpy, to_numpy
 from tether.environment import ClientEnvironment, client_environment
 from tether.errors import ConfigError, DeadlineExceeded, ModelNotFound, Unavailable
-from tether.home import Home, write_secret
-from tether.job import JobState
-from tether.tensor import from_numpy, to_numpy
+from tether.process.data_dir import Home, write_secret
+from tether.wire import oip
 
 EMPTY = ClientEnvironment("", "", "/nonexistent")
 

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from drive import BROKEN, REFUSED, Drive, done, job, refusal, reply
 
-from tether import client_flows as flows
-from tether import client_infer, client_local, client_push, oip
-from tether.client_flows import JobInfo, JobOptions
-from tether.client_http import Lost, Reply
+from tether.client import operations as flows
+from tether.client import split_inference
+from tether.client.operations import JobInfo, JobOptions
+from tether.client.protocol import Lost, Reply
+from tether.client.pushing import local_model, push
+from tether.domain.job import JobState
+from tether.domain.tensor import Tensor, from_numpy, pack_bytes
 from tether.errors import (
     AttemptsExhausted,
     BadJson,
@@ -25,8 +28,7 @@ from tether.errors import (
     ResultConflict,
     TetherError,
 )
-from tether.job import JobState
-from tether.tensor import Tensor, from_numpy, pack_bytes
+from tether.wire import oip
 
 # inference
 
@@ -43,7 +45,7 @@ def test_arrays_travel_as_binary_both_ways() -> None:
         [answer(from_numpy("y", np.arange(3, dtype=np.int32)), Tensor("t", "BYTES", (1,), pack_bytes([b"x"])))]
     )
     outputs = drive(
-        lambda policy: client_infer.infer(policy, "a.b", {"x": np.ones((1, 2), dtype=np.float32)}, 3, ["y", "t"])
+        lambda policy: split_inference.infer(policy, "a.b", {"x": np.ones((1, 2), dtype=np.float32)}, 3, ["y", "t"])
     )
     np.testing.assert_array_equal(outputs["y"], [0, 1, 2])
     assert list(outputs["t"]) == [b"x"]
@@ -57,14 +59,14 @@ def test_arrays_travel_as_binary_both_ways() -> None:
 
 def test_names_cannot_leave_their_place_in_the_path() -> None:
     drive = Drive([answer()])
-    drive(lambda policy: client_infer.infer(policy, "../v1/keys?x", {}, "a/b", []))
+    drive(lambda policy: split_inference.infer(policy, "../v1/keys?x", {}, "a/b", []))
     assert drive.sent[0].path == "/v2/models/..%2Fv1%2Fkeys%3Fx/versions/a%2Fb/infer"
 
 
 def test_lists_take_the_datatype_the_model_declares() -> None:
     spec = {"name": "m", "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1]}]}
     drive = Drive([reply(spec), answer()])
-    drive(lambda policy: client_infer.infer(policy, "m", {"x": [1, 0.1]}, None, []))
+    drive(lambda policy: split_inference.infer(policy, "m", {"x": [1, 0.1]}, None, []))
     assert [send.path for send in drive.sent] == ["/v2/models/m", "/v2/models/m/infer"]
     content = drive.sent[1].content
     assert isinstance(content, bytes)
@@ -79,13 +81,13 @@ def test_lists_take_the_datatype_the_model_declares() -> None:
 def test_lists_that_do_not_fit_are_refused_before_anything_is_sent(value: Any, datatype: str) -> None:
     drive = Drive([reply({"inputs": [{"name": "x", "datatype": datatype, "shape": [-1]}]})])
     with pytest.raises(BadTensor, match="'x'"):
-        drive(lambda policy: client_infer.infer(policy, "m", {"x": value}, None, []))
+        drive(lambda policy: split_inference.infer(policy, "m", {"x": value}, None, []))
 
 
 def test_a_length_header_that_is_no_number_is_refused() -> None:
     with pytest.raises(InvalidRequest):
         Drive([reply({}, inference_header_content_length="x")])(
-            lambda policy: client_infer.infer(policy, "m", {}, None, [])
+            lambda policy: split_inference.infer(policy, "m", {}, None, [])
         )
 
 
@@ -112,7 +114,7 @@ def test_all_parts_of_a_request_are_answered_by_the_version_that_answered_the_fi
         ]
     )
     values = np.arange(6, dtype=np.int32)
-    found = drive(lambda policy: client_infer.infer(policy, "m", {"x": values}, "canary", []))
+    found = drive(lambda policy: split_inference.infer(policy, "m", {"x": values}, "canary", []))
     assert list(found["y"]) == list(range(6))
     root = "/v2/models/m/versions"
     asked = [send.path for send in drive.sent if send.method == "POST"]
@@ -122,7 +124,7 @@ def test_all_parts_of_a_request_are_answered_by_the_version_that_answered_the_fi
 def test_answers_without_a_row_for_each_row_are_not_put_together() -> None:
     drive = Drive([TOO_LARGE, reply({"max_batch_size": 2}), reply(SPEC), part(7), part(7, 8)])
     with pytest.raises(OutputMisfit, match="'y' has no row for each of 2 rows"):
-        drive(lambda policy: client_infer.infer(policy, "m", {"x": np.arange(4, dtype=np.int32)}, None, []))
+        drive(lambda policy: split_inference.infer(policy, "m", {"x": np.arange(4, dtype=np.int32)}, None, []))
 
 
 # jobs
@@ -264,14 +266,14 @@ def test_a_list_of_jobs_is_narrowed_by_what_is_given() -> None:
 def test_a_push_goes_on_where_it_was(tmp_path: Path) -> None:
     file = tmp_path / "größe.ONNX"
     file.write_bytes(b"abc")
-    model = client_local.local_model(file)
+    model = local_model.local_model(file)
     platform, files, _ = model
     assert platform == "onnxruntime_onnx"
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert [(item.path, item.digest, item.pieces) for item in files] == [("model.onnx", digest, ((digest, 0, 3),))]
     drive = Drive([reply({"missing": [digest]}), BROKEN, reply({}, 201), BROKEN, reply({"version": 1}, 201)])
     options = {"max_batch_size": 0, "max_delay_ms": None}
-    told = drive(lambda policy: client_push.push(policy, "m", model, options, None))
+    told = drive(lambda policy: push.push(policy, "m", model, options, None))
     assert told == {"version": 1, "stored_bytes": 3}
     paths = [(sent.method, sent.path.removeprefix("/v1/models/m/")) for sent in drive.sent]
     piece, register = ("PUT", f"chunks/{digest}"), ("POST", "versions:register")
@@ -283,7 +285,7 @@ def test_a_push_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_is_told() -> None:
     for name in ("model.onnx", "model.pkl"):
         with pytest.raises(InvalidRequest, match=f"there is no file or folder '/nonexistent/{name}' here"):
-            client_local.local_model(Path("/nonexistent") / name)
+            local_model.local_model(Path("/nonexistent") / name)
 
 
 def test_keys_are_made_once_and_revoked() -> None:

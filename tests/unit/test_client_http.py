@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from drive import BROKEN, REFUSED, Drive, refusal, reply
 
-from tether import client_flows as flows
-from tether.client_http import TIMEOUT_HEADER, Flow, Lost, Patience, Policy, Reply, Send, exchange, failure
+from tether.client import operations as flows
+from tether.client.protocol import TIMEOUT_HEADER, Flow, Lost, Patience, Policy, Reply, Send, exchange, failure
 from tether.errors import (
     BadJson,
     Conflict,

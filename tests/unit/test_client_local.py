@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tether.client_local import FORMATS, LocalModel, local_model, read_piece
+from tether.client.pushing.local_model import FORMATS, LocalModel, local_model, read_piece
 from tether.errors import InvalidRequest
 
 SIGNATURE = json.dumps({"inputs": [], "outputs": []})

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from drive import BROKEN, Drive, refusal, reply
 
-from tether.client_http import Reply
-from tether.client_rollout import settled, wait_ready
+from tether.client.protocol import Reply
+from tether.client.rollout import settled, wait_ready
 from tether.errors import ModelNotReady
 
 

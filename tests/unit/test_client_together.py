@@ -11,7 +11,7 @@ import pytest
 from http_servers import serving
 
 from tether import AsyncClient, Client
-from tether.client_http import Flow, Policy, Send, Together, exchange
+from tether.client.protocol import Flow, Policy, Send, Together, exchange
 from tether.errors import NotFound
 
 WIDTH = 3

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tether import codec
+from tether.domain.job import AttemptNote, Failure, Job, JobId, JobRecord, JobState, Outcome, Priority
+from tether.domain.manifest import Batching, Heartbeat, Manifest, ModelFile, ModelRef, TensorSpec
+from tether.domain.tensor import Tensor
 from tether.errors import BadEncoding
-from tether.job import AttemptNote, Failure, Job, JobId, JobRecord, JobState, Outcome, Priority
-from tether.model import Batching, Heartbeat, Manifest, ModelFile, ModelRef, TensorSpec
-from tether.tensor import Tensor
+from tether.wire import codec
 
 names = st.text(max_size=8)
 times = st.floats(0, 2e9)

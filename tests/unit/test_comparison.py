@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tether.gateway_http.comparison import TOLERANCES, Comparison, Verdict, compare
-from tether.tensor import Tensor, from_numpy
+from tether.domain.tensor import Tensor, from_numpy
+from tether.gateway_http.inference.output_comparison import TOLERANCES, Comparison, Verdict, compare
 
 
 def answer(**outputs: object) -> tuple[Tensor, ...]:

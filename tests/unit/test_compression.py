@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import zstandard
 
+from tether.domain.chunking import LARGEST, WORTH, compressed, decompressed
 from tether.errors import CorruptChunk
-from tether.pieces import LARGEST, WORTH, compressed, decompressed
 
 MB = 1 << 20
 

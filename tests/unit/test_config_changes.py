@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from tether.config_changes import check_against, patched, reset
+from tether.domain.manifest import Alias, Batching, Manifest, TensorSpec
 from tether.errors import InvalidRequest
-from tether.model import Alias, Batching, Manifest, TensorSpec
-from tether.model_config import ModelConfig, QueuePolicy, Shadow, VersionPolicy, Warmup
+from tether.model.config import ModelConfig, QueuePolicy, Shadow, VersionPolicy, Warmup
+from tether.model.config_patch import check_against, patched, reset
 
 CONFIG = ModelConfig(
     "m", revision=4, max_batch_size=8, queue=QueuePolicy(max_size=10, timeout_ms=50), labels={"a": "1"}

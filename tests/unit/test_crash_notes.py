@@ -10,8 +10,8 @@ from pathlib import Path
 import models
 import pytest
 
-from tether.model import ModelRef
-from tether.processes import out_of_memory_kills
+from tether.domain.manifest import ModelRef
+from tether.process.os_process import out_of_memory_kills
 from tether.worker.crash_notes import CrashNotes
 
 GUILTY, BESIDE = ModelRef("guilty", 3), ModelRef("beside", 1)
@@ -20,8 +20,8 @@ WORKER = """
 import os, signal, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tether.model import ModelRef
-from tether.processes import signal_stack
+from tether.domain.manifest import ModelRef
+from tether.process.os_process import signal_stack
 from tether.worker.crash_notes import CrashNotes
 
 notes = CrashNotes(Path(sys.argv[1]), "w")

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tether.errors import ClientDisconnected
-from tether.gateway_http.disconnects import Disconnects, client_gone
+from tether.gateway_http.http.disconnects import Disconnects, client_gone
 
 
 class Client:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from disks import UMOUNT, fill, small_disk
 
-from tether.disk import FEWEST_INODES, MB, Room, look, refusal, reserve, shortage
+from tether.process.disk import FEWEST_INODES, MB, Room, look, refusal, reserve, shortage
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import reference
 from tether import environment, settings
 from tether.bus.errors import JetStreamError
 from tether.errors import all_errors
-from tether.gateway_http.errors import status_of
+from tether.gateway_http.http.error_responses import status_of
 from tether_cli.main import application
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tether.gateway_http.door import IN_A_PASS, Door
+from tether.gateway_http.http.request_turns import IN_A_PASS, Door
 
 FLOOD = 40 * IN_A_PASS
 

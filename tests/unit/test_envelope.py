@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tether import codec, envelope
-from tether.envelope import MessageType, Role, Signer, Verifier
+from tether import crypto
+from tether.crypto import MessageType, Role, Signer, Verifier
 from tether.errors import (
     BadEncoding,
     BadSignature,
@@ -28,12 +28,13 @@ from tether.errors import (
     UnknownKey,
     Unsigned,
 )
+from tether.wire import codec
 
 NOW = 1_800_000_000_000
 YEAR = 365 * 86_400_000
-GATEWAY = envelope.new_identity("gateway", Role.GATEWAY)
-WORKER = envelope.new_identity("worker-1", Role.WORKER)
-STRANGER = envelope.new_identity("gateway", Role.GATEWAY)
+GATEWAY = crypto.new_identity("gateway", Role.GATEWAY)
+WORKER = crypto.new_identity("worker-1", Role.WORKER)
+STRANGER = crypto.new_identity("gateway", Role.GATEWAY)
 ROOT = os.urandom(32)
 SUBJECT = "tether.infer.0.local.shared.m.1"
 TYPES = (MessageType.INFER,)
@@ -47,13 +48,13 @@ class Clock:
         return self.now
 
 
-def keyset(**changes: Any) -> envelope.Keyset:
+def keyset(**changes: Any) -> crypto.Keyset:
     records = tuple(who.record(not_before=NOW - 1000, expires_at=NOW + YEAR) for who in (GATEWAY, WORKER))
-    made = envelope.Keyset(3, NOW - 1000, NOW + YEAR, records)
+    made = crypto.Keyset(3, NOW - 1000, NOW + YEAR, records)
     return msgspec.structs.replace(made, **changes)
 
 
-def seal(body: bytes = b"body", *, who: envelope.Identity = GATEWAY, at: int = NOW, **more: Any) -> bytes:
+def seal(body: bytes = b"body", *, who: crypto.Identity = GATEWAY, at: int = NOW, **more: Any) -> bytes:
     fields: dict[str, Any] = {"kind": MessageType.INFER, "subject": SUBJECT, **more}
     return Signer(who, lambda: at).seal(fields.pop("kind"), fields.pop("subject"), body, **fields)
 
@@ -124,7 +125,7 @@ def test_the_signature_is_for_one_purpose_only() -> None:
 def test_a_signed_header_that_is_no_header_is_bad_encoding() -> None:
     for fields in (b"", codec.pack(["gateway"]), codec.pack(7), b"\xc1"):
         header = GATEWAY.kid + fields
-        signature = nacl.signing.SigningKey(GATEWAY.seed).sign(envelope.DOMAIN + header).signature
+        signature = nacl.signing.SigningKey(GATEWAY.seed).sign(crypto.DOMAIN + header).signature
         refused(BadEncoding, b"TTHR\x01" + len(header).to_bytes(2, "big") + signature + header)
 
 
@@ -148,8 +149,8 @@ def test_a_receiver_handles_only_the_types_it_named() -> None:
 
 
 def test_every_type_has_a_sender_and_every_role_a_type() -> None:
-    assert set(envelope.ROLE_TYPES) == set(Role)
-    assert frozenset().union(*envelope.ROLE_TYPES.values()) == frozenset(MessageType)
+    assert set(crypto.ROLE_TYPES) == set(Role)
+    assert frozenset().union(*crypto.ROLE_TYPES.values()) == frozenset(MessageType)
 
 
 def test_time_decides() -> None:
@@ -159,8 +160,8 @@ def test_time_decides() -> None:
     assert verifier.open(frame, subject=SUBJECT, types=TYPES).body == b"body"
     refused(EnvelopeExpired, frame, clock=Clock(NOW + 100))
     refused(EnvelopeExpired, seal(), clock=Clock(NOW + 501), max_age_ms=500)
-    refused(ClockSkew, seal(at=NOW + envelope.MAX_SKEW_MS + 1))
-    assert verifier.open(seal(at=NOW + envelope.MAX_SKEW_MS), subject=SUBJECT, types=TYPES)
+    refused(ClockSkew, seal(at=NOW + crypto.MAX_SKEW_MS + 1))
+    assert verifier.open(seal(at=NOW + crypto.MAX_SKEW_MS), subject=SUBJECT, types=TYPES)
 
 
 def test_what_came_at_the_wrong_time_says_who_sent_it_and_how_old_it_is() -> None:
@@ -174,24 +175,24 @@ def test_what_came_at_the_wrong_time_says_who_sent_it_and_how_old_it_is() -> Non
 def test_a_sender_whose_clock_is_behind_may_get_grace() -> None:
     frame = seal(expires_at=NOW + 2000)
     verifier = Verifier(keyset(), Clock(NOW + 2000 + 29_999))
-    assert verifier.open(frame, subject=SUBJECT, types=TYPES, grace_ms=envelope.MAX_SKEW_MS)
-    refused(EnvelopeExpired, frame, clock=Clock(NOW + 2000 + 30_000), grace_ms=envelope.MAX_SKEW_MS)
+    assert verifier.open(frame, subject=SUBJECT, types=TYPES, grace_ms=crypto.MAX_SKEW_MS)
+    refused(EnvelopeExpired, frame, clock=Clock(NOW + 2000 + 30_000), grace_ms=crypto.MAX_SKEW_MS)
 
 
 def test_a_key_is_in_force_for_its_time_only() -> None:
     refused(KeyExpired, seal(), clock=Clock(NOW + YEAR))
-    refused(KeyExpired, seal(), clock=Clock(NOW - 1001 - envelope.MAX_SKEW_MS))
+    refused(KeyExpired, seal(), clock=Clock(NOW - 1001 - crypto.MAX_SKEW_MS))
 
 
 def test_a_replay_is_refused_for_as_long_as_the_message_counts() -> None:
     verifier = Verifier(keyset(), clock := Clock())
-    frame = seal(at=NOW + envelope.MAX_SKEW_MS)
+    frame = seal(at=NOW + crypto.MAX_SKEW_MS)
 
     def arrive() -> None:
         verifier.open(frame, subject=SUBJECT, types=TYPES, once=True)
 
     arrive()
-    for later in (0, 1, 59_999, 60_000, 60_001, 60_000 + envelope.MAX_SKEW_MS):
+    for later in (0, 1, 59_999, 60_000, 60_001, 60_000 + crypto.MAX_SKEW_MS):
         clock.now = NOW + later
         with pytest.raises(Replayed):
             arrive()
@@ -235,32 +236,32 @@ def test_an_identity_does_not_print_its_secret() -> None:
 
 
 def test_the_keyset_opens_with_the_pinned_root_only() -> None:
-    signed = envelope.sign_keyset(ROOT, keyset())
-    assert envelope.open_keyset(signed, envelope.root_public_key(ROOT), now_ms=NOW, newer_than=3) == keyset()
+    signed = crypto.sign_keyset(ROOT, keyset())
+    assert crypto.open_keyset(signed, crypto.root_public_key(ROOT), now_ms=NOW, newer_than=3) == keyset()
     for data, public in (
-        (signed, envelope.root_public_key(os.urandom(32))),
+        (signed, crypto.root_public_key(os.urandom(32))),
         (signed, b"short"),
-        (signed[:-1], envelope.root_public_key(ROOT)),
-        (bytes(64) + signed[64:], envelope.root_public_key(ROOT)),
-        (signed[64:], envelope.root_public_key(ROOT)),
-        (b"", envelope.root_public_key(ROOT)),
+        (signed[:-1], crypto.root_public_key(ROOT)),
+        (bytes(64) + signed[64:], crypto.root_public_key(ROOT)),
+        (signed[64:], crypto.root_public_key(ROOT)),
+        (b"", crypto.root_public_key(ROOT)),
     ):
         with pytest.raises(KeysetError, match="not signed"):
-            envelope.open_keyset(data, public, now_ms=NOW)
+            crypto.open_keyset(data, public, now_ms=NOW)
 
 
 def test_a_signed_keyset_that_is_none_is_refused() -> None:
     body = codec.pack({"version": 1})
-    signed = nacl.signing.SigningKey(ROOT).sign(envelope.KEYSET_DOMAIN + body).signature + body
+    signed = nacl.signing.SigningKey(ROOT).sign(crypto.KEYSET_DOMAIN + body).signature + body
     with pytest.raises(KeysetError, match="decoded"):
-        envelope.open_keyset(signed, envelope.root_public_key(ROOT), now_ms=NOW)
+        crypto.open_keyset(signed, crypto.root_public_key(ROOT), now_ms=NOW)
 
 
 @pytest.mark.parametrize(
     ("now", "newer", "reason"),
-    [(NOW, 4, "older"), (NOW + YEAR, 0, "expired"), (NOW - 1001 - envelope.MAX_SKEW_MS, 0, "not yet valid")],
+    [(NOW, 4, "older"), (NOW + YEAR, 0, "expired"), (NOW - 1001 - crypto.MAX_SKEW_MS, 0, "not yet valid")],
 )
 def test_an_old_or_expired_keyset_is_refused(now: int, newer: int, reason: str) -> None:
-    signed = envelope.sign_keyset(ROOT, keyset())
+    signed = crypto.sign_keyset(ROOT, keyset())
     with pytest.raises(KeysetError, match=reason):
-        envelope.open_keyset(signed, envelope.root_public_key(ROOT), now_ms=now, newer_than=newer)
+        crypto.open_keyset(signed, crypto.root_public_key(ROOT), now_ms=now, newer_than=newer)

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from tether.frameworks.onnx_rows import prove
+from tether.frameworks.row_proof.prover import prove
 
 EXPORTS = Path(__file__).parent.parent / "exports"
 DIGITS = Path(__file__).parent.parent.parent / "examples" / "digits" / "digits.onnx"

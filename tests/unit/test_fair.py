@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tether.gateway_http.fair import JOB_BYTES, FairQueue, Pace
+from tether.gateway_http.fair_queue import JOB_BYTES, FairQueue, Pace
 
 MANY = 1 << 30
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tether.bus.upload import LARGEST_ONNX
+from tether.domain.manifest import ModelFile
 from tether.errors import FormatNotAllowed, InvalidRequest, PayloadTooLarge
-from tether.model import ModelFile
-from tether.modelstore.formats import ONNX, TORCH_EXPORT, check_files
+from tether.modelstore.inspection.formats import ONNX, TORCH_EXPORT, check_files
+from tether.storage.upload import LARGEST_ONNX
 
 
 def file(path: str, size: int = 1) -> ModelFile:

@@ -12,12 +12,12 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from tether.domain.manifest import Batching, Manifest, ModelFile, TensorSpec
+from tether.domain.tensor import Array
 from tether.errors import ModelRejected
-from tether.model import Batching, Manifest, ModelFile, TensorSpec
-from tether.tensor import Array
 from tether.worker.runtimes import graph_cache
 from tether.worker.runtimes.onnx import load, providers
-from tether.worker.runtimes.process import Options
+from tether.worker.runtimes.process_runtime import Options
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 

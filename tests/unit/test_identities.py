@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tether.bus import identities
-from tether.bus.keys import DAY_MS, RootKey, broker_logins, create_home, read_keyset
-from tether.bus.keyset import SeenKeyset
+from tether.bus.key_value.keyset_sync import SeenKeyset
 from tether.bus.session import prepare
-from tether.clock import SystemClock
-from tether.envelope import Identity, Role, is_locked, lock_root_key, sign_keyset, unlock_root_key
+from tether.crypto import Identity, Role, is_locked, lock_root_key, sign_keyset, unlock_root_key
 from tether.errors import ConfigError, Conflict, InvalidRequest, KeyRevoked, KeysetError, NotFound
-from tether.home import Home, check_folder, load_identity, read_secret, write_secret
+from tether.identity import keyset_editor
+from tether.identity.keys import DAY_MS, RootKey, broker_logins, create_home, read_keyset
+from tether.process.clock import SystemClock
+from tether.process.data_dir import Home, check_folder, load_identity, read_secret, write_secret
 from tether.settings import Settings
 
 
@@ -36,11 +36,11 @@ def own(home: Home, name: str) -> Identity:
 
 
 def states(home: Home, name: str) -> list[str]:
-    return [row.state for row in identities.listing(home) if row.name == name]
+    return [row.state for row in keyset_editor.listing(home) if row.name == name]
 
 
 def test_an_added_identity_has_keys_a_login_and_a_place_in_the_keyset(home: Home, root: RootKey) -> None:
-    made = identities.add(home, root, "worker-7", Role.WORKER, tenant="acme", valid_days=3)
+    made = keyset_editor.add(home, root, "worker-7", Role.WORKER, tenant="acme", valid_days=3)
     assert (made.kid, made.role, made.tenant) == (own(home, "worker-7").kid, Role.WORKER, "acme")
     assert made.expires_at - made.not_before == 3 * DAY_MS
     assert made.nats in {record.nats for record in broker_logins(home)}
@@ -52,21 +52,21 @@ def test_an_added_identity_has_keys_a_login_and_a_place_in_the_keyset(home: Home
 @pytest.mark.parametrize("name", ["", "system", "Worker", "a.b", "a b", "../x", "worker>", "x" * 65])
 def test_a_name_is_one_token(home: Home, root: RootKey, name: str) -> None:
     with pytest.raises(InvalidRequest):
-        identities.add(home, root, name, Role.WORKER)
+        keyset_editor.add(home, root, name, Role.WORKER)
     assert read_keyset(home).version == 1
 
 
 def test_a_name_is_taken_once_and_only_workers_have_a_tenant(home: Home, root: RootKey) -> None:
     with pytest.raises(Conflict, match="rotate"):
-        identities.add(home, root, "worker-1", Role.WORKER)
+        keyset_editor.add(home, root, "worker-1", Role.WORKER)
     with pytest.raises(InvalidRequest, match="worker"):
-        identities.add(home, root, "gateway-2", Role.GATEWAY, tenant="acme")
+        keyset_editor.add(home, root, "gateway-2", Role.GATEWAY, tenant="acme")
 
 
 def test_a_rotated_identity_keeps_login_box_and_tenant_while_its_old_key_ages(home: Home, root: RootKey) -> None:
-    first = identities.add(home, root, "worker-7", Role.WORKER, tenant="acme")
+    first = keyset_editor.add(home, root, "worker-7", Role.WORKER, tenant="acme")
     before = own(home, "worker-7")
-    made = identities.rotate(home, root, "worker-7", grace_s=60)
+    made = keyset_editor.rotate(home, root, "worker-7", grace_s=60)
     after = own(home, "worker-7")
     assert (made.kid, made.nats, made.tenant) == (after.kid, first.nats, "acme")
     assert (after.kid != before.kid, after.box_seed) == (True, before.box_seed)
@@ -75,12 +75,12 @@ def test_a_rotated_identity_keeps_login_box_and_tenant_while_its_old_key_ages(ho
     assert states(home, "worker-7") == ["outgoing", "current"]
     assert len(broker_logins(home)) == 6
     with pytest.raises(NotFound, match="identity list"):
-        identities.rotate(home, root, "nobody")
+        keyset_editor.rotate(home, root, "nobody")
 
 
 def test_a_revoked_identity_counts_no_more_and_its_files_are_gone(home: Home, root: RootKey) -> None:
     kid = own(home, "worker-1").kid
-    (gone,) = identities.revoke(home, root, "worker-1")
+    (gone,) = keyset_editor.revoke(home, root, "worker-1")
     assert gone.kid == kid
     assert not home.identity("worker-1").exists()
     assert not home.nats_seed("worker-1").exists()
@@ -90,36 +90,36 @@ def test_a_revoked_identity_counts_no_more_and_its_files_are_gone(home: Home, ro
         create_home(home, workers=1)
     with pytest.raises(KeyRevoked):
         prepare(Settings(), home, "worker-1")
-    identities.add(home, root, "worker-1", Role.WORKER)
+    keyset_editor.add(home, root, "worker-1", Role.WORKER)
     create_home(home, workers=1)
     assert own(home, "worker-1").kid != kid
 
 
 def test_a_revoked_key_does_not_come_back_with_its_file(home: Home, root: RootKey) -> None:
     file = home.identity("worker-1").read_bytes()
-    identities.revoke(home, root, "worker-1")
+    keyset_editor.revoke(home, root, "worker-1")
     write_secret(home.identity("worker-1"), file)
     with pytest.raises(KeyRevoked):
         prepare(Settings(), home, "worker-1")
-    identities.add(home, root, "worker-2", Role.WORKER)
+    keyset_editor.add(home, root, "worker-2", Role.WORKER)
     with pytest.raises(ConfigError, match="revoked"):
         create_home(home, workers=1)
 
 
 def test_one_key_of_a_name_can_be_revoked_alone(home: Home, root: RootKey) -> None:
     old = own(home, "gateway").kid
-    identities.rotate(home, root, "gateway")
-    (gone,) = identities.revoke(home, root, old.hex()[:12])
+    keyset_editor.rotate(home, root, "gateway")
+    (gone,) = keyset_editor.revoke(home, root, old.hex()[:12])
     assert gone.kid == old
     assert states(home, "gateway") == ["current", "revoked"]
     assert home.identity("gateway").exists()
     assert home.nats_seed("gateway").exists()
     with pytest.raises(NotFound):
-        identities.revoke(home, root, "0" * 32)
+        keyset_editor.revoke(home, root, "0" * 32)
 
 
 def test_an_expired_keyset_is_renewed_with_every_current_key(home: Home, root: RootKey) -> None:
-    identities.rotate(home, root, "gateway", grace_s=0)
+    keyset_editor.rotate(home, root, "gateway", grace_s=0)
     keyset = read_keyset(home)
     now = SystemClock().utc_ms()
     expired = sign_keyset(
@@ -128,7 +128,7 @@ def test_an_expired_keyset_is_renewed_with_every_current_key(home: Home, root: R
     write_secret(home.keyset, expired)
     with pytest.raises(KeysetError, match="identity renew"):
         read_keyset(home)
-    made = identities.renew(home, root, valid_days=2)
+    made = keyset_editor.renew(home, root, valid_days=2)
     assert (made.version, read_keyset(home).version) == (keyset.version + 1,) * 2
     assert states(home, "gateway") == ["expired", "current"]
     current = {record.name: record.expires_at for record in made.identities}
@@ -136,10 +136,10 @@ def test_an_expired_keyset_is_renewed_with_every_current_key(home: Home, root: R
 
 
 def test_an_exported_home_holds_one_identity_and_no_root_key(home: Home, root: RootKey, tmp_path: Path) -> None:
-    identities.add(home, root, "worker-7", Role.WORKER)
-    identities.add(home, root, "gateway-2", Role.GATEWAY)
+    keyset_editor.add(home, root, "worker-7", Role.WORKER)
+    keyset_editor.add(home, root, "gateway-2", Role.GATEWAY)
     for name, stem in (("worker-7", "worker-7"), ("gateway-2", "gateway")):
-        target = Home(identities.export(home, name, tmp_path / name))
+        target = Home(keyset_editor.export(home, name, tmp_path / name))
         assert {path.name for path in target.keys.iterdir()} == {
             "root.pub", "keyset", f"{stem}.identity", f"nats-{stem}.seed",
         }  # fmt: skip
@@ -162,7 +162,7 @@ def test_a_root_key_elsewhere_is_needed_for_changes_only(tmp_path: Path) -> None
     other = RootKey(tmp_path / "other.key")
     write_secret(other.path, os.urandom(32))
     with pytest.raises(ConfigError, match="is not the root key"):
-        identities.rotate(home, other, "gateway")
+        keyset_editor.rotate(home, other, "gateway")
 
 
 def test_a_locked_root_key_opens_with_its_passphrase_only(tmp_path: Path) -> None:
@@ -173,11 +173,11 @@ def test_a_locked_root_key_opens_with_its_passphrase_only(tmp_path: Path) -> Non
     create_home(home, workers=1)  # starting needs no passphrase
     for asked in ("wrong", ""):
         with pytest.raises(ConfigError, match="passphrase"):
-            identities.rotate(home, RootKey(home.root_key, partial(str, asked)), "gateway")
+            keyset_editor.rotate(home, RootKey(home.root_key, partial(str, asked)), "gateway")
     with pytest.raises(ConfigError, match="TETHER_ROOT_PASSPHRASE"):
-        identities.rotate(home, RootKey(home.root_key), "gateway")
+        keyset_editor.rotate(home, RootKey(home.root_key), "gateway")
     assert read_keyset(home).version == 1
-    identities.rotate(home, RootKey(home.root_key, lambda: "correct horse"), "gateway")
+    keyset_editor.rotate(home, RootKey(home.root_key, lambda: "correct horse"), "gateway")
     assert read_keyset(home).version == 2
 
 
@@ -196,7 +196,7 @@ def test_a_damaged_root_key_is_said_to_be_damaged() -> None:
 
 def test_a_keyset_that_was_seen_is_not_replaced_by_an_older_one(home: Home, root: RootKey) -> None:
     older = SeenKeyset.load(home)
-    identities.rotate(home, root, "gateway")
+    keyset_editor.rotate(home, root, "gateway")
     newer = SeenKeyset.load(home)
     older.save(home)
     assert SeenKeyset.load(home).keyset.version == 2
@@ -207,7 +207,7 @@ def test_a_keyset_that_was_seen_is_not_replaced_by_an_older_one(home: Home, root
 
 def test_where_keys_cannot_be_written_what_was_seen_is_kept_beside_them(home: Home, root: RootKey) -> None:
     older = home.keyset.read_bytes()
-    identities.rotate(home, root, "gateway")
+    keyset_editor.rotate(home, root, "gateway")
     newer = SeenKeyset.load(home)
     write_secret(home.keyset, older)
     lock = home.keys / ".lock"

@@ -11,16 +11,16 @@ import models
 import numpy as np
 import pytest
 
+from tether.domain.manifest import TensorSpec
 from tether.errors import ModelRejected
-from tether.model import TensorSpec
-from tether.modelstore.inspection import Inspection, Limits, inspect
+from tether.modelstore.inspection.inspector import Inspection, Limits, inspect
 
 LIMITS = Limits(memory_mb=3072, cpu_s=20, wall_s=40)
 
 
 async def look(folder: Path, content: bytes, limits: Limits = LIMITS) -> Inspection:
     (folder / "model.onnx").write_bytes(content)
-    return await inspect(folder, "inspect_onnx", limits)
+    return await inspect(folder, "onnx", limits)
 
 
 async def refusal(folder: Path, content: bytes, limits: Limits = LIMITS) -> str:
@@ -115,7 +115,7 @@ async def test_external_data_that_is_not_there_is_refused(tmp_path: Path, locati
 
 @pytest.mark.parametrize("location", ["weights.bin", "parts/w.0"])
 async def test_weights_may_lie_in_files_beside_the_model(tmp_path: Path, location: str) -> None:
-    found = await inspect(models.split(tmp_path, location), "inspect_onnx", LIMITS)
+    found = await inspect(models.split(tmp_path, location), "onnx", LIMITS)
     assert found.inputs == (TensorSpec("x", "FP32", (-1, 256), ("n", "")),)
     assert found.max_batch_size == 512
 

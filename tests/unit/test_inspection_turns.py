@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from tether.errors import Unavailable
-from tether.modelstore.inspection_turns import MOST_WAITING, SLOW_FOR_S, SLOW_S, InspectionTurns
+from tether.modelstore.inspection.tenant_turns import MOST_WAITING, SLOW_FOR_S, SLOW_S, InspectionTurns
 
 
 class Desk:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tether.clock import AnchoredClock, SystemClock
-from tether.gateway_http.job_view import State, view
-from tether.job import AttemptNote, JobId, JobRecord, JobState, Outcome, Priority
+from tether.domain.job import AttemptNote, JobId, JobRecord, JobState, Outcome, Priority
+from tether.gateway_http.jobs.view import State, view
+from tether.process.clock import AnchoredClock, SystemClock
 
 SUBMITTED = 1_800_000_000.0
 

@@ -8,10 +8,10 @@ import msgspec
 import nkeys
 import pytest
 
-from tether.bus.keys import broker_logins, create_home, nats_public_key, read_keyset
-from tether.envelope import MessageType, sign_keyset
+from tether.crypto import MessageType, sign_keyset
 from tether.errors import ConfigError
-from tether.home import Home, write_secret
+from tether.identity.keys import broker_logins, create_home, nats_public_key, read_keyset
+from tether.process.data_dir import Home, write_secret
 
 
 @pytest.fixture

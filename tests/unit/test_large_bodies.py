@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tether.errors import InvalidRequest, PayloadTooLarge
-from tether.gateway_http.request import Heading, read_body, replied
+from tether.gateway_http.http.request import Heading, read_body, replied
 
 MB = 1 << 20
 ONE = gzip.compress(b"x", mtime=0)

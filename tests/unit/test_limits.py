@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tether.gateway_http.limits_meters import SILENT_S, TICK_S, Meter, Rate, Report, Slots, allotment
+from tether.gateway_http.access.limit_meters import SILENT_S, TICK_S, Meter, Rate, Report, Slots, allotment
 
 
 class Cluster:

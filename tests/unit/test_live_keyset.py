@@ -9,15 +9,15 @@ import msgspec
 import nacl.signing
 import pytest
 
-from tether import envelope
-from tether.envelope import Envelope, Keyset, MessageType, Revocation, Role, Signer, Verifier
+from tether import crypto
+from tether.crypto import Envelope, Keyset, MessageType, Revocation, Role, Signer, Verifier
 from tether.errors import EnvelopeError, KeyExpired, KeyRevoked, Replayed, UnknownKey
 
 NOW = 1_800_000_000_000
 DAY = 86_400_000
-OLD = envelope.new_identity("gateway", Role.GATEWAY)
-NEW = envelope.new_identity("gateway", Role.GATEWAY)
-WORKER = envelope.new_identity("worker-1", Role.WORKER)
+OLD = crypto.new_identity("gateway", Role.GATEWAY)
+NEW = crypto.new_identity("gateway", Role.GATEWAY)
+WORKER = crypto.new_identity("worker-1", Role.WORKER)
 
 
 @dataclasses.dataclass
@@ -28,12 +28,12 @@ class Clock:
         return self.now
 
 
-def keyset(*identities: envelope.Identity, version: int = 1, **changes: Any) -> Keyset:
+def keyset(*identities: crypto.Identity, version: int = 1, **changes: Any) -> Keyset:
     records = tuple(who.record(not_before=NOW, expires_at=NOW + DAY) for who in identities)
     return msgspec.structs.replace(Keyset(version, NOW, NOW + 10 * DAY, records), **changes)
 
 
-def frame(who: envelope.Identity = OLD, at: int = NOW) -> bytes:
+def frame(who: crypto.Identity = OLD, at: int = NOW) -> bytes:
     return Signer(who, lambda: at).seal(MessageType.INFER, "s", b"body")
 
 

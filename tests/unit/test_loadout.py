@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tether.domain.job import Job, new_job_id
+from tether.domain.manifest import Batching, Manifest, TensorSpec
+from tether.domain.tensor import from_numpy
 from tether.errors import ModelRejected
-from tether.job import Job, new_job_id
-from tether.model import Batching, Manifest, TensorSpec
-from tether.model_config import InstanceKind, ModelConfig, Warmup
+from tether.model.config import InstanceKind, ModelConfig, Warmup
 from tether.settings import Settings
-from tether.tensor import from_numpy
-from tether.worker.batching import wants_company
-from tether.worker.loadout import loadout, serving
-from tether.worker.warmup import warmup_inputs
+from tether.worker.models.load_spec import loadout, serving
+from tether.worker.runtimes.warmup import warmup_inputs
+from tether.worker.scheduling.batching import wants_company
 
 ONNX, PROGRAM = "onnxruntime_onnx", "python"
 SETTINGS = Settings(onnx_threads=3, model_device="cpu", max_instances=4, run_timeout_s=60)

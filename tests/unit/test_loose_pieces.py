@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tether.domain.tenant import Quotas, Tenant
 from tether.errors import QuotaExceeded
-from tether.gateway_http import loose_pieces
-from tether.gateway_http.loose_pieces import KEPT_S, LoosePieces
-from tether.tenant import Quotas, Tenant
+from tether.gateway_http.models import unreferenced_chunks
+from tether.gateway_http.models.unreferenced_chunks import KEPT_S, LoosePieces
 
 ACME = Tenant("acme", quotas=Quotas(stored_bytes=100))
 
@@ -29,7 +29,7 @@ def test_a_piece_counts_once_until_a_version_names_it_or_a_day_is_over() -> None
 
 
 def test_so_many_are_counted_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loose_pieces, "MOST", 2)
+    monkeypatch.setattr(unreferenced_chunks, "MOST", 2)
     loose = LoosePieces(lambda: 0.0, lambda _: 0)
     assert loose.take(ACME, "b", "1", 0)
     assert loose.take(ACME, "b", "2", 0)

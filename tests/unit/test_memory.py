@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import pytest
 
+from tether.domain.manifest import ModelRef
 from tether.errors import Unavailable
-from tether.model import ModelRef
-from tether.ports import Runtime
-from tether.worker import memory as module
-from tether.worker.copies import Copies, Generation
-from tether.worker.memory import Memory
-from tether.worker.run_limits import RunWatch
+from tether.frameworks.runtime import Runtime
+from tether.worker.models import memory_budget as module
+from tether.worker.models.instances import Copies, Generation
+from tether.worker.models.memory_budget import Memory
+from tether.worker.models.run_limits import RunWatch
 
 A, B, C, D = (ModelRef(name, 1) for name in "abcd")
 MB = 1 << 20

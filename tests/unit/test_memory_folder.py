@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tether import memory_folder
 from tether.errors import NoMemoryFolder
-from tether.memory_folder import MemoryFolder, in_memory
+from tether.process import tmpfs_folder
+from tether.process.tmpfs_folder import MemoryFolder, in_memory
 
 SHM = Path("/dev/shm")  # noqa: S108 - that is the place
 
@@ -49,7 +49,7 @@ def test_the_last_mount_on_the_nearest_folder_counts(
     (tmp_path / "a").mkdir()
     where = str(tmp_path.resolve()).replace(" ", "\\040")
     (tmp_path / "mountinfo").write_text(rows.replace(" /a", f" {where}/a"))
-    monkeypatch.setattr(memory_folder, "_MOUNTS", tmp_path / "mountinfo")
+    monkeypatch.setattr(tmpfs_folder, "_MOUNTS", tmp_path / "mountinfo")
     assert in_memory(tmp_path / "a") is expected
 
 
@@ -101,7 +101,7 @@ def test_a_place_that_others_may_enter_or_prepared_is_refused(home: Path) -> Non
 
 CHILD = """
 import pathlib, signal, sys
-from tether.memory_folder import MemoryFolder
+from tether.process.tmpfs_folder import MemoryFolder
 path = MemoryFolder("/dev/shm", pathlib.Path(sys.argv[1]), "w").path()
 (path / "model").write_bytes(b"secret")
 print(path, flush=True)
@@ -138,7 +138,7 @@ def test_what_a_killed_process_left_is_removed_and_a_living_ones_stays(home: Pat
 
 CROWD = """
 import pathlib, sys
-from tether.memory_folder import MemoryFolder
+from tether.process.tmpfs_folder import MemoryFolder
 for _ in range(150):
     folder = MemoryFolder("/dev/shm", pathlib.Path(sys.argv[1]), "w")
     path = folder.path()

@@ -7,9 +7,8 @@ import json
 import msgspec
 import pytest
 
-from tether import model
-from tether.errors import BadTensor, ModelRejected, TetherError, all_errors, by_code
-from tether.job import (
+from tether.domain import manifest
+from tether.domain.job import (
     JobState,
     Outcome,
     Sealed,
@@ -21,9 +20,10 @@ from tether.job import (
     record_key,
     tenant_mark,
 )
-from tether.model import Batching, Manifest, ModelFile, TensorSpec
-from tether.signature import chosen
-from tether.tensor import Tensor
+from tether.domain.manifest import Batching, Manifest, ModelFile, TensorSpec
+from tether.domain.signature import chosen
+from tether.domain.tensor import Tensor
+from tether.errors import BadTensor, ModelRejected, TetherError, all_errors, by_code
 
 BATCHED = Manifest(
     "m",
@@ -48,13 +48,13 @@ def mask(rows: int) -> Tensor:
 
 
 def test_inputs_of_a_batched_model_share_their_first_axis_and_may_have_more_rows_than_a_run() -> None:
-    model.check_inputs(BATCHED, (x(3, 4), mask(3)), run_rows=8)
-    model.check_inputs(BATCHED, (mask(80), x(80, 4)), run_rows=8)
+    manifest.check_inputs(BATCHED, (x(3, 4), mask(3)), run_rows=8)
+    manifest.check_inputs(BATCHED, (mask(80), x(80, 4)), run_rows=8)
 
 
 def test_first_axes_of_a_model_without_batches_are_its_own() -> None:
-    model.check_inputs(SINGLE, (x(2, 99),), run_rows=0)
-    model.check_inputs(BATCHED, (x(2, 4), mask(3)), run_rows=0)
+    manifest.check_inputs(SINGLE, (x(2, 99),), run_rows=0)
+    manifest.check_inputs(BATCHED, (x(2, 4), mask(3)), run_rows=0)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_first_axes_of_a_model_without_batches_are_its_own() -> None:
 )
 def test_what_does_not_fit_is_named(inputs: tuple[Tensor, ...], words: str) -> None:
     with pytest.raises(BadTensor) as caught:
-        model.check_inputs(BATCHED, inputs, run_rows=8)
+        manifest.check_inputs(BATCHED, inputs, run_rows=8)
     assert words in caught.value.message
     assert caught.value.field
 
@@ -90,16 +90,16 @@ NAMED = msgspec.structs.replace(
 
 
 def test_axes_of_one_name_have_one_length_and_optional_inputs_may_be_left_out() -> None:
-    model.check_inputs(NAMED, (x(2, 3), mask(3)), run_rows=0)
-    model.check_inputs(NAMED, (x(3, name="w"), mask(3), x(2, 3)), run_rows=0)
-    model.check_inputs(
+    manifest.check_inputs(NAMED, (x(2, 3), mask(3)), run_rows=0)
+    manifest.check_inputs(NAMED, (x(3, name="w"), mask(3), x(2, 3)), run_rows=0)
+    manifest.check_inputs(
         msgspec.structs.replace(BATCHED, inputs=NAMED.inputs), (x(3, 3), mask(3), x(3, name="w")), run_rows=8
     )
     for inputs in ((x(2, 3), mask(2)), (mask(2), x(2, 3)), (x(2, 3), mask(3), x(1, name="w"))):
         with pytest.raises(BadTensor, match=r"on axis \d \('seq'\).*they must agree") as caught:
-            model.check_inputs(NAMED, inputs, run_rows=0)
+            manifest.check_inputs(NAMED, inputs, run_rows=0)
         assert caught.value.field == f"{inputs[-1].name}.shape"
-    described = model.metadata(NAMED, (1,))["inputs"]
+    described = manifest.metadata(NAMED, (1,))["inputs"]
     assert described[1:] == [
         {"name": "mask", "datatype": "BOOL", "shape": [-1]},
         {"name": "w", "datatype": "FP32", "shape": [-1], "optional": True},
@@ -117,15 +117,15 @@ UNNAMED = msgspec.structs.replace(
 
 
 def test_a_name_that_says_nothing_and_axes_of_one_input_bind_no_lengths() -> None:
-    model.check_inputs(UNNAMED, (x(2, 3), mask(5)), run_rows=0)
-    model.check_inputs(UNNAMED, (x(2, 3), mask(5), x(4, 6, name="w")), run_rows=0)
+    manifest.check_inputs(UNNAMED, (x(2, 3), mask(5)), run_rows=0)
+    manifest.check_inputs(UNNAMED, (x(2, 3), mask(5), x(4, 6, name="w")), run_rows=0)
 
 
 def test_a_model_without_inputs_says_that_it_has_none() -> None:
     none = msgspec.structs.replace(BATCHED, inputs=(), batching=Batching())
-    model.check_inputs(none, (), run_rows=0)
+    manifest.check_inputs(none, (), run_rows=0)
     with pytest.raises(BadTensor, match="has no input 'x'; it has none"):
-        model.check_inputs(none, (x(1),), run_rows=0)
+        manifest.check_inputs(none, (x(1),), run_rows=0)
 
 
 @pytest.mark.parametrize(
@@ -161,14 +161,14 @@ def test_a_signature_that_is_not_there_is_told_with_those_that_are(
 
 
 def test_only_the_models_outputs_can_be_asked_for() -> None:
-    model.check_outputs(BATCHED, ())
-    model.check_outputs(BATCHED, ("z", "y"))
+    manifest.check_outputs(BATCHED, ())
+    manifest.check_outputs(BATCHED, ("z", "y"))
     with pytest.raises(BadTensor, match=r"'w'.*'y', 'z'"):
-        model.check_outputs(BATCHED, ("y", "w"))
+        manifest.check_outputs(BATCHED, ("y", "w"))
 
 
 def test_metadata_is_the_protocols_object() -> None:
-    assert json.loads(json.dumps(model.metadata(BATCHED, (1, 2)))) == {
+    assert json.loads(json.dumps(manifest.metadata(BATCHED, (1, 2)))) == {
         "name": "m",
         "versions": ["1", "2"],
         "platform": "onnx_onnxv1",

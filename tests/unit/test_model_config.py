@@ -6,17 +6,9 @@ from typing import Any
 
 import pytest
 
-from tether import codec
 from tether.errors import InvalidRequest
-from tether.model_config import (
-    ModelConfig,
-    QueuePolicy,
-    Shadow,
-    VersionPolicy,
-    Warmup,
-    check_config,
-    default_config,
-)
+from tether.model.config import ModelConfig, QueuePolicy, Shadow, VersionPolicy, Warmup, check_config, default_config
+from tether.wire import codec
 
 
 def test_the_default_configuration_is_accepted() -> None:

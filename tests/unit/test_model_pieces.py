@@ -6,15 +6,15 @@ import asyncio
 
 import pytest
 
-from tether import codec
-from tether.bus.chunks import Window
-from tether.bus.model_files import check_file, version_digest
+from tether.domain.chunking import LARGEST
+from tether.domain.manifest import FIXED_PIECE, Batching, Manifest, ModelFile, PushAnswer, PushRequest, TensorSpec
 from tether.errors import BadEncoding, ModelRejected, QueueFull
-from tether.model import FIXED_PIECE, Batching, Manifest, ModelFile, PushAnswer, PushRequest, TensorSpec
-from tether.modelstore.assemble import batching
-from tether.modelstore.inspection import Inspection, Limits
-from tether.modelstore.warmup import automatic_batch
-from tether.pieces import LARGEST
+from tether.modelstore.inspection.inspector import Inspection, Limits
+from tether.modelstore.inspection.trial_runs import automatic_batch
+from tether.modelstore.registration.manifest_builder import batching
+from tether.storage.chunk_store import Window
+from tether.storage.model_files import check_file, version_digest
+from tether.wire import codec
 
 DIGEST = "ab" * 32
 FILE = ModelFile("model.onnx", 3, DIGEST, (DIGEST,))

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 import zstandard
 
-from tether import codec, envelope
-from tether.envelope import IdentityRecord, Role
-from tether.envelope.model_seal import (
+from tether import crypto
+from tether.crypto import IdentityRecord, Role
+from tether.crypto.model_encryption import (
     ModelKeys,
     PieceSeal,
     model_holders,
@@ -21,10 +21,11 @@ from tether.envelope.model_seal import (
     seal_files,
     with_new_key,
 )
-from tether.envelope.sealing import KeyOpener, new_data_key
+from tether.crypto.payload_encryption import KeyOpener, new_data_key
+from tether.domain.chunking import LARGEST
+from tether.domain.manifest import Batching, Manifest, ModelFile, SealedDigests
 from tether.errors import BadSeal
-from tether.model import Batching, Manifest, ModelFile, SealedDigests
-from tether.pieces import LARGEST
+from tether.wire import codec
 
 NOW = 1_800_000_000_000
 YEAR = 365 * 86_400_000
@@ -128,18 +129,18 @@ def test_digests_belong_to_the_files_that_they_were_sealed_with(change: dict[str
 def test_what_a_holder_of_the_key_closed_wrongly_is_refused(rows: object) -> None:
     """A gateway that is not ours may seal what it likes: names must follow from digests."""
     hidden, _ = seal_files(KEY, "m", (a_file(),))
-    from tether.envelope import model_seal  # noqa: PLC0415 - what only a holder of the key can do
+    from tether.crypto import model_encryption  # noqa: PLC0415 - what only a holder of the key can do
 
-    box = KEY.close(model_seal._bound_files(KEY, "m", hidden), codec.pack(rows))
+    box = KEY.close(model_encryption._bound_files(KEY, "m", hidden), codec.pack(rows))
     with pytest.raises(BadSeal):
         open_files(KEY, "m", hidden, SealedDigests(KEY.id, box))
 
 
-def identity(role: Role, name: str = "x") -> envelope.Identity:
-    return envelope.new_identity(name, role)
+def identity(role: Role, name: str = "x") -> crypto.Identity:
+    return crypto.new_identity(name, role)
 
 
-def record(who: envelope.Identity, *, expires_at: int = NOW + YEAR) -> IdentityRecord:
+def record(who: crypto.Identity, *, expires_at: int = NOW + YEAR) -> IdentityRecord:
     return who.record(not_before=NOW - 1, expires_at=expires_at)
 
 
@@ -160,7 +161,7 @@ def test_keys_are_passed_on_and_withdrawn_without_making_new_ones() -> None:
     store, worker, late = identity(Role.MODELSTORE), identity(Role.WORKER), identity(Role.WORKER)
     opener = KeyOpener(store)
 
-    def of(*who: envelope.Identity) -> dict[bytes, bytes]:
+    def of(*who: crypto.Identity) -> dict[bytes, bytes]:
         return model_holders(map(record, who), NOW, None)
 
     keys = with_new_key(ModelKeys("m", 0, ()), of(store, worker), keyset_version=1, now_ms=NOW)

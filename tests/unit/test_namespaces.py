@@ -8,11 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tether.errors import BadName
-from tether.gateway_http import rest
-from tether.job import SHARED, Lane, LaneKind
-from tether.model import NAME_PATTERN, check_name
-from tether.namespaces import (
+from tether.domain.job import SHARED, Lane, LaneKind
+from tether.domain.manifest import NAME_PATTERN, check_name
+from tether.domain.model_names import (
     DEFAULT_TENANT,
     LONGEST,
     RESERVED,
@@ -25,7 +23,9 @@ from tether.namespaces import (
     shown,
     shown_text,
 )
-from tether.subjects import Names, name_of, token
+from tether.errors import BadName
+from tether.gateway_http.api import route_table
+from tether.wire.subjects import Names, name_of, token
 
 parts = (
     st.from_regex(NAME_PATTERN, fullmatch=True).map(str.strip).filter(lambda name: len(name) <= 32 and name != SHARED)
@@ -131,7 +131,7 @@ def test_a_message_tells_a_tenant_its_own_models_as_it_writes_them() -> None:
 
 
 def test_every_word_after_a_model_in_a_path_is_no_models_name() -> None:
-    words = [re.search(r"\{(?:name|model)\}/([^/{]+)", row.path) for row in rest.table()]
+    words = [re.search(r"\{(?:name|model)\}/([^/{]+)", row.path) for row in route_table.table()]
     found = {word[1] for word in words if word is not None}
     assert {word for word in found if ":" not in word} <= RESERVED
     for word in RESERVED:

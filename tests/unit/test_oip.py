@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tether import oip
+from tether.domain.manifest import TensorSpec
+from tether.domain.tensor import NUMPY_DTYPES, Tensor, pack_bytes, to_numpy
 from tether.errors import BadJson, BadTensor, InvalidRequest, TetherError
-from tether.model import TensorSpec
-from tether.tensor import NUMPY_DTYPES, Tensor, pack_bytes, to_numpy
+from tether.wire import oip
 
 Json = dict[str, Any]
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tether import oip
+from tether.domain.tensor import NUMPY_DTYPES, Tensor, from_numpy, pack_bytes, to_numpy
 from tether.errors import InferenceFailed, InvalidRequest
-from tether.tensor import NUMPY_DTYPES, Tensor, from_numpy, pack_bytes, to_numpy
+from tether.wire import oip
 
 Json = dict[str, Any]
 

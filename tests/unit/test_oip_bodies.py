@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tether import oip
 from tether.errors import BadJson, InvalidRequest
+from tether.wire import oip
 
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])

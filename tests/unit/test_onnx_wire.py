@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from tether.errors import ModelRejected, UnsafeModel
-from tether.modelstore import onnx_wire
-from tether.modelstore.onnx_external import External
+from tether.modelstore.inspection.file_formats import onnx_parser
+from tether.modelstore.inspection.file_formats.onnx_external_data import External
 
 WHOLE = models.looping()
 
@@ -50,7 +50,7 @@ HOSTILE = [
 
 
 def test_nodes_are_counted_in_subgraphs_too() -> None:
-    assert onnx_wire.check_file(WHOLE).nodes == 3
+    assert onnx_parser.check_file(WHOLE).nodes == 3
 
 
 @settings(max_examples=300, deadline=None)
@@ -69,7 +69,7 @@ def test_damaged_models_raise_nothing_else(position: int, byte: int, length: int
 
 def walk(data: bytes) -> None:
     try:
-        onnx_wire.check_file(data)
+        onnx_parser.check_file(data)
     except ModelRejected as error:
         assert "\n" not in error.message  # noqa: PT017 - most damage is still a model
 
@@ -101,27 +101,27 @@ def walk(data: bytes) -> None:
 )
 def test_no_other_way_of_writing_external_data_passes(tensor: bytes) -> None:
     with pytest.raises(UnsafeModel, match=r"tensor '[a-z]*', whose values .*external data"):
-        onnx_wire.check_file(holding(tensor))
+        onnx_parser.check_file(holding(tensor))
 
 
 @pytest.mark.parametrize("location", HOSTILE)
 def test_a_location_is_a_plain_name_below_the_model(location: bytes) -> None:
     tensor = b"\x08\x01\x10\x01\x70\x01" + field(8, b"weight") + entry(b"location", location)
     with pytest.raises(UnsafeModel, match=r"tensor 'weight'.*names no plain file") as caught:
-        onnx_wire.check_file(holding(tensor))
+        onnx_parser.check_file(holding(tensor))
     assert "passwd" not in caught.value.message
 
 
 def test_external_data_is_a_range_of_a_file() -> None:
     tensor = b"\x0a\x02\x02\x03\x10\x0a\x70\x01" + entry(b"location", b"a/w.bin") + entry(b"offset", b"64")
     for more in (b"", entry(b"length", b"12"), entry(b"checksum", b"abc")):
-        (found,) = onnx_wire.check_file(holding(tensor + more)).external
+        (found,) = onnx_parser.check_file(holding(tensor + more)).external
         assert found == External("", "a/w.bin", 64, 12)
 
 
 def test_an_attribute_keeps_its_values() -> None:
     with pytest.raises(UnsafeModel, match="tensor 'c', an attribute"):
-        onnx_wire.check_file(models.external_attribute())
+        onnx_parser.check_file(models.external_attribute())
 
 
 @pytest.mark.parametrize(
@@ -135,26 +135,26 @@ def test_an_attribute_keeps_its_values() -> None:
 )
 def test_what_parsers_read_differently_is_refused(tensor: bytes) -> None:
     with pytest.raises(ModelRejected, match="not an ONNX model"):
-        onnx_wire.check_file(holding(tensor))
+        onnx_parser.check_file(holding(tensor))
 
 
 def test_a_deep_nest_of_graphs_is_refused() -> None:
     graph = b""
-    for _ in range(onnx_wire.MAX_DEPTH + 2):
+    for _ in range(onnx_parser.MAX_DEPTH + 2):
         graph = field(1, field(5, field(6, graph)))
     with pytest.raises(ModelRejected, match="nested deeper"):
-        onnx_wire.check_file(b"\x08\x08" + field(7, graph))
+        onnx_parser.check_file(b"\x08\x08" + field(7, graph))
 
 
 def test_a_graph_of_too_many_nodes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_wire, "MAX_NODES", 10)
+    monkeypatch.setattr(onnx_parser, "MAX_NODES", 10)
     nodes = [helper.make_node("Identity", ["x"], [f"y{n}"]) for n in range(11)]
     proto = models.model(nodes, [models.value("x", "FP32", [1])], [models.value("y0", "FP32", [1])])
     with pytest.raises(ModelRejected, match="more than 10 nodes"):
-        onnx_wire.check_file(models.to_bytes(proto))
+        onnx_parser.check_file(models.to_bytes(proto))
 
 
 def test_a_graph_of_too_many_fields_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_wire, "MAX_FIELDS", 10)
+    monkeypatch.setattr(onnx_parser, "MAX_FIELDS", 10)
     with pytest.raises(ModelRejected, match="more than 10 protobuf fields"):
-        onnx_wire.check_file(WHOLE)
+        onnx_parser.check_file(WHOLE)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from tether import codec
-from tether.bus.owners import OwnerBook
+from tether.bus.key_value.model_owners import OwnerBook
+from tether.domain.manifest import Batching, Manifest
 from tether.errors import BadEncoding, BadName, Conflict, Forbidden, InvalidRequest, ModelNotFound
-from tether.model import Batching, Manifest
-from tether.model_config import ModelConfig
-from tether.ownership import (
+from tether.model.config import ModelConfig
+from tether.model.ownership import (
     DEFAULT_TENANT,
     EVERYBODY,
     MOST_GRANTS,
@@ -26,6 +25,7 @@ from tether.ownership import (
     push_refusal,
     refusal,
 )
+from tether.wire import codec
 
 
 def manifest(version: int, *, tenant: str = "", owner: str = "", name: str = "m") -> Manifest:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tether.modelstore.partitions import Instance
-from tether.partition import plan
+from tether.domain.partition import plan
+from tether.modelstore.upkeep.partitions import Instance
 
 
 def settled(partitions: int, stores: list[str], owners: dict[int, str]) -> dict[int, str]:

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import wildcards
 
-from tether.bus.certificates import make_certificates
-from tether.bus.config import DEFAULT_LOGINS, logins_of, ops_files, write_ops_files
-from tether.bus.keys import create_home
-from tether.bus.permissions import Permissions, identity_permissions, nats_block
-from tether.bus.server import Binary
-from tether.envelope import Role
-from tether.home import Home
-from tether.job import SHARED, Lane, LaneKind
-from tether.subjects import BUCKETS, Names
+from tether.broker.embedded_server import Binary
+from tether.broker.nats_config import DEFAULT_LOGINS, logins_of, ops_files, write_ops_files
+from tether.broker.permissions import Permissions, identity_permissions, nats_block
+from tether.crypto import Role
+from tether.domain.job import SHARED, Lane, LaneKind
+from tether.identity.certificates import make_certificates
+from tether.identity.keys import create_home
+from tether.process.data_dir import Home
+from tether.wire.subjects import BUCKETS, Names
 
 SHIPPED = Path(__file__).parents[2] / "ops" / "nats"
 NAMES = Names("acme", infer_shards=2, job_shards=3, partitions=2)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tether.domain.chunking import LARGEST, SMALLEST, Bytes, Cutter, cut, cut_file, digest_of
 from tether.errors import PayloadTooLarge
-from tether.pieces import LARGEST, SMALLEST, Bytes, Cutter, cut, cut_file, digest_of
 
 MB = 1 << 20
 CONTENT = random.Random(1).randbytes(24 * MB + 99)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
-from tether.dispatcher import placement
-from tether.dispatcher.placement import LaneGroup, Seen
-from tether.job import SHARED
-from tether.model import Assignment, Heartbeat, ModelRef, Route
-from tether.serving import EndedLanes
+from tether.dispatcher import assignments
+from tether.dispatcher.assignments import LaneGroup, Seen
+from tether.domain.job import SHARED
+from tether.domain.manifest import Assignment, Heartbeat, ModelRef, Route
+from tether.domain.worker_protocol import EndedLanes
 
 A, B = ModelRef("a", 1), ModelRef("b", 2)
 MODELS = {SHARED: (A, B), "acme": (B,)}
@@ -22,7 +22,7 @@ def beat(worker: str, scope: str, *ready: ModelRef, region: str = "local") -> He
 def test_a_worker_is_told_what_it_holds_for_the_epoch_and_the_scope_that_it_has() -> None:
     epochs = {"own": 1, "lost": 2, "one": 3, "silent": 4}
     held = {"own": (B,), "lost": (), "one": (A, B)}
-    found = placement.assignments(epochs, BOUND, held, revisions={"b": 7, "c": 1})
+    found = assignments.assignments(epochs, BOUND, held, revisions={"b": 7, "c": 1})
     assert found == {
         "own": Assignment("own", 1, (B,), "acme", revisions=(("b", 7),)),
         "lost": Assignment("lost", 2, (), "gone"),
@@ -38,7 +38,7 @@ def test_a_route_names_the_workers_of_its_scope_that_hold_the_version() -> None:
         "liar": beat("liar", "acme", B),
         "stale": beat("stale", SHARED, B),
     }
-    found = placement.routes(living, {**BOUND, "stale": "acme"}, MODELS, {(SHARED, B): "why"})
+    found = assignments.routes(living, {**BOUND, "stale": "acme"}, MODELS, {(SHARED, B): "why"})
     assert found == {
         (SHARED, A): Route("a", 1, ("one",), ("local",), SHARED),
         (SHARED, B): Route("b", 2, ("new", "one"), ("local",), SHARED, "why"),
@@ -54,20 +54,22 @@ def test_a_route_has_the_time_that_its_slowest_worker_takes_for_a_job_and_keeps_
             name: msgspec.structs.replace(beat(name, SHARED, A), paces=((A, pace), (B, 9.0)))
             for name, pace in paces.items()
         }
-        return placement.routes(living, {}, {SHARED: (A, B)})[SHARED, A]
+        return assignments.routes(living, {}, {SHARED: (A, B)})[SHARED, A]
 
-    first = placement.steady(job_s(one=0.1, two=0.3), None)
+    first = assignments.steady(job_s(one=0.1, two=0.3), None)
     assert first.job_s == 0.3
-    assert placement.routes({"one": beat("one", SHARED, A)}, {}, {SHARED: (A, B)})[SHARED, B].job_s == 0, "it has no B"
+    assert assignments.routes({"one": beat("one", SHARED, A)}, {}, {SHARED: (A, B)})[SHARED, B].job_s == 0, (
+        "it has no B"
+    )
     for seen, kept in ((0.5, 0.3), (0.16, 0.3), (0.6, 0.6), (0.15, 0.15)):
-        assert placement.steady(job_s(one=seen), first).job_s == kept
-    silent = placement.routes({}, {}, {SHARED: (A,)})[SHARED, A]
-    assert placement.steady(silent, first).job_s == 0.3, "known until somebody knows better"
+        assert assignments.steady(job_s(one=seen), first).job_s == kept
+    silent = assignments.routes({}, {}, {SHARED: (A,)})[SHARED, A]
+    assert assignments.steady(silent, first).job_s == 0.3, "known until somebody knows better"
 
 
 def test_a_silent_worker_is_not_alive() -> None:
     quiet, loud = Seen(beat("one", SHARED), 1.0), Seen(beat("new", SHARED), 2.0)
-    assert set(placement.alive({"one": quiet, "new": loud}, 4.0, 2.5)) == {"new"}
+    assert set(assignments.alive({"one": quiet, "new": loud}, 4.0, 2.5)) == {"new"}
 
 
 def test_lanes_of_a_deleted_version_are_worked_off_by_one_living_worker_of_their_scope_and_then_by_another() -> None:
@@ -80,12 +82,12 @@ def test_lanes_of_a_deleted_version_are_worked_off_by_one_living_worker_of_their
     scopes = {**BOUND, "stale": "acme"}
     lanes = EndedLanes("a", 1, "edge")
     for turn in range(3):
-        assert placement.working_off({LaneGroup(SHARED, A, "edge"): turn}, living, scopes) == {"near": (lanes,)}
-        assert placement.working_off({LaneGroup("acme", A, "edge"): turn}, living, scopes) == {"own": (lanes,)}
-    assert placement.working_off({LaneGroup("gone", A, "edge"): 0}, living, scopes) == {}
+        assert assignments.working_off({LaneGroup(SHARED, A, "edge"): turn}, living, scopes) == {"near": (lanes,)}
+        assert assignments.working_off({LaneGroup("acme", A, "edge"): turn}, living, scopes) == {"own": (lanes,)}
+    assert assignments.working_off({LaneGroup("gone", A, "edge"): 0}, living, scopes) == {}
     many = {f"w{number}": beat(f"w{number}", SHARED) for number in range(3)}
-    asked = [set(placement.working_off({LaneGroup(SHARED, A, "edge"): turn}, many, {})) for turn in range(3)]
+    asked = [set(assignments.working_off({LaneGroup(SHARED, A, "edge"): turn}, many, {})) for turn in range(3)]
     assert set().union(*asked) == set(many)
     assert all(len(one) == 1 for one in asked)
-    told = placement.assignments({"own": 1, "one": 3}, BOUND, {"own": (), "one": ()}, {"one": (lanes,)})
+    told = assignments.assignments({"own": 1, "one": 3}, BOUND, {"own": (), "one": ()}, {"one": (lanes,)})
     assert (told["own"].ended, told["one"].ended) == ((), (lanes,))

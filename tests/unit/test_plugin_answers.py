@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tether import plugins
+from tether.domain.manifest import TensorSpec
 from tether.errors import InferenceFailed, ModelRejected
-from tether.model import TensorSpec
+from tether.frameworks import plugins
 
 
 class Model:

@@ -10,7 +10,7 @@ import pytest
 
 HEAPS = """
 import ctypes, sys, threading
-from tether import processes
+from tether.process import os_process as processes
 if sys.argv[1] == "few":
     processes.few_heaps()
 libc = ctypes.CDLL(None)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tether.gateway_http.queueing import Waits, delays_s, waits
-from tether.model_config import QueuePolicy, TimeoutAction
+from tether.gateway_http.bundling.queue_policy import Waits, delays_s, waits
+from tether.model.config import QueuePolicy, TimeoutAction
 
 DELAY = TimeoutAction.DELAY
 

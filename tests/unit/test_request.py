@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tether.errors import InvalidRequest
-from tether.gateway_http.request import Heading, timeout_of
+from tether.gateway_http.http.request import Heading, timeout_of
 
 
 @pytest.mark.parametrize("key", ["k" * 257, "a\tb"])

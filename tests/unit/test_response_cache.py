@@ -7,11 +7,11 @@ import tracemalloc
 
 import pytest
 
+from tether.domain.job import Job, JobId
+from tether.domain.tensor import Tensor
 from tether.errors import DeadlineExceeded, InferenceFailed, QueueFull
-from tether.gateway_http.kept_answers import KeptAnswers
-from tether.gateway_http.response_cache import Answer, Question, ResponseCache, digest_of
-from tether.job import Job, JobId
-from tether.tensor import Tensor
+from tether.gateway_http.inference.request_coalescer import KeptAnswers
+from tether.gateway_http.inference.response_cache import Answer, Question, ResponseCache, digest_of
 
 
 def answer(size: int = 16, name: str = "y") -> Answer:

@@ -8,12 +8,12 @@ import pytest
 import verbs
 import wildcards
 
-from tether.bus.permissions import identity_permissions, streams_made
-from tether.bus.topology import scope_streams, streams
-from tether.envelope import Role
-from tether.job import SHARED
+from tether.broker.permissions import identity_permissions, streams_made
+from tether.crypto import Role
+from tether.domain.job import SHARED
 from tether.settings import Settings
-from tether.subjects import BUCKETS, Names
+from tether.streams.layout import scope_streams, streams
+from tether.wire.subjects import BUCKETS, Names
 
 NAMES = Names("acme", infer_shards=2, job_shards=2, partitions=2)
 SCOPES = ("acme.eu", "other")

@@ -11,8 +11,8 @@ import row_graphs
 from graphs import Spec, proof
 from row_steps import STEPS
 
-from tether.model import TensorSpec
-from tether.modelstore.trials import trial
+from tether.domain.manifest import TensorSpec
+from tether.modelstore.inspection.row_trials import trial
 
 GRAPHS = int(os.environ.get("TETHER_TEST_ROW_GRAPHS", "400"))
 SEED = int(os.environ.get("TETHER_TEST_ROW_SEED", "1"))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from tickets import put
 
-from tether.job import Job, new_job_id
-from tether.tensor import from_numpy
-from tether.worker.pace import AHEAD_S, Pace
-from tether.worker.turns import LEVELS, RunQueue
+from tether.domain.job import Job, new_job_id
+from tether.domain.tensor import from_numpy
+from tether.worker.scheduling.job_turns import LEVELS, RunQueue
+from tether.worker.scheduling.pull_pace import AHEAD_S, Pace
 
 CALLER, HIGH, NORMAL, LOW = range(LEVELS)
 

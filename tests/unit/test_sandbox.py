@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from tether.errors import ModelRejected
-from tether.home import Home
+from tether.process.data_dir import Home
 from tether.sandbox import kernel, landlock, plan, seccomp, trial
 from tether.settings import Settings
 from tether.worker.runtimes import graph_cache
-from tether.worker.runtimes.said import AT_ONCE, LONGEST, Said
-from tether_cli.doctor_models import confinement
+from tether.worker.runtimes.child_output import AT_ONCE, LONGEST, Said
+from tether_cli.platform.doctor_confinement import confinement
 
 FILTERED = """
 import os, sys

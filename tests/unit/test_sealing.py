@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tether import codec
-from tether.envelope import Identity, Role, new_identity
-from tether.envelope.sealing import (
+from tether.crypto import Identity, Role, new_identity
+from tether.crypto.payload_encryption import (
     Box,
     DataKey,
     KeyOpener,
@@ -29,9 +28,10 @@ from tether.envelope.sealing import (
     seal_job,
     seal_outcome,
 )
+from tether.domain.job import Failure, Job, JobId, JobState, Outcome, Sealed
+from tether.domain.tensor import Tensor
 from tether.errors import BadEncoding, BadSeal
-from tether.job import Failure, Job, JobId, JobState, Outcome, Sealed
-from tether.tensor import Tensor
+from tether.wire import codec
 
 DAY = 86_400_000
 KEY = new_data_key(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tether.bus.seldom import LINES, Seldom
+from tether.process.log_rate_limiter import LINES, Seldom
 
 
 def test_ten_of_a_kind_pass_in_a_second_and_the_next_says_how_many_did_not() -> None:

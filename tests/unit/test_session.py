@@ -7,8 +7,7 @@ import base64
 import msgspec
 import pytest
 
-from tether import codec
-from tether.envelope import (
+from tether.crypto import (
     SESSION_DOMAIN,
     Identity,
     Keyset,
@@ -21,6 +20,7 @@ from tether.envelope import (
     open_session,
 )
 from tether.errors import BadEncoding, BadSignature, EnvelopeError, RoleNotAllowed, UnknownKey, Unsigned
+from tether.wire import codec
 
 NOW = 1_700_000_000_000
 SESSION = Session("0011223344556677", "abcdefgh", "acme", ("infer",), ("plus", "a-*"), 1.7e9, 1.7e9 + 900)

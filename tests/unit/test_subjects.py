@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tether.domain.job import SHARED, Lane, LaneKind, Priority
+from tether.domain.manifest import NAME_PATTERN, check_name
 from tether.errors import BadName
-from tether.job import SHARED, Lane, LaneKind, Priority
-from tether.model import NAME_PATTERN, check_name
-from tether.subjects import Names, name_of, scope_token, token
+from tether.wire.subjects import Names, name_of, scope_token, token
 
 client_names = st.from_regex(NAME_PATTERN, fullmatch=True).filter(lambda name: not name.endswith("\n"))
 lanes = st.builds(

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tether.bus.config import Ports, embedded_text
-from tether.bus.keys import SYSTEM_USER, broker_logins, create_home, nats_public_key
-from tether.bus.server import judge, parse_version
-from tether.clock import SystemClock
-from tether.envelope import open_keyset
+from tether.broker.embedded_server import judge, parse_version
+from tether.broker.nats_config import Ports, embedded_text
+from tether.crypto import open_keyset
 from tether.errors import ConfigError, Conflict
-from tether.home import Home, load_identity
+from tether.identity.keys import SYSTEM_USER, broker_logins, create_home, nats_public_key
+from tether.process.clock import SystemClock
+from tether.process.data_dir import Home, load_identity
 from tether.settings import Settings
-from tether_cli.supervisor import FIRST_DELAY_S, LONGEST_DELAY_S, SETTLED_S, Backoff
-from tether_cli.up import is_locked, local, locked, ops_ports, parse_address
+from tether_cli.platform.supervisor import FIRST_DELAY_S, LONGEST_DELAY_S, SETTLED_S, Backoff
+from tether_cli.platform.up import is_locked, local, locked, ops_ports, parse_address
 
 
 def test_restarts_wait_longer_and_longer_up_to_a_limit() -> None:

@@ -14,7 +14,7 @@ from tether.sandbox import plan
 ROOT = Path(__file__).parents[2]
 LOADERS = {
     "worker": "from tether.worker.runtimes import onnx; onnx.onnxruntime.InferenceSession({model!r})",
-    "model store": "from pathlib import Path; from tether.modelstore import inspect_onnx; inspect_onnx._load(Path({model!r}))",
+    "model store": "from pathlib import Path; from tether.modelstore.inspection.file_formats import onnx as inspect_onnx; inspect_onnx._load(Path({model!r}))",
 }
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tether.domain.tenant import Tenant, allows_model, allows_patterns, check_patterns, check_tenant_name
 from tether.errors import BadName, InvalidRequest
-from tether.tenant import Tenant, allows_model, allows_patterns, check_patterns, check_tenant_name
 
 names = st.text("ab-._", min_size=1, max_size=12).map(lambda text: f"a{text}")
 patterns = st.text("ab-._*", min_size=1, max_size=8).map(lambda text: f"a{text}".replace("**", "*"))

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tether.errors import BadTensor
-from tether.tensor import (
+from tether.domain.tensor import (
     NUMPY_DTYPES,
     Datatype,
     Tensor,
@@ -22,6 +21,7 @@ from tether.tensor import (
     to_numpy,
     unpack_bytes,
 )
+from tether.errors import BadTensor
 
 
 def test_every_datatype_has_a_numpy_dtype_but_bytes() -> None:

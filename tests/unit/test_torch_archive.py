@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tether import torch_archive
+from tether.domain.manifest import TensorSpec
 from tether.errors import FormatNotAllowed, ModelLimits, ModelRejected
-from tether.model import TensorSpec
+from tether.frameworks import pytorch_archive
 
 X = {"name": "x", "datatype": "FP32", "shape": [-1, 4]}
 EXPORTED = ("m/archive_format", "m/models/model.json", "m/data/weights/weight_0", "m/.data/version", "m/extra/notes")
@@ -26,8 +26,8 @@ def archive(path: Path, *members: str, content: bytes = b"x") -> Path:
 
 
 def test_what_the_frameworks_write_is_let_through(tmp_path: Path) -> None:
-    torch_archive.check(archive(tmp_path / "model.pt", *SCRIPT))
-    torch_archive.check(archive(tmp_path / "model.pt2", *EXPORTED))
+    pytorch_archive.check(archive(tmp_path / "model.pt", *SCRIPT))
+    pytorch_archive.check(archive(tmp_path / "model.pt2", *EXPORTED))
 
 
 @pytest.mark.parametrize(
@@ -45,26 +45,26 @@ def test_what_the_frameworks_write_is_let_through(tmp_path: Path) -> None:
 )
 def test_an_exported_program_brings_nothing_else(tmp_path: Path, member: str) -> None:
     with pytest.raises(FormatNotAllowed, match="which no program of torch"):
-        torch_archive.check(archive(tmp_path / "model.pt2", *EXPORTED, member))
+        pytorch_archive.check(archive(tmp_path / "model.pt2", *EXPORTED, member))
 
 
 @pytest.mark.parametrize("members", [("m/data.pkl",), ("m/data.pkl", "m/constants.pkl"), SCRIPT[1:]])
 def test_what_torch_save_wrote_is_no_torchscript(tmp_path: Path, members: tuple[str, ...]) -> None:
     with pytest.raises(FormatNotAllowed, match=r"torch\.save writes pickled Python"):
-        torch_archive.check(archive(tmp_path / "model.pt", *members))
+        pytorch_archive.check(archive(tmp_path / "model.pt", *members))
 
 
 def test_what_is_no_archive_or_swells_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"\x80\x04\x95")
     with pytest.raises(FormatNotAllowed, match="is not what"):
-        torch_archive.check(tmp_path)
+        pytorch_archive.check(tmp_path)
     with pytest.raises(ModelLimits, match="20 times"):
-        torch_archive.check(archive(tmp_path / "model.pt", *SCRIPT, content=bytes(32 << 20)))
+        pytorch_archive.check(archive(tmp_path / "model.pt", *SCRIPT, content=bytes(32 << 20)))
 
 
 def test_a_signature_is_read(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text(json.dumps({"inputs": [X], "outputs": [{**X, "name": "y"}]}))
-    found = torch_archive.signature(tmp_path, torch_archive.Signature)
+    found = pytorch_archive.signature(tmp_path, pytorch_archive.Signature)
     assert found.inputs == (TensorSpec("x", "FP32", (-1, 4)),)
     assert [spec.name for spec in found.outputs] == ["y"]
 
@@ -84,10 +84,10 @@ def test_a_signature_is_read(tmp_path: Path) -> None:
 def test_a_signature_that_says_too_little_or_too_much_is_refused(tmp_path: Path, signature: Any) -> None:
     (tmp_path / "model.json").write_text(json.dumps(signature))
     with pytest.raises(ModelRejected) as caught:
-        torch_archive.signature(tmp_path, torch_archive.Signature)
+        pytorch_archive.signature(tmp_path, pytorch_archive.Signature)
     assert caught.value.field == "model.json"
 
 
 def test_a_signature_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelRejected, match=r"model\.json"):
-        torch_archive.signature(tmp_path, torch_archive.Signature)
+        pytorch_archive.signature(tmp_path, pytorch_archive.Signature)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tether.model import TensorSpec
-from tether.modelstore import trials
-from tether.modelstore.trials import Tried, trial
-from tether.tensor import NUMPY_DTYPES
+from tether.domain.manifest import TensorSpec
+from tether.domain.tensor import NUMPY_DTYPES
+from tether.modelstore.inspection import row_trials
+from tether.modelstore.inspection.row_trials import Tried, trial
 
 Body = Callable[[Any], Any]
 
@@ -121,7 +121,7 @@ def test_rows_are_of_many_scales() -> None:
 
 
 def test_a_slow_model_is_not_run_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "SECONDS", 0.0)
+    monkeypatch.setattr(row_trials, "SECONDS", 0.0)
     runs: list[Any] = []
     found = tried(noting(runs), "INT64", (-1, -1))
     assert found.refuted == ""

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from tether import sample
+from tether.domain.manifest import Batching, Manifest, TensorSpec
+from tether.domain.tensor import from_numpy
 from tether.errors import ModelLimits, ModelRejected
-from tether.model import Batching, Manifest, TensorSpec
-from tether.modelstore.inspection import Inspection, Limits, inspect
-from tether.oip_json import tensor_to_json
-from tether.tensor import from_numpy
+from tether.model import sample
+from tether.modelstore.inspection.inspector import Inspection, Limits, inspect
+from tether.wire.oip_json import tensor_to_json
 
 LIMITS = Limits(memory_mb=3072, cpu_s=20, wall_s=40)
 Shape = list[int | str]
@@ -140,7 +140,7 @@ def write(folder: Path, content: bytes, real: Real | None = None) -> Path:
 
 
 async def look(folder: Path) -> Inspection:
-    return await inspect(folder, "inspect_onnx", LIMITS)
+    return await inspect(folder, "onnx", LIMITS)
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -251,7 +251,7 @@ async def test_rows_of_the_sample_are_compared_too(tmp_path: Path) -> None:
 
 async def bundle(folder: Path, code: str, limits: Limits = LIMITS, **changes: Any) -> Inspection:
     bundles.write(folder, code=code, **changes)
-    return await inspect(folder, "inspect_python", limits)
+    return await inspect(folder, "python_bundle", limits)
 
 
 async def test_a_bundle_that_refuses_made_up_inputs_is_taken(tmp_path: Path) -> None:

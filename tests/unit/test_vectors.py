@@ -16,13 +16,14 @@ import vectors
 import vectors_models
 import zstandard
 
-from tether import codec, envelope
-from tether.envelope import MessageType, Verifier
-from tether.envelope.model_seal import opened_manifest
-from tether.envelope.sealing import KeyOpener, TenantKeys, open_job, open_outcome
-from tether.envelope.session import open_session
+from tether import crypto
+from tether.crypto import MessageType, Verifier
+from tether.crypto.model_encryption import opened_manifest
+from tether.crypto.payload_encryption import KeyOpener, TenantKeys, open_job, open_outcome
+from tether.crypto.session_token import open_session
+from tether.domain.manifest import Manifest
 from tether.errors import KeysetError, TetherError
-from tether.model import Manifest
+from tether.wire import codec
 
 
 def read(name: str) -> Any:
@@ -39,7 +40,7 @@ def named(cases: list[dict[str, Any]], *fields: str) -> list[Any]:
 
 def verifier(now: int = vectors.NOW) -> Verifier:
     data = bytes.fromhex(KEYS["keyset"]["bytes"])
-    keyset = envelope.open_keyset(data, bytes.fromhex(KEYS["root_public"]), now_ms=vectors.NOW)
+    keyset = crypto.open_keyset(data, bytes.fromhex(KEYS["root_public"]), now_ms=vectors.NOW)
     return Verifier(keyset, lambda: now)
 
 
@@ -60,13 +61,13 @@ def test_the_code_of_today_writes_what_is_checked_in(name: str) -> None:
 def test_keys(case: dict[str, Any]) -> None:
     public = bytes(nacl.signing.SigningKey(bytes.fromhex(case["ed25519_seed"])).verify_key)
     box = nacl.bindings.crypto_scalarmult_base(bytes.fromhex(case["x25519_seed"]))
-    assert (public.hex(), box.hex(), envelope.key_id(public).hex()) == (case["ed25519"], case["x25519"], case["key_id"])
+    assert (public.hex(), box.hex(), crypto.key_id(public).hex()) == (case["ed25519"], case["x25519"], case["key_id"])
 
 
 @pytest.mark.parametrize("case", named(KEYS["refused"], "what"))
 def test_keysets_that_are_refused(case: dict[str, Any]) -> None:
     with pytest.raises(KeysetError):
-        envelope.open_keyset(
+        crypto.open_keyset(
             bytes.fromhex(case["bytes"]),
             bytes.fromhex(KEYS["root_public"]),
             now_ms=case["now_ms"],

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tether.dispatcher import policy
-from tether.dispatcher.policy import LINGER_S, Wanted, served
-from tether.job import SHARED
-from tether.model import Alias, ModelRef, Route, Share
-from tether.model_config import ModelConfig, Shadow, VersionPolicy
-from tether.version_policy import served_versions
+from tether.dispatcher import serving_policy
+from tether.dispatcher.serving_policy import LINGER_S, Wanted, served
+from tether.domain.job import SHARED
+from tether.domain.manifest import Alias, ModelRef, Route, Share
+from tether.model.config import ModelConfig, Shadow, VersionPolicy
+from tether.model.version_policy import served_versions
 
 
 def test_without_a_policy_every_version_is_served_and_of_an_unloaded_model_none() -> None:
@@ -50,7 +50,7 @@ def test_workers_hold_what_is_served_in_their_own_scope() -> None:
     }
     assert served(models, configs, {}, routes) == {SHARED: (A2,), "acme": (A1, A2)}
     aliases = {"a": [Alias("a", "production", 1)]}
-    assert policy.served(models, configs, aliases, routes) == {SHARED: (A1, A2), "acme": (A1, A2)}
+    assert serving_policy.served(models, configs, aliases, routes) == {SHARED: (A1, A2), "acme": (A1, A2)}
 
 
 def test_what_is_not_wanted_any_more_lingers_unless_it_is_deleted() -> None:

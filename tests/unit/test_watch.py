@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tether_cli.watch import STARTING, Silence
+from tether_cli.platform.health_watch import STARTING, Silence
 
 LIMIT_S = 30.0
 

@@ -12,9 +12,9 @@ from tether.audit.chain import (
     message_id,
     parse_message_id,
 )
-from tether.audit.check import ALIVE_MS, Checker, Problem, Report
 from tether.audit.entries import NOBODY, Entry, Kind, Mark, What, clean, encode
 from tether.audit.records import Record, read_records, write_record
+from tether.audit.verification import ALIVE_MS, Checker, Problem, Report
 
 __all__ = [
     "ALIVE_MS",

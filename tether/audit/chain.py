@@ -17,8 +17,8 @@ from typing import TypeVar
 
 import msgspec
 
-from tether import codec
 from tether.errors import BadEncoding
+from tether.wire import codec
 
 DOMAIN = b"tether/audit/v1\0"
 BLOCK_ENTRIES = 256

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from tether import codec
+from tether.wire import codec
 
 NOBODY = "-"
 """Stands for an actor that is not known, and on subjects for no tenant."""

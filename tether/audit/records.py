@@ -11,8 +11,8 @@ from typing import BinaryIO
 
 import msgspec
 
-from tether import codec
 from tether.errors import BadEncoding
+from tether.wire import codec
 
 _LENGTH = struct.Struct(">I")
 LONGEST = 64 << 20

@@ -1,281 +1,393 @@
-"""One identity's view of the broker: the link, and on it JetStream's answers and signed envelopes."""
+"""One identity's connection to the broker: publish, subscribe, request.
+
+Every answer comes back on one wildcard inbox below the identity's own prefix; a token in its subject says which
+call it belongs to. Every call has a deadline of its own, because nats-py's reconnect buffering has none.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import itertools
 import logging
-import re
-from collections.abc import AsyncIterator, Mapping, Sequence
-from datetime import datetime
-from functools import cached_property
+import os
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
-import msgspec
+import nats
+import nats.aio.client
+import nats.aio.subscription
+import nats.errors
 
-from tether import metrics
-from tether.bus.calls import Message, patiently, status_of
-from tether.bus.errors import ApiError, JetStreamError, PubAck, parse_ack, translate, undone
-from tether.bus.link import Link, Subscription
-from tether.bus.seldom import Seldom
-from tether.envelope import Envelope, MessageType
-from tether.errors import BrokerUnavailable, EnvelopeError, TetherError
-from tether.job import SHARED
+from tether.bus.errors import denied_subject, permission_denied, translated
+from tether.bus.pending_requests import Call, Message, patiently, status_of
+from tether.bus.tls import Client, ClientTls
+from tether.crypto import Signer, Verifier
+from tether.errors import BrokerUnavailable
+from tether.process import metrics
+from tether.process.clock import SystemClock
+from tether.process.lifecycle import Ended
+from tether.settings import Settings
+from tether.wire.subjects import Names
 
 log = logging.getLogger(__name__)
 
-_REFUSED = {"Nats-Expected-Last-Subject-Sequence": str(1 << 62)}
-_LAST_SEQUENCE = re.compile(rb"wrong last sequence: (\d+)")
 
-MULTI_LAST = 512
-"""Subjects asked for in one batch; the server refuses more than 1024."""
+_FRAME_ROOM = 64 * 1024
+_REFUSALS = 3
+"""Logins in a row that each server may refuse before a connection that once stood is given up."""
 
 
-class Stored(msgspec.Struct, frozen=True):
-    """A message read back from a stream."""
+Handler = Callable[[Message], Awaitable[None]]
 
-    subject: str
-    data: bytes
-    sequence: int
-    headers: Mapping[str, str]
+
+class Subscription:
+    """Interest in a subject, until it is ended; ending it is safe at any time, also while the broker is away."""
+
+    def __init__(
+        self,
+        client: nats.aio.client.Client,
+        inner: nats.aio.subscription.Subscription,
+        round_trip: Callable[[float], Awaitable[None]],
+    ) -> None:
+        self._client = client
+        self._inner = inner
+        self._round_trip = round_trip
+
+    async def unsubscribe(self) -> None:
+        """End it at once. Nothing of it comes back with the next reconnect."""
+        with contextlib.suppress(nats.errors.Error, OSError):
+            await self._inner.unsubscribe()
+
+    async def drain(self, within_s: float) -> None:
+        """:meth:`unsubscribe` once everything that was already on its way has been handled.
+
+        Raises:
+            BrokerUnavailable: not within ``within_s``; ended all the same.
+        """
+        if not self._client.is_connected:
+            await self.unsubscribe()
+            return
+        try:
+            with translated(f"draining {self._inner.subject}"):
+                async with asyncio.timeout(within_s):
+                    # nats-py's own drain lets its ping overtake the end of the subscription, and then drops what comes
+                    await self._client._send_unsubscribe(self._inner._id)  # noqa: SLF001
+                    await self._round_trip(within_s)
+                    await self._inner._pending_queue.join()  # noqa: SLF001
+        finally:
+            # what is not removed would come back with the next reconnect
+            self._inner._closed = True  # noqa: SLF001
+            self._inner._stop_processing()  # noqa: SLF001 - nats-py has no public way
+            self._client._remove_sub(self._inner._id)  # noqa: SLF001
+
+
+class Link:
+    """Publish, subscribe, ask. Not thread-safe: it belongs to the event loop it was made on."""
+
+    def __init__(self, settings: Settings, names: Names, signer: Signer, verifier: Verifier) -> None:
+        self.settings = settings
+        self.names = names
+        self.signer = signer
+        self.verifier = verifier
+        self.clock = SystemClock()
+        self.closed = Ended()
+        self.losses = 0
+        """Times the connection was lost."""
+        self.on_refused: Callable[[str, str], None] | None = None
+        """Told the error code and subject of every message that is not acted on."""
+        self.on_keyset: Callable[[int, str], None] | None = None
+        """Told the version of a new keyset that is believed, and what changed with it."""
+        self._client = Client()
+        self._calls: dict[str, Call] = {}
+        self._unheard: set[str] = set()
+        """Subjects, in lower case, that the broker refused a subscription to since the last one was asked for."""
+        self._refusals = 0
+        self._numbers = itertools.count()
+        self._reconnected: list[Callable[[], None]] = []
+        self._watchdog: asyncio.Task[None] | None = None
+        self._giving_up: asyncio.Task[None] | None = None
+        self._closing = False
+        self.inbox = f"{names.inbox(signer.role.value, signer.name)}.{os.urandom(6).hex()}"
+        self._answers = f"{self.inbox}.r."
+
+    async def open_connection(self, seed: str, tls: ClientTls | None = None) -> None:
+        options = self._options(seed)
+        probe = Client()
+        if tls is not None:
+            options["tls"] = tls.context
+            probe.certificate = self._client.certificate = tls.certificate
+        with translated(f"connecting to {self.settings.nats_url}"):
+            try:
+                await probe.connect(**{**options, "allow_reconnect": False, "error_cb": _ignore})
+            except nats.errors.Error as error:
+                if "authorization" in str(error).lower():
+                    raise nats.errors.AuthorizationError from error
+                raise
+            finally:
+                # after a failed TLS handshake nats-py waits here for ever
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1):
+                        await probe.close()
+            await self._client.connect(
+                **options,
+                allow_reconnect=True,
+                max_reconnect_attempts=-1,
+                reconnect_time_wait=0.1,
+                error_cb=self._on_error,
+                disconnected_cb=self._on_disconnect,
+                reconnected_cb=self._on_reconnect,
+                closed_cb=self._on_closed,
+            )
+            await self._client.subscribe(self._answers + "*", cb=self._on_answer)
+        metrics.BROKER_CONNECTED.set(1)
+        self._watchdog = asyncio.create_task(self._watch(), name="bus-watchdog")
+
+    def _options(self, seed: str) -> dict[str, Any]:
+        return {
+            "servers": self.settings.nats_url.split(","),
+            "nkeys_seed_str": seed,
+            "inbox_prefix": self.inbox,
+            "name": f"tether {self.signer.name}",
+            "connect_timeout": 2,
+            "ping_interval": 10,
+            "max_outstanding_pings": 2,
+            "flush_timeout": 5,
+            "pending_size": 8 * 1024 * 1024,
+            "skip_subject_validation": True,
+        }
+
+    async def close(self) -> None:
+        self._closing = True
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            await asyncio.gather(self._watchdog, return_exceptions=True)
+        for call in self._calls.values():
+            if not call.future.done():
+                call.future.cancel()
+        with contextlib.suppress(nats.errors.Error, TimeoutError, asyncio.TimeoutError, OSError):
+            async with asyncio.timeout(3):
+                if self._client.is_connected:
+                    await self._round_trip(2)
+                await self._client.close()
+
+    # connection state
 
     @property
-    def stored_at(self) -> float:
-        """When the broker stored it, by its own clock; UTC seconds."""
-        return datetime.fromisoformat(self.headers["Nats-Time-Stamp"]).timestamp()
+    def connected(self) -> bool:
+        return bool(self._client.is_connected)
 
+    @property
+    def room(self) -> int:
+        """Bytes of tensors that one message may carry: what the broker takes, less the envelope and the fields."""
+        largest: int = min(self.settings.max_payload_bytes, self._client.max_payload)
+        return largest - min(_FRAME_ROOM, largest // 4)
 
-class Bus(Link):
-    """Made by :func:`tether.bus.session.connect`."""
+    def on_reconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call ``callback`` after every reconnect; it must not block. Returns what ends that."""
+        self._reconnected.append(callback)
+        return lambda: self._reconnected.remove(callback)
 
-    scope: str = SHARED
-    """Of a worker: whose lanes it serves; what the keyset says of its key, when it held nothing yet."""
+    def begin_again(self) -> None:
+        """Do what follows a reconnect: a server of the cluster has forgotten what it knew of this connection's pulls."""
+        for callback in list(self._reconnected):
+            callback()
 
-    @cached_property
-    def _told(self) -> Seldom:
-        return Seldom(self.clock.monotonic)
+    async def wait_connected(self, timeout: float) -> bool:
+        """True as soon as the broker is there, False after ``timeout`` seconds without it."""
+        end = self.clock.monotonic() + timeout
+        while not self.connected and self.clock.monotonic() < end:
+            await asyncio.sleep(0.05)
+        return self.connected
 
-    def bound_scope(self) -> str:
-        """The scope that the newest keyset binds this identity's key to."""
-        kid = self.signer.kid
-        return next((record.tenant for record in self.verifier.keyset.identities if record.kid == kid), "") or SHARED
+    async def _on_error(self, error: Exception) -> None:
+        denied = denied_subject(str(error))
+        if denied is None:
+            self._note_refusal(error)
+            log.debug("broker connection: %s", error, extra={"action": "broker_error"})
+            return
+        verb, subject = denied
+        metrics.PERMISSION_DENIED.inc()
+        log.error("%s", permission_denied(verb, subject), extra={"action": "permission_denied"})
+        if verb != "publish":
+            self._unheard.add(subject)
+            return
+        for call in list(self._calls.values()):
+            if call.subject.lower() == subject and not call.future.done():
+                call.future.set_exception(permission_denied(verb, call.subject))
 
-    # JetStream
+    def _note_refusal(self, error: Exception) -> None:
+        """A login that every server refuses time and again was revoked: it will not be accepted by waiting."""
+        if "authorization violation" not in str(error).lower():
+            return
+        self._refusals += 1
+        if self._refusals == _REFUSALS * (self.settings.nats_url.count(",") + 1) and not self._closing:
+            log.error(
+                "the broker refuses '%s': its login was revoked or replaced",
+                self.signer.name,
+                extra={"action": "login_refused"},
+            )
+            self._giving_up = asyncio.create_task(self._client.close(), name="give-up")
 
-    async def publish_acked(
+    async def _on_disconnect(self) -> None:
+        self.losses += 1
+        for call in self._calls.values():
+            call.lose()
+        metrics.BROKER_CONNECTED.set(0)
+        if self._closing:
+            return
+        log.warning("lost the broker", extra={"action": "broker_lost"})
+
+    async def _on_reconnect(self) -> None:
+        self._refusals = 0
+        metrics.BROKER_CONNECTED.set(1)
+        metrics.BROKER_RECONNECTS.inc()
+        log.info("the broker is back", extra={"action": "broker_back"})
+        self.begin_again()
+
+    async def _on_closed(self) -> None:
+        self.closed.set()
+
+    async def _watch(self) -> None:
+        """nats-py can be connected and deaf; a round trip every five seconds notices."""
+        while True:
+            await asyncio.sleep(5)
+            if not self.connected:
+                continue
+            try:
+                await self._round_trip(4)
+            except (BrokerUnavailable, nats.errors.Error, TimeoutError, OSError):
+                log.warning("the broker does not answer; reconnecting", extra={"action": "broker_deaf"})
+                await self._client.force_reconnect()
+
+    # publish and subscribe
+
+    async def flush(self) -> None:
+        """Return when the broker has seen everything sent so far, subscriptions too."""
+        with translated("waiting for the broker"):
+            await self._round_trip(5)
+
+    async def _round_trip(self, timeout: float) -> None:
+        """nats-py's flush alone lets its ping overtake what still waits to be written.
+
+        Both would swallow that this task is cancelled (asyncio.wait_for of Python 3.11), so we wait ourselves.
+        """
+        loop = asyncio.get_running_loop()
+        written: asyncio.Future[None] = loop.create_future()
+        answered: asyncio.Future[None] = loop.create_future()
+        if not self._client.is_connected:
+            raise BrokerUnavailable("the broker is not connected")
+        async with asyncio.timeout(timeout):
+            await self._client._flush_queue.put(written)  # noqa: SLF001
+            await written
+            await self._client._send_ping(answered)  # noqa: SLF001
+            await answered
+
+    async def subscribe(self, subject: str, handler: Handler, *, confirmed: bool = True) -> Subscription:
+        """Hand every message on ``subject`` to ``handler``, one at a time; its errors are logged, never lost.
+
+        Returns when the broker knows of it; with ``confirmed=False`` at once, and a refusal is only logged.
+
+        Raises:
+            PermissionDenied: this identity may not subscribe there.
+        """
+
+        async def guarded(message: Message) -> None:
+            try:
+                await handler(message)
+            except Exception:
+                log.exception("a handler failed", extra={"action": "handler_failed"})
+
+        with translated(f"subscribing to {subject}"):
+            inner = await self._client.subscribe(subject, cb=guarded)
+        subscription = Subscription(self._client, inner, self._round_trip)
+        if confirmed and self.connected:
+            await self._confirm(subject, subscription)
+        return subscription
+
+    async def _confirm(self, subject: str, subscription: Subscription) -> None:
+        """A refusal comes before the answer to a ping that was sent after what was refused."""
+        self._unheard.discard(subject.lower())
+        with contextlib.suppress(
+            BrokerUnavailable, nats.errors.Error, TimeoutError, OSError
+        ):  # asked for again when reconnected
+            await self._round_trip(5)
+        if subject.lower() in self._unheard:
+            await subscription.unsubscribe()
+            raise permission_denied("subscription", subject)
+
+    async def publish(
+        self, subject: str, payload: bytes | memoryview, *, reply: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        """Send without asking whether anyone took it.
+
+        Raises:
+            BrokerUnavailable: not connected just now; nothing was sent.
+        """
+        if not self._client.is_connected:
+            raise BrokerUnavailable("the broker is not connected")
+        with translated(f"publishing on {subject}"):
+            await self._client.publish(subject, payload, reply, headers)
+
+    async def request(self, subject: str, payload: bytes, *, timeout: float) -> Message:
+        """Publish and return the one answer.
+
+        Raises:
+            BrokerUnavailable: nobody serves ``subject``, or no answer, within ``timeout`` seconds.
+        """
+        answer = await patiently(lambda left: self._ask(subject, payload, None, left), timeout)
+        if status_of(answer) == "503":
+            raise BrokerUnavailable(f"nobody answers on '{subject}' at the moment")
+        return answer
+
+    def reply_inbox(self) -> str:
+        """A fresh inbox subject for one answer."""
+        return self._answers + format(next(self._numbers), "x")
+
+    async def _ask(
         self,
         subject: str,
         payload: bytes | memoryview,
+        headers: dict[str, str] | None,
+        timeout: float,
         *,
-        headers: dict[str, str] | None = None,
-        timeout: float = 5.0,
-    ) -> PubAck:
-        """Publish into a stream and return when it is stored.
+        reply: str = "",
+    ) -> Message:
+        inbox = reply or self.reply_inbox()
+        with self._calling(inbox, subject, timeout) as call:
+            await self.publish(subject, payload, reply=inbox, headers=headers)
+            return await call.future
 
-        Raises:
-            BrokerUnavailable: not within ``timeout`` seconds; it may be stored all the same.
-            QueueFull, ResultConflict, VersionConflict, PayloadTooLarge: the stream refused it.
-            PermissionDenied: this identity may not publish there.
-        """
-        answer = await patiently(
-            lambda left: self._ask(subject, payload, headers, left),
-            timeout,
-            undone=lambda answer: undone(answer.data, answer.headers),
-        )
-        return parse_ack(answer.data, answer.headers, subject)
-
-    async def last_sequence(self, subject: str, *, timeout: float = 5.0) -> int:
-        """The sequence that the last message of ``subject`` has in its stream; 0 when there is none. It takes the right to
-        write there and none to read: asked is by a message that the stream must refuse, for its sequence is never the expected one.
-
-        Raises:
-            ResultConflict: there is one, in a stream that is full for this subject.
-            VersionConflict: one is being stored just now.
-            BrokerUnavailable, PermissionDenied, JetStreamError: unknown.
-        """
-        answer = await patiently(lambda left: self._ask(subject, b"", _REFUSED, left), timeout, undone=_not_said)
-        said = _LAST_SEQUENCE.search(answer.data)
-        if said is None:
-            parse_ack(answer.data, answer.headers, subject)
-            raise JetStreamError(f"the stream of '{subject}' took a message that it must refuse")
-        return int(said[1])
-
-    async def api(self, path: str, body: object | None = None, *, timeout: float = 5.0) -> dict[str, Any]:
-        """Call ``$JS.API.<path>`` and return its JSON answer.
-
-        Raises:
-            JetStreamError or one of the classes of :func:`tether.bus.errors.translate`: it answered with an error.
-        """
-        payload = b"" if body is None else msgspec.json.encode(body)
-        answer = await self.request(f"$JS.API.{path}", payload, timeout=timeout)
+    @contextlib.contextmanager
+    def _calling(self, inbox: str, subject: str, timeout: float) -> Iterator[Call]:
+        """Expect an answer on ``inbox`` for at most ``timeout`` seconds."""
+        token = inbox[len(self._answers) :]
+        loop = asyncio.get_running_loop()
+        call = self._calls[token] = Call(loop.create_future(), subject)
+        timer = loop.call_later(timeout, call.expire)
         try:
-            content: dict[str, Any] = msgspec.json.decode(answer.data, type=dict[str, Any])
-        except (msgspec.DecodeError, ValueError, RecursionError) as error:
-            raise JetStreamError(f"'{path}' was answered with something else than JSON") from error
-        if "error" in content:
-            raise translate(msgspec.convert(content["error"], ApiError))
-        return content
+            yield call
+        finally:
+            timer.cancel()
+            self._calls.pop(token, None)
 
-    async def direct_get(self, stream: str, subject: str, *, timeout: float = 5.0) -> Stored | None:
-        """The last message of ``subject`` in ``stream`` (NATS ADR-31), or None."""
-        answer = await self.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", b"", timeout=timeout)
-        return _found(answer)
+    async def ask_signed(self, subject: str, frame: bytes, reply: str, *, timeout: float) -> Message:
+        """:meth:`request` with an inbox from :meth:`reply_inbox`, which the frame's signature covers. The ``field`` of a
+        ``BrokerUnavailable`` is ``subject`` when nobody serves it."""
+        answer = await self._ask(subject, frame, None, timeout, reply=reply)
+        if status_of(answer) == "503":
+            raise BrokerUnavailable(f"nobody answers on '{subject}' at the moment", field=subject)
+        return answer
 
-    async def direct_last(self, stream: str, subjects: str, *, timeout: float = 5.0) -> int:
-        """The sequence of the last message of ``stream`` that matches ``subjects``; 0 when there is none."""
-        body = msgspec.json.encode({"last_by_subj": subjects})
-        found = _found(await self.request(f"$JS.API.DIRECT.GET.{stream}", body, timeout=timeout))
-        return 0 if found is None else found.sequence
-
-    async def direct_at(self, stream: str, sequence: int, *, timeout: float = 5.0) -> Stored | None:
-        """The message of ``stream`` with a sequence, or None."""
-        body = msgspec.json.encode({"seq": sequence})
-        return _stored(await self.request(f"$JS.API.DIRECT.GET.{stream}", body, timeout=timeout))
-
-    async def direct_batch(self, stream: str, subjects: Sequence[str], *, timeout: float = 5.0) -> dict[str, Stored]:
-        """The last message of each of ``subjects`` that has one, in as few round trips as the server allows."""
-        found: dict[str, Stored] = {}
-        for start in range(0, len(subjects), MULTI_LAST):
-            wanted = list(subjects[start : start + MULTI_LAST])
-            while wanted:
-                got, complete = await self._batch(stream, {"multi_last": wanted}, timeout)
-                found.update({item.subject: item for item in got})
-                wanted = [] if complete or not got else [subject for subject in wanted if subject not in found]
-        return found
-
-    async def direct_scan(
-        self,
-        stream: str,
-        subjects: str,
-        *,
-        start: int = 1,
-        batch: int = 256,
-        timeout: float = 5.0,
-    ) -> AsyncIterator[Stored]:
-        """Every message of ``stream`` that matches ``subjects``, by sequence from ``start``, without a consumer."""
-        while True:
-            request = {"batch": batch, "seq": start, "next_by_subj": subjects}
-            got, complete = await self._batch(stream, request, timeout)
-            for item in got:
-                yield item
-                start = item.sequence + 1
-            if complete or not got:
-                return
-
-    async def direct_page(
-        self, stream: str, subjects: str, *, start: int, batch: int, max_bytes: int, timeout: float = 5.0
-    ) -> list[Stored]:
-        """The next messages of ``stream`` from the sequence ``start`` on: at most ``batch`` of them, and about ``max_bytes``."""
-        request = {"batch": batch, "seq": start, "next_by_subj": subjects, "max_bytes": max_bytes}
-        return (await self._batch(stream, request, timeout))[0]
-
-    async def direct_since(self, stream: str, subjects: str, time: str, *, timeout: float = 5.0) -> int:
-        """The sequence of the first message of ``stream`` that matches ``subjects`` and was stored at ``time`` (as in
-        ``Nats-Time-Stamp``) or later; 0 when there is none."""
-        request = {"batch": 1, "start_time": time, "next_by_subj": subjects}
-        got, _ = await self._batch(stream, request, timeout)
-        return got[0].sequence if got else 0
-
-    async def _batch(self, stream: str, request: object, timeout: float) -> tuple[list[Stored], bool]:
-        subject, payload = f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(request)
-        collected: list[Message] = []
-
-        async def ask(left: float) -> Message:
-            inbox = self.reply_inbox()
-            with self._calling(inbox, subject, left) as call:
-                call.collected = collected
-                await self.publish(subject, payload, reply=inbox)
-                return await call.future
-
-        last = await patiently(ask, timeout)
-        headers = last.headers or {}
-        if status_of(last) == "503":
-            raise BrokerUnavailable(f"stream '{stream}' is not available")
-        if status_of(last) not in ("204", "404"):
-            raise translate(ApiError(code=int(status_of(last) or 0), description=headers.get("Description", "")))
-        stored = [item for item in map(_stored, collected) if item is not None]
-        return stored, headers.get("Nats-Num-Pending", "0") == "0"
-
-    # envelopes
-
-    def open(self, message: Message, *types: MessageType, once: bool = False, max_age_ms: int = 0) -> Envelope | None:
-        """Verify what arrived on a subscription; None (logged and counted) when it must not be acted on."""
-        try:
-            return self.verified(message.data, message.subject, *types, once=once, max_age_ms=max_age_ms, stored=False)
-        except EnvelopeError:
-            return None
-
-    def open_frame(
-        self, frame: bytes, subject: str, *types: MessageType, once: bool = False, max_age_ms: int = 0
-    ) -> Envelope | None:
-        """Verify a frame that belongs to ``subject``; None (logged and counted) when it must not be acted on."""
-        try:
-            return self.verified(frame, subject, *types, once=once, max_age_ms=max_age_ms)
-        except EnvelopeError:
-            return None
-
-    def verified(
-        self,
-        frame: bytes,
-        subject: str,
-        *types: MessageType,
-        once: bool = False,
-        max_age_ms: int = 0,
-        stored: bool = True,
-        grace_ms: int = 0,
-    ) -> Envelope:
-        """:meth:`open_frame` for who acts on the reason. What must be young or comes once is not ``stored``.
-
-        Raises:
-            EnvelopeError: logged and counted.
-        """
-        stored = stored and not (once or max_age_ms)
-        try:
-            return self.verifier.open(
-                frame,
-                subject=subject,
-                types=types,
-                once=once,
-                max_age_ms=max_age_ms,
-                stored=stored,
-                grace_ms=grace_ms,
-            )
-        except EnvelopeError as error:
-            self.count_refused(error, subject)
-            raise
-
-    def count_refused(self, error: TetherError, subject: str) -> None:
-        """A message is not acted on: it is counted and logged."""
-        metrics.ENVELOPES_REJECTED.labels(error.code).inc()
-        if self.on_refused is not None:
-            self.on_refused(error.code, subject)
-        passed = self._told.passes(error.code)
-        if passed is not None:
-            more = f" ({passed} more like this were not logged)" if passed else ""
-            extra = {"action": "envelope_refused", "code": error.code}
-            log.warning("refused a message: %s%s", error, more, extra=extra)
+    async def _on_answer(self, message: Message) -> None:
+        call = self._calls.get(message.subject[len(self._answers) :])
+        if call is None or call.future.done():
+            return
+        if call.collected is None or (message.headers or {}).get("Status"):
+            call.future.set_result(message)
+            return
+        call.collected.append(message)
 
 
-def _not_said(answer: Message) -> bool:
-    """Whether :meth:`Bus.last_sequence` may be answered later."""
-    return _LAST_SEQUENCE.search(answer.data) is None and undone(answer.data, answer.headers)
-
-
-def _stored(message: Message) -> Stored | None:
-    headers = message.headers or {}
-    if "Nats-Sequence" not in headers:
-        return None
-    return Stored(headers["Nats-Subject"], message.data, int(headers["Nats-Sequence"]), headers)
-
-
-def _found(message: Message) -> Stored | None:
-    """The message that was asked for, or None when there is none.
-
-    Raises:
-        BrokerUnavailable, JetStreamError: whether there is one was not said.
-    """
-    status = status_of(message)
-    if status not in ("", "404"):
-        raise translate(ApiError(code=int(status), description=(message.headers or {}).get("Description", "")))
-    return _stored(message)
-
-
-__all__ = ["Bus", "Message", "PubAck", "Stored", "Subscription"]
+async def _ignore(_: Exception) -> None:
+    """The preflight connection's errors are raised, not reported twice."""

@@ -16,10 +16,10 @@ import nats.micro
 import nats.micro.service
 from nats.micro.request import Request
 
-from tether import codec, lifecycle, metrics
-from tether.bus.connection import Bus
+from tether.bus.bus import Bus
 from tether.bus.errors import translated
-from tether.envelope import MAX_DELAY_MS, MAX_SKEW_MS, Envelope, MessageType
+from tether.crypto import MAX_DELAY_MS, MAX_SKEW_MS, Envelope, MessageType
+from tether.domain.job import Failure
 from tether.errors import (
     BadEncoding,
     BrokerUnavailable,
@@ -31,7 +31,8 @@ from tether.errors import (
     Unavailable,
     by_code,
 )
-from tether.job import Failure
+from tether.process import lifecycle, metrics
+from tether.wire import codec
 
 log = logging.getLogger(__name__)
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 
-from tether.bus.connection import Bus
-from tether.bus.keyset import SeenKeyset, following, standing
+from tether.bus.bus import Bus
+from tether.bus.key_value.keyset_sync import SeenKeyset, following, standing
 from tether.bus.tls import client_context
-from tether.clock import SystemClock
-from tether.envelope import Signer, Verifier
+from tether.crypto import Signer, Verifier
 from tether.errors import KeyRevoked
-from tether.home import Home, load_identity, read_secret
+from tether.process.clock import SystemClock
+from tether.process.data_dir import Home, load_identity, read_secret
 from tether.settings import Settings
-from tether.subjects import Names
+from tether.wire.subjects import Names
 
 
 @asynccontextmanager

@@ -10,9 +10,9 @@ from typing import Any
 
 import nats.errors
 
-import tether.bus.client
+import tether.bus.nats_client
 from tether.errors import ConfigError
-from tether.home import Home, read_secret
+from tether.process.data_dir import Home, read_secret
 from tether.settings import Settings
 
 
@@ -36,7 +36,7 @@ class ClientTls:
     certificate: bool
 
 
-class Client(tether.bus.client.Client):
+class Client(tether.bus.nats_client.Client):
     """nats-py's client, where that goes on in plain text or leaves its sockets open."""
 
     certificate = False

@@ -1,128 +1,166 @@
-"""Which worker should hold which version, and which workers answer for it. Pure functions of what is known."""
+"""Which workers are given which versions: by labels, memory and replicas. Pure, and the same for every dispatcher.
+
+Each version ranks the workers by :func:`~tether.dispatcher.assignments.rendezvous`, so that a worker that comes or goes moves only its
+share. Memory is counted in bytes of files for each copy; a version that is loaded lazily needs to fit, and reserves nothing.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from types import MappingProxyType
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import msgspec
+from tether.dispatcher.assignments import Models, Place, rendezvous
+from tether.domain.manifest import ModelRef
+from tether.model.config import Loading, ModelConfig, default_config
 
-from tether.job import SHARED
-from tether.model import NO_FINDING, Assignment, Finding, Heartbeat, ModelRef, Route
-from tether.serving import EndedLanes
-
-Place = tuple[str, ModelRef]
-"""A scope and a version."""
-
-Models = Mapping[str, tuple[ModelRef, ...]]
-"""For each scope that is served the versions it may use."""
+_MB = 1 << 20
 
 
-class LaneGroup(NamedTuple):
-    """The lanes of a version in one region and scope."""
+class Offer(NamedTuple):
+    """What a worker has: the scope it is bound to, labels, and bytes for models (0: as many as come)."""
 
     scope: str
-    ref: ModelRef
-    region: str
+    labels: Mapping[str, str] = {}
+    memory: int = 0
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A worker's last heartbeat and when it arrived, in this process's monotonic seconds."""
+class Known:
+    """What is known of versions: bytes of their files, configurations by model, and who is ready for them."""
 
-    heartbeat: Heartbeat
-    at: float
+    sizes: Mapping[ModelRef, int] = field(default_factory=dict)
+    configs: Mapping[str, ModelConfig] = field(default_factory=dict)
+    ready: Mapping[Place, AbstractSet[str]] = field(default_factory=dict)
+    most_copies: int = 64
+    kept: Mapping[Place, AbstractSet[str]] = field(default_factory=dict)
+    """Holders of versions with a number of replicas, while not all workers have been heard: these stay."""
 
+    failing: Mapping[Place, AbstractSet[str]] = field(default_factory=dict)
+    """Who could not load a version lately: chosen only when others do not suffice."""
 
-def alive(workers: Mapping[str, Seen], now: float, timeout_s: float) -> dict[str, Heartbeat]:
-    """Workers heard of within ``timeout_s``, by the time of receipt: a worker's own clock does not count."""
-    return {name: seen.heartbeat for name, seen in workers.items() if now - seen.at <= timeout_s}
+    def config(self, ref: ModelRef) -> ModelConfig:
+        return self.configs.get(ref.model) or default_config(ref.model)
 
-
-def assignments(
-    epochs: Mapping[str, int],
-    scopes: Mapping[str, str],
-    held: Mapping[str, tuple[ModelRef, ...]],
-    ended: Mapping[str, tuple[EndedLanes, ...]] = MappingProxyType({}),
-    revisions: Mapping[str, int] = MappingProxyType({}),
-    *,
-    levels: Mapping[Place, float] = MappingProxyType({}),
-    findings: Mapping[Place, Finding] = MappingProxyType({}),
-    streams: str = "",
-) -> dict[str, Assignment]:
-    """What each worker of ``held`` is told, for the epoch it has; ``scopes`` says which worker is whose, ``ended`` who works
-    off lanes of deleted versions, ``revisions`` which revision of a model's configuration counts, ``levels`` what the least
-    able worker can do, ``findings`` what workers found out about versions, ``streams`` when infer streams were made."""
-    found: dict[str, Assignment] = {}
-    for worker, refs in held.items():
-        scope = scopes.get(worker, SHARED)
-        counting = tuple(
-            (model, revisions[model]) for model in sorted({ref.model for ref in refs}) if model in revisions
-        )
-        least = tuple((ref, levels[scope, ref]) for ref in refs if (scope, ref) in levels)
-        known = tuple((ref, findings[scope, ref]) for ref in refs if (scope, ref) in findings)
-        found[worker] = Assignment(
-            worker, epochs[worker], refs, scope, ended.get(worker, ()), counting, least, known, streams
-        )
-    return found
+    def bytes(self, ref: ModelRef) -> int:
+        return self.sizes.get(ref, 0) * min(self.config(ref).instances, self.most_copies)
 
 
-def working_off(
-    groups: Mapping[LaneGroup, int], living: Mapping[str, Heartbeat], scopes: Mapping[str, str]
-) -> dict[str, tuple[EndedLanes, ...]]:
-    """For each group of ended lanes one living worker of its scope, of its region if there is one;
-    ``groups`` says whose turn it is."""
-    found: dict[str, list[EndedLanes]] = {}
-    for (scope, ref, region), turn in groups.items():
-        own = [name for name, beat in living.items() if scopes.get(name, SHARED) == beat.scope == scope]
-        near = [name for name in own if living[name].region == region]
-        if own:
-            ranked = sorted(near or own, key=lambda name: rendezvous(name, f"{ref.model}:{ref.version}"), reverse=True)
-            found.setdefault(ranked[turn % len(ranked)], []).append(EndedLanes(ref.model, ref.version, region))
-    return {worker: tuple(lanes) for worker, lanes in found.items()}
+@dataclass(frozen=True)
+class Placed:
+    """The versions of every worker, and why a version is not where it should be."""
+
+    held: dict[str, tuple[ModelRef, ...]]
+    reasons: dict[Place, str]
 
 
-@lru_cache(maxsize=1 << 17)
-def rendezvous(worker: str, what: str) -> bytes:
-    """Whoever has the highest of these for something gets it: when a worker comes or goes, only its share moves.
+def place(models: Models, offers: Mapping[str, Offer], known: Known) -> Placed:
+    """Distribute the versions of every scope over its workers.
 
-    Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998.
+    Those that must be somewhere (``replicas_min``, then pinned ones) choose first, then those that are held already, then
+    newer versions before older ones. A holder that is not chosen any more keeps a version until the chosen ones are ready.
     """
-    return hashlib.blake2b(f"{worker}\0{what}".encode(), digest_size=8).digest()
-
-
-def routes(
-    living: Mapping[str, Heartbeat],
-    scopes: Mapping[str, str],
-    models: Models,
-    reasons: Mapping[Place, str] = MappingProxyType({}),
-    findings: Mapping[Place, Finding] = MappingProxyType({}),
-) -> dict[Place, Route]:
-    """For every version of every scope its workers that said they hold it; a version nobody holds has a route without
-    workers. A worker that serves other lanes than those it is entitled to is in none."""
-    found: dict[Place, Route] = {}
+    held: dict[str, set[ModelRef]] = {worker: set() for worker in offers}
+    reasons: dict[Place, str] = {}
     for scope, refs in models.items():
-        own = {name: beat for name, beat in living.items() if scopes.get(name, SHARED) == beat.scope == scope}
-        for ref in refs:
-            holders = sorted(name for name, beat in own.items() if ref in beat.ready)
-            regions = tuple(sorted({own[name].region for name in holders})) or ("local",)
-            why, known = reasons.get((scope, ref), ""), findings.get((scope, ref), NO_FINDING)
-            found[scope, ref] = Route(ref.model, ref.version, tuple(holders), regions, scope, why, known)
-    for beat in living.values():
-        for ref, job_s in beat.paces:
-            route = found.get((beat.scope, ref))
-            if route is not None and beat.worker in route.workers and job_s > route.job_s:
-                found[beat.scope, ref] = msgspec.structs.replace(route, job_s=job_s)
-    return found
+        own = {worker: offer for worker, offer in offers.items() if offer.scope == scope}
+        if not own:
+            continue
+        chosen, why = _Scope(scope, own, known).chosen(refs)
+        reasons.update({(scope, ref): text for ref, text in why.items()})
+        for ref, workers in chosen.items():
+            for worker in workers | _meanwhile(workers, known.ready.get((scope, ref), frozenset()) & own.keys()):
+                held[worker].add(ref)
+    order = {scope: {ref: at for at, ref in enumerate(refs)} for scope, refs in models.items()}
+    return Placed(
+        {
+            worker: tuple(sorted(refs, key=order.get(offers[worker].scope, {}).__getitem__))
+            for worker, refs in held.items()
+        },
+        reasons,
+    )
 
 
-def steady(route: Route, before: Route | None) -> Route:
-    """The route with the time of a job that it had, unless that has doubled or halved, so that it is not written all the time."""
-    old = 0.0 if before is None else before.job_s
-    if old and (not route.job_s or old / 2 < route.job_s < old * 2):
-        return msgspec.structs.replace(route, job_s=old)
-    return route
+def _meanwhile(chosen: AbstractSet[str], ready: AbstractSet[str]) -> AbstractSet[str]:
+    """Who else answers until all that were chosen do."""
+    return frozenset(sorted(ready - chosen)[: len(chosen - ready)])
+
+
+class _Scope:
+    """The workers of one scope while versions are given to them."""
+
+    def __init__(self, scope: str, offers: Mapping[str, Offer], known: Known) -> None:
+        self._scope = scope
+        self._offers = offers
+        self._known = known
+        self._used = dict.fromkeys(offers, 0)
+        self._chosen: dict[ModelRef, set[str]] = {}
+
+    def chosen(self, refs: Sequence[ModelRef]) -> tuple[dict[ModelRef, set[str]], dict[ModelRef, str]]:
+        ranked = sorted(refs, key=self._rank)
+        for ref in ranked:
+            self._give(ref, self._known.config(ref).replicas_min)
+        for ref in ranked:
+            config = self._known.config(ref)
+            self._give(ref, config.replicas_max or len(self._offers))
+        why = {ref: self._why(ref) for ref in ranked}
+        return self._chosen, {ref: text for ref, text in why.items() if text}
+
+    def _rank(self, ref: ModelRef) -> tuple[bool, bool, bool, str, int]:
+        config = self._known.config(ref)
+        held = bool(self._known.ready.get((self._scope, ref)))
+        return (not config.replicas_min, not config.pinned, not held, ref.model, -ref.version)
+
+    def _give(self, ref: ModelRef, count: int) -> None:
+        """Give a version to further workers until it has ``count``."""
+        chosen = self._chosen.setdefault(ref, set())
+        if self._stays(ref):
+            chosen |= self._known.kept[self._scope, ref] & self._offers.keys()
+            return
+        name = f"{ref.model}:{ref.version}"
+        every = count >= len(self._offers)
+        failing = self._known.failing.get((self._scope, ref), frozenset())
+        ranked = (
+            self._offers
+            if every
+            else sorted(self._offers, key=lambda one: (one not in failing, rendezvous(one, name)), reverse=True)
+        )
+        for worker in ranked:
+            if len(chosen) >= count:
+                return
+            if worker not in chosen and self._may(worker, ref) and self._fits(worker, ref):
+                chosen.add(worker)
+                self._used[worker] += self._reserved(ref)
+
+    def _stays(self, ref: ModelRef) -> bool:
+        return bool(self._known.config(ref).replicas_max) and (self._scope, ref) in self._known.kept
+
+    def _may(self, worker: str, ref: ModelRef) -> bool:
+        wanted = self._known.config(ref).labels
+        return all(self._offers[worker].labels.get(name) == value for name, value in wanted.items())
+
+    def _fits(self, worker: str, ref: ModelRef) -> bool:
+        memory = self._offers[worker].memory
+        used = self._used[worker] if self._reserved(ref) else 0
+        return not memory or used + self._known.bytes(ref) <= memory
+
+    def _reserved(self, ref: ModelRef) -> int:
+        config = self._known.config(ref)
+        return 0 if config.loading is Loading.LAZY and not config.pinned else self._known.bytes(ref)
+
+    def _why(self, ref: ModelRef) -> str:
+        """Why a version has fewer workers than it should; empty when it has enough."""
+        config, chosen = self._known.config(ref), self._chosen[ref]
+        if self._stays(ref) or (chosen and len(chosen) >= config.replicas_min):
+            return ""
+        labelled = [worker for worker in self._offers if self._may(worker, ref)]
+        wanted = ", ".join(f"{name}={value}" for name, value in sorted(config.labels.items()))
+        if not labelled:
+            return f"no worker has the labels {wanted}; start one with them in 'worker_labels'"
+        if chosen:
+            return f"{len(chosen)} of the {config.replicas_min} workers that replicas_min asks for have room for it"
+        return (
+            f"it needs {-(-self._known.bytes(ref) // _MB)} MiB and no worker that may hold it has so much left of its "
+            f"worker_memory_mb; raise that, set loading to 'lazy', or start another worker"
+        )

@@ -13,34 +13,35 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
 
-from tether import codec, daemon, lifecycle, metrics
 from tether.audit import Kind
+from tether.audit.writer import AuditLog, writing
 from tether.bus import rpc
-from tether.bus.audit import AuditLog, writing
-from tether.bus.connection import Bus
-from tether.bus.kv import KvBucket, SignedBucket
+from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import KvBucket, SignedBucket
 from tether.bus.session import connect
-from tether.dispatcher import placement
-from tether.dispatcher.crew import Crew
-from tether.dispatcher.decided import Decided
-from tether.dispatcher.ended import EndedVersions
-from tether.dispatcher.findings import Findings
-from tether.dispatcher.infer_streams import InferStreams
-from tether.dispatcher.lane_check import LaneCheck
-from tether.dispatcher.lanes import Lanes
-from tether.dispatcher.levels import Levels
-from tether.dispatcher.retention import Retention
-from tether.dispatcher.scopes import Scopes
-from tether.dispatcher.steps import Steps
-from tether.dispatcher.streams import Streams
-from tether.dispatcher.sweeper import sweeping
-from tether.envelope import MAX_SKEW_MS, Envelope, MessageType
+from tether.crypto import MAX_SKEW_MS, Envelope, MessageType
+from tether.dispatcher import assignments
+from tether.dispatcher.jobs.retention import Retention
+from tether.dispatcher.jobs.sweeper import sweeping
+from tether.dispatcher.lanes.consumer_check import LaneCheck
+from tether.dispatcher.lanes.deleted_versions import EndedVersions
+from tether.dispatcher.lanes.infer_streams import InferStreams
+from tether.dispatcher.lanes.stream_upkeep import Streams
+from tether.dispatcher.lanes.tenant_pools import Scopes
+from tether.dispatcher.lanes.version_lanes import Lanes
+from tether.dispatcher.model_configs import Decided
+from tether.dispatcher.retried_steps import Steps
+from tether.dispatcher.version_findings import Findings
+from tether.dispatcher.worker_capacity import Levels
+from tether.dispatcher.worker_inventory import Crew
+from tether.domain.job import SHARED
+from tether.domain.manifest import Assignment, Epoch, Heartbeat, Manifest, ModelRef, Registration, Route, check_name
+from tether.domain.worker_protocol import StreamsMade
 from tether.errors import BadEncoding, Forbidden, TetherError
-from tether.home import Home
-from tether.job import SHARED
-from tether.model import Assignment, Epoch, Heartbeat, Manifest, ModelRef, Registration, Route, check_name
-from tether.serving import StreamsMade
+from tether.process import daemon, lifecycle, metrics
+from tether.process.data_dir import Home
 from tether.settings import Settings
+from tether.wire import codec
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Dispatcher:
         self._assign = SignedBucket(bus, "assign", MessageType.ASSIGN)
         self._routes = SignedBucket(bus, "routes", MessageType.ROUTE)
         self._epochs: dict[str, int] = {}
-        self._workers: dict[str, placement.Seen] = {}
+        self._workers: dict[str, assignments.Seen] = {}
         self._models: set[ModelRef] = set()
         self._regions: set[str] = {bus.settings.region}
         self.lanes = Lanes(bus)
@@ -74,7 +75,7 @@ class Dispatcher:
         self._scopes = Scopes(bus)
         self.streams = Streams(bus, self._scopes, self._steps)
         self._assigned: dict[str, Assignment] = {}
-        self._routed: dict[placement.Place, Route] = {}
+        self._routed: dict[assignments.Place, Route] = {}
         self._changed = asyncio.Event()
         self.infer = InferStreams(bus, self._routes, on_made=self.lanes.begin_anew, on_change=self._changed.set)
         self.decided = Decided(bus, self._changed.set)
@@ -197,7 +198,7 @@ class Dispatcher:
         if self._bound.get(key, SHARED) != (envelope.sender_tenant or SHARED):
             self._bind(envelope)
         last = self._workers.get(key)
-        self._workers[key] = placement.Seen(beat, now := self._bus.clock.monotonic())
+        self._workers[key] = assignments.Seen(beat, now := self._bus.clock.monotonic())
         self.crew.said(key, beat, now)
         news = self._bound.get(key, SHARED) == beat.scope and self._findings.heard(beat, self._models)
         if news or last is None or last.heartbeat.ready != beat.ready:
@@ -278,7 +279,7 @@ class Dispatcher:
             if there.get(key) != body:
                 await bucket.put(key, body)
 
-    def _usable(self) -> placement.Models:
+    def _usable(self) -> assignments.Models:
         """For every scope the versions that it may use."""
         return self._scopes.models(self._models, self.decided.owners)
 
@@ -298,10 +299,10 @@ class Dispatcher:
             now=now,
             listening=now - self._since < self._settings.worker_timeout_s,
         )
-        ended = placement.working_off(self.ended.groups(), living, self._bound)
+        ended = assignments.working_off(self.ended.groups(), living, self._bound)
         levels = self._levels.least(living, self._bound)
         revisions, known = self.decided.revisions(), self._findings.known
-        told = placement.assignments(
+        told = assignments.assignments(
             self._epochs,
             self._bound,
             held,
@@ -317,17 +318,17 @@ class Dispatcher:
                 self._assigned[worker] = assignment
 
     def _living(self) -> dict[str, Heartbeat]:
-        return placement.alive(self._workers, self._bus.clock.monotonic(), self._settings.worker_timeout_s)
+        return assignments.alive(self._workers, self._bus.clock.monotonic(), self._settings.worker_timeout_s)
 
     async def _write_routes(self) -> None:
         now = self._bus.clock.monotonic()
         living = self._living()
         metrics.WORKERS_READY.set(len(living))
         waiting = now - self._since < self._settings.worker_timeout_s
-        found = placement.routes(living, self._bound, self._usable(), self.crew.reasons, self._findings.known)
+        found = assignments.routes(living, self._bound, self._usable(), self.crew.reasons, self._findings.known)
         for place, new in {**self._unserved(found), **found}.items():
             before = self._routed.get(place)
-            route = placement.steady(new, before)
+            route = assignments.steady(new, before)
             if waiting and before is not None and not set(before.workers) <= set(route.workers):
                 continue
             if before != route:
@@ -335,7 +336,7 @@ class Dispatcher:
                 await self._routes.put(key, codec.encode(route))
                 self._routed[place] = route
 
-    def _unserved(self, found: Mapping[placement.Place, Route]) -> dict[placement.Place, Route]:
+    def _unserved(self, found: Mapping[assignments.Place, Route]) -> dict[assignments.Place, Route]:
         """Routes that were written for deleted versions and for tenants that are not isolated any more: nobody answers there."""
         gone = [place for place in self._routed if place not in found]
         return {place: msgspec.structs.replace(self._routed[place], workers=()) for place in gone}

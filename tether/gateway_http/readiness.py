@@ -13,12 +13,12 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
-from tether.bus.connection import Bus
+from tether.bus.bus import Bus
 from tether.bus.errors import JetStreamError
-from tether.bus.storage import BrokerStorage
-from tether.bus.stream_use import stream_use
-from tether.bus.topology import ENDS
 from tether.errors import BrokerUnavailable, PermissionDenied, QueueFull, TetherError
+from tether.streams.broker_storage import BrokerStorage
+from tether.streams.layout import ENDS
+from tether.streams.usage import stream_use
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,12 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from granian.constants import Interfaces
 
-from tether import lifecycle, logs, ops_http
-from tether.gateway_http import app, core
-from tether.gateway_http.core import Gateway
-from tether.home import Home
-from tether.processes import KEEP_MB, few_heaps, keep_memory_private
+from tether.gateway_http import gateway as core
+from tether.gateway_http.api import app
+from tether.gateway_http.gateway import Gateway
+from tether.process import lifecycle, logs, operations_server
+from tether.process.data_dir import Home
+from tether.process.os_process import KEEP_MB, few_heaps, keep_memory_private
 from tether.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -21,8 +22,8 @@ log = logging.getLogger(__name__)
 
 def listen(gateway: Gateway, host: str, port: int) -> AbstractAsyncContextManager[int]:
     """Answer on a port (0: a free one) until the block ends; the value is the port."""
-    limits = ops_http.Limits(gateway.settings.max_connections, gateway.settings.header_timeout_s)
-    return ops_http.listening(app.build(gateway), host, port, interface=Interfaces.RSGI, limits=limits)
+    limits = operations_server.Limits(gateway.settings.max_connections, gateway.settings.header_timeout_s)
+    return operations_server.listening(app.build(gateway), host, port, interface=Interfaces.RSGI, limits=limits)
 
 
 @asynccontextmanager

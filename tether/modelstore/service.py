@@ -11,16 +11,15 @@ from typing import NamedTuple
 
 import msgspec
 
-from tether import codec, config_changes, daemon, lifecycle, metrics, version_notes
 from tether.audit import Kind, clean
+from tether.audit.writer import AuditLog, writing
 from tether.bus import rpc
-from tether.bus.audit import AuditLog, writing
-from tether.bus.connection import Bus
-from tether.bus.keeping import PieceKeeper
-from tether.bus.repair import Lenders
+from tether.bus.bus import Bus
+from tether.bus.key_value.keyrings import ModelKeyring
 from tether.bus.session import connect
-from tether.bus.tenant_keys import ModelKeyring
-from tether.envelope import Envelope, MessageType
+from tether.crypto import Envelope, MessageType
+from tether.domain.manifest import LATEST, Manifest, PushAnswer, PushRequest
+from tether.domain.partition import Lease
 from tether.errors import (
     BadEncoding,
     BrokerUnavailable,
@@ -31,24 +30,27 @@ from tether.errors import (
     TetherError,
     Unavailable,
 )
-from tether.home import Home
-from tether.memory_folder import MemoryFolder
-from tether.model import LATEST, Manifest, PushAnswer, PushRequest
-from tether.modelstore import assemble, changes
-from tether.modelstore.changes import Changes
-from tether.modelstore.configs import Configs
-from tether.modelstore.inspection import Inspection
-from tether.modelstore.inspection_turns import InspectionTurns
-from tether.modelstore.keeper import Keeper
-from tether.modelstore.model_keys import KeyMaker
-from tether.modelstore.notes import Notes
-from tether.modelstore.owners import Owners
-from tether.modelstore.partitions import Instance, Partitions
-from tether.modelstore.quota import StorageQuota
-from tether.modelstore.registry import Registry
-from tether.partition import Lease
-from tether.processes import KEEP_MB
+from tether.model import config_patch, version_metadata
+from tether.modelstore.inspection.inspector import Inspection
+from tether.modelstore.inspection.tenant_turns import InspectionTurns
+from tether.modelstore.records.model_configs import Configs
+from tether.modelstore.records.model_owners import Owners
+from tether.modelstore.records.registry import Registry
+from tether.modelstore.records.version_metadata import Notes
+from tether.modelstore.registration import manifest_builder, model_changes
+from tether.modelstore.registration.model_changes import Changes
+from tether.modelstore.registration.storage_quota import StorageQuota
+from tether.modelstore.upkeep.chunk_collector import Keeper
+from tether.modelstore.upkeep.key_rotation import KeyMaker
+from tether.modelstore.upkeep.partitions import Instance, Partitions
+from tether.process import daemon, lifecycle, metrics
+from tether.process.data_dir import Home
+from tether.process.os_process import KEEP_MB
+from tether.process.tmpfs_folder import MemoryFolder
 from tether.settings import Settings
+from tether.storage.chunk_lifecycle import PieceKeeper
+from tether.storage.chunk_repair import Lenders
+from tether.wire import codec
 
 log = logging.getLogger(__name__)
 
@@ -141,19 +143,19 @@ class ModelStoreService:
             ),
             rpc.serve(
                 self._bus,
-                changes.ENDPOINT,
+                model_changes.ENDPOINT,
                 accepts=MessageType.CHANGE,
                 answers=MessageType.CHANGED,
                 handler=Changes(registry, owners, self.keeper, notes, self.keys).handle,
-                subject=subject(changes.ENDPOINT),
+                subject=subject(model_changes.ENDPOINT),
             ),
             rpc.serve(
                 self._bus,
-                config_changes.ENDPOINT,
+                config_patch.ENDPOINT,
                 accepts=MessageType.CHANGE,
                 answers=MessageType.CHANGED,
                 handler=desk.configs.handle,
-                subject=subject(config_changes.ENDPOINT),
+                subject=subject(config_patch.ENDPOINT),
             ),
         ):
             yield
@@ -234,15 +236,15 @@ class ModelStoreService:
             )
 
     async def _register(self, desk: Desk, request: PushRequest, publisher: str) -> PushAnswer:
-        assemble.check_request(request, max_bytes=self._bus.settings.max_upload_bytes)
+        manifest_builder.check_request(request, max_bytes=self._bus.settings.max_upload_bytes)
         owner = await desk.owners.may_push(request)
-        version_notes.noted(version_notes.VersionNote(request.name, 0), version_notes.patch_of(request.about))
+        version_metadata.noted(version_metadata.VersionNote(request.name, 0), version_metadata.patch_of(request.about))
         if request.config:
-            config_changes.patched(await desk.configs.get(request.name), request.config)
+            config_patch.patched(await desk.configs.get(request.name), request.config)
         if request.sealed is None and not request.open and request.name in self._keyring.owners():
             raise Unavailable("the model was encrypted just now; push it again", retry_after=1)
         request, found = await self._look(request)
-        build = assemble.manifest_builder(
+        build = manifest_builder.manifest_builder(
             request,
             found,
             created_at=self._bus.clock.utc(),
@@ -276,13 +278,15 @@ class ModelStoreService:
         """Look at the files, whose pieces are safe from collections meanwhile and for as long again; the request comes back with
         the digests that they have."""
         store, settings = PieceKeeper(self._bus, self._bus.names.chunk_bucket(request.name)), self._bus.settings
-        confined = assemble.confined(request.platform, settings)
+        confined = manifest_builder.confined(request.platform, settings)
         async with self._inspections.turn(request.tenant):
             began = self._bus.clock.monotonic()
-            source = assemble.Source(request.files, store, self._scratch)
+            source = manifest_builder.Source(request.files, store, self._scratch)
             if request.sealed is not None:
-                source = await assemble.sealed_source(request, self._bus, self._keyring, self._memory)
-            files, found = await assemble.examine(store, request, source, confined, fresh_s=settings.upload_ttl_s / 2)
+                source = await manifest_builder.sealed_source(request, self._bus, self._keyring, self._memory)
+            files, found = await manifest_builder.examine(
+                store, request, source, confined, fresh_s=settings.upload_ttl_s / 2
+            )
         if self._bus.clock.monotonic() - began > settings.collect_grace_s:
             raise Unavailable("looking at the model took too long; push it again", retry_after=2)
         return (request if request.sealed is not None else msgspec.structs.replace(request, files=files)), found

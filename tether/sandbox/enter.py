@@ -13,7 +13,7 @@ import sys
 
 import msgspec
 
-from tether.processes import die_first
+from tether.process.os_process import die_first
 from tether.sandbox import kernel, landlock, namespaces, seccomp
 from tether.sandbox.plan import OFF, REQUIRED, Plan
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from tether.processes import keep_memory_private
+from tether.process.os_process import keep_memory_private
 from tether.sandbox import plan
 
 _TIMEOUT_S = 30.0

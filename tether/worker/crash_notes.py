@@ -21,10 +21,10 @@ from pathlib import Path
 
 import msgspec
 
-from tether import metrics
-from tether.home import private_folder, write_secret
-from tether.model import ModelRef
-from tether.processes import out_of_memory_kills
+from tether.domain.manifest import ModelRef
+from tether.process import metrics
+from tether.process.data_dir import private_folder, write_secret
+from tether.process.os_process import out_of_memory_kills
 
 log = logging.getLogger(__name__)
 

@@ -11,14 +11,15 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from tether import codec, lifecycle
 from tether.bus import rpc
-from tether.bus.connection import Bus
-from tether.bus.seldom import Seldom
-from tether.clock import AnchoredClock
-from tether.envelope import MessageType
+from tether.bus.bus import Bus
+from tether.crypto import MessageType
+from tether.domain.manifest import Epoch, Registration
 from tether.errors import TetherError, Unavailable
-from tether.model import Epoch, Registration
+from tether.process import lifecycle
+from tether.process.clock import AnchoredClock
+from tether.process.log_rate_limiter import Seldom
+from tether.wire import codec
 
 log = logging.getLogger(__name__)
 

@@ -9,26 +9,27 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
-from tether import codec, daemon, lifecycle, metrics
-from tether.bus.connection import Bus
-from tether.bus.kv import KvBucket, SignedBucket
-from tether.bus.repair import lending
+from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import KvBucket, SignedBucket
+from tether.bus.key_value.keyrings import Keyring, ModelKeyring
 from tether.bus.session import connect
-from tether.bus.tenant_keys import Keyring, ModelKeyring
-from tether.envelope import MessageType
+from tether.crypto import MessageType
+from tether.domain.manifest import Assignment, Heartbeat, Registration
 from tether.errors import TetherError
-from tether.home import Home, check_folder, private_folder
-from tether.memory_folder import MemoryFolder
-from tether.model import Assignment, Heartbeat, Registration
+from tether.process import daemon, lifecycle, metrics
+from tether.process.data_dir import Home, check_folder, private_folder
+from tether.process.tmpfs_folder import MemoryFolder
 from tether.settings import Settings, labels_of
+from tether.storage.chunk_repair import lending
+from tether.wire import codec
 from tether.worker.crash_notes import CrashNotes
-from tether.worker.ended import EndedVersions
-from tether.worker.files import WorkerFiles
-from tether.worker.holder import Holder
-from tether.worker.keepalive import KeepAlive
-from tether.worker.machine import Machine
+from tether.worker.files.version_files import WorkerFiles
+from tether.worker.jobs.ack_keepalive import KeepAlive
+from tether.worker.jobs.deleted_versions import EndedVersions
+from tether.worker.models.machine import Machine
 from tether.worker.registration import Registrar
 from tether.worker.runtimes import ONNX_PLATFORM
+from tether.worker.version_manager import Holder
 
 log = logging.getLogger(__name__)
 

@@ -10,19 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from tether import plugins
+from tether.domain.manifest import Isolation, Manifest, isolation_of
+from tether.domain.tensor import Array
 from tether.errors import ModelRejected
-from tether.model import Isolation, Manifest, isolation_of
-from tether.ports import Endable, Runtime
+from tether.frameworks import plugins
+from tether.frameworks.runtime import Endable, Runtime
 from tether.sandbox import plan
-from tether.tensor import Array
-from tether.worker.runtimes.process import Options, ProcessRuntime
+from tether.worker.runtimes.process_runtime import Options, ProcessRuntime
 
 ONNX_PLATFORM = "onnxruntime_onnx"
 
 FILES = {
     ONNX_PLATFORM: "onnx",
-    "python": "custom",
+    "python": "python_bundle",
     "pytorch_export": "torch",
     "pytorch_libtorch": "torch",
     "pytorch_safetensors": "torch",

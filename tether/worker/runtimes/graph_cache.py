@@ -19,7 +19,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tether.model_config import COMPILED
+from tether.model.config import COMPILED
 
 log = logging.getLogger(__name__)
 

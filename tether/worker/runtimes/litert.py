@@ -1,13 +1,13 @@
-"""LiteRT: TensorFlow Lite models; see :mod:`tether.litert_model`."""
+"""LiteRT: TensorFlow Lite models; see :mod:`tether.frameworks.litert`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tether import litert_model
-from tether.model import Manifest
-from tether.worker.runtimes.process import Options
+from tether.domain.manifest import Manifest
+from tether.frameworks import litert
+from tether.worker.runtimes.process_runtime import Options
 
 
-def load(manifest: Manifest, directory: Path, options: Options) -> litert_model.LiteModel:
-    return litert_model.load(directory, threads=options.threads, device=options.device, signature=manifest.signature)
+def load(manifest: Manifest, directory: Path, options: Options) -> litert.LiteModel:
+    return litert.load(directory, threads=options.threads, device=options.device, signature=manifest.signature)

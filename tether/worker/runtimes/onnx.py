@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tether.bus.model_files import version_digest
-from tether.bus.upload import MODEL_PATH
+from tether.domain.manifest import Manifest
+from tether.domain.tensor import Array
 from tether.errors import InferenceFailed, ModelRejected, ResultTooLarge
-from tether.frameworks import onnx_words
-from tether.frameworks.onnx_runtime import onnxruntime
-from tether.frameworks.onnx_values import from_value, to_text, to_value
-from tether.model import Manifest
-from tether.tensor import Array
+from tether.frameworks.onnx import messages
+from tether.frameworks.onnx.library import onnxruntime
+from tether.frameworks.onnx.values import from_value, to_text, to_value
+from tether.storage.model_files import version_digest
+from tether.storage.upload import MODEL_PATH
 from tether.worker.runtimes.graph_cache import LARGEST, GraphCache, cache_beside, key_of
-from tether.worker.runtimes.process import LARGEST_FRAME, Options
+from tether.worker.runtimes.process_runtime import LARGEST_FRAME, Options
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ _CUDA = "CUDAExecutionProvider"
 
 
 class OnnxRuntime:
-    """One ONNX Runtime session; see :class:`tether.ports.Runtime`."""
+    """One ONNX Runtime session; see :class:`tether.frameworks.runtime.Runtime`."""
 
     def __init__(self, manifest: Manifest, directory: Path, options: Options) -> None:
         self._session: Any = _session(manifest, directory, options)
@@ -97,7 +97,7 @@ class OnnxRuntime:
         except Exception as error:
             if self._ended:
                 raise InferenceFailed("the run was ended") from error
-            raise InferenceFailed(f"the model failed: {onnx_words.plain(str(error))}") from error
+            raise InferenceFailed(f"the model failed: {messages.plain(str(error))}") from error
         return found
 
     def _run_values(self, feed: Mapping[str, Array], wanted: list[str], now: Any) -> list[Array]:

@@ -1,15 +1,13 @@
-"""TensorFlow: SavedModels; see :mod:`tether.tensorflow_model`."""
+"""TensorFlow: SavedModels; see :mod:`tether.frameworks.tensorflow`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tether import tensorflow_model
-from tether.model import Manifest
-from tether.worker.runtimes.process import Options
+from tether.domain.manifest import Manifest
+from tether.frameworks import tensorflow
+from tether.worker.runtimes.process_runtime import Options
 
 
-def load(manifest: Manifest, directory: Path, options: Options) -> tensorflow_model.SavedModel:
-    return tensorflow_model.load(
-        directory, threads=options.threads, device=options.device, signature=manifest.signature
-    )
+def load(manifest: Manifest, directory: Path, options: Options) -> tensorflow.SavedModel:
+    return tensorflow.load(directory, threads=options.threads, device=options.device, signature=manifest.signature)

@@ -1,17 +1,17 @@
-"""PyTorch: programs of ``torch.export``, TorchScript, and weights of installed architectures; see :mod:`tether.torch_model`."""
+"""PyTorch: programs of ``torch.export``, TorchScript, and weights of installed architectures; see :mod:`tether.frameworks.pytorch`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tether import torch_model
-from tether.model import Manifest
-from tether.worker.runtimes.process import Options
+from tether.domain.manifest import Manifest
+from tether.frameworks import pytorch
+from tether.worker.runtimes.process_runtime import Options
 
 
-def load(manifest: Manifest, directory: Path, options: Options) -> torch_model.TorchModel:
+def load(manifest: Manifest, directory: Path, options: Options) -> pytorch.TorchModel:
     if options.compile:
-        from tether.worker.runtimes import compiled  # noqa: PLC0415 - few compile, and all others would wait for its imports
+        from tether.worker.runtimes import torch_compile  # noqa: PLC0415 - few compile, and all others would wait for its imports
 
-        return compiled.load(manifest, directory, options)
-    return torch_model.load(directory, threads=options.threads, device=options.device)
+        return torch_compile.load(manifest, directory, options)
+    return pytorch.load(directory, threads=options.threads, device=options.device)

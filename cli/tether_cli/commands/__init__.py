@@ -1,0 +1,1 @@
+"""The commands of ``tether``, one file a group."""

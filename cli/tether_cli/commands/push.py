@@ -1,0 +1,180 @@
+"""Push a model."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import typer
+
+from tether_cli.commands.model_config import Labels, Note, labels_of, read_config
+from tether_cli.options import ModelName, Timeout, Url, connect
+from tether_cli.output import JsonFlag, print_json, progress, say
+
+Encrypt = Annotated[
+    bool | None,
+    typer.Option("--encrypt/--no-encrypt", help="Store it encrypted, or not; else as the model's versions before."),
+]
+MaxBatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--max-batch-size",
+        metavar="N",
+        min=0,
+        help="Most rows of one run; 2 or more declares that no row's answer depends on another row. 0: no batches; "
+        "not given: batched when that is proven.",
+    ),
+]
+ModelPath = Annotated[
+    str,
+    typer.Argument(
+        metavar="PATH",
+        help="A folder, or an .onnx, .pt2, .pt, .ts, .jit, .torchscript, .safetensors or .tflite file.",
+    ),
+]
+SampleFile = Annotated[
+    str | None,
+    typer.Option(
+        "--sample",
+        metavar="FILE",
+        help="Real inputs (.npz or JSON): tried at the push, run at each load, kept with the version.",
+    ),
+]
+SignatureName = Annotated[
+    str | None,
+    typer.Option("--signature", metavar="NAME", help="Serve this signature of a SavedModel or .tflite file."),
+]
+IsolationName = Annotated[
+    str | None, typer.Option("--isolation", metavar="WHERE", help="'thread' of the worker, or 'process' of its own.")
+]
+ConfigFile = Annotated[
+    str | None, typer.Option("--config", metavar="FILE", help="JSON of what 'tether model config' can set.")
+]
+NextVersion = Annotated[
+    int | None,
+    typer.Option("--version", metavar="N", min=1, help="The number it is to have; fails when the next one is another."),
+]
+Wait = Annotated[
+    bool,
+    typer.Option("--wait/--no-wait", help="Wait until a worker answers for the version, within --timeout; or not."),
+]
+
+
+def push(
+    name: ModelName,
+    path: ModelPath,
+    *,
+    max_batch_size: MaxBatchSize = None,
+    max_delay_ms: Annotated[
+        float | None, typer.Option("--max-delay-ms", metavar="MS", min=0, help="How long a job may wait for company.")
+    ] = None,
+    isolation: IsolationName = None,
+    run_timeout_s: Annotated[
+        float | None,
+        typer.Option("--run-timeout", metavar="S", min=0, help="End the model's process after so long a run."),
+    ] = None,
+    config: ConfigFile = None,
+    version: NextVersion = None,
+    label: Labels = None,
+    note: Note = None,
+    encrypt: Encrypt = None,
+    sample: SampleFile = None,
+    signature: SignatureName = None,
+    wait: Wait = True,
+    url: Url = None,
+    timeout: Timeout = 600.0,
+    json_output: JsonFlag = False,
+) -> None:
+    """Make a file or a folder the next version of a model, and wait until a worker answers for it.
+
+    Only what the store does not have is sent.
+    """
+    begun = time.monotonic()
+    with connect(url, timeout) as client, progress("pushing", _size(path), unit="bytes") as done:
+        told = client.push(
+            name,
+            path,
+            max_batch_size=max_batch_size,
+            max_delay_ms=max_delay_ms,
+            isolation=isolation,
+            run_timeout_s=run_timeout_s,
+            config=None if config is None else read_config(config),
+            version=version,
+            labels={key: value or "" for key, value in labels_of(label).items()} or None,
+            note=note,
+            encrypt=encrypt,
+            sample=sample,
+            signature=signature,
+            progress=done,
+            waiting=done.waiting,
+            timeout=timeout,
+        )
+    if not json_output:
+        _tell_pushed(told)
+    rollout = _rollout(told, url, max(1.0, timeout - (time.monotonic() - begun))) if wait else None
+    if json_output:
+        print_json(told if rollout is None else {**told, "rollout": rollout})
+    if rollout is not None:
+        _tell_rollout(rollout, timeout)
+
+
+_MAY_WAIT = ("ready", "no_workers", "unloaded", "not_served")
+"""Outcomes of a push that succeeded: the version is loaded as soon as it is to be."""
+
+
+def _rollout(told: dict[str, Any], url: str | None, left_s: float) -> dict[str, Any]:
+    """Wait until a worker answers for the version, or none is going to."""
+    from tether.client.rollout import settled
+
+    with connect(url) as client, progress(f"version {told['version']} is stored:", None) as bar:
+        return client.run(lambda policy: settled(policy, told["name"], told["version"], bar.waiting), left_s)
+
+
+def _tell_rollout(rollout: dict[str, Any], timeout: float) -> None:
+    """How the wait ended.
+
+    Raises:
+        ModelNotReady: the version is stored, and is not going to answer, or not in time.
+    """
+    from tether.client.rollout import not_ready, words
+
+    if rollout["state"] not in _MAY_WAIT:
+        raise not_ready(rollout, timeout)
+    said = words(rollout)
+    say(f"ready: {said}" if rollout["state"] == "ready" else f"stored, and not loaded yet: {said}")
+
+
+def _size(path: str) -> int | None:
+    """Bytes of a file; None of a folder, and of what the push itself will say that it cannot be read."""
+    from pathlib import Path
+
+    try:
+        return Path(path).stat().st_size if Path(path).is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _tell_pushed(told: dict[str, Any]) -> None:
+    typer.echo(f"{told['name']} {told['version']}")
+    how = "encrypted, " if told.get("encrypted") else ""
+    say(f"{how}{told.get('size')} bytes, {told.get('stored_bytes')} of them sent; the rest was there already")
+    for side in ("inputs", "outputs"):
+        listed = ", ".join(f"{spec['name']} {spec['datatype']} {spec['shape']}" for spec in told.get(side, ()))
+        say(f"{side}: {listed or 'none'}")
+    if told.get("skipped"):
+        say(f"not part of the model, and not sent: {', '.join(told['skipped'])}")
+    others = [name for name in told.get("signatures", ()) if name != told.get("signature")]
+    if others:
+        say(f"serves signature '{told['signature']}'; the file also has {', '.join(others)} (--signature NAME)")
+    if told.get("untried"):
+        say(f"not tried: {told['untried']}; push it with --sample FILE to try it with real inputs")
+    say(_joined(told.get("batching") or {}))
+
+
+def _joined(batching: dict[str, Any]) -> str:
+    """Whether rows of several requests share a run of a version, and why or why not."""
+    rows, reason = batching.get("max_batch_size", 0), batching.get("reason", "")
+    if not rows:
+        return f"not batched: {reason}"
+    how = "proven from the graph" if batching.get("basis") == "proven" else "declared by you, the publisher"
+    return f"batched: up to {rows} rows a run, {how}{f'; a trial run says: {reason}' if reason else ''}"

@@ -1,0 +1,301 @@
+"""What each identity may publish and subscribe on the broker: one table, read by every configuration we write.
+
+A NATS wildcard stands for whole tokens only, so streams and buckets are listed one by one. An empty allow list would
+allow everything; no role has one. A right is a subject: what the body of a request asks for, such as the sources of a stream
+that is made, no right can say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tether.crypto import Role
+from tether.domain.job import SHARED
+from tether.wire.subjects import BUCKETS, Names
+
+DISPATCHER_SERVICES = ("registerWorker",)
+MODELSTORE_SERVICES = ("registerModel", "changeModel", "configureModel")
+
+_DISCOVERY = "$SRV.>"
+_LOOK = (
+    "$JS.API.INFO",
+    "$JS.API.STREAM.NAMES",
+    "$JS.API.STREAM.LIST",
+    "$JS.API.STREAM.INFO.*",
+    "$JS.API.CONSUMER.NAMES.*",
+    "$JS.API.CONSUMER.LIST.*",
+    "$JS.API.CONSUMER.INFO.*.*",
+)
+
+
+@dataclass(frozen=True)
+class Permissions:
+    """Allow lists of one NATS user. ``responds``: it may answer, once, each request it receives."""
+
+    publish: tuple[str, ...]
+    subscribe: tuple[str, ...]
+    responds: bool = False
+
+
+def identity_permissions(
+    names: Names, role: Role, name: str, tenant: str = "", scopes: Sequence[str] = ()
+) -> Permissions:
+    """What one identity may do. ``tenant``: the isolated tenant that a worker is bound to, or empty. ``scopes``: every
+    tenant that some worker is bound to; their streams are named one by one too."""
+    inbox = f"{names.inbox(role.value, name)}.>"
+    match role:
+        case Role.GATEWAY:
+            return _gateway(names, inbox)
+        case Role.DISPATCHER:
+            return _dispatcher(names, inbox, scopes)
+        case Role.WORKER:
+            return _worker(names, inbox, name, tenant or SHARED)
+        case Role.MODELSTORE:
+            return _modelstore(names, inbox)
+        case Role.ADMIN:
+            return _admin(names, inbox, scopes)
+
+
+def _gateway(names: Names, inbox: str) -> Permissions:
+    """Gateways serve every tenant. The streams of isolated ones come and go, so no list could name them."""
+    return Permissions(
+        publish=(
+            f"{names.prefix}.infer.>",
+            f"{names.prefix}.job.>",
+            f"{names.prefix}.result.>",
+            *(names.store_services(endpoint) for endpoint in MODELSTORE_SERVICES),
+            names.audit_subjects(),
+            names.demand(),
+            names.all_withdrawn(),
+            *_keys(names, "jobs", "apikeys", "keyuse", "tenants", "tenantkeys", "puts"),
+            *_objects(names),
+            "$JS.API.DIRECT.GET.*",
+            "$JS.API.STREAM.INFO.*",
+            *_read_last(names, "jobs", "attempts", "models", "aliases", "routes", "apikeys", "keyuse", "tenants"),
+            *_read_last(names, "configs", "notes", "tenantkeys", "modelkeys", "liveness", "keyset", "leases", "puts"),
+            f"$JS.API.DIRECT.GET.*.{names.prefix}.result.>",
+            f"$JS.API.DIRECT.GET.{names.audit_stream}.>",
+            *(f"$JS.API.DIRECT.GET.{names.object_stream(bucket)}.>" for bucket in names.chunk_buckets()),
+        ),
+        subscribe=(
+            inbox,
+            names.reply("*"),
+            f"{names.prefix}.result.>",
+            names.demand(),
+            *_keys(names, "models", "aliases", "configs", "notes", "routes", "apikeys", "liveness"),
+            *_keys(names, "tenants", "tenantkeys", "modelkeys", "keyset"),
+        ),
+    )
+
+
+def _dispatcher(names: Names, inbox: str, scopes: Sequence[str]) -> Permissions:
+    """It makes streams and changes none: who may change one may empty it, or have it copied. It reads what it decides
+    by, ended jobs included, and neither models' files nor anybody's keys."""
+    infer = [names.infer_stream(shard) for shard in range(names.infer_shards)]
+    jobs = [names.jobs_stream(shard) for shard in range(names.job_shards)]
+    jobs += [names.scope_jobs_stream(scope) for scope in scopes]
+    lanes = [*infer, *(names.scope_infer_stream(scope) for scope in scopes), *jobs]
+    results = [names.scope_results_stream(scope) for scope in (SHARED, *scopes)]
+    return Permissions(
+        publish=(
+            "$JS.API.STREAM.NAMES",
+            "$JS.API.STREAM.INFO.*",
+            *_calls("CREATE", streams_made(names, scopes)),
+            # they hold nothing that outlives a server, and are made again when theirs is away
+            *_calls("DELETE", infer),
+            # which bundles wait
+            *_calls("MSG.GET", jobs),
+            # results and records of jobs that are forgotten, one by one
+            *_calls("MSG.DELETE", results),
+            *_calls("PURGE", [names.bucket_stream("jobs")]),
+            *(f"$JS.API.CONSUMER.CREATE.{stream}.*.{names.prefix}.>" for stream in lanes),
+            *(f"$JS.API.CONSUMER.DELETE.{stream}.*" for stream in lanes),
+            "$JS.API.CONSUMER.NAMES.*",
+            "$JS.API.CONSUMER.LIST.*",
+            "$JS.API.CONSUMER.INFO.*.*",
+            *_read(names, "jobs", "assign", "routes", "liveness", "models", "aliases", "configs", "tenants", "keyset"),
+            *(subject for stream in results for subject in _get(stream)),
+            # who writes the audit log looks whether it kept what was written
+            *_get(names.audit_stream),
+            *_keys(names, "assign", "routes", "keyset", "jobs"),
+            f"{names.prefix}.result.>",
+            names.audit_subjects(),
+            _DISCOVERY,
+        ),
+        subscribe=(
+            inbox,
+            *_keys(names, "liveness", "models", "aliases", "configs", "assign", "routes", "tenants", "keyset"),
+            names.every_end(),
+            *_services(names, DISPATCHER_SERVICES),
+        ),
+        responds=True,
+    )
+
+
+def streams_made(names: Names, scopes: Sequence[str] = ()) -> list[str]:
+    """Every stream of a platform on which workers are bound to the tenants ``scopes``."""
+    return [
+        *(names.infer_stream(shard) for shard in range(names.infer_shards)),
+        *(names.jobs_stream(shard) for shard in range(names.job_shards)),
+        names.results_stream,
+        names.dead_stream,
+        names.audit_stream,
+        *(names.bucket_stream(bucket) for bucket in BUCKETS),
+        *(names.object_stream(bucket) for bucket in names.chunk_buckets()),
+        *(stream for scope in scopes for stream in names.scope_streams(scope)),
+    ]
+
+
+def _worker(names: Names, inbox: str, name: str, scope: str) -> Permissions:
+    """One worker: its own key in ``assign`` and ``liveness``, and the lanes, notes and dead letters of its scope, read
+    one subject at a time, so that it cannot enumerate what it was not told of. Results of its scope it writes and never reads;
+    it sees how full they are, and with that the ids of jobs that ended."""
+    lanes = _lane_streams(names, scope)
+    own_order, note = names.bucket_key("assign", name), names.bucket_key("attempts", names.attempt_key("*", scope))
+    return Permissions(
+        publish=(
+            *(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.*" for stream in lanes),
+            *(f"$JS.ACK.{stream}.>" for stream in lanes),
+            *(f"$JS.ACK.*.*.{stream}.>" for stream in lanes),
+            names.reply("*"),
+            names.results(scope),
+            f"$JS.API.STREAM.INFO.{names.scope_results_stream(scope)}",
+            names.dead_subjects(scope),
+            names.service("registerWorker"),
+            names.bucket_key("liveness", name),
+            names.piece(name),
+            note,
+            _last(names.bucket_stream("attempts"), note),
+            _last(names.bucket_stream("assign"), own_order),
+            *_read_last(names, "models", "configs", "tenantkeys", "modelkeys"),
+            *_read(names, "keyset"),
+            *(_last(names.object_stream(bucket), names.object_chunk(bucket, "*")) for bucket in names.chunk_buckets()),
+        ),
+        subscribe=(
+            inbox,
+            own_order,
+            names.wanted(name),
+            names.all_withdrawn(scope),
+            *_keys(names, "tenantkeys", "modelkeys", "keyset"),
+        ),
+    )
+
+
+def _lane_streams(names: Names, scope: str) -> list[str]:
+    if scope != SHARED:
+        return [names.scope_infer_stream(scope), names.scope_jobs_stream(scope)]
+    shards = [names.infer_stream(shard) for shard in range(names.infer_shards)]
+    return shards + [names.jobs_stream(shard) for shard in range(names.job_shards)]
+
+
+def _modelstore(names: Names, inbox: str) -> Permissions:
+    return Permissions(
+        publish=(
+            *_keys(names, "models", "aliases", "configs", "notes", "modelkeys", "leases"),
+            names.audit_subjects(),
+            *_objects(names),
+            *_read(
+                names, "models", "aliases", "configs", "notes", "modelkeys", "leases", "routes", "tenants", "keyset"
+            ),
+            *_read(names, "assign"),
+            names.wanted("*"),
+            *_get(names.audit_stream),
+            *_read_objects(names),
+            *_keep_objects(names),
+        ),
+        subscribe=(
+            inbox,
+            *_keys(names, "models", "aliases", "modelkeys", "tenants", "keyset", "assign"),
+            names.piece("*"),
+            _DISCOVERY,
+            *(names.store_services(endpoint) for endpoint in MODELSTORE_SERVICES),
+        ),
+        responds=True,
+    )
+
+
+def _admin(names: Names, inbox: str, scopes: Sequence[str]) -> Permissions:
+    return Permissions(
+        publish=(
+            *_LOOK,
+            *_calls("UPDATE", streams_made(names, scopes)),
+            *_keys(names, "apikeys", "tenants", "keyset"),
+            *_read(names, "apikeys", "tenants", "keyset"),
+            *_get(names.audit_stream),
+            names.audit_subjects(),
+            _DISCOVERY,
+        ),
+        subscribe=(inbox, *_keys(names, "apikeys", "tenants", "keyset")),
+    )
+
+
+def _calls(verb: str, streams: Iterable[str]) -> tuple[str, ...]:
+    """A verb of the JetStream API for streams that are named one by one."""
+    return tuple(f"$JS.API.STREAM.{verb}.{stream}" for stream in streams)
+
+
+def _keys(names: Names, *buckets: str) -> tuple[str, ...]:
+    """All entries of the buckets: to publish is to write, to subscribe is to watch."""
+    return tuple(names.bucket_key(bucket, ">") for bucket in buckets)
+
+
+def _get(stream: str) -> tuple[str, str]:
+    """Both forms of a direct get: what is wanted in the body, which may be anything in the stream, or in the subject."""
+    return f"$JS.API.DIRECT.GET.{stream}", f"$JS.API.DIRECT.GET.{stream}.>"
+
+
+def _last(stream: str, subject: str) -> str:
+    """A direct get of the last message of one subject; the server refuses a body with it."""
+    return f"$JS.API.DIRECT.GET.{stream}.{subject}"
+
+
+def _read(names: Names, *buckets: str) -> tuple[str, ...]:
+    return tuple(subject for bucket in buckets for subject in _get(names.bucket_stream(bucket)))
+
+
+def _read_last(names: Names, *buckets: str) -> tuple[str, ...]:
+    return tuple(_last(names.bucket_stream(bucket), names.bucket_key(bucket, ">")) for bucket in buckets)
+
+
+def _objects(names: Names) -> tuple[str, ...]:
+    return tuple(f"$O.{bucket}.>" for bucket in names.chunk_buckets())
+
+
+def _read_objects(names: Names) -> tuple[str, ...]:
+    return tuple(subject for bucket in names.chunk_buckets() for subject in _get(names.object_stream(bucket)))
+
+
+def _keep_objects(names: Names) -> tuple[str, ...]:
+    """What looking after pieces takes: their number, and the deletion of single ones by sequence."""
+    streams = [names.object_stream(bucket) for bucket in names.chunk_buckets()]
+    return (*_calls("INFO", streams), *_calls("MSG.DELETE", streams))
+
+
+def _services(names: Names, endpoints: tuple[str, ...]) -> tuple[str, ...]:
+    return (_DISCOVERY, *(names.service(endpoint) for endpoint in endpoints))
+
+
+def nats_block(permissions: Permissions, indent: str) -> str:
+    """The ``permissions`` block of one user in nats.conf syntax."""
+    lines = [
+        "publish: {",
+        _listed("allow", permissions.publish),
+        "}",
+        "subscribe: {",
+        _listed("allow", permissions.subscribe),
+        "}",
+    ]
+    if permissions.responds:
+        lines.append('allow_responses: { max: 1, expires: "5m" }')
+    body = "\n".join(lines)
+    return "{\n" + _indented(body, indent + "  ") + f"\n{indent}}}"
+
+
+def _listed(name: str, subjects: tuple[str, ...]) -> str:
+    rows = "\n".join(f'    "{subject}"' for subject in subjects)
+    return f"  {name}: [\n{rows}\n  ]"
+
+
+def _indented(text: str, indent: str) -> str:
+    return "\n".join(indent + line for line in text.splitlines())

@@ -1,0 +1,1 @@
+"""JetStream key-value buckets: read, written with compare-and-set, watched, verified."""

@@ -1,0 +1,329 @@
+"""Key-value buckets without consumers: direct gets to read, a core subscription to hear of changes.
+
+A bucket's stream takes what is published on ``$KV.<bucket>.<key>``; the same message reaches everyone subscribed to
+that subject. A watcher therefore subscribes, takes a snapshot by direct get, and fetches a key again when it hears of
+it: what it hears may have been refused by the stream. After a reconnect, and now and then, it takes a new snapshot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from tether.bus.key_value.bucket_watch import OnChange, OnDeleted, Watcher
+from tether.bus.key_value.verified_entries import Believed
+from tether.crypto import Envelope, MessageType
+from tether.errors import (
+    BadEncoding,
+    EnvelopeError,
+    KvBinding,
+    PermissionDenied,
+    SubjectMismatch,
+    Unavailable,
+    VersionConflict,
+)
+from tether.wire import codec
+
+if TYPE_CHECKING:
+    from tether.bus.bus import Bus, Stored
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+GONE = {"KV-Operation": "PURGE", "Nats-TTL": "1"}
+"""Headers of an empty entry that replaces one which is needed no more, and goes itself after a second."""
+
+_TRIES = 16
+
+ORDERED = frozenset(
+    {"models", "aliases", "configs", "notes", "routes", "assign", "apikeys", "tenants", "tenantkeys", "modelkeys"}
+)
+"""Buckets whose entries never go back: a reader that has seen an entry refuses one that was issued before it. Jobs,
+their attempts and heartbeats are too many to be remembered, and what they say is checked against the results."""
+
+
+class KvBucket:
+    """One bucket. Values are what the writer signed, not verified."""
+
+    def __init__(self, bus: Bus, name: str) -> None:
+        self._bus = bus
+        self.name = name
+        self.stream = bus.names.bucket_stream(name)
+        self._root = bus.names.bucket_key(name, "")
+
+    def subject(self, key: str) -> str:
+        return self._root + key
+
+    async def get(self, key: str) -> bytes | None:
+        found = await self._bus.direct_get(self.stream, self.subject(key))
+        return None if found is None else _value(found)
+
+    async def put(self, key: str, value: bytes, *, ttl_s: int | None = None) -> None:
+        """Store; gone again after ``ttl_s`` whole seconds, when given."""
+        headers = None if ttl_s is None else {"Nats-TTL": str(max(1, ttl_s))}
+        await self._bus.publish_acked(self.subject(key), value, headers=headers)
+
+    async def create(self, key: str, value: bytes, *, ttl_s: int | None = None) -> bool:
+        """Store only if there is none; False when there is."""
+        headers = {} if ttl_s is None else {"Nats-TTL": str(max(1, ttl_s))}
+        for _ in range(3):
+            last = await self._bus.direct_get(self.stream, self.subject(key))
+            if last is not None and _value(last) is not None:
+                return False
+            expected = "0" if last is None else str(last.sequence)
+            try:
+                await self._bus.publish_acked(
+                    self.subject(key), value, headers={**headers, "Nats-Expected-Last-Subject-Sequence": expected}
+                )
+            except VersionConflict:
+                continue
+            return True
+        return False
+
+    async def delete(self, key: str, last: bytes = b"") -> None:
+        """Take the value away. ``last`` stays beside the note that it was deleted, for who asks what it was."""
+        await self._bus.publish_acked(self.subject(key), last, headers={"KV-Operation": "DEL"})
+
+    async def forget(self, key: str, sequence: int) -> None:
+        """Take away what the key had at ``sequence``; a second later nothing of the key is left in the stream. A broker that is
+        killed may bring it back: see :meth:`remove`, to which not every role has a right.
+
+        Raises:
+            VersionConflict: it has something else by now.
+            BrokerUnavailable: it may be gone all the same.
+        """
+        expected = {"Nats-Expected-Last-Subject-Sequence": str(sequence)}
+        await self._bus.publish_acked(self.subject(key), b"", headers={**GONE, **expected})
+
+    async def remove(self, key: str, sequence: int) -> None:
+        """Take away what the key had at ``sequence``, for good; what was written after it stays.
+
+        nats-server 2.15 brings entries back that were taken away by :meth:`forget`, when it is killed and reads its files again:
+        it has noted there that the empty entry is gone, and of the one before only that it was replaced. This notes it of the
+        entry itself, and tells no watcher. Where the broker's configuration is older and does not allow it, it is :meth:`forget`.
+
+        Raises:
+            BrokerUnavailable: it may be gone all the same.
+        """
+        try:
+            await self._bus.api(f"STREAM.PURGE.{self.stream}", {"filter": self.subject(key), "seq": sequence + 1})
+        except PermissionDenied:
+            with suppress(VersionConflict):
+                await self.forget(key, sequence)
+
+    async def was_deleted(self, key: str) -> bool:
+        """Whether the key had a value and was deleted; False for one that never had any."""
+        found = await self._bus.direct_get(self.stream, self.subject(key))
+        return found is not None and found.headers.get("KV-Operation") is not None
+
+    async def entries(self) -> dict[str, bytes]:
+        """Every key that has a value."""
+        return (await self.entries_and_deleted())[0]
+
+    async def entries_and_deleted(self) -> tuple[dict[str, bytes], dict[str, bytes]]:
+        """Every key that has a value; and what deleted ones had, where :meth:`delete` was given it."""
+        found: dict[str, bytes] = {}
+        deleted: dict[str, bytes] = {}
+        async for item in self._bus.direct_scan(self.stream, self._root + ">"):
+            value, key = _value(item), item.subject[len(self._root) :]
+            if value is not None:
+                found[key] = value
+            elif item.data:
+                deleted[key] = item.data
+        return found, deleted
+
+    @asynccontextmanager
+    async def watch(
+        self, on_change: OnChange, *, key: str = "", refetch: bool = True, on_deleted: OnDeleted | None = None
+    ) -> AsyncIterator[None]:
+        """Call ``on_change`` for every entry there is, then for every change, until the block ends.
+
+        With ``key`` only for that one, which needs no right to read the others. ``refetch=False`` believes what it
+        hears without asking the stream: for heartbeats. ``on_deleted`` hears what deleted entries had.
+        """
+        watcher = Watcher(self._bus, self, on_change, key=key, refetch=refetch, on_deleted=on_deleted)
+        subscription = await self._bus.subscribe(self._root + (key or ">"), watcher.heard)
+        forget = self._bus.on_reconnect(watcher.resync.set)
+        task = asyncio.create_task(watcher.run(), name=f"watch-{self.name}")
+        try:
+            await watcher.wait_first(task)
+            yield
+        finally:
+            forget()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await subscription.unsubscribe()
+
+
+class Latest(msgspec.Struct, frozen=True):
+    """What a key has just now: its verified body (None: there is none that counts), sequence, and time of issue."""
+
+    body: bytes | None = None
+    sequence: int = 0
+    issued_at: int = 0
+
+
+class SignedBucket:
+    """A bucket whose values are signed by whoever may write them: seals on the way in, verifies on the way out.
+
+    An entry whose signature, subject or type is wrong is counted and treated as if it were not there, and in
+    :data:`ORDERED` buckets also one that was issued before another that this object has seen at its key. A writer
+    therefore issues an entry after the one that it replaces, whatever its own clock says.
+    """
+
+    def __init__(self, bus: Bus, name: str, kind: MessageType) -> None:
+        self._bus = bus
+        self.kind = kind
+        self._ordered = name in ORDERED
+        self._issued: dict[str, int] = {}
+        self.raw = KvBucket(bus, name)
+
+    async def get(self, key: str) -> bytes | None:
+        frame = await self.raw.get(key)
+        return None if frame is None else self._open(key, frame)
+
+    async def require(self, key: str) -> bytes | None:
+        """:meth:`get` for who must not take an entry that does not count for none at all.
+
+        Raises:
+            Unavailable: there is an entry, and it cannot be believed.
+        """
+        frame = await self.raw.get(key)
+        body = None if frame is None else self._open(key, frame)
+        if frame is not None and body is None:
+            raise Unavailable(f"an entry of bucket '{self.raw.name}' cannot be believed; see 'tether identity resign'")
+        return body
+
+    async def put(self, key: str, body: bytes, *, ttl_s: int | None = None) -> None:
+        """Store, whatever was there.
+
+        Raises:
+            VersionConflict: in an ordered bucket, others wrote the key every time.
+            BrokerUnavailable: it may be stored all the same.
+        """
+        if not self._ordered:
+            await self.raw.put(key, self._seal(key, body), ttl_s=ttl_s)
+            return
+        for attempt in range(_TRIES):
+            try:
+                await self.replace(key, body, await self.latest(key), ttl_s=ttl_s)
+                return
+            except VersionConflict:
+                if attempt == _TRIES - 1:
+                    raise
+
+    async def latest(self, key: str) -> Latest:
+        """The entry to hand to :meth:`replace`."""
+        found = await self._bus.direct_get(self.raw.stream, self.raw.subject(key))
+        if found is None:
+            return Latest()
+        frame = _value(found)
+        envelope = None if frame is None else self._envelope(key, frame)
+        if envelope is None:
+            return Latest(None, found.sequence)
+        return Latest(envelope.body, found.sequence, envelope.header.issued_at)
+
+    async def replace(self, key: str, body: bytes, latest: Latest, *, ttl_s: int | None = None) -> None:
+        """Store if the key still has ``latest``.
+
+        Raises:
+            VersionConflict: it has something else by now.
+            BrokerUnavailable: it may be stored all the same.
+        """
+        headers = {"Nats-Expected-Last-Subject-Sequence": str(latest.sequence)}
+        if ttl_s is not None:
+            headers["Nats-TTL"] = str(max(1, ttl_s))
+        after = max(latest.issued_at, self._issued.get(key, 0))
+        issued = max(self._bus.clock.utc_ms(), after + 1)
+        frame = self._bus.signer.seal(self.kind, self.raw.subject(key), body, after=issued - 1)
+        await self._bus.publish_acked(self.raw.subject(key), frame, headers=headers)
+        if self._ordered:
+            self._issued[key] = max(issued, self._issued.get(key, 0))
+
+    async def create(self, key: str, body: bytes, *, ttl_s: int | None = None) -> bool:
+        return await self.raw.create(key, self._seal(key, body), ttl_s=ttl_s)
+
+    async def delete(self, key: str) -> None:
+        await self.raw.delete(key)
+
+    async def entries(self) -> dict[str, bytes]:
+        opened = {key: self._open(key, frame) for key, frame in (await self.raw.entries()).items()}
+        return {key: body for key, body in opened.items() if body is not None}
+
+    @asynccontextmanager
+    async def watch(
+        self,
+        on_change: OnChange,
+        *,
+        key: str = "",
+        refetch: bool = True,
+        on_refused: Callable[[str], None] | None = None,
+        withdraw: bool = False,
+        on_deleted: OnDeleted | None = None,
+    ) -> AsyncIterator[None]:
+        """:meth:`KvBucket.watch` with verified bodies; an entry that fails verification changes nothing.
+
+        ``on_refused`` hears of it; with ``withdraw`` an entry goes when the key that signed it is revoked.
+        ``on_deleted`` hears what deleted entries had, which it has to verify itself.
+        """
+        verifier = self._bus.verifier
+        believed = Believed(verifier, self._open, on_change, on_refused=on_refused, withdraw=withdraw)
+        forget = verifier.on_replace(believed.look_again)
+        try:
+            async with self.raw.watch(believed.heard, key=key, refetch=refetch, on_deleted=on_deleted):
+                yield
+        finally:
+            forget()
+
+    def _seal(self, key: str, body: bytes) -> bytes:
+        return self._bus.signer.seal(self.kind, self.raw.subject(key), body, after=self._issued.get(key, 0))
+
+    def _open(self, key: str, frame: bytes) -> bytes | None:
+        envelope = self._envelope(key, frame)
+        return None if envelope is None else envelope.body
+
+    def _envelope(self, key: str, frame: bytes) -> Envelope | None:
+        """The verified entry of a key; None (logged and counted) when it must not be acted on."""
+        try:
+            try:
+                envelope = self._bus.verifier.open(
+                    frame, subject=self.raw.subject(key), types=(self.kind,), stored=True
+                )
+            except SubjectMismatch as error:
+                raise KvBinding(f"an entry of bucket '{self.raw.name}' was signed for another key") from error
+            self._check_order(key, envelope.header.issued_at)
+        except EnvelopeError as error:
+            self._bus.count_refused(error, self.raw.subject(key))
+            return None
+        return envelope
+
+    def _check_order(self, key: str, issued_at: int) -> None:
+        if not self._ordered:
+            return
+        newest = self._issued.get(key, 0)
+        if issued_at < newest:
+            behind = newest - issued_at
+            raise KvBinding(
+                f"bucket '{self.raw.name}': an entry was replaced {behind} ms after it was issued, and is back"
+            )
+        self._issued[key] = issued_at
+
+
+def read_entry(body: bytes, kind: type[T]) -> T | None:
+    """What a verified entry says; None (logged) when it cannot be read."""
+    try:
+        return codec.decode(body, kind)
+    except BadEncoding as error:
+        log.warning("unreadable entry: %s", error, extra={"action": "entry_refused"})
+        return None
+
+
+def _value(item: Stored) -> bytes | None:
+    gone = item.headers.get("KV-Operation") or item.headers.get("Nats-Marker-Reason")
+    return None if gone else item.data

@@ -1,0 +1,173 @@
+"""The bucket ``leases``: which model store looks after which partition; and requests to whoever it is.
+
+The key of a lease is ``partition.<number>``, that of a sign of life ``store.<instance>``. A lease changes hands by a conditional
+write. Its epoch is the time in milliseconds, or the sequence that it replaces and one where that is more: sequences begin again
+after a power cut, and who had an epoch that was lost must not share it with the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from tether.bus import rpc
+from tether.bus.bus import Bus, Stored
+from tether.bus.key_value.bucket import KvBucket
+from tether.crypto import MessageType
+from tether.domain.partition import Lease, SignOfLife
+from tether.errors import BadEncoding, BrokerUnavailable, Unavailable, VersionConflict
+from tether.wire import codec
+
+FORGOTTEN_S = 60
+"""A sign of life is deleted by the broker after this long."""
+
+PATIENCE_S = 20.0
+"""How long a request waits for a partition to be taken over."""
+
+_LOOK_S = 1.0
+_AGAIN_S = 0.25
+_LEASE = "partition."
+_LIFE = "store."
+
+
+class Seen(NamedTuple):
+    """The bucket as it is: sequence and lease of each partition (None: it cannot be read), sequence of each sign of life."""
+
+    leases: dict[int, tuple[int, Lease | None]]
+    signs: dict[str, int]
+
+
+class LeaseBucket:
+    """For model stores, which write it, and gateways, which read single leases."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._raw = KvBucket(bus, "leases")
+
+    async def look(self) -> Seen:
+        """Everything there is.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        seen, start = Seen({}, {}), len(self._raw.subject(""))
+        async for item in self._bus.direct_scan(self._raw.stream, self._raw.subject(">")):
+            key = item.subject[start:]
+            if item.headers.get("KV-Operation"):
+                continue
+            if key.startswith(_LEASE) and key[len(_LEASE) :].isdecimal():
+                seen.leases[int(key[len(_LEASE) :])] = (item.sequence, self._lease(item))
+            elif key.startswith(_LIFE) and self._bus.open_frame(item.data, item.subject, MessageType.LEASE) is not None:
+                seen.signs[key[len(_LIFE) :]] = item.sequence
+        return seen
+
+    async def get(self, partition: int) -> Lease | None:
+        """The lease of one partition; None when there is none that counts.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        item = await self._bus.direct_get(self._raw.stream, self._raw.subject(f"{_LEASE}{partition}"))
+        return None if item is None else self._lease(item)
+
+    def _lease(self, item: Stored) -> Lease | None:
+        envelope = self._bus.open_frame(item.data, item.subject, MessageType.LEASE)
+        if envelope is None:
+            return None
+        with suppress(BadEncoding):
+            return codec.decode(envelope.body, Lease)
+        return None
+
+    async def sign(self, sign: SignOfLife) -> None:
+        """Give a sign of life.
+
+        Raises:
+            BrokerUnavailable: it may not be stored.
+        """
+        key = f"{_LIFE}{sign.instance}"
+        frame = self._bus.signer.seal(MessageType.LEASE, self._raw.subject(key), codec.encode(sign))
+        await self._raw.put(key, frame, ttl_s=FORGOTTEN_S)
+
+    async def forget(self, instance: str) -> None:
+        """Take back the last sign of life of an instance that ends.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        await self._raw.delete(f"{_LIFE}{instance}")
+
+    async def hand(self, partition: int, owner: str, sequence: int) -> Lease | None:
+        """Let ``owner`` (empty: nobody) have a partition whose lease has ``sequence``; None: somebody else was first.
+
+        Raises:
+            BrokerUnavailable: it may be stored all the same.
+        """
+        lease = Lease(partition, max(sequence + 1, self._bus.clock.utc_ms()), owner)
+        subject = self._raw.subject(f"{_LEASE}{partition}")
+        frame = self._bus.signer.seal(MessageType.LEASE, subject, codec.encode(lease))
+        headers = {"Nats-Expected-Last-Subject-Sequence": str(sequence)}
+        try:
+            await self._bus.publish_acked(subject, frame, headers=headers)
+        except VersionConflict:
+            return None
+        return lease
+
+
+async def ask_owner(
+    bus: Bus,
+    endpoint: str,
+    partition: int,
+    kind: MessageType,
+    body: bytes,
+    *,
+    answers: MessageType,
+    timeout: float = 5.0,
+    again: bool = True,
+) -> bytes:
+    """:func:`tether.bus.rpc.call` to the model store that looks after a partition, whoever that is by then.
+
+    A partition that nobody has is waited for. When it changes hands while a request is answered, the next owner is asked, unless
+    ``again`` is off: for what must not be done twice.
+
+    Raises:
+        Unavailable: nobody has the partition, or it changed hands on the way.
+        BrokerUnavailable: the owner gave no answer within ``timeout`` seconds.
+        TetherError: what the owner raised.
+    """
+    leases, now = LeaseBucket(bus), bus.clock.monotonic
+    until = now() + PATIENCE_S
+    while True:
+        lease = await leases.get(partition)
+        if lease is not None and lease.owner:
+            subject = bus.names.store_service(endpoint, partition, lease.epoch)
+            call = rpc.call(bus, endpoint, kind, body, answers=answers, timeout=timeout, subject=subject)
+            try:
+                answer = await _while_owned(leases, lease, call)
+            except BrokerUnavailable as error:
+                if error.field != subject:
+                    raise
+            else:
+                if answer is not None:
+                    return answer
+                if not again:
+                    raise Unavailable("the model store was lost on the way; look whether it was done", retry_after=2)
+                until = now() + PATIENCE_S
+        if now() > until:
+            raise Unavailable(f"no model store looks after partition {partition} at the moment", retry_after=2)
+        await asyncio.sleep(_AGAIN_S)
+
+
+async def _while_owned(leases: LeaseBucket, lease: Lease, call: Coroutine[Any, Any, bytes]) -> bytes | None:
+    """The answer; None as soon as somebody else has the lease and none has come."""
+    asking = asyncio.ensure_future(call)
+    try:
+        while not (await asyncio.wait({asking}, timeout=_LOOK_S))[0]:
+            with suppress(BrokerUnavailable):
+                if await leases.get(lease.partition) != lease and not asking.done():
+                    return None
+        return asking.result()
+    finally:
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)

@@ -1,0 +1,66 @@
+"""What a watcher of a signed bucket was told to act on, and what not: a newer keyset can change either."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from tether.crypto import Verifier, kid_of
+
+log = logging.getLogger(__name__)
+
+
+class Believed:
+    """Opens the entries of one bucket. One that was refused is opened again under the next keyset: an entry and the
+    keyset that names its signer travel separately. With ``withdraw`` one that was acted on is taken back, as if it had
+    been removed, when the key that signed it is revoked."""
+
+    def __init__(
+        self,
+        verifier: Verifier,
+        opened: Callable[[str, bytes], bytes | None],
+        on_change: Callable[[str, bytes | None], None],
+        *,
+        on_refused: Callable[[str], None] | None = None,
+        withdraw: bool = False,
+    ) -> None:
+        self._verifier = verifier
+        self._opened = opened
+        self._on_change = on_change
+        self._on_refused = on_refused
+        self._withdraw = withdraw
+        self._refused: dict[str, bytes] = {}
+        self._signers: dict[str, bytes] = {}
+
+    def heard(self, key: str, frame: bytes | None) -> None:
+        """An entry came, changed or went. One that fails verification changes nothing."""
+        self._refused.pop(key, None)
+        body = None if frame is None else self._opened(key, frame)
+        if frame is None:
+            self._signers.pop(key, None)
+            self._on_change(key, None)
+        elif body is None:
+            self._refused[key] = frame
+            if self._on_refused is not None:
+                self._on_refused(key)
+        else:
+            self._signers[key] = kid_of(frame)
+            self._on_change(key, body)
+
+    def look_again(self) -> None:
+        """Go by another keyset."""
+        for key, frame in list(self._refused.items()):
+            self._tried(key, lambda key=key, frame=frame: self.heard(key, frame))  # type: ignore[misc]
+        if not self._withdraw:
+            return
+        revoked = {item.kid for item in self._verifier.keyset.revoked}
+        for key, kid in list(self._signers.items()):
+            if kid in revoked:
+                del self._signers[key]
+                self._tried(key, lambda key=key: self._on_change(key, None))  # type: ignore[misc]
+
+    def _tried(self, key: str, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception:
+            log.exception("the entry '%s' was not acted on", key, extra={"action": "watch_failed"})

@@ -1,0 +1,1 @@
+"""The Python client: ``Client`` blocks, ``AsyncClient`` does not."""

@@ -1,0 +1,99 @@
+"""How flows are driven over a wire: one step after another, and several flows at a time where a flow asks for that."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from contextlib import closing
+from typing import Any, TypeVar
+
+from tether.client.protocol import Flow, Lost, Pause, Reply, Together
+from tether.client.transport import AsyncWire, Wire
+
+T = TypeVar("T")
+
+
+def drive(wire: Wire, flow: Flow[T]) -> T:
+    """Take a flow to its result, blocking."""
+    answer: Reply | Lost | list[Any] | None = None
+    with closing(flow) as steps:
+        try:
+            while True:
+                step = steps.send(answer)
+                if isinstance(step, Pause):
+                    threading.Event().wait(step.seconds)
+                    answer = None
+                elif isinstance(step, Together):
+                    answer = _together(wire, step)
+                else:
+                    answer = wire.send(step)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+
+def _together(wire: Wire, step: Together) -> list[Any]:
+    """In threads. After an error those that have begun are waited for; an interrupt waits for nobody."""
+    results: dict[int, Any] = {}
+    running: dict[concurrent.futures.Future[Any], int] = {}
+    pool = concurrent.futures.ThreadPoolExecutor(step.width, "tether-client")
+
+    def settle(*, least: int) -> None:
+        while len(running) > least:
+            for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
+                number = running.pop(future)
+                results[number] = future.result()
+                step.done(results[number])
+
+    try:
+        for number, flow in enumerate(step.flows):
+            running[pool.submit(drive, wire, flow)] = number
+            settle(least=step.width - 1)
+        settle(least=0)
+    except Exception:
+        pool.shutdown(cancel_futures=True)
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return [results[number] for number in sorted(results)]
+
+
+async def drive_async(wire: AsyncWire, flow: Flow[T]) -> T:
+    """Take a flow to its result."""
+    answer: Reply | Lost | list[Any] | None = None
+    with closing(flow) as steps:
+        try:
+            while True:
+                step = steps.send(answer)
+                if isinstance(step, Pause):
+                    await asyncio.sleep(step.seconds)
+                    answer = None
+                elif isinstance(step, Together):
+                    answer = await _together_async(wire, step)
+                else:
+                    answer = await wire.send(step)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+
+async def _together_async(wire: AsyncWire, step: Together) -> list[Any]:
+    results: dict[int, Any] = {}
+    running: dict[asyncio.Task[Any], int] = {}
+
+    async def settle(*, least: int) -> None:
+        while len(running) > least:
+            for task in (await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))[0]:
+                number = running.pop(task)
+                results[number] = task.result()
+                step.done(results[number])
+
+    try:
+        for number, flow in enumerate(step.flows):
+            running[asyncio.create_task(drive_async(wire, flow), name="client-flow")] = number
+            await settle(least=step.width - 1)
+        await settle(least=0)
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+    return [results[number] for number in sorted(results)]

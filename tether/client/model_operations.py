@@ -1,0 +1,151 @@
+"""Promoting, rolling back and deleting versions, as flows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+
+from tether.client.operations import Json, model_path, post, put
+from tether.client.protocol import Flow, Policy, Send, exchange_json
+from tether.errors import Conflict, InvalidRequest, ModelNotFound
+
+PRODUCTION = "production"
+LATEST = "latest"
+"""The alias that stands for the newest version that was pushed."""
+
+
+def alias_path(name: str, alias: str) -> str:
+    return f"{model_path(name)}/aliases/{quote(alias, safe='')}"
+
+
+def promote(
+    policy: Policy, name: str, version: int, alias: str, canary: float | None, *, sticky: bool, force: bool
+) -> Flow[Json]:
+    """Let ``alias`` stand for ``version``, or give it ``canary`` percent of the alias's requests.
+
+    Raises:
+        InvalidRequest: ``canary`` is no percentage, or there is nothing that the rest could go to.
+    """
+    body: Json = {"version": version}
+    if canary is not None:
+        body = {"split": (yield from _split(policy, name, version, alias, canary)), "sticky": sticky}
+    ask = put(alias_path(name, alias), {**body, "force": force})
+    return (yield from exchange_json(policy, ask, dict[str, Any]))
+
+
+def _split(policy: Policy, name: str, version: int, alias: str, canary: float) -> Flow[list[Json]]:
+    if not 0 < canary < 100:
+        raise InvalidRequest(f"canary must be more than 0 and less than 100 percent, not {canary:g}", field="canary")
+    try:
+        now = yield from exchange_json(policy, Send("GET", alias_path(name, alias)), dict[str, Any])
+    except ModelNotFound as error:
+        raise InvalidRequest(
+            f"{error.message}: promote a version to it first, then a canary beside it", field="alias"
+        ) from error
+    stable = now["version"]
+    others = [share["version"] for share in now["split"] if share["version"] != version]
+    stable = others[0] if stable == version and others else stable
+    if stable == version:
+        raise InvalidRequest(f"alias '{alias}' stands for version {version} already", field="version")
+    return [{"version": stable, "weight": 100 - canary}, {"version": version, "weight": canary}]
+
+
+def rollback(policy: Policy, name: str, alias: str) -> Flow[Json]:
+    """Let ``alias`` stand for what it stood for before."""
+    ask = post(f"{model_path(name)}/rollback", {"alias": alias}, repeatable=False)
+    return (yield from exchange_json(policy, ask, dict[str, Any]))
+
+
+def rekey(policy: Policy, name: str) -> Flow[Json]:
+    """Let the versions of an encrypted model be stored under another key."""
+    return (yield from exchange_json(policy, post(f"{model_path(name)}/rekey", {}, repeatable=False), dict[str, Any]))
+
+
+def delete(policy: Policy, name: str, version: int) -> Flow[Json]:
+    """Delete a version that no alias stands for."""
+    ask = Send("DELETE", f"{model_path(name)}/versions/{version}")
+    return (yield from exchange_json(policy, ask, dict[str, Any]))
+
+
+def delete_model(policy: Policy, name: str, version: int | None, *, force: bool) -> Flow[list[int]]:
+    """Delete a version, or all of a model's; returns their numbers.
+
+    The alias ``latest``, which a push moves, then stands for the newest version that is left, or goes. Others go with ``force``.
+
+    Raises:
+        Conflict: another alias stands for one of them.
+        ModelNotFound: there is no such model or version.
+    """
+    told = yield from exchange_json(policy, Send("GET", model_path(name)), dict[str, Any])
+    there = [entry["version"] for entry in told["versions"]]
+    gone = there if version is None else [version]
+    left = [number for number in there if number not in gone]
+    for alias, stands in told["aliases"].items():
+        found = yield from exchange_json(policy, Send("GET", alias_path(name, alias)), dict[str, Any])
+        if not {stands, *(share["version"] for share in found["split"])} & set(gone):
+            continue
+        if alias == LATEST and left:
+            yield from exchange_json(
+                policy, put(alias_path(name, alias), {"version": max(left), "force": True}), dict[str, Any]
+            )
+        elif alias == LATEST or force:
+            yield from delete_alias(policy, name, alias)
+        else:
+            raise Conflict(
+                f"alias '{alias}' stands for version {stands} of model '{name}'; --force deletes it too",
+                field="version",
+            )
+    for number in gone:
+        yield from delete(policy, name, number)
+    return gone
+
+
+def delete_alias(policy: Policy, name: str, alias: str) -> Flow[Json]:
+    return (yield from exchange_json(policy, Send("DELETE", alias_path(name, alias)), dict[str, Any]))
+
+
+STORE = "/v1/store"
+
+
+def work_on_store(policy: Policy, work: str) -> Flow[Json]:
+    """Ask for ``work`` on the store of pieces; doing so twice does it once."""
+    return (yield from exchange_json(policy, post(f"{STORE}:{work}", {}, repeatable=True), dict[str, Any]))
+
+
+def shadows(policy: Policy, name: str) -> Flow[list[Json]]:
+    told = yield from exchange_json(policy, Send("GET", f"{model_path(name)}/shadows"), dict[str, Any])
+    return list(told["shadows"])
+
+
+# how a model is served
+
+
+def config_path(name: str) -> str:
+    return f"{model_path(name)}/config"
+
+
+def change_config(policy: Policy, name: str, method: str, patch: Json | None, revision: int | None) -> Flow[Json]:
+    """PATCH or DELETE a configuration. Doing so twice does it once, unless it is tied to a revision."""
+    body = b"" if patch is None else msgspec.json.encode(patch)
+    headers = {} if patch is None else {"content-type": "application/json"}
+    params = {} if revision is None else {"revision": str(revision)}
+    ask = Send(method, config_path(name), body, params=params, headers=headers, repeatable=revision is None)
+    return (yield from exchange_json(policy, ask, dict[str, Any]))
+
+
+def load(policy: Policy, name: str, what: str) -> Flow[Json]:
+    """``what``: load or unload."""
+    path = f"/v2/repository/models/{quote(name, safe='')}/{what}"
+    ask = Send("POST", path, b"{}", headers={"content-type": "application/json"}, timeout=policy.timeout)
+    return (yield from exchange_json(policy, ask, dict[str, Any]))
+
+
+def annotate(policy: Policy, name: str, version: int, labels: Mapping[str, str | None], note: str | None) -> Flow[Json]:
+    """Change labels and note of a version; doing so twice does it once."""
+    body = {"labels": dict(labels)} | ({} if note is None else {"note": note})
+    headers = {"content-type": "application/json"}
+    ask = Send("PATCH", f"{model_path(name)}/versions/{version}", msgspec.json.encode(body), headers=headers)
+    return (yield from exchange_json(policy, ask, dict[str, Any]))

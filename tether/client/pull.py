@@ -1,0 +1,93 @@
+"""Fetching a version's files as a flow: piece by piece, each compared with its name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import quote
+
+import msgspec
+
+from tether.client.operations import Counted, Json, model_path
+from tether.client.protocol import Flow, Policy, Progress, Send, Together, exchange, exchange_json
+from tether.domain.file_names import fault_of
+from tether.errors import Conflict, CorruptChunk, InvalidRequest
+
+WIDTH = 4
+GROUP = 16
+"""Pieces of a file that are fetched before any of them is written, ``WIDTH`` of them at a time."""
+
+
+class _File(msgspec.Struct, frozen=True):
+    path: str
+    size: int
+    digest: str
+    chunks: tuple[str, ...]
+
+
+class _Files(msgspec.Struct, frozen=True):
+    version: int
+    platform: str
+    files: tuple[_File, ...]
+
+
+def pull(policy: Policy, name: str, version: str, folder: Path, progress: Progress | None) -> Flow[Json]:
+    """Write the files of a version below ``folder``; ``progress`` counts bytes. Files that are there already stay.
+
+    Raises:
+        Conflict: a file of that name with other content is there.
+        CorruptChunk: what came is not what the version is made of.
+        InvalidRequest: the folder cannot be written, or the server names a path outside of it.
+    """
+    path = f"{model_path(name)}/versions/{quote(version, safe='')}"
+    told = yield from exchange_json(policy, Send("GET", f"{path}/files"), _Files)
+    done, counted = 0, Counted(progress)
+    for file in told.files:
+        if fault_of(file.path):
+            raise InvalidRequest(f"the server names a file {file.path[:64]!r}, which cannot be written", field="path")
+        target = folder / file.path
+        if _is_there(target, file):
+            counted.add(file.size)
+        else:
+            yield from _fetch(policy, f"{path}/chunks", file, target, counted)
+        done += file.size
+    files = [file.path for file in told.files]
+    return {"model": name, "version": told.version, "platform": told.platform, "files": files, "size": done}
+
+
+def _is_there(target: Path, file: _File) -> bool:
+    if not target.exists():
+        return False
+    with target.open("rb") as content:
+        if hashlib.file_digest(content, "sha256").hexdigest() == file.digest:
+            return True
+    raise Conflict(f"{target} is there with other content; choose another folder", field="path")
+
+
+def _fetch(policy: Policy, path: str, file: _File, target: Path, counted: Counted) -> Flow[None]:
+    def piece(digest: str) -> Flow[bytes]:
+        return (yield from exchange(policy, Send("GET", f"{path}/{digest}"))).body
+
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    whole = hashlib.sha256()
+    try:
+        with _created(temporary) as out:
+            for start in range(0, len(file.chunks), GROUP):
+                group = file.chunks[start : start + GROUP]
+                for content in (yield Together(map(piece, group), WIDTH, lambda piece: counted.add(len(piece)))):
+                    whole.update(content)
+                    out.write(content)
+        if whole.hexdigest() != file.digest:
+            raise CorruptChunk(f"'{file.path}' is not what the version is made of; try again", field=file.path)
+        temporary.replace(target)
+    except OSError as error:
+        raise InvalidRequest(f"cannot write {target}: {error.strerror}", field="path") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _created(path: Path) -> BinaryIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("xb")

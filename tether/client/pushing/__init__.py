@@ -1,0 +1,1 @@
+"""What a push does before and while files are sent."""

@@ -1,0 +1,264 @@
+"""What a file or folder of this machine is pushed as: its platform, its files cut into pieces, and what is left out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import BinaryIO, NamedTuple
+
+from tether.client.operations import Json
+from tether.client.pushing.conversions import conversion
+from tether.domain.file_names import fault_of, shown
+from tether.errors import InvalidRequest
+
+FORMATS = {
+    ".onnx": ("model.onnx", "onnxruntime_onnx"),
+    ".pt2": ("model.pt2", "pytorch_export"),
+    ".pt": ("model.pt", "pytorch_libtorch"),
+    ".ts": ("model.pt", "pytorch_libtorch"),
+    ".jit": ("model.pt", "pytorch_libtorch"),
+    ".torchscript": ("model.pt", "pytorch_libtorch"),
+    ".safetensors": ("model.safetensors", "pytorch_safetensors"),
+    ".tflite": ("model.tflite", "tensorflow_lite"),
+}
+"""End of a file's name -> what the file is called in the store, and the platform that serves it."""
+
+BUNDLES = {
+    "model.onnx": "onnxruntime_onnx",
+    "saved_model.pb": "tensorflow_savedmodel",
+    "model.pt2": "pytorch_export",
+    "model.pt": "pytorch_libtorch",
+    "model.safetensors": "pytorch_safetensors",
+    "model.tflite": "tensorflow_lite",
+    "model.py": "python",
+}
+"""A file that a folder holds -> the platform that serves the folder; the first one that is there counts."""
+
+DESCRIBED = {"pytorch_libtorch": "model.json", "pytorch_safetensors": "model.json"}
+"""Platform -> the file that describes a model which does not describe itself, beside it or under its name with .json."""
+
+ALONE = frozenset({"pytorch_export", "pytorch_libtorch", "pytorch_safetensors", "tensorflow_lite"})
+"""Platforms of one file, and its description: what else a folder has is no part of the model."""
+_PAPERS = frozenset({".json", ".txt", ".md", ".yaml", ".yml", ".jinja"})
+"""Ends of names of what lies beside exported ONNX models and holds no weights: tokenizers, settings, read-mes."""
+SAMPLE = "tether-sample.json"
+MOST_FILES = 1024
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file to push, and how it is cut: digest, offset and bytes of each piece, in order."""
+
+    source: Path
+    path: str
+    digest: str
+    pieces: tuple[tuple[str, int, int], ...]
+
+    @property
+    def size(self) -> int:
+        return sum(size for _, _, size in self.pieces)
+
+    def described(self) -> Json:
+        """The file as ``versions:register`` takes it."""
+        chunks, sizes = [digest for digest, _, _ in self.pieces], [size for _, _, size in self.pieces]
+        return {"path": self.path, "size": self.size, "digest": self.digest, "chunks": chunks, "sizes": sizes}
+
+
+class LocalModel(NamedTuple):
+    """What is pushed; ``skipped`` names files of the folder that are not."""
+
+    platform: str
+    files: Sequence[LocalFile]
+    skipped: tuple[str, ...] = ()
+
+
+def local_model(path: Path) -> LocalModel:
+    """The platform of a model, and its files cut into pieces; reads all of them once. No symbolic link is followed.
+
+    Raises:
+        InvalidRequest: it is not there, cannot be read, or nothing here says what it is.
+    """
+    _check_link(path)
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InvalidRequest(f"there is no file or folder {str(path)!r} here", field="path") from error
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"cannot read {str(path)!r}: {error}", field="path") from error
+    if stat.S_ISDIR(mode):
+        return _folder(path)
+    if not stat.S_ISREG(mode):
+        raise InvalidRequest(f"{str(path)!r} is neither a file nor a folder", field="path")
+    known = FORMATS.get(path.suffix.lower())
+    if known is None:
+        raise InvalidRequest(_unknown(path), field="path")
+    name, platform = known
+    files = [_local_file(path, name)]
+    if platform in DESCRIBED:
+        files.append(_local_file(_description(path, DESCRIBED[platform]), DESCRIBED[platform]))
+    return LocalModel(platform, files)
+
+
+def _unknown(path: Path) -> str:
+    helps = conversion(path)
+    if helps:
+        return f"{path.name!r} is {helps}"
+    return (
+        f"{path.name!r} is no model that is known here: a file that ends in {', '.join(FORMATS)}, "
+        f"or a folder with {' or '.join(BUNDLES)}"
+    )
+
+
+def _description(path: Path, name: str) -> Path:
+    for source in (path.with_suffix(".json"), path.with_name(name)):
+        if source.is_file():
+            return source
+    raise InvalidRequest(
+        f"{path.name!r} does not say what its inputs and outputs are; "
+        f"describe them in {path.with_suffix('.json').name} or {name} beside it",
+        field="path",
+    )
+
+
+# folders
+
+
+def _folder(folder: Path) -> LocalModel:
+    skipped: list[str] = []
+    found = dict(_walk(folder, "", skipped))
+    platform = _told(found) or next((served for file, served in BUNDLES.items() if file in found), None)
+    if platform is None:
+        platform, found = _renamed(folder, found)
+    left_out = [path for path in found if _is_left_out(platform, path)]
+    files = [_local_file(source, path) for path, source in sorted(found.items()) if path not in left_out]
+    if len(files) > MOST_FILES:
+        raise InvalidRequest(
+            f"the folder {folder} has {len(files)} files; at most {MOST_FILES} are taken", field="path"
+        )
+    return LocalModel(platform, files, tuple(sorted(skipped + left_out)))
+
+
+def _walk(folder: Path, below: str, skipped: list[str]) -> Iterator[tuple[str, Path]]:
+    """Path in the store and source of every file; what is hidden is ``skipped``."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {folder}: {error.strerror}", field="path") from error
+    for entry in entries:
+        path = below + entry.name
+        if entry.name.startswith("."):
+            skipped.append(path)
+        elif entry.is_symlink():
+            _check_link(Path(entry.path))
+        elif entry.is_dir(follow_symlinks=False):
+            if entry.name != "__pycache__":
+                yield from _walk(Path(entry.path), f"{path}/", skipped)
+        elif not entry.is_file(follow_symlinks=False):
+            raise InvalidRequest(f"{shown(path)} in the folder is no plain file; take it out", field="path")
+        elif fault := fault_of(path):
+            raise InvalidRequest(f"the file {shown(path)} cannot be pushed: {fault}; rename it", field="path")
+        else:
+            yield path, Path(entry.path)
+
+
+def _told(found: dict[str, Path]) -> str:
+    """The platform that ``model.json`` names, which is how a folder says that it is for a runtime of another package; it is Python
+    where it names a class."""
+    try:
+        told = json.loads(found["model.json"].read_bytes())
+    except (KeyError, OSError, ValueError, RecursionError):
+        return ""  # whoever looks at the bundle says what is wrong with it
+    if not isinstance(told, dict):
+        return ""
+    platform = told.get("platform", "python" if "className" in told and "model.py" in found else "")
+    return platform if isinstance(platform, str) else ""
+
+
+def _renamed(folder: Path, found: dict[str, Path]) -> tuple[str, dict[str, Path]]:
+    """The folder with its one model file under the name that the store knows; its description, too."""
+    models = [path for path in found if "/" not in path and PurePath(path).suffix.lower() in FORMATS]
+    if len(models) > 1:
+        raise InvalidRequest(
+            f"the folder {folder} has several models: {', '.join(map(shown, models[:8]))}; push one of the files, or call "
+            f"the one that is meant {FORMATS[PurePath(models[0]).suffix.lower()][0]}",
+            field="path",
+        )
+    if not models and "model.json" in found:
+        raise InvalidRequest(f"the folder {folder} has model.json and no model.py beside it", field="path")
+    if not models:
+        helps = next((f"; {shown(path)} is {text}" for path in found if (text := conversion(PurePath(path)))), "")
+        raise InvalidRequest(
+            f"the folder {folder} has no {' and no '.join(BUNDLES)}, and no file that ends in {', '.join(FORMATS)}{helps}",
+            field="path",
+        )
+    name, platform = FORMATS[PurePath(models[0]).suffix.lower()]
+    renamed = {name: found.pop(models[0])}
+    described = PurePath(models[0]).with_suffix(".json").name
+    if platform in DESCRIBED and described in found and DESCRIBED[platform] not in found:
+        renamed[DESCRIBED[platform]] = found.pop(described)
+    return platform, found | renamed
+
+
+def _is_left_out(platform: str, path: str) -> bool:
+    """Whether a file of the folder is no part of the model."""
+    if path == SAMPLE:
+        return False
+    if platform in ALONE:
+        return path not in {name for name, served in FORMATS.values() if served == platform} | {DESCRIBED.get(platform)}
+    return platform == "onnxruntime_onnx" and PurePath(path).suffix.lower() in _PAPERS
+
+
+# files
+
+
+def _check_link(path: Path) -> None:
+    try:
+        is_link = path.is_symlink()
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"cannot read {str(path)!r}: {error}", field="path") from error
+    if is_link:
+        raise InvalidRequest(
+            f"{str(path)!r} is a symbolic link, and no link is followed; push what it points to, or copy that here "
+            "('cp -rL FOLDER COPY' copies a folder so)",
+            field="path",
+        )
+
+
+def _local_file(source: Path, path: str) -> LocalFile:
+    from tether.domain.chunking import cut_file  # noqa: PLC0415 - only a push needs the library that cuts
+
+    _check_link(source)
+    try:
+        with _opened(source) as file:
+            cutter = cut_file(file)
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {source}: {error.strerror}", field="path") from error
+    if not cutter.sizes and path in BUNDLES:
+        raise InvalidRequest(f"{str(source)!r} is empty: it has 0 bytes; export or download it again", field="path")
+    offsets = itertools.accumulate(cutter.sizes, initial=0)
+    pieces = tuple(zip(cutter.digests, offsets, cutter.sizes, strict=False))
+    return LocalFile(source, path, cutter.digest, pieces)
+
+
+def read_piece(source: Path, offset: int, size: int) -> bytes:
+    """Bytes of a file that is being pushed.
+
+    Raises:
+        InvalidRequest: it cannot be read any more.
+    """
+    try:
+        with _opened(source) as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {source}: {error.strerror}", field="path") from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Not what a link points to that has taken the file's place meanwhile."""
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")

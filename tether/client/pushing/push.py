@@ -1,0 +1,133 @@
+"""Pushing models as a flow: ask which pieces are missing, send those, make a version of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypedDict
+
+import msgspec
+
+from tether.client.operations import Counted, Json, model_path, post
+from tether.client.protocol import (
+    Flow,
+    Patience,
+    Policy,
+    Progress,
+    Send,
+    Together,
+    Waiting,
+    exchange,
+    exchange_json,
+    unwatched,
+)
+from tether.client.pushing.local_model import LocalModel, read_piece
+from tether.client.pushing.sample import Sample, sample_of
+
+PUSH_TIMEOUT_S = 600.0
+
+WIDTH = 4
+"""Pieces that are on their way at a time."""
+
+LOOKUP = 4096
+"""Pieces of one ``chunks:missing`` request."""
+
+
+class PushOptions(TypedDict, total=False):
+    """What a push may say of the version; what it does not say, or says as None, is decided by the platform."""
+
+    max_batch_size: int | None
+    """Most rows of one run. 2 or more declares that no row's answer depends on another row; 0: it is not batched."""
+    max_delay_ms: float | None
+    """How long a request may wait for company."""
+    isolation: str | None
+    """'thread' (of the worker) or 'process'."""
+    run_timeout_s: float | None
+    """A run that takes longer ends the model's process."""
+    config: Json | None
+    """As for ``configure``."""
+    version: int | None
+    """It becomes that one or none."""
+    labels: Mapping[str, str] | None
+    note: str | None
+    """Both as for ``annotate``."""
+    encrypt: bool | None
+    """Only the platform's own services can read what is stored; None: as the model's versions before."""
+    sample: Sample | None
+    """Real inputs, for trial runs, warm-up and the check of rows: by name, or an .npz or JSON file. They are kept with the version."""
+    signature: str | None
+    """Which signature of a SavedModel or TensorFlow Lite file is served."""
+
+
+def checked(options: PushOptions) -> dict[str, Any]:
+    """Options as the platform takes them. Reads the sample's file.
+
+    Raises:
+        TypeError: there is no such option.
+        InvalidRequest: the sample cannot be read.
+    """
+    unknown = options.keys() - PushOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"push() has no argument {min(unknown)!r}")
+    return {**options, "sample": sample_of(options.get("sample"))}
+
+
+class _Missing(msgspec.Struct):
+    """What a gateway answers; an older one knows nothing of encryption."""
+
+    missing: list[str]
+    encrypt: bool | None = None
+
+
+def push(
+    policy: Policy,
+    name: str,
+    model: LocalModel,
+    params: Mapping[str, Any],
+    progress: Progress | None,
+    *,
+    waiting: Waiting | None = None,
+) -> Flow[Json]:
+    """Send the pieces that the store does not have, then make a version; ``progress`` counts those it has as done.
+
+    All of it has one patience, of ``policy.timeout`` seconds: a gateway, broker or model store that restarts meanwhile is
+    waited for, and ``waiting`` is told so.
+    """
+    patience = Patience(policy.monotonic() + policy.timeout, waiting or unwatched)
+    policy = replace(policy, patience=patience)
+    platform, files, skipped = model
+    pieces = {digest: (file.source, offset, size) for file in files for digest, offset, size in file.pieces}
+    missing, encrypt = yield from _missing(policy, name, list(pieces), params.get("encrypt"))
+    how = {} if encrypt is None else {"encrypt": str(encrypt).lower()}
+    whole = sum(size for _, _, size in pieces.values())
+    left = sum(pieces[digest][2] for digest in missing)
+    counted = Counted(progress, whole - left)
+
+    def stored(digest: str) -> Flow[int]:
+        piece = read_piece(*pieces[digest])
+        headers = {"content-type": "application/octet-stream"}
+        path = f"{model_path(name)}/chunks/{digest}"
+        yield from exchange(policy, Send("PUT", path, piece, headers=headers, params=how))
+        return len(piece)
+
+    yield Together(map(stored, missing), WIDTH, counted.add)
+    given = {key: value for key, value in {**params, "encrypt": encrypt}.items() if value is not None}
+    body = {"files": [file.described() for file in files], "platform": platform, **given}
+    patience.waiting("the model store looks at the model")
+    told = yield from exchange_json(policy, post(f"{model_path(name)}/versions:register", body), dict[str, Any])
+    return {**told, "stored_bytes": left} | ({"skipped": list(skipped)} if skipped else {})
+
+
+def _missing(
+    policy: Policy, name: str, digests: Sequence[str], encrypt: bool | None
+) -> Flow[tuple[list[str], bool | None]]:
+    """Which pieces the store does not have, and whether the version is to be encrypted."""
+    missing: list[str] = []
+    for start in range(0, len(digests), LOOKUP):
+        body: Json = {"chunks": digests[start : start + LOOKUP]}
+        if encrypt is not None:
+            body["encrypt"] = encrypt
+        told = yield from exchange_json(policy, post(f"{model_path(name)}/chunks:missing", body), _Missing)
+        missing += told.missing
+        encrypt = told.encrypt
+    return missing, encrypt

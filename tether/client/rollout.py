@@ -1,0 +1,74 @@
+"""Waiting until a worker answers for a version, as a flow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tether.client.operations import Json, model_path
+from tether.client.protocol import Flow, Patience, Pause, Policy, Send, Waiting, exchange_json, unwatched
+from tether.errors import ModelNotReady
+
+LOOK_S = (0.1, 0.1, 0.2, 0.3, 0.5, 1.0)
+"""Seconds between two looks; the last one repeats."""
+
+SETTLED_S = {"ready": 0.0, "unloaded": 0.0, "not_served": 0.0, "failed": 3.0, "unplaced": 3.0, "no_workers": 10.0}
+"""Seconds for which a state has to last until it is the outcome. A worker that failed tries again after 0.5 s, or another worker does;
+one that is starting is heard of within some seconds."""
+
+
+def settled(policy: Policy, name: str, version: int, waiting: Waiting = unwatched) -> Flow[Json]:
+    """Look until a worker answers for a version, or none is going to, at most ``policy.timeout`` seconds.
+
+    Returns:
+        The last answer of the route ``rollout``; its ``state`` is ``loading`` when the time was over. ``waiting`` is told what is waited for.
+    """
+    end = policy.monotonic() + policy.timeout
+    policy = replace(policy, patience=Patience(end, lambda what: waiting(what) if what else None, answered=True))
+    ask = Send("GET", f"{model_path(name)}/versions/{version}/rollout")
+    state, since, looked = "", policy.monotonic(), 0
+    while True:
+        told = yield from exchange_json(policy, ask, dict[str, Any])
+        now = policy.monotonic()
+        if told["state"] != state:
+            state, since = told["state"], now
+        if now - since >= SETTLED_S.get(state, policy.timeout):
+            waiting("")
+            return told
+        waiting(words(told))
+        pause = LOOK_S[min(looked, len(LOOK_S) - 1)]
+        if now + pause >= end:
+            waiting("")
+            return {**told, "state": "loading"}
+        yield Pause(pause)
+        looked += 1
+
+
+def wait_ready(policy: Policy, name: str, version: int, waiting: Waiting | None) -> Flow[Json]:
+    """:func:`settled`, where only a version that is ready is a result.
+
+    Raises:
+        ModelNotReady: no worker answers for it, and why.
+    """
+    told = yield from settled(policy, name, version, waiting or unwatched)
+    if told["state"] != "ready":
+        raise not_ready(told, policy.timeout)
+    return told
+
+
+def not_ready(told: Json, timeout: float) -> ModelNotReady:
+    """The error of a version that no worker answers for."""
+    what = f"version {told['version']} of model '{told['name']}'"
+    late = told["state"] == "loading"
+    return ModelNotReady(f"{what} is stored and not ready{f' after {timeout:g} s' if late else ''}: {words(told)}")
+
+
+def words(told: Json) -> str:
+    """One answer of the route in words, without its model."""
+    workers, reason = told["workers"], told["reason"]
+    counted = f"{workers} worker{'' if workers == 1 else 's'}"
+    if told["state"] == "ready":
+        return f"{told['ready']} of {counted} answer{'s' if workers == 1 else ''}"
+    if told["failed"]:
+        return f"{told['failed']} of {counted} could not load it{f': {reason}' if reason else ''}"
+    return reason or f"loading on {counted}"

@@ -1,0 +1,185 @@
+"""Encrypted models: who has a model's data key, how its pieces are closed, and what their names hide.
+
+A model has **data keys** like a sealed tenant's (:mod:`tether.crypto.payload_encryption`), one for each time it was re-keyed. A
+piece is named by a keyed hash of its SHA-256, so that equal pieces of one model still meet and nobody else can tell what
+they are. It is closed with XChaCha20-Poly1305 and a random nonce, bound to the model, the key and that name. What a
+version's plain digests are is closed too, bound to the files that its manifest describes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import msgspec
+
+from tether.crypto.keyset import IdentityRecord
+from tether.crypto.payload_encryption import DataKey, KeyOpener, WrappedKey, boxes_for, new_data_key, rewrapped
+from tether.crypto.roles import Role
+from tether.domain.chunking import Bytes, compressed, decompressed
+from tether.domain.manifest import Manifest, ModelFile, SealedDigests
+from tether.errors import BadEncoding, BadSeal, CorruptChunk
+from tether.wire import codec
+
+PIECE_DOMAIN = b"tether/model-piece/v1\0"
+FILES_DOMAIN = b"tether/model-files/v1\0"
+PIECE_PERSON = b"tether-piece"
+FILE_PERSON = b"tether-file"
+
+_DIGEST_BYTES = 32
+_AS_IT_IS, _ZSTD = b"\0", b"\1"
+"""First byte inside a closed piece: what follows is the piece, or a Zstandard frame of it."""
+
+HOLDERS = frozenset({Role.MODELSTORE, Role.GATEWAY})
+"""The model store looks at a pushed model, gateways take it in and hand it out. Of the workers those may open it that are told
+to run it."""
+
+
+class ModelKeys(msgspec.Struct, frozen=True):
+    """A model's data keys, oldest first. ``keyset_version`` is that of the keyset that said who is entitled."""
+
+    model: str
+    keyset_version: int
+    keys: tuple[WrappedKey, ...]
+
+    @property
+    def owner(self) -> str:
+        return self.model
+
+
+def model_holders(
+    identities: Iterable[IdentityRecord], now_ms: int, workers: Collection[str] | None = ()
+) -> dict[bytes, bytes]:
+    """Key id and X25519 key of everyone who may open an encrypted model. ``workers``: names of those that are told to hold it;
+    None: all."""
+    return {
+        record.kid: record.x25519
+        for record in identities
+        if now_ms < record.expires_at and (record.role in HOLDERS or _is_told(record, workers))
+    }
+
+
+def _is_told(record: IdentityRecord, workers: Collection[str] | None) -> bool:
+    return record.role is Role.WORKER and (workers is None or record.name in workers)
+
+
+def passed_on(
+    current: ModelKeys, holders: Mapping[bytes, bytes], opener: KeyOpener, *, keyset_version: int
+) -> ModelKeys:
+    """The same keys, each with a box for everyone who is entitled now and for nobody else.
+
+    Whoever knows an older keyset than the last writer, or is not entitled itself, changes nothing: an expired keyset
+    takes nobody's keys away.
+    """
+    if current.keyset_version > keyset_version or not any(kid in opener for kid in holders):
+        return current
+    keys = tuple(rewrapped(key, holders, opener) for key in current.keys)
+    return current if keys == current.keys else ModelKeys(current.model, keyset_version, keys)
+
+
+def with_new_key(current: ModelKeys, holders: Mapping[bytes, bytes], *, keyset_version: int, now_ms: int) -> ModelKeys:
+    """The keys and one more, which is for everything that is stored from now on."""
+    made = new_data_key(current.keys[-1].generation + 1 if current.keys else 1)
+    wrapped = WrappedKey(made.id, made.generation, now_ms, boxes_for(made, holders))
+    return ModelKeys(current.model, max(keyset_version, current.keyset_version), (*current.keys, wrapped))
+
+
+class PieceSeal:
+    """One data key of one model at work on its pieces. ``digest`` is the hex SHA-256 of a plain piece, ``name`` what it is
+    stored as."""
+
+    def __init__(self, key: DataKey, model: str) -> None:
+        self._key = key
+        self._model = model
+
+    def name(self, digest: str) -> str:
+        """What the piece is called wherever it is stored: 64 hex digits."""
+        return self._key.keyed(bytes.fromhex(digest), PIECE_PERSON).hex()
+
+    def close(self, name: str, piece: Bytes) -> bytes:
+        """The piece as it may be stored under its name, compressed where that pays. Blocks: about 2 ms for each MiB."""
+        packed = compressed(piece)
+        return self._key.close(self._bound(name), _AS_IT_IS + piece if packed is None else _ZSTD + packed)
+
+    def open(self, name: str, stored: bytes) -> bytes:
+        """What :meth:`close` closed; blocks likewise.
+
+        Raises:
+            BadSeal: it was changed, or is another piece, or of another key.
+        """
+        wrong = f"piece {name} does not open: it was changed"
+        inner = self._key.reveal(self._bound(name), stored, wrong)
+        form, content = inner[:1], inner[1:]
+        if form == _AS_IT_IS:
+            return content
+        try:
+            if form == _ZSTD:
+                return decompressed(content)
+        except CorruptChunk as error:
+            raise BadSeal(wrong) from error
+        raise BadSeal(f"piece {name} is closed in a form that this version does not know")
+
+    def _bound(self, name: str) -> bytes:
+        return PIECE_DOMAIN + codec.pack((self._model, self._key.id, name))
+
+    def whole(self, digest: str) -> str:
+        """What stands for the SHA-256 of a whole file in a manifest."""
+        return self._key.keyed(bytes.fromhex(digest), FILE_PERSON).hex()
+
+
+def seal_files(key: DataKey, model: str, files: Sequence[ModelFile]) -> tuple[tuple[ModelFile, ...], SealedDigests]:
+    """Files as a manifest may describe them to everybody, and their digests as holders of the key can read them."""
+    seal = PieceSeal(key, model)
+    hidden = tuple(
+        msgspec.structs.replace(
+            file, digest=seal.whole(file.digest), chunks=tuple(seal.name(digest) for digest in file.chunks)
+        )
+        for file in files
+    )
+    plain = codec.pack([[bytes.fromhex(file.digest), bytes.fromhex("".join(file.chunks))] for file in files])
+    return hidden, SealedDigests(key.id, key.close(_bound_files(key, model, hidden), plain))
+
+
+def open_files(key: DataKey, model: str, files: Sequence[ModelFile], sealed: SealedDigests) -> tuple[ModelFile, ...]:
+    """The files with their plain digests.
+
+    Raises:
+        BadSeal: they are not what was sealed, or their names do not follow from their digests.
+    """
+    plain = key.reveal(
+        _bound_files(key, model, files),
+        sealed.box,
+        "the digests of an encrypted version do not open: they were changed",
+    )
+    try:
+        opened = tuple(_opened(file, *row) for file, row in zip(files, codec.unpack(plain), strict=True))
+    except (BadEncoding, ValueError, TypeError) as error:
+        raise BadSeal("the digests of an encrypted version are not those of its files") from error
+    again, _ = seal_files(key, model, opened)
+    if again != tuple(files):
+        raise BadSeal("the names of an encrypted version's pieces do not follow from their digests")
+    return opened
+
+
+def _opened(file: ModelFile, digest: bytes, chunks: bytes) -> ModelFile:
+    parts = [chunks[start : start + _DIGEST_BYTES] for start in range(0, len(chunks), _DIGEST_BYTES)]
+    if len(digest) != _DIGEST_BYTES or len(parts) != len(file.chunks) or len(chunks) != len(parts) * _DIGEST_BYTES:
+        raise ValueError("digests of another length")
+    return msgspec.structs.replace(file, digest=digest.hex(), chunks=tuple(part.hex() for part in parts))
+
+
+def _bound_files(key: DataKey, model: str, files: Sequence[ModelFile]) -> bytes:
+    rows = [[file.path, file.size, file.digest, *file.chunks, *file.sizes] for file in files]
+    return FILES_DOMAIN + hashlib.sha256(codec.pack((model, key.id, rows))).digest()
+
+
+def opened_manifest(key: DataKey, manifest: Manifest) -> Manifest:
+    """An encrypted version's manifest with its plain digests; any other as it is.
+
+    Raises:
+        BadSeal
+    """
+    if manifest.sealed is None:
+        return manifest
+    files = open_files(key, manifest.name, manifest.files, manifest.sealed)
+    return msgspec.structs.replace(manifest, files=files)

@@ -1,0 +1,128 @@
+"""Which worker should hold which version, and which workers answer for it. Pure functions of what is known."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+from typing import NamedTuple
+
+import msgspec
+
+from tether.domain.job import SHARED
+from tether.domain.manifest import NO_FINDING, Assignment, Finding, Heartbeat, ModelRef, Route
+from tether.domain.worker_protocol import EndedLanes
+
+Place = tuple[str, ModelRef]
+"""A scope and a version."""
+
+Models = Mapping[str, tuple[ModelRef, ...]]
+"""For each scope that is served the versions it may use."""
+
+
+class LaneGroup(NamedTuple):
+    """The lanes of a version in one region and scope."""
+
+    scope: str
+    ref: ModelRef
+    region: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A worker's last heartbeat and when it arrived, in this process's monotonic seconds."""
+
+    heartbeat: Heartbeat
+    at: float
+
+
+def alive(workers: Mapping[str, Seen], now: float, timeout_s: float) -> dict[str, Heartbeat]:
+    """Workers heard of within ``timeout_s``, by the time of receipt: a worker's own clock does not count."""
+    return {name: seen.heartbeat for name, seen in workers.items() if now - seen.at <= timeout_s}
+
+
+def assignments(
+    epochs: Mapping[str, int],
+    scopes: Mapping[str, str],
+    held: Mapping[str, tuple[ModelRef, ...]],
+    ended: Mapping[str, tuple[EndedLanes, ...]] = MappingProxyType({}),
+    revisions: Mapping[str, int] = MappingProxyType({}),
+    *,
+    levels: Mapping[Place, float] = MappingProxyType({}),
+    findings: Mapping[Place, Finding] = MappingProxyType({}),
+    streams: str = "",
+) -> dict[str, Assignment]:
+    """What each worker of ``held`` is told, for the epoch it has; ``scopes`` says which worker is whose, ``ended`` who works
+    off lanes of deleted versions, ``revisions`` which revision of a model's configuration counts, ``levels`` what the least
+    able worker can do, ``findings`` what workers found out about versions, ``streams`` when infer streams were made."""
+    found: dict[str, Assignment] = {}
+    for worker, refs in held.items():
+        scope = scopes.get(worker, SHARED)
+        counting = tuple(
+            (model, revisions[model]) for model in sorted({ref.model for ref in refs}) if model in revisions
+        )
+        least = tuple((ref, levels[scope, ref]) for ref in refs if (scope, ref) in levels)
+        known = tuple((ref, findings[scope, ref]) for ref in refs if (scope, ref) in findings)
+        found[worker] = Assignment(
+            worker, epochs[worker], refs, scope, ended.get(worker, ()), counting, least, known, streams
+        )
+    return found
+
+
+def working_off(
+    groups: Mapping[LaneGroup, int], living: Mapping[str, Heartbeat], scopes: Mapping[str, str]
+) -> dict[str, tuple[EndedLanes, ...]]:
+    """For each group of ended lanes one living worker of its scope, of its region if there is one;
+    ``groups`` says whose turn it is."""
+    found: dict[str, list[EndedLanes]] = {}
+    for (scope, ref, region), turn in groups.items():
+        own = [name for name, beat in living.items() if scopes.get(name, SHARED) == beat.scope == scope]
+        near = [name for name in own if living[name].region == region]
+        if own:
+            ranked = sorted(near or own, key=lambda name: rendezvous(name, f"{ref.model}:{ref.version}"), reverse=True)
+            found.setdefault(ranked[turn % len(ranked)], []).append(EndedLanes(ref.model, ref.version, region))
+    return {worker: tuple(lanes) for worker, lanes in found.items()}
+
+
+@lru_cache(maxsize=1 << 17)
+def rendezvous(worker: str, what: str) -> bytes:
+    """Whoever has the highest of these for something gets it: when a worker comes or goes, only its share moves.
+
+    Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998.
+    """
+    return hashlib.blake2b(f"{worker}\0{what}".encode(), digest_size=8).digest()
+
+
+def routes(
+    living: Mapping[str, Heartbeat],
+    scopes: Mapping[str, str],
+    models: Models,
+    reasons: Mapping[Place, str] = MappingProxyType({}),
+    findings: Mapping[Place, Finding] = MappingProxyType({}),
+) -> dict[Place, Route]:
+    """For every version of every scope its workers that said they hold it; a version nobody holds has a route without
+    workers. A worker that serves other lanes than those it is entitled to is in none."""
+    found: dict[Place, Route] = {}
+    for scope, refs in models.items():
+        own = {name: beat for name, beat in living.items() if scopes.get(name, SHARED) == beat.scope == scope}
+        for ref in refs:
+            holders = sorted(name for name, beat in own.items() if ref in beat.ready)
+            regions = tuple(sorted({own[name].region for name in holders})) or ("local",)
+            why, known = reasons.get((scope, ref), ""), findings.get((scope, ref), NO_FINDING)
+            found[scope, ref] = Route(ref.model, ref.version, tuple(holders), regions, scope, why, known)
+    for beat in living.values():
+        for ref, job_s in beat.paces:
+            route = found.get((beat.scope, ref))
+            if route is not None and beat.worker in route.workers and job_s > route.job_s:
+                found[beat.scope, ref] = msgspec.structs.replace(route, job_s=job_s)
+    return found
+
+
+def steady(route: Route, before: Route | None) -> Route:
+    """The route with the time of a job that it had, unless that has doubled or halved, so that it is not written all the time."""
+    old = 0.0 if before is None else before.job_s
+    if old and (not route.job_s or old / 2 < route.job_s < old * 2):
+        return msgspec.structs.replace(route, job_s=old)
+    return route

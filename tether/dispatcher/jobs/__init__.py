@@ -1,0 +1,1 @@
+"""Durable jobs as the dispatcher looks after them: none is forgotten, ended ones are deleted."""

@@ -1,0 +1,255 @@
+"""Forgets durable jobs that have ended: ``result_ttl_s`` after their end, and the oldest ends earlier when room is needed.
+
+A job's record goes before its result, so that a job which has ended never looks open. The stream of results is in the order in
+which jobs ended, so its beginning is what has ended longest ago; records of open jobs are not touched. Where it stands is in the
+broker alone: two dispatchers beside each other do no harm, and one that dies leaves nothing half done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tether.bus.bus import Bus, Stored
+from tether.bus.errors import JetStreamError
+from tether.bus.key_value.bucket import KvBucket
+from tether.dispatcher.jobs.open_jobs import decoded
+from tether.domain.job import SHARED, older_record_keys, record_key
+from tether.errors import TetherError
+from tether.process import metrics
+from tether.process.log_rate_limiter import Seldom
+from tether.streams.layout import scopes_with_streams
+from tether.streams.usage import StreamUse, stream_use
+
+log = logging.getLogger(__name__)
+
+ROUND_S = 1.0
+HIGH = 0.8
+"""Share of a store's bound at which the oldest ends begin to make room."""
+
+LOW = 0.7
+"""Share of its bound that a store is brought down to."""
+
+KEPT = 0.125
+"""Share of the records' bound that ended jobs keep, however many jobs are open: whoever waits for one must find its end."""
+
+_PAGE = 512
+_PAGE_BYTES = 4 << 20
+_PAGES = 64
+"""Pages of one scope in one round."""
+
+_AT_ONCE = 128
+_DELETE_FAILED = 10057
+_NOT_THERE = "no message found"
+_TOLD_S = 600.0
+
+
+@dataclass
+class _Walk:
+    """How far a scope's results were gone through to make room; what was spared lies before it."""
+
+    at: int = 0
+    spares: bool = True
+    """Whether modest tenants are spared: until the end was reached once, and it was not enough."""
+
+
+@dataclass
+class _Wanted:
+    """Bytes that are still to be freed."""
+
+    records: float
+    results: float
+
+    @property
+    def met(self) -> bool:
+        return self.records <= 0 and self.results <= 0
+
+    def enough(self, ends: Sequence[Stored], records: dict[str, Stored]) -> list[Stored]:
+        """The first ends that free what is wanted, or all of them."""
+        taken: list[Stored] = []
+        for item in ends:
+            if self.met:
+                break
+            record = records.get(_job_of(item))
+            self.results -= len(item.data)
+            self.records -= 0 if record is None else len(record.data)
+            taken.append(item)
+        return taken
+
+
+class Retention:
+    """Runs in the dispatcher."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._records = KvBucket(bus, "jobs")
+        self._walks: dict[str, _Walk] = {}
+        self._making_room = False
+        self._told = Seldom(bus.clock.monotonic, lines=1, within_s=_TOLD_S)
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        while True:
+            try:
+                await self.round()
+            except TetherError as error:
+                log.info("no ended jobs forgotten: %s", error, extra={"action": "retention_failed", "code": error.code})
+            await asyncio.sleep(ROUND_S)
+
+    async def round(self) -> None:
+        """Forget what is old enough, and what must make room.
+
+        Raises:
+            JetStreamError, BrokerUnavailable
+        """
+        uses: dict[str, StreamUse] = {}
+        for scope in await self._scopes():
+            if (use := await stream_use(self._bus, self._bus.names.scope_results_stream(scope))) is not None:
+                uses[scope] = use
+        limit = self._bus.clock.utc() - self._bus.settings.result_ttl_s
+        for scope in [scope for scope, use in uses.items() if use.since <= limit]:
+            await self._forget_old(scope, limit)
+        records = await stream_use(self._bus, self._records.stream)
+        if records is not None:
+            await self._make_room(records, uses)
+
+    async def _scopes(self) -> list[str]:
+        """Those whose results this dispatcher may read: not those of tenants that no worker is bound to any more."""
+        bound = {record.tenant for record in self._bus.verifier.keyset.identities}
+        return [SHARED, *sorted(await scopes_with_streams(self._bus) & bound)]
+
+    # by age
+
+    async def _forget_old(self, scope: str, limit: float) -> None:
+        for _ in range(_PAGES):
+            page = await self._page(scope, 1)
+            old = [item for item in page if item.stored_at <= limit]
+            await self._forget(scope, old, await self._records_of(old), "age")
+            if not old or len(old) < len(page):
+                return
+
+    # for room
+
+    async def _make_room(self, records: StreamUse, results: dict[str, StreamUse]) -> None:
+        """Records of all scopes share one store: room in it is made by the scope that has most ends."""
+        for store, use in (("records", records), ("results", results.get(SHARED))):
+            metrics.JOB_STORE_USED.labels(store).set(0.0 if use is None else use.share)
+        share = LOW if self._making_room else HIGH
+        tight = [scope for scope, use in results.items() if use.share > share]
+        if records.share > share and results:
+            tight.append(max(results, key=lambda scope: results[scope].messages))
+        self._making_room = bool(tight)
+        for scope in set(tight):
+            await self._shrink(scope)
+        for scope in self._walks.keys() - set(tight):
+            del self._walks[scope]
+
+    async def _shrink(self, scope: str) -> None:
+        """Go on where the last round ended, until both stores are low enough."""
+        walk = self._walks.setdefault(scope, _Walk())
+        stream = self._bus.names.scope_results_stream(scope)
+        for _ in range(_PAGES):
+            records, results = await stream_use(self._bus, self._records.stream), await stream_use(self._bus, stream)
+            wanted = _Wanted(_records_above(records, results), _above(results))
+            if wanted.met:
+                return
+            page = await self._page(scope, walk.at + 1)
+            if not page:
+                walk.at, walk.spares = 0, False
+                return
+            found = await self._records_of(page)
+            going = wanted.enough(_without_modest(page, found) if walk.spares else page, found)
+            await self._forget(scope, going, found, "room")
+            walk.at = going[-1].sequence if wanted.met else page[-1].sequence
+
+    # both
+
+    async def _page(self, scope: str, start: int) -> list[Stored]:
+        names = self._bus.names
+        stream, subjects = names.scope_results_stream(scope), names.results(scope)
+        return await self._bus.direct_page(stream, subjects, start=start, batch=_PAGE, max_bytes=_PAGE_BYTES)
+
+    async def _records_of(self, ends: Sequence[Stored]) -> dict[str, Stored]:
+        """The records of jobs that have ended, by the jobs' ids."""
+        jobs = [_job_of(item) for item in ends]
+        found = _by_job(await self._read({record_key(job) for job in jobs}))
+        if older := {job for job in jobs if job not in found}:
+            found |= _by_job(await self._read({key for job in older for key in older_record_keys(job)}))
+        return found
+
+    async def _read(self, keys: set[str]) -> Iterable[Stored]:
+        return (
+            await self._bus.direct_batch(self._records.stream, [self._records.subject(key) for key in keys])
+        ).values()
+
+    async def _forget(self, scope: str, ends: Sequence[Stored], records: dict[str, Stored], reason: str) -> None:
+        """Records first: a job whose end were forgotten first would look open."""
+        if not ends:
+            return
+        jobs = [_job_of(item) for item in ends]
+        await _some_at_a_time([self._drop_record(records[job]) for job in jobs if job in records])
+        stream = self._bus.names.scope_results_stream(scope)
+        await _some_at_a_time([self._drop_result(stream, item.sequence) for item in ends])
+        metrics.JOBS_FORGOTTEN.labels(reason).inc(len(ends))
+        if reason == "room" and self._told.passes(scope) is not None:
+            log.warning(
+                "ended jobs are forgotten before result_ttl_s is over: raise max_file_mb, or lower result_ttl_s",
+                extra={"action": "jobs_forgotten_early"},
+            )
+
+    async def _drop_record(self, record: Stored) -> None:
+        """What another job has put in its place stays."""
+        await self._records.remove(record.subject[len(self._records.subject("")) :], record.sequence)
+
+    async def _drop_result(self, stream: str, sequence: int) -> None:
+        try:
+            await self._bus.api(f"STREAM.MSG.DELETE.{stream}", {"seq": sequence, "no_erase": True})
+        except JetStreamError as error:
+            if error.err_code != _DELETE_FAILED or _NOT_THERE not in error.message:
+                raise
+
+
+def _above(use: StreamUse | None) -> float:
+    """Bytes in a stream that are too many."""
+    return 0.0 if use is None or use.most <= 0 else use.bytes - LOW * use.most
+
+
+def _records_above(records: StreamUse | None, ends: StreamUse | None) -> float:
+    """Bytes of records that are too many, as far as they are of jobs that have ended; these keep their share."""
+    if records is None or ends is None or not records.messages:
+        return 0.0
+    ended = records.bytes * min(1.0, ends.messages / records.messages)
+    return min(_above(records), ended - KEPT * records.most)
+
+
+def _job_of(end: Stored) -> str:
+    return end.subject.rpartition(".")[2]
+
+
+def _by_job(stored: Iterable[Stored]) -> dict[str, Stored]:
+    opened = [(decoded(item.data), item) for item in stored]
+    return {record.id: item for record, item in opened if record is not None}
+
+
+def _without_modest(page: Sequence[Stored], records: dict[str, Stored]) -> list[Stored]:
+    """The ends that make room first: tenants that have less than half of an equal share in them are spared."""
+    opened = {job: decoded(item.data) for job, item in records.items()}
+    tenants = {job: record.tenant for job, record in opened.items() if record is not None}
+    counts = Counter(tenants.values())
+    share = len(tenants) / (2 * max(1, len(counts)))
+    return [item for item in page if (tenant := tenants.get(_job_of(item))) is None or counts[tenant] >= share]
+
+
+async def _some_at_a_time(steps: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Every one, and then the first error; what was not begun after it is not run."""
+    for start in range(0, len(steps), _AT_ONCE):
+        part = steps[start : start + _AT_ONCE]
+        for result in await asyncio.gather(*part, return_exceptions=True):
+            if isinstance(result, BaseException):
+                for left in steps[start + _AT_ONCE :]:
+                    left.close()
+                raise result

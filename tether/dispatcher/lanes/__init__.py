@@ -1,0 +1,1 @@
+"""Lanes and streams that the dispatcher creates, checks and removes."""

@@ -1,0 +1,166 @@
+"""Finds lanes whose consumer does not deliver what is in them, and makes that consumer again.
+
+A consumer remembers the sequence that it delivered last and never goes back. After a power cut a stream may come back shorter
+than its consumer remembers, because the broker had not synced its last messages: the consumer then skips every new message
+until the stream has grown past that sequence. (nats-server 2.15 puts a consumer right that it recovers itself, and not one that
+is created over the files of one whose description was lost, which is what a cut soon after its creation leaves.) Three
+things are compared:
+
+- **Ahead**: a consumer that has delivered a sequence its stream does not have. All consumers are looked at when this process
+  starts, when it has reconnected, when a stream was made again or its last sequence went down, and when it has more consumers.
+- **Stuck**: a lane that keeps messages which its consumer counts neither as pending nor as unacknowledged. Looked at for lanes
+  that had messages at two looks in a row: new messages may have passed the remembered sequence before anybody looked.
+- **Missing**: such a lane without a consumer.
+
+Between these a look costs one STREAM.INFO for each stream, however many lanes it has. A consumer that is made again delivers what
+is still in the lane, also what workers hold: their results are fenced, so the first commit of a job wins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from tether.bus.bus import Bus
+from tether.domain.job import Lane
+from tether.errors import TetherError
+from tether.process import metrics
+from tether.streams.lane_admin import (
+    StreamState,
+    consumer_state,
+    consumer_states,
+    lane_streams,
+    remove_lane,
+    stream_state,
+)
+from tether.streams.layout import ensure_lane
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 3.0
+MOST_LANES = 64
+"""Lanes of a stream that one look asks about; the others have their turn at the next looks."""
+
+_SURE = 2
+"""Looks in a row that must find a lane stuck."""
+
+
+class LaneCheck:
+    """Runs in the dispatcher. Two of them beside each other do no harm."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._seen: dict[str, StreamState] = {}
+        self._stuck: dict[Lane, int] = {}
+        """Lanes in which messages were skipped, and at how many looks in a row."""
+        self._asked: dict[Lane, int] = {}
+        """Lanes that had messages, and the number of the look that last asked about them."""
+        self._number = 0
+        self._wake = asyncio.Event()
+        self._forget = bus.on_reconnect(self.begin_anew)
+
+    def begin_anew(self) -> None:
+        """The broker may have restarted: everything it knows is looked at again, now."""
+        self._seen.clear()
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        try:
+            while True:
+                self._wake.clear()
+                await self.look()
+                try:
+                    async with asyncio.timeout(LOOK_S):
+                        await self._wake.wait()
+                except TimeoutError:
+                    continue
+        finally:
+            self._forget()
+
+    async def look(self) -> None:
+        """Compare every stream with its consumers once, and mend what does not deliver."""
+        self._number += 1
+        waiting: set[Lane] = set()
+        try:
+            for stream in await lane_streams(self._bus):
+                waiting |= await self._look_at(stream)
+        except TetherError as error:
+            log.info("lanes not compared: %s", error, extra={"action": "lanes_not_compared", "code": error.code})
+        for lane in self._asked.keys() - waiting:
+            self._asked.pop(lane)
+            self._stuck.pop(lane, None)
+
+    async def _look_at(self, stream: str) -> set[Lane]:
+        """The lanes of a stream that had messages at this look and the one before. A stream that does not answer keeps no
+        other one from being looked at, and is looked at as a whole the next time."""
+        before = self._seen.pop(stream, None)
+        try:
+            state = await stream_state(self._bus, stream)
+            if state is None:
+                return set()
+            found: set[Lane] = set()
+            if before is None or _changed(before, state):
+                await self._compare_all(stream)
+            else:
+                found = await self._compare_waiting(state.waiting.keys() & before.waiting.keys())
+        except TetherError as error:
+            extra = {"action": "lanes_not_compared", "code": error.code}
+            log.info("the lanes of %s are not compared: %s", stream, error, extra=extra)
+            return set()
+        self._seen[stream] = state
+        return found
+
+    async def _compare_all(self, stream: str) -> None:
+        """Consumers first, then the stream: it only grows in between. Infer streams are in memory with their consumers."""
+        if self._bus.names.is_infer_stream(stream):
+            return
+        consumers = await consumer_states(self._bus, stream)
+        state = await stream_state(self._bus, stream)
+        for consumer in consumers:
+            lane = self._bus.names.parse_lane_consumer(consumer.name)
+            if state is not None and lane is not None and consumer.delivered > state.last:
+                await self.make_again(lane, "ahead", f"it had delivered {consumer.delivered} of {state.last} messages")
+
+    async def _compare_waiting(self, subjects: set[str]) -> set[Lane]:
+        found = [lane for subject in subjects if (lane := self._bus.names.parse_lane(subject)) is not None]
+        found.sort(key=lambda lane: self._asked.get(lane, 0))
+        for lane in found[:MOST_LANES]:
+            self._asked[lane] = self._number
+            await self._compare(lane)
+        return set(found)
+
+    async def _compare(self, lane: Lane) -> None:
+        stream, subject = self._bus.names.lane_stream(lane), self._bus.names.lane(lane)
+        before = await consumer_state(self._bus, lane)
+        state = await stream_state(self._bus, stream, subject)
+        after = await consumer_state(self._bus, lane)
+        if state is None:
+            return
+        if before is None and after is None:
+            await self.make_again(lane, "missing", "there was none")
+        elif before != after or after is None or state.waiting.get(subject, 0) <= after.pending + after.unacked:
+            # what moves while it is looked at is not stuck, or cannot be told to be
+            self._stuck.pop(lane, None)
+        else:
+            self._stuck[lane] = self._stuck.get(lane, 0) + 1
+            if self._stuck[lane] >= _SURE:
+                skipped = state.waiting[subject] - after.pending - after.unacked
+                await self.make_again(lane, "stuck", f"it had skipped {skipped} messages")
+
+    async def make_again(self, lane: Lane, reason: str, why: str) -> None:
+        self._stuck.pop(lane, None)
+        if reason != "missing":
+            await remove_lane(self._bus, lane)
+        await ensure_lane(self._bus, lane, self._bus.settings)
+        metrics.LANES_MADE_AGAIN.labels(reason).inc()
+        log.warning(
+            "made the consumer of lane %s again: %s",
+            self._bus.names.lane(lane),
+            why,
+            extra={"action": "lane_made_again", "reason": reason, "model": lane.model},
+        )
+
+
+def _changed(before: StreamState, now: StreamState) -> bool:
+    return now.created != before.created or now.last < before.last or now.consumers > before.consumers

@@ -1,0 +1,160 @@
+"""Infer streams of a cluster whose server is away are made again on another one.
+
+The streams of the shared infer lanes are in memory and have one copy, on one server of a cluster: with a copy on each, a request took
+two to ten times as long (ADR 33). When that server is away, nobody answers for its stream. Then the stream is deleted and created
+again, on a server that is there, and its lanes after it. What was in it is lost, so gateways send again what nobody has answered, and
+workers begin their pulls again. Both learn of it from the moment at which the stream was created: gateways from the
+bucket ``routes``, workers from their assignment. So it does not matter which dispatcher made the stream, or whether anybody was
+away when it did.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from tether.bus.bus import Bus
+from tether.bus.errors import JetStreamError
+from tether.bus.key_value.bucket import SignedBucket
+from tether.domain.worker_protocol import StreamsMade
+from tether.errors import BadEncoding, BrokerUnavailable, TetherError
+from tether.process import metrics
+from tether.process.log_rate_limiter import Seldom
+from tether.streams.layout import STREAM_NOT_FOUND, streams
+from tether.wire import codec
+
+log = logging.getLogger(__name__)
+
+SILENT_S = 3.0
+"""A server may be busy for a moment; a stream that is made again loses what is in it."""
+_LOOK_S = 1.0
+_ASK_S = 1.0
+_DELETE_S = 0.5
+
+
+class InferStreams:
+    """The streams of the shared infer lanes, as one dispatcher looks after them.
+
+    ``on_made`` hears of a stream that was made again: it has no consumers. ``on_change`` hears that :attr:`made` changed.
+    """
+
+    def __init__(
+        self, bus: Bus, routes: SignedBucket, *, on_made: Callable[[str], None], on_change: Callable[[], None]
+    ) -> None:
+        self._bus = bus
+        self._routes = routes
+        self._on_made = on_made
+        self._on_change = on_change
+        self._streams = [bus.names.infer_stream(shard) for shard in range(bus.names.infer_shards)]
+        self._silent_since: dict[str, float] = {}
+        self._created: dict[str, str] = {}
+        self._stored: StreamsMade | None = None
+        self._told = Seldom(bus.clock.monotonic, lines=1, within_s=10.0)
+
+    @property
+    def made(self) -> str:
+        """Another text whenever one of the streams was made again; empty as long as that is not known, and without a cluster."""
+        if self._bus.settings.replicas == 1 or not self._created:
+            return ""
+        return ",".join(self._created.get(stream, "") for stream in self._streams)
+
+    async def keep(self) -> None:
+        """Look after them until cancelled. A broker that is alone takes its streams along, and needs nobody to look."""
+        while self._bus.settings.replicas > 1:
+            await asyncio.gather(*map(self._look, self._streams))
+            try:
+                await self._tell()
+            except TetherError as error:
+                self._complain("gateways are not told of infer streams", error)
+            await asyncio.sleep(_LOOK_S)
+
+    async def _look(self, stream: str) -> None:
+        try:
+            info = await self._bus.api(f"STREAM.INFO.{stream}", timeout=_ASK_S)
+        except BrokerUnavailable:
+            await self._missed(stream)
+        except JetStreamError as error:
+            if error.err_code == STREAM_NOT_FOUND:
+                await self._make(stream)
+        except TetherError as error:
+            self._complain(f"{stream} is not looked at", error)
+        else:
+            self._silent_since.pop(stream, None)
+            self._note(stream, info["created"])
+
+    def _note(self, stream: str, created: str) -> None:
+        if self._created.get(stream) != created:
+            self._created[stream] = created
+            self._on_change()
+
+    async def _missed(self, stream: str) -> None:
+        """Nobody answered for it. It is made again when that lasts, and the rest of the cluster answers."""
+        now = self._bus.clock.monotonic()
+        since = self._silent_since.setdefault(stream, now)
+        if now - since >= SILENT_S and await self._others_answer():
+            await self._make(stream)
+
+    async def _others_answer(self) -> bool:
+        """Whether a stream with a copy on every server has a leader, so that the silence is not that of the whole cluster."""
+        try:
+            answer = await self._bus.api(f"STREAM.INFO.{self._routes.raw.stream}", timeout=_ASK_S)
+        except TetherError:
+            return False
+        return bool((answer.get("cluster") or {}).get("leader"))
+
+    async def _make(self, stream: str) -> None:
+        log.warning(
+            "the server that holds %s is away; making the stream again on another one",
+            stream,
+            extra={"action": "stream_renewed", "stream": stream},
+        )
+        (config,) = [one for one in streams(self._bus.names, self._bus.settings) if one["name"] == stream]
+        try:
+            await _renew(self._bus, config)
+        except TetherError as error:
+            self._complain(f"{stream} is not made again", error)
+            return
+        metrics.STREAMS_RENEWED.inc()
+        self._silent_since.pop(stream, None)
+        self._on_made(stream)
+        await self._look(stream)
+
+    def remember(self, body: bytes) -> None:
+        """What a dispatcher stored about them: nobody is told a second time."""
+        try:
+            self._stored = codec.decode(body, StreamsMade)
+        except BadEncoding as error:
+            self._complain("the entry about infer streams is written again", error)
+        else:
+            self._created = dict(self._stored.made)
+
+    async def _tell(self) -> None:
+        """Store when the streams were created, if what is stored says something else."""
+        wanted = StreamsMade(made=tuple(sorted(self._created.items())))
+        if self._created and wanted != self._stored:
+            await self._routes.put(StreamsMade.KEY, codec.encode(wanted))
+            self._stored = wanted
+
+    def _complain(self, what: str, error: TetherError) -> None:
+        if self._told.passes(f"{what} {error.code}") is not None:
+            log.warning("%s: %s; trying again", what, error, extra={"action": "streams_failed", "code": error.code})
+
+
+async def _renew(bus: Bus, config: dict[str, Any]) -> None:
+    """Delete a stream that nobody answers for, and create it where somebody does.
+
+    Raises:
+        JetStreamError, PermissionDenied, BrokerUnavailable: try again; it may be away, or there.
+    """
+    name = config["name"]
+    try:
+        await bus.api(f"STREAM.DELETE.{name}", timeout=_DELETE_S)
+    except BrokerUnavailable:
+        # the server that should answer is the one that is away; the cluster has noted it all the same
+        log.debug("deletion of %s not acknowledged", name, extra={"action": "stream_deleted"})
+    except JetStreamError as error:
+        if error.err_code != STREAM_NOT_FOUND:
+            raise
+    await bus.api(f"STREAM.CREATE.{name}", config, timeout=2.0)

@@ -1,0 +1,62 @@
+"""Streams and buckets, those of isolated tenants too: made at the start, and kept as they must be."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tether.bus.bus import Bus
+from tether.dispatcher.lanes.tenant_pools import Scopes
+from tether.dispatcher.retried_steps import Steps
+from tether.errors import BrokerUnavailable, TetherError
+from tether.streams.layout import ensure_streams, streams
+
+_AGAIN_S = 0.2
+_ENSURE_S = 10.0
+
+
+class Streams:
+    """``ok``: all of them were as they must be at the last look."""
+
+    def __init__(self, bus: Bus, scopes: Scopes, steps: Steps) -> None:
+        self._bus = bus
+        self._scopes = scopes
+        self._steps = steps
+        self._lost = asyncio.Event()
+        self._as_they_are: set[str] = set()
+        self.ok = False
+
+    def begin_anew(self) -> None:
+        """The broker may have lost streams: look now."""
+        self.ok = False
+        self._lost.set()
+
+    async def prepare(self) -> None:
+        """Create what is missing. A server of a cluster that is down is not a reason to do nothing.
+
+        Raises:
+            TetherError: the broker refuses a stream.
+        """
+        failed = await self._ensured()
+        for error in failed.values():
+            if not isinstance(error, BrokerUnavailable):
+                raise error
+        self.ok = not failed
+
+    async def _ensured(self) -> dict[str, TetherError]:
+        return await ensure_streams(self._bus, streams(self._bus.names, self._bus.settings), self._as_they_are)
+
+    async def _ensure(self) -> None:
+        for error in (await self._ensured()).values():
+            raise error
+
+    async def keep(self) -> None:
+        """Keep them as they must be until cancelled: after every reconnect, every ten seconds, and until it succeeds."""
+        while True:
+            self._lost.clear()
+            made = await self._steps.done("streams", self._ensure())
+            self.ok = await self._steps.done("tenants' streams", self._scopes.look_again()) and made
+            try:
+                async with asyncio.timeout(_ENSURE_S if self.ok else _AGAIN_S):
+                    await self._lost.wait()
+            except TimeoutError:
+                continue

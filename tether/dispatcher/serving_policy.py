@@ -1,0 +1,63 @@
+"""Which versions workers are told to hold, of all that there are. Pure: time is passed in."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from tether.dispatcher.assignments import Models, Place
+from tether.domain.manifest import Alias, ModelRef, Route
+from tether.model.config import ModelConfig, default_config
+from tether.model.version_policy import served_versions
+
+LINGER_S = 2.0
+"""How long a version that is not to be served any more stays: meanwhile gateways hear of it, and what they sent is run."""
+
+
+class Wanted:
+    """Remembers what was wanted lately."""
+
+    def __init__(self) -> None:
+        self._last: dict[Place, float] = {}
+
+    def lingering(self, wanted: Models, models: Models, now: float) -> Models:
+        """``wanted``, and of ``models`` what was wanted less than ``LINGER_S`` ago, in the order of ``models``."""
+        self._last.update({(scope, ref): now for scope, refs in wanted.items() for ref in refs})
+        self._last = {place: at for place, at in self._last.items() if now - at < LINGER_S}
+        return {scope: tuple(ref for ref in refs if (scope, ref) in self._last) for scope, refs in models.items()}
+
+
+def served(
+    models: Models,
+    configs: Mapping[str, ModelConfig],
+    aliases: Mapping[str, Collection[Alias]],
+    routes: Mapping[Place, Route],
+) -> Models:
+    """Of every scope's versions those that its workers should hold; ``configs`` and ``aliases`` are by model."""
+    found: dict[str, tuple[ModelRef, ...]] = {}
+    for scope, refs in models.items():
+        kept = _served_of(scope, refs, configs, aliases, routes)
+        found[scope] = tuple(ref for ref in refs if ref in kept)
+    return found
+
+
+def _served_of(
+    scope: str,
+    refs: Collection[ModelRef],
+    configs: Mapping[str, ModelConfig],
+    aliases: Mapping[str, Collection[Alias]],
+    routes: Mapping[Place, Route],
+) -> set[ModelRef]:
+    versions: dict[str, list[int]] = {}
+    held: dict[str, list[int]] = {}
+    for ref in refs:
+        versions.setdefault(ref.model, []).append(ref.version)
+        route = routes.get((scope, ref))
+        if route is not None and route.workers:
+            held.setdefault(ref.model, []).append(ref.version)
+    return {
+        ModelRef(model, number)
+        for model, numbers in versions.items()
+        for number in served_versions(
+            configs.get(model) or default_config(model), numbers, aliases.get(model, ()), held.get(model, ())
+        )
+    }

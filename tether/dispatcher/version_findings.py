@@ -1,0 +1,48 @@
+"""What workers found out about versions, which counts until a version is deleted: it is kept in the routes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+from tether.dispatcher.assignments import Place
+from tether.domain.manifest import NO_FINDING, Finding, Heartbeat, ModelRef, Route
+
+log = logging.getLogger(__name__)
+
+
+class Findings:
+    """By scope and version: a scope's workers are believed of what they run, and of nothing else."""
+
+    def __init__(self) -> None:
+        self.known: dict[Place, Finding] = {}
+
+    def remember(self, route: Route) -> None:
+        """What an earlier dispatcher knew."""
+        if route.finding != NO_FINDING:
+            self.known[route.scope, ModelRef(route.model, route.version)] = route.finding
+
+    def heard(self, beat: Heartbeat, models: Collection[ModelRef]) -> bool:
+        """Whether a heartbeat says something new about a version of ``models``."""
+        news = False
+        for ref, finding in beat.findings:
+            before = self.known.get((beat.scope, ref), NO_FINDING)
+            after = before | finding
+            if ref in models and after != before:
+                self.known[beat.scope, ref] = after
+                news = True
+                fields = {
+                    "action": "version_finding",
+                    "model": ref.model,
+                    "version": ref.version,
+                    "worker": beat.worker,
+                }
+                log.info("%s:%d: %s", ref.model, ref.version, _words(after), extra=fields)
+        return news
+
+    def forget(self, place: Place) -> None:
+        self.known.pop(place, None)
+
+
+def _words(finding: Finding) -> str:
+    return finding.mixed or finding.crashed or finding.unproven or "its rows are proven to be independent"

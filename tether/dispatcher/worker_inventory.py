@@ -1,0 +1,115 @@
+"""The workers there are to give versions to, and what they were given last."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from tether.dispatcher.assignments import Models, Place
+from tether.dispatcher.placement import Known, Offer, Placed, place
+from tether.domain.job import SHARED
+from tether.domain.manifest import Assignment, Heartbeat, Manifest, ModelRef, Registration
+from tether.model.config import ModelConfig
+from tether.process import metrics
+
+log = logging.getLogger(__name__)
+
+FAILING_S = 60.0
+"""How long a worker that could not load a version goes after the others: what it lacks may be there by then."""
+
+
+class Crew:
+    """Remembers what workers said they have. A worker counts until it was silent for ``timeout_s``."""
+
+    def __init__(self, timeout_s: float, most_copies: int) -> None:
+        self._timeout_s = timeout_s
+        self._most_copies = most_copies
+        self._said: dict[str, tuple[Registration | Heartbeat, float]] = {}
+        self._sizes: dict[ModelRef, int] = {}
+        self._failed_at: dict[tuple[str, ModelRef], float] = {}
+        """When a worker last said that it cannot load a version, nor has it loaded."""
+        self._last: tuple[object, Placed] | None = None
+        """What was last asked, and the answer: most of the time nothing has changed."""
+        self.reasons: dict[Place, str] = {}
+        """Why versions are on fewer workers than they should be, as of the last placement."""
+
+    def said(self, worker: str, what: Registration | Heartbeat, now: float) -> None:
+        self._said[worker] = (what, now)
+        if isinstance(what, Heartbeat):
+            for name, _ in what.failed:
+                model, _, version = name.rpartition(":")
+                if (
+                    version.isdecimal()
+                    and len(version) < 10
+                    and (ref := ModelRef(model, int(version))) not in what.ready
+                ):
+                    self._failed_at[worker, ref] = now
+            for ref in what.ready:
+                self._failed_at.pop((worker, ref), None)
+
+    def version(self, manifest: Manifest) -> None:
+        """A version that there is, for its size."""
+        self._sizes[ModelRef(manifest.name, manifest.version)] = manifest.size
+
+    def place(
+        self,
+        models: Models,
+        *,
+        scopes: Mapping[str, str],
+        assigned: Mapping[str, Assignment],
+        living: Mapping[str, Heartbeat],
+        configs: Mapping[str, ModelConfig],
+        now: float,
+        listening: bool,
+    ) -> dict[str, tuple[ModelRef, ...]]:
+        """What every worker that counts should hold; of others nothing is said, and they keep what they were told.
+
+        ``listening``: this dispatcher has not yet had the time to hear of everybody, so what was given stays where it is.
+        """
+        offers = {
+            worker: Offer(scopes.get(worker, SHARED), what.labels, what.memory)
+            for worker, (what, at) in self._said.items()
+            if now - at <= self._timeout_s
+        }
+        beats = {worker: beat.ready for worker, beat in living.items() if beat.scope == scopes.get(worker, SHARED)}
+        kept = _holders(assigned) if listening and assigned.keys() - offers.keys() else {}
+        failing = self._failing(scopes, now)
+        question = (dict(models), offers, dict(configs), beats, kept, dict(self._sizes), failing)
+        if self._last is None or self._last[0] != question:
+            ready = _ready(beats, offers)
+            found = place(models, offers, Known(self._sizes, configs, ready, self._most_copies, kept, failing))
+            self._last = (question, found)
+            self._tell(found)
+        return self._last[1].held
+
+    def _failing(self, scopes: Mapping[str, str], now: float) -> dict[Place, set[str]]:
+        self._failed_at = {key: at for key, at in self._failed_at.items() if now - at < FAILING_S}
+        found: dict[Place, set[str]] = {}
+        for worker, ref in self._failed_at:
+            found.setdefault((scopes.get(worker, SHARED), ref), set()).add(worker)
+        return found
+
+    def _tell(self, found: Placed) -> None:
+        for (scope, ref), reason in found.reasons.items():
+            if self.reasons.get((scope, ref)) != reason:
+                fields = {"action": "not_placed", "model": ref.model, "version": ref.version, "tenant": scope}
+                log.warning("%s:%d: %s", ref.model, ref.version, reason, extra=fields)
+        self.reasons = found.reasons
+        metrics.VERSIONS_UNPLACED.set(len(found.reasons))
+
+
+def _ready(beats: Mapping[str, tuple[ModelRef, ...]], offers: Mapping[str, Offer]) -> dict[Place, set[str]]:
+    found: dict[Place, set[str]] = {}
+    for worker, refs in beats.items():
+        if worker in offers:
+            for ref in refs:
+                found.setdefault((offers[worker].scope, ref), set()).add(worker)
+    return found
+
+
+def _holders(assigned: Mapping[str, Assignment]) -> dict[Place, set[str]]:
+    found: dict[Place, set[str]] = {}
+    for worker, assignment in assigned.items():
+        for ref in assignment.models:
+            found.setdefault((assignment.scope, ref), set()).add(worker)
+    return found

@@ -1,0 +1,1 @@
+"""The values that every service speaks of: jobs, tensors, models, tenants. Pure."""

@@ -1,0 +1,136 @@
+"""What a PyTorch file must be before PyTorch may see it: an archive of ``torch.export.save`` or of ``torch.jit.save``.
+
+One that ``torch.save`` wrote is a pickle, and is refused, as are libraries and pickled objects in an exported program.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from tether.domain.manifest import TensorSpec
+from tether.domain.tensor import NUMPY_DTYPES
+from tether.errors import FormatNotAllowed, ModelLimits, ModelRejected
+
+EXPORTED = "model.pt2"
+SCRIPTED = "model.pt"
+SIGNATURE = "model.json"
+
+_EXPORTED_MEMBER = re.compile(
+    r"[^/]*/(archive_format|archive_version|byteorder|\.data/[a-z_]+|models/model\.json|data/sample_inputs/model\.pt|"
+    r"data/weights/(weight_\d+|model_weights_config\.json)|data/constants/(tensor_\d+|model_constants_config\.json)|"
+    r"extra/.*)"
+)
+_SCRIPT_MEMBERS = (re.compile(r"[^/]+/constants\.pkl"), re.compile(r"[^/]+/code/.+\.py"))
+_SWELLING = 64 << 20
+"""Bytes that an archive may unpack to beside 20 times its own."""
+
+
+WEIGHTS = "model.safetensors"
+
+
+class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``model.json`` of a TorchScript, which does not know its own: its arguments, and what it returns, in order."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class Registered(Signature, frozen=True, forbid_unknown_fields=True):
+    """``model.json`` of weights alone: a :class:`Signature`, what they are the weights of, and how that is to be made."""
+
+    architecture: str
+    config: Mapping[str, Any] = {}
+
+
+_Described = TypeVar("_Described", bound=Signature)
+
+
+def check(directory: Path) -> None:
+    """Look at the ``model.pt2`` or ``model.pt`` of a folder; ``model.safetensors`` is data by its format.
+
+    Raises:
+        FormatNotAllowed: the file holds pickled Python or libraries, or is no archive.
+        ModelLimits: it would unpack to very much more than it is.
+    """
+    exported = directory / EXPORTED
+    if (directory / WEIGHTS).is_file():
+        return
+    if exported.is_file():
+        _check_exported(exported)
+    else:
+        _check_scripted(directory / SCRIPTED)
+
+
+def _check_exported(path: Path) -> None:
+    for member in _members(path):
+        if _EXPORTED_MEMBER.fullmatch(member) is None:
+            raise FormatNotAllowed(
+                f"{path.name} holds '{member[-64:]}', which no program of torch.export.save needs: "
+                "pickled objects, libraries and files of older versions are refused",
+                field="file",
+            )
+
+
+def _check_scripted(path: Path) -> None:
+    members = _members(path)
+    if not all(any(needed.fullmatch(member) for member in members) for needed in _SCRIPT_MEMBERS):
+        raise FormatNotAllowed(
+            f"{path.name} is no TorchScript: torch.save writes pickled Python; use torch.jit.save or torch.export.save",
+            field="file",
+        )
+
+
+def signature(directory: Path, kind: type[_Described]) -> _Described:
+    """Read the signature of a model that does not know its own.
+
+    Raises:
+        ModelRejected: it is not as it should be.
+    """
+    path = directory / SIGNATURE
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ModelRejected(f"{SIGNATURE} is not as it should be: {error}", field=SIGNATURE) from error
+    for spec in (*found.inputs, *found.outputs):
+        if spec.datatype not in NUMPY_DTYPES or any(axis < -1 for axis in spec.shape):
+            raise ModelRejected(f"tensor '{spec.name[:64]}' has no datatype or shape that PyTorch has", field=SIGNATURE)
+    if not found.outputs or any(
+        len({spec.name for spec in side}) != len(side) for side in (found.inputs, found.outputs)
+    ):
+        raise ModelRejected("there must be outputs, and each name only once", field=SIGNATURE)
+    return found
+
+
+def _what(path: Path) -> str:
+    """Of a file that is no archive."""
+    size = path.stat().st_size
+    if not size:
+        return "empty: it has 0 bytes; export or download it again"
+    with path.open("rb") as file:
+        begins = file.read(4) == b"PK\x03\x04"
+    if begins:
+        return f"cut off: it begins as an archive, and ends after {size} bytes without its list of files; download or export it again"
+    return "not what torch.jit.save or torch.export.save writes"
+
+
+def _members(path: Path) -> list[str]:
+    """The names in an archive.
+
+    Raises:
+        FormatNotAllowed: it is none.
+        ModelLimits: it would unpack to very much more than it is.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise FormatNotAllowed(f"{path.name} is {_what(path)}") from error
+    if sum(member.file_size for member in members) > 20 * path.stat().st_size + _SWELLING:
+        raise ModelLimits(f"{path.name} would unpack to more than 20 times its size", field="file")
+    return [member.filename for member in members]

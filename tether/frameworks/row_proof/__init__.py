@@ -1,0 +1,1 @@
+"""Proves from an ONNX graph that rows of a batch are independent."""

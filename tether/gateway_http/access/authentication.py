@@ -1,0 +1,294 @@
+"""Who is calling and what they may do: API keys from the ``apikeys`` bucket, in memory by the hash of their text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import msgspec
+
+from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import SignedBucket
+from tether.bus.key_value.model_owners import OwnerBook
+from tether.crypto import MessageType, Session
+from tether.domain.api_key import SCOPES, ApiKey
+from tether.domain.model_names import resolved, resolved_push, shown, shown_text, spelled_out
+from tether.domain.tenant import EVERY_MODEL, Tenant, allows_model, allows_patterns, check_patterns
+from tether.errors import Forbidden, Unauthenticated
+from tether.gateway_http.access.key_usage import KeyUses
+from tether.gateway_http.access.sessions import CACHED, Sessions
+from tether.gateway_http.access.tenants import Tenants
+from tether.model.ownership import Asker, Right, push_refusal, refusal
+from tether.wire import codec
+
+ANY_SCOPE = "any"
+"""What a route asks for that any key which counts may use."""
+
+_DECISIONS = 4096
+"""Model names that a caller's decision is remembered for; names are chosen by clients, so there is an end to it."""
+
+
+class Caller:
+    """An API key with its tenant's rights, as a request uses them. A change of either makes a new one.
+
+    Which models it may use follows from its patterns and its tenant's, and from who owns each model.
+    """
+
+    __slots__ = (
+        "_decisions",
+        "_owners",
+        "_patterns",
+        "admin",
+        "expires_at",
+        "id",
+        "key",
+        "scopes",
+        "session",
+        "tenant",
+    )
+
+    def __init__(self, key: ApiKey, tenant: Tenant, owners: OwnerBook, session: Session | None = None) -> None:
+        self.key = key
+        self._owners = owners
+        self.id = key.id
+        self.tenant = tenant.name
+        self.expires_at = key.expires_at
+        self.scopes = frozenset((*(SCOPES if "admin" in key.scopes else key.scopes), ANY_SCOPE))
+        self.session = session
+        self._patterns = [key.models, tenant.models]
+        if session is not None:
+            self.expires_at = min(session.expires_at, key.expires_at or session.expires_at)
+            self.scopes &= {*session.scopes, ANY_SCOPE}
+            self._patterns.append(session.models)
+        self.admin = "admin" in self.scopes
+        """It may do with every tenant's models what their owners may, within its patterns."""
+        self._decisions: dict[str, bool] = {}
+
+    @property
+    def asker(self) -> Asker:
+        """For whom the model store is asked."""
+        return Asker(self.tenant, self.admin, f"key:{self.id}")
+
+    # names: every other method takes the platform's name of a model
+
+    def named(self, written: str) -> str:
+        """The platform's name of the model that the caller wrote the name of.
+
+        Raises:
+            BadName: it has a slash and is not tenant/model.
+        """
+        return resolved(written, self.tenant, self._owners.known)
+
+    def named_push(self, written: str) -> str:
+        """The platform's name of the model that a push under this name makes a version of.
+
+        Raises:
+            BadName
+        """
+        return resolved_push(written, self.tenant, self._owners.known, lambda name: self.right(name) >= Right.WRITE)
+
+    def shown(self, model: str) -> str:
+        """How the caller writes a platform's name."""
+        return shown(model, self.tenant, self._owners.known)
+
+    def told(self, message: str) -> str:
+        """A message with the names of models as the caller writes them."""
+        return shown_text(message, self.tenant)
+
+    # rights
+
+    def sees(self, model: str) -> bool:
+        """Whether key and tenant both allow a model's name, and it is not another tenant's own."""
+        return self._matches(model) and (self.admin or self._owners.right(model, self.tenant) is not Right.NONE)
+
+    def right(self, model: str) -> Right:
+        """What this caller may do with a model; of a name that nobody has a model of, everything."""
+        if not self._matches(model):
+            return Right.NONE
+        return Right.OWN if self.admin else self._owners.right(model, self.tenant)
+
+    def _matches(self, model: str) -> bool:
+        found = self._decisions.get(model)
+        if found is None:
+            if len(self._decisions) >= _DECISIONS:
+                self._decisions.clear()
+            found = all(allows_model(patterns, model, self.tenant) for patterns in self._patterns)
+            self._decisions[model] = found
+        return found
+
+    def bound(self, models: tuple[str, ...] | None, tenant: str, *, field: str = "models") -> tuple[str, ...]:
+        """The patterns that ``tenant``, or a key of it, which this caller makes or changes may have: ``models``, or without them
+        the widest. No pattern may match a name that this caller may not use.
+
+        Raises:
+            InvalidRequest: one is no pattern.
+            Forbidden: one goes beyond the caller's own.
+        """
+        asked = [check_patterns(models, field=field)] if models is not None else [EVERY_MODEL, *self._as_of(tenant)]
+        for patterns in asked:
+            if all(allows_patterns(own, self.tenant, patterns, tenant) for own in self._patterns):
+                return patterns
+        own = ", ".join(self._patterns[0])
+        raise Forbidden(
+            f"this API key may use models that match {own[:200]} only, and give no more than that", field=field
+        )
+
+    def _as_of(self, tenant: str) -> list[tuple[str, ...]]:
+        """This caller's patterns, as they are written for another tenant."""
+        if tenant == self.tenant:
+            return self._patterns
+        return [tuple(spelled_out(patterns, self.tenant)) for patterns in self._patterns]
+
+    def check_model(self, model: str, wanted: Right = Right.USE) -> None:
+        """Refuse what this caller may not do with a model; one that it may not use, as if there were none of its name.
+
+        Raises:
+            BadName: no model could have this name.
+            ModelNotFound: it may not be used.
+            Forbidden: it may be used, and belongs to another tenant.
+        """
+        if wanted is Right.USE and self.sees(model):
+            return  # what every request asks
+        error = refusal(model, self.right(model), wanted)
+        if error is not None:
+            raise error
+
+    def check_push(self, model: str) -> None:
+        """:meth:`check_model` for a push, which another tenant's model stands in the way of.
+
+        Raises:
+            Conflict: the name is another tenant's.
+            BadName, ModelNotFound, Forbidden
+        """
+        found = self.right(model)
+        if self._matches(model):
+            error = push_refusal(model, found if self._owners.known(model) else None, self.asker)
+        else:
+            error = refusal(model, found, Right.WRITE)
+        if error is not None:
+            raise error
+
+
+class ApiKeys:
+    """Looks keys up by the SHA-256 of their text, so a wrong one costs what a right one costs."""
+
+    def __init__(self, bus: Bus, tenants: Tenants, owners: OwnerBook) -> None:
+        self._owners = owners
+        self.bucket = SignedBucket(bus, "apikeys", MessageType.API_KEY)
+        self.uses = KeyUses(bus)
+        self.sessions = Sessions(bus)
+        self._now: Callable[[], float] = bus.clock.utc
+        self._tenants = tenants
+        self._callers: dict[bytes, Caller] = {}
+        self._in_session: dict[bytes, Caller] = {}
+        self._by_id: dict[str, ApiKey] = {}
+        self._doubtful: set[bytes] = set()
+        """Keys of tenants whose record cannot be believed."""
+        tenants.on_change(self._tenant_changed)
+
+    @asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        async with self.bucket.watch(self._changed, withdraw=True):
+            yield
+
+    def _changed(self, key: str, body: bytes | None) -> None:
+        record = None if body is None else codec.decode(body, ApiKey)
+        old = self._by_id.pop(key, None)
+        if old is not None:
+            self._callers.pop(bytes.fromhex(old.hash), None)
+            self._doubtful.discard(bytes.fromhex(old.hash))
+        self._in_session.clear()
+        if record is not None and record.id == key:
+            self._by_id[key] = record
+            self._admit(record)
+
+    def _admit(self, record: ApiKey) -> None:
+        digest = bytes.fromhex(record.hash)
+        self._callers.pop(digest, None)
+        self._doubtful.discard(digest)
+        if record.revoked:
+            return
+        if self._tenants.doubtful(record.tenant):
+            self._doubtful.add(digest)
+        else:
+            self._callers[digest] = Caller(record, self._tenants.get(record.tenant), self._owners)
+
+    def _tenant_changed(self, name: str) -> None:
+        self._in_session.clear()
+        for record in self._by_id.values():
+            if record.tenant == name:
+                self._admit(record)
+
+    def known(self) -> list[ApiKey]:
+        return sorted(self._by_id.values(), key=lambda record: record.created_at)
+
+    def others(self, tenant: str) -> bool:
+        """Whether another tenant has a record, or a key that was not revoked; an administrator's makes no tenant."""
+        records = any(record.name != tenant for record in self._tenants.known())
+        keys = [key for key in self._by_id.values() if not key.revoked and "admin" not in key.scopes]
+        return records or any(key.tenant != tenant for key in keys)
+
+    def find(self, key_id: str) -> ApiKey | None:
+        return self._by_id.get(key_id)
+
+    async def store(self, record: ApiKey) -> None:
+        """Keep a key; this gateway accepts it at once, others within their watch's delay.
+
+        Raises:
+            BrokerUnavailable: it may be kept all the same.
+        """
+        body = codec.encode(record)
+        await self.bucket.put(record.id, body)
+        self._changed(record.id, body)
+
+    async def revoke(self, record: ApiKey) -> ApiKey:
+        """The key as it is kept from now on: known, and refused.
+
+        Raises:
+            BrokerUnavailable: it may be revoked all the same.
+        """
+        revoked = msgspec.structs.replace(record, revoked=True)
+        await self.store(revoked)
+        return revoked
+
+    def authenticate(self, text: str, scope: str) -> Caller:
+        """Who presented a key, when it may do what ``scope`` names.
+
+        Raises:
+            Unauthenticated: no key, or none that counts; missing, unknown, wrong, revoked and expired say the same.
+            RateLimited: session tokens are forged by the hundred just now, and this one was not seen before.
+            Forbidden: the key lacks the scope, or the record of its tenant cannot be believed.
+        """
+        digest = hashlib.sha256(text.encode()).digest()
+        caller = self._callers.get(digest) or self._of_session(text, digest)
+        now = self._now()
+        if caller is None and digest in self._doubtful:
+            raise _doubtful()
+        if caller is None or 0.0 < caller.expires_at <= now:
+            raise Unauthenticated("Invalid API key")
+        if scope not in caller.scopes:
+            raise Forbidden(f"this API key lacks the scope '{scope}'", field="scope")
+        self.uses.noted[caller.id] = now
+        return caller
+
+    def _of_session(self, text: str, digest: bytes) -> Caller | None:
+        """Who presented a session token: its API key, with what the session left of its rights."""
+        session = self.sessions.open(text, digest)
+        if session is None:
+            return None
+        caller = self._in_session.get(digest)
+        if caller is None:
+            key = self._by_id.get(session.key)
+            if key is None or key.revoked or key.tenant != session.tenant:
+                return None
+            if self._tenants.doubtful(key.tenant):
+                raise _doubtful()
+            if len(self._in_session) >= CACHED:
+                self._in_session.clear()
+            caller = self._in_session[digest] = Caller(key, self._tenants.get(key.tenant), self._owners, session)
+        return caller
+
+
+def _doubtful() -> Forbidden:
+    return Forbidden("the record of this key's tenant cannot be verified; an administrator must sign it anew")

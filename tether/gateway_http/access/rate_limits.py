@@ -1,0 +1,228 @@
+"""What a key and its tenant may ask for: requests a second, requests a minute, requests open at the same time.
+
+Checked right after authentication, before anything of the body is read, so that a refusal costs little. A limit holds
+for all gateways together: see :mod:`tether.gateway_http.access.limit_meters`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+
+from tether.bus.bus import Bus
+from tether.domain.api_key import ApiKey
+from tether.domain.tenant import Tenant
+from tether.errors import RateLimited
+from tether.gateway_http.access.limit_meters import Meter, Rate, Slots
+from tether.gateway_http.access.limit_sync import Gossip
+from tether.gateway_http.http.error_responses import limit_headers
+from tether.process import metrics
+from tether.process.lifecycle import Tasks
+
+Header = tuple[str, str]
+
+_RATE, _OPEN, _TENANT = "rate:", "open:", "tenant:"
+"""How the limits of keys and tenants are named between gateways."""
+
+_refused_rate = metrics.LIMITED.labels("rate")
+_refused_open = metrics.LIMITED.labels("concurrency")
+_refused_tenant = metrics.LIMITED.labels("tenant")
+
+
+class Limited:
+    """The limits that a key is under; ``free`` when there are none."""
+
+    __slots__ = ("free", "key", "quota", "rate", "slots", "tenant")
+
+    def __init__(
+        self, key: ApiKey, tenant: Tenant | None, rate: Rate | None, slots: Slots | None, quota: Rate | None
+    ) -> None:
+        self.key = key
+        self.tenant = tenant
+        self.rate = rate
+        self.slots = slots
+        self.quota = quota
+        self.free = rate is None and slots is None and quota is None
+
+
+class Ticket:
+    """One request that was let in: what it holds is given back by :meth:`leave`, once."""
+
+    __slots__ = ("_limited", "_now", "_open")
+
+    def __init__(self, limited: Limited, now: Callable[[], float]) -> None:
+        self._limited = limited
+        self._now = now
+        self._open = True
+
+    def count(self, more: int) -> None:
+        """The request turned out to be ``more`` requests beyond the first. They are let in and leave a debt."""
+        for meter in (self._limited.rate, self._limited.quota):
+            if meter is not None and more:
+                meter.charge(more, self._now())
+
+    def leave(self) -> None:
+        """Give the slot back; a second time does nothing."""
+        if self._open:
+            self._open = False
+            if self._limited.slots is not None:
+                self._limited.slots.give_back()
+
+    def headers(self) -> list[Header]:
+        """Of the tightest limit: how much, how much of it is left, seconds until all of it is there again."""
+        limited = self._limited
+        rates = [meter for meter in (limited.rate, limited.quota) if meter is not None]
+        if rates:
+            tightest = min(rates, key=lambda meter: meter.remaining)
+            return limit_headers(int(tightest.burst), tightest.remaining, tightest.full_in_s)
+        slots = limited.slots
+        return [] if slots is None else limit_headers(slots.limit, slots.remaining, 0.0)
+
+
+class Limits:
+    """The limits of every key and tenant, as one gateway counts them."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        tasks: Tasks,
+        find_key: Callable[[str], ApiKey | None],
+        find_tenant: Callable[[str], Tenant | None],
+    ) -> None:
+        settings = bus.settings
+        self._default_rate = settings.key_rate
+        self._default_slots = settings.key_concurrency
+        self._find_key = find_key
+        self._find_tenant = find_tenant
+        self._now = bus.clock.monotonic
+        self._known: dict[str, Limited] = {}
+        self._meters: dict[str, Rate | Slots] = {}
+        self.gossip = Gossip(bus, tasks, self._by_name)
+
+    def talking(self) -> AbstractAsyncContextManager[None]:
+        """Share the limits with the other gateways until the block ends."""
+        return self.gossip.talking()
+
+    def enter(self, key: ApiKey) -> Ticket | None:
+        """Let a request in; None when its key is under no limit.
+
+        Raises:
+            RateLimited: too many a second or a minute, or too many open; nothing was taken.
+        """
+        limited = self._known.get(key.id)
+        tenant = self._find_tenant(key.tenant)
+        if limited is None or limited.key is not key or limited.tenant is not tenant:
+            limited = self._known[key.id] = self._limits_of(key, tenant)
+        if limited.free:
+            return None
+        now = self._now()
+        self._take_slot(limited, now)
+        try:
+            self._take_tokens(limited, now)
+        except RateLimited:
+            if limited.slots is not None:
+                limited.slots.give_back()
+            raise
+        return Ticket(limited, self._now)
+
+    def _take_slot(self, limited: Limited, now: float) -> None:
+        slots = limited.slots
+        if slots is None:
+            return
+        asleep = not slots.demand
+        taken = slots.take(now)
+        if asleep:
+            self.gossip.woken(_OPEN + limited.key.id, slots)
+        if not taken:
+            _refused_open.inc()
+            raise RateLimited(
+                f"this API key has {slots.limit} requests open, as many as it may; wait for one to end",
+                field="concurrency",
+                limit=slots.limit,
+                remaining=0,
+            )
+
+    def _take_tokens(self, limited: Limited, now: float) -> None:
+        rate, quota = limited.rate, limited.quota
+        if rate is not None and not self._take(rate, _RATE + limited.key.id, now):
+            _refused_rate.inc()
+            raise _too_often(rate, f"this API key may send {rate.rate:g} requests a second", "rate")
+        if quota is not None and not self._take(quota, _TENANT + limited.key.tenant, now):
+            if rate is not None:
+                rate.charge(-1, now)
+            _refused_tenant.inc()
+            per_minute = f"{quota.rate * 60:g} requests a minute"
+            raise _too_often(quota, f"tenant '{limited.key.tenant}' may send {per_minute}", "requests_per_minute")
+
+    def _take(self, meter: Rate, name: str, now: float) -> bool:
+        asleep = not meter.demand
+        taken = meter.take(now)
+        if asleep:
+            self.gossip.woken(name, meter)
+        return taken
+
+    def open_requests(self, key_id: str) -> int:
+        """Requests of a key with a concurrency limit that this gateway has open."""
+        slots = self._meters.get(_OPEN + key_id)
+        return slots.open if isinstance(slots, Slots) else 0
+
+    # which limits there are
+
+    def _limits_of(self, key: ApiKey, tenant: Tenant | None) -> Limited:
+        return Limited(key, tenant, self._rate(key), self._slots(key), self._quota(tenant))
+
+    def _rate(self, key: ApiKey) -> Rate | None:
+        rate, burst = (key.rate, key.burst) if key.rate else (self._default_rate, 0)
+        return self._bucket(_RATE + key.id, rate, burst) if rate else None
+
+    def _quota(self, tenant: Tenant | None) -> Rate | None:
+        """A tenth of a minute's requests may come at once, so that no minute has more than a tenth too many."""
+        per_minute = 0 if tenant is None else tenant.quotas.requests_per_minute
+        if tenant is None or not per_minute:
+            return None
+        return self._bucket(_TENANT + tenant.name, per_minute / 60, max(1, per_minute // 10))
+
+    def _bucket(self, name: str, rate: float, burst: int) -> Rate:
+        meter = self._meters.get(name)
+        if isinstance(meter, Rate):
+            meter.configure(rate, burst, self._now())
+            return meter
+        meter = self._meters[name] = Rate(rate, burst, self.gossip.own, self.gossip.members, self._now())
+        return meter
+
+    def _slots(self, key: ApiKey) -> Slots | None:
+        limit = key.concurrency or self._default_slots
+        if not limit:
+            return None
+        name = _OPEN + key.id
+        meter = self._meters.get(name)
+        if isinstance(meter, Slots):
+            meter.configure(limit)
+            return meter
+        made = self._meters[name] = Slots(limit, self.gossip.own, self.gossip.members, self._now())
+        return made
+
+    def _by_name(self, name: str) -> Meter | None:
+        """The limit that another gateway names, when there is such a key or tenant and it has one."""
+        found = self._meters.get(name)
+        if found is not None:
+            return found
+        kind, _, owner = name.partition(":")
+        if kind == "tenant":
+            return self._quota(self._find_tenant(owner))
+        key = self._find_key(owner)
+        if key is None:
+            return None
+        return self._rate(key) if kind == "rate" else self._slots(key)
+
+
+def _too_often(meter: Rate, what: str, field: str) -> RateLimited:
+    wait_s = meter.next_in_s
+    return RateLimited(
+        f"{what}; wait {wait_s:.1f} s",
+        field=field,
+        retry_after=wait_s,
+        limit=int(meter.burst),
+        remaining=meter.remaining,
+        reset=meter.full_in_s,
+    )

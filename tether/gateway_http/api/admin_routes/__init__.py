@@ -1,0 +1,1 @@
+"""Routes for operators: keys, tenants, sessions, audit, the chunk store."""

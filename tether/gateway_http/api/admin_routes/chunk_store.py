@@ -1,0 +1,55 @@
+"""The store of pieces, for administrators: what is in it, and work on it now."""
+
+from __future__ import annotations
+
+from tether.bus.key_value.leases import ask_owner
+from tether.crypto import MessageType
+from tether.domain.manifest import Change, ChangeAnswer, ChangeRequest
+from tether.errors import TetherError
+from tether.gateway_http.api.route_engine import Call, Handler, Reply, Row
+from tether.gateway_http.api.routes.models import TAG
+from tether.gateway_http.schemas import models
+from tether.wire import codec
+
+_WAIT_S = 30.0
+"""A look at a large store takes seconds."""
+
+
+def _asking(change: Change, status: int) -> Handler:
+    async def handler(call: Call) -> Reply:
+        body = codec.encode(ChangeRequest(change, "", **call.caller.asker._asdict()))
+        bus = call.gateway.bus
+        # each owner works on its own partitions, and any of them sees the whole
+        for partition in range(1 if change is Change.SHOW_STORE else bus.names.partitions):
+            answer = await ask_owner(
+                bus, "changeModel", partition, MessageType.CHANGE, body, answers=MessageType.CHANGED, timeout=_WAIT_S
+            )
+        return Reply(_store(codec.decode(answer, ChangeAnswer)), status)
+
+    return handler
+
+
+def _store(answer: ChangeAnswer) -> models.Store:
+    found = answer.store
+    if found is None:
+        raise TetherError("the model store answered without the state of its store")
+    return models.Store(
+        pieces=found.pieces,
+        stored_bytes=found.stored_bytes,
+        named_pieces=found.named_pieces,
+        named_bytes=found.named_bytes,
+        unreferenced_pieces=found.unreferenced_pieces,
+        damaged=[models.DamagedPiece(piece.digest, list(piece.versions)) for piece in found.damaged],
+    )
+
+
+def _row(method: str, path: str, summary: str, change: Change, status: int) -> Row:
+    handler = _asking(change, status)
+    return Row(method, path, summary, TAG, handler, {status: models.Store}, "admin", errors=(503,))
+
+
+ROWS = [
+    _row("GET", "/v1/store", "Show what is in the store of pieces", Change.SHOW_STORE, 200),
+    _row("POST", "/v1/store:collect", "Collect pieces that no version names, soon", Change.COLLECT, 202),
+    _row("POST", "/v1/store:scrub", "Read and compare every stored piece, soon", Change.SCRUB, 202),
+]

@@ -1,0 +1,38 @@
+"""The whole HTTP interface: hot routes are recognised by hand, everything else goes to the framework."""
+
+from __future__ import annotations
+
+from tether.gateway_http.api import route_table
+from tether.gateway_http.api.fast_path import HotRoutes
+from tether.gateway_http.gateway import Gateway
+from tether.gateway_http.http import rsgi
+from tether.gateway_http.http.asgi import AsgiIncoming, send_reply
+from tether.gateway_http.http.request import Handler
+from tether.process.operations_server import App, Receive, Scope, Send
+from tether.settings import Settings
+
+
+def build(gateway: Gateway) -> rsgi.RsgiApp:
+    """What Granian serves. Where browsers of other origins may call, every request goes the framework's way."""
+    settings = gateway.settings
+    if settings.cors_origins:
+        return rsgi.entry(_none_is_hot, whole(gateway, settings), part_s=settings.body_timeout_s)
+    return rsgi.entry(HotRoutes(gateway).find, route_table.build(gateway), part_s=settings.body_timeout_s)
+
+
+def _none_is_hot(_method: str, _path: str) -> Handler | None:
+    return None
+
+
+def whole(gateway: Gateway, settings: Settings) -> App:
+    """Every route as one ASGI application, open to the origins of ``settings``."""
+    hot, cold = HotRoutes(gateway), route_table.build(gateway)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        handler = hot.find(scope["method"], scope["path"]) if scope["type"] == "http" else None
+        if handler is None:
+            await cold(scope, receive, send)
+        else:
+            await send_reply(send, await handler(AsgiIncoming(scope, receive)))
+
+    return route_table.with_cors(app, settings)

@@ -1,0 +1,46 @@
+"""Which row of the table a path belongs to, as routes of the framework; and the answer where there is none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from starlette.convertors import StringConvertor, register_url_convertor
+from starlette.routing import Route
+
+from tether.domain.model_names import RESERVED
+from tether.errors import NotFound
+from tether.gateway_http.api.route_engine import Endpoint, Row, refuse
+from tether.gateway_http.gateway import Gateway
+from tether.gateway_http.http.asgi import AsgiIncoming
+from tether.gateway_http.http.request import only_id
+from tether.process import metrics
+from tether.process.operations_server import Receive, Scope, Send
+
+
+async def nowhere(scope: Scope, receive: Receive, send: Send) -> None:
+    """The answer on every path that nothing is served on."""
+    shown = scope["path"][:200].encode("ascii", "backslashreplace").decode()
+    heading = only_id(AsgiIncoming(scope, receive).headers)
+    status = await refuse(NotFound(f"nothing is served on '{shown}'; see /docs", field="path"), heading, send)
+    metrics.HTTP_REQUESTS.labels("none", str(status)).inc()
+
+
+class _ModelName(StringConvertor):
+    """A model in a path: ``model``, or ``tenant%2Fmodel``, which the HTTP server hands over as ``tenant/model``."""
+
+    regex = rf"[^/]+(?:/(?!(?:{'|'.join(map(re.escape, sorted(RESERVED)))})(?:/|$))[^/:]+)?"
+
+
+register_url_convertor("model", _ModelName())
+
+
+def routes(gateway: Gateway, rows: Sequence[Row]) -> list[Route]:
+    """Starlette's routes of a table: one for each path, in the order of the table."""
+    by_path: dict[str, list[Row]] = {}
+    for row in rows:
+        by_path.setdefault(row.path, []).append(row)
+    return [Route(_MODEL.sub(r"{\1:model}", path), Endpoint(gateway, group)) for path, group in by_path.items()]
+
+
+_MODEL = re.compile(r"\{(model|name)\}")

@@ -1,0 +1,135 @@
+"""What of HTTP requests goes into the audit log: refusals of access, acts of administration, jobs that were taken in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tether.audit import NOBODY, Kind
+from tether.crypto import SESSION_PREFIX
+from tether.domain import api_key
+from tether.errors import Forbidden, QuotaExceeded, RateLimited, TetherError, Unauthenticated
+from tether.gateway_http.access.authentication import ANY_SCOPE, Caller
+from tether.gateway_http.gateway import Gateway
+from tether.gateway_http.http.request import Incoming
+
+_KINDS = {
+    "repository": Kind.MODEL,
+    "keys": Kind.KEY,
+    "tenants": Kind.TENANT,
+    "models": Kind.MODEL,
+    "jobs": Kind.JOB,
+    "sessions": Kind.AUTH,
+}
+"""By what follows the version in a path; every other act is one of administration."""
+
+_ACTS = ("admin", "models:write", "jobs", ANY_SCOPE)
+"""Scopes of routes that act; what ``infer`` allows is recorded where it is done."""
+
+_TOLD = ("id", "name", "version", "tenant", "scopes", "models", "isolated", "sealed", "weight", "quotas", "aliases")
+"""Fields of an answer that say what was done; none of them is a secret."""
+
+
+def actor(key: Caller | None) -> str:
+    return NOBODY if key is None else f"key:{key.id}"
+
+
+def refused(gateway: Gateway, error: TetherError, incoming: Incoming, action: str) -> None:
+    """Record that a request was kept out; other errors are no decision about access."""
+    if isinstance(error, Unauthenticated):
+        kind = Kind.AUTH
+    elif isinstance(error, Forbidden | RateLimited | QuotaExceeded) or error.hidden:
+        kind = Kind.ACCESS
+    else:
+        return
+    shown, request_id = _presented(incoming)
+    key_id = api_key.key_id(shown) or _of_session(gateway, shown)
+    known = gateway.keys.find(key_id)
+    record = None if kind is Kind.AUTH else known
+    gateway.audit.count(
+        kind,
+        "" if record is None else record.tenant,
+        actor=f"key:{key_id}" if key_id else NOBODY,
+        action=action,
+        outcome=Forbidden.code if error.hidden else error.code,
+        address=incoming.peer.rpartition(":")[0],
+        detail="" if kind is Kind.AUTH else error.message,
+        request_id=request_id,
+        by=NOBODY if known is None else "",
+    )
+
+
+def _of_session(gateway: Gateway, text: str) -> str:
+    """The key of a session token that counts, else nothing."""
+    if not text.startswith(SESSION_PREFIX):
+        return ""
+    session = gateway.keys.sessions.known(hashlib.sha256(text.encode()).digest())
+    return "" if session is None else session.key
+
+
+def _presented(incoming: Incoming) -> tuple[str, str]:
+    """Key text and request id of a request whose headers may be what is wrong with it."""
+    key = request_id = ""
+    for name, value in incoming.headers:
+        if name == "x-api-key":
+            key = value
+        elif name == "authorization" and not key:
+            key = value.partition(" ")[2].strip()
+        elif name == "x-request-id":
+            request_id = value
+    return key, request_id
+
+
+def acts(method: str, path: str, scope: str | None) -> bool:
+    """Whether a route changes something that the audit log tells of; pieces of a model are told of when they are one."""
+    return method not in ("GET", "HEAD") and scope in _ACTS and "/chunks" not in path
+
+
+def act(
+    gateway: Gateway,
+    key: Caller | None,
+    route: str,
+    path: Mapping[str, Any],
+    model: str,
+    *,
+    request_id: str,
+    outcome: str,
+    answer: Any,
+) -> None:
+    """Record what a key did, or tried to do, through ``route``: its method and path. ``model``: the platform's name of the one
+    in the path."""
+    parts = route.split("/")
+    kind = _KINDS.get(parts[2].partition(":")[0], Kind.ADMIN) if len(parts) > 2 else Kind.ADMIN
+    told = [f"{name}={value}" for name, value in path.items()]
+    told += [f"{name}={value}" for name in _TOLD if name not in path and (value := getattr(answer, name, None))]
+    gateway.audit.record(
+        kind,
+        "" if key is None else key.tenant,
+        actor=actor(key),
+        action=route,
+        outcome=outcome,
+        model=model if kind is Kind.MODEL else "",
+        job=str(path.get("id", ""))[:32] if kind is Kind.JOB else "",
+        request_id=request_id,
+        detail=" ".join(told),
+    )
+
+
+def submitted(
+    gateway: Gateway, key: Caller, jobs: Sequence[Mapping[str, Any]], sizes: Sequence[int], request_id: str
+) -> None:
+    """Record jobs that were taken in, or found again by their idempotency key."""
+    who = actor(key)
+    for job, size in zip(jobs, sizes, strict=True):
+        gateway.audit.record(
+            Kind.JOB,
+            key.tenant,
+            actor=who,
+            action="submit",
+            model=job["model"],
+            version=int(job["version"]),
+            job=job["id"],
+            request_id=request_id,
+            bytes_in=size,
+        )

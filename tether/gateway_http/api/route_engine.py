@@ -1,0 +1,394 @@
+"""One table row per route: who may call it, what it reads, what it answers. Rows become routes and documentation."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+
+from tether.domain.model_names import check_platform_name
+from tether.errors import DeadlineExceeded, InvalidRequest, PayloadTooLarge, TetherError, Unauthenticated
+from tether.gateway_http.access.authentication import Caller
+from tether.gateway_http.access.rate_limits import Ticket
+from tether.gateway_http.api import log_text, request_audit
+from tether.gateway_http.bodies.large_bodies import LARGE
+from tether.gateway_http.gateway import Gateway
+from tether.gateway_http.http.asgi import AsgiIncoming, send_reply
+from tether.gateway_http.http.error_responses import error_response
+from tether.gateway_http.http.request import Headers, Heading, Incoming, only_id, read_body, replied, reply
+from tether.model.ownership import Right
+from tether.process import metrics
+from tether.process.operations_server import Receive, Scope, Send
+from tether.wire import oip_json
+
+JSON = "application/json"
+OCTETS = "application/octet-stream"
+
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True)
+class Media:
+    """A body that is no JSON of a struct: its content type, and in one sentence what it is."""
+
+    type: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """A request header that a route reads."""
+
+    name: str
+    description: str
+
+
+CLIENT_WAITS = Header("x-tether-timeout-s", "Seconds that the client still waits; nothing is done for it after that.")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer: ``value`` is encoded as JSON unless it is bytes already."""
+
+    value: Any
+    status: int = 200
+    content_type: str = JSON
+    headers: Sequence[tuple[str, str]] = ()
+    pack: bool = True
+    """False: not compressed, whatever the client takes; for what does not get smaller."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request, authenticated and parsed. ``body`` and ``query`` are of the row's types; ``key`` is None only on a
+    route that needs none."""
+
+    gateway: Gateway
+    request: Request
+    heading: Heading
+    key: Caller | None
+    body: Any
+    query: Any
+    named: list[str] = field(default_factory=list)
+    """The platform's name of the model in the path, once it was asked for."""
+
+    @property
+    def tenant(self) -> str:
+        return "" if self.key is None else self.key.tenant
+
+    @property
+    def caller(self) -> Caller:
+        """Who called a route that needs a key."""
+        if self.key is None:
+            raise Unauthenticated("Invalid API key")
+        return self.key
+
+    @property
+    def scope(self) -> str:
+        """Whose workers answer this caller."""
+        return self.gateway.tenants.scope(self.tenant)
+
+    def path(self, name: str) -> str:
+        return str(self.request.path_params.get(name, ""))
+
+    def model(self, wanted: Right = Right.WRITE) -> str:
+        """The platform's name of the model in the path, when the caller may do with it what takes ``wanted``.
+
+        Raises:
+            BadName: no model could have this name.
+            ModelNotFound: it may not be used.
+            Forbidden: it may be used, and belongs to another tenant.
+        """
+        name = self._named(self.caller.named)
+        self.caller.check_model(name, wanted)
+        return name
+
+    def pushed_model(self) -> str:
+        """The platform's name of the model that a push under the name in the path makes a version of.
+
+        Raises:
+            Conflict: the name is another tenant's.
+            BadName, ModelNotFound, Forbidden
+        """
+        name = self._named(self.caller.named_push)
+        self.caller.check_push(name)
+        return name
+
+    def _named(self, read: Callable[[str], str]) -> str:
+        if not self.named:
+            field_name = "name" if "name" in self.request.path_params else "model"
+            self.named.append(check_platform_name(read(self.path(field_name)), field=field_name))
+        return self.named[0]
+
+    def waits(self, most_s: float) -> float:
+        """How long the client still waits, as it said, but ``most_s`` seconds at most.
+
+        Raises:
+            InvalidRequest: what it said is no time.
+        """
+        text = self.request.headers.get(CLIENT_WAITS.name)
+        if text is None:
+            return most_s
+        try:
+            given = float(text)
+        except ValueError:
+            given = 0.0
+        if not 0 < given < math.inf:
+            raise InvalidRequest(f"{CLIENT_WAITS.name} must be a number of seconds above 0", field=CLIENT_WAITS.name)
+        return min(given, most_s)
+
+
+Handler = Callable[[Call], Awaitable[Reply]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of one path. Without a ``handler`` it is served by the hot path and only documented here.
+
+    ``scope`` None means that no API key is needed, ANY_SCOPE that any will do. ``answers`` maps statuses to what they carry, ``errors`` are the
+    error statuses beyond those that follow from the other columns. ``grows``: it stores something new, so it is refused while the
+    broker has no room.
+    """
+
+    method: str
+    path: str
+    summary: str
+    tag: str
+    handler: Handler | None
+    answers: Mapping[int, Any]
+    scope: str | None = None
+    body: Any = None
+    body_optional: bool = False
+    large: bool = False
+    """Its body may have up to ``max_body_bytes``, and is one of :mod:`tether.gateway_http.bodies.large_documents`; others have at most
+    ``LARGE`` bytes."""
+    binary: Media | None = None
+    """A second form that the body may have; alone, it is streamed and not read for the handler."""
+    query: type[msgspec.Struct] | None = None
+    headers: Sequence[Header] = ()
+    errors: Sequence[int] = ()
+    grows: bool = False
+
+    def statuses(self) -> list[int]:
+        """Every error status the route can answer."""
+        found = {500, *self.errors}
+        if self.scope is not None:
+            found |= {401, 403, 429}
+        if self.body is not None or self.binary is not None:
+            found |= {400, 408, 413}
+        if self.query is not None or "{" in self.path:
+            found.add(400)
+        if self.grows:
+            found.add(503)
+        return sorted(found - set(self.answers))
+
+
+@dataclass
+class _Seen:
+    """What is known of a request so far, for the case that it fails."""
+
+    heading: Heading
+    status: int = 500
+    sent: bool = False
+    ticket: Ticket | None = None
+    call: Call | None = None
+    """There once the request is authenticated and parsed."""
+
+    def told(self, error: TetherError) -> str:
+        """An error as its caller reads it."""
+        key = None if self.call is None else self.call.key
+        return error.message if key is None else key.told(error.message)
+
+    def limits(self) -> Headers:
+        """What its key may still ask for, when it is under a limit."""
+        return [] if self.ticket is None else self.ticket.headers()
+
+
+class Endpoint:
+    """All methods of one path, as an ASGI application."""
+
+    def __init__(self, gateway: Gateway, rows: Sequence[Row]) -> None:
+        self._gateway = gateway
+        self._path = rows[0].path
+        self._rows = {row.method: (row, row.handler) for row in rows if row.handler is not None}
+        if "GET" in self._rows:
+            self._rows["HEAD"] = self._rows["GET"]
+        self._allow = ", ".join(sorted({row.method for row in rows} | set(self._rows) | {"OPTIONS"}))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        incoming = AsgiIncoming(scope, receive)
+        seen = _Seen(only_id(incoming.headers))
+
+        async def noting(message: Any) -> None:
+            seen.sent = True
+            await send(message)
+
+        try:
+            await self._answer(seen, incoming, scope, receive, noting)
+        except TetherError as error:
+            error = self._gateway.storage.explained(
+                error
+            )  # another name would outlive this block, and keep the request
+            request_audit.refused(self._gateway, error, incoming, self._route(scope))
+            self._audit(seen, scope, error.code, None)
+            seen.status = await refuse(error, seen.heading, send, extra=seen.limits(), message=seen.told(error))
+        except ClientDisconnect:
+            seen.status = 499
+        except Exception as error:
+            caller = None if seen.call is None else seen.call.key
+            log_text.failed(error, seen.heading.request_id, sealed=log_text.sealed(self._gateway, caller))
+            seen.status = 500
+            if seen.sent:
+                raise
+            await refuse(TetherError("the gateway failed; its log has the reason"), seen.heading, send)
+        finally:
+            if seen.ticket is not None:
+                seen.ticket.leave()
+        metrics.HTTP_REQUESTS.labels(self._path, str(seen.status)).inc()
+
+    async def _answer(self, seen: _Seen, incoming: Incoming, scope: Scope, receive: Receive, send: Send) -> None:
+        method = scope["method"]
+        found = self._rows.get(method)
+        if found is None:
+            seen.status = await self._without_row(method, seen.heading, send)
+            return
+        row, handler = found
+        seen.call = call = await self._call(row, seen, incoming, Request(scope, receive))
+        given = await (_in_time(handler, call) if CLIENT_WAITS in row.headers else handler(call))
+        if self._audit(seen, scope, "ok", given.value):
+            await self._gateway.audit.settled()
+        content = given.value if isinstance(given.value, bytes) else _encode(given.value)
+        extra = [*given.headers, ("x-content-type-options", "nosniff"), *seen.limits()]
+        heading, kind = seen.heading, given.content_type
+        whole = await replied(given.status, content, heading, content_type=kind, extra=extra, pack=given.pack)
+        await send_reply(send, whole)
+        seen.status = given.status
+
+    def _route(self, scope: Scope) -> str:
+        return f"{scope['method']} {self._path}"
+
+    def _audit(self, seen: _Seen, scope: Scope, outcome: str, answer: Any) -> bool:
+        """Whether the request was an act that the audit log tells of; then it is recorded."""
+        found, call = self._rows.get(scope["method"]), seen.call
+        if found is None or call is None or not request_audit.acts(scope["method"], self._path, found[0].scope):
+            return False
+        path, request_id = dict(call.request.path_params), seen.heading.request_id
+        model = call.named[0] if call.named else str(path.get("name") or path.get("model", ""))
+        request_audit.act(
+            self._gateway,
+            call.key,
+            self._route(scope),
+            path,
+            model,
+            request_id=request_id,
+            outcome=outcome,
+            answer=answer,
+        )
+        return True
+
+    async def _without_row(self, method: str, heading: Heading, send: Send) -> int:
+        allow = ("allow", self._allow)
+        if method == "OPTIONS":
+            headers = [(b"allow", self._allow.encode()), (b"x-request-id", heading.request_id.encode())]
+            await send({"type": "http.response.start", "status": 204, "headers": headers})
+            await send({"type": "http.response.body", "body": b""})
+            return 204
+        error = InvalidRequest(f"{method[:32]} is not allowed here; allowed: {self._allow}", field="method")
+        return await refuse(error, heading, send, status=405, extra=[allow])
+
+    async def _call(self, row: Row, seen: _Seen, incoming: Incoming, request: Request) -> Call:
+        gateway = self._gateway
+        seen.heading = heading = Heading(incoming.headers)
+        key = None
+        if row.scope is not None:
+            key = await gateway.authenticated(heading, row.scope)
+            seen.ticket = gateway.limits.enter(key.key)
+        if row.grows:
+            gateway.storage.require()
+        query = None if row.query is None else read_query(request.query_params.multi_items(), row.query)
+        body = None
+        if row.body is not None:
+            body = await self._body(row, heading, incoming, "" if key is None else key.tenant)
+        return Call(gateway, request, heading, key, body, query)
+
+    async def _body(self, row: Row, heading: Heading, incoming: Incoming, tenant: str) -> Any:
+        """What is read in the event loop is small; large bodies are read beside it."""
+        gateway, most = self._gateway, self._gateway.settings.max_body_bytes
+        if row.large:
+            content = await read_body(heading, incoming, most, gateway.patience)
+            return await gateway.large.document(tenant, row.body.__name__, content)
+        try:
+            content = await read_body(heading, incoming, min(most, LARGE), gateway.patience)
+        except PayloadTooLarge as error:
+            if most <= LARGE:
+                raise
+            words = f"the body is larger than {LARGE} bytes, the most that {row.method} {row.path} reads"
+            raise PayloadTooLarge(words, field=error.field) from None
+        return row.body() if row.body_optional and not content else oip_json.parse_body(_decoder(row.body), content)
+
+
+_LONGEST_S = 86400.0
+
+
+async def _in_time(handler: Handler, call: Call) -> Reply:
+    """Answer while the client waits."""
+    seconds = call.waits(_LONGEST_S)
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            return await handler(call)
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded(f"there was no answer within the {seconds:g} s that the client waits") from error
+
+
+@lru_cache(maxsize=64)
+def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(kind)
+
+
+def read_query(items: Iterable[tuple[str, str]], kind: type[msgspec.Struct]) -> msgspec.Struct:
+    """Query parameters as a struct.
+
+    Raises:
+        InvalidRequest: an unknown one, one given twice, or one whose value does not fit; naming it.
+    """
+    known = {item.encode_name for item in msgspec.structs.fields(kind)}
+    found: dict[str, str] = {}
+    for name, value in items:
+        shown = name[:64]
+        if name not in known:
+            raise InvalidRequest(
+                f"there is no query parameter {shown!r} here; known: {', '.join(sorted(known))}", field=shown
+            )
+        if name in found:
+            raise InvalidRequest(f"query parameter '{name}' is given twice", field=name)
+        found[name] = value
+    try:
+        return msgspec.convert(found, kind, strict=False)
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at ")
+        name = path.strip("`").removeprefix("$.")[:64]
+        raise InvalidRequest(f"query parameter '{name}' does not fit: {reason[:300]}", field=name) from error
+
+
+async def refuse(
+    error: TetherError,
+    heading: Heading,
+    send: Send,
+    *,
+    status: int | None = None,
+    extra: Headers | None = None,
+    message: str | None = None,
+) -> int:
+    """Answer with an error; its status and message are the error's own unless they are given."""
+    own, headers, body = error_response(error, heading.request_id, message)
+    status = own if status is None else status
+    await send_reply(send, reply(status, body, heading, content_type=JSON, extra=[*headers, *(extra or [])]))
+    return status

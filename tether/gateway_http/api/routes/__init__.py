@@ -1,0 +1,1 @@
+"""Routes for callers and owners of models."""

@@ -1,0 +1,225 @@
+"""Resumable pushes: which pieces are missing, each of them, then the version they make up."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from functools import partial
+
+import msgspec
+from msgspec.structs import replace
+
+from tether.domain.chunking import LARGEST, digest_of
+from tether.domain.manifest import ModelFile, PushRequest
+from tether.errors import BadEncoding, InvalidRequest, NotFound, PayloadTooLarge
+from tether.gateway_http.api.route_engine import CLIENT_WAITS, OCTETS, Call, Media, Reply, Row
+from tether.gateway_http.api.routes.model_config import checked_patch
+from tether.gateway_http.api.routes.models import TAG, pushed, registered
+from tether.gateway_http.models.encrypted_models import Target
+from tether.gateway_http.schemas import common, models
+from tether.model import sample
+from tether.storage.model_files import check_file
+from tether.storage.upload import upload
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def _digest(text: str, field: str) -> str:
+    if _DIGEST.fullmatch(text) is None:
+        raise InvalidRequest(f"{field} must be 64 lower-case hex digits: the SHA-256 of the piece", field=field)
+    return text
+
+
+async def _missing(call: Call) -> Reply:
+    """What others have is missing, as long as this tenant has not sent it."""
+    name, asked = call.pushed_model(), [_digest(text, "chunks") for text in call.body.chunks]
+    seals, possession = call.gateway.encrypted, call.gateway.possession
+    encrypted = await seals.encrypts(name, call.body.encrypt)
+    if encrypted and seals.keyring.stored(name) is None:  # it gets its key with its first piece
+        return Reply(models.MissingChunks(list(dict.fromkeys(asked)), encrypted))
+    store = (await seals.target(name, encrypted, call.caller.asker)).store
+    shown = await possession.shown(call.caller, name, asked, store.name_of)
+    lost = set(await store.missing([digest for digest in asked if digest in shown]))
+    missing = [digest for digest in dict.fromkeys(asked) if digest in lost or digest not in shown]
+    return Reply(models.MissingChunks(missing, encrypted))
+
+
+async def _put(call: Call) -> Reply:
+    name, digest = call.pushed_model(), _digest(call.path("digest"), "digest")
+    piece = await _piece(call)
+    if await asyncio.to_thread(digest_of, piece) != digest:
+        raise InvalidRequest(
+            "the body is not the piece that the path names: its SHA-256 differs; send the piece that has it",
+            field="body",
+        )
+
+    store = (await call.gateway.encrypted.target(name, call.query.encrypt, call.caller.asker)).store
+
+    async def only() -> AsyncIterator[tuple[str, bytes]]:
+        yield digest, piece
+
+    tenant, loose = call.gateway.tenants.get(call.tenant), call.gateway.loose
+    counted = loose.take(tenant, store.bucket, digest, len(piece))
+    shown = await call.gateway.possession.shown(call.caller, name, [digest], store.name_of)
+    stored = await store.put(only(), shown)
+    if counted and not stored:
+        loose.drop(tenant.name, store.bucket, [digest])
+    await call.gateway.possession.note(tenant.name, store.name_of(digest))
+    return Reply(models.StoredChunk(digest, len(piece), stored), 201 if stored else 200)
+
+
+async def _piece(call: Call) -> bytes:
+    if call.heading.encoding not in ("", "identity"):
+        raise InvalidRequest("send the piece without Content-Encoding", field="content-encoding")
+    found = bytearray()
+    async for part in call.request.stream():
+        found += part
+        if len(found) > LARGEST:
+            raise PayloadTooLarge(f"a piece has at most {LARGEST} bytes", field="body")
+    return bytes(found)
+
+
+async def _register(call: Call) -> Reply:
+    name, wanted = call.pushed_model(), call.body
+    files = tuple(
+        ModelFile(file.path, file.size, file.digest, tuple(file.chunks), tuple(file.sizes)) for file in wanted.files
+    )
+    request = PushRequest(
+        name,
+        files,
+        wanted.max_batch_size,
+        wanted.max_delay_ms,
+        isolation=wanted.isolation,
+        run_timeout_s=wanted.run_timeout_s,
+        platform=wanted.platform,
+        trusted="models:code" in call.caller.scopes,
+        config=checked_patch(call, name, wanted.config),
+        version=wanted.version,
+        about={"labels": wanted.labels, "note": wanted.note} if wanted.labels or wanted.note else {},
+        signature=wanted.signature,
+    )
+    target = await call.gateway.encrypted.target(name, wanted.encrypt, call.caller.asker)
+    digests = await asyncio.to_thread(_digests, files, sealed=target.key is not None)  # 1 ms for 1,000
+    await call.gateway.possession.require(call.caller, name, digests, target.store.name_of)
+    if wanted.sample:
+        given = [file for file in files if file.path != sample.PATH]
+        request = replace(request, files=(*given, await _kept(call, name, wanted.sample, target)))
+    answer = await registered(call, request, target, opening=wanted.encrypt is False)
+    return Reply(pushed(call, answer, 0), 201 if answer.created else 200)
+
+
+async def _kept(call: Call, name: str, given: Mapping[str, msgspec.Raw], target: Target) -> ModelFile:
+    """The sample as a file of the version."""
+
+    async def only() -> AsyncIterator[bytes]:
+        yield msgspec.json.encode(given)
+
+    gateway, store = call.gateway, target.store
+    tenant = gateway.tenants.get(call.tenant)
+    counted = partial(gateway.loose.counted, tenant, store.bucket, frozenset())
+    known = gateway.possession.readable(call.caller, name)
+    file, _ = await upload(
+        gateway.bus, store, only(), limit=sample.LARGEST, path=sample.PATH, counted=counted, whole=True, known=known
+    )
+    return file
+
+
+def _digests(files: Sequence[ModelFile], *, sealed: bool) -> list[str]:
+    try:
+        for file in files:
+            check_file(file, whole=sealed)
+    except BadEncoding as error:
+        raise InvalidRequest(error.message, field="files") from error
+    return [digest for file in files for digest in file.chunks]
+
+
+async def _files(call: Call) -> Reply:
+    """Who may only run a model gets none of its files."""
+    manifest = call.gateway.encrypted.plain(call.gateway.catalog.known(call.model(), call.path("version")).manifest)
+    files = [_described(file) for file in manifest.files]
+    return Reply(models.VersionFiles(call.caller.shown(manifest.name), manifest.version, manifest.platform, files))
+
+
+def _described(file: ModelFile) -> models.NewFile:
+    chunks, sizes = [digest for digest, _ in file.pieces()], [size for _, size in file.pieces()]
+    return models.NewFile(file.path, file.size, file.digest, chunks, sizes)
+
+
+async def _get(call: Call) -> Reply:
+    """A piece, to those who may read a version that it belongs to."""
+    name, digest = call.model(), _digest(call.path("digest"), "digest")
+    seals = call.gateway.encrypted
+    manifest = call.gateway.catalog.known(name, call.path("version")).manifest
+    if not any(digest in file.chunks for file in seals.plain(manifest).files):
+        raise NotFound(f"version {manifest.version} of model '{name}' has no piece {digest}", field="digest")
+    async with aclosing(seals.store(manifest).get([digest])) as pieces:
+        return Reply(await anext(pieces), content_type=OCTETS, pack=False)
+
+
+_VERSION = "/v1/models/{name}/versions/{version}"
+
+ROWS = [
+    Row(
+        "GET",
+        f"{_VERSION}/files",
+        "List the files of a version and their pieces",
+        TAG,
+        _files,
+        {200: models.VersionFiles},
+        "models:read",
+        errors=(404,),
+    ),
+    Row(
+        "GET",
+        f"{_VERSION}/chunks/{{digest}}",
+        "Fetch one piece of a version",
+        TAG,
+        _get,
+        {200: Media(OCTETS, "The piece; compare its SHA-256 with its name.")},
+        "models:read",
+        errors=(404, 503, 504),
+    ),
+    Row(
+        "POST",
+        "/v1/models/{name}/chunks:missing",
+        "Ask which pieces of a file are to be sent",
+        TAG,
+        _missing,
+        {200: models.MissingChunks},
+        "models:write",
+        body=models.WantedChunks,
+        large=True,
+        headers=(CLIENT_WAITS,),
+        errors=(404, 503, 504),
+    ),
+    Row(
+        "PUT",
+        "/v1/models/{name}/chunks/{digest}",
+        "Store one piece of a model file",
+        TAG,
+        _put,
+        {201: models.StoredChunk, 200: models.StoredChunk},
+        "models:write",
+        query=models.ChunkQuery,
+        binary=Media(OCTETS, "At most 4 MiB whose SHA-256 is the digest in the path; 200 when it was there already."),
+        headers=(CLIENT_WAITS,),
+        errors=(404, 429, 504),
+        grows=True,
+    ),
+    Row(
+        "POST",
+        "/v1/models/{name}/versions:register",
+        "Make stored pieces the next version",
+        TAG,
+        _register,
+        {201: common.PushedVersion, 200: common.PushedVersion},
+        "models:write",
+        body=models.NewVersion,
+        large=True,
+        headers=(CLIENT_WAITS,),
+        errors=(404, 409, 422, 429, 504),
+        grows=True,
+    ),
+]

@@ -1,0 +1,110 @@
+"""Who owns a model, and what it grants to other tenants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tether.bus.key_value.leases import ask_owner
+from tether.crypto import MessageType
+from tether.domain.manifest import Change, ChangeRequest
+from tether.gateway_http.api.route_engine import Call, Reply, Row
+from tether.gateway_http.api.routes.model_config import heard
+from tether.gateway_http.api.routes.models import TAG
+from tether.gateway_http.schemas import models
+from tether.model.ownership import Ownership, Right
+from tether.wire import codec
+
+
+async def _asked(call: Call, change: Change, **fields: Any) -> Reply:
+    """Let the model store decide, and wait until this gateway goes by it."""
+    name = call.model(Right.OWN)
+    bus = call.gateway.bus
+    request = ChangeRequest(change, name, **call.caller.asker._asdict(), **fields)
+    answer = await ask_owner(
+        bus,
+        "changeModel",
+        bus.names.partition(name),
+        MessageType.CHANGE,
+        codec.encode(request),
+        answers=MessageType.CHANGED,
+    )
+    ownership = codec.decode(answer, Ownership)
+    await heard(lambda: _heard(call, ownership))
+    return Reply(_told(call, ownership))
+
+
+def _heard(call: Call, ownership: Ownership) -> bool:
+    known = call.gateway.catalog.owners.of(ownership.owned)
+    return known is not None and known.revision >= ownership.revision
+
+
+def _told(call: Call, ownership: Ownership) -> models.Grants:
+    uses = [models.Grant(tenant, "use") for tenant in ownership.uses]
+    writes = [models.Grant(tenant, "write") for tenant in ownership.writes]
+    return models.Grants(call.caller.shown(ownership.owned), ownership.tenant, [*uses, *writes], ownership.revision)
+
+
+async def _show(call: Call) -> Reply:
+    return await _asked(call, Change.SHOW_OWNER)
+
+
+async def _grant(call: Call) -> Reply:
+    right = Right.WRITE if call.body.right == "write" else Right.USE
+    return await _asked(call, Change.GRANT, grantee=call.path("tenant"), right=int(right))
+
+
+async def _revoke(call: Call) -> Reply:
+    return await _asked(call, Change.GRANT, grantee=call.path("tenant"), right=int(Right.NONE))
+
+
+async def _hand_over(call: Call) -> Reply:
+    return await _asked(call, Change.HAND_OVER, grantee=call.body.tenant)
+
+
+_ONE = "/v1/models/{name}/grants/{tenant}"
+_ANSWER = {200: models.Grants}
+
+ROWS = [
+    Row(
+        "GET",
+        "/v1/models/{name}/grants",
+        "Show who owns a model and what others may do with it",
+        TAG,
+        _show,
+        _ANSWER,
+        "models:read",
+        errors=(404, 503),
+    ),
+    Row(
+        "PUT",
+        _ONE,
+        "Grant a tenant, or with * every tenant, the use of a model, or writing to it",
+        TAG,
+        _grant,
+        _ANSWER,
+        "models:write",
+        body=models.WantedGrant,
+        errors=(404, 503),
+    ),
+    Row(
+        "DELETE",
+        _ONE,
+        "Take back what a tenant, or with * every tenant, was granted",
+        TAG,
+        _revoke,
+        _ANSWER,
+        "models:write",
+        errors=(404, 503),
+    ),
+    Row(
+        "PUT",
+        "/v1/models/{name}/owner",
+        "Let another tenant own a model",
+        TAG,
+        _hand_over,
+        _ANSWER,
+        "admin",
+        body=models.WantedOwner,
+        errors=(404, 503),
+    ),
+]

@@ -1,0 +1,144 @@
+"""Durable jobs but for their submission, which is on the hot path."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
+
+from tether.domain.job import JobState
+from tether.domain.model_names import WRITTEN
+from tether.errors import InvalidRequest
+from tether.gateway_http.api.route_engine import Call, Header, Reply, Row
+from tether.gateway_http.jobs.view import shown_job
+from tether.gateway_http.schemas import common
+
+TAG = "Jobs"
+MAX_IDS = 200
+
+_JOB_ID = re.compile(r"[0-9a-f]{32}")
+
+Wait = Annotated[float, Meta(ge=0, description="Seconds to wait for the end; at most the setting wait_limit_s.")]
+
+
+class JobQuery(Struct, forbid_unknown_fields=True):
+    """Query of one job."""
+
+    wait: Wait = 0.0
+
+
+class JobsQuery(Struct, forbid_unknown_fields=True):
+    """Query of many jobs: by ``ids``, or by state and model with a cursor."""
+
+    ids: Annotated[str, Meta(description="Comma-separated job ids, at most 200; excludes the other filters.")] = ""
+    wait: Wait = 0.0
+    state: Annotated[JobState | None, Meta(description="Only jobs in this state.")] = None
+    model: Annotated[str, Meta(description="Only jobs of this model.", pattern=WRITTEN)] = ""
+    limit: Annotated[int, Meta(ge=1, le=1000, description="Most jobs in one answer.")] = 100
+    cursor: Annotated[
+        str, Meta(pattern="^[A-Za-z0-9_-]{0,64}$", description="`next_cursor` of the answer before this one.")
+    ] = ""
+
+
+def _wait(call: Call) -> float:
+    wait: float = call.query.wait
+    if math.isinf(wait):
+        raise InvalidRequest("query parameter 'wait' must be a number of seconds", field="wait")
+    return min(wait, call.gateway.settings.wait_limit_s)
+
+
+async def _get(call: Call) -> Reply:
+    found = call.gateway.jobs.get(call.tenant, call.path("id"), _wait(call), call.caller.sees)
+    return Reply(_shown(call, await call.gateway.disconnects.wait(found)))
+
+
+def _shown(call: Call, job: dict[str, Any]) -> dict[str, Any]:
+    return shown_job(job, call.caller.shown, call.caller.told)
+
+
+async def _list(call: Call) -> Reply:
+    query: JobsQuery = call.query
+    jobs, wait = call.gateway.jobs, _wait(call)
+    if query.ids:
+        found_many = jobs.get_many(call.tenant, _ids(query), wait, call.caller.sees)
+        return Reply({"jobs": [_shown(call, job) for job in await call.gateway.disconnects.wait(found_many)]})
+    if wait:
+        raise InvalidRequest("query parameter 'wait' needs 'ids'", field="wait")
+    state = "" if query.state is None else query.state.value
+    model = call.caller.named(query.model) if query.model else ""
+    listed, cursor = await jobs.list(
+        call.tenant, state=state, model=model, limit=query.limit, cursor=query.cursor, sees=call.caller.sees
+    )
+    found = [_shown(call, job) for job in listed]
+    return Reply({"jobs": found} if cursor is None else {"jobs": found, "next_cursor": cursor})
+
+
+def _ids(query: JobsQuery) -> list[str]:
+    if query.state is not None or query.model or query.cursor:
+        raise InvalidRequest("query parameter 'ids' excludes state, model and cursor", field="ids")
+    found = list(dict.fromkeys(query.ids.split(",")))
+    if len(found) > MAX_IDS:
+        raise InvalidRequest(f"query parameter 'ids' has {len(found)} ids; at most {MAX_IDS} are allowed", field="ids")
+    for job_id in found:
+        if _JOB_ID.fullmatch(job_id) is None:
+            raise InvalidRequest(f"query parameter 'ids': {job_id[:64]!r} is no job id", field="ids")
+    return found
+
+
+async def _cancel(call: Call) -> Reply:
+    return Reply(_shown(call, await call.gateway.jobs.cancel(call.tenant, call.path("id"), call.caller.sees)))
+
+
+_KEY = Header("idempotency-key", "The same key makes the same job, however often it is sent.")
+
+ROWS = [
+    Row(
+        "POST",
+        "/v1/jobs",
+        "Submit a durable job",
+        TAG,
+        None,
+        {202: common.Job},
+        "jobs",
+        body=common.NewJob,
+        headers=(_KEY,),
+        errors=(404, 409, 429, 503),
+    ),
+    Row(
+        "POST",
+        "/v1/jobs:batch",
+        "Submit many durable jobs",
+        TAG,
+        None,
+        {202: common.Jobs},
+        "jobs",
+        body=common.NewJobs,
+        headers=(_KEY,),
+        errors=(404, 409, 429, 503),
+    ),
+    Row(
+        "GET",
+        "/v1/jobs",
+        "List jobs, or wait for some to end",
+        TAG,
+        _list,
+        {200: common.Jobs},
+        "jobs",
+        query=JobsQuery,
+        errors=(404, 503),
+    ),
+    Row(
+        "GET",
+        "/v1/jobs/{id}",
+        "Look at a job, or wait for its end",
+        TAG,
+        _get,
+        {200: common.Job},
+        "jobs",
+        query=JobQuery,
+        errors=(404, 503),
+    ),
+    Row("DELETE", "/v1/jobs/{id}", "Cancel a job", TAG, _cancel, {200: common.Job}, "jobs", errors=(404, 409, 503)),
+]

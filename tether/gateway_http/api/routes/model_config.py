@@ -1,0 +1,160 @@
+"""How a model is served: shown, changed, put back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from tether.bus.key_value.leases import ask_owner
+from tether.crypto import MessageType
+from tether.errors import InvalidRequest
+from tether.gateway_http.api.route_engine import Call, Reply, Row
+from tether.gateway_http.api.routes.models import TAG
+from tether.gateway_http.bodies.large_documents import check_config
+from tether.gateway_http.schemas import models
+from tether.model.config import ModelConfig
+from tether.model.config_patch import ANY_REVISION, ENDPOINT, ConfigAction, ConfigRequest, patched
+from tether.model.ownership import Right
+from tether.model.version_metadata import VersionNote, noted, patch_of
+from tether.wire import codec
+
+_HEARD_S = 2.0
+"""How long an answer waits for this gateway to hear of a change, so that the next request is served by it."""
+
+
+def checked_patch(call: Call, name: str, patch: Mapping[str, Any]) -> dict[str, Any]:
+    """A patch that the model store may be asked to make.
+
+    Raises:
+        InvalidRequest: naming the field that is wrong.
+        PayloadTooLarge: no configuration says so much.
+    """
+    check_config(patch)
+    if patch:
+        patched(call.gateway.catalog.config(name), patch)
+    return dict(patch)
+
+
+async def _configured(call: Call, request: ConfigRequest) -> ModelConfig:
+    """Let the model store change a configuration, and wait until this gateway goes by it."""
+    config = codec.decode(await _asked(call, request), ModelConfig)
+    await heard(lambda: call.gateway.catalog.config(config.model).revision >= config.revision)
+    return config
+
+
+async def _asked(call: Call, request: ConfigRequest) -> bytes:
+    request = msgspec.structs.replace(request, **call.caller.asker._asdict())
+    bus, body = call.gateway.bus, codec.encode(request)
+    return await ask_owner(
+        bus,
+        ENDPOINT,
+        bus.names.partition(request.model),
+        MessageType.CHANGE,
+        body,
+        answers=MessageType.CHANGED,
+        timeout=30.0,
+        again=request.revision == ANY_REVISION,
+    )
+
+
+async def heard(true: Callable[[], bool]) -> None:
+    """The change is made whether this gateway hears of it in time or not."""
+    try:
+        async with asyncio.timeout(_HEARD_S):
+            while not true():
+                await asyncio.sleep(0.005)
+    except TimeoutError:
+        return
+
+
+async def _show(call: Call) -> Reply:
+    name, catalog = call.model(Right.USE), call.gateway.catalog
+    catalog.versions(name)
+    config = catalog.config(name)
+    if call.caller.right(name) < Right.WRITE:
+        config = msgspec.structs.replace(config, changed_by="")
+    return _answer(call, config)
+
+
+def _answer(call: Call, told: ModelConfig | VersionNote) -> Reply:
+    """With the name that the caller writes."""
+    return Reply(msgspec.structs.replace(told, model=call.caller.shown(told.model)))
+
+
+async def _change(call: Call) -> Reply:
+    name = call.model()
+    call.gateway.catalog.versions(name)
+    patch = checked_patch(call, name, call.body)
+    return _answer(call, await _configured(call, ConfigRequest(ConfigAction.CHANGE, name, patch, call.query.revision)))
+
+
+async def _reset(call: Call) -> Reply:
+    name = call.model()
+    request = ConfigRequest(ConfigAction.RESET, name, revision=call.query.revision)
+    call.gateway.catalog.versions(name)
+    return _answer(call, await _configured(call, request))
+
+
+async def set_loaded(call: Call, name: str, patch: Mapping[str, Any], *, loaded: bool) -> ModelConfig:
+    """Load a model, with what else is to change, or unload it."""
+    call.gateway.catalog.versions(name)
+    changes = checked_patch(call, name, {**patch, "loaded": loaded})
+    return await _configured(call, ConfigRequest(ConfigAction.CHANGE, name, changes, ANY_REVISION))
+
+
+async def _annotate(call: Call) -> Reply:
+    """The version is looked for by the model store, which knows of one that was pushed a moment ago."""
+    name, text = call.model(), call.path("version")
+    call.gateway.catalog.versions(name)
+    if not text.isdecimal() or not 0 < len(text) < 10:
+        raise InvalidRequest("version must be a number: an alias has no labels of its own", field="version")
+    patch = {key: value for key, value in msgspec.to_builtins(call.body).items() if value is not None}
+    noted(VersionNote(name, int(text)), patch_of(patch))
+    request = ConfigRequest(ConfigAction.NOTE, name, patch, version=int(text))
+    note = codec.decode(await _asked(call, request), VersionNote)
+    await heard(lambda: call.gateway.catalog.note(name, note.version).revision >= note.revision)
+    return _answer(call, note)
+
+
+_PATH = "/v1/models/{name}/config"
+
+ROWS = [
+    Row(
+        "PATCH",
+        "/v1/models/{name}/versions/{version}",
+        "Change labels and note of a version",
+        TAG,
+        _annotate,
+        {200: VersionNote},
+        "models:write",
+        body=models.WantedNote,
+        errors=(404, 503),
+    ),
+    Row("GET", _PATH, "Show how a model is served", TAG, _show, {200: ModelConfig}, "models:read", errors=(404,)),
+    Row(
+        "PATCH",
+        _PATH,
+        "Change how a model is served, by a merge patch (RFC 7396)",
+        TAG,
+        _change,
+        {200: ModelConfig},
+        "models:write",
+        body=models.ConfigPatch,
+        query=models.ConfigQuery,
+        errors=(404, 409, 503),
+    ),
+    Row(
+        "DELETE",
+        _PATH,
+        "Serve a model as by default again; one that is unloaded stays so",
+        TAG,
+        _reset,
+        {200: ModelConfig},
+        "models:write",
+        query=models.ConfigQuery,
+        errors=(404, 409, 503),
+    ),
+]

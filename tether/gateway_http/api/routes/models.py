@@ -1,0 +1,312 @@
+"""Models: list, look, push."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from tether.bus.key_value.leases import ask_owner
+from tether.crypto import MessageType
+from tether.domain.manifest import AUTOMATIC, Batching, Change, PushAnswer, PushRequest, TensorSpec
+from tether.domain.tenant import Tenant, check_stored_bytes
+from tether.errors import InvalidRequest, PayloadTooLarge
+from tether.gateway_http.api.route_engine import CLIENT_WAITS, OCTETS, Call, Header, Media, Reply, Row
+from tether.gateway_http.gateway import Gateway
+from tether.gateway_http.jobs.view import rfc3339
+from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.encrypted_models import Target
+from tether.gateway_http.schemas import common, models
+from tether.model.ownership import Right
+from tether.model.run_settings import effective_isolation
+from tether.storage.upload import upload
+from tether.wire import codec
+
+TAG = "Models"
+
+REGISTER_S = 280.0
+"""How long the model store may look at a pushed file: the broker holds its right to answer for five minutes."""
+
+_HEX = re.compile(r"[0-9a-fA-F]{64}")
+
+
+class PushQuery(Struct, forbid_unknown_fields=True):
+    """Query of a push."""
+
+    max_batch_size: Annotated[
+        int,
+        Meta(
+            ge=-1,
+            le=65536,
+            description="Most rows of one run; 0: not batched; -1: batched when that is proven. 2 and more declare that rows are "
+            "independent of one another.",
+        ),
+    ] = AUTOMATIC
+    max_delay_ms: Annotated[float, Meta(ge=0, le=10_000, description="How long a request may wait for company.")] = 2.0
+    version: Annotated[
+        int,
+        Meta(ge=0, lt=1_000_000_000, description="The number it is to have, which must be the next one; 0: that one."),
+    ] = 0
+    encrypt: Annotated[
+        bool | None,
+        Meta(description="Store it encrypted, or not although the model is; as the model is, when not given."),
+    ] = None
+
+
+async def _list(call: Call) -> Reply:
+    catalog = call.gateway.catalog
+    seen = [name for name in catalog.names() if call.caller.sees(name)]
+    return Reply(common.Models([_summary(call, name) for name in seen]))
+
+
+def _summary(call: Call, name: str) -> common.ModelSummary:
+    gateway, scope, catalog = call.gateway, call.scope, call.gateway.catalog
+    versions = catalog.versions(name)
+    newest = versions[max(versions)]
+    return common.ModelSummary(
+        name=call.caller.shown(name),
+        versions=list(versions),
+        aliases=catalog.aliases(name),
+        ready=gateway.ready(newest, scope),
+        loaded=catalog.loaded(name),
+        labels=dict(catalog.note(name, newest.manifest.version).labels),
+        platform=newest.manifest.platform,
+        size=newest.manifest.size,
+        created_at=rfc3339(newest.manifest.created_at),
+        right=_word(call.caller.right(name)),
+        untried=newest.manifest.untried,
+    )
+
+
+def _word(right: Right) -> common.RightName:
+    """A right as answers name it."""
+    return "own" if right is Right.OWN else "write" if right is Right.WRITE else "use"
+
+
+async def _show(call: Call) -> Reply:
+    catalog, name = call.gateway.catalog, call.model(Right.USE)
+    versions = catalog.versions(name)
+    right = call.caller.right(name)
+    details = [_detail(call.gateway, served, call.scope, right) for served in versions.values()]
+    loaded = catalog.loaded(name)
+    return Reply(
+        common.ModelDetail(call.caller.shown(name), catalog.aliases(name), details, loaded=loaded, right=_word(right))
+    )
+
+
+def _detail(gateway: Gateway, served: Served, scope: str, right: Right) -> common.VersionDetail:
+    """A version; who may only use it gets no digests of its files, and does not see who pushed it."""
+    catalog, seals = gateway.catalog, gateway.encrypted
+    manifest = seals.shown(served.manifest)
+    finding, reads = catalog.finding(served, scope), right >= Right.WRITE
+    note, batching = catalog.note(manifest.name, manifest.version), catalog.batching(served, scope)
+    return common.VersionDetail(
+        version=manifest.version,
+        platform=manifest.platform,
+        inputs=_specs(manifest.inputs),
+        outputs=_specs(manifest.outputs),
+        max_batch_size=batching.max_batch_size,
+        max_delay_ms=batching.max_delay_ms,
+        batching=_batching(batching),
+        files=[common.StoredFile(file.path, file.size, file.digest if reads else "") for file in manifest.files],
+        size=manifest.size,
+        created_at=rfc3339(manifest.created_at),
+        publisher=manifest.publisher if reads else "",
+        workers=len(catalog.workers(served, scope)),
+        ready=gateway.ready(served, scope),
+        served=catalog.serves(manifest.name, manifest.version),
+        reason=catalog.reason(served, scope),
+        labels=dict(note.labels),
+        note=note.note,
+        encrypted=manifest.sealed is not None,
+        key_generation=seals.generation(manifest),
+        isolation=effective_isolation(
+            manifest, catalog.config(manifest.name), finding, rule=gateway.settings.onnx_isolation
+        ).value,
+        isolation_reason=finding.crashed,
+        untried=manifest.untried,
+        signature=manifest.signature,
+        signatures=list(manifest.signatures),
+    )
+
+
+def _batching(batching: Batching) -> common.Batching:
+    return common.Batching(batching.max_batch_size, batching.max_delay_ms, batching.basis, batching.reason)
+
+
+def _specs(specs: tuple[TensorSpec, ...]) -> list[common.TensorSpec]:
+    return [msgspec.convert(spec, common.TensorSpec, from_attributes=True) for spec in specs]
+
+
+async def _push(call: Call) -> Reply:
+    """Store the body's pieces, then ask the model store to make a version of them."""
+    gateway, name = call.gateway, call.pushed_model()
+    wanted = _wanted_digest(call)
+    _check_filename(call)
+    limit = gateway.settings.max_upload_bytes
+    if call.heading.length > limit:
+        raise PayloadTooLarge(f"the model file has more than {limit} bytes (max_upload_bytes)", field="body")
+    if call.heading.encoding not in ("", "identity"):
+        raise InvalidRequest("send the model file without Content-Encoding", field="content-encoding")
+    tenant = gateway.tenants.get(call.tenant)
+    query: PushQuery = call.query
+    named = _pieces_of_newest(gateway, name, wanted)
+    if not named:
+        check_stored_bytes(tenant, gateway.catalog.stored.of(tenant.name), call.heading.length)
+    target = await gateway.encrypted.target(name, query.encrypt, call.caller.asker)
+    store = target.store
+    held = None if named else tenant
+    counted = partial(gateway.loose.counted, tenant, store.bucket, named)
+    whole = bool(wanted) or target.key is not None
+    known = gateway.possession.readable(call.caller, name)
+    file, stored = await upload(
+        gateway.bus, store, _parts(call, held), limit=limit, counted=counted, whole=whole, known=known
+    )
+    if wanted and wanted != file.digest:
+        raise InvalidRequest(
+            f"the body's SHA-256 is {file.digest}, x-tether-sha256 says {wanted}; send the file again",
+            field="x-tether-sha256",
+        )
+    wish = PushRequest(name, (file,), query.max_batch_size, query.max_delay_ms, version=query.version)
+    answer = await registered(call, wish, target, opening=query.encrypt is False)
+    return Reply(pushed(call, answer, stored), 201 if answer.created else 200)
+
+
+def _pieces_of_newest(gateway: Gateway, name: str, digest: str) -> frozenset[str]:
+    """The pieces of the newest version when that is this file, so that pushing it makes no new one; else none."""
+    catalog = gateway.catalog
+    versions = catalog.versions(name) if name in catalog.names() else {}
+    file = gateway.encrypted.shown(versions[max(versions)].manifest).files[0] if versions else None
+    return frozenset(file.chunks) if file is not None and file.digest == digest else frozenset()
+
+
+async def _parts(call: Call, tenant: Tenant | None) -> AsyncIterator[bytes]:
+    """The body as it comes; what comes is held against the tenant's quota, whatever length was announced."""
+    stored = 0 if tenant is None else call.gateway.catalog.stored.of(tenant.name)
+    async for part in call.request.stream():
+        call.gateway.storage.require()
+        stored += len(part)
+        if tenant is not None:
+            check_stored_bytes(tenant, stored, 0)
+        yield part
+
+
+def _wanted_digest(call: Call) -> str:
+    text = call.request.headers.get("x-tether-sha256", "")
+    if text and _HEX.fullmatch(text) is None:
+        raise InvalidRequest("x-tether-sha256 must be 64 hex digits", field="x-tether-sha256")
+    return text.lower()
+
+
+def _check_filename(call: Call) -> None:
+    text = call.request.headers.get("x-tether-filename", "model.onnx")
+    if len(text) > 255 or not text.lower().endswith(".onnx"):
+        raise InvalidRequest(
+            "x-tether-filename must end in .onnx: one body holds an ONNX file; push other models, and folders, with 'tether model push'",
+            field="x-tether-filename",
+        )
+
+
+async def registered(call: Call, request: PushRequest, target: Target, *, opening: bool) -> PushAnswer:
+    """Let the model store make the version, for the tenant of whoever calls; ``opening``: it is to be stored in the clear
+    whatever the model is."""
+    digests = {digest for file in request.files for digest in file.chunks}
+    files, sealed = target.described(request.name, request.files)
+    tenant, admin, by = call.caller.asker
+    request = msgspec.structs.replace(
+        request, tenant=tenant, admin=admin, publisher=by, files=files, sealed=sealed, open=opening
+    )
+    bus = call.gateway.bus
+    body = await ask_owner(
+        bus,
+        "registerModel",
+        bus.names.partition(request.name),
+        MessageType.PUSH,
+        codec.encode(request),
+        answers=MessageType.PUSHED,
+        timeout=call.waits(REGISTER_S),
+    )
+    call.gateway.loose.drop(call.tenant, target.store.bucket, digests)
+    answer = codec.decode(body, PushAnswer)
+    await call.gateway.catalog.follow_version(answer.manifest.name, answer.manifest.version)
+    return answer
+
+
+def pushed(call: Call, answer: PushAnswer, stored: int) -> common.PushedVersion:
+    manifest = call.gateway.encrypted.shown(answer.manifest)
+    return common.PushedVersion(
+        name=call.caller.shown(manifest.name),
+        version=manifest.version,
+        platform=manifest.platform,
+        inputs=_specs(manifest.inputs),
+        outputs=_specs(manifest.outputs),
+        size=manifest.size,
+        digest=manifest.files[0].digest if len(manifest.files) == 1 else "",
+        stored_bytes=stored,
+        aliases=answer.aliases,
+        encrypted=manifest.sealed is not None,
+        batching=_batching(manifest.batching),
+        untried=manifest.untried,
+        signature=manifest.signature,
+        signatures=list(manifest.signatures),
+    )
+
+
+async def _rekey(call: Call) -> Reply:
+    """Another data key; versions follow in the background."""
+    gateway, name = call.gateway, call.model()
+    generation = await gateway.encrypted.ask(Change.REKEY, name, call.caller.asker)
+    versions = gateway.catalog.versions(name) if name in gateway.catalog.names() else {}
+    left = [
+        number
+        for number, served in versions.items()
+        if served.manifest.sealed is not None and gateway.encrypted.generation(served.manifest) != generation
+    ]
+    return Reply(models.ModelKey(call.caller.shown(name), generation, left), 202)
+
+
+ROWS = [
+    Row("GET", "/v1/models", "List models", TAG, _list, {200: common.Models}, "models:read"),
+    Row(
+        "GET",
+        "/v1/models/{name}",
+        "Show a model and its versions",
+        TAG,
+        _show,
+        {200: common.ModelDetail},
+        "models:read",
+        errors=(404,),
+    ),
+    Row(
+        "POST",
+        "/v1/models/{name}/versions",
+        "Push a model file as the next version",
+        TAG,
+        _push,
+        {201: common.PushedVersion, 200: common.PushedVersion},
+        "models:write",
+        binary=Media(OCTETS, "The bytes of the .onnx file; 200 when the newest version already is exactly this."),
+        query=PushQuery,
+        headers=(
+            Header("x-tether-sha256", "Hex SHA-256 of the whole body; another body is refused."),
+            Header("x-tether-filename", "The file's name, which must end in .onnx."),
+            CLIENT_WAITS,
+        ),
+        errors=(404, 409, 422, 429, 504),
+        grows=True,
+    ),
+    Row(
+        "POST",
+        "/v1/models/{name}/rekey",
+        "Store an encrypted model under another data key",
+        TAG,
+        _rekey,
+        {202: models.ModelKey},
+        "models:write",
+        errors=(404, 503),
+    ),
+]

@@ -1,0 +1,113 @@
+"""The Open Inference Protocol but for inference itself, which is on the hot path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from tether import __version__
+from tether.domain.manifest import Manifest, metadata
+from tether.gateway_http.api.route_engine import OCTETS, Call, Handler, Header, Media, Reply, Row
+from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.schemas import common, triton
+from tether.gateway_http.schemas.triton_config import triton_config
+from tether.model.ownership import Right
+
+EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository")
+"""Extensions of the protocol that are served in full."""
+
+TAG = "Open Inference Protocol"
+
+_MODEL = "/v2/models/{model}"
+_VERSION = "/v2/models/{model}/versions/{version}"
+
+
+async def _server(call: Call) -> Reply:
+    del call
+    return Reply(common.ServerMetadata("tether", __version__, list(EXTENSIONS)))
+
+
+async def _live(call: Call) -> Reply:
+    del call
+    return Reply(common.ServerLive(live=True))
+
+
+async def _ready(call: Call) -> Reply:
+    ready = call.gateway.readiness.infers()
+    return Reply(common.ServerReady(live=True, ready=ready), 200 if ready else 400)
+
+
+def _served(call: Call) -> Served:
+    return call.gateway.catalog.resolve(call.model(Right.USE), call.path("version"))
+
+
+def _shown(call: Call, manifest: Manifest) -> Manifest:
+    """With the name that the caller writes."""
+    return msgspec.structs.replace(manifest, name=call.caller.shown(manifest.name))
+
+
+async def _metadata(call: Call) -> Reply:
+    manifest = _served(call).manifest
+    return Reply(metadata(_shown(call, manifest), tuple(call.gateway.catalog.versions(manifest.name))))
+
+
+async def _model_ready(call: Call) -> Reply:
+    served = _served(call)
+    ready = call.gateway.ready(served, call.scope)
+    return Reply(common.ModelReady(call.caller.shown(served.manifest.name), ready), 200 if ready else 400)
+
+
+async def _config(call: Call) -> Reply:
+    served = _served(call)
+    catalog = call.gateway.catalog
+    config, batching = catalog.config(served.manifest.name), catalog.batching(served, call.scope)
+    return Reply(triton_config(_shown(call, served.manifest), config, batching))
+
+
+_LENGTH = Header("inference-header-content-length", "Bytes of the JSON part, when binary tensors follow it.")
+_ENCODING = Header("content-encoding", "`gzip` or `deflate`, of the whole body.")
+_BINARY = Media(OCTETS, "JSON (InferBody), followed by the bytes of the binary tensors in their order.")
+_BINARY_ANSWER = Media(OCTETS, "JSON (InferAnswer), followed by the bytes of the binary tensors in their order.")
+
+
+def _versioned(path: str, summary: str, handler: Handler, answers: Mapping[int, object]) -> list[Row]:
+    """The same route for the version that ``latest`` names, and for a given version or alias."""
+    return [
+        Row("GET", root + path, summary, TAG, handler, answers, "models:read", errors=(404,))
+        for root in (_MODEL, _VERSION)
+    ]
+
+
+def _infer_row(root: str) -> Row:
+    return Row(
+        "POST",
+        f"{root}/infer",
+        "Run a model and wait for its answer",
+        TAG,
+        None,
+        {200: (common.InferAnswer, _BINARY_ANSWER)},
+        "infer",
+        body=common.InferBody,
+        binary=_BINARY,
+        headers=(_LENGTH, _ENCODING),
+        errors=(404, 422, 429, 503, 504),
+    )
+
+
+ROWS = [
+    Row("GET", "/v2", "Server metadata", TAG, _server, {200: common.ServerMetadata}),
+    Row("GET", "/v2/health/live", "Whether the server runs", TAG, _live, {200: common.ServerLive}),
+    Row(
+        "GET",
+        "/v2/health/ready",
+        "Whether synchronous requests are answered; they need no disk",
+        TAG,
+        _ready,
+        {200: common.ServerReady, 400: common.ServerReady},
+    ),
+    *_versioned("", "Model metadata", _metadata, {200: common.ModelMetadata}),
+    *_versioned("/ready", "Whether a worker answers", _model_ready, {200: common.ModelReady, 400: common.ModelReady}),
+    *_versioned("/config", "Model configuration in Triton's form", _config, {200: triton.TritonConfig}),
+    *[_infer_row(root) for root in (_MODEL, _VERSION)],
+]

@@ -1,0 +1,79 @@
+"""Health, metrics, documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tether.gateway_http.api.route_engine import Call, Handler, Media, Reply, Row
+from tether.gateway_http.schemas import common
+from tether.process import metrics
+
+TAG = "Operations"
+
+_NO_SCRIPTS = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'"
+
+
+def _nothing(model: str) -> bool:
+    del model
+    return False
+
+
+async def _healthz(call: Call) -> Reply:
+    del call
+    return Reply(common.ServerLive(live=True))
+
+
+async def _readyz(call: Call) -> Reply:
+    checks = call.gateway.checks()
+    ready = all(state == "ok" for state in checks.values())
+    return Reply(common.Readiness(ready, checks), 200 if ready else 503)
+
+
+async def _metrics(call: Call) -> Reply:
+    """What names a model is for who shows a key, as far as that key sees the model."""
+    text = call.heading.key
+    shows = call.gateway.keys.authenticate(text, "metrics").sees if text else _nothing
+    metrics.dependencies(call.gateway.checks())
+    content, content_type = metrics.exposition(shows)
+    return Reply(content, content_type=content_type)
+
+
+def rows(document: Callable[[], bytes], page: Callable[[], bytes]) -> list[Row]:
+    """The rows; ``document`` and ``page`` are asked for when somebody wants to see them."""
+
+    async def openapi(call: Call) -> Reply:
+        del call
+        return Reply(document())
+
+    async def docs(call: Call) -> Reply:
+        del call
+        return Reply(
+            page(), content_type="text/html; charset=utf-8", headers=[("content-security-policy", _NO_SCRIPTS)]
+        )
+
+    return [
+        _row("/healthz", "Whether the gateway runs", _healthz, common.ServerLive),
+        Row(
+            "GET",
+            "/readyz",
+            "Whether the gateway can do its work, and if not, why",
+            TAG,
+            _readyz,
+            {200: common.Readiness, 503: common.Readiness},
+        ),
+        Row(
+            "GET",
+            "/metrics",
+            "Metrics; those that name models with a key of the scope `metrics` or `admin`",
+            TAG,
+            _metrics,
+            {200: Media("text/plain", "Prometheus' text form.")},
+            errors=(401, 403),
+        ),
+        _row("/openapi.json", "This document", openapi, Media("application/json", "OpenAPI 3.1.")),
+        _row("/docs", "This document as a page", docs, Media("text/html", "A page without scripts.")),
+    ]
+
+
+def _row(path: str, summary: str, handler: Handler, answer: object) -> Row:
+    return Row("GET", path, summary, TAG, handler, {200: answer})

@@ -1,0 +1,134 @@
+"""The extensions of the Open Inference Protocol about what is there and what is loaded: index, load, unload."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from tether.errors import InvalidRequest, ModelNotReady
+from tether.gateway_http.api.route_engine import Call, Reply, Row
+from tether.gateway_http.api.routes.model_config import set_loaded
+from tether.gateway_http.api.routes.oip import TAG
+from tether.gateway_http.api.routes.workers import heartbeats
+from tether.gateway_http.models.catalog import Catalog, Served
+from tether.gateway_http.models.traffic_split import no_worker
+from tether.gateway_http.schemas import common, triton
+from tether.gateway_http.schemas.triton_config import patch_of
+
+_LOOK_S = 0.02
+
+
+async def _index(call: Call) -> Reply:
+    catalog, wanted = call.gateway.catalog, call.body.ready
+    entries = [
+        _entry(call, served)
+        for name in catalog.names()
+        if call.caller.sees(name)
+        for served in catalog.versions(name).values()
+    ]
+    return Reply([entry for entry in entries if entry.state == "READY" or not wanted])
+
+
+def _entry(call: Call, served: Served) -> common.IndexEntry:
+    manifest = served.manifest
+    state, reason = _state(call.gateway.catalog, served, call.scope)
+    return common.IndexEntry(call.caller.shown(manifest.name), str(manifest.version), state, call.caller.told(reason))
+
+
+def _state(catalog: Catalog, served: Served, scope: str) -> tuple[str, str]:
+    """A version's state in Triton's words, and why it is not READY."""
+    name, number = served.manifest.name, served.manifest.version
+    workers = catalog.workers(served, scope)
+    if not catalog.loaded(name):
+        return "UNLOADING" if workers else "UNAVAILABLE", "unloaded"
+    if not catalog.serves(name, number):
+        return "UNLOADING" if workers else "UNAVAILABLE", "the version policy does not serve it"
+    if workers:
+        return "READY", ""
+    return "UNAVAILABLE", no_worker(served.manifest, scope, catalog.reason(served, scope))
+
+
+def _parameters(call: Call) -> dict[str, Any]:
+    given: dict[str, Any] = call.body.parameters
+    for name in given:
+        if name.startswith("file:"):
+            raise InvalidRequest(
+                "files are not loaded but pushed, as a version: POST /v1/models/{name}/versions", field="parameters"
+            )
+        if name not in ("config", "unload_dependents"):
+            raise InvalidRequest(f"there is no parameter '{name[:64]}' here", field="parameters")
+    return given
+
+
+async def _load(call: Call) -> Reply:
+    name, catalog = call.model(), call.gateway.catalog
+    catalog.versions(name)
+    given = _parameters(call).get("config")
+    if given is not None and not isinstance(given, str):
+        raise InvalidRequest("parameters.config must be JSON as a string", field="parameters.config")
+    patch = (
+        {} if given is None else patch_of(given, (call.path("model"), call.caller.shown(name)), catalog.config(name))
+    )
+    await set_loaded(call, name, patch, loaded=True)
+    return Reply(await _held(call, name))
+
+
+async def _held(call: Call, name: str) -> triton.LoadedVersion:
+    """Wait until the version that ``latest`` means is held; what else is to be loaded may still be on its way.
+
+    Raises:
+        ModelNotReady: no worker held it in time; with what one said that could not load it.
+    """
+    catalog, limit_s = call.gateway.catalog, call.gateway.settings.request_timeout_s
+    try:
+        async with asyncio.timeout(limit_s):
+            while not call.gateway.ready(served := catalog.resolve(name, ""), call.scope):
+                await asyncio.sleep(_LOOK_S)
+    except TimeoutError:
+        version = catalog.resolve(name, "").manifest.version
+        failed = [dict(beat.failed).get(f"{name}:{version}", "") for beat in await heartbeats(call.gateway)]
+        reason = next(filter(None, failed), "no worker has loaded it yet")
+        raise ModelNotReady(f"model '{name}' version {version} is not loaded after {limit_s:g} s: {reason}") from None
+    return triton.LoadedVersion(call.caller.shown(name), str(served.manifest.version), "READY")
+
+
+async def _unload(call: Call) -> Reply:
+    name, catalog = call.model(), call.gateway.catalog
+    if "config" in _parameters(call):
+        raise InvalidRequest("a model is not configured by unloading it", field="parameters.config")
+    await set_loaded(call, name, {}, loaded=False)
+    served = catalog.known(name, "")
+    state = _state(catalog, served, call.scope)[0]
+    return Reply(triton.LoadedVersion(call.caller.shown(name), str(served.manifest.version), state))
+
+
+def _row(what: str, summary: str, handler: Any, errors: tuple[int, ...]) -> Row:
+    return Row(
+        "POST",
+        "/v2/repository/models/{model}/" + what,
+        summary,
+        TAG,
+        handler,
+        {200: triton.LoadedVersion},
+        "models:write",
+        body=triton.RepositoryBody,
+        body_optional=True,
+        errors=errors,
+    )
+
+
+ROWS = [
+    Row(
+        "POST",
+        "/v2/repository/index",
+        "Every version and its state",
+        TAG,
+        _index,
+        {200: list[common.IndexEntry]},
+        "models:read",
+        body=common.IndexBody,
+        body_optional=True,
+    ),
+    _row("load", "Load a model, and wait until its newest version is held by a worker", _load, (404, 503)),
+    _row("unload", "Take a model out of all workers until it is loaded again", _unload, (404, 503)),
+]

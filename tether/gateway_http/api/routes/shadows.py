@@ -1,0 +1,51 @@
+"""What became of the copies of requests for a model's shadow versions."""
+
+from __future__ import annotations
+
+from tether.gateway_http.api.route_engine import Call, Reply, Row
+from tether.gateway_http.api.routes.models import TAG
+from tether.gateway_http.inference.output_comparison import Verdict
+from tether.gateway_http.inference.shadow_traffic import Tally
+from tether.gateway_http.jobs.view import rfc3339
+from tether.gateway_http.schemas import models
+from tether.model.config import Shadow
+
+
+async def _show(call: Call) -> Reply:
+    gateway, name = call.gateway, call.model()
+    gateway.catalog.versions(name)
+    tallies = gateway.extras.shadows.tallies(name)
+    told = [_tally(shadow, tally) for shadow, tally in tallies.items()]
+    return Reply(models.Shadows(call.caller.shown(name), told))
+
+
+def _tally(shadow: Shadow, tally: Tally) -> models.ShadowTally:
+    counts = tally.counts
+    return models.ShadowTally(
+        version=shadow.version,
+        percent=shadow.percent,
+        alias=shadow.alias,
+        since=rfc3339(tally.since),
+        equal=counts[Verdict.EQUAL],
+        close=counts[Verdict.CLOSE],
+        different=counts[Verdict.DIFFERENT],
+        error=counts[Verdict.ERROR],
+        unavailable=counts[Verdict.UNAVAILABLE],
+        dropped=counts[Verdict.DROPPED],
+        largest_difference=tally.largest_difference,
+        last_error=tally.last_error,
+    )
+
+
+ROWS = [
+    Row(
+        "GET",
+        "/v1/models/{name}/shadows",
+        "Show how shadow versions' answers compare with those that callers got",
+        TAG,
+        _show,
+        {200: models.Shadows},
+        "models:read",
+        errors=(404,),
+    ),
+]

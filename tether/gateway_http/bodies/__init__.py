@@ -1,0 +1,1 @@
+"""Bodies of requests that are read outside of the event loop."""

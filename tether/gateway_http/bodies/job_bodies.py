@@ -1,0 +1,78 @@
+"""What clients send to submit durable jobs, read to the last tensor."""
+
+from __future__ import annotations
+
+import msgspec
+
+from tether.domain.job import Parameter, Priority
+from tether.domain.tensor import Tensor
+from tether.errors import PayloadTooLarge
+from tether.wire import oip, oip_json
+
+MAX_BATCH = 1000
+"""Jobs in one ``POST /v1/jobs:batch``."""
+
+
+class OutputName(msgspec.Struct, frozen=True):
+    name: str
+
+
+class JobBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /v1/jobs``."""
+
+    model: str
+    inputs: list[msgspec.Raw]
+    version: str | int = ""
+    outputs: list[OutputName] = []
+    priority: Priority | None = None
+    deadline_ms: float | None = None
+    parameters: dict[str, Parameter] = {}
+
+
+class BatchBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /v1/jobs:batch``."""
+
+    jobs: list[JobBody]
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """One job of such a body. ``deadline_ms`` None and an empty ``priority``: as by default."""
+
+    model: str
+    version: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[str, ...] = ()
+    priority: str = ""
+    deadline_ms: float | None = None
+
+
+_job_decoder = msgspec.json.Decoder(JobBody)
+_batch_decoder = msgspec.json.Decoder(BatchBody)
+
+
+def read_jobs(body: bytes, *, many: bool) -> list[Wanted]:
+    """The jobs of a body; ``many``: it is that of a batch.
+
+    Raises:
+        BadJson, BadTensor, InvalidRequest: naming the place in the body and what does not fit.
+        PayloadTooLarge: the batch has no job, or too many.
+    """
+    if not many:
+        return [_wanted(oip_json.parse_body(_job_decoder, body))]
+    batch: BatchBody = oip_json.parse_body(_batch_decoder, body)
+    if not 0 < len(batch.jobs) <= MAX_BATCH:
+        raise PayloadTooLarge(f"a batch has 1 to {MAX_BATCH} jobs, not {len(batch.jobs)}", field="jobs")
+    return [_wanted(job) for job in batch.jobs]
+
+
+def _wanted(job: JobBody) -> Wanted:
+    oip_json.check_count(job.outputs, "outputs")
+    oip_json.check_parameters(job.parameters, "parameters")
+    return Wanted(
+        job.model,
+        str(job.version),
+        oip.tensors_from_json(job.inputs),
+        tuple([output.name for output in job.outputs]),
+        "" if job.priority is None else job.priority.value,
+        job.deadline_ms,
+    )

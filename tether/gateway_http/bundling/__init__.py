@@ -1,0 +1,1 @@
+"""Waiting requests on their way to lanes, many in one message."""

@@ -1,0 +1,222 @@
+"""The jobs of one lane that wait for a message: when one leaves, how many travel in it, and how many are under way."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Protocol
+
+from tether.domain.job import Job, JobId, Lane, Outcome
+from tether.gateway_http.fair_queue import FairQueue, Pace
+
+_BUSY = 0.4
+"""Share of a bundle's time in flight above which the model is what takes the time."""
+
+_SHARED_S = 1.0
+"""How long a lane counts as shared after jobs of another tenant than the last came."""
+
+_ALONE_RUN_S = 0.025
+"""About how long a bundle should run at most: what is in flight is what nobody can overtake."""
+
+_SHARED_RUN_S = 0.005
+"""The same on a lane that tenants share."""
+
+_SLOW_S = 0.003
+"""Bundles that run longer need fewer in flight to keep a worker busy."""
+
+_LEARN = 0.1
+"""Weight of the newest bundle in that share, and in how many jobs are in hand."""
+
+_ENOUGH = 0.6
+"""Part of the jobs in hand that a bundle waits for, while they come."""
+
+_MOMENT_S = 0.001
+"""How long nobody has to come before a bundle waits no more."""
+
+
+class Flight:
+    """One bundle on its way, and which of its jobs nobody has answered yet."""
+
+    __slots__ = ("began", "bundler", "ended", "jobs", "message_id", "open", "sending", "sends", "sent_at", "withdrawn")
+
+    def __init__(self, bundler: LaneBundler, jobs: list[Job]) -> None:
+        self.bundler = bundler
+        self.jobs = jobs
+        self.open: set[JobId] = {job.id for job in jobs}
+        self.withdrawn: set[JobId] = set()
+        """Those of ``open`` that nobody waits for any more. They hold their place in the lane until a worker has dropped
+        them, so that a client that asks and leaves, again and again, does not fill the lane."""
+        self.sends = 0
+        self.message_id = ""
+        """Of the message that the broker stored last."""
+        self.sending = False
+        self.sent_at = 0.0
+        self.began = self.ended = 0.0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits for one of its jobs."""
+        return len(self.open) > len(self.withdrawn)
+
+    def close(self, job: JobId) -> bool:
+        """Nothing more is to come for this job; whether that was the last of them."""
+        self.open.discard(job)
+        self.withdrawn.discard(job)
+        return not self.open
+
+    def ran(self, outcome: Outcome) -> None:
+        """Note when its first job began and its last one ended, on the worker's clock."""
+        if self.began == 0.0 or outcome.started_at < self.began:
+            self.began = outcome.started_at
+        self.ended = max(self.ended, outcome.finished_at)
+
+
+class Sender(Protocol):
+    """What a lane asks of the bundler that it belongs to."""
+
+    @property
+    def settings_delay_s(self) -> float: ...
+
+    @property
+    def max_jobs(self) -> int: ...
+
+    @property
+    def max_bytes(self) -> int: ...
+
+    def weight(self, tenant: str, /) -> float: ...
+
+    def now(self) -> float: ...
+
+    def workers(self, lane: Lane) -> int: ...
+
+    def slots(self) -> int: ...
+
+    def wanted(self, job: Job) -> bool: ...
+
+    def late(self, job: Job) -> bool: ...
+
+    def launch(self, flight: Flight) -> None: ...
+
+
+class LaneBundler:
+    """The jobs of one lane that have not left yet."""
+
+    def __init__(self, owner: Sender, lane: Lane) -> None:
+        self._owner = owner
+        self.lane = lane
+        self.held = 0
+        """Requests that nobody has answered yet, wherever they are."""
+        self._pending: FairQueue[Job] = FairQueue(owner.weight)
+        self._late: FairQueue[Job] = FairQueue(owner.weight)
+        """Those that let others pass, by their model's queue policy."""
+        self._pace = Pace()
+        self._in_flight = 0
+        self._jobs_in_flight = 0
+        self._busy_share = 1.0
+        self._company = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._gathering: asyncio.Handle | None = None
+        self._overdue = False
+        self._unwanted = 0
+        self._tenant = ""
+        self._mixed_at = -_SHARED_S
+
+    def add(self, job: Job) -> None:
+        if job.tenant != self._tenant:
+            self._mixed_at = self._owner.now() if self._tenant else self._mixed_at
+            self._tenant = job.tenant
+        pending = self._pending
+        pending.add(job.tenant, job, job.size)
+        if self._overdue:
+            return
+        if len(pending) >= self._owner.max_jobs or pending.size >= self._owner.max_bytes // 2:
+            self._flush()
+        elif self._may_leave():
+            self._flush_soon()
+        elif self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._owner.settings_delay_s, self._flush)
+
+    def ended_unsent(self) -> None:
+        """Nobody waits any more for a job that has not left. It is passed over when its turn comes; when half of what is
+        here is such, all of that goes, so that it holds no memory."""
+        self._unwanted += 1
+        if 2 * self._unwanted > len(self._pending) + len(self._late):
+            self._unwanted = 0
+            self._pending.prune(self._owner.wanted)
+            self._late.prune(self._owner.wanted)
+            self._overdue = self._overdue and bool(self._pending or self._late)
+
+    def _may_leave(self) -> bool:
+        """Whether a bundle should leave now: nothing is in flight; or a worker has none, and running the model is what
+        takes the time, or as many jobs have gathered as are in flight, so that halves follow one another."""
+        if self._in_flight == 0:
+            return True
+        if self._in_flight >= self._owner.workers(self.lane):
+            return False
+        return self._busy_share > _BUSY or len(self._pending) >= self._jobs_in_flight
+
+    def landed(self, jobs: int, run_s: float, total_s: float) -> None:
+        """All ``jobs`` of a bundle are answered, ``run_s`` of its ``total_s`` seconds by the model: more may leave."""
+        self._company += _LEARN * (self._jobs_in_flight + len(self._pending) - self._company)
+        self._jobs_in_flight -= jobs
+        if run_s > 0:
+            self._busy_share += _LEARN * (min(1.0, run_s / max(total_s, 1e-6)) - self._busy_share)
+            self._pace.learn(jobs, min(run_s, total_s))  # a worker's clock may say anything
+        self._in_flight -= 1
+        if (self._pending or self._late) and (self._overdue or self._may_leave()):
+            self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        """After what is already waiting to be read has been read: it may bring more jobs for this bundle."""
+        if self._gathering is None:
+            latest = self._owner.now() + self._owner.settings_delay_s
+            self._gathering = asyncio.get_running_loop().call_soon(self._gather, 0, latest)
+
+    def _gather(self, before: int, latest: float, *, paused: bool = False) -> None:
+        """Send once most of the jobs that are usually in hand are there, or nobody came for a moment: whoever was just
+        answered is about to ask again, and two bundles of half the jobs each need the fewest signatures."""
+        loop, gathered = asyncio.get_running_loop(), len(self._pending)
+        if gathered >= _ENOUGH * self._company or self._owner.now() >= latest or (paused and gathered == before):
+            self._flush()
+        elif gathered > before:
+            self._gathering = loop.call_soon(self._gather, gathered, latest)
+        else:
+            moment = min(_MOMENT_S, latest - self._owner.now())
+            self._gathering = loop.call_later(moment, partial(self._gather, gathered, latest, paused=True))
+
+    def _flush(self) -> None:
+        """Send what is pending, as far as there is room; the rest is overdue and leaves as soon as a bundle lands."""
+        if self._gathering is not None:
+            self._gathering.cancel()
+            self._gathering = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        owner, pending = self._owner, self._pending
+        most, jobs_at_once = self._room()
+        while (pending or self._late) and self._in_flight < most:
+            jobs = pending.take(jobs_at_once, owner.max_bytes, self._in_time)
+            jobs = jobs or self._late.take(jobs_at_once, owner.max_bytes, owner.wanted)
+            if jobs:
+                self._in_flight += 1
+                self._jobs_in_flight += len(jobs)
+                owner.launch(Flight(self, jobs))
+        self._overdue = bool(pending or self._late)
+
+    def _in_time(self, job: Job) -> bool:
+        """Whether it is its turn; who is late goes behind those who are not."""
+        if self._owner.late(job):
+            self._late.add(job.tenant, job, job.size)
+            return False
+        return self._owner.wanted(job)
+
+    def _room(self) -> tuple[int, int]:
+        """Bundles that may be in flight, and jobs in each: enough to keep every worker busy, and on a lane that tenants
+        share little more, since whoever comes next waits for what is in flight."""
+        owner = self._owner
+        workers = owner.workers(self.lane)
+        if owner.now() - self._mixed_at > _SHARED_S:
+            return workers * owner.slots(), self._pace.most(owner.max_jobs, _ALONE_RUN_S)
+        most = workers + workers // 2 if self._pace.span_s > _SLOW_S else workers * owner.slots()
+        return most, self._pace.most(owner.max_jobs, _SHARED_RUN_S)

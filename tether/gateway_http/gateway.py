@@ -1,0 +1,228 @@
+"""The gateway's heart: validate, resolve, put on its way, wait."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import lru_cache
+
+from tether.audit import NOBODY, clean
+from tether.audit.writer import AuditLog, writing
+from tether.bus.bus import Bus
+from tether.bus.key_value.keyrings import Keyring, ModelKeyring, TenantSeals
+from tether.bus.session import connect
+from tether.domain.job import Job, new_job_id
+from tether.domain.manifest import LATEST, ModelRef, check_outputs
+from tether.domain.tensor import Tensor
+from tether.errors import JobCancelled, TetherError
+from tether.gateway_http.access.authentication import ApiKeys, Caller
+from tether.gateway_http.access.rate_limits import Limits
+from tether.gateway_http.access.tenants import Tenants
+from tether.gateway_http.bodies.large_bodies import LargeBodies
+from tether.gateway_http.bundling import recreated_streams
+from tether.gateway_http.bundling.infer_bundler import InferBundler
+from tether.gateway_http.bundling.queue_policy import waits
+from tether.gateway_http.http.body_deadline import Patience
+from tether.gateway_http.http.disconnects import Disconnects
+from tether.gateway_http.http.request import Headers, Heading
+from tether.gateway_http.http.request_turns import Door
+from tether.gateway_http.inference.request_features import Extras
+from tether.gateway_http.inference.request_plan import Asked
+from tether.gateway_http.jobs.queued_jobs_quota import JobRoom
+from tether.gateway_http.jobs.service import JobService
+from tether.gateway_http.models.catalog import Catalog, Served
+from tether.gateway_http.models.chunk_possession import Possession
+from tether.gateway_http.models.encrypted_models import ModelSeals
+from tether.gateway_http.models.unreferenced_chunks import LoosePieces
+from tether.gateway_http.models.worker_heartbeats import Heartbeats
+from tether.gateway_http.readiness import Readiness
+from tether.process import lifecycle, metrics
+from tether.process.data_dir import Home
+from tether.process.lifecycle import Tasks
+from tether.settings import Settings
+from tether.streams.broker_storage import BrokerStorage
+
+
+class Gateway:
+    """What every route works with. Use :func:`running`."""
+
+    def __init__(self, bus: Bus, tasks: Tasks, audit: AuditLog, keyring: Keyring, model_keyring: ModelKeyring) -> None:
+        self.bus = bus
+        self.encrypted = ModelSeals(bus, model_keyring)
+        self.audit = audit
+        self.settings = bus.settings
+        self.storage = BrokerStorage(bus.settings, bus.clock)
+        self.readiness = Readiness(bus, self.storage)
+        self.patience = Patience(bus.settings.body_timeout_s)
+        self.disconnects = Disconnects()
+        self.catalog = Catalog(bus)
+        self.heartbeats = Heartbeats(bus)
+        self.tenants = Tenants(bus)
+        self.loose = LoosePieces(bus.clock.monotonic, self.catalog.stored.of)
+        self.possession = Possession(bus, self.catalog, self.encrypted)
+        self.keys = ApiKeys(bus, self.tenants, self.catalog.owners)
+        self.limits = Limits(bus, tasks, self.keys.find, self.tenants.find)
+        self.door = Door(self.tenants.weight)
+        self.seals = TenantSeals(bus, keyring, self.tenants)
+        room = JobRoom(bus, self.tenants)
+        self.large = LargeBodies(str(Home.at(bus.settings.home).root), self.tenants.weight)
+        self.jobs = JobService(
+            bus, self.catalog, self.tenants, tasks, self.seals, room=room, shared=self.keys.others, large=self.large
+        )
+        self._bundler = InferBundler(
+            bus, tasks, self.catalog.worker_count, keyring, self.tenants.weight, policy=self.catalog.queue
+        )
+        metrics.INFER_INFLIGHT.set_function(lambda: self._bundler.held)
+        self._copies = InferBundler(bus, tasks, self.catalog.worker_count, keyring, self.tenants.weight)
+        self.extras = Extras(
+            bus, tasks, self.catalog, self.tenants, self.seals, bundler=self._bundler, copies=self._copies
+        )
+        self._seconds = lru_cache(maxsize=4096)(metrics.INFER_SECONDS.labels)
+
+    @property
+    def closed(self) -> lifecycle.Ended:
+        return self.bus.closed
+
+    @property
+    def inflight(self) -> int:
+        """Bundles with a request that waits for its answer."""
+        return self._bundler.in_flight
+
+    def held(self, model: str) -> int:
+        """Requests for a model that nobody has answered yet."""
+        return self._bundler.of_model(model)
+
+    def stream_renewed(self, streams: set[str]) -> None:
+        """Infer streams lost what was in them."""
+        for bundler in (self._bundler, self._copies):
+            bundler.stream_renewed(streams)
+
+    async def start(self) -> None:
+        await self._bundler.start()
+        await self.extras.shadows.start()
+
+    async def authenticated(self, heading: Heading, scope: str) -> Caller:
+        """Whose a request is, when it is its turn; unknown keys take turns as one tenant.
+
+        Raises:
+            Unauthenticated, Forbidden: see :meth:`ApiKeys.authenticate`.
+        """
+        try:
+            caller = self.keys.authenticate(heading.key, scope)
+        except TetherError:
+            await self.door.enter("")
+            raise
+        await self.door.enter(caller.tenant, heading.length)
+        return caller
+
+    async def infer(
+        self,
+        served: Served,
+        tenant: str,
+        inputs: tuple[Tensor, ...],
+        outputs: tuple[str, ...],
+        *,
+        request_id: str,
+        traceparent: str = "",
+        timeout_s: float,
+        actor: str = NOBODY,
+        alias: str = "",
+        notes: Headers | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Run one synchronous request, of a version as the caller wrote it in ``alias``; outputs in the order asked for.
+        ``notes`` gets headers for the caller.
+
+        Raises:
+            BadTensor: inputs or outputs are not those of the model's signature; nothing was queued.
+            ModelNotReady, ModelUnloaded, QueueFull, Unavailable: try again later, or when it is loaded again.
+            DeadlineExceeded: no answer within ``timeout_s`` seconds, or not begun when its model's queue policy says so.
+            ClientDisconnected: its client left; the job was withdrawn.
+            InferenceFailed: the model failed on this input.
+        """
+        scope = self._admit(served, tenant, inputs, outputs)
+        timeout_s, queued_s = self._waits(name := served.manifest.name, timeout_s)
+        began = self.bus.clock.monotonic()
+        deadline = self.bus.clock.utc() + queued_s
+        job = Job(new_job_id(), tenant, inputs, deadline, outputs, request_id, traceparent)
+        outcome, job_id = JobCancelled.code, str(job.id)
+        answer: tuple[Tensor, ...] = ()
+        try:
+            plan = self.extras.plans.get(name)
+            if plan is None:
+                waiting = self._bundler.answer(served.lane(scope), self.seals.seal(job), timeout_s)
+                answer = await self.disconnects.wait(waiting)
+            else:
+                asked = Asked(plan, served, alias or LATEST, scope, job, timeout_s)
+                answer, job_id = await self.disconnects.wait(self.extras.answer(asked, notes))
+            outcome = "ok"
+        except TetherError as error:
+            outcome = error.code
+            raise
+        finally:
+            seconds = self.bus.clock.monotonic() - began
+            self.audit.inference(
+                tenant,
+                actor,
+                "infer",
+                outcome,
+                name,
+                served.manifest.version,
+                job_id,
+                clean(request_id),
+                sum([len(tensor.data) for tensor in inputs]),
+                sum([len(tensor.data) for tensor in answer]),
+                int(seconds * 1e6),
+            )
+        self._seconds(name).observe(seconds)
+        return answer
+
+    def _admit(self, served: Served, tenant: str, inputs: tuple[Tensor, ...], outputs: tuple[str, ...]) -> str:
+        """The scope that a request runs in, if it can run."""
+        scope = self.tenants.scope(tenant)
+        self.catalog.check_inputs(served, inputs, scope)
+        if outputs:
+            check_outputs(served.manifest, outputs)
+        self.catalog.require_worker(served, scope)
+        return scope
+
+    def _waits(self, model: str, timeout_s: float) -> tuple[float, float]:
+        policy = self.catalog.queue(model)
+        return (timeout_s, timeout_s) if policy is None else waits(policy, timeout_s, self.settings.request_timeout_s)
+
+    def ready(self, served: Served, scope: str) -> bool:
+        """Whether a worker answers for a version just now: its route names one that says so itself, a moment ago."""
+        manifest = served.manifest
+        if not self.catalog.ready(served, scope) or not self.readiness.infers():
+            return False
+        ref = ModelRef(manifest.name, manifest.version)
+        return any(self.heartbeats.holds(worker, ref) for worker in self.catalog.workers(served, scope))
+
+    def checks(self) -> dict[str, str]:
+        """The dependencies of ``/readyz``."""
+        return self.readiness.checks()
+
+
+@asynccontextmanager
+async def running(settings: Settings, home: Home) -> AsyncIterator[Gateway]:
+    """A connected gateway whose caches are filled, until the block ends. It does not listen yet."""
+    async with AsyncExitStack() as stack:
+        bus = await stack.enter_async_context(connect(settings, home, "gateway"))
+        tasks = await stack.enter_async_context(lifecycle.tasks())
+        audit = await stack.enter_async_context(writing(bus, home, tasks))
+        keyrings = Keyring(bus, home, every=True), ModelKeyring(bus, home, every=True)
+        gateway = Gateway(bus, tasks, audit, *keyrings)
+        stack.push_async_callback(gateway.large.close)
+        await stack.enter_async_context(gateway.tenants.watching())
+        await stack.enter_async_context(gateway.keys.watching())
+        tasks.spawn(gateway.keys.uses.keep(), "key-uses")
+        await stack.enter_async_context(gateway.seals.keyring.watching())
+        tasks.spawn(gateway.seals.keep(), "tenant-keys")
+        await stack.enter_async_context(gateway.encrypted.keyring.watching())
+        await stack.enter_async_context(gateway.catalog.watching())
+        await stack.enter_async_context(gateway.heartbeats.listening())
+        await stack.enter_async_context(gateway.limits.talking())
+        await gateway.start()
+        await stack.enter_async_context(recreated_streams.following(bus, gateway.stream_renewed))
+        tasks.spawn(gateway.storage.keep(), "storage")
+        tasks.spawn(gateway.readiness.keep(), "readiness")
+        yield gateway

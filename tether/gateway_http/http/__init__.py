@@ -1,0 +1,1 @@
+"""HTTP itself: the server's interface, requests, errors, timeouts."""

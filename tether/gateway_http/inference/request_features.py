@@ -1,0 +1,100 @@
+"""What a model's configuration adds to the way of its requests. Models without such a configuration have no plan, and their
+requests do not come here."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from functools import partial
+
+from tether.bus.bus import Bus
+from tether.bus.key_value.keyrings import TenantSeals
+from tether.gateway_http.access.tenants import Tenants
+from tether.gateway_http.bundling.infer_bundler import InferBundler
+from tether.gateway_http.bundling.pending_request import Answer
+from tether.gateway_http.http.request import Headers
+from tether.gateway_http.inference.request_coalescer import HIT, MISS, KeptAnswers
+from tether.gateway_http.inference.request_plan import Asked, Plan
+from tether.gateway_http.inference.response_cache import Question, ResponseCache, digest_of
+from tether.gateway_http.inference.shadow_traffic import Shadows
+from tether.gateway_http.models.catalog import Catalog
+from tether.process import metrics
+from tether.process.lifecycle import Tasks
+
+
+class Extras:
+    """The plans of all models, and the way of requests that have one."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        tasks: Tasks,
+        catalog: Catalog,
+        tenants: Tenants,
+        seals: TenantSeals,
+        *,
+        bundler: InferBundler,
+        copies: InferBundler,
+    ) -> None:
+        settings = bus.settings
+        self._catalog = catalog
+        self._tenants = tenants
+        self._seals = seals
+        self._bundler = bundler
+        self._generations = itertools.count(1)
+        self._caching = settings.response_cache_mb > 0
+        cache = ResponseCache(settings.response_cache_mb << 20, bus.clock.monotonic)
+        self.kept = KeptAnswers(cache, bus.clock.monotonic, settings.max_inflight)
+        self.shadows = Shadows(bus, tasks, catalog, seals, callers=bundler, bundler=copies)
+        self.plans: dict[str, Plan] = {}
+        metrics.CACHE_BYTES.set_function(lambda: cache.size)
+        catalog.on_change(self._model_changed)
+        tenants.on_change(cache.drop_tenant)
+
+    def _model_changed(self, model: str) -> None:
+        had = self.plans.pop(model, None)
+        if had is not None and had.cache_ttl_s:
+            self.kept.cache.drop_model(model)
+        config = self._catalog.config(model)
+        ttl_s = config.cache_ttl_s if self._caching else 0.0
+        shadows = self.shadows.follow(model, config.shadows)
+        if ttl_s or shadows:
+            self.plans[model] = Plan(next(self._generations), ttl_s, shadows)
+
+    async def answer(self, asked: Asked, notes: Headers | None) -> tuple[Answer, str]:
+        """Outputs, and the id of the job that this request was; empty when its answer was there already.
+
+        ``notes`` gets the headers that the caller is told.
+
+        Raises:
+            TetherError: as :meth:`InferBundler.submit` and its future.
+        """
+        if asked.plan.cache_ttl_s and self._may_keep(asked.job.tenant):
+            answer, hit = await self._kept(asked, notes)
+        else:
+            lane, job = asked.served.lane(asked.scope), self._seals.seal(asked.job)
+            answer, hit = await self._bundler.answer(lane, job, asked.timeout_s), False
+        if asked.plan.shadows and not hit:
+            self.shadows.copy(asked, answer)
+        return answer, "" if hit else asked.job.id
+
+    async def _kept(self, asked: Asked, notes: Headers | None) -> tuple[Answer, bool]:
+        plan, manifest, tenant = asked.plan, asked.served.manifest, asked.job.tenant
+        digest = digest_of(asked.job, asked.scope, manifest.name, manifest.version, plan.generation)
+        question = Question(tenant, manifest.name, digest, asked.timeout_s, plan.cache_ttl_s)
+        answer, hit = await self.kept.answer(
+            question,
+            partial(self._sent, asked),
+            partial(self._bundler.withdraw, asked.job.id),
+            lambda: self.plans.get(manifest.name) is plan and self._may_keep(tenant),
+        )
+        if notes is not None:
+            notes.append(HIT if hit else MISS)
+        return answer, hit
+
+    def _sent(self, asked: Asked, timeout_s: float) -> asyncio.Future[Answer]:
+        return self._bundler.submit(asked.served.lane(asked.scope), self._seals.seal(asked.job), timeout_s)
+
+    def _may_keep(self, tenant: str) -> bool:
+        """What a sealed tenant was answered is kept nowhere in the open, nor of one of whom nobody knows whether it is."""
+        return not self._seals.sealed(tenant) and not self._tenants.doubtful(tenant)

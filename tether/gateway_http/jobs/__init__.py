@@ -1,0 +1,1 @@
+"""Durable jobs: submitted, queued, listed, cancelled."""

@@ -1,0 +1,58 @@
+"""Ends that a gateway gives durable jobs: cancelled, or expired."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from tether.bus.bus import Bus
+from tether.bus.retry import Patience
+from tether.crypto import MessageType
+from tether.domain.job import Failure, JobRecord, JobState, Outcome
+from tether.process import metrics
+from tether.streams.job_queue import BusResults
+from tether.wire import codec
+
+log = logging.getLogger(__name__)
+
+
+class JobEnds:
+    """Commits ends; the first one of a job wins, whoever it is from."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._results = BusResults(bus)
+
+    async def end(self, record: JobRecord, state: JobState, failure: Failure, attempts: int) -> bool:
+        """Store how a job ended; False when it had already ended.
+
+        Raises:
+            BrokerUnavailable, QueueFull
+        """
+        job = record.id
+        outcome = Outcome(job, state, (), failure, attempts, self._bus.signer.name, 0.0, self._bus.clock.utc())
+        subject = self._bus.names.result(job, record.scope)
+        frame = self._bus.signer.seal(MessageType.RESULT, subject, codec.encode_outcomes([outcome]), jobs=(job,))
+        first = await Patience(self._bus).until_done(lambda: self._commit(record, frame))
+        if first:
+            metrics.JOBS_FINISHED.labels(record.model, state.value).inc()
+            log.info("ended here", extra={"action": "job_ended", "state": state.value, **ids_of(record)})
+        return first
+
+    async def _commit(self, record: JobRecord, frame: bytes) -> bool:
+        """Safe to repeat: an earlier try whose answer was lost counts as this one."""
+        if await self._results.commit(record.id, frame, scope=record.scope):
+            return True
+        found = await self._results.find([record.id], scope=record.scope)
+        return found.get(record.id) == frame
+
+
+def ids_of(record: JobRecord) -> dict[str, Any]:
+    """The fields by which a job is found in logs."""
+    return {
+        "job_id": record.id,
+        "request_id": record.request_id,
+        "tenant": record.tenant,
+        "model": record.model,
+        "version": record.version,
+    }

@@ -1,0 +1,255 @@
+"""How durable jobs are accepted: checked, claimed, stored, queued; all of a request, or none of it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+
+import msgspec
+
+from tether.bus.bus import Bus
+from tether.bus.key_value.keyrings import TenantSeals
+from tether.bus.retry import Patience
+from tether.domain.job import (
+    Failure,
+    Job,
+    JobRecord,
+    JobState,
+    Priority,
+    idempotency_digest,
+    new_durable_job_id,
+    new_keyed_job_id,
+)
+from tether.domain.manifest import check_outputs
+from tether.domain.tensor import Tensor
+from tether.errors import BrokerUnavailable, IdempotencyConflict, JobCancelled, TetherError, Unavailable
+from tether.gateway_http.access.tenants import Tenants
+from tether.gateway_http.jobs.bundler import JobBundler, Submission
+from tether.gateway_http.jobs.ends import JobEnds, ids_of
+from tether.gateway_http.jobs.queue_shares import JobShares
+from tether.gateway_http.jobs.queued_jobs_quota import JobRoom
+from tether.gateway_http.jobs.records import Entered, Held, Records
+from tether.gateway_http.jobs.store_room import JobStores
+from tether.gateway_http.models.catalog import Catalog, Served
+from tether.process import metrics
+from tether.process.lifecycle import Tasks
+
+log = logging.getLogger(__name__)
+
+_TRIES = 3
+"""A claim that is lost is looked at again: its winner may have sent another request."""
+
+_CLAIM_S = 2.0
+"""How long a claim that another request holds may take to be accepted, before its gateway is taken for dead."""
+
+_LOOK_S = 0.05
+
+JOB_OVERHEAD = 128
+"""Bytes that a job takes in its lane beside its inputs, about."""
+
+
+class NewJob(msgspec.Struct, frozen=True):
+    """A request for a durable job, parsed and resolved; without a priority it gets that of its model."""
+
+    served: Served
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[str, ...]
+    priority: Priority | None
+    deadline_s: float
+    idempotency_key: str
+    request_id: str
+    traceparent: str = ""
+
+
+class Accepted(msgspec.Struct, frozen=True):
+    """A job's record; ``before``: it was accepted earlier under the same Idempotency-Key."""
+
+    record: JobRecord
+    before: bool = False
+
+
+class JobSubmitter:
+    """Accepts jobs for one gateway."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        catalog: Catalog,
+        tenants: Tenants,
+        tasks: Tasks,
+        seals: TenantSeals,
+        *,
+        records: Records,
+        room: JobRoom,
+        shared: Callable[[str], bool],
+    ) -> None:
+        self._bus = bus
+        self._catalog = catalog
+        self._tenants = tenants
+        self._seals = seals
+        self._records = records
+        self._room = room
+        self._ends = JobEnds(bus)
+        self._stores = JobStores(bus)
+        self._shares = JobShares(bus, self._stores, tenants, shared)
+        self._bundler = JobBundler(bus, tasks, tenants.weight, records, stores=self._stores, job_s=catalog.job_s)
+
+    async def submit(self, tenant: str, requests: Sequence[NewJob]) -> list[Accepted]:
+        """The records of the jobs in the order of ``requests``. When one is refused none of them is run, but for those
+        that a worker had already begun.
+
+        Raises:
+            BadTensor, ModelNotReady: before anything was stored.
+            IdempotencyConflict: a key was used for another request.
+            QuotaExceeded, QueueFull: no room.
+            BrokerUnavailable: unknown whether they are stored; try again with the same key.
+        """
+        scope = self._tenants.scope(tenant)
+        for request in requests:
+            self._catalog.check_inputs(request.served, request.inputs, scope)
+            check_outputs(request.served.manifest, request.outputs)
+            self._catalog.require_lane(request.served, scope)
+        now, patience = self._bus.clock.utc(), Patience(self._bus)
+        items = {place: self._submission(tenant, scope, request, now) for place, request in enumerate(requests)}
+        done: dict[int, Accepted] = {}
+        new: list[Entered] = []
+        try:
+            for _ in range(_TRIES):
+                held = await self._settled(
+                    {place: item for place, item in items.items() if place not in done}, patience
+                )
+                known = {place: job for place, one in held.items() if (job := _job(one)) is not None}
+                done |= {place: Accepted(record, before=True) for place, record in known.items()}
+                fresh = {place: self._after(items[place], held.get(place)) for place in items if place not in done}
+                for place, entered in (await self._store(tenant, fresh, patience)).items():
+                    done[place] = Accepted(entered.record)
+                    new.append(entered)
+                if len(done) == len(items):
+                    return [done[place] for place in items]
+            raise Unavailable("the Idempotency-Key is in use just now; try again")
+        except TetherError as error:
+            if not isinstance(error, BrokerUnavailable):
+                await self._take_back(new)
+            raise
+
+    def _submission(self, tenant: str, scope: str, request: NewJob, now: float) -> Submission:
+        key = idempotency_digest(tenant, request.idempotency_key) if request.idempotency_key else ""
+        job_id = new_keyed_job_id(key) if key else new_durable_job_id(tenant)
+        deadline = now + request.deadline_s
+        job = Job(job_id, tenant, request.inputs, deadline, request.outputs, request.request_id, request.traceparent)
+        digest = _digest(request) if key else ""
+        lane = request.served.job_lane(request.priority or self._catalog.default_priority(request.served), scope)
+        record = JobRecord(
+            id=job_id,
+            tenant=tenant,
+            model=lane.model,
+            version=lane.version,
+            priority=lane.priority,
+            submitted_at=now,
+            deadline=deadline,
+            digest=self._seals.digest(tenant, digest),
+            bundle="",
+            request_id=request.request_id,
+            scope=scope,
+            size=job.size + JOB_OVERHEAD,
+        )
+        return Submission(lane, job, record, digest, key)
+
+    async def _settled(self, items: Mapping[int, Submission], patience: Patience) -> dict[int, Held]:
+        """What the keys of a request have, once no other request is just storing a job under one of them.
+
+        Raises:
+            IdempotencyConflict: a key has another request's job.
+        """
+        keyed = {place: item for place, item in items.items() if item.key}
+        end = self._bus.clock.monotonic() + _CLAIM_S
+        while keyed:
+            found = await patience.until_done(lambda: self._records.held([item.key for item in keyed.values()]))
+            held = {place: found[item.key] for place, item in keyed.items()}
+            for place, one in held.items():
+                if one.record is not None and not await self._same(one.record, items[place]):
+                    raise _conflict()
+            claimed = any(one.record is not None and _job(one) is None for one in held.values())
+            if not claimed or self._bus.clock.monotonic() >= end:
+                return held
+            await asyncio.sleep(_LOOK_S)
+        return {}
+
+    async def _same(self, record: JobRecord, item: Submission) -> bool:
+        return await self._seals.same_digest(record.tenant, record.digest, item.digest)
+
+    def _after(self, item: Submission, held: Held | None) -> Submission:
+        """The submission as it is stored. A claim whose gateway died keeps its id: its bundle may have been queued."""
+        if held is not None and held.record is not None:
+            job_id = held.record.id
+            record = msgspec.structs.replace(item.record, id=job_id)
+            item = msgspec.structs.replace(item, job=msgspec.structs.replace(item.job, id=job_id), record=record)
+        after = 0 if held is None else held.sequence
+        return msgspec.structs.replace(item, job=self._seals.seal(item.job), after=after)
+
+    async def _store(self, tenant: str, fresh: Mapping[int, Submission], patience: Patience) -> dict[int, Entered]:
+        """Those that were stored and queued, all but those whose claim was lost."""
+        if not fresh:
+            return {}
+        streams = {self._bus.names.lane_stream(item.lane) for item in fresh.values()}
+        scope = next(iter(fresh.values())).record.scope
+        await self._stores.require(scope, streams)
+        await self._shares.require(tenant, self._by_stream(fresh))
+        records = [item.record for item in fresh.values()]
+        async with AsyncExitStack() as stack:
+            await patience.until_done(lambda: stack.enter_async_context(self._room.hold(tenant, records)))
+            waiting = [self._bundler.add(item) for item in fresh.values()]
+            ends = await asyncio.gather(*waiting, return_exceptions=True)
+            stored = {place: end for place, end in zip(fresh, ends, strict=True) if isinstance(end, Entered)}
+            errors = [end for end in ends if isinstance(end, BaseException)]
+            if errors:
+                unknown = [error for error in errors if isinstance(error, BrokerUnavailable)]
+                if not unknown:
+                    await self._take_back(list(stored.values()))
+                raise [*unknown, *errors][0]
+        for entered in stored.values():
+            metrics.JOBS_ACCEPTED.labels(entered.record.model).inc()
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("accepted", extra={"action": "job_accepted", **ids_of(entered.record)})
+        return stored
+
+    def _by_stream(self, fresh: Mapping[int, Submission]) -> Counter[str]:
+        """Bytes that the jobs take, by lane stream."""
+        found = Counter[str]()
+        for item in fresh.values():
+            found[self._bus.names.lane_stream(item.lane)] += item.record.size
+        return found
+
+    async def _take_back(self, stored: Sequence[Entered]) -> None:
+        """End the jobs of a request that is refused as a whole, and forget them: its client will send all of it again."""
+        failure = Failure(JobCancelled.code, "another job of the same request was refused")
+        ends = [self._ends.end(item.record, JobState.CANCELLED, failure, 0) for item in stored]
+        for result in await asyncio.gather(*ends, return_exceptions=True):
+            if isinstance(result, Exception):
+                log.warning("a refused job may run: %s", result, extra={"action": "job_not_taken_back"})
+        await self._records.leave(stored)
+
+
+def _job(held: Held) -> JobRecord | None:
+    """The job that was accepted under a key; None when there is at most a claim."""
+    return held.record if held.record is not None and held.record.bundle else None
+
+
+def _digest(request: NewJob) -> str:
+    """What makes two requests the same: model, inputs, outputs, asked priority; not the version an alias meant meanwhile."""
+    manifest = request.served.manifest
+    whole = hashlib.sha256(f"{manifest.name}\0{request.priority or Priority.NORMAL}\0{request.outputs}".encode())
+    for tensor in request.inputs:
+        whole.update(f"{tensor.name}\0{tensor.datatype}\0{tensor.shape}\0".encode())
+        whole.update(tensor.data)
+    return whole.hexdigest()
+
+
+def _conflict() -> IdempotencyConflict:
+    return IdempotencyConflict(
+        "this Idempotency-Key was used for another request; use a new key", field="Idempotency-Key"
+    )

@@ -1,0 +1,1 @@
+"""Models as a gateway knows them: versions, aliases, files, workers that are ready."""

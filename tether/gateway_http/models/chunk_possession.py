@@ -1,0 +1,139 @@
+"""Which pieces of model files a tenant has shown that it has: knowing a digest gives no right to what it stands for.
+
+A tenant may make versions of pieces that it sent itself not long ago, to any gateway, and of those of the model's versions that it
+may read. For everything else the answers are those for pieces that are not stored: it sends them, and they are stored over
+themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import SignedBucket
+from tether.crypto import MessageType
+from tether.errors import CorruptChunk, ModelNotFound, PermissionDenied
+from tether.gateway_http.access.authentication import Caller
+from tether.gateway_http.models.catalog import Catalog
+from tether.gateway_http.models.encrypted_models import ModelSeals
+from tether.model.ownership import Right
+from tether.wire import codec
+from tether.wire.subjects import token
+
+log = logging.getLogger(__name__)
+
+_OWN = 65_536
+"""Pieces that this gateway remembers without asking the broker; the oldest give way."""
+_SETS = 64
+_TOGETHER = 1024
+"""Digests that are looked for before others get a turn."""
+_VERIFIED = 64
+"""Signatures that are verified before others get a turn."""
+
+Named = Callable[[str], str]
+"""What a piece is called in the store, by its digest."""
+
+
+class Put(msgspec.Struct, frozen=True):
+    """An entry of the bucket ``puts``: the tenant sent the piece at that time (UTC seconds)."""
+
+    tenant: str
+    put_at: float
+
+
+class Possession:
+    """The bucket ``puts`` and the versions of the catalog, as one gateway sees them."""
+
+    def __init__(self, bus: Bus, catalog: Catalog, seals: ModelSeals) -> None:
+        self._bus = bus
+        self._catalog = catalog
+        self._seals = seals
+        self._bucket = SignedBucket(bus, "puts", MessageType.RECORD)
+        self._own: OrderedDict[str, float] = OrderedDict()
+        """Until when each entry counts, monotonic seconds."""
+        self._sets: OrderedDict[tuple[object, ...], frozenset[str]] = OrderedDict()
+
+    def readable(self, caller: Caller, model: str) -> frozenset[str]:
+        """Plain digests of the pieces of a model's versions that a caller may read."""
+        try:
+            versions = self._catalog.versions(model) if caller.right(model) >= Right.WRITE else {}
+        except ModelNotFound:
+            return frozenset()
+        every = "models:read" in caller.scopes
+        manifests = [one.manifest for one in versions.values() if every or one.manifest.tenant == caller.tenant]
+        known = (model, *[(one.version, one.created_at) for one in manifests])
+        if known not in self._sets:
+            files = [file for one in manifests for file in self._seals.shown(one).files]
+            self._sets[known] = frozenset([digest for file in files for digest in file.chunks])
+            while len(self._sets) > _SETS:
+                self._sets.popitem(last=False)
+        return self._sets[known]
+
+    async def shown(self, caller: Caller, model: str, digests: Iterable[str], named: Named) -> set[str]:
+        """Those of ``digests`` that the caller's tenant sent, or may read.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        readable, asked, found = self.readable(caller, model), list(set(digests)), set[str]()
+        for start in range(0, len(asked), _TOGETHER):
+            found |= await self._shown(caller, readable, asked[start : start + _TOGETHER], named)
+            await asyncio.sleep(0)
+        return found
+
+    async def _shown(self, caller: Caller, readable: frozenset[str], asked: Sequence[str], named: Named) -> set[str]:
+        found = readable.intersection(asked)
+        now = self._bus.clock.monotonic()
+        keys = {_key(caller.tenant, named(digest)): digest for digest in asked if digest not in found}
+        own = [key for key in keys if self._own.get(key, 0.0) > now]
+        found |= {keys.pop(key) for key in own}
+        return set(found) | await self._stored(keys)
+
+    async def require(self, caller: Caller, model: str, digests: Sequence[str], named: Named) -> None:
+        """Refuse a version of pieces that the tenant has not shown to have, as if they were not there.
+
+        Raises:
+            CorruptChunk: naming the first of them.
+            BrokerUnavailable: no answer.
+        """
+        shown = await self.shown(caller, model, digests, named)
+        for digest in digests:
+            if digest not in shown:
+                raise CorruptChunk(f"piece {digest} is not in the store; push the model again", field=digest)
+
+    async def note(self, tenant: str, name: str) -> None:
+        """A tenant has sent a piece, which is stored.
+
+        Raises:
+            BrokerUnavailable: other gateways may not know of it.
+        """
+        key, settings = _key(tenant, name), self._bus.settings
+        self._own[key] = self._bus.clock.monotonic() + settings.upload_ttl_s / 2
+        self._own.move_to_end(key)
+        while len(self._own) > _OWN:
+            self._own.popitem(last=False)
+        try:
+            await self._bucket.put(key, codec.encode(Put(tenant, self._bus.clock.utc())))
+        except PermissionDenied as error:
+            log.warning("other gateways do not know who sent a piece: %s", error, extra={"action": "put_not_noted"})
+
+    async def _stored(self, keys: dict[str, str]) -> set[str]:
+        """Those that some gateway has noted."""
+        raw, found = self._bucket.raw, set()
+        subjects = {raw.subject(key): digest for key, digest in keys.items()}
+        items = await self._bus.direct_batch(raw.stream, list(subjects)) if subjects else {}
+        for number, (subject, item) in enumerate(items.items()):
+            if not number % _VERIFIED:
+                await asyncio.sleep(0)
+            if item.data and self._bus.open_frame(item.data, subject, MessageType.RECORD) is not None:
+                found.add(subjects[subject])
+        return found
+
+
+def _key(tenant: str, name: str) -> str:
+    return f"{token(tenant)}.{name}"

@@ -1,0 +1,147 @@
+"""Encrypted models in a gateway: pieces are closed as they come in and opened as they go out; callers see plain digests."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tether.bus.bus import Bus
+from tether.bus.key_value.keyrings import ModelKeyring
+from tether.bus.key_value.leases import ask_owner
+from tether.crypto import MessageType
+from tether.crypto.model_encryption import PieceSeal, opened_manifest, seal_files
+from tether.crypto.payload_encryption import DataKey
+from tether.domain.manifest import Change, ChangeAnswer, ChangeRequest, Manifest, ModelFile, SealedDigests
+from tether.errors import EnvelopeError, NotEntitled
+from tether.model.ownership import Asker
+from tether.storage.chunk_store import ObjectChunkStore
+from tether.storage.encrypted_chunk_store import SealedChunkStore
+from tether.wire import codec
+from tether.wire.subjects import token
+
+_KEY_S = 10.0
+_KNOWN = 64
+"""Opened manifests that are remembered: opening one costs a hash for each of its pieces."""
+
+
+class Target(NamedTuple):
+    """Where the pieces of a push go; ``key`` closes them, None leaves them as they are."""
+
+    store: ObjectChunkStore | SealedChunkStore
+    key: DataKey | None
+
+    def described(self, model: str, files: Sequence[ModelFile]) -> tuple[tuple[ModelFile, ...], SealedDigests | None]:
+        """Files as the model store is told of them."""
+        return (tuple(files), None) if self.key is None else seal_files(self.key, model, files)
+
+
+class ModelSeals:
+    """What a gateway knows of encrypted models."""
+
+    def __init__(self, bus: Bus, keyring: ModelKeyring) -> None:
+        self._bus = bus
+        self.keyring = keyring
+        self._known: OrderedDict[tuple[str, int], tuple[Manifest, Manifest]] = OrderedDict()
+
+    async def encrypts(self, model: str, wanted: bool | None) -> bool:
+        """Whether what is pushed now is to be encrypted: as ``wanted``, or as the model is.
+
+        Raises:
+            Unavailable: it cannot be known.
+        """
+        if wanted is not None:
+            return wanted
+        if self.keyring.stored(model) is None:
+            await self._look(model)  # another gateway may have encrypted it just now
+        return self.keyring.stored(model) is not None
+
+    async def target(self, model: str, wanted: bool | None, asker: Asker) -> Target:
+        """Where a push of a model goes that ``asker`` makes; one that is to be encrypted for the first time gets its key.
+
+        Raises:
+            NotEntitled: the model has a key, and this gateway may not open it.
+            Conflict, Forbidden: it has none, and the model is another tenant's.
+            Unavailable: it has none, and the model store does not answer.
+        """
+        bucket = self._bus.names.chunk_bucket(model)
+        if not await self.encrypts(model, wanted):
+            return Target(ObjectChunkStore(self._bus, bucket), None)
+        key = self.keyring.newest(model)
+        if key is None:
+            await self.ask(Change.ENCRYPT, model, asker)
+            key = self.keyring.newest(model)
+        if key is None:
+            raise NotEntitled(f"'{self._bus.signer.name}' has no key for the encrypted model '{model}'")
+        return Target(SealedChunkStore(self._bus, bucket, PieceSeal(key, model)), key)
+
+    async def ask(self, change: Change, model: str, asker: Asker) -> int:
+        """Let the model store give the model its first key, or another one; returns the key's generation.
+
+        Raises:
+            ModelNotFound: the model is not encrypted.
+            Conflict, Forbidden: it is another tenant's.
+            Unavailable: the model store does not answer.
+        """
+        request = codec.encode(ChangeRequest(change, model, **asker._asdict()))
+        kinds = (MessageType.CHANGE, MessageType.CHANGED)
+        partition = self._bus.names.partition(model)
+        answer = await ask_owner(
+            self._bus, "changeModel", partition, kinds[0], request, answers=kinds[1], timeout=_KEY_S
+        )
+        await self._look(model)
+        return codec.decode(answer, ChangeAnswer).key_generation
+
+    async def _look(self, model: str) -> None:
+        body = await self.keyring.bucket.require(token(model))
+        if body is not None:
+            self.keyring.changed(token(model), body)
+
+    def generation(self, manifest: Manifest) -> int:
+        """That of the key which a version is stored under; 0 when it is not encrypted, or its key is not for us."""
+        key = None if manifest.sealed is None else self.keyring.known(manifest.name, manifest.sealed.key_id)
+        return 0 if key is None else key.generation
+
+    def shown(self, manifest: Manifest) -> Manifest:
+        """A manifest as callers may see it; without its plain digests when they cannot be had."""
+        try:
+            return self.plain(manifest)
+        except EnvelopeError:
+            return manifest
+
+    def plain(self, manifest: Manifest) -> Manifest:
+        """A manifest with the plain digests of its files, whether it is encrypted or not.
+
+        Raises:
+            NotEntitled: this gateway may not open it.
+            BadSeal: it was changed.
+        """
+        if manifest.sealed is None:
+            return manifest
+        place = manifest.name, manifest.version
+        before, opened = self._known.get(place, (None, manifest))
+        if before is not manifest:
+            opened = opened_manifest(self._key(manifest, manifest.sealed), manifest)
+            self._known[place] = (manifest, opened)
+        self._known.move_to_end(place)
+        while len(self._known) > _KNOWN:
+            self._known.popitem(last=False)
+        return opened
+
+    def store(self, manifest: Manifest) -> ObjectChunkStore | SealedChunkStore:
+        """Where the pieces of a version are, by their plain digests.
+
+        Raises:
+            NotEntitled
+        """
+        bucket = self._bus.names.partition_bucket(manifest.partition)
+        if manifest.sealed is None:
+            return ObjectChunkStore(self._bus, bucket)
+        seal = PieceSeal(self._key(manifest, manifest.sealed), manifest.name)
+        return SealedChunkStore(self._bus, bucket, seal)
+
+    def _key(self, manifest: Manifest, sealed: SealedDigests) -> DataKey:
+        key = self.keyring.known(manifest.name, sealed.key_id)
+        if key is None:
+            raise NotEntitled(f"'{self._bus.signer.name}' has no key for the encrypted model '{manifest.name}'")
+        return key

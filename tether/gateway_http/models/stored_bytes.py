@@ -1,0 +1,66 @@
+"""What each tenant's versions take of its quota ``stored_bytes``, by tenant, as the gateway last heard of them."""
+
+from __future__ import annotations
+
+from tether.bus.bus import Bus
+from tether.domain.manifest import Manifest
+from tether.errors import EnvelopeError
+from tether.model.stored_bytes import stored_bytes
+from tether.storage.model_files import open_manifest
+
+
+class _Own:
+    """One tenant's versions by key, and what is kept of those that were deleted and not collected yet."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Manifest] = {}
+        self.deleted: dict[str, Manifest] = {}
+        self.bytes: int | None = 0
+        """None: to be worked out."""
+
+
+class Stored:
+    """Is told of every version; :meth:`of` costs what the tenant itself has."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._tenants: dict[str, _Own] = {}
+        self._owners: dict[str, str] = {}
+
+    def of(self, tenant: str) -> int:
+        """Bytes of a tenant's versions, and of its deleted ones until they are collected."""
+        own = self._tenants.get(tenant)
+        if own is None:
+            return 0
+        if own.bytes is None:
+            own.bytes = stored_bytes(own.kept.values(), own.deleted.values())
+        return own.bytes
+
+    def keep(self, key: str, manifest: Manifest) -> None:
+        """There is a version."""
+        self._changed(key, manifest.tenant).kept[key] = manifest
+
+    def drop(self, key: str) -> None:
+        """There is none any more."""
+        if key in self._owners:
+            own = self._changed(key, self._owners[key])
+            own.kept.pop(key, None)
+            if key not in own.deleted:
+                del self._owners[key]
+
+    def deleted(self, key: str, frame: bytes) -> None:
+        """What is kept of a deleted version; nothing when it was collected."""
+        try:
+            manifest = open_manifest(self._bus.verifier, self._bus.names, key, frame) if frame else None
+        except EnvelopeError:
+            return
+        if manifest is not None:
+            self._changed(key, manifest.tenant).deleted[key] = manifest
+        elif key in self._owners:
+            self._changed(key, self._owners.pop(key)).deleted.pop(key, None)
+
+    def _changed(self, key: str, tenant: str) -> _Own:
+        self._owners[key] = tenant
+        own = self._tenants.setdefault(tenant, _Own())
+        own.bytes = None
+        return own

@@ -1,0 +1,66 @@
+"""Workers' heartbeats as one gateway hears them, so that "ready" means that a worker says so now.
+
+A route outlives its workers: it is kept while a dispatcher starts, so that loaded models keep answering without one. What
+is heard is kept as it came, and verified when somebody asks: a gateway hears two a second from each worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from tether.bus.bus import Bus, Message
+from tether.crypto import MessageType
+from tether.domain.manifest import Heartbeat, ModelRef
+from tether.errors import BadEncoding
+from tether.wire import codec
+
+
+@dataclass
+class _Beat:
+    frame: bytes
+    at: float
+    """When it came, in monotonic seconds."""
+    ready: frozenset[ModelRef] | None = None
+    """None until somebody asks."""
+
+
+class Heartbeats:
+    """The last heartbeat of every worker. Use :meth:`listening`."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._root = bus.names.bucket_key("liveness", "")
+        self._beats: dict[str, _Beat] = {}
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[None]:
+        """Hear heartbeats until the block ends."""
+        subscription = await self._bus.subscribe(self._root + ">", self._heard)
+        try:
+            yield
+        finally:
+            await subscription.unsubscribe()
+
+    async def _heard(self, message: Message) -> None:
+        self._beats[message.subject[len(self._root) :]] = _Beat(message.data, self._bus.clock.monotonic())
+
+    def holds(self, worker: str, ref: ModelRef) -> bool:
+        """Whether a worker said within ``worker_timeout_s`` that it answers for a version."""
+        beat = self._beats.get(worker)
+        if beat is None or self._bus.clock.monotonic() - beat.at > self._bus.settings.worker_timeout_s:
+            return False
+        if beat.ready is None:
+            beat.ready = self._opened(worker, beat.frame)
+        return ref in beat.ready
+
+    def _opened(self, worker: str, frame: bytes) -> frozenset[ModelRef]:
+        """What a heartbeat says, if its worker signed it."""
+        envelope = self._bus.open_frame(frame, self._root + worker, MessageType.HEARTBEAT, max_age_ms=60_000)
+        if envelope is None or envelope.sender != worker:
+            return frozenset()
+        try:
+            return frozenset(codec.decode(envelope.body, Heartbeat).ready)
+        except BadEncoding:
+            return frozenset()

@@ -1,0 +1,1 @@
+"""Identities: keys, certificates, and the keyset that an administrator edits."""

@@ -1,0 +1,137 @@
+"""Stored entries outlive the key that signed them: another identity vouches for them from now on.
+
+A revoked key counts no more, and with it go the API keys, tenants, manifests and aliases that it signed. Those that were
+stored before the key fell into other hands are signed anew by an identity whose key is in this home. When that was, only
+a person can say: the broker's own time of each entry is what it is compared with, since a thief can sign any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from tether.audit.reader import historical, keysets
+from tether.bus.bus import Bus, Stored
+from tether.bus.key_value.bucket import Latest, SignedBucket
+from tether.bus.key_value.keyset_sync import SeenKeyset, standing
+from tether.bus.session import connect
+from tether.crypto import Envelope, Historical, MessageType, Role, kid_of
+from tether.errors import EnvelopeError, NotFound
+from tether.identity.keys import own_identities
+from tether.process.clock import SystemClock
+from tether.process.data_dir import Home
+from tether.settings import Settings
+
+SIGNED_BY: Mapping[Role, tuple[tuple[str, MessageType], ...]] = {
+    Role.ADMIN: (("apikeys", MessageType.API_KEY), ("tenants", MessageType.TENANT)),
+    Role.MODELSTORE: (
+        ("models", MessageType.MANIFEST),
+        ("aliases", MessageType.ALIAS),
+        ("configs", MessageType.CONFIG),
+        ("notes", MessageType.CONFIG),
+        ("modelkeys", MessageType.MODEL_KEY),
+    ),
+    Role.GATEWAY: (("tenantkeys", MessageType.TENANT_KEY),),
+}
+"""The buckets whose entries nobody can make again, and which role signs them anew."""
+
+
+@dataclass
+class Resigned:
+    """What became of the entries that the keys in question had signed, as ``bucket/key``."""
+
+    signed: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    """Stored too late, or not what the key could have signed: they do not count once it is revoked."""
+    nobody: list[str] = field(default_factory=list)
+    """Buckets that no other identity of this home may sign."""
+
+
+def keys_of(home: Home, who: str) -> set[bytes]:
+    """The ids of the keys, in force or revoked, of an identity, or of the one key whose id ``who`` begins.
+
+    Raises:
+        NotFound: there is none.
+        ConfigError, KeysetError: the keyset cannot be used.
+    """
+    keyset = SeenKeyset.load(home).keyset
+    every = [(record.kid, record.name) for record in keyset.identities]
+    every += [(gone.kid, gone.name) for gone in keyset.revoked]
+    found = {kid for kid, name in every if name == who}
+    if not found and len(who) >= 8:
+        found = {kid for kid, _ in every if kid.hex().startswith(who)}
+    if not found:
+        raise NotFound(f"no key and no identity is called '{who[:64]}'; 'tether identity list' shows all")
+    return found
+
+
+async def resign(settings: Settings, home: Home, kids: set[bytes], before_ms: int) -> Resigned:
+    """Sign anew what ``kids`` signed and the broker stored before ``before_ms`` (UTC milliseconds).
+
+    Raises:
+        BrokerUnavailable, VersionConflict: some are signed; a second run does the rest.
+        ConfigError, KeysetError: keys or keyset cannot be used.
+    """
+    done = Resigned()
+    for role, buckets in SIGNED_BY.items():
+        name = _signer(home, role, kids)
+        if not name:
+            done.nobody += [bucket for bucket, _ in buckets]
+            continue
+        async with connect(settings, home, name, follow=False) as bus:
+            past = historical(await keysets(bus, home), home.root_public.read_bytes())
+            work = _Work(bus, past, kids, before_ms)
+            for bucket, kind in buckets:
+                await work.through(SignedBucket(bus, bucket, kind), done)
+    return done
+
+
+def _signer(home: Home, role: Role, kids: set[bytes]) -> str:
+    """An identity of this home whose key counts and is none of ``kids``; empty when there is none."""
+    keyset, now = SeenKeyset.load(home).keyset, SystemClock().utc_ms()
+    for identity in own_identities(home):
+        fits = identity.role is role and identity.kid not in kids and home.nats_seed(identity.name).exists()
+        if fits and standing(keyset, identity.kid, identity.name, now) is None:
+            return identity.name
+    return ""
+
+
+@dataclass(frozen=True)
+class _Work:
+    bus: Bus
+    past: Historical
+    kids: set[bytes]
+    before_ms: int
+
+    async def through(self, bucket: SignedBucket, done: Resigned) -> None:
+        raw = bucket.raw
+        async for item in self.bus.direct_scan(raw.stream, raw.subject(">")):
+            if item.headers.get("KV-Operation") or _signed_by(item.data) not in self.kids:
+                continue
+            key = item.subject.removeprefix(raw.subject(""))
+            envelope = self._safe(item, bucket.kind)
+            if envelope is None:
+                done.left.append(f"{raw.name}/{key}")
+                continue
+            await bucket.replace(key, envelope.body, Latest(envelope.body, item.sequence, envelope.header.issued_at))
+            done.signed.append(f"{raw.name}/{key}")
+
+    def _safe(self, item: Stored, kind: MessageType) -> Envelope | None:
+        """The entry, if the key could sign it and did so in time."""
+        try:
+            envelope = self.past.open(item.data, subject=item.subject, types=(kind,))
+        except EnvelopeError:
+            return None
+        return envelope if max(envelope.header.issued_at, _stored_ms(item)) < self.before_ms else None
+
+
+def _signed_by(frame: bytes) -> bytes:
+    try:
+        return kid_of(frame)
+    except EnvelopeError:
+        return b""
+
+
+def _stored_ms(item: Stored) -> int:
+    return int(datetime.fromisoformat(item.headers["Nats-Time-Stamp"]).timestamp() * 1000)

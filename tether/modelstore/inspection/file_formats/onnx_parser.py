@@ -1,0 +1,220 @@
+"""What must be known of an ONNX file before any library may load it, read from its protobuf bytes alone.
+
+The walk visits every graph, subgraph, function and tensor by its offsets. It copies no weights and needs no generated
+code, so it also works where the ``onnx`` package is not installed. Field numbers are those of ``onnx.proto3``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from tether.errors import FormatNotAllowed, ModelLimits, UnsafeModel
+from tether.frameworks.onnx.protobuf import BYTES, VARINT, Buffer, CutOff, Field, NotProtobuf, Reader, TooManyFields
+from tether.modelstore.inspection.file_formats.onnx_external_data import LONGEST, MAX_AXES, External, reference, unsafe
+
+DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "com.microsoft"})
+"""Operator sets that ONNX Runtime itself brings; everything else would need code from outside."""
+
+MAX_FIELDS = 4_000_000
+MAX_NODES = 500_000
+_MOST_IR = 1000
+"""More than any ir_version is."""
+MAX_DEPTH = 24
+"""Subgraphs inside subgraphs."""
+
+
+class Facts(NamedTuple):
+    """``nodes`` counts those of all graphs; ``unranked`` are the graph inputs that declare no shape at all.
+
+    ``external`` are the weights that lie in other files: their form is right, the files were not looked at.
+    """
+
+    nodes: int
+    unranked: tuple[str, ...]
+    external: tuple[External, ...] = ()
+
+
+def check_file(data: Buffer) -> Facts:
+    """Walk a serialised ModelProto.
+
+    Raises:
+        FormatNotAllowed: not ONNX.
+        UnsafeModel: external data that is no plain part of a file beside it, EPContext nodes, operators of unknown sets.
+        ModelLimits: too large a graph.
+    """
+    walk = _Walk(data)
+    try:
+        return walk.model()
+    except TooManyFields as error:
+        raise ModelLimits(f"the graph has more than {MAX_FIELDS} protobuf fields", field="file") from error
+    except (NotProtobuf, IndexError, RecursionError) as error:
+        raise (_cut_off(data) if isinstance(error, CutOff) and walk.began else _not_onnx(data)) from error
+
+
+def _cut_off(data: Buffer) -> FormatNotAllowed:
+    return FormatNotAllowed(
+        f"the file begins as an ONNX model and is cut off: it ends after {len(data)} bytes, in the middle of a field; download or "
+        "export it again",
+        field="file",
+    )
+
+
+def _not_onnx(data: Buffer) -> FormatNotAllowed:
+    if not len(data):
+        return FormatNotAllowed("the file is empty: it has 0 bytes; export or download it again", field="file")
+    return FormatNotAllowed("the file is not an ONNX model; export the model to ONNX and push that file", field="file")
+
+
+class _Walk:
+    def __init__(self, data: Buffer) -> None:
+        self._data = data
+        self._reader = Reader(data, MAX_FIELDS)
+        self._each = self._reader.fields
+        self.began = False
+        """It begins as an ONNX file does, and nobody knows yet whether it ends as one."""
+        self._nodes = 0
+        self._own: set[str] = set()
+        self._external: list[External] = []
+
+    def model(self) -> Facts:
+        fields = []
+        for field in self._each(0, len(self._data)):
+            fields.append(field)
+            self.began = (fields[0].number, fields[0].kind) == (1, VARINT) and 0 < fields[0].value < _MOST_IR
+        self.began = False
+        graphs = [field for field in fields if field.number == 7 and field.kind == BYTES]
+        functions = [field for field in fields if field.number == 25 and field.kind == BYTES]
+        ir_version = next((field.value for field in fields if field.number == 1 and field.kind == VARINT), 0)
+        if not graphs or not ir_version:
+            raise _not_onnx(self._data)
+        # Functions a model brings along are inlined before it runs, so their own domains are as good as none.
+        self._own = {self._text(part) for function in functions for part in self._inside(function, 10)}
+        for graph in graphs:
+            self._graph(graph, 0)
+        for function in functions:
+            self._parts(function, 0, {7: self._node, 11: self._attribute})
+        for training in fields:
+            if training.number == 20 and training.kind == BYTES:
+                self._parts(training, 0, {1: self._graph, 2: self._graph})
+        unranked = tuple(name for graph in graphs for part in self._inside(graph, 11) if (name := self._unranked(part)))
+        return Facts(self._nodes, unranked, tuple(self._external))
+
+    def _unranked(self, info: Field) -> str:
+        name = "".join(self._text(part) for part in self._inside(info, 1))
+        shapes = [
+            shape
+            for kind in self._inside(info, 2)
+            for tensor in self._inside(kind, 1)
+            for shape in self._inside(tensor, 2)
+        ]
+        tensors = [tensor for kind in self._inside(info, 2) for tensor in self._inside(kind, 1)]
+        return name if tensors and not shapes else ""
+
+    def _graph(self, graph: Field, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise ModelLimits(f"the graph has subgraphs nested deeper than {MAX_DEPTH}", field="file")
+        self._parts(graph, depth, {1: self._node, 5: self._initializer, 15: self._sparse})
+
+    def _node(self, node: Field, depth: int) -> None:
+        self._nodes += 1
+        if self._nodes > MAX_NODES:
+            raise ModelLimits(f"the graph has more than {MAX_NODES} nodes", field="file")
+        kind = domain = ""
+        for part in self._each(node.start, node.end):
+            if part.kind != BYTES:
+                continue
+            if part.number == 4:
+                kind = self._text(part)
+            elif part.number == 7:
+                domain = self._text(part)
+            elif part.number == 5:
+                self._attribute(part, depth)
+        self._operator(kind, domain)
+
+    def _operator(self, kind: str, domain: str) -> None:
+        if kind == "EPContext":
+            raise UnsafeModel(
+                "the graph holds a compiled EPContext node; push the model as it was before compilation", field="file"
+            )
+        if domain not in DOMAINS and domain not in self._own:
+            raise UnsafeModel(
+                f"operator '{kind[:64]}' is of the set '{domain[:64]}', which needs a custom library; "
+                "export with standard ONNX operators only",
+                field="file",
+            )
+
+    def _attribute(self, attribute: Field, depth: int) -> None:
+        deeper = depth + 1
+        self._parts(
+            attribute,
+            deeper,
+            {5: self._tensor, 10: self._tensor, 6: self._graph, 11: self._graph, 22: self._sparse, 23: self._sparse},
+        )
+
+    def _sparse(self, sparse: Field, depth: int) -> None:
+        self._parts(sparse, depth, {1: self._tensor, 2: self._tensor})
+
+    def _tensor(self, tensor: Field, _depth: int) -> None:
+        """A tensor that must hold its own values: only a graph's initializers may have them elsewhere."""
+        fields = list(self._each(tensor.start, tensor.end))
+        if any(_points_elsewhere(part) for part in fields):
+            name = "".join(self._text(part) for part in fields if part.number == 8 and part.kind == BYTES)
+            raise UnsafeModel(
+                f"tensor '{name[:64]}', an attribute of an operator, keeps its values in another file (external data); "
+                "save it with convert_attribute=False",
+                field="file",
+            )
+
+    def _initializer(self, tensor: Field, _depth: int) -> None:
+        fields = list(self._each(tensor.start, tensor.end))
+        if any(_points_elsewhere(part) for part in fields):
+            self._external.append(self._reference(fields))
+
+    def _reference(self, fields: list[Field]) -> External:
+        """Where an initializer's values are said to lie, when that is said in one way only.
+
+        A protobuf parser takes the last of a field that is there twice, and a list for a single value or not, as it likes.
+        """
+        name = "".join(self._text(part) for part in fields if part.number == 8 and part.kind == BYTES)
+        locations = [part for part in fields if part.number == 14]
+        kinds = [part.value for part in fields if part.number == 2 and part.kind == VARINT]
+        entries = [part for part in fields if part.number == 13]
+        if [(part.kind, part.value) for part in locations] != [(VARINT, 1)] or len(kinds) != 1:
+            raise unsafe(name, "says in an unusual way where its values lie")
+        if any(part.kind != BYTES for part in entries) or any(part.number == 9 for part in fields):
+            raise unsafe(name, "has values of its own beside those")
+        said = [self._entry(name, entry) for entry in entries]
+        return reference(name, said, kinds[0], list(itertools.islice(self._axes(fields), MAX_AXES + 1)))
+
+    def _entry(self, name: str, entry: Field) -> tuple[str, str]:
+        parts = list(self._each(entry.start, entry.end))
+        if [(part.number, part.kind) for part in parts] != [(1, BYTES), (2, BYTES)]:
+            raise unsafe(name, "says in an unusual way where its values lie")
+        if any(part.end - part.start > LONGEST for part in parts):
+            raise unsafe(name, "names something very long")
+        key, value = (bytes(self._data[part.start : part.end]).decode("utf-8", "replace") for part in parts)
+        return key, value
+
+    def _axes(self, fields: list[Field]) -> Iterator[int]:
+        for part in fields:
+            if part.number == 1:
+                yield from self._reader.varints(part)
+
+    def _parts(self, field: Field, depth: int, visitors: dict[int, Callable[[Field, int], None]]) -> None:
+        for part in self._each(field.start, field.end):
+            visit = visitors.get(part.number)
+            if visit is not None and part.kind == BYTES:
+                visit(part, depth)
+
+    def _inside(self, field: Field, number: int) -> Iterator[Field]:
+        return (part for part in self._each(field.start, field.end) if part.number == number and part.kind == BYTES)
+
+    def _text(self, field: Field) -> str:
+        return self._reader.bytes_of(field, 256).decode("utf-8", "replace")
+
+
+def _points_elsewhere(part: Field) -> bool:
+    """Whatever could be ``external_data`` or a ``data_location`` that is not the default, however it is written."""
+    return part.number == 13 or (part.number == 14 and (part.kind != VARINT or bool(part.value)))

@@ -1,0 +1,42 @@
+"""The child of an inspection of a Python bundle; called as :mod:`tether.modelstore.inspection.file_formats.onnx` is.
+
+It runs the bundle's code under the limits of an inspection: imports it, makes its class, and makes one run.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from tether.errors import ModelRejected, OutputMisfit
+from tether.frameworks.python_bundle import CustomModel, describe, found_class
+from tether.modelstore.inspection import sandbox
+from tether.modelstore.inspection.inspector import IMPORTING, MAKING, Inspection, Report, Tell
+from tether.modelstore.inspection.trial_runs import Model, judge
+
+
+def inspect(directory: Path, tell: Tell) -> Inspection:
+    """What the bundle is, after one run.
+
+    Raises:
+        ModelRejected: its description or its code is not as it should be.
+    """
+    said = describe(directory)
+    tell(Report(doing=IMPORTING))
+    found_class(directory, said)
+    tell(Report(doing=MAKING))
+    model = CustomModel(directory, said)
+    try:
+        tried = judge(
+            Model(lambda arrays: model.run(arrays, ()), said.inputs, said.outputs), directory, tell, compare=False
+        )
+    except OutputMisfit as error:
+        raise ModelRejected(f"the model was refused: {error.message}", field="file") from error
+    note = "" if said.max_batch_size else "its description sets no maxBatchSize"
+    return replace(tried, max_batch_size=said.max_batch_size, note=note)
+
+
+if __name__ == "__main__":
+    sys.exit(sandbox.main(sys.argv[1:], inspect))

@@ -1,0 +1,69 @@
+"""What every child of an inspection does: limit itself, look, and print reports, one a line.
+
+Called as ``tether.modelstore.inspect_X DIR MEMORY_MB CPU_SECONDS PLATFORM SIGNATURE`` in a process that is confined already
+(:mod:`tether.sandbox.enter`). It limits its own memory and processor time, and may not write a byte to any file.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from tether.errors import ModelLimits, ModelRejected
+from tether.modelstore.inspection.inspector import Inspection, Report, Tell
+
+_MEMORY_WORDS = ("bad_alloc", "bad allocation", "allocate memory")
+MEMORY = "the model needs more memory than an inspection may use; push a smaller model"
+
+
+Inspect = Callable[[Path, Tell], Inspection]
+
+
+def main(arguments: list[str], inspect: Inspect, *, files: int = 64) -> int:
+    """Inspect the folder that the arguments name; ``files`` may be open at a time."""
+    directory, memory_mb, cpu_s = arguments[:3]
+    _limit(int(memory_mb), int(cpu_s), files)
+    # Libraries write to descriptor 1 as they please; the report gets a copy that they do not know.
+    report_to = os.dup(1)
+    os.dup2(2, 1)
+
+    def tell(report: Report) -> None:
+        line = msgspec.json.encode(report) + b"\n"
+        while line:
+            line = line[os.write(report_to, line) :]
+
+    tell(_report(Path(directory), inspect, tell))
+    return 0
+
+
+def _limit(memory_mb: int, cpu_s: int, files: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+
+
+def _report(directory: Path, inspect: Inspect, tell: Tell) -> Report:
+    try:
+        return Report(inspection=inspect(directory, tell))
+    except ModelRejected as error:
+        return Report(rejected=error.message, field=error.field or "file", code=error.code)
+    except MemoryError:
+        return Report(rejected=MEMORY, code=ModelLimits.code)
+    except Exception as error:  # noqa: BLE001 - a model's code, and every framework, raises what it likes
+        return Report(rejected=refused("it cannot be loaded", error).message)
+
+
+def is_memory(error: Exception) -> bool:
+    """Whether a framework's error is for want of memory."""
+    return any(words in str(error) for words in _MEMORY_WORDS)
+
+
+def refused(what: str, error: Exception) -> ModelRejected:
+    """A refusal in one line, without what could be a path."""
+    text = " ".join(word for word in str(error).split() if "/" not in word)[:240]
+    return ModelRejected(f"the model was refused: {what}: {type(error).__name__}: {text}", field="file")

@@ -1,0 +1,52 @@
+"""The quota ``stored_bytes``, where versions are made: the last word, whatever a gateway let through."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from weakref import WeakValueDictionary
+
+from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import SignedBucket
+from tether.crypto import MessageType
+from tether.domain.manifest import Manifest
+from tether.domain.tenant import Tenant, check_stored_bytes
+from tether.errors import BadEncoding, Unavailable
+from tether.modelstore.records.registry import Registry
+from tether.wire import codec
+from tether.wire.subjects import token
+
+
+class StorageQuota:
+    """Versions of one tenant are made one after another, so that no two of them take the same room."""
+
+    def __init__(self, bus: Bus, registry: Registry) -> None:
+        self._tenants = SignedBucket(bus, "tenants", MessageType.TENANT)
+        self._registry = registry
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    @asynccontextmanager
+    async def turn(self, tenant: str) -> AsyncIterator[None]:
+        """Hold the tenant's turn to make a version."""
+        async with self._locks.setdefault(tenant, asyncio.Lock()):
+            yield
+
+    async def check(self, manifest: Manifest) -> None:
+        """Refuse a version for which its tenant has no room.
+
+        Raises:
+            QuotaExceeded
+            Unavailable: the tenant's record cannot be read.
+            BrokerUnavailable: no answer.
+        """
+        tenant = await self._tenant(manifest.tenant) if manifest.tenant else None
+        if tenant is not None and tenant.quotas.stored_bytes:
+            check_stored_bytes(tenant, await self._registry.stored_bytes(tenant.name), manifest.size)
+
+    async def _tenant(self, name: str) -> Tenant | None:
+        body = await self._tenants.require(token(name))
+        try:
+            return None if body is None else codec.decode(body, Tenant)
+        except BadEncoding as error:
+            raise Unavailable(f"the record of tenant '{name}' cannot be read") from error

@@ -1,0 +1,1 @@
+"""Removal of unreferenced chunks, key rotation, partitions."""

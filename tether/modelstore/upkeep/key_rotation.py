@@ -1,0 +1,228 @@
+"""The data keys of encrypted models: made, boxed for whoever may open them, and replaced.
+
+Bucket ``modelkeys`` has one entry for each model that was ever encrypted. Every model store looks after all of them;
+the first conditional write wins. A model that was given a new key is stored again under it, version by version and in
+the background: that goes on after a restart, since it follows from what is stored alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, suppress
+
+import msgspec
+
+from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import SignedBucket
+from tether.bus.key_value.keyrings import ModelKeyring
+from tether.crypto import Keyset, MessageType
+from tether.crypto.model_encryption import (
+    ModelKeys,
+    PieceSeal,
+    model_holders,
+    opened_manifest,
+    passed_on,
+    seal_files,
+    with_new_key,
+)
+from tether.crypto.payload_encryption import DataKey
+from tether.domain.chunking import digest_of
+from tether.domain.manifest import Manifest, ModelFile
+from tether.errors import (
+    BadEncoding,
+    CorruptChunk,
+    ModelNotFound,
+    NotEntitled,
+    TetherError,
+    Unavailable,
+    VersionConflict,
+)
+from tether.modelstore.records.assigned_workers import Assigned
+from tether.modelstore.records.registry import Registry
+from tether.storage.chunk_lifecycle import PieceKeeper
+from tether.storage.encrypted_chunk_store import SealedChunkStore
+from tether.wire import codec
+from tether.wire.subjects import token
+
+log = logging.getLogger(__name__)
+
+_LOOK_S = 1.0
+_EVERY_S = 60.0
+"""How often what needs no change is looked at all the same: an identity may have expired, a try may have failed."""
+_TRIES = 8
+
+
+class KeyMaker:
+    """Makes and keeps the keys of every encrypted model."""
+
+    def __init__(self, bus: Bus, keyring: ModelKeyring, registry: Registry) -> None:
+        self._bus = bus
+        self.assigned = Assigned(bus)
+        self._keyring = keyring
+        self._registry = registry
+        self._models = SignedBucket(bus, "models", MessageType.MANIFEST)
+        self.keyset: Callable[[], Keyset] = lambda: bus.verifier.keyset
+        """Who there is just now."""
+        self._kept: dict[str, tuple[object, ...]] = {}
+
+    async def ensure(self, model: str) -> int:
+        """Let a model have a key that this model store can open; returns the generation of its newest.
+
+        Raises:
+            Unavailable: others write all the time, or this identity may not have keys.
+            BrokerUnavailable
+        """
+        found = await self._changed(model, lambda now: now if self._newest(now) else self._renewed(now))
+        return found.keys[-1].generation
+
+    async def rekey(self, model: str) -> int:
+        """Give a model a new key, unless versions are still on their way to the newest one; returns its generation.
+
+        Raises:
+            ModelNotFound: the model is not encrypted.
+            Unavailable, BrokerUnavailable
+        """
+        versions = [manifest for manifest in await self._registry.manifests() if manifest.name == model]
+        used = {manifest.sealed.key_id for manifest in versions if manifest.sealed is not None}
+
+        def renewed(now: ModelKeys) -> ModelKeys:
+            if not now.keys:
+                raise ModelNotFound(
+                    f"model '{model}' is not encrypted, so it has no key; push it with encrypt", field="name"
+                )
+            under_way = bool(used - {now.keys[-1].id}) and self._newest(now) is not None
+            return now if under_way else self._renewed(now)
+
+        return (await self._changed(model, renewed)).keys[-1].generation
+
+    def _newest(self, keys: ModelKeys) -> DataKey | None:
+        return self._keyring.opener.open(keys.keys[-1]) if keys.keys else None
+
+    def _holders(self, model: str) -> dict[bytes, bytes]:
+        return model_holders(self.keyset().identities, self._bus.clock.utc_ms(), self.assigned.to(model))
+
+    def _renewed(self, keys: ModelKeys) -> ModelKeys:
+        holders = self._holders(keys.model)
+        if not any(kid in self._keyring.opener for kid in holders):
+            raise Unavailable(
+                "this model store is not in the keyset, so it can make no key; see 'tether identity list'"
+            )
+        return with_new_key(keys, holders, keyset_version=self.keyset().version, now_ms=self._bus.clock.utc_ms())
+
+    async def _changed(self, model: str, decide: Callable[[ModelKeys], ModelKeys]) -> ModelKeys:
+        """Replace a model's entry by what ``decide`` makes of it."""
+        key, bucket = token(model), self._keyring.bucket
+        for _ in range(_TRIES):
+            latest = await bucket.latest(key)
+            stored = None if latest.body is None else _decoded(latest.body)
+            # an entry whose writer was revoked counts no more, but what it said is still known here
+            current = stored or self._keyring.stored(model)
+            if current is None and latest.sequence:
+                raise Unavailable(f"the keys of model '{model}' cannot be believed; see 'tether identity resign'")
+            current = current or ModelKeys(model, 0, ())
+            wanted = decide(current)
+            body = codec.encode(wanted)
+            if stored is None or wanted is not stored:
+                try:
+                    await bucket.replace(key, body, latest)
+                except VersionConflict:
+                    continue
+                log.info("wrote the keys of an encrypted model", extra={"action": "model_key_written", "model": model})
+            self._keyring.changed(key, body)
+            return wanted
+        raise Unavailable(f"the keys of model '{model}' are written by others all the time; try again")
+
+    async def keep(self) -> None:
+        """Bring the keys of every encrypted model, and what is stored under them, up to date."""
+        while True:
+            self.assigned.news.clear()
+            for model in self._keyring.owners():
+                await self._keep_one(model)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_S):
+                    await self.assigned.news.wait()
+
+    async def _keep_one(self, model: str) -> None:
+        part = int(self._bus.clock.monotonic() // _EVERY_S)
+        told = self.assigned.to(model)
+        seen = (self.keyset(), self._keyring.stored(model), part, told)
+        if self._kept.get(model) == seen:
+            return
+        self._keyring.refresh()
+        fields = {"action": "model_key_failed", "model": model}
+        try:
+            keys = await self._changed(model, self._passed_on)
+            if len(keys.keys) > 1 and await self._move(model, keys):
+                return  # there is more to do
+        except TetherError as error:
+            log.warning("keys of an encrypted model: %s", error, extra={**fields, "code": error.code})
+        except Exception:
+            log.exception("keys of an encrypted model", extra=fields)
+        self._kept[model] = (self.keyset(), self._keyring.stored(model), part, told)
+
+    def _passed_on(self, keys: ModelKeys) -> ModelKeys:
+        return passed_on(keys, self._holders(keys.model), self._keyring.opener, keyset_version=self.keyset().version)
+
+    # another key
+
+    async def _move(self, model: str, keys: ModelKeys) -> bool:
+        """Store every version under the newest key, or, when that is done, forget keys that no version needs; whether
+        there was something to do.
+
+        A key stays as long as a push that began before the newest was made may take to become a version.
+        """
+        newest = self._newest(keys)
+        if newest is None:
+            raise NotEntitled(f"this model store has no key for the encrypted model '{model}'")
+        moved = False
+        for manifest in await self._registry.manifests():
+            if manifest.name == model and manifest.sealed is not None and manifest.sealed.key_id != newest.id:
+                await self._moved(manifest, newest)
+                moved = True
+        age_ms = self._bus.clock.utc_ms() - keys.keys[-1].made_at
+        if not moved and age_ms >= self._bus.settings.collect_grace_s * 1000:
+            left = msgspec.structs.replace(keys, keys=keys.keys[-1:])
+            await self._changed(model, lambda now: left if now == keys else now)
+        return moved
+
+    async def _moved(self, manifest: Manifest, newest: DataKey) -> None:
+        """Store a version's pieces under another key, and then its manifest; only what is not there yet is read."""
+        name = manifest.name
+        key = self._bus.names.version_key(name, manifest.version)
+        latest = await self._models.latest(key)
+        if latest.body is None or codec.decode(latest.body, Manifest) != manifest or manifest.sealed is None:
+            return  # deleted, or another model store was here
+        old = await self._keyring.find(name, manifest.sealed.key_id)
+        plain = opened_manifest(old, manifest).files
+        bucket = self._bus.names.partition_bucket(manifest.partition)
+        source, target = (SealedChunkStore(self._bus, bucket, PieceSeal(one, name)) for one in (old, newest))
+        for file in plain:
+            await target.put(_pieces(source, file, await target.missing(file.chunks)))
+        files, sealed = seal_files(newest, name, plain)
+        keeper = PieceKeeper(self._bus, bucket)
+        fresh_s = self._bus.settings.upload_ttl_s / 2
+        await keeper.claim((piece for file in files for piece in file.pieces()), fresh_s=fresh_s)
+        body = codec.encode(msgspec.structs.replace(manifest, files=files, sealed=sealed))
+        await self._models.replace(key, body, latest)
+        fields = {"action": "model_rekeyed", "model": name, "version": manifest.version}
+        log.info("a version is stored under a new key", extra=fields)
+
+
+async def _pieces(source: SealedChunkStore, file: ModelFile, digests: list[str]) -> AsyncIterator[tuple[str, bytes]]:
+    pieces: AsyncGenerator[bytes, None]
+    async with aclosing(source.get(digests)) as pieces:
+        for digest in digests:
+            piece = await anext(pieces)
+            if await asyncio.to_thread(digest_of, piece) != digest:
+                raise CorruptChunk(f"a piece of '{file.path}' is not what was pushed; push the model again")
+            yield digest, piece
+
+
+def _decoded(body: bytes) -> ModelKeys | None:
+    try:
+        return codec.decode(body, ModelKeys)
+    except BadEncoding as error:
+        log.warning("unreadable entry: %s", error, extra={"action": "entry_refused"})
+        return None

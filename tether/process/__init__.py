@@ -1,0 +1,1 @@
+"""What every process of the platform has: logs, metrics, clock, data directory, shutdown."""

@@ -1,0 +1,49 @@
+"""A service as a process: logs, signals, operations port, and the file that says where it listens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol, TypeVar
+
+from tether.process import lifecycle, logs, operations_server
+from tether.process.data_dir import Home
+from tether.process.os_process import few_heaps, keep_memory_private
+from tether.settings import Settings
+
+
+class Daemon(lifecycle.Service, Protocol):
+    """A running service that can say how it is."""
+
+    def checks(self) -> dict[str, str]: ...
+
+
+D = TypeVar("D", bound=Daemon)
+
+
+async def run(
+    settings: Settings,
+    name: str,
+    usual_port: int,
+    running: Callable[[Settings, Home], AbstractAsyncContextManager[D]],
+    *,
+    keep_mb: int = 0,
+) -> None:
+    """Keep ``running`` alive until SIGTERM or SIGINT, or until its connection is closed for good.
+
+    ``keep_mb``: see :func:`tether.process.os_process.few_heaps`. Its health is answered from the start, also while it waits for a broker.
+
+    Raises:
+        ConfigError, BrokerUnavailable: what kept it from starting or going on.
+    """
+    few_heaps(keep_mb)
+    keep_memory_private()
+    logs.setup(settings, name)
+    stop = lifecycle.stop_on_signals()
+    home = Home.at(settings.home)
+    current: list[D] = []
+    app = operations_server.operations(lambda: current[0].checks() if current else lifecycle.waits())
+    port = usual_port if settings.ops_port < 0 else settings.ops_port
+    async with operations_server.listening(app, settings.ops_host, port) as bound:
+        lifecycle.write_endpoint(home, name, bound)
+        await lifecycle.serve(stop, running(settings, home), current.append)

@@ -1,0 +1,135 @@
+"""HTTP on every service: Granian inside the service's own event loop, and the three operations routes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP1Settings
+from granian.server.embed import Server
+
+from tether.errors import ConfigError
+from tether.process import metrics
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+Checks = Callable[[], dict[str, str]]
+"""Every dependency by name and ``ok`` or what is wrong with it."""
+
+
+HEADER_BYTES = 64 << 10
+"""A request line and headers of more than about this, or more than a hundred headers, are answered with 431 or 414."""
+
+BACKLOG = 1024
+
+
+def bind(host: str, port: int) -> int:
+    """Prove that a port can be listened on, and choose one when it is 0.
+
+    Raises:
+        ConfigError: the port is taken or not allowed.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {host}:{port}: {error.strerror}; choose another with --ops-port or --http (0: a free one)"
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What connections may cost. ``header_s``: seconds to send a request's headers, and to rest between requests."""
+
+    connections: int = 256
+    header_s: float = 30.0
+
+
+@asynccontextmanager
+async def listening(
+    app: Any, host: str, port: int, *, interface: Interfaces = Interfaces.ASGINL, limits: Limits = Limits()
+) -> AsyncIterator[int]:
+    """Serve ``app``, an application of ``interface``, until the block ends; yields the port.
+
+    HTTP/1.1 alone: nothing here needs HTTP/2, and its streams would be a second way around the limits.
+    """
+    port = bind(host, port)
+    server = Server(
+        app,
+        address=host,
+        port=port,
+        interface=interface,
+        log_enabled=False,
+        websockets=False,
+        http=HTTPModes.http1,
+        http1_settings=HTTP1Settings(header_read_timeout=int(limits.header_s * 1000), max_buffer_size=HEADER_BYTES),
+        backlog=BACKLOG,
+        backpressure=limits.connections,
+    )
+    task = asyncio.create_task(server.serve(), name="http")
+    try:
+        await _accepting(host, port, task)
+        yield port
+    finally:
+        server.stop()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _accepting(host: str, port: int, task: asyncio.Task[None]) -> None:
+    for _ in range(400):
+        if task.done():
+            break
+        try:
+            _, writer = await asyncio.open_connection(host, port)
+        except OSError:
+            await asyncio.sleep(0.01)
+            continue
+        writer.close()
+        await writer.wait_closed()
+        return
+    raise ConfigError(f"the HTTP server did not start on {host}:{port}")
+
+
+def operations(checks: Checks) -> App:
+    """``/healthz`` (the process runs), ``/readyz`` (it can do its work, and if not, why), ``/metrics``."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        del receive
+        status, content_type, body = answer(scope["path"], checks)
+        await respond(send, status, content_type, body)
+
+    return app
+
+
+def answer(path: str, checks: Checks) -> tuple[int, str, bytes]:
+    """The answer of an operations route: status, content type, body."""
+    if path == "/metrics":
+        metrics.dependencies(checks())
+        body, content_type = metrics.exposition()
+        return 200, content_type, body
+    if path == "/healthz":
+        return 200, "application/json", b'{"live":true}'
+    if path == "/readyz":
+        found = checks()
+        ready = all(state == "ok" for state in found.values())
+        return 200 if ready else 503, "application/json", json.dumps({"ready": ready, "checks": found}).encode()
+    return 404, "application/json", b'{"error":"no such path","code":"not_found","request_id":""}'
+
+
+async def respond(send: Send, status: int, content_type: str, body: bytes) -> None:
+    headers = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,1 @@
+"""Model files as chunks in the JetStream object store."""

@@ -1,0 +1,127 @@
+"""Pieces that the store has lost, from the cache of a worker that holds a version they belong to.
+
+Only workers whose route says that they hold such a version are asked, each on a subject of its own, so that nobody hears of a piece
+that it has no business with. A piece travels in the form that the worker keeps it in: one of an encrypted model closed. Whoever asked
+proves that it is the one that was wanted. A worker answers on a subject of its own too, since it may not publish to anybody's inbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+
+from tether.bus.bus import Bus, Message
+from tether.bus.key_value.bucket import KvBucket
+from tether.crypto import MessageType
+from tether.domain.manifest import Route
+from tether.domain.partition import Wanted
+from tether.errors import BadEncoding, TetherError
+from tether.wire import codec
+
+log = logging.getLogger(__name__)
+
+WAIT_S = 10.0
+"""How long a worker may take to answer."""
+
+_MAX_AGE_MS = 30_000
+
+Proof = Callable[[bytes], bool]
+"""Whether a piece's content, closed where the store has it closed, is what its name says. Blocks."""
+
+
+class Lenders:
+    """The workers, as a model store asks them."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._routes = KvBucket(bus, "routes")
+        self._asked: dict[tuple[str, str], asyncio.Future[bytes]] = {}
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[None]:
+        """Hear answers until the block ends."""
+        subscription = await self._bus.subscribe(self._bus.names.piece("*"), self._heard)
+        try:
+            yield
+        finally:
+            await subscription.unsubscribe()
+
+    async def _heard(self, message: Message) -> None:
+        # what nobody waits for is not worth a look at its signature
+        if not self._asked:
+            return
+        envelope = self._bus.open(message, MessageType.PIECE, once=True, max_age_ms=_MAX_AGE_MS)
+        if envelope is None or message.subject != self._bus.names.piece(envelope.sender):
+            return
+        waiting = self._asked.get((envelope.sender, envelope.header.message_id))
+        if waiting is not None and not waiting.done():
+            waiting.set_result(envelope.body)
+
+    async def borrow(self, name: str, versions: Iterable[str], right: Proof) -> tuple[bytes, str] | None:
+        """A piece that is ``right``, and the worker that had it; None when no worker that holds one of
+        ``versions`` (``model:version``) has it.
+
+        Raises:
+            BrokerUnavailable: no answer from the broker.
+        """
+        for worker in await self._holders(versions):
+            piece = await self._ask(worker, name)
+            if not piece:
+                continue
+            if await asyncio.to_thread(right, piece):
+                return piece, worker
+            log.error("%s sent something else than piece %s", worker, name, extra={"action": "piece_refused"})
+        return None
+
+    async def _holders(self, versions: Iterable[str]) -> list[str]:
+        found: dict[str, None] = {}
+        for version in versions:
+            model, _, number = version.rpartition(":")
+            subject = self._routes.subject(self._bus.names.version_key(model, int(number)))
+            for subjects in (subject, f"{subject}.*"):
+                async for item in self._bus.direct_scan(self._routes.stream, subjects):
+                    envelope = self._bus.open_frame(item.data, item.subject, MessageType.ROUTE)
+                    with suppress(BadEncoding):
+                        route = None if envelope is None else codec.decode(envelope.body, Route)
+                        found.update(dict.fromkeys(route.workers if route is not None else ()))
+        return list(found)
+
+    async def _ask(self, worker: str, name: str) -> bytes:
+        subject = self._bus.names.wanted(worker)
+        frame = self._bus.signer.seal(MessageType.WANTED, subject, codec.encode(Wanted(name)))
+        waiting: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._asked[worker, name] = waiting
+        try:
+            await self._bus.publish(subject, frame)
+            async with asyncio.timeout(WAIT_S):
+                return await waiting
+        except TimeoutError:
+            return b""
+        finally:
+            del self._asked[worker, name]
+
+
+@asynccontextmanager
+async def lending(bus: Bus, read: Callable[[str], bytes | None]) -> AsyncIterator[None]:
+    """Answer model stores that want a piece, until the block ends. ``read`` gives a piece that it proved to be right, or
+    None; it blocks and runs in a thread."""
+
+    async def wanted(message: Message) -> None:
+        envelope = bus.open(message, MessageType.WANTED, once=True, max_age_ms=_MAX_AGE_MS)
+        if envelope is None:
+            return
+        try:
+            digest = codec.decode(envelope.body, Wanted).digest
+            piece = await asyncio.to_thread(read, digest) or b""
+            subject = bus.names.piece(bus.signer.name)
+            await bus.publish(subject, bus.signer.seal(MessageType.PIECE, subject, piece, message_id=digest))
+        except TetherError as error:
+            log.warning("a piece was not sent: %s", error, extra={"action": "piece_not_lent", "code": error.code})
+
+    subscription = await bus.subscribe(bus.names.wanted(bus.signer.name), wanted)
+    try:
+        yield
+    finally:
+        await subscription.unsubscribe()

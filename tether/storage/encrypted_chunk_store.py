@@ -1,0 +1,85 @@
+"""Pieces of an encrypted model in the chunk store: asked for by their plain digests, stored closed and under other names."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import aclosing
+
+from tether.bus.bus import Bus
+from tether.crypto.model_encryption import PieceSeal
+from tether.domain.chunking import Bytes, digest_of
+from tether.errors import BadSeal, CorruptChunk
+from tether.storage.chunk_store import ObjectChunkStore
+
+
+class SealedChunkStore:
+    """See :class:`tether.storage.upload.ChunkStore`; digests are those of plain pieces, errors name the stored ones."""
+
+    def __init__(self, bus: Bus, bucket: str, seal: PieceSeal) -> None:
+        self.bucket = bucket
+        self._store = _Closing(bus, bucket, seal)
+        self._seal = seal
+
+    async def missing(self, digests: Sequence[str]) -> list[str]:
+        """Those of ``digests`` that are not stored under this key, in their order, each once.
+
+        Raises:
+            BrokerUnavailable
+        """
+        digest_of = {self._seal.name(digest): digest for digest in digests}
+        return [digest_of[name] for name in await self._store.missing(list(digest_of))]
+
+    def name_of(self, digest: str) -> str:
+        """What a piece is called in the store."""
+        return self._seal.name(digest)
+
+    async def put(self, pieces: AsyncIterator[tuple[str, Bytes]], known: AbstractSet[str] | None = None) -> int:
+        """Close and store pieces that are not there yet; returns the bytes that they have in the clear. ``known``: as for
+        :meth:`ObjectChunkStore.put`.
+
+        Raises:
+            QueueFull, DeadlineExceeded, BrokerUnavailable: as :meth:`ObjectChunkStore.put`.
+        """
+
+        async def named() -> AsyncIterator[tuple[str, Bytes]]:
+            async for digest, piece in pieces:
+                yield self._seal.name(digest), piece
+
+        names = None if known is None else {self._seal.name(digest) for digest in known}
+        return await self._store.put(named(), names)
+
+    async def get(self, digests: Sequence[str]) -> AsyncGenerator[bytes, None]:
+        """The plain pieces in order. Close the iterator when you stop early.
+
+        Raises:
+            CorruptChunk: one is missing or altered; ``field`` is its name in the store.
+            DeadlineExceeded, BrokerUnavailable: it took too long, as a whole or for one piece.
+        """
+        names = [self._seal.name(digest) for digest in digests]
+        async with aclosing(self._store.get(names)) as pieces:
+            for name in names:
+                stored = await anext(pieces)
+                try:
+                    piece = await asyncio.to_thread(self._seal.open, name, stored)
+                except BadSeal as error:
+                    raise CorruptChunk(
+                        f"piece {name} is altered in the store; push the model again", field=name
+                    ) from error
+                yield piece
+
+
+class _Closing(ObjectChunkStore):
+    """Takes plain pieces by their stored names, and closes those that are not there yet on their way out."""
+
+    def __init__(self, bus: Bus, bucket: str, seal: PieceSeal) -> None:
+        super().__init__(bus, bucket)
+        self._seal = seal
+
+    async def _store(self, digest: str, piece: Bytes) -> None:
+        def close() -> tuple[bytes, str]:
+            closed = self._seal.close(digest, piece)
+            return closed, digest_of(closed)
+
+        await self._send(digest, *await asyncio.to_thread(close))

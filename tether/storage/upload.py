@@ -1,0 +1,71 @@
+"""A model file on its way from an HTTP body into the chunk store."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Protocol
+
+from tether.bus.bus import Bus
+from tether.domain.chunking import Bytes, Cutter, cut
+from tether.domain.manifest import ModelFile
+from tether.errors import InvalidRequest
+
+log = logging.getLogger(__name__)
+
+Pieces = AsyncIterator[tuple[str, Bytes]]
+
+MODEL_PATH = "model.onnx"
+"""What the one file of an ONNX version is called."""
+
+LARGEST_ONNX = (2 << 30) - 1
+"""Protobuf ends here, so no larger file can be one self-contained ONNX model."""
+
+
+class ChunkStore(Protocol):
+    """Content-addressed pieces of model files; a digest is the hex SHA-256 of its piece."""
+
+    async def missing(self, digests: Sequence[str]) -> list[str]: ...
+
+    async def put(self, pieces: AsyncIterator[tuple[str, Bytes]], known: AbstractSet[str] | None = None) -> int:
+        """Store pieces, several in flight; returns the bytes that were not there before, or are not ``known``."""
+
+    def get(self, digests: Sequence[str]) -> AsyncIterator[bytes]:
+        """The pieces in order, as they are stored: whoever uses them compares.
+
+        Raises:
+            CorruptChunk: one is missing.
+        """
+
+
+async def upload(
+    bus: Bus,
+    store: ChunkStore,
+    body: AsyncIterator[bytes],
+    *,
+    limit: int,
+    path: str = MODEL_PATH,
+    counted: Callable[[Pieces], Pieces] = lambda pieces: pieces,
+    whole: bool = False,
+    known: AbstractSet[str] | None = None,
+) -> tuple[ModelFile, int]:
+    """Cut ``body`` into pieces and store those that are new; the file's description and the bytes that were new.
+
+    Only a window of pieces is in memory; ``counted`` sees each before it is stored. ``known``: as for
+    :meth:`ChunkStore.put`. Until a manifest names them, stored pieces mean nothing to anybody.
+    Without ``whole`` the description has no digest of the file: whoever makes the version reads all of it anyway.
+
+    Raises:
+        PayloadTooLarge: ``body`` has more than ``limit`` bytes, or than ONNX allows; nothing more of it was read.
+        InvalidRequest: ``body`` is empty.
+        QueueFull, DeadlineExceeded, BrokerUnavailable: from the store.
+    """
+    began = bus.clock.monotonic()
+    cutter = Cutter(whole=whole)
+    stored = await store.put(counted(cut(body, min(limit, LARGEST_ONNX), cutter)), known)
+    if not cutter.sizes:
+        raise InvalidRequest("the body is empty; send the bytes of the model file", field="body")
+    size, seconds = sum(cutter.sizes), bus.clock.monotonic() - began
+    log.info("stored %d new bytes of %d in %.2f s", stored, size, seconds, extra={"action": "model_uploaded"})
+    return ModelFile(path, size, cutter.digest, tuple(cutter.digests), tuple(cutter.sizes)), stored

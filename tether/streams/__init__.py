@@ -1,0 +1,1 @@
+"""JetStream streams: lanes of jobs, results, their consumers and limits."""

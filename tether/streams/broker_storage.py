@@ -1,0 +1,138 @@
+"""Whether the broker can store: the disk it writes to, and the streams it has stopped writing.
+
+nats-server stops writing a stream for good after its first write error, and answers no publish to it from then on; other
+streams go on. It says so on its monitor, in ``/healthz``. Only a restart, once there is room, makes it write again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from pathlib import Path
+
+import httpx
+
+from tether.errors import BrokerUnavailable, StorageFull, TetherError
+from tether.process import disk, metrics
+from tether.process.clock import SystemClock
+from tether.settings import Settings
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+"""Between two looks at the disk."""
+
+ASK_S = 2.0
+"""Between two questions to the broker's monitor."""
+
+_FRESH_S = 0.02
+"""How old a look at the disk may be when something large is about to be stored; a look takes some microseconds."""
+
+_ENOUGH = 1.25
+"""How many times the reserve must be free before work is taken in again."""
+
+_STREAM = re.compile(r"'[^']* > ([^']+)'")
+_CAUSES = (
+    "no space left on device",
+    "read-only file system",
+    "disk quota exceeded",
+    "permission denied",
+    "input/output error",
+    "file too large",
+)
+
+
+async def frozen_streams(http: httpx.AsyncClient, monitor: str) -> str:
+    """Which streams a broker has stopped writing and why, as its monitor says; empty when there are none, or no answer.
+
+    The words name no paths, so that any caller may see them.
+    """
+    try:
+        answer = (await http.get(f"{monitor}/healthz", params={"details": "true"}, timeout=2)).json()
+    except (httpx.HTTPError, ValueError):
+        return ""
+    told = [str(item.get("error", "")) for item in answer.get("errors") or [] if isinstance(item, dict)]
+    broken = [text for text in told if "write error" in text]
+    if not broken:
+        return ""
+    names = sorted({found[1] for text in broken if (found := _STREAM.search(text))})
+    cause = next((cause for cause in _CAUSES if any(cause in text for text in broken)), "write error")
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"the broker has stopped storing in {listed or 'a stream'} ({cause})"
+
+
+class BrokerStorage:
+    """What one process sees of the broker's storage: its folder where ``nats_store_dir`` names it, its monitor where
+    ``nats_monitor_url`` does. Without either it sees nothing, and nothing is refused.
+
+    ``full`` is why nothing more is taken in, for callers to read; empty while there is room.
+    """
+
+    def __init__(self, settings: Settings, clock: SystemClock) -> None:
+        self._folder = Path(settings.nats_store_dir) if settings.nats_store_dir else None
+        self._monitor = settings.nats_monitor_url.rstrip("/")
+        self._reserve_mb = settings.store_reserve_mb
+        self._clock = clock
+        self._asked = self._looked = float("-inf")
+        self._short = ""
+        self._frozen = ""
+        self.full = ""
+
+    async def keep(self) -> None:
+        """Look for ever."""
+        async with httpx.AsyncClient(trust_env=False) as http:
+            while True:
+                await self.look(http)
+                await asyncio.sleep(LOOK_S)
+
+    async def look(self, http: httpx.AsyncClient) -> None:
+        """Bring ``full`` up to date."""
+        self._look_at_disk()
+        now = self._looked
+        if self._monitor and now - self._asked >= ASK_S:
+            self._asked = now
+            self._frozen = await frozen_streams(http, self._monitor)
+        self._tell()
+
+    def _look_at_disk(self) -> None:
+        self._looked = self._clock.monotonic()
+        room = None if self._folder is None else disk.look(self._folder)
+        if room is None:
+            return
+        metrics.BROKER_DISK_FREE.set(room.free)
+        missing = disk.shortage(room, self._reserve_mb, more=_ENOUGH if self._short else 1.0)
+        self._short = f"the broker's disk {missing}" if missing else ""
+
+    def _tell(self) -> None:
+        reason = self._short or self._frozen
+        if bool(reason) != bool(self.full):
+            if reason:
+                log.error("nothing more is stored: %s", reason, extra={"action": "storage_full"})
+            else:
+                log.info("there is room to store again", extra={"action": "storage_free"})
+        self.full = reason
+
+    def require(self) -> None:
+        """Prove that there is room for something more, a moment ago: a disk can fill in less than a second.
+
+        Raises:
+            StorageFull: there is none.
+        """
+        if self._clock.monotonic() - self._looked > _FRESH_S:
+            self._look_at_disk()
+            self._tell()
+        if self.full:
+            raise self._error()
+
+    def explained(self, error: TetherError) -> TetherError:
+        """``error``, or what it comes from: a broker that cannot store does not answer."""
+        if self.full and isinstance(error, BrokerUnavailable):
+            return self._error()
+        return error
+
+    def _error(self) -> StorageFull:
+        fix = "delete models, move other files away, or enlarge the disk"
+        if self._frozen and not self._short:
+            fix = "see that its disk has room and can be written; an embedded broker is then restarted by itself, restart another"
+        return StorageFull(f"{self.full}; nothing was stored: {fix}")

@@ -1,0 +1,89 @@
+"""Puts bundles into lanes, and commits and finds the results of durable jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+
+from tether.bus.bus import Bus, Stored
+from tether.domain.job import SHARED, Lane
+from tether.errors import ResultConflict, VersionConflict
+
+
+class BusQueue:
+    """Puts bundles into lanes."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+
+    async def enqueue(
+        self,
+        lane: Lane,
+        frame: bytes,
+        *,
+        message_id: str,
+        ttl_s: float | None,
+        timeout: float = 2.0,
+    ) -> None:
+        """Return when the broker holds the bundle; the same ``message_id`` twice adds nothing the second time.
+
+        Raises:
+            QueueFull: nothing was stored.
+            BrokerUnavailable: unknown whether it was stored; send it again with the same id.
+        """
+        headers = {"Nats-Msg-Id": message_id}
+        if ttl_s is not None:
+            headers["Nats-TTL"] = str(max(1, math.ceil(ttl_s)))
+        await self._bus.publish_acked(self._bus.names.lane(lane), frame, headers=headers, timeout=timeout)
+
+
+class BusResults:
+    """One stored end a job; the first one wins."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+
+    async def commit(self, job: str, frame: bytes, *, scope: str = SHARED) -> bool:
+        """Store how a job ended; False when it had already ended.
+
+        It outlives the job's record (the dispatcher removes that first, and the stream keeps its messages for longer): a job
+        whose end were forgotten first would end a second time.
+        """
+        try:
+            await self._bus.publish_acked(self._bus.names.result(job, scope), frame)
+        except ResultConflict:
+            return False
+        return True
+
+    async def ended(self, jobs: Sequence[str], *, scope: str = SHARED) -> set[str]:
+        """Those of the jobs that have ended: who may only store results learns that and nothing of the results.
+
+        Raises:
+            BrokerUnavailable
+        """
+        found = await asyncio.gather(*[self._has_ended(job, scope) for job in jobs])
+        return {job for job, ended in zip(jobs, found, strict=True) if ended}
+
+    async def _has_ended(self, job: str, scope: str) -> bool:
+        try:
+            return await self._bus.last_sequence(self._bus.names.result(job, scope)) > 0
+        except ResultConflict:
+            return True
+        except VersionConflict:
+            return False  # its end is being stored, and may not be; a second one would be refused
+
+    async def find(self, jobs: Sequence[str], *, scope: str = SHARED) -> dict[str, bytes]:
+        """The stored frames of those jobs of a scope that have ended."""
+        return {job: stored.data for job, stored in (await self.stored(jobs, scope=scope)).items()}
+
+    async def stored(self, jobs: Sequence[str], *, scope: str = SHARED) -> dict[str, Stored]:
+        """:meth:`find` with what the broker says of each frame."""
+        names, subjects = self._bus.names, {self._bus.names.result(job, scope): job for job in jobs}
+        stream = names.scope_results_stream(scope)
+        if len(subjects) == 1:
+            (subject, job) = next(iter(subjects.items()))
+            one = await self._bus.direct_get(stream, subject)
+            return {} if one is None else {job: one}
+        found = await self._bus.direct_batch(stream, list(subjects))
+        return {subjects[subject]: stored for subject, stored in found.items()}

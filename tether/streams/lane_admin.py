@@ -1,0 +1,253 @@
+"""What is in the broker's lanes, whoever made them: for the dispatcher, which removes those that have no version any more
+and makes consumers again that do not deliver."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+
+from tether.bus.bus import Bus
+from tether.bus.errors import JetStreamError
+from tether.domain.job import Lane
+from tether.settings import Settings
+from tether.streams.layout import STREAM_NOT_FOUND, lane_config, scopes_with_streams
+
+CONSUMER_NOT_FOUND = 10014
+MESSAGE_NOT_FOUND = 10037
+
+
+class StreamState(msgspec.Struct, frozen=True):
+    """A lane stream. ``created`` changes when the stream was made again; ``last`` is a sequence; ``waiting``: the number of
+    messages on each subject that has any."""
+
+    created: str
+    consumers: int
+    last: int
+    waiting: dict[str, int]
+
+
+class ConsumerState(msgspec.Struct, frozen=True):
+    """A lane's consumer, as the broker counts. ``delivered`` and ``acked`` are sequences of the stream: the last one that
+    was delivered, and the last one up to which every message is acknowledged."""
+
+    name: str
+    delivered: int
+    acked: int
+    pending: int
+    """Messages that were not delivered yet."""
+    unacked: int
+    """Messages that were delivered and not acknowledged."""
+
+
+class LaneMessage(msgspec.Struct, frozen=True):
+    """A bundle in a lane; ``id`` is its message id, which the records of its jobs name."""
+
+    sequence: int
+    subject: str
+    id: str
+
+
+async def lanes_there(bus: Bus) -> set[Lane]:
+    """Every lane that has a consumer or a message.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
+    found = [await consumers_of(bus, stream) for stream in await lane_streams(bus)]
+    return set[Lane]().union(*found) | await lanes_with_messages(bus)
+
+
+async def lanes_with_messages(bus: Bus) -> set[Lane]:
+    """Every lane in which a message waits or is in a worker's hands: it is gone when it is acknowledged.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
+    found = [await waiting_in(bus, stream) for stream in await lane_streams(bus)]
+    return set[Lane]().union(*found)
+
+
+async def consumers_of(bus: Bus, stream: str) -> set[Lane]:
+    """The lanes that have a consumer on one stream; none when there is no such stream.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
+    found = [bus.names.parse_lane_consumer(name) async for name in _consumers(bus, stream)]
+    return {lane for lane in found if lane is not None}
+
+
+async def waiting_in(bus: Bus, stream: str) -> set[Lane]:
+    """:func:`lanes_with_messages` of one stream.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
+    state = await stream_state(bus, stream)
+    found = [bus.names.parse_lane(subject) for subject in (state.waiting if state is not None else ())]
+    return {lane for lane in found if lane is not None}
+
+
+async def lane_streams(bus: Bus) -> list[str]:
+    """Every stream that holds lanes, those of isolated tenants too, also of tenants that are not isolated any more.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
+    names = bus.names
+    streams = [names.infer_stream(shard) for shard in range(names.infer_shards)]
+    streams += [names.jobs_stream(shard) for shard in range(names.job_shards)]
+    for scope in sorted(await scopes_with_streams(bus)):
+        streams += [names.scope_infer_stream(scope), names.scope_jobs_stream(scope)]
+    return streams
+
+
+async def _consumers(bus: Bus, stream: str) -> AsyncIterator[str]:
+    seen, total = 0, 1
+    while seen < total:
+        answer = await _asked(bus, f"CONSUMER.NAMES.{stream}", {"offset": seen})
+        names = answer.get("consumers") or []
+        for name in names:
+            yield name
+        seen, total = seen + len(names), int(answer.get("total", 0)) if names else 0
+
+
+async def stream_state(bus: Bus, stream: str, subjects: str = ">") -> StreamState | None:
+    """The state of a stream, with the messages on ``subjects``; None when there is no such stream.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
+    waiting: dict[str, int] = {}
+    found: StreamState | None = None
+    async for page in stream_pages(bus, stream, subjects):
+        waiting |= page.waiting
+        found = msgspec.structs.replace(page, waiting=waiting)
+    return found
+
+
+async def stream_pages(bus: Bus, stream: str, subjects: str) -> AsyncIterator[StreamState]:
+    """:func:`stream_state` in pieces of at most 100,000 subjects, for who must not hold them all.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
+    seen, total = 0, 1
+    while seen < total:
+        answer = await _asked(bus, f"STREAM.INFO.{stream}", {"subjects_filter": subjects, "offset": seen})
+        if not answer:
+            return
+        state = answer["state"]
+        page: dict[str, int] = state.get("subjects") or {}
+        yield StreamState(answer["created"], int(state["consumer_count"]), int(state["last_seq"]), page)
+        seen, total = seen + len(page), int(answer.get("total", 0)) if page else 0
+
+
+async def consumer_states(bus: Bus, stream: str) -> list[ConsumerState]:
+    """Every consumer of a stream, in pages of 256; costly for a stream with many.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
+    return [_consumer(item) async for item in _descriptions(bus, stream)]
+
+
+async def configured_lanes(bus: Bus, stream: str, settings: Settings) -> set[Lane]:
+    """The lanes that have a consumer just as ``settings`` want it; a list is 50 times as fast as asking for each.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
+    found: set[Lane] = set()
+    async for item in _descriptions(bus, stream):
+        lane, has = bus.names.parse_lane_consumer(item["name"]), item["config"]
+        if lane is not None:
+            wanted = lane_config(bus.names, lane, settings)
+            if all(has.get(key) == value for key, value in wanted.items()):
+                found.add(lane)
+    return found
+
+
+async def _descriptions(bus: Bus, stream: str) -> AsyncIterator[dict[str, Any]]:
+    seen, total = 0, 1
+    while seen < total:
+        answer = await _asked(bus, f"CONSUMER.LIST.{stream}", {"offset": seen})
+        page = answer.get("consumers") or ()
+        for item in page:
+            yield item
+        seen, total = seen + len(page), int(answer.get("total", 0)) if page else 0
+
+
+async def consumer_state(bus: Bus, lane: Lane) -> ConsumerState | None:
+    """A lane's consumer; None when it has none.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
+    answer = await _asked(bus, f"CONSUMER.INFO.{bus.names.lane_stream(lane)}.{bus.names.lane_consumer(lane)}", None)
+    return _consumer(answer) if answer else None
+
+
+async def next_message(bus: Bus, stream: str, subject: str, start: int) -> LaneMessage | None:
+    """The first message on ``subject``, which may have wildcards, from the sequence ``start`` on; None when there is none.
+
+    The stream's leader answers, so what it does not have is not there.
+
+    Raises:
+        JetStreamError, BrokerUnavailable: also when there is no such stream.
+    """
+    return await _message(bus, stream, {"seq": start, "next_by_subj": subject})
+
+
+async def message_at(bus: Bus, stream: str, sequence: int) -> LaneMessage | None:
+    """The message with a sequence, as :func:`next_message`."""
+    return await _message(bus, stream, {"seq": sequence})
+
+
+async def _message(bus: Bus, stream: str, request: dict[str, Any]) -> LaneMessage | None:
+    try:
+        message = (await bus.api(f"STREAM.MSG.GET.{stream}", request))["message"]
+    except JetStreamError as error:
+        if error.err_code != MESSAGE_NOT_FOUND:
+            raise
+        return None
+    lines = base64.b64decode(message.get("hdrs", "")).decode(errors="replace").split("\r\n")
+    found = [value.strip() for name, _, value in (line.partition(":") for line in lines) if name == "Nats-Msg-Id"]
+    return LaneMessage(int(message["seq"]), message["subject"], found[0] if found else "")
+
+
+def _consumer(item: dict[str, Any]) -> ConsumerState:
+    return ConsumerState(
+        item["name"],
+        int(item["delivered"]["stream_seq"]),
+        int(item["ack_floor"]["stream_seq"]),
+        int(item["num_pending"]),
+        int(item["num_ack_pending"]),
+    )
+
+
+async def _asked(bus: Bus, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    """An answer about a stream or consumer; an empty one when there is no such thing."""
+    try:
+        # in a cluster a list waits for servers that are away
+        return await bus.api(path, body, timeout=5.0 if path.startswith("CONSUMER.LIST.") else 2.0)
+    except JetStreamError as error:
+        if error.err_code not in (STREAM_NOT_FOUND, CONSUMER_NOT_FOUND):
+            raise
+        return {}
+
+
+async def remove_lane(bus: Bus, lane: Lane) -> None:
+    """Remove a lane's consumer; safe to repeat. Messages stay.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
+    try:
+        await bus.api(f"CONSUMER.DELETE.{bus.names.lane_stream(lane)}.{bus.names.lane_consumer(lane)}")
+    except JetStreamError as error:
+        if error.err_code not in (CONSUMER_NOT_FOUND, STREAM_NOT_FOUND):
+            raise

@@ -1,0 +1,397 @@
+"""Streams, buckets and lane consumers, as the platform needs them. Only the dispatcher creates them, and only an
+administrator's login changes a stream that is there: see :mod:`tether.streams.updates`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from tether.bus.bus import Bus
+from tether.bus.errors import JetStreamError
+from tether.domain.job import LONGEST_DEADLINE_S, SHARED, Lane, LaneKind, Priority
+from tether.errors import PermissionDenied, QueueFull, StorageFull, TetherError
+from tether.process import metrics
+from tether.settings import Settings
+from tether.wire.subjects import BUCKETS, Names, scope_token
+
+log = logging.getLogger(__name__)
+
+NANOSECONDS = 1_000_000_000
+MAX_CONSUMERS = 20_000
+"""The server's default cap of 1,000 lanes a stream is too low."""
+
+BOUNDED_BUCKETS = ("jobs", "attempts", "liveness", "puts")
+"""Buckets that grow with what clients do, and so have bounds of their own."""
+
+DUPLICATES_S = 30
+"""How long an infer stream knows a message by its id."""
+JOBS, RESULTS, RECORDS, DEAD, NOTES = 8, 9, 6, 2, 1
+"""How many 64ths of the disk each of these stores may use. A small job takes about 570 bytes of records and 450 of results."""
+
+ENDS = 1 / 16
+"""Part of the results that only ends without outputs may use: there is room for them when outputs have filled the rest."""
+
+PUTS = 256
+"""What part of the disk the notes of sent pieces may use, taken from the share of ``attempts``; the oldest give way."""
+
+RESULT_MARGIN_S = 120
+"""A result may be kept this much longer than the record of its job."""
+
+STREAM_NOT_FOUND = 10059
+PRIORITY_GROUP = "lane"
+_JUST_MADE_S = 1.0
+_MB = 1 << 20
+_SIDE_BY_SIDE = 8
+
+
+def streams(names: Names, settings: Settings) -> list[dict[str, Any]]:
+    """The configuration of every stream and bucket, in JetStream API form."""
+    memory = settings.max_memory_mb * _MB
+    audit = _audit_mb(settings) * _MB
+    disk = _rest(settings)
+    infer = [_infer(names, shard, memory // (2 * names.infer_shards)) for shard in range(names.infer_shards)]
+    jobs = [_jobs(names, shard, disk * JOBS // (64 * names.job_shards), settings) for shard in range(names.job_shards)]
+    buckets = [_bucket(names, name, settings) for name in BUCKETS if name not in BOUNDED_BUCKETS]
+    notes_ns = int(settings.result_ttl_s * NANOSECONDS)
+    puts = disk // PUTS
+    puts_ns = int(settings.upload_ttl_s * NANOSECONDS)
+    return [
+        *infer,
+        *jobs,
+        _results(names, SHARED, disk * RESULTS // 64, settings),
+        _dead(names, disk * DEAD // 64, settings),
+        _audit(names, audit, settings),
+        *buckets,
+        _bucket(names, "jobs", settings, max_bytes=disk * RECORDS // 64, max_age=_longest_ns(settings)),
+        _bucket(names, "attempts", settings, max_bytes=disk * NOTES // 64 - puts, max_age=notes_ns, discard="old"),
+        _bucket(names, "liveness", settings, storage="memory", max_bytes=memory // 16, max_age=60 * NANOSECONDS),
+        _bucket(names, "puts", settings, max_bytes=puts, max_age=puts_ns, discard="old"),
+        *(_objects(names, bucket, settings) for bucket in names.chunk_buckets()),
+    ]
+
+
+def _audit_mb(settings: Settings) -> int:
+    return settings.audit_max_mb or settings.max_file_mb // 16
+
+
+def _rest(settings: Settings) -> int:
+    """Bytes that everything but the audit log shares: of a sixteenth more than there is, it leaves a sixteenth."""
+    return (settings.max_file_mb - _audit_mb(settings)) * _MB * 16 // 15
+
+
+def scope_streams(names: Names, scope: str, settings: Settings) -> list[dict[str, Any]]:
+    """The streams of one isolated tenant: a quarter of the memory and an eighth of the disk are for all of them."""
+    memory = settings.max_memory_mb * _MB // 4 // settings.isolated_tenants
+    disk = _rest(settings) // 16 // settings.isolated_tenants
+    shard = scope_token(scope)
+    return [
+        # few lanes, and a name that no permission can list: it is not made again, it has copies
+        _infer(names, shard, memory, replicas=settings.replicas),
+        _jobs(names, shard, disk, settings),
+        _results(names, scope, disk, settings),
+    ]
+
+
+def _infer(names: Names, shard: int | str, max_bytes: int, *, replicas: int = 1) -> dict[str, Any]:
+    return {
+        "name": names.infer_stream(shard),
+        "subjects": [names.infer_subjects(shard)],
+        "storage": "memory",
+        "retention": "workqueue",
+        "discard": "new",
+        "max_bytes": max_bytes,
+        "max_consumers": MAX_CONSUMERS,
+        "allow_msg_ttl": True,
+        "duplicate_window": DUPLICATES_S * NANOSECONDS,
+        "num_replicas": replicas,
+    }
+
+
+def _jobs(names: Names, shard: int | str, max_bytes: int, settings: Settings) -> dict[str, Any]:
+    return {
+        "name": names.jobs_stream(shard),
+        "subjects": [names.jobs_subjects(shard)],
+        "storage": "file",
+        "retention": "workqueue",
+        "discard": "new",
+        "max_bytes": max_bytes,
+        "max_consumers": MAX_CONSUMERS,
+        # jobs have none: a gateway's probes go by themselves
+        "allow_msg_ttl": True,
+        "duplicate_window": 120 * NANOSECONDS,
+        "num_replicas": settings.replicas,
+    }
+
+
+def _longest_ns(settings: Settings) -> int:
+    """How long the record of a job is kept that ends as late as it may, where no dispatcher removes it."""
+    return int((LONGEST_DEADLINE_S + settings.result_ttl_s) * NANOSECONDS)
+
+
+def _results(names: Names, scope: str, max_bytes: int, settings: Settings) -> dict[str, Any]:
+    return {
+        "name": names.scope_results_stream(scope),
+        "subjects": [names.results(scope)],
+        # the dispatcher counts open jobs by it
+        "republish": {
+            "src": names.results(scope),
+            "dest": names.ended("{{wildcard(1)}}", scope),
+            "headers_only": True,
+        },
+        "storage": "file",
+        "retention": "limits",
+        "discard": "new",
+        "discard_new_per_subject": True,
+        "max_msgs_per_subject": 1,
+        # the dispatcher removes them long before
+        "max_age": _longest_ns(settings) + RESULT_MARGIN_S * NANOSECONDS,
+        "max_bytes": max_bytes,
+        "allow_direct": True,
+        "allow_msg_ttl": True,
+        "num_replicas": settings.replicas,
+    }
+
+
+def _dead(names: Names, max_bytes: int, settings: Settings) -> dict[str, Any]:
+    return {
+        "name": names.dead_stream,
+        "subjects": [names.dead_subjects()],
+        "storage": "file",
+        "retention": "limits",
+        # the newest are those that somebody still looks for
+        "discard": "old",
+        "max_age": 30 * 86400 * NANOSECONDS,
+        "max_bytes": max_bytes,
+        "allow_direct": True,
+        "num_replicas": settings.replicas,
+    }
+
+
+def _audit(names: Names, max_bytes: int, settings: Settings) -> dict[str, Any]:
+    return {
+        "name": names.audit_stream,
+        "subjects": [names.audit_subjects()],
+        "storage": "file",
+        "retention": "limits",
+        "discard": "new",
+        "max_age": settings.audit_retention_days * 86400 * NANOSECONDS,
+        "max_bytes": max_bytes,
+        "compression": "s2",
+        "allow_direct": True,
+        "deny_delete": True,
+        "deny_purge": True,
+        "duplicate_window": 120 * NANOSECONDS,
+        "num_replicas": settings.replicas,
+    }
+
+
+def _bucket(
+    names: Names,
+    name: str,
+    settings: Settings,
+    *,
+    storage: str = "file",
+    max_bytes: int = -1,
+    max_age: int = 0,
+    discard: str = "new",
+) -> dict[str, Any]:
+    return {
+        "name": names.bucket_stream(name),
+        "subjects": [names.bucket_key(name, ">")],
+        "storage": storage,
+        "retention": "limits",
+        "discard": discard,
+        "max_msgs_per_subject": 1,
+        "max_bytes": max_bytes,
+        "max_age": max_age,
+        "allow_direct": True,
+        "allow_msg_ttl": True,
+        "allow_rollup_hdrs": False,
+        "deny_delete": True,
+        "num_replicas": settings.replicas,
+    }
+
+
+def _objects(names: Names, bucket: str, settings: Settings) -> dict[str, Any]:
+    return {
+        "name": names.object_stream(bucket),
+        "subjects": [names.object_chunk(bucket, ">"), names.object_meta(bucket, ">")],
+        "storage": "file",
+        "retention": "limits",
+        "discard": "new",
+        "max_bytes": _rest(settings) * 3 // 8 // names.partitions,
+        "allow_direct": True,
+        "allow_rollup_hdrs": True,
+        "num_replicas": settings.store_replicas or settings.replicas,
+    }
+
+
+async def ensure_platform(bus: Bus, settings: Settings) -> None:
+    """Create what is missing and bring the rest up to date; safe to repeat.
+
+    Raises:
+        JetStreamError: the server refuses a configuration (a limit that is too low, say).
+        BrokerUnavailable: it does not answer.
+        TetherError: in any case of the first stream that failed, when all others were seen to.
+    """
+    for error in (await ensure_streams(bus, streams(bus.names, settings))).values():
+        raise error
+
+
+async def ensure_streams(
+    bus: Bus, configs: Sequence[dict[str, Any]], as_they_are: set[str] | None = None
+) -> dict[str, TetherError]:
+    """Create what is missing and bring the rest up to date, each by itself: one that does not answer holds up no other one.
+    Returns what went wrong, by stream. ``as_they_are``: streams that this identity may not change, which is no failure; those
+    that it learns of are added."""
+    failed: dict[str, TetherError] = {}
+    gate = asyncio.Semaphore(_SIDE_BY_SIDE)
+
+    async def ensure(config: dict[str, Any]) -> None:
+        async with gate:
+            try:
+                await _ensure_stream(bus, config, as_they_are)
+            except TetherError as error:
+                failed[config["name"]] = error
+
+    await asyncio.gather(*map(ensure, configs))
+    # what grows may need the room that another one leaves
+    for config in [config for config in configs if isinstance(failed.get(config["name"]), QueueFull | StorageFull)]:
+        del failed[config["name"]]
+        await ensure(config)
+    return failed
+
+
+async def ensure_scope(bus: Bus, scope: str, settings: Settings, as_they_are: set[str] | None = None) -> None:
+    """:func:`ensure_streams` for those of one isolated tenant.
+
+    Raises:
+        QueueFull, StorageFull: the broker has no room for them.
+        PermissionDenied: no worker is bound to the tenant, so this identity may not make them.
+        JetStreamError, BrokerUnavailable
+    """
+    for error in (await ensure_streams(bus, scope_streams(bus.names, scope, settings), as_they_are)).values():
+        raise error
+
+
+async def scopes_with_streams(bus: Bus) -> set[str]:
+    """The tenants that have streams of their own, also those that are not isolated any more."""
+    found: set[str] = set()
+    seen, total = 0, 1
+    while seen < total:
+        answer = await bus.api("STREAM.NAMES", {"subject": bus.names.every_job(), "offset": seen})
+        names = answer.get("streams") or []
+        found.update(scope for name in names if (scope := bus.names.stream_scope(name)) is not None)
+        seen, total = seen + len(names), int(answer["total"]) if names else 0
+    return found
+
+
+async def is_empty(bus: Bus, scope: str) -> bool:
+    """Whether no job waits or runs in the lanes of an isolated tenant."""
+    for stream in (bus.names.scope_infer_stream(scope), bus.names.scope_jobs_stream(scope)):
+        try:
+            info = await bus.api(f"STREAM.INFO.{stream}")
+        except JetStreamError as error:
+            if error.err_code != STREAM_NOT_FOUND:
+                raise
+            continue
+        if info["state"]["messages"]:
+            return False
+    return True
+
+
+async def compared_stream(bus: Bus, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A stream's configuration as it is, empty when there is none, and the fields that ``config`` has otherwise.
+
+    Raises:
+        JetStreamError, BrokerUnavailable
+    """
+    try:
+        current: dict[str, Any] = (await bus.api(f"STREAM.INFO.{config['name']}"))["config"]
+    except JetStreamError as error:
+        if error.err_code != STREAM_NOT_FOUND:
+            raise
+        return {}, []
+    return current, sorted(key for key, value in config.items() if current.get(key, _absent(value)) != value)
+
+
+async def _ensure_stream(bus: Bus, config: dict[str, Any], as_they_are: set[str] | None) -> None:
+    name = config["name"]
+    current, changed = await compared_stream(bus, config)
+    if not current:
+        await bus.api(f"STREAM.CREATE.{name}", config)
+        return
+    if not changed or (as_they_are is not None and name in as_they_are):
+        return
+    fields = ", ".join(changed)
+    try:
+        await bus.api(f"STREAM.UPDATE.{name}", {**current, **config})
+    except PermissionDenied:
+        if as_they_are is None:
+            raise
+        as_they_are.add(name)
+        log.warning(
+            "stream %s stays as it is: %s should change; run 'tether streams --apply' where the admin's keys are",
+            name,
+            fields,
+            extra={"action": "stream_not_updated"},
+        )
+    else:
+        log.info("stream %s: brought %s up to date", name, fields, extra={"action": "stream_updated"})
+
+
+def _absent(value: object) -> object:
+    """What a field the server leaves out of its answer stands for."""
+    return False if isinstance(value, bool) else 0 if isinstance(value, int) else None
+
+
+def lanes_of(model: str, version: int, region: str, scope: str = SHARED) -> list[Lane]:
+    """Every lane of a version in a region and scope: one for waiting callers, one for each priority of jobs."""
+    infer = Lane(LaneKind.INFER, model, version, region, scope)
+    return [infer, *(Lane(LaneKind.JOB, model, version, region, scope, level) for level in Priority)]
+
+
+def lane_config(names: Names, lane: Lane, settings: Settings) -> dict[str, Any]:
+    """The configuration of a lane's durable pull consumer, in JetStream API form."""
+    name = names.lane_consumer(lane)
+    wait = settings.infer_ack_wait_s if lane.kind is LaneKind.INFER else settings.jobs_ack_wait_s
+    return {
+        "name": name,
+        "durable_name": name,
+        "filter_subject": names.lane(lane),
+        "ack_policy": "explicit",
+        "deliver_policy": "all",
+        "replay_policy": "instant",
+        "ack_wait": int(wait * NANOSECONDS),
+        "max_deliver": -1,
+        "max_ack_pending": 20_000,
+        "max_waiting": 4096,
+        "priority_groups": [PRIORITY_GROUP],
+        "priority_policy": "prioritized",
+    }
+
+
+async def ensure_lane(bus: Bus, lane: Lane, settings: Settings) -> None:
+    """Create the durable pull consumer of a lane, or bring it up to date."""
+    config = lane_config(bus.names, lane, settings)
+    stream, name, subject = bus.names.lane_stream(lane), config["name"], config["filter_subject"]
+    create = f"CONSUMER.CREATE.{stream}.{name}.{subject}", {"stream_name": stream, "config": config}
+    made = await bus.api(*create)
+    if lane.kind is LaneKind.JOB and await _is_ahead(bus, made):
+        await bus.api(f"CONSUMER.DELETE.{stream}.{name}")
+        await bus.api(*create)
+        metrics.LANES_MADE_AGAIN.labels("ahead").inc()
+        log.warning("lane %s: its consumer was ahead of its stream", subject, extra={"action": "lane_made_again"})
+
+
+async def _is_ahead(bus: Bus, made: dict[str, Any]) -> bool:
+    """Whether a consumer was just made over the files of one that had delivered more than its stream has: a power cut
+    can empty the description of a consumer and keep what it had delivered."""
+    age = datetime.fromisoformat(made["ts"]) - datetime.fromisoformat(made["created"])
+    if not made["delivered"]["stream_seq"] or age.total_seconds() > _JUST_MADE_S:
+        return False
+    last = (await bus.api(f"STREAM.INFO.{made['stream_name']}"))["state"]["last_seq"]
+    return bool(made["delivered"]["stream_seq"] > last)

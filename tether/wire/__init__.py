@@ -1,0 +1,1 @@
+"""Bytes between processes: msgpack, JSON tensors, NATS subjects."""

@@ -1,0 +1,301 @@
+"""Every stream, subject, bucket and consumer name: built and parsed here alone.
+
+Names that clients choose match ``[a-z0-9][a-z0-9._-]*`` (see :func:`tether.domain.manifest.check_name`); a dot would split a
+subject, so it is written ``=``, which no name can hold. A model of another tenant than ``default`` is called ``tenant/model``
+(see :mod:`tether.domain.model_names`); the slash stays, but in names of consumers, which cannot have one.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+from tether.domain.job import SHARED, Lane, LaneKind, Priority
+
+BUCKETS = (
+    "liveness",
+    "models",
+    "aliases",
+    "configs",
+    "notes",
+    "leases",
+    "routes",
+    "assign",
+    "keyset",
+    "apikeys",
+    "keyuse",
+    "tenants",
+    "tenantkeys",
+    "modelkeys",
+    "jobs",
+    "attempts",
+    "puts",
+)
+"""Every key-value bucket of the platform."""
+
+
+def token(name: str) -> str:
+    """A client-chosen name as one subject token."""
+    return name.replace(".", "=")
+
+
+def name_of(subject_token: str) -> str:
+    """The client-chosen name that :func:`token` wrote."""
+    return subject_token.replace("=", ".")
+
+
+def scope_token(scope: str) -> str:
+    """The token of an isolated tenant's own streams and keys; no shard number and no job id looks like it."""
+    return f"={token(scope)}"
+
+
+class Names:
+    """All names of one platform. Two platforms with different prefixes can share a server."""
+
+    def __init__(
+        self, prefix: str = "tether", *, infer_shards: int = 1, job_shards: int = 1, partitions: int = 1
+    ) -> None:
+        self.prefix = prefix
+        self.infer_shards = infer_shards
+        self.job_shards = job_shards
+        self.partitions = partitions
+        self._upper = prefix.upper()
+        self.results_stream = f"{self._upper}_RESULTS"
+        self.dead_stream = f"{self._upper}_DEAD"
+        self.audit_stream = f"{self._upper}_AUDIT"
+
+    # streams
+
+    def infer_stream(self, shard: int | str) -> str:
+        return f"{self._upper}_INFER_{shard}"
+
+    def is_infer_stream(self, stream: str) -> bool:
+        return stream.startswith(self.infer_stream(""))
+
+    def jobs_stream(self, shard: int | str) -> str:
+        return f"{self._upper}_JOBS_{shard}"
+
+    def lane_stream(self, lane: Lane) -> str:
+        """The stream that holds a lane: its model's shard, or its isolated tenant's own."""
+        if lane.kind is LaneKind.INFER:
+            return self.infer_stream(self._infer_shard(lane))
+        return self.jobs_stream(self._jobs_shard(lane))
+
+    def infer_subjects(self, shard: int | str) -> str:
+        return f"{self.prefix}.infer.{shard}.>"
+
+    def jobs_subjects(self, shard: int | str) -> str:
+        return f"{self.prefix}.job.{shard}.>"
+
+    def every_job(self) -> str:
+        """The jobs lanes of all scopes."""
+        return f"{self.prefix}.job.>"
+
+    def _infer_shard(self, lane: Lane) -> int | str:
+        return _shard(lane.model, self.infer_shards) if lane.scope == SHARED else scope_token(lane.scope)
+
+    def _jobs_shard(self, lane: Lane) -> int | str:
+        return _shard(lane.model, self.job_shards) if lane.scope == SHARED else scope_token(lane.scope)
+
+    def scope_infer_stream(self, scope: str) -> str:
+        """The infer stream of an isolated tenant."""
+        return self.infer_stream(scope_token(scope))
+
+    def scope_jobs_stream(self, scope: str) -> str:
+        return self.jobs_stream(scope_token(scope))
+
+    def scope_streams(self, scope: str) -> list[str]:
+        """The streams of an isolated tenant."""
+        return [self.scope_infer_stream(scope), self.scope_jobs_stream(scope), self.scope_results_stream(scope)]
+
+    def stream_scope(self, stream: str) -> str | None:
+        """The isolated tenant whose jobs stream this is; None for every other stream."""
+        start = self.jobs_stream("=")
+        return name_of(stream[len(start) :]) if stream.startswith(start) else None
+
+    # lanes
+
+    def lane(self, lane: Lane) -> str:
+        """The subject bundles of a lane are published on."""
+        tail = f"{lane.region}.{token(lane.scope)}.{token(lane.model)}.{lane.version}"
+        if lane.kind is LaneKind.INFER:
+            return f"{self.prefix}.infer.{self._infer_shard(lane)}.{tail}"
+        return f"{self.prefix}.job.{self._jobs_shard(lane)}.{lane.priority.value}.{tail}"
+
+    def lane_consumer(self, lane: Lane) -> str:
+        """The durable pull consumer of a lane; unique within its stream, since no name can hold a ``+``."""
+        level = "" if lane.kind is LaneKind.INFER else f"{lane.priority.value}+"
+        return f"{level}{lane.region}+{token(lane.scope)}+{token(lane.model).replace('/', '~')}+{lane.version}"
+
+    def parse_lane_consumer(self, consumer: str) -> Lane | None:
+        """The lane that a consumer of a lane's stream is for, or None when it is no lane's."""
+        parts = consumer.split("+")
+        kind, priority = LaneKind.INFER, Priority.NORMAL
+        try:
+            if len(parts) == 5:
+                kind, priority = LaneKind.JOB, Priority(parts.pop(0))
+            region, scope, model, version = parts
+            return Lane(kind, name_of(model.replace("~", "/")), int(version), region, name_of(scope), priority)
+        except ValueError:
+            return None
+
+    def parse_lane(self, subject: str) -> Lane | None:
+        """The lane of a subject, or None when it is no lane of this platform."""
+        parts = subject.split(".")
+        try:
+            if parts[0] != self.prefix:
+                return None
+            if parts[1] == "infer":
+                _, _, _, region, scope, model, version = parts
+                return Lane(LaneKind.INFER, name_of(model), int(version), region, name_of(scope))
+            if parts[1] == "job":
+                _, _, _, priority, region, scope, model, version = parts
+                return Lane(LaneKind.JOB, name_of(model), int(version), region, name_of(scope), Priority(priority))
+        except (ValueError, IndexError):
+            return None
+        return None
+
+    # what gateways write to see that streams take messages; no lane, job or result has such a name
+
+    def infer_probe(self, shard: int | str) -> str:
+        return f"{self.prefix}.infer.{shard}.probe"
+
+    def jobs_probe(self, shard: int | str) -> str:
+        return f"{self.prefix}.job.{shard}.probe"
+
+    def result_probe(self, gateway: str) -> str:
+        """``gateway`` is one run of one gateway."""
+        return self.result(f"probe-{gateway}")
+
+    # what nobody waits for any more
+
+    def withdrawn(self, lane: Lane) -> str:
+        """Where the workers of an infer lane hear of jobs that nobody waits for any more; plain NATS, nothing is stored."""
+        return f"{self.prefix}.withdrawn.{lane.region}.{token(lane.scope)}.{token(lane.model)}.{lane.version}"
+
+    def all_withdrawn(self, scope: str = "*") -> str:
+        """:meth:`withdrawn` of every lane, or of those of one scope."""
+        return f"{self.prefix}.withdrawn.*.{scope if scope == '*' else token(scope)}.*.*"
+
+    # results, replies, dead letters
+
+    def result(self, job: str, scope: str = SHARED) -> str:
+        return f"{self.prefix}.result.{job}" if scope == SHARED else f"{self.prefix}.result.{scope_token(scope)}.{job}"
+
+    def results(self, scope: str = SHARED) -> str:
+        """Every result of a scope; an isolated tenant's are a level deeper."""
+        return self.result("*", scope)
+
+    def ended(self, job: str, scope: str = SHARED) -> str:
+        """Where the results stream publishes again, without its body, that a job has ended."""
+        return f"{self.prefix}.ended.{job}" if scope == SHARED else f"{self.prefix}.ended.{scope_token(scope)}.{job}"
+
+    def every_end(self) -> str:
+        """:meth:`ended` for all jobs of all scopes."""
+        return f"{self.prefix}.ended.>"
+
+    def scope_results_stream(self, scope: str) -> str:
+        """The stream of a scope's results."""
+        return self.results_stream if scope == SHARED else f"{self.results_stream}_{scope_token(scope)}"
+
+    def attempt_key(self, id: str, scope: str = SHARED) -> str:
+        """The key of an attempt note in its bucket. The scope comes last: a worker's right to read, which leaves the
+        id open, then ends in the scope, and no wildcard that it might put in the id's place reaches another scope's."""
+        return f"{id}.{SHARED if scope == SHARED else scope_token(scope)}"
+
+    def reply(self, gateway: str) -> str:
+        """Where a gateway takes reply bundles; ``gateway`` is one run of one gateway."""
+        return f"{self.prefix}.reply.{gateway}"
+
+    def dead(self, lane: Lane) -> str:
+        return f"{self.prefix}.dead.{token(lane.scope)}.{token(lane.model)}.{lane.version}"
+
+    def dead_subjects(self, scope: str = "") -> str:
+        """Every dead letter, or those of one scope."""
+        return f"{self.prefix}.dead.{token(scope)}.>" if scope else f"{self.prefix}.dead.>"
+
+    # audit and limits
+
+    def audit(self, tenant: str, kind: str) -> str:
+        """Entries of one tenant and kind; ``-`` stands for no tenant."""
+        return f"{self.prefix}.audit.{token(tenant) or '-'}.{kind}"
+
+    def audit_subjects(self) -> str:
+        return f"{self.prefix}.audit.>"
+
+    def demand(self) -> str:
+        """Where gateways tell one another what each key asked of them; plain NATS, nothing is stored."""
+        return f"{self.prefix}.demand"
+
+    # services
+
+    def service(self, name: str) -> str:
+        """The request subject of a service endpoint such as ``registerWorker``."""
+        return f"{self.prefix}.svc.{name}"
+
+    def store_service(self, name: str, partition: int, epoch: int) -> str:
+        """The request subject of a model store that looks after a partition; whoever did so before hears nothing of it."""
+        return f"{self.service(name)}.{partition}.{epoch}"
+
+    def wanted(self, worker: str) -> str:
+        """Where one worker is asked for pieces that the store has lost."""
+        return f"{self.prefix}.wanted.{worker if worker == '*' else token(worker)}"
+
+    def piece(self, worker: str) -> str:
+        """Where one worker sends them."""
+        return f"{self.prefix}.piece.{worker if worker == '*' else token(worker)}"
+
+    def store_services(self, name: str) -> str:
+        """:meth:`store_service` for all of them."""
+        return f"{self.service(name)}.*.*"
+
+    # key-value buckets: see BUCKETS
+
+    def bucket(self, name: str) -> str:
+        return f"{self._upper}_{name}"
+
+    def bucket_stream(self, name: str) -> str:
+        return f"KV_{self.bucket(name)}"
+
+    def bucket_key(self, name: str, key: str) -> str:
+        """The subject of one entry."""
+        return f"$KV.{self.bucket(name)}.{key}"
+
+    def version_key(self, model: str, version: int, scope: str = SHARED) -> str:
+        """The key of a version, or of its route in a scope."""
+        key = f"{token(model)}.{version}"
+        return key if scope == SHARED else f"{key}.{scope_token(scope)}"
+
+    # model chunks, in JetStream object-store form (NATS ADR-20)
+
+    def partition(self, model: str) -> int:
+        """Where the pieces of new versions of a model go; a version says in its manifest where its own are."""
+        return _shard(model, self.partitions)
+
+    def chunk_bucket(self, model: str) -> str:
+        return self.partition_bucket(self.partition(model))
+
+    def partition_bucket(self, partition: int) -> str:
+        return f"{self._upper}_CHUNKS_{partition}"
+
+    def chunk_buckets(self) -> list[str]:
+        return [self.partition_bucket(partition) for partition in range(self.partitions)]
+
+    def object_stream(self, bucket: str) -> str:
+        return f"OBJ_{bucket}"
+
+    def object_chunk(self, bucket: str, nuid: str) -> str:
+        return f"$O.{bucket}.C.{nuid}"
+
+    def object_meta(self, bucket: str, encoded_name: str) -> str:
+        return f"$O.{bucket}.M.{encoded_name}"
+
+    # inboxes
+
+    def inbox(self, role: str, identity: str) -> str:
+        """The inbox prefix of one identity: it may subscribe below it and nowhere else."""
+        return f"_INBOX.{self.prefix}.{role}.{token(identity)}"
+
+
+def _shard(name: str, shards: int) -> int:
+    """Stable over processes and versions, unlike ``hash``."""
+    return zlib.crc32(name.encode()) % shards

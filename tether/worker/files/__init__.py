@@ -1,0 +1,1 @@
+"""Files of model versions on a worker's disk."""

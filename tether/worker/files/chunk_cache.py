@@ -1,0 +1,384 @@
+"""A worker's cache of pieces of model files. Disposable: without it, or after it was lost, pieces are fetched again.
+
+So nothing that goes wrong with it is an error: what is damaged or full is made anew, and when that fails there is no
+cache for a while. See docs/adr/0017-worker-cache.md.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from tether.domain.chunking import digest_of
+from tether.process import metrics
+from tether.process.data_dir import check_folder, private_folder
+from tether.worker.files import lmdb_chunks
+from tether.worker.files.lmdb_chunks import DATA, Damaged, Full, PieceDb
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+BATCH = 8 << 20
+"""Most bytes of pieces that are stored in one transaction."""
+_FILLED = 0.75
+"""How much of the file pieces may take: the rest is for what LMDB cannot reuse yet."""
+_LEAST = 4 << 20
+"""A file of fewer bytes is not worth having."""
+_TRY_S = 120.0
+"""How long a file may take to be tried out."""
+_MAPPED = 48 << 20
+"""After reading this many bytes the file is opened anew: what was read through its mapping counts as memory."""
+_UNCLEAN = 3
+"""After this many ends in a row that were not orderly, the file itself is suspected."""
+
+
+Opened = Callable[[str, bytes], bytes | None]
+"""What a piece is, from its name and what is kept; None when that is not what was stored. Blocks."""
+
+
+def intact(digest: str, piece: bytes) -> bytes | None:
+    """A piece that is kept as it is."""
+    return piece if digest_of(piece) == digest else None
+
+
+def as_it_is(digest: str, piece: bytes) -> bytes | None:
+    """A piece that was found intact just now."""
+    del digest
+    return piece
+
+
+class ChunkCache:
+    """Pieces by digest, in a file of at most ``budget`` bytes that leaves ``reserve`` bytes of the disk free.
+
+    The file is opened at the first use, by one process at a time; another one that uses the folder goes without. Every
+    method blocks and may be called from any thread. A process that was forked from the one that opened it has no cache.
+
+    Raises:
+        ConfigError: others may write into the folder.
+    """
+
+    def __init__(self, folder: Path, budget: int, reserve: int) -> None:
+        self._folder = folder
+        self._budget = budget
+        self._reserve = reserve
+        self._lock = threading.RLock()
+        self._lock_file: int | None = None
+        self._db: PieceDb | None = None
+        self._owner = 0
+        self._mapped = 0
+        self._map_size = 0
+        self._left: tuple[int, ...] = ()
+        self._closed = False
+        self._sizes: OrderedDict[str, int] = OrderedDict()
+        self._capacity = 0
+        self._bytes = 0
+        self._clock = 0
+        self._touched: set[str] = set()
+        if budget:
+            private_folder(folder)
+            check_folder(folder)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the pieces that are kept."""
+        return self._bytes
+
+    def held(self, digests: Iterable[str]) -> set[str]:
+        """Those of ``digests`` that are here; whether they are intact is known when they are read."""
+        with self._lock:
+            found = [digest for digest in digests if digest in self._sizes] if self._opened() else []
+            for digest in found:
+                self._use(digest)
+            return set(found)
+
+    def read(self, digest: str, opened: Opened = intact) -> bytes | None:
+        """A piece as ``opened`` makes it of what is kept; None when there is none such, or it is not intact."""
+        with self._lock:
+            if self._opened() is None or digest not in self._sizes:
+                return None
+            piece = self._guarded(lambda db: db.get(digest))
+            self._unmap(len(piece or b""))
+            self._use(digest)
+        found = None if piece is None else opened(digest, piece)
+        if found is None:
+            self._forget(digest)
+        return found
+
+    def keep(self, pieces: Iterable[tuple[str, bytes]], opened: Opened = intact) -> int:
+        """Store pieces that are not here, those that ``opened`` finds intact; returns their bytes.
+
+        What was not used for the longest time makes room. What does not fit as a whole is kept in part.
+        """
+        with self._lock:
+            if self._opened() is None:
+                return 0
+        batch: dict[str, bytes] = {}
+        fresh: set[str] = set()
+        kept = size = 0
+        for digest, piece in pieces:
+            if digest in self._sizes or digest in batch or opened(digest, piece) is None:
+                continue
+            batch[digest] = piece
+            size += len(piece)
+            if size >= min(BATCH, self._capacity // 8):
+                if not self._store(batch, fresh):
+                    return kept
+                kept += size
+                batch, size = {}, 0
+        return kept + size if batch and self._store(batch, fresh) else kept
+
+    def drop(self, reason: str) -> None:
+        """Delete everything; the next use makes it anew. ``reason`` is one word for the metric."""
+        with self._lock, suppress(OSError):
+            if self._budget and self._locked():
+                self._close_db()
+                self._delete(reason)
+
+    def rest(self) -> None:
+        """Close the file in order until it is used again."""
+        with self._lock:
+            if not self._mine():
+                return
+            if rows := self._rows({}):
+                self._guarded(lambda db: db.put((), rows))
+            if self._db is not None:
+                self._close_db()
+                with suppress(OSError):  # the disk is full, or somebody deleted the file
+                    self._left = self._looks()
+                    self._state.write_text(f"closed {self._left}")
+
+    def close(self) -> None:
+        """End the use of the file. What other threads still want is refused."""
+        self._closed = True
+        with self._lock:
+            self.rest()
+            if self._lock_file is not None:
+                os.close(self._lock_file)
+                self._lock_file = None
+
+    def _store(self, batch: dict[str, bytes], fresh: set[str]) -> bool:
+        """Whether there was room without giving up what the same call has stored."""
+        with self._lock:
+            if self._opened() is None:
+                return False
+            new = {digest: piece for digest, piece in batch.items() if digest not in self._sizes}
+            fresh.update(batch)
+            if not self._make_room(sum(map(len, new.values())), fresh):
+                return False
+            rows = self._rows(batch)
+            self._guarded(lambda db: db.put(new.items(), rows))
+            if self._db is None:
+                return False
+            for digest, piece in batch.items():
+                self._sizes[digest] = len(piece)
+                self._sizes.move_to_end(digest)
+            self._count(sum(map(len, new.values())))
+            return True
+
+    def _make_room(self, size: int, fresh: set[str]) -> bool:
+        gone: list[str] = []
+        freed = 0
+        for digest, length in self._sizes.items():
+            if self._bytes - freed + size <= self._capacity:
+                break
+            if digest not in fresh:
+                gone.append(digest)
+                freed += length
+        if self._bytes - freed + size > self._capacity:
+            return False
+        if gone:
+            self._guarded(lambda db: db.delete(gone))
+            for digest in gone:
+                self._sizes.pop(digest, None)
+            self._count(-freed if self._db is not None else 0)
+        return self._db is not None
+
+    def _rows(self, batch: dict[str, bytes]) -> list[tuple[str, int, int]]:
+        """Sizes and times of use to write: of what was read since the last time, in the order of its use, and a batch."""
+        read = {digest: size for digest, size in self._sizes.items() if digest in self._touched}
+        self._touched.clear()
+        read.update({digest: len(piece) for digest, piece in batch.items()})
+        first = self._clock + 1
+        self._clock += len(read)
+        return [(digest, size, stamp) for stamp, (digest, size) in enumerate(read.items(), first)]
+
+    def _use(self, digest: str) -> None:
+        if digest in self._sizes:
+            self._sizes.move_to_end(digest)
+            self._touched.add(digest)
+
+    def _forget(self, digest: str) -> None:
+        with self._lock:
+            if digest in self._sizes:
+                log.warning("a cached piece was damaged", extra={"action": "cache_piece_damaged"})
+                metrics.CHUNK_CACHE_LOST.labels("piece").inc()
+                self._guarded(lambda db: db.delete([digest]))
+                self._count(-self._sizes.pop(digest, 0))
+
+    def _count(self, change: int) -> None:
+        self._bytes += change
+        metrics.CHUNK_CACHE_BYTES.set(self._bytes)
+
+    def _guarded(self, work: Callable[[PieceDb], T]) -> T | None:
+        """Do something with the file; one that turns out damaged or full is deleted."""
+        if self._db is None:
+            return None
+        try:
+            return work(self._db)
+        except Full as error:
+            self._lost("full", error)
+        except Damaged as error:
+            self._lost("damaged", error)
+        return None
+
+    def _lost(self, reason: str, error: Exception) -> None:
+        log.warning("the cache is made anew: %s", error, extra={"action": "cache_lost"})
+        self._close_db()
+        self._delete(reason)
+
+    def _mine(self) -> bool:
+        return self._db is not None and self._owner == os.getpid()
+
+    def _opened(self) -> PieceDb | None:
+        if self._db is not None:
+            return self._db if self._mine() else None
+        if self._closed or not self._budget:
+            return None
+        try:
+            self._open()
+        except (OSError, Full, Damaged) as error:
+            self._close_db()
+            self._delete("unusable")
+            log.warning("no cache of pieces: %s", error, extra={"action": "cache_unusable"})
+        return self._db
+
+    def _open(self) -> None:
+        """Open the file, when it is nobody else's, when there is room, and when it is sound.
+
+        Raises:
+            OSError, Full, Damaged: it cannot be used.
+        """
+        private_folder(self._folder)
+        if not self._locked():
+            log.warning("another process uses the cache of pieces", extra={"action": "cache_in_use"})
+            return
+        size = self._room()
+        unclean = self._unclean()
+        if self._data.exists() and (reason := self._suspect(size, unclean)):
+            log.warning("the cache is made anew: %s", reason, extra={"action": "cache_lost"})
+            self._delete(reason)
+            size, unclean = self._room(), 0
+        if size < _LEAST:
+            log.warning("too little free disk for a cache of pieces", extra={"action": "cache_no_room"})
+            return
+        self._state.write_text(f"open {unclean + 1}")
+        self._db = PieceDb(self._folder, size)
+        self._owner = os.getpid()
+        self._map_size = size
+        rows = self._db.rows()
+        self._sizes = OrderedDict((digest, size) for digest, size, _ in rows)
+        self._clock = rows[-1][2] if rows else 0
+        self._capacity = int(size * _FILLED)
+        self._count(sum(self._sizes.values()) - self._bytes)
+
+    def _unmap(self, size: int) -> None:
+        self._mapped += size
+        if self._mapped > _MAPPED and self._db is not None:
+            self._mapped = 0
+            self._db.close()
+            try:
+                self._db = PieceDb(self._folder, self._map_size)
+            except (Full, Damaged) as error:
+                self._db = None
+                self._lost("damaged", error)
+
+    def _looks(self) -> tuple[int, ...]:
+        found = self._data.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    def _locked(self) -> bool:
+        """Whether the folder is this process' own now."""
+        if self._lock_file is not None:
+            return True
+        descriptor = os.open(self._folder / "owner", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            return False
+        self._lock_file = descriptor
+        return True
+
+    def _room(self) -> int:
+        """Bytes that the file may have, in whole pages."""
+        used = self._data.stat().st_blocks * 512 if self._data.exists() else 0
+        free = shutil.disk_usage(self._folder).free + used - self._reserve
+        return max(0, min(self._budget, free)) // mmap.PAGESIZE * mmap.PAGESIZE
+
+    def _suspect(self, size: int, unclean: int) -> str:
+        """One word on why an existing file must go; empty when it may stay.
+
+        A child tries it, unless nobody touched it since this process did. What an orderly end left is not read as a whole.
+        """
+        looks = self._looks()
+        if looks[1] > size:
+            return "too_large"
+        if unclean >= _UNCLEAN:
+            return "suspected"
+        if not unclean and looks == self._left:
+            return ""
+        how = "whole" if unclean else "quick"
+        program = [sys.executable, "-I", lmdb_chunks.__file__, str(self._folder), str(size), how]
+        try:
+            done = subprocess.run(program, capture_output=True, timeout=_TRY_S, check=False)
+        except subprocess.TimeoutExpired:
+            return "slow"
+        return "" if done.returncode == 0 else "damaged"
+
+    def _unclean(self) -> int:
+        """How many times in a row the file was left without being closed; one that was changed since is not closed."""
+        try:
+            how, _, rest = self._state.read_text().partition(" ")
+            if how == "closed":
+                return int(rest != str(self._looks()))
+            return int(rest)
+        except (OSError, ValueError):
+            return int(self._data.exists())
+
+    def _close_db(self) -> None:
+        if self._db is not None and self._owner == os.getpid():
+            self._db.close()
+        self._db = None
+        self._sizes.clear()
+        self._touched.clear()
+        self._count(-self._bytes)
+
+    def _delete(self, reason: str) -> None:
+        """Only the file's owner may."""
+        if self._lock_file is None:
+            return
+        metrics.CHUNK_CACHE_LOST.labels(reason).inc()
+        for path in (self._data, self._folder / "lock.mdb", self._state):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    @property
+    def _data(self) -> Path:
+        return self._folder / DATA
+
+    @property
+    def _state(self) -> Path:
+        """How the file was left: ``closed`` and how it looked, or ``open`` and how many times in a row."""
+        return self._folder / "state"

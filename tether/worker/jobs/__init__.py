@@ -1,0 +1,1 @@
+"""Jobs in a worker: pulled, verified, run, answered."""

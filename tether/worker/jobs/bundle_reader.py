@@ -1,0 +1,141 @@
+"""What a worker took from a lane: verified before it is decoded, and how its jobs' ends reach whoever waits for them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+from tether.bus.bus import Bus
+from tether.bus.key_value.keyrings import Keyring
+from tether.crypto import MAX_SKEW_MS, Header, MessageType
+from tether.domain.job import Failure, Job, JobId, JobState, Lane, LaneKind, Outcome, as_it_counts
+from tether.errors import (
+    BadEncoding,
+    ClockSkew,
+    EnvelopeError,
+    EnvelopeExpired,
+    InferenceFailed,
+    KeyExpired,
+    SubjectMismatch,
+    UnknownKey,
+)
+from tether.process import metrics
+from tether.streams.lane_consumer import BusDelivery
+from tether.wire import codec
+from tether.worker.jobs import payload_encryption
+from tether.worker.jobs.outcome_publisher import Answers
+from tether.worker.scheduling.bundle import Bundle
+
+log = logging.getLogger(__name__)
+
+
+class Intake:
+    """Opens the deliveries of one model's lanes and answers them."""
+
+    def __init__(self, bus: Bus, keyring: Keyring, model: str) -> None:
+        self._bus = bus
+        self._keyring = keyring
+        self._settings = bus.settings
+        self._model = model
+        self.answers = Answers(bus)
+
+    async def open(self, delivery: BusDelivery) -> Bundle | None:
+        """Verify, then decode. What fails is acknowledged: delivering it again would change nothing.
+
+        Unless this worker's own clock may be to blame: then the bundle is left for another worker.
+        """
+        kind = MessageType.INFER if delivery.lane.kind is LaneKind.INFER else MessageType.JOB
+        try:
+            if delivery.subject != self._bus.names.lane(delivery.lane):
+                raise SubjectMismatch("the message did not come from the lane that was pulled")
+            envelope = self._bus.verified(delivery.frame, delivery.subject, kind, grace_ms=MAX_SKEW_MS)
+            self._check_expiry(envelope.header, delivery.subject)
+        except (ClockSkew, KeyExpired):
+            delivery.abandon()
+            return None
+        except UnknownKey:
+            # the key may be so new that this worker has not heard of it
+            await self._later(delivery)
+            return None
+        except EnvelopeError:
+            await delivery.ack()
+            return None
+        try:
+            bundle = Bundle(delivery, envelope.header, codec.decode_jobs(envelope.body, envelope.header.jobs))
+        except BadEncoding as error:
+            metrics.ENVELOPES_REJECTED.labels(error.code).inc()
+            await self._unreadable(Bundle(delivery, envelope.header, []))
+            return None
+        if not self._in_scope(delivery.lane, envelope.header, bundle.jobs):
+            metrics.ENVELOPES_REJECTED.labels(SubjectMismatch.code).inc()
+            log.error("another tenant's bundle", extra={"action": "scope_refused", "model": self._model})
+            await delivery.ack()
+            return None
+        if any(job.sealed is not None for job in bundle.jobs):
+            await self._unseal(bundle)
+        return bundle
+
+    def _check_expiry(self, header: Header, subject: str) -> None:
+        """By the dispatcher's clock: this machine's own may be off, and only for that a bundle had grace."""
+        late_ms = self._bus.clock.utc_ms() - header.expires_at
+        if header.expires_at and late_ms >= 0:
+            error = EnvelopeExpired(f"the bundle expired {late_ms} ms ago")
+            self._bus.count_refused(error, subject)
+            raise error
+
+    async def _unseal(self, bundle: Bundle) -> None:
+        """Open the jobs of sealed tenants; those that do not open end here and say why."""
+        jobs, refused = await payload_encryption.opened(self._keyring, bundle.jobs)
+        if refused:
+            name, now = self._bus.signer.name, self._bus.clock.utc()
+            ends = payload_encryption.refusals(refused, attempt=bundle.delivery.attempt, worker=name, now=now)
+            await self.deliver([bundle], ends)
+        bundle.jobs = jobs
+
+    async def _later(self, delivery: BusDelivery) -> None:
+        if delivery.attempt <= self._settings.max_attempts:
+            delivery.abandon()
+        else:
+            await delivery.ack()
+
+    def _in_scope(self, lane: Lane, header: Header, jobs: Sequence[Job]) -> bool:
+        """An isolated tenant's lane carries its jobs alone, and the shared lanes none that was meant for such a lane."""
+        if header.tenant != lane.tenant:
+            return False
+        return not lane.tenant or all(job.tenant == lane.tenant for job in jobs)
+
+    async def _unreadable(self, bundle: Bundle) -> None:
+        """A gateway signed it, so somebody waits for these jobs: they end here, although they cannot be run."""
+        failure = Failure(
+            InferenceFailed.code, "the worker cannot read the job; are gateway and worker of one version?"
+        )
+        name, now = self._bus.signer.name, self._bus.clock.utc()
+        ends = [
+            Outcome(JobId(job), JobState.FAILED, (), failure, bundle.delivery.attempt, name, 0.0, now)
+            for job in bundle.header.jobs
+        ]
+        log.error("a bundle cannot be read", extra={"action": "bundle_unreadable", "model": self._model})
+        await self.deliver([bundle], ends)
+        await bundle.delivery.ack()
+
+    async def deliver(self, bundles: Sequence[Bundle], outcomes: Sequence[Outcome]) -> None:
+        """Hand outcomes to whoever waits for them: results for jobs lanes, reply bundles for infer lanes."""
+        outcomes = payload_encryption.closed(
+            self._keyring, [job for bundle in bundles for job in bundle.jobs], outcomes
+        )
+        if bundles[0].durable:
+            deadlines = {job.id: job.deadline for bundle in bundles for job in bundle.jobs}
+            ends = [as_it_counts(outcome, deadlines.get(outcome.job, math.inf)) for outcome in outcomes]
+            await self.answers.commit(self._model, ends)
+            return
+        for outcome in outcomes:
+            metrics.JOBS_FINISHED.labels(self._model, outcome.state.value).inc()
+        by_id: dict[str, Outcome] = {outcome.job: outcome for outcome in outcomes}
+        by_reply: dict[str, list[Outcome]] = {}
+        for bundle in bundles:
+            found = [by_id[job] for job in bundle.header.jobs if job in by_id]
+            by_reply.setdefault(bundle.header.reply, []).extend(found)
+        for reply, group in by_reply.items():
+            if reply.startswith(self._bus.names.reply("")):
+                await self.answers.reply(reply, group)

@@ -1,0 +1,202 @@
+"""What a worker asks of the lanes of one version, so that its copies have work and other workers have what they could begin now.
+
+By ``least_connections`` a lane is asked while its next message is expected to begin soon (:mod:`tether.worker.scheduling.pull_pace`). When a
+run takes longer than that, requests are taken back, and messages of which nothing ran for :data:`HOLD_S` are handed back: another
+worker that waits gets them at once. By the other strategies a worker keeps its places, as docs/adr/0026-load-balancing.md says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+
+from tether.model.config import LoadBalancing
+from tether.process.clock import Clock
+from tether.streams.lane_consumer import LanePull
+from tether.worker.models.load_spec import Serving
+from tether.worker.runs.job_runs import Runs
+from tether.worker.scheduling import batching, pull_balance
+from tether.worker.scheduling.bundle import Bundle
+from tether.worker.scheduling.job_turns import LEVELS, RunQueue, Ticket, level_of
+from tether.worker.scheduling.pull_pace import AHEAD_S
+
+HOLD_S = 0.1
+"""How long a busy worker keeps a message of which no job runs."""
+
+_OPENING_S = 0.05
+"""How long a less urgent job waits for a more urgent message that has arrived and is being opened."""
+
+
+class Asking:
+    """The lanes of one version, by their level, and how many of its runs are made."""
+
+    def __init__(
+        self, pulls: Sequence[LanePull], queue: RunQueue, runs: Runs, clock: Clock, *, slots: int, weight: int
+    ) -> None:
+        self.pulls = {level_of(pull.lane): pull for pull in pulls}
+        self.arrived = asyncio.Event()
+        """Set when there may be something new in the queue."""
+        self.gathering: list[Ticket] = []
+        """Jobs that only wait for company."""
+        self.copies = 1
+        self.running = 0
+        self._strategy = LoadBalancing.LEAST_CONNECTIONS
+        self._queue = queue
+        self._runs = runs
+        self._clock = clock
+        self._slots = slots
+        self._weight = weight
+        self._opening = [0] * LEVELS
+        self._opened = asyncio.Event()
+        self._shut = [False] * LEVELS
+        """Levels of which a message was handed back, until one could begin again."""
+        self._begun_at = clock.monotonic()
+        self._resting = False
+        """No durable job begins: their ends find no room."""
+
+    def configure(self, strategy: LoadBalancing, copies: int) -> None:
+        """What counts from now on; ``copies`` is how many runs are made side by side."""
+        self._strategy = strategy
+        self.copies = copies
+        self.share()
+
+    @property
+    def _by_need(self) -> bool:
+        return self._strategy is LoadBalancing.LEAST_CONNECTIONS
+
+    def share(self) -> None:
+        """Ask every lane as the strategy and what is in hand say."""
+        most = max(self._slots, self.copies + 1)
+        if not self._by_need:
+            turns = pull_balance.turns(self._strategy, self._weight, self._runs.capacity)
+            for level, pull in self.pulls.items():
+                pull.share(0 if level and self._resting else most - self.copies, turns)
+            return
+        stalled = self._stalled(self._clock.monotonic())
+        for level, pull in self.pulls.items():
+            waiting = self._queue.ahead(level)
+            credit = self._runs.pace.wanted(running=self.running, copies=self.copies, waiting=waiting, most=most)
+            pull.share(0 if stalled or self._shut[level] or (level and self._resting) else credit)
+
+    def rest(self, *, durable: bool) -> None:
+        """Whether durable jobs stay where they are; those who wait for an answer go on."""
+        if durable != self._resting:
+            self._resting = durable
+            self.arrived.set()
+            self.share()
+
+    def _stalled(self, now: float) -> bool:
+        """Whether the runs of now take longer than was expected."""
+        return self.running >= self.copies and now - self._begun_at > AHEAD_S
+
+    # messages
+
+    def came(self, level: int) -> None:
+        """A message arrived and is being opened."""
+        self._opening[level] += 1
+
+    def opened(self, level: int) -> None:
+        """Its jobs are in the queue, or it had none."""
+        self._opening[level] -= 1
+        self._opened.set()
+        self.arrived.set()
+        self.share()
+
+    # runs
+
+    def began(self) -> None:
+        self.running += 1
+        self._begun_at = self._clock.monotonic()
+        self.share()
+
+    def ended(self) -> None:
+        self.running -= 1
+
+    async def next_level(self) -> int:
+        """The level of the next run, once there is one: what is more urgent was looked for before something less urgent is
+        taken."""
+        looked = False
+        while True:
+            now = self._clock.monotonic()
+            order = self._look_round(now)
+            best = next((level for level in order if self._queue.has(level)), None)
+            if best is None:
+                self.share()
+                self.arrived.clear()
+                await self.arrived.wait()
+                looked = False
+                continue
+            unknown = [level for level in order[: order.index(best)] if not self._known_empty(level)]
+            if looked or not unknown:
+                return best
+            looked = True
+            await asyncio.gather(*[self._look(level) for level in unknown])
+
+    async def gathered(self, level: int, serving: Serving) -> bool:
+        """Whether something came while the next run of a level waited for company, which it does until it is full enough or the
+        delay of the model's configuration is up."""
+        if not serving.delay_s:
+            return False
+        group = list(self._queue.candidates(level))
+        left = group[0].bundle.touched_at + serving.delay_s - self._clock.monotonic()
+        jobs = [ticket.job for ticket in group]
+        full = not batching.wants_company(jobs, serving.batching.max_batch_size, serving.preferred)
+        if group[0].alone or full or left <= 0:
+            return False
+        self.gathering = group
+        self.arrived.clear()
+        try:
+            async with asyncio.timeout(left):
+                await self.arrived.wait()
+        except TimeoutError:
+            return False
+        finally:
+            self.gathering = []
+        return True
+
+    def _look_round(self, now: float) -> list[int]:
+        """The order of levels, after a note of what has no jobs and of what could begin now."""
+        urgent = False
+        for level in range(LEVELS):
+            self._shut[level] = self._shut[level] and urgent
+            if self._queue.has(level):
+                urgent = True
+            elif self._known_empty(level):
+                self._queue.served(level, now)
+        return [0] if self._resting else self._queue.order(now)
+
+    def _known_empty(self, level: int) -> bool:
+        return not self._opening[level] and self.pulls[level].empty
+
+    async def _look(self, level: int) -> None:
+        if not self._opening[level]:
+            await self.pulls[level].look()
+        try:
+            async with asyncio.timeout(_OPENING_S):
+                while self._opening[level]:
+                    self._opened.clear()
+                    await self._opened.wait()
+        except TimeoutError:
+            return
+        if not self._queue.has(level):
+            self._queue.served(level, self._clock.monotonic())
+
+    def to_hand_back(self, bundles: Iterable[Bundle]) -> list[Bundle]:
+        """Those that other workers may take: every copy is busy, and for a while none of their jobs ran. Looked at every
+        :data:`AHEAD_S`; requests are taken back too."""
+        now = self._clock.monotonic()
+        if not self._by_need or self.running < self.copies:
+            return []
+        if self._stalled(now):
+            self.share()
+        found = [bundle for bundle in bundles if _rests(bundle, now)]
+        for bundle in found:
+            self._shut[level_of(bundle.delivery.lane)] = True
+        return found
+
+
+def _rests(bundle: Bundle, now: float) -> bool:
+    """Whether it can be handed back whole: of a caller's, nothing has run; of a durable one's, what has is stored."""
+    if bundle.running or bundle.leaving or now - bundle.touched_at <= HOLD_S:
+        return False
+    return not bundle.begun or bundle.durable

@@ -1,0 +1,167 @@
+"""Outcomes on their way out: reply bundles for waiting gateways, one committed result for each durable job."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import msgspec
+
+from tether.bus.bus import Bus
+from tether.crypto import MessageType
+from tether.domain.job import Failure, JobState, Outcome
+from tether.errors import BrokerUnavailable, PayloadTooLarge, QueueFull, ResultTooLarge, StorageFull, TetherError
+from tether.process import metrics
+from tether.process.log_rate_limiter import Seldom
+from tether.streams.job_queue import BusResults
+from tether.wire import codec
+from tether.worker.jobs.results_room import ResultsRoom
+
+log = logging.getLogger(__name__)
+
+ROOM_S = 10.0
+"""How long outputs wait for room among the results; after that their job has failed, which takes a few hundred bytes."""
+
+_RETRY_S = 0.25
+_WAITS_S = 1.0
+"""An end that waits for longer than this is told of."""
+
+_TOLD_S = 60.0
+
+
+class Answers:
+    """Publishes outcomes for one worker."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._results = BusResults(bus)
+        self._room = ResultsRoom(bus)
+        self._told = Seldom(bus.clock.monotonic, lines=1, within_s=_TOLD_S)
+        self._waiting: dict[str, str] = {}
+
+    @property
+    def waiting(self) -> str:
+        """Why ends of durable jobs are not stored; empty while they are."""
+        if not self._waiting:
+            return ""
+        return (
+            f"{len(self._waiting)} ended jobs wait for their results to be stored: {next(iter(self._waiting.values()))}"
+        )
+
+    async def reply(self, to: str, outcomes: Sequence[Outcome]) -> None:
+        """Send reply bundles to a gateway: as few messages as fit.
+
+        Raises:
+            BrokerUnavailable: not all were sent; the bundle must come again.
+        """
+        for group in self._grouped(outcomes):
+            ids = tuple(outcome.job for outcome in group)
+            frame = self._bus.signer.seal(MessageType.ANSWER, to, codec.encode_outcomes(group), jobs=ids)
+            await self._bus.publish(to, frame)
+
+    def _grouped(self, outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
+        groups: list[list[Outcome]] = []
+        filled = 0
+        for outcome in map(self._fitting, outcomes):
+            size = _size(outcome)
+            if not groups or filled + size > self._bus.room or len(groups[-1]) >= self._bus.settings.bundle_max_jobs:
+                groups.append([])
+                filled = 0
+            groups[-1].append(outcome)
+            filled += size
+        return groups
+
+    def _fitting(self, outcome: Outcome) -> Outcome:
+        return outcome if _size(outcome) <= self._bus.room else self._too_large(outcome)
+
+    def _too_large(self, outcome: Outcome) -> Outcome:
+        error = ResultTooLarge(
+            f"the outputs take {_size(outcome)} bytes; one answer may have {self._bus.room}: ask for fewer outputs"
+        )
+        return _failed(outcome, error)
+
+    async def commit(self, model: str, outcomes: Sequence[Outcome]) -> None:
+        """Store how durable jobs ended; returns when every one is stored or was refused as second."""
+        await asyncio.gather(*[self._commit_one(model, self._fitting(outcome)) for outcome in outcomes])
+
+    async def _commit_one(self, model: str, outcome: Outcome) -> None:
+        """An end without outputs is tried for as long as it takes: it is small, its job does not run again for it, and it is
+        no run's place that it waits in (:mod:`tether.worker.jobs.commit_slots`)."""
+        clock, scope = self._bus.clock, self._bus.scope
+        subject = self._bus.names.result(outcome.job, scope)
+        began, full_since = clock.monotonic(), 0.0
+        with self._told_of(outcome.job):
+            frame = self._sealed(subject, outcome)
+            while True:
+                try:
+                    if _has_outputs(outcome):
+                        await self._room.take(len(frame))
+                    first = await self._results.commit(outcome.job, frame, scope=scope)
+                    break
+                except QueueFull as full:
+                    full_since = full_since or clock.monotonic()
+                    if _has_outputs(outcome) and clock.monotonic() - full_since >= ROOM_S:
+                        outcome = self._without_room(model, outcome)
+                        frame = self._sealed(subject, outcome)
+                        continue
+                    reason: TetherError = full
+                except (BrokerUnavailable, StorageFull) as away:
+                    full_since, reason = 0.0, away
+                except PayloadTooLarge:
+                    if not _has_outputs(outcome):
+                        raise
+                    outcome = self._too_large(outcome)
+                    frame = self._sealed(subject, outcome)
+                    continue
+                if clock.monotonic() - began >= _WAITS_S:
+                    self._tell(outcome.job, reason)
+                await asyncio.sleep(_RETRY_S)
+        if first:
+            metrics.JOBS_FINISHED.labels(model, outcome.state.value).inc()
+        else:
+            metrics.RESULTS_REFUSED.inc()
+
+    def _sealed(self, subject: str, outcome: Outcome) -> bytes:
+        body = codec.encode_outcomes([outcome])
+        return self._bus.signer.seal(MessageType.RESULT, subject, body, jobs=(outcome.job,), attempt=outcome.attempts)
+
+    def _without_room(self, model: str, outcome: Outcome) -> Outcome:
+        error = StorageFull(
+            f"the results of durable jobs had no room for {_size(outcome)} bytes of outputs in {ROOM_S:g} s: "
+            "see that a dispatcher runs, lower result_ttl_s, or raise max_file_mb"
+        )
+        metrics.RESULTS_WITHOUT_ROOM.labels(model).inc()
+        return _failed(outcome, error)
+
+    @contextmanager
+    def _told_of(self, job: str) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self._waiting.pop(job, None) is not None:
+                metrics.RESULTS_WAITING.dec()
+
+    def _tell(self, job: str, reason: TetherError) -> None:
+        if job not in self._waiting:
+            metrics.RESULTS_WAITING.inc()
+        self._waiting[job] = reason.message
+        if self._told.passes(reason.code) is not None:
+            log.warning("%s", self.waiting, extra={"action": "results_wait", "code": reason.code})
+
+
+def _has_outputs(outcome: Outcome) -> bool:
+    return bool(outcome.outputs) or outcome.sealed is not None
+
+
+def _failed(outcome: Outcome, error: TetherError) -> Outcome:
+    """The same end, failed and without outputs."""
+    failure = Failure(error.code, error.message)
+    return msgspec.structs.replace(outcome, state=JobState.FAILED, outputs=(), error=failure, sealed=None)
+
+
+def _size(outcome: Outcome) -> int:
+    if outcome.sealed is not None:
+        return 256 + len(outcome.sealed.box)
+    return 256 + sum(len(tensor.data) + len(tensor.name) + 64 for tensor in outcome.outputs)

@@ -1,0 +1,78 @@
+"""Jobs of sealed tenants in a worker: opened before they run, their outcomes sealed before they leave."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import msgspec
+
+from tether.bus.key_value.keyrings import Keyring
+from tether.crypto.payload_encryption import seal_outcome
+from tether.domain.job import Failure, Job, JobState, Outcome
+from tether.errors import (
+    AttemptsExhausted,
+    BadSeal,
+    DeadlineExceeded,
+    EnvelopeError,
+    JobCancelled,
+    ModelNotFound,
+    NotEntitled,
+)
+from tether.process import metrics
+
+log = logging.getLogger(__name__)
+
+_OURS = frozenset(
+    error.code for error in (NotEntitled, BadSeal, DeadlineExceeded, JobCancelled, ModelNotFound, AttemptsExhausted)
+)
+"""Ends whose words are our own, and hold nothing of what was sent."""
+
+
+async def opened(keyring: Keyring, jobs: Sequence[Job]) -> tuple[list[Job], list[tuple[Job, EnvelopeError]]]:
+    """Jobs with their inputs, and those that do not open, each with the reason."""
+    found: list[Job] = []
+    refused: list[tuple[Job, EnvelopeError]] = []
+    for job in jobs:
+        try:
+            found.append(await keyring.open_job(job))
+        except EnvelopeError as error:
+            metrics.ENVELOPES_REJECTED.labels(error.code).inc()
+            ids = {"job_id": job.id, "tenant": job.tenant}
+            log.warning("a job does not open: %s", error, extra={"action": "seal_refused", "code": error.code, **ids})
+            refused.append((job, error))
+    return found, refused
+
+
+def refusals(refused: Sequence[tuple[Job, EnvelopeError]], *, attempt: int, worker: str, now: float) -> list[Outcome]:
+    """The ends of jobs that do not open: delivering them again would change nothing. ``now`` is UTC seconds."""
+    return [
+        Outcome(job.id, JobState.FAILED, (), Failure(error.code, error.message), attempt, worker, 0.0, now)
+        for job, error in refused
+    ]
+
+
+def closed(keyring: Keyring, jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+    """The outcomes as they may leave: those of sealed jobs are sealed with their tenant's newest key."""
+    by_id = {job.id: job for job in jobs if job.sealed is not None}
+    if not by_id:
+        return outcomes
+    return [
+        outcome if (job := by_id.get(outcome.job)) is None else _closed(keyring, job, outcome) for outcome in outcomes
+    ]
+
+
+def _closed(keyring: Keyring, job: Job, outcome: Outcome) -> Outcome:
+    """With the job's own key where the newest is not for this worker, and without outputs and words where it has none at all."""
+    key = keyring.newest(job.tenant)
+    if key is None and job.sealed is not None:
+        key = keyring.known(job.tenant, job.sealed.key_id)
+    if key is not None:
+        return seal_outcome(key, job.tenant, outcome)
+    if outcome.outputs:
+        failure = Failure(NotEntitled.code, "the worker may no longer open this tenant's payloads")
+        return msgspec.structs.replace(outcome, state=JobState.FAILED, outputs=(), error=failure)
+    if outcome.error is None or outcome.error.code in _OURS:
+        return outcome
+    failure = Failure(outcome.error.code, "the worker may no longer seal what it would say of this tenant's job")
+    return msgspec.structs.replace(outcome, error=failure)

@@ -1,0 +1,395 @@
+"""One model version in a worker: its lanes, its runs, its answers.
+
+The way of a job: its bundle is verified and opened when it arrives, and its jobs go into the queue of the version. Each free copy
+takes the next run from there (:mod:`tether.worker.scheduling.job_turns`). How the jobs of a run ended is delivered as soon as it has ended. A
+bundle is acknowledged when all of its jobs have ended. The jobs of a bundle that was delivered before run alone, see
+:mod:`tether.worker.jobs.redelivery`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Sequence
+
+from tether.bus.bus import Bus
+from tether.bus.key_value.keyrings import Keyring
+from tether.domain.job import LaneKind
+from tether.domain.manifest import Manifest, gives_optional
+from tether.errors import TetherError
+from tether.model.config import LoadBalancing
+from tether.process import metrics
+from tether.process.lifecycle import Tasks
+from tether.streams.job_queue import BusResults
+from tether.streams.lane_consumer import BusDelivery, LanePull
+from tether.streams.layout import lanes_of
+from tether.worker.jobs.ack_keepalive import KeepAlive
+from tether.worker.jobs.bundle_reader import Intake
+from tether.worker.jobs.commit_slots import Ending
+from tether.worker.jobs.lane_pulls import Asking
+from tether.worker.jobs.redelivery import Redelivery
+from tether.worker.jobs.withdrawn_jobs import Withdrawn
+from tether.worker.models.load_spec import Serving
+from tether.worker.runs.active_runs import UnderWay
+from tether.worker.runs.isolated_instance import Apart
+from tether.worker.runs.job_runs import End, Hearing, Runs
+from tether.worker.scheduling.bundle import Bundle
+from tether.worker.scheduling.job_turns import RunQueue, Ticket, Turn, bundles_of, level_of
+from tether.worker.scheduling.pull_pace import AHEAD_S
+
+log = logging.getLogger(__name__)
+
+_LAST_S = 2.0
+"""How long a stopping version may take to hand back what it has in hand."""
+
+
+class ModelInstance:
+    """Serves one version from its lanes until it is stopped."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        manifest: Manifest,
+        apart: Apart,
+        keepalive: KeepAlive,
+        keyring: Keyring,
+        *,
+        hearing: Hearing,
+    ) -> None:
+        self._bus = bus
+        self._settings = bus.settings
+        self.manifest = manifest
+        self._apart, self.copies = apart, apart.copies
+        self._hearing = hearing
+        self._keepalive = keepalive
+        self.intake = Intake(bus, keyring, manifest.name)
+        self._results = BusResults(bus)
+        self.runs = Runs(bus.signer.name, bus.clock, manifest.name, apart, hearing, room=bus.room)
+        self.redelivery = Redelivery(bus, manifest.name)
+        self._tasks = Tasks()
+        self._serving = Serving(manifest.batching, (), 0.0, 0.0, LoadBalancing.LEAST_CONNECTIONS)
+        self._pulls = [
+            LanePull(bus, lane, 1, self._take)
+            for lane in lanes_of(manifest.name, manifest.version, self._settings.region, bus.scope)
+        ]
+        self._withdrawn = Withdrawn(bus, self._pulls[0].lane)
+        self._under_way = UnderWay(bus.clock, self._withdrawn)
+        self._withdrawn.changed = self._under_way.look
+        self._by_lane = {pull.lane: pull for pull in self._pulls}
+        self.queue = RunQueue(self._settings.priority_patience_s, bus.clock.monotonic())
+        slots, weight = self._settings.worker_slots, self._settings.worker_weight
+        self._asking = Asking(self._pulls, self.queue, self.runs, bus.clock, slots=slots, weight=weight)
+        self._bundles: dict[Bundle, None] = {}
+        """What is in hand, in order of arrival, until it is settled or left."""
+        self._waiting: set[str] = set()
+        """Deliveries that hold a slot of their lane: nothing of them has begun."""
+        self._changed = asyncio.Event()
+        self._ending = Ending(self._ends_changed)
+        self._holding = asyncio.Event()
+        self._stopping = False
+
+    @property
+    def running(self) -> int:
+        """Jobs that run now."""
+        return self.runs.running
+
+    def configure(self, serving: Serving, copies: int) -> None:
+        """What counts from the next run on; ``copies`` is how many runs are made side by side."""
+        self._serving = serving
+        self.copies.limit(serving.run_timeout_s)
+        self._asking.configure(serving.strategy, copies)
+        self._changed.set()
+
+    def weigh(self, factor: float, least: float) -> float:
+        """Ask as follows from how much of the machine there is, see :meth:`balance.Capacity.look`; the level, 0 when it is not
+        known, or when jobs are not shared by it."""
+        if self._serving.strategy is not LoadBalancing.CAPACITY:
+            return 0.0
+        capacity = self.runs.capacity
+        before = capacity.turns
+        capacity.look(factor, self._asking.copies, least)
+        if capacity.turns != before:
+            fields = {"action": "turns_changed", "model": self.manifest.name, "version": self.manifest.version}
+            log.info("%d turns by capacity, before %d", capacity.turns, before, extra=fields)
+            self._asking.share()
+        return capacity.level
+
+    async def start(self) -> None:
+        self._tasks.spawn(self._serve(), f"serve-{self.manifest.name}")
+        self._tasks.spawn(self._watch(), f"serve-watch-{self.manifest.name}")
+        await self._withdrawn.start()
+        for pull in self._pulls:
+            await pull.start()
+
+    async def stop(self, drain_s: float) -> None:
+        """Ask for no more, hand back what has not begun and the rest of durable bundles, finish what callers wait for, free the
+        model."""
+        for ended in await asyncio.gather(*[pull.stop() for pull in self._pulls], return_exceptions=True):
+            if isinstance(ended, Exception):
+                log.info("a pull did not end in order: %s", ended, extra={"action": "pull_not_drained"})
+        self._stopping = True
+        gathered = bundles_of(self._asking.gathering)
+        for bundle in list(self._bundles):
+            if bundle not in gathered and (bundle.durable or not bundle.begun):
+                self._leave(bundle)
+        self._asking.arrived.set()
+        try:
+            async with asyncio.timeout(drain_s):
+                while self._bundles or self._tasks.named("open"):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            log.warning("runs did not end in time; their jobs are redelivered", extra={"action": "drain_timeout"})
+        self._under_way.end()
+        serving = self._tasks.named("serve-")
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
+        await self._tasks.finish(_LAST_S)
+        await self._tasks.cancel()
+        self._apart.close()
+        await self._withdrawn.stop()
+        generation = self.copies.take_out()
+        if generation is not None:
+            generation.close()
+
+    # messages
+
+    def _take(self, delivery: BusDelivery) -> None:
+        infer = delivery.lane.kind is LaneKind.INFER
+        wait = self._settings.infer_ack_wait_s if infer else self._settings.jobs_ack_wait_s
+        self._keepalive.hold(delivery.ack_subject, wait, self._bus.clock.monotonic())
+        self._waiting.add(delivery.ack_subject)
+        delivery.on_settled = self._settled
+        self._asking.came(level_of(delivery.lane))
+        self._tasks.spawn(self._open(delivery), "open")
+
+    def _settled(self, delivery: BusDelivery) -> None:
+        self._keepalive.drop(delivery.ack_subject)
+        self._release(delivery)
+
+    def _release(self, delivery: BusDelivery) -> None:
+        if delivery.ack_subject in self._waiting:
+            self._waiting.discard(delivery.ack_subject)
+            self._by_lane[delivery.lane].release()
+
+    async def _open(self, delivery: BusDelivery) -> None:
+        queued = False
+        try:
+            bundle = await self.intake.open(delivery)
+            queued = bundle is not None and await self._queued(bundle)
+        except TetherError as error:
+            log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
+        finally:
+            if not queued:
+                delivery.abandon()
+            self._asking.opened(level_of(delivery.lane))
+            self._changed.set()
+
+    async def _queued(self, bundle: Bundle) -> bool:
+        """Put the jobs of a bundle that have not ended yet in the queue; False when it is settled already."""
+        bundle.suspect = await self.redelivery.is_suspect(bundle)
+        ids = [job.id for job in bundle.jobs]
+        ended = await self._ended(bundle, ids)
+        jobs = [job for job in bundle.jobs if job.id not in ended]
+        bundle.left = len(jobs)
+        if not jobs:
+            await bundle.delivery.ack()
+            return False
+        if self._stopping:
+            await self.redelivery.hand_back(bundle)
+            return False
+        bundle.touched_at = self._bus.clock.monotonic()
+        self.runs.pace.came(len(jobs))
+        self._bundles[bundle] = None
+        self._holding.set()
+        for job in jobs:
+            self.queue.add(Ticket(job, bundle, alone=bundle.suspect, whole=gives_optional(self.manifest, job.inputs)))
+        return True
+
+    async def _ended(self, bundle: Bundle, ids: Sequence[str]) -> set[str]:
+        """Jobs of a durable bundle that ended before it came: of one that came before, or may hold cancelled ones that nobody told
+        this worker of."""
+        told = bundle.delivery.attempt == 1 and self._withdrawn.would_know(bundle.delivery.stored_at)
+        return set() if told or not bundle.durable else await self._results.ended(ids, scope=self._bus.scope)
+
+    async def _watch(self) -> None:
+        """Hand back what does not come to its turn here."""
+        while True:
+            await self._holding.wait()
+            await asyncio.sleep(AHEAD_S)
+            for bundle in self._asking.to_hand_back(self._bundles):
+                metrics.HANDED_BACK.labels(self.manifest.name).inc()
+                self._leave(bundle)
+            if not self._bundles:
+                self._holding.clear()
+
+    def _leave(self, bundle: Bundle) -> None:
+        """Hand a bundle back as soon as none of its jobs runs."""
+        self.queue.remove(lambda ticket: ticket.bundle is bundle)
+        bundle.leaving = True
+        if not bundle.running:
+            self._bundles.pop(bundle, None)
+            self._tasks.spawn(self._hand_back(bundle), "hand-back")
+
+    async def _hand_back(self, bundle: Bundle) -> None:
+        try:
+            await self.redelivery.hand_back(bundle)
+        finally:
+            bundle.delivery.abandon()
+            self._changed.set()
+
+    def drop(self, jobs: Collection[str]) -> list[Ticket]:
+        """Take jobs out that need no run any more; those that had not begun. Nobody is told of their end."""
+        dropped = self.queue.drop(jobs)
+        for ticket in dropped:
+            ticket.ended = True
+            self._tasks.spawn(self._one_less(ticket.bundle), "drop")
+        return dropped
+
+    # runs
+
+    async def _serve(self) -> None:
+        """Begin the next run whenever a copy is free."""
+        while True:
+            while self._asking.running >= self._asking.copies or self._ending.full(self._asking.copies):
+                self._changed.clear()
+                await self._changed.wait()
+            level = await self._asking.next_level()
+            if not self._stopping and await self._asking.gathered(level, self._serving):
+                continue
+            turn = self.queue.take(level, self._serving.batching.max_batch_size, self._bus.clock.monotonic())
+            self._begin(turn)
+
+    def _begin(self, turn: Turn) -> None:
+        now, moment = self._bus.clock.utc(), self._bus.clock.monotonic()
+        for ticket in turn.tickets:
+            bundle = ticket.bundle
+            bundle.running += 1
+            bundle.touched_at = moment
+            if not bundle.begun:
+                bundle.begun = True
+                self._release(bundle.delivery)
+                if bundle.durable and not bundle.suspect:
+                    self._tasks.spawn(self.redelivery.began(bundle), "note")
+        over = [end for ticket in turn.tickets if (end := self._over(ticket, now)) is not None]
+        if over:
+            late = [end.ticket for end in over]
+            self.queue.remove(lambda ticket: ticket in late)
+            turn = turn.without(late)
+            self._ending.expect()
+            self._tasks.spawn(self._end(late, over), "work")
+        if turn.tickets:
+            self._ending.expect()
+            self._asking.began()
+            self._tasks.spawn(self._run(turn), "work")
+
+    def _over(self, ticket: Ticket, now: float) -> End | None:
+        """The end of a job that needs no run any more."""
+        if ticket.job.id in self._withdrawn:
+            return self.runs.withdrawn(ticket)
+        return self.runs.expired(ticket) if ticket.job.deadline <= now else None
+
+    async def _run(self, turn: Turn) -> None:
+        ends: list[End] | None = None
+        try:
+            async with self.copies.held():
+                if await self._loaded():
+                    ends = await self._ends(turn)
+        except TetherError as error:
+            log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
+        finally:
+            self._asking.ended()
+            self._changed.set()
+            await self._end(turn.tickets, ends)
+
+    async def _ends(self, turn: Turn) -> list[End]:
+        """Make a run; the jobs that ended with it."""
+        ticket = turn.tickets[0]
+        if ticket.bundle.suspect and not ticket.attempt:
+            ticket.attempt = -1  # asked for once, also when its rows take several runs
+            begun = await self.redelivery.begin(ticket.bundle, ticket.job)
+            if not isinstance(begun, int):
+                ticket.ended = True
+                self.queue.remove(lambda other: other is ticket)
+                return [End(ticket, begun)]
+            ticket.attempt = begun
+        with self._under_way.limited(turn, self._serving.run_timeout_s) as going:
+            done = await self.runs.run(turn.run, going, suspect=ticket.bundle.suspect)
+        ends, again = self.runs.ends(turn, *done)
+        for end in ends:
+            if end.ticket.rows > 0:
+                self.queue.remove(lambda other: other is end.ticket)  # noqa: B023
+        for ticket in again:
+            if not ticket.bundle.leaving:
+                self.queue.again(ticket)
+        self._asking.arrived.set()
+        return ends
+
+    async def _end(self, tickets: Sequence[Ticket], ends: Sequence[End] | None) -> None:
+        """Deliver how jobs ended, after a run of ``tickets``; ``None``, or a failure to do so, leaves their bundles for
+        redelivery."""
+        delivered = False
+        with self._ending.sending(durable=tickets[0].bundle.durable):
+            try:
+                if ends is not None:
+                    await self._deliver(ends)
+                    delivered = True
+            except TetherError as error:
+                log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
+            finally:
+                moment = self._bus.clock.monotonic()
+                for ticket in tickets:
+                    ticket.bundle.running -= 1
+                    ticket.bundle.touched_at = moment
+                    if not delivered:
+                        self._abandon(ticket.bundle)
+        for end in (ends or ()) if delivered else ():
+            await self._one_less(end.ticket.bundle)
+        for bundle in bundles_of(tickets):
+            if bundle.leaving and bundle in self._bundles:
+                self._leave(bundle)
+
+    def _ends_changed(self) -> None:
+        self._asking.rest(durable=self._ending.durable_full)
+        self._changed.set()
+
+    async def _deliver(self, ends: Sequence[End]) -> None:
+        told = [end for end in ends if end.outcome is not None]
+        if not told:
+            return
+        await self.intake.deliver(
+            bundles_of([end.ticket for end in told]), [end.outcome for end in told if end.outcome]
+        )
+        for ticket, _ in told:
+            if ticket.bundle.suspect and not ticket.bundle.durable:
+                await self.redelivery.answered(ticket.job)
+
+    async def _one_less(self, bundle: Bundle) -> None:
+        """One of its jobs has ended."""
+        bundle.left -= 1
+        if not bundle.left:
+            self._bundles.pop(bundle, None)
+            await bundle.delivery.ack()
+            await self.redelivery.over(bundle)
+            self._changed.set()
+
+    def _abandon(self, bundle: Bundle) -> None:
+        """Something went wrong on the way of one of its jobs: all that have not ended come again."""
+        self.queue.remove(lambda ticket: ticket.bundle is bundle)
+        self._bundles.pop(bundle, None)
+        bundle.delivery.abandon()
+
+    async def wake(self) -> None:
+        """Load what is not in memory, before a job comes."""
+        async with self.copies.held():
+            await self._loaded()
+
+    async def _loaded(self) -> bool:
+        """Whether it is in memory now; if it cannot be loaded, what came is left for another worker, or a better time."""
+        try:
+            await self.copies.ensure()
+        except Exception as error:  # noqa: BLE001 - handed on to who tells of it
+            self._hearing.lost(error)
+            return False
+        return True

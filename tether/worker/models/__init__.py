@@ -1,0 +1,1 @@
+"""Models in a worker's memory: loaded, replaced, unloaded."""

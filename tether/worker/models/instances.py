@@ -1,0 +1,219 @@
+"""The copies of a version in a worker's memory: given out a run at a time, and exchanged without a run failing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+from tether.errors import Unavailable
+from tether.frameworks.runtime import Endable, Runtime
+from tether.process.clock import Clock
+from tether.process.os_process import signal_stack
+from tether.worker.models.run_limits import Going, RunWatch
+from tether.worker.runtimes.process_runtime import ProcessRuntime
+from tether.worker.scheduling import batching
+
+log = logging.getLogger(__name__)
+
+
+class Ran(NamedTuple):
+    """How a run ended, and how long it took."""
+
+    done: batching.Done
+    seconds: float
+
+
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="run", initializer=signal_stack)
+
+
+class _Copy(NamedTuple):
+    """A model in memory and the one thread that calls it, so that a run nobody waits for any more keeps the next one out."""
+
+    runtime: Runtime
+    thread: ThreadPoolExecutor
+    endable: Endable | None
+
+
+def _copy(runtime: Runtime) -> _Copy:
+    return _Copy(runtime, _thread(), runtime if isinstance(runtime, Endable) else None)
+
+
+class Generation:
+    """Copies that were loaded together."""
+
+    def __init__(self, runtimes: Sequence[Runtime], clock: Clock, watch: RunWatch, model: str) -> None:
+        self._clock = clock
+        self._watch, self._model = watch, model
+        self._copies = [_copy(runtime) for runtime in runtimes]
+        self._free: asyncio.Queue[_Copy | None] = asyncio.Queue()
+        """None: there will be no more."""
+        for copy in self._copies:
+            self._free.put_nowait(copy)
+        self._users = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
+
+    @property
+    def runtimes(self) -> list[Runtime]:
+        return [copy.runtime for copy in self._copies]
+
+    async def run(self, wanted: batching.Run, going: Going) -> Ran:
+        """Run on the next copy that is free.
+
+        Raises:
+            Unavailable: it is closed, and this run had not begun.
+        """
+        self._users += 1
+        self._unused.clear()
+        try:
+            copy = await self._free.get()
+            if copy is None:
+                raise Unavailable("the model is being unloaded")
+            began = self._clock.monotonic()
+            done = await self._run(copy, wanted, going)
+            return Ran(done, self._clock.monotonic() - began)
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._unused.set()
+
+    def _run(self, copy: _Copy, wanted: batching.Run, going: Going) -> asyncio.Future[batching.Done]:
+        """How the run ended. The copy is free again when its thread is, which may be later."""
+        loop = asyncio.get_running_loop()
+        told: asyncio.Future[batching.Done] = loop.create_future()
+
+        def ended(thread: asyncio.Future[batching.Done]) -> None:
+            self._free.put_nowait(copy)
+            if copy.endable is not None:
+                going.ended()
+                self._watch.end(self._model, going)
+            error = None if thread.cancelled() else thread.exception()
+            if told.done():
+                return
+            if thread.cancelled():
+                told.set_exception(Unavailable("the model is being unloaded"))
+            elif error is not None:
+                told.set_exception(error)
+            else:
+                told.set_result(thread.result())
+
+        def give_up() -> None:
+            if not told.done():
+                told.set_result(batching.Done([None] * len(wanted.pieces)))
+
+        if copy.endable is not None:
+            copy.endable.allow_runs()
+            self._watch.begin(going)
+            going.begin(copy.endable, give_up)
+        loop.run_in_executor(copy.thread, batching.run, copy.runtime, wanted).add_done_callback(ended)
+        return told
+
+    def limit(self, run_timeout_s: float) -> None:
+        """How long a run may take from now on, of versions in processes of their own."""
+        for runtime in self.runtimes:
+            if isinstance(runtime, ProcessRuntime):
+                runtime.run_timeout_s = run_timeout_s
+
+    async def end(self, within_s: float) -> None:
+        """Free the memory once nothing runs, or after that time."""
+        try:
+            async with asyncio.timeout(within_s):
+                await self._unused.wait()
+        except TimeoutError:
+            log.warning("a run did not end in time", extra={"action": "drain_timeout"})
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        for _ in range(self._users):
+            self._free.put_nowait(None)
+        for copy in self._copies:
+            if copy.endable is not None:
+                copy.endable.end_run()
+            copy.thread.shutdown(wait=False, cancel_futures=True)
+            copy.runtime.close()
+
+
+Load = Callable[[], Awaitable[Generation]]
+
+
+class Copies:
+    """A version's copies: in memory, or loaded by ``load`` when somebody comes who needs them."""
+
+    def __init__(self, load: Load, clock: Clock, on_idle: Callable[[], None] = lambda: None) -> None:
+        self._load = load
+        self._on_idle = on_idle
+        self._clock = clock
+        self._now: Generation | None = None
+        self._changing = asyncio.Lock()
+        self._users = 0
+        self.used_at = clock.monotonic()
+
+    @property
+    def loaded(self) -> bool:
+        return self._now is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody uses them or is about to change them."""
+        return not self._users and not self._changing.locked()
+
+    @property
+    def runtimes(self) -> list[Runtime]:
+        return [] if self._now is None else self._now.runtimes
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Keep them in memory until the block ends, once they are there."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            self.used_at = self._clock.monotonic()
+            if not self._users:
+                self._on_idle()
+
+    async def ensure(self) -> None:
+        """Load them if they are not in memory; who comes meanwhile waits for the same load.
+
+        Raises:
+            TetherError: as ``load`` does.
+        """
+        if self._now is None:
+            async with self._changing:
+                if self._now is None:
+                    self._now = await self._load()
+
+    async def renew(self, drain_s: float) -> None:
+        """Load anew beside what there is, and exchange it; what has begun ends on the old ones. When the load fails, those
+        stay.
+
+        Raises:
+            TetherError: as ``load`` does.
+        """
+        async with self._changing:
+            if self._now is None:
+                return
+            new = await self._load()
+            old, self._now = self._now, new
+        await old.end(drain_s)
+
+    async def run(self, wanted: batching.Run, going: Going) -> Ran:
+        """See :meth:`Generation.run`; only while they are held and loaded."""
+        assert self._now is not None  # noqa: S101 - ensured by whoever holds them
+        return await self._now.run(wanted, going)
+
+    def limit(self, run_timeout_s: float) -> None:
+        if self._now is not None:
+            self._now.limit(run_timeout_s)
+
+    def take_out(self) -> Generation | None:
+        """What is in memory, for the caller to close; whoever needs it next loads it again. Only while they are idle."""
+        now, self._now = self._now, None
+        return now

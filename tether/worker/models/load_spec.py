@@ -1,0 +1,67 @@
+"""How a version is run here: what its manifest, its model's configuration and this worker's settings say together. Pure."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from tether.domain.manifest import NO_FINDING, Batching, Finding, Manifest
+from tether.model.config import COMPILED, InstanceKind, LoadBalancing, ModelConfig, Warmup
+from tether.model.run_settings import effective_batching, effective_isolation
+from tether.process.data_dir import Home
+from tether.sandbox import plan
+from tether.settings import Settings
+from tether.worker.runtimes.process_runtime import Options
+
+
+class Loadout(NamedTuple):
+    """Everything that a load depends on: when another one is wanted, the version is loaded anew."""
+
+    manifest: Manifest
+    """As it is to be loaded: the isolation is decided."""
+    options: Options
+    copies: int
+    warmup: tuple[Warmup, ...]
+
+
+class Serving(NamedTuple):
+    """What counts from one run to the next, and needs no load."""
+
+    batching: Batching
+    preferred: tuple[int, ...]
+    """Rows of a run that is worth beginning before the delay is up; ascending."""
+    delay_s: float
+    """How long a worker waits for company; 0 unless the configuration asks for it, because gateways wait already."""
+    run_timeout_s: float
+    strategy: LoadBalancing
+
+
+def loadout(manifest: Manifest, config: ModelConfig, settings: Settings, finding: Finding = NO_FINDING) -> Loadout:
+    """How to load a version."""
+    compiled = config.compile and manifest.platform in COMPILED
+    options = Options(
+        threads=config.threads or settings.onnx_threads,
+        memory_mb=settings.model_memory_mb,
+        run_memory_mb=settings.run_memory_mb,
+        load_timeout_s=settings.load_timeout_s,
+        device=settings.model_device if config.kind is InstanceKind.AUTO else config.kind.value,
+        compile=compiled,
+        warmup=config.warmup if compiled else (),
+        confinement=settings.model_confinement,
+        home=str(Home.at(settings.home).root),
+        read_dirs=plan.read_dirs(settings.model_read_dirs),
+        scratch_mb=settings.model_scratch_mb,
+    )
+    isolation = effective_isolation(manifest, config, finding, rule=settings.onnx_isolation)
+    as_loaded = msgspec.structs.replace(manifest, isolation=isolation.value)
+    return Loadout(as_loaded, options, min(config.instances, settings.max_instances), config.warmup)
+
+
+def serving(manifest: Manifest, config: ModelConfig, settings: Settings, finding: Finding = NO_FINDING) -> Serving:
+    """How to run a version that is loaded."""
+    batching = effective_batching(manifest, config, finding)
+    limit = config.run_timeout_s or manifest.run_timeout_s or settings.run_timeout_s
+    preferred = tuple(sorted(size for size in config.preferred_batch_sizes if size <= batching.max_batch_size))
+    delay_s = (config.max_delay_ms or 0.0) / 1000 if batching.max_batch_size else 0.0
+    return Serving(batching, preferred, delay_s, limit, config.load_balancing)

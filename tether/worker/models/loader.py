@@ -1,0 +1,198 @@
+"""How the copies of a version come into memory: as many as its configuration says, warmed up."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from tether.bus.bus import Bus
+from tether.domain.manifest import NO_FINDING, Isolation, Manifest, ModelRef
+from tether.frameworks.runtime import Runtime
+from tether.model.config import Loading, ModelConfig
+from tether.worker import runtimes
+from tether.worker.models.instances import Generation
+from tether.worker.models.load_spec import Loadout, Serving, loadout, serving
+from tether.worker.models.memory_budget import Memory
+from tether.worker.models.run_limits import RunWatch
+from tether.worker.runtimes import Begun, Running
+from tether.worker.runtimes.process_runtime import Options
+from tether.worker.runtimes.warmup import warm_up
+
+
+class Loader:
+    """Loads one version from its files, each time as its configuration says at that moment."""
+
+    def __init__(self, bus: Bus, manifest: Manifest, directory: Path, config: ModelConfig, memory: Memory) -> None:
+        self._bus = bus
+        self.manifest = manifest
+        self._ref = ModelRef(manifest.name, manifest.version)
+        self._directory = directory
+        self._memory = memory
+        self.config = config
+        self.current: Loadout | None = None
+        """What was loaded last."""
+        self.finding = NO_FINDING
+        """What is known of the version beside its manifest."""
+        self.running: Running = nullcontext
+        """Entered for as long as it is loaded or run in this process."""
+        self.graphs = ""
+        """Where optimised graphs are kept; empty: nowhere."""
+        self.watch = RunWatch(bus.settings.run_memory_mb)
+        """The runs of this process."""
+        self._begun: _Copy | None = None
+
+    @property
+    def lazy(self) -> bool:
+        """Whether it waits for its first job."""
+        return self.config.loading is Loading.LAZY and not self.config.pinned
+
+    @property
+    def wanted(self) -> Loadout:
+        return loadout(self.manifest, self.config, self._bus.settings, self.finding)
+
+    @property
+    def serving(self) -> Serving:
+        return serving(self.manifest, self.config, self._bus.settings, self.finding)
+
+    def begin(self) -> None:
+        """Start on the first copy while its files are fetched, where there is room without unloading others for it so early."""
+        wanted = self.wanted
+        if self._memory.take(self._ref, self.manifest.size * wanted.copies):
+            self._begun = self._begin(wanted)
+
+    async def give_up(self) -> None:
+        """End what was begun and never loaded."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            await begun.give_up()
+            self._memory.change(self._ref, 0)
+
+    async def load(self) -> Generation:
+        """Load once there is room.
+
+        Raises:
+            ModelRejected: the framework refuses the files, or a warm-up run failed.
+            Unavailable: there is no room in memory.
+        """
+        begun, self._begun = self._begun, None
+        before = 0 if begun else self._memory.taken(self._ref)
+        wanted = begun.wanted if begun else self.wanted
+        if begun is None:
+            await self._memory.reserve(self._ref, self.manifest.size * wanted.copies)
+        try:
+            made = await self._all(begun or self._begin(wanted))
+        except BaseException:
+            self._memory.change(self._ref, before)
+            raise
+        self.current = wanted
+        return self._generation(made)
+
+    async def load_apart(self) -> Generation:
+        """One more copy, in a process of its own and beside what memory is reserved for.
+
+        Raises:
+            ModelRejected: it cannot be loaded so.
+        """
+        wanted = self.wanted
+        manifest = msgspec.structs.replace(wanted.manifest, isolation=Isolation.PROCESS.value)
+        return self._generation([await self._one(wanted._replace(manifest=manifest))])
+
+    def _generation(self, runtimes: list[Runtime]) -> Generation:
+        return Generation(runtimes, self._bus.clock, self.watch, self._ref.model)
+
+    async def _all(self, first: _Copy) -> list[Runtime]:
+        """The first copy alone, so that one that fails does so once; then the others side by side."""
+        made: list[Runtime] = []
+        try:
+            made.append(await first.load())
+            rest = [self._one(first.wanted) for _ in range(first.wanted.copies - 1)]
+            found = await asyncio.gather(*rest, return_exceptions=True)
+            made += [one for one in found if not isinstance(one, BaseException)]
+            for one in found:
+                if isinstance(one, BaseException):
+                    raise one
+        except BaseException:
+            for runtime in made:
+                runtime.close()
+            raise
+        return made
+
+    async def _one(self, wanted: Loadout) -> Runtime:
+        return await self._begin(wanted).load()
+
+    def _begin(self, wanted: Loadout) -> _Copy:
+        kept_mb = self._bus.settings.cache_graphs_mb
+        options = msgspec.structs.replace(
+            wanted.options,
+            run_timeout_s=self.serving.run_timeout_s,
+            graph_cache=self.graphs if kept_mb else "",
+            graph_cache_mb=kept_mb,
+        )
+        return _Copy(wanted, self._directory, options, self.running)
+
+
+T = TypeVar("T", bound="Begun | Runtime")
+
+
+class _Copy:
+    """A copy on its way, from its making on: whoever makes it loads it or gives it up."""
+
+    def __init__(self, wanted: Loadout, directory: Path, options: Options, running: Running) -> None:
+        self.wanted = wanted
+        self._directory = directory
+        self._closed = threading.Event()
+        self._limit_s = options.load_timeout_s
+        self._beginning = _in_thread(
+            partial(runtimes.begin, wanted.manifest, directory, options, self._closed, running)
+        )
+
+    async def load(self) -> Runtime:
+        """Its files are there: load and warm up in a thread; what nobody wants any more when it is ready is closed."""
+        begun = await self._wanted(self._beginning)
+        loading = _in_thread(partial(_warm, begun, self.wanted, self._directory))
+        timer = asyncio.get_running_loop().call_later(self._limit_s, begun.end)
+        try:
+            return await self._wanted(loading, begun.end)
+        finally:
+            timer.cancel()
+
+    async def give_up(self) -> None:
+        """End it, as far as it has come."""
+        self._closed.set()
+        await _close(self._beginning)
+
+    async def _wanted(self, coming: asyncio.Future[T], end: Callable[[], None] = lambda: None) -> T:
+        try:
+            return await asyncio.shield(coming)
+        except asyncio.CancelledError:
+            self._closed.set()
+            end()
+            await _close(coming)
+            raise
+
+
+def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
+    return asyncio.ensure_future(asyncio.to_thread(work))
+
+
+async def _close(coming: asyncio.Future[T]) -> None:
+    await asyncio.wait({coming})
+    if coming.exception() is None:
+        coming.result().close()
+
+
+def _warm(begun: Begun, wanted: Loadout, directory: Path) -> Runtime:
+    try:
+        runtime = begun.load()
+        warm_up(runtime, wanted.manifest, wanted.warmup, directory)
+    except BaseException:
+        begun.close()
+        raise
+    return runtime

@@ -1,0 +1,140 @@
+"""Room for models in a worker's memory, counted as the dispatcher does: bytes of their files, for each copy.
+
+Whoever is to be loaded gets room; if there is too little, versions that nobody uses just now are unloaded, that first which was
+not used for the longest time. They stay held, and their next job loads them again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from tether.domain.manifest import ModelRef
+from tether.errors import Unavailable
+from tether.process import metrics
+from tether.process.lifecycle import Tasks
+from tether.worker.models.instances import Copies
+
+log = logging.getLogger(__name__)
+
+WAIT_S = 30.0
+"""How long a load waits for others to be idle."""
+_MB = 1 << 20
+
+Evictable = Callable[[], Iterable[tuple[ModelRef, Copies]]]
+"""Versions that may be unloaded now: in memory, not pinned, and not in use."""
+
+
+@dataclass
+class _Waiting:
+    ref: ModelRef
+    size: int
+    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Memory:
+    """Gives out ``budget`` bytes (0: as many as are asked for)."""
+
+    def __init__(self, budget: int, evictable: Evictable) -> None:
+        self._budget = budget
+        self._evictable = evictable
+        self._taken: dict[ModelRef, int] = {}
+        self._waiting: list[_Waiting] = []
+        self._closing = Tasks()
+
+    def taken(self, ref: ModelRef) -> int:
+        """Bytes that a version has room for; 0 when it has none."""
+        return self._taken.get(ref, 0)
+
+    async def reserve(self, ref: ModelRef, size: int) -> None:
+        """Give a version room for ``size`` bytes, instead of what it had, and wait for it if need be.
+
+        Raises:
+            Unavailable: there never will be so much, or nothing could be unloaded for ``WAIT_S`` seconds.
+        """
+        if self._budget and size > self._budget:
+            raise Unavailable(f"it needs {_mib(size)} MiB of memory; worker_memory_mb is {_mib(self._budget)}")
+        if self._waiting or not self._make_room(ref, size):
+            await self._wait(_Waiting(ref, size))
+        await self._closing.finish(WAIT_S)
+
+    def take(self, ref: ModelRef, size: int) -> bool:
+        """Give a version room if nobody waits for some, and nothing is or must be unloaded for it."""
+        if self._waiting or self._closing or self._victims(ref, size) != []:
+            return False
+        return self._make_room(ref, size)
+
+    async def _wait(self, waiting: _Waiting) -> None:
+        self._waiting.append(waiting)
+        self.look()
+        try:
+            async with asyncio.timeout(WAIT_S):
+                await waiting.done
+        except TimeoutError as error:
+            raise Unavailable(
+                f"it needs {_mib(waiting.size)} MiB of memory, and what is loaded is pinned or in use; raise worker_memory_mb"
+            ) from error
+        finally:
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+                self.look()
+
+    def change(self, ref: ModelRef, size: int) -> None:
+        """A version has room for so much now; 0: it is not in memory."""
+        if size:
+            self._taken[ref] = size
+        else:
+            self._taken.pop(ref, None)
+        metrics.MODEL_MEMORY.set(sum(self._taken.values()))
+        self.look()
+
+    def look(self) -> None:
+        """Somebody became idle or left: whoever waits for room, in the order in which they came, gets what there is."""
+        while self._waiting and self._make_room(self._waiting[0].ref, self._waiting[0].size):
+            waiting = self._waiting.pop(0)
+            if not waiting.done.done():
+                waiting.done.set_result(None)
+
+    def evict(self, ref: ModelRef, copies: Copies, reason: str) -> None:
+        """Unload a version that is idle."""
+        self._evict(ref, copies, reason)
+        metrics.MODEL_MEMORY.set(sum(self._taken.values()))
+        self.look()
+
+    async def close(self) -> None:
+        await self._closing.finish(WAIT_S)
+        await self._closing.cancel()
+
+    def _make_room(self, ref: ModelRef, size: int) -> bool:
+        """Whether there is room, or could be made. Nothing is unloaded when that would not suffice."""
+        victims = self._victims(ref, size)
+        if victims is None:
+            return False
+        for other, copies in victims:
+            self._evict(other, copies, "memory")
+        self._taken[ref] = size
+        metrics.MODEL_MEMORY.set(sum(self._taken.values()))
+        return True
+
+    def _victims(self, ref: ModelRef, size: int) -> list[tuple[ModelRef, Copies]] | None:
+        over = sum(self._taken.values()) - self.taken(ref) + size - self._budget if self._budget else 0
+        found: list[tuple[ModelRef, Copies]] = []
+        for other, copies in sorted(self._evictable(), key=lambda one: one[1].used_at) if over > 0 else ():
+            if over > 0 and other != ref:
+                found.append((other, copies))
+                over -= self.taken(other)
+        return None if over > 0 else found
+
+    def _evict(self, ref: ModelRef, copies: Copies, reason: str) -> None:
+        self._taken.pop(ref, None)
+        generation = copies.take_out()
+        if generation is not None:
+            self._closing.spawn(asyncio.to_thread(generation.close), f"evict-{ref.model}")
+        metrics.MODEL_UNLOADS.labels(reason).inc()
+        log.info("unloaded: %s", reason, extra={"action": "model_evicted", "model": ref.model, "version": ref.version})
+
+
+def _mib(size: int) -> int:
+    return -(-size // _MB)

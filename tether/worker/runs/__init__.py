@@ -1,0 +1,1 @@
+"""Runs of a version: jobs in, outcomes out."""

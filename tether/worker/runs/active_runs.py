@@ -1,0 +1,41 @@
+"""The runs of one version that go on, and what ends each of them: its time, the deadlines of its jobs, their callers, an unload."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+
+from tether.process.clock import Clock
+from tether.worker.models.run_limits import Cause, Going
+from tether.worker.scheduling.job_turns import Turn
+
+
+class UnderWay:
+    """``withdrawn`` has the ids of jobs that no caller waits for any more."""
+
+    def __init__(self, clock: Clock, withdrawn: Container[str]) -> None:
+        self._clock = clock
+        self._withdrawn = withdrawn
+        self._turns: dict[Going, Turn] = {}
+
+    @contextmanager
+    def limited(self, turn: Turn, run_timeout_s: float) -> Iterator[Going]:
+        """One run, from its beginning to its end."""
+        left = max(ticket.job.deadline for ticket in turn.tickets) - self._clock.utc()
+        going = Going(run_timeout_s, left)
+        self._turns[going] = turn
+        try:
+            yield going
+        finally:
+            del self._turns[going]
+
+    def look(self) -> None:
+        """Some jobs were withdrawn: end the runs of which nobody wants anything."""
+        for going, turn in self._turns.items():
+            if all(ticket.job.id in self._withdrawn for ticket in turn.tickets):
+                going.end(Cause.UNWANTED)
+
+    def end(self) -> None:
+        """The version is unloaded."""
+        for going in self._turns:
+            going.end(Cause.UNLOAD)

@@ -1,0 +1,370 @@
+"""A model in a process of its own: what it crashes, hangs or eats is that process's, and unloading gives all of it back.
+
+Parent and child speak over a pair of pipes. A frame is a big-endian u32 length and msgpack; tensors in it are rows
+``[name, datatype, shape, bytes]`` with bytes as in the Open Inference Protocol. The parent says what is to be loaded, and
+where its files are when they are there. Then it asks ``[outputs, tensors]``; the child answers ``[true, tensors]`` or
+``[false, message]``, the first answer being to the files, or ``[null, message]`` when there is not enough memory, after which
+it ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import select
+import signal
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from tether.domain.manifest import Manifest
+from tether.domain.tensor import Array, Tensor, from_numpy, to_numpy
+from tether.errors import BadEncoding, InferenceFailed, ModelRejected
+from tether.model.config import Warmup
+from tether.process import metrics
+from tether.process.os_process import die_with_parent, out_of_memory_kills
+from tether.sandbox import plan
+from tether.wire import codec
+from tether.worker.runtimes import compiler_env, graph_cache
+from tether.worker.runtimes.child_output import Said
+
+log = logging.getLogger(__name__)
+
+LARGEST_FRAME = 1 << 30
+_LENGTH = struct.Struct(">I")
+_LOOK_S = 0.2
+"""How often whoever waits looks whether it should."""
+_OWN_DOING = ("memory", "signal", "exit")
+_BACKOFF_S = (0.0, 0.1, 0.5, 2.0, 5.0)
+"""Wait before the n-th start in a row without a run that ended."""
+
+
+class Options(msgspec.Struct, frozen=True):
+    """How a model is run. ``memory_mb`` limits its process's address space (0: no limit), ``run_memory_mb`` the outputs of a run
+    (0: what can be sent from process to process); times are in seconds.
+
+    ``graph_cache`` is the folder, beside those of versions, where optimised graphs are kept, up to ``graph_cache_mb`` MiB;
+    empty: none is, nor of a version whose files lie elsewhere. ``compile``: for any number of rows, and for ``warmup``.
+
+    Its process is confined as ``confinement`` says (the setting ``model_confinement``). It reads its own files, libraries and
+    ``read_dirs``, and nothing below the data directory ``home``. It has ``scratch_mb`` MiB for files of its own.
+    """
+
+    threads: int = 1
+    memory_mb: int = 0
+    run_memory_mb: int = 0
+    run_timeout_s: float = 60.0
+    load_timeout_s: float = 300.0
+    device: str = "auto"
+    graph_cache: str = ""
+    graph_cache_mb: int = 0
+    compile: bool = False
+    warmup: tuple[Warmup, ...] = ()
+    confinement: str = plan.REQUIRED
+    home: str = ""
+    read_dirs: tuple[str, ...] = ()
+    scratch_mb: int = 64
+
+
+class Start(msgspec.Struct, frozen=True):
+    """What a child is told first: enough to limit itself and to import its framework."""
+
+    manifest: Manifest
+    options: Options
+
+
+class Ended(NamedTuple):
+    """How a child ended, for a person and for a metric."""
+
+    words: str
+    reason: str
+
+
+class ProcessRuntime:
+    """See :class:`tether.frameworks.runtime.Runtime`. Made, its process imports the framework and waits until :meth:`load` says that
+    the files are there. It is started again, with backoff, by the next run after its end.
+
+    Whoever sets ``closed`` ends what it waits for, its making included.
+    """
+
+    def __init__(
+        self, manifest: Manifest, directory: Path, options: Options, closed: threading.Event | None = None
+    ) -> None:
+        self._directory = str(directory)
+        self._graphs = graph_cache.of_process(manifest.platform, directory, options.graph_cache)
+        self._start = Start(manifest, msgspec.structs.replace(options, graph_cache=self._graphs))
+        self._options = options
+        self.run_timeout_s = options.run_timeout_s
+        """Counts from the next run on."""
+        self._outputs = tuple(spec.name for spec in manifest.outputs)
+        self._child: subprocess.Popen[bytes] | None = None
+        self._said: Said | None = None
+        self._loading = ExitStack()
+        """What the process has until it has loaded."""
+        self.crash = ""
+        """How the model last ended its process, if that was its own doing: killed or too slow does not count."""
+        self._failures = 0
+        self._kills = 0
+        self._closed = closed or threading.Event()
+        self._spawn()
+
+    @property
+    def output_names(self) -> Sequence[str]:
+        return self._outputs
+
+    @property
+    def pid(self) -> int:
+        """The process that holds the model just now; 0 when there is none."""
+        return 0 if self._child is None else self._child.pid
+
+    def load(self) -> ProcessRuntime:
+        """Load the files, which are whole and verified from here on.
+
+        Raises:
+            ModelRejected: the framework refuses them, or the process ended, now or while it waited.
+        """
+        with self._loading, self._rejecting():
+            self._ask(codec.pack(self._directory), self._options.load_timeout_s)
+        if self._graphs:
+            graph_cache.trim(self._graphs, self._options.graph_cache_mb << 20)
+        return self
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """Run once; ``outputs`` names what is wanted, empty for all in the model's order.
+
+        Raises:
+            InferenceFailed: the model refused its input, crashed, or took longer than ``run_timeout_s``; or inputs or outputs
+                are larger than a frame.
+        """
+        if self._child is None:
+            self._again()
+        rows = [_row(from_numpy(name, array)) for name, array in inputs.items()]
+        question = codec.pack((list(outputs), rows))
+        if len(question) > LARGEST_FRAME:
+            raise InferenceFailed(f"the inputs of one run have {len(question)} bytes; at most {LARGEST_FRAME} fit")
+        answer = self._ask(question, self.run_timeout_s)
+        self._failures = 0
+        found = {row[0]: row for row in answer}
+        try:
+            return [to_numpy(Tensor(*found[name])) for name in outputs or self._outputs]
+        except KeyError as error:
+            raise InferenceFailed(f"the model's process answered without the output {error}") from error
+
+    def end(self) -> None:
+        """A load and each run have a time of their own."""
+
+    def close(self) -> None:
+        self._closed.set()
+        self._end()
+
+    @property
+    def pause_s(self) -> float:
+        """How long the next start of the process waits; longer with each start in a row that no run survived."""
+        return _BACKOFF_S[min(self._failures, len(_BACKOFF_S) - 1)]
+
+    def _again(self) -> None:
+        if self._closed.wait(self.pause_s):
+            raise InferenceFailed("the model is being unloaded")
+        metrics.MODEL_RESTARTS.labels(self._start.manifest.name).inc()
+        try:
+            self._spawn()
+            self.load()
+        except ModelRejected as error:
+            raise InferenceFailed(f"the model's process could not be started again: {error.message}") from error
+
+    def _spawn(self) -> None:
+        more: Mapping[str, str] = {}
+        if self._options.compile:
+            sealed = self._start.manifest.sealed is not None
+            made = compiler_env.made(Path(self._directory), self._graphs, sealed=sealed)
+            more = self._loading.enter_context(made)
+        self._failures += 1
+        self._kills = out_of_memory_kills()
+        self._child = subprocess.Popen(
+            plan.command(plan.plan(self._wish(more)), "tether.worker.runtimes.child_process"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd="/",  # away from files that nobody has verified yet
+            env={**_environment(self._options.threads, self._directory), **more},
+            start_new_session=True,
+            preexec_fn=die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - it imports and locks nothing
+        )
+        manifest = self._start.manifest
+        assert isinstance(self._child.stderr, BufferedReader)  # noqa: S101 - PIPE was asked for
+        self._said = Said(self._child.stderr, manifest.name, manifest.version)
+        with self._rejecting(), self._speaking(self._options.load_timeout_s) as (questions, _, end):
+            write_frame(questions, codec.encode(self._start), end, self._closed)
+
+    def _wish(self, more: Mapping[str, str]) -> plan.Wish:
+        options = self._options
+        write = [more[compiler_env.FOLDER]] if more else []
+        if self._graphs:
+            write.append(self._graphs)
+        return plan.Wish(
+            mode=plan.mode_for(options.confinement, self._start.manifest.platform),
+            apart=options.home,
+            read=(self._directory, *options.read_dirs),
+            write=tuple(write),
+            compilers=tuple(compiler_env.PATH.split(os.pathsep)) if more else (),
+            gpu=options.device != "cpu",
+            scratch_mb=options.scratch_mb,
+            file_mb=max(options.scratch_mb, options.graph_cache_mb, 1) if write else options.scratch_mb,
+            dies_first=True,
+        )
+
+    @contextmanager
+    def _rejecting(self) -> Iterator[None]:
+        try:
+            yield
+        except InferenceFailed as error:
+            self._end()
+            raise ModelRejected(f"the model cannot be loaded: {error.message}") from error
+
+    def _ask(self, question: bytes, timeout_s: float) -> list[Any]:
+        with self._speaking(timeout_s) as (questions, answers, end):
+            write_frame(questions, question, end, self._closed)
+            good, content = codec.unpack(read_frame(answers, end, self._closed))
+        if good is None:
+            raise self._broken(Ended(f"ran out of memory and was ended: {str(content)[:300]}", "memory"))
+        if not good:
+            raise InferenceFailed(str(content)[:500])
+        return list(content)
+
+    @contextmanager
+    def _speaking(self, timeout_s: float) -> Iterator[tuple[int, int, float]]:
+        """The two pipes and the monotonic time until which they may be used; what breaks meanwhile ends the process."""
+        child = self._child
+        if child is None or child.stdin is None or child.stdout is None:
+            raise InferenceFailed("the model's process is gone")
+        try:
+            yield child.stdin.fileno(), child.stdout.fileno(), time.monotonic() + timeout_s
+        except TimeoutError as error:
+            raise self._broken(Ended(f"took longer than {timeout_s:g} s and was ended", "timeout")) from error
+        except (OSError, EOFError, BadEncoding, ValueError, TypeError) as error:
+            if self._closed.is_set():
+                self._end()
+                raise InferenceFailed("the model is being unloaded") from error
+            raise self._broken(self._how_it_ended(child)) from error
+
+    def _how_it_ended(self, child: subprocess.Popen[bytes]) -> Ended:
+        try:
+            status = child.wait(2)
+        except subprocess.TimeoutExpired:
+            return Ended("answered with something else than an answer", "protocol")
+        if status == -signal.SIGKILL and out_of_memory_kills() > self._kills:
+            return Ended("was ended by signal 9 (SIGKILL), and the machine was out of memory", "memory")
+        if status == -signal.SIGKILL:
+            return Ended("was ended by signal 9 (SIGKILL)", "killed")
+        if status < 0:
+            return Ended(f"was ended by signal {-status} ({signal.Signals(-status).name})", "signal")
+        return Ended(f"ended with status {status}", "exit")
+
+    def _broken(self, ended: Ended) -> InferenceFailed:
+        name = self._start.manifest.name
+        if ended.reason in _OWN_DOING:
+            self.crash = ended.words
+        metrics.MODEL_CRASHES.labels(name, ended.reason).inc()
+        fields = {"action": "model_process_ended", "model": name, "version": self._start.manifest.version}
+        log.error("the model's process %s", ended.words, extra=fields)
+        self._end()
+        return InferenceFailed(f"the model's process {ended.words}")
+
+    def _end(self) -> None:
+        child, self._child = self._child, None
+        self._loading.close()
+        if child is None:
+            return
+        if child.returncode is None:  # nobody has waited for it, so the number is still its own
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                pipe.close()
+        if self._said is not None:
+            self._said.close()
+
+
+def _row(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.name, tensor.datatype, tensor.shape, tensor.data)
+
+
+def _environment(threads: int, directory: str) -> dict[str, str]:
+    """Nothing of the worker's own: no settings, no keys. What an encrypted model's framework writes stays in memory too."""
+    return {
+        **plan.environment(),
+        "TMPDIR": directory,  # where there is no folder in memory for what it writes, which is a better place
+        "OMP_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": str(threads),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+    }
+
+
+def write_frame(descriptor: int, content: bytes, end: float, closed: threading.Event | None = None) -> None:
+    """Write one frame before the monotonic time ``end``, or until ``closed`` is set.
+
+    Raises:
+        TimeoutError: the other side did not take it in time.
+        OSError: it is gone.
+        ValueError: it is too large.
+    """
+    if len(content) > LARGEST_FRAME:
+        raise ValueError("frame too large")
+    os.set_blocking(descriptor, False)
+    for part in (_LENGTH.pack(len(content)), content):
+        rest = memoryview(part)
+        while rest:
+            _wait(descriptor, select.POLLOUT, end, closed)
+            try:
+                rest = rest[os.write(descriptor, rest[: 1 << 20]) :]
+            except BlockingIOError:
+                continue
+
+
+def read_frame(descriptor: int, end: float, closed: threading.Event | None = None) -> bytes:
+    """Read one frame before the monotonic time ``end``, or until ``closed`` is set.
+
+    Raises:
+        TimeoutError: it did not come in time.
+        EOFError: the other side is gone.
+        ValueError: it says that it is too large.
+    """
+    (length,) = _LENGTH.unpack(_read(descriptor, _LENGTH.size, end, closed))
+    if length > LARGEST_FRAME:
+        raise ValueError("frame too large")
+    return _read(descriptor, length, end, closed)
+
+
+def _read(descriptor: int, length: int, end: float, closed: threading.Event | None) -> bytes:
+    found = bytearray()
+    while len(found) < length:
+        _wait(descriptor, select.POLLIN, end, closed)
+        part = os.read(descriptor, min(length - len(found), 1 << 20))
+        if not part:
+            raise EOFError
+        found += part
+    return bytes(found)
+
+
+def _wait(descriptor: int, event: int, end: float, closed: threading.Event | None) -> None:
+    poll = select.poll()
+    poll.register(descriptor, event)
+    while (left := end - time.monotonic()) > 0:
+        if closed is not None and closed.is_set():
+            raise EOFError
+        if closed is None and left == math.inf:
+            poll.poll()
+            return
+        if poll.poll(min(left, _LOOK_S) * 1000):
+            return
+    raise TimeoutError

@@ -1,0 +1,1 @@
+"""Which jobs run next, together, and how many to ask for. Pure."""

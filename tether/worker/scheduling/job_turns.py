@@ -1,0 +1,217 @@
+"""The jobs that a worker has in hand of one version, and which of them run next. Pure: no I/O, no time but what is handed in.
+
+The unit is the run: each free copy of the model takes the next run from the most urgent level that has jobs. A level is a kind
+of lane: callers who wait, then durable jobs of high, normal and low priority. Within a level the oldest job comes first, and
+jobs of equal shape join it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import NamedTuple
+
+from tether.domain.job import Job, Lane, LaneKind, Priority
+from tether.worker.scheduling.batching import Key, Parts, Piece, Run, Source, key_of
+from tether.worker.scheduling.bundle import Bundle
+
+LEVELS = 4
+"""0: callers who wait; 1 to 3: high, normal and low."""
+
+_LEVEL = {Priority.HIGH: 1, Priority.NORMAL: 2, Priority.LOW: 3}
+
+
+def level_of(lane: Lane) -> int:
+    """How urgent a lane's jobs are; 0 is the most urgent."""
+    return 0 if lane.kind is LaneKind.INFER else _LEVEL[lane.priority]
+
+
+class Ticket:
+    """A job in hand, until it has ended. ``alone``: it is joined with no other. ``whole``: it is not cut either, whatever its first
+    axes mean."""
+
+    __slots__ = ("alone", "attempt", "began", "bundle", "ended", "job", "next", "parts", "source", "whole")
+
+    def __init__(self, job: Job, bundle: Bundle, *, alone: bool = False, whole: bool = False) -> None:
+        self.job = job
+        self.bundle = bundle
+        self.alone = alone or whole
+        self.whole = whole
+        self.source = Source(job)
+        self.next = 0
+        """The first of its rows that has not begun."""
+        self.parts = Parts(self.source)
+        self.attempt = 0 if bundle.suspect else 1
+        """Which attempt this is; 0: not yet known."""
+        self.began = 0.0
+        """When its first run began, UTC seconds."""
+        self.ended = False
+
+    @property
+    def rows(self) -> int:
+        """Those that have not begun."""
+        return self.source.rows - self.next
+
+    def take(self, most: int) -> Piece:
+        """Its next rows, ``most`` of them; 0, and for a job whose inputs share no first axis: all of it."""
+        if self.whole or not most or self.source.rows < 0:
+            self.again(whole=self.whole)
+            most = self.rows
+        start, self.next = self.next, self.next + min(most, self.rows)
+        return Piece(self.source, start, self.next)
+
+    def again(self, *, whole: bool) -> None:
+        """From its first row on."""
+        self.whole, self.next, self.parts = whole, 0, Parts(self.source)
+
+
+class Turn(NamedTuple):
+    """The next run: its rows, and for each of its pieces the ticket and the parts that the result belongs to."""
+
+    run: Run
+    tickets: tuple[Ticket, ...]
+    parts: tuple[Parts, ...]
+
+    def without(self, unwanted: Collection[Ticket]) -> Turn:
+        """The same run without the rows of some jobs."""
+        kept = [place for place, ticket in enumerate(self.tickets) if ticket not in unwanted]
+        run = Run(tuple([self.run.pieces[place] for place in kept]), self.run.batched)
+        return Turn(run, tuple([self.tickets[place] for place in kept]), tuple([self.parts[place] for place in kept]))
+
+
+class _Level:
+    """Jobs of one level: groups that can be joined, the group with the oldest job first."""
+
+    def __init__(self) -> None:
+        self._groups: dict[Key, deque[Ticket]] = {}
+        self._heads: list[tuple[int, Key]] = []
+        self._orders: dict[Ticket, int] = {}
+        self._last = 0
+        self._first = 0
+
+    def __len__(self) -> int:
+        return len(self._orders)
+
+    def add(self, ticket: Ticket) -> None:
+        self._last += 1
+        self._put(ticket, self._last)
+
+    def add_first(self, ticket: Ticket) -> None:
+        """Before all others, and joined with none."""
+        self._first -= 1
+        ticket.alone = True
+        self._put(ticket, self._first)
+
+    def _put(self, ticket: Ticket, order: int) -> None:
+        self._orders[ticket] = order
+        key: Key = ("alone", order) if ticket.alone or ticket.source.rows < 0 else key_of(ticket.job)
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = deque()
+            heapq.heappush(self._heads, (order, key))
+        group.append(ticket)
+
+    def first(self) -> deque[Ticket]:
+        """The group whose turn it is."""
+        return self._groups[self._heads[0][1]]
+
+    def take(self, most: int) -> Turn:
+        _, key = self._heads[0]
+        group = self._groups[key]
+        taken = [group[0]]
+        pieces = [group[0].take(most)]
+        batched = bool(most) and not group[0].whole and group[0].source.rows >= 0
+        if group[0].rows <= 0:
+            del self._orders[group.popleft()]
+            rows = pieces[0].stop - pieces[0].start
+            while batched and group and rows + group[0].rows <= most:
+                ticket = group.popleft()
+                del self._orders[ticket]
+                rows += ticket.rows
+                taken.append(ticket)
+                pieces.append(ticket.take(most))
+        if group:
+            heapq.heapreplace(self._heads, (self._orders[group[0]], key))
+        else:
+            heapq.heappop(self._heads)
+            del self._groups[key]
+        return Turn(Run(tuple(pieces), batched), tuple(taken), tuple([ticket.parts for ticket in taken]))
+
+    def remove(self, unwanted: Callable[[Ticket], bool]) -> list[Ticket]:
+        gone = [ticket for ticket in self._orders if unwanted(ticket)]
+        for ticket in gone:
+            del self._orders[ticket]
+        if gone:
+            left = {key: deque(one for one in group if one in self._orders) for key, group in self._groups.items()}
+            self._groups = {key: group for key, group in left.items() if group}
+            self._heads = [(self._orders[group[0]], key) for key, group in self._groups.items()]
+            heapq.heapify(self._heads)
+        return gone
+
+
+class RunQueue:
+    """Gives out runs in strict order of levels, but for one that has waited for ``patience_s`` without a run: that one is next.
+
+    So the less urgent never starve: while others keep the worker busy, each level with jobs gets a run every ``patience_s``
+    seconds. 0: strict order always.
+    """
+
+    def __init__(self, patience_s: float, now: float) -> None:
+        self._patience_s = patience_s
+        self._levels = [_Level() for _ in range(LEVELS)]
+        self._served = [now] * LEVELS
+        """When each level had its last run, or was known to have no job."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self._levels))
+
+    def add(self, ticket: Ticket) -> None:
+        self._levels[level_of(ticket.bundle.delivery.lane)].add(ticket)
+
+    def has(self, level: int) -> bool:
+        return len(self._levels[level]) > 0
+
+    def ahead(self, level: int) -> int:
+        """Jobs that come before the next one of this level, as far as they are in hand."""
+        return sum([len(one) for one in self._levels[: level + 1]])
+
+    def order(self, now: float) -> list[int]:
+        """Levels in the order in which they are asked for a run: first those that have waited too long, the longest first."""
+        late = [level for level in range(LEVELS) if 0 < self._patience_s < now - self._served[level]]
+        late.sort(key=lambda level: self._served[level])
+        return late + [level for level in range(LEVELS) if level not in late]
+
+    def served(self, level: int, now: float) -> None:
+        """A level has a run now, or no job that waits anywhere."""
+        self._served[level] = now
+
+    def candidates(self, level: int) -> Sequence[Ticket]:
+        """The jobs that could share the next run of a level that has some, oldest first."""
+        return self._levels[level].first()
+
+    def take(self, level: int, most: int, now: float) -> Turn:
+        """The next run of a level that has jobs: the oldest, and others of its shape while they fit in ``most`` rows; or ``most``
+        rows of the oldest, when it has more. 0: one job as it came."""
+        self.served(level, now)
+        return self._levels[level].take(most)
+
+    def again(self, ticket: Ticket) -> None:
+        """Run a job whole and by itself, before the others of its level: what it gave in pieces does not count."""
+        level = self._levels[level_of(ticket.bundle.delivery.lane)]
+        level.remove(lambda other: other is ticket)
+        ticket.again(whole=True)
+        level.add_first(ticket)
+
+    def remove(self, unwanted: Callable[[Ticket], bool]) -> list[Ticket]:
+        """Take jobs out, wherever they stand; those that were still there."""
+        return [gone for level in self._levels for gone in level.remove(unwanted)]
+
+    def drop(self, jobs: Collection[str]) -> list[Ticket]:
+        """:meth:`remove` by ids."""
+        return self.remove(lambda ticket: ticket.job.id in jobs)
+
+
+def bundles_of(tickets: Iterable[Ticket]) -> list[Bundle]:
+    """The bundles of tickets, each once, in order."""
+    return list(dict.fromkeys([ticket.bundle for ticket in tickets]))

@@ -1,0 +1,380 @@
+"""The versions a worker holds: fetched, loaded, served, and let go again, as the dispatcher assigns."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import KvBucket
+from tether.bus.key_value.keyrings import Keyring
+from tether.domain.manifest import Finding, Manifest, ModelRef
+from tether.domain.worker_protocol import BUNDLE_S
+from tether.errors import ModelNotFound, TetherError
+from tether.model.config import InstanceKind, LoadBalancing
+from tether.process.lifecycle import Tasks
+from tether.storage.model_files import open_manifest
+from tether.worker.crash_notes import CrashNotes
+from tether.worker.files.version_files import WorkerFiles
+from tether.worker.jobs.ack_keepalive import KeepAlive
+from tether.worker.jobs.version_server import ModelInstance
+from tether.worker.model_configs import Configs
+from tether.worker.models.instances import Copies, Generation
+from tether.worker.models.loader import Loader
+from tether.worker.models.memory_budget import Memory
+from tether.worker.models.run_limits import RunWatch
+from tether.worker.models.version_findings import Findings
+from tether.worker.runs import row_judgement
+from tether.worker.runs.isolated_instance import Apart, Seats
+from tether.worker.runs.isolated_instance import Hearing as ApartHearing
+from tether.worker.runs.job_runs import Hearing
+from tether.worker.scheduling.pull_balance import Headroom
+
+log = logging.getLogger(__name__)
+
+Change = Callable[[ModelRef], Awaitable[None]]
+
+_REST_S = 0.5
+"""Between two looks for versions that were idle for long enough."""
+_RETRY_S = (0.5, 1.0, 2.0, 5.0, 15.0)
+_AHEAD = 4
+"""Processes that wait for their files at a time: a worker that is given hundreds of versions starts no hundreds at once."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A version that is served."""
+
+    instance: ModelInstance
+    loader: Loader
+
+    @property
+    def copies(self) -> int:
+        """How many there are, or will be after the next load."""
+        current = self.loader.current if self.instance.copies.loaded else None
+        return (current or self.loader.wanted).copies
+
+    @property
+    def outdated(self) -> bool:
+        """Whether what is in memory was loaded in another way than is wanted now."""
+        return self.instance.copies.loaded and self.loader.current != self.loader.wanted
+
+
+class Holder:
+    """Brings what is held in line with what is wanted. One change at a time for each version."""
+
+    def __init__(self, bus: Bus, files: WorkerFiles, keepalive: KeepAlive, keyring: Keyring, notes: CrashNotes) -> None:
+        self._bus = bus
+        self._keyring = keyring
+        self._notes = notes
+        self.files = files
+        self.configs = Configs(bus, self._decided)
+        self._keepalive = keepalive
+        self._manifests = KvBucket(bus, "models")
+        self._wanted: frozenset[ModelRef] = frozenset()
+        self._held: dict[ModelRef, Held] = {}
+        self._failed: dict[ModelRef, str] = {}
+        self._busy: set[ModelRef] = set()
+        self._changed = asyncio.Event()
+        self._least: dict[ModelRef, float] = {}
+        """What the least able worker can do of a version, as the dispatcher says."""
+        self._lost: set[ModelRef] = set()
+        """Held, and could not be loaded when a job came."""
+        self.watch = RunWatch(bus.settings.run_memory_mb)
+        self.memory = Memory(bus.settings.worker_memory_mb << 20, self._evictable)
+        self._tasks = Tasks()
+        self._news: dict[str, asyncio.Event] = {}
+        """Set when another configuration of a model counts: who waits to try again need not wait."""
+        self._ahead = asyncio.Semaphore(_AHEAD)
+        self._judging = asyncio.Semaphore(1)
+        self._seats = Seats()
+        self._stopping = False
+        self.has_orders = False
+        self.findings = Findings(lambda ref: self._configured(ref.model))
+        for ref, how in notes.crashed.items():
+            self.findings.found(ref, Finding(crashed=how))
+
+    def want(
+        self,
+        models: Sequence[ModelRef],
+        revisions: Sequence[tuple[str, int]] = (),
+        levels: Sequence[tuple[ModelRef, float]] = (),
+        findings: Sequence[tuple[ModelRef, Finding]] = (),
+    ) -> None:
+        self.has_orders = True
+        self.findings.told(findings)
+        self._wanted = frozenset(models)
+        self._least = dict(levels)
+        self.configs.told(revisions)
+        self._changed.set()
+
+    @property
+    def holding(self) -> bool:
+        """Whether a version is held, or on its way in or out."""
+        return bool(self._held or self._busy)
+
+    def ready(self) -> tuple[ModelRef, ...]:
+        return tuple(sorted(self._held, key=lambda ref: (ref.model, ref.version)))
+
+    def failed(self) -> tuple[tuple[str, str], ...]:
+        return tuple((f"{ref.model}:{ref.version}", reason) for ref, reason in self._failed.items())
+
+    def in_memory(self) -> tuple[ModelRef, ...]:
+        """Those of the held ones that are loaded."""
+        return tuple(ref for ref in self.ready() if self._held[ref].instance.copies.loaded)
+
+    def waiting_results(self) -> str:
+        """Why ends of durable jobs are not stored; empty while they are."""
+        found = [held.instance.intake.answers.waiting for held in self._held.values()]
+        return next(filter(None, found), "")
+
+    def running(self) -> int:
+        return sum(held.instance.running for held in self._held.values())
+
+    @property
+    def weighs(self) -> bool:
+        """Whether jobs of a version that is held are shared by capacity."""
+        return any(held.loader.config.load_balancing is LoadBalancing.CAPACITY for held in self._held.values())
+
+    def weigh(self, headroom: Headroom) -> tuple[tuple[ModelRef, float], ...]:
+        """Share by what is left of the machine; what can be done of each version whose jobs are shared so."""
+        found = []
+        for ref in self.ready():
+            held = self._held[ref]
+            factor = headroom.factor(on_gpu=held.loader.wanted.options.device != InstanceKind.CPU)
+            if level := held.instance.weigh(factor, self._least.get(ref, 0.0)):
+                found.append((ref, level))
+        return tuple(found)
+
+    def paces(self) -> tuple[tuple[ModelRef, float], ...]:
+        """How long a job runs, of versions whose full bundles take long enough to be cut."""
+        found = [(ref, held.instance.runs.pace.job_s) for ref, held in self._held.items()]
+        return tuple((ref, job_s) for ref, job_s in found if job_s * self._bus.settings.bundle_max_jobs > BUNDLE_S)
+
+    async def run(self) -> None:
+        await self.files.sweep()
+        self._tasks.spawn(self._rest(), "rest")
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            if self._stopping:
+                return
+            for ref in self._wanted - self._held.keys() - self._busy:
+                self._begin(ref, self._load, "load")
+            for ref in self._held.keys() - self._wanted - self._busy:
+                self._begin(ref, self._unload, "unload")
+            for ref in (self._lost & self._held.keys()) - self._busy:
+                self._begin(ref, self._load_again, "load")
+            for ref in [ref for ref, held in self._held.items() if held.outdated and ref not in self._busy]:
+                self._begin(ref, self._renew, "renew")
+
+    def _begin(self, ref: ModelRef, change: Change, what: str) -> None:
+        self._busy.add(ref)
+        self._tasks.spawn(self._to_its_end(ref, change), f"{what}-{ref.model}")
+
+    async def _to_its_end(self, ref: ModelRef, change: Change) -> None:
+        try:
+            await change(ref)
+        finally:
+            self._busy.discard(ref)
+            if ref not in self._held:
+                self._lost.discard(ref)
+            if ref not in self._wanted:
+                self._failed.pop(ref, None)
+            if not any(other.model == ref.model for other in (*self._held, *self._busy)):
+                self.configs.forget(ref.model)
+                self._news.pop(ref.model, None)
+            self._changed.set()
+
+    async def stop(self, drain_s: float) -> None:
+        """Let every version go, each finishing what it holds."""
+        self._stopping = True
+        await self.configs.stop()
+        await self._tasks.cancel()
+        held = [self._held.pop(ref) for ref in list(self._held)]
+        await asyncio.gather(*[one.instance.stop(drain_s) for one in held])
+        await self.memory.close()
+        await self.files.close()
+
+    async def _load(self, ref: ModelRef, *, lazily: bool = True) -> None:
+        """Try until it is held or no longer wanted; ``lazily``: it may be loaded later, if that is decided."""
+        tries = 0
+        while ref in self._wanted:
+            try:
+                self._held[ref] = await self._loaded(ref, lazily=lazily, ahead=not tries)
+            except Exception as error:  # noqa: BLE001 - told of, and tried again
+                self._tell(ref, error)
+            else:
+                self._failed.pop(ref, None)
+                self._lost.discard(ref)
+                self._configured(ref.model)
+                log.info("loaded", extra={"action": "model_loaded", "model": ref.model, "version": ref.version})
+                return
+            await self._pause(ref, tries)
+            tries += 1
+
+    def _tell(self, ref: ModelRef, error: Exception) -> None:
+        """Every heartbeat says why it is not loaded, or not as is wanted."""
+        fields = {"action": "load_failed", "model": ref.model, "version": ref.version}
+        if isinstance(error, TetherError):
+            self._failed[ref] = f"{error.code}: {error.message}"
+            log.warning("not loaded: %s", error, extra=fields)
+        else:
+            self._failed[ref] = f"{TetherError.code}: {type(error).__name__}; the worker's log has the reason"
+            log.error("not loaded", exc_info=error, extra=fields)
+
+    async def _pause(self, ref: ModelRef, tries: int) -> None:
+        """Before the next try, unless something else is decided about the model meanwhile."""
+        news = self._news.setdefault(ref.model, asyncio.Event())
+        news.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_RETRY_S[min(tries, len(_RETRY_S) - 1)]):
+                await news.wait()
+
+    async def _loaded(self, ref: ModelRef, *, lazily: bool, ahead: bool) -> Held:
+        manifest = await self._manifest(ref)
+        config = await self.configs.read(ref.model)
+        directory = await self.files.place(ref, manifest)
+        loader = Loader(self._bus, manifest, directory, config, self.memory)
+        loader.graphs, loader.finding = str(self.files.graphs), self.findings.get(ref)
+        loader.running = partial(self._notes.running, ref)
+        loader.watch = self.watch
+        at_once = not (lazily and loader.lazy)
+        try:
+            await self._fetch(ref, loader, ahead=ahead and at_once)
+            copies = Copies(partial(self._load_now, loader), self._bus.clock, self.memory.look)
+            if at_once:
+                await copies.ensure()
+            over = partial(self.findings.over, ref)
+            hearing = Hearing(partial(self._lose, ref), partial(self.findings.mixed, ref), over)
+            alone = ApartHearing(partial(self.findings.crashed, ref), over)
+            apart = Apart(copies, loader.load_apart, alone, self._seats, self.watch.limit_mb)
+            instance = ModelInstance(self._bus, manifest, apart, self._keepalive, self._keyring, hearing=hearing)
+            instance.configure(loader.serving, loader.wanted.copies)
+            try:
+                await instance.start()
+            except BaseException:
+                await instance.stop(0)
+                raise
+        except BaseException:
+            await loader.give_up()
+            self._let_go(ref)
+            raise
+        self._tasks.spawn(self.files.remember(manifest, directory), "remember-pieces")
+        if row_judgement.unjudged(manifest):
+            self._tasks.spawn(self._judge(ref, manifest, directory), f"judge-{ref.model}")
+        return Held(instance, loader)
+
+    async def _judge(self, ref: ModelRef, manifest: Manifest, directory: Path) -> None:
+        """Find out whether its jobs may be joined, unless that is known; one version at a time. Until then they are not."""
+        async with self._judging:
+            known = self.findings.get(ref)
+            if known.proven or known.unproven:
+                return
+            finding = await row_judgement.judge(manifest, directory)
+        if ref in self._held:  # else the files may have gone meanwhile
+            self.findings.found(ref, finding)
+            words = finding.unproven or "its rows are proven to be independent"
+            fields = {"action": "batching_judged", "model": ref.model, "version": ref.version}
+            log.info("%s:%d: %s", ref.model, ref.version, words, extra=fields)
+
+    async def _fetch(self, ref: ModelRef, loader: Loader, *, ahead: bool) -> None:
+        """``ahead``: what needs no files begins meanwhile. Not after a try that failed: many in a row would be for nothing."""
+        if not ahead or self._ahead.locked():
+            await self.files.fetch(ref, loader.manifest)
+            return
+        async with self._ahead:
+            loader.begin()
+            await self.files.fetch(ref, loader.manifest)
+
+    async def _load_now(self, loader: Loader) -> Generation:
+        """Another configuration may count since the load began: looked at as soon as the copies are there."""
+        generation = await loader.load()
+        asyncio.get_running_loop().call_soon(self._configured, loader.manifest.name)
+        return generation
+
+    def _let_go(self, ref: ModelRef) -> None:
+        self.files.release(ref)
+        self.memory.change(ref, 0)
+
+    def _lose(self, ref: ModelRef, error: Exception) -> None:
+        """A job came and it could not be loaded: this worker is not ready for it until it can be."""
+        self._tell(ref, error)
+        self._lost.add(ref)
+        self._changed.set()
+
+    async def _load_again(self, ref: ModelRef) -> None:
+        held = self._held.pop(ref)
+        await held.instance.stop(self._bus.settings.drain_s)
+        self._lost.discard(ref)
+        self._let_go(ref)
+        await self._load(ref, lazily=False)
+
+    def _evictable(self) -> list[tuple[ModelRef, Copies]]:
+        """What may be unloaded, and is loaded again by its next job."""
+        found = [(ref, held.instance.copies, held.loader.config) for ref, held in self._held.items()]
+        return [(ref, copies) for ref, copies, config in found if copies.loaded and copies.idle and not config.pinned]
+
+    async def _rest(self) -> None:
+        """Unload what was idle for as long as its configuration says."""
+        while True:
+            now = self._bus.clock.monotonic()
+            for ref, copies in self._evictable():
+                limit = self._held[ref].loader.config.idle_unload_s
+                if limit and now - copies.used_at >= limit:
+                    self.memory.evict(ref, copies, "idle")
+            await asyncio.sleep(_REST_S)
+
+    def _decided(self, model: str) -> None:
+        if model in self._news:
+            self._news[model].set()
+        self._configured(model)
+
+    def _configured(self, model: str) -> None:
+        """Another configuration counts: what can be changed in place is, and what cannot is loaded anew."""
+        config = self.configs.get(model)
+        for ref, held in self._held.items():
+            if ref.model == model:
+                before, held.loader.config = held.loader.lazy, config
+                held.loader.finding = self.findings.get(ref)
+                held.instance.configure(held.loader.serving, held.copies)
+                if before and not held.loader.lazy:
+                    self._tasks.spawn(held.instance.wake(), f"wake-{ref.model}")
+        self._changed.set()
+
+    async def _renew(self, ref: ModelRef) -> None:
+        """Load it anew beside the old one until that is as wanted; the old one answers meanwhile, and if it fails."""
+        held, tries = self._held[ref], 0
+        while held.outdated and ref in self._wanted:
+            try:
+                await held.instance.copies.renew(self._last_run_s(held.loader))
+            except Exception as error:  # noqa: BLE001 - told of, and tried again
+                self._tell(ref, error)
+                await self._pause(ref, tries)
+                tries += 1
+            else:
+                self._failed.pop(ref, None)
+                log.info("loaded anew", extra={"action": "model_renewed", "model": ref.model, "version": ref.version})
+            self._configured(ref.model)
+
+    def _last_run_s(self, loader: Loader) -> float:
+        """What has begun may end, however long a run may take: the worker itself goes on."""
+        return max(self._bus.settings.drain_s, loader.serving.run_timeout_s)
+
+    async def _manifest(self, ref: ModelRef) -> Manifest:
+        key = self._bus.names.version_key(ref.model, ref.version)
+        frame = await self._manifests.get(key)
+        if frame is None:
+            raise ModelNotFound(f"model '{ref.model}' has no version {ref.version}")
+        return open_manifest(self._bus.verifier, self._bus.names, key, frame)
+
+    async def _unload(self, ref: ModelRef) -> None:
+        held = self._held.pop(ref)
+        await held.instance.stop(self._last_run_s(held.loader))
+        self._let_go(ref)
+        log.info("unloaded", extra={"action": "model_unloaded", "model": ref.model, "version": ref.version})
