@@ -101,7 +101,7 @@ class ModelInstance:
         self._changed.set()
 
     def weigh(self, factor: float, least: float) -> float:
-        """Ask as follows from how much of the machine there is, see :meth:`balance.Capacity.look`; the level, 0 when it is not
+        """Ask as follows from how much of the machine there is, see :meth:`tether.worker.scheduling.pull_balance.Capacity.look`; the level, 0 when it is not
         known, or when jobs are not shared by it."""
         if self._serving.strategy is not LoadBalancing.CAPACITY:
             return 0.0
