@@ -16,6 +16,7 @@ from tenancy import bound_home, isolate
 from typer.testing import CliRunner
 
 from tether.broker.embedded_server import Binary
+from tether.broker.permissions import OWN_RIGHTS
 from tether.bus.session import connect
 from tether.crypto import Role
 from tether.settings import Settings
@@ -116,3 +117,20 @@ async def test_the_doctor_finds_a_broker_with_the_lists_of_before(
         found = await _permissions(settings, home, role)
     assert found.level == "fail"
     assert "ops/nats/permissions.conf" in found.line()
+
+
+async def test_the_doctor_leaves_no_error_in_the_brokers_log(embedded_broker: Broker) -> None:
+    home, settings = embedded_broker.home, embedded_broker.settings
+    for role in Role:
+        assert (await _permissions(settings, home, role)).level == "ok"
+    log = (home.logs / "nats.log").read_text()
+    assert "[INF]" in log
+    assert "[ERR]" not in log
+
+
+async def test_the_doctor_tries_out_a_broker_whose_lists_do_not_let_it_ask(embedded_broker: Broker) -> None:
+    home, settings = embedded_broker.home, embedded_broker.settings
+    home.nats_config.write_text(home.nats_config.read_text().replace(f'"{OWN_RIGHTS}"', ""))
+    async with operator(home, settings):
+        assert (await _permissions(settings, home, Role.WORKER)).level == "ok"
+    assert f'Publish Violation - Subject "{OWN_RIGHTS}"' in (home.logs / "nats.log").read_text()

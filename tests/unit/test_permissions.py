@@ -10,7 +10,7 @@ import wildcards
 
 from tether.broker.embedded_server import Binary
 from tether.broker.nats_config import DEFAULT_LOGINS, logins_of, ops_files, write_ops_files
-from tether.broker.permissions import Permissions, identity_permissions, nats_block
+from tether.broker.permissions import OWN_RIGHTS, Permissions, identity_permissions, nats_block
 from tether.crypto import Role
 from tether.domain.job import SHARED, Lane, LaneKind
 from tether.identity.certificates import make_certificates
@@ -139,7 +139,8 @@ def test_no_list_is_empty_or_of_another_prefix(name: str) -> None:
     assert table.publish
     assert table.subscribe
     for subject in table.publish + table.subscribe:
-        assert subject.startswith(("acme.", "_INBOX.acme.", "$JS.", "$KV.ACME_", "$O.ACME_", "$SRV."))
+        ours = subject.startswith(("acme.", "_INBOX.acme.", "$JS.", "$KV.ACME_", "$O.ACME_", "$SRV."))
+        assert ours or subject == OWN_RIGHTS
         assert subject != "$JS.ACK.>"
 
 

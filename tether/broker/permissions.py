@@ -8,7 +8,7 @@ that is made, no right can say.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tether.crypto import Role
 from tether.domain.job import SHARED
@@ -18,6 +18,9 @@ DISPATCHER_SERVICES = ("registerWorker",)
 MODELSTORE_SERVICES = ("registerModel", "changeModel", "configureModel")
 
 _DISCOVERY = "$SRV.>"
+OWN_RIGHTS = "$SYS.REQ.USER.INFO"
+"""Every login may ask the server what it may do: 'tether doctor' does, because the server logs each refusal as an error."""
+
 _LOOK = (
     "$JS.API.INFO",
     "$JS.API.STREAM.NAMES",
@@ -38,11 +41,27 @@ class Permissions:
     responds: bool = False
 
 
+def matches(pattern: str, subject: str) -> bool:
+    """Whether a concrete subject fits a pattern: ``*`` is one token, ``>`` one or more at the end."""
+    wanted, given = pattern.split("."), subject.split(".")
+    for index, part in enumerate(wanted):
+        if part == ">":
+            return len(given) > index
+        if index >= len(given) or part not in ("*", given[index]):
+            return False
+    return len(wanted) == len(given)
+
+
 def identity_permissions(
     names: Names, role: Role, name: str, tenant: str = "", scopes: Sequence[str] = ()
 ) -> Permissions:
     """What one identity may do. ``tenant``: the isolated tenant that a worker is bound to, or empty. ``scopes``: every
     tenant that some worker is bound to; their streams are named one by one too."""
+    found = _of_role(names, role, name, tenant, scopes)
+    return replace(found, publish=(*found.publish, OWN_RIGHTS))
+
+
+def _of_role(names: Names, role: Role, name: str, tenant: str, scopes: Sequence[str]) -> Permissions:
     inbox = f"{names.inbox(role.value, name)}.>"
     match role:
         case Role.GATEWAY:

@@ -11,11 +11,14 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 import httpx
+import msgspec
 
 from tether.broker.embedded_server import EmbeddedServer, check_server, find_server, show_version
+from tether.broker.permissions import OWN_RIGHTS, matches
+from tether.bus.bus import Bus
 from tether.bus.session import connect
 from tether.crypto import Role, open_keyset
-from tether.errors import ConfigError, KeysetError, NotFound, PermissionDenied, TetherError
+from tether.errors import BrokerUnavailable, ConfigError, KeysetError, NotFound, PermissionDenied, TetherError
 from tether.identity.certificates import expires_at
 from tether.process.data_dir import Home
 from tether.process.disk import look, shortage
@@ -220,16 +223,49 @@ async def _permissions(settings: Settings, home: Home, role: Role) -> Finding:
     """A role must be refused what is another's, or the broker's allow lists are not ours."""
     identity = "worker-1" if role is Role.WORKER else role.value
     foreign = _foreign(Names(settings.prefix), role)
+    refused = Finding("ok", f"permissions: {identity} can log in and is refused what is not its own")
     try:
         async with connect(settings, home, identity) as bus:
+            if await _refused(bus, foreign):
+                return refused
             await bus.publish_acked(foreign, b"", timeout=2)
     except PermissionDenied:
-        return Finding("ok", f"permissions: {identity} can log in and is refused what is not its own")
+        return refused
     except (ConfigError, NotFound) as error:
         return Finding("fail", f"permissions: {identity}: {error.message}", "compare the broker's users with the keys")
     except TetherError as error:
         return Finding("fail", f"permissions: {identity} was not refused '{foreign}' ({error.code})", _LISTS)
     return Finding("fail", f"permissions: {identity} may publish on '{foreign}'", _LISTS)
+
+
+async def _refused(bus: Bus, subject: str) -> bool:
+    """Whether the broker says that a login may not publish on a subject. To try it would leave an error in its log."""
+    try:
+        answer = await bus.request(OWN_RIGHTS, b"", timeout=2)
+    except (PermissionDenied, BrokerUnavailable):  # lists of an earlier release
+        return False
+    allowed = msgspec.json.decode(answer.data, type=_Rights).data.permissions.publish
+    listed = any(matches(pattern, subject) for pattern in allowed.allow)
+    return bool(allowed.allow) and (not listed or any(matches(pattern, subject) for pattern in allowed.deny))
+
+
+class _Lists(msgspec.Struct):
+    allow: list[str] = []
+    deny: list[str] = []
+
+
+class _Permissions(msgspec.Struct):
+    publish: _Lists = msgspec.field(default_factory=_Lists)
+
+
+class _User(msgspec.Struct):
+    permissions: _Permissions = msgspec.field(default_factory=_Permissions)
+
+
+class _Rights(msgspec.Struct):
+    """The answer of ``$SYS.REQ.USER.INFO``."""
+
+    data: _User = msgspec.field(default_factory=_User)
 
 
 def _foreign(names: Names, role: Role) -> str:
