@@ -16,8 +16,8 @@ from tether.bus.key_value.bucket import KvBucket, SignedBucket
 from tether.bus.key_value.keyrings import ModelKeyring
 from tether.bus.key_value.leases import ask_owner
 from tether.bus.session import connect
-from tether.crypto import MessageType
-from tether.domain.manifest import Change, ChangeRequest, PushRequest
+from tether.crypto import MessageType, Verifier
+from tether.domain.manifest import Change, ChangeRequest, Manifest, PushRequest
 from tether.domain.tenant import Quotas, Tenant
 from tether.errors import QuotaExceeded
 from tether.gateway_http.models.catalog import Catalog
@@ -25,8 +25,10 @@ from tether.identity.resigning import _Work
 from tether.modelstore.records.registry import Registry
 from tether.modelstore.registration import model_changes
 from tether.modelstore.upkeep.chunk_collector import Keeper
+from tether.storage.model_files import open_manifest
+from tether.storage.stored_bytes import StoredVersions
 from tether.wire import codec
-from tether.wire.subjects import token
+from tether.wire.subjects import Names, token
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Bounded:
     platform: Platform
     keeper: Keeper
     registry: Registry
+    stored_versions: StoredVersions
     bus: Bus
 
     async def push(self, seed: int, model: str = "acme/m", tenant: str = "acme") -> int:
@@ -59,7 +62,7 @@ class Bounded:
             )
 
     async def stored(self) -> int:
-        return round(await self.registry.stored_bytes("acme") / MB)
+        return round(await self.stored_versions.of("acme") / MB)
 
 
 @pytest.fixture
@@ -72,7 +75,8 @@ async def bounded(broker: Broker) -> AsyncIterator[Bounded]:
         tenants = SignedBucket(platform.bus, "tenants", MessageType.TENANT)
         await tenants.put(token("acme"), codec.encode(Tenant("acme", quotas=Quotas(stored_bytes=15 * MB))))
         registry = Registry(bus)
-        yield Bounded(platform, Keeper(bus, registry, ModelKeyring(bus, broker.home, every=True)), registry, bus)
+        keeper = Keeper(bus, registry, ModelKeyring(bus, broker.home, every=True))
+        yield Bounded(platform, keeper, registry, StoredVersions(bus), bus)
 
 
 async def test_push_and_delete_again_and_again_stops_at_the_quota(bounded: Bounded) -> None:
@@ -140,3 +144,25 @@ async def test_gateways_count_what_the_model_store_counts(bounded: Bounded) -> N
             await bounded.keeper.collect()
         await all_count(6)
     assert round(catalog.stored.of("globex") / MB) == 6
+
+
+async def test_a_push_reads_no_manifests_of_others_again(bounded: Bounded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others have was read once."""
+    for number in range(6):
+        await bounded.push(number, model=f"other/m{number}", tenant="other")
+    await bounded.push(10)
+    read: list[str] = []
+
+    def noted(verifier: Verifier, names: Names, key: str, frame: bytes) -> Manifest:
+        manifest = open_manifest(verifier, names, key, frame)
+        read.append(manifest.tenant)
+        return manifest
+
+    monkeypatch.setattr("tether.storage.stored_bytes.open_manifest", noted)
+    await bounded.push(11)
+    assert read == ["acme"], "the version before"
+    await bounded.push(20, model="other/m20", tenant="other")
+    assert read == ["acme"], "a tenant without a quota costs nothing"
+    with pytest.raises(QuotaExceeded):
+        await bounded.push(12)
+    assert sorted(read) == ["acme", "acme", "other"]

@@ -72,6 +72,19 @@ async def test_a_tenant_that_fills_a_queue_leaves_room_for_those_who_come_later(
     await submit(short, served, "third")
 
 
+async def test_many_small_jobs_of_a_tenant_leave_room_for_records_of_others(short: Services, served: Served) -> None:
+    """Records fill before the queue does."""
+    await short.gateway.tenants.store(Tenant("modest"))
+    await reconfigure(short.home, short.settings, short.bus.names.jobs_stream(0), max_bytes=50 * ROOM)
+    await reconfigure(short.home, short.settings, short.bus.names.bucket_stream("jobs"), max_bytes=ROOM // 5)
+    with pytest.raises(QuotaExceeded, match=r"tenant 'greedy' has \d+ bytes of records .* raise max_file_mb"):
+        await fill(short, served, "greedy")
+    for _ in range(4):
+        await submit(short, served, "modest")
+    with pytest.raises(QuotaExceeded, match="greedy"):
+        await submit(short, served, "greedy")
+
+
 async def test_what_has_ended_counts_no_more(short: Services, served: Served) -> None:
     await short.gateway.tenants.store(Tenant("modest"))
     ids = [job for _ in range(30) for job in await submit(short, served, "greedy")]

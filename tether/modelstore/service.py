@@ -93,7 +93,7 @@ class ModelStoreService:
         self.keeper = Keeper(
             bus, reading, keyring, owned=self.partitions.owned, lenders=self._lenders, note=self._note_damage
         )
-        self._quota = StorageQuota(bus, reading)
+        self._quota = StorageQuota(bus)
 
     @property
     def closed(self) -> lifecycle.Ended:

@@ -1,4 +1,4 @@
-"""How much of a queue of durable jobs one tenant may fill: a multiple of what is free in it.
+"""How much of a queue of durable jobs, and of the records of jobs, one tenant may fill: a multiple of what is free there.
 
 A tenant with the weight 1 may have :data:`FACTOR` times as many bytes waiting in a lane stream as the stream has left (dynamic
 thresholds: Choudhury and Hahne, 1998). One that sends without end stops at four fifths of the stream, two at 44 % each, and so
@@ -19,13 +19,16 @@ from tether.gateway_http.jobs.store_room import JobStores
 
 FACTOR = 4.0
 
+RECORD_BYTES = 600
+"""About what the record of an open job takes; many small jobs fill the records before they fill a queue."""
+
 FRESH_S = 0.5
 """How long a look at a tenant's open jobs counts; what this gateway accepts meanwhile is added."""
 
 
 @dataclass
 class _Look:
-    """``waiting``: bytes of a tenant's open jobs by lane stream."""
+    """``waiting``: bytes of a tenant's open jobs by lane stream, and of their records."""
 
     until: float
     waiting: dict[str, int] = field(default_factory=dict)
@@ -37,19 +40,21 @@ class JobShares:
     def __init__(self, bus: Bus, stores: JobStores, tenants: Tenants, shared: Callable[[str], bool]) -> None:
         self._clock = bus.clock
         self._stores = stores
+        self._records = bus.names.bucket_stream("jobs")
         self._tenants = tenants
         self._shared = shared
         self._open = OpenJobs(bus)
         self._looks: dict[str, _Look] = {}
 
-    async def require(self, tenant: str, wanted: Mapping[str, int]) -> None:
-        """Prove that a tenant's share of each lane stream has room for so many bytes more. Nothing is counted while a stream has so
+    async def require(self, tenant: str, jobs: int, lanes: Mapping[str, int]) -> None:
+        """Prove that a tenant's share of the records has room for so many jobs more, and that of each lane stream for so many bytes. Nothing is counted while a stream has so
         much room that nobody can be over a share.
 
         Raises:
             QuotaExceeded: there is none; nothing was stored.
             BrokerUnavailable: nobody can tell.
         """
+        wanted = {**lanes, self._records: jobs * RECORD_BYTES}
         tight = {stream: limit for stream in wanted if (limit := await self._limit(tenant, stream)) is not None}
         if not tight or not self._shared(tenant):
             if self._looks.pop(tenant, None) is not None:
@@ -59,9 +64,14 @@ class JobShares:
         for stream, limit in tight.items():
             has = waiting.get(stream, 0)
             if has + wanted[stream] > limit:
+                what = (
+                    "records of open durable jobs in a store"
+                    if stream == self._records
+                    else "durable jobs waiting in a queue"
+                )
                 raise QuotaExceeded(
-                    f"tenant '{tenant}' has {has} bytes of durable jobs waiting in a queue that has room for {limit} of one tenant "
-                    "just now; wait for jobs to end, add workers, or raise max_file_mb or the tenant's weight",
+                    f"tenant '{tenant}' has {has} bytes of {what} that has room for {limit} of one tenant just now; wait for "
+                    "jobs to end, add workers, or raise max_file_mb or the tenant's weight",
                     field="max_file_mb",
                     retry_after=5.0,
                 )
@@ -80,6 +90,7 @@ class JobShares:
         found = self._looks.get(tenant)
         if found is None or self._clock.monotonic() >= found.until:
             await self._open.look(tenant, enough=0)
-            found = _Look(self._clock.monotonic() + FRESH_S, self._open.waiting(tenant))
+            waiting = {**self._open.waiting(tenant), self._records: self._open.known(tenant) * RECORD_BYTES}
+            found = _Look(self._clock.monotonic() + FRESH_S, waiting)
             self._looks[tenant] = found
         return found

@@ -198,7 +198,7 @@ class JobSubmitter:
         streams = {self._bus.names.lane_stream(item.lane) for item in fresh.values()}
         scope = next(iter(fresh.values())).record.scope
         await self._stores.require(scope, streams)
-        await self._shares.require(tenant, self._by_stream(fresh))
+        await self._shares.require(tenant, len(fresh), self._by_stream(fresh))
         records = [item.record for item in fresh.values()]
         async with AsyncExitStack() as stack:
             await patience.until_done(lambda: stack.enter_async_context(self._room.hold(tenant, records)))

@@ -16,13 +16,13 @@ from tether.domain.job import SHARED, Lane, LaneKind, Priority
 from tether.domain.manifest import LATEST, Alias, Batching, Finding, Manifest, Route, TensorSpec, check_inputs
 from tether.domain.tensor import Tensor
 from tether.errors import ModelNotFound, ModelNotReady, ModelUnloaded
-from tether.gateway_http.models.stored_bytes import Stored
 from tether.gateway_http.models.traffic_split import drawn, no_worker
 from tether.model.config import ModelConfig, QueuePolicy, default_config
 from tether.model.ownership import no_such_model
 from tether.model.run_settings import effective_batching
 from tether.model.version_metadata import VersionNote
 from tether.model.version_policy import served_versions
+from tether.storage.stored_bytes import Stored
 from tether.wire.subjects import name_of, token
 
 log = logging.getLogger(__name__)

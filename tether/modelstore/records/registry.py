@@ -17,7 +17,6 @@ from tether.bus.key_value.bucket import KvBucket
 from tether.crypto import MessageType
 from tether.domain.manifest import LATEST, PROVEN, Alias, Batching, Manifest, Move
 from tether.errors import BrokerUnavailable, ConfigError, Conflict, EnvelopeError, Unavailable, VersionConflict
-from tether.model.stored_bytes import stored_bytes
 from tether.storage.model_files import open_manifest
 from tether.wire import codec
 from tether.wire.subjects import token
@@ -276,16 +275,6 @@ class Registry:
             if stored is not None:
                 found.append(stored[0])
         return found
-
-    async def stored_bytes(self, tenant: str) -> int:
-        """See :func:`tether.model.stored_bytes.stored_bytes`.
-
-        Raises:
-            BrokerUnavailable: no answer.
-        """
-        kept = [manifest async for manifest in self._readable() if manifest.tenant == tenant]
-        deleted = [left.manifest for left in await self.deleted() if left.manifest.tenant == tenant]
-        return stored_bytes(kept, deleted)
 
     async def deleted(self) -> list[Deleted]:
         """Deleted versions whose pieces may not have been collected yet.

@@ -13,7 +13,7 @@ from tether.crypto import MessageType
 from tether.domain.manifest import Manifest
 from tether.domain.tenant import Tenant, check_stored_bytes
 from tether.errors import BadEncoding, Unavailable
-from tether.modelstore.records.registry import Registry
+from tether.storage.stored_bytes import StoredVersions
 from tether.wire import codec
 from tether.wire.subjects import token
 
@@ -21,9 +21,9 @@ from tether.wire.subjects import token
 class StorageQuota:
     """Versions of one tenant are made one after another, so that no two of them take the same room."""
 
-    def __init__(self, bus: Bus, registry: Registry) -> None:
+    def __init__(self, bus: Bus) -> None:
         self._tenants = SignedBucket(bus, "tenants", MessageType.TENANT)
-        self._registry = registry
+        self.stored = StoredVersions(bus)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
@@ -42,7 +42,7 @@ class StorageQuota:
         """
         tenant = await self._tenant(manifest.tenant) if manifest.tenant else None
         if tenant is not None and tenant.quotas.stored_bytes:
-            check_stored_bytes(tenant, await self._registry.stored_bytes(tenant.name), manifest.size)
+            check_stored_bytes(tenant, await self.stored.of(tenant.name), manifest.size)
 
     async def _tenant(self, name: str) -> Tenant | None:
         body = await self._tenants.require(token(name))

@@ -1,8 +1,15 @@
-"""What each tenant's versions take of its quota ``stored_bytes``, by tenant, as the gateway last heard of them."""
+"""What each tenant's versions take of its quota ``stored_bytes``, by tenant: an index of the bucket ``models``.
+
+A gateway is told of every change by its watch (:class:`Stored`). A model store reads what changed when it is asked
+(:class:`StoredVersions`), so that its answer holds what was stored a moment ago.
+"""
 
 from __future__ import annotations
 
+import asyncio
+
 from tether.bus.bus import Bus
+from tether.bus.key_value.bucket import KvBucket
 from tether.domain.manifest import Manifest
 from tether.errors import EnvelopeError
 from tether.model.stored_bytes import stored_bytes
@@ -64,3 +71,46 @@ class Stored:
         own = self._tenants.setdefault(tenant, _Own())
         own.bytes = None
         return own
+
+
+class StoredVersions:
+    """Every manifest is read once, and again when it changes; what a tenant asks costs what was pushed since the last question."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._bucket = KvBucket(bus, "models")
+        self._stored = Stored(bus)
+        self._seen = 0
+        """The last entry that was read, by its sequence."""
+        self._turn = asyncio.Lock()
+        bus.on_reconnect(self._begin_anew)
+
+    def _begin_anew(self) -> None:
+        self._seen = 0
+
+    async def of(self, tenant: str) -> int:
+        """See :meth:`Stored.of`.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        async with self._turn:
+            await self._read()
+        return self._stored.of(tenant)
+
+    async def _read(self) -> None:
+        prefix = len(self._bucket.subject(""))
+        async for item in self._bus.direct_scan(self._bucket.stream, self._bucket.subject(">"), start=self._seen + 1):
+            key = item.subject[prefix:]
+            if item.headers.get("KV-Operation"):
+                self._stored.drop(key)
+                self._stored.deleted(key, item.data)
+            else:
+                self._keep(key, item.data)
+            self._seen = item.sequence
+
+    def _keep(self, key: str, frame: bytes) -> None:
+        try:
+            self._stored.keep(key, open_manifest(self._bus.verifier, self._bus.names, key, frame))
+        except EnvelopeError:
+            return
