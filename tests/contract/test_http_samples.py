@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,44 @@ def test_the_command_line_says_what_was_not_tried_and_takes_a_sample(
     )
     assert told.exit_code == 0, told.output
     assert "not tried" not in told.output
+
+
+def test_one_body_brings_a_sample_before_the_model_file(http: httpx.Client, tmp_path: Path) -> None:
+    model = reshaping(tmp_path).read_bytes()
+    given = json.dumps({"x": X.tolist(), "shape": SHAPE.tolist()}).encode()
+    path, length = "/v1/models/one-body/versions", {"x-tether-sample-length": str(len(given))}
+    digest = {"x-tether-sha256": hashlib.sha256(model).hexdigest()}
+    told = http.post(path, content=given + model, headers={**length, **digest})
+    assert (told.status_code, told.json()["untried"]) == (201, ""), told.text
+    files = http.get("/v1/models/one-body/versions/1/files").json()["files"]
+    assert [(file["path"], file["size"]) for file in files] == [
+        ("model.onnx", len(model)),
+        ("tether-sample.json", len(given)),
+    ]
+    again = http.post(path, content=(part for part in (given[:5], given[5:] + model[:9], model[9:])), headers=length)
+    assert (again.status_code, again.json()["version"]) == (200, 1), again.text
+
+
+@pytest.mark.parametrize(
+    ("length", "content", "status", "words"),
+    [
+        ("x", b"", 400, "must be a number of bytes above 0"),
+        ("0", b"", 400, "must be a number of bytes above 0"),
+        ("67108865", b"", 413, "a sample has at most 67108864 bytes"),
+        ("9" * 5000, b"", 413, "a sample has at most"),
+        ("1000", b'{"x": [1]}', 400, "the body ends within the sample"),
+        ("10", b'{"x": [1]}', 400, "send the bytes of the model file"),
+        ("10", b'{"x": 5]}}MODEL', 422, "the sample is no JSON object"),
+        ("12", b'{"z": [1.5]}MODEL', 422, "the sample does not fit the model"),
+    ],
+)
+def test_a_sample_before_the_model_file_that_is_wrong_is_told(
+    http: httpx.Client, tmp_path: Path, *, length: str, content: bytes, status: int, words: str
+) -> None:
+    content = content.replace(b"MODEL", reshaping(tmp_path).read_bytes())
+    told = http.post("/v1/models/one-body-wrong/versions", content=content, headers={"x-tether-sample-length": length})
+    assert told.status_code == status, told.text
+    assert words in told.json()["error"]
 
 
 def test_a_python_model_may_write_into_its_inputs_at_the_push_and_in_serving(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from functools import partial
 
 import msgspec
 from msgspec.structs import replace
@@ -17,11 +16,10 @@ from tether.errors import BadEncoding, InvalidRequest, NotFound, PayloadTooLarge
 from tether.gateway_http.api.route_engine import CLIENT_WAITS, OCTETS, Call, Media, Reply, Row
 from tether.gateway_http.api.routes.model_config import checked_patch
 from tether.gateway_http.api.routes.models import TAG, pushed, registered
-from tether.gateway_http.models.encrypted_models import Target
+from tether.gateway_http.api.routes.samples import keep_sample
 from tether.gateway_http.schemas import common, models
 from tether.model import sample
 from tether.storage.model_files import check_file
-from tether.storage.upload import upload
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -105,25 +103,14 @@ async def _register(call: Call) -> Reply:
     await call.gateway.possession.require(call.caller, name, digests, target.store.name_of)
     if wanted.sample:
         given = [file for file in files if file.path != sample.PATH]
-        request = replace(request, files=(*given, await _kept(call, name, wanted.sample, target)))
+        content = _only(msgspec.json.encode(wanted.sample))
+        request = replace(request, files=(*given, await keep_sample(call, name, content, target)))
     answer = await registered(call, request, target, opening=wanted.encrypt is False)
     return Reply(pushed(call, answer, 0), 201 if answer.created else 200)
 
 
-async def _kept(call: Call, name: str, given: Mapping[str, msgspec.Raw], target: Target) -> ModelFile:
-    """The sample as a file of the version."""
-
-    async def only() -> AsyncIterator[bytes]:
-        yield msgspec.json.encode(given)
-
-    gateway, store = call.gateway, target.store
-    tenant = gateway.tenants.get(call.tenant)
-    counted = partial(gateway.loose.counted, tenant, store.bucket, frozenset())
-    known = gateway.possession.readable(call.caller, name)
-    file, _ = await upload(
-        gateway.bus, store, only(), limit=sample.LARGEST, path=sample.PATH, counted=counted, whole=True, known=known
-    )
-    return file
+async def _only(content: bytes) -> AsyncIterator[bytes]:
+    yield content
 
 
 def _digests(files: Sequence[ModelFile], *, sealed: bool) -> list[str]:

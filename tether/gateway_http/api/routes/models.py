@@ -16,6 +16,7 @@ from tether.domain.manifest import AUTOMATIC, Batching, Change, PushAnswer, Push
 from tether.domain.tenant import Tenant, check_stored_bytes
 from tether.errors import InvalidRequest, PayloadTooLarge
 from tether.gateway_http.api.route_engine import CLIENT_WAITS, OCTETS, Call, Header, Media, Reply, Row
+from tether.gateway_http.api.routes.samples import SAMPLE_LENGTH, SplitBody, keep_sample, sample_length
 from tether.gateway_http.gateway import Gateway
 from tether.gateway_http.jobs.view import rfc3339
 from tether.gateway_http.models.catalog import Served
@@ -145,7 +146,7 @@ def _specs(specs: tuple[TensorSpec, ...]) -> list[common.TensorSpec]:
 async def _push(call: Call) -> Reply:
     """Store the body's pieces, then ask the model store to make a version of them."""
     gateway, name = call.gateway, call.pushed_model()
-    wanted = _wanted_digest(call)
+    wanted, length = _wanted_digest(call), sample_length(call)
     _check_filename(call)
     limit = gateway.settings.max_upload_bytes
     if call.heading.length > limit:
@@ -163,15 +164,15 @@ async def _push(call: Call) -> Reply:
     counted = partial(gateway.loose.counted, tenant, store.bucket, named)
     whole = bool(wanted) or target.key is not None
     known = gateway.possession.readable(call.caller, name)
-    file, stored = await upload(
-        gateway.bus, store, _parts(call, held), limit=limit, counted=counted, whole=whole, known=known
-    )
+    body = SplitBody(_parts(call, held), length)
+    samples = (await keep_sample(call, name, body.first(), target),) if length else ()
+    file, stored = await upload(gateway.bus, store, body.rest(), limit=limit, counted=counted, whole=whole, known=known)
     if wanted and wanted != file.digest:
         raise InvalidRequest(
-            f"the body's SHA-256 is {file.digest}, x-tether-sha256 says {wanted}; send the file again",
+            f"the model file's SHA-256 is {file.digest}, x-tether-sha256 says {wanted}; send the file again",
             field="x-tether-sha256",
         )
-    wish = PushRequest(name, (file,), query.max_batch_size, query.max_delay_ms, version=query.version)
+    wish = PushRequest(name, (file, *samples), query.max_batch_size, query.max_delay_ms, version=query.version)
     answer = await registered(call, wish, target, opening=query.encrypt is False)
     return Reply(pushed(call, answer, stored), 201 if answer.created else 200)
 
@@ -289,10 +290,14 @@ ROWS = [
         _push,
         {201: common.PushedVersion, 200: common.PushedVersion},
         "models:write",
-        binary=Media(OCTETS, "The bytes of the .onnx file; 200 when the newest version already is exactly this."),
+        binary=Media(
+            OCTETS,
+            "The bytes of the .onnx file, after a sample if there is one; 200 when the newest version already is exactly this.",
+        ),
         query=PushQuery,
         headers=(
-            Header("x-tether-sha256", "Hex SHA-256 of the whole body; another body is refused."),
+            Header("x-tether-sha256", "Hex SHA-256 of the model file; another file is refused."),
+            SAMPLE_LENGTH,
             Header("x-tether-filename", "The file's name, which must end in .onnx."),
             CLIENT_WAITS,
         ),
