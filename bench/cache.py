@@ -1,4 +1,4 @@
-"""What a worker's cache of pieces costs and saves: MB/s of a fetch without it, into it and out of it, and what a small change moves.
+"""What a worker's cache of chunks costs and saves: MB/s of a fetch without it, into it and out of it, and what a small change moves.
 
 Memory is that of this process above what it had before the fetch, as the kernel counts the peak. Run with ``python -m bench.cache``.
 """
@@ -87,8 +87,8 @@ async def fetch(files: WorkerFiles, number: int, file: ModelFile) -> float:
 
 
 async def one_round(bus: Bus, folder: Path, first: ModelFile, second: ModelFile, times: Times) -> None:
-    """Each way once; assembled files are deleted in between, the cache of pieces is not."""
-    bare = dataclasses.replace(bus.settings, cache_mb=0)
+    """Each way once; assembled files are deleted in between, the cache of chunks is not."""
+    bare = dataclasses.replace(bus.settings, chunk_cache_mb=0)
     plain, bus.settings = bus.settings, bare
     place = folder / "bare"
     private_folder(place)
@@ -150,7 +150,7 @@ def table(size: int, times: Times) -> str:
     for name, seconds in (
         ("fetch without a cache, MB/s", times.without),
         ("first fetch with one, MB/s", times.into),
-        ("its pieces put into the cache afterwards, MB/s", times.kept),
+        ("its chunks put into the cache afterwards, MB/s", times.kept),
         ("fetch of a version in which 1 % changed, MB/s", times.changed),
         ("fetch out of the cache, MB/s", times.out_of),
     ):

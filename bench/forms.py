@@ -1,4 +1,4 @@
-"""What the forms of a model's pieces cost and save: MB/s of push and of pull into a file, and the bytes that are stored.
+"""What the forms of a model's chunks cost and save: MB/s of push and of pull into a file, and the bytes that are stored.
 
 Alternating rounds on one broker; every round starts with nothing stored. Run with ``python -m bench.forms``.
 """
@@ -22,7 +22,7 @@ from bench.store import parts
 from tether.broker.embedded_server import EmbeddedServer, find_server
 from tether.bus.bus import Bus
 from tether.bus.session import connect
-from tether.crypto.model_encryption import PieceSeal
+from tether.crypto.model_encryption import ChunkSeal
 from tether.crypto.payload_encryption import new_data_key
 from tether.domain.chunking import Bytes, Cutter, compressed
 from tether.identity.keys import create_home
@@ -52,17 +52,17 @@ class Times:
 class Uncompressed(ObjectChunkStore):
     """As it was before there was compression."""
 
-    async def _store(self, digest: str, piece: Bytes) -> None:
-        await self._send(digest, piece, digest)
+    async def _store(self, digest: str, chunk: Bytes) -> None:
+        await self._send(digest, chunk, digest)
 
 
 def forms(bus: Bus) -> dict[str, Callable[[], Store]]:
-    """Ways to store pieces; each call makes a store in which nothing of a file is stored in that way."""
+    """Ways to store chunks; each call makes a store in which nothing of a file is stored in that way."""
     bucket = bus.names.chunk_bucket(MODEL)
     return {
         "never compressed": lambda: Uncompressed(bus, bucket),
         "as they are stored": lambda: ObjectChunkStore(bus, bucket),
-        "encrypted": lambda: SealedChunkStore(bus, bucket, PieceSeal(new_data_key(1), MODEL)),
+        "encrypted": lambda: SealedChunkStore(bus, bucket, ChunkSeal(new_data_key(1), MODEL)),
     }
 
 
@@ -79,12 +79,12 @@ def make_weights(path: Path, size: int, kind: str) -> None:
 
 
 def stored_share(path: Path) -> float:
-    """The part of a file's bytes that its pieces have as they are stored."""
+    """The part of a file's bytes that its chunks have as they are stored."""
     cutter, total = Cutter(), 0
     with path.open("rb") as file:
         while part := file.read(8 << 20):
-            total += sum(len(compressed(piece) or piece) for _, piece in cutter.cut((part,)))
-    total += sum(len(compressed(piece) or piece) for _, piece in cutter.cut((), last=True))
+            total += sum(len(compressed(chunk) or chunk) for _, chunk in cutter.cut((part,)))
+    total += sum(len(compressed(chunk) or chunk) for _, chunk in cutter.cut((), last=True))
     return total / path.stat().st_size
 
 
@@ -104,7 +104,7 @@ async def one(bus: Bus, store: Store, source: Path, target: Path, times: Times) 
 
 async def measure(size: int, rounds: int) -> str:
     """The table."""
-    rows = ["| weights | pieces | push, MB/s | pull into a file, MB/s | stored |", "|---|---|---:|---:|---:|"]
+    rows = ["| weights | chunks | push, MB/s | pull into a file, MB/s | stored |", "|---|---|---:|---:|---:|"]
     with tempfile.TemporaryDirectory(prefix="tether-bench-") as name:
         folder = Path(name)
         home = Home.at(str(folder / "home"))

@@ -1,8 +1,8 @@
 """What a kept job costs the broker: bytes on its disk, and memory, for each of many jobs that have ended.
 
-Records, results and notes of attempts are stored as gateways and workers store them, at a steady rate in pieces, into a broker
-under the platform's own configuration; no model runs. Memory is the broker's resident set, taken when each piece is stored; the
-growth after the second piece counts, when caches and the index of what was stored in the last two minutes are as large as they get. Run with ``python -m bench.kept_jobs``.
+Records, results and notes of attempts are stored as gateways and workers store them, at a steady rate in chunks, into a broker
+under the platform's own configuration; no model runs. Memory is the broker's resident set, taken when each chunk is stored; the
+growth after the second chunk counts, when caches and the index of what was stored in the last two minutes are as large as they get. Run with ``python -m bench.kept_jobs``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tether.domain.job import (
     new_keyed_job_id,
 )
 from tether.domain.tensor import Tensor
-from tether.gateway_http.jobs.records import Records
+from tether.gateway_http.jobs.records import JobRecordStore
 from tether.identity.keys import create_home
 from tether.process.data_dir import Home
 from tether.settings import Settings
@@ -62,7 +62,7 @@ class _Keeper:
     def __init__(self, gateway: Bus, worker: Bus) -> None:
         self._gateway = gateway
         self._worker = worker
-        self._records = Records(gateway)
+        self._records = JobRecordStore(gateway)
         self._results = BusResults(worker)
         self._numbers = itertools.count()
 
@@ -97,7 +97,7 @@ class _Keeper:
         await self._results.commit(job, frame)
 
 
-async def measure(home: Home, jobs: int, rate: float, *, pieces: int = 5) -> Cost:
+async def measure(home: Home, jobs: int, rate: float, *, chunks: int = 5) -> Cost:
     """What each of ``jobs`` kept jobs costs a new broker in ``home``."""
     settings = Settings(home=str(home.root))
     async with AsyncExitStack() as stack:
@@ -110,17 +110,17 @@ async def measure(home: Home, jobs: int, rate: float, *, pieces: int = 5) -> Cos
         await ensure_platform(dispatcher, settings)
         keeper, broker = _Keeper(gateway, worker), psutil.Process(server.pid)
         sizes = []
-        for _ in range(pieces):
-            await keeper.keep(jobs // pieces, rate)
+        for _ in range(chunks):
+            await keeper.keep(jobs // chunks, rate)
             sizes.append(broker.memory_info().rss)
-            print(f"{jobs // pieces * len(sizes)} jobs: {sizes[-1] / 1e6:.0f} MB")
+            print(f"{jobs // chunks * len(sizes)} jobs: {sizes[-1] / 1e6:.0f} MB")
         names = dispatcher.names
         states = [
             (await dispatcher.api(f"STREAM.INFO.{stream}"))["state"]
             for stream in (names.bucket_stream("jobs"), names.results_stream)
         ]
     record, result = (state["bytes"] / state["messages"] for state in states)
-    grown = (sizes[-1] - sizes[1]) / (jobs // pieces * (pieces - 2))
+    grown = (sizes[-1] - sizes[1]) / (jobs // chunks * (chunks - 2))
     return Cost(record, result, grown)
 
 

@@ -159,7 +159,7 @@ async def measure(size_mb: int, rounds: int, platforms: list[str], mb_s: float) 
         folder = Path(name)
         home = Home.at(str(folder / "home"))
         create_home(home, workers=1)
-        settings = Settings(home=str(home.root), max_file_mb=max(20480, 16 * size_mb), cache_mb=0)
+        settings = Settings(home=str(home.root), max_file_mb=max(20480, 16 * size_mb), chunk_cache_mb=0)
         async with EmbeddedServer(home, settings, binary=find_server(settings)) as server:
             settings = dataclasses.replace(settings, nats_url=server.url)
             async with connect(settings, home, "dispatcher") as admin:

@@ -1,7 +1,7 @@
 """The chunk store beside nats-py's own object store: MB/s of push and pull into a file, and what a small change moves.
 
 Each has a broker of the same build and settings, which begins every round anew in an empty folder; rounds alternate, and theirs
-asks for no permissions. Ours hashes every piece on its way in, and every piece and the whole file on its way out; theirs hashes the
+asks for no permissions. Ours hashes every chunk on its way in, and every chunk and the whole file on its way out; theirs hashes the
 whole on both. Run with ``python -m bench.store``.
 """
 
@@ -29,7 +29,7 @@ from tether.bus.bus import Bus
 from tether.bus.session import connect
 from tether.identity.keys import create_home
 from tether.process.data_dir import Home
-from tether.process.os_process import KEEP_MB, few_heaps
+from tether.process.os_process import KEEP_MB, limit_malloc_arenas
 from tether.settings import Settings
 from tether.storage.chunk_store import ObjectChunkStore
 from tether.storage.model_files import download
@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--mb", type=int, default=512, help="size of the model file")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each")
     given = parser.parse_args()
-    few_heaps(KEEP_MB)  # as gateways do
+    limit_malloc_arenas(KEEP_MB)  # as gateways do
     print(uvloop.run(measure(given.mb << 20, given.rounds)))
 
 

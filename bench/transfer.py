@@ -23,7 +23,7 @@ from tether.storage.model_files import fetch_model, open_manifest
 
 
 def make_model(path: Path, size_mb: int) -> int:
-    """Write a model of random weights, so that no two pieces are equal; its size in bytes."""
+    """Write a model of random weights, so that no two chunks are equal; its size in bytes."""
     width = 512
     rows = size_mb * (1 << 20) // (4 * width)
     weights = np.random.default_rng(int.from_bytes(os.urandom(8))).standard_normal((rows, width), dtype=np.float32)
@@ -51,7 +51,7 @@ def push(server: Server, name: str, path: Path) -> tuple[int, float]:
 
 
 async def pull(server: Server, name: str, version: int) -> float:
-    """Seconds to fetch a version as a worker does: manifest verified, every piece hashed, files synced to disk.
+    """Seconds to fetch a version as a worker does: manifest verified, every chunk hashed, files synced to disk.
 
     Raises:
         RuntimeError: the version is not in the store.

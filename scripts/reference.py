@@ -18,7 +18,7 @@ from typer.main import get_command
 from tether import settings
 from tether.gateway_http.access.authentication import ANY_SCOPE
 from tether.gateway_http.api import route_table
-from tether.gateway_http.api.route_engine import Row
+from tether.gateway_http.api.route_engine import RouteSpec
 from tether.process import metrics
 from tether.settings_schema import SettingInfo
 from tether_cli.main import application
@@ -122,7 +122,7 @@ def routes_table() -> str:
     return table(("route", "scope", "what it does", "answers"), rows)
 
 
-def _statuses(row: Row) -> str:
+def _statuses(row: RouteSpec) -> str:
     return ", ".join(map(str, sorted({*row.answers, *row.statuses()})))
 
 

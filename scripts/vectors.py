@@ -321,8 +321,8 @@ def sealed() -> dict[str, Any]:
             "body": codec.encode_outcomes([end, failed]).hex(),
         },
         "refused": [
-            {"what": "under another job's id", "id": JOBS[1], "tenant": "acme", "code": "bad_seal"},
-            {"what": "as another tenant's", "id": JOBS[0], "tenant": "lab", "code": "bad_seal"},
+            {"what": "under another job's id", "id": JOBS[1], "tenant": "acme", "code": "decryption_failed"},
+            {"what": "as another tenant's", "id": JOBS[0], "tenant": "lab", "code": "decryption_failed"},
         ],
     }
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from tether.crypto.model_encryption import PieceSeal, seal_files
+from tether.crypto.model_encryption import ChunkSeal, seal_files
 from tether.crypto.payload_encryption import DataKey
 from tether.domain.manifest import Batching, Manifest, ModelFile
 from tether.wire import codec
 
 MODEL = "digits"
-PIECES = (b"the first piece", b"a second one that compresses " * 40)
+CHUNKS = (b"the first piece", b"a second one that compresses " * 40)
 FORMS = (0, 1)
 """Stored as it is, and as a Zstandard frame."""
 
@@ -21,23 +21,23 @@ def digest(content: bytes) -> str:
 
 
 def plain_file() -> ModelFile:
-    whole = b"".join(PIECES)
-    return ModelFile("model.onnx", len(whole), digest(whole), tuple(map(digest, PIECES)), tuple(map(len, PIECES)))
+    whole = b"".join(CHUNKS)
+    return ModelFile("model.onnx", len(whole), digest(whole), tuple(map(digest, CHUNKS)), tuple(map(len, CHUNKS)))
 
 
 def encrypted(key: DataKey, secret: bytes) -> dict[str, Any]:
-    """Pieces and a manifest of an encrypted model whose data key is ``secret``."""
-    seal = PieceSeal(key, MODEL)
-    pieces = [
+    """Chunks and a manifest of an encrypted model whose data key is ``secret``."""
+    seal = ChunkSeal(key, MODEL)
+    chunks = [
         {
             "form": form,
-            "plain": piece.hex(),
-            "digest": digest(piece),
+            "plain": chunk.hex(),
+            "digest": digest(chunk),
             "name": name,
-            "stored": seal.close(name, piece).hex(),
+            "stored": seal.close(name, chunk).hex(),
         }
-        for form, piece in zip(FORMS, PIECES, strict=True)
-        for name in [seal.name(digest(piece))]
+        for form, chunk in zip(FORMS, CHUNKS, strict=True)
+        for name in [seal.name(digest(chunk))]
     ]
     hidden, sealed = seal_files(key, MODEL, (plain_file(),))
     manifest = Manifest(
@@ -46,7 +46,7 @@ def encrypted(key: DataKey, secret: bytes) -> dict[str, Any]:
     return {
         "data_key": secret.hex(),
         "model": MODEL,
-        "pieces": pieces,
+        "pieces": chunks,
         "file_digest": plain_file().digest,
         "manifest": codec.encode(manifest).hex(),
     }

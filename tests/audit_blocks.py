@@ -7,7 +7,7 @@ import dataclasses
 import msgspec
 
 from tether import audit, crypto
-from tether.audit import Chain, Checker, Mark, Record, Report, What
+from tether.audit import Chain, Checker, Mark, Record, VerificationReport, What
 from tether.crypto import Historical, MessageType, Role, Signer
 from tether.wire import codec
 
@@ -68,7 +68,9 @@ def entry(at: int, number: int) -> bytes:
     return audit.encode((at, "key:abcdefgh", "infer", "ok", "digits", 1, f"{number:032x}", "r", 256, 40, 900))
 
 
-def check(records: list[Record], *, retention_ms: int = 365 * DAY, now_ms: int = 0, keys: object = None) -> Report:
+def check(
+    records: list[Record], *, retention_ms: int = 365 * DAY, now_ms: int = 0, keys: object = None
+) -> VerificationReport:
     checker = Checker(Historical([KEYS]) if keys is None else keys, retention_ms)  # type: ignore[arg-type]
     for record in records:
         checker.add(record)

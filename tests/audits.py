@@ -10,7 +10,7 @@ from brokers import Broker
 from services import TENANT
 
 from tether import audit
-from tether.audit import Checker, Kind, Record, Report
+from tether.audit import Checker, Kind, Record, VerificationReport
 from tether.audit import reader as audit_read
 from tether.audit.reader import AuditReader, Filter, Found
 from tether.audit.writer import AuditLog, writing
@@ -47,7 +47,7 @@ async def everything(bus: Bus, home: Home) -> list[Record]:
     return [record async for record in (await reader(bus, home)).records()]
 
 
-def check(home: Home, records: list[Record], *, local: bool = True) -> Report:
+def check(home: Home, records: list[Record], *, local: bool = True) -> VerificationReport:
     keys = audit_read.historical([home.keyset.read_bytes()], home.root_public.read_bytes())
     checker = Checker(keys, 365 * 86_400_000)
     left = audit_read.left_behind(home) if local else []

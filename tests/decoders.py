@@ -24,11 +24,11 @@ from tether.domain import api_key, job, partition, tenant, worker_protocol
 from tether.domain import manifest as model
 from tether.domain.job import Job, JobId, JobState, Outcome
 from tether.domain.tensor import Tensor
-from tether.errors import BadSeal, TetherError
+from tether.errors import DecryptionFailed, TetherError
 from tether.gateway_http.api import route_table
 from tether.gateway_http.api.route_engine import read_query
 from tether.gateway_http.api.routes import jobs
-from tether.gateway_http.http.request import Heading, Reads, read_body
+from tether.gateway_http.http.request import BodyReader, RequestHeaders, read_body
 from tether.gateway_http.schemas import triton_config
 from tether.model import config as model_config
 from tether.model import config_patch, version_metadata
@@ -161,7 +161,7 @@ class _Given:
         return self.body
 
 
-class _AtOnce(Reads):
+class _AtOnce(BodyReader):
     async def read(self, body: Any) -> bytes:
         found: bytes = await body
         return found
@@ -169,7 +169,7 @@ class _AtOnce(Reads):
 
 def _request(data: bytes) -> bytes:
     incoming = _Given(data)
-    coroutine = read_body(Heading(incoming.headers), incoming, 1 << 20, _AtOnce())
+    coroutine = read_body(RequestHeaders(incoming.headers), incoming, 1 << 20, _AtOnce())
     if len(incoming.body) >= 4 << 10:  # such a one may be unpacked in a thread
         return bytes(asyncio.run(coroutine))
     try:
@@ -197,9 +197,9 @@ MANIFEST = model.Manifest(
 
 
 @cache
-def _piece_meta(data: bytes) -> object:
+def _chunk_meta(data: bytes) -> object:
     meta = object_meta.read_meta(data)
-    return None if meta is None else (meta.state, meta.piece_size, meta.stored_digest)
+    return None if meta is None else (meta.state, meta.chunk_size, meta.stored_digest)
 
 
 KEY = new_data_key(1)
@@ -215,7 +215,7 @@ def _sealed_digests() -> tuple[bytes, ...]:
 
 def _open_digests(data: bytes) -> object:
     """A manifest whose digests are closed; and digests that a holder of the key closed itself."""
-    with contextlib.suppress(BadSeal):
+    with contextlib.suppress(DecryptionFailed):
         bound = model_encryption._bound_files(KEY, "m", MANIFEST.files)
         model_encryption.open_files(KEY, "m", MANIFEST.files, model.SealedDigests(KEY.id, KEY.close(bound, data)))
     return model_encryption.opened_manifest(KEY, codec.decode(data, model.Manifest))
@@ -249,7 +249,7 @@ def decoders() -> tuple[Decoder, ...]:
         Decoder("oip answer", (answer,), lambda data: oip.parse_infer_response(data, answer_length)),
         Decoder("json keys", (plain, job_body, b'{"a": {"a\\u0061": ":"}}'), json_duplicates.refuse_duplicates),
         Decoder("onnx", (models.add(), models.looping(), models.with_function(), models.external(offset="64", length="16"), models.external_attribute()), onnx_parser.check_file),
-        Decoder("piece meta", (b'{"name":"a","bucket":"b","nuid":"c","size":1,"mtime":"","chunks":1,"digest":""}', b'{"name":"a","bucket":"b","nuid":"c","size":0,"mtime":"","chunks":0,"digest":"","deleted":true,"metadata":{"tether":"leaving","size":"7"}}'), _piece_meta),
+        Decoder("chunk meta", (b'{"name":"a","bucket":"b","nuid":"c","size":1,"mtime":"","chunks":1,"digest":""}', b'{"name":"a","bucket":"b","nuid":"c","size":0,"mtime":"","chunks":0,"digest":"","deleted":true,"metadata":{"tether":"leaving","size":"7"}}'), _chunk_meta),
         Decoder("ack", (b'{"stream":"S","seq":1}', b'{"stream":"S","seq":1,"error":{"code":400,"err_code":10071}}'), lambda data: parse_ack(data, None, "s")),
         Decoder("key text", (api_key.new_key_text().encode(),), lambda data: api_key.key_id(data.decode("latin-1"))),
         Decoder("headers", tuple(HEAD % word + b"body" for word in (b"", b"gzip", b"br")), _request),

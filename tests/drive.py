@@ -8,26 +8,26 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tether.client.protocol import Flow, Lost, Pause, Policy, Reply, Send, Together
+from tether.client.protocol import Concurrently, Flow, NoResponse, Request, Response, RetryPolicy, Sleep
 from tether.domain.tensor import from_numpy
 from tether.wire import oip
 
 T = TypeVar("T")
-REFUSED = Lost("connection refused", sent=False)
-BROKEN = Lost("connection closed", sent=True)
+REFUSED = NoResponse("connection refused", sent=False)
+BROKEN = NoResponse("connection closed", sent=True)
 
 
 class Drive:
     """Answers what a flow sends, one answer after another, and notes everything it did."""
 
-    def __init__(self, answers: Iterable[Reply | Lost], **policy: Any) -> None:
+    def __init__(self, answers: Iterable[Response | NoResponse], **policy: Any) -> None:
         self.answers = iter(answers)
         self.now = 0.0
-        self.sent: list[Send] = []
+        self.sent: list[Request] = []
         self.pauses: list[float] = []
-        self.policy = Policy(monotonic=lambda: self.now, chance=lambda: 1.0, **policy)
+        self.policy = RetryPolicy(monotonic=lambda: self.now, chance=lambda: 1.0, **policy)
 
-    def __call__(self, flow: Callable[[Policy], Flow[T]]) -> T:
+    def __call__(self, flow: Callable[[RetryPolicy], Flow[T]]) -> T:
         return self._drive(flow(self.policy))
 
     def _drive(self, steps: Flow[T]) -> T:
@@ -36,10 +36,10 @@ class Drive:
             while True:
                 step = steps.send(answer)
                 answer = None
-                if isinstance(step, Pause):
+                if isinstance(step, Sleep):
                     self.now += step.seconds
                     self.pauses.append(step.seconds)
-                elif isinstance(step, Together):
+                elif isinstance(step, Concurrently):
                     answer = [self._one(step, flow) for flow in step.flows]
                 else:
                     self.sent.append(step)
@@ -47,7 +47,7 @@ class Drive:
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]
 
-    def _one(self, step: Together, flow: Flow[Any]) -> Any:
+    def _one(self, step: Concurrently, flow: Flow[Any]) -> Any:
         result = self._drive(flow)
         step.done(result)
         return result
@@ -58,12 +58,12 @@ class Drive:
         return json.loads(content)
 
 
-def reply(value: Any, status: int = 200, **headers: str) -> Reply:
+def reply(value: Any, status: int = 200, **headers: str) -> Response:
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return Reply(status, {name.replace("_", "-"): text for name, text in headers.items()}, body)
+    return Response(status, {name.replace("_", "-"): text for name, text in headers.items()}, body)
 
 
-def refusal(code: str, status: int, message: str = "why", **headers: str) -> Reply:
+def refusal(code: str, status: int, message: str = "why", **headers: str) -> Response:
     return reply({"error": message, "code": code, "request_id": "r"}, status, **headers)
 
 

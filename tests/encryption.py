@@ -23,7 +23,7 @@ from tether.crypto import Keyset
 from tether.domain.chunking import cut_file
 from tether.domain.manifest import Manifest, ModelRef
 from tether.modelstore.records.registry import Registry
-from tether.modelstore.upkeep.chunk_collector import Keeper
+from tether.modelstore.upkeep.chunk_collector import ChunkCollector
 from tether.process import metrics
 
 MB = 1 << 20
@@ -47,7 +47,7 @@ def pattern(path: Path) -> bytes:
 
 
 def digests(path: Path) -> list[bytes]:
-    """The SHA-256 of a file and of each of its pieces, as hex and as bytes."""
+    """The SHA-256 of a file and of each of its chunks, as hex and as bytes."""
     with path.open("rb") as file:
         cutter = cut_file(file)
     every = [hashlib.sha256(path.read_bytes()).hexdigest(), *cutter.digests]
@@ -76,17 +76,17 @@ def answers(running: Served, name: str, version: int) -> None:
 
 
 def loaded(running: Served, name: str, version: int) -> None:
-    """A worker holds a version, and its pieces are in the worker's cache."""
+    """A worker holds a version, and its chunks are in the worker's cache."""
     answers(running, name, version)
     holder = running.services.workers[0].holder
     assert ModelRef(name, version) in holder.ready()
-    until(lambda: not holder._tasks.named("remember-"), "its pieces are in the cache")
+    until(lambda: not holder._tasks.named("remember-"), "its chunks are in the cache")
     chunks = manifest(running, name, version).files[0].chunks
     assert holder.files.cache.held(chunks) == set(chunks)
 
 
 def fetched() -> float:
-    """Bytes of pieces that workers of this process had from the broker."""
+    """Bytes of chunks that workers of this process had from the broker."""
     return float(metrics.CHUNKS_BYTES.labels("broker")._value.get())
 
 
@@ -114,8 +114,8 @@ def without(name: str) -> Callable[[Keyset], Keyset]:
 
 async def collected(running: Served) -> None:
     """Remove what no version names, as if it had been so for long."""
-    settings = dataclasses.replace(running.broker.settings, upload_ttl_s=0.0, collect_grace_s=0.0)
+    settings = dataclasses.replace(running.broker.settings, unreferenced_ttl_s=0.0, gc_grace_s=0.0)
     async with connect(settings, running.home, "modelstore") as bus:
-        keeper = Keeper(bus, Registry(bus), ModelKeyring(bus, running.home, every=True))
+        keeper = ChunkCollector(bus, Registry(bus), ModelKeyring(bus, running.home, every=True))
         for _ in range(3):
             await keeper.collect()

@@ -27,8 +27,8 @@ from tether.errors import ModelNotFound
 from tether.gateway_http import gateway as core
 from tether.gateway_http.gateway import Gateway
 from tether.gateway_http.jobs.submission import NewJob
-from tether.gateway_http.models.catalog import Served
-from tether.gateway_http.models.encrypted_models import Target
+from tether.gateway_http.models.catalog import ResolvedVersion
+from tether.gateway_http.models.encrypted_models import PushTarget
 from tether.model.config import ModelConfig, check_config
 from tether.model.ownership import DEFAULT_TENANT, Asker
 from tether.modelstore import service as modelstore_service
@@ -78,14 +78,14 @@ class Services:
         max_batch_size: int = -1,
         workers: int | None = None,
         encrypt: bool | None = None,
-    ) -> Served:
+    ) -> ResolvedVersion:
         """Push a model and wait until ``workers`` (default: all) answer for it."""
         target = await self.gateway.encrypted.target(name, encrypt, ASKER)
         file = await self._upload(target, model)
         files, sealed = target.described(name, (file,))
         return await self._register(PushRequest(name, files, max_batch_size=max_batch_size, sealed=sealed), workers)
 
-    async def push_bundle(self, name: str, folder: Path, *, workers: int | None = None) -> Served:
+    async def push_bundle(self, name: str, folder: Path, *, workers: int | None = None) -> ResolvedVersion:
         """:meth:`push` for a Python model in a folder."""
         target = await self.gateway.encrypted.target(name, None, ASKER)
         files = [
@@ -96,13 +96,13 @@ class Services:
         named, sealed = target.described(name, files)
         return await self._register(PushRequest(name, named, platform="python", trusted=True, sealed=sealed), workers)
 
-    async def _upload(self, target: Target, content: bytes) -> ModelFile:
+    async def _upload(self, target: PushTarget, content: bytes) -> ModelFile:
         async def body() -> AsyncIterator[bytes]:
             yield content
 
         return (await upload(self.bus, target.store, body(), limit=1 << 30, whole=target.key is not None))[0]
 
-    async def _register(self, request: PushRequest, workers: int | None) -> Served:
+    async def _register(self, request: PushRequest, workers: int | None) -> ResolvedVersion:
         name = request.name
         request = msgspec.structs.replace(request, tenant=request.tenant or ASKER.tenant)
         body, partition = codec.encode(request), self.bus.names.partition(name)
@@ -147,7 +147,7 @@ class Services:
             raise
         return len(self.gateway.catalog.workers(served))
 
-    async def infer(self, served: Served, array: Array, *, timeout_s: float = 20.0) -> Array:
+    async def infer(self, served: ResolvedVersion, array: Array, *, timeout_s: float = 20.0) -> Array:
         """One synchronous request with one input; its first output."""
         name = served.manifest.inputs[0].name
         inputs = (from_numpy(name, array),)
@@ -160,7 +160,7 @@ def first(tensors: tuple[Tensor, ...]) -> Array:
 
 
 def new_job(
-    served: Served,
+    served: ResolvedVersion,
     array: Array,
     *,
     key: str = "",

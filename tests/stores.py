@@ -93,6 +93,6 @@ async def platform_on(broker: Broker, *, modelstores: int = 1) -> AsyncIterator[
 
 
 async def alter(platform: Platform, digest: str, content: bytes) -> None:
-    """Write other bytes where a piece lies."""
+    """Write other bytes where a chunk lies."""
     subject = platform.bus.names.object_chunk(platform.bus.names.chunk_bucket("m"), digest)
     await platform.bus.publish_acked(subject, content)

@@ -15,10 +15,10 @@ from tether.bus.bus import Bus
 from tether.crypto import Role, new_identity, sign_keyset
 from tether.domain.job import Lane
 from tether.domain.tenant import Tenant
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.identity.keys import create_home, read_keyset
 from tether.process.data_dir import Home, read_secret, save_identity, write_secret
-from tether.streams.lane_consumer import BusDelivery, LanePull
+from tether.streams.lane_consumer import Delivery, LaneConsumer
 
 
 def bind_worker(home: Home, name: str, tenant: str) -> None:
@@ -43,7 +43,7 @@ def bound_home(**bound: str) -> Iterator[Home]:
         yield home
 
 
-async def isolate(running: Services, name: str, served: Served | None = None, **changes: object) -> None:
+async def isolate(running: Services, name: str, served: ResolvedVersion | None = None, **changes: object) -> None:
     """Make a tenant an isolated one, and wait until it has lanes for a model."""
     record = msgspec.structs.replace(Tenant(name, isolated=True), **changes)
     await running.gateway.tenants.store(record)
@@ -51,11 +51,11 @@ async def isolate(running: Services, name: str, served: Served | None = None, **
         await wait_until(lambda: has_lane(running, served, name), f"'{name}' has lanes")
 
 
-def has_lane(running: Services, served: Served, scope: str) -> bool:
+def has_lane(running: Services, served: ResolvedVersion, scope: str) -> bool:
     return (served.manifest.name, served.manifest.version, scope) in running.gateway.catalog._routes
 
 
-async def own_worker(running: Services, name: str, served: Served, tenant: str) -> None:
+async def own_worker(running: Services, name: str, served: ResolvedVersion, tenant: str) -> None:
     """Start a tenant's worker and wait until it answers for a model."""
     await running.start_worker(name)
     await wait_until(lambda: running.gateway.catalog.workers(served, tenant) == (name,), f"'{name}' holds the model")
@@ -67,10 +67,10 @@ class Thief:
 
     bus: Bus
     lane: Lane
-    got: list[BusDelivery] = field(default_factory=list)
+    got: list[Delivery] = field(default_factory=list)
 
     async def __aenter__(self) -> Self:
-        self.pull = LanePull(self.bus, self.lane, 8, self.got.append)
+        self.pull = LaneConsumer(self.bus, self.lane, 8, self.got.append)
         await self.pull.start()
         return self
 

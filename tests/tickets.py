@@ -12,14 +12,14 @@ from tether.domain.job import Job, Lane, LaneKind, Outcome, Priority
 from tether.errors import Unavailable
 from tether.frameworks.runtime import Runtime
 from tether.process.clock import SystemClock
-from tether.streams.lane_consumer import BusDelivery
-from tether.worker.models.instances import Copies, Generation
-from tether.worker.runs.isolated_instance import Apart, Seats
-from tether.worker.runs.isolated_instance import Hearing as ApartHearing
-from tether.worker.runs.job_runs import Hearing, Runs
+from tether.streams.lane_consumer import Delivery
+from tether.worker.models.instances import InstancePool, InstanceSet
+from tether.worker.runs.isolated_instance import CrashListeners as ApartHearing
+from tether.worker.runs.isolated_instance import IsolatedInstance, Seats
+from tether.worker.runs.job_runs import RunListeners, Runs
 from tether.worker.scheduling import batching
 from tether.worker.scheduling.bundle import Bundle
-from tether.worker.scheduling.job_turns import RunQueue, Ticket
+from tether.worker.scheduling.job_turns import JobTicket, RunQueue
 
 LANES = (
     Lane(LaneKind.INFER, "m", 1),
@@ -38,7 +38,7 @@ class _Message:
 
 def bundle(level: int, jobs: Sequence[Job]) -> Bundle:
     """A verified message of a lane that nobody can settle."""
-    delivery = BusDelivery(cast("Bus", None), LANES[level], _Message())
+    delivery = Delivery(cast("Bus", None), LANES[level], _Message())
     return Bundle(delivery, cast("Header", None), list(jobs))
 
 
@@ -46,11 +46,11 @@ def put(queue: RunQueue, level: int, *jobs: Job, alone: bool = False) -> Bundle:
     """Jobs that came in one message, in the queue."""
     made = bundle(level, jobs)
     for job in jobs:
-        queue.add(Ticket(job, made, alone=alone))
+        queue.add(JobTicket(job, made, alone=alone))
     return made
 
 
-async def _nothing() -> Generation:
+async def _nothing() -> InstanceSet:
     raise Unavailable("there is no model")
 
 
@@ -58,8 +58,8 @@ def work_off(queue: RunQueue, model: Runtime, limit: int) -> tuple[list[Outcome]
     """Run everything in order, as a worker does: how each job ended, and what showed that rows were not kept apart."""
     found: list[str] = []
     clock = SystemClock()
-    apart = Apart(Copies(_nothing, clock), _nothing, ApartHearing(found.append, found.append), Seats())
-    runs = Runs("worker-1", clock, "m", apart, Hearing(lambda _: None, found.append, found.append), room=1 << 30)
+    apart = IsolatedInstance(InstancePool(_nothing, clock), _nothing, ApartHearing(found.append, found.append), Seats())
+    runs = Runs("worker-1", clock, "m", apart, RunListeners(lambda _: None, found.append, found.append), room=1 << 30)
     outcomes: list[Outcome] = []
     while queue:
         level = next(level for level in queue.order(0.0) if queue.has(level))

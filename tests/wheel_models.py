@@ -134,7 +134,7 @@ def sound(name: str, *shape: int) -> Draw:
 
 
 def speech(samples: int, rate: int | None = 16000, *, dtype: type = np.float32) -> Draw:
-    """A piece of a recording for silero, and the state that the piece before left."""
+    """A chunk of a recording for silero, and the state that the chunk before left."""
 
     def draw(random: np.random.Generator, rows: int) -> Asked:
         state = random.normal(0, 0.5, (2, rows, 128)).astype(np.float32)
@@ -144,8 +144,8 @@ def speech(samples: int, rate: int | None = 16000, *, dtype: type = np.float32) 
     return draw
 
 
-def speech_pieces(random: np.random.Generator, rows: int) -> Asked:
-    """Pieces one after another, with the state of an LSTM."""
+def speech_chunks(random: np.random.Generator, rows: int) -> Asked:
+    """Chunks one after another, with the state of an LSTM."""
     h, c = random.normal(0, 0.5, (2, 1, 1, 128)).astype(np.float32)
     return {**sound("input", 576)(random, rows), "h": h, "c": c}
 
@@ -191,7 +191,7 @@ MODELS = (
     WheelModel("rapidocr-onnxruntime==1.4.4", f"{RAPID}ppocr_mobile_v2.0_cls_infer.onnx", picture("x", (48, 192))),
     WheelModel("silero-vad==6.2.3", f"{SILERO}.onnx", speech(576)),
     WheelModel("silero-vad==6.2.3", f"{SILERO}_16k_op15.onnx", speech(576)),
-    WheelModel("silero-vad==6.2.3", f"{SILERO}_16k_sequence.onnx", speech_pieces, (1, 7, 20)),
+    WheelModel("silero-vad==6.2.3", f"{SILERO}_16k_sequence.onnx", speech_chunks, (1, 7, 20)),
     WheelModel("silero-vad==6.2.3", f"{SILERO}_half.onnx", speech(576, None)),
     WheelModel("silero-vad==6.2.3", f"{SILERO}_op18_ifless.onnx", speech(288, 8000)),
     WheelModel("silero-vad==6.2.3", f"{SILERO}_openvino_16k.onnx", speech(576, None), (1, 1)),

@@ -24,7 +24,7 @@
     │   ├── RateLimited       the key or its tenant asks more often than it may
     │   ├── QuotaExceeded     the tenant has as much as it may have
     │   ├── StorageFull       there is no room to store anything more: a disk, or a store's own bound
-    │   ├── NoMemoryFolder    there is no place in memory for an encrypted model
+    │   ├── TmpfsUnavailable    there is no place in memory for an encrypted model
     │   └── BrokerUnavailable
     ├── DeadlineExceeded
     ├── JobCancelled
@@ -35,14 +35,14 @@
     ├── ModelRejected         a pushed model cannot be served
     │   ├── FormatNotAllowed  it is of a format that is not served
     │   ├── UnsafeModel       it reaches outside of itself
-    │   └── ModelLimits       looking at it took more than it may
+    │   └── InspectionLimitExceeded       looking at it took more than it may
     ├── CorruptChunk          stored bytes do not match their digest
     ├── EnvelopeError         a message that must not be acted on
     │   ├── Unsigned, BadEncoding, BadSignature, SubjectMismatch, Replayed
     │   ├── EnvelopeExpired, ClockSkew
     │   ├── UnknownKey, KeyExpired, KeyRevoked, RoleNotAllowed
-    │   ├── KvBinding         an entry of another key, or one that was replaced
-    │   └── NotEntitled, BadSeal  a sealed payload cannot be opened here
+    │   ├── StaleEntry         an entry of another key, or one that was replaced
+    │   └── NoDecryptionKey, DecryptionFailed  a sealed payload cannot be opened here
     ├── KeysetError           the set of identities cannot be trusted
     ├── ConfigError           a setting, a file or the machine is not as it must be
     └── PermissionDenied      the broker refused a subject to this identity
@@ -203,8 +203,8 @@ class StorageFull(Unavailable):
         super().__init__(message, field=field, retry_after=retry_after)
 
 
-class NoMemoryFolder(Unavailable):
-    code = "no_memory_folder"
+class TmpfsUnavailable(Unavailable):
+    code = "tmpfs_unavailable"
 
 
 class BrokerUnavailable(Unavailable):
@@ -260,8 +260,8 @@ class UnsafeModel(ModelRejected):
     code = "unsafe_model"
 
 
-class ModelLimits(ModelRejected):
-    code = "model_limits"
+class InspectionLimitExceeded(ModelRejected):
+    code = "inspection_limit_exceeded"
 
 
 class CorruptChunk(TetherError):
@@ -330,16 +330,16 @@ class RoleNotAllowed(EnvelopeError):
     code = "role_not_allowed"
 
 
-class KvBinding(EnvelopeError):
-    code = "kv_binding"
+class StaleEntry(EnvelopeError):
+    code = "stale_entry"
 
 
-class NotEntitled(EnvelopeError):
-    code = "not_entitled"
+class NoDecryptionKey(EnvelopeError):
+    code = "no_decryption_key"
 
 
-class BadSeal(EnvelopeError):
-    code = "bad_seal"
+class DecryptionFailed(EnvelopeError):
+    code = "decryption_failed"
 
 
 class KeysetError(TetherError):

@@ -72,21 +72,21 @@ class Settings:
     replicas: int = _setting(1, "Copies of every durable stream; more than 1 needs a cluster.", low=1, high=5)
     partitions: int = _setting(
         1,
-        "Buckets that models' pieces are spread over; the same for every service, and never lowered.",
+        "Buckets that models' chunks are spread over; the same for every service, and never lowered.",
         low=1,
         high=64,
     )
-    store_replicas: int = _setting(0, "Copies of each bucket of pieces; 0: as 'replicas'.", low=0, high=5)
-    lease_s: float = _setting(
+    chunk_replicas: int = _setting(0, "Copies of each bucket of chunks; 0: as 'replicas'.", low=0, high=5)
+    partition_lease_s: float = _setting(
         6.0,
         "A model store that gave no sign of life for this long loses its partitions to others.",
         low=2,
         high=60,
     )
-    store_name: str = _setting("modelstore", "Name of this model store's identity.")
+    modelstore_name: str = _setting("modelstore", "Name of this model store's identity.")
     max_memory_mb: int = _setting(1024, "Memory the broker may use for infer lanes and liveness.", low=64, high=1 << 20)
     max_file_mb: int = _setting(20480, "Disk the broker may use for jobs, results and models.", low=256, high=1 << 24)
-    isolated_tenants: int = _setting(
+    max_isolated_tenants: int = _setting(
         8, "Isolated tenants that the broker keeps room for: each has an equal share of it.", low=1, high=1024
     )
     max_payload_bytes: int = _setting(8 << 20, "Largest NATS message.", low=1 << 16, high=64 << 20)
@@ -118,7 +118,7 @@ class Settings:
     max_connections: int = _setting(
         8192, "HTTP connections a gateway holds; more wait to be accepted.", low=16, high=1 << 20
     )
-    memory_dir: str = _setting("/dev/shm", "Folder on tmpfs where encrypted models are put together.")  # noqa: S108
+    decrypted_model_dir: str = _setting("/dev/shm", "Folder on tmpfs where encrypted models are put together.")  # noqa: S108
     max_upload_bytes: int = _setting(16 << 30, "Largest model file.", low=1 << 20, high=1 << 40)
     max_inflight: int = _setting(
         8192, "Synchronous requests a gateway holds before it answers 503.", low=1, high=1 << 20
@@ -132,13 +132,13 @@ class Settings:
     shadow_inflight: int = _setting(
         64, "Copies of requests for shadow versions that a gateway has under way; more are left out.", low=0, high=8192
     )
-    key_rate: float = _setting(
+    default_key_rate: float = _setting(
         0.0, "Requests a second of an API key that has no rate of its own; 0: as many as come.", low=0, high=1e6
     )
-    key_concurrency: int = _setting(
+    default_key_concurrency: int = _setting(
         0, "Requests that an API key without a limit of its own may have open; 0: any number.", low=0, high=1 << 20
     )
-    wait_limit_s: float = _setting(60.0, "Longest ?wait= of one job request.", low=0, high=600)
+    max_wait_s: float = _setting(60.0, "Longest ?wait= of one job request.", low=0, high=600)
 
     bundle_max_jobs: int = _setting(256, "Most jobs that travel in one message.", low=1, high=400)
     bundle_delay_ms: float = _setting(
@@ -160,7 +160,7 @@ class Settings:
     )
     max_attempts: int = _setting(3, "Attempts before a job becomes a dead letter.", low=1, high=100)
     worker_name: str = _setting("worker-1", "Name of this worker's identity.")
-    worker_slots: int = _setting(
+    worker_prefetch: int = _setting(
         2, "Most messages of a lane that a worker has at hand beside those that run.", low=1, high=64
     )
     priority_patience_s: float = _setting(
@@ -184,7 +184,7 @@ class Settings:
     max_instances: int = _setting(
         8, "Copies of one model that a worker holds at most, whatever its configuration says.", low=1, high=64
     )
-    onnx_threads: int = _setting(1, "Threads of one model instance.", low=1, high=256)
+    instance_threads: int = _setting(1, "Threads of one model instance.", low=1, high=256)
     run_timeout_s: float = _setting(
         60.0,
         "A run that takes longer is ended, in a model's own process with that process; a version may have its own.",
@@ -227,15 +227,15 @@ class Settings:
         "Where models run; 'auto' takes CUDA where the framework and the machine have it.",
         choices=("auto", "cpu", "cuda"),
     )
-    cache_mb: int = _setting(
-        4096, "Disk for a worker's cache of pieces of model files; 0: none is kept.", low=0, high=1 << 24
+    chunk_cache_mb: int = _setting(
+        4096, "Disk for a worker's cache of chunks of model files; 0: none is kept.", low=0, high=1 << 24
     )
-    cache_versions_mb: int = _setting(
+    model_files_mb: int = _setting(
         20480, "Disk for a worker's assembled model files; those it holds stay, also above it.", low=0, high=1 << 24
     )
     cache_graphs_mb: int = _setting(256, "Disk for optimised graphs and compiled models; 0: none.", low=0, high=1 << 24)
     cache_reserve_mb: int = _setting(512, "Disk that a worker's cache leaves free.", low=0, high=1 << 24)
-    drain_s: float = _setting(10.0, "How long a stopping service may finish what it holds.", low=0, high=600)
+    shutdown_timeout_s: float = _setting(10.0, "How long a stopping service may finish what it holds.", low=0, high=600)
 
     heartbeat_s: float = _setting(0.5, "Time between a worker's heartbeats.", low=0.1, high=60)
     worker_timeout_s: float = _setting(2.5, "A worker that is silent this long is not routed to.", low=0.5, high=600)
@@ -253,24 +253,24 @@ class Settings:
         256, "Disk for a service's audit entries that the broker has not taken yet.", low=1, high=1 << 20
     )
 
-    upload_ttl_s: float = _setting(
+    unreferenced_ttl_s: float = _setting(
         86400.0,
-        "How long pieces are kept that no version names: those of uploads that were broken off.",
+        "How long chunks are kept that no version names: those of uploads that were broken off.",
         low=3600,
         high=30 * 86400,
     )
-    collect_grace_s: float = _setting(
+    gc_grace_s: float = _setting(
         7200.0,
-        "How long data stays after a piece was found unreferenced, before it is removed.",
+        "How long data stays after a chunk was found unreferenced, before it is removed.",
         low=3600,
         high=7 * 86400,
     )
-    collect_interval_s: float = _setting(
-        3600.0, "Time between two collections of unreferenced pieces; 0: only on request.", low=0, high=30 * 86400
+    gc_interval_s: float = _setting(
+        3600.0, "Time between two collections of unreferenced chunks; 0: only on request.", low=0, high=30 * 86400
     )
     scrub_interval_s: float = _setting(
         86400.0,
-        "Time between two passes that read and prove every stored piece; 0: only on request.",
+        "Time between two passes that read and prove every stored chunk; 0: only on request.",
         low=0,
         high=365 * 86400,
     )
@@ -363,7 +363,7 @@ def labels_of(settings: Settings) -> dict[str, str]:
 
 
 def _cross_check(settings: Settings) -> None:
-    for name in ("prefix", "region", "worker_name", "store_name"):
+    for name in ("prefix", "region", "worker_name", "modelstore_name"):
         if _TOKEN.fullmatch(value := getattr(settings, name)) is None:
             raise ConfigError(
                 f"setting '{name}' must be lower-case letters, digits, '-' and '_' (it becomes part of subjects), "
@@ -383,7 +383,7 @@ def _cross_check(settings: Settings) -> None:
         raise ConfigError("setting 'worker_timeout_s' must be at least twice 'heartbeat_s'", field="worker_timeout_s")
     if settings.audit_max_mb > settings.max_file_mb // 2:
         raise ConfigError("setting 'audit_max_mb' must be at most half of 'max_file_mb'", field="audit_max_mb")
-    for name in ("replicas", "store_replicas"):
+    for name in ("replicas", "chunk_replicas"):
         if getattr(settings, name) > 1 and not settings.nats_url:
             raise ConfigError(f"setting '{name}' above 1 needs a cluster: set 'nats_url'", field=name)
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tether.audit import Checker, Record, Report, read_records, write_record
+from tether.audit import Checker, Record, VerificationReport, read_records, write_record
 from tether.audit import reader as audit_read
 from tether.audit.reader import AuditReader, Filter, Found
 from tether.bus.bus import Bus
@@ -79,7 +79,7 @@ async def _shown(reader: AuditReader, wanted: Filter, start: int, show: Callable
     return max(start, end + 1)
 
 
-async def verify(settings: Settings, home: Home) -> Report:
+async def verify(settings: Settings, home: Home) -> VerificationReport:
     """Check the whole stream, what this machine's services have not sent yet, and what they remember of their chains."""
     async with connected(settings, home) as bus:
         # in this order: what is acknowledged meanwhile is in the stream
@@ -91,7 +91,7 @@ async def verify(settings: Settings, home: Home) -> Report:
         return checker.finish(now_ms=bus.clock.utc_ms(), known=audit_read.check_local(checker, left))
 
 
-def verify_file(settings: Settings, home: Home, path: Path) -> Report:
+def verify_file(settings: Settings, home: Home, path: Path) -> VerificationReport:
     """Check an export against the root key of this home.
 
     Raises:

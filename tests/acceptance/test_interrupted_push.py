@@ -34,7 +34,7 @@ def told(done):
 with Client(url, key) as client:
     client.push(name, path, progress=told)
 """
-"""Says how many bytes are there before the first piece and after each, and waits for a line each time; others may be on their way."""
+"""Says how many bytes are there before the first chunk and after each, and waits for a line each time; others may be on their way."""
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +44,16 @@ def running() -> Iterator[Platform]:
 
 
 def model(folder: Path, seed: int) -> LocalFile:
-    """A file of several pieces that no other file has."""
+    """A file of several chunks that no other file has."""
     path = folder / f"{seed}.onnx"
     path.write_bytes(models.padded(8 << 20, seed=seed))
     (described,) = local_model(path).files
-    assert len(described.pieces) > 3
+    assert len(described.chunks) > 3
     return described
 
 
 class Pusher:
-    """A process that pushes, and that stops after each piece that has come."""
+    """A process that pushes, and that stops after each chunk that has come."""
 
     def __init__(self, running: Platform, name: str, file: LocalFile) -> None:
         words = [sys.executable, "-c", PUSHER, running.url, running.key, name, str(file.source)]
@@ -71,7 +71,7 @@ class Pusher:
         return int(self._back.readline())
 
     def go(self) -> None:
-        """Let it go on to the next piece."""
+        """Let it go on to the next chunk."""
         self._to.write(b"\n")
         self._to.flush()
 
@@ -91,8 +91,8 @@ def versions(running: Platform, name: str) -> list[int]:
 
 
 def missing(running: Platform, name: str, file: LocalFile) -> list[str]:
-    """Pieces that the store does not have."""
-    body = {"chunks": [digest for digest, _, _ in file.pieces]}
+    """Chunks that the store does not have."""
+    body = {"chunks": [digest for digest, _, _ in file.chunks]}
     headers = {"x-api-key": running.key}
     answer = httpx.post(f"{running.url}/v1/models/{name}/chunks:missing", json=body, headers=headers, trust_env=False)
     return list(answer.json()["missing"])
@@ -133,14 +133,14 @@ def pushed(running: Platform, name: str, file: LocalFile) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(300)
-def test_a_client_killed_at_any_piece_changes_nothing_and_the_next_one_goes_on(
+def test_a_client_killed_at_any_chunk_changes_nothing_and_the_next_one_goes_on(
     running: Platform, tmp_path: Path
 ) -> None:
     name, first, second = "killed", model(tmp_path, 1), model(tmp_path, 2)
     pushed(running, name, first)
-    before, sizes = answers(running, name), {digest: size for digest, _, size in second.pieces}
+    before, sizes = answers(running, name), {digest: size for digest, _, size in second.chunks}
     left = missing(running, name, second)
-    assert len(left) == len(second.pieces)
+    assert len(left) == len(second.chunks)
     killed = 0
     while left:
         pusher = Pusher(running, name, second)
@@ -155,14 +155,14 @@ def test_a_client_killed_at_any_piece_changes_nothing_and_the_next_one_goes_on(
         assert set(left) < set(before_it) if killed > 1 else set(left) <= set(before_it)
         assert versions(running, name) == [1]
         assert answers(running, name) == before
-    assert killed > 2, "it was killed before the first piece, and between others"
+    assert killed > 2, "it was killed before the first chunk, and between others"
     told = pushed(running, name, second)
     assert (told["version"], told["stored_bytes"]) == (2, 0)
     assert answers(running, name)[1] != before[1]
 
 
 @pytest.mark.timeout(300)
-def test_a_gateway_killed_before_between_or_after_the_pieces_is_a_delay_and_no_second_version(
+def test_a_gateway_killed_before_between_or_after_the_chunks_is_a_delay_and_no_second_version(
     running: Platform, tmp_path: Path
 ) -> None:
     name = "survived"
@@ -170,7 +170,7 @@ def test_a_gateway_killed_before_between_or_after_the_pieces_is_a_delay_and_no_s
     for version, part in ((2, 0.0), (3, 0.5), (4, 1.0)):
         file, old = model(tmp_path, 10 + version), answers(running, name)
         pusher = Pusher(running, name, file)
-        for _ in range(int(part * len(file.pieces))):
+        for _ in range(int(part * len(file.chunks))):
             pusher.there()
             pusher.go()
         pusher.there()

@@ -127,7 +127,7 @@ def test_down_ends_every_process_and_may_be_run_twice() -> None:
 
 async def test_model_stores_share_the_partitions_and_one_takes_over_anothers() -> None:
     with platform(
-        workers=1, env={"TETHER_MODEL_STORES": "2", "TETHER_PARTITIONS": "4", "TETHER_LEASE_S": "2"}
+        workers=1, env={"TETHER_MODEL_STORES": "2", "TETHER_PARTITIONS": "4", "TETHER_PARTITION_LEASE_S": "2"}
     ) as started:
         ports = started.endpoints["ports"]
 

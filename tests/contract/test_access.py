@@ -18,7 +18,7 @@ from served import Served
 from tether.domain import api_key
 from tether.gateway_http.access.authentication import ANY_SCOPE
 from tether.gateway_http.api import route_table
-from tether.gateway_http.api.route_engine import Row
+from tether.gateway_http.api.route_engine import RouteSpec
 
 OTHER = "rival"
 HIDDEN = "walk-hidden"
@@ -111,7 +111,7 @@ ASKED: dict[tuple[str, str], Asked] = {
 ROWS = route_table.table()
 
 
-def label(row: Row) -> str:
+def label(row: RouteSpec) -> str:
     return f"{row.method} {row.path}"
 
 
@@ -123,7 +123,7 @@ class Walk:
     served: Served
     job: str
 
-    def ask(self, row: Row, key: str | None, *, model: str = HIDDEN, job: str = "") -> httpx.Response:
+    def ask(self, row: RouteSpec, key: str | None, *, model: str = HIDDEN, job: str = "") -> httpx.Response:
         asked = ASKED[row.method, row.path]
         names = {
             "model": model,
@@ -156,7 +156,7 @@ def walk(served: Served) -> Iterator[Walk]:
         yield Walk(http, served, made.json()["id"])
 
 
-def narrow(walk: Walk, row: Row, **changes: Any) -> str:
+def narrow(walk: Walk, row: RouteSpec, **changes: Any) -> str:
     """A key that has the route's scope, and what ``changes`` say of it."""
     text = walk.served.new_key(*scopes_of(row))
     keys = walk.served.services.gateway.keys
@@ -166,7 +166,7 @@ def narrow(walk: Walk, row: Row, **changes: Any) -> str:
     return text
 
 
-def scopes_of(row: Row) -> tuple[str, ...]:
+def scopes_of(row: RouteSpec) -> tuple[str, ...]:
     return ("infer",) if row.scope == ANY_SCOPE else (str(row.scope),)
 
 
@@ -183,7 +183,7 @@ def test_a_route_that_names_a_model_or_a_job_is_asked_for_one() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=label)
-def test_without_a_key_only_open_routes_answer(walk: Walk, row: Row) -> None:
+def test_without_a_key_only_open_routes_answer(walk: Walk, row: RouteSpec) -> None:
     for key in (None, "", api_key.new_key_text()):
         answer = walk.ask(row, key)
         # metrics may be asked for with a key, and a wrong one is refused
@@ -192,7 +192,7 @@ def test_without_a_key_only_open_routes_answer(walk: Walk, row: Row) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.scope not in (None, ANY_SCOPE)], ids=label)
-def test_without_its_scope_a_key_is_refused_and_with_it_alone_it_is_not(walk: Walk, row: Row) -> None:
+def test_without_its_scope_a_key_is_refused_and_with_it_alone_it_is_not(walk: Walk, row: RouteSpec) -> None:
     lesser = [scope for scope in api_key.SCOPES if scope not in (row.scope, "admin")]
     for scopes in [*([scope] for scope in lesser), lesser]:
         answer = walk.ask(row, walk.served.new_key(*scopes))
@@ -204,7 +204,7 @@ NAMING = [row for row in ROWS if ASKED.get((row.method, row.path), NOTHING).name
 
 
 @pytest.mark.parametrize("row", [row for row in NAMING if ASKED[row.method, row.path].names == "model"], ids=label)
-def test_a_model_that_a_key_may_not_use_looks_like_one_that_is_not_there(walk: Walk, row: Row) -> None:
+def test_a_model_that_a_key_may_not_use_looks_like_one_that_is_not_there(walk: Walk, row: RouteSpec) -> None:
     key = narrow(walk, row, models=("other-*", ABSENT))
     hidden, absent = walk.ask(row, key), walk.ask(row, key, model=ABSENT)
     assert hidden.status_code == 404, hidden.text
@@ -234,7 +234,7 @@ PUSHES = [
 ]
 
 
-def needs(row: Row) -> str:
+def needs(row: RouteSpec) -> str:
     if row in OWNERS_ALONE:
         return "own"
     return "write" if row.scope == "models:write" or row in OF_FILES else "use"
@@ -251,7 +251,7 @@ def grant(walk: Walk, tenant: str, right: str) -> None:
     [row for row in NAMING if ASKED[row.method, row.path].names == "model" and row.scope != "admin"],
     ids=label,
 )
-def test_what_a_tenant_may_do_with_another_tenants_model_is_what_it_was_granted(walk: Walk, row: Row) -> None:
+def test_what_a_tenant_may_do_with_another_tenants_model_is_what_it_was_granted(walk: Walk, row: RouteSpec) -> None:
     for right in ("use", "write"):
         grant(walk, f"tenant-{right}", right)
     for right in RIGHTS:
@@ -280,7 +280,9 @@ def test_only_an_administrator_hands_a_model_over(walk: Walk) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in NAMING if ASKED[row.method, row.path].names == "job"], ids=label)
-def test_a_job_of_another_tenant_or_of_a_hidden_model_looks_like_one_that_is_not_there(walk: Walk, row: Row) -> None:
+def test_a_job_of_another_tenant_or_of_a_hidden_model_looks_like_one_that_is_not_there(
+    walk: Walk, row: RouteSpec
+) -> None:
     absent = "0" * 32
     for changes in ({"tenant": OTHER}, {"models": ("other-*",)}):
         key = narrow(walk, row, **changes)
@@ -291,7 +293,7 @@ def test_a_job_of_another_tenant_or_of_a_hidden_model_looks_like_one_that_is_not
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if ASKED.get((row.method, row.path), NOTHING).lists], ids=label)
-def test_lists_leave_out_what_a_key_may_not_use(walk: Walk, row: Row) -> None:
+def test_lists_leave_out_what_a_key_may_not_use(walk: Walk, row: RouteSpec) -> None:
     what = HIDDEN if ASKED[row.method, row.path].lists == "model" else walk.job
 
     def listed(key: str) -> str:

@@ -21,7 +21,7 @@ from starlette.applications import Starlette
 
 from tether.gateway_http.access.authentication import ANY_SCOPE
 from tether.gateway_http.api import app, path_matching, route_table
-from tether.gateway_http.api.route_engine import Call, Reply, Row
+from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.http import rsgi
 from tether.process import operations_server
 
@@ -42,11 +42,11 @@ def http(served: Served, document: Document) -> Iterator[httpx.Client]:
         yield client
 
 
-def path_of(row: Row) -> str:
+def path_of(row: RouteSpec) -> str:
     return re.sub(r"\{\w+\}", "x", row.path)
 
 
-def named(row: Row) -> str:
+def named(row: RouteSpec) -> str:
     return f"{row.method} {row.path}"
 
 
@@ -123,7 +123,7 @@ def test_health_readiness_and_metrics_need_no_key(served: Served, document: Docu
 @pytest.mark.parametrize("row", SCOPED, ids=named)
 @pytest.mark.parametrize("headers", [{}, {"x-api-key": "tk_aaaaaaaa_" + "a" * 43}, {"authorization": "Basic Og=="}])
 def test_without_a_valid_key_every_protected_route_says_the_same(
-    served: Served, document: Document, row: Row, headers: dict[str, str]
+    served: Served, document: Document, row: RouteSpec, headers: dict[str, str]
 ) -> None:
     with httpx.Client(base_url=served.url, trust_env=False, event_hooks={"response": [document.check]}) as client:
         answer = client.request(row.method, path_of(row), headers=headers)
@@ -141,7 +141,7 @@ def lesser_keys(served: Served) -> dict[str, str]:
 
 @pytest.mark.parametrize("row", [row for row in SCOPED if row.scope != ANY_SCOPE], ids=named)
 def test_a_key_without_the_scope_is_forbidden(
-    served: Served, document: Document, lesser_keys: dict[str, str], row: Row
+    served: Served, document: Document, lesser_keys: dict[str, str], row: RouteSpec
 ) -> None:
     assert row.scope is not None
     with document.client(served, lesser_keys[row.scope]) as client:
@@ -159,7 +159,7 @@ def test_an_unknown_path_is_a_typed_404(http: httpx.Client, path: str) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=named)
-def test_a_wrong_method_is_a_typed_405_that_names_the_right_ones(http: httpx.Client, row: Row) -> None:
+def test_a_wrong_method_is_a_typed_405_that_names_the_right_ones(http: httpx.Client, row: RouteSpec) -> None:
     taken = {other.method for other in ROWS if other.path == row.path}
     wrong = next(method for method in ("PUT", "PATCH", "POST") if method not in taken)
     answer = http.request(wrong, path_of(row))
@@ -168,7 +168,7 @@ def test_a_wrong_method_is_a_typed_405_that_names_the_right_ones(http: httpx.Cli
 
 
 @pytest.mark.parametrize("row", ROWS, ids=named)
-def test_options_tells_the_methods(http: httpx.Client, row: Row) -> None:
+def test_options_tells_the_methods(http: httpx.Client, row: RouteSpec) -> None:
     answer = http.options(path_of(row))
     assert (answer.status_code, answer.content) == (204, b"")
     assert {row.method, "OPTIONS"} <= set(answer.headers["allow"].split(", "))
@@ -306,10 +306,10 @@ def test_a_client_that_leaves_in_the_middle_of_an_upload_leaves_nothing(served: 
 def test_a_failure_of_our_own_tells_no_detail_and_is_logged_with_its_id(
     served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def failing(call: Call) -> Reply:
+    async def failing(call: RequestContext) -> RouteReply:
         raise RuntimeError(f"secret detail of {call.gateway}")
 
-    row = Row("GET", "/fails", "Fails", "Test", failing, {200: None})
+    row = RouteSpec("GET", "/fails", "Fails", "Test", failing, {200: None})
     broken = Starlette(routes=path_matching.routes(served.services.gateway, [row]))
 
     async def ask() -> httpx.Response:

@@ -1,4 +1,4 @@
-"""Resumable pushes over HTTP: pieces one by one, then the version they make up."""
+"""Resumable pushes over HTTP: chunks one by one, then the version they make up."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from tether.errors import Conflict
 
 @pytest.fixture
 def model(tmp_path: Path, request: pytest.FixtureRequest) -> LocalFile:
-    """A model whose pieces no other test stores."""
+    """A model whose chunks no other test stores."""
     path = tmp_path / "model.onnx"
     path.write_bytes(models.padded(8 << 20, seed=zlib.crc32(request.node.name.encode())))
     (described,) = local_model(path).files
-    assert len(described.pieces) > 2
+    assert len(described.chunks) > 2
     return described
 
 
-def piece(model: LocalFile, number: int) -> tuple[str, bytes]:
-    digest, offset, size = model.pieces[number]
+def chunk(model: LocalFile, number: int) -> tuple[str, bytes]:
+    digest, offset, size = model.chunks[number]
     return digest, model.source.read_bytes()[offset : offset + size]
 
 
 def test_a_push_that_broke_off_goes_on_where_it_was(served: Served, http: httpx.Client, model: LocalFile) -> None:
     name = "resumed"
-    digest, content = piece(model, 1)
+    digest, content = chunk(model, 1)
     first = http.put(f"/v1/models/{name}/chunks/{digest}", content=content)
     assert (first.status_code, first.json()) == (
         201,
@@ -43,7 +43,7 @@ def test_a_push_that_broke_off_goes_on_where_it_was(served: Served, http: httpx.
     )
     again = http.put(f"/v1/models/{name}/chunks/{digest}", content=content)
     assert (again.status_code, again.json()["stored_bytes"]) == (200, 0)
-    asked = [entry[0] for entry in model.pieces]
+    asked = [entry[0] for entry in model.chunks]
     missing = http.post(f"/v1/models/{name}/chunks:missing", json={"chunks": asked}).json()["missing"]
     assert missing == [entry for entry in asked if entry != digest]
     assert http.get(f"/v1/models/{name}").status_code == 404
@@ -56,11 +56,11 @@ def test_a_push_that_broke_off_goes_on_where_it_was(served: Served, http: httpx.
     assert (same["version"], same["stored_bytes"]) == (1, 0)
 
 
-def test_a_version_needs_all_of_its_pieces(http: httpx.Client, model: LocalFile) -> None:
-    for number in range(1, len(model.pieces)):
-        digest, content = piece(model, number)
+def test_a_version_needs_all_of_its_chunks(http: httpx.Client, model: LocalFile) -> None:
+    for number in range(1, len(model.chunks)):
+        digest, content = chunk(model, number)
         assert http.put(f"/v1/models/torn/chunks/{digest}", content=content).is_success
-    first = model.pieces[0][0]
+    first = model.chunks[0][0]
     refused = http.post("/v1/models/torn/versions:register", json={"files": [model.described()]})
     assert (refused.status_code, refused.json()["code"]) == (503, "corrupt_chunk")
     assert first in refused.json()["error"]
@@ -79,7 +79,7 @@ def test_a_version_needs_all_of_its_pieces(http: httpx.Client, model: LocalFile)
         ("POST", "versions:register", b'{"files": []}', 400, "files"),
     ],
 )
-def test_what_is_no_piece_is_refused(
+def test_what_is_no_chunk_is_refused(
     http: httpx.Client, *, method: str, path: str, body: bytes, status: int, word: str
 ) -> None:
     answer = http.request(method, f"/v1/models/m/{path}", content=body)
@@ -100,8 +100,8 @@ def test_what_is_no_piece_is_refused(
 def test_a_description_that_does_not_add_up_is_refused(
     http: httpx.Client, model: LocalFile, change: dict[str, object], word: str
 ) -> None:
-    for number in range(len(model.pieces)):
-        digest, content = piece(model, number)
+    for number in range(len(model.chunks)):
+        digest, content = chunk(model, number)
         assert http.put(f"/v1/models/m/chunks/{digest}", content=content).is_success
     answer = http.post("/v1/models/m/versions:register", json={"files": [{**model.described(), **change}]})
     assert answer.status_code == 400, answer.text
@@ -150,10 +150,10 @@ def patterned(served: Served, tenant: str, *patterns: str) -> httpx.Client:
 
 
 def test_who_knows_the_digests_of_a_file_does_not_have_it(served: Served, model: LocalFile) -> None:
-    """Neither by asking, nor by registering, nor by what sending a piece tells."""
+    """Neither by asking, nor by registering, nor by what sending a chunk tells."""
     with Client(served.url, served.key) as client:
         client.push("secret-one", model.source)
-    asked = [entry[0] for entry in model.pieces]
+    asked = [entry[0] for entry in model.chunks]
     with patterned(served, "knower", "taken-*") as thief:
         assert thief.get("/v1/models/secret-one").status_code == 404
         told = thief.post("/v1/models/taken-one/chunks:missing", json={"chunks": asked}).json()["missing"]
@@ -163,7 +163,7 @@ def test_who_knows_the_digests_of_a_file_does_not_have_it(served: Served, model:
         absent = {**model.described(), "chunks": [hashlib.sha256(digest.encode()).hexdigest() for digest in asked]}
         other = thief.post("/v1/models/taken-one/versions:register", json={"files": [absent]})
         assert other.json()["error"] == refused.json()["error"].replace(asked[0], absent["chunks"][0])
-        digest, content = piece(model, 0)
+        digest, content = chunk(model, 0)
         sent = thief.put(f"/v1/models/taken-one/chunks/{digest}", content=content)
         assert (sent.status_code, sent.json()["stored_bytes"]) == (201, len(content)), "as if nobody had it"
         again = thief.put(f"/v1/models/taken-one/chunks/{digest}", content=content)
@@ -178,24 +178,24 @@ def test_who_has_a_file_that_another_tenant_has_pushes_it_and_the_store_has_it_o
     with Client(served.url, served.key) as client:
         client.push("theirs", model.source)
 
-    def pieces() -> int:
+    def chunks() -> int:
         names, bus = served.services.bus.names, served.services.bus
         stream = names.object_stream(names.chunk_bucket("theirs"))
         return int(served.run(bus.api(f"STREAM.INFO.{stream}"))["state"]["messages"])
 
-    before = pieces()
+    before = chunks()
     with patterned(served, "owner", "ours-*") as other, Client(served.url, other.headers["x-api-key"]) as client:
         told = client.push("ours-one", model.source)
         assert (told["version"], told["stored_bytes"]) == (1, model.size)
         whole = other.post("/v1/models/ours-two/versions", content=model.source.read_bytes())
         assert (whole.status_code, whole.json()["stored_bytes"]) == (201, model.size), "nor does a whole body tell"
-    assert pieces() == before
+    assert chunks() == before
 
 
 def test_what_was_sent_to_one_gateway_counts_at_another(served: Served, model: LocalFile) -> None:
     name = "elsewhere"
-    for number in range(len(model.pieces)):
-        digest, content = piece(model, number)
+    for number in range(len(model.chunks)):
+        digest, content = chunk(model, number)
         with served.client() as http:
             assert http.put(f"/v1/models/{name}/chunks/{digest}", content=content).is_success
     served.services.gateway.possession._own.clear()  # as of a gateway that none was sent to
@@ -204,12 +204,12 @@ def test_what_was_sent_to_one_gateway_counts_at_another(served: Served, model: L
         assert made.status_code == 201, made.text
 
 
-def test_a_version_of_a_model_may_be_made_of_pieces_of_its_others(served: Served, model: LocalFile) -> None:
+def test_a_version_of_a_model_may_be_made_of_chunks_of_its_others(served: Served, model: LocalFile) -> None:
     with Client(served.url, served.key) as client:
         client.push("grown", model.source)
         for tenant in ("reader", "writer"):
             client.grants.grant("grown", tenant, "write")
-    possession, asked = served.services.gateway.possession, [entry[0] for entry in model.pieces]
+    possession, asked = served.services.gateway.possession, [entry[0] for entry in model.chunks]
     possession._own.clear()
     with patterned(served, "reader", "grown") as other:
         told = other.post("/v1/models/grown/chunks:missing", json={"chunks": asked}).json()["missing"]

@@ -15,7 +15,7 @@ import pytest
 from served import Served
 
 from tether import Client
-from tether.gateway_http.api.route_engine import Row
+from tether.gateway_http.api.route_engine import RouteSpec
 from tether.gateway_http.api.route_table import table
 from tether.gateway_http.bodies import simple_bodies
 from tether.gateway_http.bodies.large_bodies import LARGE
@@ -116,7 +116,7 @@ def test_a_large_body_of_the_simple_route_is_refused_as_a_small_one(http: httpx.
         assert refused(good.replace(b'"modelId"', many)) == (400, "invalid_request")
 
 
-def test_a_version_of_many_pieces_is_read_beside_the_loop(http: httpx.Client, parsed: list[int]) -> None:
+def test_a_version_of_many_chunks_is_read_beside_the_loop(http: httpx.Client, parsed: list[int]) -> None:
     digests = [f"{number:064x}" for number in range(3000)]
     told = http.post("/v1/models/large-add/chunks:missing", json={"chunks": digests})
     assert told.json()["missing"] == digests
@@ -136,7 +136,7 @@ SMALL = [row for row in table() if row.body is not None and row.handler is not N
 
 
 @pytest.mark.parametrize("row", SMALL, ids=[f"{row.method} {row.path}" for row in SMALL])
-def test_a_route_that_needs_no_large_body_reads_none(http: httpx.Client, row: Row) -> None:
+def test_a_route_that_needs_no_large_body_reads_none(http: httpx.Client, row: RouteSpec) -> None:
     path = row.path.translate(str.maketrans("{}", "xx"))
     answer = http.request(row.method, path, content=b" " * LARGE + b"{}")
     assert (answer.status_code, answer.json()["code"]) == (413, "payload_too_large")

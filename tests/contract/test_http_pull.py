@@ -36,7 +36,7 @@ def test_what_was_pushed_is_pulled(served: Served, sdk: Client, tmp_path: Path) 
         sdk.pull("pulled", tmp_path / "none", version=7)
 
 
-def test_a_piece_is_sent_as_it_is_whatever_the_client_takes(served: Served, sdk: Client, tmp_path: Path) -> None:
+def test_a_chunk_is_sent_as_it_is_whatever_the_client_takes(served: Served, sdk: Client, tmp_path: Path) -> None:
     source = tmp_path / "model.onnx"
     source.write_bytes(models.padded(2 << 20, seed=78))
     sdk.push("unpacked", source)
@@ -81,16 +81,16 @@ def test_a_folder_comes_back_as_a_folder(sdk: Client, tmp_path: Path) -> None:
     assert found == {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
 
 
-def test_a_piece_is_given_only_as_part_of_a_version_that_may_be_read(
+def test_a_chunk_is_given_only_as_part_of_a_version_that_may_be_read(
     served: Served, sdk: Client, tmp_path: Path
 ) -> None:
     for name in ("mine", "theirs"):
         path = tmp_path / f"{name}.onnx"
         path.write_bytes(models.padded(1 << 20, seed=len(name)))
-        sdk.push(f"piece-{name}", path)
-        until(lambda name=name: f"piece-{name}" in {model["name"] for model in sdk.models()}, "it is known")
+        sdk.push(f"chunk-{name}", path)
+        until(lambda name=name: f"chunk-{name}" in {model["name"] for model in sdk.models()}, "it is known")
     with served.client() as http:
-        theirs = http.get("/v1/models/piece-theirs/versions/1/files").json()["files"][0]["chunks"][0]
-        assert http.get(f"/v1/models/piece-theirs/versions/latest/chunks/{theirs}").status_code == 200
-        refused = http.get(f"/v1/models/piece-mine/versions/1/chunks/{theirs}")
+        theirs = http.get("/v1/models/chunk-theirs/versions/1/files").json()["files"][0]["chunks"][0]
+        assert http.get(f"/v1/models/chunk-theirs/versions/latest/chunks/{theirs}").status_code == 200
+        refused = http.get(f"/v1/models/chunk-mine/versions/1/chunks/{theirs}")
         assert (refused.status_code, refused.json()["code"]) == (404, NotFound.code)

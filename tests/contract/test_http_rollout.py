@@ -84,7 +84,7 @@ async def test_both_clients_wait_for_a_version(served: Served, sdk: Client, tmp_
 
 def test_a_version_that_no_worker_can_load_is_told_with_the_reason_and_status_1(bare: Served, tmp_path: Path) -> None:
     for name in ("worker-1", "worker-2"):
-        bare.run(bare.services.start_worker(name, onnx_threads=3))
+        bare.run(bare.services.start_worker(name, instance_threads=3))
     told = pushed(bare, "unloadable", guarded(tmp_path))
     assert told.stdout.splitlines()[0] == "unloadable 1"
     assert isinstance(told.exception, ModelNotReady)
@@ -97,7 +97,7 @@ def test_a_version_that_no_worker_can_load_is_told_with_the_reason_and_status_1(
 
 
 def test_a_push_with_one_replica_waits_for_the_worker_that_can_load_it(bare: Served, tmp_path: Path) -> None:
-    bare.run(bare.services.start_worker("worker-1", onnx_threads=3))
+    bare.run(bare.services.start_worker("worker-1", instance_threads=3))
     bare.run(bare.services.start_worker("worker-2"))
     config = tmp_path / "config.json"
     config.write_text('{"replicas_max": 1}')

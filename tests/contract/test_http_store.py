@@ -1,4 +1,4 @@
-"""The store of pieces over HTTP and the command line."""
+"""The store of chunks over HTTP and the command line."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tether_cli.main import application
 MB = 1 << 20
 
 
-def test_an_administrator_sees_a_damaged_piece_and_a_push_mends_it(served: Served) -> None:
+def test_an_administrator_sees_a_damaged_chunk_and_a_push_mends_it(served: Served) -> None:
     content = models.padded(3 * MB, seed=77)
     version = served.push("kept", content)
     with Client(served.url, served.key) as client:
         before = client.store()
         assert before["damaged"] == []
-        assert before["pieces"] >= before["named_pieces"] > 0
+        assert before["chunks"] >= before["named_chunks"] > 0
         assert min(before["stored_bytes"], before["named_bytes"]) > 3 * MB, "random weights do not compress"
         digest = damage(served, "kept", version)
-        assert client.scrub()["named_pieces"] == before["named_pieces"]
+        assert client.scrub()["named_chunks"] == before["named_chunks"]
         until(lambda: client.store()["damaged"] != [], "the pass finds it")
         assert client.store()["damaged"] == [{"digest": digest, "versions": [f"kept:{version}"]}]
         assert served.push("kept", content) == version
@@ -33,13 +33,13 @@ def test_an_administrator_sees_a_damaged_piece_and_a_push_mends_it(served: Serve
 
 
 def damage(served: Served, model: str, version: int) -> str:
-    """Write other bytes where the first piece of a version lies, and take it from the workers that could mend it."""
+    """Write other bytes where the first chunk of a version lies, and take it from the workers that could mend it."""
     gateway = served.services.gateway
     manifest = gateway.catalog.resolve(model, str(version)).manifest
     digest = manifest.files[0].chunks[0]
     for worker in served.services.workers:
         cache = worker.holder.files.cache
-        until(lambda cache=cache: cache.held([digest]), "the worker keeps the piece")
+        until(lambda cache=cache: cache.held([digest]), "the worker keeps the chunk")
         cache.drop("disk")
     names = gateway.bus.names
     subject = names.object_chunk(names.chunk_bucket(model), digest)
@@ -53,7 +53,7 @@ def test_the_command_line_asks_for_a_collection(served: Served, monkeypatch: pyt
     for command in ("gc", "store"):
         result = CliRunner().invoke(application(), ["model", command, "--url", served.url, "--json"])
         assert result.exit_code == 0, result.output
-        assert json.loads(result.stdout)["named_pieces"] > 0
+        assert json.loads(result.stdout)["named_chunks"] > 0
 
 
 def test_only_administrators_may(served: Served) -> None:

@@ -128,29 +128,29 @@ def test_a_quota_of_bytes_is_held_before_the_file_is_read(http: httpx.Client, se
     assert again.status_code == 200, "the same version again is no new one"
 
 
-def test_a_quota_of_bytes_holds_for_pieces_that_nothing_names(http: httpx.Client, served: Served) -> None:
-    """Pieces never registered, a file that is refused, and one that says it is another: none of them is room for free."""
-    own = {"x-api-key": served.new_key("models:write", "models:read", tenant="few-pieces")}
+def test_a_quota_of_bytes_holds_for_chunks_that_nothing_names(http: httpx.Client, served: Served) -> None:
+    """Chunks never registered, a file that is refused, and one that says it is another: none of them is room for free."""
+    own = {"x-api-key": served.new_key("models:write", "models:read", tenant="few-chunks")}
     content = models.add(7.0)
     room = len(content) + 3000
-    assert http.post("/v1/tenants", json={"name": "few-pieces", "quotas": {"stored_bytes": room}}).status_code == 201
+    assert http.post("/v1/tenants", json={"name": "few-chunks", "quotas": {"stored_bytes": room}}).status_code == 201
     loose = served.services.gateway.loose
 
-    def put(piece: bytes) -> httpx.Response:
-        path = f"/v1/models/pieces-one/chunks/{hashlib.sha256(piece).hexdigest()}"
-        return http.put(path, content=piece, headers=own)
+    def put(chunk: bytes) -> httpx.Response:
+        path = f"/v1/models/chunks-one/chunks/{hashlib.sha256(chunk).hexdigest()}"
+        return http.put(path, content=chunk, headers=own)
 
     def push(data: bytes, **headers: str) -> httpx.Response:
-        return http.post("/v1/models/pieces-one/versions", content=data, headers={**own, **headers})
+        return http.post("/v1/models/chunks-one/versions", content=data, headers={**own, **headers})
 
     assert push(content).status_code == 201
-    until(lambda: served.services.gateway.catalog.stored.of("few-pieces") == len(content), "it counts")
-    assert loose.bytes_of("few-pieces") == 0
+    until(lambda: served.services.gateway.catalog.stored.of("few-chunks") == len(content), "it counts")
+    assert loose.bytes_of("few-chunks") == 0
     assert [put(b"a" * 2000).status_code for _ in range(3)] == [201, 200, 200]
-    assert_error(put(b"b" * 2000), 429, "quota_exceeded", "few-pieces", "stored_bytes")
+    assert_error(put(b"b" * 2000), 429, "quota_exceeded", "few-chunks", "stored_bytes")
     assert push(b"c" * 900).status_code == 422
     assert_error(push(b"d" * 900), 429, "quota_exceeded", "stored_bytes")
     digest = hashlib.sha256(content).hexdigest()
     assert_error(push(b"e" * 5000, **{"x-tether-sha256": digest}), 429, "quota_exceeded", "stored_bytes")
     assert push(content, **{"x-tether-sha256": digest}).status_code == 200
-    assert loose.bytes_of("few-pieces") == 2900
+    assert loose.bytes_of("few-chunks") == 2900

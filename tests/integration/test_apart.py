@@ -10,14 +10,14 @@ from services import TENANT, Services
 from tether.domain.job import Job, new_job_id
 from tether.domain.tensor import from_numpy, to_numpy
 from tether.errors import InferenceFailed
-from tether.worker.models.run_limits import Going
+from tether.worker.models.run_limits import ActiveRun
 from tether.worker.runs.isolated_instance import SEATS
 from tether.worker.runtimes.process_runtime import ProcessRuntime
-from tether.worker.scheduling.batching import Piece, Result, Run, Source
-from tether.worker.version_manager import Held
+from tether.worker.scheduling.batching import Result, Run, Segment, Source
+from tether.worker.version_manager import HostedVersion
 
 
-def held(running: Services) -> Held:
+def held(running: Services) -> HostedVersion:
     (found,) = running.workers[0].holder._held.values()
     return found
 
@@ -27,9 +27,9 @@ async def run(running: Services, number: int) -> Result:
     deadline = running.bus.clock.utc() + 60
     job = Job(new_job_id(), TENANT, (from_numpy("x", np.array([number], np.int32)),), deadline)
     instance = held(running).instance
-    wanted = Run((Piece(Source(job), 0, 1),), batched=False)
+    wanted = Run((Segment(Source(job), 0, 1),), batched=False)
     async with instance.copies.held():
-        (result,) = (await instance.runs.run(wanted, Going(), suspect=True))[0].results
+        (result,) = (await instance.runs.run(wanted, ActiveRun(), suspect=True))[0].results
     assert result is not None
     return result
 

@@ -16,10 +16,10 @@ from services import TENANT, Services, new_job, row, services
 
 from tether.domain.job import LaneKind
 from tether.domain.manifest import ModelRef
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.model.config import LoadBalancing
 from tether.streams.layout import lanes_of
-from tether.worker.jobs.version_server import ModelInstance
+from tether.worker.jobs.version_server import VersionServer
 from tether.worker.scheduling.pull_balance import MOST
 
 SPEED = """
@@ -49,14 +49,14 @@ async def pair(broker: Broker, **second: object) -> AsyncIterator[Services]:
 
 async def pushed(
     running: Services, folder: Path, strategy: LoadBalancing, *, first_s: float = 0.0, second_s: float = 0.0
-) -> Served:
+) -> ResolvedVersion:
     """A model that was decided about before it came."""
     await running.decide("m", load_balancing=strategy)
     code = SPEED.replace("FIRST", str(first_s)).replace("SECOND", str(second_s))
     return await running.push_bundle("m", bundles.write(folder, code=code, maxBatchSize=0))
 
 
-def instances(running: Services) -> list[ModelInstance]:
+def instances(running: Services) -> list[VersionServer]:
     return [worker.holder._held[ModelRef("m", 1)].instance for worker in running.workers]
 
 
@@ -76,7 +76,7 @@ async def wait_for(running: Services, places: int) -> None:
     await wait_until(is_so, f"{places} requests wait in each lane")
 
 
-async def asked(running: Services, served: Served, count: int) -> Counter[int]:
+async def asked(running: Services, served: ResolvedVersion, count: int) -> Counter[int]:
     """So many requests one after the other; how many each worker answered."""
     return Counter([int((await running.infer(served, row(0)))[0, 0]) for _ in range(count)])
 

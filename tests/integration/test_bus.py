@@ -21,7 +21,7 @@ from tether.domain.manifest import Epoch
 from tether.errors import BrokerUnavailable, PermissionDenied, QueueFull, TetherError, VersionConflict
 from tether.process import metrics
 from tether.streams.job_queue import BusQueue, BusResults
-from tether.streams.lane_consumer import BusDelivery, LanePull
+from tether.streams.lane_consumer import Delivery, LaneConsumer
 from tether.streams.layout import ensure_lane, ensure_platform, lanes_of
 from tether.wire import codec
 
@@ -67,14 +67,14 @@ class Puller:
     """A pull whose deliveries are kept."""
 
     def __init__(self, bus: Bus, lane: Lane, credit: int) -> None:
-        self.got: list[BusDelivery] = []
-        self.pull = LanePull(bus, lane, credit, self._take)
+        self.got: list[Delivery] = []
+        self.pull = LaneConsumer(bus, lane, credit, self._take)
 
-    def _take(self, delivery: BusDelivery) -> None:
+    def _take(self, delivery: Delivery) -> None:
         delivery.on_settled = lambda _: self.pull.release()
         self.got.append(delivery)
 
-    async def wait(self, count: int, timeout_s: float = 10.0) -> list[BusDelivery]:
+    async def wait(self, count: int, timeout_s: float = 10.0) -> list[Delivery]:
         await wait_until(lambda: len(self.got) >= count, f"{count} deliveries", timeout_s)
         return self.got
 

@@ -24,7 +24,7 @@ from tether.bus.session import connect
 from tether.domain.job import Priority
 from tether.domain.manifest import ModelRef
 from tether.errors import BrokerUnavailable
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.identity.certificates import make_certificates
 from tether.process.data_dir import Home
 from tether.settings import Settings
@@ -140,5 +140,5 @@ async def test_jobs_of_a_resting_lane_run_soon_after_the_leader_of_its_consumer_
         assert shown["state"] == "succeeded"
 
 
-def served_ref(served: Served) -> ModelRef:
+def served_ref(served: ResolvedVersion) -> ModelRef:
     return ModelRef(served.manifest.name, served.manifest.version)

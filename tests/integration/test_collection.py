@@ -1,4 +1,4 @@
-"""The end of pieces that no version names, beside pushes; and the proof of those that versions do name."""
+"""The end of chunks that no version names, beside pushes; and the proof of those that versions do name."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from tether.errors import Conflict, CorruptChunk, ModelNotFound, TetherError, Un
 from tether.model.ownership import DEFAULT_TENANT
 from tether.modelstore.records.registry import Registry
 from tether.modelstore.registration import model_changes
-from tether.modelstore.upkeep.chunk_collector import Keeper
-from tether.storage.chunk_lifecycle import PieceKeeper
+from tether.modelstore.upkeep.chunk_collector import ChunkCollector
+from tether.storage.chunk_lifecycle import ChunkLifecycle
 from tether.storage.model_files import download
-from tether.storage.object_meta import State
+from tether.storage.object_meta import ChunkState
 from tether.storage.upload import upload
 from tether.wire import codec
 
 
 @dataclasses.dataclass
 class Kept:
-    """A platform, and a keeper beside its model store for whom every piece is old enough at once."""
+    """A platform, and a keeper beside its model store for whom every chunk is old enough at once."""
 
     platform: Platform
-    keeper: Keeper
-    store: PieceKeeper
+    keeper: ChunkCollector
+    store: ChunkLifecycle
     registry: Registry
 
     async def delete(self, version: int, *, model: str = "m") -> None:
@@ -55,19 +55,21 @@ class Kept:
             timeout=30,
         )
 
-    async def states(self) -> dict[str, State]:
-        return {digest: piece.state for digest, piece in (await self.store.snapshot()).pieces.items()}
+    async def states(self) -> dict[str, ChunkState]:
+        return {digest: chunk.state for digest, chunk in (await self.store.snapshot()).chunks.items()}
 
 
 @asynccontextmanager
-async def keeping(platform: Platform, *, upload_ttl_s: float = 0.0) -> AsyncIterator[Kept]:
+async def keeping(platform: Platform, *, unreferenced_ttl_s: float = 0.0) -> AsyncIterator[Kept]:
     settings = dataclasses.replace(
-        platform.broker.settings, upload_ttl_s=upload_ttl_s, collect_grace_s=0.0, scrub_mb_s=10_000.0
+        platform.broker.settings, unreferenced_ttl_s=unreferenced_ttl_s, gc_grace_s=0.0, scrub_mb_s=10_000.0
     )
     async with connect(settings, platform.broker.home, "modelstore") as bus:
         registry = Registry(bus)
         keyring = ModelKeyring(bus, platform.broker.home, every=True)
-        yield Kept(platform, Keeper(bus, registry, keyring), PieceKeeper(bus, bus.names.chunk_bucket("m")), registry)
+        yield Kept(
+            platform, ChunkCollector(bus, registry, keyring), ChunkLifecycle(bus, bus.names.chunk_bucket("m")), registry
+        )
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ async def kept(broker: Broker) -> AsyncIterator[Kept]:
         yield made
 
 
-def pieces_of(*manifests: Manifest) -> set[str]:
+def chunks_of(*manifests: Manifest) -> set[str]:
     return {digest for manifest in manifests for file in manifest.files for digest in file.chunks}
 
 
@@ -88,32 +90,32 @@ async def two_versions(kept: Kept) -> tuple[Manifest, Manifest]:
 
 async def test_what_only_a_deleted_version_named_is_removed_in_two_steps(kept: Kept, tmp_path: Path) -> None:
     first, second = await two_versions(kept)
-    alone = pieces_of(first) - pieces_of(second)
+    alone = chunks_of(first) - chunks_of(second)
     assert await kept.keeper.collect() == 0
-    assert set((await kept.states()).values()) == {State.ALIVE}
+    assert set((await kept.states()).values()) == {ChunkState.ALIVE}
     before = (await kept.store.snapshot()).stored_bytes
     await kept.delete(1)
     assert await kept.keeper.collect() == 0
     states = await kept.states()
-    assert {digest for digest, state in states.items() if state is State.UNREFERENCED} == alone
+    assert {digest for digest, state in states.items() if state is ChunkState.UNREFERENCED} == alone
     assert set(await kept.platform.store().missing(sorted(alone))) == alone
     await download(kept.platform.store(), first.files[0], tmp_path / "still-there")
-    sizes = dict(first.files[0].pieces())
+    sizes = dict(first.files[0].sized_chunks())
     assert await kept.keeper.collect() == sum(sizes[digest] for digest in alone)
-    assert set(await kept.states()) == pieces_of(second)
+    assert set(await kept.states()) == chunks_of(second)
     assert (await kept.store.snapshot()).stored_bytes < before - 5 * MB
     await download(kept.platform.store(), second.files[0], tmp_path / "whole")
     assert await kept.keeper.collect() == 0
 
 
-async def test_a_version_made_of_pieces_that_were_put_away_keeps_them(kept: Kept, tmp_path: Path) -> None:
+async def test_a_version_made_of_chunks_that_were_put_away_keeps_them(kept: Kept, tmp_path: Path) -> None:
     """Its push was told that the store has them, before they were found unreferenced."""
     file, _ = await kept.platform.upload(models.padded(6 * MB))
     assert await kept.platform.store().missing(file.chunks) == []
     await kept.keeper.collect()
-    assert set((await kept.states()).values()) == {State.UNREFERENCED}
+    assert set((await kept.states()).values()) == {ChunkState.UNREFERENCED}
     await kept.platform.register(PushRequest("m", (file,)))
-    assert set((await kept.states()).values()) == {State.ALIVE}
+    assert set((await kept.states()).values()) == {ChunkState.ALIVE}
     assert await kept.keeper.collect() + await kept.keeper.collect() == 0
     await download(kept.platform.store(), file, tmp_path / "whole")
 
@@ -128,41 +130,41 @@ async def test_a_push_that_comes_too_late_is_told_so_and_the_next_one_works(kept
     assert (await kept.platform.push(content)).manifest.version == 1
 
 
-async def test_a_referenced_piece_is_brought_back(kept: Kept) -> None:
+async def test_a_referenced_chunk_is_brought_back(kept: Kept) -> None:
     """Whatever put it away: its data was never touched."""
     first, _ = await two_versions(kept)
     digest = first.files[0].chunks[0]
-    piece = (await kept.store.snapshot()).pieces[digest]
-    assert await kept.store.write_state(piece, State.UNREFERENCED)
+    chunk = (await kept.store.snapshot()).chunks[digest]
+    assert await kept.store.write_state(chunk, ChunkState.UNREFERENCED)
     assert await kept.keeper.collect() == 0
-    again = (await kept.store.snapshot()).pieces[digest]
-    assert (again.state, again.size) == (State.ALIVE, piece.size)
+    again = (await kept.store.snapshot()).chunks[digest]
+    assert (again.state, again.size) == (ChunkState.ALIVE, chunk.size)
 
 
-async def test_pieces_of_uploads_under_way_are_kept(broker: Broker) -> None:
-    async with platform_on(broker) as platform, keeping(platform, upload_ttl_s=3600.0) as kept:
+async def test_chunks_of_uploads_under_way_are_kept(broker: Broker) -> None:
+    async with platform_on(broker) as platform, keeping(platform, unreferenced_ttl_s=3600.0) as kept:
         await platform.upload(models.padded(6 * MB))
         assert await kept.keeper.collect() + await kept.keeper.collect() == 0
-        assert set((await kept.states()).values()) == {State.ALIVE}
+        assert set((await kept.states()).values()) == {ChunkState.ALIVE}
 
 
 async def test_data_without_a_meta_message_is_collected(kept: Kept) -> None:
     """An upload that died between the two."""
     digest = "ab" * 32
     await alter(kept.platform, digest, b"x" * 1000)
-    assert (await kept.states()) == {digest: State.BARE}
+    assert (await kept.states()) == {digest: ChunkState.BARE}
     assert [await kept.keeper.collect(), await kept.keeper.collect()] == [0, 1000]
     assert await kept.states() == {}
 
 
-async def test_a_piece_that_is_stored_anew_meanwhile_is_not_removed(kept: Kept, tmp_path: Path) -> None:
+async def test_a_chunk_that_is_stored_anew_meanwhile_is_not_removed(kept: Kept, tmp_path: Path) -> None:
     content = models.padded(6 * MB)
     file, _ = await kept.platform.upload(content)
     await kept.keeper.collect()
-    marked = (await kept.store.snapshot()).pieces
+    marked = (await kept.store.snapshot()).chunks
     await kept.platform.upload(content)
-    assert [await kept.store.remove(piece) for piece in marked.values()] == [0] * len(marked)
-    assert set((await kept.states()).values()) == {State.ALIVE}
+    assert [await kept.store.remove(chunk) for chunk in marked.values()] == [0] * len(marked)
+    assert set((await kept.states()).values()) == {ChunkState.ALIVE}
     await download(kept.platform.store(), file, tmp_path / "whole")
 
 
@@ -171,21 +173,21 @@ async def test_data_that_is_younger_than_its_mark_stays(kept: Kept) -> None:
     file, _ = await kept.platform.upload(models.padded(6 * MB))
     await kept.keeper.collect()
     digest = file.chunks[0]
-    marked = (await kept.store.snapshot()).pieces[digest]
+    marked = (await kept.store.snapshot()).chunks[digest]
     found = await kept.store.read(digest)
     assert found is not None
     await alter(kept.platform, digest, found.data)
     assert await kept.store.remove(marked) == 0
-    again = (await kept.store.snapshot()).pieces[digest]
-    assert (again.state, again.has_data) == (State.UNREFERENCED, True)
+    again = (await kept.store.snapshot()).chunks[digest]
+    assert (again.state, again.has_data) == (ChunkState.UNREFERENCED, True)
     assert again.sequence > marked.sequence
 
 
 async def test_a_keeper_that_died_on_the_way_is_finished_by_the_next(kept: Kept) -> None:
     file, stored = await kept.platform.upload(models.padded(6 * MB))
     await kept.keeper.collect()
-    piece = (await kept.store.snapshot()).pieces[file.chunks[0]]
-    assert await kept.store.write_state(piece, State.LEAVING)
+    chunk = (await kept.store.snapshot()).chunks[file.chunks[0]]
+    assert await kept.store.write_state(chunk, ChunkState.LEAVING)
     with pytest.raises(CorruptChunk):
         await kept.platform.register(PushRequest("m", (file,)))
     # the push brought the others back before it came to this one
@@ -196,20 +198,20 @@ async def test_a_keeper_that_died_on_the_way_is_finished_by_the_next(kept: Kept)
 async def test_two_keepers_at_once_remove_everything_once(kept: Kept, tmp_path: Path) -> None:
     _, second = await two_versions(kept)
     await kept.delete(1)
-    pieces = (await kept.store.snapshot()).pieces
-    alone = sum(pieces[digest].size for digest in await orphans(kept))
+    chunks = (await kept.store.snapshot()).chunks
+    alone = sum(chunks[digest].size for digest in await orphans(kept))
     total = 0
     async with keeping(kept.platform) as other:
         for _ in range(3):
             # a mark that one made is old enough for the other at once
             total += sum(await asyncio.gather(*(one.keeper.collect() for one in (kept, other, kept, other))))
     assert total == alone
-    assert set(await kept.states()) == pieces_of(second)
+    assert set(await kept.states()) == chunks_of(second)
     await download(kept.platform.store(), second.files[0], tmp_path / "whole")
 
 
 async def orphans(kept: Kept) -> set[str]:
-    named = pieces_of(*await kept.registry.manifests())
+    named = chunks_of(*await kept.registry.manifests())
     return set(await kept.states()) - named
 
 
@@ -221,7 +223,7 @@ async def test_nothing_is_collected_while_a_manifest_cannot_be_read(kept: Kept) 
     await kept.delete(1)
     with pytest.raises(Unavailable, match=r"'other\.1' cannot be read"):
         await kept.keeper.collect()
-    assert set((await kept.states()).values()) == {State.ALIVE}
+    assert set((await kept.states()).values()) == {ChunkState.ALIVE}
     await kept.delete(1, model="other")
     await kept.keeper.collect()
     assert await kept.keeper.collect() > 5 * MB
@@ -236,7 +238,7 @@ async def test_a_pass_finds_what_is_altered_or_missing_and_a_push_mends_it(kept:
     assert await remove_data(kept, lost)
     assert await kept.keeper.scrub() == 2
     state = await kept.keeper.state()
-    assert {piece.digest: piece.versions for piece in state.damaged} == dict.fromkeys((altered, lost), ("m:1",))
+    assert {chunk.digest: chunk.versions for chunk in state.damaged} == dict.fromkeys((altered, lost), ("m:1",))
     assert await kept.platform.store().missing(manifest.files[0].chunks) == [altered, lost]
     assert (await kept.platform.push(content)).created is False
     assert await kept.keeper.scrub() == 0
@@ -252,7 +254,7 @@ async def remove_data(kept: Kept, digest: str) -> bool:
         return bool((await bus.api(path, {"seq": found.sequence}))["success"])
 
 
-async def test_a_piece_that_was_blamed_and_is_right_counts_again(kept: Kept) -> None:
+async def test_a_chunk_that_was_blamed_and_is_right_counts_again(kept: Kept) -> None:
     manifest = (await kept.platform.push(models.padded(6 * MB))).manifest
     await kept.platform.store().discard(manifest.files[0].chunks[0])
     assert len((await kept.keeper.state()).damaged) == 1
@@ -329,7 +331,7 @@ class Storm:
 async def test_collections_beside_pushes_deletions_and_broken_uploads(
     start_broker: StartBroker, tmp_path: Path, seed: int
 ) -> None:
-    often = {"upload_ttl_s": 6.0, "collect_grace_s": 6.0, "collect_interval_s": 0.05, "scrub_interval_s": 0.5}
+    often = {"unreferenced_ttl_s": 6.0, "gc_grace_s": 6.0, "gc_interval_s": 0.05, "scrub_interval_s": 0.5}
     async with (
         start_broker(**often) as broker,
         platform_on(broker, modelstores=2) as platform,
@@ -347,9 +349,9 @@ async def test_collections_beside_pushes_deletions_and_broken_uploads(
         async def nothing_left() -> bool:
             return not await orphans(kept)
 
-        await wait_until(nothing_left, "every piece that no version names is gone", 60)
+        await wait_until(nothing_left, "every chunk that no version names is gone", 60)
         left = await kept.registry.manifests()
         for manifest in left:
             await storm.whole(manifest)
-        assert set(await kept.states()) == pieces_of(*left)
+        assert set(await kept.states()) == chunks_of(*left)
         assert (await kept.keeper.state()).damaged == ()

@@ -15,7 +15,7 @@ from services import Services, services
 from tether.domain.job import Job
 from tether.domain.tensor import from_numpy
 from tether.gateway_http.bundling import lane_bundler
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.wire import codec
 
 CROWD = 32
@@ -42,12 +42,12 @@ def bundles(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-async def ask(one: Services, served: Served) -> None:
+async def ask(one: Services, served: ResolvedVersion) -> None:
     inputs = (from_numpy("x", np.ones((1, 4), np.float32)),)
     await one.gateway.infer(served, "t", inputs, (), request_id="test", timeout_s=60)
 
 
-async def crowd(one: Services, served: Served, rounds: int) -> None:
+async def crowd(one: Services, served: ResolvedVersion, rounds: int) -> None:
     async def again() -> None:
         for _ in range(rounds):
             await ask(one, served)

@@ -60,7 +60,7 @@ def compiler(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(compiler_env, "PATH", f"{folder / 'bin'}:{compiler_env.PATH}")
     wish = ProcessRuntime._wish
 
-    def with_log(runtime: ProcessRuntime, more: Mapping[str, str]) -> plan.Wish:
+    def with_log(runtime: ProcessRuntime, more: Mapping[str, str]) -> plan.ConfinementRequest:
         found = wish(runtime, more)
         return msgspec.structs.replace(found, write=(*found.write, str(log.parent)))
 

@@ -57,9 +57,9 @@ async def test_a_configuration_counts_only_from_the_model_store_at_its_own_key_a
         assert old is not None
         await configure(one, second)
         for key, what in (("other", "of another key"), ("kept", "that was replaced")):
-            before = refused("kv_binding")
+            before = refused("stale_entry")
             await bucket.put(key, old)
-            await wait_until(lambda before=before: refused("kv_binding") > before, f"one {what} is refused")
+            await wait_until(lambda before=before: refused("stale_entry") > before, f"one {what} is refused")
         forged = one.bus.signer.seal(MessageType.CONFIG, names.bucket_key("configs", "kept"), codec.encode(first))
         before = refused("role_not_allowed")
         await bucket.put("kept", forged)

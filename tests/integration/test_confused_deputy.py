@@ -23,7 +23,7 @@ from tether.errors import PermissionDenied
 from tether.process import metrics
 from tether.process.data_dir import Home
 from tether.streams.job_queue import BusQueue, BusResults
-from tether.streams.lane_consumer import BusDelivery, LanePull
+from tether.streams.lane_consumer import Delivery, LaneConsumer
 from tether.wire import codec
 
 
@@ -162,10 +162,10 @@ async def test_no_worker_can_take_the_place_of_a_job_by_guessing_its_message_id(
     assert got.frame == frame
 
 
-async def take(bus: Bus, logins: Logins) -> BusDelivery:
+async def take(bus: Bus, logins: Logins) -> Delivery:
     """The next message of the lane."""
-    taken: list[BusDelivery] = []
-    pull = LanePull(bus, logins.lane, 1, taken.append)
+    taken: list[Delivery] = []
+    pull = LaneConsumer(bus, logins.lane, 1, taken.append)
     await pull.start()
     try:
         await wait_until(lambda: bool(taken), "a message was delivered")

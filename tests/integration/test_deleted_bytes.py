@@ -24,7 +24,7 @@ from tether.gateway_http.models.catalog import Catalog
 from tether.identity.resigning import _Work
 from tether.modelstore.records.registry import Registry
 from tether.modelstore.registration import model_changes
-from tether.modelstore.upkeep.chunk_collector import Keeper
+from tether.modelstore.upkeep.chunk_collector import ChunkCollector
 from tether.storage.model_files import open_manifest
 from tether.storage.stored_bytes import StoredVersions
 from tether.wire import codec
@@ -33,10 +33,10 @@ from tether.wire.subjects import Names, token
 
 @dataclass
 class Bounded:
-    """A platform on which the tenant ``acme`` may store 15 MB, and a keeper for whom every piece is old enough at once."""
+    """A platform on which the tenant ``acme`` may store 15 MB, and a keeper for whom every chunk is old enough at once."""
 
     platform: Platform
-    keeper: Keeper
+    keeper: ChunkCollector
     registry: Registry
     stored_versions: StoredVersions
     bus: Bus
@@ -67,7 +67,7 @@ class Bounded:
 
 @pytest.fixture
 async def bounded(broker: Broker) -> AsyncIterator[Bounded]:
-    settings = dataclasses.replace(broker.settings, upload_ttl_s=0.0, collect_grace_s=0.0)
+    settings = dataclasses.replace(broker.settings, unreferenced_ttl_s=0.0, gc_grace_s=0.0)
     async with (
         platform_on(broker) as platform,
         connect(settings, broker.home, "modelstore") as bus,
@@ -75,7 +75,7 @@ async def bounded(broker: Broker) -> AsyncIterator[Bounded]:
         tenants = SignedBucket(platform.bus, "tenants", MessageType.TENANT)
         await tenants.put(token("acme"), codec.encode(Tenant("acme", quotas=Quotas(stored_bytes=15 * MB))))
         registry = Registry(bus)
-        keeper = Keeper(bus, registry, ModelKeyring(bus, broker.home, every=True))
+        keeper = ChunkCollector(bus, registry, ModelKeyring(bus, broker.home, every=True))
         yield Bounded(platform, keeper, registry, StoredVersions(bus), bus)
 
 

@@ -30,7 +30,7 @@ from served import Served, until
 from tether import Client
 from tether.broker.embedded_server import Binary
 from tether.domain.manifest import ModelRef
-from tether.errors import CorruptChunk, NoMemoryFolder, TetherError
+from tether.errors import CorruptChunk, TetherError, TmpfsUnavailable
 
 Pair = tuple[Served, Client]
 
@@ -145,7 +145,7 @@ def test_the_nats_object_store_reads_what_lies_there(pair: Pair, tmp_path: Path)
 
 
 @pytest.mark.parametrize("content", [b"evil", None])
-def test_a_damaged_piece_is_named_marked_and_mended_by_a_push(
+def test_a_damaged_chunk_is_named_marked_and_mended_by_a_push(
     pair: Pair, tmp_path: Path, content: bytes | None
 ) -> None:
     running, sdk = pair
@@ -159,7 +159,7 @@ def test_a_damaged_piece_is_named_marked_and_mended_by_a_push(
     assert other is not None
     for worker in running.services.workers:  # one that has it intact would mend it
         cache = worker.holder.files.cache
-        until(lambda cache=cache: cache.held([chunks[1]]), "the worker keeps the piece")
+        until(lambda cache=cache: cache.held([chunks[1]]), "the worker keeps the chunk")
         cache.drop("disk")
     running.run(bus.publish_acked(_subject(running, chunks[1]), other.data if content is None else content))
     with pytest.raises(CorruptChunk, match=chunks[1]):
@@ -176,7 +176,7 @@ def _subject(running: Served, name: str) -> str:
     return running.services.bus.names.object_chunk("TETHER_CHUNKS_0", name)
 
 
-def test_pieces_of_a_deleted_version_go_and_those_of_others_stay(nats_binary: Binary, tmp_path: Path) -> None:
+def test_chunks_of_a_deleted_version_go_and_those_of_others_stay(nats_binary: Binary, tmp_path: Path) -> None:
     with platform(nats_binary) as (running, sdk):
         first, second = model_file(tmp_path / "1.onnx", 3 * MB, 61), model_file(tmp_path / "2.onnx", 3 * MB, 62)
         sdk.push("m", first, encrypt=True)
@@ -185,7 +185,7 @@ def test_pieces_of_a_deleted_version_go_and_those_of_others_stay(nats_binary: Bi
         sdk.delete_model("m", 1)
         running.run(collected(running))
         told = sdk.store()
-        assert (told["pieces"], told["damaged"]) == (told["named_pieces"], [])
+        assert (told["chunks"], told["damaged"]) == (told["named_chunks"], [])
         assert told["stored_bytes"] < 4 * MB
         sdk.pull("m", tmp_path / "out")
         assert (tmp_path / "out" / "model.onnx").read_bytes() == second.read_bytes()
@@ -214,8 +214,8 @@ def test_a_model_in_a_process_of_its_own_has_its_files_in_memory_and_takes_them_
 
 def test_without_a_place_in_memory_a_push_is_refused_and_says_what_to_do(nats_binary: Binary, tmp_path: Path) -> None:
     source = model_file(tmp_path / "model.onnx", MB, 71)
-    with platform(nats_binary, memory_dir=str(tmp_path)) as (running, sdk):
-        with pytest.raises(NoMemoryFolder, match="memory_dir") as refused:
+    with platform(nats_binary, decrypted_model_dir=str(tmp_path)) as (running, sdk):
+        with pytest.raises(TmpfsUnavailable, match="decrypted_model_dir") as refused:
             sdk.push("m", source, encrypt=True, timeout=5)
         assert str(tmp_path) not in refused.value.message
         assert not sdk.push("m", source, encrypt=False)["encrypted"]
@@ -230,7 +230,7 @@ def test_a_model_that_has_no_key_cannot_be_given_another(pair: Pair, tmp_path: P
         sdk.rekey("plain")
 
 
-def test_who_may_not_read_a_model_gets_no_piece_of_it(pair: Pair, tmp_path: Path) -> None:
+def test_who_may_not_read_a_model_gets_no_chunk_of_it(pair: Pair, tmp_path: Path) -> None:
     running, sdk = pair
     sdk.push("secret", model_file(tmp_path / "model.onnx", MB, 91), encrypt=True)
     answers(running, "secret", 1)

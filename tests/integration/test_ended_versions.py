@@ -17,7 +17,7 @@ from tether.domain.job import Lane, LaneKind, Priority
 from tether.domain.manifest import Assignment, Change, ChangeRequest, ModelRef
 from tether.domain.worker_protocol import EndedLanes
 from tether.errors import ModelNotFound
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.streams.lane_admin import lanes_there, lanes_with_messages
 from tether.wire import codec
 
@@ -30,7 +30,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deleted_versions, "KEEP_S", deleted_versions.KEEP_S / 5)
 
 
-async def two_versions(running: Services) -> tuple[Served, Served]:
+async def two_versions(running: Services) -> tuple[ResolvedVersion, ResolvedVersion]:
     """Version 1, which no alias stands for, and version 2."""
     return await running.push("bump", models.add(1.0)), await running.push("bump", models.add(2.0))
 
@@ -39,7 +39,9 @@ async def delete(running: Services, version: int = 1, name: str = "bump") -> Non
     await running.change(ChangeRequest(Change.DELETE_VERSION, name, version=version, by="test"))
 
 
-async def submit(running: Services, served: Served, count: int, priority: Priority = Priority.NORMAL) -> list[str]:
+async def submit(
+    running: Services, served: ResolvedVersion, count: int, priority: Priority = Priority.NORMAL
+) -> list[str]:
     jobs = [new_job(served, row(number), priority=priority) for number in range(count)]
     return [job["id"] for job in await running.gateway.jobs.submit(TENANT, jobs)]
 

@@ -19,7 +19,7 @@ from tether.domain.tenant import Tenant
 from tether.domain.tensor import from_numpy
 from tether.errors import Unavailable
 from tether.gateway_http.bundling.infer_bundler import InferBundler
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.streams.job_queue import BusQueue
 
 
@@ -40,7 +40,7 @@ def slow(layers: int = 40, width: int = 512) -> bytes:
 class Callers:
     """Requests of tenants, and the order in which they were answered."""
 
-    def __init__(self, running: Services, served: Served) -> None:
+    def __init__(self, running: Services, served: ResolvedVersion) -> None:
         self._gateway = running.gateway
         self._served = served
         self.answered: list[str] = []
@@ -87,7 +87,7 @@ async def test_a_flood_stays_in_the_gateway_and_not_in_the_lane(one: Services, m
     monkeypatch.setattr(InferBundler, "max_jobs", 16)  # so that there are many bundles, however fast the model is
     await asyncio.gather(*callers.ask("flood", 300))
     assert len(in_flight) >= 300 // 16
-    assert max(in_flight) <= 2 * max(2, one.settings.worker_slots)
+    assert max(in_flight) <= 2 * max(2, one.settings.worker_prefetch)
 
 
 async def test_weights_decide_who_gets_how_much(one: Services) -> None:

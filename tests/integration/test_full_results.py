@@ -16,7 +16,7 @@ from services import TENANT, Services, new_job, row, services
 from tether.bus.session import connect
 from tether.domain.tensor import Array
 from tether.errors import QueueFull, ResultConflict
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.process import metrics
 from tether.streams.layout import ENDS
 from tether.streams.usage import stream_use
@@ -48,7 +48,7 @@ async def bound(running: Services, room: int) -> None:
     await reconfigure(running.home, running.settings, stream, max_bytes=max(1, state["bytes"] + room))
 
 
-async def waiting_jobs(running: Services, served: Served, inputs: list[Array]) -> list[str]:
+async def waiting_jobs(running: Services, served: ResolvedVersion, inputs: list[Array]) -> list[str]:
     """Jobs that were accepted while no worker took any."""
     await running.workers[0].holder.stop(1)
     requests = [new_job(served, one) for one in inputs]

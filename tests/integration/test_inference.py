@@ -18,9 +18,9 @@ from tether.crypto import MessageType
 from tether.domain.job import Job, JobState, Lane, Outcome, new_job_id
 from tether.domain.tensor import from_numpy
 from tether.errors import BadTensor, DeadlineExceeded, InferenceFailed, ModelNotFound, TetherError
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.process import metrics
-from tether.streams.lane_consumer import BusDelivery, LanePull
+from tether.streams.lane_consumer import Delivery, LaneConsumer
 from tether.streams.layout import lanes_of
 from tether.wire import codec
 
@@ -29,7 +29,7 @@ def sample(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
-async def bump(running: Services) -> Served:
+async def bump(running: Services) -> ResolvedVersion:
     """A model that adds one."""
     return await running.push("bump", models.add())
 
@@ -125,8 +125,8 @@ class Thief:
     """Pulls a lane as a worker would, and dies with what it got."""
 
     def __init__(self, bus: Bus, lane: Lane) -> None:
-        self.got: list[BusDelivery] = []
-        self.pull = LanePull(bus, lane, 1, self.got.append)
+        self.got: list[Delivery] = []
+        self.pull = LaneConsumer(bus, lane, 1, self.got.append)
 
 
 async def test_what_a_dead_worker_held_is_run_by_another_job_by_job(one: Services) -> None:

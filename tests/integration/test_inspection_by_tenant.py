@@ -11,9 +11,9 @@ from services import Services
 from tether.bus.key_value.leases import ask_owner
 from tether.crypto import MessageType
 from tether.domain.manifest import PushAnswer, PushRequest
-from tether.errors import ModelLimits
+from tether.errors import InspectionLimitExceeded
 from tether.model.ownership import Asker
-from tether.modelstore.inspection.inspector import Limits
+from tether.modelstore.inspection.inspector import InspectionLimits
 from tether.wire import codec
 
 
@@ -31,8 +31,8 @@ async def push(running: Services, tenant: str, name: str, model: bytes) -> PushA
 async def test_two_pushes_of_one_tenant_do_not_hold_inspection_for_all(
     one: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits = Limits(cpu_s=8, wall_s=8.0)
-    monkeypatch.setattr(Limits, "for_size", lambda *_: limits)
+    limits = InspectionLimits(cpu_s=8, wall_s=8.0)
+    monkeypatch.setattr(InspectionLimits, "for_size", lambda *_: limits)
     endless = [
         asyncio.create_task(push(one, "hostile", f"hostile/endless-{number}", models.looping())) for number in range(2)
     ]
@@ -45,4 +45,4 @@ async def test_two_pushes_of_one_tenant_do_not_hold_inspection_for_all(
     assert made.created
     assert not any(task.done() for task in endless)
     refused = await asyncio.gather(*endless, return_exceptions=True)
-    assert [type(error) for error in refused] == [ModelLimits, ModelLimits]
+    assert [type(error) for error in refused] == [InspectionLimitExceeded, InspectionLimitExceeded]

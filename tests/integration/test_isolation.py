@@ -20,12 +20,12 @@ from tether.domain.manifest import Assignment, Change, ChangeRequest, Heartbeat,
 from tether.domain.tenant import Tenant
 from tether.domain.tensor import from_numpy
 from tether.errors import IdempotencyConflict, JobNotFound, ModelNotReady, ResultConflict
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.process import metrics
 from tether.process.data_dir import Home
 from tether.streams.job_queue import BusResults
 from tether.wire import codec
-from tether.worker.models.run_limits import Going
+from tether.worker.models.run_limits import ActiveRun
 from tether.worker.runs.job_runs import Runs
 from tether.worker.scheduling.batching import Done, Run
 
@@ -40,7 +40,7 @@ def home() -> Iterator[Home]:
 
 
 @pytest.fixture
-async def bump(one: Services) -> Served:
+async def bump(one: Services) -> ResolvedVersion:
     """A shared worker and a model; ``acme`` is isolated and has no worker yet."""
     served = await one.push("bump", models.add())
     await isolate(one, ACME, served)
@@ -53,15 +53,17 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, frozenset[str]]]:
     seen: list[tuple[str, frozenset[str]]] = []
     run = Runs.run
 
-    async def noted(self: Runs, wanted: Run, going: Going, *, suspect: bool = False) -> tuple[Done, float, float]:
-        seen.append((self._worker, frozenset(piece.source.job.tenant for piece in wanted.pieces)))
+    async def noted(self: Runs, wanted: Run, going: ActiveRun, *, suspect: bool = False) -> tuple[Done, float, float]:
+        seen.append((self._worker, frozenset(segment.source.job.tenant for segment in wanted.segments)))
         return await run(self, wanted, going, suspect=suspect)
 
     monkeypatch.setattr(Runs, "run", noted)
     return seen
 
 
-async def infer(running: Services, tenant: str, served: Served, value: float, timeout_s: float = 20.0) -> float:
+async def infer(
+    running: Services, tenant: str, served: ResolvedVersion, value: float, timeout_s: float = 20.0
+) -> float:
     inputs = (from_numpy("x", row(value)),)
     answer = await running.gateway.infer(served, tenant, inputs, (), request_id="test", timeout_s=timeout_s)
     return float(first(answer)[0, 0])
@@ -96,7 +98,7 @@ async def messages(running: Services, stream: str) -> int:
 
 
 async def test_two_tenants_share_no_stream_no_run_and_no_worker(
-    one: Services, bump: Served, runs: list[tuple[str, frozenset[str]]]
+    one: Services, bump: ResolvedVersion, runs: list[tuple[str, frozenset[str]]]
 ) -> None:
     await own_worker(one, OWN, bump, ACME)
     calls = [infer(one, tenant, bump, number) for number in range(100) for tenant in (ACME, OTHER)]
@@ -115,7 +117,7 @@ async def test_two_tenants_share_no_stream_no_run_and_no_worker(
 
 
 async def test_without_its_worker_a_tenants_jobs_wait_and_go_nowhere_else(
-    one: Services, bump: Served, runs: list[tuple[str, frozenset[str]]]
+    one: Services, bump: ResolvedVersion, runs: list[tuple[str, frozenset[str]]]
 ) -> None:
     with pytest.raises(ModelNotReady, match=r"none of its own workers has model 'bump' .* --tenant acme"):
         await infer(one, ACME, bump, 1)
@@ -132,7 +134,7 @@ async def test_without_its_worker_a_tenants_jobs_wait_and_go_nowhere_else(
 
 @pytest.mark.parametrize("kind", ["infer", "job"])
 async def test_what_its_dead_worker_held_is_run_by_another_of_its_own(
-    one: Services, bump: Served, runs: list[tuple[str, frozenset[str]]], kind: str
+    one: Services, bump: ResolvedVersion, runs: list[tuple[str, frozenset[str]]], kind: str
 ) -> None:
     await own_worker(one, OWN, bump, ACME)
     dead = one.workers[-1]
@@ -148,7 +150,7 @@ async def test_what_its_dead_worker_held_is_run_by_another_of_its_own(
     assert [run for run in runs if ACME in run[1]] == [(SPARE, frozenset({ACME}))]
 
 
-async def wait(running: Services, served: Served) -> float:
+async def wait(running: Services, served: ResolvedVersion) -> float:
     (job,) = await submit(running, ACME, new_job(served, row(7)))
     shown = await running.gateway.jobs.get(ACME, job, 20)
     assert (shown["state"], shown["attempts"]) == ("succeeded", 2)
@@ -156,7 +158,7 @@ async def wait(running: Services, served: Served) -> float:
 
 
 async def test_a_job_that_keeps_killing_its_workers_is_buried_in_its_tenants_letters(
-    one: Services, bump: Served
+    one: Services, bump: ResolvedVersion
 ) -> None:
     await own_worker(one, OWN, bump, ACME)
     own = one.workers[-1]
@@ -178,7 +180,9 @@ async def test_a_job_that_keeps_killing_its_workers_is_buried_in_its_tenants_let
     assert await bus.direct_last(names.dead_stream, names.dead_subjects(SHARED)) == 0
 
 
-async def test_cancel_expiry_and_idempotency_work_in_a_tenants_own_streams(one: Services, bump: Served) -> None:
+async def test_cancel_expiry_and_idempotency_work_in_a_tenants_own_streams(
+    one: Services, bump: ResolvedVersion
+) -> None:
     jobs = one.gateway.jobs
     cancelled, late, keyed = await submit(
         one, ACME, new_job(bump, row(1)), new_job(bump, row(2), deadline_s=0.2), new_job(bump, row(3), key="k")
@@ -203,7 +207,7 @@ async def test_cancel_expiry_and_idempotency_work_in_a_tenants_own_streams(one: 
 
 @pytest.mark.parametrize(("speaker", "tenant"), [(OWN, OTHER), ("worker-1", ACME)])
 async def test_a_result_signed_by_a_worker_of_another_scope_is_refused(
-    one: Services, bump: Served, speaker: str, tenant: str
+    one: Services, bump: ResolvedVersion, speaker: str, tenant: str
 ) -> None:
     await one.start_worker(OWN)
     workers = {worker.name: worker for worker in one.workers}
@@ -221,7 +225,7 @@ async def test_a_result_signed_by_a_worker_of_another_scope_is_refused(
 
 @pytest.mark.parametrize(("speaker", "tenant"), [(OWN, OTHER), ("worker-1", ACME)])
 async def test_an_answer_signed_by_a_worker_of_another_scope_is_refused(
-    one: Services, bump: Served, speaker: str, tenant: str
+    one: Services, bump: ResolvedVersion, speaker: str, tenant: str
 ) -> None:
     await own_worker(one, OWN, bump, ACME)
     workers = {worker.name: worker for worker in one.workers}
@@ -244,7 +248,7 @@ async def test_an_answer_signed_by_a_worker_of_another_scope_is_refused(
 
 
 async def test_a_bundle_in_a_lane_of_another_scope_is_not_run(
-    one: Services, bump: Served, runs: list[tuple[str, frozenset[str]]]
+    one: Services, bump: ResolvedVersion, runs: list[tuple[str, frozenset[str]]]
 ) -> None:
     """A gateway's signature alone opens no tenant's lane to another's jobs."""
     await own_worker(one, OWN, bump, ACME)
@@ -264,7 +268,7 @@ async def test_a_bundle_in_a_lane_of_another_scope_is_not_run(
     assert await infer(one, ACME, bump, 1) == 2.0
 
 
-async def test_what_a_worker_says_of_its_scope_entitles_it_to_nothing(one: Services, bump: Served) -> None:
+async def test_what_a_worker_says_of_its_scope_entitles_it_to_nothing(one: Services, bump: ResolvedVersion) -> None:
     worker, names = one.workers[0], one.bus.names
     beat = Heartbeat("worker-1", worker._epoch, "local", (ModelRef("bump", 1),), (), 0, 1, 1.0, ACME)
     subject = names.bucket_key("liveness", "worker-1")
@@ -287,7 +291,7 @@ async def test_an_isolated_tenants_workers_hold_only_what_it_may_use(one: Servic
 
 
 async def test_a_worker_in_other_lanes_than_its_own_lets_them_go_and_takes_up_its_own(
-    one: Services, bump: Served
+    one: Services, bump: ResolvedVersion
 ) -> None:
     await own_worker(one, OWN, bump, ACME)
     own = one.workers[-1]
@@ -344,7 +348,7 @@ async def test_no_accepted_job_is_lost_while_a_tenant_is_isolated_and_joined_aga
 
 
 async def test_a_tenant_that_is_no_longer_isolated_keeps_its_streams_until_they_are_empty(
-    one: Services, bump: Served
+    one: Services, bump: ResolvedVersion
 ) -> None:
     queued = await submit(one, ACME, *[new_job(bump, row(n)) for n in range(5)])
     await one.gateway.tenants.store(Tenant(ACME))
@@ -369,7 +373,7 @@ async def scope_is_empty(running: Services) -> bool:
     return await messages(running, names.scope_jobs_stream(ACME)) == 0
 
 
-async def test_a_second_dispatcher_knows_whose_worker_it_is(one: Services, bump: Served) -> None:
+async def test_a_second_dispatcher_knows_whose_worker_it_is(one: Services, bump: ResolvedVersion) -> None:
     await own_worker(one, OWN, bump, ACME)
     fresh = await one.stack.enter_async_context(dispatcher_service.running(one.settings, one.home))
     assert fresh._bound[OWN] == ACME
@@ -380,7 +384,7 @@ async def test_a_second_dispatcher_knows_whose_worker_it_is(one: Services, bump:
 
 
 async def test_a_deleted_versions_jobs_in_a_tenants_lane_are_ended_by_its_own_worker_and_no_other(
-    one: Services, bump: Served
+    one: Services, bump: ResolvedVersion
 ) -> None:
     second = await one.push("bump", models.add(2.0))
     ids = await submit(one, ACME, *[new_job(bump, row(n)) for n in range(20)])

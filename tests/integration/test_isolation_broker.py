@@ -13,7 +13,7 @@ from tenancy import bound_home, isolate, own_worker
 from tether.domain.tenant import Tenant
 from tether.domain.tensor import from_numpy
 from tether.errors import ModelNotReady
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.process.data_dir import Home
 
 ACME, OTHER, OWN = "acme", "other", "own"
@@ -25,7 +25,7 @@ def home() -> Iterator[Home]:
         yield made
 
 
-async def infer(running: Services, tenant: str, served: Served, value: float) -> float:
+async def infer(running: Services, tenant: str, served: ResolvedVersion, value: float) -> float:
     inputs = (from_numpy("x", row(value)),)
     answer = await running.gateway.infer(served, tenant, inputs, (), request_id="test", timeout_s=20)
     return float(first(answer)[0, 0])
@@ -45,7 +45,7 @@ async def test_a_broker_that_forgot_its_memory_gets_the_lanes_again(embedded_bro
 
 
 async def test_a_tenant_for_whom_the_broker_has_no_room_keeps_nobody_else_waiting(start_broker: StartBroker) -> None:
-    async with start_broker(max_memory_mb=64, isolated_tenants=1) as broker, services(broker) as running:
+    async with start_broker(max_memory_mb=64, max_isolated_tenants=1) as broker, services(broker) as running:
         bump = await running.push("bump", models.add())
         await isolate(running, ACME, bump)
         await isolate(running, OTHER)

@@ -21,11 +21,11 @@ from tether.domain.job import JobId, JobRecord, Priority, digest_of_before, idem
 from tether.domain.tensor import to_numpy
 from tether.errors import IdempotencyConflict, JobNotFound, QueueFull
 from tether.gateway_http import gateway as core
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.wire import codec, oip
 
 
-async def halted(running: Services) -> Served:
+async def halted(running: Services) -> ResolvedVersion:
     """A model whose only worker takes nothing."""
     served = await running.push("bump", models.add())
     await running.workers[0].holder.stop(1)

@@ -15,7 +15,7 @@ from tether.domain.api_key import SCOPES, new_key_text, stored_key
 from tether.domain.tenant import Tenant
 from tether.errors import QueueFull, QuotaExceeded
 from tether.gateway_http import gateway
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 
 ROOM = 1_000_000
 WIDTH = 1024
@@ -29,7 +29,7 @@ async def short(start_broker: StartBroker) -> AsyncIterator[Services]:
 
 
 @pytest.fixture
-async def served(short: Services, monkeypatch: pytest.MonkeyPatch) -> Served:
+async def served(short: Services, monkeypatch: pytest.MonkeyPatch) -> ResolvedVersion:
     """A model that no worker takes jobs of, in a lane stream of :data:`ROOM` bytes."""
     monkeypatch.setattr("tether.gateway_http.jobs.store_room._LOOK_S", 0.0)
     monkeypatch.setattr("tether.gateway_http.jobs.store_room._AGAIN_S", 0.0)
@@ -46,19 +46,19 @@ async def used(running: Services) -> float:
     return int(found["state"]["bytes"]) / ROOM
 
 
-async def submit(running: Services, served: Served, tenant: str, count: int = 4) -> list[str]:
+async def submit(running: Services, served: ResolvedVersion, tenant: str, count: int = 4) -> list[str]:
     one = np.full((1, WIDTH), 1.0, np.float32)
     jobs = await running.gateway.jobs.submit(tenant, [new_job(served, one, deadline_s=600) for _ in range(count)])
     return [job["id"] for job in jobs]
 
 
-async def fill(running: Services, served: Served, tenant: str) -> None:
+async def fill(running: Services, served: ResolvedVersion, tenant: str) -> None:
     for _ in range(200):
         await submit(running, served, tenant)
 
 
 async def test_a_tenant_that_fills_a_queue_leaves_room_for_those_who_come_later(
-    short: Services, served: Served
+    short: Services, served: ResolvedVersion
 ) -> None:
     """Without a quota, and without a record of its own."""
     await short.gateway.tenants.store(Tenant("modest"))
@@ -72,7 +72,9 @@ async def test_a_tenant_that_fills_a_queue_leaves_room_for_those_who_come_later(
     await submit(short, served, "third")
 
 
-async def test_many_small_jobs_of_a_tenant_leave_room_for_records_of_others(short: Services, served: Served) -> None:
+async def test_many_small_jobs_of_a_tenant_leave_room_for_records_of_others(
+    short: Services, served: ResolvedVersion
+) -> None:
     """Records fill before the queue does."""
     await short.gateway.tenants.store(Tenant("modest"))
     await reconfigure(short.home, short.settings, short.bus.names.jobs_stream(0), max_bytes=50 * ROOM)
@@ -85,7 +87,7 @@ async def test_many_small_jobs_of_a_tenant_leave_room_for_records_of_others(shor
         await submit(short, served, "greedy")
 
 
-async def test_what_has_ended_counts_no_more(short: Services, served: Served) -> None:
+async def test_what_has_ended_counts_no_more(short: Services, served: ResolvedVersion) -> None:
     await short.gateway.tenants.store(Tenant("modest"))
     ids = [job for _ in range(30) for job in await submit(short, served, "greedy")]
     with pytest.raises(QuotaExceeded):
@@ -95,7 +97,7 @@ async def test_what_has_ended_counts_no_more(short: Services, served: Served) ->
     await submit(short, served, "greedy")
 
 
-async def test_a_gateway_that_starts_counts_what_waits(short: Services, served: Served) -> None:
+async def test_a_gateway_that_starts_counts_what_waits(short: Services, served: ResolvedVersion) -> None:
     await short.gateway.tenants.store(Tenant("modest"))
     with pytest.raises(QuotaExceeded):
         await fill(short, served, "greedy")
@@ -106,7 +108,7 @@ async def test_a_gateway_that_starts_counts_what_waits(short: Services, served: 
     assert await other.jobs.submit("modest", [new_job(served, one, deadline_s=600)])
 
 
-async def test_a_tenant_with_more_weight_has_a_larger_share(short: Services, served: Served) -> None:
+async def test_a_tenant_with_more_weight_has_a_larger_share(short: Services, served: ResolvedVersion) -> None:
     await short.gateway.tenants.store(Tenant("modest"))
     await short.gateway.tenants.store(Tenant("greedy", weight=3.0))
     with pytest.raises(QuotaExceeded):
@@ -114,7 +116,7 @@ async def test_a_tenant_with_more_weight_has_a_larger_share(short: Services, ser
     assert 0.88 < await used(short) < 0.96
 
 
-async def test_a_queue_is_all_of_the_only_tenants(short: Services, served: Served) -> None:
+async def test_a_queue_is_all_of_the_only_tenants(short: Services, served: ResolvedVersion) -> None:
     keys = short.gateway.keys
     await keys.store(stored_key(new_key_text(), tenant="default", scopes=SCOPES, name="admin", created_at=1.0))
     assert not keys.others("greedy")

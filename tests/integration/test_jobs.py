@@ -20,13 +20,13 @@ from tether.domain.job import SHARED, STORED_S, AttemptNote, JobId, JobState, La
 from tether.domain.manifest import ModelRef
 from tether.domain.tensor import from_numpy, to_numpy
 from tether.errors import BadTensor, IdempotencyConflict, JobNotFound, ResultConflict
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.streams.job_queue import BusResults
-from tether.streams.lane_consumer import BusDelivery, LanePull
+from tether.streams.lane_consumer import Delivery, LaneConsumer
 from tether.wire import codec, oip
 
 
-async def bump(running: Services) -> Served:
+async def bump(running: Services) -> ResolvedVersion:
     return await running.push("bump", models.add())
 
 
@@ -44,8 +44,8 @@ class Thief:
     """Takes one bundle of a lane and keeps it."""
 
     def __init__(self, bus: Bus, lane: Lane) -> None:
-        self.got: list[BusDelivery] = []
-        self.pull = LanePull(bus, lane, 1, self.got.append)
+        self.got: list[Delivery] = []
+        self.pull = LaneConsumer(bus, lane, 1, self.got.append)
 
 
 async def test_jobs_are_run_and_their_results_kept(one: Services) -> None:

@@ -18,7 +18,7 @@ from services import Services, row
 
 from tether.bus.bus import Bus
 from tether.bus.key_value.bucket import KvBucket
-from tether.bus.key_value.keyset_sync import CURRENT, SETTLE_S, SeenKeyset, offer, standing
+from tether.bus.key_value.keyset_sync import CURRENT, SETTLE_S, TrustedKeyset, offer, standing
 from tether.bus.session import connect
 from tether.crypto import KEYSET_DOMAIN, Keyset, Role, sign_keyset
 from tether.errors import KeyExpired, KeyRevoked, KeysetError, PermissionDenied, UnknownKey
@@ -48,7 +48,7 @@ async def administrator(broker: Broker) -> AsyncIterator[Bus]:
 
 async def publish(broker: Broker) -> None:
     async with administrator(broker) as bus:
-        await offer(bus, SeenKeyset.load(broker.home))
+        await offer(bus, TrustedKeyset.load(broker.home))
 
 
 async def in_bucket(bus: Bus) -> bytes | None:
@@ -114,7 +114,7 @@ async def test_what_may_not_be_believed_is_refused_and_the_old_keyset_stays(
     assert one.bus.verifier.keyset == keyset
     assert home.keyset.read_bytes() == file
     with pytest.raises(KeysetError):
-        SeenKeyset.load(home).newer(data, now)
+        TrustedKeyset.load(home).newer(data, now)
 
 
 def _signed_map(home: Home) -> bytes:

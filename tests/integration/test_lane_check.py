@@ -16,14 +16,14 @@ from tether.bus.bus import Bus
 from tether.dispatcher import service as dispatcher_service
 from tether.dispatcher.lanes.consumer_check import LaneCheck
 from tether.domain.job import Lane, Priority
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.process import metrics
 from tether.streams.lane_admin import consumer_state, remove_lane
 
 Restartable = tuple[Broker, Services]
 
 
-async def done(running: Services, served: Served, count: int, tenant: str = TENANT) -> None:
+async def done(running: Services, served: ResolvedVersion, count: int, tenant: str = TENANT) -> None:
     """Jobs, one message after another, all of them run."""
     for number in range(count):
         (job,) = await running.gateway.jobs.submit(tenant, [new_job(served, row(number))])
@@ -34,7 +34,9 @@ def made_again(reason: str) -> float:
     return float(metrics.LANES_MADE_AGAIN.labels(reason)._value.get())
 
 
-async def shortened(broker: Broker, running: Services, lane: Lane, served: Served, tenant: str = TENANT) -> None:
+async def shortened(
+    broker: Broker, running: Services, lane: Lane, served: ResolvedVersion, tenant: str = TENANT
+) -> None:
     """The broker has lost the last messages of a lane's stream, and the lane's consumer has not."""
     stream = running.bus.names.lane_stream(lane)
     await done(running, served, 1, tenant)
@@ -89,7 +91,7 @@ def bus_of(running: Services) -> Bus:
     return running.dispatcher._bus
 
 
-async def submitted(running: Services, served: Served, count: int) -> list[str]:
+async def submitted(running: Services, served: ResolvedVersion, count: int) -> list[str]:
     return [
         (await running.gateway.jobs.submit(TENANT, [new_job(served, row(number))]))[0]["id"] for number in range(count)
     ]

@@ -12,7 +12,7 @@ from brokers import Broker
 from tether.bus.bus import Bus
 from tether.bus.session import connect
 from tether.dispatcher.lanes import version_lanes as lanes_module
-from tether.dispatcher.lanes.version_lanes import A_PART, Lanes
+from tether.dispatcher.lanes.version_lanes import A_PART, VersionLanes
 from tether.domain.job import SHARED, Lane, LaneKind, Priority
 from tether.domain.manifest import ModelRef
 from tether.errors import BrokerUnavailable, TetherError
@@ -70,7 +70,7 @@ async def test_lanes_in_which_somebody_waits_are_made_first_and_infer_lanes_befo
         await ensure_platform(bus, embedded_broker.settings)
         await put(embedded_broker, LAST_INFER, LAST_JOBS)
         infer, jobs = bus.names.infer_stream(0), bus.names.jobs_stream(0)
-        lanes = Lanes(bus)
+        lanes = VersionLanes(bus)
         assert not await lanes.ensure(MODELS, REGIONS)
         assert bus.asked[0] == bus.names.lane_consumer(LAST_INFER)
         assert len(await made(bus, infer)) == A_PART
@@ -89,7 +89,7 @@ async def test_after_a_restart_only_what_the_broker_lost_is_made(embedded_broker
     assert server is not None
     async with dispatcher(embedded_broker) as bus:
         await ensure_platform(bus, embedded_broker.settings)
-        lanes = Lanes(bus)
+        lanes = VersionLanes(bus)
         while not await lanes.ensure(MODELS, REGIONS):
             pass
         await server.kill()
@@ -114,11 +114,11 @@ async def test_a_dispatcher_that_starts_makes_what_is_missing_before_it_looks_at
     old, new = {SHARED: MODELS[SHARED][:30]}, {SHARED: MODELS[SHARED][:40]}
     async with dispatcher(embedded_broker) as bus:
         await ensure_platform(bus, embedded_broker.settings)
-        before = Lanes(bus)
+        before = VersionLanes(bus)
         while not await before.ensure(old, REGIONS):
             pass
         asked = bus.note()
-        await Lanes(bus).ensure(new, REGIONS)
+        await VersionLanes(bus).ensure(new, REGIONS)
         missing = [bus.names.lane_consumer(lanes_of(ref.model, 1, "local")[0]) for ref in new[SHARED][30:]]
         assert sorted(asked[:10]) == sorted(missing)
         there = {bus.names.lane_consumer(lane) for ref in old[SHARED] for lane in lanes_of(ref.model, 1, "local")}
@@ -129,13 +129,13 @@ async def test_a_dispatcher_with_other_settings_brings_lanes_up_to_date(embedded
     one = {SHARED: MODELS[SHARED][:1]}
     async with dispatcher(embedded_broker) as bus:
         await ensure_platform(bus, embedded_broker.settings)
-        assert await Lanes(bus).ensure(one, REGIONS)
+        assert await VersionLanes(bus).ensure(one, REGIONS)
         bus.settings = dataclasses.replace(bus.settings, jobs_ack_wait_s=bus.settings.jobs_ack_wait_s + 1)
         asked = bus.note()
-        assert await Lanes(bus).ensure(one, REGIONS)
+        assert await VersionLanes(bus).ensure(one, REGIONS)
         assert len(asked) == 3
         asked = bus.note()
-        assert await Lanes(bus).ensure(one, REGIONS)
+        assert await VersionLanes(bus).ensure(one, REGIONS)
         assert asked == []
 
 
@@ -143,7 +143,7 @@ async def test_lanes_of_a_version_that_went_and_comes_back_are_made_again(embedd
     one = {SHARED: MODELS[SHARED][:1]}
     async with dispatcher(embedded_broker) as bus:
         await ensure_platform(bus, embedded_broker.settings)
-        lanes = Lanes(bus)
+        lanes = VersionLanes(bus)
         assert await lanes.ensure(one, REGIONS)
         assert await lanes.ensure({SHARED: ()}, REGIONS)
         asked = bus.note()
@@ -163,5 +163,5 @@ async def test_a_stream_that_does_not_answer_holds_up_neither_other_streams_nor_
         with pytest.raises(BrokerUnavailable, match=bus.away):
             await ensure_platform(bus, settings)
         with pytest.raises(TetherError, match=bus.away):
-            await Lanes(bus).ensure(one, REGIONS)
+            await VersionLanes(bus).ensure(one, REGIONS)
         assert len(await made(bus, bus.names.jobs_stream(0))) == 3

@@ -34,10 +34,10 @@ from tether.identity import keyset_editor
 from tether.identity.keys import RootKey
 from tether.model.ownership import DEFAULT_TENANT
 from tether.modelstore import service as modelstore
-from tether.modelstore.records.model_configs import Configs
+from tether.modelstore.records.model_configs import ModelConfigStore
 from tether.modelstore.records.model_owners import Owners
 from tether.modelstore.records.registry import Registry
-from tether.modelstore.records.version_metadata import Notes
+from tether.modelstore.records.version_metadata import VersionMetadataStore
 from tether.modelstore.upkeep.partitions import Partitions
 from tether.process.data_dir import Home
 from tether.process.os_process import send
@@ -85,7 +85,7 @@ async def test_models_spread_over_the_partitions_and_are_read_from_them(start_br
 
 
 async def test_versions_from_before_there_were_partitions_are_still_found(home: Home, nats_binary: Binary) -> None:
-    """Their pieces stay where they are; the next version of the same model goes where it belongs by now."""
+    """Their chunks stay where they are; the next version of the same model goes where it belongs by now."""
     name = next(name for name in map(chr, range(97, 123)) if Names(partitions=4).partition(name) == 3)
     async with embedded(home, nats_binary) as broker, platform_on(broker) as platform:
         old = (await platform.push(models.add(1.0), model=name)).manifest
@@ -108,7 +108,7 @@ async def test_versions_from_before_there_were_partitions_are_still_found(home: 
 
 
 async def test_two_stores_share_the_partitions_and_one_has_all_when_the_other_stops(start_broker: StartBroker) -> None:
-    async with start_broker(partitions=4, lease_s=3.0) as broker, platform_on(broker) as platform:
+    async with start_broker(partitions=4, partition_lease_s=3.0) as broker, platform_on(broker) as platform:
         (first,) = set(await owners(platform.bus, 4))
         async with modelstore.running(broker.settings, broker.home):
 
@@ -144,7 +144,7 @@ async def test_a_store_that_is_not_the_owner_writes_nothing(broker: Broker) -> N
             lambda: registry.add("m", build, admitted),
             lambda: registry.move("m", "latest", 7),
             lambda: registry.delete("m", 1),
-            lambda: Configs(bus, registry, audit, Notes(bus, registry, audit), owners).given(
+            lambda: ModelConfigStore(bus, registry, audit, VersionMetadataStore(bus, registry, audit), owners).given(
                 manifest, {"instances": 2}, "key:test"
             ),
             lambda: owners.handle(ChangeRequest(Change.GRANT, "m", tenant=DEFAULT_TENANT, grantee="b", right=1)),
@@ -223,12 +223,12 @@ class Stores:
 async def stores(home: Home, binary: Binary) -> AsyncIterator[Stores]:
     keyset_editor.add(home, RootKey(home.root_key), SECOND, Role.MODELSTORE)
     async with AsyncExitStack() as stack:
-        broker = await stack.enter_async_context(embedded(home, binary, partitions=2, lease_s=3.0))
+        broker = await stack.enter_async_context(embedded(home, binary, partitions=2, partition_lease_s=3.0))
         platform = await stack.enter_async_context(platform_on(broker, modelstores=0))
         more = {
             "TETHER_NATS_URL": broker.url,
             "TETHER_PARTITIONS": "2",
-            "TETHER_LEASE_S": "3",
+            "TETHER_PARTITION_LEASE_S": "3",
             "TETHER_OPS_PORT": "0",
         }
         running = Stores(platform, {})
@@ -257,7 +257,7 @@ def ended(process: subprocess.Popen[bytes]) -> None:
 
 
 async def test_a_push_survives_the_death_of_its_model_store(home: Home, nats_binary: Binary) -> None:
-    """Killed while it looks at a model; the pieces that are stored are not sent again."""
+    """Killed while it looks at a model; the chunks that are stored are not sent again."""
     async with stores(home, nats_binary) as running:
         platform, model = running.platform, name_in(running.platform, 1)
         content = large()
@@ -306,6 +306,6 @@ async def test_a_model_store_that_stood_still_finds_itself_deposed(home: Home, n
         assert (await platform.push(models.add(3.0), model=name_in(platform, 0))).manifest.version == 1
 
 
-async def again(pieces: list[tuple[str, Bytes]]) -> AsyncIterator[tuple[str, Bytes]]:
-    for piece in pieces:
-        yield piece
+async def again(chunks: list[tuple[str, Bytes]]) -> AsyncIterator[tuple[str, Bytes]]:
+    for chunk in chunks:
+        yield chunk

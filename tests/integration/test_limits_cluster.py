@@ -19,9 +19,9 @@ from tether.domain.job import new_job_id
 from tether.domain.tenant import Quotas, Tenant
 from tether.errors import RateLimited
 from tether.gateway_http import gateway as core
-from tether.gateway_http.access.limit_meters import SILENT_S, Report
-from tether.gateway_http.access.limit_sync import Demand
-from tether.gateway_http.access.rate_limits import Ticket
+from tether.gateway_http.access.limit_meters import SILENT_S, LimitReport
+from tether.gateway_http.access.limit_sync import LimitMessage
+from tether.gateway_http.access.rate_limits import LimitPermit
 from tether.gateway_http.gateway import Gateway
 from tether.wire import codec
 
@@ -93,7 +93,7 @@ class Load:
         if ticket is not None:
             ticket.leave()
 
-    def enter(self, index: int) -> Ticket | None:
+    def enter(self, index: int) -> LimitPermit | None:
         try:
             ticket = self._gateways[index].limits.enter(self._keys[index])
         except RateLimited:
@@ -161,7 +161,7 @@ async def test_three_gateways_hold_one_concurrency(three: list[Gateway]) -> None
             change(1)
             loop.call_later(0.05, leave, ticket)
 
-    def leave(ticket: Ticket) -> None:
+    def leave(ticket: LimitPermit) -> None:
         ticket.leave()
         change(-1)
 
@@ -199,7 +199,7 @@ async def test_at_rest_nothing_is_told_and_forged_or_repeated_reports_are_not_he
     name = f"rate:{key.id}"
     await wait_until(lambda: all(gateway.limits.gossip.resting for gateway in three), "all came to rest")
     repeated = heard[-1]
-    mine = Demand("someone", 1, [Report(name, 1e6)])
+    mine = LimitMessage("someone", 1, [LimitReport(name, 1e6)])
     old = bus.signer.seal(
         MessageType.DEMAND, bus.names.demand(), codec.encode(mine), expires_at=1, message_id=new_job_id()
     )

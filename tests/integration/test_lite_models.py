@@ -13,7 +13,7 @@ import pytest
 
 from tether.domain.manifest import Batching, Manifest, ModelFile, TensorSpec
 from tether.errors import InferenceFailed, ModelRejected
-from tether.modelstore.inspection.inspector import Inspection, Limits, inspect
+from tether.modelstore.inspection.inspector import Inspection, InspectionLimits, inspect
 from tether.worker import runtimes
 from tether.worker.runtimes.process_runtime import Options, ProcessRuntime
 
@@ -64,7 +64,7 @@ def endless(model: schema.ModelT) -> None:
 async def looked_at(folder: Path, content: bytes) -> Inspection:
     folder.mkdir(exist_ok=True)
     (folder / "model.tflite").write_bytes(content)
-    return await inspect(folder, "litert", Limits(cpu_s=20, wall_s=60))
+    return await inspect(folder, "litert", InspectionLimits(cpu_s=20, wall_s=60))
 
 
 HOSTILE = {

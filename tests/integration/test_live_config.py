@@ -15,11 +15,11 @@ from services import TENANT, Services, new_job, row
 from tether.domain.manifest import ModelRef
 from tether.errors import InferenceFailed
 from tether.gateway_http.jobs.submission import NewJob
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.model.config import Warmup
 from tether.wire.subjects import token
 from tether.worker.runtimes.process_runtime import ProcessRuntime
-from tether.worker.version_manager import Held
+from tether.worker.version_manager import HostedVersion
 
 ROWS = """
 import numpy as np
@@ -48,7 +48,7 @@ class Model:
 """Ends no run (but on zeros) before two of its processes have begun one."""
 
 
-def held(running: Services, name: str, version: int = 1) -> Held:
+def held(running: Services, name: str, version: int = 1) -> HostedVersion:
     return running.workers[0].holder._held[ModelRef(name, version)]
 
 
@@ -60,7 +60,7 @@ async def run_jobs(running: Services, jobs: list[NewJob]) -> list[float]:
     return [float(job["result"]["outputs"][0]["data"][0]) for job in ended]
 
 
-async def answers(running: Services, served: Served, count: int) -> set[float]:
+async def answers(running: Services, served: ResolvedVersion, count: int) -> set[float]:
     return set(await run_jobs(running, [new_job(served, row(number)) for number in range(1, count + 1)]))
 
 

@@ -15,15 +15,15 @@ from tether.dispatcher import service as dispatcher_service
 from tether.dispatcher.assignments import rendezvous
 from tether.domain.job import SHARED
 from tether.errors import ConfigError
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.settings import load
 
 
-def holders(running: Services, served: Served) -> set[str]:
+def holders(running: Services, served: ResolvedVersion) -> set[str]:
     return set(running.gateway.catalog.workers(served))
 
 
-async def ended(running: Services, served: Served, count: int = 3) -> set[str]:
+async def ended(running: Services, served: ResolvedVersion, count: int = 3) -> set[str]:
     """How so many durable jobs end."""
     inputs = np.ones((1, served.manifest.inputs[0].shape[1]), np.float32)
     shown = await running.gateway.jobs.submit(TENANT, [new_job(served, inputs) for _ in range(count)])
@@ -78,7 +78,7 @@ async def test_a_version_that_its_worker_cannot_load_goes_to_another_one(broker:
     code = bundles.CODE.replace("        self.bias", f"{guard}        self.bias", 1)
     async with services(broker, workers=0) as running:
         await running.decide("python", replicas_max=1)
-        worker = await running.start_worker(unable, onnx_threads=3)
+        worker = await running.start_worker(unable, instance_threads=3)
         await running.push_bundle("python", bundles.write(tmp_path / "python", code=code), workers=0)
         served = running.gateway.catalog.resolve("python", "1")
         await wait_until(lambda: bool(worker.holder.failed()), "it cannot load it", 60)

@@ -24,7 +24,7 @@ from services import Services, row, services
 from tether.domain.manifest import Batching, Manifest, ModelFile, ModelRef, SealedDigests, TensorSpec
 from tether.errors import ModelRejected
 from tether.frameworks import plugins
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.model.config import ModelConfig
 from tether.process import metrics
 from tether.process.os_process import alive
@@ -40,7 +40,7 @@ LIMIT = Options(load_timeout_s=20.0)
 
 
 class Gate:
-    """Keeps every piece of a model back until it is opened."""
+    """Keeps every chunk of a model back until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened = opened = asyncio.Event()
@@ -50,9 +50,9 @@ class Gate:
             async def get(self, digests: Sequence[str]) -> AsyncGenerator[bytes, None]:
                 asked.set()
                 await opened.wait()
-                async with aclosing(super().get(digests)) as pieces:
-                    async for piece in pieces:
-                        yield piece
+                async with aclosing(super().get(digests)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
 
         monkeypatch.setattr(version_files, "ObjectChunkStore", Gated)
 
@@ -94,7 +94,7 @@ def reasons(worker: WorkerService) -> str:
     return " ".join(reason for _, reason in worker.holder.failed())
 
 
-async def ready(running: Services, served: Served) -> None:
+async def ready(running: Services, served: ResolvedVersion) -> None:
     await wait_until(lambda: bool(running.workers[0].holder.in_memory()), "it is loaded", 30)
     await wait_until(lambda: bool(running.gateway.catalog.workers(served)), "the gateway knows")
 
@@ -156,13 +156,13 @@ async def test_a_process_that_is_killed_while_it_waits_is_told_and_the_next_try_
     broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    tell = version_manager.Holder._tell
+    tell = version_manager.VersionManager._tell
 
-    def heard(self: version_manager.Holder, ref: ModelRef, error: Exception) -> None:
+    def heard(self: version_manager.VersionManager, ref: ModelRef, error: Exception) -> None:
         tell(self, ref, error)
         seen.extend(reason for _, reason in self.failed())
 
-    monkeypatch.setattr(version_manager.Holder, "_tell", heard)
+    monkeypatch.setattr(version_manager.VersionManager, "_tell", heard)
     async with services(broker, workers=0) as running:
         served = await running.push_bundle("m", bundles.write(tmp_path / "m"), workers=0)
         gate = Gate(monkeypatch)

@@ -14,7 +14,7 @@ from tether.bus.key_value.bucket import KvBucket
 from tether.bus.session import connect
 from tether.crypto import MessageType, Signer
 from tether.domain.manifest import Manifest, ModelFile, ModelRef
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.wire import codec
 
 NUMBER = 2
@@ -73,7 +73,7 @@ UNTRUE: dict[str, tuple[Forge, str]] = {
 """Signed by the model store, or by who has its key."""
 
 
-async def reasons(running: Services, served: Served, forge: Forge) -> str:
+async def reasons(running: Services, served: ResolvedVersion, forge: Forge) -> str:
     """Why the worker does not load the entry, though it was told to."""
     worker, names = running.workers[0], running.bus.names
     key = names.version_key("m", NUMBER)

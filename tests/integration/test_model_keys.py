@@ -26,17 +26,17 @@ from tether.crypto import MessageType, Role
 from tether.crypto.model_encryption import ModelKeys, model_holders
 from tether.dispatcher import service as dispatcher_service
 from tether.domain.manifest import Change, Manifest, ModelRef, PushAnswer, PushRequest
-from tether.errors import ModelNotFound, NoMemoryFolder, NotEntitled, Unavailable
+from tether.errors import ModelNotFound, NoDecryptionKey, TmpfsUnavailable, Unavailable
 from tether.gateway_http import gateway as core
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.identity import keyset_editor
 from tether.identity.keys import RootKey
 from tether.modelstore import service as modelstore_service
 from tether.modelstore.records.assigned_workers import Assigned
 from tether.modelstore.records.registry import Registry
 from tether.modelstore.service import ENDPOINT
-from tether.modelstore.upkeep.chunk_collector import Keeper
-from tether.modelstore.upkeep.key_rotation import KeyMaker
+from tether.modelstore.upkeep.chunk_collector import ChunkCollector
+from tether.modelstore.upkeep.key_rotation import ModelKeyRotation
 from tether.process.data_dir import load_identity
 from tether.storage.chunk_store import ObjectChunkStore
 from tether.storage.upload import upload
@@ -61,12 +61,12 @@ def manifest(running: Services, version: int = 1, model: str = "m") -> Manifest:
     return running.gateway.catalog.resolve(model, str(version)).manifest
 
 
-async def works(running: Services, served: Served) -> None:
+async def works(running: Services, served: ResolvedVersion) -> None:
     answer = await running.infer(served, np.ones((1, 1), np.float32))
     assert np.isfinite(answer).all()
 
 
-async def pieces(running: Services, found: Manifest) -> bytes:
+async def chunks(running: Services, found: Manifest) -> bytes:
     """The whole content of a version's first file, as a gateway reads it."""
     plain = running.gateway.encrypted.plain(found)
     async with aclosing(running.gateway.encrypted.store(found).get(plain.files[0].chunks)) as parts:
@@ -91,7 +91,7 @@ async def test_a_worker_has_the_key_of_a_model_while_it_is_told_to_hold_it(one: 
         opened = worker.model_keyring.known("m", key) is not None
         assert opened == (worker._bus.signer.name == told)
     other = next(worker for worker in one.workers if worker._bus.signer.name != told)
-    with pytest.raises(NotEntitled):
+    with pytest.raises(NoDecryptionKey):
         await other.model_keyring.opened(manifest(one))
     await works(one, served)
     await one.decide("m", replicas_max=2)
@@ -109,7 +109,7 @@ async def test_a_worker_that_is_bound_to_a_tenant_has_the_keys_of_its_models_alo
             await own_worker(running, "own", shown, "acme")
             await wait_until(lambda: "own" in holders(running, "shown"), "it has the key of the one")
             assert holders(running, "hidden") == {"modelstore", "gateway", "worker-1"}
-            with pytest.raises(NotEntitled):
+            with pytest.raises(NoDecryptionKey):
                 await running.workers[-1].model_keyring.opened(manifest(running, model="hidden"))
 
 
@@ -124,7 +124,7 @@ async def test_without_a_model_store_a_worker_loads_what_it_held_and_new_ones_wa
         await wait_until(lambda: first.holder.ready() == (ModelRef("m", 1),), "it has the key of before", 40)
         await wait_until(lambda: bool(second.holder.failed()), "the other one has none", 40)
         ((_, reason),) = second.holder.failed()
-        assert reason.split(":")[0] == NotEntitled.code
+        assert reason.split(":")[0] == NoDecryptionKey.code
         await stack.enter_async_context(modelstore_service.running(broker.settings, broker.home))
         await wait_until(lambda: second.holder.ready() == (ModelRef("m", 1),), "it gets one and loads", 60)
 
@@ -146,8 +146,8 @@ async def test_who_is_not_entitled_gets_a_typed_refusal_and_the_model_when_it_is
     second = await one.start_worker("worker-2")
     await wait_until(lambda: bool(second.holder.failed()), "it says that it cannot load")
     ((what, reason),) = second.holder.failed()
-    assert (what, reason.split(":")[0]) == ("m:1", NotEntitled.code)
-    with pytest.raises(NotEntitled):
+    assert (what, reason.split(":")[0]) == ("m:1", NoDecryptionKey.code)
+    with pytest.raises(NoDecryptionKey):
         await second.model_keyring.opened(manifest(one))
     assert one.workers[0].holder.ready() == (ModelRef("m", 1),)
     everyone = one.bus.verifier.keyset
@@ -161,12 +161,12 @@ async def test_a_worker_without_a_place_in_memory_says_so_and_holds_what_is_not_
 ) -> None:
     await one.push("m", models.padded(SIZE), encrypt=True)
     await one.push("plain", models.padded(SIZE), workers=1)
-    one.settings = dataclasses.replace(one.settings, memory_dir=str(tmp_path))
+    one.settings = dataclasses.replace(one.settings, decrypted_model_dir=str(tmp_path))
     second = await one.start_worker("worker-2")
     await wait_until(lambda: second.holder.ready() == (ModelRef("plain", 1),), "it holds the one")
     await wait_until(lambda: bool(second.holder.failed()), "and not the other")
     ((what, reason),) = second.holder.failed()
-    assert (what, reason.split(":")[0]) == ("m:1", NoMemoryFolder.code)
+    assert (what, reason.split(":")[0]) == ("m:1", TmpfsUnavailable.code)
     assert not list(tmp_path.iterdir())
 
 
@@ -228,33 +228,33 @@ async def test_another_key_takes_every_version_along_and_nothing_is_pushed_again
         assert before[number].files[0].digest != after[number].files[0].digest
         same = msgspec.structs.replace(after[number], files=before[number].files, sealed=before[number].sealed)
         assert same == before[number]
-    assert [await pieces(one, after[number]) for number in (1, 2)] == [first, second]
+    assert [await chunks(one, after[number]) for number in (1, 2)] == [first, second]
     await works(one, served)
     assert [key.generation for key in stored(one).keys] == [1, 2], "a push that began before may still need the old one"
-    async with other_keys(one, collect_grace_s=0.0) as patient:
+    async with other_keys(one, gc_grace_s=0.0) as patient:
         await patient._keep_one("m")
     await wait_until(lambda: old.id not in {key.id for key in stored(one).keys}, "the old key is gone")
     assert (await one.push("m", second)).manifest == after[2]
     await rekeyed(one, 3)
-    assert [await pieces(one, manifest(one, number)) for number in (1, 2)] == [first, second]
+    assert [await chunks(one, manifest(one, number)) for number in (1, 2)] == [first, second]
 
 
-async def test_pieces_under_the_old_key_are_collected(one: Services) -> None:
+async def test_chunks_under_the_old_key_are_collected(one: Services) -> None:
     await one.push("m", models.padded(SIZE), encrypt=True)
     old = list(manifest(one).files[0].chunks)
     await rekeyed(one, 2)
     new = list(manifest(one).files[0].chunks)
     store = ObjectChunkStore(one.bus, one.bus.names.chunk_bucket("m"))
     assert await store.missing(old + new) == []
-    settings = dataclasses.replace(one.settings, upload_ttl_s=0.0, collect_grace_s=0.0)
+    settings = dataclasses.replace(one.settings, unreferenced_ttl_s=0.0, gc_grace_s=0.0)
     async with connect(settings, one.home, "modelstore") as bus:
-        keeper = Keeper(bus, Registry(bus), ModelKeyring(bus, one.home, every=True))
+        keeper = ChunkCollector(bus, Registry(bus), ModelKeyring(bus, one.home, every=True))
         for _ in range(3):
             await keeper.collect()
     assert await store.missing(old + new) == old
     assert one.modelstore is not None
     assert await one.modelstore.keeper.scrub() == 0
-    assert await pieces(one, manifest(one)) == models.padded(SIZE)
+    assert await chunks(one, manifest(one)) == models.padded(SIZE)
 
 
 async def test_a_key_is_taken_over_when_its_writer_is_revoked_and_never_replaced_unread(
@@ -280,13 +280,13 @@ async def test_a_key_is_taken_over_when_its_writer_is_revoked_and_never_replaced
 
 
 @asynccontextmanager
-async def other_keys(running: Services, **changes: float) -> AsyncIterator[KeyMaker]:
+async def other_keys(running: Services, **changes: float) -> AsyncIterator[ModelKeyRotation]:
     """What a second model store would do."""
     settings = dataclasses.replace(running.settings, **changes)  # type: ignore[arg-type]
     async with connect(settings, running.home, "modelstore") as bus:
         keyring = ModelKeyring(bus, running.home, every=True)
         async with keyring.watching():
-            yield KeyMaker(bus, keyring, Registry(bus))
+            yield ModelKeyRotation(bus, keyring, Registry(bus))
 
 
 async def test_two_model_stores_agree_on_one_key(broker: Broker) -> None:

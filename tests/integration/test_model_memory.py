@@ -15,19 +15,19 @@ from brokers import Broker, wait_until
 from services import TENANT, Services, new_job, row, services
 
 from tether.domain.manifest import ModelRef
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.model.config import Loading
 from tether.process import metrics
-from tether.worker.models.instances import Generation
+from tether.worker.models.instances import InstanceSet
 from tether.worker.models.loader import Loader
 from tether.worker.runtimes.process_runtime import ProcessRuntime
-from tether.worker.version_manager import Held
+from tether.worker.version_manager import HostedVersion
 
 ONE = np.ones((1, 1), np.float32)
 MB = 1 << 20
 
 
-def held(running: Services, name: str) -> Held:
+def held(running: Services, name: str) -> HostedVersion:
     return running.workers[0].holder._held[ModelRef(name, 1)]
 
 
@@ -36,7 +36,7 @@ def in_memory(running: Services) -> set[str]:
 
 
 def anonymous(process: psutil.Process) -> int:
-    """Bytes of memory without pages of files: those of the cache of pieces are the kernel's to keep or to drop."""
+    """Bytes of memory without pages of files: those of the cache of chunks are the kernel's to keep or to drop."""
     found = process.memory_info()
     return int(found.rss - found.shared)
 
@@ -57,7 +57,7 @@ async def test_a_lazy_version_has_its_files_and_is_loaded_once_by_the_first_jobs
     loads = 0
     load = Loader.load
 
-    async def counted(self: Loader) -> Generation:
+    async def counted(self: Loader) -> InstanceSet:
         nonlocal loads
         loads += 1
         return await load(self)
@@ -97,7 +97,7 @@ async def test_what_is_idle_is_unloaded_unless_it_is_pinned_and_its_next_job_loa
 async def test_three_models_share_the_memory_of_two(broker: Broker) -> None:
     async with services(broker, workers=0) as running:
         await running.start_worker("worker-1", worker_memory_mb=2)
-        served: dict[str, Served] = {}
+        served: dict[str, ResolvedVersion] = {}
         for seed, name in enumerate("abc"):
             await running.decide(name, loading=Loading.LAZY)
             served[name] = await running.push(name, models.square(480, seed))

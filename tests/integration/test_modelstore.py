@@ -1,4 +1,4 @@
-"""Pushing models through a real broker: pieces, versions, aliases, and what is left when something breaks."""
+"""Pushing models through a real broker: chunks, versions, aliases, and what is left when something breaks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from operators import operator_of
 from stores import MB, Platform, alter, noise, parts, platform_on
 
 from tether.bus.key_value.bucket import KvBucket
-from tether.bus.pending_requests import lossy
+from tether.bus.pending_requests import fail_on_disconnect
 from tether.bus.session import connect
 from tether.crypto import MessageType
 from tether.domain.chunking import Cutter, digest_of
@@ -98,7 +98,7 @@ async def test_an_interrupted_upload_is_invisible_and_resumed(platform: Platform
     async def broken() -> AsyncIterator[bytes]:
         async for part in parts(content[: 60 * MB]):
             yield part
-        await wait_until(is_stored, "a piece is stored before the upload breaks")
+        await wait_until(is_stored, "a chunk is stored before the upload breaks")
         raise ConnectionResetError
 
     with pytest.raises(ConnectionResetError):
@@ -150,7 +150,7 @@ async def test_what_a_trial_run_shows_to_mix_rows_cannot_be_declared(platform: P
     assert (await platform.push(models.over_batch(), max_batch_size=0)).manifest.batching.max_batch_size == 0
 
 
-async def test_an_altered_piece_is_never_served_and_mended_by_the_next_push(platform: Platform, tmp_path: Path) -> None:
+async def test_an_altered_chunk_is_never_served_and_mended_by_the_next_push(platform: Platform, tmp_path: Path) -> None:
     content = models.padded(12 * MB)
     file, _ = await platform.upload(content)
     await alter(platform, file.chunks[1], b"evil")
@@ -164,14 +164,14 @@ async def test_an_altered_piece_is_never_served_and_mended_by_the_next_push(plat
     assert (await platform.register(PushRequest("m", (file,)))).manifest.version == 1
 
 
-async def test_a_missing_piece_is_a_corrupt_one(platform: Platform, tmp_path: Path) -> None:
+async def test_a_missing_chunk_is_a_corrupt_one(platform: Platform, tmp_path: Path) -> None:
     digest = digest_of(b"never stored")
     file = ModelFile("model.onnx", 12, digest, (digest,))
     with pytest.raises(CorruptChunk, match="not in the store"):
         await download(platform.store(), file, tmp_path / "model.onnx")
 
 
-async def test_pieces_that_are_each_right_but_not_the_file_are_refused(platform: Platform, tmp_path: Path) -> None:
+async def test_chunks_that_are_each_right_but_not_the_file_are_refused(platform: Platform, tmp_path: Path) -> None:
     content = noise(5 * MB)
     file, _ = await platform.upload(content)
     digest = hashlib.sha256(content).hexdigest()
@@ -240,7 +240,7 @@ async def test_what_may_be_asked_again_fails_with_the_connection_and_all_else_wa
         subject = f"DIRECT.GET.{bus.names.object_stream(bus.names.partition_bucket(0))}"
 
         async def again() -> object:
-            with lossy():
+            with fail_on_disconnect():
                 return await bus.api(subject, {"seq": 1}, timeout=60)
 
         asked, patient = asyncio.create_task(again()), asyncio.create_task(bus.api(subject, {"seq": 1}, timeout=60))
@@ -301,25 +301,25 @@ async def test_a_model_store_that_died_before_the_alias_repairs_it_at_its_next_s
         await wait_until(is_moved, "the next model store moves what was left behind")
 
 
-async def test_the_clients_own_object_store_reads_our_pieces(platform: Platform) -> None:
+async def test_the_clients_own_object_store_reads_our_chunks(platform: Platform) -> None:
     content = noise(5 * MB)
     file, _ = await platform.upload(content)
     await platform.store().put(again(content[: file.sizes[0]]))
     async with operator_of(platform.broker) as bus:
         objects = await JetStreamContext(bus._client).object_store(platform.bus.names.chunk_bucket("m"))
         start = 0
-        for digest, size in file.pieces():
-            piece = content[start : start + size]
+        for digest, size in file.sized_chunks():
+            chunk = content[start : start + size]
             start += size
             found = await objects.get(digest)
-            assert found.data == piece
-            assert (found.info.size, found.info.chunks, found.info.nuid) == (len(piece), 1, digest)
+            assert found.data == chunk
+            assert (found.info.size, found.info.chunks, found.info.nuid) == (len(chunk), 1, digest)
         assert {info.name for info in await objects.list()} == set(file.chunks)
         await platform.store().discard(file.chunks[1])
         with pytest.raises(ObjectNotFoundError):
             await objects.get(file.chunks[1])
 
 
-async def again(piece: bytes) -> AsyncIterator[tuple[str, bytes]]:
-    """A piece as ``put`` takes it."""
-    yield digest_of(piece), piece
+async def again(chunk: bytes) -> AsyncIterator[tuple[str, bytes]]:
+    """A chunk as ``put`` takes it."""
+    yield digest_of(chunk), chunk

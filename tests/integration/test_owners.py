@@ -22,7 +22,7 @@ from tether.domain.manifest import OWNER_CHANGES, STORE_CHANGES, Change, ChangeR
 from tether.domain.tenant import Tenant
 from tether.domain.tensor import from_numpy
 from tether.errors import BadName, Conflict, Forbidden, InvalidRequest, ModelNotFound, TetherError, Unavailable
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.model import config_patch
 from tether.model.config_patch import ConfigAction, ConfigRequest
 from tether.model.ownership import DEFAULT_TENANT, EVERYBODY, Ownership, Right, owner_key
@@ -321,13 +321,13 @@ async def test_a_model_of_an_isolated_tenants_namespace_is_run_beside_the_plain_
     broker: Broker,
 ) -> None:
     async with services(broker, workers=1) as running:
-        plain, pieces = await running.push(PLAIN, models.add(1.0)), await running.push("pieces", models.add(5.0))
+        plain, chunks = await running.push(PLAIN, models.add(1.0)), await running.push("chunks", models.add(5.0))
         await running.gateway.tenants.store(Tenant(OTHER, isolated=True))
-        own = await running._register(PushRequest("other/m", pieces.manifest.files, tenant=OTHER), 1)
+        own = await running._register(PushRequest("other/m", chunks.manifest.files, tenant=OTHER), 1)
         await own_worker(running, "own", own, OTHER)
         await wait_until(lambda: running.gateway.catalog.workers(plain, OTHER) == ("own",), "the plain one is held")
 
-        async def infer(served: Served, number: int) -> float:
+        async def infer(served: ResolvedVersion, number: int) -> float:
             inputs = (from_numpy("x", row(number)),)
             outputs = await running.gateway.infer(served, OTHER, inputs, (), request_id="r", timeout_s=20)
             return float(first(outputs)[0, 0])
@@ -345,6 +345,6 @@ def usable(running: Services) -> set[str]:
     return {ref.model for ref in running.dispatcher._usable()[OTHER]}
 
 
-async def push_as(running: Services, tenant: str) -> Served:
-    file = (await running.push("pieces", models.add())).manifest.files[0]
+async def push_as(running: Services, tenant: str) -> ResolvedVersion:
+    file = (await running.push("chunks", models.add())).manifest.files[0]
     return await running._register(PushRequest(MODEL, (file,), tenant=tenant), 1)

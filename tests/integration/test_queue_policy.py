@@ -13,7 +13,7 @@ from services import Services, new_job, row, services
 
 from tether.domain.job import Priority
 from tether.errors import DeadlineExceeded, IdempotencyConflict, QueueFull
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.model.config import ModelConfig, QueuePolicy, TimeoutAction
 from tether.process import metrics
 
@@ -22,13 +22,13 @@ from tether.process import metrics
 async def idle(start_broker: StartBroker) -> AsyncIterator[Services]:
     """A platform without a worker, whose gateway sends two bundles of one job each and keeps the rest."""
     async with (
-        start_broker(bundle_max_jobs=1, worker_slots=1) as broker,
+        start_broker(bundle_max_jobs=1, worker_prefetch=1) as broker,
         services(broker, workers=0) as running,
     ):
         yield running
 
 
-async def asked(running: Services, served: Served, value: float, order: list[float] | None = None) -> float:
+async def asked(running: Services, served: ResolvedVersion, value: float, order: list[float] | None = None) -> float:
     answer = float((await running.infer(served, row(value), timeout_s=60))[0, 0])
     if order is not None:
         order.append(value)

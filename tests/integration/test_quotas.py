@@ -17,11 +17,11 @@ from tether.domain.tenant import Quotas, Tenant
 from tether.errors import QuotaExceeded
 from tether.gateway_http import gateway as core
 from tether.gateway_http.gateway import Gateway
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.wire import codec
 
 
-async def halted(running: Services, **quotas: int) -> tuple[Served, Gateway]:
+async def halted(running: Services, **quotas: int) -> tuple[ResolvedVersion, Gateway]:
     """A model whose only worker takes nothing, the quotas of the tests' tenant, and a second gateway that knows them."""
     served = await running.push("bump", models.add())
     await running.workers[0].holder.stop(1)
@@ -36,11 +36,11 @@ async def set_quotas(running: Services, other: Gateway, **quotas: int) -> None:
     await wait_until(lambda: other.tenants.find(TENANT) == tenant, "the other gateway knows the quotas")
 
 
-async def submit(gateway: Gateway, served: Served, count: int = 1) -> list[dict[str, Any]]:
+async def submit(gateway: Gateway, served: ResolvedVersion, count: int = 1) -> list[dict[str, Any]]:
     return await gateway.jobs.submit(TENANT, [new_job(served, row(1)) for _ in range(count)])
 
 
-async def accepts(gateway: Gateway, served: Served) -> bool:
+async def accepts(gateway: Gateway, served: ResolvedVersion) -> bool:
     try:
         await submit(gateway, served)
     except QuotaExceeded:

@@ -16,11 +16,11 @@ from tether.domain.job import Priority, new_job_id
 from tether.domain.tensor import to_numpy
 from tether.errors import BadTensor, IdempotencyConflict, QueueFull, TetherError
 from tether.gateway_http import gateway as core
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.wire import codec, oip
 
 
-async def bump(running: Services) -> Served:
+async def bump(running: Services) -> ResolvedVersion:
     return await running.push("bump", models.add())
 
 

@@ -13,9 +13,9 @@ from tether.bus.bus import Bus
 from tether.bus.key_value.bucket import KvBucket
 from tether.domain.job import JobId, JobRecord, Priority
 from tether.errors import BrokerUnavailable
-from tether.gateway_http.jobs.open_job_counter import OpenJobs
+from tether.gateway_http.jobs.open_job_counter import OpenJobCounter
 from tether.process import metrics
-from tether.streams.lane_consumer import COLD_S, BusDelivery, LanePull
+from tether.streams.lane_consumer import COLD_S, Delivery, LaneConsumer
 from tether.streams.layout import ensure_lane, lanes_of
 
 
@@ -29,7 +29,7 @@ async def test_an_outage_leaves_no_subscription_behind(restartable: tuple[Broker
     served = await running.push("bump", models.add())
     await running.workers[0].holder.stop(1)
     (job,) = await running.gateway.jobs.submit(TENANT, [new_job(served, row(1))])
-    pull = LanePull(running.workers[0]._bus, served.infer_lane, 2, lambda _: None)
+    pull = LaneConsumer(running.workers[0]._bus, served.infer_lane, 2, lambda _: None)
     gateway, worker = subscriptions(running.bus), subscriptions(running.workers[0]._bus)
     await pull.start()
     waiting = [asyncio.create_task(running.gateway.jobs.get(TENANT, job["id"], 30.0)) for _ in range(3)]
@@ -51,8 +51,8 @@ async def test_an_outage_leaves_no_subscription_behind(restartable: tuple[Broker
 async def test_a_lane_that_was_cold_is_not_begun_anew_while_its_first_message_is_worked_on(one: Services) -> None:
     served = await one.push("bump", models.add())
     await one.workers[0].holder.stop(1)
-    got: list[BusDelivery] = []
-    pull = LanePull(one.workers[0]._bus, served.job_lane(Priority.NORMAL), 3, got.append)
+    got: list[Delivery] = []
+    pull = LaneConsumer(one.workers[0]._bus, served.job_lane(Priority.NORMAL), 3, got.append)
     pull._expiry_s = COLD_S
     await pull.start()
     await wait_until(lambda: pull._outstanding == 3, "the lane is pulled")
@@ -69,7 +69,7 @@ async def test_after_a_reconnect_busy_lanes_are_pulled_before_those_that_rest(on
     served = await one.push("bump", models.add())
     await one.workers[0].holder.stop(1)
     bus = one.workers[0]._bus
-    pulls = [LanePull(bus, served.job_lane(level), 1, lambda _: None) for level in Priority]
+    pulls = [LaneConsumer(bus, served.job_lane(level), 1, lambda _: None) for level in Priority]
     for pull in pulls:
         await pull.start()
     await wait_until(lambda: all(pull._outstanding for pull in pulls), "the lanes are pulled")
@@ -87,8 +87,8 @@ async def test_after_a_reconnect_busy_lanes_are_pulled_before_those_that_rest(on
 async def test_a_lane_without_a_consumer_is_pulled_as_soon_as_it_has_one(one: Services) -> None:
     assert one.dispatcher is not None
     lane = lanes_of("absent", 1, "local")[0]
-    got: list[BusDelivery] = []
-    pull = LanePull(one.workers[0]._bus, lane, 1, got.append)
+    got: list[Delivery] = []
+    pull = LaneConsumer(one.workers[0]._bus, lane, 1, got.append)
     pull._expiry_s = COLD_S
     await pull.start()
     await wait_until(lambda: pull._absences > 2, "the broker said more than once that there is none")
@@ -99,8 +99,8 @@ async def test_a_lane_without_a_consumer_is_pulled_as_soon_as_it_has_one(one: Se
 
 
 async def test_what_arrives_for_a_pull_that_has_ended_is_left_to_others(one: Services) -> None:
-    got: list[BusDelivery] = []
-    pull = LanePull(one.workers[0]._bus, lanes_of("bump", 1, "local")[0], 1, got.append)
+    got: list[Delivery] = []
+    pull = LaneConsumer(one.workers[0]._bus, lanes_of("bump", 1, "local")[0], 1, got.append)
     await pull.start()
     await wait_until(lambda: pull._inbox is not None and pull._inbox.subscription is not None, "the pull listens")
     inbox = pull._inbox
@@ -173,7 +173,7 @@ async def test_a_connection_that_hears_nothing_any_more_is_made_anew(one: Servic
 
 async def test_jobs_that_were_not_accepted_after_all_are_forgotten_with_their_scope(one: Services) -> None:
     record = JobRecord(JobId("j"), TENANT, "m", 1, Priority.NORMAL, 0.0, 4e9, "", "b", scope=TENANT)
-    jobs = OpenJobs(one.bus)
+    jobs = OpenJobCounter(one.bus)
     await jobs.look(TENANT, enough=0)
     jobs.accepted(TENANT, [record])
     assert jobs._counts[TENANT].scopes == {record.id: TENANT}

@@ -24,13 +24,13 @@ from tether.dispatcher.service import Dispatcher
 from tether.domain.job import Job, JobState, Outcome, new_job_id
 from tether.domain.manifest import Assignment, Epoch, Registration
 from tether.errors import BadName, BrokerUnavailable, QueueFull, TetherError
-from tether.gateway_http.models.catalog import Served
-from tether.streams.lane_consumer import BusDelivery
+from tether.gateway_http.models.catalog import ResolvedVersion
+from tether.streams.lane_consumer import Delivery
 from tether.wire import codec
 from tether.worker import service as worker_service
 from tether.worker.jobs.ack_keepalive import KeepAlive
 from tether.worker.jobs.redelivery import Redelivery
-from tether.worker.models.run_limits import Going
+from tether.worker.models.run_limits import ActiveRun
 from tether.worker.scheduling.batching import Done, Run
 from tether.worker.scheduling.bundle import Bundle
 
@@ -43,7 +43,7 @@ class Delivered:
     headers: dict[str, str] | None = None
 
 
-def redelivered(running: Services, served: Served, jobs: list[Job]) -> Bundle:
+def redelivered(running: Services, served: ResolvedVersion, jobs: list[Job]) -> Bundle:
     """A bundle that some worker had in its hands before."""
     ids = tuple(job.id for job in jobs)
     subject = running.bus.names.lane(served.infer_lane)
@@ -52,7 +52,7 @@ def redelivered(running: Services, served: Served, jobs: list[Job]) -> Bundle:
     )
     message = Delivered(subject, sealed, "$JS.ACK.s.c.2.1.1.1.0")
     header = running.bus.verified(sealed, subject, MessageType.INFER).header
-    return Bundle(BusDelivery(running.workers[0]._bus, served.infer_lane, message), header, jobs)
+    return Bundle(Delivery(running.workers[0]._bus, served.infer_lane, message), header, jobs)
 
 
 async def second_dispatcher(running: Services) -> Dispatcher:
@@ -193,8 +193,8 @@ async def test_a_caller_is_answered_once_although_a_neighbour_keeps_killing_the_
     delivered: list[tuple[str, JobState]] = []
     run = instance.runs.run
 
-    async def dying(wanted: Run, going: Going, *, suspect: bool = False) -> tuple[Done, float, float]:
-        if wanted.pieces[0].source.job.id == poison.id:
+    async def dying(wanted: Run, going: ActiveRun, *, suspect: bool = False) -> tuple[Done, float, float]:
+        if wanted.segments[0].source.job.id == poison.id:
             raise BrokerUnavailable("as if the process had died")
         return await run(wanted, going, suspect=suspect)
 

@@ -13,11 +13,11 @@ from tether.domain.job import Job, JobId, JobState, Outcome, Priority, new_job_i
 from tether.domain.tenant import Tenant
 from tether.domain.tensor import from_numpy
 from tether.errors import ResultConflict, VersionConflict
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.process import metrics
 from tether.process.data_dir import load_identity
 from tether.streams.job_queue import BusResults
-from tether.streams.lane_consumer import BusDelivery, LanePull
+from tether.streams.lane_consumer import Delivery, LaneConsumer
 from tether.wire import codec
 
 
@@ -29,16 +29,16 @@ def runs(model: str) -> float:
     return float(metrics.RUN_SECONDS.labels(model)._sum.get())
 
 
-async def bump(running: Services) -> Served:
+async def bump(running: Services) -> ResolvedVersion:
     return await running.push("bump", models.add())
 
 
-async def captured(running: Services, served: Served) -> tuple[str, bytes, str]:
+async def captured(running: Services, served: ResolvedVersion) -> tuple[str, bytes, str]:
     """A job that ended, and the bundle that carried it, as it lay in its lane."""
     lane = served.job_lane(Priority.NORMAL)
-    got: list[BusDelivery] = []
+    got: list[Delivery] = []
     await running.workers[0].holder.stop(1)
-    pull = LanePull(running.workers[0]._bus, lane, 1, got.append)
+    pull = LaneConsumer(running.workers[0]._bus, lane, 1, got.append)
     await pull.start()
     (job,) = await running.gateway.jobs.submit(TENANT, [new_job(served, row(1))])
     await wait_until(lambda: bool(got), "the bundle was seen")
@@ -202,9 +202,9 @@ async def test_an_entry_that_is_put_back_or_copied_does_not_count(one: Services)
     await tenants.store(Tenant("lab", models=("x-*",)))
     strict = tenants.get("lab")
     for key in ("lab", "other"):
-        before = refused("kv_binding")
+        before = refused("stale_entry")
         await raw.put(key, loose)
-        await wait_until(lambda before=before: refused("kv_binding") > before, "it was refused")
+        await wait_until(lambda before=before: refused("stale_entry") > before, "it was refused")
         assert (tenants.get("lab"), tenants.find("other")) == (strict, None)
         assert await tenants.bucket.get(key) is None
     await tenants.store(Tenant("lab", models=("y-*",)))

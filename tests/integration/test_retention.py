@@ -19,7 +19,7 @@ from tether.crypto import MessageType
 from tether.dispatcher.jobs.retention import Retention
 from tether.domain.job import LONGEST_DEADLINE_S, record_key
 from tether.errors import JobNotFound, QueueFull
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.settings import Settings
 from tether.streams.layout import DEAD, JOBS, NOTES, RECORDS, RESULTS, scope_streams, streams
 from tether.streams.updates import differing_streams, update_streams
@@ -36,7 +36,7 @@ async def short(start_broker: StartBroker) -> AsyncIterator[Services]:
         yield running
 
 
-async def submit(running: Services, served: Served, count: int, tenant: str = TENANT) -> list[str]:
+async def submit(running: Services, served: ResolvedVersion, count: int, tenant: str = TENANT) -> list[str]:
     jobs = await running.gateway.jobs.submit(tenant, [new_job(served, row(number)) for number in range(count)])
     return [job["id"] for job in jobs]
 
@@ -134,7 +134,7 @@ async def test_ended_jobs_keep_a_share_when_open_ones_fill_the_records(short: Se
     await ended(short, ids)
 
 
-async def fill(running: Services, served: Served) -> None:
+async def fill(running: Services, served: ResolvedVersion) -> None:
     for _ in range(20):
         await submit(running, served, 50)
 
@@ -252,7 +252,7 @@ def test_all_stores_together_fit_the_disk() -> None:
         scopes = sum(
             config["max_bytes"] for config in scope_streams(names, "a", settings) if config["storage"] == "file"
         )
-        bounded = sum(most for most in bounds.values() if most > 0) + scopes * settings.isolated_tenants
+        bounded = sum(most for most in bounds.values() if most > 0) + scopes * settings.max_isolated_tenants
         assert bounded <= megabytes * (1 << 20) * 31 // 32
     assert JOBS + RESULTS + RECORDS + DEAD + NOTES == 26
 

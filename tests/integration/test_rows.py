@@ -20,7 +20,7 @@ from tether.crypto import MessageType
 from tether.dispatcher import service as dispatcher_service
 from tether.domain.manifest import Batching, Finding, Manifest
 from tether.domain.tensor import Array
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.wire import codec
 from tether.worker.runs import row_judgement
 
@@ -29,15 +29,15 @@ def sample(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
-def reason(running: Services, served: Served) -> str:
+def reason(running: Services, served: ResolvedVersion) -> str:
     return running.gateway.catalog.batching(served).reason
 
 
-async def ask(running: Services, served: Served, arrays: list[Array]) -> list[Array]:
+async def ask(running: Services, served: ResolvedVersion, arrays: list[Array]) -> list[Array]:
     return list(await asyncio.gather(*[running.infer(served, array) for array in arrays]))
 
 
-async def run_jobs(running: Services, served: Served, arrays: list[Array]) -> list[Array]:
+async def run_jobs(running: Services, served: ResolvedVersion, arrays: list[Array]) -> list[Array]:
     """As durable jobs that are submitted together."""
     accepted = await running.gateway.jobs.submit("acme", [new_job(served, array) for array in arrays])
     ended = await running.gateway.jobs.get_many("acme", [job["id"] for job in accepted], 30)
@@ -74,7 +74,7 @@ async def test_a_version_that_is_not_batched_runs_a_request_whole(one: Services)
     assert sample("tether_batch_rows_sum", model="whole") - before == 1
 
 
-async def as_before(running: Services, served: Served) -> None:
+async def as_before(running: Services, served: ResolvedVersion) -> None:
     """Have a worker load a version whose manifest is from before there was a basis."""
     manifest = msgspec.structs.replace(served.manifest, batching=Batching(8))
     key = running.bus.names.version_key(manifest.name, manifest.version)

@@ -18,7 +18,7 @@ from services import Services
 from tether.domain.manifest import TensorSpec
 from tether.domain.tensor import NUMPY_DTYPES, from_numpy, to_numpy
 from tether.frameworks.onnx.values import from_value, to_value
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 
 REQUESTS = int(os.environ.get("TETHER_TEST_ROW_REQUESTS", "60"))
 """Of each tenant, for each model."""
@@ -30,7 +30,7 @@ TEXTS = np.array(["", "word", "two words", "a text of five words"], np.object_)
 Arrays = Mapping[str, Any]
 
 
-def request(served: Served, tenant: int, number: int) -> dict[str, Any]:
+def request(served: ResolvedVersion, tenant: int, number: int) -> dict[str, Any]:
     """1 to 3 rows of a scale of their own, some of them large, so that one row's numbers show in another's answer."""
     draw = np.random.default_rng([tenant, number])
     rows = 1 + number % 3
@@ -60,7 +60,7 @@ class Alone:
         return [from_value(one) for one in self._session.run_with_ort_values(None, given)]
 
 
-async def ask(running: Services, served: Served, tenant: int, arrays: Arrays) -> list[Any]:
+async def ask(running: Services, served: ResolvedVersion, tenant: int, arrays: Arrays) -> list[Any]:
     inputs = tuple(from_numpy(name, array) for name, array in arrays.items())
     answer = await running.gateway.infer(served, TENANTS[tenant], inputs, (), request_id="test", timeout_s=120)
     return [to_numpy(tensor) for tensor in answer]

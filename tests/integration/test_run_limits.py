@@ -18,11 +18,11 @@ from tether.domain.manifest import Isolation
 from tether.domain.tensor import Array
 from tether.errors import DeadlineExceeded, InferenceFailed, ResultTooLarge
 from tether.frameworks.runtime import Endable
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.model.config import Warmup
 from tether.worker.models.run_limits import RunWatch, memory_of
 from tether.worker.runtimes.process_runtime import ProcessRuntime
-from tether.worker.version_manager import Held
+from tether.worker.version_manager import HostedVersion
 
 NEVER = np.array([1 << 60], np.int64)
 LIMIT_MB = 200
@@ -39,7 +39,7 @@ async def small(start_broker: StartBroker) -> AsyncIterator[Services]:
 async def short(start_broker: StartBroker) -> AsyncIterator[Services]:
     """A worker whose runs may take a second, and give little."""
     async with (
-        start_broker(run_timeout_s=1.0, run_memory_mb=LIMIT_MB, drain_s=0.2) as broker,
+        start_broker(run_timeout_s=1.0, run_memory_mb=LIMIT_MB, shutdown_timeout_s=0.2) as broker,
         services(broker, workers=1) as running,
     ):
         yield running
@@ -49,7 +49,7 @@ async def short(start_broker: StartBroker) -> AsyncIterator[Services]:
 async def patient(start_broker: StartBroker) -> AsyncIterator[Services]:
     """A worker whose runs may take an hour."""
     async with (
-        start_broker(run_timeout_s=3600.0, drain_s=0.2) as broker,
+        start_broker(run_timeout_s=3600.0, shutdown_timeout_s=0.2) as broker,
         services(broker, workers=1) as running,
     ):
         yield running
@@ -59,7 +59,7 @@ def watch(running: Services) -> RunWatch:
     return running.workers[0].holder.watch
 
 
-def held(running: Services, name: str) -> Held:
+def held(running: Services, name: str) -> HostedVersion:
     (found,) = [one for ref, one in running.workers[0].holder._held.items() if ref.model == name]
     return found
 
@@ -68,7 +68,7 @@ def square(side: int) -> Array:
     return np.array([side, side], np.int64)
 
 
-async def moved(running: Services, served: Served) -> None:
+async def moved(running: Services, served: ResolvedVersion) -> None:
     await wait_until(lambda: bool(running.gateway.catalog.finding(served).crashed), "everybody knows")
     name = served.manifest.name
     await wait_until(
@@ -142,7 +142,7 @@ async def test_a_worker_stops_though_a_run_cannot_be_ended(start_broker: StartBr
         served = await running.push("multiplying", models.multiplying())
         worker = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tether_cli", "worker", "--data-dir", str(broker.home.root), "--nats", broker.url),
-            env=os.environ | {"TETHER_DRAIN_S": "0.1", "TETHER_RUN_MEMORY_MB": "0", "TETHER_OPS_PORT": "0"},
+            env=os.environ | {"TETHER_SHUTDOWN_TIMEOUT_S": "0.1", "TETHER_RUN_MEMORY_MB": "0", "TETHER_OPS_PORT": "0"},
         )
         try:
             await wait_until(lambda: bool(running.gateway.catalog.workers(served)), "it answers for the model", 60)
@@ -180,7 +180,7 @@ async def test_who_runs_beside_one_that_takes_too_much_keeps_its_place(small: Se
     assert not small.gateway.catalog.finding(beside).crashed
 
 
-async def test_pieces_of_a_job_are_not_gathered_beyond_what_one_answer_holds(short: Services) -> None:
+async def test_chunks_of_a_job_are_not_gathered_beyond_what_one_answer_holds(short: Services) -> None:
     wide = await short.push("wide", models.repeating(1 << 16), max_batch_size=1)
     with pytest.raises(ResultTooLarge, match="the outputs take more than"):
         await short.infer(wide, np.ones((4000, 4), np.float32))

@@ -12,8 +12,8 @@ from tenancy import bound_home, has_lane, isolate, own_worker
 
 from tether.domain.tenant import Tenant
 from tether.domain.tensor import from_numpy
-from tether.errors import NotEntitled
-from tether.gateway_http.models.catalog import Served
+from tether.errors import NoDecryptionKey
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.process.data_dir import Home
 
 CLINIC, OWN = "clinic", "own"
@@ -25,7 +25,7 @@ def home() -> Iterator[Home]:
         yield made
 
 
-async def infer(running: Services, served: Served, value: float) -> float:
+async def infer(running: Services, served: ResolvedVersion, value: float) -> float:
     inputs = (from_numpy("x", row(value)),)
     answer = await running.gateway.infer(served, CLINIC, inputs, (), request_id="r", timeout_s=20)
     return float(first(answer)[0, 0])
@@ -44,7 +44,7 @@ async def test_only_the_tenants_own_worker_opens_what_is_its(one: Services) -> N
     assert (done["state"], done["result"]["outputs"][0]["data"][0]) == ("succeeded", 7.0)
     shared, own = one.workers
     assert (await own.keyring.find(CLINIC, key.id)).id == key.id
-    with pytest.raises(NotEntitled):
+    with pytest.raises(NoDecryptionKey):
         await shared.keyring.find(CLINIC, key.id)
 
 

@@ -21,12 +21,12 @@ from tether.crypto.payload_encryption import new_data_key, seal_job
 from tether.domain.job import AttemptNote, Failure, Job, JobId, JobState, Lane, Outcome, Priority, new_job_id
 from tether.domain.tenant import Tenant
 from tether.domain.tensor import from_numpy
-from tether.errors import BadSeal, DeadlineExceeded, IdempotencyConflict, InferenceFailed, NotEntitled
+from tether.errors import DeadlineExceeded, DecryptionFailed, IdempotencyConflict, InferenceFailed, NoDecryptionKey
 from tether.gateway_http import gateway
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.identity import keyset_editor
 from tether.identity.keys import RootKey
-from tether.streams.lane_consumer import BusDelivery, LanePull
+from tether.streams.lane_consumer import Delivery, LaneConsumer
 from tether.wire import codec
 from tether.worker.jobs.payload_encryption import closed
 
@@ -50,13 +50,15 @@ async def seal_tenant(running: Services, name: str = SEALED, **what: Any) -> Non
     await wait_until(lambda: ring.newest(name) is not None, "the tenant has a key")
 
 
-async def infer(running: Services, tenant: str, served: Served, value: float = IN) -> float:
+async def infer(running: Services, tenant: str, served: ResolvedVersion, value: float = IN) -> float:
     inputs = (from_numpy(served.manifest.inputs[0].name, row(value)),)
     answer = await running.gateway.infer(served, tenant, inputs, (), request_id="r", timeout_s=20)
     return float(first(answer)[0][0])
 
 
-async def run_job(running: Services, tenant: str, served: Served, value: float = IN, key: str = "") -> dict[str, Any]:
+async def run_job(
+    running: Services, tenant: str, served: ResolvedVersion, value: float = IN, key: str = ""
+) -> dict[str, Any]:
     (job,) = await running.gateway.jobs.submit(tenant, [new_job(served, row(value), key=key)])
     return await running.gateway.jobs.get(tenant, job["id"], 20)
 
@@ -69,8 +71,8 @@ class Thief:
     """Takes one bundle of a lane and keeps it."""
 
     def __init__(self, bus: Bus, lane: Lane) -> None:
-        self.got: list[BusDelivery] = []
-        self.pull = LanePull(bus, lane, 1, self.got.append)
+        self.got: list[Delivery] = []
+        self.pull = LaneConsumer(bus, lane, 1, self.got.append)
 
 
 def on_disk(broker: Broker, pattern: bytes) -> bool:
@@ -139,7 +141,7 @@ async def test_what_a_worker_cannot_seal_leaves_without_a_models_words(one: Serv
     end = Outcome(JobId(job.id), JobState.FAILED, (), None, 1, "worker-1", 1.0, 2.0)
     for failure, words in (
         (Failure(InferenceFailed.code, "index 42 is out of bounds"), "may no longer seal"),
-        (Failure(NotEntitled.code, "no key"), "no key"),
+        (Failure(NoDecryptionKey.code, "no key"), "no key"),
         (Failure(DeadlineExceeded.code, "too late"), "too late"),
     ):
         (left,) = closed(ring, [job], [msgspec.structs.replace(end, error=failure)])
@@ -149,7 +151,7 @@ async def test_what_a_worker_cannot_seal_leaves_without_a_models_words(one: Serv
         assert "42" not in left.error.message
     (without,) = closed(ring, [job], [msgspec.structs.replace(end, state=JobState.SUCCEEDED, outputs=inputs)])
     assert without.error is not None
-    assert (without.state, without.outputs, without.error.code) == (JobState.FAILED, (), NotEntitled.code)
+    assert (without.state, without.outputs, without.error.code) == (JobState.FAILED, (), NoDecryptionKey.code)
 
 
 async def test_who_is_revoked_cannot_open_what_is_sealed_afterwards_and_its_jobs_end(one: Services) -> None:
@@ -164,10 +166,10 @@ async def test_who_is_revoked_cannot_open_what_is_sealed_afterwards_and_its_jobs
     without = msgspec.structs.replace(everyone, version=everyone.version + 1, identities=left)
     seals.keyset = lambda: without
     await wait_until(lambda: ring.newest(SEALED) is not before, "there is a new key")
-    with pytest.raises(NotEntitled):
+    with pytest.raises(NoDecryptionKey):
         await infer(one, SEALED, served)
     failed = await run_job(one, SEALED, served)
-    assert (failed["state"], failed["error"]["code"]) == ("failed", NotEntitled.code)
+    assert (failed["state"], failed["error"]["code"]) == ("failed", NoDecryptionKey.code)
     assert await infer(one, OPEN, served) == OUT
     worker = one.workers[0].keyring
     stored = ring.stored(SEALED)
@@ -271,7 +273,7 @@ async def test_a_payload_that_was_moved_to_another_job_does_not_open(one: Servic
     (refused,) = answers.values()
     opened = await one.gateway.seals.keyring.open_outcome("bank", refused)
     assert opened.error is not None
-    assert opened.error.code in (BadSeal.code, NotEntitled.code)
+    assert opened.error.code in (DecryptionFailed.code, NoDecryptionKey.code)
 
 
 async def test_identities_that_rotate_keep_opening_what_was_and_what_will_be_sealed(one: Services) -> None:

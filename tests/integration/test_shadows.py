@@ -14,7 +14,7 @@ from tenancy import bound_home, isolate, own_worker
 
 from tether.domain.tensor import from_numpy
 from tether.gateway_http.inference.output_comparison import Verdict
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.model.config import ModelConfig, Shadow
 from tether.process.data_dir import Home
 
@@ -28,7 +28,7 @@ def home() -> Iterator[Home]:
         yield made
 
 
-async def infer(running: Services, served: Served, value: float, tenant: str = CLINIC) -> float:
+async def infer(running: Services, served: ResolvedVersion, value: float, tenant: str = CLINIC) -> float:
     inputs = (from_numpy("x", row(value)),)
     answer = await running.gateway.infer(served, tenant, inputs, (), request_id="r", timeout_s=20)
     return float(first(answer)[0, 0])

@@ -78,7 +78,7 @@ async def test_the_dispatcher_makes_no_stream_of_another_name_and_none_over_one_
     assert await configuration(bus, name) == before
 
 
-async def test_the_dispatcher_reads_neither_keys_nor_pieces_nor_dead_letters(logins: Logins) -> None:
+async def test_the_dispatcher_reads_neither_keys_nor_chunks_nor_dead_letters(logins: Logins) -> None:
     bus, names = logins.dispatcher, logins.dispatcher.names
     hidden = [
         names.bucket_stream(bucket) for bucket in ("apikeys", "keyuse", "tenantkeys", "modelkeys", "attempts", "puts")

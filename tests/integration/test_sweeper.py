@@ -23,7 +23,7 @@ from tether.dispatcher.jobs.sweeper import Sweeper, sweeping
 from tether.dispatcher.lanes.consumer_check import LaneCheck
 from tether.domain.job import Failure, JobId, JobState, Outcome, Priority, new_job_id
 from tether.errors import JobNotFound
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.process import metrics
 from tether.process.lifecycle import tasks
 from tether.streams.lane_admin import consumer_state, next_message
@@ -38,12 +38,12 @@ def bus_of(running: Services) -> Bus:
 
 
 @pytest.fixture
-async def bump(one: Services) -> Served:
+async def bump(one: Services) -> ResolvedVersion:
     return await one.push("bump", models.add())
 
 
 @pytest.fixture
-async def idle(one: Services, bump: Served) -> Services:
+async def idle(one: Services, bump: ResolvedVersion) -> Services:
     """Nobody pulls: what is submitted stays in its lane."""
     await one.workers[0].holder.stop(1)
     return one
@@ -58,7 +58,9 @@ async def sweep(sweeper: Sweeper, *, unqueued_s: float = 60.0) -> None:
     await sweeper.round(grace_s=0.0, unqueued_s=unqueued_s)
 
 
-async def submit(running: Services, served: Served, count: int = 1, *, tenant: str = TENANT, **more: Any) -> list[str]:
+async def submit(
+    running: Services, served: ResolvedVersion, count: int = 1, *, tenant: str = TENANT, **more: Any
+) -> list[str]:
     """Jobs in messages of their own."""
     return [
         (await running.gateway.jobs.submit(tenant, [new_job(served, row(number), **more)]))[0]["id"]
@@ -71,7 +73,7 @@ async def ends(running: Services, jobs: list[str], tenant: str = TENANT) -> list
     return [(job["state"], job.get("error", {}).get("code", "")) for job in shown]
 
 
-async def lose(running: Services, served: Served, place: int, scope: str = "shared") -> None:
+async def lose(running: Services, served: ResolvedVersion, place: int, scope: str = "shared") -> None:
     """Take a message out of a lane, by its place there."""
     bus, lane = bus_of(running), served.job_lane(Priority.NORMAL, scope)
     stream = bus.names.lane_stream(lane)
@@ -97,7 +99,7 @@ QUEUED = ("queued", "")
 
 
 async def test_a_job_whose_message_is_gone_ends_as_lost_and_its_neighbours_wait_on(
-    idle: Services, bump: Served, sweeper: Sweeper
+    idle: Services, bump: ResolvedVersion, sweeper: Sweeper
 ) -> None:
     jobs = await submit(idle, bump, 3)
     await lose(idle, bump, 1)
@@ -109,7 +111,7 @@ async def test_a_job_whose_message_is_gone_ends_as_lost_and_its_neighbours_wait_
 
 
 async def test_a_job_in_an_emptied_lane_is_found_by_a_sweeper_that_saw_it_there(
-    idle: Services, bump: Served, sweeper: Sweeper
+    idle: Services, bump: ResolvedVersion, sweeper: Sweeper
 ) -> None:
     jobs = await submit(idle, bump, 2)
     await sweep(sweeper)
@@ -123,7 +125,7 @@ async def test_a_job_in_an_emptied_lane_is_found_by_a_sweeper_that_saw_it_there(
     assert await ends(idle, jobs) == [LOST, QUEUED]
 
 
-async def test_a_job_whose_result_is_gone_ends_as_lost(one: Services, bump: Served, sweeper: Sweeper) -> None:
+async def test_a_job_whose_result_is_gone_ends_as_lost(one: Services, bump: ResolvedVersion, sweeper: Sweeper) -> None:
     (job,) = await submit(one, bump)
     assert (await one.gateway.jobs.get(TENANT, job, 20.0))["state"] == "succeeded"
     bus = bus_of(one)
@@ -139,7 +141,7 @@ async def empty(bus: Bus, stream: str) -> bool:
     return await count(bus, stream) == 0
 
 
-async def test_a_lost_job_keeps_its_idempotency_key(idle: Services, bump: Served, sweeper: Sweeper) -> None:
+async def test_a_lost_job_keeps_its_idempotency_key(idle: Services, bump: ResolvedVersion, sweeper: Sweeper) -> None:
     request = new_job(bump, row(1), key="key")
     (job,) = await idle.gateway.jobs.submit(TENANT, [request])
     await lose(idle, bump, 0)
@@ -150,7 +152,7 @@ async def test_a_lost_job_keeps_its_idempotency_key(idle: Services, bump: Served
 
 
 async def test_jobs_that_run_and_end_cost_no_look_at_their_results(
-    one: Services, bump: Served, monkeypatch: pytest.MonkeyPatch
+    one: Services, bump: ResolvedVersion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bus = bus_of(one)
     monkeypatch.setattr("tether.dispatcher.jobs.sweeper.ROUND_S", 3600.0)
@@ -167,7 +169,7 @@ async def test_jobs_that_run_and_end_cost_no_look_at_their_results(
 
 
 async def test_a_sweeper_that_starts_finds_what_is_open_among_what_has_ended(
-    one: Services, bump: Served, sweeper: Sweeper
+    one: Services, bump: ResolvedVersion, sweeper: Sweeper
 ) -> None:
     ended = await one.gateway.jobs.submit(TENANT, [new_job(bump, row(number)) for number in range(700)])
     assert {job["state"] for job in await one.gateway.jobs.get_many(TENANT, [job["id"] for job in ended], 20.0)} == {
@@ -218,7 +220,9 @@ async def test_a_message_that_its_consumer_skips_is_delivered_after_a_look(
     assert {job["state"] for job in shown} == {"succeeded"}
 
 
-async def test_a_record_of_what_was_never_queued_is_removed(idle: Services, bump: Served, sweeper: Sweeper) -> None:
+async def test_a_record_of_what_was_never_queued_is_removed(
+    idle: Services, bump: ResolvedVersion, sweeper: Sweeper
+) -> None:
     """Its gateway died between the record and the bundle."""
     (job,) = await submit(idle, bump)
     records = SignedBucket(idle.bus, "jobs", MessageType.RECORD)
@@ -234,7 +238,9 @@ async def test_a_record_of_what_was_never_queued_is_removed(idle: Services, bump
     assert await ends(idle, [job]) == [QUEUED]
 
 
-async def test_a_record_whose_job_is_queued_after_all_stays(idle: Services, bump: Served, sweeper: Sweeper) -> None:
+async def test_a_record_whose_job_is_queued_after_all_stays(
+    idle: Services, bump: ResolvedVersion, sweeper: Sweeper
+) -> None:
     (job,) = await submit(idle, bump)
     records = SignedBucket(idle.bus, "jobs", MessageType.RECORD)
     ((key, body),) = (await records.entries()).items()
@@ -266,7 +272,9 @@ async def test_an_isolated_tenants_lost_job_ends_too(acme: Services) -> None:
 
 
 @pytest.mark.parametrize("state", [JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED])
-async def test_a_dispatcher_can_end_a_job_in_no_other_way(idle: Services, bump: Served, state: JobState) -> None:
+async def test_a_dispatcher_can_end_a_job_in_no_other_way(
+    idle: Services, bump: ResolvedVersion, state: JobState
+) -> None:
     (job,) = await submit(idle, bump)
     bus = bus_of(idle)
     error = None if state is JobState.SUCCEEDED else Failure("inference_failed", "so it says")
@@ -278,7 +286,7 @@ async def test_a_dispatcher_can_end_a_job_in_no_other_way(idle: Services, bump: 
 
 
 async def test_with_a_keyset_that_does_not_let_the_dispatcher_end_jobs_none_is_ended(
-    idle: Services, bump: Served, sweeper: Sweeper, monkeypatch: pytest.MonkeyPatch
+    idle: Services, bump: ResolvedVersion, sweeper: Sweeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = await submit(idle, bump)
     await lose(idle, bump, 0)

@@ -10,7 +10,7 @@ from configs import configure
 from services import Services
 
 from tether.bus.key_value.bucket import KvBucket, SignedBucket
-from tether.bus.key_value.keyset_sync import SeenKeyset, offer
+from tether.bus.key_value.keyset_sync import TrustedKeyset, offer
 from tether.bus.session import connect
 from tether.crypto import Identity, MessageType, Role, Signer, new_identity, sign_keyset
 from tether.domain.api_key import ApiKey, new_key_text, stored_key
@@ -75,7 +75,7 @@ async def store(broker: Broker, signer: Signer, bucket: str, key: str, body: byt
 
 def known(home: Home, identity: Identity) -> None:
     """The keyset of ``home`` names one more identity."""
-    keyset, now = SeenKeyset.load(home).keyset, SystemClock().utc_ms()
+    keyset, now = TrustedKeyset.load(home).keyset, SystemClock().utc_ms()
     record = identity.record(not_before=now - 60_000, expires_at=now + 3_600_000)
     newer = msgspec.structs.replace(keyset, version=keyset.version + 1, identities=(*keyset.identities, record))
     write_secret(home.keyset, sign_keyset(home.root_key.read_bytes(), newer))
@@ -88,7 +88,7 @@ def second_admin() -> tuple[Identity, Signer]:
 
 async def published(broker: Broker) -> None:
     async with connect(broker.settings, broker.home, "admin", follow=False) as bus:
-        await offer(bus, SeenKeyset.load(broker.home))
+        await offer(bus, TrustedKeyset.load(broker.home))
 
 
 def refused(one: Services, text: str) -> bool:

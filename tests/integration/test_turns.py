@@ -15,8 +15,8 @@ from stored import count
 
 from tether.domain.job import Priority
 from tether.errors import BrokerUnavailable
-from tether.gateway_http.models.catalog import Served
-from tether.worker.jobs.version_server import ModelInstance
+from tether.gateway_http.models.catalog import ResolvedVersion
+from tether.worker.jobs.version_server import VersionServer
 
 pytestmark = pytest.mark.usefixtures("unconfined")
 
@@ -48,7 +48,7 @@ class Gate:
         self.folder = folder
         folder.mkdir()
 
-    async def push(self, running: Services, *, each_s: float = 0.0) -> Served:
+    async def push(self, running: Services, *, each_s: float = 0.0) -> ResolvedVersion:
         code = CODE.replace("FOLDER", repr(str(self.folder))).replace("EACH", str(each_s))
         bundle = bundles.write(self.folder / "bundle", code=code, maxBatchSize=0)
         served = await running.push_bundle("gate", bundle)
@@ -76,7 +76,9 @@ def gate(tmp_path: Path) -> Gate:
     return Gate(tmp_path / "gate")
 
 
-async def submit(running: Services, served: Served, values: range, priority: Priority = Priority.NORMAL) -> list[str]:
+async def submit(
+    running: Services, served: ResolvedVersion, values: range, priority: Priority = Priority.NORMAL
+) -> list[str]:
     jobs = [new_job(served, row(value), priority=priority) for value in values]
     return [job["id"] for job in await running.gateway.jobs.submit(TENANT, jobs)]
 
@@ -88,7 +90,7 @@ async def ended(running: Services, ids: list[str]) -> list[int]:
     return [int(job["result"]["outputs"][0]["data"][0]) for job in jobs]
 
 
-def instance(running: Services, worker: int = 0) -> ModelInstance:
+def instance(running: Services, worker: int = 0) -> VersionServer:
     (held,) = running.workers[worker].holder._held.values()
     return held.instance
 

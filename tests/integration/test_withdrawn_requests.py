@@ -16,11 +16,11 @@ from tether.bus.session import connect
 from tether.crypto import MessageType
 from tether.domain.job import JobId, Lane, Withdrawal, new_job_id
 from tether.errors import RoleNotAllowed, SubjectMismatch
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.process import metrics
 from tether.process.data_dir import Home
 from tether.wire import codec
-from tether.worker.jobs.withdrawn_jobs import Withdrawn
+from tether.worker.jobs.withdrawn_jobs import WithdrawnJobs
 
 OWN = "own"
 
@@ -35,24 +35,24 @@ def home() -> Iterator[Home]:
 async def idle(start_broker: StartBroker) -> AsyncIterator[Services]:
     """A platform without a worker, whose gateway sends two bundles of one job each and keeps the rest."""
     async with (
-        start_broker(bundle_max_jobs=1, worker_slots=1) as broker,
+        start_broker(bundle_max_jobs=1, worker_prefetch=1) as broker,
         services(broker, workers=0) as running,
     ):
         yield running
 
 
-def lane_of(running: Services, served: Served) -> Lane:
+def lane_of(running: Services, served: ResolvedVersion) -> Lane:
     return served.lane(running.gateway.tenants.scope(TENANT))
 
 
-def withdrawn(running: Services, worker: int, model: str) -> Withdrawn:
+def withdrawn(running: Services, worker: int, model: str) -> WithdrawnJobs:
     """What a worker knows to be withdrawn of a model that it holds."""
     held = running.workers[worker].holder._held
     (found,) = [one.instance._withdrawn for ref, one in held.items() if ref.model == model]
     return found
 
 
-async def ask_and_leave(running: Services, served: Served) -> None:
+async def ask_and_leave(running: Services, served: ResolvedVersion) -> None:
     task = asyncio.create_task(running.infer(served, row(1.0), timeout_s=60))
     await wait_until(lambda: running.gateway.held(served.manifest.name) == 1, "the gateway holds the request")
     task.cancel()

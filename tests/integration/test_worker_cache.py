@@ -1,4 +1,4 @@
-"""Where a worker's model files come from: the broker, its cache of pieces, its disk; and what happens when one of them fails."""
+"""Where a worker's model files come from: the broker, its cache of chunks, its disk; and what happens when one of them fails."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tether.bus.session import connect
 from tether.domain.manifest import Batching, Manifest, ModelFile, ModelRef
 from tether.errors import CorruptChunk, Unavailable
 from tether.gateway_http.api.routes.workers import heartbeats
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.process import metrics
 from tether.process.data_dir import Home, private_folder
 from tether.storage.chunk_store import ObjectChunkStore
@@ -91,7 +91,7 @@ async def place(broker: Broker, tmp_path: Path) -> AsyncIterator[Place]:
 
 
 async def alter(bus: Bus, model: str, digest: str, content: bytes = b"evil") -> None:
-    """Write other bytes where a piece lies."""
+    """Write other bytes where a chunk lies."""
     await bus.publish_acked(bus.names.object_chunk(bus.names.chunk_bucket(model), digest), content)
 
 
@@ -135,7 +135,7 @@ async def test_a_damaged_cache_costs_a_fetch_of_what_was_damaged(place: Place) -
     ref, manifest = await place.version(content)
     files = place.files()
     await files.remember(manifest, directory := await files.fetch(ref, manifest))
-    digest, size = list(manifest.files[0].pieces())[2]
+    digest, size = list(manifest.files[0].sized_chunks())[2]
     data = place.folder / "chunks" / "data.mdb"
     found, raw = data.stat(), data.read_bytes()
     start = sum(manifest.files[0].sizes[:2])
@@ -154,7 +154,7 @@ async def test_a_damaged_cache_costs_a_fetch_of_what_was_damaged(place: Place) -
     await files.close()
 
 
-async def test_a_piece_that_the_store_has_lost_is_taken_from_the_cache(place: Place) -> None:
+async def test_a_chunk_that_the_store_has_lost_is_taken_from_the_cache(place: Place) -> None:
     content = noise(12 * MB)
     ref, manifest = await place.version(content)
     files = place.files()
@@ -165,10 +165,10 @@ async def test_a_piece_that_the_store_has_lost_is_taken_from_the_cache(place: Pl
     await files.close()
 
 
-async def test_what_came_before_a_damaged_piece_is_not_fetched_twice(place: Place) -> None:
+async def test_what_came_before_a_damaged_chunk_is_not_fetched_twice(place: Place) -> None:
     content = noise(12 * MB)
     ref, manifest = await place.version(content)
-    bad, size = list(manifest.files[0].pieces())[-1]
+    bad, size = list(manifest.files[0].sized_chunks())[-1]
     await alter(place.gateway, "m", bad, noise(size, 5))
     files = place.files()
     with pytest.raises(CorruptChunk, match=bad):
@@ -184,7 +184,7 @@ async def test_what_came_before_a_damaged_piece_is_not_fetched_twice(place: Plac
 
 
 async def test_versions_that_nobody_holds_make_room_and_held_ones_stay(place: Place) -> None:
-    files = place.files(cache_versions_mb=10)
+    files = place.files(model_files_mb=10)
     made = [await place.version(noise(4 * MB, seed)) for seed in range(4)]
     folders = [place.folder / version_digest(manifest) for _, manifest in made]
     for ref, manifest in made[:2]:
@@ -223,7 +223,7 @@ async def test_what_killed_processes_left_is_deleted(place: Place) -> None:
 
 async def test_a_full_disk_gives_up_the_cache_then_versions_and_says_so_when_nothing_is_left(place: Place) -> None:
     with small_disk(place.folder, 40):
-        files = place.files(cache_mb=64)
+        files = place.files(chunk_cache_mb=64)
         made = [await place.version(noise(size * MB, size)) for size in (16, 18, 20)]
         await files.remember(made[0][1], await files.fetch(*made[0]))
         assert files.cache.held(made[0][1].files[0].chunks)
@@ -241,7 +241,7 @@ async def test_a_full_disk_gives_up_the_cache_then_versions_and_says_so_when_not
 
 
 async def test_a_platform_whose_workers_disk_is_small_does_its_jobs(start_broker: StartBroker) -> None:
-    async with start_broker(cache_mb=64, cache_reserve_mb=0) as broker:
+    async with start_broker(chunk_cache_mb=64, cache_reserve_mb=0) as broker:
         with small_disk(broker.home.cache("worker-1"), 40):
             async with services(broker) as running:
                 for size, name in ((20, "large"), (16, "small")):
@@ -259,7 +259,7 @@ async def test_a_worker_keeps_optimised_graphs_unless_it_may_not(start_broker: S
         assert len(kept) == (1 if megabytes else 0)
 
 
-async def registered(running: Services, name: str, content: bytes) -> tuple[Served, ModelFile]:
+async def registered(running: Services, name: str, content: bytes) -> tuple[ResolvedVersion, ModelFile]:
     served = await running.push(name, content, workers=0)
     return served, served.manifest.files[0]
 
@@ -270,7 +270,7 @@ async def without_workers(broker: Broker) -> AsyncIterator[Services]:
         yield running
 
 
-async def test_a_version_with_a_damaged_piece_is_told_tried_again_and_alone(broker: Broker) -> None:
+async def test_a_version_with_a_damaged_chunk_is_told_tried_again_and_alone(broker: Broker) -> None:
     content = models.padded(12 * MB)
     async with without_workers(broker) as running:
         served, file = await registered(running, "broken", content)
@@ -288,7 +288,7 @@ async def test_a_version_with_a_damaged_piece_is_told_tried_again_and_alone(brok
                 for label, reason in beat.failed
             )
 
-        await wait_until(told, "the heartbeat names model and piece")
+        await wait_until(told, "the heartbeat names model and chunk")
         answer = await running.infer(sound, np.zeros((1, 4), np.float32))
         assert np.array_equal(answer, np.ones((1, 4), np.float32))
         assert (await running.gateway.jobs.get(TENANT, job["id"], 0))["state"] == "queued"
@@ -307,7 +307,7 @@ async def test_a_worker_that_starts_again_needs_neither_store_nor_assembled_file
         async with services(broker, workers=1) as first:
             holder = first.workers[0].holder
             await wait_until(lambda: bool(holder.ready()), "it is loaded")
-            await wait_until(lambda: not holder._tasks.named("remember"), "its pieces are kept")
+            await wait_until(lambda: not holder._tasks.named("remember"), "its chunks are kept")
         shutil.rmtree(home.cache("worker-1") / version_digest(served.manifest))
         for digest in file.chunks:
             await alter(running.bus, "m", digest)

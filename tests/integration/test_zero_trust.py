@@ -17,7 +17,7 @@ from tether.crypto import MessageType
 from tether.domain import api_key
 from tether.domain.job import AttemptNote, Job, JobId, JobState, Outcome, Priority, new_job_id
 from tether.domain.manifest import Alias, Assignment, Heartbeat, PushRequest, Registration, Route
-from tether.domain.partition import Wanted
+from tether.domain.partition import ChunkRequest
 from tether.domain.tensor import from_numpy
 from tether.process import metrics
 from tether.wire import codec
@@ -68,8 +68,8 @@ async def hijack(running: Services) -> list[Target]:
                text(Registration("worker-1", "local", 1, ())), (), False),
         Target("push", gateway, names.store_service("registerModel", 0, epoch), MessageType.PUSH,
                text(PushRequest("bump", served.manifest.files)), (), False),
-        Target("wanted piece", running.modelstore._bus, names.wanted("worker-1"), MessageType.WANTED,
-               text(Wanted("0" * 64)), (), False),
+        Target("wanted chunk", running.modelstore._bus, names.wanted("worker-1"), MessageType.WANTED,
+               text(ChunkRequest("0" * 64)), (), False),
         Target("heartbeat", worker, entry("liveness", "worker-1"), MessageType.HEARTBEAT, text(beat)),
         Target("assignment", dispatcher, entry("assign", "worker-1"), MessageType.ASSIGN, text(Assignment("worker-1", 1, ()))),
         Target("route", dispatcher, entry("routes", "bump.1"), MessageType.ROUTE, text(Route("bump", 1, ()))),

@@ -120,8 +120,8 @@ def test_shrinking_bytes_only_raise_our_errors(decoder: Decoder, data: st.DataOb
 
 
 FOUND = [
-    ("piece meta", b'{"name":"\x80","bucket":"b","nuid":"c","size":1,"mtime":"","chunks":1,"digest":""}'),
-    ("piece meta", b"[" * 100_000),
+    ("chunk meta", b'{"name":"\x80","bucket":"b","nuid":"c","size":1,"mtime":"","chunks":1,"digest":""}'),
+    ("chunk meta", b"[" * 100_000),
     ("ack", b'{"stream":"S","seq":1,"error":{"code":400,"err_code":10071}}'),
     ("ack", b'{"stream":"\xff","seq":1}'),
     ("query", b"state=" + b"a" * 5000),

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from served import Served
 
-from tether.errors import ModelLimits, ModelRejected, UnsafeModel
+from tether.errors import InspectionLimitExceeded, ModelRejected, UnsafeModel
 from tether.modelstore.inspection.file_formats import onnx_parser
-from tether.modelstore.inspection.inspector import Limits, inspect
+from tether.modelstore.inspection.inspector import InspectionLimits, inspect
 
 
 def pickled(sentinel: Path) -> bytes:
@@ -113,7 +113,7 @@ def test_there_is_no_datatype_of_objects(target: Served, datatype: str) -> None:
     assert (answer.status_code, answer.json()["code"]) == (400, "bad_tensor")
 
 
-SHORT = Limits(memory_mb=3072, cpu_s=2, wall_s=30)
+SHORT = InspectionLimits(memory_mb=3072, cpu_s=2, wall_s=30)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,8 @@ SHORT = Limits(memory_mb=3072, cpu_s=2, wall_s=30)
         (models.external("*/_ORT_MEM_ADDR_/1234"), UnsafeModel),
         (models.operator("EPContext", "com.microsoft", nested=True), UnsafeModel),
         (models.operator("Run", "evil.ops", nested=True), UnsafeModel),
-        (models.swelling(), ModelLimits),
-        (models.looping(), ModelLimits),
+        (models.swelling(), InspectionLimitExceeded),
+        (models.looping(), InspectionLimitExceeded),
         (models.zipmap(), ModelRejected),
     ],
     ids=[
@@ -167,7 +167,7 @@ async def test_a_model_is_refused_with_the_code_of_its_reason(
 def test_a_million_nodes_are_not_walked_to_the_end() -> None:
     node = b"\x0a\x03\x22\x01A" * 600_000
     length = b"".join(bytes([(len(node) >> shift & 0x7F) | 0x80]) for shift in (0, 7, 14)) + bytes([len(node) >> 21])
-    with pytest.raises(ModelLimits, match="500000 nodes"):
+    with pytest.raises(InspectionLimitExceeded, match="500000 nodes"):
         onnx_parser.check_file(b"\x08\x09\x3a" + length + node)
 
 

@@ -42,8 +42,8 @@ def memory_stays_flat(limit_mb: float = 20.0) -> Iterator[None]:
 @pytest.mark.parametrize(("line", "body"), ROUTES)
 def test_the_same_requests_are_answered_when_they_are_well(target: Served, line: str, body: bytes) -> None:
     assert whole(target, line, body).status == 200
-    pieces = chunked([body[:9], body[9:]]) + b"0\r\n\r\n"
-    assert exchange(target.url, request(line, headed(target, ("transfer-encoding", "chunked")), pieces)).status == 200
+    chunks = chunked([body[:9], body[9:]]) + b"0\r\n\r\n"
+    assert exchange(target.url, request(line, headed(target, ("transfer-encoding", "chunked")), chunks)).status == 200
 
 
 @pytest.mark.parametrize(("line", "body"), ROUTES)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tether import audit, crypto
-from tether.audit import Chain, Checker, Entry, Kind, Mark, Problem, Record, What
+from tether.audit import AuditEntry, Chain, Checker, Kind, Mark, Problem, Record, What
 from tether.crypto import Historical, MessageType, Role
 from tether.errors import BadEncoding, KeyExpired, KeyRevoked, RoleNotAllowed, SubjectMismatch
 from tether.wire import codec
@@ -268,9 +268,9 @@ def test_entries_keep_their_fields_and_cost_nothing_for_what_is_not_said() -> No
     row = (NOW, "key:abcdefgh", "infer", "ok", "digits", 3, "0" * 32, "req", 256, 40, 900, 1, "", "")
     chain = Chain("aaaa", INFERENCE)
     block = audit.decode_block(chain.block([audit.encode(row), audit.encode((NOW, "-", "log in", "unauthenticated"))]))
-    one, two = audit.entries_of(block, Entry)
-    assert one == Entry(*row)
-    assert two == Entry(NOW, "-", "log in", "unauthenticated")
+    one, two = audit.entries_of(block, AuditEntry)
+    assert one == AuditEntry(*row)
+    assert two == AuditEntry(NOW, "-", "log in", "unauthenticated")
     assert len(block.entries[1]) < 40
 
 

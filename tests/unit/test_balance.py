@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tether.dispatcher.worker_capacity import Levels
+from tether.dispatcher.worker_capacity import CapacityBaseline
 from tether.domain.job import SHARED
 from tether.domain.manifest import Heartbeat, ModelRef
 from tether.model.config import LoadBalancing
@@ -115,17 +115,19 @@ def beat(worker: str, *levels: float, scope: str = SHARED, ready: bool = True) -
 def test_the_least_able_worker_of_a_scope_is_the_measure() -> None:
     beats = [beat("a", 30.0), beat("b", 10.0), beat("c"), beat("d", 5.0, scope="acme"), beat("e", 1.0, ready=False)]
     living = {one.worker: one for one in beats}
-    assert Levels().least(living, {"d": "acme"}) == {(SHARED, REF): 10.0, ("acme", REF): 5.0}
-    assert Levels().least(living, {}) == {(SHARED, REF): 10.0}, "who serves another scope than it may does not count"
+    assert CapacityBaseline().least(living, {"d": "acme"}) == {(SHARED, REF): 10.0, ("acme", REF): 5.0}
+    assert CapacityBaseline().least(living, {}) == {(SHARED, REF): 10.0}, (
+        "who serves another scope than it may does not count"
+    )
 
 
 @pytest.mark.parametrize("level", [0.0, -1.0, math.nan, math.inf, -math.inf])
 def test_a_level_that_is_none_is_not_taken(level: float) -> None:
-    assert Levels().least({"a": beat("a", level), "b": beat("b", 3.0)}, {}) == {(SHARED, REF): 3.0}
+    assert CapacityBaseline().least({"a": beat("a", level), "b": beat("b", 3.0)}, {}) == {(SHARED, REF): 3.0}
 
 
 def test_workers_are_told_of_real_changes_only() -> None:
-    levels = Levels()
+    levels = CapacityBaseline()
     told = [levels.least({"a": beat("a", level)}, {})[SHARED, REF] for level in (10.0, 11.0, 9.0, 13.0, 12.0, 2.0)]
     assert told == [10.0, 10.0, 10.0, 13.0, 13.0, 2.0]
     assert levels.least({}, {}) == {}

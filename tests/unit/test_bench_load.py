@@ -11,13 +11,13 @@ from bench.load import Report, content_length, drive, post
 HEAD = b"HTTP/1.1 %s\r\nServer: x\r\ncontent-length: 5\r\n\r\nhello"
 
 
-async def answering(pieces: list[bytes], *, seconds: float = 0.2) -> tuple[Report, str]:
-    """Drive a server that answers every request with these pieces, one write each."""
+async def answering(chunks: list[bytes], *, seconds: float = 0.2) -> tuple[Report, str]:
+    """Drive a server that answers every request with these chunks, one write each."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while await reader.read(4096):
-            for piece in pieces:
-                writer.write(piece)
+            for chunk in chunks:
+                writer.write(chunk)
                 await writer.drain()
         writer.close()
 
@@ -29,8 +29,8 @@ async def answering(pieces: list[bytes], *, seconds: float = 0.2) -> tuple[Repor
 
 async def test_answers_are_counted_whole_or_torn() -> None:
     whole = HEAD % b"200 OK"
-    for pieces in ([whole], [whole[:9], whole[9:30], whole[30:-2], whole[-2:]]):
-        report, error = await answering(pieces)
+    for chunks in ([whole], [whole[:9], whole[9:30], whole[30:-2], whole[-2:]]):
+        report, error = await answering(chunks)
         assert (report.errors, error) == (0, "")
         assert report.requests > 10
         assert 0 < report.p50_ms <= report.p99_ms <= report.max_ms

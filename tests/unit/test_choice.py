@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tether.dispatcher.placement import Known, Offer, Placed, place
-from tether.dispatcher.worker_inventory import FAILING_S, Crew
+from tether.dispatcher.placement import Placement, PlacementInput, WorkerOffer, place
+from tether.dispatcher.worker_inventory import FAILING_S, WorkerInventory
 from tether.domain.job import SHARED
 from tether.domain.manifest import Assignment, Heartbeat, ModelRef, Registration
 from tether.model.config import Loading, ModelConfig
@@ -17,24 +17,31 @@ def versions(*names: str) -> tuple[ModelRef, ...]:
     return tuple(ModelRef(name, 1) for name in names)
 
 
-def crew(count: int, memory: int = 0, **labels: str) -> dict[str, Offer]:
-    return {f"w{number}": Offer(SHARED, labels, memory) for number in range(count)}
+def crew(count: int, memory: int = 0, **labels: str) -> dict[str, WorkerOffer]:
+    return {f"w{number}": WorkerOffer(SHARED, labels, memory) for number in range(count)}
 
 
-def placed(refs: tuple[ModelRef, ...], offers: Mapping[str, Offer], *configs: ModelConfig, **known: object) -> Placed:
+def placed(
+    refs: tuple[ModelRef, ...], offers: Mapping[str, WorkerOffer], *configs: ModelConfig, **known: object
+) -> Placement:
     sizes = dict.fromkeys(refs, 100 * MB)
-    return place({SHARED: refs}, offers, Known(sizes, {one.model: one for one in configs}, **known))  # type: ignore[arg-type]
+    return place({SHARED: refs}, offers, PlacementInput(sizes, {one.model: one for one in configs}, **known))  # type: ignore[arg-type]
 
 
-def holders(found: Placed, ref: ModelRef) -> set[str]:
+def holders(found: Placement, ref: ModelRef) -> set[str]:
     return {worker for worker, refs in found.held.items() if ref in refs}
 
 
 def test_a_version_of_which_nothing_is_decided_is_held_by_every_worker_of_its_scope() -> None:
     a, b = versions("a", "b")
-    offers = {"one": Offer(SHARED), "two": Offer(SHARED), "own": Offer("acme"), "lost": Offer("gone")}
-    found = place({SHARED: (a, b), "acme": (b,)}, offers, Known())
-    assert found == Placed({"one": (a, b), "two": (a, b), "own": (b,), "lost": ()}, {})
+    offers = {
+        "one": WorkerOffer(SHARED),
+        "two": WorkerOffer(SHARED),
+        "own": WorkerOffer("acme"),
+        "lost": WorkerOffer("gone"),
+    }
+    found = place({SHARED: (a, b), "acme": (b,)}, offers, PlacementInput())
+    assert found == Placement({"one": (a, b), "two": (a, b), "own": (b,), "lost": ()}, {})
 
 
 def test_a_number_of_replicas_is_spread_and_only_its_share_moves_when_a_worker_goes() -> None:
@@ -56,7 +63,7 @@ def test_a_number_of_replicas_is_spread_and_only_its_share_moves_when_a_worker_g
 
 def test_a_worker_needs_every_label() -> None:
     (a,) = versions("a")
-    offers = {**crew(2, zone="eu"), "gpu": Offer(SHARED, {"zone": "eu", "gpu": "a100"})}
+    offers = {**crew(2, zone="eu"), "gpu": WorkerOffer(SHARED, {"zone": "eu", "gpu": "a100"})}
     assert holders(placed((a,), offers, ModelConfig("a", labels={"gpu": "a100", "zone": "eu"})), a) == {"gpu"}
     assert holders(placed((a,), offers, ModelConfig("a", labels={"zone": "eu"})), a) == {"w0", "w1", "gpu"}
     none = placed((a,), offers, ModelConfig("a", labels={"zone": "us", "gpu": "a100"}))
@@ -96,7 +103,7 @@ def test_what_is_loaded_lazily_needs_to_fit_and_reserves_nothing() -> None:
 
 def test_fewer_workers_than_replicas_min_are_told_of() -> None:
     (a,) = versions("a")
-    offers = {**crew(2, memory=100 * MB), "small": Offer(SHARED, {}, MB)}
+    offers = {**crew(2, memory=100 * MB), "small": WorkerOffer(SHARED, {}, MB)}
     found = placed((a,), offers, ModelConfig("a", replicas_min=3))
     assert holders(found, a) == {"w0", "w1"}
     assert found.reasons == {(SHARED, a): "2 of the 3 workers that replicas_min asks for have room for it"}
@@ -118,7 +125,7 @@ def test_until_everybody_was_heard_nothing_moves_that_has_a_number_of_replicas()
     (chosen,) = holders(placed((a,), crew(2), ModelConfig("a", replicas_max=1)), a)
     (other,) = {"w0", "w1"} - {chosen}
     assigned = {chosen: Assignment(chosen, 1, (a, b)), other: Assignment(other, 1, (b,))}
-    told = Crew(2.5, 8)
+    told = WorkerInventory(2.5, 8)
     told.said(other, Heartbeat(other, 1, "local", (b,), (), 0, 2, 0.0), 10.0)
 
     def now(at: float, *, listening: bool) -> dict[str, tuple[ModelRef, ...]]:
@@ -139,7 +146,7 @@ def test_who_could_not_load_a_version_goes_after_the_others_for_a_while() -> Non
     (a,) = versions("a")
     (chosen,) = holders(placed((a,), crew(2), ModelConfig("a", replicas_max=1)), a)
     (other,) = {"w0", "w1"} - {chosen}
-    told = Crew(1000.0, 8)
+    told = WorkerInventory(1000.0, 8)
     told.said(other, Heartbeat(other, 1, "local", (), (), 0, 2, 0.0), 0.0)
 
     def says(at: float, ready: tuple[ModelRef, ...], failed: tuple[tuple[str, str], ...]) -> set[str]:

@@ -1,4 +1,4 @@
-"""A worker's cache of pieces: it may lose anything and never hands out anything wrong, whatever happens to its file."""
+"""A worker's cache of chunks: it may lose anything and never hands out anything wrong, whatever happens to its file."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from tether.errors import ConfigError
 from tether.process import metrics
 from tether.worker.files import lmdb_chunks
 from tether.worker.files.chunk_cache import ChunkCache
-from tether.worker.files.lmdb_chunks import DATA, Full, PieceDb
+from tether.worker.files.lmdb_chunks import DATA, Full, LmdbChunks
 
 MB = 1 << 20
 
 
-def pieces(count: int, seed: int = 0, size: int = MB) -> list[tuple[str, bytes]]:
+def chunks(count: int, seed: int = 0, size: int = MB) -> list[tuple[str, bytes]]:
     rng = random.Random(seed)
     made = [rng.randbytes(size - rng.randrange(size // 2)) for _ in range(count)]
-    return [(digest_of(piece), piece) for piece in made]
+    return [(digest_of(chunk), chunk) for chunk in made]
 
 
 def names(some: Sequence[tuple[str, bytes]]) -> list[str]:
@@ -45,9 +45,9 @@ def opened(folder: Path, budget: int = 64 * MB, reserve: int = 0) -> Iterator[Ch
 
 
 def filled(folder: Path, some: Sequence[tuple[str, bytes]]) -> Path:
-    """A file with these pieces, closed in order."""
+    """A file with these chunks, closed in order."""
     with opened(folder) as cache:
-        assert cache.keep(some) == sum(len(piece) for _, piece in some)
+        assert cache.keep(some) == sum(len(chunk) for _, chunk in some)
     return folder / "chunks" / DATA
 
 
@@ -58,29 +58,29 @@ def lost(reason: str) -> float:
 def intact(cache: ChunkCache, some: Sequence[tuple[str, bytes]]) -> int:
     """How many are still there; what is there must be right."""
     found = {digest: cache.read(digest) for digest in names(some)}
-    assert all(found[digest] in (None, piece) for digest, piece in some)
-    return sum(piece is not None for piece in found.values())
+    assert all(found[digest] in (None, chunk) for digest, chunk in some)
+    return sum(chunk is not None for chunk in found.values())
 
 
-def test_pieces_are_there_after_a_restart_in_a_private_folder(tmp_path: Path) -> None:
-    some = pieces(10)
+def test_chunks_are_there_after_a_restart_in_a_private_folder(tmp_path: Path) -> None:
+    some = chunks(10)
     data = filled(tmp_path, some)
     with opened(tmp_path) as cache:
         assert cache.held([*names(some), digest_of(b"another")]) == set(names(some))
         assert intact(cache, some) == 10
-        assert cache.size == sum(len(piece) for _, piece in some)
+        assert cache.size == sum(len(chunk) for _, chunk in some)
     assert data.parent.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o077 for path in data.parent.iterdir() if path.name != "state"} == {0}
 
 
-def test_a_piece_that_is_not_what_its_digest_says_is_not_kept(tmp_path: Path) -> None:
+def test_a_chunk_that_is_not_what_its_digest_says_is_not_kept(tmp_path: Path) -> None:
     with opened(tmp_path) as cache:
         assert cache.keep([(digest_of(b"one"), b"another")]) == 0
         assert cache.held([digest_of(b"one")]) == set()
 
 
 def test_what_was_not_used_for_the_longest_time_makes_room_also_after_a_restart(tmp_path: Path) -> None:
-    old, used, new = pieces(8, 1), pieces(8, 2), pieces(5, 3)
+    old, used, new = chunks(8, 1), chunks(8, 2), chunks(5, 3)
     with opened(tmp_path, 16 * MB) as cache:
         cache.keep([*used, *old][:14])
         assert intact(cache, used) == 8
@@ -95,7 +95,7 @@ def test_the_file_stays_in_its_budget_however_much_goes_through_it(tmp_path: Pat
     before = lost("full")
     with opened(tmp_path, budget) as cache:
         for seed in range(40):
-            newest = pieces(10, seed)
+            newest = chunks(10, seed)
             cache.keep(newest)
             assert intact(cache, newest) == 10
             assert (tmp_path / "chunks" / DATA).stat().st_size <= budget
@@ -104,7 +104,7 @@ def test_the_file_stays_in_its_budget_however_much_goes_through_it(tmp_path: Pat
 
 
 def test_a_model_larger_than_the_budget_is_kept_in_part_and_does_not_chase_itself_out(tmp_path: Path) -> None:
-    many = pieces(40)
+    many = chunks(40)
     with opened(tmp_path, 16 * MB) as cache:
         kept = cache.keep(many)
         assert 8 * MB < kept < 12 * MB
@@ -121,7 +121,7 @@ def flip(data: bytes) -> bytes:
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "bytes flipped everywhere": flip,
-    "a byte of a piece": lambda data: data[: 5 * MB] + bytes([data[5 * MB] ^ 1]) + data[5 * MB + 1 :],
+    "a byte of a chunk": lambda data: data[: 5 * MB] + bytes([data[5 * MB] ^ 1]) + data[5 * MB + 1 :],
     "cut in half": lambda data: data[: len(data) // 2],
     "cut inside a page": lambda data: data[: len(data) - 5000],
     "cut to its first pages": lambda data: data[:8192],
@@ -136,7 +136,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_noticed_and_the_cache_works_again(tmp_path: Path, damage: str) -> None:
-    some = pieces(12)
+    some = chunks(12)
     data = filled(tmp_path, some)
     data.write_bytes(DAMAGE[damage](data.read_bytes()))
     with opened(tmp_path) as cache:
@@ -147,8 +147,8 @@ def test_a_damaged_file_is_noticed_and_the_cache_works_again(tmp_path: Path, dam
 
 @pytest.mark.parametrize("seed", range(8))
 def test_flipped_bytes_that_no_clock_tells_of_are_survived(tmp_path: Path, seed: int) -> None:
-    """As a disk that decays: size and times of the file are those of an orderly end. Only pieces are hit, not the tree."""
-    some = pieces(6, seed)
+    """As a disk that decays: size and times of the file are those of an orderly end. Only chunks are hit, not the tree."""
+    some = chunks(6, seed)
     data = filled(tmp_path, some)
     found = data.stat()
     content = data.read_bytes()
@@ -157,16 +157,16 @@ def test_flipped_bytes_that_no_clock_tells_of_are_survived(tmp_path: Path, seed:
         file.seek(at)
         file.write(bytes([content[at] ^ 0x40]))
     os.utime(data, ns=(found.st_atime_ns, found.st_mtime_ns))
-    before = lost("piece")
+    before = lost("chunk")
     with opened(tmp_path) as cache:
         assert intact(cache, some) == 5
         assert cache.keep(some) == len(some[seed % 6][1])
         assert intact(cache, some) == 6
-    assert lost("piece") == before + 1
+    assert lost("chunk") == before + 1
 
 
 def test_a_file_that_kills_its_reader_kills_only_the_child_that_tries_it(tmp_path: Path) -> None:
-    some = pieces(20)
+    some = chunks(20)
     data = filled(tmp_path, some)
     size = data.stat().st_size
     os.truncate(data, size // 2)
@@ -175,12 +175,12 @@ def test_a_file_that_kills_its_reader_kills_only_the_child_that_tries_it(tmp_pat
     before = lost("damaged")
     with opened(tmp_path) as cache:
         assert cache.held(names(some)) == set()
-        assert cache.keep(some) == sum(len(piece) for _, piece in some)
+        assert cache.keep(some) == sum(len(chunk) for _, chunk in some)
     assert lost("damaged") == before + 1
 
 
 def test_a_file_that_was_cut_short_unseen_is_gone_through_as_a_whole(tmp_path: Path) -> None:
-    some = pieces(20)
+    some = chunks(20)
     data = filled(tmp_path, some)
     os.truncate(data, data.stat().st_size - 3 * MB)
     found = data.stat()
@@ -192,17 +192,17 @@ def test_a_file_that_was_cut_short_unseen_is_gone_through_as_a_whole(tmp_path: P
 def test_a_file_that_is_full_is_made_anew(tmp_path: Path) -> None:
     folder = tmp_path / "small"
     folder.mkdir()
-    small = PieceDb(folder, 2 * MB)
+    small = LmdbChunks(folder, 2 * MB)
     with pytest.raises(Full):
-        small.put(pieces(1, size=4 * MB), ())
+        small.put(chunks(1, size=4 * MB), ())
     small.close()
     before = lost("full")
     with opened(tmp_path, 8 * MB) as cache:
-        cache.keep(pieces(2))
+        cache.keep(chunks(2))
         cache._capacity = 64 * MB
-        cache.keep(pieces(30, 7))
+        cache.keep(chunks(30, 7))
         assert lost("full") == before + 1
-        some = pieces(4, 8)
+        some = chunks(4, 8)
         cache.keep(some)
         assert intact(cache, some) == 4
 
@@ -219,7 +219,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 def test_a_disk_that_takes_no_more_costs_the_cache_and_nothing_else(tmp_path: Path) -> None:
-    some = pieces(12)
+    some = chunks(12)
     with opened(tmp_path) as cache:
         with file_size_limit(4 * MB):
             cache.keep(some)
@@ -229,7 +229,7 @@ def test_a_disk_that_takes_no_more_costs_the_cache_and_nothing_else(tmp_path: Pa
 
 
 def test_no_cache_where_the_disk_has_no_room_or_none_is_wanted(tmp_path: Path) -> None:
-    some = pieces(2)
+    some = chunks(2)
     with opened(tmp_path, reserve=1 << 60) as cache:
         assert (cache.keep(some), cache.held(names(some))) == (0, set())
     with opened(tmp_path / "none", 0) as cache:
@@ -238,14 +238,14 @@ def test_no_cache_where_the_disk_has_no_room_or_none_is_wanted(tmp_path: Path) -
 
 
 def test_a_smaller_budget_makes_the_file_anew(tmp_path: Path) -> None:
-    data = filled(tmp_path, pieces(30))
+    data = filled(tmp_path, chunks(30))
     with opened(tmp_path, 8 * MB) as cache:
-        cache.keep(pieces(2, 9))
+        cache.keep(chunks(2, 9))
         assert data.stat().st_size <= 8 * MB
 
 
 def test_only_one_has_the_file_at_a_time_and_a_forked_process_has_none(tmp_path: Path) -> None:
-    some = pieces(3)
+    some = chunks(3)
     with opened(tmp_path) as first:
         first.keep(some)
         with opened(tmp_path) as second:
@@ -265,14 +265,14 @@ import os, pathlib, signal, sys
 from tether.domain.chunking import digest_of
 from tether.worker.files.chunk_cache import ChunkCache
 cache = ChunkCache(pathlib.Path(sys.argv[1]), 64 << 20, 0)
-cache.keep([(digest_of(piece), piece) for piece in (bytes([n]) * 300_000 for n in range(8))])
+cache.keep([(digest_of(chunk), chunk) for chunk in (bytes([n]) * 300_000 for n in range(8))])
 cache.held([])
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def test_after_a_kill_the_file_is_read_as_a_whole_and_after_three_it_is_not_trusted(tmp_path: Path) -> None:
-    some = [(digest_of(piece), piece) for piece in (bytes([n]) * 300_000 for n in range(8))]
+    some = [(digest_of(chunk), chunk) for chunk in (bytes([n]) * 300_000 for n in range(8))]
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
     program = [sys.executable, "-c", KILLED, str(tmp_path / "chunks")]
 
@@ -301,7 +301,7 @@ def test_a_folder_that_others_may_write_into_is_refused(tmp_path: Path) -> None:
 
 
 def test_it_can_be_deleted_at_any_time(tmp_path: Path) -> None:
-    some = pieces(5)
+    some = chunks(5)
     with opened(tmp_path) as cache:
         cache.keep(some)
         cache.rest()

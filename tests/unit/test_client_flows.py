@@ -12,7 +12,7 @@ from drive import BROKEN, REFUSED, Drive, done, job, refusal, reply
 from tether.client import operations as flows
 from tether.client import split_inference
 from tether.client.operations import JobInfo, JobOptions
-from tether.client.protocol import Lost, Reply
+from tether.client.protocol import NoResponse, Response
 from tether.client.pushing import local_model, push
 from tether.domain.job import JobState
 from tether.domain.tensor import Tensor, from_numpy, pack_bytes
@@ -33,11 +33,11 @@ from tether.wire import oip
 # inference
 
 
-def answer(*outputs: Tensor) -> Reply:
+def answer(*outputs: Tensor) -> Response:
     request = oip.InferRequest("", (), binary_default=True)
     body, length = oip.build_infer_response(model="m", version="1", request=request, outputs=outputs)
     headers = {} if length is None else {"inference-header-content-length": str(length)}
-    return Reply(200, headers, body)
+    return Response(200, headers, body)
 
 
 def test_arrays_travel_as_binary_both_ways() -> None:
@@ -95,7 +95,7 @@ TOO_LARGE = refusal("payload_too_large", 413)
 SPEC = {"inputs": [{"name": "x", "datatype": "INT32", "shape": [-1]}]}
 
 
-def part(*values: int) -> Reply:
+def part(*values: int) -> Response:
     return answer(from_numpy("y", np.array(values, dtype=np.int32)))
 
 
@@ -155,7 +155,7 @@ def batches(drive: Drive) -> list[int]:
     return [len(drive.body(index)["jobs"]) for index in range(len(drive.sent))]
 
 
-def pages(*sizes: int) -> list[Reply]:
+def pages(*sizes: int) -> list[Response]:
     return [reply({"jobs": [job(job_id=f"{page}-{n}") for n in range(size)]}, 202) for page, size in enumerate(sizes)]
 
 
@@ -270,14 +270,14 @@ def test_a_push_goes_on_where_it_was(tmp_path: Path) -> None:
     platform, files, _ = model
     assert platform == "onnxruntime_onnx"
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert [(item.path, item.digest, item.pieces) for item in files] == [("model.onnx", digest, ((digest, 0, 3),))]
+    assert [(item.path, item.digest, item.chunks) for item in files] == [("model.onnx", digest, ((digest, 0, 3),))]
     drive = Drive([reply({"missing": [digest]}), BROKEN, reply({}, 201), BROKEN, reply({"version": 1}, 201)])
     options = {"max_batch_size": 0, "max_delay_ms": None}
     told = drive(lambda policy: push.push(policy, "m", model, options, None))
     assert told == {"version": 1, "stored_bytes": 3}
     paths = [(sent.method, sent.path.removeprefix("/v1/models/m/")) for sent in drive.sent]
-    piece, register = ("PUT", f"chunks/{digest}"), ("POST", "versions:register")
-    assert paths == [("POST", "chunks:missing"), piece, piece, register, register]
+    chunk, register = ("PUT", f"chunks/{digest}"), ("POST", "versions:register")
+    assert paths == [("POST", "chunks:missing"), chunk, chunk, register, register]
     described = {"path": "model.onnx", "size": 3, "digest": digest, "chunks": [digest], "sizes": [3]}
     assert drive.body() == {"files": [described], "platform": "onnxruntime_onnx", "max_batch_size": 0}
 
@@ -299,7 +299,7 @@ def test_keys_are_made_once_and_revoked() -> None:
 
 
 @pytest.mark.parametrize(("got", "expected"), [(reply(b""), True), (reply(b"", 503), False), (REFUSED, False)])
-def test_readiness_is_a_plain_yes_or_no(got: Reply | Lost, expected: bool) -> None:
+def test_readiness_is_a_plain_yes_or_no(got: Response | NoResponse, expected: bool) -> None:
     drive = Drive([got])
     assert drive(flows.ready) is expected
     assert not drive.pauses

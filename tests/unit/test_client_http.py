@@ -10,7 +10,17 @@ import pytest
 from drive import BROKEN, REFUSED, Drive, refusal, reply
 
 from tether.client import operations as flows
-from tether.client.protocol import TIMEOUT_HEADER, Flow, Lost, Patience, Policy, Reply, Send, exchange, failure
+from tether.client.protocol import (
+    TIMEOUT_HEADER,
+    Flow,
+    NoResponse,
+    OperationDeadline,
+    Request,
+    Response,
+    RetryPolicy,
+    exchange,
+    failure,
+)
 from tether.errors import (
     BadJson,
     Conflict,
@@ -27,8 +37,8 @@ from tether.errors import (
 # tries
 
 
-def asking(**more: Any) -> Callable[[Policy], Flow[Reply]]:
-    return lambda policy: exchange(policy, Send("GET", "/", **more))
+def asking(**more: Any) -> Callable[[RetryPolicy], Flow[Response]]:
+    return lambda policy: exchange(policy, Request("GET", "/", **more))
 
 
 def test_a_refused_connection_is_tried_again_with_growing_pauses() -> None:
@@ -81,7 +91,7 @@ def test_each_try_has_what_is_left_of_the_time() -> None:
 
 def test_a_late_answer_is_a_deadline() -> None:
     with pytest.raises(DeadlineExceeded):
-        Drive([Lost("timed out", sent=True, late=True)])(asking())
+        Drive([NoResponse("timed out", sent=True, late=True)])(asking())
 
 
 @pytest.mark.parametrize(
@@ -98,7 +108,7 @@ def test_a_late_answer_is_a_deadline() -> None:
         (reply({"error": "x"}, 500), TetherError),
     ],
 )
-def test_errors_take_the_class_of_their_code_or_else_of_their_status(got: Reply, kind: type[TetherError]) -> None:
+def test_errors_take_the_class_of_their_code_or_else_of_their_status(got: Response, kind: type[TetherError]) -> None:
     error = failure(got)
     assert type(error) is kind
 
@@ -125,13 +135,13 @@ def test_an_answer_that_is_not_json_is_bad_json() -> None:
 # one patience for many requests
 
 
-def patiently(told: list[str], seconds: float = 60.0) -> Callable[[Policy], Flow[list[Reply]]]:
+def patiently(told: list[str], seconds: float = 60.0) -> Callable[[RetryPolicy], Flow[list[Response]]]:
     """Two requests, one after the other, within one time."""
 
-    def flow(policy: Policy) -> Flow[list[Reply]]:
-        shared = replace(policy, patience=Patience(policy.monotonic() + seconds, told.append))
-        first = yield from exchange(shared, Send("GET", "/a"))
-        second = yield from exchange(shared, Send("GET", "/b"))
+    def flow(policy: RetryPolicy) -> Flow[list[Response]]:
+        shared = replace(policy, patience=OperationDeadline(policy.monotonic() + seconds, told.append))
+        first = yield from exchange(shared, Request("GET", "/a"))
+        second = yield from exchange(shared, Request("GET", "/b"))
         return [first, second]
 
     return flow

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tether.client.pushing.local_model import FORMATS, LocalModel, local_model, read_piece
+from tether.client.pushing.local_model import FORMATS, LocalModel, local_model, read_chunk
 from tether.errors import InvalidRequest
 
 SIGNATURE = json.dumps({"inputs": [], "outputs": []})
@@ -132,7 +132,7 @@ def test_a_link_that_takes_a_files_place_meanwhile_is_not_followed(tmp_path: Pat
     path.unlink()
     path.symlink_to(tmp_path / "secret")
     with pytest.raises(InvalidRequest, match="cannot read"):
-        read_piece(file.source, 0, 5)
+        read_chunk(file.source, 0, 5)
 
 
 def test_what_is_no_plain_file_is_named(tmp_path: Path) -> None:

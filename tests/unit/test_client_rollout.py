@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from drive import BROKEN, Drive, refusal, reply
 
-from tether.client.protocol import Reply
+from tether.client.protocol import Response
 from tether.client.rollout import settled, wait_ready
 from tether.errors import ModelNotReady
 
 
-def told(state: str, *, workers: int = 2, ready: int = 0, failed: int = 0, reason: str = "") -> Reply:
+def told(state: str, *, workers: int = 2, ready: int = 0, failed: int = 0, reason: str = "") -> Response:
     body: dict[str, Any] = {"name": "m", "version": 3, "state": state, "reason": reason}
     return reply({**body, "workers": workers, "ready": ready, "failed": failed})
 

@@ -11,7 +11,7 @@ import pytest
 from http_servers import serving
 
 from tether import AsyncClient, Client
-from tether.client.protocol import Flow, Policy, Send, Together, exchange
+from tether.client.protocol import Concurrently, Flow, Request, RetryPolicy, exchange
 from tether.errors import NotFound
 
 WIDTH = 3
@@ -39,11 +39,11 @@ class Crowd:
         return 200, request.path.encode()
 
 
-def asked(policy: Policy, paths: list[str], told: list[str]) -> Flow[list[str]]:
+def asked(policy: RetryPolicy, paths: list[str], told: list[str]) -> Flow[list[str]]:
     def one(path: str) -> Flow[str]:
-        return (yield from exchange(policy, Send("GET", path))).body.decode()
+        return (yield from exchange(policy, Request("GET", path))).body.decode()
 
-    return (yield Together(map(one, paths), WIDTH, told.append))  # type: ignore[no-any-return]
+    return (yield Concurrently(map(one, paths), WIDTH, told.append))  # type: ignore[no-any-return]
 
 
 PATHS = [f"/{number}" for number in range(11)]

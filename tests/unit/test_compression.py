@@ -1,4 +1,4 @@
-"""Compression of pieces: only where it pays, and no frame unpacks to more than a piece may have."""
+"""Compression of chunks: only where it pays, and no frame unpacks to more than a chunk may have."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def normal(count: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
 
 
 @pytest.mark.parametrize(
-    ("piece", "pays"),
+    ("chunk", "pays"),
     [
         (random.Random(1).randbytes(MB), False),
         (normal(MB // 4).tobytes(), False),
@@ -35,20 +35,20 @@ def normal(count: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     ],
     ids=["noise", "fp32", "bf16", "bf16 in fp32", "zeros", "one byte", "nothing", "short"],
 )
-def test_a_piece_is_compressed_where_that_saves_a_tenth(piece: bytes, pays: bool) -> None:
-    found = compressed(piece)
+def test_a_chunk_is_compressed_where_that_saves_a_tenth(chunk: bytes, pays: bool) -> None:
+    found = compressed(chunk)
     assert (found is not None) is pays
     if found is not None:
-        assert len(found) <= (1 - WORTH) * len(piece)
-        assert decompressed(found) == piece
+        assert len(found) <= (1 - WORTH) * len(chunk)
+        assert decompressed(found) == chunk
 
 
 def test_a_sample_that_promises_too_much_is_not_believed() -> None:
     """Start, middle and end are zeros and everything else is noise."""
-    piece = bytearray(random.Random(2).randbytes(2 * MB))
-    for start in (0, MB, len(piece) - 32_768):
-        piece[start : start + 32_768] = bytes(32_768)
-    assert compressed(bytes(piece)) is None
+    chunk = bytearray(random.Random(2).randbytes(2 * MB))
+    for start in (0, MB, len(chunk) - 32_768):
+        chunk[start : start + 32_768] = bytes(32_768)
+    assert compressed(bytes(chunk)) is None
 
 
 def frame_of(size: int) -> bytes:
@@ -91,6 +91,6 @@ def lying(size: int, claimed: int) -> bytes:
     ],
     ids=["empty", "other", "torn", "more", "no size", "larger than it says", "smaller than it says"],
 )
-def test_what_is_no_frame_of_a_piece_is_refused(stored: bytes) -> None:
+def test_what_is_no_frame_of_a_chunk_is_refused(stored: bytes) -> None:
     with pytest.raises(CorruptChunk):
         decompressed(stored)

@@ -6,13 +6,13 @@ import asyncio
 
 import pytest
 
-from tether.gateway_http.http.request_turns import IN_A_PASS, Door
+from tether.gateway_http.http.request_turns import IN_A_PASS, RequestTurns
 
 FLOOD = 40 * IN_A_PASS
 
 
 async def test_a_flood_waits_behind_itself() -> None:
-    door, order = Door(lambda _: 1.0), list[str]()
+    door, order = RequestTurns(lambda _: 1.0), list[str]()
 
     async def request(tenant: str) -> None:
         await door.enter(tenant)
@@ -28,7 +28,7 @@ async def test_a_flood_waits_behind_itself() -> None:
 
 
 async def test_tenants_have_turns_by_their_weights() -> None:
-    door, order = Door(lambda tenant: 3.0 if tenant == "heavy" else 1.0), list[str]()
+    door, order = RequestTurns(lambda tenant: 3.0 if tenant == "heavy" else 1.0), list[str]()
 
     async def request(tenant: str) -> None:
         await door.enter(tenant)
@@ -41,7 +41,7 @@ async def test_tenants_have_turns_by_their_weights() -> None:
 
 
 async def test_who_comes_alone_waits_for_nothing_and_leaves_nothing() -> None:
-    door = Door(lambda _: 1.0)
+    door = RequestTurns(lambda _: 1.0)
     coroutine = door.enter("a")
     with pytest.raises(StopIteration):
         coroutine.send(None)
@@ -51,7 +51,7 @@ async def test_who_comes_alone_waits_for_nothing_and_leaves_nothing() -> None:
 
 
 async def test_who_leaves_while_waiting_takes_no_turn() -> None:
-    door = Door(lambda _: 1.0)
+    door = RequestTurns(lambda _: 1.0)
     tasks = [asyncio.create_task(door.enter("a")) for _ in range(3 * IN_A_PASS)]
     await asyncio.sleep(0)
     for task in tasks[IN_A_PASS:-1]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tether.gateway_http.fair_queue import JOB_BYTES, FairQueue, Pace
+from tether.gateway_http.fair_queue import JOB_BYTES, FairQueue, RunTimeEstimator
 
 MANY = 1 << 30
 
@@ -126,7 +126,7 @@ def test_nothing_is_lost_and_each_tenants_order_is_kept(jobs: list[tuple[str, in
 @pytest.mark.parametrize(("fixed", "each"), [(0.0, 0.005), (0.01, 0.0001), (0.0002, 0.000003), (0.002, 0.001)])
 def test_a_bundle_is_as_large_as_its_time_allows(fixed: float, each: float) -> None:
     """Learned while it decides, from spans that vary by a fifth."""
-    noise, pace, jobs = random.Random(5), Pace(), 256
+    noise, pace, jobs = random.Random(5), RunTimeEstimator(), 256
     for _ in range(300):
         pace.learn(jobs, (fixed + each * jobs) * noise.uniform(0.8, 1.2))
         jobs = pace.most(256, 0.005)
@@ -137,7 +137,7 @@ def test_a_bundle_is_as_large_as_its_time_allows(fixed: float, each: float) -> N
 
 def test_where_more_jobs_take_no_longer_a_bundle_may_be_full() -> None:
     """A span that is the same whatever is in it left nothing to divide by: the lane's sender died, and nobody was answered."""
-    pace, span_s = Pace(), 2.0**-5
+    pace, span_s = RunTimeEstimator(), 2.0**-5
     for jobs in (1, 2, 4, 8):
         pace.learn(jobs, span_s)
     assert pace.most(256, 0.005) == 256
@@ -147,14 +147,14 @@ def test_where_more_jobs_take_no_longer_a_bundle_may_be_full() -> None:
     st.lists(st.tuples(st.integers(1, 256), st.sampled_from([1e-9, 0.01, 0.5, 2.0**-5, 3600.0, 1e300])), max_size=20)
 )
 def test_whatever_was_learned_a_bundle_has_a_size(bundles: list[tuple[int, float]]) -> None:
-    pace = Pace()
+    pace = RunTimeEstimator()
     for jobs, span_s in bundles:
         pace.learn(jobs, span_s)
         assert 1 <= pace.most(256, 0.005) <= 256
 
 
 def test_before_anything_was_learned_a_bundle_may_be_full() -> None:
-    assert Pace().most(256, 0.005) == 256
+    assert RunTimeEstimator().most(256, 0.005) == 256
 
 
 @given(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tether.bus.key_value.keyset_sync import SeenKeyset
+from tether.bus.key_value.keyset_sync import TrustedKeyset
 from tether.bus.session import prepare
 from tether.crypto import Identity, Role, is_locked, lock_root_key, sign_keyset, unlock_root_key
 from tether.errors import ConfigError, Conflict, InvalidRequest, KeyRevoked, KeysetError, NotFound
@@ -195,11 +195,11 @@ def test_a_damaged_root_key_is_said_to_be_damaged() -> None:
 
 
 def test_a_keyset_that_was_seen_is_not_replaced_by_an_older_one(home: Home, root: RootKey) -> None:
-    older = SeenKeyset.load(home)
+    older = TrustedKeyset.load(home)
     keyset_editor.rotate(home, root, "gateway")
-    newer = SeenKeyset.load(home)
+    newer = TrustedKeyset.load(home)
     older.save(home)
-    assert SeenKeyset.load(home).keyset.version == 2
+    assert TrustedKeyset.load(home).keyset.version == 2
     with pytest.raises(KeysetError) as caught:
         newer.newer(older.data, SystemClock().utc_ms())
     assert caught.value.reason == "older"
@@ -208,14 +208,14 @@ def test_a_keyset_that_was_seen_is_not_replaced_by_an_older_one(home: Home, root
 def test_where_keys_cannot_be_written_what_was_seen_is_kept_beside_them(home: Home, root: RootKey) -> None:
     older = home.keyset.read_bytes()
     keyset_editor.rotate(home, root, "gateway")
-    newer = SeenKeyset.load(home)
+    newer = TrustedKeyset.load(home)
     write_secret(home.keyset, older)
     lock = home.keys / ".lock"
     lock.unlink()
     lock.mkdir()  # what cannot be opened for writing, whoever runs the test
     newer.save(home)
     assert home.keyset.read_bytes() == older
-    assert SeenKeyset.load(home).keyset.version == 2
+    assert TrustedKeyset.load(home).keyset.version == 2
 
 
 # whose files are let near

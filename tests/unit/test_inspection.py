@@ -13,17 +13,17 @@ import pytest
 
 from tether.domain.manifest import TensorSpec
 from tether.errors import ModelRejected
-from tether.modelstore.inspection.inspector import Inspection, Limits, inspect
+from tether.modelstore.inspection.inspector import Inspection, InspectionLimits, inspect
 
-LIMITS = Limits(memory_mb=3072, cpu_s=20, wall_s=40)
+LIMITS = InspectionLimits(memory_mb=3072, cpu_s=20, wall_s=40)
 
 
-async def look(folder: Path, content: bytes, limits: Limits = LIMITS) -> Inspection:
+async def look(folder: Path, content: bytes, limits: InspectionLimits = LIMITS) -> Inspection:
     (folder / "model.onnx").write_bytes(content)
     return await inspect(folder, "onnx", limits)
 
 
-async def refusal(folder: Path, content: bytes, limits: Limits = LIMITS) -> str:
+async def refusal(folder: Path, content: bytes, limits: InspectionLimits = LIMITS) -> str:
     with pytest.raises(ModelRejected) as caught:
         await look(folder, content, limits)
     message = caught.value.message
@@ -162,12 +162,12 @@ async def test_an_operator_that_does_not_exist_is_refused_in_one_line(tmp_path: 
 
 
 async def test_an_endless_loop_ends_at_the_limit(tmp_path: Path) -> None:
-    message = await refusal(tmp_path, models.looping(), Limits(memory_mb=3072, cpu_s=2, wall_s=30))
+    message = await refusal(tmp_path, models.looping(), InspectionLimits(memory_mb=3072, cpu_s=2, wall_s=30))
     assert "longer than 2 s" in message
 
 
 async def test_a_wall_clock_limit_ends_it_too(tmp_path: Path) -> None:
-    message = await refusal(tmp_path, models.looping(), Limits(memory_mb=3072, cpu_s=60, wall_s=1.5))
+    message = await refusal(tmp_path, models.looping(), InspectionLimits(memory_mb=3072, cpu_s=60, wall_s=1.5))
     assert "longer than 1.5 s" in message
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from tether.domain.job import AttemptNote, JobId, JobRecord, JobState, Outcome, Priority
-from tether.gateway_http.jobs.view import State, view
+from tether.gateway_http.jobs.view import JobSnapshot, view
 from tether.process.clock import AnchoredClock, SystemClock
 
 SUBMITTED = 1_800_000_000.0
 
 
 def shown(started: float, finished: float, state: JobState = JobState.SUCCEEDED) -> dict[str, Any]:
-    return view(State(record(), Outcome(JobId("j"), state, (), None, 1, "worker-1", started, finished)))
+    return view(JobSnapshot(record(), Outcome(JobId("j"), state, (), None, 1, "worker-1", started, finished)))
 
 
 def record() -> JobRecord:
@@ -53,7 +53,7 @@ def test_a_job_that_never_ran_does_not_end_before_it_was_submitted_either() -> N
 
 
 def test_a_job_that_runs_did_not_start_before_it_was_submitted() -> None:
-    job = view(State(record(), None, AttemptNote(1, "worker-1", SUBMITTED - 20)))
+    job = view(JobSnapshot(record(), None, AttemptNote(1, "worker-1", SUBMITTED - 20)))
     assert at(job["started_at"]) == 0.0
 
 

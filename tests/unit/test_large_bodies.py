@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tether.errors import InvalidRequest, PayloadTooLarge
-from tether.gateway_http.http.request import Heading, read_body, replied
+from tether.gateway_http.http.request import RequestHeaders, build_reply_async, read_body
 
 MB = 1 << 20
 ONE = gzip.compress(b"x", mtime=0)
@@ -48,14 +48,14 @@ async def turns(work: Coroutine[Any, Any, Any]) -> tuple[Any, int]:
 
 
 async def test_others_have_their_turn_while_an_answer_is_packed() -> None:
-    heading = Heading([("accept-encoding", "gzip")])
-    made, count = await turns(replied(200, BODY, heading, content_type="text/plain"))
+    heading = RequestHeaders([("accept-encoding", "gzip")])
+    made, count = await turns(build_reply_async(200, BODY, heading, content_type="text/plain"))
     assert gzip.decompress(made.body) == BODY
     assert count > 10
 
 
 async def test_others_have_their_turn_while_a_body_is_unpacked() -> None:
-    heading = Heading([("content-encoding", "gzip")])
+    heading = RequestHeaders([("content-encoding", "gzip")])
     found, count = await turns(read_body(heading, Whole(gzip.compress(BODY)), len(BODY), Patient()))
     assert found == BODY
     assert count > 10
@@ -63,14 +63,14 @@ async def test_others_have_their_turn_while_a_body_is_unpacked() -> None:
 
 @pytest.mark.parametrize("accept", ["gzip", "deflate", "gzip, deflate, br, zstd"])
 async def test_what_does_not_get_smaller_is_not_packed(accept: str) -> None:
-    heading = Heading([("accept-encoding", accept)])
-    made = await replied(200, BODY, heading, content_type="application/octet-stream", pack=False)
+    heading = RequestHeaders([("accept-encoding", accept)])
+    made = await build_reply_async(200, BODY, heading, content_type="application/octet-stream", pack=False)
     assert made.body is BODY
     assert "content-encoding" not in dict(made.headers)
 
 
 async def unpacked(packed: bytes, encoding: str = "gzip", limit: int = MB) -> bytes:
-    found = await read_body(Heading([("content-encoding", encoding)]), Whole(packed), limit, Patient())
+    found = await read_body(RequestHeaders([("content-encoding", encoding)]), Whole(packed), limit, Patient())
     assert isinstance(found, bytes)
     return found
 

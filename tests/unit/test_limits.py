@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tether.gateway_http.access.limit_meters import SILENT_S, TICK_S, Meter, Rate, Report, Slots, allotment
+from tether.gateway_http.access.limit_meters import (
+    SILENT_S,
+    TICK_S,
+    DistributedSemaphore,
+    DistributedTokenBucket,
+    LimitReport,
+    Meter,
+    allotment,
+)
 
 
 class Cluster:
@@ -44,7 +52,7 @@ class Cluster:
             if other not in (name, *self.dead):
                 self.at(self.now + 0.003, lambda other=other: self._hear(other, name, report))  # type: ignore[misc]
 
-    def _hear(self, gateway: str, sender: str, report: Report) -> None:
+    def _hear(self, gateway: str, sender: str, report: LimitReport) -> None:
         known = sender in getattr(self.meters[gateway], "peers")  # noqa: B009 - the network knows no types
         self.meters[gateway].heard(sender, report, self.now)
         if not known:
@@ -64,7 +72,7 @@ def flood(cluster: Cluster, per_s: dict[str, float], start: float, end: float, t
         if name in cluster.dead:
             return
         meter = cluster.meters[name]
-        assert isinstance(meter, Rate)
+        assert isinstance(meter, DistributedTokenBucket)
         asleep = not meter.demand
         if meter.take(cluster.now):
             taken.append((cluster.now, name))
@@ -83,11 +91,11 @@ def flood(cluster: Cluster, per_s: dict[str, float], start: float, end: float, t
 
 
 def rates(count: int, rate: float, burst: float) -> Cluster:
-    return Cluster(count, lambda own, members: Rate(rate, burst, own, members, 0.0))
+    return Cluster(count, lambda own, members: DistributedTokenBucket(rate, burst, own, members, 0.0))
 
 
 def test_one_gateway_counts_to_the_token() -> None:
-    meter = Rate(10.0, 5, "g", {}, 0.0)
+    meter = DistributedTokenBucket(10.0, 5, "g", {}, 0.0)
     assert [meter.take(0.0) for _ in range(6)] == [True] * 5 + [False]
     assert meter.remaining == 0
     assert meter.next_in_s == pytest.approx(0.1)
@@ -98,12 +106,12 @@ def test_one_gateway_counts_to_the_token() -> None:
 
 
 def test_without_a_burst_a_second_of_requests_may_come_at_once() -> None:
-    meter = Rate(3.5, 0, "g", {}, 0.0)
+    meter = DistributedTokenBucket(3.5, 0, "g", {}, 0.0)
     assert [meter.take(0.0) for _ in range(5)] == [True] * 4 + [False]
 
 
 def test_what_is_counted_later_leaves_a_debt() -> None:
-    meter = Rate(10.0, 5, "g", {}, 0.0)
+    meter = DistributedTokenBucket(10.0, 5, "g", {}, 0.0)
     assert meter.take(0.0)
     meter.charge(99, 0.0)
     assert meter.remaining == 0
@@ -113,7 +121,7 @@ def test_what_is_counted_later_leaves_a_debt() -> None:
 
 
 def test_a_limit_that_was_changed_holds_at_once() -> None:
-    meter = Rate(10.0, 5, "g", {}, 0.0)
+    meter = DistributedTokenBucket(10.0, 5, "g", {}, 0.0)
     while meter.take(0.0):
         pass
     meter.configure(1000.0, 100, 0.0)
@@ -176,7 +184,7 @@ def test_a_new_gateway_gets_its_share_and_no_bucket_of_its_own() -> None:
 
 
 def test_slots_of_one_gateway() -> None:
-    meter = Slots(2, "g", {}, 0.0)
+    meter = DistributedSemaphore(2, "g", {}, 0.0)
     assert [meter.take(0.0) for _ in range(3)] == [True, True, False]
     meter.give_back()
     assert meter.take(0.0)
@@ -186,12 +194,12 @@ def test_slots_of_one_gateway() -> None:
 @pytest.mark.parametrize("demand", [(60, 0, 0), (20, 20, 20), (50, 8, 2), (4, 3, 3)])
 def test_slots_of_the_gateways_add_up(demand: tuple[int, ...]) -> None:
     """Closed loops: each caller holds a slot for 50 ms, or tries again after 20 ms."""
-    cluster = Cluster(3, lambda own, members: Slots(20, own, members, 0.0))
+    cluster = Cluster(3, lambda own, members: DistributedSemaphore(20, own, members, 0.0))
     open_now: list[int] = []
 
     def ask(name: str) -> None:
         meter = cluster.meters[name]
-        assert isinstance(meter, Slots)
+        assert isinstance(meter, DistributedSemaphore)
         asleep = not meter.demand
         if meter.take(cluster.now):
             cluster.at(cluster.now + 0.05, lambda: end(name))
@@ -202,12 +210,12 @@ def test_slots_of_the_gateways_add_up(demand: tuple[int, ...]) -> None:
 
     def end(name: str) -> None:
         meter = cluster.meters[name]
-        assert isinstance(meter, Slots)
+        assert isinstance(meter, DistributedSemaphore)
         meter.give_back()
         cluster.at(cluster.now + 0.001, lambda: ask(name))
 
     def look() -> None:
-        open_now.append(sum(meter.open for meter in cluster.meters.values() if isinstance(meter, Slots)))
+        open_now.append(sum(meter.open for meter in cluster.meters.values() if isinstance(meter, DistributedSemaphore)))
         cluster.at(cluster.now + 0.01, look)
 
     for name, callers in zip(cluster.names, demand, strict=True):
@@ -230,7 +238,7 @@ def test_parts_add_up_to_the_whole(limit: int, wanted: dict[str, float]) -> None
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0.0, 0.5), max_size=200), st.floats(0.5, 200), st.integers(0, 50))
 def test_no_run_of_requests_gets_more_than_the_bucket_holds(pauses: list[float], rate: float, burst: int) -> None:
-    meter = Rate(rate, burst, "g", {}, 0.0)
+    meter = DistributedTokenBucket(rate, burst, "g", {}, 0.0)
     now, taken = 0.0, 0
     for pause in pauses:
         now += pause

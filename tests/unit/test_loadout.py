@@ -11,12 +11,12 @@ from tether.domain.tensor import from_numpy
 from tether.errors import ModelRejected
 from tether.model.config import InstanceKind, ModelConfig, Warmup
 from tether.settings import Settings
-from tether.worker.models.load_spec import loadout, serving
+from tether.worker.models.load_spec import load_spec, run_spec
 from tether.worker.runtimes.warmup import warmup_inputs
-from tether.worker.scheduling.batching import wants_company
+from tether.worker.scheduling.batching import should_wait_for_more
 
 ONNX, PROGRAM = "onnxruntime_onnx", "python"
-SETTINGS = Settings(onnx_threads=3, model_device="cpu", max_instances=4, run_timeout_s=60)
+SETTINGS = Settings(instance_threads=3, model_device="cpu", max_instances=4, run_timeout_s=60)
 
 
 def manifest(platform: str = ONNX, batch: int = 8, *inputs: TensorSpec, isolation: str = "") -> Manifest:
@@ -25,7 +25,7 @@ def manifest(platform: str = ONNX, batch: int = 8, *inputs: TensorSpec, isolatio
 
 
 def test_the_configuration_goes_before_the_manifest_and_the_settings() -> None:
-    usual = loadout(manifest(), ModelConfig("m"), SETTINGS)
+    usual = load_spec(manifest(), ModelConfig("m"), SETTINGS)
     assert (usual.manifest.isolation, usual.options.threads, usual.options.device, usual.copies) == (
         "thread",
         3,
@@ -33,7 +33,7 @@ def test_the_configuration_goes_before_the_manifest_and_the_settings() -> None:
         1,
     )
     config = ModelConfig("m", threads=2, kind=InstanceKind.CUDA, isolation="process", instances=64)
-    decided = loadout(manifest(isolation="thread"), config, SETTINGS)
+    decided = load_spec(manifest(isolation="thread"), config, SETTINGS)
     assert (decided.manifest.isolation, decided.options.threads, decided.options.device) == ("process", 2, "cuda")
     assert decided.copies == 4
     assert usual != decided
@@ -41,12 +41,12 @@ def test_the_configuration_goes_before_the_manifest_and_the_settings() -> None:
 
 def test_how_long_a_load_may_take_is_a_setting() -> None:
     patient = Settings(load_timeout_s=1800)
-    assert loadout(manifest(PROGRAM), ModelConfig("m"), patient).options.load_timeout_s == 1800
+    assert load_spec(manifest(PROGRAM), ModelConfig("m"), patient).options.load_timeout_s == 1800
 
 
 def test_no_configuration_brings_a_program_into_the_workers_own_process() -> None:
     config = ModelConfig("m", isolation="thread")
-    assert loadout(manifest(PROGRAM, isolation="thread"), config, SETTINGS).manifest.isolation == "process"
+    assert load_spec(manifest(PROGRAM, isolation="thread"), config, SETTINGS).manifest.isolation == "process"
 
 
 @pytest.mark.parametrize(
@@ -55,29 +55,31 @@ def test_no_configuration_brings_a_program_into_the_workers_own_process() -> Non
 )
 def test_compile_is_told_where_it_can_be_done_and_with_the_shapes_to_compile_for(platform: str, compiled: bool) -> None:
     warmup = (Warmup(rows=4),)
-    options = loadout(manifest(platform), ModelConfig("m", compile=True, warmup=warmup), SETTINGS).options
+    options = load_spec(manifest(platform), ModelConfig("m", compile=True, warmup=warmup), SETTINGS).options
     assert (options.compile, options.warmup) == (compiled, warmup if compiled else ())
-    assert not loadout(manifest(platform), ModelConfig("m", warmup=warmup), SETTINGS).options.compile
+    assert not load_spec(manifest(platform), ModelConfig("m", warmup=warmup), SETTINGS).options.compile
 
 
 def test_what_needs_no_load_changes_none() -> None:
     config = ModelConfig("m", max_batch_size=2, max_delay_ms=5, run_timeout_s=1, preferred_batch_sizes=(1,))
-    assert loadout(manifest(), config, SETTINGS) == loadout(manifest(), ModelConfig("m"), SETTINGS)
+    assert load_spec(manifest(), config, SETTINGS) == load_spec(manifest(), ModelConfig("m"), SETTINGS)
 
 
 def test_a_batch_may_only_become_smaller() -> None:
     def rows(batch: int, wanted: int | None) -> int:
-        return serving(manifest(batch=batch), ModelConfig("m", max_batch_size=wanted), SETTINGS).batching.max_batch_size
+        return run_spec(
+            manifest(batch=batch), ModelConfig("m", max_batch_size=wanted), SETTINGS
+        ).batching.max_batch_size
 
     assert [rows(8, None), rows(8, 4), rows(8, 100), rows(8, 0), rows(0, 4)] == [8, 4, 8, 0, 0]
 
 
 def test_a_worker_waits_only_when_told_to_and_only_for_what_can_be_joined() -> None:
     decided = ModelConfig("m", max_delay_ms=5, preferred_batch_sizes=(6, 2, 100))
-    assert serving(manifest(), ModelConfig("m"), SETTINGS).delay_s == 0
-    found = serving(manifest(), decided, SETTINGS)
+    assert run_spec(manifest(), ModelConfig("m"), SETTINGS).delay_s == 0
+    found = run_spec(manifest(), decided, SETTINGS)
     assert (found.delay_s, found.preferred, found.run_timeout_s) == (0.005, (2, 6), 60)
-    assert serving(manifest(batch=0), decided, SETTINGS).delay_s == 0
+    assert run_spec(manifest(batch=0), decided, SETTINGS).delay_s == 0
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,7 @@ def test_a_run_is_begun_when_it_is_full_or_has_a_preferred_size(
     rows: int, preferred: tuple[int, ...], more: bool
 ) -> None:
     job = Job(new_job_id(), "acme", (from_numpy("x", np.zeros((rows, 4), np.float32)),), 1.0)
-    assert wants_company([job], 8, preferred) is more
+    assert should_wait_for_more([job], 8, preferred) is more
 
 
 def test_warm_up_inputs_fit_the_signature() -> None:

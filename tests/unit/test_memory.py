@@ -11,7 +11,7 @@ from tether.domain.manifest import ModelRef
 from tether.errors import Unavailable
 from tether.frameworks.runtime import Runtime
 from tether.worker.models import memory_budget as module
-from tether.worker.models.instances import Copies, Generation
+from tether.worker.models.instances import InstancePool, InstanceSet
 from tether.worker.models.memory_budget import Memory
 from tether.worker.models.run_limits import RunWatch
 
@@ -38,23 +38,23 @@ class House:
 
     def __init__(self, megabytes: int) -> None:
         self.memory = Memory(megabytes * MB, self._evictable)
-        self.copies: dict[ModelRef, Copies] = {}
+        self.copies: dict[ModelRef, InstancePool] = {}
         self.pinned: set[ModelRef] = set()
         self.loads: list[str] = []
         self.clock = Ticks()
 
-    def _evictable(self) -> list[tuple[ModelRef, Copies]]:
+    def _evictable(self) -> list[tuple[ModelRef, InstancePool]]:
         return [(ref, one) for ref, one in self.copies.items() if one.loaded and one.idle and ref not in self.pinned]
 
     def add(self, *refs: ModelRef, size: int = MB) -> None:
         for ref in refs:
-            self.copies[ref] = Copies(lambda ref=ref: self._load(ref, size), self.clock, self.memory.look)  # type: ignore[misc]
+            self.copies[ref] = InstancePool(lambda ref=ref: self._load(ref, size), self.clock, self.memory.look)  # type: ignore[misc]
 
-    async def _load(self, ref: ModelRef, size: int) -> Generation:
+    async def _load(self, ref: ModelRef, size: int) -> InstanceSet:
         await self.memory.reserve(ref, size)
         self.loads.append(ref.model)
         runtimes: Sequence[Runtime] = ()
-        return Generation(runtimes, self.clock, RunWatch(0), ref.model)
+        return InstanceSet(runtimes, self.clock, RunWatch(0), ref.model)
 
     async def use(self, *refs: ModelRef) -> None:
         for ref in refs:

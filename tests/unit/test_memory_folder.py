@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tether.errors import NoMemoryFolder
+from tether.errors import TmpfsUnavailable
 from tether.process import tmpfs_folder
 from tether.process.tmpfs_folder import MemoryFolder, in_memory
 
@@ -68,7 +68,7 @@ def test_a_folder_is_private_and_gone_when_it_is_closed(home: Path) -> None:
 
 
 def test_a_disk_is_refused_without_telling_its_path(tmp_path: Path) -> None:
-    with pytest.raises(NoMemoryFolder, match="memory_dir") as refused:
+    with pytest.raises(TmpfsUnavailable, match="decrypted_model_dir") as refused:
         MemoryFolder(str(tmp_path), tmp_path, "w").path()
     assert str(tmp_path) not in refused.value.message
     assert not list(tmp_path.iterdir())
@@ -77,7 +77,7 @@ def test_a_disk_is_refused_without_telling_its_path(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused(home: Path) -> None:
     folder = MemoryFolder(str(SHM), home, "w")
     folder.room(1)
-    with pytest.raises(NoMemoryFolder, match="larger"):
+    with pytest.raises(TmpfsUnavailable, match="larger"):
         folder.room(1 << 60)
     folder.close()
 
@@ -88,11 +88,11 @@ def test_a_place_that_others_may_enter_or_prepared_is_refused(home: Path) -> Non
     own.mkdir(mode=0o755)
     try:
         own.chmod(0o755)
-        with pytest.raises(NoMemoryFolder, match="others may enter"):
+        with pytest.raises(TmpfsUnavailable, match="others may enter"):
             folder.path()
         own.rmdir()
         own.symlink_to(home)
-        with pytest.raises(NoMemoryFolder, match="others may enter"):
+        with pytest.raises(TmpfsUnavailable, match="others may enter"):
             folder.path()
         assert not list(home.iterdir())
     finally:

@@ -12,8 +12,8 @@ import zstandard
 from tether import crypto
 from tether.crypto import IdentityRecord, Role
 from tether.crypto.model_encryption import (
+    ChunkSeal,
     ModelKeys,
-    PieceSeal,
     model_holders,
     open_files,
     opened_manifest,
@@ -24,7 +24,7 @@ from tether.crypto.model_encryption import (
 from tether.crypto.payload_encryption import KeyOpener, new_data_key
 from tether.domain.chunking import LARGEST
 from tether.domain.manifest import Batching, Manifest, ModelFile, SealedDigests
-from tether.errors import BadSeal
+from tether.errors import DecryptionFailed
 from tether.wire import codec
 
 NOW = 1_800_000_000_000
@@ -37,29 +37,29 @@ def digest(content: bytes) -> str:
 
 
 def a_file(path: str = "model.onnx", *contents: bytes) -> ModelFile:
-    pieces = contents or (b"one", b"two!")
-    whole = b"".join(pieces)
-    return ModelFile(path, len(whole), digest(whole), tuple(map(digest, pieces)), tuple(map(len, pieces)))
+    chunks = contents or (b"one", b"two!")
+    whole = b"".join(chunks)
+    return ModelFile(path, len(whole), digest(whole), tuple(map(digest, chunks)), tuple(map(len, chunks)))
 
 
-def test_equal_pieces_meet_under_one_key_and_under_no_other() -> None:
-    seal = PieceSeal(KEY, "m")
+def test_equal_chunks_meet_under_one_key_and_under_no_other() -> None:
+    seal = ChunkSeal(KEY, "m")
     name = seal.name(digest(b"one"))
-    assert name == PieceSeal(KEY, "m").name(digest(b"one")) != digest(b"one")
-    assert len({name, seal.name(digest(b"two")), PieceSeal(OTHER, "m").name(digest(b"one"))}) == 3
-    assert seal.whole(digest(b"one")) != name, "a file of one piece does not tell its name"
+    assert name == ChunkSeal(KEY, "m").name(digest(b"one")) != digest(b"one")
+    assert len({name, seal.name(digest(b"two")), ChunkSeal(OTHER, "m").name(digest(b"one"))}) == 3
+    assert seal.whole(digest(b"one")) != name, "a file of one chunk does not tell its name"
 
 
-def test_a_piece_opens_as_itself_only() -> None:
-    """Not as another piece, of another model, under another key, or with a bit changed; and twice closed it differs."""
-    seal, name = PieceSeal(KEY, "m"), PieceSeal(KEY, "m").name(digest(b"one"))
+def test_a_chunk_opens_as_itself_only() -> None:
+    """Not as another chunk, of another model, under another key, or with a bit changed; and twice closed it differs."""
+    seal, name = ChunkSeal(KEY, "m"), ChunkSeal(KEY, "m").name(digest(b"one"))
     closed = seal.close(name, b"one")
     assert len(closed) == 3 + 41
     assert seal.open(name, closed) == b"one"
     assert closed != seal.close(name, b"one")
     wrong = [
-        (PieceSeal(OTHER, "m"), name, closed),
-        (PieceSeal(KEY, "n"), name, closed),
+        (ChunkSeal(OTHER, "m"), name, closed),
+        (ChunkSeal(KEY, "n"), name, closed),
         (seal, seal.name(digest(b"two")), closed),
         (seal, name, closed[:-1]),
         (seal, name, b""),
@@ -67,23 +67,23 @@ def test_a_piece_opens_as_itself_only() -> None:
         (seal, name, closed[:-1] + bytes([closed[-1] ^ 1])),
     ]
     for who, what, stored in wrong:
-        with pytest.raises(BadSeal):
+        with pytest.raises(DecryptionFailed):
             who.open(what, stored)
 
 
 def test_what_compresses_well_is_compressed_before_it_is_closed() -> None:
-    seal, piece = PieceSeal(KEY, "m"), b"weights " * 100_000
-    closed = seal.close(name := seal.name(digest(piece)), piece)
-    assert len(closed) < len(piece) / 100
-    assert seal.open(name, closed) == piece
+    seal, chunk = ChunkSeal(KEY, "m"), b"weights " * 100_000
+    closed = seal.close(name := seal.name(digest(chunk)), chunk)
+    assert len(closed) < len(chunk) / 100
+    assert seal.open(name, closed) == chunk
 
 
 @pytest.mark.parametrize("inner", [b"", b"\2abc", b"\1abc", b"\1" + zstandard.compress(bytes(LARGEST + 1))])
 def test_a_form_that_is_unknown_broken_or_too_large_does_not_open(inner: bytes) -> None:
     """Also when a holder of the key closed it."""
-    seal = PieceSeal(KEY, "m")
+    seal = ChunkSeal(KEY, "m")
     name = seal.name(digest(b"one"))
-    with pytest.raises(BadSeal):
+    with pytest.raises(DecryptionFailed):
         seal.open(name, KEY.close(seal._bound(name), inner))
 
 
@@ -97,9 +97,9 @@ def test_a_manifest_tells_no_digest_and_gives_them_to_holders_of_the_key() -> No
             assert known.encode() not in encoded
             assert bytes.fromhex(known) not in encoded
     assert [file.sizes for file in hidden] == [file.sizes for file in files]
-    assert hidden[0].chunks[0] == hidden[1].chunks[0], "they share a piece"
+    assert hidden[0].chunks[0] == hidden[1].chunks[0], "they share a chunk"
     assert opened_manifest(KEY, codec.decode(encoded, Manifest)).files == files
-    with pytest.raises(BadSeal):
+    with pytest.raises(DecryptionFailed):
         opened_manifest(OTHER, manifest)
 
 
@@ -116,9 +116,9 @@ def test_a_manifest_tells_no_digest_and_gives_them_to_holders_of_the_key() -> No
 def test_digests_belong_to_the_files_that_they_were_sealed_with(change: dict[str, Any]) -> None:
     hidden, sealed = seal_files(KEY, "m", (a_file(),))
     changed = (msgspec.structs.replace(hidden[0], **change),)
-    with pytest.raises(BadSeal):
+    with pytest.raises(DecryptionFailed):
         open_files(KEY, "m", changed, sealed)
-    with pytest.raises(BadSeal):
+    with pytest.raises(DecryptionFailed):
         open_files(KEY, "n", hidden, sealed)
     assert open_files(KEY, "m", hidden, sealed) == (a_file(),)
 
@@ -132,7 +132,7 @@ def test_what_a_holder_of_the_key_closed_wrongly_is_refused(rows: object) -> Non
     from tether.crypto import model_encryption  # noqa: PLC0415 - what only a holder of the key can do
 
     box = KEY.close(model_encryption._bound_files(KEY, "m", hidden), codec.pack(rows))
-    with pytest.raises(BadSeal):
+    with pytest.raises(DecryptionFailed):
         open_files(KEY, "m", hidden, SealedDigests(KEY.id, box))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tether.domain.partition import plan
-from tether.modelstore.upkeep.partitions import Instance
+from tether.modelstore.upkeep.partitions import StoreInstance
 
 
 def settled(partitions: int, stores: list[str], owners: dict[int, str]) -> dict[int, str]:
@@ -45,15 +45,15 @@ def test_a_settled_share_stays_as_it_is() -> None:
 
 def test_an_instance_knows_which_of_its_neighbours_is_dead(tmp_path: Path) -> None:
     scratch = tmp_path / "cache" / "modelstore"
-    first = Instance(scratch)
+    first = StoreInstance(scratch)
     (first.folder / "push-1").mkdir()
-    second = Instance(scratch)
+    second = StoreInstance(scratch)
     assert second.dead == frozenset()
     assert (first.folder / "push-1").is_dir()
     assert first._lock is not None
 
     os.close(first._lock)
-    third = Instance(scratch)
+    third = StoreInstance(scratch)
     assert third.dead == {first.name}
     assert sorted(path.name for path in scratch.iterdir()) == sorted([second.name, third.name])
     second.close()

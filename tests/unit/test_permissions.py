@@ -122,8 +122,8 @@ def test_a_worker_hears_what_is_wanted_of_itself_and_answers_for_itself() -> Non
     for name in ALL_WORKERS:
         assert publishers(NAMES.wanted(name)) == {"modelstore"}
         assert {other for other in TABLE if may_subscribe(other, NAMES.wanted(name))} == {name}
-        assert publishers(NAMES.piece(name)) == {name}
-        assert {other for other in TABLE if may_subscribe(other, NAMES.piece(name))} == {"modelstore"}
+        assert publishers(NAMES.chunk(name)) == {name}
+        assert {other for other in TABLE if may_subscribe(other, NAMES.chunk(name))} == {"modelstore"}
 
 
 def test_a_worker_hears_what_gateways_withdraw_from_the_lanes_of_its_scope() -> None:

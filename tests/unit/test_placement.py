@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from tether.dispatcher import assignments
-from tether.dispatcher.assignments import LaneGroup, Seen
+from tether.dispatcher.assignments import LaneGroup, LastHeartbeat
 from tether.domain.job import SHARED
 from tether.domain.manifest import Assignment, Heartbeat, ModelRef, Route
 from tether.domain.worker_protocol import EndedLanes
@@ -68,7 +68,7 @@ def test_a_route_has_the_time_that_its_slowest_worker_takes_for_a_job_and_keeps_
 
 
 def test_a_silent_worker_is_not_alive() -> None:
-    quiet, loud = Seen(beat("one", SHARED), 1.0), Seen(beat("new", SHARED), 2.0)
+    quiet, loud = LastHeartbeat(beat("one", SHARED), 1.0), LastHeartbeat(beat("new", SHARED), 2.0)
     assert set(assignments.alive({"one": quiet, "new": loud}, 4.0, 2.5)) == {"new"}
 
 

@@ -12,7 +12,7 @@ HEAPS = """
 import ctypes, sys, threading
 from tether.process import os_process as processes
 if sys.argv[1] == "few":
-    processes.few_heaps()
+    processes.limit_malloc_arenas()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.fdopen.restype = ctypes.c_void_p
 together = threading.Barrier(8)

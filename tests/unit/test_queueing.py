@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tether.gateway_http.bundling.queue_policy import Waits, delays_s, waits
+from tether.gateway_http.bundling.queue_policy import RequestTimeouts, delays_s, waits
 from tether.model.config import QueuePolicy, TimeoutAction
 
 DELAY = TimeoutAction.DELAY
@@ -26,7 +26,7 @@ DELAY = TimeoutAction.DELAY
 def test_a_request_may_shorten_its_wait_and_never_lengthen_it(
     policy: QueuePolicy, asked: float, expected: tuple[float, float]
 ) -> None:
-    assert waits(policy, asked, 30.0) == Waits(*expected)
+    assert waits(policy, asked, 30.0) == RequestTimeouts(*expected)
 
 
 def test_only_a_policy_that_delays_lets_others_pass() -> None:

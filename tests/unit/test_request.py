@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from tether.errors import InvalidRequest
-from tether.gateway_http.http.request import Heading, timeout_of
+from tether.gateway_http.http.request import RequestHeaders, timeout_of
 
 
 @pytest.mark.parametrize("key", ["k" * 257, "a\tb"])
 def test_an_idempotency_key_is_kept_or_refused_and_never_dropped(key: str) -> None:
     with pytest.raises(InvalidRequest):
-        Heading([("idempotency-key", key)])
-    assert Heading([("idempotency-key", "k" * 256)]).idempotency_key == "k" * 256
+        RequestHeaders([("idempotency-key", key)])
+    assert RequestHeaders([("idempotency-key", "k" * 256)]).idempotency_key == "k" * 256
 
 
 def test_a_timeout_of_any_size_is_at_most_the_limit() -> None:

@@ -10,8 +10,8 @@ import pytest
 from tether.domain.job import Job, JobId
 from tether.domain.tensor import Tensor
 from tether.errors import DeadlineExceeded, InferenceFailed, QueueFull
-from tether.gateway_http.inference.request_coalescer import KeptAnswers
-from tether.gateway_http.inference.response_cache import Answer, Question, ResponseCache, digest_of
+from tether.gateway_http.inference.request_coalescer import RequestCoalescer
+from tether.gateway_http.inference.response_cache import Answer, CacheLookup, ResponseCache, digest_of
 
 
 def answer(size: int = 16, name: str = "y") -> Answer:
@@ -30,8 +30,8 @@ def digest(made: Job, scope: str = "shared", model: str = "m", version: int = 1,
 
 def question(
     key: bytes, tenant: str = "acme", *, model: str = "m", timeout_s: float = 10.0, ttl_s: float = 60.0
-) -> Question:
-    return Question(tenant, model, key, timeout_s, ttl_s)
+) -> CacheLookup:
+    return CacheLookup(tenant, model, key, timeout_s, ttl_s)
 
 
 class Clock:
@@ -153,7 +153,7 @@ def test_what_is_counted_is_at_least_what_is_used() -> None:
 
 
 class Sends:
-    """What :class:`KeptAnswers` puts on its way; the test decides how each ends."""
+    """What :class:`RequestCoalescer` puts on its way; the test decides how each ends."""
 
     def __init__(self) -> None:
         self.sent: list[asyncio.Future[Answer]] = []
@@ -173,7 +173,7 @@ class Desk:
 
     def __init__(self, most_following: int = 100) -> None:
         made, self.clock = cache()
-        self.kept = KeptAnswers(made, self.clock, most_following)
+        self.kept = RequestCoalescer(made, self.clock, most_following)
         self.sends = Sends()
         self.may_keep = True
 

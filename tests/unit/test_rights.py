@@ -35,7 +35,7 @@ INFER = {NAMES.infer_stream(shard) for shard in range(2)}
 JOBS = {NAMES.jobs_stream(shard) for shard in range(2)}
 OWN = {stream: name for name, tenant in WORKERS.items() if tenant for stream in NAMES.scope_streams(tenant)[:2]}
 RESULTS = {NAMES.results_stream, *(NAMES.scope_results_stream(scope) for scope in SCOPES)}
-PIECES = {NAMES.object_stream(bucket) for bucket in NAMES.chunk_buckets()}
+CHUNKS = {NAMES.object_stream(bucket) for bucket in NAMES.chunk_buckets()}
 
 
 def bucket(stream: str) -> str:
@@ -64,7 +64,7 @@ READ_WHOLE = {
 
 def readers(stream: str) -> set[str]:
     found = {name for name, buckets in READ_WHOLE.items() if bucket(stream) in buckets}
-    if stream in PIECES:
+    if stream in CHUNKS:
         found.add("modelstore")
     if stream in RESULTS:
         found.add("dispatcher")
@@ -84,14 +84,14 @@ RULES: dict[str, Callable[[str], set[str]]] = {
     "info": lambda stream: {
         *LOOKERS,
         "gateway",
-        *(["modelstore"] if stream in PIECES else []),
+        *(["modelstore"] if stream in CHUNKS else []),
         *(name for name, tenant in WORKERS.items() if stream == NAMES.scope_results_stream(tenant or SHARED)),
     },
     "delete": lambda stream: DISPATCHER if stream in INFER else NOBODY,
     "purge": lambda stream: DISPATCHER if stream == NAMES.bucket_stream("jobs") else NOBODY,
     "get": lambda stream: DISPATCHER if stream in JOBS or (stream in OWN and "JOBS" in stream) else NOBODY,
     "delete message": lambda stream: (
-        {"modelstore"} if stream in PIECES else DISPATCHER if stream in RESULTS else NOBODY
+        {"modelstore"} if stream in CHUNKS else DISPATCHER if stream in RESULTS else NOBODY
     ),
     "direct get": readers,
     "consumer info": lambda _: LOOKERS,

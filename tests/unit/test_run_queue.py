@@ -11,7 +11,7 @@ from tickets import put
 from tether.domain.job import Job, new_job_id
 from tether.domain.tensor import from_numpy
 from tether.worker.scheduling.job_turns import LEVELS, RunQueue
-from tether.worker.scheduling.pull_pace import AHEAD_S, Pace
+from tether.worker.scheduling.pull_pace import AHEAD_S, PullPace
 
 CALLER, HIGH, NORMAL, LOW = range(LEVELS)
 
@@ -110,7 +110,7 @@ def test_a_job_that_must_run_whole_comes_before_the_others_of_its_level() -> Non
     turn = queue.take(NORMAL, 8, 0.0)
     queue.again(turn.tickets[0])
     whole = queue.take(NORMAL, 8, 0.0)
-    assert (whole.run.batched, whole.tickets, whole.run.pieces[0].whole) == (False, turn.tickets, True)
+    assert (whole.run.batched, whole.tickets, whole.run.segments[0].whole) == (False, turn.tickets, True)
     assert whole.parts != turn.parts, "the result of what ran before does not count"
     assert next_run(queue) == [other.id]
 
@@ -120,7 +120,7 @@ def test_a_cut_job_whose_version_is_not_batched_any_more_begins_again_as_it_came
     put(queue, NORMAL, large)
     first = queue.take(NORMAL, 8, 0.0)
     second = queue.take(NORMAL, 0, 0.0)
-    assert (first.run.rows, second.run.batched, second.run.pieces[0].stop) == (8, False, 20)
+    assert (first.run.rows, second.run.batched, second.run.segments[0].stop) == (8, False, 20)
     assert second.parts != first.parts
     assert not queue
 
@@ -136,8 +136,8 @@ def test_a_run_goes_on_without_the_jobs_that_are_late() -> None:
 # how much is asked for
 
 
-def learned(run_s: float, jobs: int = 1) -> Pace:
-    pace = Pace()
+def learned(run_s: float, jobs: int = 1) -> PullPace:
+    pace = PullPace()
     for _ in range(20):
         pace.ran(run_s, jobs)
         pace.came(jobs)
@@ -145,7 +145,7 @@ def learned(run_s: float, jobs: int = 1) -> Pace:
 
 
 def test_before_anything_is_known_a_lane_is_asked_for_what_can_begin_at_once() -> None:
-    pace = Pace()
+    pace = PullPace()
     assert pace.wanted(running=0, copies=3, waiting=0, most=8) == 3
     assert pace.wanted(running=3, copies=3, waiting=0, most=8) == 0
     assert pace.wanted(running=0, copies=3, waiting=1, most=8) == 0

@@ -1,4 +1,4 @@
-"""What confines a model's process, piece by piece: older kernels, folders around the data directory, what a model writes."""
+"""What confines a model's process, chunk by chunk: older kernels, folders around the data directory, what a model writes."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_both_tables_know_every_call_that_is_named() -> None:
         assert len(set(numbers.values())) == len(numbers)
 
 
-def readable(made: plan.Plan) -> set[str]:
+def readable(made: plan.ConfinementPlan) -> set[str]:
     return {path for path, rights in made.rules if rights & landlock.READ_FILE}
 
 
@@ -102,13 +102,13 @@ def test_a_folder_around_the_data_directory_is_read_by_no_model(
         path.mkdir(exist_ok=True)
         monkeypatch.syspath_prepend(str(path))
     home = tmp_path / "project" / ".tether"
-    found = readable(plan.plan(plan.Wish(apart=str(home))))
+    found = readable(plan.plan(plan.ConfinementRequest(apart=str(home))))
     assert str(beside) in found
     assert str(tmp_path / "project") not in found
     assert not any(home.is_relative_to(path) for path in found)
     assert plan.hidden_paths(str(home)) == [str(tmp_path / "project")]
     with pytest.raises(ModelRejected, match="lies inside of Python's own folder"):
-        plan.plan(plan.Wish(apart=str(Path(sys.prefix) / "lib" / "home")))
+        plan.plan(plan.ConfinementRequest(apart=str(Path(sys.prefix) / "lib" / "home")))
 
 
 def test_the_folder_that_a_service_was_started_in_is_read_by_no_model(
@@ -117,9 +117,9 @@ def test_the_folder_that_a_service_was_started_in_is_read_by_no_model(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", "")
-    assert str(tmp_path) not in readable(plan.plan(plan.Wish()))
+    assert str(tmp_path) not in readable(plan.plan(plan.ConfinementRequest()))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert str(tmp_path) in readable(plan.plan(plan.Wish()))
+    assert str(tmp_path) in readable(plan.plan(plan.ConfinementRequest()))
 
 
 @needs_both

@@ -30,7 +30,7 @@ from tether.crypto.payload_encryption import (
 )
 from tether.domain.job import Failure, Job, JobId, JobState, Outcome, Sealed
 from tether.domain.tensor import Tensor
-from tether.errors import BadEncoding, BadSeal
+from tether.errors import BadEncoding, DecryptionFailed
 from tether.wire import codec
 
 DAY = 86_400_000
@@ -56,20 +56,20 @@ def test_no_two_seals_are_alike() -> None:
     [(Purpose.OUTCOME, "job", "t"), (Purpose.INPUTS, "job2", "t"), (Purpose.INPUTS, "job", "u")],
 )
 def test_a_seal_opens_for_its_own_purpose_job_and_tenant_only(purpose: Purpose, job: str, tenant: str) -> None:
-    with pytest.raises(BadSeal):
+    with pytest.raises(DecryptionFailed):
         KEY.open(purpose, job, tenant, KEY.seal(Purpose.INPUTS, "job", "t", b"plain"))
 
 
 def test_a_seal_opens_with_its_own_key_only_and_not_when_a_bit_changed() -> None:
     sealed = KEY.seal(Purpose.INPUTS, "job", "t", b"plain")
-    with pytest.raises(BadSeal):
+    with pytest.raises(DecryptionFailed):
         new_data_key(1).open(Purpose.INPUTS, "job", "t", sealed)
     for position in range(len(sealed)):
         changed = sealed[:position] + bytes([sealed[position] ^ 1]) + sealed[position + 1 :]
-        with pytest.raises(BadSeal):
+        with pytest.raises(DecryptionFailed):
             KEY.open(Purpose.INPUTS, "job", "t", changed)
     for short in (b"", sealed[:10], sealed[:24], sealed[:-1]):
-        with pytest.raises(BadSeal):
+        with pytest.raises(DecryptionFailed):
             KEY.open(Purpose.INPUTS, "job", "t", short)
 
 
@@ -101,7 +101,7 @@ def test_a_sealed_outcome_has_nothing_of_its_end_outside(end: Outcome) -> None:
     assert b"risk" not in wire
     (arrived,) = codec.decode_outcomes(wire)
     assert open_outcome(KEY, "clinic", arrived) == end
-    with pytest.raises(BadSeal):
+    with pytest.raises(DecryptionFailed):
         open_outcome(KEY, "bank", arrived)
 
 

@@ -72,10 +72,10 @@ def test_the_config_folder_comes_from_the_environment(tmp_path: Path) -> None:
         ({"files": {"gateway.json": []}}, "object"),
         ({"environ": {"TETHER_WORKERS": "two"}}, "TETHER_WORKERS"),
         ({"environ": {"TETHER_WORKERS": "0"}}, "between 1 and 256"),
-        ({"environ": {"TETHER_DRAIN_S": "nan"}}, "between"),
+        ({"environ": {"TETHER_SHUTDOWN_TIMEOUT_S": "nan"}}, "between"),
         ({"files": {"gateway.json": {"workers": "2"}}}, "whole number"),
         ({"files": {"gateway.json": {"workers": True}}}, "whole number"),
-        ({"files": {"gateway.json": {"drain_s": 10**400}}}, "number"),
+        ({"files": {"gateway.json": {"shutdown_timeout_s": 10**400}}}, "number"),
         ({"log_level": "loud"}, "debug, info"),
         ({"max_body_bytes": 7 << 20}, "max_payload_bytes"),
         ({"heartbeat_s": 2.0}, "heartbeat_s"),
@@ -125,7 +125,7 @@ def test_a_variable_that_is_no_setting_is_told_with_the_nearest_one(tmp_path: Pa
 
 
 def test_a_whole_number_may_stand_for_a_number(tmp_path: Path) -> None:
-    assert load(tmp_path, files={"gateway.json": {"drain_s": 3}}).drain_s == 3.0
+    assert load(tmp_path, files={"gateway.json": {"shutdown_timeout_s": 3}}).shutdown_timeout_s == 3.0
 
 
 def test_every_default_is_within_its_own_limits(tmp_path: Path) -> None:

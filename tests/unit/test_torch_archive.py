@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tether.domain.manifest import TensorSpec
-from tether.errors import FormatNotAllowed, ModelLimits, ModelRejected
+from tether.errors import FormatNotAllowed, InspectionLimitExceeded, ModelRejected
 from tether.frameworks import pytorch_archive
 
 X = {"name": "x", "datatype": "FP32", "shape": [-1, 4]}
@@ -58,7 +58,7 @@ def test_what_is_no_archive_or_swells_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"\x80\x04\x95")
     with pytest.raises(FormatNotAllowed, match="is not what"):
         pytorch_archive.check(tmp_path)
-    with pytest.raises(ModelLimits, match="20 times"):
+    with pytest.raises(InspectionLimitExceeded, match="20 times"):
         pytorch_archive.check(archive(tmp_path / "model.pt", *SCRIPT, content=bytes(32 << 20)))
 
 

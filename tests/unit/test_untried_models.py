@@ -15,12 +15,12 @@ from onnx import TensorProto, helper
 
 from tether.domain.manifest import Batching, Manifest, TensorSpec
 from tether.domain.tensor import from_numpy
-from tether.errors import ModelLimits, ModelRejected
+from tether.errors import InspectionLimitExceeded, ModelRejected
 from tether.model import sample
-from tether.modelstore.inspection.inspector import Inspection, Limits, inspect
+from tether.modelstore.inspection.inspector import Inspection, InspectionLimits, inspect
 from tether.wire.oip_json import tensor_to_json
 
-LIMITS = Limits(memory_mb=3072, cpu_s=20, wall_s=40)
+LIMITS = InspectionLimits(memory_mb=3072, cpu_s=20, wall_s=40)
 Shape = list[int | str]
 
 
@@ -249,7 +249,7 @@ async def test_rows_of_the_sample_are_compared_too(tmp_path: Path) -> None:
 # Python
 
 
-async def bundle(folder: Path, code: str, limits: Limits = LIMITS, **changes: Any) -> Inspection:
+async def bundle(folder: Path, code: str, limits: InspectionLimits = LIMITS, **changes: Any) -> Inspection:
     bundles.write(folder, code=code, **changes)
     return await inspect(folder, "python_bundle", limits)
 
@@ -294,8 +294,8 @@ ENDS: dict[str, tuple[str, str]] = {
 async def test_what_a_bundle_was_doing_when_it_did_not_come_to_an_end_is_told(tmp_path: Path, name: str) -> None:
     code, words = ENDS[name]
     wall_s = 12.0 if "sleep" in code else 90.0
-    with pytest.raises(ModelLimits, match=words):
-        await bundle(tmp_path / "m", code, Limits(memory_mb=3072, cpu_s=4, wall_s=wall_s))
+    with pytest.raises(InspectionLimitExceeded, match=words):
+        await bundle(tmp_path / "m", code, InspectionLimits(memory_mb=3072, cpu_s=4, wall_s=wall_s))
 
 
 async def test_a_model_whose_first_run_crashes_is_not_tried_and_one_that_ran_once_is(tmp_path: Path) -> None:

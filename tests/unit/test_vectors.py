@@ -192,13 +192,13 @@ def test_encrypted_models_by_the_letter_of_the_document() -> None:
         decrypt = nacl.bindings.crypto_aead_xchacha20poly1305_ietf_decrypt
         return decrypt(sealed[24:], domain + rest, sealed[:24], secret)
 
-    for piece in ENCRYPTED["pieces"]:
-        assert hashlib.sha256(bytes.fromhex(piece["plain"])).hexdigest() == piece["digest"]
-        assert keyed(piece["digest"], b"tether-piece") == piece["name"]
-        rest = msgpack.packb([model, key_id, piece["name"]])
-        inner = opened(b"tether/model-piece/v1\0", rest, bytes.fromhex(piece["stored"]))
+    for chunk in ENCRYPTED["pieces"]:
+        assert hashlib.sha256(bytes.fromhex(chunk["plain"])).hexdigest() == chunk["digest"]
+        assert keyed(chunk["digest"], b"tether-piece") == chunk["name"]
+        rest = msgpack.packb([model, key_id, chunk["name"]])
+        inner = opened(b"tether/model-piece/v1\0", rest, bytes.fromhex(chunk["stored"]))
         unpacked = inner[1:] if inner[:1] == b"\0" else zstandard.ZstdDecompressor().decompress(inner[1:])
-        assert (inner[0], unpacked.hex()) == (piece["form"], piece["plain"])
+        assert (inner[0], unpacked.hex()) == (chunk["form"], chunk["plain"])
     manifest = msgpack.unpackb(bytes.fromhex(ENCRYPTED["manifest"]))
     (file,), sealed = manifest["files"], manifest["sealed"]
     assert file["digest"] == keyed(ENCRYPTED["file_digest"], b"tether-file")
@@ -206,7 +206,7 @@ def test_encrypted_models_by_the_letter_of_the_document() -> None:
     rest = hashlib.sha256(msgpack.packb([model, key_id, rows])).digest()
     plain = msgpack.unpackb(opened(b"tether/model-files/v1\0", rest, base64.b64decode(sealed["box"])))
     assert base64.b64decode(sealed["key_id"]) == key_id
-    digests = b"".join(bytes.fromhex(piece["digest"]) for piece in ENCRYPTED["pieces"])
+    digests = b"".join(bytes.fromhex(chunk["digest"]) for chunk in ENCRYPTED["pieces"])
     assert plain == [[bytes.fromhex(ENCRYPTED["file_digest"]), digests]]
     manifest_now = codec.decode(bytes.fromhex(ENCRYPTED["manifest"]), Manifest)
     assert opened_manifest(vectors.data_key("model key"), manifest_now).files == (vectors_models.plain_file(),)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tether.dispatcher import serving_policy
-from tether.dispatcher.serving_policy import LINGER_S, Wanted, served
+from tether.dispatcher.serving_policy import LINGER_S, RecentlyServed, served
 from tether.domain.job import SHARED
 from tether.domain.manifest import Alias, ModelRef, Route, Share
 from tether.model.config import ModelConfig, Shadow, VersionPolicy
@@ -54,7 +54,7 @@ def test_workers_hold_what_is_served_in_their_own_scope() -> None:
 
 
 def test_what_is_not_wanted_any_more_lingers_unless_it_is_deleted() -> None:
-    wanted, models = Wanted(), {SHARED: (A1, A2, B1)}
+    wanted, models = RecentlyServed(), {SHARED: (A1, A2, B1)}
     assert wanted.lingering({SHARED: (A1, B1)}, models, 10.0) == {SHARED: (A1, B1)}
     assert wanted.lingering({SHARED: (A2,)}, models, 10.0 + LINGER_S / 2) == models
     assert wanted.lingering({SHARED: (A2,)}, {SHARED: (A2, B1)}, 10.1 + LINGER_S / 2) == {SHARED: (A2, B1)}

@@ -12,24 +12,24 @@ from tether.audit.chain import (
     message_id,
     parse_message_id,
 )
-from tether.audit.entries import NOBODY, Entry, Kind, Mark, What, clean, encode
+from tether.audit.entries import NOBODY, AuditEntry, Kind, Mark, What, clean, encode
 from tether.audit.records import Record, read_records, write_record
-from tether.audit.verification import ALIVE_MS, Checker, Problem, Report
+from tether.audit.verification import ALIVE_MS, Checker, Problem, VerificationReport
 
 __all__ = [
     "ALIVE_MS",
     "BLOCK_ENTRIES",
     "DOMAIN",
     "NOBODY",
+    "AuditEntry",
     "Block",
     "Chain",
     "Checker",
-    "Entry",
     "Kind",
     "Mark",
     "Problem",
     "Record",
-    "Report",
+    "VerificationReport",
     "What",
     "clean",
     "decode_block",

@@ -34,7 +34,7 @@ class Kind(StrEnum):
     CHECKPOINT = "checkpoint"  # what each writer wrote so far
 
 
-class Entry(msgspec.Struct, frozen=True, array_like=True):
+class AuditEntry(msgspec.Struct, frozen=True, array_like=True):
     """One entry; positions are the format, and trailing defaults are left out. ``at`` is UTC milliseconds."""
 
     at: int

@@ -7,9 +7,9 @@ from datetime import datetime
 
 import msgspec
 
-from tether.audit import Block, Checker, Entry, Kind, Mark, Record, decode_block, entries_of
+from tether.audit import AuditEntry, Block, Checker, Kind, Mark, Record, decode_block, entries_of
 from tether.audit.spool import Leftover, look
-from tether.bus.bus import Bus, Stored
+from tether.bus.bus import Bus, StoredMessage
 from tether.bus.key_value.bucket import KvBucket
 from tether.crypto import Historical, Keyset, MessageType, open_old_keyset
 from tether.errors import EnvelopeError, KeysetError
@@ -30,7 +30,7 @@ class Found(msgspec.Struct, frozen=True):
     kind: Kind
     tenant: str
     writer: str
-    entry: Entry
+    entry: AuditEntry
 
 
 class Filter(msgspec.Struct, frozen=True):
@@ -45,7 +45,7 @@ class Filter(msgspec.Struct, frozen=True):
     job: str = ""
     outcome: str = ""
 
-    def lets(self, entry: Entry) -> bool:
+    def lets(self, entry: AuditEntry) -> bool:
         return (
             (not self.since or entry.at >= self.since)
             and (not self.until or entry.at < self.until)
@@ -115,13 +115,13 @@ class AuditReader:
             stored_at = _record(item).stored_at
         return rows, stored_at
 
-    def _opened(self, item: Stored) -> Iterator[Found]:
+    def _opened(self, item: StoredMessage) -> Iterator[Found]:
         tenant, kind = item.subject.split(".")[-2:]
         if kind not in _KINDS:
             return
         try:
             envelope = self._historical.open(item.data, subject=item.subject, types=(MessageType.AUDIT,))
-            entries = entries_of(decode_block(envelope.body), Entry)
+            entries = entries_of(decode_block(envelope.body), AuditEntry)
         except EnvelopeError:
             return
         shown = "" if tenant == "-" else name_of(tenant)
@@ -134,7 +134,7 @@ class AuditReader:
             yield _record(item)
 
 
-def _record(item: Stored) -> Record:
+def _record(item: StoredMessage) -> Record:
     stored = item.headers.get("Nats-Time-Stamp", "")
     at = int(datetime.fromisoformat(stored).timestamp() * 1000) if stored else 0
     return Record(item.sequence, item.subject, at, item.headers.get("Nats-Msg-Id", ""), item.data)

@@ -29,7 +29,7 @@ class Attempt(NamedTuple):
     detail: str = ""
 
 
-class Seen:
+class RepeatedAttempt:
     """When an attempt came first and last (UTC milliseconds), how often, and the first one's request."""
 
     __slots__ = ("count", "first", "last", "request")
@@ -44,7 +44,7 @@ class Attempts:
     """Those since they were last taken."""
 
     def __init__(self) -> None:
-        self._seen: dict[Attempt, Seen] = {}
+        self._seen: dict[Attempt, RepeatedAttempt] = {}
         self._by: Counter[tuple[Kind, str]] = Counter()
 
     def __len__(self) -> int:
@@ -59,12 +59,12 @@ class Attempts:
                 attempt = Attempt(attempt.kind, "", NOBODY, OTHERS, attempt.outcome)
         seen = self._seen.get(attempt)
         if seen is None:
-            seen = self._seen[attempt] = Seen(now, request)
+            seen = self._seen[attempt] = RepeatedAttempt(now, request)
             self._by[attempt.kind, by] += 1
         seen.last = now
         seen.count += 1
 
-    def take(self) -> dict[Attempt, Seen]:
+    def take(self) -> dict[Attempt, RepeatedAttempt]:
         """All of them; the next begin anew."""
         taken, self._seen = self._seen, {}
         self._by.clear()

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 
 from tether.audit import Record, message_id
-from tether.audit.spool import Spool, State
+from tether.audit.spool import Spool, SpoolState
 from tether.bus.bus import Bus
 from tether.errors import BrokerUnavailable, QueueFull, StorageFull, TetherError
 from tether.process import metrics
@@ -45,7 +45,7 @@ class Sender:
         bus: Bus,
         spool: Spool,
         before: Sequence[int] | None,
-        earlier: Sequence[State] = (),
+        earlier: Sequence[SpoolState] = (),
         left: Collection[str] = (),
     ) -> None:
         self._bus = bus
@@ -56,7 +56,7 @@ class Sender:
         """The stream has every block that was made before this message."""
         self.last = ""
         """The message id of this run's block at ``sequence``."""
-        self.cuts: list[State] = []
+        self.cuts: list[SpoolState] = []
         """Earlier runs whose last blocks are lost; whoever takes them empties the list."""
         self._earlier = list(earlier)
         self._left = frozenset(left)
@@ -156,7 +156,7 @@ class Sender:
                 self.cuts.append(state)
         self._earlier.clear()
 
-    async def _lost_some(self, state: State, end: int) -> bool:
+    async def _lost_some(self, state: SpoolState, end: int) -> bool:
         stream = self._bus.names.audit_stream
         if state.last:
             found = await self._bus.direct_at(stream, state.sequence)

@@ -28,7 +28,7 @@ from tether.errors import BadEncoding
 from tether.wire import codec
 
 
-class State(msgspec.Struct, frozen=True, array_like=True):
+class SpoolState(msgspec.Struct, frozen=True, array_like=True):
     """How far a run has come. ``heads`` rows: subject, number of the last block, head, UTC milliseconds."""
 
     run: str
@@ -46,7 +46,7 @@ class Leftover(msgspec.Struct, frozen=True):
     """A run that is over: its state, and what it did not get rid of."""
 
     folder: Path
-    state: State | None
+    state: SpoolState | None
     records: tuple[Record, ...]
 
 
@@ -66,7 +66,7 @@ class Spool:
         self._file = os.open(self._folder / "spool", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         self._size = 0
         self._sent = 0
-        self._state: State | None = None
+        self._state: SpoolState | None = None
 
     @property
     def size(self) -> int:
@@ -77,7 +77,7 @@ class Spool:
     def empty(self) -> bool:
         return self._sent == self._size
 
-    def append(self, records: Iterable[Record], state: State) -> None:
+    def append(self, records: Iterable[Record], state: SpoolState) -> None:
         """Keep records and, after them, the state that they led to; all or nothing of the records."""
         content = b"".join([write_record(record) for record in records])
         with self._guard:
@@ -91,13 +91,13 @@ class Spool:
             self._size += len(content)
             self._keep(state)
 
-    def _keep(self, state: State) -> None:
+    def _keep(self, state: SpoolState) -> None:
         """An older state than this says less, and nothing that is wrong, so a disk that refuses is no matter."""
         self._state = state
         with contextlib.suppress(OSError):
             self._write_state(state)
 
-    def _write_state(self, state: State) -> None:
+    def _write_state(self, state: SpoolState) -> None:
         temporary = self._folder / ".state"
         with temporary.open("wb") as file:
             file.write(codec.pack((state.run, state.sequence, state.heads, state.last)))
@@ -187,9 +187,9 @@ def look(folder: Path) -> Leftover:
     return Leftover(folder, state, tuple(records))
 
 
-def read_state(folder: Path) -> State | None:
+def read_state(folder: Path) -> SpoolState | None:
     try:
-        return msgspec.convert(codec.unpack((folder / "state").read_bytes()), State, strict=True)
+        return msgspec.convert(codec.unpack((folder / "state").read_bytes()), SpoolState, strict=True)
     except (OSError, BadEncoding, msgspec.ValidationError):
         return None
 

@@ -59,7 +59,7 @@ class Problem(msgspec.Struct, frozen=True):
         return f"{', '.join(filter(None, named)) or 'log'}: {self.what}"
 
 
-class Report(msgspec.Struct, frozen=True):
+class VerificationReport(msgspec.Struct, frozen=True):
     """What a check found. ``notes`` are worth a look and no proof that anything is missing."""
 
     problems: tuple[Problem, ...]
@@ -72,7 +72,7 @@ class Report(msgspec.Struct, frozen=True):
 
 
 @dataclass
-class _Seen:
+class _ChainState:
     """One chain so far. ``head`` is empty after a block that could not be read."""
 
     writer: str
@@ -110,7 +110,7 @@ class Checker:
     whole: bool = True
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    _chains: dict[ChainKey, _Seen] = field(default_factory=dict)
+    _chains: dict[ChainKey, _ChainState] = field(default_factory=dict)
     _runs: dict[str, _Run] = field(default_factory=dict)
     _open: list[tuple[str, Mark]] = field(default_factory=list)
     _cuts: dict[str, tuple[str, Mark]] = field(default_factory=dict)
@@ -186,7 +186,7 @@ class Checker:
             self._say(f"the run belongs to '{run.writer}'", place)
             return False
         if seen is None:
-            seen = self._chains[name, record.subject] = _Seen(writer, number, at)
+            seen = self._chains[name, record.subject] = _ChainState(writer, number, at)
             before = genesis(name, record.subject) if number == 1 else b""
         elif number <= seen.number:
             if record.sequence:
@@ -241,7 +241,7 @@ class Checker:
         if not _satisfied(seen, mark):
             self._open.append((writer, mark))
 
-    def finish(self, *, now_ms: int = 0, known: Iterable[Mark] = ()) -> Report:
+    def finish(self, *, now_ms: int = 0, known: Iterable[Mark] = ()) -> VerificationReport:
         """The report. ``known`` are heads from elsewhere, such as the writers' own files; ``now_ms`` 0: the newest block."""
         now = now_ms or self._last_at
         limit = now - self.retention_ms + _SLACK_MS
@@ -256,7 +256,7 @@ class Checker:
         problems = tuple(dict.fromkeys(self.problems))
         writers = tuple(sorted({run.writer for run in self._runs.values()}))
         notes = tuple(self.notes)
-        return Report(problems, notes, self._blocks, self._entries, writers, self._first_at, self._last_at)
+        return VerificationReport(problems, notes, self._blocks, self._entries, writers, self._first_at, self._last_at)
 
     def _untold(self, writer: str, mark: Mark) -> ChainKey:
         """Say what of a listed chain is not there."""
@@ -278,7 +278,7 @@ class Checker:
             return False
         return -_CUT_MS <= mark.at - run.last_at <= ALIVE_MS + _CUT_MS
 
-    def _expired(self, run: str, subject: str, seen: _Seen, limit: int) -> bool:
+    def _expired(self, run: str, subject: str, seen: _ChainState, limit: int) -> bool:
         """Whether the missing beginning of a chain is older than the retention."""
         if seen.first_at <= limit:
             return True
@@ -289,7 +289,7 @@ class Checker:
             return False
         return checkpoints.first > 1 and checkpoints.first_at <= limit and not 0 < seen.since < seen.first
 
-    def _checkpoints(self, run: str) -> _Seen | None:
+    def _checkpoints(self, run: str) -> _ChainState | None:
         found = (seen for (of, subject), seen in self._chains.items() if of == run and _is_checkpoint(subject))
         return next(found, None)
 
@@ -312,7 +312,7 @@ def _span(first: int, last: int) -> str:
     return f"block {first} is" if first == last else f"blocks {first} to {last} are"
 
 
-def _lost_end(writer: str, mark: Mark, seen: _Seen | None, run: _Run | None) -> str:
+def _lost_end(writer: str, mark: Mark, seen: _ChainState | None, run: _Run | None) -> str:
     first = seen.number + 1 if seen else 1
     since = run.last_at if run else 0
     return (
@@ -321,11 +321,11 @@ def _lost_end(writer: str, mark: Mark, seen: _Seen | None, run: _Run | None) -> 
     )
 
 
-def _satisfied(seen: _Seen | None, mark: Mark) -> bool:
+def _satisfied(seen: _ChainState | None, mark: Mark) -> bool:
     return not any(True for _ in _missing(seen, mark))
 
 
-def _missing(seen: _Seen | None, mark: Mark) -> Iterator[tuple[str, int]]:
+def _missing(seen: _ChainState | None, mark: Mark) -> Iterator[tuple[str, int]]:
     """What of a mark does not hold, and the block it is about."""
     if seen is None:
         yield f"the whole chain is missing: a checkpoint lists {mark.number} blocks", 0

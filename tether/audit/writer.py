@@ -25,7 +25,7 @@ from tether.audit import reader as audit_read
 from tether.audit.reader import AuditReader
 from tether.audit.repeated_attempts import Attempt, Attempts
 from tether.audit.sender import Sender
-from tether.audit.spool import Leftover, Spool, State, forget, leftovers
+from tether.audit.spool import Leftover, Spool, SpoolState, forget, leftovers
 from tether.bus.bus import Bus
 from tether.crypto import MessageType
 from tether.errors import ConfigError, EnvelopeError
@@ -75,7 +75,7 @@ class AuditLog:
     # what services call
 
     def inference(self, tenant: str, *fields: Any) -> None:
-        """One synchronous request: the fields of :class:`tether.audit.Entry` in order, without the time."""
+        """One synchronous request: the fields of :class:`tether.audit.AuditEntry` in order, without the time."""
         if self._all and len(self._pending) < MOST_PENDING:
             self._pending.append((Kind.INFERENCE, tenant, (time.time_ns() // 1_000_000, *fields)))
         elif self._all:
@@ -278,11 +278,11 @@ class AuditLog:
         if self._sender is not None:
             self._sender.wake.set()
 
-    def _state(self) -> State:
+    def _state(self) -> SpoolState:
         heads = [(name, chain.number, chain.head, self._at[name]) for name, chain in self._chains.items()]
         if self._sender is None:
-            return State(self.run, 0, tuple(heads))
-        return State(self.run, self._sender.sequence, tuple(heads), self._sender.last)
+            return SpoolState(self.run, 0, tuple(heads))
+        return SpoolState(self.run, self._sender.sequence, tuple(heads), self._sender.last)
 
     # from one run to the next
 
@@ -305,7 +305,7 @@ class AuditLog:
         self._note_leftovers(found)
         return self._sender
 
-    def _begin_marks(self, known: Sequence[State]) -> None:
+    def _begin_marks(self, known: Sequence[SpoolState]) -> None:
         self._listed = self._bus.clock.monotonic()
         begin = Mark(self._bus.clock.utc_ms(), What.BEGIN, self.run)
         self._mark([begin, *(mark for state in known for mark in state.marks())])

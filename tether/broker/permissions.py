@@ -183,7 +183,7 @@ def _worker(names: Names, inbox: str, name: str, scope: str) -> Permissions:
             names.dead_subjects(scope),
             names.service("registerWorker"),
             names.bucket_key("liveness", name),
-            names.piece(name),
+            names.chunk(name),
             note,
             _last(names.bucket_stream("attempts"), note),
             _last(names.bucket_stream("assign"), own_order),
@@ -226,7 +226,7 @@ def _modelstore(names: Names, inbox: str) -> Permissions:
         subscribe=(
             inbox,
             *_keys(names, "models", "aliases", "modelkeys", "tenants", "keyset", "assign"),
-            names.piece("*"),
+            names.chunk("*"),
             _DISCOVERY,
             *(names.store_services(endpoint) for endpoint in MODELSTORE_SERVICES),
         ),
@@ -286,7 +286,7 @@ def _read_objects(names: Names) -> tuple[str, ...]:
 
 
 def _keep_objects(names: Names) -> tuple[str, ...]:
-    """What looking after pieces takes: their number, and the deletion of single ones by sequence."""
+    """What looking after chunks takes: their number, and the deletion of single ones by sequence."""
     streams = [names.object_stream(bucket) for bucket in names.chunk_buckets()]
     return (*_calls("INFO", streams), *_calls("MSG.DELETE", streams))
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import msgspec
 
-from tether.bus.connection import Link, Subscription
+from tether.bus.connection import NatsConnection, Subscription
 from tether.bus.errors import ApiError, JetStreamError, PubAck, parse_ack, translate, undone
 from tether.bus.pending_requests import Message, patiently, status_of
 from tether.crypto import Envelope, MessageType
 from tether.domain.job import SHARED
 from tether.errors import BrokerUnavailable, EnvelopeError, TetherError
 from tether.process import metrics
-from tether.process.log_rate_limiter import Seldom
+from tether.process.log_rate_limiter import LogRateLimiter
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ MULTI_LAST = 512
 """Subjects asked for in one batch; the server refuses more than 1024."""
 
 
-class Stored(msgspec.Struct, frozen=True):
+class StoredMessage(msgspec.Struct, frozen=True):
     """A message read back from a stream."""
 
     subject: str
@@ -43,15 +43,15 @@ class Stored(msgspec.Struct, frozen=True):
         return datetime.fromisoformat(self.headers["Nats-Time-Stamp"]).timestamp()
 
 
-class Bus(Link):
+class Bus(NatsConnection):
     """Made by :func:`tether.bus.session.connect`."""
 
     scope: str = SHARED
     """Of a worker: whose lanes it serves; what the keyset says of its key, when it held nothing yet."""
 
     @cached_property
-    def _told(self) -> Seldom:
-        return Seldom(self.clock.monotonic)
+    def _told(self) -> LogRateLimiter:
+        return LogRateLimiter(self.clock.monotonic)
 
     def bound_scope(self) -> str:
         """The scope that the newest keyset binds this identity's key to."""
@@ -114,7 +114,7 @@ class Bus(Link):
             raise translate(msgspec.convert(content["error"], ApiError))
         return content
 
-    async def direct_get(self, stream: str, subject: str, *, timeout: float = 5.0) -> Stored | None:
+    async def direct_get(self, stream: str, subject: str, *, timeout: float = 5.0) -> StoredMessage | None:
         """The last message of ``subject`` in ``stream`` (NATS ADR-31), or None."""
         answer = await self.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", b"", timeout=timeout)
         return _found(answer)
@@ -125,14 +125,16 @@ class Bus(Link):
         found = _found(await self.request(f"$JS.API.DIRECT.GET.{stream}", body, timeout=timeout))
         return 0 if found is None else found.sequence
 
-    async def direct_at(self, stream: str, sequence: int, *, timeout: float = 5.0) -> Stored | None:
+    async def direct_at(self, stream: str, sequence: int, *, timeout: float = 5.0) -> StoredMessage | None:
         """The message of ``stream`` with a sequence, or None."""
         body = msgspec.json.encode({"seq": sequence})
         return _stored(await self.request(f"$JS.API.DIRECT.GET.{stream}", body, timeout=timeout))
 
-    async def direct_batch(self, stream: str, subjects: Sequence[str], *, timeout: float = 5.0) -> dict[str, Stored]:
+    async def direct_batch(
+        self, stream: str, subjects: Sequence[str], *, timeout: float = 5.0
+    ) -> dict[str, StoredMessage]:
         """The last message of each of ``subjects`` that has one, in as few round trips as the server allows."""
-        found: dict[str, Stored] = {}
+        found: dict[str, StoredMessage] = {}
         for start in range(0, len(subjects), MULTI_LAST):
             wanted = list(subjects[start : start + MULTI_LAST])
             while wanted:
@@ -149,7 +151,7 @@ class Bus(Link):
         start: int = 1,
         batch: int = 256,
         timeout: float = 5.0,
-    ) -> AsyncIterator[Stored]:
+    ) -> AsyncIterator[StoredMessage]:
         """Every message of ``stream`` that matches ``subjects``, by sequence from ``start``, without a consumer."""
         while True:
             request = {"batch": batch, "seq": start, "next_by_subj": subjects}
@@ -162,7 +164,7 @@ class Bus(Link):
 
     async def direct_page(
         self, stream: str, subjects: str, *, start: int, batch: int, max_bytes: int, timeout: float = 5.0
-    ) -> list[Stored]:
+    ) -> list[StoredMessage]:
         """The next messages of ``stream`` from the sequence ``start`` on: at most ``batch`` of them, and about ``max_bytes``."""
         request = {"batch": batch, "seq": start, "next_by_subj": subjects, "max_bytes": max_bytes}
         return (await self._batch(stream, request, timeout))[0]
@@ -174,7 +176,7 @@ class Bus(Link):
         got, _ = await self._batch(stream, request, timeout)
         return got[0].sequence if got else 0
 
-    async def _batch(self, stream: str, request: object, timeout: float) -> tuple[list[Stored], bool]:
+    async def _batch(self, stream: str, request: object, timeout: float) -> tuple[list[StoredMessage], bool]:
         subject, payload = f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(request)
         collected: list[Message] = []
 
@@ -259,14 +261,14 @@ def _not_said(answer: Message) -> bool:
     return _LAST_SEQUENCE.search(answer.data) is None and undone(answer.data, answer.headers)
 
 
-def _stored(message: Message) -> Stored | None:
+def _stored(message: Message) -> StoredMessage | None:
     headers = message.headers or {}
     if "Nats-Sequence" not in headers:
         return None
-    return Stored(headers["Nats-Subject"], message.data, int(headers["Nats-Sequence"]), headers)
+    return StoredMessage(headers["Nats-Subject"], message.data, int(headers["Nats-Sequence"]), headers)
 
 
-def _found(message: Message) -> Stored | None:
+def _found(message: Message) -> StoredMessage | None:
     """The message that was asked for, or None when there is none.
 
     Raises:
@@ -278,4 +280,4 @@ def _found(message: Message) -> Stored | None:
     return _stored(message)
 
 
-__all__ = ["Bus", "Message", "PubAck", "Stored", "Subscription"]
+__all__ = ["Bus", "Message", "PubAck", "StoredMessage", "Subscription"]

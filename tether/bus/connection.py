@@ -20,13 +20,13 @@ import nats.aio.subscription
 import nats.errors
 
 from tether.bus.errors import denied_subject, permission_denied, translated
-from tether.bus.pending_requests import Call, Message, patiently, status_of
-from tether.bus.tls import Client, ClientTls
+from tether.bus.pending_requests import Message, PendingReply, patiently, status_of
+from tether.bus.tls import ClientTls, TlsNatsClient
 from tether.crypto import Signer, Verifier
 from tether.errors import BrokerUnavailable
 from tether.process import metrics
 from tether.process.clock import SystemClock
-from tether.process.lifecycle import Ended
+from tether.process.lifecycle import Termination
 from tether.settings import Settings
 from tether.wire.subjects import Names
 
@@ -82,7 +82,7 @@ class Subscription:
             self._client._remove_sub(self._inner._id)  # noqa: SLF001
 
 
-class Link:
+class NatsConnection:
     """Publish, subscribe, ask. Not thread-safe: it belongs to the event loop it was made on."""
 
     def __init__(self, settings: Settings, names: Names, signer: Signer, verifier: Verifier) -> None:
@@ -91,15 +91,15 @@ class Link:
         self.signer = signer
         self.verifier = verifier
         self.clock = SystemClock()
-        self.closed = Ended()
+        self.closed = Termination()
         self.losses = 0
         """Times the connection was lost."""
         self.on_refused: Callable[[str, str], None] | None = None
         """Told the error code and subject of every message that is not acted on."""
         self.on_keyset: Callable[[int, str], None] | None = None
         """Told the version of a new keyset that is believed, and what changed with it."""
-        self._client = Client()
-        self._calls: dict[str, Call] = {}
+        self._client = TlsNatsClient()
+        self._calls: dict[str, PendingReply] = {}
         self._unheard: set[str] = set()
         """Subjects, in lower case, that the broker refused a subscription to since the last one was asked for."""
         self._refusals = 0
@@ -113,7 +113,7 @@ class Link:
 
     async def open_connection(self, seed: str, tls: ClientTls | None = None) -> None:
         options = self._options(seed)
-        probe = Client()
+        probe = TlsNatsClient()
         if tls is not None:
             options["tls"] = tls.context
             probe.certificate = self._client.certificate = tls.certificate
@@ -359,11 +359,11 @@ class Link:
             return await call.future
 
     @contextlib.contextmanager
-    def _calling(self, inbox: str, subject: str, timeout: float) -> Iterator[Call]:
+    def _calling(self, inbox: str, subject: str, timeout: float) -> Iterator[PendingReply]:
         """Expect an answer on ``inbox`` for at most ``timeout`` seconds."""
         token = inbox[len(self._answers) :]
         loop = asyncio.get_running_loop()
-        call = self._calls[token] = Call(loop.create_future(), subject)
+        call = self._calls[token] = PendingReply(loop.create_future(), subject)
         timer = loop.call_later(timeout, call.expire)
         try:
             yield call

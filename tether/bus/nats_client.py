@@ -12,7 +12,7 @@ LARGE = 64 << 10
 """From this size on the bytes of a message are handed on without being copied more often than they have to be."""
 
 READ = 512 << 10
-"""Bytes that one read takes at most; nats-py's 32 KiB make thirty reads of one piece of a model."""
+"""Bytes that one read takes at most; nats-py's 32 KiB make thirty reads of one chunk of a model."""
 
 
 class Parser(parser.Parser):  # type: ignore[misc]
@@ -35,7 +35,7 @@ class Parser(parser.Parser):  # type: ignore[misc]
         await super().parse(data)
 
 
-class Client(nats.aio.client.Client):  # type: ignore[misc]
+class NatsClient(nats.aio.client.Client):  # type: ignore[misc]
     """A pong whose waiter gave up, or was cancelled, ends nats-py's reading for good: it sets a future that is done."""
 
     def __init__(self) -> None:

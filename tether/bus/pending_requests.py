@@ -24,7 +24,7 @@ class Message(Protocol):
     headers: dict[str, str] | None
 
 
-class Call:
+class PendingReply:
     """One outstanding request: a future for a single answer, or a list for a batch."""
 
     __slots__ = ("collected", "future", "lossy", "subject")
@@ -50,7 +50,7 @@ class Call:
 
 
 @contextlib.contextmanager
-def lossy() -> Iterator[None]:
+def fail_on_disconnect() -> Iterator[None]:
     """What this task asks in the block fails when the connection is lost, not when its time is up: an answer may never come, and
     asking again does no harm."""
     token = _LOSSY.set(True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from tether.errors import BrokerUnavailable
 
 if TYPE_CHECKING:
-    from tether.bus.connection import Link
+    from tether.bus.connection import NatsConnection
 
 PATIENCE_S = 10.0
 """How long a request about durable jobs waits for a broker that is away, before it is answered with 503."""
@@ -19,10 +19,10 @@ _PAUSE_S = 0.05
 T = TypeVar("T")
 
 
-class Patience:
+class RetryDeadline:
     """The time that one request has for all that it asks of the broker."""
 
-    def __init__(self, bus: Link, limit_s: float = PATIENCE_S) -> None:
+    def __init__(self, bus: NatsConnection, limit_s: float = PATIENCE_S) -> None:
         self._bus = bus
         self._end = bus.clock.monotonic() + limit_s
 

@@ -57,7 +57,7 @@ async def serve(
     subject: str = "",
     grace_ms: int = 0,
 ) -> AsyncIterator[None]:
-    """Answer requests on ``endpoint`` (or on ``subject``) until the block ends; those in hand may then end, for ``drain_s`` at most.
+    """Answer requests on ``endpoint`` (or on ``subject``) until the block ends; those in hand may then end, for ``shutdown_timeout_s`` at most.
 
     A :class:`TetherError` that ``handler`` raises reaches the caller as the same class; what is not signed by a key
     that may send ``accepts`` is counted and gets no answer. One that comes too late or from the future is told so, since its
@@ -88,7 +88,7 @@ async def serve(
             async with _endpoint(bus, endpoint, subject or bus.names.service(endpoint), answer):
                 yield
         finally:
-            await running.finish(bus.settings.drain_s)
+            await running.finish(bus.settings.shutdown_timeout_s)
 
 
 def _is_own_inbox(bus: Bus, role: str, sender: str, signed: str, reply: str) -> bool:

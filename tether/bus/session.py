@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 
 from tether.bus.bus import Bus
-from tether.bus.key_value.keyset_sync import SeenKeyset, following, standing
+from tether.bus.key_value.keyset_sync import TrustedKeyset, following, standing
 from tether.bus.tls import client_context
 from tether.crypto import Signer, Verifier
 from tether.errors import KeyRevoked
@@ -37,10 +37,10 @@ async def connect(settings: Settings, home: Home, identity: str, *, follow: bool
         await bus.close()
 
 
-def prepare(settings: Settings, home: Home, identity: str) -> tuple[Bus, SeenKeyset]:
+def prepare(settings: Settings, home: Home, identity: str) -> tuple[Bus, TrustedKeyset]:
     """Read keys and keyset; no network."""
     clock = SystemClock()
-    newest = SeenKeyset.load(home)
+    newest = TrustedKeyset.load(home)
     if not home.identity(identity).exists() and (gone := newest.revoked(identity)) is not None:
         raise gone
     own = load_identity(home.identity(identity))

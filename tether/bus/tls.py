@@ -36,7 +36,7 @@ class ClientTls:
     certificate: bool
 
 
-class Client(tether.bus.nats_client.Client):
+class TlsNatsClient(tether.bus.nats_client.NatsClient):
     """nats-py's client, where that goes on in plain text or leaves its sockets open."""
 
     certificate = False

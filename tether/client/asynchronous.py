@@ -17,7 +17,7 @@ from tether.client.driver import drive_async
 from tether.client.grants import AsyncGrants
 from tether.client.inputs import Inputs, Version
 from tether.client.operations import JobInfo, JobOptions, JobPage, Json, Outputs
-from tether.client.protocol import Flow, Policy, Progress, Waiting
+from tether.client.protocol import Flow, Progress, RetryPolicy, Waiting
 from tether.client.pushing import local_model
 from tether.client.pushing import push as client_push
 from tether.client.pushing.push import PushOptions
@@ -70,7 +70,7 @@ class AsyncClient:
     def __init__(
         self, url: str | None = None, api_key: str | None = None, *, timeout: float = 30.0, tries: int = 8
     ) -> None:
-        self._policy = Policy(timeout=timeout, tries=tries)
+        self._policy = RetryPolicy(timeout=timeout, tries=tries)
         self._wire = AsyncWire(url, api_key)
 
     async def __aenter__(self) -> Self:
@@ -89,7 +89,7 @@ class AsyncClient:
         """The server's address."""
         return self._wire.url
 
-    async def run(self, flow: Callable[[Policy], Flow[T]], timeout: float | None = None) -> T:
+    async def run(self, flow: Callable[[RetryPolicy], Flow[T]], timeout: float | None = None) -> T:
         """Drive a flow of :mod:`tether.client.operations` to its result."""
         policy = self._policy if timeout is None else replace(self._policy, timeout=timeout)
         return await drive_async(self._wire, flow(policy))
@@ -205,7 +205,7 @@ class AsyncClient:
     ) -> Json:
         """Make the file or folder at ``path`` the next version of ``name``.
 
-        Only pieces that the store does not have are sent, so a push that broke off goes on where it was. What can be said of the
+        Only chunks that the store does not have are sent, so a push that broke off goes on where it was. What can be said of the
         version is in :class:`~tether.client.pushing.push.PushOptions`. The answer says under ``batching`` whether rows of several requests
         share a run, under ``untried`` why no trial run succeeded, under ``skipped`` which files of the folder are no part of it.
         ``progress`` is called with the bytes that are there. What restarts on the way is waited for until ``timeout`` seconds are
@@ -364,15 +364,15 @@ class AsyncClient:
     # administration
 
     async def store(self) -> Json:
-        """What is in the store of model pieces; ``damaged`` lists pieces to push again."""
+        """What is in the store of model chunks; ``damaged`` lists chunks to push again."""
         return await self.run(lambda policy: flows.get(policy, model_operations.STORE))
 
     async def collect(self) -> Json:
-        """Have pieces that no version names collected soon; the store as it is now."""
+        """Have chunks that no version names collected soon; the store as it is now."""
         return await self.run(lambda policy: model_operations.work_on_store(policy, "collect"))
 
     async def scrub(self) -> Json:
-        """Have every stored piece read and compared soon; the store as it is now."""
+        """Have every stored chunk read and compared soon; the store as it is now."""
         return await self.run(lambda policy: model_operations.work_on_store(policy, "scrub"))
 
     async def create_key(self, tenant: str, scopes: Sequence[str], name: str = "") -> Json:

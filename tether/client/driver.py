@@ -8,23 +8,23 @@ import threading
 from contextlib import closing
 from typing import Any, TypeVar
 
-from tether.client.protocol import Flow, Lost, Pause, Reply, Together
-from tether.client.transport import AsyncWire, Wire
+from tether.client.protocol import Concurrently, Flow, NoResponse, Response, Sleep
+from tether.client.transport import AsyncWire, Transport
 
 T = TypeVar("T")
 
 
-def drive(wire: Wire, flow: Flow[T]) -> T:
+def drive(wire: Transport, flow: Flow[T]) -> T:
     """Take a flow to its result, blocking."""
-    answer: Reply | Lost | list[Any] | None = None
+    answer: Response | NoResponse | list[Any] | None = None
     with closing(flow) as steps:
         try:
             while True:
                 step = steps.send(answer)
-                if isinstance(step, Pause):
+                if isinstance(step, Sleep):
                     threading.Event().wait(step.seconds)
                     answer = None
-                elif isinstance(step, Together):
+                elif isinstance(step, Concurrently):
                     answer = _together(wire, step)
                 else:
                     answer = wire.send(step)
@@ -32,7 +32,7 @@ def drive(wire: Wire, flow: Flow[T]) -> T:
             return done.value  # type: ignore[no-any-return]
 
 
-def _together(wire: Wire, step: Together) -> list[Any]:
+def _together(wire: Transport, step: Concurrently) -> list[Any]:
     """In threads. After an error those that have begun are waited for; an interrupt waits for nobody."""
     results: dict[int, Any] = {}
     running: dict[concurrent.futures.Future[Any], int] = {}
@@ -60,15 +60,15 @@ def _together(wire: Wire, step: Together) -> list[Any]:
 
 async def drive_async(wire: AsyncWire, flow: Flow[T]) -> T:
     """Take a flow to its result."""
-    answer: Reply | Lost | list[Any] | None = None
+    answer: Response | NoResponse | list[Any] | None = None
     with closing(flow) as steps:
         try:
             while True:
                 step = steps.send(answer)
-                if isinstance(step, Pause):
+                if isinstance(step, Sleep):
                     await asyncio.sleep(step.seconds)
                     answer = None
-                elif isinstance(step, Together):
+                elif isinstance(step, Concurrently):
                     answer = await _together_async(wire, step)
                 else:
                     answer = await wire.send(step)
@@ -76,7 +76,7 @@ async def drive_async(wire: AsyncWire, flow: Flow[T]) -> T:
             return done.value  # type: ignore[no-any-return]
 
 
-async def _together_async(wire: AsyncWire, step: Together) -> list[Any]:
+async def _together_async(wire: AsyncWire, step: Concurrently) -> list[Any]:
     results: dict[int, Any] = {}
     running: dict[asyncio.Task[Any], int] = {}
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
 
 from tether.client.operations import Json, model_path, put
-from tether.client.protocol import Flow, Policy, Send, exchange_json
+from tether.client.protocol import Flow, Request, RetryPolicy, exchange_json
 
 T = TypeVar("T")
 
@@ -17,30 +17,30 @@ EVERYBODY = "*"
 
 
 class _Run(Protocol):
-    def __call__(self, flow: Callable[[Policy], Flow[T]], /) -> T: ...
+    def __call__(self, flow: Callable[[RetryPolicy], Flow[T]], /) -> T: ...
 
 
 class _RunAsync(Protocol):
-    def __call__(self, flow: Callable[[Policy], Flow[T]], /) -> Awaitable[T]: ...
+    def __call__(self, flow: Callable[[RetryPolicy], Flow[T]], /) -> Awaitable[T]: ...
 
 
-def _ask(policy: Policy, send: Send) -> Flow[Json]:
+def _ask(policy: RetryPolicy, send: Request) -> Flow[Json]:
     return (yield from exchange_json(policy, send, dict[str, Any]))
 
 
-def _shown(model: str) -> Callable[[Policy], Flow[Json]]:
-    return partial(_ask, send=Send("GET", f"{model_path(model)}/grants"))
+def _shown(model: str) -> Callable[[RetryPolicy], Flow[Json]]:
+    return partial(_ask, send=Request("GET", f"{model_path(model)}/grants"))
 
 
-def _granted(model: str, tenant: str, right: str) -> Callable[[Policy], Flow[Json]]:
+def _granted(model: str, tenant: str, right: str) -> Callable[[RetryPolicy], Flow[Json]]:
     return partial(_ask, send=put(_path(model, tenant), {"right": right}))
 
 
-def _revoked(model: str, tenant: str) -> Callable[[Policy], Flow[Json]]:
-    return partial(_ask, send=Send("DELETE", _path(model, tenant)))
+def _revoked(model: str, tenant: str) -> Callable[[RetryPolicy], Flow[Json]]:
+    return partial(_ask, send=Request("DELETE", _path(model, tenant)))
 
 
-def _handed_over(model: str, tenant: str) -> Callable[[Policy], Flow[Json]]:
+def _handed_over(model: str, tenant: str) -> Callable[[RetryPolicy], Flow[Json]]:
     return partial(_ask, send=put(f"{model_path(model)}/owner", {"tenant": tenant}))
 
 

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from tether.client.protocol import Flow, Policy, Send, exchange_json
+from tether.client.protocol import Flow, Request, RetryPolicy, exchange_json
 from tether.domain.manifest import TensorSpec
 from tether.domain.tensor import NUMPY_DTYPES, Array
 from tether.errors import BadTensor, InvalidRequest
@@ -36,14 +36,14 @@ def served_path(model: str, version: Version) -> str:
     return f"/v2/models/{quote(model, safe='')}{tail}"
 
 
-def signature(policy: Policy, model: str, version: Version) -> Flow[list[TensorSpec]]:
+def signature(policy: RetryPolicy, model: str, version: Version) -> Flow[list[TensorSpec]]:
     """A version's inputs, as the server tells them."""
-    told = yield from exchange_json(policy, Send("GET", served_path(model, version)), _Metadata)
+    told = yield from exchange_json(policy, Request("GET", served_path(model, version)), _Metadata)
     return told.inputs
 
 
 def fitted(
-    policy: Policy, model: str, version: Version, inputs: Inputs, send: Callable[[dict[str, Array]], Flow[T]]
+    policy: RetryPolicy, model: str, version: Version, inputs: Inputs, send: Callable[[dict[str, Array]], Flow[T]]
 ) -> Flow[T]:
     """Send inputs; where the server refuses a datatype, once more with arrays of float64 and int64 in the model's.
 
@@ -62,7 +62,7 @@ def fitted(
 
 
 def arrays(
-    policy: Policy,
+    policy: RetryPolicy,
     model: str,
     version: Version,
     inputs: Inputs,

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import msgspec
 
 from tether.client.operations import Json, model_path, post, put
-from tether.client.protocol import Flow, Policy, Send, exchange_json
+from tether.client.protocol import Flow, Request, RetryPolicy, exchange_json
 from tether.errors import Conflict, InvalidRequest, ModelNotFound
 
 PRODUCTION = "production"
@@ -22,7 +22,7 @@ def alias_path(name: str, alias: str) -> str:
 
 
 def promote(
-    policy: Policy, name: str, version: int, alias: str, canary: float | None, *, sticky: bool, force: bool
+    policy: RetryPolicy, name: str, version: int, alias: str, canary: float | None, *, sticky: bool, force: bool
 ) -> Flow[Json]:
     """Let ``alias`` stand for ``version``, or give it ``canary`` percent of the alias's requests.
 
@@ -36,11 +36,11 @@ def promote(
     return (yield from exchange_json(policy, ask, dict[str, Any]))
 
 
-def _split(policy: Policy, name: str, version: int, alias: str, canary: float) -> Flow[list[Json]]:
+def _split(policy: RetryPolicy, name: str, version: int, alias: str, canary: float) -> Flow[list[Json]]:
     if not 0 < canary < 100:
         raise InvalidRequest(f"canary must be more than 0 and less than 100 percent, not {canary:g}", field="canary")
     try:
-        now = yield from exchange_json(policy, Send("GET", alias_path(name, alias)), dict[str, Any])
+        now = yield from exchange_json(policy, Request("GET", alias_path(name, alias)), dict[str, Any])
     except ModelNotFound as error:
         raise InvalidRequest(
             f"{error.message}: promote a version to it first, then a canary beside it", field="alias"
@@ -53,24 +53,24 @@ def _split(policy: Policy, name: str, version: int, alias: str, canary: float) -
     return [{"version": stable, "weight": 100 - canary}, {"version": version, "weight": canary}]
 
 
-def rollback(policy: Policy, name: str, alias: str) -> Flow[Json]:
+def rollback(policy: RetryPolicy, name: str, alias: str) -> Flow[Json]:
     """Let ``alias`` stand for what it stood for before."""
     ask = post(f"{model_path(name)}/rollback", {"alias": alias}, repeatable=False)
     return (yield from exchange_json(policy, ask, dict[str, Any]))
 
 
-def rekey(policy: Policy, name: str) -> Flow[Json]:
+def rekey(policy: RetryPolicy, name: str) -> Flow[Json]:
     """Let the versions of an encrypted model be stored under another key."""
     return (yield from exchange_json(policy, post(f"{model_path(name)}/rekey", {}, repeatable=False), dict[str, Any]))
 
 
-def delete(policy: Policy, name: str, version: int) -> Flow[Json]:
+def delete(policy: RetryPolicy, name: str, version: int) -> Flow[Json]:
     """Delete a version that no alias stands for."""
-    ask = Send("DELETE", f"{model_path(name)}/versions/{version}")
+    ask = Request("DELETE", f"{model_path(name)}/versions/{version}")
     return (yield from exchange_json(policy, ask, dict[str, Any]))
 
 
-def delete_model(policy: Policy, name: str, version: int | None, *, force: bool) -> Flow[list[int]]:
+def delete_model(policy: RetryPolicy, name: str, version: int | None, *, force: bool) -> Flow[list[int]]:
     """Delete a version, or all of a model's; returns their numbers.
 
     The alias ``latest``, which a push moves, then stands for the newest version that is left, or goes. Others go with ``force``.
@@ -79,12 +79,12 @@ def delete_model(policy: Policy, name: str, version: int | None, *, force: bool)
         Conflict: another alias stands for one of them.
         ModelNotFound: there is no such model or version.
     """
-    told = yield from exchange_json(policy, Send("GET", model_path(name)), dict[str, Any])
+    told = yield from exchange_json(policy, Request("GET", model_path(name)), dict[str, Any])
     there = [entry["version"] for entry in told["versions"]]
     gone = there if version is None else [version]
     left = [number for number in there if number not in gone]
     for alias, stands in told["aliases"].items():
-        found = yield from exchange_json(policy, Send("GET", alias_path(name, alias)), dict[str, Any])
+        found = yield from exchange_json(policy, Request("GET", alias_path(name, alias)), dict[str, Any])
         if not {stands, *(share["version"] for share in found["split"])} & set(gone):
             continue
         if alias == LATEST and left:
@@ -103,20 +103,20 @@ def delete_model(policy: Policy, name: str, version: int | None, *, force: bool)
     return gone
 
 
-def delete_alias(policy: Policy, name: str, alias: str) -> Flow[Json]:
-    return (yield from exchange_json(policy, Send("DELETE", alias_path(name, alias)), dict[str, Any]))
+def delete_alias(policy: RetryPolicy, name: str, alias: str) -> Flow[Json]:
+    return (yield from exchange_json(policy, Request("DELETE", alias_path(name, alias)), dict[str, Any]))
 
 
 STORE = "/v1/store"
 
 
-def work_on_store(policy: Policy, work: str) -> Flow[Json]:
-    """Ask for ``work`` on the store of pieces; doing so twice does it once."""
+def work_on_store(policy: RetryPolicy, work: str) -> Flow[Json]:
+    """Ask for ``work`` on the store of chunks; doing so twice does it once."""
     return (yield from exchange_json(policy, post(f"{STORE}:{work}", {}, repeatable=True), dict[str, Any]))
 
 
-def shadows(policy: Policy, name: str) -> Flow[list[Json]]:
-    told = yield from exchange_json(policy, Send("GET", f"{model_path(name)}/shadows"), dict[str, Any])
+def shadows(policy: RetryPolicy, name: str) -> Flow[list[Json]]:
+    told = yield from exchange_json(policy, Request("GET", f"{model_path(name)}/shadows"), dict[str, Any])
     return list(told["shadows"])
 
 
@@ -127,25 +127,27 @@ def config_path(name: str) -> str:
     return f"{model_path(name)}/config"
 
 
-def change_config(policy: Policy, name: str, method: str, patch: Json | None, revision: int | None) -> Flow[Json]:
+def change_config(policy: RetryPolicy, name: str, method: str, patch: Json | None, revision: int | None) -> Flow[Json]:
     """PATCH or DELETE a configuration. Doing so twice does it once, unless it is tied to a revision."""
     body = b"" if patch is None else msgspec.json.encode(patch)
     headers = {} if patch is None else {"content-type": "application/json"}
     params = {} if revision is None else {"revision": str(revision)}
-    ask = Send(method, config_path(name), body, params=params, headers=headers, repeatable=revision is None)
+    ask = Request(method, config_path(name), body, params=params, headers=headers, repeatable=revision is None)
     return (yield from exchange_json(policy, ask, dict[str, Any]))
 
 
-def load(policy: Policy, name: str, what: str) -> Flow[Json]:
+def load(policy: RetryPolicy, name: str, what: str) -> Flow[Json]:
     """``what``: load or unload."""
     path = f"/v2/repository/models/{quote(name, safe='')}/{what}"
-    ask = Send("POST", path, b"{}", headers={"content-type": "application/json"}, timeout=policy.timeout)
+    ask = Request("POST", path, b"{}", headers={"content-type": "application/json"}, timeout=policy.timeout)
     return (yield from exchange_json(policy, ask, dict[str, Any]))
 
 
-def annotate(policy: Policy, name: str, version: int, labels: Mapping[str, str | None], note: str | None) -> Flow[Json]:
+def annotate(
+    policy: RetryPolicy, name: str, version: int, labels: Mapping[str, str | None], note: str | None
+) -> Flow[Json]:
     """Change labels and note of a version; doing so twice does it once."""
     body = {"labels": dict(labels)} | ({} if note is None else {"note": note})
     headers = {"content-type": "application/json"}
-    ask = Send("PATCH", f"{model_path(name)}/versions/{version}", msgspec.json.encode(body), headers=headers)
+    ask = Request("PATCH", f"{model_path(name)}/versions/{version}", msgspec.json.encode(body), headers=headers)
     return (yield from exchange_json(policy, ask, dict[str, Any]))

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import msgspec
 
 from tether.client.inputs import Inputs, Version, arrays, fitted
-from tether.client.protocol import Flow, Policy, Progress, Reply, Send, exchange, exchange_json
+from tether.client.protocol import Flow, Progress, Request, Response, RetryPolicy, exchange, exchange_json
 from tether.domain.job import TERMINAL, Failure, JobState
 from tether.domain.tensor import Array, from_numpy, to_numpy
 from tether.errors import (
@@ -132,16 +132,16 @@ def job_body(model: str, inputs: Mapping[str, Array], options: JobOptions) -> Js
     return body
 
 
-def post(path: str, body: Json, **more: Any) -> Send:
+def post(path: str, body: Json, **more: Any) -> Request:
     headers = {"content-type": "application/json", **more.pop("headers", {})}
-    return Send("POST", path, msgspec.json.encode(body), headers=headers, **more)
+    return Request("POST", path, msgspec.json.encode(body), headers=headers, **more)
 
 
-def put(path: str, body: Json) -> Send:
-    return Send("PUT", path, msgspec.json.encode(body), headers={"content-type": "application/json"})
+def put(path: str, body: Json) -> Request:
+    return Request("PUT", path, msgspec.json.encode(body), headers={"content-type": "application/json"})
 
 
-def submit(policy: Policy, model: str, inputs: Inputs, options: JobOptions, key: str | None) -> Flow[JobInfo]:
+def submit(policy: RetryPolicy, model: str, inputs: Inputs, options: JobOptions, key: str | None) -> Flow[JobInfo]:
     headers = {"idempotency-key": key or uuid.uuid4().hex}
 
     def sent(given: dict[str, Array]) -> Flow[JobInfo]:
@@ -151,7 +151,7 @@ def submit(policy: Policy, model: str, inputs: Inputs, options: JobOptions, key:
 
 
 def submit_many(
-    policy: Policy, model: str, rows: Iterable[Inputs], options: JobOptions, progress: Progress | None
+    policy: RetryPolicy, model: str, rows: Iterable[Inputs], options: JobOptions, progress: Progress | None
 ) -> Flow[list[JobInfo]]:
     """One job a row, up to :data:`BATCH` of them and :data:`BATCH_BYTES` in a request."""
     found: list[JobInfo] = []
@@ -173,7 +173,7 @@ def submit_many(
     return found
 
 
-def _submit_batch(policy: Policy, bodies: Sequence[msgspec.Raw]) -> Flow[list[JobInfo]]:
+def _submit_batch(policy: RetryPolicy, bodies: Sequence[msgspec.Raw]) -> Flow[list[JobInfo]]:
     """The request has one key, from which the server makes one a job, so that a repeat submits nothing twice."""
     headers = {"idempotency-key": uuid.uuid4().hex}
     page = yield from exchange_json(policy, post("/v1/jobs:batch", {"jobs": bodies}, headers=headers), JobPage)
@@ -185,7 +185,7 @@ def tell(progress: Progress | None, done: int) -> None:
         progress(done)
 
 
-class Counted:
+class ProgressCounter:
     """A sum that ``progress`` is told of, from ``done`` on."""
 
     def __init__(self, progress: Progress | None, done: int = 0) -> None:
@@ -202,16 +202,16 @@ def _job_path(job_id: str) -> str:
     return f"/v1/jobs/{quote(job_id, safe='')}"
 
 
-def job(policy: Policy, job_id: str, wait: float) -> Flow[JobInfo]:
+def job(policy: RetryPolicy, job_id: str, wait: float) -> Flow[JobInfo]:
     params = {"wait": f"{wait:.3f}"} if wait else {}
-    return (yield from exchange_json(policy, Send("GET", _job_path(job_id), params=params), JobInfo, longer=wait))
+    return (yield from exchange_json(policy, Request("GET", _job_path(job_id), params=params), JobInfo, longer=wait))
 
 
-def cancel(policy: Policy, job_id: str) -> Flow[JobInfo]:
-    return (yield from exchange_json(policy, Send("DELETE", _job_path(job_id)), JobInfo))
+def cancel(policy: RetryPolicy, job_id: str) -> Flow[JobInfo]:
+    return (yield from exchange_json(policy, Request("DELETE", _job_path(job_id)), JobInfo))
 
 
-def change(policy: Policy, job_id: str, known: JobState | None) -> Flow[JobInfo]:
+def change(policy: RetryPolicy, job_id: str, known: JobState | None) -> Flow[JobInfo]:
     """The job as soon as its state is another than ``known``."""
     while True:
         info = yield from job(policy, job_id, 0.0 if known is None else 1.0)
@@ -220,7 +220,7 @@ def change(policy: Policy, job_id: str, known: JobState | None) -> Flow[JobInfo]
 
 
 def wait_many(
-    policy: Policy,
+    policy: RetryPolicy,
     ids: Sequence[str],
     within: float | None,
     progress: Progress | None,
@@ -235,7 +235,7 @@ def wait_many(
         if left < 0:
             raise DeadlineExceeded(f"{len(open_ids)} of {len(set(ids))} jobs had not ended after {within:g} s")
         params = {"ids": ",".join(part), "wait": f"{left:.3f}"}
-        ask = Send("GET", "/v1/jobs", params=params)
+        ask = Request("GET", "/v1/jobs", params=params)
         page = yield from exchange_json(policy, ask, JobPage, longer=left)
         for info in page.jobs:
             if info.ended:
@@ -245,25 +245,25 @@ def wait_many(
     return [ended[job_id] for job_id in ids]
 
 
-def jobs(policy: Policy, params: Mapping[str, Any]) -> Flow[JobPage]:
+def jobs(policy: RetryPolicy, params: Mapping[str, Any]) -> Flow[JobPage]:
     given = {name: str(value) for name, value in params.items() if value is not None}
-    return (yield from exchange_json(policy, Send("GET", "/v1/jobs", params=given), JobPage))
+    return (yield from exchange_json(policy, Request("GET", "/v1/jobs", params=given), JobPage))
 
 
 # models, keys, health
 
 
-def get(policy: Policy, path: str, key: str | None = None) -> Flow[Any]:
+def get(policy: RetryPolicy, path: str, key: str | None = None) -> Flow[Any]:
     """A JSON object, or what it holds under ``key``."""
-    found = yield from exchange_json(policy, Send("GET", path), dict[str, Any])
+    found = yield from exchange_json(policy, Request("GET", path), dict[str, Any])
     return found if key is None else found.get(key, [])
 
 
-def ask(policy: Policy, method: str, path: str, body: Json | None = None) -> Flow[Json]:
+def ask(policy: RetryPolicy, method: str, path: str, body: Json | None = None) -> Flow[Json]:
     """One request with a JSON answer; only a GET is sent again when its answer was lost."""
     content = b"" if body is None else msgspec.json.encode(body)
     headers = {} if body is None else {"content-type": "application/json"}
-    sent = Send(method, path, content, headers=headers, repeatable=method == "GET")
+    sent = Request(method, path, content, headers=headers, repeatable=method == "GET")
     return (yield from exchange_json(policy, sent, dict[str, Any]))
 
 
@@ -276,15 +276,15 @@ def model_path(name: str) -> str:
     return f"/v1/models/{quote(name, safe='')}"
 
 
-def create_key(policy: Policy, tenant: str, scopes: Sequence[str], name: str) -> Flow[Json]:
+def create_key(policy: RetryPolicy, tenant: str, scopes: Sequence[str], name: str) -> Flow[Json]:
     body = {"tenant": tenant, "scopes": list(scopes), **({"name": name} if name else {})}
     return (yield from exchange_json(policy, post("/v1/keys", body, repeatable=False), dict[str, Any]))
 
 
-def revoke_key(policy: Policy, key_id: str) -> Flow[None]:
-    yield from exchange(policy, Send("DELETE", f"/v1/keys/{quote(key_id, safe='')}"))
+def revoke_key(policy: RetryPolicy, key_id: str) -> Flow[None]:
+    yield from exchange(policy, Request("DELETE", f"/v1/keys/{quote(key_id, safe='')}"))
 
 
-def ready(policy: Policy) -> Flow[bool]:
-    got = yield Send("GET", "/v2/health/ready", timeout=policy.timeout)
-    return isinstance(got, Reply) and got.status == 200
+def ready(policy: RetryPolicy) -> Flow[bool]:
+    got = yield Request("GET", "/v2/health/ready", timeout=policy.timeout)
+    return isinstance(got, Response) and got.status == 200

@@ -1,7 +1,7 @@
 """What a client asks and how it reads the answers, without a socket.
 
-Every operation is a *flow*: a generator that yields :class:`Send`, :class:`Pause` or :class:`Together`, is sent a
-:class:`Reply` or :class:`Lost` for each ``Send`` and the results for a ``Together``, and returns its result.
+Every operation is a *flow*: a generator that yields :class:`Request`, :class:`Sleep` or :class:`Concurrently`, is sent a
+:class:`Response` or :class:`NoResponse` for each ``Request`` and the results for a ``Concurrently``, and returns its result.
 :mod:`tether.client.driver` drives the same flows with blocking and with asynchronous HTTP.
 """
 
@@ -63,7 +63,7 @@ _PHRASES = {
 
 
 @dataclass(frozen=True)
-class Send:
+class Request:
     """One HTTP request. ``timeout`` is in seconds; ``repeatable``: sending it twice does what sending it once does."""
 
     method: str
@@ -76,12 +76,12 @@ class Send:
 
 
 @dataclass(frozen=True)
-class Pause:
+class Sleep:
     seconds: float
 
 
 @dataclass(frozen=True)
-class Reply:
+class Response:
     """An HTTP answer; header names are lower case."""
 
     status: int
@@ -90,7 +90,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Lost:
+class NoResponse:
     """No answer came. ``sent``: the server may have acted on the request; ``late``: its time was up."""
 
     reason: str
@@ -99,7 +99,7 @@ class Lost:
 
 
 @dataclass(frozen=True)
-class Together:
+class Concurrently:
     """Several flows, ``width`` of them at a time, each taken when its turn comes. Their results come back in order; ``done`` is told of
     each as it ends, one at a time. The first error ends them."""
 
@@ -108,7 +108,7 @@ class Together:
     done: Callable[[Any], None]
 
 
-Flow = Generator[Send | Pause | Together, Any, T]
+Flow = Generator[Request | Sleep | Concurrently, Any, T]
 
 
 Waiting = Callable[[str], None]
@@ -120,7 +120,7 @@ def unwatched(_: str) -> None:
 
 
 @dataclass
-class Patience:
+class OperationDeadline:
     """The time that all requests of one operation share; it ends at ``until``, by the clock of the client's policy."""
 
     until: float
@@ -130,7 +130,7 @@ class Patience:
 
 
 @dataclass(frozen=True)
-class Policy:
+class RetryPolicy:
     """How a client waits: seconds for one operation, tries in a row without an answer, its clock and its chance.
 
     With ``patience`` all requests together have its time, and each tells the gateway how much of it is left.
@@ -138,7 +138,7 @@ class Policy:
 
     timeout: float = 30.0
     tries: int = 8
-    patience: Patience | None = None
+    patience: OperationDeadline | None = None
     monotonic: Callable[[], float] = time.monotonic
     chance: Callable[[], float] = random.random
 
@@ -147,11 +147,11 @@ class Policy:
         return max(at_least, float(min(2.0, 0.1 * 2 ** (tried - 1)) * (0.5 + self.chance() / 2)))
 
 
-def failure(got: Reply | Lost | None) -> TetherError | None:
+def failure(got: Response | NoResponse | None) -> TetherError | None:
     """The error an answer stands for, None when it is a good one."""
-    if not isinstance(got, Reply):
+    if not isinstance(got, Response):
         reason = got.reason if got else "no answer"
-        late = isinstance(got, Lost) and got.late
+        late = isinstance(got, NoResponse) and got.late
         return DeadlineExceeded(f"no answer in time: {reason}") if late else Unavailable(f"no answer: {reason}")
     if got.status < 400:
         return None
@@ -173,7 +173,7 @@ def _seconds(text: str) -> float:
         return 1.0
 
 
-def exchange(policy: Policy, ask: Send, *, longer: float = 0.0) -> Flow[Reply]:
+def exchange(policy: RetryPolicy, ask: Request, *, longer: float = 0.0) -> Flow[Response]:
     """Send until there is an answer, within ``policy.timeout`` and ``longer`` seconds in all, or within its patience.
 
     Connections that were refused are tried again, and 429 and 503 after their ``Retry-After``; an answer that got
@@ -189,28 +189,28 @@ def exchange(policy: Policy, ask: Send, *, longer: float = 0.0) -> Flow[Reply]:
         got = yield _timed(ask, end - policy.monotonic(), tell=patience is not None)
         error = failure(got)
         if patience is not None:
-            patience.answered = patience.answered or isinstance(got, Reply)
+            patience.answered = patience.answered or isinstance(got, Response)
             patience.waiting("" if error is None else error.message)
-        if error is None and isinstance(got, Reply):
+        if error is None and isinstance(got, Response):
             return got
         tried += 1
-        lost = lost + 1 if isinstance(got, Lost) else 0
-        may = ask.repeatable or (not got.sent if isinstance(got, Lost) else isinstance(error, QueueFull))
+        lost = lost + 1 if isinstance(got, NoResponse) else 0
+        may = ask.repeatable or (not got.sent if isinstance(got, NoResponse) else isinstance(error, QueueFull))
         if error is None or not may or not isinstance(error, Unavailable) or _given_up(policy, error, lost):
             raise error or Unavailable("no answer")
-        pause = policy.pause(tried, 0.0 if isinstance(got, Lost) else error.retry_after)
+        pause = policy.pause(tried, 0.0 if isinstance(got, NoResponse) else error.retry_after)
         if policy.monotonic() + pause >= end:
             raise error
-        yield Pause(pause)
+        yield Sleep(pause)
 
 
-def _timed(ask: Send, left_s: float, *, tell: bool) -> Send:
+def _timed(ask: Request, left_s: float, *, tell: bool) -> Request:
     left_s = max(0.05, left_s)
     headers = {**ask.headers, TIMEOUT_HEADER: f"{left_s:.2f}"} if tell else ask.headers
     return replace(ask, timeout=left_s, headers=headers)
 
 
-def _given_up(policy: Policy, error: TetherError, lost: int) -> bool:
+def _given_up(policy: RetryPolicy, error: TetherError, lost: int) -> bool:
     """Whether no more is tried although there is time."""
     if policy.patience is None or not policy.patience.answered:
         return lost >= policy.tries
@@ -218,7 +218,7 @@ def _given_up(policy: Policy, error: TetherError, lost: int) -> bool:
     return isinstance(error, StorageFull | QuotaExceeded)
 
 
-def exchange_json(policy: Policy, ask: Send, kind: type[T], *, longer: float = 0.0) -> Flow[T]:
+def exchange_json(policy: RetryPolicy, ask: Request, kind: type[T], *, longer: float = 0.0) -> Flow[T]:
     """The same, the answer decoded as ``kind``."""
     reply = yield from exchange(policy, ask, longer=longer)
     try:

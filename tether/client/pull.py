@@ -1,4 +1,4 @@
-"""Fetching a version's files as a flow: piece by piece, each compared with its name."""
+"""Fetching a version's files as a flow: chunk by chunk, each compared with its name."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from urllib.parse import quote
 
 import msgspec
 
-from tether.client.operations import Counted, Json, model_path
-from tether.client.protocol import Flow, Policy, Progress, Send, Together, exchange, exchange_json
+from tether.client.operations import Json, ProgressCounter, model_path
+from tether.client.protocol import Concurrently, Flow, Progress, Request, RetryPolicy, exchange, exchange_json
 from tether.domain.file_names import fault_of
 from tether.errors import Conflict, CorruptChunk, InvalidRequest
 
 WIDTH = 4
 GROUP = 16
-"""Pieces of a file that are fetched before any of them is written, ``WIDTH`` of them at a time."""
+"""Chunks of a file that are fetched before any of them is written, ``WIDTH`` of them at a time."""
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -33,7 +33,7 @@ class _Files(msgspec.Struct, frozen=True):
     files: tuple[_File, ...]
 
 
-def pull(policy: Policy, name: str, version: str, folder: Path, progress: Progress | None) -> Flow[Json]:
+def pull(policy: RetryPolicy, name: str, version: str, folder: Path, progress: Progress | None) -> Flow[Json]:
     """Write the files of a version below ``folder``; ``progress`` counts bytes. Files that are there already stay.
 
     Raises:
@@ -42,8 +42,8 @@ def pull(policy: Policy, name: str, version: str, folder: Path, progress: Progre
         InvalidRequest: the folder cannot be written, or the server names a path outside of it.
     """
     path = f"{model_path(name)}/versions/{quote(version, safe='')}"
-    told = yield from exchange_json(policy, Send("GET", f"{path}/files"), _Files)
-    done, counted = 0, Counted(progress)
+    told = yield from exchange_json(policy, Request("GET", f"{path}/files"), _Files)
+    done, counted = 0, ProgressCounter(progress)
     for file in told.files:
         if fault_of(file.path):
             raise InvalidRequest(f"the server names a file {file.path[:64]!r}, which cannot be written", field="path")
@@ -66,9 +66,9 @@ def _is_there(target: Path, file: _File) -> bool:
     raise Conflict(f"{target} is there with other content; choose another folder", field="path")
 
 
-def _fetch(policy: Policy, path: str, file: _File, target: Path, counted: Counted) -> Flow[None]:
-    def piece(digest: str) -> Flow[bytes]:
-        return (yield from exchange(policy, Send("GET", f"{path}/{digest}"))).body
+def _fetch(policy: RetryPolicy, path: str, file: _File, target: Path, counted: ProgressCounter) -> Flow[None]:
+    def chunk(digest: str) -> Flow[bytes]:
+        return (yield from exchange(policy, Request("GET", f"{path}/{digest}"))).body
 
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     whole = hashlib.sha256()
@@ -76,7 +76,7 @@ def _fetch(policy: Policy, path: str, file: _File, target: Path, counted: Counte
         with _created(temporary) as out:
             for start in range(0, len(file.chunks), GROUP):
                 group = file.chunks[start : start + GROUP]
-                for content in (yield Together(map(piece, group), WIDTH, lambda piece: counted.add(len(piece)))):
+                for content in (yield Concurrently(map(chunk, group), WIDTH, lambda chunk: counted.add(len(chunk)))):
                     whole.update(content)
                     out.write(content)
         if whole.hexdigest() != file.digest:

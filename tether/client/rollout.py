@@ -6,7 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 from tether.client.operations import Json, model_path
-from tether.client.protocol import Flow, Patience, Pause, Policy, Send, Waiting, exchange_json, unwatched
+from tether.client.protocol import (
+    Flow,
+    OperationDeadline,
+    Request,
+    RetryPolicy,
+    Sleep,
+    Waiting,
+    exchange_json,
+    unwatched,
+)
 from tether.errors import ModelNotReady
 
 LOOK_S = (0.1, 0.1, 0.2, 0.3, 0.5, 1.0)
@@ -17,15 +26,17 @@ SETTLED_S = {"ready": 0.0, "unloaded": 0.0, "not_served": 0.0, "failed": 3.0, "u
 one that is starting is heard of within some seconds."""
 
 
-def settled(policy: Policy, name: str, version: int, waiting: Waiting = unwatched) -> Flow[Json]:
+def settled(policy: RetryPolicy, name: str, version: int, waiting: Waiting = unwatched) -> Flow[Json]:
     """Look until a worker answers for a version, or none is going to, at most ``policy.timeout`` seconds.
 
     Returns:
         The last answer of the route ``rollout``; its ``state`` is ``loading`` when the time was over. ``waiting`` is told what is waited for.
     """
     end = policy.monotonic() + policy.timeout
-    policy = replace(policy, patience=Patience(end, lambda what: waiting(what) if what else None, answered=True))
-    ask = Send("GET", f"{model_path(name)}/versions/{version}/rollout")
+    policy = replace(
+        policy, patience=OperationDeadline(end, lambda what: waiting(what) if what else None, answered=True)
+    )
+    ask = Request("GET", f"{model_path(name)}/versions/{version}/rollout")
     state, since, looked = "", policy.monotonic(), 0
     while True:
         told = yield from exchange_json(policy, ask, dict[str, Any])
@@ -40,11 +51,11 @@ def settled(policy: Policy, name: str, version: int, waiting: Waiting = unwatche
         if now + pause >= end:
             waiting("")
             return {**told, "state": "loading"}
-        yield Pause(pause)
+        yield Sleep(pause)
         looked += 1
 
 
-def wait_ready(policy: Policy, name: str, version: int, waiting: Waiting | None) -> Flow[Json]:
+def wait_ready(policy: RetryPolicy, name: str, version: int, waiting: Waiting | None) -> Flow[Json]:
     """:func:`settled`, where only a version that is ready is a result.
 
     Raises:

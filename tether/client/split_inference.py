@@ -11,7 +11,7 @@ import numpy as np
 
 from tether.client.inputs import Inputs, Version, fitted, served_path, signature
 from tether.client.operations import Outputs
-from tether.client.protocol import Flow, Policy, Send, Together, exchange, exchange_json
+from tether.client.protocol import Concurrently, Flow, Request, RetryPolicy, exchange, exchange_json
 from tether.domain.signature import MOST_RUNS
 from tether.domain.tensor import Array
 from tether.errors import (
@@ -33,7 +33,7 @@ _TOO_LARGE = (PayloadTooLarge, ResultTooLarge)
 _UNSPLIT = "; it is not sent as several requests: "
 
 
-def infer(policy: Policy, model: str, inputs: Inputs, version: Version, outputs: Sequence[str]) -> Flow[Outputs]:
+def infer(policy: RetryPolicy, model: str, inputs: Inputs, version: Version, outputs: Sequence[str]) -> Flow[Outputs]:
     """Run a model. A request that is refused as too large is sent in parts, :data:`WIDTH` at a time, where the model is batched.
 
     All parts are answered by the version that answered the first one, within ``policy.timeout`` seconds together.
@@ -63,14 +63,14 @@ class _Asked:
     until: float
 
 
-def _whole(policy: Policy, asked: _Asked, given: Mapping[str, Array]) -> Flow[InferResponse]:
+def _whole(policy: RetryPolicy, asked: _Asked, given: Mapping[str, Array]) -> Flow[InferResponse]:
     """One request."""
     body, length = oip.build_infer_request(given, outputs=asked.outputs)
     kind = {"content-type": "application/json"}  # of a model without inputs
     binary = {"content-type": "application/octet-stream", oip.HEADER_LENGTH: str(length)}
     headers = kind if length is None else binary
     policy = replace(policy, timeout=max(0.05, asked.until - policy.monotonic()))
-    ask = Send("POST", f"{served_path(asked.model, asked.version)}/infer", body, headers=headers)
+    ask = Request("POST", f"{served_path(asked.model, asked.version)}/infer", body, headers=headers)
     reply = yield from exchange(policy, ask)
     told = reply.headers.get(oip.HEADER_LENGTH)
     if told is not None and not told.isdecimal():
@@ -82,7 +82,7 @@ class _Config(msgspec.Struct):
     max_batch_size: int = 0
 
 
-def _split(policy: Policy, asked: _Asked, given: dict[str, Array], error: TetherError) -> Flow[Outputs]:
+def _split(policy: RetryPolicy, asked: _Asked, given: dict[str, Array], error: TetherError) -> Flow[Outputs]:
     """The same in parts: half of the rows first, then half of that, until one is taken; then the others of that size.
 
     Raises:
@@ -105,15 +105,15 @@ def _split(policy: Policy, asked: _Asked, given: dict[str, Array], error: Tether
             step = -(-step // 2)
     asked = replace(asked, version=first.version or asked.version)
     parts = (_part(policy, asked, given, at, min(at + step, rows)) for at in range(step, rows, step))
-    rest = yield Together(parts, WIDTH, lambda _: None)
+    rest = yield Concurrently(parts, WIDTH, lambda _: None)
     return _joined([(step, first.outputs), *(part for found in rest for part in found)])
 
 
-def _run_rows(policy: Policy, asked: _Asked, given: Mapping[str, Array], error: TetherError) -> Flow[int]:
+def _run_rows(policy: RetryPolicy, asked: _Asked, given: Mapping[str, Array], error: TetherError) -> Flow[int]:
     """How many rows one run of the model takes; ``error``, with the reason, where its inputs have no rows of their own."""
     path = served_path(asked.model, asked.version)
     try:
-        found = yield from exchange_json(policy, Send("GET", f"{path}/config"), _Config)
+        found = yield from exchange_json(policy, Request("GET", f"{path}/config"), _Config)
         specs = yield from signature(policy, asked.model, asked.version)
     except Forbidden:
         _refuse(error, "that needs a key with the scope models:read")
@@ -130,7 +130,7 @@ def _refuse(error: TetherError, reason: str) -> NoReturn:
 
 
 def _part(
-    policy: Policy, asked: _Asked, given: Mapping[str, Array], start: int, stop: int
+    policy: RetryPolicy, asked: _Asked, given: Mapping[str, Array], start: int, stop: int
 ) -> Flow[list[tuple[int, Outputs]]]:
     """Some of the rows, in halves where they are larger than those of the first part: how many rows each answer is for, and the answers."""
     try:

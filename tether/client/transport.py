@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 
 from tether.client.address import is_local, resolve, where_keys_are
-from tether.client.protocol import Lost, Reply, Send
+from tether.client.protocol import NoResponse, Request, Response
 from tether.errors import ConfigError, InvalidRequest, Unauthenticated
 
 
@@ -18,12 +18,12 @@ def _options(url: str | None, api_key: str | None) -> dict[str, Any]:
         httpx.URL(base)
     except httpx.InvalidURL as error:
         raise ConfigError(f"'{base}' is not a URL: {error}", field="url") from error
-    # tensors and pieces hardly get smaller, and packing them would cost more time than sending them
+    # tensors and chunks hardly get smaller, and packing them would cost more time than sending them
     headers = {"accept-encoding": "identity"} | ({"x-api-key": key} if key else {})
     return {"base_url": base, "headers": headers, "trust_env": not is_local(base)}
 
 
-def _request(send: Send) -> dict[str, Any]:
+def _request(send: Request) -> dict[str, Any]:
     return {
         "method": send.method,
         "url": send.path,
@@ -33,24 +33,24 @@ def _request(send: Send) -> dict[str, Any]:
     }
 
 
-def _reply(answer: httpx.Response, options: dict[str, Any]) -> Reply:
+def _reply(answer: httpx.Response, options: dict[str, Any]) -> Response:
     content = answer.content
     if answer.status_code == 401 and "x-api-key" not in options["headers"]:
         content = json.dumps({"error": where_keys_are(options["base_url"]), "code": Unauthenticated.code}).encode()
-    return Reply(answer.status_code, {name.lower(): value for name, value in answer.headers.items()}, content)
+    return Response(answer.status_code, {name.lower(): value for name, value in answer.headers.items()}, content)
 
 
-def _lost(error: httpx.RequestError) -> Lost:
+def _lost(error: httpx.RequestError) -> NoResponse:
     reason = f"{type(error).__name__}: {error}".rstrip(": ")
     if isinstance(error, httpx.ConnectError):
         url = error.request.url
         reason = f"nothing listens at {url.scheme}://{url.netloc.decode()} ({error}); start it with 'tether up', or name it with TETHER_URL"
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)):
-        return Lost(reason, sent=False)
-    return Lost(reason, sent=True, late=isinstance(error, httpx.TimeoutException))
+        return NoResponse(reason, sent=False)
+    return NoResponse(reason, sent=True, late=isinstance(error, httpx.TimeoutException))
 
 
-class Wire:
+class Transport:
     """One connection pool for blocking use."""
 
     def __init__(self, url: str | None, api_key: str | None) -> None:
@@ -58,7 +58,7 @@ class Wire:
         self.url = str(self._options["base_url"])
         self._http = httpx.Client(**self._options)
 
-    def send(self, send: Send) -> Reply | Lost:
+    def send(self, send: Request) -> Response | NoResponse:
         try:
             return _reply(self._http.request(content=send.content, **_request(send)), self._options)
         except httpx.RequestError as error:
@@ -78,7 +78,7 @@ class AsyncWire:
         self.url = str(self._options["base_url"])
         self._http = httpx.AsyncClient(**self._options)
 
-    async def send(self, send: Send) -> Reply | Lost:
+    async def send(self, send: Request) -> Response | NoResponse:
         try:
             return _reply(await self._http.request(content=send.content, **_request(send)), self._options)
         except httpx.RequestError as error:

@@ -1,7 +1,7 @@
-"""Encrypted models: who has a model's data key, how its pieces are closed, and what their names hide.
+"""Encrypted models: who has a model's data key, how its chunks are closed, and what their names hide.
 
 A model has **data keys** like a sealed tenant's (:mod:`tether.crypto.payload_encryption`), one for each time it was re-keyed. A
-piece is named by a keyed hash of its SHA-256, so that equal pieces of one model still meet and nobody else can tell what
+chunk is named by a keyed hash of its SHA-256, so that equal chunks of one model still meet and nobody else can tell what
 they are. It is closed with XChaCha20-Poly1305 and a random nonce, bound to the model, the key and that name. What a
 version's plain digests are is closed too, bound to the files that its manifest describes.
 """
@@ -18,17 +18,17 @@ from tether.crypto.payload_encryption import DataKey, KeyOpener, WrappedKey, box
 from tether.crypto.roles import Role
 from tether.domain.chunking import Bytes, compressed, decompressed
 from tether.domain.manifest import Manifest, ModelFile, SealedDigests
-from tether.errors import BadEncoding, BadSeal, CorruptChunk
+from tether.errors import BadEncoding, CorruptChunk, DecryptionFailed
 from tether.wire import codec
 
-PIECE_DOMAIN = b"tether/model-piece/v1\0"
+CHUNK_DOMAIN = b"tether/model-piece/v1\0"
 FILES_DOMAIN = b"tether/model-files/v1\0"
-PIECE_PERSON = b"tether-piece"
+CHUNK_PERSON = b"tether-piece"
 FILE_PERSON = b"tether-file"
 
 _DIGEST_BYTES = 32
 _AS_IT_IS, _ZSTD = b"\0", b"\1"
-"""First byte inside a closed piece: what follows is the piece, or a Zstandard frame of it."""
+"""First byte inside a closed chunk: what follows is the chunk, or a Zstandard frame of it."""
 
 HOLDERS = frozenset({Role.MODELSTORE, Role.GATEWAY})
 """The model store looks at a pushed model, gateways take it in and hand it out. Of the workers those may open it that are told
@@ -84,8 +84,8 @@ def with_new_key(current: ModelKeys, holders: Mapping[bytes, bytes], *, keyset_v
     return ModelKeys(current.model, max(keyset_version, current.keyset_version), (*current.keys, wrapped))
 
 
-class PieceSeal:
-    """One data key of one model at work on its pieces. ``digest`` is the hex SHA-256 of a plain piece, ``name`` what it is
+class ChunkSeal:
+    """One data key of one model at work on its chunks. ``digest`` is the hex SHA-256 of a plain chunk, ``name`` what it is
     stored as."""
 
     def __init__(self, key: DataKey, model: str) -> None:
@@ -93,21 +93,21 @@ class PieceSeal:
         self._model = model
 
     def name(self, digest: str) -> str:
-        """What the piece is called wherever it is stored: 64 hex digits."""
-        return self._key.keyed(bytes.fromhex(digest), PIECE_PERSON).hex()
+        """What the chunk is called wherever it is stored: 64 hex digits."""
+        return self._key.keyed(bytes.fromhex(digest), CHUNK_PERSON).hex()
 
-    def close(self, name: str, piece: Bytes) -> bytes:
-        """The piece as it may be stored under its name, compressed where that pays. Blocks: about 2 ms for each MiB."""
-        packed = compressed(piece)
-        return self._key.close(self._bound(name), _AS_IT_IS + piece if packed is None else _ZSTD + packed)
+    def close(self, name: str, chunk: Bytes) -> bytes:
+        """The chunk as it may be stored under its name, compressed where that pays. Blocks: about 2 ms for each MiB."""
+        packed = compressed(chunk)
+        return self._key.close(self._bound(name), _AS_IT_IS + chunk if packed is None else _ZSTD + packed)
 
     def open(self, name: str, stored: bytes) -> bytes:
         """What :meth:`close` closed; blocks likewise.
 
         Raises:
-            BadSeal: it was changed, or is another piece, or of another key.
+            DecryptionFailed: it was changed, or is another chunk, or of another key.
         """
-        wrong = f"piece {name} does not open: it was changed"
+        wrong = f"chunk {name} does not open: it was changed"
         inner = self._key.reveal(self._bound(name), stored, wrong)
         form, content = inner[:1], inner[1:]
         if form == _AS_IT_IS:
@@ -116,11 +116,11 @@ class PieceSeal:
             if form == _ZSTD:
                 return decompressed(content)
         except CorruptChunk as error:
-            raise BadSeal(wrong) from error
-        raise BadSeal(f"piece {name} is closed in a form that this version does not know")
+            raise DecryptionFailed(wrong) from error
+        raise DecryptionFailed(f"chunk {name} is closed in a form that this version does not know")
 
     def _bound(self, name: str) -> bytes:
-        return PIECE_DOMAIN + codec.pack((self._model, self._key.id, name))
+        return CHUNK_DOMAIN + codec.pack((self._model, self._key.id, name))
 
     def whole(self, digest: str) -> str:
         """What stands for the SHA-256 of a whole file in a manifest."""
@@ -129,7 +129,7 @@ class PieceSeal:
 
 def seal_files(key: DataKey, model: str, files: Sequence[ModelFile]) -> tuple[tuple[ModelFile, ...], SealedDigests]:
     """Files as a manifest may describe them to everybody, and their digests as holders of the key can read them."""
-    seal = PieceSeal(key, model)
+    seal = ChunkSeal(key, model)
     hidden = tuple(
         msgspec.structs.replace(
             file, digest=seal.whole(file.digest), chunks=tuple(seal.name(digest) for digest in file.chunks)
@@ -144,7 +144,7 @@ def open_files(key: DataKey, model: str, files: Sequence[ModelFile], sealed: Sea
     """The files with their plain digests.
 
     Raises:
-        BadSeal: they are not what was sealed, or their names do not follow from their digests.
+        DecryptionFailed: they are not what was sealed, or their names do not follow from their digests.
     """
     plain = key.reveal(
         _bound_files(key, model, files),
@@ -154,10 +154,10 @@ def open_files(key: DataKey, model: str, files: Sequence[ModelFile], sealed: Sea
     try:
         opened = tuple(_opened(file, *row) for file, row in zip(files, codec.unpack(plain), strict=True))
     except (BadEncoding, ValueError, TypeError) as error:
-        raise BadSeal("the digests of an encrypted version are not those of its files") from error
+        raise DecryptionFailed("the digests of an encrypted version are not those of its files") from error
     again, _ = seal_files(key, model, opened)
     if again != tuple(files):
-        raise BadSeal("the names of an encrypted version's pieces do not follow from their digests")
+        raise DecryptionFailed("the names of an encrypted version's chunks do not follow from their digests")
     return opened
 
 
@@ -177,7 +177,7 @@ def opened_manifest(key: DataKey, manifest: Manifest) -> Manifest:
     """An encrypted version's manifest with its plain digests; any other as it is.
 
     Raises:
-        BadSeal
+        DecryptionFailed
     """
     if manifest.sealed is None:
         return manifest

@@ -20,7 +20,7 @@ import nacl.public
 from tether.crypto.keyset import Identity, IdentityRecord
 from tether.crypto.roles import Role
 from tether.domain.job import Job, Outcome, Sealed
-from tether.errors import BadSeal
+from tether.errors import DecryptionFailed
 from tether.wire import codec
 
 SEAL_DOMAIN = b"tether/sealed/v1\0"
@@ -60,7 +60,7 @@ class DataKey:
         """What :meth:`seal` closed.
 
         Raises:
-            BadSeal: it was changed, or sealed for another purpose, job, tenant or key.
+            DecryptionFailed: it was changed, or sealed for another purpose, job, tenant or key.
         """
         return self.reveal(
             self._bound(purpose, job, tenant),
@@ -78,13 +78,13 @@ class DataKey:
         """What :meth:`close` closed.
 
         Raises:
-            BadSeal: with the words ``otherwise``.
+            DecryptionFailed: with the words ``otherwise``.
         """
         nonce, closed = sealed[:NONCE_BYTES], sealed[NONCE_BYTES:]
         try:
             return bytes(nacl.bindings.crypto_aead_xchacha20poly1305_ietf_decrypt(closed, bound, nonce, self._secret))
         except (nacl.exceptions.CryptoError, ValueError, TypeError) as error:
-            raise BadSeal(otherwise) from error
+            raise DecryptionFailed(otherwise) from error
 
     def keyed(self, content: bytes, person: bytes) -> bytes:
         """32 bytes that name ``content`` and that only holders of this key can compute; ``person`` says what for."""
@@ -245,7 +245,7 @@ def open_job(key: DataKey, job: Job) -> Job:
     """A sealed job with its inputs. It stays sealed wherever it is written.
 
     Raises:
-        BadSeal, BadEncoding
+        DecryptionFailed, BadEncoding
     """
     if job.sealed is None:
         return job
@@ -263,7 +263,7 @@ def open_outcome(key: DataKey, tenant: str, outcome: Outcome) -> Outcome:
     """A sealed outcome with its outputs or its reason.
 
     Raises:
-        BadSeal, BadEncoding
+        DecryptionFailed, BadEncoding
     """
     if outcome.sealed is None:
         return outcome

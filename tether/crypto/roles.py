@@ -38,8 +38,8 @@ class MessageType(StrEnum):
     PUSHED = "pushed"  # its answer
     CHANGE = "change"  # gateway to model store, RPC: move an alias, delete a version
     CHANGED = "changed"  # its answer
-    WANTED = "wanted"  # model store to worker: a piece that the store has lost
-    PIECE = "piece"  # its answer
+    WANTED = "wanted"  # model store to worker: a chunk that the store has lost
+    CHUNK = "piece"  # its answer
     TENANT = "tenant"  # a tenant's limits and what it may see
     TENANT_KEY = "tenant_key"  # a tenant's data key, sealed to the identities that are entitled to it
     MODEL_KEY = "model_key"  # an encrypted model's data key, likewise
@@ -76,7 +76,7 @@ ROLE_TYPES: Mapping[Role, frozenset[MessageType]] = {
             MessageType.DEAD,
             MessageType.HEARTBEAT,
             MessageType.REGISTER,
-            MessageType.PIECE,
+            MessageType.CHUNK,
         }
     ),
     Role.MODELSTORE: frozenset(

@@ -31,14 +31,14 @@ class LaneGroup(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Seen:
+class LastHeartbeat:
     """A worker's last heartbeat and when it arrived, in this process's monotonic seconds."""
 
     heartbeat: Heartbeat
     at: float
 
 
-def alive(workers: Mapping[str, Seen], now: float, timeout_s: float) -> dict[str, Heartbeat]:
+def alive(workers: Mapping[str, LastHeartbeat], now: float, timeout_s: float) -> dict[str, Heartbeat]:
     """Workers heard of within ``timeout_s``, by the time of receipt: a worker's own clock does not count."""
     return {name: seen.heartbeat for name, seen in workers.items() if now - seen.at <= timeout_s}
 

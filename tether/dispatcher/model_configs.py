@@ -16,7 +16,7 @@ from tether.model.config import ModelConfig
 from tether.wire.subjects import name_of, token
 
 
-class Decided:
+class ModelConfigMirror:
     """Follows the buckets ``configs`` and ``aliases``; ``changed`` is called after every change."""
 
     def __init__(self, bus: Bus, changed: Callable[[], None]) -> None:
@@ -25,7 +25,7 @@ class Decided:
         self.owners = OwnerBook()
         self.configs: dict[str, ModelConfig] = {}
         self._aliases: dict[str, dict[str, Alias]] = {}
-        self._wanted = serving_policy.Wanted()
+        self._wanted = serving_policy.RecentlyServed()
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:

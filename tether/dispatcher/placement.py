@@ -18,7 +18,7 @@ from tether.model.config import Loading, ModelConfig, default_config
 _MB = 1 << 20
 
 
-class Offer(NamedTuple):
+class WorkerOffer(NamedTuple):
     """What a worker has: the scope it is bound to, labels, and bytes for models (0: as many as come)."""
 
     scope: str
@@ -27,7 +27,7 @@ class Offer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Known:
+class PlacementInput:
     """What is known of versions: bytes of their files, configurations by model, and who is ready for them."""
 
     sizes: Mapping[ModelRef, int] = field(default_factory=dict)
@@ -48,14 +48,14 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Placed:
+class Placement:
     """The versions of every worker, and why a version is not where it should be."""
 
     held: dict[str, tuple[ModelRef, ...]]
     reasons: dict[Place, str]
 
 
-def place(models: Models, offers: Mapping[str, Offer], known: Known) -> Placed:
+def place(models: Models, offers: Mapping[str, WorkerOffer], known: PlacementInput) -> Placement:
     """Distribute the versions of every scope over its workers.
 
     Those that must be somewhere (``replicas_min``, then pinned ones) choose first, then those that are held already, then
@@ -73,7 +73,7 @@ def place(models: Models, offers: Mapping[str, Offer], known: Known) -> Placed:
             for worker in workers | _meanwhile(workers, known.ready.get((scope, ref), frozenset()) & own.keys()):
                 held[worker].add(ref)
     order = {scope: {ref: at for at, ref in enumerate(refs)} for scope, refs in models.items()}
-    return Placed(
+    return Placement(
         {
             worker: tuple(sorted(refs, key=order.get(offers[worker].scope, {}).__getitem__))
             for worker, refs in held.items()
@@ -90,7 +90,7 @@ def _meanwhile(chosen: AbstractSet[str], ready: AbstractSet[str]) -> AbstractSet
 class _Scope:
     """The workers of one scope while versions are given to them."""
 
-    def __init__(self, scope: str, offers: Mapping[str, Offer], known: Known) -> None:
+    def __init__(self, scope: str, offers: Mapping[str, WorkerOffer], known: PlacementInput) -> None:
         self._scope = scope
         self._offers = offers
         self._known = known

@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 
 from tether.bus.bus import Bus
 from tether.errors import TetherError
-from tether.process.log_rate_limiter import Seldom
+from tether.process.log_rate_limiter import LogRateLimiter
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +16,7 @@ class Steps:
     """Says of each step what went wrong, once in ten seconds."""
 
     def __init__(self, bus: Bus) -> None:
-        self._told = Seldom(bus.clock.monotonic, lines=1, within_s=10.0)
+        self._told = LogRateLimiter(bus.clock.monotonic, lines=1, within_s=10.0)
 
     async def done(self, what: str, step: Coroutine[None, None, None]) -> bool:
         """Whether a step was done."""

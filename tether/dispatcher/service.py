@@ -24,16 +24,16 @@ from tether.dispatcher import assignments
 from tether.dispatcher.jobs.retention import Retention
 from tether.dispatcher.jobs.sweeper import sweeping
 from tether.dispatcher.lanes.consumer_check import LaneCheck
-from tether.dispatcher.lanes.deleted_versions import EndedVersions
+from tether.dispatcher.lanes.deleted_versions import DeletedVersionLanes
 from tether.dispatcher.lanes.infer_streams import InferStreams
 from tether.dispatcher.lanes.stream_upkeep import Streams
 from tether.dispatcher.lanes.tenant_pools import Scopes
-from tether.dispatcher.lanes.version_lanes import Lanes
-from tether.dispatcher.model_configs import Decided
+from tether.dispatcher.lanes.version_lanes import VersionLanes
+from tether.dispatcher.model_configs import ModelConfigMirror
 from tether.dispatcher.retried_steps import Steps
 from tether.dispatcher.version_findings import Findings
-from tether.dispatcher.worker_capacity import Levels
-from tether.dispatcher.worker_inventory import Crew
+from tether.dispatcher.worker_capacity import CapacityBaseline
+from tether.dispatcher.worker_inventory import WorkerInventory
 from tether.domain.job import SHARED
 from tether.domain.manifest import Assignment, Epoch, Heartbeat, Manifest, ModelRef, Registration, Route, check_name
 from tether.domain.worker_protocol import StreamsMade
@@ -65,10 +65,10 @@ class Dispatcher:
         self._assign = SignedBucket(bus, "assign", MessageType.ASSIGN)
         self._routes = SignedBucket(bus, "routes", MessageType.ROUTE)
         self._epochs: dict[str, int] = {}
-        self._workers: dict[str, assignments.Seen] = {}
+        self._workers: dict[str, assignments.LastHeartbeat] = {}
         self._models: set[ModelRef] = set()
         self._regions: set[str] = {bus.settings.region}
-        self.lanes = Lanes(bus)
+        self.lanes = VersionLanes(bus)
         self._steps = Steps(bus)
         self._bound: dict[str, str] = {}
         """The scope each worker is entitled to, as the keyset says and not the worker."""
@@ -78,12 +78,12 @@ class Dispatcher:
         self._routed: dict[assignments.Place, Route] = {}
         self._changed = asyncio.Event()
         self.infer = InferStreams(bus, self._routes, on_made=self.lanes.begin_anew, on_change=self._changed.set)
-        self.decided = Decided(bus, self._changed.set)
-        self.ended = EndedVersions(bus)
+        self.decided = ModelConfigMirror(bus, self._changed.set)
+        self.ended = DeletedVersionLanes(bus)
         self.retention = Retention(bus)
-        self._levels = Levels()
+        self._levels = CapacityBaseline()
         self._findings = Findings()
-        self.crew = Crew(bus.settings.worker_timeout_s, bus.settings.max_instances)
+        self.crew = WorkerInventory(bus.settings.worker_timeout_s, bus.settings.max_instances)
         self._looked = float("-inf")
         """When lanes were last looked at for those of deleted versions, in monotonic seconds."""
         self._look_soon = False
@@ -96,7 +96,7 @@ class Dispatcher:
         bus.on_reconnect(self._begin_anew)
 
     @property
-    def closed(self) -> lifecycle.Ended:
+    def closed(self) -> lifecycle.Termination:
         return self._bus.closed
 
     def _begin_anew(self) -> None:
@@ -198,7 +198,7 @@ class Dispatcher:
         if self._bound.get(key, SHARED) != (envelope.sender_tenant or SHARED):
             self._bind(envelope)
         last = self._workers.get(key)
-        self._workers[key] = assignments.Seen(beat, now := self._bus.clock.monotonic())
+        self._workers[key] = assignments.LastHeartbeat(beat, now := self._bus.clock.monotonic())
         self.crew.said(key, beat, now)
         news = self._bound.get(key, SHARED) == beat.scope and self._findings.heard(beat, self._models)
         if news or last is None or last.heartbeat.ready != beat.ready:

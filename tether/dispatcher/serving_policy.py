@@ -13,7 +13,7 @@ LINGER_S = 2.0
 """How long a version that is not to be served any more stays: meanwhile gateways hear of it, and what they sent is run."""
 
 
-class Wanted:
+class RecentlyServed:
     """Remembers what was wanted lately."""
 
     def __init__(self) -> None:

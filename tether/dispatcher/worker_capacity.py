@@ -13,7 +13,7 @@ _STEADY = 1.2
 """By what factor a level must have changed before workers are told again."""
 
 
-class Levels:
+class CapacityBaseline:
     """Remembers what was told, so that small changes are not."""
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 
 from tether.dispatcher.assignments import Models, Place
-from tether.dispatcher.placement import Known, Offer, Placed, place
+from tether.dispatcher.placement import Placement, PlacementInput, WorkerOffer, place
 from tether.domain.job import SHARED
 from tether.domain.manifest import Assignment, Heartbeat, Manifest, ModelRef, Registration
 from tether.model.config import ModelConfig
@@ -18,7 +18,7 @@ FAILING_S = 60.0
 """How long a worker that could not load a version goes after the others: what it lacks may be there by then."""
 
 
-class Crew:
+class WorkerInventory:
     """Remembers what workers said they have. A worker counts until it was silent for ``timeout_s``."""
 
     def __init__(self, timeout_s: float, most_copies: int) -> None:
@@ -28,7 +28,7 @@ class Crew:
         self._sizes: dict[ModelRef, int] = {}
         self._failed_at: dict[tuple[str, ModelRef], float] = {}
         """When a worker last said that it cannot load a version, nor has it loaded."""
-        self._last: tuple[object, Placed] | None = None
+        self._last: tuple[object, Placement] | None = None
         """What was last asked, and the answer: most of the time nothing has changed."""
         self.reasons: dict[Place, str] = {}
         """Why versions are on fewer workers than they should be, as of the last placement."""
@@ -67,7 +67,7 @@ class Crew:
         ``listening``: this dispatcher has not yet had the time to hear of everybody, so what was given stays where it is.
         """
         offers = {
-            worker: Offer(scopes.get(worker, SHARED), what.labels, what.memory)
+            worker: WorkerOffer(scopes.get(worker, SHARED), what.labels, what.memory)
             for worker, (what, at) in self._said.items()
             if now - at <= self._timeout_s
         }
@@ -77,7 +77,7 @@ class Crew:
         question = (dict(models), offers, dict(configs), beats, kept, dict(self._sizes), failing)
         if self._last is None or self._last[0] != question:
             ready = _ready(beats, offers)
-            found = place(models, offers, Known(self._sizes, configs, ready, self._most_copies, kept, failing))
+            found = place(models, offers, PlacementInput(self._sizes, configs, ready, self._most_copies, kept, failing))
             self._last = (question, found)
             self._tell(found)
         return self._last[1].held
@@ -89,7 +89,7 @@ class Crew:
             found.setdefault((scopes.get(worker, SHARED), ref), set()).add(worker)
         return found
 
-    def _tell(self, found: Placed) -> None:
+    def _tell(self, found: Placement) -> None:
         for (scope, ref), reason in found.reasons.items():
             if self.reasons.get((scope, ref)) != reason:
                 fields = {"action": "not_placed", "model": ref.model, "version": ref.version, "tenant": scope}
@@ -98,7 +98,7 @@ class Crew:
         metrics.VERSIONS_UNPLACED.set(len(found.reasons))
 
 
-def _ready(beats: Mapping[str, tuple[ModelRef, ...]], offers: Mapping[str, Offer]) -> dict[Place, set[str]]:
+def _ready(beats: Mapping[str, tuple[ModelRef, ...]], offers: Mapping[str, WorkerOffer]) -> dict[Place, set[str]]:
     found: dict[Place, set[str]] = {}
     for worker, refs in beats.items():
         if worker in offers:

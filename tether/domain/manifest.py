@@ -27,14 +27,14 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
-FIXED_PIECE = 1 << 20
-"""Bytes of every piece but the last in files that were not cut by their content."""
+FIXED_CHUNK = 1 << 20
+"""Bytes of every chunk but the last in files that were not cut by their content."""
 
 
 class ModelFile(msgspec.Struct, frozen=True):
-    """One file of a version. ``chunks`` are the SHA-256 digests (hex) of its pieces, in order, ``sizes`` their bytes.
+    """One file of a version. ``chunks`` are the SHA-256 digests (hex) of its chunks, in order, ``sizes`` their bytes.
 
-    Versions from before there were ``sizes`` have none, and pieces of ``FIXED_PIECE`` bytes.
+    Versions from before there were ``sizes`` have none, and chunks of ``FIXED_CHUNK`` bytes.
     """
 
     path: str
@@ -43,16 +43,16 @@ class ModelFile(msgspec.Struct, frozen=True):
     chunks: tuple[str, ...]
     sizes: tuple[int, ...] = ()
 
-    def pieces(self) -> list[tuple[str, int]]:
-        """Digest and bytes of every piece, in order."""
+    def sized_chunks(self) -> list[tuple[str, int]]:
+        """Digest and bytes of every chunk, in order."""
         if self.sizes:
             return list(zip(self.chunks, self.sizes, strict=True))
-        left = range(self.size, 0, -FIXED_PIECE)
-        return [(digest, min(FIXED_PIECE, rest)) for digest, rest in zip(self.chunks, left, strict=True)]
+        left = range(self.size, 0, -FIXED_CHUNK)
+        return [(digest, min(FIXED_CHUNK, rest)) for digest, rest in zip(self.chunks, left, strict=True)]
 
 
 class SealedDigests(msgspec.Struct, frozen=True):
-    """What an encrypted version's files and pieces really are: the plain digests, closed with the data key ``key_id``."""
+    """What an encrypted version's files and chunks really are: the plain digests, closed with the data key ``key_id``."""
 
     key_id: bytes
     box: bytes
@@ -106,7 +106,7 @@ class Manifest(msgspec.Struct, frozen=True):
     sealed: SealedDigests | None = None
     """Of an encrypted version. The digests in ``files`` are then names that only holders of its key can compute."""
     partition: int = 0
-    """Where its pieces are; versions from before there were several are in the first."""
+    """Where its chunks are; versions from before there were several are in the first."""
     owner: str = ""
     """The tenant that owned the model when the version was made; empty in versions from before models had owners. Who
     owns it now, its :class:`~tether.model.ownership.Ownership` says."""
@@ -229,7 +229,7 @@ class Change(StrEnum):
 
 
 STORE_CHANGES = frozenset({Change.SHOW_STORE, Change.COLLECT, Change.SCRUB})
-"""Those that are about the store of pieces, and no model."""
+"""Those that are about the store of chunks, and no model."""
 
 OWNER_CHANGES = frozenset({Change.SHOW_OWNER, Change.GRANT, Change.HAND_OVER})
 """Those that are about who may do what with a model; they are answered with its ownership."""
@@ -255,26 +255,26 @@ class ChangeRequest(msgspec.Struct, frozen=True):
     right: int = 0
 
 
-class DamagedPiece(msgspec.Struct, frozen=True):
-    """A piece that is missing or altered, and the versions (``model:version``) that name it."""
+class DamagedChunk(msgspec.Struct, frozen=True):
+    """A chunk that is missing or altered, and the versions (``model:version``) that name it."""
 
     digest: str
     versions: tuple[str, ...]
 
 
 class StoreState(msgspec.Struct, frozen=True):
-    """The store of pieces: what is in it, what no version names, and what is damaged.
+    """The store of chunks: what is in it, what no version names, and what is damaged.
 
-    ``stored_bytes`` is what the broker keeps on its disk, ``named_bytes`` the bytes of the pieces that versions name,
+    ``stored_bytes`` is what the broker keeps on its disk, ``named_bytes`` the bytes of the chunks that versions name,
     before they were compressed.
     """
 
-    pieces: int
+    chunks: int
     stored_bytes: int
-    named_pieces: int
+    named_chunks: int
     named_bytes: int
-    unreferenced_pieces: int
-    damaged: tuple[DamagedPiece, ...] = ()
+    unreferenced_chunks: int
+    damaged: tuple[DamagedChunk, ...] = ()
 
 
 class ChangeAnswer(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""Partitions of the store of pieces: which model store looks after each, and who may take it over.
+"""Partitions of the store of chunks: which model store looks after each, and who may take it over.
 
 A model store gives signs of life, and takes a partition whose owner gave none for a while. Whoever looks measures that with its own clock,
 from when it saw the last change, so no two clocks are compared.
@@ -21,15 +21,15 @@ class Lease(msgspec.Struct, frozen=True):
     """One run of one model store; empty: nobody."""
 
 
-class SignOfLife(msgspec.Struct, frozen=True):
+class StoreHeartbeat(msgspec.Struct, frozen=True):
     """One run of one model store was there."""
 
     instance: str
     beat: int
 
 
-class Wanted(msgspec.Struct, frozen=True):
-    """Model store to worker: send this piece as it is kept, if it is in the cache and intact."""
+class ChunkRequest(msgspec.Struct, frozen=True):
+    """Model store to worker: send this chunk as it is kept, if it is in the cache and intact."""
 
     digest: str
     """Its name in the store, which is a keyed digest where the model is encrypted."""

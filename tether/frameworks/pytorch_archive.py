@@ -15,7 +15,7 @@ import msgspec
 
 from tether.domain.manifest import TensorSpec
 from tether.domain.tensor import NUMPY_DTYPES
-from tether.errors import FormatNotAllowed, ModelLimits, ModelRejected
+from tether.errors import FormatNotAllowed, InspectionLimitExceeded, ModelRejected
 
 EXPORTED = "model.pt2"
 SCRIPTED = "model.pt"
@@ -56,7 +56,7 @@ def check(directory: Path) -> None:
 
     Raises:
         FormatNotAllowed: the file holds pickled Python or libraries, or is no archive.
-        ModelLimits: it would unpack to very much more than it is.
+        InspectionLimitExceeded: it would unpack to very much more than it is.
     """
     exported = directory / EXPORTED
     if (directory / WEIGHTS).is_file():
@@ -124,7 +124,7 @@ def _members(path: Path) -> list[str]:
 
     Raises:
         FormatNotAllowed: it is none.
-        ModelLimits: it would unpack to very much more than it is.
+        InspectionLimitExceeded: it would unpack to very much more than it is.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -132,5 +132,5 @@ def _members(path: Path) -> list[str]:
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise FormatNotAllowed(f"{path.name} is {_what(path)}") from error
     if sum(member.file_size for member in members) > 20 * path.stat().st_size + _SWELLING:
-        raise ModelLimits(f"{path.name} would unpack to more than 20 times its size", field="file")
+        raise InspectionLimitExceeded(f"{path.name} would unpack to more than 20 times its size", field="file")
     return [member.filename for member in members]

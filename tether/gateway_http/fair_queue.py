@@ -114,7 +114,7 @@ class FairQueue(Generic[T]):
             self._flows = {name: flow for name, flow in self._flows.items() if flow.items or flow.start > self._now}
 
 
-class Pace:
+class RunTimeEstimator:
     """How long a lane's bundles run, learned as ``fixed + each * jobs`` from those that were answered."""
 
     def __init__(self) -> None:

@@ -16,24 +16,24 @@ from tether.domain.manifest import LATEST, ModelRef, check_outputs
 from tether.domain.tensor import Tensor
 from tether.errors import JobCancelled, TetherError
 from tether.gateway_http.access.authentication import ApiKeys, Caller
-from tether.gateway_http.access.rate_limits import Limits
+from tether.gateway_http.access.rate_limits import RateLimits
 from tether.gateway_http.access.tenants import Tenants
 from tether.gateway_http.bodies.large_bodies import LargeBodies
 from tether.gateway_http.bundling import recreated_streams
 from tether.gateway_http.bundling.infer_bundler import InferBundler
 from tether.gateway_http.bundling.queue_policy import waits
-from tether.gateway_http.http.body_deadline import Patience
+from tether.gateway_http.http.body_deadline import BodyTimeouts
 from tether.gateway_http.http.disconnects import Disconnects
-from tether.gateway_http.http.request import Headers, Heading
-from tether.gateway_http.http.request_turns import Door
-from tether.gateway_http.inference.request_features import Extras
-from tether.gateway_http.inference.request_plan import Asked
-from tether.gateway_http.jobs.queued_jobs_quota import JobRoom
+from tether.gateway_http.http.request import Headers, RequestHeaders
+from tether.gateway_http.http.request_turns import RequestTurns
+from tether.gateway_http.inference.request_features import RequestFeatures
+from tether.gateway_http.inference.request_plan import AdmittedRequest
+from tether.gateway_http.jobs.queued_jobs_quota import QueuedJobsQuota
 from tether.gateway_http.jobs.service import JobService
-from tether.gateway_http.models.catalog import Catalog, Served
-from tether.gateway_http.models.chunk_possession import Possession
-from tether.gateway_http.models.encrypted_models import ModelSeals
-from tether.gateway_http.models.unreferenced_chunks import LoosePieces
+from tether.gateway_http.models.catalog import Catalog, ResolvedVersion
+from tether.gateway_http.models.chunk_possession import ChunkPossession
+from tether.gateway_http.models.encrypted_models import EncryptedModels
+from tether.gateway_http.models.unreferenced_chunks import UnreferencedChunks
 from tether.gateway_http.models.worker_heartbeats import Heartbeats
 from tether.gateway_http.readiness import Readiness
 from tether.process import lifecycle, metrics
@@ -48,23 +48,23 @@ class Gateway:
 
     def __init__(self, bus: Bus, tasks: Tasks, audit: AuditLog, keyring: Keyring, model_keyring: ModelKeyring) -> None:
         self.bus = bus
-        self.encrypted = ModelSeals(bus, model_keyring)
+        self.encrypted = EncryptedModels(bus, model_keyring)
         self.audit = audit
         self.settings = bus.settings
         self.storage = BrokerStorage(bus.settings, bus.clock)
         self.readiness = Readiness(bus, self.storage)
-        self.patience = Patience(bus.settings.body_timeout_s)
+        self.patience = BodyTimeouts(bus.settings.body_timeout_s)
         self.disconnects = Disconnects()
         self.catalog = Catalog(bus)
         self.heartbeats = Heartbeats(bus)
         self.tenants = Tenants(bus)
-        self.loose = LoosePieces(bus.clock.monotonic, self.catalog.stored.of)
-        self.possession = Possession(bus, self.catalog, self.encrypted)
+        self.loose = UnreferencedChunks(bus.clock.monotonic, self.catalog.stored.of)
+        self.possession = ChunkPossession(bus, self.catalog, self.encrypted)
         self.keys = ApiKeys(bus, self.tenants, self.catalog.owners)
-        self.limits = Limits(bus, tasks, self.keys.find, self.tenants.find)
-        self.door = Door(self.tenants.weight)
+        self.limits = RateLimits(bus, tasks, self.keys.find, self.tenants.find)
+        self.door = RequestTurns(self.tenants.weight)
         self.seals = TenantSeals(bus, keyring, self.tenants)
-        room = JobRoom(bus, self.tenants)
+        room = QueuedJobsQuota(bus, self.tenants)
         self.large = LargeBodies(str(Home.at(bus.settings.home).root), self.tenants.weight)
         self.jobs = JobService(
             bus, self.catalog, self.tenants, tasks, self.seals, room=room, shared=self.keys.others, large=self.large
@@ -74,13 +74,13 @@ class Gateway:
         )
         metrics.INFER_INFLIGHT.set_function(lambda: self._bundler.held)
         self._copies = InferBundler(bus, tasks, self.catalog.worker_count, keyring, self.tenants.weight)
-        self.extras = Extras(
+        self.extras = RequestFeatures(
             bus, tasks, self.catalog, self.tenants, self.seals, bundler=self._bundler, copies=self._copies
         )
         self._seconds = lru_cache(maxsize=4096)(metrics.INFER_SECONDS.labels)
 
     @property
-    def closed(self) -> lifecycle.Ended:
+    def closed(self) -> lifecycle.Termination:
         return self.bus.closed
 
     @property
@@ -101,7 +101,7 @@ class Gateway:
         await self._bundler.start()
         await self.extras.shadows.start()
 
-    async def authenticated(self, heading: Heading, scope: str) -> Caller:
+    async def authenticated(self, heading: RequestHeaders, scope: str) -> Caller:
         """Whose a request is, when it is its turn; unknown keys take turns as one tenant.
 
         Raises:
@@ -117,7 +117,7 @@ class Gateway:
 
     async def infer(
         self,
-        served: Served,
+        served: ResolvedVersion,
         tenant: str,
         inputs: tuple[Tensor, ...],
         outputs: tuple[str, ...],
@@ -152,7 +152,7 @@ class Gateway:
                 waiting = self._bundler.answer(served.lane(scope), self.seals.seal(job), timeout_s)
                 answer = await self.disconnects.wait(waiting)
             else:
-                asked = Asked(plan, served, alias or LATEST, scope, job, timeout_s)
+                asked = AdmittedRequest(plan, served, alias or LATEST, scope, job, timeout_s)
                 answer, job_id = await self.disconnects.wait(self.extras.answer(asked, notes))
             outcome = "ok"
         except TetherError as error:
@@ -176,7 +176,7 @@ class Gateway:
         self._seconds(name).observe(seconds)
         return answer
 
-    def _admit(self, served: Served, tenant: str, inputs: tuple[Tensor, ...], outputs: tuple[str, ...]) -> str:
+    def _admit(self, served: ResolvedVersion, tenant: str, inputs: tuple[Tensor, ...], outputs: tuple[str, ...]) -> str:
         """The scope that a request runs in, if it can run."""
         scope = self.tenants.scope(tenant)
         self.catalog.check_inputs(served, inputs, scope)
@@ -189,7 +189,7 @@ class Gateway:
         policy = self.catalog.queue(model)
         return (timeout_s, timeout_s) if policy is None else waits(policy, timeout_s, self.settings.request_timeout_s)
 
-    def ready(self, served: Served, scope: str) -> bool:
+    def ready(self, served: ResolvedVersion, scope: str) -> bool:
         """Whether a worker answers for a version just now: its route names one that says so itself, a moment ago."""
         manifest = served.manifest
         if not self.catalog.ready(served, scope) or not self.readiness.infers():

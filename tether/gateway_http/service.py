@@ -14,7 +14,7 @@ from tether.gateway_http.api import app
 from tether.gateway_http.gateway import Gateway
 from tether.process import lifecycle, logs, operations_server
 from tether.process.data_dir import Home
-from tether.process.os_process import KEEP_MB, few_heaps, keep_memory_private
+from tether.process.os_process import KEEP_MB, keep_memory_private, limit_malloc_arenas
 from tether.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 def listen(gateway: Gateway, host: str, port: int) -> AbstractAsyncContextManager[int]:
     """Answer on a port (0: a free one) until the block ends; the value is the port."""
-    limits = operations_server.Limits(gateway.settings.max_connections, gateway.settings.header_timeout_s)
+    limits = operations_server.HttpLimits(gateway.settings.max_connections, gateway.settings.header_timeout_s)
     return operations_server.listening(app.build(gateway), host, port, interface=Interfaces.RSGI, limits=limits)
 
 
@@ -34,7 +34,7 @@ async def listening(settings: Settings, home: Home) -> AsyncIterator[tuple[Gatew
         listen(gateway, settings.http_host, settings.http_port) as port,
     ):
         yield gateway, port
-        await _drained(gateway, settings.drain_s)
+        await _drained(gateway, settings.shutdown_timeout_s)
 
 
 async def _drained(gateway: Gateway, within_s: float) -> None:
@@ -45,7 +45,7 @@ async def _drained(gateway: Gateway, within_s: float) -> None:
 
 async def main(settings: Settings) -> None:
     """Run the gateway until SIGTERM or SIGINT."""
-    few_heaps(KEEP_MB)
+    limit_malloc_arenas(KEEP_MB)
     keep_memory_private()
     logs.setup(settings, "gateway")
     home = Home.at(settings.home)

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import nkeys
 
-from tether.bus.key_value.keyset_sync import SeenKeyset
+from tether.bus.key_value.keyset_sync import TrustedKeyset
 from tether.crypto import (
     ROLE_TYPES,
     Identity,
@@ -156,7 +156,7 @@ def read_keyset(home: Home) -> Keyset:
         ConfigError: there is none, or no root.pub beside it.
         KeysetError: it is not in force.
     """
-    return SeenKeyset.load(home).keyset
+    return TrustedKeyset.load(home).keyset
 
 
 def broker_logins(home: Home) -> list[IdentityRecord]:
@@ -220,7 +220,7 @@ def _sign(home: Home, seed: bytes, identities: list[Identity]) -> None:
     """Sign a newer keyset with these identities; what else is in it stays in it."""
     now = SystemClock().utc_ms()
     end = now + VALIDITY_DAYS * DAY_MS
-    old = SeenKeyset.load(home).keyset if home.keyset.exists() else Keyset(0, now, end, ())
+    old = TrustedKeyset.load(home).keyset if home.keyset.exists() else Keyset(0, now, end, ())
     revoked = {item.kid for item in old.revoked}
     records = {record.kid: record for record in old.identities}
     for identity in identities:

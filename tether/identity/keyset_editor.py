@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from tether.bus.key_value.keyset_sync import SeenKeyset
+from tether.bus.key_value.keyset_sync import TrustedKeyset
 from tether.crypto import Identity, IdentityRecord, Keyset, Revocation, Role, new_identity, sign_keyset
 from tether.domain.tenant import check_tenant_name
 from tether.errors import ConfigError, Conflict, InvalidRequest, NotFound
@@ -33,7 +33,7 @@ Edit = Callable[[Keyset, int], Keyset]
 
 
 @dataclass(frozen=True)
-class Standing:
+class KeyStatus:
     """One key of a keyset, for people. Times are UTC milliseconds; ``state`` is current, outgoing, expired or revoked."""
 
     name: str
@@ -161,13 +161,13 @@ def renew(home: Home, root: RootKey, *, valid_days: int = VALIDITY_DAYS) -> Keys
     return _change(home, root, edit)
 
 
-def listing(home: Home) -> list[Standing]:
+def listing(home: Home) -> list[KeyStatus]:
     """Every key that the keyset names, by name; the key that signs now comes last of its name.
 
     Raises:
         ConfigError, KeysetError: the keyset cannot be used.
     """
-    keyset, now = SeenKeyset.load(home, expired=True).keyset, SystemClock().utc_ms()
+    keyset, now = TrustedKeyset.load(home, expired=True).keyset, SystemClock().utc_ms()
     newest = {record.name: record.kid for record in keyset.identities}
     rows = []
     for record in keyset.identities:
@@ -175,9 +175,9 @@ def listing(home: Home) -> list[Standing]:
             "expired" if now >= record.expires_at else "current" if newest[record.name] == record.kid else "outgoing"
         )
         times = {"not_before": record.not_before, "expires_at": record.expires_at}
-        rows.append(Standing(record.name, str(record.role), record.tenant, record.kid.hex(), state, **times))
+        rows.append(KeyStatus(record.name, str(record.role), record.tenant, record.kid.hex(), state, **times))
     rows += [
-        Standing(item.name, "", "", item.kid.hex(), "revoked", expires_at=item.revoked_at) for item in keyset.revoked
+        KeyStatus(item.name, "", "", item.kid.hex(), "revoked", expires_at=item.revoked_at) for item in keyset.revoked
     ]
     return sorted(rows, key=lambda row: row.name)
 
@@ -211,7 +211,7 @@ def _change(home: Home, root: RootKey, edit: Edit) -> Keyset:
     """Sign and write what ``edit`` makes of the keyset; nobody else changes it in the meantime."""
     seed = root.open(home)
     with keys_locked(home):
-        before = SeenKeyset.load(home, expired=True).keyset
+        before = TrustedKeyset.load(home, expired=True).keyset
         made = edit(before, SystemClock().utc_ms())
         made = msgspec.structs.replace(made, version=before.version + 1)
         write_secret(home.keyset, sign_keyset(seed, made))

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from tether.audit.reader import historical, keysets
-from tether.bus.bus import Bus, Stored
-from tether.bus.key_value.bucket import Latest, SignedBucket
-from tether.bus.key_value.keyset_sync import SeenKeyset, standing
+from tether.bus.bus import Bus, StoredMessage
+from tether.bus.key_value.bucket import EntryRevision, SignedBucket
+from tether.bus.key_value.keyset_sync import TrustedKeyset, standing
 from tether.bus.session import connect
 from tether.crypto import Envelope, Historical, MessageType, Role, kid_of
 from tether.errors import EnvelopeError, NotFound
@@ -55,7 +55,7 @@ def keys_of(home: Home, who: str) -> set[bytes]:
         NotFound: there is none.
         ConfigError, KeysetError: the keyset cannot be used.
     """
-    keyset = SeenKeyset.load(home).keyset
+    keyset = TrustedKeyset.load(home).keyset
     every = [(record.kid, record.name) for record in keyset.identities]
     every += [(gone.kid, gone.name) for gone in keyset.revoked]
     found = {kid for kid, name in every if name == who}
@@ -89,7 +89,7 @@ async def resign(settings: Settings, home: Home, kids: set[bytes], before_ms: in
 
 def _signer(home: Home, role: Role, kids: set[bytes]) -> str:
     """An identity of this home whose key counts and is none of ``kids``; empty when there is none."""
-    keyset, now = SeenKeyset.load(home).keyset, SystemClock().utc_ms()
+    keyset, now = TrustedKeyset.load(home).keyset, SystemClock().utc_ms()
     for identity in own_identities(home):
         fits = identity.role is role and identity.kid not in kids and home.nats_seed(identity.name).exists()
         if fits and standing(keyset, identity.kid, identity.name, now) is None:
@@ -114,10 +114,12 @@ class _Work:
             if envelope is None:
                 done.left.append(f"{raw.name}/{key}")
                 continue
-            await bucket.replace(key, envelope.body, Latest(envelope.body, item.sequence, envelope.header.issued_at))
+            await bucket.replace(
+                key, envelope.body, EntryRevision(envelope.body, item.sequence, envelope.header.issued_at)
+            )
             done.signed.append(f"{raw.name}/{key}")
 
-    def _safe(self, item: Stored, kind: MessageType) -> Envelope | None:
+    def _safe(self, item: StoredMessage, kind: MessageType) -> Envelope | None:
         """The entry, if the key could sign it and did so in time."""
         try:
             envelope = self.past.open(item.data, subject=item.subject, types=(kind,))
@@ -133,5 +135,5 @@ def _signed_by(frame: bytes) -> bytes:
         return b""
 
 
-def _stored_ms(item: Stored) -> int:
+def _stored_ms(item: StoredMessage) -> int:
     return int(datetime.fromisoformat(item.headers["Nats-Time-Stamp"]).timestamp() * 1000)

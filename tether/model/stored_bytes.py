@@ -8,19 +8,19 @@ from tether.domain.manifest import Manifest
 
 
 def stored_bytes(kept: Iterable[Manifest], deleted: Iterable[Manifest]) -> int:
-    """Bytes of one tenant's versions, and of the pieces that its deleted ones left and none of its versions names.
+    """Bytes of one tenant's versions, and of the chunks that its deleted ones left and none of its versions names.
 
     What other tenants' versions name makes no difference, so that nobody learns from it what others have.
     """
     own = list(kept)
-    left = {piece: size for one in deleted for piece, size in _pieces(one).items()}
+    left = {chunk: size for one in deleted for chunk, size in _chunks(one).items()}
     if left:
         for one in own:
-            for piece in _pieces(one):
-                left.pop(piece, None)
+            for chunk in _chunks(one):
+                left.pop(chunk, None)
     return sum(one.size for one in own) + sum(left.values())
 
 
-def _pieces(manifest: Manifest) -> dict[tuple[int, str], int]:
-    """Bytes of the pieces of a version, each once, by partition and digest."""
-    return {(manifest.partition, digest): size for file in manifest.files for digest, size in file.pieces()}
+def _chunks(manifest: Manifest) -> dict[tuple[int, str], int]:
+    """Bytes of the chunks of a version, each once, by partition and digest."""
+    return {(manifest.partition, digest): size for file in manifest.files for digest, size in file.sized_chunks()}

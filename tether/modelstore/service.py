@@ -33,23 +33,23 @@ from tether.errors import (
 from tether.model import config_patch, version_metadata
 from tether.modelstore.inspection.inspector import Inspection
 from tether.modelstore.inspection.tenant_turns import InspectionTurns
-from tether.modelstore.records.model_configs import Configs
+from tether.modelstore.records.model_configs import ModelConfigStore
 from tether.modelstore.records.model_owners import Owners
 from tether.modelstore.records.registry import Registry
-from tether.modelstore.records.version_metadata import Notes
+from tether.modelstore.records.version_metadata import VersionMetadataStore
 from tether.modelstore.registration import manifest_builder, model_changes
-from tether.modelstore.registration.model_changes import Changes
+from tether.modelstore.registration.model_changes import ModelChangeHandler
 from tether.modelstore.registration.storage_quota import StorageQuota
-from tether.modelstore.upkeep.chunk_collector import Keeper
-from tether.modelstore.upkeep.key_rotation import KeyMaker
-from tether.modelstore.upkeep.partitions import Instance, Partitions
+from tether.modelstore.upkeep.chunk_collector import ChunkCollector
+from tether.modelstore.upkeep.key_rotation import ModelKeyRotation
+from tether.modelstore.upkeep.partitions import Partitions, StoreInstance
 from tether.process import daemon, lifecycle, metrics
 from tether.process.data_dir import Home
 from tether.process.os_process import KEEP_MB
 from tether.process.tmpfs_folder import MemoryFolder
 from tether.settings import Settings
-from tether.storage.chunk_lifecycle import PieceKeeper
-from tether.storage.chunk_repair import Lenders
+from tether.storage.chunk_lifecycle import ChunkLifecycle
+from tether.storage.chunk_repair import ChunkLenders
 from tether.wire import codec
 
 log = logging.getLogger(__name__)
@@ -63,13 +63,13 @@ WAITING = 32
 """Pushes in hand; one more is told to come again."""
 
 
-class Desk(NamedTuple):
+class PartitionContext(NamedTuple):
     """Where one partition is looked after: all that is written there is bound to the lease."""
 
     lease: Lease
     registry: Registry
-    configs: Configs
-    notes: Notes
+    configs: ModelConfigStore
+    notes: VersionMetadataStore
     owners: Owners
 
 
@@ -78,7 +78,7 @@ class ModelStoreService:
     is in it is lost at the next start."""
 
     def __init__(
-        self, bus: Bus, instance: Instance, audit: AuditLog, keyring: ModelKeyring, memory: MemoryFolder
+        self, bus: Bus, instance: StoreInstance, audit: AuditLog, keyring: ModelKeyring, memory: MemoryFolder
     ) -> None:
         self._bus = bus
         self._audit = audit
@@ -86,17 +86,17 @@ class ModelStoreService:
         self._inspections = InspectionTurns(INSPECTIONS, bus.clock.monotonic)
         self.partitions = Partitions(bus, instance.name, self._looking_after, instance.dead)
         reading = Registry(bus)
-        self._lenders = Lenders(bus)
+        self._lenders = ChunkLenders(bus)
         self._keyring = keyring
         self._memory = memory
-        self.keys = KeyMaker(bus, keyring, reading)
-        self.keeper = Keeper(
+        self.keys = ModelKeyRotation(bus, keyring, reading)
+        self.keeper = ChunkCollector(
             bus, reading, keyring, owned=self.partitions.owned, lenders=self._lenders, note=self._note_damage
         )
         self._quota = StorageQuota(bus)
 
     @property
-    def closed(self) -> lifecycle.Ended:
+    def closed(self) -> lifecycle.Termination:
         """Set when the connection is gone for good."""
         return self._bus.closed
 
@@ -124,10 +124,10 @@ class ModelStoreService:
     async def _looking_after(self, lease: Lease) -> AsyncIterator[None]:
         """Answer what is about models of one partition."""
         registry = Registry(self._bus, lambda: self.partitions.check(lease))
-        notes = Notes(self._bus, registry, self._audit)
+        notes = VersionMetadataStore(self._bus, registry, self._audit)
         owners = Owners(self._bus, registry, self._audit)
-        configs = Configs(self._bus, registry, self._audit, notes, owners)
-        desk = Desk(lease, registry, configs, notes, owners)
+        configs = ModelConfigStore(self._bus, registry, self._audit, notes, owners)
+        desk = PartitionContext(lease, registry, configs, notes, owners)
         await self._patiently(lambda: registry.repair(lease.partition))
         await self._patiently(lambda: owners.migrate(lease.partition))
         subject = partial(self._bus.names.store_service, partition=lease.partition, epoch=lease.epoch)
@@ -146,7 +146,7 @@ class ModelStoreService:
                 model_changes.ENDPOINT,
                 accepts=MessageType.CHANGE,
                 answers=MessageType.CHANGED,
-                handler=Changes(registry, owners, self.keeper, notes, self.keys).handle,
+                handler=ModelChangeHandler(registry, owners, self.keeper, notes, self.keys).handle,
                 subject=subject(model_changes.ENDPOINT),
             ),
             rpc.serve(
@@ -177,14 +177,14 @@ class ModelStoreService:
                 log.info("waiting for the broker: %s", error, extra={"action": "waiting"})
             await asyncio.sleep(0.25)
 
-    async def register(self, desk: Desk, envelope: Envelope) -> bytes:
+    async def register(self, desk: PartitionContext, envelope: Envelope) -> bytes:
         """Make a version of what the envelope names; its manifest is stored last, then ``latest`` moves.
 
         Raises:
             InvalidRequest, PayloadTooLarge: the push itself is wrong.
             Conflict, Forbidden: the model belongs to another tenant.
             ModelRejected: the file cannot be served.
-            CorruptChunk: the stored pieces are not the file; push again.
+            CorruptChunk: the stored chunks are not the file; push again.
             ConfigError: the gateway has another number of partitions.
             QuotaExceeded: the tenant has as many bytes as it may have.
             Unavailable: no room, too many writers, or no broker.
@@ -228,14 +228,14 @@ class ModelStoreService:
                 Kind.MODEL,
                 "",
                 actor=self._bus.signer.name,
-                action="repair piece",
+                action="repair chunk",
                 outcome="ok" if worker else CorruptChunk.code,
                 model=model,
                 version=int(number),
                 detail=f"{digest} from {worker}" if worker else f"{digest} is damaged, and no worker has it",
             )
 
-    async def _register(self, desk: Desk, request: PushRequest, publisher: str) -> PushAnswer:
+    async def _register(self, desk: PartitionContext, request: PushRequest, publisher: str) -> PushAnswer:
         manifest_builder.check_request(request, max_bytes=self._bus.settings.max_upload_bytes)
         owner = await desk.owners.may_push(request)
         version_metadata.noted(version_metadata.VersionNote(request.name, 0), version_metadata.patch_of(request.about))
@@ -267,7 +267,7 @@ class ModelStoreService:
         log.info("%s", "a version is ready" if created else "the newest version already is this", extra=fields)
         return PushAnswer(manifest, created, await desk.registry.aliases(request.name))
 
-    async def _admit(self, desk: Desk, request: PushRequest, publisher: str, manifest: Manifest) -> None:
+    async def _admit(self, desk: PartitionContext, request: PushRequest, publisher: str, manifest: Manifest) -> None:
         """Before a version can be seen there is room for it, and its model has an owner and is configured as its push says."""
         await self._quota.check(manifest)
         await desk.owners.claim(request)
@@ -275,9 +275,9 @@ class ModelStoreService:
             await desk.configs.given(manifest, request.config, publisher)
 
     async def _look(self, request: PushRequest) -> tuple[PushRequest, Inspection]:
-        """Look at the files, whose pieces are safe from collections meanwhile and for as long again; the request comes back with
+        """Look at the files, whose chunks are safe from collections meanwhile and for as long again; the request comes back with
         the digests that they have."""
-        store, settings = PieceKeeper(self._bus, self._bus.names.chunk_bucket(request.name)), self._bus.settings
+        store, settings = ChunkLifecycle(self._bus, self._bus.names.chunk_bucket(request.name)), self._bus.settings
         confined = manifest_builder.confined(request.platform, settings)
         async with self._inspections.turn(request.tenant):
             began = self._bus.clock.monotonic()
@@ -285,9 +285,9 @@ class ModelStoreService:
             if request.sealed is not None:
                 source = await manifest_builder.sealed_source(request, self._bus, self._keyring, self._memory)
             files, found = await manifest_builder.examine(
-                store, request, source, confined, fresh_s=settings.upload_ttl_s / 2
+                store, request, source, confined, fresh_s=settings.unreferenced_ttl_s / 2
             )
-        if self._bus.clock.monotonic() - began > settings.collect_grace_s:
+        if self._bus.clock.monotonic() - began > settings.gc_grace_s:
             raise Unavailable("looking at the model took too long; push it again", retry_after=2)
         return (request if request.sealed is not None else msgspec.structs.replace(request, files=files)), found
 
@@ -306,14 +306,14 @@ def _decode(envelope: Envelope) -> PushRequest:
 @asynccontextmanager
 async def running(settings: Settings, home: Home) -> AsyncIterator[ModelStoreService]:
     """A model store that works until the block ends."""
-    name = settings.store_name
+    name = settings.modelstore_name
     async with (
         connect(settings, home, name) as bus,
         lifecycle.tasks() as tasks,
         writing(bus, home, tasks) as audit,
     ):
-        memory = MemoryFolder(settings.memory_dir, home.root, bus.signer.name)
-        instance = await asyncio.to_thread(Instance, home.cache(name))
+        memory = MemoryFolder(settings.decrypted_model_dir, home.root, bus.signer.name)
+        instance = await asyncio.to_thread(StoreInstance, home.cache(name))
         try:
             service = ModelStoreService(bus, instance, audit, ModelKeyring(bus, home, every=True), memory)
             async with service.serving():
@@ -325,4 +325,4 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[ModelStoreSer
 
 async def main(settings: Settings) -> None:
     """Run the model store until SIGTERM or SIGINT."""
-    await daemon.run(settings, settings.store_name, DEFAULT_PORT, running, keep_mb=KEEP_MB)
+    await daemon.run(settings, settings.modelstore_name, DEFAULT_PORT, running, keep_mb=KEEP_MB)

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from tether.process import lifecycle, logs, operations_server
 from tether.process.data_dir import Home
-from tether.process.os_process import few_heaps, keep_memory_private
+from tether.process.os_process import keep_memory_private, limit_malloc_arenas
 from tether.settings import Settings
 
 
@@ -31,12 +31,12 @@ async def run(
 ) -> None:
     """Keep ``running`` alive until SIGTERM or SIGINT, or until its connection is closed for good.
 
-    ``keep_mb``: see :func:`tether.process.os_process.few_heaps`. Its health is answered from the start, also while it waits for a broker.
+    ``keep_mb``: see :func:`tether.process.os_process.limit_malloc_arenas`. Its health is answered from the start, also while it waits for a broker.
 
     Raises:
         ConfigError, BrokerUnavailable: what kept it from starting or going on.
     """
-    few_heaps(keep_mb)
+    limit_malloc_arenas(keep_mb)
     keep_memory_private()
     logs.setup(settings, name)
     stop = lifecycle.stop_on_signals()

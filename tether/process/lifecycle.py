@@ -52,7 +52,7 @@ def stop_on_signals() -> asyncio.Event:
     return event
 
 
-class Ended(asyncio.Event):
+class Termination(asyncio.Event):
     """Set when a service cannot go on. ``reason`` is None when the broker closed the connection."""
 
     reason: TetherError | None = None
@@ -121,7 +121,7 @@ async def first_of(*events: asyncio.Event) -> None:
         await asyncio.gather(*waits, return_exceptions=True)
 
 
-def spare_the_collector() -> None:
+def freeze_gc() -> None:
     """What was made while starting stays: the garbage collector need not walk it again in the middle of a request."""
     gc.collect()
     gc.freeze()
@@ -132,7 +132,7 @@ class Service(Protocol):
     """What :func:`serve` needs of a running service."""
 
     @property
-    def closed(self) -> Ended: ...
+    def closed(self) -> Termination: ...
 
 
 S = TypeVar("S", bound=Service)
@@ -151,7 +151,7 @@ async def serve(stop: asyncio.Event, service: AbstractAsyncContextManager[S], on
         async with service as running:
             started.set()
             on_ready(running)
-            spare_the_collector()
+            freeze_gc()
             await first_of(stop, running.closed)
             if running.closed.is_set():
                 raise running.closed.reason or BrokerUnavailable("the broker closed the connection for good")

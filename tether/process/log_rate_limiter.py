@@ -8,7 +8,7 @@ LINES = 10
 """Of one kind, in a second."""
 
 
-class Seldom:
+class LogRateLimiter:
     """``now`` is monotonic seconds; kinds are few."""
 
     def __init__(self, now: Callable[[], float], *, lines: int = LINES, within_s: float = 1.0) -> None:

@@ -46,7 +46,7 @@ KEYSETS_REFUSED = Counter(
 
 HTTP_REQUESTS = Counter("tether_http_requests_total", "Answered requests.", ["route", "status"])
 LIMITED = Counter(
-    "tether_limited_total",
+    "tether_requests_limited_total",
     "Requests refused by a limit: a key's rate or concurrency, its tenant's requests a minute, a model's queue, or a full gateway.",
     ["reason"],
 )
@@ -63,7 +63,7 @@ INFER_WITHDRAWN = Counter(
     "Requests whose client disconnected before the answer, by where their job was: gateway (not sent), lane (sent to workers).",
     ["where"],
 )
-ANSWERS_LATE = Counter("tether_answers_late_total", "Answers nobody waited for any more.")
+ANSWERS_LATE = Counter("tether_replies_unclaimed_total", "Answers nobody waited for any more.")
 
 CACHE_HITS = Counter("tether_response_cache_hits_total", "Requests answered from the response cache.", ["model"])
 CACHE_MISSES = Counter(
@@ -112,7 +112,7 @@ RESULTS_WITHOUT_ROOM = Counter(
     "Durable jobs that ended as failed (storage_full) because results had no room for their outputs.",
     ["model"],
 )
-PULL_RESETS = Counter("tether_pull_resets_total", "Pulls begun anew because the broker fell silent.")
+PULL_RESETS = Counter("tether_pull_restarts_total", "Pulls begun anew because the broker fell silent.")
 MODEL_CRASHES = Counter(
     "tether_model_crashes_total",
     "Model processes that ended in a run or a load, by what ended them.",
@@ -132,10 +132,10 @@ MODEL_UNLOADS = Counter(
 CHUNKS_BYTES = Counter(
     "tether_chunks_bytes_total", "Bytes of model files that this worker read, by where from: broker, cache.", ["source"]
 )
-CHUNK_CACHE_BYTES = Gauge("tether_chunk_cache_bytes", "Bytes of pieces in this worker's cache.")
+CHUNK_CACHE_BYTES = Gauge("tether_chunk_cache_bytes", "Bytes of chunks in this worker's cache.")
 CHUNK_CACHE_LOST = Counter(
-    "tether_chunk_cache_lost_total",
-    "Times the cache lost a damaged piece ('piece') or was deleted as a whole: damaged, full, suspected, slow, "
+    "tether_chunk_cache_drops_total",
+    "Times the cache lost a damaged chunk ('chunk') or was deleted as a whole: damaged, full, suspected, slow, "
     "too_large, unusable, disk.",
     ["reason"],
 )
@@ -181,21 +181,21 @@ AUDIT_FULL = Gauge("tether_audit_full", "1 while the audit stream is at its size
 
 MODELS_REGISTERED = Counter("tether_models_registered_total", "Versions that became ready.")
 MODELS_REJECTED = Counter("tether_models_rejected_total", "Pushed models that were refused.")
-COLLECTIONS = Counter("tether_collections_total", "Collections of unreferenced pieces, by outcome.", ["outcome"])
-COLLECTION_SECONDS = Histogram("tether_collection_seconds", "Seconds of one collection.", buckets=_SECONDS)
-COLLECTED_PIECES = Counter("tether_collected_pieces_total", "Pieces that no version named and that were removed.")
-COLLECTED_BYTES = Counter("tether_collected_bytes_total", "Bytes of the pieces that were removed.")
-UNREFERENCED_PIECES = Gauge("tether_unreferenced_pieces", "Stored pieces that no version named at the last look.")
+COLLECTIONS = Counter("tether_gc_runs_total", "Collections of unreferenced chunks, by outcome.", ["outcome"])
+COLLECTION_SECONDS = Histogram("tether_gc_seconds", "Seconds of one collection.", buckets=_SECONDS)
+COLLECTED_CHUNKS = Counter("tether_gc_removed_chunks_total", "Chunks that no version named and that were removed.")
+COLLECTED_BYTES = Counter("tether_gc_removed_bytes_total", "Bytes of the chunks that were removed.")
+UNREFERENCED_CHUNKS = Gauge("tether_unreferenced_chunks", "Stored chunks that no version named at the last look.")
 PARTITIONS = Gauge("tether_partitions", "Partitions of the store that this model store looks after.")
-SCRUBBED_BYTES = Counter("tether_scrubbed_bytes_total", "Bytes of stored pieces that were read and compared.")
-SCRUBS = Counter("tether_scrubs_total", "Passes over all stored pieces that came to their end.")
-REPAIRED_PIECES = Counter(
-    "tether_repaired_pieces_total",
-    "Damaged pieces that a pass asked workers for, by outcome: repaired, not_held.",
+SCRUBBED_BYTES = Counter("tether_scrubbed_bytes_total", "Bytes of stored chunks that were read and compared.")
+SCRUBS = Counter("tether_scrubs_total", "Passes over all stored chunks that came to their end.")
+REPAIRED_CHUNKS = Counter(
+    "tether_repaired_chunks_total",
+    "Damaged chunks that a pass asked workers for, by outcome: repaired, not_held.",
     ["outcome"],
 )
-DAMAGED_PIECES = Gauge(
-    "tether_damaged_pieces", "Pieces that a version names and that are missing or altered: alarm on any."
+DAMAGED_CHUNKS = Gauge(
+    "tether_damaged_chunks", "Chunks that a version names and that are missing or altered: alarm on any."
 )
 
 

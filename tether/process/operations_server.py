@@ -51,7 +51,7 @@ def bind(host: str, port: int) -> int:
 
 
 @dataclass(frozen=True)
-class Limits:
+class HttpLimits:
     """What connections may cost. ``header_s``: seconds to send a request's headers, and to rest between requests."""
 
     connections: int = 256
@@ -60,7 +60,7 @@ class Limits:
 
 @asynccontextmanager
 async def listening(
-    app: Any, host: str, port: int, *, interface: Interfaces = Interfaces.ASGINL, limits: Limits = Limits()
+    app: Any, host: str, port: int, *, interface: Interfaces = Interfaces.ASGINL, limits: HttpLimits = HttpLimits()
 ) -> AsyncIterator[int]:
     """Serve ``app``, an application of ``interface``, until the block ends; yields the port.
 

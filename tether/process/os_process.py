@@ -48,12 +48,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 HEAPS = 2
 """Heaps of a service's process. One for each thread, as glibc has it, keeps what each of them once used."""
 KEEP_MB = 64
-"""What is worth keeping of them where pieces of models pass through."""
+"""What is worth keeping of them where chunks of models pass through."""
 _BLOCK = 32 << 20
 """Smaller blocks come from a heap. That is what glibc itself comes to once blocks of that size were given back."""
 
 
-def few_heaps(keep_mb: int = 0) -> None:
+def limit_malloc_arenas(keep_mb: int = 0) -> None:
     """Let the threads of this process share its heaps; without effect where the C library is not glibc.
 
     ``keep_mb``: what is given back to a heap's end stays up to this size. Who moves large blocks all the time would otherwise take
@@ -67,7 +67,7 @@ def few_heaps(keep_mb: int = 0) -> None:
             mallopt(_M_TRIM_THRESHOLD, keep_mb << 20)
 
 
-def die_first() -> None:
+def prefer_oom_kill() -> None:
     """When the machine is out of memory, this process is ended before others: raising one's own score needs no right."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")

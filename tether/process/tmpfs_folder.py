@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tether.errors import NoMemoryFolder
+from tether.errors import TmpfsUnavailable
 from tether.process.os_process import locked
 
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -44,7 +44,7 @@ class MemoryFolder:
         """The folder.
 
         Raises:
-            NoMemoryFolder: nothing below the base is in memory, or others could get at it.
+            TmpfsUnavailable: nothing below the base is in memory, or others could get at it.
         """
         if self._path is None:
             if not in_memory(self._base):
@@ -59,7 +59,7 @@ class MemoryFolder:
         """Prove that ``size`` more bytes fit.
 
         Raises:
-            NoMemoryFolder: they do not.
+            TmpfsUnavailable: they do not.
         """
         free = shutil.disk_usage(self.path()).free
         if free < size:
@@ -67,7 +67,7 @@ class MemoryFolder:
 
     def sweep(self) -> None:
         """Remove what killed processes left; where there is no such place, nothing."""
-        with suppress(OSError, NoMemoryFolder):
+        with suppress(OSError, TmpfsUnavailable):
             if self._own.is_dir() and in_memory(self._base):
                 with self._alone():
                     self._remove_dead()
@@ -136,11 +136,11 @@ class MemoryFolder:
             os.close(lock)
 
 
-def _refused(what: str) -> NoMemoryFolder:
+def _refused(what: str) -> TmpfsUnavailable:
     """Without the path: it may be told to whoever pushes."""
-    return NoMemoryFolder(
-        f"an encrypted model is put together in memory only, and the folder that setting 'memory_dir' names {what}",
-        field="memory_dir",
+    return TmpfsUnavailable(
+        f"an encrypted model is put together in memory only, and the folder that setting 'decrypted_model_dir' names {what}",
+        field="decrypted_model_dir",
         retry_after=30,
     )
 

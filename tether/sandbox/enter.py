@@ -13,9 +13,9 @@ import sys
 
 import msgspec
 
-from tether.process.os_process import die_first
+from tether.process.os_process import prefer_oom_kill
 from tether.sandbox import kernel, landlock, namespaces, seccomp
-from tether.sandbox.plan import OFF, REQUIRED, Plan
+from tether.sandbox.plan import OFF, REQUIRED, ConfinementPlan
 
 _SET_PARENT_DEATH_SIGNAL = 1
 _FILES = 4096
@@ -23,15 +23,15 @@ _FILES = 4096
 
 def main(arguments: list[str]) -> None:
     """Raises OSError: the kernel refuses what it offers; nothing is run then."""
-    plan = msgspec.json.decode(arguments[0], type=Plan)
+    plan = msgspec.json.decode(arguments[0], type=ConfinementPlan)
     sys.argv = arguments[1:]
     confine(plan)
     runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
 
 
-def confine(plan: Plan) -> None:
+def confine(plan: ConfinementPlan) -> None:
     if plan.dies_first:
-        die_first()
+        prefer_oom_kill()
     _limit(plan)
     scratch = namespaces.leave(plan.scratch_mb, [path for path, _ in plan.rules])
     if scratch:
@@ -43,7 +43,7 @@ def confine(plan: Plan) -> None:
         _restrict(plan, scratch)
 
 
-def _limit(plan: Plan) -> None:
+def _limit(plan: ConfinementPlan) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _lower(resource.RLIMIT_NOFILE, _FILES)
     if plan.file_mb:
@@ -63,7 +63,7 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _restrict(plan: Plan, scratch: str) -> None:
+def _restrict(plan: ConfinementPlan, scratch: str) -> None:
     abi, filters = landlock.abi(), seccomp.available()
     if plan.mode == REQUIRED and not (abi and filters):
         raise OSError("the kernel cannot confine this process")

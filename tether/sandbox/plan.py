@@ -34,7 +34,7 @@ _GPU = ("/sys/devices", "/sys/bus/pci", "/sys/module/nvidia", "/proc/driver/nvid
 _COMPILER = ("/usr/libexec", "/usr/include", "/usr/local/include")
 
 
-class Plan(msgspec.Struct, frozen=True):
+class ConfinementPlan(msgspec.Struct, frozen=True):
     """``rules`` are paths and what Landlock lets the process do there; ``parent`` is the process with which it ends.
 
     It has ``scratch_mb`` MiB of memory for files of its own, writes none larger than ``file_mb`` (0: no limit), and starts
@@ -51,7 +51,7 @@ class Plan(msgspec.Struct, frozen=True):
     """It is ended before others when the machine is out of memory."""
 
 
-class Wish(msgspec.Struct, frozen=True):
+class ConfinementRequest(msgspec.Struct, frozen=True):
     """What one process is to have beside Python and its libraries: ``mode`` is the setting ``model_confinement``.
 
     ``apart`` is the data directory, of which it gets nothing but what is named here.
@@ -103,7 +103,7 @@ def mode_for(mode: str, platform: str) -> str:
     return AVAILABLE if mode == REQUIRED and platform in WITHOUT_CODE else mode
 
 
-def plan(wish: Wish) -> Plan:
+def plan(wish: ConfinementRequest) -> ConfinementPlan:
     """The rules for one process.
 
     Raises:
@@ -123,7 +123,7 @@ def plan(wish: Wish) -> Plan:
         python = str(Path(sys.executable).resolve())
         rules += [(path, landlock.RUN) for path in (*wish.compilers, *_COMPILER, python, *shared)]
     rules += [(path, landlock.WRITE) for path in wish.write]
-    return Plan(
+    return ConfinementPlan(
         mode=wish.mode,
         parent=os.getpid(),
         rules=tuple(rules),
@@ -134,7 +134,7 @@ def plan(wish: Wish) -> Plan:
     )
 
 
-def command(made: Plan, module: str, *arguments: str) -> list[str]:
+def command(made: ConfinementPlan, module: str, *arguments: str) -> list[str]:
     """What starts a Python module of ours in a process that confines itself first."""
     return [sys.executable, "-s", "-m", PROGRAM, msgspec.json.encode(made).decode(), module, *arguments]
 

@@ -38,7 +38,7 @@ def tried(mode: str, scratch_mb: int) -> Result:
     with tempfile.TemporaryDirectory(prefix="tether-trial-") as folder:
         secret = Path(folder) / "secret"
         secret.write_bytes(b"secret")
-        wish = plan.Wish(mode=mode, apart=folder, scratch_mb=scratch_mb)
+        wish = plan.ConfinementRequest(mode=mode, apart=folder, scratch_mb=scratch_mb)
         command = plan.command(plan.plan(wish), "tether.sandbox.trial", str(secret), str(os.getpid()))
         try:
             done = subprocess.run(

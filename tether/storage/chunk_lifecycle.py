@@ -1,7 +1,7 @@
-"""Looking after stored pieces: which there are, what state they are in, and the end of those that nobody names.
+"""Looking after stored chunks: which there are, what state they are in, and the end of those that nobody names.
 
-Every step of a piece's life is a conditional write of its meta message, so any number of keepers may work at once and
-beside pushes: one wins, the others see the conflict and leave the piece alone. Data is deleted by its sequence: a piece
+Every step of a chunk's life is a conditional write of its meta message, so any number of keepers may work at once and
+beside pushes: one wins, the others see the conflict and leave the chunk alone. Data is deleted by its sequence: a chunk
 that was stored anew meanwhile has another one.
 """
 
@@ -16,22 +16,22 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from tether.bus.bus import Stored
+from tether.bus.bus import StoredMessage
 from tether.bus.errors import JetStreamError
 from tether.domain.chunking import digest_of
 from tether.errors import CorruptChunk, Unavailable, VersionConflict
-from tether.storage.chunk_store import LOOKUP, WRITE_WINDOW, ObjectChunkStore, Window
-from tether.storage.object_meta import State, describe, read_meta
+from tether.storage.chunk_store import LOOKUP, WRITE_WINDOW, BoundedTaskGroup, ObjectChunkStore
+from tether.storage.object_meta import ChunkState, describe, read_meta
 
 _NO_SUCH_MESSAGE = frozenset({10037, 10043, 10057})
 _TRIES = 8
 
 
-class Piece(NamedTuple):
-    """A piece as it was when somebody looked."""
+class StoredChunk(NamedTuple):
+    """A chunk as it was when somebody looked."""
 
     digest: str
-    state: State
+    state: ChunkState
     sequence: int
     """Of the meta message; 0 when there is none."""
     since: float
@@ -44,23 +44,23 @@ class Piece(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """Every piece of a bucket. ``now`` is the broker's time, UTC seconds; ``stored_bytes`` is the size of its stream."""
+    """Every chunk of a bucket. ``now`` is the broker's time, UTC seconds; ``stored_bytes`` is the size of its stream."""
 
     now: float
-    pieces: dict[str, Piece]
+    chunks: dict[str, StoredChunk]
     stored_bytes: int
 
 
-class PieceKeeper(ObjectChunkStore):
-    """A bucket's pieces, for who looks after them."""
+class ChunkLifecycle(ObjectChunkStore):
+    """A bucket's chunks, for who looks after them."""
 
     async def snapshot(self) -> Snapshot:
-        """Look at every piece; no data is read.
+        """Look at every chunk; no data is read.
 
         Raises:
             JetStreamError, BrokerUnavailable
         """
-        metas: dict[str, Stored] = {}
+        metas: dict[str, StoredMessage] = {}
         every = self._bus.names.object_meta(self.bucket, "*")
         async for item in self._bus.direct_scan(self._stream, every):
             digest = _digest_of(item.subject[len(every) - 1 :])
@@ -68,10 +68,10 @@ class PieceKeeper(ObjectChunkStore):
                 metas[digest] = item
         # data is looked at after the metas: an upload writes them the other way round, so none looks as if it had none
         data, info = await self._data_subjects()
-        pieces = {digest: _piece(digest, item, digest in data) for digest, item in metas.items()}
-        for digest in data - pieces.keys():
-            pieces[digest] = Piece(digest, State.BARE, 0, 0.0, 0, has_data=True)
-        return Snapshot(_seconds(info["ts"]), pieces, int(info["state"]["bytes"]))
+        chunks = {digest: _chunk(digest, item, digest in data) for digest, item in metas.items()}
+        for digest in data - chunks.keys():
+            chunks[digest] = StoredChunk(digest, ChunkState.BARE, 0, 0.0, 0, has_data=True)
+        return Snapshot(_seconds(info["ts"]), chunks, int(info["state"]["bytes"]))
 
     async def now(self) -> float:
         """The broker's time, UTC seconds."""
@@ -89,32 +89,32 @@ class PieceKeeper(ObjectChunkStore):
             seen, total = seen + len(subjects), int(info.get("total", 0)) if subjects else 0
         return found, info
 
-    async def write_state(self, piece: Piece, state: State, *, size: int = 0, stored: str = "") -> int:
-        """Let the piece be in ``state``, unless its meta message is not the one in ``piece`` any more: then 0, else the
-        sequence of the new one. ``size`` and ``stored``: bytes and hash of what lies there, where ``piece`` may not know."""
-        now, stored = self._bus.clock.utc(), stored or piece.stored_digest
-        payload = describe(self.bucket, piece.digest, size or piece.size, state, now, digest=stored)
-        headers = {"Nats-Rollup": "sub", "Nats-Expected-Last-Subject-Sequence": str(piece.sequence)}
-        subject = self._meta_subject(piece.digest)
+    async def write_state(self, chunk: StoredChunk, state: ChunkState, *, size: int = 0, stored: str = "") -> int:
+        """Let the chunk be in ``state``, unless its meta message is not the one in ``chunk`` any more: then 0, else the
+        sequence of the new one. ``size`` and ``stored``: bytes and hash of what lies there, where ``chunk`` may not know."""
+        now, stored = self._bus.clock.utc(), stored or chunk.stored_digest
+        payload = describe(self.bucket, chunk.digest, size or chunk.size, state, now, digest=stored)
+        headers = {"Nats-Rollup": "sub", "Nats-Expected-Last-Subject-Sequence": str(chunk.sequence)}
+        subject = self._meta_subject(chunk.digest)
         try:
             ack = await self._patiently(lambda: self._bus.publish_acked(subject, payload, headers=dict(headers)))
         except VersionConflict:
             return 0
         return ack.sequence
 
-    async def read(self, digest: str) -> Stored | None:
-        """A piece's data message; None when there is none."""
+    async def read(self, digest: str) -> StoredMessage | None:
+        """A chunk's data message; None when there is none."""
         subject = self._bus.names.object_chunk(self.bucket, digest)
         return await self._patiently(lambda: self._bus.direct_get(self._stream, subject))
 
-    async def restore(self, piece: Piece, content: bytes, before: Stored | None) -> bool:
-        """Store a piece's content as it is, in place of the data ``before``; False when somebody else stores it just now.
+    async def restore(self, chunk: StoredChunk, content: bytes, before: StoredMessage | None) -> bool:
+        """Store a chunk's content as it is, in place of the data ``before``; False when somebody else stores it just now.
 
-        Closed twice, a piece is not the same bytes twice. Neither message is written after another writer's, so whichever data
+        Closed twice, a chunk is not the same bytes twice. Neither message is written after another writer's, so whichever data
         is left, its meta message describes it.
         """
         headers = {"Nats-Rollup": "sub", "Nats-Expected-Last-Subject-Sequence": str(before.sequence if before else 0)}
-        subject = self._bus.names.object_chunk(self.bucket, piece.digest)
+        subject = self._bus.names.object_chunk(self.bucket, chunk.digest)
         try:
             limit = self._patience_s
             await self._patiently(
@@ -123,20 +123,20 @@ class PieceKeeper(ObjectChunkStore):
         except VersionConflict:
             return False
         stored = await asyncio.to_thread(digest_of, content)
-        return bool(await self.write_state(piece, State.ALIVE, size=len(content), stored=stored))
+        return bool(await self.write_state(chunk, ChunkState.ALIVE, size=len(content), stored=stored))
 
-    async def remove(self, piece: Piece) -> int:
-        """Remove the data and then the meta message of a piece that is not alive; returns the bytes of data removed.
+    async def remove(self, chunk: StoredChunk) -> int:
+        """Remove the data and then the meta message of a chunk that is not alive; returns the bytes of data removed.
 
-        Data that is younger than the meta message in ``piece`` stays: somebody is storing the piece anew.
+        Data that is younger than the meta message in ``chunk`` stays: somebody is storing the chunk anew.
         """
-        found = await self.read(piece.digest)
-        if found is not None and found.sequence > piece.sequence:
-            await self.write_state(piece, State.UNREFERENCED)
+        found = await self.read(chunk.digest)
+        if found is not None and found.sequence > chunk.sequence:
+            await self.write_state(chunk, ChunkState.UNREFERENCED)
             return 0
-        leaving = piece.sequence
-        if piece.state is not State.LEAVING:
-            leaving = await self.write_state(piece, State.LEAVING)
+        leaving = chunk.sequence
+        if chunk.state is not ChunkState.LEAVING:
+            leaving = await self.write_state(chunk, ChunkState.LEAVING)
         if not leaving:
             return 0
         removed = found is not None and await self._delete(found.sequence)
@@ -155,17 +155,17 @@ class PieceKeeper(ObjectChunkStore):
             return False
         return True
 
-    async def claim(self, pieces: Iterable[tuple[str, int]], *, fresh_s: float) -> None:
-        """Make sure of pieces (digest and bytes) that a version is about to name: none of them is removed in the
+    async def claim(self, chunks: Iterable[tuple[str, int]], *, fresh_s: float) -> None:
+        """Make sure of chunks (digest and bytes) that a version is about to name: none of them is removed in the
         ``fresh_s`` seconds that follow, whatever keepers are about.
 
         Raises:
-            CorruptChunk: a piece is not stored, or known to be damaged, or about to be removed; ``field`` is its digest.
+            CorruptChunk: a chunk is not stored, or known to be damaged, or about to be removed; ``field`` is its digest.
             BrokerUnavailable
         """
-        wanted = list(dict(pieces).items())
+        wanted = list(dict(chunks).items())
         now = await self.now()
-        async with Window(WRITE_WINDOW) as window:
+        async with BoundedTaskGroup(WRITE_WINDOW) as window:
             for start in range(0, len(wanted), LOOKUP):
                 part = wanted[start : start + LOOKUP]
                 subjects = [self._meta_subject(digest) for digest, _ in part]
@@ -173,31 +173,31 @@ class PieceKeeper(ObjectChunkStore):
                 for subject, (digest, size) in zip(subjects, part, strict=True):
                     await window.start(self._claim(digest, size, found.get(subject), now - fresh_s))
 
-    async def _metas(self, subjects: list[str]) -> dict[str, Stored]:
+    async def _metas(self, subjects: list[str]) -> dict[str, StoredMessage]:
         return await self._patiently(lambda: self._bus.direct_batch(self._stream, subjects))
 
-    async def _claim(self, digest: str, size: int, item: Stored | None, fresh: float) -> None:
+    async def _claim(self, digest: str, size: int, item: StoredMessage | None, fresh: float) -> None:
         for _ in range(_TRIES):
-            piece = _piece(digest, item, has_data=True)
-            if piece.state is State.ALIVE and piece.since > fresh:
+            chunk = _chunk(digest, item, has_data=True)
+            if chunk.state is ChunkState.ALIVE and chunk.since > fresh:
                 return
-            if piece.state not in (State.ALIVE, State.UNREFERENCED):
-                raise CorruptChunk(f"piece {digest} is not in the store; push the model again", field=digest)
-            if await self.write_state(piece, State.ALIVE, size=piece.size or size):
+            if chunk.state not in (ChunkState.ALIVE, ChunkState.UNREFERENCED):
+                raise CorruptChunk(f"chunk {digest} is not in the store; push the model again", field=digest)
+            if await self.write_state(chunk, ChunkState.ALIVE, size=chunk.size or size):
                 return
             subject = self._meta_subject(digest)
             item = (await self._metas([subject])).get(subject)
-        raise Unavailable(f"piece {digest} is written by others all the time; try again", retry_after=2)
+        raise Unavailable(f"chunk {digest} is written by others all the time; try again", retry_after=2)
 
 
-def _piece(digest: str, item: Stored | None, has_data: bool) -> Piece:
+def _chunk(digest: str, item: StoredMessage | None, has_data: bool) -> StoredChunk:
     if item is None:
-        return Piece(digest, State.BARE, 0, 0.0, 0, has_data)
+        return StoredChunk(digest, ChunkState.BARE, 0, 0.0, 0, has_data)
     meta = read_meta(item.data)
     since = _seconds(item.headers["Nats-Time-Stamp"])
     if meta is None:
-        return Piece(digest, State.DAMAGED, item.sequence, since, 0, has_data)
-    return Piece(digest, meta.state, item.sequence, since, meta.piece_size, has_data, meta.stored_digest)
+        return StoredChunk(digest, ChunkState.DAMAGED, item.sequence, since, 0, has_data)
+    return StoredChunk(digest, meta.state, item.sequence, since, meta.chunk_size, has_data, meta.stored_digest)
 
 
 def _digest_of(encoded: str) -> str:

@@ -1,7 +1,7 @@
-"""Pieces that the store has lost, from the cache of a worker that holds a version they belong to.
+"""Chunks that the store has lost, from the cache of a worker that holds a version they belong to.
 
-Only workers whose route says that they hold such a version are asked, each on a subject of its own, so that nobody hears of a piece
-that it has no business with. A piece travels in the form that the worker keeps it in: one of an encrypted model closed. Whoever asked
+Only workers whose route says that they hold such a version are asked, each on a subject of its own, so that nobody hears of a chunk
+that it has no business with. A chunk travels in the form that the worker keeps it in: one of an encrypted model closed. Whoever asked
 proves that it is the one that was wanted. A worker answers on a subject of its own too, since it may not publish to anybody's inbox.
 """
 
@@ -16,7 +16,7 @@ from tether.bus.bus import Bus, Message
 from tether.bus.key_value.bucket import KvBucket
 from tether.crypto import MessageType
 from tether.domain.manifest import Route
-from tether.domain.partition import Wanted
+from tether.domain.partition import ChunkRequest
 from tether.errors import BadEncoding, TetherError
 from tether.wire import codec
 
@@ -28,10 +28,10 @@ WAIT_S = 10.0
 _MAX_AGE_MS = 30_000
 
 Proof = Callable[[bytes], bool]
-"""Whether a piece's content, closed where the store has it closed, is what its name says. Blocks."""
+"""Whether a chunk's content, closed where the store has it closed, is what its name says. Blocks."""
 
 
-class Lenders:
+class ChunkLenders:
     """The workers, as a model store asks them."""
 
     def __init__(self, bus: Bus) -> None:
@@ -42,7 +42,7 @@ class Lenders:
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
         """Hear answers until the block ends."""
-        subscription = await self._bus.subscribe(self._bus.names.piece("*"), self._heard)
+        subscription = await self._bus.subscribe(self._bus.names.chunk("*"), self._heard)
         try:
             yield
         finally:
@@ -52,27 +52,27 @@ class Lenders:
         # what nobody waits for is not worth a look at its signature
         if not self._asked:
             return
-        envelope = self._bus.open(message, MessageType.PIECE, once=True, max_age_ms=_MAX_AGE_MS)
-        if envelope is None or message.subject != self._bus.names.piece(envelope.sender):
+        envelope = self._bus.open(message, MessageType.CHUNK, once=True, max_age_ms=_MAX_AGE_MS)
+        if envelope is None or message.subject != self._bus.names.chunk(envelope.sender):
             return
         waiting = self._asked.get((envelope.sender, envelope.header.message_id))
         if waiting is not None and not waiting.done():
             waiting.set_result(envelope.body)
 
     async def borrow(self, name: str, versions: Iterable[str], right: Proof) -> tuple[bytes, str] | None:
-        """A piece that is ``right``, and the worker that had it; None when no worker that holds one of
+        """A chunk that is ``right``, and the worker that had it; None when no worker that holds one of
         ``versions`` (``model:version``) has it.
 
         Raises:
             BrokerUnavailable: no answer from the broker.
         """
         for worker in await self._holders(versions):
-            piece = await self._ask(worker, name)
-            if not piece:
+            chunk = await self._ask(worker, name)
+            if not chunk:
                 continue
-            if await asyncio.to_thread(right, piece):
-                return piece, worker
-            log.error("%s sent something else than piece %s", worker, name, extra={"action": "piece_refused"})
+            if await asyncio.to_thread(right, chunk):
+                return chunk, worker
+            log.error("%s sent something else than chunk %s", worker, name, extra={"action": "chunk_refused"})
         return None
 
     async def _holders(self, versions: Iterable[str]) -> list[str]:
@@ -90,7 +90,7 @@ class Lenders:
 
     async def _ask(self, worker: str, name: str) -> bytes:
         subject = self._bus.names.wanted(worker)
-        frame = self._bus.signer.seal(MessageType.WANTED, subject, codec.encode(Wanted(name)))
+        frame = self._bus.signer.seal(MessageType.WANTED, subject, codec.encode(ChunkRequest(name)))
         waiting: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._asked[worker, name] = waiting
         try:
@@ -105,7 +105,7 @@ class Lenders:
 
 @asynccontextmanager
 async def lending(bus: Bus, read: Callable[[str], bytes | None]) -> AsyncIterator[None]:
-    """Answer model stores that want a piece, until the block ends. ``read`` gives a piece that it proved to be right, or
+    """Answer model stores that want a chunk, until the block ends. ``read`` gives a chunk that it proved to be right, or
     None; it blocks and runs in a thread."""
 
     async def wanted(message: Message) -> None:
@@ -113,12 +113,12 @@ async def lending(bus: Bus, read: Callable[[str], bytes | None]) -> AsyncIterato
         if envelope is None:
             return
         try:
-            digest = codec.decode(envelope.body, Wanted).digest
-            piece = await asyncio.to_thread(read, digest) or b""
-            subject = bus.names.piece(bus.signer.name)
-            await bus.publish(subject, bus.signer.seal(MessageType.PIECE, subject, piece, message_id=digest))
+            digest = codec.decode(envelope.body, ChunkRequest).digest
+            chunk = await asyncio.to_thread(read, digest) or b""
+            subject = bus.names.chunk(bus.signer.name)
+            await bus.publish(subject, bus.signer.seal(MessageType.CHUNK, subject, chunk, message_id=digest))
         except TetherError as error:
-            log.warning("a piece was not sent: %s", error, extra={"action": "piece_not_lent", "code": error.code})
+            log.warning("a chunk was not sent: %s", error, extra={"action": "chunk_not_lent", "code": error.code})
 
     subscription = await bus.subscribe(bus.names.wanted(bus.signer.name), wanted)
     try:

@@ -1,8 +1,8 @@
-"""Pieces of model files as objects of a JetStream object store (NATS ADR-20), so that ``nats object`` reads them too.
+"""Chunks of model files as objects of a JetStream object store (NATS ADR-20), so that ``nats object`` reads them too.
 
-One piece is one object: its name and its nuid are the hex SHA-256 of its bytes, its data is one message on
+One chunk is one object: its name and its nuid are the hex SHA-256 of its bytes, its data is one message on
 ``$O.<bucket>.C.<nuid>``, its meta message follows when the data is stored. Both carry ``Nats-Rollup: sub``: storing a
-piece twice leaves one copy, and storing it again mends a damaged one. Data that is compressed says so in a header.
+chunk twice leaves one copy, and storing it again mends a damaged one. Data that is compressed says so in a header.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from contextlib import asynccontextmanager
 from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar
 
-from tether.bus.bus import Bus, Stored
-from tether.bus.pending_requests import lossy
+from tether.bus.bus import Bus, StoredMessage
+from tether.bus.pending_requests import fail_on_disconnect
 from tether.domain.chunking import ZSTD, Bytes, compressed, decompressed, digest_of
 from tether.errors import BrokerUnavailable, CorruptChunk, DeadlineExceeded, TetherError
-from tether.storage.object_meta import State, describe, state_of
+from tether.storage.object_meta import ChunkState, describe, state_of
 
 WRITE_WINDOW = 24
 READ_WINDOW = 16
 LOOKUP = 256
-"""Pieces asked for in one look-up."""
+"""Chunks asked for in one look-up."""
 GROUP = 8
-"""Pieces of an upload that are looked up together, before any of them is sent."""
+"""Chunks of an upload that are looked up together, before any of them is sent."""
 LOOKUPS_AHEAD = 2
 
 _ROLLUP = {"Nats-Rollup": "sub"}
 ENCODING = "Tether-Encoding"
-"""Header of a data message whose content is not the piece itself: :data:`tether.domain.chunking.ZSTD`."""
+"""Header of a data message whose content is not the chunk itself: :data:`tether.domain.chunking.ZSTD`."""
 
 NO_MORE: Mapping[str, str] = MappingProxyType({})
 
@@ -42,8 +42,8 @@ T = TypeVar("T")
 class ObjectChunkStore:
     """See :class:`tether.storage.upload.ChunkStore`.
 
-    A broker that goes away is waited for: no single piece may take longer than ``patience_s``, and nothing longer
-    than ``deadline_s`` as a whole. At most a window of pieces is in memory.
+    A broker that goes away is waited for: no single chunk may take longer than ``patience_s``, and nothing longer
+    than ``deadline_s`` as a whole. At most a window of chunks is in memory.
     """
 
     def __init__(self, bus: Bus, bucket: str, *, deadline_s: float = 3600.0, patience_s: float = 30.0) -> None:
@@ -73,20 +73,20 @@ class ObjectChunkStore:
     async def _present(self, digests: list[str]) -> set[str]:
         subjects = {self._meta_subject(digest): digest for digest in digests}
         found = await self._patiently(lambda: self._bus.direct_batch(self._stream, list(subjects)))
-        return {subjects[subject] for subject, item in found.items() if state_of(item.data) is State.ALIVE}
+        return {subjects[subject] for subject, item in found.items() if state_of(item.data) is ChunkState.ALIVE}
 
     def name_of(self, digest: str) -> str:
-        """What a piece is called here."""
+        """What a chunk is called here."""
         return digest
 
-    async def put(self, pieces: AsyncIterator[tuple[str, Bytes]], known: AbstractSet[str] | None = None) -> int:
-        """Store pieces that are not there yet; returns their bytes. With ``known``, all others are stored over what may be there.
+    async def put(self, chunks: AsyncIterator[tuple[str, Bytes]], known: AbstractSet[str] | None = None) -> int:
+        """Store chunks that are not there yet; returns their bytes. With ``known``, all others are stored over what may be there.
 
-        Groups of pieces are looked up ahead of those that are being sent: a question waits behind what is sent already.
+        Groups of chunks are looked up ahead of those that are being sent: a question waits behind what is sent already.
 
         Raises:
             QueueFull: the bucket is at its limit.
-            DeadlineExceeded, BrokerUnavailable: it took too long, as a whole or for one piece.
+            DeadlineExceeded, BrokerUnavailable: it took too long, as a whole or for one chunk.
         """
         stored = 0
         seen: set[str] = set()
@@ -100,10 +100,10 @@ class ObjectChunkStore:
                 await window.start(self._store(digest, group[digest]))
             asked.popleft()
 
-        async with _deadline(self._deadline_s), Window(WRITE_WINDOW) as window:
+        async with _deadline(self._deadline_s), BoundedTaskGroup(WRITE_WINDOW) as window:
             try:
-                async for group in _groups(pieces):
-                    fresh = {digest: piece for digest, piece in group if digest not in seen}
+                async for group in _groups(chunks):
+                    fresh = {digest: chunk for digest, chunk in group if digest not in seen}
                     seen.update(fresh)
                     asked.append((asyncio.create_task(self._lacking(list(fresh), known), name="look-up"), fresh))
                     if len(asked) > LOOKUPS_AHEAD:
@@ -117,20 +117,20 @@ class ObjectChunkStore:
         return stored
 
     async def get(self, digests: Sequence[str]) -> AsyncGenerator[bytes, None]:
-        """The pieces in order, unpacked: whoever uses them compares. Several are read ahead.
+        """The chunks in order, unpacked: whoever uses them compares. Several are read ahead.
 
         Close the iterator when you stop early.
 
         Raises:
-            CorruptChunk: a piece is missing; ``field`` is its digest.
-            DeadlineExceeded, BrokerUnavailable: it took too long, as a whole or for one piece.
+            CorruptChunk: a chunk is missing; ``field`` is its digest.
+            DeadlineExceeded, BrokerUnavailable: it took too long, as a whole or for one chunk.
         """
         clock = self._bus.clock
         end = clock.monotonic() + self._deadline_s
         ahead: deque[asyncio.Task[bytes]] = deque()
         try:
             for digest in digests:
-                ahead.append(asyncio.create_task(self._read(digest), name="read-piece"))
+                ahead.append(asyncio.create_task(self._read(digest), name="read-chunk"))
                 if len(ahead) == READ_WINDOW:
                     yield await ahead.popleft()
                 if clock.monotonic() > end:
@@ -143,23 +143,23 @@ class ObjectChunkStore:
             await asyncio.gather(*ahead, return_exceptions=True)
 
     async def discard(self, digest: str) -> None:
-        """Mark a piece as gone, so that the next upload stores it anew."""
+        """Mark a chunk as gone, so that the next upload stores it anew."""
         await self._publish_meta(digest, 0, deleted=True)
 
-    async def _store(self, digest: str, piece: Bytes) -> None:
-        stored = await asyncio.to_thread(compressed, piece)
+    async def _store(self, digest: str, chunk: Bytes) -> None:
+        stored = await asyncio.to_thread(compressed, chunk)
         if stored is None:
-            await self._send(digest, piece, digest)
+            await self._send(digest, chunk, digest)
         else:
             await self._send(digest, stored, await asyncio.to_thread(digest_of, stored), {ENCODING: ZSTD})
 
     async def _send(self, name: str, stored: Bytes, digest: str, headers: Mapping[str, str] = NO_MORE) -> None:
-        """Store a piece in the form that it has now; ``digest`` is that form's SHA-256."""
+        """Store a chunk in the form that it has now; ``digest`` is that form's SHA-256."""
         await self._publish(self._bus.names.object_chunk(self.bucket, name), stored, headers)
         await self._publish_meta(name, len(stored), stored=digest)
 
     async def _publish_meta(self, digest: str, size: int, *, deleted: bool = False, stored: str = "") -> None:
-        state = State.DAMAGED if deleted else State.ALIVE
+        state = ChunkState.DAMAGED if deleted else ChunkState.ALIVE
         meta = describe(self.bucket, digest, size, state, self._bus.clock.utc(), digest=stored)
         await self._publish(self._meta_subject(digest), meta)
 
@@ -172,7 +172,7 @@ class ObjectChunkStore:
         limit = self._patience_s
         found = await self._patiently(lambda: self._bus.direct_get(self._stream, subject, timeout=limit))
         if found is None:
-            raise CorruptChunk(f"piece {digest} is not in the store; push the model again", field=digest)
+            raise CorruptChunk(f"chunk {digest} is not in the store; push the model again", field=digest)
         return await plain_form(digest, found)
 
     def _meta_subject(self, digest: str) -> str:
@@ -184,7 +184,7 @@ class ObjectChunkStore:
         end = clock.monotonic() + self._patience_s
         while True:
             try:
-                with lossy():
+                with fail_on_disconnect():
                     return await attempt()
             except BrokerUnavailable:
                 if clock.monotonic() >= end:
@@ -192,11 +192,11 @@ class ObjectChunkStore:
             await asyncio.sleep(0.1)
 
 
-async def plain_form(name: str, found: Stored) -> bytes:
-    """The content of a piece's data message, unpacked when it is compressed.
+async def plain_form(name: str, found: StoredMessage) -> bytes:
+    """The content of a chunk's data message, unpacked when it is compressed.
 
     Raises:
-        CorruptChunk: it cannot be unpacked; ``field`` is the piece's name.
+        CorruptChunk: it cannot be unpacked; ``field`` is the chunk's name.
     """
     encoding = found.headers.get(ENCODING, "")
     if not encoding:
@@ -205,21 +205,21 @@ async def plain_form(name: str, found: Stored) -> bytes:
         if encoding == ZSTD:
             return await asyncio.to_thread(decompressed, found.data)
     except CorruptChunk as error:
-        raise CorruptChunk(f"piece {name} is altered in the store; push the model again", field=name) from error
+        raise CorruptChunk(f"chunk {name} is altered in the store; push the model again", field=name) from error
     raise CorruptChunk(
-        f"piece {name} is stored in a form '{encoding[:16]}' that this version does not know", field=name
+        f"chunk {name} is stored in a form '{encoding[:16]}' that this version does not know", field=name
     )
 
 
 def encoded_name(digest: str) -> str:
-    """A piece's name as the last token of its meta subject."""
+    """A chunk's name as the last token of its meta subject."""
     return base64.urlsafe_b64encode(digest.encode()).decode()
 
 
-async def _groups(pieces: AsyncIterator[tuple[str, Bytes]]) -> AsyncIterator[list[tuple[str, Bytes]]]:
+async def _groups(chunks: AsyncIterator[tuple[str, Bytes]]) -> AsyncIterator[list[tuple[str, Bytes]]]:
     group: list[tuple[str, Bytes]] = []
-    async for piece in pieces:
-        group.append(piece)
+    async for chunk in chunks:
+        group.append(chunk)
         if len(group) == GROUP:
             yield group
             group = []
@@ -241,11 +241,11 @@ async def _deadline(seconds: float) -> AsyncIterator[None]:
 
 def _too_late(seconds: float) -> TetherError:
     return DeadlineExceeded(
-        f"moving the model's pieces took longer than {seconds:g} s; what is stored is kept: try again"
+        f"moving the model's chunks took longer than {seconds:g} s; what is stored is kept: try again"
     )
 
 
-class Window:
+class BoundedTaskGroup:
     """Runs at most ``size`` coroutines at a time; all have ended when the block ends. The first error ends the rest."""
 
     def __init__(self, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Pieces of an encrypted model in the chunk store: asked for by their plain digests, stored closed and under other names."""
+"""Chunks of an encrypted model in the chunk store: asked for by their plain digests, stored closed and under other names."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Set as AbstractSet
 from contextlib import aclosing
 
 from tether.bus.bus import Bus
-from tether.crypto.model_encryption import PieceSeal
+from tether.crypto.model_encryption import ChunkSeal
 from tether.domain.chunking import Bytes, digest_of
-from tether.errors import BadSeal, CorruptChunk
+from tether.errors import CorruptChunk, DecryptionFailed
 from tether.storage.chunk_store import ObjectChunkStore
 
 
 class SealedChunkStore:
-    """See :class:`tether.storage.upload.ChunkStore`; digests are those of plain pieces, errors name the stored ones."""
+    """See :class:`tether.storage.upload.ChunkStore`; digests are those of plain chunks, errors name the stored ones."""
 
-    def __init__(self, bus: Bus, bucket: str, seal: PieceSeal) -> None:
+    def __init__(self, bus: Bus, bucket: str, seal: ChunkSeal) -> None:
         self.bucket = bucket
         self._store = _Closing(bus, bucket, seal)
         self._seal = seal
@@ -32,11 +32,11 @@ class SealedChunkStore:
         return [digest_of[name] for name in await self._store.missing(list(digest_of))]
 
     def name_of(self, digest: str) -> str:
-        """What a piece is called in the store."""
+        """What a chunk is called in the store."""
         return self._seal.name(digest)
 
-    async def put(self, pieces: AsyncIterator[tuple[str, Bytes]], known: AbstractSet[str] | None = None) -> int:
-        """Close and store pieces that are not there yet; returns the bytes that they have in the clear. ``known``: as for
+    async def put(self, chunks: AsyncIterator[tuple[str, Bytes]], known: AbstractSet[str] | None = None) -> int:
+        """Close and store chunks that are not there yet; returns the bytes that they have in the clear. ``known``: as for
         :meth:`ObjectChunkStore.put`.
 
         Raises:
@@ -44,42 +44,42 @@ class SealedChunkStore:
         """
 
         async def named() -> AsyncIterator[tuple[str, Bytes]]:
-            async for digest, piece in pieces:
-                yield self._seal.name(digest), piece
+            async for digest, chunk in chunks:
+                yield self._seal.name(digest), chunk
 
         names = None if known is None else {self._seal.name(digest) for digest in known}
         return await self._store.put(named(), names)
 
     async def get(self, digests: Sequence[str]) -> AsyncGenerator[bytes, None]:
-        """The plain pieces in order. Close the iterator when you stop early.
+        """The plain chunks in order. Close the iterator when you stop early.
 
         Raises:
             CorruptChunk: one is missing or altered; ``field`` is its name in the store.
-            DeadlineExceeded, BrokerUnavailable: it took too long, as a whole or for one piece.
+            DeadlineExceeded, BrokerUnavailable: it took too long, as a whole or for one chunk.
         """
         names = [self._seal.name(digest) for digest in digests]
-        async with aclosing(self._store.get(names)) as pieces:
+        async with aclosing(self._store.get(names)) as chunks:
             for name in names:
-                stored = await anext(pieces)
+                stored = await anext(chunks)
                 try:
-                    piece = await asyncio.to_thread(self._seal.open, name, stored)
-                except BadSeal as error:
+                    chunk = await asyncio.to_thread(self._seal.open, name, stored)
+                except DecryptionFailed as error:
                     raise CorruptChunk(
-                        f"piece {name} is altered in the store; push the model again", field=name
+                        f"chunk {name} is altered in the store; push the model again", field=name
                     ) from error
-                yield piece
+                yield chunk
 
 
 class _Closing(ObjectChunkStore):
-    """Takes plain pieces by their stored names, and closes those that are not there yet on their way out."""
+    """Takes plain chunks by their stored names, and closes those that are not there yet on their way out."""
 
-    def __init__(self, bus: Bus, bucket: str, seal: PieceSeal) -> None:
+    def __init__(self, bus: Bus, bucket: str, seal: ChunkSeal) -> None:
         super().__init__(bus, bucket)
         self._seal = seal
 
-    async def _store(self, digest: str, piece: Bytes) -> None:
+    async def _store(self, digest: str, chunk: Bytes) -> None:
         def close() -> tuple[bytes, str]:
-            closed = self._seal.close(digest, piece)
+            closed = self._seal.close(digest, chunk)
             return closed, digest_of(closed)
 
         await self._send(digest, *await asyncio.to_thread(close))

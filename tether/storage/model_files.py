@@ -18,7 +18,7 @@ from tether.bus.bus import Bus
 from tether.crypto import MessageType, Role, Verifier
 from tether.domain.chunking import LARGEST, digest_of
 from tether.domain.file_names import fault_of, shown
-from tether.domain.manifest import FIXED_PIECE, Manifest, ModelFile
+from tether.domain.manifest import FIXED_CHUNK, Manifest, ModelFile
 from tether.domain.model_names import check_platform_name
 from tether.errors import BadEncoding, CorruptChunk, RoleNotAllowed, SubjectMismatch, TetherError, Unavailable
 from tether.process.os_process import alive
@@ -53,7 +53,7 @@ def open_manifest(verifier: Verifier, names: Names, key: str, frame: bytes) -> M
 
 
 def check_file(file: ModelFile, *, whole: bool = True) -> None:
-    """Prove that a file's description can be acted on: a plain name, real digests, as many pieces as its size needs.
+    """Prove that a file's description can be acted on: a plain name, real digests, as many chunks as its size needs.
     Unless ``whole`` it may lack the digest of the file itself.
 
     Raises:
@@ -65,14 +65,14 @@ def check_file(file: ModelFile, *, whole: bool = True) -> None:
     if not all(_DIGEST.fullmatch(digest) for digest in (*known, *file.chunks)):
         raise BadEncoding(f"the digests of the file {shown(file.path)} must be hex SHA-256", field="chunks")
     if not _adds_up(file):
-        raise BadEncoding(f"the pieces of the file {shown(file.path)} do not add up to its size", field="size")
+        raise BadEncoding(f"the chunks of the file {shown(file.path)} do not add up to its size", field="size")
 
 
 def _adds_up(file: ModelFile) -> bool:
     if file.size <= 0:
         return file.size == 0 and not file.chunks and not file.sizes
     if not file.sizes:
-        return len(file.chunks) == -(-file.size // FIXED_PIECE)
+        return len(file.chunks) == -(-file.size // FIXED_CHUNK)
     fits = all(0 < size <= LARGEST for size in file.sizes)
     return fits and len(file.sizes) == len(file.chunks) and sum(file.sizes) == file.size
 
@@ -83,8 +83,8 @@ def version_digest(manifest: Manifest) -> str:
     return hashlib.sha256(codec.pack(rows)).hexdigest()
 
 
-class Pieces(Protocol):
-    """Where pieces come from."""
+class Chunks(Protocol):
+    """Where chunks come from."""
 
     def get(self, digests: Sequence[str]) -> AsyncGenerator[bytes, None]: ...
 
@@ -94,7 +94,7 @@ Salvage = Callable[[ModelFile, Path], object]
 
 
 async def fetch_model(
-    bus: Bus, store: Pieces, manifest: Manifest, cache_dir: Path, salvage: Salvage | None = None
+    bus: Bus, store: Chunks, manifest: Manifest, cache_dir: Path, salvage: Salvage | None = None
 ) -> Path:
     """The directory below ``cache_dir`` that holds the version's files, whole and verified just now.
 
@@ -102,7 +102,7 @@ async def fetch_model(
     version: files appear in one step.
 
     Raises:
-        CorruptChunk: the store's pieces are missing, altered, or do not make up the file that was signed.
+        CorruptChunk: the store's chunks are missing, altered, or do not make up the file that was signed.
         Unavailable: the disk has no room, or the broker does not answer.
     """
     check_platform_name(manifest.name, field="name")
@@ -149,12 +149,12 @@ def intact(path: Path, file: ModelFile) -> bool:
         return False
 
 
-async def download(store: Pieces, file: ModelFile, target: Path, salvage: Salvage | None = None) -> str:
-    """Write one file: into a temporary one first, renamed when every piece and the whole of it are proven. Returns its SHA-256,
+async def download(store: Chunks, file: ModelFile, target: Path, salvage: Salvage | None = None) -> str:
+    """Write one file: into a temporary one first, renamed when every chunk and the whole of it are proven. Returns its SHA-256,
     which is not compared when ``file`` has none.
 
     Raises:
-        CorruptChunk: a piece, or the file as a whole, is not what was signed.
+        CorruptChunk: a chunk, or the file as a whole, is not what was signed.
         Unavailable: the disk has no room, or the broker does not answer.
     """
     check_file(file, whole=False)
@@ -176,8 +176,8 @@ async def download(store: Pieces, file: ModelFile, target: Path, salvage: Salvag
     return digest
 
 
-async def _write(store: Pieces, file: ModelFile, target: Path) -> str:
-    """Receive some pieces while those before them are compared in one thread, hashed as a whole in another and written in a third."""
+async def _write(store: Chunks, file: ModelFile, target: Path) -> str:
+    """Receive some chunks while those before them are compared in one thread, hashed as a whole in another and written in a third."""
     whole, digests, came = hashlib.sha256(), iter(file.chunks), 0
     out = await asyncio.to_thread(_create, target)
 
@@ -194,11 +194,11 @@ async def _write(store: Pieces, file: ModelFile, target: Path) -> str:
     writing: asyncio.Task[None] | None = None
     with out:
         try:
-            async with aclosing(store.get(file.chunks)) as pieces:
-                async for group in _groups(pieces):
+            async with aclosing(store.get(file.chunks)) as chunks:
+                async for group in _groups(chunks):
                     if writing is not None:
                         await writing
-                    writing = asyncio.create_task(add(group), name="write-pieces")
+                    writing = asyncio.create_task(add(group), name="write-chunks")
                     came += sum(map(len, group))
                     if came > file.size:
                         break  # whatever swells so is not what was signed
@@ -210,27 +210,27 @@ async def _write(store: Pieces, file: ModelFile, target: Path) -> str:
         size = out.tell()
     digest = whole.hexdigest()
     if size != file.size or digest != (file.digest or digest):
-        raise CorruptChunk("the stored pieces do not make up the file that was signed; push the model again")
+        raise CorruptChunk("the stored chunks do not make up the file that was signed; push the model again")
     return digest
 
 
-def _prove(pieces: Sequence[tuple[bytes, str]]) -> None:
-    for piece, digest in pieces:
-        if digest_of(piece) != digest:
-            raise CorruptChunk(f"piece {digest} is altered in the store; push the model again", field=digest)
+def _prove(chunks: Sequence[tuple[bytes, str]]) -> None:
+    for chunk, digest in chunks:
+        if digest_of(chunk) != digest:
+            raise CorruptChunk(f"chunk {digest} is altered in the store; push the model again", field=digest)
 
 
 def _add(whole: hashlib._Hash, group: Sequence[bytes]) -> None:
-    for piece in group:
-        whole.update(piece)
+    for chunk in group:
+        whole.update(chunk)
 
 
-async def _groups(pieces: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
+async def _groups(chunks: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
     group: list[bytes] = []
     size = 0
-    async for piece in pieces:
-        group.append(piece)
-        size += len(piece)
+    async for chunk in chunks:
+        group.append(chunk)
+        size += len(chunk)
         if size >= LARGEST:
             yield group
             group, size = [], 0

@@ -1,7 +1,7 @@
-"""The meta message of a stored piece (NATS ADR-20), and what it says of the piece's life.
+"""The meta message of a stored chunk (NATS ADR-20), and what it says of the chunk's life.
 
 Alive, then unreferenced (no version names it), then leaving (its data is about to be removed), then nothing. Only an
-alive piece counts as stored; a deleted one without a note was found damaged.
+alive chunk counts as stored; a deleted one without a note was found damaged.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _HASH = "SHA-256="
 _DIGITS = 16
 
 
-class State(StrEnum):
-    """What a piece's newest meta message says."""
+class ChunkState(StrEnum):
+    """What a chunk's newest meta message says."""
 
     ALIVE = "alive"
     UNREFERENCED = "unreferenced"
     LEAVING = "leaving"
     DAMAGED = "damaged"
     BARE = "bare"
-    """There is none: the upload of the piece broke off, or is under way."""
+    """There is none: the upload of the chunk broke off, or is under way."""
 
 
 class Meta(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -45,21 +45,21 @@ class Meta(msgspec.Struct, frozen=True, omit_defaults=True):
     metadata: dict[str, str] = {}
 
     @property
-    def state(self) -> State:
+    def state(self) -> ChunkState:
         if not self.deleted:
-            return State.ALIVE
+            return ChunkState.ALIVE
         noted = self.metadata.get(_NOTE)
-        return State(noted) if noted in (State.UNREFERENCED, State.LEAVING) else State.DAMAGED
+        return ChunkState(noted) if noted in (ChunkState.UNREFERENCED, ChunkState.LEAVING) else ChunkState.DAMAGED
 
     @property
-    def piece_size(self) -> int:
-        """Bytes of the piece, also of one that is deleted; 0 when nobody knows."""
+    def chunk_size(self) -> int:
+        """Bytes of the chunk, also of one that is deleted; 0 when nobody knows."""
         kept = self.metadata.get(_SIZE, "0") if self.deleted else str(self.size)
         return int(kept) if kept.isdecimal() and len(kept) < _DIGITS else 0
 
     @property
     def stored_digest(self) -> str:
-        """Hex SHA-256 of the stored bytes, which a piece that is not stored as it is has not as its name; empty when
+        """Hex SHA-256 of the stored bytes, which a chunk that is not stored as it is has not as its name; empty when
         nobody knows."""
         text = self.metadata.get(_DIGEST, "") if self.deleted else self.digest
         try:
@@ -69,11 +69,11 @@ class Meta(msgspec.Struct, frozen=True, omit_defaults=True):
         return found.hex() if len(found) == hashlib.sha256().digest_size else ""
 
 
-def describe(bucket: str, name: str, size: int, state: State, now: float, *, digest: str = "") -> bytes:
-    """The meta message of a piece whose stored form has ``size`` bytes; ``now`` is UTC seconds. ``digest`` is the hex
-    SHA-256 of that form, where it is not the piece's name."""
-    alive = state is State.ALIVE
-    noted = state in (State.UNREFERENCED, State.LEAVING)
+def describe(bucket: str, name: str, size: int, state: ChunkState, now: float, *, digest: str = "") -> bytes:
+    """The meta message of a chunk whose stored form has ``size`` bytes; ``now`` is UTC seconds. ``digest`` is the hex
+    SHA-256 of that form, where it is not the chunk's name."""
+    alive = state is ChunkState.ALIVE
+    noted = state in (ChunkState.UNREFERENCED, ChunkState.LEAVING)
     hashed = _HASH + base64.urlsafe_b64encode(bytes.fromhex(digest or name)).decode()
     meta = Meta(
         name=name,
@@ -97,7 +97,7 @@ def read_meta(data: bytes) -> Meta | None:
         return None
 
 
-def state_of(data: bytes) -> State:
-    """What a meta message says of its piece; one that cannot be read vouches for nothing."""
+def state_of(data: bytes) -> ChunkState:
+    """What a meta message says of its chunk; one that cannot be read vouches for nothing."""
     meta = read_meta(data)
-    return State.DAMAGED if meta is None else meta.state
+    return ChunkState.DAMAGED if meta is None else meta.state

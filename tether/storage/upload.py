@@ -14,7 +14,7 @@ from tether.errors import InvalidRequest
 
 log = logging.getLogger(__name__)
 
-Pieces = AsyncIterator[tuple[str, Bytes]]
+Chunks = AsyncIterator[tuple[str, Bytes]]
 
 MODEL_PATH = "model.onnx"
 """What the one file of an ONNX version is called."""
@@ -24,15 +24,15 @@ LARGEST_ONNX = (2 << 30) - 1
 
 
 class ChunkStore(Protocol):
-    """Content-addressed pieces of model files; a digest is the hex SHA-256 of its piece."""
+    """Content-addressed chunks of model files; a digest is the hex SHA-256 of its chunk."""
 
     async def missing(self, digests: Sequence[str]) -> list[str]: ...
 
-    async def put(self, pieces: AsyncIterator[tuple[str, Bytes]], known: AbstractSet[str] | None = None) -> int:
-        """Store pieces, several in flight; returns the bytes that were not there before, or are not ``known``."""
+    async def put(self, chunks: AsyncIterator[tuple[str, Bytes]], known: AbstractSet[str] | None = None) -> int:
+        """Store chunks, several in flight; returns the bytes that were not there before, or are not ``known``."""
 
     def get(self, digests: Sequence[str]) -> AsyncIterator[bytes]:
-        """The pieces in order, as they are stored: whoever uses them compares.
+        """The chunks in order, as they are stored: whoever uses them compares.
 
         Raises:
             CorruptChunk: one is missing.
@@ -46,14 +46,14 @@ async def upload(
     *,
     limit: int,
     path: str = MODEL_PATH,
-    counted: Callable[[Pieces], Pieces] = lambda pieces: pieces,
+    counted: Callable[[Chunks], Chunks] = lambda chunks: chunks,
     whole: bool = False,
     known: AbstractSet[str] | None = None,
 ) -> tuple[ModelFile, int]:
-    """Cut ``body`` into pieces and store those that are new; the file's description and the bytes that were new.
+    """Cut ``body`` into chunks and store those that are new; the file's description and the bytes that were new.
 
-    Only a window of pieces is in memory; ``counted`` sees each before it is stored. ``known``: as for
-    :meth:`ChunkStore.put`. Until a manifest names them, stored pieces mean nothing to anybody.
+    Only a window of chunks is in memory; ``counted`` sees each before it is stored. ``known``: as for
+    :meth:`ChunkStore.put`. Until a manifest names them, stored chunks mean nothing to anybody.
     Without ``whole`` the description has no digest of the file: whoever makes the version reads all of it anyway.
 
     Raises:

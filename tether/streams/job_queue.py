@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Sequence
 
-from tether.bus.bus import Bus, Stored
+from tether.bus.bus import Bus, StoredMessage
 from tether.domain.job import SHARED, Lane
 from tether.errors import ResultConflict, VersionConflict
 
@@ -77,7 +77,7 @@ class BusResults:
         """The stored frames of those jobs of a scope that have ended."""
         return {job: stored.data for job, stored in (await self.stored(jobs, scope=scope)).items()}
 
-    async def stored(self, jobs: Sequence[str], *, scope: str = SHARED) -> dict[str, Stored]:
+    async def stored(self, jobs: Sequence[str], *, scope: str = SHARED) -> dict[str, StoredMessage]:
         """:meth:`find` with what the broker says of each frame."""
         names, subjects = self._bus.names, {self._bus.names.result(job, scope): job for job in jobs}
         stream = names.scope_results_stream(scope)

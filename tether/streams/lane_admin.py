@@ -130,7 +130,7 @@ async def stream_state(bus: Bus, stream: str, subjects: str = ">") -> StreamStat
 
 
 async def stream_pages(bus: Bus, stream: str, subjects: str) -> AsyncIterator[StreamState]:
-    """:func:`stream_state` in pieces of at most 100,000 subjects, for who must not hold them all.
+    """:func:`stream_state` in chunks of at most 100,000 subjects, for who must not hold them all.
 
     Raises:
         JetStreamError, BrokerUnavailable

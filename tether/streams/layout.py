@@ -35,7 +35,7 @@ ENDS = 1 / 16
 """Part of the results that only ends without outputs may use: there is room for them when outputs have filled the rest."""
 
 PUTS = 256
-"""What part of the disk the notes of sent pieces may use, taken from the share of ``attempts``; the oldest give way."""
+"""What part of the disk the notes of sent chunks may use, taken from the share of ``attempts``; the oldest give way."""
 
 RESULT_MARGIN_S = 120
 """A result may be kept this much longer than the record of its job."""
@@ -57,7 +57,7 @@ def streams(names: Names, settings: Settings) -> list[dict[str, Any]]:
     buckets = [_bucket(names, name, settings) for name in BUCKETS if name not in BOUNDED_BUCKETS]
     notes_ns = int(settings.result_ttl_s * NANOSECONDS)
     puts = disk // PUTS
-    puts_ns = int(settings.upload_ttl_s * NANOSECONDS)
+    puts_ns = int(settings.unreferenced_ttl_s * NANOSECONDS)
     return [
         *infer,
         *jobs,
@@ -84,8 +84,8 @@ def _rest(settings: Settings) -> int:
 
 def scope_streams(names: Names, scope: str, settings: Settings) -> list[dict[str, Any]]:
     """The streams of one isolated tenant: a quarter of the memory and an eighth of the disk are for all of them."""
-    memory = settings.max_memory_mb * _MB // 4 // settings.isolated_tenants
-    disk = _rest(settings) // 16 // settings.isolated_tenants
+    memory = settings.max_memory_mb * _MB // 4 // settings.max_isolated_tenants
+    disk = _rest(settings) // 16 // settings.max_isolated_tenants
     shard = scope_token(scope)
     return [
         # few lanes, and a name that no permission can list: it is not made again, it has copies
@@ -225,7 +225,7 @@ def _objects(names: Names, bucket: str, settings: Settings) -> dict[str, Any]:
         "max_bytes": _rest(settings) * 3 // 8 // names.partitions,
         "allow_direct": True,
         "allow_rollup_hdrs": True,
-        "num_replicas": settings.store_replicas or settings.replicas,
+        "num_replicas": settings.chunk_replicas or settings.replicas,
     }
 
 

@@ -237,10 +237,10 @@ class Names:
         return f"{self.service(name)}.{partition}.{epoch}"
 
     def wanted(self, worker: str) -> str:
-        """Where one worker is asked for pieces that the store has lost."""
+        """Where one worker is asked for chunks that the store has lost."""
         return f"{self.prefix}.wanted.{worker if worker == '*' else token(worker)}"
 
-    def piece(self, worker: str) -> str:
+    def chunk(self, worker: str) -> str:
         """Where one worker sends them."""
         return f"{self.prefix}.piece.{worker if worker == '*' else token(worker)}"
 
@@ -268,7 +268,7 @@ class Names:
     # model chunks, in JetStream object-store form (NATS ADR-20)
 
     def partition(self, model: str) -> int:
-        """Where the pieces of new versions of a model go; a version says in its manifest where its own are."""
+        """Where the chunks of new versions of a model go; a version says in its manifest where its own are."""
         return _shard(model, self.partitions)
 
     def chunk_bucket(self, model: str) -> str:

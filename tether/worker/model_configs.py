@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _RETRY_S = (0.05, 0.2, 0.5, 2.0, 15.0)
 
 
-class Configs:
+class ModelConfigReader:
     """Configurations by model. ``changed`` is called with a model's name when another one counts."""
 
     def __init__(self, bus: Bus, changed: Callable[[str], None]) -> None:

@@ -18,7 +18,7 @@ from tether.domain.manifest import Epoch, Registration
 from tether.errors import TetherError, Unavailable
 from tether.process import lifecycle
 from tether.process.clock import AnchoredClock
-from tether.process.log_rate_limiter import Seldom
+from tether.process.log_rate_limiter import LogRateLimiter
 from tether.wire import codec
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Registrar:
         self._describe = describe
         self._clock = AnchoredClock(bus.clock)
         bus.clock = self._clock
-        self._told = Seldom(bus.clock.monotonic, lines=1, within_s=_TELL_S)
+        self._told = LogRateLimiter(bus.clock.monotonic, lines=1, within_s=_TELL_S)
         self.epoch = 0
         self.refused = ""
         """Why there is no registration, or why it does not count any more; empty when it does, as far as is known."""

@@ -25,11 +25,11 @@ from tether.wire import codec
 from tether.worker.crash_notes import CrashNotes
 from tether.worker.files.version_files import WorkerFiles
 from tether.worker.jobs.ack_keepalive import KeepAlive
-from tether.worker.jobs.deleted_versions import EndedVersions
+from tether.worker.jobs.deleted_versions import DeletedVersionDrain
 from tether.worker.models.machine import Machine
 from tether.worker.registration import Registrar
 from tether.worker.runtimes import ONNX_PLATFORM
-from tether.worker.version_manager import Holder
+from tether.worker.version_manager import VersionManager
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +47,10 @@ class WorkerService:
         self.name = bus.signer.name
         self.keyring = Keyring(bus, home, every=False)
         self.model_keyring = ModelKeyring(bus, home, every=False)
-        memory = MemoryFolder(bus.settings.memory_dir, home.root, self.name)
+        memory = MemoryFolder(bus.settings.decrypted_model_dir, home.root, self.name)
         files = WorkerFiles(bus, home.cache(self.name), self.model_keyring, memory)
-        self.holder = Holder(bus, files, keepalive, self.keyring, notes)
-        self.ended = EndedVersions(bus, keepalive, self.keyring)
+        self.holder = VersionManager(bus, files, keepalive, self.keyring, notes)
+        self.ended = DeletedVersionDrain(bus, keepalive, self.keyring)
         self._liveness = KvBucket(bus, "liveness")
         self._assign = SignedBucket(bus, "assign", MessageType.ASSIGN)
         self._labels = labels_of(bus.settings)
@@ -70,7 +70,7 @@ class WorkerService:
     def _describe(self, epoch: int) -> Registration:
         settings = self._settings
         return Registration(
-            self.name, settings.region, settings.worker_slots, (ONNX_PLATFORM,), self._labels, self._memory, epoch
+            self.name, settings.region, settings.worker_prefetch, (ONNX_PLATFORM,), self._labels, self._memory, epoch
         )
 
     async def register(self) -> None:
@@ -135,7 +135,7 @@ class WorkerService:
                 ready=ready,
                 failed=self.holder.failed(),
                 running=self.holder.running(),
-                slots=self._settings.worker_slots,
+                slots=self._settings.worker_prefetch,
                 sent_at=self._bus.clock.utc(),
                 scope=self._bus.scope,
                 labels=self._labels,
@@ -160,7 +160,7 @@ class WorkerService:
         }
 
     @property
-    def closed(self) -> lifecycle.Ended:
+    def closed(self) -> lifecycle.Termination:
         return self._bus.closed
 
 
@@ -182,7 +182,7 @@ async def running(settings: Settings, home: Home, *, alone: bool = False) -> Asy
         if alone:
             stuck.push(lambda kind, *_: _leave(worker, 0 if kind is None else 1))
         tasks = await stack.enter_async_context(lifecycle.tasks())
-        stack.push_async_callback(worker.holder.stop, settings.drain_s)
+        stack.push_async_callback(worker.holder.stop, settings.shutdown_timeout_s)
         stack.push_async_callback(worker.ended.stop)
         stack.push_async_callback(worker.heartbeat, leaving=True)
         await stack.enter_async_context(worker.keyring.watching())

@@ -22,17 +22,17 @@ from tether.storage.model_files import open_manifest
 from tether.worker.crash_notes import CrashNotes
 from tether.worker.files.version_files import WorkerFiles
 from tether.worker.jobs.ack_keepalive import KeepAlive
-from tether.worker.jobs.version_server import ModelInstance
-from tether.worker.model_configs import Configs
-from tether.worker.models.instances import Copies, Generation
+from tether.worker.jobs.version_server import VersionServer
+from tether.worker.model_configs import ModelConfigReader
+from tether.worker.models.instances import InstancePool, InstanceSet
 from tether.worker.models.loader import Loader
 from tether.worker.models.memory_budget import Memory
 from tether.worker.models.run_limits import RunWatch
 from tether.worker.models.version_findings import Findings
 from tether.worker.runs import row_judgement
-from tether.worker.runs.isolated_instance import Apart, Seats
-from tether.worker.runs.isolated_instance import Hearing as ApartHearing
-from tether.worker.runs.job_runs import Hearing
+from tether.worker.runs.isolated_instance import CrashListeners as ApartHearing
+from tether.worker.runs.isolated_instance import IsolatedInstance, Seats
+from tether.worker.runs.job_runs import RunListeners
 from tether.worker.scheduling.pull_balance import Headroom
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,10 @@ _AHEAD = 4
 
 
 @dataclass(frozen=True)
-class Held:
+class HostedVersion:
     """A version that is served."""
 
-    instance: ModelInstance
+    instance: VersionServer
     loader: Loader
 
     @property
@@ -65,7 +65,7 @@ class Held:
         return self.instance.copies.loaded and self.loader.current != self.loader.wanted
 
 
-class Holder:
+class VersionManager:
     """Brings what is held in line with what is wanted. One change at a time for each version."""
 
     def __init__(self, bus: Bus, files: WorkerFiles, keepalive: KeepAlive, keyring: Keyring, notes: CrashNotes) -> None:
@@ -73,11 +73,11 @@ class Holder:
         self._keyring = keyring
         self._notes = notes
         self.files = files
-        self.configs = Configs(bus, self._decided)
+        self.configs = ModelConfigReader(bus, self._decided)
         self._keepalive = keepalive
         self._manifests = KvBucket(bus, "models")
         self._wanted: frozenset[ModelRef] = frozenset()
-        self._held: dict[ModelRef, Held] = {}
+        self._held: dict[ModelRef, HostedVersion] = {}
         self._failed: dict[ModelRef, str] = {}
         self._busy: set[ModelRef] = set()
         self._changed = asyncio.Event()
@@ -191,13 +191,13 @@ class Holder:
                 self._news.pop(ref.model, None)
             self._changed.set()
 
-    async def stop(self, drain_s: float) -> None:
+    async def stop(self, shutdown_timeout_s: float) -> None:
         """Let every version go, each finishing what it holds."""
         self._stopping = True
         await self.configs.stop()
         await self._tasks.cancel()
         held = [self._held.pop(ref) for ref in list(self._held)]
-        await asyncio.gather(*[one.instance.stop(drain_s) for one in held])
+        await asyncio.gather(*[one.instance.stop(shutdown_timeout_s) for one in held])
         await self.memory.close()
         await self.files.close()
 
@@ -236,7 +236,7 @@ class Holder:
             async with asyncio.timeout(_RETRY_S[min(tries, len(_RETRY_S) - 1)]):
                 await news.wait()
 
-    async def _loaded(self, ref: ModelRef, *, lazily: bool, ahead: bool) -> Held:
+    async def _loaded(self, ref: ModelRef, *, lazily: bool, ahead: bool) -> HostedVersion:
         manifest = await self._manifest(ref)
         config = await self.configs.read(ref.model)
         directory = await self.files.place(ref, manifest)
@@ -247,14 +247,14 @@ class Holder:
         at_once = not (lazily and loader.lazy)
         try:
             await self._fetch(ref, loader, ahead=ahead and at_once)
-            copies = Copies(partial(self._load_now, loader), self._bus.clock, self.memory.look)
+            copies = InstancePool(partial(self._load_now, loader), self._bus.clock, self.memory.look)
             if at_once:
                 await copies.ensure()
             over = partial(self.findings.over, ref)
-            hearing = Hearing(partial(self._lose, ref), partial(self.findings.mixed, ref), over)
+            hearing = RunListeners(partial(self._lose, ref), partial(self.findings.mixed, ref), over)
             alone = ApartHearing(partial(self.findings.crashed, ref), over)
-            apart = Apart(copies, loader.load_apart, alone, self._seats, self.watch.limit_mb)
-            instance = ModelInstance(self._bus, manifest, apart, self._keepalive, self._keyring, hearing=hearing)
+            apart = IsolatedInstance(copies, loader.load_apart, alone, self._seats, self.watch.limit_mb)
+            instance = VersionServer(self._bus, manifest, apart, self._keepalive, self._keyring, hearing=hearing)
             instance.configure(loader.serving, loader.wanted.copies)
             try:
                 await instance.start()
@@ -265,10 +265,10 @@ class Holder:
             await loader.give_up()
             self._let_go(ref)
             raise
-        self._tasks.spawn(self.files.remember(manifest, directory), "remember-pieces")
+        self._tasks.spawn(self.files.remember(manifest, directory), "remember-chunks")
         if row_judgement.unjudged(manifest):
             self._tasks.spawn(self._judge(ref, manifest, directory), f"judge-{ref.model}")
-        return Held(instance, loader)
+        return HostedVersion(instance, loader)
 
     async def _judge(self, ref: ModelRef, manifest: Manifest, directory: Path) -> None:
         """Find out whether its jobs may be joined, unless that is known; one version at a time. Until then they are not."""
@@ -292,7 +292,7 @@ class Holder:
             loader.begin()
             await self.files.fetch(ref, loader.manifest)
 
-    async def _load_now(self, loader: Loader) -> Generation:
+    async def _load_now(self, loader: Loader) -> InstanceSet:
         """Another configuration may count since the load began: looked at as soon as the copies are there."""
         generation = await loader.load()
         asyncio.get_running_loop().call_soon(self._configured, loader.manifest.name)
@@ -310,12 +310,12 @@ class Holder:
 
     async def _load_again(self, ref: ModelRef) -> None:
         held = self._held.pop(ref)
-        await held.instance.stop(self._bus.settings.drain_s)
+        await held.instance.stop(self._bus.settings.shutdown_timeout_s)
         self._lost.discard(ref)
         self._let_go(ref)
         await self._load(ref, lazily=False)
 
-    def _evictable(self) -> list[tuple[ModelRef, Copies]]:
+    def _evictable(self) -> list[tuple[ModelRef, InstancePool]]:
         """What may be unloaded, and is loaded again by its next job."""
         found = [(ref, held.instance.copies, held.loader.config) for ref, held in self._held.items()]
         return [(ref, copies) for ref, copies, config in found if copies.loaded and copies.idle and not config.pinned]
@@ -364,7 +364,7 @@ class Holder:
 
     def _last_run_s(self, loader: Loader) -> float:
         """What has begun may end, however long a run may take: the worker itself goes on."""
-        return max(self._bus.settings.drain_s, loader.serving.run_timeout_s)
+        return max(self._bus.settings.shutdown_timeout_s, loader.serving.run_timeout_s)
 
     async def _manifest(self, ref: ModelRef) -> Manifest:
         key = self._bus.names.version_key(ref.model, ref.version)

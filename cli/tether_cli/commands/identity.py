@@ -289,9 +289,9 @@ def _reload(settings: Settings, home: Home) -> None:
 
 
 async def _publish(settings: Settings, home: Home, *, settle_s: float) -> None:
-    from tether.bus.key_value.keyset_sync import SeenKeyset, offer
+    from tether.bus.key_value.keyset_sync import TrustedKeyset, offer
     from tether.bus.session import connect
 
     async with connect(settings, home, "admin", follow=False) as bus:
-        await offer(bus, SeenKeyset.load(home))
+        await offer(bus, TrustedKeyset.load(home))
         await asyncio.sleep(settle_s)

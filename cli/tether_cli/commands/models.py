@@ -183,21 +183,21 @@ def _shadow_row(one: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def store(*, url: Url = None, json_output: JsonFlag = False) -> None:
-    """Show what is in the store of model pieces, and which are damaged."""
+    """Show what is in the store of model chunks, and which are damaged."""
     with connect(url) as client:
         told = client.store()
     _store_told(told, json_output=json_output)
 
 
 def collect(*, url: Url = None, json_output: JsonFlag = False) -> None:
-    """Begin to collect pieces that no version names. They are put away first and removed by a later collection."""
+    """Begin to collect chunks that no version names. They are put away first and removed by a later collection."""
     with connect(url) as client:
         told = client.collect()
     _store_told(told, json_output=json_output)
 
 
 def scrub(*, url: Url = None, json_output: JsonFlag = False) -> None:
-    """Begin to read and compare every stored piece; 'tether model store' shows what was found."""
+    """Begin to read and compare every stored chunk; 'tether model store' shows what was found."""
     with connect(url) as client:
         told = client.scrub()
     _store_told(told, json_output=json_output)
@@ -207,7 +207,7 @@ def _store_told(told: dict[str, Any], *, json_output: bool) -> None:
     if json_output:
         print_json(told)
         return
-    say(f"{told['stored_bytes']} bytes on disk, {told['named_bytes']} of pieces that versions name")
-    say(f"{told['pieces']} pieces, {told['unreferenced_pieces']} of them unreferenced, {len(told['damaged'])} damaged")
+    say(f"{told['stored_bytes']} bytes on disk, {told['named_bytes']} of chunks that versions name")
+    say(f"{told['chunks']} chunks, {told['unreferenced_chunks']} of them unreferenced, {len(told['damaged'])} damaged")
     if told["damaged"]:
-        print_table(("DAMAGED", "PUSH AGAIN"), [(piece["digest"], piece["versions"]) for piece in told["damaged"]])
+        print_table(("DAMAGED", "PUSH AGAIN"), [(chunk["digest"], chunk["versions"]) for chunk in told["damaged"]])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Http = Annotated[str | None, typer.Option("--http", metavar="HOST:PORT", help="Where the gateway listens.")]
 Partitions = Annotated[
-    int | None, typer.Option("--partitions", metavar="P", help="Buckets that models' pieces are spread over.")
+    int | None, typer.Option("--partitions", metavar="P", help="Buckets that models' chunks are spread over.")
 ]
 Workers = Annotated[int | None, typer.Option("--workers", metavar="N", help="How many workers.")]
 ModelStores = Annotated[
@@ -124,7 +124,7 @@ def up(
         typer.echo(f"ready {running.detach([*words, '--log-files'], home)}")
         return
     logs.setup(settings, "up")
-    asyncio.run(running.run(running.Plan(settings, address, to_files=log_files)))
+    asyncio.run(running.run(running.UpOptions(settings, address, to_files=log_files)))
 
 
 def down(data_dir: DataDir = None) -> None:
@@ -302,7 +302,7 @@ def modelstore(
         "modelstore",
         home=data_dir,
         nats_url=nats,
-        store_name=name,
+        modelstore_name=name,
         partitions=partitions,
         ops_port=ops_port,
     )

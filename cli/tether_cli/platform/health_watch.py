@@ -22,7 +22,7 @@ from tether.process import disk
 from tether.process.os_process import send
 from tether.settings import Settings
 from tether.streams.broker_storage import frozen_streams
-from tether_cli.platform.supervisor import BROKER, Entry, Service, Supervisor
+from tether_cli.platform.supervisor import BROKER, Service, Supervised, Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Watch:
 
     # processes
 
-    async def _look(self, http: httpx.AsyncClient, name: str, entry: Entry) -> None:
+    async def _look(self, http: httpx.AsyncClient, name: str, entry: Supervised) -> None:
         limit_s, pid = self._settings.unresponsive_s, entry.part.pid
         if not limit_s or not entry.proven or not pid or self._supervisor.stopping.is_set():
             return
@@ -136,7 +136,7 @@ class Watch:
             log.error("%s: %s and is killed", name, entry.ending, extra={"action": "child_unresponsive"})
             send(pid, signal.SIGKILL)
 
-    async def _answers(self, http: httpx.AsyncClient, name: str, entry: Entry, within_s: float) -> bool:
+    async def _answers(self, http: httpx.AsyncClient, name: str, entry: Supervised, within_s: float) -> bool:
         try:
             async with asyncio.timeout(within_s):
                 if name == BROKER and self._broker is not None:
@@ -175,11 +175,11 @@ class Watch:
         refused = disk.refusal(folder) if try_it else ""
         return f"takes no files ({refused})" if refused else ""
 
-    async def _restart(self, entry: Entry, frozen: str, now: float) -> None:
+    async def _restart(self, entry: Supervised, frozen: str, now: float) -> None:
         if now - self._restarted_at > PAUSES_S[-1]:
             self._restarts = 0
         self._restarts += 1
         self._restarted_at, self._broken_since = now, 0.0
         entry.ending = f"{frozen}, and there is room again"
         log.warning("%s: it is restarted", entry.ending, extra={"action": "broker_restarted"})
-        await entry.part.stop(grace_s=self._settings.drain_s)
+        await entry.part.stop(grace_s=self._settings.shutdown_timeout_s)

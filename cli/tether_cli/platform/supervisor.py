@@ -155,7 +155,7 @@ class Service:
 
 
 @dataclass
-class Entry:
+class Supervised:
     """A part under supervision. ``proven``: it was ready once, so a death is an accident and not a wrong setting."""
 
     part: Part
@@ -181,7 +181,7 @@ class Supervisor:
         grace_s: float,
         on_change: Callable[[], None],
     ) -> None:
-        self.entries: dict[str, Entry] = {} if broker is None else {BROKER: Entry(broker)}
+        self.entries: dict[str, Supervised] = {} if broker is None else {BROKER: Supervised(broker)}
         self.services: list[Service] = []
         self.stopping = stopping
         self._grace_s = grace_s
@@ -210,7 +210,7 @@ class Supervisor:
         """
         self.services = services
         for service in services:
-            entry = self.entries[service.name] = Entry(service)
+            entry = self.entries[service.name] = Supervised(service)
             await service.start()
             self._tasks.spawn(self._keep(service.name, entry), f"keep-{service.name}")
         self._on_change()
@@ -233,7 +233,7 @@ class Supervisor:
         service.keep_port()
         self._on_change()
 
-    async def _keep(self, name: str, entry: Entry) -> None:
+    async def _keep(self, name: str, entry: Supervised) -> None:
         backoff = Backoff()
         while True:
             began = time.monotonic()
@@ -250,7 +250,7 @@ class Supervisor:
             log.warning("%s: %s; restart in %.1f s", name, entry.why, delay, extra={"action": "child_died"})
             await self._again(name, entry, delay)
 
-    async def _again(self, name: str, entry: Entry, delay_s: float) -> None:
+    async def _again(self, name: str, entry: Supervised, delay_s: float) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self.stopping.wait(), delay_s)
         if self.stopping.is_set():

@@ -43,7 +43,7 @@ START_S = 60.0
 
 
 @dataclass(frozen=True)
-class Plan:
+class UpOptions:
     """What ``tether up`` was asked for. ``http``: address and port, None for the gateway's own settings."""
 
     settings: Settings
@@ -81,7 +81,7 @@ def ops_ports(settings: Settings) -> dict[str, int]:
     }
 
 
-def services(plan: Plan, nats_url: str, monitor: str) -> list[Service]:
+def services(plan: UpOptions, nats_url: str, monitor: str) -> list[Service]:
     """The services in starting order: model stores, dispatcher, workers, gateway. ``monitor`` is the broker's."""
     common = {
         "TETHER_HOME": str(plan.home.root),
@@ -101,7 +101,7 @@ def services(plan: Plan, nats_url: str, monitor: str) -> list[Service]:
         if name.startswith("worker-"):
             command, own["TETHER_WORKER_NAME"] = "worker", name
         elif name != DISPATCHER:
-            command, own["TETHER_STORE_NAME"] = MODELSTORE, name
+            command, own["TETHER_MODELSTORE_NAME"] = MODELSTORE, name
         made.append(Service(plan.home, name, command, own, host=host, to_file=plan.to_files))
     address = plan.http or _gateway_address()
     common |= {"TETHER_HTTP_HOST": address[0], "TETHER_HTTP_PORT": str(address[1])}
@@ -152,7 +152,7 @@ def read_endpoints(home: Home) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-async def run(plan: Plan) -> None:
+async def run(plan: UpOptions) -> None:
     """Start everything, print the ready line, keep it running until SIGTERM or SIGINT, stop everything.
 
     Raises:
@@ -186,10 +186,10 @@ def _forget(home: Home) -> None:
 class Platform:
     """The supervisor of a plan, and the file that tells other commands about it."""
 
-    def __init__(self, plan: Plan, stopping: asyncio.Event) -> None:
+    def __init__(self, plan: UpOptions, stopping: asyncio.Event) -> None:
         self.plan = plan
         self.broker = None if plan.settings.nats_url else EmbeddedServer(plan.home, plan.settings)
-        grace_s = plan.settings.drain_s + 2.0
+        grace_s = plan.settings.shutdown_timeout_s + 2.0
         self.supervisor = Supervisor(self.broker, stopping=stopping, grace_s=grace_s, on_change=self.publish)
         self.watch = Watch(self.supervisor, plan.settings, self.broker, self.publish)
         self.version = ""
@@ -261,7 +261,7 @@ class Platform:
             self._published = content
 
 
-async def _supervise(plan: Plan) -> None:
+async def _supervise(plan: UpOptions) -> None:
     stop = stop_on_signals()
     platform = Platform(plan, stop)
     try:

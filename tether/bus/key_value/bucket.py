@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from tether.bus.key_value.bucket_watch import OnChange, OnDeleted, Watcher
-from tether.bus.key_value.verified_entries import Believed
+from tether.bus.key_value.verified_entries import VerifiedEntries
 from tether.crypto import Envelope, MessageType
 from tether.errors import (
     BadEncoding,
     EnvelopeError,
-    KvBinding,
     PermissionDenied,
+    StaleEntry,
     SubjectMismatch,
     Unavailable,
     VersionConflict,
@@ -30,7 +30,7 @@ from tether.errors import (
 from tether.wire import codec
 
 if TYPE_CHECKING:
-    from tether.bus.bus import Bus, Stored
+    from tether.bus.bus import Bus, StoredMessage
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class KvBucket:
             await subscription.unsubscribe()
 
 
-class Latest(msgspec.Struct, frozen=True):
+class EntryRevision(msgspec.Struct, frozen=True):
     """What a key has just now: its verified body (None: there is none that counts), sequence, and time of issue."""
 
     body: bytes | None = None
@@ -218,18 +218,18 @@ class SignedBucket:
                 if attempt == _TRIES - 1:
                     raise
 
-    async def latest(self, key: str) -> Latest:
+    async def latest(self, key: str) -> EntryRevision:
         """The entry to hand to :meth:`replace`."""
         found = await self._bus.direct_get(self.raw.stream, self.raw.subject(key))
         if found is None:
-            return Latest()
+            return EntryRevision()
         frame = _value(found)
         envelope = None if frame is None else self._envelope(key, frame)
         if envelope is None:
-            return Latest(None, found.sequence)
-        return Latest(envelope.body, found.sequence, envelope.header.issued_at)
+            return EntryRevision(None, found.sequence)
+        return EntryRevision(envelope.body, found.sequence, envelope.header.issued_at)
 
-    async def replace(self, key: str, body: bytes, latest: Latest, *, ttl_s: int | None = None) -> None:
+    async def replace(self, key: str, body: bytes, latest: EntryRevision, *, ttl_s: int | None = None) -> None:
         """Store if the key still has ``latest``.
 
         Raises:
@@ -273,7 +273,7 @@ class SignedBucket:
         ``on_deleted`` hears what deleted entries had, which it has to verify itself.
         """
         verifier = self._bus.verifier
-        believed = Believed(verifier, self._open, on_change, on_refused=on_refused, withdraw=withdraw)
+        believed = VerifiedEntries(verifier, self._open, on_change, on_refused=on_refused, withdraw=withdraw)
         forget = verifier.on_replace(believed.look_again)
         try:
             async with self.raw.watch(believed.heard, key=key, refetch=refetch, on_deleted=on_deleted):
@@ -296,7 +296,7 @@ class SignedBucket:
                     frame, subject=self.raw.subject(key), types=(self.kind,), stored=True
                 )
             except SubjectMismatch as error:
-                raise KvBinding(f"an entry of bucket '{self.raw.name}' was signed for another key") from error
+                raise StaleEntry(f"an entry of bucket '{self.raw.name}' was signed for another key") from error
             self._check_order(key, envelope.header.issued_at)
         except EnvelopeError as error:
             self._bus.count_refused(error, self.raw.subject(key))
@@ -309,7 +309,7 @@ class SignedBucket:
         newest = self._issued.get(key, 0)
         if issued_at < newest:
             behind = newest - issued_at
-            raise KvBinding(
+            raise StaleEntry(
                 f"bucket '{self.raw.name}': an entry was replaced {behind} ms after it was issued, and is back"
             )
         self._issued[key] = issued_at
@@ -324,6 +324,6 @@ def read_entry(body: bytes, kind: type[T]) -> T | None:
         return None
 
 
-def _value(item: Stored) -> bytes | None:
+def _value(item: StoredMessage) -> bytes | None:
     gone = item.headers.get("KV-Operation") or item.headers.get("Nats-Marker-Reason")
     return None if gone else item.data

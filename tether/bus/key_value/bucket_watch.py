@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from tether.errors import BrokerUnavailable, PermissionDenied, TetherError
 from tether.process import lifecycle
-from tether.process.log_rate_limiter import Seldom
+from tether.process.log_rate_limiter import LogRateLimiter
 
 if TYPE_CHECKING:
     from tether.bus.bus import Bus, Message
@@ -62,7 +62,7 @@ class Watcher:
         self._known: dict[str, bytes] = {}
         self._first = asyncio.Event()
         self._began = bus.clock.monotonic()
-        self._told = Seldom(bus.clock.monotonic, lines=1, within_s=60.0)
+        self._told = LogRateLimiter(bus.clock.monotonic, lines=1, within_s=60.0)
         self._root = len(bucket.subject(""))
         self.resync = asyncio.Event()
 

@@ -31,7 +31,7 @@ from tether.crypto.payload_encryption import (
 from tether.domain.job import LONGEST_DEADLINE_S, Failure, Job, JobState, Outcome
 from tether.domain.manifest import Manifest
 from tether.domain.tenant import Tenant
-from tether.errors import BadEncoding, ConfigError, NotEntitled, TetherError, Unavailable, VersionConflict
+from tether.errors import BadEncoding, ConfigError, NoDecryptionKey, TetherError, Unavailable, VersionConflict
 from tether.process.data_dir import Home, load_identity
 from tether.wire import codec
 from tether.wire.subjects import name_of, token
@@ -67,7 +67,7 @@ _KEEP_MS = 3 * LONGEST_DEADLINE_S * 1000
 """A key is kept this long after it was replaced: a job's longest deadline, its result, its dead letter."""
 
 
-class OwnerKeys(Generic[K]):
+class DataKeyring(Generic[K]):
     """The data keys that this identity can open, of tenants or of models.
 
     A gateway follows those of ``every`` owner; a worker those of tenants that it was sent a sealed job of, and of models
@@ -168,7 +168,7 @@ class OwnerKeys(Generic[K]):
         """The key that a payload names, waiting a moment for one that has not arrived yet.
 
         Raises:
-            NotEntitled: this identity cannot open it.
+            NoDecryptionKey: this identity cannot open it.
             BrokerUnavailable: nobody can be asked.
         """
         wanted = (tenant, key_id)
@@ -180,7 +180,7 @@ class OwnerKeys(Generic[K]):
             now = self._bus.clock.monotonic()
             if now >= end or now - self._given_up.get(wanted, float("-inf")) < _GIVEN_UP_S:
                 self._give_up(wanted, now)
-                raise NotEntitled(f"'{self._bus.signer.name}' has no key for {self._of.what}")
+                raise NoDecryptionKey(f"'{self._bus.signer.name}' has no key for {self._of.what}")
             heard = self._heard
             try:
                 async with asyncio.timeout(end - now):
@@ -199,7 +199,7 @@ class OwnerKeys(Generic[K]):
         """The job with its inputs, whether it is sealed or not.
 
         Raises:
-            NotEntitled, BadSeal, BadEncoding
+            NoDecryptionKey, DecryptionFailed, BadEncoding
         """
         return job if job.sealed is None else open_job(await self.find(job.tenant, job.sealed.key_id), job)
 
@@ -215,7 +215,7 @@ class OwnerKeys(Generic[K]):
             return msgspec.structs.replace(outcome, state=JobState.FAILED, outputs=(), error=failure, sealed=None)
 
 
-class Keyring(OwnerKeys[TenantKeys]):
+class Keyring(DataKeyring[TenantKeys]):
     """The data keys of tenants."""
 
     def __init__(self, bus: Bus, home: Home, *, every: bool) -> None:
@@ -223,7 +223,7 @@ class Keyring(OwnerKeys[TenantKeys]):
         super().__init__(bus, home, of, every=every)
 
 
-class ModelKeyring(OwnerKeys[ModelKeys]):
+class ModelKeyring(DataKeyring[ModelKeys]):
     """The data keys of models."""
 
     def __init__(self, bus: Bus, home: Home, *, every: bool) -> None:
@@ -234,8 +234,8 @@ class ModelKeyring(OwnerKeys[ModelKeys]):
         """A manifest with the plain digests of its files, whether it is encrypted or not.
 
         Raises:
-            NotEntitled: this identity cannot open it.
-            BadSeal: it was changed.
+            NoDecryptionKey: this identity cannot open it.
+            DecryptionFailed: it was changed.
             BrokerUnavailable: nobody can be asked.
         """
         if manifest.sealed is None:
@@ -293,7 +293,7 @@ class TenantSeals:
             return stored == digest
         try:
             return (await self.keyring.find(tenant, bytes.fromhex(key_id))).digest(digest) == stored
-        except (NotEntitled, ValueError):
+        except (NoDecryptionKey, ValueError):
             return False
 
     def _newest(self, tenant: str) -> DataKey:

@@ -52,7 +52,7 @@ _TICK_S = 0.5
 
 
 @dataclass(frozen=True)
-class SeenKeyset:
+class TrustedKeyset:
     """A keyset that was believed, and the bytes that the root key signed."""
 
     keyset: Keyset
@@ -60,7 +60,7 @@ class SeenKeyset:
     root_public: bytes
 
     @classmethod
-    def load(cls, home: Home, *, expired: bool = False) -> SeenKeyset:
+    def load(cls, home: Home, *, expired: bool = False) -> TrustedKeyset:
         """The newest keyset that the files of a home hold; an ``expired`` one only for who renews it.
 
         Raises:
@@ -85,7 +85,7 @@ class SeenKeyset:
         was = any(item.name == name for item in self.keyset.revoked)
         return _revoked(name) if was and all(record.name != name for record in self.keyset.identities) else None
 
-    def newer(self, data: bytes, now_ms: int) -> SeenKeyset:
+    def newer(self, data: bytes, now_ms: int) -> TrustedKeyset:
         """``data`` as a keyset that may take the place of this one.
 
         Raises:
@@ -94,7 +94,7 @@ class SeenKeyset:
         keyset = open_keyset(data, self.root_public, now_ms=now_ms, newer_than=self.keyset.version)
         if keyset.version == self.keyset.version and data != self.data:
             raise KeysetError(f"there is another keyset of version {keyset.version}", reason="conflict")
-        return SeenKeyset(keyset, data, self.root_public)
+        return TrustedKeyset(keyset, data, self.root_public)
 
     def save(self, home: Home) -> None:
         """Write it to the home unless what is there is newer; beside the keys where those cannot be written."""
@@ -106,10 +106,10 @@ class SeenKeyset:
             write_secret(home.keyset_seen, self.data)
 
 
-def _opened(path: Path, root_public: bytes, now_ms: int | None) -> SeenKeyset | None:
+def _opened(path: Path, root_public: bytes, now_ms: int | None) -> TrustedKeyset | None:
     try:
         data = path.read_bytes()
-        return SeenKeyset(open_keyset(data, root_public, now_ms=now_ms), data, root_public)
+        return TrustedKeyset(open_keyset(data, root_public, now_ms=now_ms), data, root_public)
     except (OSError, KeysetError):
         return None
 
@@ -137,7 +137,7 @@ def standing(keyset: Keyset, kid: bytes, name: str, now_ms: int) -> EnvelopeErro
     return None
 
 
-async def offer(bus: Bus, newest: SeenKeyset) -> None:
+async def offer(bus: Bus, newest: TrustedKeyset) -> None:
     """Put a keyset into the bucket unless that holds it or a newer one.
 
     Raises:
@@ -160,12 +160,12 @@ async def offer(bus: Bus, newest: SeenKeyset) -> None:
     raise VersionConflict("the keyset in the bucket is being changed by others; try again")
 
 
-async def _remember(bucket: KvBucket, newest: SeenKeyset) -> None:
+async def _remember(bucket: KvBucket, newest: TrustedKeyset) -> None:
     """Keep a keyset under its version for good: what it vouched for can be verified after the next one too."""
     await bucket.create(f"v{newest.keyset.version}", newest.data)
 
 
-def _counts(data: bytes, newest: SeenKeyset) -> bool:
+def _counts(data: bytes, newest: TrustedKeyset) -> bool:
     """Whether ``data`` needs no replacing by ``newest``."""
     try:
         found = open_keyset(data, newest.root_public, now_ms=SystemClock().utc_ms())
@@ -175,7 +175,7 @@ def _counts(data: bytes, newest: SeenKeyset) -> bool:
 
 
 @asynccontextmanager
-async def following(bus: Bus, home: Home, identity: Path, newest: SeenKeyset) -> AsyncIterator[None]:
+async def following(bus: Bus, home: Home, identity: Path, newest: TrustedKeyset) -> AsyncIterator[None]:
     """Keep the verifier and the signer of ``bus`` up to date until the block ends; ``identity`` is the signer's file."""
     follower = _Follower(bus, home, identity, newest)
     async with lifecycle.tasks() as running:
@@ -188,7 +188,7 @@ async def following(bus: Bus, home: Home, identity: Path, newest: SeenKeyset) ->
 
 
 class _Follower:
-    def __init__(self, bus: Bus, home: Home, identity: Path, newest: SeenKeyset) -> None:
+    def __init__(self, bus: Bus, home: Home, identity: Path, newest: TrustedKeyset) -> None:
         self._bus = bus
         self._home = home
         self._identity = identity
@@ -270,7 +270,7 @@ class _Follower:
             return
         self._accept(found, source)
 
-    def _accept(self, found: SeenKeyset, source: str) -> None:
+    def _accept(self, found: TrustedKeyset, source: str) -> None:
         before, self._newest = self._newest.keyset, found
         self._believed.append(found)
         self._stale = self._stale or source != "the bucket"

@@ -13,10 +13,10 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from tether.bus import rpc
-from tether.bus.bus import Bus, Stored
+from tether.bus.bus import Bus, StoredMessage
 from tether.bus.key_value.bucket import KvBucket
 from tether.crypto import MessageType
-from tether.domain.partition import Lease, SignOfLife
+from tether.domain.partition import Lease, StoreHeartbeat
 from tether.errors import BadEncoding, BrokerUnavailable, Unavailable, VersionConflict
 from tether.wire import codec
 
@@ -32,7 +32,7 @@ _LEASE = "partition."
 _LIFE = "store."
 
 
-class Seen(NamedTuple):
+class LeaseState(NamedTuple):
     """The bucket as it is: sequence and lease of each partition (None: it cannot be read), sequence of each sign of life."""
 
     leases: dict[int, tuple[int, Lease | None]]
@@ -46,13 +46,13 @@ class LeaseBucket:
         self._bus = bus
         self._raw = KvBucket(bus, "leases")
 
-    async def look(self) -> Seen:
+    async def look(self) -> LeaseState:
         """Everything there is.
 
         Raises:
             BrokerUnavailable: no answer.
         """
-        seen, start = Seen({}, {}), len(self._raw.subject(""))
+        seen, start = LeaseState({}, {}), len(self._raw.subject(""))
         async for item in self._bus.direct_scan(self._raw.stream, self._raw.subject(">")):
             key = item.subject[start:]
             if item.headers.get("KV-Operation"):
@@ -72,7 +72,7 @@ class LeaseBucket:
         item = await self._bus.direct_get(self._raw.stream, self._raw.subject(f"{_LEASE}{partition}"))
         return None if item is None else self._lease(item)
 
-    def _lease(self, item: Stored) -> Lease | None:
+    def _lease(self, item: StoredMessage) -> Lease | None:
         envelope = self._bus.open_frame(item.data, item.subject, MessageType.LEASE)
         if envelope is None:
             return None
@@ -80,7 +80,7 @@ class LeaseBucket:
             return codec.decode(envelope.body, Lease)
         return None
 
-    async def sign(self, sign: SignOfLife) -> None:
+    async def sign(self, sign: StoreHeartbeat) -> None:
         """Give a sign of life.
 
         Raises:

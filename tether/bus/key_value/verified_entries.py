@@ -10,7 +10,7 @@ from tether.crypto import Verifier, kid_of
 log = logging.getLogger(__name__)
 
 
-class Believed:
+class VerifiedEntries:
     """Opens the entries of one bucket. One that was refused is opened again under the next keyset: an entry and the
     keyset that names its signer travel separately. With ``withdraw`` one that was acted on is taken back, as if it had
     been removed, when the key that signed it is revoked."""

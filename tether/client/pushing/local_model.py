@@ -1,4 +1,4 @@
-"""What a file or folder of this machine is pushed as: its platform, its files cut into pieces, and what is left out."""
+"""What a file or folder of this machine is pushed as: its platform, its files cut into chunks, and what is left out."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ MOST_FILES = 1024
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file to push, and how it is cut: digest, offset and bytes of each piece, in order."""
+    """A file to push, and how it is cut: digest, offset and bytes of each chunk, in order."""
 
     source: Path
     path: str
     digest: str
-    pieces: tuple[tuple[str, int, int], ...]
+    chunks: tuple[tuple[str, int, int], ...]
 
     @property
     def size(self) -> int:
-        return sum(size for _, _, size in self.pieces)
+        return sum(size for _, _, size in self.chunks)
 
     def described(self) -> Json:
         """The file as ``versions:register`` takes it."""
-        chunks, sizes = [digest for digest, _, _ in self.pieces], [size for _, _, size in self.pieces]
+        chunks, sizes = [digest for digest, _, _ in self.chunks], [size for _, _, size in self.chunks]
         return {"path": self.path, "size": self.size, "digest": self.digest, "chunks": chunks, "sizes": sizes}
 
 
@@ -78,7 +78,7 @@ class LocalModel(NamedTuple):
 
 
 def local_model(path: Path) -> LocalModel:
-    """The platform of a model, and its files cut into pieces; reads all of them once. No symbolic link is followed.
+    """The platform of a model, and its files cut into chunks; reads all of them once. No symbolic link is followed.
 
     Raises:
         InvalidRequest: it is not there, cannot be read, or nothing here says what it is.
@@ -241,11 +241,11 @@ def _local_file(source: Path, path: str) -> LocalFile:
     if not cutter.sizes and path in BUNDLES:
         raise InvalidRequest(f"{str(source)!r} is empty: it has 0 bytes; export or download it again", field="path")
     offsets = itertools.accumulate(cutter.sizes, initial=0)
-    pieces = tuple(zip(cutter.digests, offsets, cutter.sizes, strict=False))
-    return LocalFile(source, path, cutter.digest, pieces)
+    chunks = tuple(zip(cutter.digests, offsets, cutter.sizes, strict=False))
+    return LocalFile(source, path, cutter.digest, chunks)
 
 
-def read_piece(source: Path, offset: int, size: int) -> bytes:
+def read_chunk(source: Path, offset: int, size: int) -> bytes:
     """Bytes of a file that is being pushed.
 
     Raises:

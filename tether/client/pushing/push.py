@@ -1,4 +1,4 @@
-"""Pushing models as a flow: ask which pieces are missing, send those, make a version of them."""
+"""Pushing models as a flow: ask which chunks are missing, send those, make a version of them."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any, TypedDict
 
 import msgspec
 
-from tether.client.operations import Counted, Json, model_path, post
+from tether.client.operations import Json, ProgressCounter, model_path, post
 from tether.client.protocol import (
+    Concurrently,
     Flow,
-    Patience,
-    Policy,
+    OperationDeadline,
     Progress,
-    Send,
-    Together,
+    Request,
+    RetryPolicy,
     Waiting,
     exchange,
     exchange_json,
     unwatched,
 )
-from tether.client.pushing.local_model import LocalModel, read_piece
+from tether.client.pushing.local_model import LocalModel, read_chunk
 from tether.client.pushing.sample import Sample, sample_of
 
 PUSH_TIMEOUT_S = 600.0
 
 WIDTH = 4
-"""Pieces that are on their way at a time."""
+"""Chunks that are on their way at a time."""
 
 LOOKUP = 4096
-"""Pieces of one ``chunks:missing`` request."""
+"""Chunks of one ``chunks:missing`` request."""
 
 
 class PushOptions(TypedDict, total=False):
@@ -80,7 +80,7 @@ class _Missing(msgspec.Struct):
 
 
 def push(
-    policy: Policy,
+    policy: RetryPolicy,
     name: str,
     model: LocalModel,
     params: Mapping[str, Any],
@@ -88,29 +88,29 @@ def push(
     *,
     waiting: Waiting | None = None,
 ) -> Flow[Json]:
-    """Send the pieces that the store does not have, then make a version; ``progress`` counts those it has as done.
+    """Send the chunks that the store does not have, then make a version; ``progress`` counts those it has as done.
 
     All of it has one patience, of ``policy.timeout`` seconds: a gateway, broker or model store that restarts meanwhile is
     waited for, and ``waiting`` is told so.
     """
-    patience = Patience(policy.monotonic() + policy.timeout, waiting or unwatched)
+    patience = OperationDeadline(policy.monotonic() + policy.timeout, waiting or unwatched)
     policy = replace(policy, patience=patience)
     platform, files, skipped = model
-    pieces = {digest: (file.source, offset, size) for file in files for digest, offset, size in file.pieces}
-    missing, encrypt = yield from _missing(policy, name, list(pieces), params.get("encrypt"))
+    chunks = {digest: (file.source, offset, size) for file in files for digest, offset, size in file.chunks}
+    missing, encrypt = yield from _missing(policy, name, list(chunks), params.get("encrypt"))
     how = {} if encrypt is None else {"encrypt": str(encrypt).lower()}
-    whole = sum(size for _, _, size in pieces.values())
-    left = sum(pieces[digest][2] for digest in missing)
-    counted = Counted(progress, whole - left)
+    whole = sum(size for _, _, size in chunks.values())
+    left = sum(chunks[digest][2] for digest in missing)
+    counted = ProgressCounter(progress, whole - left)
 
     def stored(digest: str) -> Flow[int]:
-        piece = read_piece(*pieces[digest])
+        chunk = read_chunk(*chunks[digest])
         headers = {"content-type": "application/octet-stream"}
         path = f"{model_path(name)}/chunks/{digest}"
-        yield from exchange(policy, Send("PUT", path, piece, headers=headers, params=how))
-        return len(piece)
+        yield from exchange(policy, Request("PUT", path, chunk, headers=headers, params=how))
+        return len(chunk)
 
-    yield Together(map(stored, missing), WIDTH, counted.add)
+    yield Concurrently(map(stored, missing), WIDTH, counted.add)
     given = {key: value for key, value in {**params, "encrypt": encrypt}.items() if value is not None}
     body = {"files": [file.described() for file in files], "platform": platform, **given}
     patience.waiting("the model store looks at the model")
@@ -119,9 +119,9 @@ def push(
 
 
 def _missing(
-    policy: Policy, name: str, digests: Sequence[str], encrypt: bool | None
+    policy: RetryPolicy, name: str, digests: Sequence[str], encrypt: bool | None
 ) -> Flow[tuple[list[str], bool | None]]:
-    """Which pieces the store does not have, and whether the version is to be encrypted."""
+    """Which chunks the store does not have, and whether the version is to be encrypted."""
     missing: list[str] = []
     for start in range(0, len(digests), LOOKUP):
         body: Json = {"chunks": digests[start : start + LOOKUP]}

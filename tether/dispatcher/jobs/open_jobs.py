@@ -27,7 +27,7 @@ MOST = 500_000
 _BATCH = 512
 
 
-class Entry(NamedTuple):
+class OpenJob(NamedTuple):
     """A record: its key in the bucket, its job, and when it was first seen, in this process's monotonic seconds."""
 
     key: str
@@ -41,7 +41,7 @@ class OpenRecords:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._records = KvBucket(bus, "jobs")
-        self._open: dict[JobId, Entry] = {}
+        self._open: dict[JobId, OpenJob] = {}
         self._jobs: dict[str, JobId] = {}
         """By the keys of their records."""
         self._read = 0
@@ -91,7 +91,7 @@ class OpenRecords:
             record = decoded(item.data)
             if record is None or record.id in over or record.id in self._early[0] or record.id in self._early[1]:
                 continue
-            self._open[record.id] = Entry(key, record.id, now)
+            self._open[record.id] = OpenJob(key, record.id, now)
             self._jobs[key] = record.id
         self._early = (self._early[1], set())
 
@@ -104,7 +104,7 @@ class OpenRecords:
                 found += [number for subject in page.waiting if (number := _number(subject.rpartition(".")[2])) >= 0]
         return _Ids(array("Q", sorted(found)))
 
-    def older_than(self, age_s: float) -> Iterator[Entry]:
+    def older_than(self, age_s: float) -> Iterator[OpenJob]:
         """Jobs that were first seen at least so long ago."""
         limit = self._bus.clock.monotonic() - age_s
         for entry in self._open.values():

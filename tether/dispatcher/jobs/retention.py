@@ -14,14 +14,14 @@ from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tether.bus.bus import Bus, Stored
+from tether.bus.bus import Bus, StoredMessage
 from tether.bus.errors import JetStreamError
 from tether.bus.key_value.bucket import KvBucket
 from tether.dispatcher.jobs.open_jobs import decoded
 from tether.domain.job import SHARED, older_record_keys, record_key
 from tether.errors import TetherError
 from tether.process import metrics
-from tether.process.log_rate_limiter import Seldom
+from tether.process.log_rate_limiter import LogRateLimiter
 from tether.streams.layout import scopes_with_streams
 from tether.streams.usage import StreamUse, stream_use
 
@@ -68,9 +68,9 @@ class _Wanted:
     def met(self) -> bool:
         return self.records <= 0 and self.results <= 0
 
-    def enough(self, ends: Sequence[Stored], records: dict[str, Stored]) -> list[Stored]:
+    def enough(self, ends: Sequence[StoredMessage], records: dict[str, StoredMessage]) -> list[StoredMessage]:
         """The first ends that free what is wanted, or all of them."""
-        taken: list[Stored] = []
+        taken: list[StoredMessage] = []
         for item in ends:
             if self.met:
                 break
@@ -89,7 +89,7 @@ class Retention:
         self._records = KvBucket(bus, "jobs")
         self._walks: dict[str, _Walk] = {}
         self._making_room = False
-        self._told = Seldom(bus.clock.monotonic, lines=1, within_s=_TOLD_S)
+        self._told = LogRateLimiter(bus.clock.monotonic, lines=1, within_s=_TOLD_S)
 
     async def run(self) -> None:
         """Look until cancelled."""
@@ -168,12 +168,12 @@ class Retention:
 
     # both
 
-    async def _page(self, scope: str, start: int) -> list[Stored]:
+    async def _page(self, scope: str, start: int) -> list[StoredMessage]:
         names = self._bus.names
         stream, subjects = names.scope_results_stream(scope), names.results(scope)
         return await self._bus.direct_page(stream, subjects, start=start, batch=_PAGE, max_bytes=_PAGE_BYTES)
 
-    async def _records_of(self, ends: Sequence[Stored]) -> dict[str, Stored]:
+    async def _records_of(self, ends: Sequence[StoredMessage]) -> dict[str, StoredMessage]:
         """The records of jobs that have ended, by the jobs' ids."""
         jobs = [_job_of(item) for item in ends]
         found = _by_job(await self._read({record_key(job) for job in jobs}))
@@ -181,12 +181,14 @@ class Retention:
             found |= _by_job(await self._read({key for job in older for key in older_record_keys(job)}))
         return found
 
-    async def _read(self, keys: set[str]) -> Iterable[Stored]:
+    async def _read(self, keys: set[str]) -> Iterable[StoredMessage]:
         return (
             await self._bus.direct_batch(self._records.stream, [self._records.subject(key) for key in keys])
         ).values()
 
-    async def _forget(self, scope: str, ends: Sequence[Stored], records: dict[str, Stored], reason: str) -> None:
+    async def _forget(
+        self, scope: str, ends: Sequence[StoredMessage], records: dict[str, StoredMessage], reason: str
+    ) -> None:
         """Records first: a job whose end were forgotten first would look open."""
         if not ends:
             return
@@ -201,7 +203,7 @@ class Retention:
                 extra={"action": "jobs_forgotten_early"},
             )
 
-    async def _drop_record(self, record: Stored) -> None:
+    async def _drop_record(self, record: StoredMessage) -> None:
         """What another job has put in its place stays."""
         await self._records.remove(record.subject[len(self._records.subject("")) :], record.sequence)
 
@@ -226,16 +228,16 @@ def _records_above(records: StreamUse | None, ends: StreamUse | None) -> float:
     return min(_above(records), ended - KEPT * records.most)
 
 
-def _job_of(end: Stored) -> str:
+def _job_of(end: StoredMessage) -> str:
     return end.subject.rpartition(".")[2]
 
 
-def _by_job(stored: Iterable[Stored]) -> dict[str, Stored]:
+def _by_job(stored: Iterable[StoredMessage]) -> dict[str, StoredMessage]:
     opened = [(decoded(item.data), item) for item in stored]
     return {record.id: item for record, item in opened if record is not None}
 
 
-def _without_modest(page: Sequence[Stored], records: dict[str, Stored]) -> list[Stored]:
+def _without_modest(page: Sequence[StoredMessage], records: dict[str, StoredMessage]) -> list[StoredMessage]:
     """The ends that make room first: tenants that have less than half of an equal share in them are spared."""
     opened = {job: decoded(item.data) for job, item in records.items()}
     tenants = {job: record.tenant for job, record in opened.items() if record is not None}

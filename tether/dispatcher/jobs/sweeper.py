@@ -18,10 +18,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
-from tether.bus.bus import Bus, Message, Stored
+from tether.bus.bus import Bus, Message, StoredMessage
 from tether.bus.key_value.bucket import KvBucket
 from tether.crypto import MessageType
-from tether.dispatcher.jobs.open_jobs import Entry, OpenRecords, decoded
+from tether.dispatcher.jobs.open_jobs import OpenJob, OpenRecords, decoded
 from tether.dispatcher.lanes.consumer_check import LaneCheck
 from tether.dispatcher.lanes.lane_messages import LaneMessages
 from tether.domain.job import Failure, JobId, JobRecord, JobState, Lane, LaneKind, Outcome
@@ -69,7 +69,7 @@ class Sweeper:
         self._records = KvBucket(bus, "jobs")
         self._results = BusResults(bus)
         self.open = OpenRecords(bus)
-        self._unqueued: dict[JobId, Entry] = {}
+        self._unqueued: dict[JobId, OpenJob] = {}
         """Records of jobs that are not accepted yet."""
         self._places: dict[Lane, _Place] = {}
         self._where: dict[JobId, tuple[Lane, str]] = {}
@@ -144,7 +144,7 @@ class Sweeper:
                 else:
                     self._unqueued[entry.job] = entry
 
-    async def _read(self, keys: Iterable[str]) -> dict[str, Stored]:
+    async def _read(self, keys: Iterable[str]) -> dict[str, StoredMessage]:
         subjects = {self._records.subject(key): key for key in keys}
         stored = await self._bus.direct_batch(self._records.stream, list(subjects))
         return {subjects[subject]: item for subject, item in stored.items() if item.data}
@@ -214,7 +214,7 @@ class Sweeper:
                     self._forget(job)
         return found
 
-    def _verified(self, item: Stored) -> JobRecord | None:
+    def _verified(self, item: StoredMessage) -> JobRecord | None:
         envelope = self._bus.open_frame(item.data, item.subject, MessageType.RECORD)
         try:
             return None if envelope is None else codec.decode_record(envelope.body)

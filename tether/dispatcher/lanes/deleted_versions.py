@@ -28,7 +28,7 @@ _TURN_S = 15.0
 
 
 @dataclass
-class _End:
+class _DeletedLanes:
     """What is known of the lanes of a deleted version; times are this process's monotonic seconds."""
 
     made: bool = False
@@ -39,14 +39,14 @@ class _End:
     """No worker is told to pull them any more; the next step removes them if they are still empty."""
 
 
-class EndedVersions:
+class DeletedVersionLanes:
     """Follows the lanes of deleted versions until they are gone."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._models = KvBucket(bus, "models")
         self._deleted: set[ModelRef] = set()
-        self._ends: dict[LaneGroup, _End] = {}
+        self._ends: dict[LaneGroup, _DeletedLanes] = {}
         self._next = 0.0
 
     def begin_anew(self) -> None:
@@ -60,7 +60,7 @@ class EndedVersions:
         groups.sort(key=lambda group: (group.scope, group.ref.model, group.ref.version, group.region))
         return {group: self._turn(self._ends[group]) for group in groups}
 
-    def _turn(self, end: _End) -> int:
+    def _turn(self, end: _DeletedLanes) -> int:
         until = self._bus.clock.monotonic() if end.empty_since is None else end.empty_since
         return int((until - end.found_at) / _TURN_S)
 
@@ -74,7 +74,7 @@ class EndedVersions:
         groups = {LaneGroup(lane.scope, ModelRef(lane.model, lane.version), lane.region) for lane in there}
         for group in groups:
             if group not in self._ends and await self._was_deleted(group.ref, models):
-                self._ends[group] = _End(found_at=self._bus.clock.monotonic())
+                self._ends[group] = _DeletedLanes(found_at=self._bus.clock.monotonic())
                 log.info("lanes of a deleted version", extra={"action": "lanes_ended", "model": group.ref.model})
         lasting = {(group.scope, group.ref) for group in groups}
         return [place for place in places if place not in lasting and await self._was_deleted(place[1], models)]
@@ -112,7 +112,7 @@ class EndedVersions:
             elif now - end.empty_since >= KEEP_S:
                 end.leaving = True
 
-    async def _made(self, group: LaneGroup, end: _End) -> None:
+    async def _made(self, group: LaneGroup, end: _DeletedLanes) -> None:
         if not end.made:
             for lane in lanes_of(group.ref.model, group.ref.version, group.region, group.scope):
                 await ensure_lane(self._bus, lane, self._bus.settings)

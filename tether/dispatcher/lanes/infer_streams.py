@@ -21,7 +21,7 @@ from tether.bus.key_value.bucket import SignedBucket
 from tether.domain.worker_protocol import StreamsMade
 from tether.errors import BadEncoding, BrokerUnavailable, TetherError
 from tether.process import metrics
-from tether.process.log_rate_limiter import Seldom
+from tether.process.log_rate_limiter import LogRateLimiter
 from tether.streams.layout import STREAM_NOT_FOUND, streams
 from tether.wire import codec
 
@@ -51,7 +51,7 @@ class InferStreams:
         self._silent_since: dict[str, float] = {}
         self._created: dict[str, str] = {}
         self._stored: StreamsMade | None = None
-        self._told = Seldom(bus.clock.monotonic, lines=1, within_s=10.0)
+        self._told = LogRateLimiter(bus.clock.monotonic, lines=1, within_s=10.0)
 
     @property
     def made(self) -> str:

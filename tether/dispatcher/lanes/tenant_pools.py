@@ -17,7 +17,7 @@ from tether.domain.manifest import ModelRef
 from tether.domain.tenant import Tenant, allows_model
 from tether.errors import BadEncoding, BrokerUnavailable, PermissionDenied, QueueFull, StorageFull
 from tether.model.ownership import Right
-from tether.process.log_rate_limiter import Seldom
+from tether.process.log_rate_limiter import LogRateLimiter
 from tether.streams.layout import ensure_scope, is_empty, scopes_with_streams
 from tether.wire import codec
 from tether.wire.subjects import name_of, token
@@ -39,7 +39,7 @@ class Scopes:
         self._refused: set[str] = set()
         """The broker had no room for their streams, when it was last asked, or did not let this dispatcher make them."""
         self._as_they_are: set[str] = set()
-        self._told = Seldom(bus.clock.monotonic, lines=1, within_s=_TOLD_S)
+        self._told = LogRateLimiter(bus.clock.monotonic, lines=1, within_s=_TOLD_S)
 
     def tenant_changed(self, key: str, body: bytes | None) -> None:
         name = name_of(key)
@@ -128,7 +128,7 @@ class Scopes:
         except PermissionDenied as error:
             self._refuse(scope, f"{error}; let the broker read its new configuration")
         except (QueueFull, StorageFull, JetStreamError) as error:
-            self._refuse(scope, f"{error}; raise max_memory_mb, max_file_mb or isolated_tenants")
+            self._refuse(scope, f"{error}; raise max_memory_mb, max_file_mb or max_isolated_tenants")
         except BrokerUnavailable as error:
             return error
         else:

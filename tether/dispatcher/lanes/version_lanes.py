@@ -17,7 +17,7 @@ from tether.dispatcher.assignments import LaneGroup, Models
 from tether.domain.job import Lane, LaneKind
 from tether.errors import BrokerUnavailable, TetherError
 from tether.process import metrics
-from tether.process.log_rate_limiter import Seldom
+from tether.process.log_rate_limiter import LogRateLimiter
 from tether.streams.lane_admin import configured_lanes, consumers_of, waiting_in
 from tether.streams.layout import ensure_lane, lanes_of
 
@@ -31,12 +31,12 @@ _LOOK_S = 1.0
 _AGAIN_S = 0.2
 
 
-class Lanes:
+class VersionLanes:
     """Keeps the consumers of all lanes on one broker."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._told = Seldom(bus.clock.monotonic, lines=1, within_s=10.0)
+        self._told = LogRateLimiter(bus.clock.monotonic, lines=1, within_s=10.0)
         self.wake = asyncio.Event()
         """Set when other lanes may be wanted."""
         self._wanted: set[LaneGroup] = set()

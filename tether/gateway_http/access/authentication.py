@@ -16,7 +16,7 @@ from tether.domain.api_key import SCOPES, ApiKey
 from tether.domain.model_names import resolved, resolved_push, shown, shown_text, spelled_out
 from tether.domain.tenant import EVERY_MODEL, Tenant, allows_model, allows_patterns, check_patterns
 from tether.errors import Forbidden, Unauthenticated
-from tether.gateway_http.access.key_usage import KeyUses
+from tether.gateway_http.access.key_usage import KeyUsage
 from tether.gateway_http.access.sessions import CACHED, Sessions
 from tether.gateway_http.access.tenants import Tenants
 from tether.model.ownership import Asker, Right, push_refusal, refusal
@@ -176,7 +176,7 @@ class ApiKeys:
     def __init__(self, bus: Bus, tenants: Tenants, owners: OwnerBook) -> None:
         self._owners = owners
         self.bucket = SignedBucket(bus, "apikeys", MessageType.API_KEY)
-        self.uses = KeyUses(bus)
+        self.uses = KeyUsage(bus)
         self.sessions = Sessions(bus)
         self._now: Callable[[], float] = bus.clock.utc
         self._tenants = tenants

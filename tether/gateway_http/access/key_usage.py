@@ -30,7 +30,7 @@ class KeyUse(msgspec.Struct, frozen=True):
     used_at: float
 
 
-class KeyUses:
+class KeyUsage:
     """The bucket ``keyuse``: an entry for each key and gateway. ``noted`` is this gateway's, by key id."""
 
     def __init__(self, bus: Bus) -> None:

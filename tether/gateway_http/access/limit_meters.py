@@ -28,7 +28,7 @@ _MEMORY_S = 0.3
 _EPSILON = 1e-9
 
 
-class Report(msgspec.Struct, frozen=True):
+class LimitReport(msgspec.Struct, frozen=True):
     """What a gateway tells of one limit."""
 
     name: str
@@ -45,7 +45,7 @@ class Peer:
 
     __slots__ = ("at", "demand", "fill", "open", "weight")
 
-    def __init__(self, report: Report, now: float, weight: float) -> None:
+    def __init__(self, report: LimitReport, now: float, weight: float) -> None:
         self.demand = report.demand
         self.fill = report.fill
         self.open = report.open
@@ -54,16 +54,16 @@ class Peer:
 
 
 class Meter(Protocol):
-    """What :class:`Rate` and :class:`Slots` have in common."""
+    """What :class:`DistributedTokenBucket` and :class:`DistributedSemaphore` have in common."""
 
     demand: float
     peers: dict[str, Peer]
 
     def tick(self, now: float) -> None: ...
 
-    def heard(self, gateway: str, report: Report, now: float) -> None: ...
+    def heard(self, gateway: str, report: LimitReport, now: float) -> None: ...
 
-    def report(self, name: str, now: float) -> Report: ...
+    def report(self, name: str, now: float) -> LimitReport: ...
 
     def refresh(self, now: float) -> None: ...
 
@@ -72,7 +72,7 @@ class Meter(Protocol):
     def at_rest(self, now: float) -> bool: ...
 
 
-class _Shared:
+class _SharedLimit:
     """Own demand, that of others, and who has not said anything yet. ``members`` are the other live gateways."""
 
     def __init__(self, own: str, members: Mapping[str, float], now: float) -> None:
@@ -135,7 +135,7 @@ class _Shared:
             peer.at = now
 
 
-class Rate(_Shared):
+class DistributedTokenBucket(_SharedLimit):
     """A token bucket: ``rate`` a second, at most ``burst`` at once."""
 
     def __init__(self, rate: float, burst: float, own: str, members: Mapping[str, float], now: float) -> None:
@@ -203,7 +203,7 @@ class Rate(_Shared):
         self._reshare(now)
         self._settle()
 
-    def heard(self, gateway: str, report: Report, now: float) -> None:
+    def heard(self, gateway: str, report: LimitReport, now: float) -> None:
         old = self.peers.get(gateway)
         weight = report.demand or (self.demand if old is None else old.weight)
         peer = self.peers[gateway] = Peer(report, now, weight)
@@ -230,9 +230,9 @@ class Rate(_Shared):
             return self._fill
         return sum(peer.weight * peer.fill for peer in self.peers.values()) / whole
 
-    def report(self, name: str, now: float) -> Report:
+    def report(self, name: str, now: float) -> LimitReport:
         self._refill(now)
-        return Report(name, self.demand, self._fill)
+        return LimitReport(name, self.demand, self._fill)
 
     def at_rest(self, now: float) -> bool:
         """Whether nothing would be lost by forgetting it."""
@@ -259,7 +259,7 @@ class Rate(_Shared):
         return max(0.0, (1.0 - self._fill * self._room) / self._per_s)
 
 
-class Slots(_Shared):
+class DistributedSemaphore(_SharedLimit):
     """At most ``limit`` requests open at the same time."""
 
     def __init__(self, limit: int, own: str, members: Mapping[str, float], now: float) -> None:
@@ -308,7 +308,7 @@ class Slots(_Shared):
         self._settle()
         self._allot()
 
-    def heard(self, gateway: str, report: Report, now: float) -> None:
+    def heard(self, gateway: str, report: LimitReport, now: float) -> None:
         self.peers[gateway] = Peer(report, now, report.demand)
         self._allot()
 
@@ -323,9 +323,9 @@ class Slots(_Shared):
             return
         self.allotted = allotment(self.limit, wanted)[self._own]
 
-    def report(self, name: str, now: float) -> Report:
+    def report(self, name: str, now: float) -> LimitReport:
         del now
-        return Report(name, self.demand, 1.0, self.open)
+        return LimitReport(name, self.demand, 1.0, self.open)
 
     def at_rest(self, now: float) -> bool:
         del now

@@ -19,7 +19,7 @@ from tether.bus.bus import Bus, Message
 from tether.crypto import MessageType
 from tether.domain.job import new_job_id
 from tether.errors import BadEncoding, BrokerUnavailable
-from tether.gateway_http.access.limit_meters import SILENT_S, TICK_S, Meter, Report
+from tether.gateway_http.access.limit_meters import SILENT_S, TICK_S, LimitReport, Meter
 from tether.process import metrics
 from tether.process.lifecycle import Tasks
 from tether.wire import codec
@@ -34,19 +34,19 @@ _MAX_REPORTS = 1000
 """Reports in one message."""
 
 
-class Demand(msgspec.Struct, frozen=True):
+class LimitMessage(msgspec.Struct, frozen=True):
     """One message of a gateway: its reports, and what it wants to know. ``gateway`` is one run of one gateway."""
 
     gateway: str
     sequence: int
-    reports: list[Report] = []
+    reports: list[LimitReport] = []
     ask: list[str] = []
     """Limits whose reports it needs, also from who has no demand."""
     hello: bool = False
     gone: bool = False
 
 
-class Gossip:
+class LimitSync:
     """The limits of one gateway that are in use anywhere, and the other gateways."""
 
     def __init__(self, bus: Bus, tasks: Tasks, find: Callable[[str], Meter | None]) -> None:
@@ -163,9 +163,9 @@ class Gossip:
             part = names[start : start + _MAX_REPORTS]
             await self._send([self._one(name) for name in part], [name for name in unknown if name in part])
 
-    def _one(self, name: str) -> Report:
+    def _one(self, name: str) -> LimitReport:
         meter = self.meters.get(name)
-        return Report(name, 0.0) if meter is None else meter.report(name, self._now)
+        return LimitReport(name, 0.0) if meter is None else meter.report(name, self._now)
 
     async def _hello(self) -> None:
         self._hello_at = self._now
@@ -173,14 +173,14 @@ class Gossip:
 
     async def _send(
         self,
-        reports: list[Report] | None = None,
+        reports: list[LimitReport] | None = None,
         ask: list[str] | None = None,
         *,
         hello: bool = False,
         gone: bool = False,
     ) -> None:
         subject = self._bus.names.demand()
-        message = Demand(self.own, next(self._sequences), reports or [], ask or [], hello, gone)
+        message = LimitMessage(self.own, next(self._sequences), reports or [], ask or [], hello, gone)
         frame = self._bus.signer.seal(MessageType.DEMAND, subject, codec.encode(message), message_id=new_job_id())
         with contextlib.suppress(BrokerUnavailable):
             await self._bus.publish(subject, frame)
@@ -196,7 +196,7 @@ class Gossip:
         if envelope is None:
             return
         try:
-            demand = codec.decode(envelope.body, Demand)
+            demand = codec.decode(envelope.body, LimitMessage)
         except BadEncoding as error:
             metrics.ENVELOPES_REJECTED.labels(error.code).inc()
             return
@@ -204,7 +204,7 @@ class Gossip:
             return
         self._take(demand)
 
-    def _take(self, demand: Demand) -> None:
+    def _take(self, demand: LimitMessage) -> None:
         sender = demand.gateway
         self._heard[sender] = demand.sequence
         if demand.gone:
@@ -223,6 +223,6 @@ class Gossip:
             self._tell_soon()
 
 
-def _possible(report: Report) -> bool:
+def _possible(report: LimitReport) -> bool:
     """Neither endless nor negative; a debt is at most what batches can make."""
     return 0 <= report.demand < 1e9 and -1e9 < report.fill <= 1 and 0 <= report.open < 1 << 32

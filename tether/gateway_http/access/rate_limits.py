@@ -13,8 +13,8 @@ from tether.bus.bus import Bus
 from tether.domain.api_key import ApiKey
 from tether.domain.tenant import Tenant
 from tether.errors import RateLimited
-from tether.gateway_http.access.limit_meters import Meter, Rate, Slots
-from tether.gateway_http.access.limit_sync import Gossip
+from tether.gateway_http.access.limit_meters import DistributedSemaphore, DistributedTokenBucket, Meter
+from tether.gateway_http.access.limit_sync import LimitSync
 from tether.gateway_http.http.error_responses import limit_headers
 from tether.process import metrics
 from tether.process.lifecycle import Tasks
@@ -29,13 +29,18 @@ _refused_open = metrics.LIMITED.labels("concurrency")
 _refused_tenant = metrics.LIMITED.labels("tenant")
 
 
-class Limited:
+class KeyLimits:
     """The limits that a key is under; ``free`` when there are none."""
 
     __slots__ = ("free", "key", "quota", "rate", "slots", "tenant")
 
     def __init__(
-        self, key: ApiKey, tenant: Tenant | None, rate: Rate | None, slots: Slots | None, quota: Rate | None
+        self,
+        key: ApiKey,
+        tenant: Tenant | None,
+        rate: DistributedTokenBucket | None,
+        slots: DistributedSemaphore | None,
+        quota: DistributedTokenBucket | None,
     ) -> None:
         self.key = key
         self.tenant = tenant
@@ -45,12 +50,12 @@ class Limited:
         self.free = rate is None and slots is None and quota is None
 
 
-class Ticket:
+class LimitPermit:
     """One request that was let in: what it holds is given back by :meth:`leave`, once."""
 
     __slots__ = ("_limited", "_now", "_open")
 
-    def __init__(self, limited: Limited, now: Callable[[], float]) -> None:
+    def __init__(self, limited: KeyLimits, now: Callable[[], float]) -> None:
         self._limited = limited
         self._now = now
         self._open = True
@@ -79,7 +84,7 @@ class Ticket:
         return [] if slots is None else limit_headers(slots.limit, slots.remaining, 0.0)
 
 
-class Limits:
+class RateLimits:
     """The limits of every key and tenant, as one gateway counts them."""
 
     def __init__(
@@ -90,20 +95,20 @@ class Limits:
         find_tenant: Callable[[str], Tenant | None],
     ) -> None:
         settings = bus.settings
-        self._default_rate = settings.key_rate
-        self._default_slots = settings.key_concurrency
+        self._default_rate = settings.default_key_rate
+        self._default_slots = settings.default_key_concurrency
         self._find_key = find_key
         self._find_tenant = find_tenant
         self._now = bus.clock.monotonic
-        self._known: dict[str, Limited] = {}
-        self._meters: dict[str, Rate | Slots] = {}
-        self.gossip = Gossip(bus, tasks, self._by_name)
+        self._known: dict[str, KeyLimits] = {}
+        self._meters: dict[str, DistributedTokenBucket | DistributedSemaphore] = {}
+        self.gossip = LimitSync(bus, tasks, self._by_name)
 
     def talking(self) -> AbstractAsyncContextManager[None]:
         """Share the limits with the other gateways until the block ends."""
         return self.gossip.talking()
 
-    def enter(self, key: ApiKey) -> Ticket | None:
+    def enter(self, key: ApiKey) -> LimitPermit | None:
         """Let a request in; None when its key is under no limit.
 
         Raises:
@@ -123,9 +128,9 @@ class Limits:
             if limited.slots is not None:
                 limited.slots.give_back()
             raise
-        return Ticket(limited, self._now)
+        return LimitPermit(limited, self._now)
 
-    def _take_slot(self, limited: Limited, now: float) -> None:
+    def _take_slot(self, limited: KeyLimits, now: float) -> None:
         slots = limited.slots
         if slots is None:
             return
@@ -142,7 +147,7 @@ class Limits:
                 remaining=0,
             )
 
-    def _take_tokens(self, limited: Limited, now: float) -> None:
+    def _take_tokens(self, limited: KeyLimits, now: float) -> None:
         rate, quota = limited.rate, limited.quota
         if rate is not None and not self._take(rate, _RATE + limited.key.id, now):
             _refused_rate.inc()
@@ -154,7 +159,7 @@ class Limits:
             per_minute = f"{quota.rate * 60:g} requests a minute"
             raise _too_often(quota, f"tenant '{limited.key.tenant}' may send {per_minute}", "requests_per_minute")
 
-    def _take(self, meter: Rate, name: str, now: float) -> bool:
+    def _take(self, meter: DistributedTokenBucket, name: str, now: float) -> bool:
         asleep = not meter.demand
         taken = meter.take(now)
         if asleep:
@@ -164,42 +169,44 @@ class Limits:
     def open_requests(self, key_id: str) -> int:
         """Requests of a key with a concurrency limit that this gateway has open."""
         slots = self._meters.get(_OPEN + key_id)
-        return slots.open if isinstance(slots, Slots) else 0
+        return slots.open if isinstance(slots, DistributedSemaphore) else 0
 
     # which limits there are
 
-    def _limits_of(self, key: ApiKey, tenant: Tenant | None) -> Limited:
-        return Limited(key, tenant, self._rate(key), self._slots(key), self._quota(tenant))
+    def _limits_of(self, key: ApiKey, tenant: Tenant | None) -> KeyLimits:
+        return KeyLimits(key, tenant, self._rate(key), self._slots(key), self._quota(tenant))
 
-    def _rate(self, key: ApiKey) -> Rate | None:
+    def _rate(self, key: ApiKey) -> DistributedTokenBucket | None:
         rate, burst = (key.rate, key.burst) if key.rate else (self._default_rate, 0)
         return self._bucket(_RATE + key.id, rate, burst) if rate else None
 
-    def _quota(self, tenant: Tenant | None) -> Rate | None:
+    def _quota(self, tenant: Tenant | None) -> DistributedTokenBucket | None:
         """A tenth of a minute's requests may come at once, so that no minute has more than a tenth too many."""
         per_minute = 0 if tenant is None else tenant.quotas.requests_per_minute
         if tenant is None or not per_minute:
             return None
         return self._bucket(_TENANT + tenant.name, per_minute / 60, max(1, per_minute // 10))
 
-    def _bucket(self, name: str, rate: float, burst: int) -> Rate:
+    def _bucket(self, name: str, rate: float, burst: int) -> DistributedTokenBucket:
         meter = self._meters.get(name)
-        if isinstance(meter, Rate):
+        if isinstance(meter, DistributedTokenBucket):
             meter.configure(rate, burst, self._now())
             return meter
-        meter = self._meters[name] = Rate(rate, burst, self.gossip.own, self.gossip.members, self._now())
+        meter = self._meters[name] = DistributedTokenBucket(
+            rate, burst, self.gossip.own, self.gossip.members, self._now()
+        )
         return meter
 
-    def _slots(self, key: ApiKey) -> Slots | None:
+    def _slots(self, key: ApiKey) -> DistributedSemaphore | None:
         limit = key.concurrency or self._default_slots
         if not limit:
             return None
         name = _OPEN + key.id
         meter = self._meters.get(name)
-        if isinstance(meter, Slots):
+        if isinstance(meter, DistributedSemaphore):
             meter.configure(limit)
             return meter
-        made = self._meters[name] = Slots(limit, self.gossip.own, self.gossip.members, self._now())
+        made = self._meters[name] = DistributedSemaphore(limit, self.gossip.own, self.gossip.members, self._now())
         return made
 
     def _by_name(self, name: str) -> Meter | None:
@@ -216,7 +223,7 @@ class Limits:
         return self._rate(key) if kind == "rate" else self._slots(key)
 
 
-def _too_often(meter: Rate, what: str, field: str) -> RateLimited:
+def _too_often(meter: DistributedTokenBucket, what: str, field: str) -> RateLimited:
     wait_s = meter.next_in_s
     return RateLimited(
         f"{what}; wait {wait_s:.1f} s",

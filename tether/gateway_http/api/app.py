@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tether.gateway_http.api import route_table
-from tether.gateway_http.api.fast_path import HotRoutes
+from tether.gateway_http.api.fast_path import FastPath
 from tether.gateway_http.gateway import Gateway
 from tether.gateway_http.http import rsgi
 from tether.gateway_http.http.asgi import AsgiIncoming, send_reply
@@ -17,7 +17,7 @@ def build(gateway: Gateway) -> rsgi.RsgiApp:
     settings = gateway.settings
     if settings.cors_origins:
         return rsgi.entry(_none_is_hot, whole(gateway, settings), part_s=settings.body_timeout_s)
-    return rsgi.entry(HotRoutes(gateway).find, route_table.build(gateway), part_s=settings.body_timeout_s)
+    return rsgi.entry(FastPath(gateway).find, route_table.build(gateway), part_s=settings.body_timeout_s)
 
 
 def _none_is_hot(_method: str, _path: str) -> Handler | None:
@@ -26,7 +26,7 @@ def _none_is_hot(_method: str, _path: str) -> Handler | None:
 
 def whole(gateway: Gateway, settings: Settings) -> App:
     """Every route as one ASGI application, open to the origins of ``settings``."""
-    hot, cold = HotRoutes(gateway), route_table.build(gateway)
+    hot, cold = FastPath(gateway), route_table.build(gateway)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         handler = hot.find(scope["method"], scope["path"]) if scope["type"] == "http" else None

@@ -12,21 +12,21 @@ from tether.domain.job import LONGEST_DEADLINE_S, Priority
 from tether.domain.model_names import RESERVED
 from tether.errors import InvalidRequest, TetherError
 from tether.gateway_http.access.authentication import Caller
-from tether.gateway_http.access.rate_limits import Ticket
+from tether.gateway_http.access.rate_limits import LimitPermit
 from tether.gateway_http.api import log_text, request_audit
-from tether.gateway_http.bodies.job_bodies import Wanted
+from tether.gateway_http.bodies.job_bodies import SubmittedJob
 from tether.gateway_http.gateway import Gateway
 from tether.gateway_http.http.error_responses import error_response
 from tether.gateway_http.http.request import (
     Handler,
     Headers,
-    Heading,
-    Incoming,
-    Reply,
-    only_id,
+    HttpReply,
+    IncomingRequest,
+    RequestHeaders,
+    build_reply,
+    build_reply_async,
+    headers_with_id_only,
     read_body,
-    replied,
-    reply,
     timeout_of,
 )
 from tether.gateway_http.jobs.submission import NewJob
@@ -38,11 +38,11 @@ _BINARY = "application/octet-stream"
 _encode = msgspec.json.Encoder().encode
 
 
-Work = Callable[[Incoming, Heading, Caller, Ticket | None], Coroutine[Any, Any, Reply]]
+Work = Callable[[IncomingRequest, RequestHeaders, Caller, LimitPermit | None], Coroutine[Any, Any, HttpReply]]
 """Answers a request that was let in."""
 
 
-class HotRoutes:
+class FastPath:
     """Handlers for one gateway."""
 
     def __init__(self, gateway: Gateway) -> None:
@@ -69,11 +69,11 @@ class HotRoutes:
             return partial(self._answered, "jobs:batch", "jobs", self._submit_many)
         return None
 
-    async def _answered(self, route: str, scope: str, work: Work, incoming: Incoming) -> Reply:
+    async def _answered(self, route: str, scope: str, work: Work, incoming: IncomingRequest) -> HttpReply:
         """Authenticate, let in or refuse, work, and give back what the request held, however it ends."""
         ticket = key = None
         try:
-            heading = Heading(incoming.headers)
+            heading = RequestHeaders(incoming.headers)
             key = await self._gateway.authenticated(heading, scope)
             ticket = self._gateway.limits.enter(key.key)
             answer = await work(incoming, heading, key, ticket)
@@ -85,7 +85,9 @@ class HotRoutes:
             request_audit.refused(self._gateway, error, incoming, route)
             answer = self._refusal(error, incoming, key)
         except Exception as error:  # noqa: BLE001 - logged
-            log_text.failed(error, only_id(incoming.headers).request_id, sealed=log_text.sealed(self._gateway, key))
+            log_text.failed(
+                error, headers_with_id_only(incoming.headers).request_id, sealed=log_text.sealed(self._gateway, key)
+            )
             answer = self._refusal(TetherError("the gateway failed; its log has the reason"), incoming, key)
         finally:
             if ticket is not None:
@@ -99,19 +101,25 @@ class HotRoutes:
         counter.inc()
         return answer
 
-    def _refusal(self, error: TetherError, incoming: Incoming, caller: Caller | None) -> Reply:
-        heading = only_id(incoming.headers)
+    def _refusal(self, error: TetherError, incoming: IncomingRequest, caller: Caller | None) -> HttpReply:
+        heading = headers_with_id_only(incoming.headers)
         message = error.message if caller is None else caller.told(error.message)
         status, extra, body = error_response(error, heading.request_id, message)
         log_text.refused(error, status, heading.request_id, sealed=log_text.sealed(self._gateway, caller))
-        return reply(status, body, heading, content_type=_JSON, extra=extra)
+        return build_reply(status, body, heading, content_type=_JSON, extra=extra)
 
-    def _body(self, heading: Heading, incoming: Incoming) -> Coroutine[Any, Any, bytes]:
+    def _body(self, heading: RequestHeaders, incoming: IncomingRequest) -> Coroutine[Any, Any, bytes]:
         return read_body(heading, incoming, self._limit, self._gateway.patience)
 
     async def _infer(
-        self, model: str, version: str, incoming: Incoming, heading: Heading, key: Caller, _ticket: Ticket | None
-    ) -> Reply:
+        self,
+        model: str,
+        version: str,
+        incoming: IncomingRequest,
+        heading: RequestHeaders,
+        key: Caller,
+        _ticket: LimitPermit | None,
+    ) -> HttpReply:
         """``POST /v2/models/{model}[/versions/{version}]/infer``."""
         gateway = self._gateway
         name = key.named(model)
@@ -137,25 +145,29 @@ class HotRoutes:
             key.tenant, key.shown(manifest.name), manifest.version, request, tensors
         )
         if length is None:
-            return await replied(200, answer, heading, content_type=_JSON, extra=extra)
+            return await build_reply_async(200, answer, heading, content_type=_JSON, extra=extra)
         extra.append(("inference-header-content-length", str(length)))
-        return await replied(200, answer, heading, content_type=_BINARY, extra=extra)
+        return await build_reply_async(200, answer, heading, content_type=_BINARY, extra=extra)
 
-    async def _submit(self, incoming: Incoming, heading: Heading, key: Caller, _ticket: Ticket | None) -> Reply:
+    async def _submit(
+        self, incoming: IncomingRequest, heading: RequestHeaders, key: Caller, _ticket: LimitPermit | None
+    ) -> HttpReply:
         """``POST /v1/jobs``."""
         wanted = await self._gateway.large.jobs(key.tenant, await self._body(heading, incoming), many=False)
         (job,) = await self._taken(key, [self._new_job(key, wanted[0], heading, "")])
         extra = [("location", f"/v1/jobs/{job['id']}")]
-        return reply(202, _encode(job), heading, content_type=_JSON, extra=extra)
+        return build_reply(202, _encode(job), heading, content_type=_JSON, extra=extra)
 
-    async def _submit_many(self, incoming: Incoming, heading: Heading, key: Caller, ticket: Ticket | None) -> Reply:
+    async def _submit_many(
+        self, incoming: IncomingRequest, heading: RequestHeaders, key: Caller, ticket: LimitPermit | None
+    ) -> HttpReply:
         """``POST /v1/jobs:batch``; it counts as as many requests as it has jobs."""
         wanted = await self._gateway.large.jobs(key.tenant, await self._body(heading, incoming), many=True)
         if ticket is not None:
             ticket.count(len(wanted) - 1)
         requests = [self._new_job(key, job, heading, f"/{index}") for index, job in enumerate(wanted)]
         jobs = await self._taken(key, requests)
-        return reply(202, _encode({"jobs": jobs}), heading, content_type=_JSON)
+        return build_reply(202, _encode({"jobs": jobs}), heading, content_type=_JSON)
 
     async def _taken(self, key: Caller, requests: list[NewJob]) -> list[dict[str, Any]]:
         self._gateway.storage.require()
@@ -164,7 +176,7 @@ class HotRoutes:
         request_audit.submitted(self._gateway, key, jobs, sizes, requests[0].request_id)
         return [shown_job(job, key.shown, key.told) for job in jobs]
 
-    def _new_job(self, caller: Caller, wanted: Wanted, heading: Heading, suffix: str) -> NewJob:
+    def _new_job(self, caller: Caller, wanted: SubmittedJob, heading: RequestHeaders, suffix: str) -> NewJob:
         settings = self._gateway.settings
         deadline_s = settings.job_deadline_s if wanted.deadline_ms is None else wanted.deadline_ms / 1000
         if not 0 < deadline_s <= LONGEST_DEADLINE_S:

@@ -11,7 +11,7 @@ import msgspec
 
 from tether import __version__
 from tether.gateway_http.access.authentication import ANY_SCOPE
-from tether.gateway_http.api.route_engine import JSON, Media, Row
+from tether.gateway_http.api.route_engine import JSON, Media, RouteSpec
 from tether.gateway_http.http.error_responses import ErrorBody
 
 _REF = "#/components/schemas/{name}"
@@ -25,7 +25,7 @@ _PARAMETERS = {
     "id": "The id.",
     "tenant": "A tenant's name.",
     "alias": "An alias's name.",
-    "digest": "The hex SHA-256 of a piece.",
+    "digest": "The hex SHA-256 of a chunk.",
 }
 
 _DESCRIPTION = (
@@ -35,7 +35,7 @@ _DESCRIPTION = (
 )
 
 
-def document(rows: Sequence[Row]) -> dict[str, Any]:
+def document(rows: Sequence[RouteSpec]) -> dict[str, Any]:
     """The document as a plain value."""
     types = _types(rows)
     schemas, components = msgspec.json.schema_components(types, ref_template=_REF)
@@ -59,7 +59,7 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _types(rows: Sequence[Row]) -> list[Any]:
+def _types(rows: Sequence[RouteSpec]) -> list[Any]:
     found: dict[str, Any] = {_key(ErrorBody): ErrorBody}
     for row in rows:
         answered = [part for answer in row.answers.values() for part in _parts(answer)]
@@ -78,7 +78,7 @@ def _parts(answer: Any) -> tuple[Any, ...]:
     return answer if isinstance(answer, tuple) else (answer,)
 
 
-def _operation(row: Row, by_type: dict[str, Any]) -> dict[str, Any]:
+def _operation(row: RouteSpec, by_type: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "summary": row.summary,
         "tags": [row.tag],
@@ -96,12 +96,12 @@ def _operation(row: Row, by_type: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _operation_id(row: Row) -> str:
+def _operation_id(row: RouteSpec) -> str:
     words = re.findall(r"\w+", row.path.replace("/v1/", "/").replace("/v2", "/oip/"))
     return "_".join([row.method.lower(), *words])
 
 
-def _parameters(row: Row) -> list[dict[str, Any]]:
+def _parameters(row: RouteSpec) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "description": _PARAMETERS[name], "schema": {"type": "string"}}
         for name in _PARAMETER.findall(row.path)
@@ -131,7 +131,7 @@ def _query_parameters(query: type[msgspec.Struct]) -> list[dict[str, Any]]:
     return found
 
 
-def _responses(row: Row, by_type: dict[str, Any]) -> dict[str, Any]:
+def _responses(row: RouteSpec, by_type: dict[str, Any]) -> dict[str, Any]:
     found = {
         str(status): {"description": HTTPStatus(status).phrase, "content": _content(_parts(answer), by_type)}
         for status, answer in sorted(row.answers.items())

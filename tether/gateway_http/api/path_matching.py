@@ -10,10 +10,10 @@ from starlette.routing import Route
 
 from tether.domain.model_names import RESERVED
 from tether.errors import NotFound
-from tether.gateway_http.api.route_engine import Endpoint, Row, refuse
+from tether.gateway_http.api.route_engine import Endpoint, RouteSpec, send_error
 from tether.gateway_http.gateway import Gateway
 from tether.gateway_http.http.asgi import AsgiIncoming
-from tether.gateway_http.http.request import only_id
+from tether.gateway_http.http.request import headers_with_id_only
 from tether.process import metrics
 from tether.process.operations_server import Receive, Scope, Send
 
@@ -21,8 +21,8 @@ from tether.process.operations_server import Receive, Scope, Send
 async def nowhere(scope: Scope, receive: Receive, send: Send) -> None:
     """The answer on every path that nothing is served on."""
     shown = scope["path"][:200].encode("ascii", "backslashreplace").decode()
-    heading = only_id(AsgiIncoming(scope, receive).headers)
-    status = await refuse(NotFound(f"nothing is served on '{shown}'; see /docs", field="path"), heading, send)
+    heading = headers_with_id_only(AsgiIncoming(scope, receive).headers)
+    status = await send_error(NotFound(f"nothing is served on '{shown}'; see /docs", field="path"), heading, send)
     metrics.HTTP_REQUESTS.labels("none", str(status)).inc()
 
 
@@ -35,9 +35,9 @@ class _ModelName(StringConvertor):
 register_url_convertor("model", _ModelName())
 
 
-def routes(gateway: Gateway, rows: Sequence[Row]) -> list[Route]:
+def routes(gateway: Gateway, rows: Sequence[RouteSpec]) -> list[Route]:
     """Starlette's routes of a table: one for each path, in the order of the table."""
-    by_path: dict[str, list[Row]] = {}
+    by_path: dict[str, list[RouteSpec]] = {}
     for row in rows:
         by_path.setdefault(row.path, []).append(row)
     return [Route(_MODEL.sub(r"{\1:model}", path), Endpoint(gateway, group)) for path, group in by_path.items()]

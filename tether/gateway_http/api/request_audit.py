@@ -12,7 +12,7 @@ from tether.domain import api_key
 from tether.errors import Forbidden, QuotaExceeded, RateLimited, TetherError, Unauthenticated
 from tether.gateway_http.access.authentication import ANY_SCOPE, Caller
 from tether.gateway_http.gateway import Gateway
-from tether.gateway_http.http.request import Incoming
+from tether.gateway_http.http.request import IncomingRequest
 
 _KINDS = {
     "repository": Kind.MODEL,
@@ -35,7 +35,7 @@ def actor(key: Caller | None) -> str:
     return NOBODY if key is None else f"key:{key.id}"
 
 
-def refused(gateway: Gateway, error: TetherError, incoming: Incoming, action: str) -> None:
+def refused(gateway: Gateway, error: TetherError, incoming: IncomingRequest, action: str) -> None:
     """Record that a request was kept out; other errors are no decision about access."""
     if isinstance(error, Unauthenticated):
         kind = Kind.AUTH
@@ -68,7 +68,7 @@ def _of_session(gateway: Gateway, text: str) -> str:
     return "" if session is None else session.key
 
 
-def _presented(incoming: Incoming) -> tuple[str, str]:
+def _presented(incoming: IncomingRequest) -> tuple[str, str]:
     """Key text and request id of a request whose headers may be what is wrong with it."""
     key = request_id = ""
     for name, value in incoming.headers:
@@ -82,7 +82,7 @@ def _presented(incoming: Incoming) -> tuple[str, str]:
 
 
 def acts(method: str, path: str, scope: str | None) -> bool:
-    """Whether a route changes something that the audit log tells of; pieces of a model are told of when they are one."""
+    """Whether a route changes something that the audit log tells of; chunks of a model are told of when they are one."""
     return method not in ("GET", "HEAD") and scope in _ACTS and "/chunks" not in path
 
 

@@ -15,13 +15,21 @@ from starlette.requests import ClientDisconnect, Request
 from tether.domain.model_names import check_platform_name
 from tether.errors import DeadlineExceeded, InvalidRequest, PayloadTooLarge, TetherError, Unauthenticated
 from tether.gateway_http.access.authentication import Caller
-from tether.gateway_http.access.rate_limits import Ticket
+from tether.gateway_http.access.rate_limits import LimitPermit
 from tether.gateway_http.api import log_text, request_audit
 from tether.gateway_http.bodies.large_bodies import LARGE
 from tether.gateway_http.gateway import Gateway
 from tether.gateway_http.http.asgi import AsgiIncoming, send_reply
 from tether.gateway_http.http.error_responses import error_response
-from tether.gateway_http.http.request import Headers, Heading, Incoming, only_id, read_body, replied, reply
+from tether.gateway_http.http.request import (
+    Headers,
+    IncomingRequest,
+    RequestHeaders,
+    build_reply,
+    build_reply_async,
+    headers_with_id_only,
+    read_body,
+)
 from tether.model.ownership import Right
 from tether.process import metrics
 from tether.process.operations_server import Receive, Scope, Send
@@ -53,7 +61,7 @@ CLIENT_WAITS = Header("x-tether-timeout-s", "Seconds that the client still waits
 
 
 @dataclass(frozen=True)
-class Reply:
+class RouteReply:
     """An answer: ``value`` is encoded as JSON unless it is bytes already."""
 
     value: Any
@@ -65,13 +73,13 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Call:
+class RequestContext:
     """One request, authenticated and parsed. ``body`` and ``query`` are of the row's types; ``key`` is None only on a
     route that needs none."""
 
     gateway: Gateway
     request: Request
-    heading: Heading
+    heading: RequestHeaders
     key: Caller | None
     body: Any
     query: Any
@@ -144,11 +152,11 @@ class Call:
         return min(given, most_s)
 
 
-Handler = Callable[[Call], Awaitable[Reply]]
+Handler = Callable[[RequestContext], Awaitable[RouteReply]]
 
 
 @dataclass(frozen=True)
-class Row:
+class RouteSpec:
     """One method of one path. Without a ``handler`` it is served by the hot path and only documented here.
 
     ``scope`` None means that no API key is needed, ANY_SCOPE that any will do. ``answers`` maps statuses to what they carry, ``errors`` are the
@@ -190,14 +198,14 @@ class Row:
 
 
 @dataclass
-class _Seen:
+class _RequestState:
     """What is known of a request so far, for the case that it fails."""
 
-    heading: Heading
+    heading: RequestHeaders
     status: int = 500
     sent: bool = False
-    ticket: Ticket | None = None
-    call: Call | None = None
+    ticket: LimitPermit | None = None
+    call: RequestContext | None = None
     """There once the request is authenticated and parsed."""
 
     def told(self, error: TetherError) -> str:
@@ -213,7 +221,7 @@ class _Seen:
 class Endpoint:
     """All methods of one path, as an ASGI application."""
 
-    def __init__(self, gateway: Gateway, rows: Sequence[Row]) -> None:
+    def __init__(self, gateway: Gateway, rows: Sequence[RouteSpec]) -> None:
         self._gateway = gateway
         self._path = rows[0].path
         self._rows = {row.method: (row, row.handler) for row in rows if row.handler is not None}
@@ -223,7 +231,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         incoming = AsgiIncoming(scope, receive)
-        seen = _Seen(only_id(incoming.headers))
+        seen = _RequestState(headers_with_id_only(incoming.headers))
 
         async def noting(message: Any) -> None:
             seen.sent = True
@@ -237,7 +245,7 @@ class Endpoint:
             )  # another name would outlive this block, and keep the request
             request_audit.refused(self._gateway, error, incoming, self._route(scope))
             self._audit(seen, scope, error.code, None)
-            seen.status = await refuse(error, seen.heading, send, extra=seen.limits(), message=seen.told(error))
+            seen.status = await send_error(error, seen.heading, send, extra=seen.limits(), message=seen.told(error))
         except ClientDisconnect:
             seen.status = 499
         except Exception as error:
@@ -246,13 +254,15 @@ class Endpoint:
             seen.status = 500
             if seen.sent:
                 raise
-            await refuse(TetherError("the gateway failed; its log has the reason"), seen.heading, send)
+            await send_error(TetherError("the gateway failed; its log has the reason"), seen.heading, send)
         finally:
             if seen.ticket is not None:
                 seen.ticket.leave()
         metrics.HTTP_REQUESTS.labels(self._path, str(seen.status)).inc()
 
-    async def _answer(self, seen: _Seen, incoming: Incoming, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(
+        self, seen: _RequestState, incoming: IncomingRequest, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         method = scope["method"]
         found = self._rows.get(method)
         if found is None:
@@ -266,14 +276,14 @@ class Endpoint:
         content = given.value if isinstance(given.value, bytes) else _encode(given.value)
         extra = [*given.headers, ("x-content-type-options", "nosniff"), *seen.limits()]
         heading, kind = seen.heading, given.content_type
-        whole = await replied(given.status, content, heading, content_type=kind, extra=extra, pack=given.pack)
+        whole = await build_reply_async(given.status, content, heading, content_type=kind, extra=extra, pack=given.pack)
         await send_reply(send, whole)
         seen.status = given.status
 
     def _route(self, scope: Scope) -> str:
         return f"{scope['method']} {self._path}"
 
-    def _audit(self, seen: _Seen, scope: Scope, outcome: str, answer: Any) -> bool:
+    def _audit(self, seen: _RequestState, scope: Scope, outcome: str, answer: Any) -> bool:
         """Whether the request was an act that the audit log tells of; then it is recorded."""
         found, call = self._rows.get(scope["method"]), seen.call
         if found is None or call is None or not request_audit.acts(scope["method"], self._path, found[0].scope):
@@ -292,7 +302,7 @@ class Endpoint:
         )
         return True
 
-    async def _without_row(self, method: str, heading: Heading, send: Send) -> int:
+    async def _without_row(self, method: str, heading: RequestHeaders, send: Send) -> int:
         allow = ("allow", self._allow)
         if method == "OPTIONS":
             headers = [(b"allow", self._allow.encode()), (b"x-request-id", heading.request_id.encode())]
@@ -300,11 +310,13 @@ class Endpoint:
             await send({"type": "http.response.body", "body": b""})
             return 204
         error = InvalidRequest(f"{method[:32]} is not allowed here; allowed: {self._allow}", field="method")
-        return await refuse(error, heading, send, status=405, extra=[allow])
+        return await send_error(error, heading, send, status=405, extra=[allow])
 
-    async def _call(self, row: Row, seen: _Seen, incoming: Incoming, request: Request) -> Call:
+    async def _call(
+        self, row: RouteSpec, seen: _RequestState, incoming: IncomingRequest, request: Request
+    ) -> RequestContext:
         gateway = self._gateway
-        seen.heading = heading = Heading(incoming.headers)
+        seen.heading = heading = RequestHeaders(incoming.headers)
         key = None
         if row.scope is not None:
             key = await gateway.authenticated(heading, row.scope)
@@ -315,9 +327,9 @@ class Endpoint:
         body = None
         if row.body is not None:
             body = await self._body(row, heading, incoming, "" if key is None else key.tenant)
-        return Call(gateway, request, heading, key, body, query)
+        return RequestContext(gateway, request, heading, key, body, query)
 
-    async def _body(self, row: Row, heading: Heading, incoming: Incoming, tenant: str) -> Any:
+    async def _body(self, row: RouteSpec, heading: RequestHeaders, incoming: IncomingRequest, tenant: str) -> Any:
         """What is read in the event loop is small; large bodies are read beside it."""
         gateway, most = self._gateway, self._gateway.settings.max_body_bytes
         if row.large:
@@ -336,7 +348,7 @@ class Endpoint:
 _LONGEST_S = 86400.0
 
 
-async def _in_time(handler: Handler, call: Call) -> Reply:
+async def _in_time(handler: Handler, call: RequestContext) -> RouteReply:
     """Answer while the client waits."""
     seconds = call.waits(_LONGEST_S)
     try:
@@ -378,9 +390,9 @@ def read_query(items: Iterable[tuple[str, str]], kind: type[msgspec.Struct]) -> 
         raise InvalidRequest(f"query parameter '{name}' does not fit: {reason[:300]}", field=name) from error
 
 
-async def refuse(
+async def send_error(
     error: TetherError,
-    heading: Heading,
+    heading: RequestHeaders,
     send: Send,
     *,
     status: int | None = None,
@@ -390,5 +402,5 @@ async def refuse(
     """Answer with an error; its status and message are the error's own unless they are given."""
     own, headers, body = error_response(error, heading.request_id, message)
     status = own if status is None else status
-    await send_reply(send, reply(status, body, heading, content_type=JSON, extra=[*headers, *(extra or [])]))
+    await send_reply(send, build_reply(status, body, heading, content_type=JSON, extra=[*headers, *(extra or [])]))
     return status

@@ -35,7 +35,7 @@ class BatchBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     jobs: list[JobBody]
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class SubmittedJob(msgspec.Struct, frozen=True):
     """One job of such a body. ``deadline_ms`` None and an empty ``priority``: as by default."""
 
     model: str
@@ -50,7 +50,7 @@ _job_decoder = msgspec.json.Decoder(JobBody)
 _batch_decoder = msgspec.json.Decoder(BatchBody)
 
 
-def read_jobs(body: bytes, *, many: bool) -> list[Wanted]:
+def read_jobs(body: bytes, *, many: bool) -> list[SubmittedJob]:
     """The jobs of a body; ``many``: it is that of a batch.
 
     Raises:
@@ -65,10 +65,10 @@ def read_jobs(body: bytes, *, many: bool) -> list[Wanted]:
     return [_wanted(job) for job in batch.jobs]
 
 
-def _wanted(job: JobBody) -> Wanted:
+def _wanted(job: JobBody) -> SubmittedJob:
     oip_json.check_count(job.outputs, "outputs")
     oip_json.check_parameters(job.parameters, "parameters")
-    return Wanted(
+    return SubmittedJob(
         job.model,
         str(job.version),
         oip.tensors_from_json(job.inputs),

@@ -19,7 +19,7 @@ from tether.domain.tensor import NUMPY_DTYPES, Datatype, Tensor
 from tether.errors import TetherError, by_code
 from tether.gateway_http.bodies import large_body_process as work
 from tether.gateway_http.bodies import simple_bodies
-from tether.gateway_http.bodies.job_bodies import Wanted, read_jobs
+from tether.gateway_http.bodies.job_bodies import SubmittedJob, read_jobs
 from tether.gateway_http.bodies.large_body_process import LENGTH, rows_of, tensors_of
 from tether.gateway_http.bodies.large_documents import decoded, read_document
 from tether.gateway_http.fair_queue import FairQueue
@@ -75,12 +75,12 @@ class LargeBodies:
         found = await self._do(tenant, size, work.infer_answer, model, str(version), asked, rows_of(tensors))
         return bytes(found[0]), found[1]
 
-    async def jobs(self, tenant: str, body: bytes, *, many: bool) -> list[Wanted]:
+    async def jobs(self, tenant: str, body: bytes, *, many: bool) -> list[SubmittedJob]:
         """See :func:`read_jobs`."""
         if len(body) < LARGE:
             return read_jobs(body, many=many)
         rows = await self._do(tenant, len(body), work.jobs, body, many)
-        return [Wanted(model, version, tensors_of(found), *rest) for model, version, found, *rest in rows]
+        return [SubmittedJob(model, version, tensors_of(found), *rest) for model, version, found, *rest in rows]
 
     async def job_outputs(self, tenant: str, tensors: Sequence[Tensor]) -> bytes | None:
         """The outputs of a job as JSON; None when they are not large."""
@@ -156,7 +156,7 @@ class LargeBodies:
         return await process.stdout.readexactly(size)
 
     async def _started(self) -> Process:
-        wish = plan.Wish(mode=plan.AVAILABLE, apart=self._home)
+        wish = plan.ConfinementRequest(mode=plan.AVAILABLE, apart=self._home)
         return await asyncio.create_subprocess_exec(
             *plan.command(plan.plan(wish), "tether.gateway_http.bodies.large_body_process"),
             stdin=PIPE,

@@ -45,7 +45,7 @@ def _version(body: NewVersion) -> None:
         if any(len(digest) != _DIGEST_LENGTH for digest in file.chunks):
             raise InvalidRequest(f"the digests of the file {shown(file.path)} must be hex SHA-256", field="files")
         if file.sizes and len(file.sizes) != len(file.chunks):
-            raise InvalidRequest(f"the pieces of the file {shown(file.path)} do not add up to its size", field="files")
+            raise InvalidRequest(f"the chunks of the file {shown(file.path)} do not add up to its size", field="files")
 
 
 _CHECKS: Mapping[Any, Callable[[Any], None]] = {InferenceBody: _inference, WantedChunks: _nothing, NewVersion: _version}

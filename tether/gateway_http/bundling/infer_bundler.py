@@ -26,8 +26,8 @@ from tether.errors import (
     TetherError,
     Unavailable,
 )
-from tether.gateway_http.bundling.lane_bundler import Flight, LaneBundler
-from tether.gateway_http.bundling.pending_request import Answer, Waiting, error_of
+from tether.gateway_http.bundling.lane_bundler import InFlightBundle, LaneBundler
+from tether.gateway_http.bundling.pending_request import Answer, PendingRequest, error_of
 from tether.gateway_http.bundling.queue_policy import delays_s
 from tether.gateway_http.bundling.refused_outcomes import refuse_end
 from tether.gateway_http.bundling.withdrawals import Withdrawals
@@ -74,12 +74,12 @@ class InferBundler:
         self._policy = policy
         self._queue = BusQueue(bus)
         self._lanes: dict[Lane, LaneBundler] = {}
-        self._waiting: dict[JobId, Waiting] = {}
-        self._withdrawn: dict[JobId, Waiting] = {}
+        self._waiting: dict[JobId, PendingRequest] = {}
+        self._withdrawn: dict[JobId, PendingRequest] = {}
         """Sent, and nobody waits for them any more: until a worker has dropped them, or their deadline."""
         self._withdrawals = Withdrawals(bus, tasks)
         self._held: dict[str, int] = {}
-        self.flights: set[Flight] = set()
+        self.flights: set[InFlightBundle] = set()
         self.reply = bus.names.reply(new_job_id())
         bus.on_reconnect(self._send_all_again)
 
@@ -144,14 +144,14 @@ class InferBundler:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
         timer = loop.call_later(timeout_s, self._fail, job.id, None)
-        waiting = self._waiting[job.id] = Waiting(future, timer, job.tenant, bundler, job.deadline)
+        waiting = self._waiting[job.id] = PendingRequest(future, timer, job.tenant, bundler, job.deadline)
         if policy is not None and policy.timeout_ms:
             self._limit(waiting, job, policy, timeout_s)
         bundler.held += 1
         bundler.add(job)
         return future
 
-    def _limit(self, waiting: Waiting, job: Job, policy: QueuePolicy, timeout_s: float) -> None:
+    def _limit(self, waiting: PendingRequest, job: Job, policy: QueuePolicy, timeout_s: float) -> None:
         """What the queue policy says about waiting: to let others pass, or to end when the job has not left by its
         deadline. Of one that has left, the worker says whether it was in time."""
         waiting.expires = self._bus.clock.utc() + timeout_s
@@ -192,7 +192,7 @@ class InferBundler:
 
     def slots(self) -> int:
         """Bundles that a worker keeps at hand."""
-        return max(2, self._bus.settings.worker_slots)
+        return max(2, self._bus.settings.worker_prefetch)
 
     def now(self) -> float:
         return self._bus.clock.monotonic()
@@ -212,7 +212,7 @@ class InferBundler:
     def max_bytes(self) -> int:
         return min(self._bus.settings.max_body_bytes, self._bus.room)
 
-    def launch(self, flight: Flight) -> None:
+    def launch(self, flight: InFlightBundle) -> None:
         """Send a bundle, again and again until the broker has it or nobody waits for it any more."""
         self.flights.add(flight)
         flight.sent_at = self._bus.clock.monotonic()
@@ -227,7 +227,7 @@ class InferBundler:
             return
         self._tasks.spawn(self._send(flight), "send-bundle")
 
-    async def _send(self, flight: Flight, message_id: str = "") -> None:
+    async def _send(self, flight: InFlightBundle, message_id: str = "") -> None:
         """``message_id``: that of an earlier message with the same jobs, of which the broker takes only one."""
         lane = flight.bundler.lane
         subject = self._bus.names.lane(lane)
@@ -253,7 +253,7 @@ class InferBundler:
         await self._store(flight, lane, frame, message_id, deadline)
         flight.sending = False
 
-    async def _store(self, flight: Flight, lane: Lane, frame: bytes, message_id: str, deadline: float) -> None:
+    async def _store(self, flight: InFlightBundle, lane: Lane, frame: bytes, message_id: str, deadline: float) -> None:
         while flight.wanted:
             try:
                 ttl = max(1.0, deadline - self._bus.clock.utc())
@@ -279,7 +279,7 @@ class InferBundler:
             if self._bus.names.lane_stream(flight.bundler.lane) in streams:
                 self._send_again(flight, flight.message_id)
 
-    def _send_again(self, flight: Flight, message_id: str = "") -> None:
+    def _send_again(self, flight: InFlightBundle, message_id: str = "") -> None:
         for job in list(flight.withdrawn):
             self._forget_withdrawn(job)
         if flight.open:
@@ -336,7 +336,7 @@ class InferBundler:
         if not waiting.future.done():
             waiting.future.set_exception(error or DeadlineExceeded("no answer before the request's deadline"))
 
-    def _forget(self, job: JobId, waiting: Waiting) -> None:
+    def _forget(self, job: JobId, waiting: PendingRequest) -> None:
         self._release(job, waiting)
         self._close(job, waiting)
 
@@ -345,7 +345,7 @@ class InferBundler:
         if waiting is not None:
             self._close(job, waiting)
 
-    def _release(self, job: JobId, waiting: Waiting) -> None:
+    def _release(self, job: JobId, waiting: PendingRequest) -> None:
         """Give back what a request holds in this gateway."""
         del self._waiting[job]
         waiting.bundler.held -= 1
@@ -355,7 +355,7 @@ class InferBundler:
         else:
             del self._held[waiting.tenant]
 
-    def _close(self, job: JobId, waiting: Waiting) -> None:
+    def _close(self, job: JobId, waiting: PendingRequest) -> None:
         """Nothing more is to come for a job."""
         waiting.timer.cancel()
         flight = waiting.flight
@@ -364,7 +364,7 @@ class InferBundler:
         elif flight.close(job):
             self._land(flight)
 
-    def _land(self, flight: Flight) -> None:
+    def _land(self, flight: InFlightBundle) -> None:
         if flight in self.flights:
             self.flights.discard(flight)
             total_s = self._bus.clock.monotonic() - flight.sent_at

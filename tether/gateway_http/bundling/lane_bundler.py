@@ -7,7 +7,7 @@ from functools import partial
 from typing import Protocol
 
 from tether.domain.job import Job, JobId, Lane, Outcome
-from tether.gateway_http.fair_queue import FairQueue, Pace
+from tether.gateway_http.fair_queue import FairQueue, RunTimeEstimator
 
 _BUSY = 0.4
 """Share of a bundle's time in flight above which the model is what takes the time."""
@@ -34,7 +34,7 @@ _MOMENT_S = 0.001
 """How long nobody has to come before a bundle waits no more."""
 
 
-class Flight:
+class InFlightBundle:
     """One bundle on its way, and which of its jobs nobody has answered yet."""
 
     __slots__ = ("began", "bundler", "ended", "jobs", "message_id", "open", "sending", "sends", "sent_at", "withdrawn")
@@ -95,7 +95,7 @@ class Sender(Protocol):
 
     def late(self, job: Job) -> bool: ...
 
-    def launch(self, flight: Flight) -> None: ...
+    def launch(self, flight: InFlightBundle) -> None: ...
 
 
 class LaneBundler:
@@ -109,7 +109,7 @@ class LaneBundler:
         self._pending: FairQueue[Job] = FairQueue(owner.weight)
         self._late: FairQueue[Job] = FairQueue(owner.weight)
         """Those that let others pass, by their model's queue policy."""
-        self._pace = Pace()
+        self._pace = RunTimeEstimator()
         self._in_flight = 0
         self._jobs_in_flight = 0
         self._busy_share = 1.0
@@ -201,7 +201,7 @@ class LaneBundler:
             if jobs:
                 self._in_flight += 1
                 self._jobs_in_flight += len(jobs)
-                owner.launch(Flight(self, jobs))
+                owner.launch(InFlightBundle(self, jobs))
         self._overdue = bool(pending or self._late)
 
     def _in_time(self, job: Job) -> bool:

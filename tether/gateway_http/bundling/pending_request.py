@@ -8,12 +8,12 @@ import math
 from tether.domain.job import JobState, Outcome
 from tether.domain.tensor import Tensor
 from tether.errors import DeadlineExceeded, InferenceFailed, TetherError, by_code
-from tether.gateway_http.bundling.lane_bundler import Flight, LaneBundler
+from tether.gateway_http.bundling.lane_bundler import InFlightBundle, LaneBundler
 
 Answer = tuple[Tensor, ...]
 
 
-class Waiting:
+class PendingRequest:
     """One job somebody waits for."""
 
     __slots__ = ("bundler", "expires", "flight", "future", "late_at", "tenant", "timer")
@@ -34,7 +34,7 @@ class Waiting:
         """When its caller stops waiting (UTC seconds); the job itself may have to begin before."""
         self.late_at = math.inf
         """When it is to let others pass, on the monotonic clock."""
-        self.flight: Flight | None = None
+        self.flight: InFlightBundle | None = None
 
 
 def error_of(outcome: Outcome) -> TetherError:

@@ -7,21 +7,21 @@ from typing import NamedTuple
 from tether.model.config import QueuePolicy, TimeoutAction
 
 
-class Waits(NamedTuple):
+class RequestTimeouts(NamedTuple):
     """Seconds that a request may take: until it is answered, and until it must have begun to run."""
 
     total_s: float
     queued_s: float
 
 
-def waits(policy: QueuePolicy, asked_s: float, limit_s: float) -> Waits:
+def waits(policy: QueuePolicy, asked_s: float, limit_s: float) -> RequestTimeouts:
     """How long a request may wait that asked for ``asked_s`` (``limit_s``, where it asked for nothing)."""
     if not policy.timeout_ms:
-        return Waits(asked_s, asked_s)
+        return RequestTimeouts(asked_s, asked_s)
     total_s = asked_s if policy.allow_timeout_override else limit_s
     if policy.timeout_action is TimeoutAction.DELAY:
-        return Waits(total_s, total_s)
-    return Waits(total_s, min(total_s, policy.timeout_ms / 1000))
+        return RequestTimeouts(total_s, total_s)
+    return RequestTimeouts(total_s, min(total_s, policy.timeout_ms / 1000))
 
 
 def delays_s(policy: QueuePolicy) -> float:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tether.gateway_http.http.request import Headers, Reply, cut_short, too_large
+from tether.gateway_http.http.request import Headers, HttpReply, incomplete_body_error, too_large
 from tether.process.operations_server import Receive, Scope, Send
 
 
 class AsgiIncoming:
-    """See :class:`tether.gateway_http.http.request.Incoming`."""
+    """See :class:`tether.gateway_http.http.request.IncomingRequest`."""
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self._receive = receive
@@ -24,7 +24,7 @@ class AsgiIncoming:
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
-                raise cut_short()
+                raise incomplete_body_error()
             part = message.get("body", b"")
             parts.append(part)
             size += len(part)
@@ -34,7 +34,7 @@ class AsgiIncoming:
                 return b"".join(parts)
 
 
-async def send_reply(send: Send, answer: Reply) -> None:
+async def send_reply(send: Send, answer: HttpReply) -> None:
     """Send a whole answer."""
     headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in answer.headers]
     headers.append((b"content-length", str(len(answer.body)).encode()))

@@ -12,7 +12,7 @@ _LOOKS = 8
 """Looks within one limit: a read is given up at most an eighth of it late."""
 
 
-class Patience:
+class BodyTimeouts:
     """Gives up reads that take longer than ``limit_s`` seconds.
 
     A timer of its own for each request would cost several microseconds; one that looks at all of them now and then

@@ -27,7 +27,7 @@ SMALL_PART = 256
 Headers = list[tuple[str, str]]
 
 
-class Incoming(Protocol):
+class IncomingRequest(Protocol):
     """A request as some server interface hands it over; header names in lower case."""
 
     @property
@@ -46,7 +46,7 @@ class Incoming(Protocol):
         """
 
 
-class Reply(NamedTuple):
+class HttpReply(NamedTuple):
     """An answer, whole."""
 
     status: int
@@ -54,11 +54,11 @@ class Reply(NamedTuple):
     body: bytes
 
 
-Handler = Callable[[Incoming], Coroutine[Any, Any, Reply]]
+Handler = Callable[[IncomingRequest], Coroutine[Any, Any, HttpReply]]
 """Answers one request, errors included."""
 
 
-class Heading:
+class RequestHeaders:
     """The headers the hot path looks at, collected in one pass."""
 
     __slots__ = (
@@ -129,9 +129,9 @@ _LOOKED_AT = frozenset(
 )
 
 
-def only_id(headers: Iterable[tuple[str, str]]) -> Heading:
+def headers_with_id_only(headers: Iterable[tuple[str, str]]) -> RequestHeaders:
     """The heading of a request that is refused: its other headers may be what is wrong with it."""
-    return Heading([item for item in headers if item[0] == "x-request-id"])
+    return RequestHeaders([item for item in headers if item[0] == "x-request-id"])
 
 
 def clean_id(value: str, *, limit: int = 128) -> str:
@@ -152,17 +152,17 @@ def _number(value: str, header: str) -> int:
     return int(value)
 
 
-class Reads(Protocol):
-    """Waits for a body as long as it may take; see :class:`tether.gateway_http.http.body_deadline.Patience`."""
+class BodyReader(Protocol):
+    """Waits for a body as long as it may take; see :class:`tether.gateway_http.http.body_deadline.BodyTimeouts`."""
 
     async def read(self, body: Awaitable[bytes]) -> bytes: ...
 
 
-async def read_body(heading: Heading, incoming: Incoming, limit: int, patience: Reads) -> bytes:
+async def read_body(heading: RequestHeaders, incoming: IncomingRequest, limit: int, patience: BodyReader) -> bytes:
     """The whole body, decompressed.
 
     Raises:
-        PayloadTooLarge: more than ``limit`` bytes, before or after decompression, or too many small pieces.
+        PayloadTooLarge: more than ``limit`` bytes, before or after decompression, or too many small chunks.
         RequestTimeout: it was not complete in time.
         InvalidRequest: an unknown or broken encoding, or the client left.
     """
@@ -183,15 +183,15 @@ def _decompressed(body: bytes, encoding: str, limit: int) -> bytes:
         raise InvalidRequest(
             f"Content-Encoding '{shown}' is not supported; use gzip or deflate", field="content-encoding"
         )
-    pieces, left, place = [], limit + 1, 0
+    chunks, left, place = [], limit + 1, 0
     unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)
     try:
         while place < len(body):
             if unpacker.eof:  # another member, which only gzip has (RFC 1952, section 2.2)
                 unpacker = zlib.decompressobj(zlib.MAX_WBITS | 16)
             taken = body[place : place + _UNPACK_STEP]
-            pieces.append(unpacker.decompress(taken, left))
-            left -= len(pieces[-1])
+            chunks.append(unpacker.decompress(taken, left))
+            left -= len(chunks[-1])
             if not left:
                 raise too_large(limit)
             place += len(taken) - len(unpacker.unused_data)
@@ -203,7 +203,7 @@ def _decompressed(body: bytes, encoding: str, limit: int) -> bytes:
         ) from error
     if not unpacker.eof:
         raise InvalidRequest("the compressed body is cut short; send it again, to its end", field="content-encoding")
-    return b"".join(pieces)
+    return b"".join(chunks)
 
 
 def too_large(limit: int) -> PayloadTooLarge:
@@ -214,7 +214,7 @@ def too_slow(seconds: float) -> RequestTimeout:
     return RequestTimeout(f"the body did not arrive within {seconds:g} s (setting body_timeout_s)", field="body")
 
 
-def cut_short() -> InvalidRequest:
+def incomplete_body_error() -> InvalidRequest:
     return InvalidRequest("the client left, or its chunks were broken, before the body was complete", field="body")
 
 
@@ -254,9 +254,15 @@ def timeout_of(parameters: Mapping[str, Parameter], limit_s: float) -> float:
     return min(asked, int(limit_s * 1e6)) / 1e6 if asked else limit_s
 
 
-def reply(
-    status: int, body: bytes, heading: Heading, *, content_type: str, extra: Headers | None = None, pack: bool = True
-) -> Reply:
+def build_reply(
+    status: int,
+    body: bytes,
+    heading: RequestHeaders,
+    *,
+    content_type: str,
+    extra: Headers | None = None,
+    pack: bool = True,
+) -> HttpReply:
     """An answer, compressed when the client asked for it and it pays; without ``pack`` never."""
     headers: Headers = [("content-type", content_type), ("x-request-id", heading.request_id)]
     if extra:
@@ -265,16 +271,22 @@ def reply(
         body, encoding = _compressed(body, heading.accept)
         if encoding:
             headers.append(("content-encoding", encoding))
-    return Reply(status, headers, body)
+    return HttpReply(status, headers, body)
 
 
-async def replied(
-    status: int, body: bytes, heading: Heading, *, content_type: str, extra: Headers | None = None, pack: bool = True
-) -> Reply:
-    """:func:`reply` for a body that may be large."""
+async def build_reply_async(
+    status: int,
+    body: bytes,
+    heading: RequestHeaders,
+    *,
+    content_type: str,
+    extra: Headers | None = None,
+    pack: bool = True,
+) -> HttpReply:
+    """:func:`build_reply` for a body that may be large."""
     if not pack or not heading.accept or len(body) < _PACK_IN_THREAD:
-        return reply(status, body, heading, content_type=content_type, extra=extra, pack=pack)
-    return await asyncio.to_thread(reply, status, body, heading, content_type=content_type, extra=extra)
+        return build_reply(status, body, heading, content_type=content_type, extra=extra, pack=pack)
+    return await asyncio.to_thread(build_reply, status, body, heading, content_type=content_type, extra=extra)
 
 
 def _compressed(body: bytes, accept: str) -> tuple[bytes, str]:

@@ -15,7 +15,7 @@ IN_A_PASS = 8
 """Requests that begin in one pass of the event loop: about two milliseconds of work."""
 
 
-class Door:
+class RequestTurns:
     """Every request passes it once it is known whose it is; ``weight`` is a tenant's share."""
 
     def __init__(self, weight: Callable[[str], float]) -> None:

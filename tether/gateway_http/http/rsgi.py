@@ -15,7 +15,7 @@ from granian.rsgi import ProtocolClosed
 from tether.errors import InvalidRequest, PayloadTooLarge, TetherError
 from tether.gateway_http.http.disconnects import client_gone
 from tether.gateway_http.http.error_responses import error_response
-from tether.gateway_http.http.request import Handler, Headers, PartCounter, cut_short, too_large, too_slow
+from tether.gateway_http.http.request import Handler, Headers, PartCounter, incomplete_body_error, too_large, too_slow
 from tether.process.operations_server import App
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ RsgiApp = Callable[[RsgiScope, RsgiProtocol], Awaitable[None]]
 
 
 class RsgiIncoming:
-    """See :class:`tether.gateway_http.http.request.Incoming`."""
+    """See :class:`tether.gateway_http.http.request.IncomingRequest`."""
 
     __slots__ = ("_body", "_protocol", "_scope", "headers")
 
@@ -88,7 +88,7 @@ class RsgiIncoming:
             try:
                 return await self._protocol()
             except ProtocolClosed as error:
-                raise cut_short() from error
+                raise incomplete_body_error() from error
         parts, counter = [], PartCounter()
         body = self._body or body_parts(self._protocol)
         async for part in body:
@@ -115,7 +115,7 @@ async def body_parts(protocol: RsgiProtocol) -> AsyncIterator[bytes]:
     ended = False
     async for part in protocol:
         if ended:
-            raise cut_short()
+            raise incomplete_body_error()
         ended = not part
         yield part
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from tether.errors import DeadlineExceeded
-from tether.gateway_http.inference.response_cache import Answer, Question, ResponseCache
+from tether.gateway_http.inference.response_cache import Answer, CacheLookup, ResponseCache
 from tether.process import metrics
 
 HIT, MISS = ("x-tether-cache", "hit"), ("x-tether-cache", "miss")
@@ -37,7 +37,7 @@ class _Run:
             self.withdraw()
 
 
-class KeptAnswers:
+class RequestCoalescer:
     """Looks up and keeps answers; of requests that are the same and open at the same time, one is run.
 
     ``most_following`` requests at most wait for another one's answer; those beyond are run.
@@ -51,7 +51,7 @@ class KeptAnswers:
         self.following = 0
 
     async def answer(
-        self, question: Question, send: Send, withdraw: Callable[[], None], allowed: Allowed
+        self, question: CacheLookup, send: Send, withdraw: Callable[[], None], allowed: Allowed
     ) -> tuple[Answer, bool]:
         """The outputs, and whether they were computed for another request. ``withdraw`` takes back what ``send`` put on its
         way, once all who wait for its answer have left.
@@ -95,7 +95,7 @@ class KeptAnswers:
             first.leave()
         return None if future.cancelled() or future.exception() is not None else future.result()
 
-    def _ended(self, question: Question, allowed: Allowed, future: asyncio.Future[Answer]) -> None:
+    def _ended(self, question: CacheLookup, allowed: Allowed, future: asyncio.Future[Answer]) -> None:
         del self._open[question.digest]
         if not future.cancelled() and future.exception() is None and allowed():
             self.cache.put(question, future.result())

@@ -13,16 +13,16 @@ from tether.gateway_http.access.tenants import Tenants
 from tether.gateway_http.bundling.infer_bundler import InferBundler
 from tether.gateway_http.bundling.pending_request import Answer
 from tether.gateway_http.http.request import Headers
-from tether.gateway_http.inference.request_coalescer import HIT, MISS, KeptAnswers
-from tether.gateway_http.inference.request_plan import Asked, Plan
-from tether.gateway_http.inference.response_cache import Question, ResponseCache, digest_of
+from tether.gateway_http.inference.request_coalescer import HIT, MISS, RequestCoalescer
+from tether.gateway_http.inference.request_plan import AdmittedRequest, RequestPlan
+from tether.gateway_http.inference.response_cache import CacheLookup, ResponseCache, digest_of
 from tether.gateway_http.inference.shadow_traffic import Shadows
 from tether.gateway_http.models.catalog import Catalog
 from tether.process import metrics
 from tether.process.lifecycle import Tasks
 
 
-class Extras:
+class RequestFeatures:
     """The plans of all models, and the way of requests that have one."""
 
     def __init__(
@@ -44,9 +44,9 @@ class Extras:
         self._generations = itertools.count(1)
         self._caching = settings.response_cache_mb > 0
         cache = ResponseCache(settings.response_cache_mb << 20, bus.clock.monotonic)
-        self.kept = KeptAnswers(cache, bus.clock.monotonic, settings.max_inflight)
+        self.kept = RequestCoalescer(cache, bus.clock.monotonic, settings.max_inflight)
         self.shadows = Shadows(bus, tasks, catalog, seals, callers=bundler, bundler=copies)
-        self.plans: dict[str, Plan] = {}
+        self.plans: dict[str, RequestPlan] = {}
         metrics.CACHE_BYTES.set_function(lambda: cache.size)
         catalog.on_change(self._model_changed)
         tenants.on_change(cache.drop_tenant)
@@ -59,9 +59,9 @@ class Extras:
         ttl_s = config.cache_ttl_s if self._caching else 0.0
         shadows = self.shadows.follow(model, config.shadows)
         if ttl_s or shadows:
-            self.plans[model] = Plan(next(self._generations), ttl_s, shadows)
+            self.plans[model] = RequestPlan(next(self._generations), ttl_s, shadows)
 
-    async def answer(self, asked: Asked, notes: Headers | None) -> tuple[Answer, str]:
+    async def answer(self, asked: AdmittedRequest, notes: Headers | None) -> tuple[Answer, str]:
         """Outputs, and the id of the job that this request was; empty when its answer was there already.
 
         ``notes`` gets the headers that the caller is told.
@@ -78,10 +78,10 @@ class Extras:
             self.shadows.copy(asked, answer)
         return answer, "" if hit else asked.job.id
 
-    async def _kept(self, asked: Asked, notes: Headers | None) -> tuple[Answer, bool]:
+    async def _kept(self, asked: AdmittedRequest, notes: Headers | None) -> tuple[Answer, bool]:
         plan, manifest, tenant = asked.plan, asked.served.manifest, asked.job.tenant
         digest = digest_of(asked.job, asked.scope, manifest.name, manifest.version, plan.generation)
-        question = Question(tenant, manifest.name, digest, asked.timeout_s, plan.cache_ttl_s)
+        question = CacheLookup(tenant, manifest.name, digest, asked.timeout_s, plan.cache_ttl_s)
         answer, hit = await self.kept.answer(
             question,
             partial(self._sent, asked),
@@ -92,7 +92,7 @@ class Extras:
             notes.append(HIT if hit else MISS)
         return answer, hit
 
-    def _sent(self, asked: Asked, timeout_s: float) -> asyncio.Future[Answer]:
+    def _sent(self, asked: AdmittedRequest, timeout_s: float) -> asyncio.Future[Answer]:
         return self._bundler.submit(asked.served.lane(asked.scope), self._seals.seal(asked.job), timeout_s)
 
     def _may_keep(self, tenant: str) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tether.domain.job import Job
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.model.config import Shadow
 
 
 @dataclass(frozen=True)
-class Plan:
+class RequestPlan:
     """What is to be done for a model's requests. Every change of its configuration or versions makes another one."""
 
     generation: int
@@ -19,11 +19,11 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AdmittedRequest:
     """One synchronous request that was let in, checked and resolved; ``alias`` is the version as the caller wrote it."""
 
-    plan: Plan
-    served: Served
+    plan: RequestPlan
+    served: ResolvedVersion
     alias: str
     scope: str
     job: Job

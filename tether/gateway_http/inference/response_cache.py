@@ -40,7 +40,7 @@ def digest_of(job: Job, scope: str, model: str, version: int, generation: int) -
     return digest.digest()
 
 
-class Question(NamedTuple):
+class CacheLookup(NamedTuple):
     """A request by what its answer depends on, as :func:`digest_of` names it."""
 
     tenant: str
@@ -57,7 +57,7 @@ class _Entry(NamedTuple):
     until: float
 
 
-class _Shelf(OrderedDict[bytes, _Entry]):
+class _TenantLru(OrderedDict[bytes, _Entry]):
     """The entries of one tenant, those used least lately first."""
 
     size = 0
@@ -69,7 +69,7 @@ class ResponseCache:
     def __init__(self, limit: int, now: Callable[[], float]) -> None:
         self.limit = limit
         self._now = now
-        self._shelves: dict[str, _Shelf] = {}
+        self._shelves: dict[str, _TenantLru] = {}
         self.size = 0
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ class ResponseCache:
         shelf.move_to_end(digest)
         return entry.outputs
 
-    def put(self, question: Question, outputs: Answer) -> None:
+    def put(self, question: CacheLookup, outputs: Answer) -> None:
         """Keep an answer for its ``ttl_s`` seconds; one that would take too much of the room is not kept."""
         size = ENTRY_BYTES + sum([TENSOR_BYTES + len(tensor.data) for tensor in outputs])
         if size * _LARGEST > self.limit:
@@ -95,7 +95,7 @@ class ResponseCache:
         tenant, digest = question.tenant, question.digest
         shelf = self._shelves.get(tenant)
         if shelf is None:
-            shelf = self._shelves[tenant] = _Shelf()
+            shelf = self._shelves[tenant] = _TenantLru()
         elif digest in shelf:
             self._take(shelf, digest)
         now = self._now()
@@ -118,14 +118,14 @@ class ResponseCache:
         if shelf is not None:
             self.size -= shelf.size
 
-    def _drop_stale(self, shelf: _Shelf, now: float) -> None:
+    def _drop_stale(self, shelf: _TenantLru, now: float) -> None:
         for _ in range(min(_STALE, len(shelf) - 1)):
             digest = next(iter(shelf))
             if shelf[digest].until > now:
                 return
             self._take(shelf, digest)
 
-    def _evict(self, own: _Shelf) -> None:
+    def _evict(self, own: _TenantLru) -> None:
         """Of the tenant that puts something in when it has its share or more already, else of whoever has most."""
         most = own
         if own.size * len(self._shelves) < self.size:
@@ -135,12 +135,12 @@ class ResponseCache:
         if not most:
             self._shelves = {tenant: shelf for tenant, shelf in self._shelves.items() if shelf}
 
-    def _take(self, shelf: _Shelf, digest: bytes) -> None:
+    def _take(self, shelf: _TenantLru, digest: bytes) -> None:
         size = shelf.pop(digest).size
         shelf.size -= size
         self.size -= size
 
-    def _remove(self, tenant: str, shelf: _Shelf, digest: bytes) -> None:
+    def _remove(self, tenant: str, shelf: _TenantLru, digest: bytes) -> None:
         self._take(shelf, digest)
         if not shelf:
             del self._shelves[tenant]

@@ -20,8 +20,8 @@ from tether.errors import TetherError
 from tether.gateway_http.bundling.infer_bundler import InferBundler
 from tether.gateway_http.bundling.pending_request import Answer
 from tether.gateway_http.inference.output_comparison import Comparison, Verdict, compare
-from tether.gateway_http.inference.request_plan import Asked
-from tether.gateway_http.models.catalog import Catalog, Served
+from tether.gateway_http.inference.request_plan import AdmittedRequest
+from tether.gateway_http.models.catalog import Catalog, ResolvedVersion
 from tether.model.config import Shadow
 from tether.process import metrics
 from tether.process.lifecycle import Tasks
@@ -36,7 +36,7 @@ _INLINE_BYTES = 64 << 10
 
 
 @dataclass
-class Tally:
+class ShadowStats:
     """What became of the copies for one shadow since ``since`` (UTC seconds); ``last_error`` is an error's code."""
 
     since: float
@@ -68,7 +68,7 @@ class Shadows:
         self._callers = callers
         self._bundler = bundler
         self._most = bus.settings.shadow_inflight
-        self._tallies: dict[str, dict[Shadow, Tally]] = {}
+        self._tallies: dict[str, dict[Shadow, ShadowStats]] = {}
         self._bytes = 0
         self.under_way = 0
 
@@ -79,14 +79,14 @@ class Shadows:
         """Keep tallies for these shadows of a model from now on; those that get copies. One that stays keeps its tally."""
         known, now = self._tallies.pop(model, {}), self._bus.clock.utc()
         if shadows:
-            self._tallies[model] = {shadow: known.get(shadow) or Tally(now) for shadow in shadows}
+            self._tallies[model] = {shadow: known.get(shadow) or ShadowStats(now) for shadow in shadows}
         return tuple(shadow for shadow in self._tallies.get(model, ()) if shadow.percent > 0 and self._most > 0)
 
-    def tallies(self, model: str) -> dict[Shadow, Tally]:
+    def tallies(self, model: str) -> dict[Shadow, ShadowStats]:
         """A model's shadows, each with what became of its copies at this gateway."""
         return self._tallies.get(model, {})
 
-    def copy(self, asked: Asked, answer: Answer) -> None:
+    def copy(self, asked: AdmittedRequest, answer: Answer) -> None:
         """Send the copies of a request that was answered. Never waits, never fails."""
         for shadow in asked.plan.shadows:
             if shadow.alias and shadow.alias != asked.alias:
@@ -96,7 +96,7 @@ class Shadows:
             if shadow.percent >= 100 or random.random() * 100 < shadow.percent:  # noqa: S311 - a sample, not a secret
                 self._copy(asked, shadow, answer)
 
-    def _copy(self, asked: Asked, shadow: Shadow, answer: Answer) -> None:
+    def _copy(self, asked: AdmittedRequest, shadow: Shadow, answer: Answer) -> None:
         served = self._catalog.find(asked.served.manifest.name, shadow.version)
         if served is None or not self._catalog.workers(served, asked.scope):
             self._count(asked, shadow, Verdict.UNAVAILABLE)
@@ -114,7 +114,9 @@ class Shadows:
             return True
         return self._callers.held * 2 > self._bus.settings.max_inflight
 
-    async def _compared(self, asked: Asked, shadow: Shadow, served: Served, answer: Answer, size: int) -> None:
+    async def _compared(
+        self, asked: AdmittedRequest, shadow: Shadow, served: ResolvedVersion, answer: Answer, size: int
+    ) -> None:
         try:
             found = await self._other_answer(asked, served, answer)
             self._count(asked, shadow, found.verdict, difference=found.difference)
@@ -124,7 +126,7 @@ class Shadows:
             self.under_way -= 1
             self._bytes -= size
 
-    async def _other_answer(self, asked: Asked, served: Served, answer: Answer) -> Comparison:
+    async def _other_answer(self, asked: AdmittedRequest, served: ResolvedVersion, answer: Answer) -> Comparison:
         wanted = tuple([tensor.name for tensor in answer])
         self._catalog.check_inputs(served, asked.job.inputs, asked.scope)
         check_outputs(served.manifest, wanted)
@@ -137,7 +139,7 @@ class Shadows:
         return await asyncio.to_thread(compare, answer, other)
 
     def _count(
-        self, asked: Asked, shadow: Shadow, verdict: Verdict, *, difference: float = 0.0, code: str = ""
+        self, asked: AdmittedRequest, shadow: Shadow, verdict: Verdict, *, difference: float = 0.0, code: str = ""
     ) -> None:
         model = asked.served.manifest.name
         metrics.SHADOWS.labels(model, str(shadow.version), verdict.value).inc()

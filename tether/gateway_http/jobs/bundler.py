@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 import msgspec
 
 from tether.bus.bus import Bus
-from tether.bus.retry import Patience
+from tether.bus.retry import RetryDeadline
 from tether.crypto import MessageType
 from tether.domain.job import Job, JobRecord, Lane, new_job_id
 from tether.domain.worker_protocol import BUNDLE_S
 from tether.errors import BrokerUnavailable, QueueFull, TetherError
 from tether.gateway_http.fair_queue import FairQueue
-from tether.gateway_http.jobs.records import Entered, Records
+from tether.gateway_http.jobs.records import Entered, JobRecordStore
 from tether.gateway_http.jobs.store_room import JobStores
 from tether.process import metrics
 from tether.process.lifecycle import Tasks
@@ -58,7 +58,7 @@ class JobBundler:
         bus: Bus,
         tasks: Tasks,
         weight: Callable[[str], float],
-        records: Records,
+        records: JobRecordStore,
         *,
         stores: JobStores,
         job_s: Callable[[Lane], float],
@@ -110,7 +110,7 @@ class JobBundler:
 
     async def _store(self, lane: Lane, items: Sequence[Submission]) -> list[Entered | None]:
         """Records first, then the bundle, then what makes claims count; each step may be repeated."""
-        bundle, patience = new_job_id(), Patience(self._bus)
+        bundle, patience = new_job_id(), RetryDeadline(self._bus)
         entered = await self._enter(items, bundle, patience)
         jobs = [item.job for item, record in zip(items, entered, strict=True) if record is not None]
         if not jobs:
@@ -124,7 +124,7 @@ class JobBundler:
             raise
         return await _all([self._accepted(record, patience) for record in entered])
 
-    async def _enter(self, items: Sequence[Submission], bundle: str, patience: Patience) -> list[Entered | None]:
+    async def _enter(self, items: Sequence[Submission], bundle: str, patience: RetryDeadline) -> list[Entered | None]:
         """The records of a bundle: all of them, or none when one of them finds no room."""
         steps = [patience.until_done(partial(self._enter_one, item, bundle)) for item in items]
         entered = await asyncio.gather(*steps, return_exceptions=True)
@@ -136,7 +136,7 @@ class JobBundler:
             raise [*refused, *errors][0]
         return [one for one in entered if not isinstance(one, BaseException)]
 
-    async def _accepted(self, entered: Entered | None, patience: Patience) -> Entered | None:
+    async def _accepted(self, entered: Entered | None, patience: RetryDeadline) -> Entered | None:
         if entered is None or not entered.record.storing:
             return entered
         claim = entered.record
@@ -153,7 +153,7 @@ class JobBundler:
             return await self._records.claim(item.record, bundle, item.after)
         return await self._records.enter(item.record, bundle)
 
-    async def _enqueue(self, lane: Lane, jobs: Sequence[Job], bundle: str, patience: Patience) -> None:
+    async def _enqueue(self, lane: Lane, jobs: Sequence[Job], bundle: str, patience: RetryDeadline) -> None:
         frame = self._bus.signer.seal(
             MessageType.JOB,
             self._bus.names.lane(lane),

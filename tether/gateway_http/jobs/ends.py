@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from tether.bus.bus import Bus
-from tether.bus.retry import Patience
+from tether.bus.retry import RetryDeadline
 from tether.crypto import MessageType
 from tether.domain.job import Failure, JobRecord, JobState, Outcome
 from tether.process import metrics
@@ -33,7 +33,7 @@ class JobEnds:
         outcome = Outcome(job, state, (), failure, attempts, self._bus.signer.name, 0.0, self._bus.clock.utc())
         subject = self._bus.names.result(job, record.scope)
         frame = self._bus.signer.seal(MessageType.RESULT, subject, codec.encode_outcomes([outcome]), jobs=(job,))
-        first = await Patience(self._bus).until_done(lambda: self._commit(record, frame))
+        first = await RetryDeadline(self._bus).until_done(lambda: self._commit(record, frame))
         if first:
             metrics.JOBS_FINISHED.labels(record.model, state.value).inc()
             log.info("ended here", extra={"action": "job_ended", "state": state.value, **ids_of(record)})

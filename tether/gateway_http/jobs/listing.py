@@ -15,12 +15,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
-from tether.bus.bus import Bus, Stored
+from tether.bus.bus import Bus, StoredMessage
 from tether.domain.job import JobId, JobRecord
 from tether.errors import InvalidRequest
 from tether.gateway_http.jobs.output_budget import AT_ONCE, OutputRoom
-from tether.gateway_http.jobs.records import Records
-from tether.gateway_http.jobs.view import State, view
+from tether.gateway_http.jobs.records import JobRecordStore
+from tether.gateway_http.jobs.view import JobSnapshot, view
 
 _WINDOW = 512
 _GROWTH = 8
@@ -34,10 +34,10 @@ Page = tuple[list[dict[str, Any]], str | None]
 Sees = Callable[[str], bool]
 """Whether the caller may use a model of this name."""
 
-States = Callable[[Sequence[JobRecord], OutputRoom], Awaitable[dict[JobId, State]]]
+States = Callable[[Sequence[JobRecord], OutputRoom], Awaitable[dict[JobId, JobSnapshot]]]
 
 
-class Asked(NamedTuple):
+class ListQuery(NamedTuple):
     """``before``: when the last job of the page before was stored, in the broker's words; empty for the first page."""
 
     tenant: str
@@ -64,20 +64,20 @@ def before(cursor: str) -> str:
     return time
 
 
-def _cursor(item: Stored) -> str:
+def _cursor(item: StoredMessage) -> str:
     return base64.urlsafe_b64encode(item.headers["Nats-Time-Stamp"].encode()).decode().rstrip("=")
 
 
 class JobList:
     """Lists for one gateway. ``states`` tells what is known of jobs."""
 
-    def __init__(self, bus: Bus, records: Records, states: States) -> None:
+    def __init__(self, bus: Bus, records: JobRecordStore, states: States) -> None:
         self._bus = bus
         self._records = records
         self._states = states
         self._stream = records.raw.stream
 
-    async def page(self, asked: Asked) -> Page:
+    async def page(self, asked: ListQuery) -> Page:
         """The next jobs, and the cursor of the page after them (None: no more).
 
         Raises:
@@ -91,7 +91,7 @@ class JobList:
                 return found, cursor
         return found, None
 
-    async def _add(self, found: list[dict[str, Any]], asked: Asked, subjects: str, room: OutputRoom) -> str | None:
+    async def _add(self, found: list[dict[str, Any]], asked: ListQuery, subjects: str, room: OutputRoom) -> str | None:
         """Add what matches; the cursor to go on from, when there may be more of these."""
         upper, first = await self._bounds(subjects, asked.before)
         size, left = _WINDOW, _MAX_RECORDS
@@ -122,9 +122,9 @@ class JobList:
         upper = since - 1 if since else await self._bus.direct_last(self._stream, subjects)
         return upper, oldest[0].sequence
 
-    async def _window(self, subjects: str, lower: int, upper: int) -> list[Stored] | None:
+    async def _window(self, subjects: str, lower: int, upper: int) -> list[StoredMessage] | None:
         """The records between two sequences; None when they are too many to be read at once."""
-        items: list[Stored] = []
+        items: list[StoredMessage] = []
         async for item in self._bus.direct_scan(self._stream, subjects, start=lower, batch=_WINDOW):
             if item.sequence > upper:
                 break
@@ -134,8 +134,8 @@ class JobList:
         return items
 
     async def _shown(
-        self, items: Sequence[Stored], asked: Asked, room: OutputRoom
-    ) -> AsyncGenerator[tuple[Stored, dict[str, Any]], None]:
+        self, items: Sequence[StoredMessage], asked: ListQuery, room: OutputRoom
+    ) -> AsyncGenerator[tuple[StoredMessage, dict[str, Any]], None]:
         """Those that were asked for, newest first; a few at a time, between which other requests have their turn."""
         newest = list(reversed(items))
         for start in range(0, len(newest), AT_ONCE):
@@ -149,5 +149,5 @@ class JobList:
             await asyncio.sleep(0)
 
 
-def _is_asked(record: JobRecord, asked: Asked) -> bool:
+def _is_asked(record: JobRecord, asked: ListQuery) -> bool:
     return record.tenant == asked.tenant and bool(record.bundle) and asked.wanted(record.model)

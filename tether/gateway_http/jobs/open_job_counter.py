@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from tether.bus.bus import Bus
 from tether.domain.job import SHARED, JobId, JobRecord, Lane, LaneKind
-from tether.gateway_http.jobs.records import Records
+from tether.gateway_http.jobs.records import JobRecordStore
 from tether.streams.job_queue import BusResults
 
 _BATCH = 512
@@ -40,12 +40,12 @@ class _Count:
     """How many looks have begun."""
 
 
-class OpenJobs:
+class OpenJobCounter:
     """Counts for the tenants that were asked about; no other tenant costs anything."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._records = Records(bus)
+        self._records = JobRecordStore(bus)
         self._results = BusResults(bus)
         self._counts: dict[str, _Count] = {}
         bus.on_reconnect(self._begin_anew)

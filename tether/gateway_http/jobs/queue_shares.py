@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from tether.bus.bus import Bus
 from tether.errors import QuotaExceeded
 from tether.gateway_http.access.tenants import Tenants
-from tether.gateway_http.jobs.open_job_counter import OpenJobs
+from tether.gateway_http.jobs.open_job_counter import OpenJobCounter
 from tether.gateway_http.jobs.store_room import JobStores
 
 FACTOR = 4.0
@@ -43,7 +43,7 @@ class JobShares:
         self._records = bus.names.bucket_stream("jobs")
         self._tenants = tenants
         self._shared = shared
-        self._open = OpenJobs(bus)
+        self._open = OpenJobCounter(bus)
         self._looks: dict[str, _Look] = {}
 
     async def require(self, tenant: str, jobs: int, lanes: Mapping[str, int]) -> None:

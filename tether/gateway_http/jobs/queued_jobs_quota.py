@@ -17,7 +17,7 @@ from tether.bus.bus import Bus
 from tether.domain.job import JobRecord
 from tether.errors import QuotaExceeded
 from tether.gateway_http.access.tenants import Tenants
-from tether.gateway_http.jobs.open_job_counter import OpenJobs
+from tether.gateway_http.jobs.open_job_counter import OpenJobCounter
 
 FRESH_S = 1.0
 """How long the room that was seen counts."""
@@ -51,14 +51,14 @@ class _Gate:
             self.stored.set()
 
 
-class JobRoom:
+class QueuedJobsQuota:
     """Where there is no quota, nothing is counted."""
 
     def __init__(self, bus: Bus, tenants: Tenants) -> None:
         self._clock = bus.clock
         self._tenants = tenants
         self._gates: dict[str, _Gate] = {}
-        self.open = OpenJobs(bus)
+        self.open = OpenJobCounter(bus)
 
     @asynccontextmanager
     async def hold(self, tenant: str, records: Sequence[JobRecord]) -> AsyncIterator[None]:

@@ -16,7 +16,7 @@ from contextlib import suppress
 
 import msgspec
 
-from tether.bus.bus import Bus, Stored
+from tether.bus.bus import Bus, StoredMessage
 from tether.bus.key_value.bucket import KvBucket
 from tether.crypto import MessageType
 from tether.domain.job import JobId, JobRecord, digest_of_before, older_record_keys, record_key, tenant_mark
@@ -26,7 +26,7 @@ from tether.wire import codec
 log = logging.getLogger(__name__)
 
 
-class Held(msgspec.Struct, frozen=True):
+class KeptRecord(msgspec.Struct, frozen=True):
     """What an Idempotency-Key has: the record under it, if there is one, and the sequence to replace it at."""
 
     record: JobRecord | None = None
@@ -40,7 +40,7 @@ class Entered(msgspec.Struct, frozen=True):
     sequence: int
 
 
-class Records:
+class JobRecordStore:
     """The bucket ``jobs``."""
 
     def __init__(self, bus: Bus) -> None:
@@ -60,7 +60,7 @@ class Records:
             by_id.update({record.id: record for record, _ in older.values()})
         return {JobId(job_id): by_id[JobId(job_id)] for job_id in wanted if accepted(by_id.get(JobId(job_id)))}
 
-    async def held(self, digests: Sequence[str]) -> dict[str, Held]:
+    async def held(self, digests: Sequence[str]) -> dict[str, KeptRecord]:
         """What the Idempotency-Keys with these digests have."""
         keys = {digest: (record_key(digest), *older_record_keys(digest_of_before(digest))) for digest in digests}
         subjects = {self.raw.subject(key): key for several in keys.values() for key in several}
@@ -68,15 +68,15 @@ class Records:
         by_key = {subjects[subject]: item for subject, item in stored.items()}
         return {digest: self._held([by_key.get(key) for key in several]) for digest, several in keys.items()}
 
-    def _held(self, items: Sequence[Stored | None]) -> Held:
+    def _held(self, items: Sequence[StoredMessage | None]) -> KeptRecord:
         """Of a key's three subjects the newest form counts first; of the oldest form only a job that was accepted."""
         opened = [None if item is None else self.opened(item.subject, item.data) for item in items]
         if not accepted(opened[-1]):
             opened[-1] = None
         for item, record in zip(items, opened, strict=True):
             if item is not None and record is not None:
-                return Held(record, item.sequence)
-        return Held() if items[0] is None else Held(None, items[0].sequence)
+                return KeptRecord(record, item.sequence)
+        return KeptRecord() if items[0] is None else KeptRecord(None, items[0].sequence)
 
     def subjects_of(self, tenant: str) -> str:
         """All records of a tenant, and hardly any other one's."""

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from tether.bus.bus import Bus, Stored
+from tether.bus.bus import Bus, StoredMessage
 from tether.bus.key_value.bucket import KvBucket
 from tether.bus.key_value.keyrings import TenantSeals
-from tether.bus.retry import Patience
+from tether.bus.retry import RetryDeadline
 from tether.crypto import MessageType
 from tether.domain.job import (
     CANCELLATION_TOLD_S,
@@ -37,12 +37,12 @@ from tether.gateway_http.access.tenants import Tenants
 from tether.gateway_http.bodies.large_bodies import LargeBodies
 from tether.gateway_http.bundling.withdrawals import Withdrawals
 from tether.gateway_http.jobs.ends import JobEnds
-from tether.gateway_http.jobs.listing import Asked, JobList, Page, Sees, before
+from tether.gateway_http.jobs.listing import JobList, ListQuery, Page, Sees, before
 from tether.gateway_http.jobs.output_budget import AT_ONCE, OutputRoom
-from tether.gateway_http.jobs.queued_jobs_quota import JobRoom
-from tether.gateway_http.jobs.records import Records
+from tether.gateway_http.jobs.queued_jobs_quota import QueuedJobsQuota
+from tether.gateway_http.jobs.records import JobRecordStore
 from tether.gateway_http.jobs.submission import JobSubmitter, NewJob
-from tether.gateway_http.jobs.view import State, read_outcome, view
+from tether.gateway_http.jobs.view import JobSnapshot, read_outcome, view
 from tether.gateway_http.models.catalog import Catalog
 from tether.process.lifecycle import Tasks
 from tether.streams.job_queue import BusResults
@@ -79,7 +79,7 @@ class JobService:
         tasks: Tasks,
         seals: TenantSeals,
         *,
-        room: JobRoom,
+        room: QueuedJobsQuota,
         shared: Callable[[str], bool],
         large: LargeBodies,
     ) -> None:
@@ -89,7 +89,7 @@ class JobService:
         self.room = room
         self._results = BusResults(bus)
         self._attempts = KvBucket(bus, "attempts")
-        self._records = Records(bus)
+        self._records = JobRecordStore(bus)
         self._list = JobList(bus, self._records, self._states)
         self._ends = JobEnds(bus)
         self._withdrawals = Withdrawals(bus, tasks)
@@ -100,7 +100,7 @@ class JobService:
     async def submit(self, tenant: str, requests: Sequence[NewJob]) -> list[dict[str, Any]]:
         """Accept jobs; returns when the broker holds every one. See :meth:`JobSubmitter.submit` for what it raises."""
         accepted = await self._submitter.submit(tenant, requests)
-        states = {one.record.id: State(one.record) for one in accepted if not one.before}
+        states = {one.record.id: JobSnapshot(one.record) for one in accepted if not one.before}
         if earlier := [one.record for one in accepted if one.before]:
             states.update(await self._states(earlier))
         return [view(states[one.record.id]) for one in accepted]
@@ -118,12 +118,12 @@ class JobService:
 
     async def get_many(self, tenant: str, ids: Sequence[str], wait_s: float, sees: Sees = _all) -> list[dict[str, Any]]:
         """Job objects in the order of ``ids``; with ``wait_s`` as soon as all of them have ended."""
-        patience = Patience(self._bus)
+        patience = RetryDeadline(self._bus)
         ordered = await patience.until_done(lambda: self._visible(tenant, ids, sees))
         states = await patience.until_done(lambda: self._states(ordered))
         if wait_s > 0 and not all(state.ended for state in states.values()):
             await self._wait(states, wait_s)
-            states = await Patience(self._bus).until_done(lambda: self._states(ordered))
+            states = await RetryDeadline(self._bus).until_done(lambda: self._states(ordered))
         return [view(states[record.id]) for record in ordered]
 
     async def _visible(self, tenant: str, ids: Sequence[str], sees: Sees) -> list[JobRecord]:
@@ -137,7 +137,7 @@ class JobService:
                 raise error
         return [records[JobId(job_id)] for job_id in ids]
 
-    async def _wait(self, states: dict[JobId, State], wait_s: float) -> None:
+    async def _wait(self, states: dict[JobId, JobSnapshot], wait_s: float) -> None:
         """Listen for results; what is heard may have been refused by the stream, so it only says: look again."""
         heard = asyncio.Event()
 
@@ -163,7 +163,7 @@ class JobService:
                     except TimeoutError:
                         pause = min(_POLL_S, 2 * pause)
 
-    async def _still_open(self, ids: list[JobId], states: dict[JobId, State]) -> list[JobId]:
+    async def _still_open(self, ids: list[JobId], states: dict[JobId, JobSnapshot]) -> list[JobId]:
         ended = set[str]()
         try:
             for some in _few(ids):
@@ -179,8 +179,8 @@ class JobService:
         Raises:
             InvalidRequest: the cursor is none of an earlier page.
         """
-        asked = Asked(tenant, state, lambda name: model in ("", name) and sees(name), limit, before(cursor))
-        return await Patience(self._bus).until_done(lambda: self._list.page(asked))
+        asked = ListQuery(tenant, state, lambda name: model in ("", name) and sees(name), limit, before(cursor))
+        return await RetryDeadline(self._bus).until_done(lambda: self._list.page(asked))
 
     # cancel
 
@@ -193,7 +193,7 @@ class JobService:
         """
         shown = await self.get(tenant, job_id, sees=sees)
         failure = Failure(JobCancelled.code, "the job was cancelled")
-        (record,) = await Patience(self._bus).until_done(lambda: self._visible(tenant, [job_id], sees))
+        (record,) = await RetryDeadline(self._bus).until_done(lambda: self._visible(tenant, [job_id], sees))
         if not await self._ends.end(record, JobState.CANCELLED, failure, int(shown["attempts"])):
             shown = await self.get(tenant, job_id)
             raise ResultConflict(f"job '{job_id}' has already ended: {shown['state']}", field="id")
@@ -203,15 +203,15 @@ class JobService:
 
     # states
 
-    async def _states(self, records: Sequence[JobRecord], room: OutputRoom | None = None) -> dict[JobId, State]:
+    async def _states(self, records: Sequence[JobRecord], room: OutputRoom | None = None) -> dict[JobId, JobSnapshot]:
         """What is known of each job; those whose deadline is over without a result are ended here. Outputs for which the answer
         has no ``room`` are left out."""
-        room, found = room or OutputRoom(), dict[JobId, State]()
+        room, found = room or OutputRoom(), dict[JobId, JobSnapshot]()
         for some in _few(records):
             found.update(await self._some(some, room))
         return found
 
-    async def _some(self, records: Sequence[JobRecord], room: OutputRoom) -> dict[JobId, State]:
+    async def _some(self, records: Sequence[JobRecord], room: OutputRoom) -> dict[JobId, JobSnapshot]:
         outcomes = await self._outcomes(records)
         now = self._bus.clock.utc()
         late = [record for record in records if record.id not in outcomes and record.deadline + STORED_S < now]
@@ -227,12 +227,12 @@ class JobService:
 
     async def _state(
         self, record: JobRecord, outcome: Outcome | None, note: AttemptNote | None, room: OutputRoom
-    ) -> State:
+    ) -> JobSnapshot:
         if outcome is None or not outcome.outputs:
-            return State(record, outcome, note)
+            return JobSnapshot(record, outcome, note)
         if not room.takes(outcome):
-            return State(record, msgspec.structs.replace(outcome, outputs=()), note, left_out=True)
-        return State(record, outcome, note, await self._large.job_outputs(record.tenant, outcome.outputs) or b"")
+            return JobSnapshot(record, msgspec.structs.replace(outcome, outputs=()), note, left_out=True)
+        return JobSnapshot(record, outcome, note, await self._large.job_outputs(record.tenant, outcome.outputs) or b"")
 
     async def _outcomes(self, records: Sequence[JobRecord]) -> dict[JobId, Outcome]:
         stored = await self._stored(records)
@@ -245,7 +245,7 @@ class JobService:
                 found[record.id] = await self._seals.keyring.open_outcome(record.tenant, counts)
         return found
 
-    async def _stored(self, records: Sequence[JobRecord]) -> dict[str, Stored]:
+    async def _stored(self, records: Sequence[JobRecord]) -> dict[str, StoredMessage]:
         """How jobs ended, each in the results of the scope that its record names."""
         by_scope: dict[str, list[JobId]] = {}
         for record in records:

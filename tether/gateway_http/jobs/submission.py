@@ -13,7 +13,7 @@ import msgspec
 
 from tether.bus.bus import Bus
 from tether.bus.key_value.keyrings import TenantSeals
-from tether.bus.retry import Patience
+from tether.bus.retry import RetryDeadline
 from tether.domain.job import (
     Failure,
     Job,
@@ -31,10 +31,10 @@ from tether.gateway_http.access.tenants import Tenants
 from tether.gateway_http.jobs.bundler import JobBundler, Submission
 from tether.gateway_http.jobs.ends import JobEnds, ids_of
 from tether.gateway_http.jobs.queue_shares import JobShares
-from tether.gateway_http.jobs.queued_jobs_quota import JobRoom
-from tether.gateway_http.jobs.records import Entered, Held, Records
+from tether.gateway_http.jobs.queued_jobs_quota import QueuedJobsQuota
+from tether.gateway_http.jobs.records import Entered, JobRecordStore, KeptRecord
 from tether.gateway_http.jobs.store_room import JobStores
-from tether.gateway_http.models.catalog import Catalog, Served
+from tether.gateway_http.models.catalog import Catalog, ResolvedVersion
 from tether.process import metrics
 from tether.process.lifecycle import Tasks
 
@@ -55,7 +55,7 @@ JOB_OVERHEAD = 128
 class NewJob(msgspec.Struct, frozen=True):
     """A request for a durable job, parsed and resolved; without a priority it gets that of its model."""
 
-    served: Served
+    served: ResolvedVersion
     inputs: tuple[Tensor, ...]
     outputs: tuple[str, ...]
     priority: Priority | None
@@ -83,8 +83,8 @@ class JobSubmitter:
         tasks: Tasks,
         seals: TenantSeals,
         *,
-        records: Records,
-        room: JobRoom,
+        records: JobRecordStore,
+        room: QueuedJobsQuota,
         shared: Callable[[str], bool],
     ) -> None:
         self._bus = bus
@@ -113,7 +113,7 @@ class JobSubmitter:
             self._catalog.check_inputs(request.served, request.inputs, scope)
             check_outputs(request.served.manifest, request.outputs)
             self._catalog.require_lane(request.served, scope)
-        now, patience = self._bus.clock.utc(), Patience(self._bus)
+        now, patience = self._bus.clock.utc(), RetryDeadline(self._bus)
         items = {place: self._submission(tenant, scope, request, now) for place, request in enumerate(requests)}
         done: dict[int, Accepted] = {}
         new: list[Entered] = []
@@ -159,7 +159,7 @@ class JobSubmitter:
         )
         return Submission(lane, job, record, digest, key)
 
-    async def _settled(self, items: Mapping[int, Submission], patience: Patience) -> dict[int, Held]:
+    async def _settled(self, items: Mapping[int, Submission], patience: RetryDeadline) -> dict[int, KeptRecord]:
         """What the keys of a request have, once no other request is just storing a job under one of them.
 
         Raises:
@@ -182,7 +182,7 @@ class JobSubmitter:
     async def _same(self, record: JobRecord, item: Submission) -> bool:
         return await self._seals.same_digest(record.tenant, record.digest, item.digest)
 
-    def _after(self, item: Submission, held: Held | None) -> Submission:
+    def _after(self, item: Submission, held: KeptRecord | None) -> Submission:
         """The submission as it is stored. A claim whose gateway died keeps its id: its bundle may have been queued."""
         if held is not None and held.record is not None:
             job_id = held.record.id
@@ -191,7 +191,7 @@ class JobSubmitter:
         after = 0 if held is None else held.sequence
         return msgspec.structs.replace(item, job=self._seals.seal(item.job), after=after)
 
-    async def _store(self, tenant: str, fresh: Mapping[int, Submission], patience: Patience) -> dict[int, Entered]:
+    async def _store(self, tenant: str, fresh: Mapping[int, Submission], patience: RetryDeadline) -> dict[int, Entered]:
         """Those that were stored and queued, all but those whose claim was lost."""
         if not fresh:
             return {}
@@ -234,7 +234,7 @@ class JobSubmitter:
         await self._records.leave(stored)
 
 
-def _job(held: Held) -> JobRecord | None:
+def _job(held: KeptRecord) -> JobRecord | None:
     """The job that was accepted under a key; None when there is at most a claim."""
     return held.record if held.record is not None and held.record.bundle else None
 

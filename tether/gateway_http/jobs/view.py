@@ -19,7 +19,7 @@ _BY_GATEWAY = (JobState.CANCELLED, JobState.EXPIRED)
 """The only ends that a gateway may give a job."""
 
 
-class State(msgspec.Struct, frozen=True):
+class JobSnapshot(msgspec.Struct, frozen=True):
     """Everything known of a job: its record, how it ended, the last attempt that was noted."""
 
     record: JobRecord
@@ -72,7 +72,7 @@ def _is_end_of(job: JobId, header: Header, outcome: Outcome) -> bool:
     return outcome.state in TERMINAL and header.attempt == outcome.attempts
 
 
-def view(state: State) -> dict[str, Any]:
+def view(state: JobSnapshot) -> dict[str, Any]:
     """The job object of the HTTP interface; times in RFC 3339 UTC."""
     record, outcome, note = state.record, state.outcome, state.note
     shown: dict[str, Any] = {

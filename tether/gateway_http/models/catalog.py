@@ -31,7 +31,7 @@ _FOLLOW_S = 1.0
 
 
 @dataclass(frozen=True)
-class Served:
+class ResolvedVersion:
     """One version, ready to be asked: what the hot path needs, worked out once."""
 
     manifest: Manifest
@@ -62,7 +62,7 @@ class Catalog:
         self._bus = bus
         self.owners = OwnerBook()
         self.stored = Stored(bus)
-        self._served: dict[str, dict[int, Served]] = {}
+        self._served: dict[str, dict[int, ResolvedVersion]] = {}
         self._aliases: dict[str, dict[str, Alias]] = {}
         self._moved = asyncio.Event()
         self._configs: dict[str, ModelConfig] = {}
@@ -118,7 +118,7 @@ class Catalog:
         self.owners.manifest(manifest)
         self.stored.keep(key, manifest)
         self._keys[key] = (manifest.name, manifest.version)
-        self._served.setdefault(manifest.name, {})[manifest.version] = Served(manifest, specs, lane)
+        self._served.setdefault(manifest.name, {})[manifest.version] = ResolvedVersion(manifest, specs, lane)
         if known:
             self._tell(manifest.name)
         self._tell_waiting()
@@ -169,7 +169,7 @@ class Catalog:
 
     # reading
 
-    def resolve(self, model: str, version: str, sticky: str = "", caller: str = "") -> Served:
+    def resolve(self, model: str, version: str, sticky: str = "", caller: str = "") -> ResolvedVersion:
         """The version that a name and a version (a number, an alias, or empty for ``latest``) mean just now.
 
         Of an alias that several versions share, the same ``sticky`` gets the same one, or, where the alias says so, the
@@ -189,7 +189,7 @@ class Catalog:
             )
         return served
 
-    def known(self, model: str, version: str, sticky: str = "", caller: str = "") -> Served:
+    def known(self, model: str, version: str, sticky: str = "", caller: str = "") -> ResolvedVersion:
         """:meth:`resolve`, of versions that are not served too."""
         versions = self._served.get(model)
         if versions is None:
@@ -247,11 +247,11 @@ class Catalog:
         """What the dispatcher says of a version in a scope; of one that has no lanes there, nothing."""
         return self._routes.get((model, version, scope)) or Route(model, version, (), scope=scope)
 
-    def workers(self, served: Served, scope: str = SHARED) -> tuple[str, ...]:
+    def workers(self, served: ResolvedVersion, scope: str = SHARED) -> tuple[str, ...]:
         """Who answers for a version in a scope just now; empty when nobody does."""
         return self.route(served.manifest.name, served.manifest.version, scope).workers
 
-    def reason(self, served: Served, scope: str = SHARED) -> str:
+    def reason(self, served: ResolvedVersion, scope: str = SHARED) -> str:
         """Why a version is on fewer workers than it should be; empty when nothing is known against it."""
         return self.route(served.manifest.name, served.manifest.version, scope).reason
 
@@ -262,7 +262,7 @@ class Catalog:
         """About how long a job of a lane runs; 0 when that is short or not known."""
         return self.route(lane.model, lane.version, lane.scope).job_s
 
-    def require_lane(self, served: Served, scope: str = SHARED) -> None:
+    def require_lane(self, served: ResolvedVersion, scope: str = SHARED) -> None:
         """Prove that the version has lanes in a scope, so that a job for it will be found.
 
         Raises:
@@ -274,7 +274,7 @@ class Catalog:
                 f"model '{served.manifest.name}' version {served.manifest.version} is not ready yet{whose}; try again"
             )
 
-    def require_worker(self, served: Served, scope: str) -> None:
+    def require_worker(self, served: ResolvedVersion, scope: str) -> None:
         """:meth:`require_lane`; and for an isolated tenant, that a worker of its own is there to answer: it may never
         have had one.
 
@@ -289,7 +289,7 @@ class Catalog:
         if scope != SHARED and not self.workers(served, scope):
             raise ModelNotReady(no_worker(served.manifest, scope, self.reason(served, scope)))
 
-    def ready(self, served: Served, scope: str = SHARED) -> bool:
+    def ready(self, served: ResolvedVersion, scope: str = SHARED) -> bool:
         """Whether a request for the version would be run just now."""
         name = served.manifest.name
         return self.loaded(name) and self.serves(name, served.manifest.version) and bool(self.workers(served, scope))
@@ -304,20 +304,20 @@ class Catalog:
         config = self._configs.get(model)
         return None if config is None else config.queue
 
-    def default_priority(self, served: Served) -> Priority:
+    def default_priority(self, served: ResolvedVersion) -> Priority:
         """That of a durable job that names none."""
         config = self._configs.get(served.manifest.name)
         return Priority(config.default_priority) if config is not None and config.default_priority else Priority.NORMAL
 
-    def batching(self, served: Served, scope: str = SHARED) -> Batching:
+    def batching(self, served: ResolvedVersion, scope: str = SHARED) -> Batching:
         """How a version's jobs are joined in a scope just now, and why they are not."""
         return effective_batching(served.manifest, self.config(served.manifest.name), self.finding(served, scope))
 
-    def finding(self, served: Served, scope: str = SHARED) -> Finding:
+    def finding(self, served: ResolvedVersion, scope: str = SHARED) -> Finding:
         """What a scope's workers found out about a version."""
         return self.route(served.manifest.name, served.manifest.version, scope).finding
 
-    def check_inputs(self, served: Served, inputs: tuple[Tensor, ...], scope: str = SHARED) -> None:
+    def check_inputs(self, served: ResolvedVersion, inputs: tuple[Tensor, ...], scope: str = SHARED) -> None:
         """Compare a request's tensors with the version's signature.
 
         Raises:
@@ -329,7 +329,7 @@ class Catalog:
         """What is decided about a model; of one without an entry, the defaults."""
         return self._configs.get(model) or default_config(model)
 
-    def find(self, model: str, version: int) -> Served | None:
+    def find(self, model: str, version: int) -> ResolvedVersion | None:
         """A version by its number, when there is one."""
         return self._served.get(model, {}).get(version)
 
@@ -340,7 +340,7 @@ class Catalog:
     def names(self) -> list[str]:
         return sorted(self._served)
 
-    def versions(self, model: str) -> dict[int, Served]:
+    def versions(self, model: str) -> dict[int, ResolvedVersion]:
         """Every version of a model by number.
 
         Raises:

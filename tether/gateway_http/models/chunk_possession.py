@@ -1,7 +1,7 @@
-"""Which pieces of model files a tenant has shown that it has: knowing a digest gives no right to what it stands for.
+"""Which chunks of model files a tenant has shown that it has: knowing a digest gives no right to what it stands for.
 
-A tenant may make versions of pieces that it sent itself not long ago, to any gateway, and of those of the model's versions that it
-may read. For everything else the answers are those for pieces that are not stored: it sends them, and they are stored over
+A tenant may make versions of chunks that it sent itself not long ago, to any gateway, and of those of the model's versions that it
+may read. For everything else the answers are those for chunks that are not stored: it sends them, and they are stored over
 themselves.
 """
 
@@ -20,7 +20,7 @@ from tether.crypto import MessageType
 from tether.errors import CorruptChunk, ModelNotFound, PermissionDenied
 from tether.gateway_http.access.authentication import Caller
 from tether.gateway_http.models.catalog import Catalog
-from tether.gateway_http.models.encrypted_models import ModelSeals
+from tether.gateway_http.models.encrypted_models import EncryptedModels
 from tether.model.ownership import Right
 from tether.wire import codec
 from tether.wire.subjects import token
@@ -28,7 +28,7 @@ from tether.wire.subjects import token
 log = logging.getLogger(__name__)
 
 _OWN = 65_536
-"""Pieces that this gateway remembers without asking the broker; the oldest give way."""
+"""Chunks that this gateway remembers without asking the broker; the oldest give way."""
 _SETS = 64
 _TOGETHER = 1024
 """Digests that are looked for before others get a turn."""
@@ -36,20 +36,20 @@ _VERIFIED = 64
 """Signatures that are verified before others get a turn."""
 
 Named = Callable[[str], str]
-"""What a piece is called in the store, by its digest."""
+"""What a chunk is called in the store, by its digest."""
 
 
 class Put(msgspec.Struct, frozen=True):
-    """An entry of the bucket ``puts``: the tenant sent the piece at that time (UTC seconds)."""
+    """An entry of the bucket ``puts``: the tenant sent the chunk at that time (UTC seconds)."""
 
     tenant: str
     put_at: float
 
 
-class Possession:
+class ChunkPossession:
     """The bucket ``puts`` and the versions of the catalog, as one gateway sees them."""
 
-    def __init__(self, bus: Bus, catalog: Catalog, seals: ModelSeals) -> None:
+    def __init__(self, bus: Bus, catalog: Catalog, seals: EncryptedModels) -> None:
         self._bus = bus
         self._catalog = catalog
         self._seals = seals
@@ -59,7 +59,7 @@ class Possession:
         self._sets: OrderedDict[tuple[object, ...], frozenset[str]] = OrderedDict()
 
     def readable(self, caller: Caller, model: str) -> frozenset[str]:
-        """Plain digests of the pieces of a model's versions that a caller may read."""
+        """Plain digests of the chunks of a model's versions that a caller may read."""
         try:
             versions = self._catalog.versions(model) if caller.right(model) >= Right.WRITE else {}
         except ModelNotFound:
@@ -95,7 +95,7 @@ class Possession:
         return set(found) | await self._stored(keys)
 
     async def require(self, caller: Caller, model: str, digests: Sequence[str], named: Named) -> None:
-        """Refuse a version of pieces that the tenant has not shown to have, as if they were not there.
+        """Refuse a version of chunks that the tenant has not shown to have, as if they were not there.
 
         Raises:
             CorruptChunk: naming the first of them.
@@ -104,23 +104,23 @@ class Possession:
         shown = await self.shown(caller, model, digests, named)
         for digest in digests:
             if digest not in shown:
-                raise CorruptChunk(f"piece {digest} is not in the store; push the model again", field=digest)
+                raise CorruptChunk(f"chunk {digest} is not in the store; push the model again", field=digest)
 
     async def note(self, tenant: str, name: str) -> None:
-        """A tenant has sent a piece, which is stored.
+        """A tenant has sent a chunk, which is stored.
 
         Raises:
             BrokerUnavailable: other gateways may not know of it.
         """
         key, settings = _key(tenant, name), self._bus.settings
-        self._own[key] = self._bus.clock.monotonic() + settings.upload_ttl_s / 2
+        self._own[key] = self._bus.clock.monotonic() + settings.unreferenced_ttl_s / 2
         self._own.move_to_end(key)
         while len(self._own) > _OWN:
             self._own.popitem(last=False)
         try:
             await self._bucket.put(key, codec.encode(Put(tenant, self._bus.clock.utc())))
         except PermissionDenied as error:
-            log.warning("other gateways do not know who sent a piece: %s", error, extra={"action": "put_not_noted"})
+            log.warning("other gateways do not know who sent a chunk: %s", error, extra={"action": "put_not_noted"})
 
     async def _stored(self, keys: dict[str, str]) -> set[str]:
         """Those that some gateway has noted."""

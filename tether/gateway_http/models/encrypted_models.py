@@ -1,4 +1,4 @@
-"""Encrypted models in a gateway: pieces are closed as they come in and opened as they go out; callers see plain digests."""
+"""Encrypted models in a gateway: chunks are closed as they come in and opened as they go out; callers see plain digests."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tether.bus.bus import Bus
 from tether.bus.key_value.keyrings import ModelKeyring
 from tether.bus.key_value.leases import ask_owner
 from tether.crypto import MessageType
-from tether.crypto.model_encryption import PieceSeal, opened_manifest, seal_files
+from tether.crypto.model_encryption import ChunkSeal, opened_manifest, seal_files
 from tether.crypto.payload_encryption import DataKey
 from tether.domain.manifest import Change, ChangeAnswer, ChangeRequest, Manifest, ModelFile, SealedDigests
-from tether.errors import EnvelopeError, NotEntitled
+from tether.errors import EnvelopeError, NoDecryptionKey
 from tether.model.ownership import Asker
 from tether.storage.chunk_store import ObjectChunkStore
 from tether.storage.encrypted_chunk_store import SealedChunkStore
@@ -22,11 +22,11 @@ from tether.wire.subjects import token
 
 _KEY_S = 10.0
 _KNOWN = 64
-"""Opened manifests that are remembered: opening one costs a hash for each of its pieces."""
+"""Opened manifests that are remembered: opening one costs a hash for each of its chunks."""
 
 
-class Target(NamedTuple):
-    """Where the pieces of a push go; ``key`` closes them, None leaves them as they are."""
+class PushTarget(NamedTuple):
+    """Where the chunks of a push go; ``key`` closes them, None leaves them as they are."""
 
     store: ObjectChunkStore | SealedChunkStore
     key: DataKey | None
@@ -36,7 +36,7 @@ class Target(NamedTuple):
         return (tuple(files), None) if self.key is None else seal_files(self.key, model, files)
 
 
-class ModelSeals:
+class EncryptedModels:
     """What a gateway knows of encrypted models."""
 
     def __init__(self, bus: Bus, keyring: ModelKeyring) -> None:
@@ -56,24 +56,24 @@ class ModelSeals:
             await self._look(model)  # another gateway may have encrypted it just now
         return self.keyring.stored(model) is not None
 
-    async def target(self, model: str, wanted: bool | None, asker: Asker) -> Target:
+    async def target(self, model: str, wanted: bool | None, asker: Asker) -> PushTarget:
         """Where a push of a model goes that ``asker`` makes; one that is to be encrypted for the first time gets its key.
 
         Raises:
-            NotEntitled: the model has a key, and this gateway may not open it.
+            NoDecryptionKey: the model has a key, and this gateway may not open it.
             Conflict, Forbidden: it has none, and the model is another tenant's.
             Unavailable: it has none, and the model store does not answer.
         """
         bucket = self._bus.names.chunk_bucket(model)
         if not await self.encrypts(model, wanted):
-            return Target(ObjectChunkStore(self._bus, bucket), None)
+            return PushTarget(ObjectChunkStore(self._bus, bucket), None)
         key = self.keyring.newest(model)
         if key is None:
             await self.ask(Change.ENCRYPT, model, asker)
             key = self.keyring.newest(model)
         if key is None:
-            raise NotEntitled(f"'{self._bus.signer.name}' has no key for the encrypted model '{model}'")
-        return Target(SealedChunkStore(self._bus, bucket, PieceSeal(key, model)), key)
+            raise NoDecryptionKey(f"'{self._bus.signer.name}' has no key for the encrypted model '{model}'")
+        return PushTarget(SealedChunkStore(self._bus, bucket, ChunkSeal(key, model)), key)
 
     async def ask(self, change: Change, model: str, asker: Asker) -> int:
         """Let the model store give the model its first key, or another one; returns the key's generation.
@@ -113,8 +113,8 @@ class ModelSeals:
         """A manifest with the plain digests of its files, whether it is encrypted or not.
 
         Raises:
-            NotEntitled: this gateway may not open it.
-            BadSeal: it was changed.
+            NoDecryptionKey: this gateway may not open it.
+            DecryptionFailed: it was changed.
         """
         if manifest.sealed is None:
             return manifest
@@ -129,19 +129,19 @@ class ModelSeals:
         return opened
 
     def store(self, manifest: Manifest) -> ObjectChunkStore | SealedChunkStore:
-        """Where the pieces of a version are, by their plain digests.
+        """Where the chunks of a version are, by their plain digests.
 
         Raises:
-            NotEntitled
+            NoDecryptionKey
         """
         bucket = self._bus.names.partition_bucket(manifest.partition)
         if manifest.sealed is None:
             return ObjectChunkStore(self._bus, bucket)
-        seal = PieceSeal(self._key(manifest, manifest.sealed), manifest.name)
+        seal = ChunkSeal(self._key(manifest, manifest.sealed), manifest.name)
         return SealedChunkStore(self._bus, bucket, seal)
 
     def _key(self, manifest: Manifest, sealed: SealedDigests) -> DataKey:
         key = self.keyring.known(manifest.name, sealed.key_id)
         if key is None:
-            raise NotEntitled(f"'{self._bus.signer.name}' has no key for the encrypted model '{manifest.name}'")
+            raise NoDecryptionKey(f"'{self._bus.signer.name}' has no key for the encrypted model '{manifest.name}'")
         return key

@@ -120,14 +120,14 @@ class Shadows(Struct):
 
 
 class WantedChunks(Struct, forbid_unknown_fields=True):
-    """Hex SHA-256 of pieces, of a version that is to be encrypted or not; without `encrypt` it is when the model is."""
+    """Hex SHA-256 of chunks, of a version that is to be encrypted or not; without `encrypt` it is when the model is."""
 
     chunks: Annotated[list[str], Meta(max_length=16384)]
     encrypt: bool | None = None
 
 
 class MissingChunks(Struct):
-    """Those of the pieces that the store does not have, in the order asked. `encrypt` is to be repeated with each of
+    """Those of the chunks that the store does not have, in the order asked. `encrypt` is to be repeated with each of
     them, and when the version is made."""
 
     missing: list[str]
@@ -135,7 +135,7 @@ class MissingChunks(Struct):
 
 
 class ChunkQuery(Struct, forbid_unknown_fields=True):
-    """Query of a piece."""
+    """Query of a chunk."""
 
     encrypt: Annotated[bool | None, Meta(description="Store it encrypted; as the model is, when not given.")] = None
 
@@ -149,7 +149,7 @@ class ModelKey(Struct):
 
 
 class StoredChunk(Struct):
-    """A piece that the store has now; `stored_bytes` is 0 when it had it before."""
+    """A chunk that the store has now; `stored_bytes` is 0 when it had it before."""
 
     digest: str
     size: int
@@ -157,7 +157,7 @@ class StoredChunk(Struct):
 
 
 class NewFile(Struct, forbid_unknown_fields=True):
-    """A file of a version: `chunks` are the digests of its pieces in order, `sizes` their bytes."""
+    """A file of a version: `chunks` are the digests of its chunks in order, `sizes` their bytes."""
 
     path: str
     size: int
@@ -176,10 +176,10 @@ class VersionFiles(Struct):
 
 
 class NewVersion(Struct, forbid_unknown_fields=True):
-    """Files whose pieces are stored, to become a version. `platform` is its format; one that is a program needs the scope
+    """Files whose chunks are stored, to become a version. `platform` is its format; one that is a program needs the scope
     `models:code`. `run_timeout_s` ends the process of a model whose run takes longer; 0 is the worker's setting. `config`
     changes how the model is served, before the version can be seen. With `version` it becomes that one or, where that is not the next
-    one, none. `encrypt` is what it was for its pieces. `sample`: real inputs for trial runs, warm-up and the check of rows,
+    one, none. `encrypt` is what it was for its chunks. `sample`: real inputs for trial runs, warm-up and the check of rows,
     `{"inputs": [tensors]}` as in an inference request or values by name; they are kept with the version. `signature`: which one of a
     SavedModel or TensorFlow Lite file is served."""
 
@@ -205,23 +205,23 @@ class WantedNote(Struct, forbid_unknown_fields=True):
     note: str | None = None
 
 
-class DamagedPiece(Struct):
-    """A piece that is missing or altered, and the versions (`model:version`) that name it; pushing one of them mends it."""
+class DamagedChunk(Struct):
+    """A chunk that is missing or altered, and the versions (`model:version`) that name it; pushing one of them mends it."""
 
     digest: str
     versions: list[str]
 
 
 class Store(Struct):
-    """The store of pieces. `stored_bytes` is what the broker keeps on its disk, `named_bytes` the bytes of the pieces that
-    versions name, before they were compressed; unreferenced pieces are kept for a while and then removed."""
+    """The store of chunks. `stored_bytes` is what the broker keeps on its disk, `named_bytes` the bytes of the chunks that
+    versions name, before they were compressed; unreferenced chunks are kept for a while and then removed."""
 
-    pieces: int
+    chunks: int
     stored_bytes: int
-    named_pieces: int
+    named_chunks: int
     named_bytes: int
-    unreferenced_pieces: int
-    damaged: list[DamagedPiece]
+    unreferenced_chunks: int
+    damaged: list[DamagedChunk]
 
 
 class WantedGrant(Struct, forbid_unknown_fields=True):

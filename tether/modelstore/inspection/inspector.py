@@ -12,14 +12,14 @@ from pathlib import Path
 import msgspec
 
 from tether.domain.manifest import TensorSpec
-from tether.errors import FormatNotAllowed, ModelLimits, ModelRejected, UnsafeModel
+from tether.errors import FormatNotAllowed, InspectionLimitExceeded, ModelRejected, UnsafeModel
 from tether.process.os_process import die_with_parent
 from tether.sandbox import plan
 
 MAX_REPORT = 1 << 20
 """Bytes of the child's answer; a model whose signature is longer is refused."""
 
-REFUSALS = {kind.code: kind for kind in (ModelRejected, FormatNotAllowed, UnsafeModel, ModelLimits)}
+REFUSALS = {kind.code: kind for kind in (ModelRejected, FormatNotAllowed, UnsafeModel, InspectionLimitExceeded)}
 """The errors that a child may report."""
 
 LOADING = "loading the model"
@@ -38,7 +38,7 @@ _HINTS = {
 _FAULTS = (signal.SIGSEGV, signal.SIGFPE, signal.SIGILL, signal.SIGBUS)
 """Signals that a model's process gets for what it computes."""
 _MB = 1 << 20
-CONFINED = plan.Wish()
+CONFINED = plan.ConfinementRequest()
 
 
 class Inspection(msgspec.Struct, frozen=True):
@@ -62,7 +62,7 @@ class Inspection(msgspec.Struct, frozen=True):
     signatures: tuple[str, ...] = ()
 
 
-class Limits(msgspec.Struct, frozen=True):
+class InspectionLimits(msgspec.Struct, frozen=True):
     """What an inspection may cost: MiB of address space, seconds of processor time, seconds of real time."""
 
     memory_mb: int = 4096
@@ -70,7 +70,7 @@ class Limits(msgspec.Struct, frozen=True):
     wall_s: float = 90.0
 
     @classmethod
-    def for_size(cls, size: int, memory_mb: int = 4096) -> Limits:
+    def for_size(cls, size: int, memory_mb: int = 4096) -> InspectionLimits:
         """Limits for files of ``size`` bytes: parsing and optimising hold a few copies of the weights.
 
         ``memory_mb`` is what the framework itself takes.
@@ -83,7 +83,7 @@ class Limits(msgspec.Struct, frozen=True):
         )
 
 
-class Report(msgspec.Struct, frozen=True):
+class InspectionReport(msgspec.Struct, frozen=True):
     """A line of the child. With ``doing`` it says what is done next, and what is known of the model so far; without, it is the
     last one: an inspection, or the reason for a refusal."""
 
@@ -94,16 +94,16 @@ class Report(msgspec.Struct, frozen=True):
     doing: str = ""
 
 
-Tell = Callable[[Report], None]
+Tell = Callable[[InspectionReport], None]
 """Sends a line to whoever asked for an inspection, before it is over."""
 
 
 async def inspect(
     directory: Path,
     inspector: str,
-    limits: Limits,
+    limits: InspectionLimits,
     wanted: tuple[str, str] = ("", ""),
-    confined: plan.Wish = CONFINED,
+    confined: plan.ConfinementRequest = CONFINED,
 ) -> Inspection:
     """Inspect the files of ``directory`` with a module of this package, which is told what is ``wanted``: the platform and the
     signature. The child is ``confined``,
@@ -157,15 +157,15 @@ async def _read(process: Process, found: bytearray) -> None:
             )
 
 
-def _last(answer: bytes | bytearray) -> Report:
+def _last(answer: bytes | bytearray) -> InspectionReport:
     """The last whole line that the child wrote."""
     for line in reversed(bytes(answer).split(b"\n")):
         with suppress(msgspec.DecodeError):
-            return msgspec.json.decode(line, type=Report)
-    return Report(doing=LOADING)
+            return msgspec.json.decode(line, type=InspectionReport)
+    return InspectionReport(doing=LOADING)
 
 
-def _judge(last: Report, status: int, limits: Limits, late_s: float) -> Inspection:
+def _judge(last: InspectionReport, status: int, limits: InspectionLimits, late_s: float) -> Inspection:
     """What the child said, or how it ended: after ``late_s`` seconds (0: not so), or with a ``status``.
 
     A model that ran once is taken whatever became of further trial runs, and one whose first run crashed as not tried.
@@ -185,8 +185,10 @@ def _judge(last: Report, status: int, limits: Limits, late_s: float) -> Inspecti
     if known is not None and -status in _FAULTS:
         return msgspec.structs.replace(known, untried=f"{last.doing} {ending}", crashed=True)
     if late_s:
-        raise ModelLimits(f"{last.doing} {ending}; {_HINTS.get(last.doing, 'push a smaller model')}", field="file")
-    raise ModelLimits(
+        raise InspectionLimitExceeded(
+            f"{last.doing} {ending}; {_HINTS.get(last.doing, 'push a smaller model')}", field="file"
+        )
+    raise InspectionLimitExceeded(
         f"{last.doing} {ending}, within {limits.memory_mb} MiB; run it on your machine and export it again",
         field="file",
     )

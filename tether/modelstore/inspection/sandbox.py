@@ -13,8 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from tether.errors import ModelLimits, ModelRejected
-from tether.modelstore.inspection.inspector import Inspection, Report, Tell
+from tether.errors import InspectionLimitExceeded, ModelRejected
+from tether.modelstore.inspection.inspector import Inspection, InspectionReport, Tell
 
 _MEMORY_WORDS = ("bad_alloc", "bad allocation", "allocate memory")
 MEMORY = "the model needs more memory than an inspection may use; push a smaller model"
@@ -31,7 +31,7 @@ def main(arguments: list[str], inspect: Inspect, *, files: int = 64) -> int:
     report_to = os.dup(1)
     os.dup2(2, 1)
 
-    def tell(report: Report) -> None:
+    def tell(report: InspectionReport) -> None:
         line = msgspec.json.encode(report) + b"\n"
         while line:
             line = line[os.write(report_to, line) :]
@@ -47,15 +47,15 @@ def _limit(memory_mb: int, cpu_s: int, files: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
 
 
-def _report(directory: Path, inspect: Inspect, tell: Tell) -> Report:
+def _report(directory: Path, inspect: Inspect, tell: Tell) -> InspectionReport:
     try:
-        return Report(inspection=inspect(directory, tell))
+        return InspectionReport(inspection=inspect(directory, tell))
     except ModelRejected as error:
-        return Report(rejected=error.message, field=error.field or "file", code=error.code)
+        return InspectionReport(rejected=error.message, field=error.field or "file", code=error.code)
     except MemoryError:
-        return Report(rejected=MEMORY, code=ModelLimits.code)
+        return InspectionReport(rejected=MEMORY, code=InspectionLimitExceeded.code)
     except Exception as error:  # noqa: BLE001 - a model's code, and every framework, raises what it likes
-        return Report(rejected=refused("it cannot be loaded", error).message)
+        return InspectionReport(rejected=refused("it cannot be loaded", error).message)
 
 
 def is_memory(error: Exception) -> bool:

@@ -15,11 +15,11 @@ from msgspec.structs import replace
 
 from tether.domain.manifest import TensorSpec
 from tether.domain.tensor import NUMPY_DTYPES
-from tether.errors import ModelLimits
+from tether.errors import InspectionLimitExceeded
 from tether.frameworks.row_proof.prover import RowProof
 from tether.model import sample as samples
 from tether.modelstore.inspection import row_trials, sandbox
-from tether.modelstore.inspection.inspector import MORE, SAMPLE, TRYING, Inspection, Report, Tell
+from tether.modelstore.inspection.inspector import MORE, SAMPLE, TRYING, Inspection, InspectionReport, Tell
 from tether.modelstore.inspection.row_trials import Run, Tried, trial
 
 BATCH_BYTES = 8 << 20
@@ -72,17 +72,17 @@ def judge(
     sample = samples.read(directory, _Named(model.inputs))
     needed = tuple(spec for spec in model.inputs if not spec.optional)
     doing = TRYING if sample is None else SAMPLE
-    tell(Report(doing=doing, inspection=_concluded(model, needed, proof, Tried(), f"{doing} did not end")))
+    tell(InspectionReport(doing=doing, inspection=_concluded(model, needed, proof, Tried(), f"{doing} did not end")))
     tried = trial(
         model.run,
         needed,
         [spec.name for spec in model.outputs],
         rows=compare and _free(needed),
         sample=sample,
-        ran=lambda found: tell(Report(doing=MORE, inspection=_concluded(model, needed, proof, Tried(found)))),
+        ran=lambda found: tell(InspectionReport(doing=MORE, inspection=_concluded(model, needed, proof, Tried(found)))),
     )
     if tried.error is not None and sandbox.is_memory(tried.error):
-        raise ModelLimits(sandbox.MEMORY, field="file") from tried.error
+        raise InspectionLimitExceeded(sandbox.MEMORY, field="file") from tried.error
     return _concluded(
         model, needed, proof, tried, "" if tried.error is None else f"{TRYING} failed: {words(tried.error)}"
     )

@@ -11,7 +11,7 @@ import msgspec
 from tether.audit import Kind, clean
 from tether.audit.writer import AuditLog
 from tether.bus.bus import Bus
-from tether.bus.key_value.bucket import Latest, SignedBucket
+from tether.bus.key_value.bucket import EntryRevision, SignedBucket
 from tether.crypto import Envelope, MessageType
 from tether.domain.manifest import Manifest
 from tether.domain.model_names import check_platform_name
@@ -30,7 +30,7 @@ from tether.model.config_patch import ANY_REVISION, STAMPS, ConfigAction, Config
 from tether.model.ownership import Asker, Right
 from tether.modelstore.records.model_owners import Owners
 from tether.modelstore.records.registry import Registry
-from tether.modelstore.records.version_metadata import Notes
+from tether.modelstore.records.version_metadata import VersionMetadataStore
 from tether.wire import codec
 from tether.wire.subjects import token
 
@@ -40,10 +40,12 @@ TRIES = 16
 """Conditional writes lost in a row before giving up."""
 
 
-class Configs:
+class ModelConfigStore:
     """Handles ``configureModel``, and what a push says about its model."""
 
-    def __init__(self, bus: Bus, registry: Registry, audit: AuditLog, notes: Notes, owners: Owners) -> None:
+    def __init__(
+        self, bus: Bus, registry: Registry, audit: AuditLog, notes: VersionMetadataStore, owners: Owners
+    ) -> None:
         self._bus = bus
         self._owners = owners
         self._notes = notes
@@ -135,7 +137,7 @@ class Configs:
                 return stamped, changed
         raise Unavailable(f"the configuration of model '{request.model}' is changed by others all the time; try again")
 
-    async def _stored(self, config: ModelConfig, latest: Latest) -> bool:
+    async def _stored(self, config: ModelConfig, latest: EntryRevision) -> bool:
         try:
             await self._bucket.replace(token(config.model), codec.encode(config), latest)
         except VersionConflict:
@@ -147,7 +149,7 @@ class Configs:
             return await self.get(config.model) == config
         return True
 
-    async def _decoded(self, model: str, latest: Latest) -> ModelConfig:
+    async def _decoded(self, model: str, latest: EntryRevision) -> ModelConfig:
         """What an entry says. One that cannot be read counts as none, and the next change replaces it.
 
         Raises:

@@ -10,7 +10,7 @@ import msgspec
 from tether.audit import Kind, clean
 from tether.audit.writer import AuditLog
 from tether.bus.bus import Bus
-from tether.bus.key_value.bucket import Latest, SignedBucket
+from tether.bus.key_value.bucket import EntryRevision, SignedBucket
 from tether.crypto import MessageType
 from tether.domain.manifest import Change, ChangeRequest, Manifest, PushRequest
 from tether.domain.model_names import namespace
@@ -191,7 +191,7 @@ class Owners:
             raise no_such_model(model)
         return found
 
-    async def _latest(self, model: str) -> tuple[Ownership | None, Latest]:
+    async def _latest(self, model: str) -> tuple[Ownership | None, EntryRevision]:
         latest = await self._bucket.latest(owner_key(model))
         if latest.body is None:
             if latest.sequence:
@@ -231,7 +231,7 @@ class Owners:
     def _stamped(self, ownership: Ownership, by: str) -> Ownership:
         return msgspec.structs.replace(ownership, changed_at=self._bus.clock.utc(), changed_by=clean(by))
 
-    async def _stored(self, ownership: Ownership, latest: Latest) -> bool:
+    async def _stored(self, ownership: Ownership, latest: EntryRevision) -> bool:
         self._registry.check()
         try:
             await self._bucket.replace(owner_key(ownership.owned), codec.encode(ownership), latest)

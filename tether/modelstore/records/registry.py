@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from tether.bus.bus import Bus, Stored
+from tether.bus.bus import Bus, StoredMessage
 from tether.bus.key_value.bucket import KvBucket
 from tether.crypto import MessageType
 from tether.domain.manifest import LATEST, PROVEN, Alias, Batching, Manifest, Move
@@ -76,10 +76,10 @@ class Registry:
                 newest = manifest
         return Versions(newest, highest)
 
-    def _manifest(self, key: str, item: Stored) -> Manifest | None:
+    def _manifest(self, key: str, item: StoredMessage) -> Manifest | None:
         return None if item.headers.get("KV-Operation") else self._opened(key, item)
 
-    def _opened(self, key: str, item: Stored) -> Manifest | None:
+    def _opened(self, key: str, item: StoredMessage) -> Manifest | None:
         try:
             return open_manifest(self._bus.verifier, self._bus.names, key, item.data) if item.data else None
         except EnvelopeError:
@@ -255,7 +255,7 @@ class Registry:
         key = self._bus.names.version_key(model, version)
         await self._models.delete(key, await self._models.get(key) or b"")
 
-    def _alias(self, stored: Stored) -> tuple[Alias, int] | None:
+    def _alias(self, stored: StoredMessage) -> tuple[Alias, int] | None:
         """An alias and when it was issued."""
         if stored.headers.get("KV-Operation"):
             return None
@@ -277,7 +277,7 @@ class Registry:
         return found
 
     async def deleted(self) -> list[Deleted]:
-        """Deleted versions whose pieces may not have been collected yet.
+        """Deleted versions whose chunks may not have been collected yet.
 
         Raises:
             BrokerUnavailable: no answer.
@@ -322,7 +322,7 @@ class Registry:
         return [one async for one in self._readable() if self._bus.names.partition(one.name) == partition]
 
     async def check_partitions(self) -> None:
-        """Prove that every version's pieces are in a partition that there is.
+        """Prove that every version's chunks are in a partition that there is.
 
         Raises:
             ConfigError: the setting was lowered.

@@ -11,7 +11,7 @@ import msgspec
 from tether.audit import Kind, clean
 from tether.audit.writer import AuditLog
 from tether.bus.bus import Bus
-from tether.bus.key_value.bucket import Latest, SignedBucket
+from tether.bus.key_value.bucket import EntryRevision, SignedBucket
 from tether.crypto import MessageType
 from tether.errors import BadEncoding, BrokerUnavailable, ModelNotFound, Unavailable, VersionConflict
 from tether.model.version_metadata import VersionNote, noted, patch_of
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 TRIES = 16
 
 
-class Notes:
+class VersionMetadataStore:
     """The ``notes`` bucket, as the model store writes it."""
 
     def __init__(self, bus: Bus, registry: Registry, audit: AuditLog) -> None:
@@ -63,7 +63,7 @@ class Notes:
         """The version is gone."""
         await self._bucket.delete(self._bus.names.version_key(model, version))
 
-    async def _stored(self, key: str, note: VersionNote, latest: Latest) -> bool:
+    async def _stored(self, key: str, note: VersionNote, latest: EntryRevision) -> bool:
         self._registry.check()
         try:
             await self._bucket.replace(key, codec.encode(note), latest)
@@ -75,7 +75,7 @@ class Notes:
             return self._decoded(note.model, note.version, await self._bucket.latest(key)) == note
         return True
 
-    def _decoded(self, model: str, version: int, latest: Latest) -> VersionNote:
+    def _decoded(self, model: str, version: int, latest: EntryRevision) -> VersionNote:
         """What an entry says; one that cannot be believed or read counts as none."""
         none = VersionNote(model, version)
         if latest.body is None:

@@ -12,20 +12,20 @@ import msgspec
 
 from tether.bus.bus import Bus
 from tether.bus.key_value.keyrings import ModelKeyring
-from tether.crypto.model_encryption import PieceSeal, open_files
+from tether.crypto.model_encryption import ChunkSeal, open_files
 from tether.domain.manifest import AUTOMATIC, DECLARED, PROVEN, Batching, Isolation, Manifest, ModelFile, PushRequest
 from tether.domain.model_names import check_platform_name
 from tether.domain.tensor import fault_of_name
 from tether.errors import BadEncoding, CorruptChunk, InvalidRequest, ModelRejected
 from tether.modelstore.inspection.formats import ONNX, PYTHON, check_files, format_of
-from tether.modelstore.inspection.inspector import Inspection, Limits, inspect
+from tether.modelstore.inspection.inspector import Inspection, InspectionLimits, inspect
 from tether.process.data_dir import Home
 from tether.process.tmpfs_folder import MemoryFolder
 from tether.sandbox import plan
 from tether.settings import Settings
-from tether.storage.chunk_lifecycle import PieceKeeper
+from tether.storage.chunk_lifecycle import ChunkLifecycle
 from tether.storage.encrypted_chunk_store import SealedChunkStore
-from tether.storage.model_files import Pieces, check_file, download
+from tether.storage.model_files import Chunks, check_file, download
 
 MAX_BATCH = 65536
 MAX_DELAY_MS = 10_000.0
@@ -66,7 +66,7 @@ class Source(NamedTuple):
     """Where the files of a push come from, and where they are put together. ``files`` have their plain digests."""
 
     files: tuple[ModelFile, ...]
-    pieces: Pieces
+    chunks: Chunks
     scratch: Path
 
 
@@ -74,9 +74,9 @@ async def sealed_source(request: PushRequest, bus: Bus, keyring: ModelKeyring, m
     """That of an encrypted push: opened on its way into memory.
 
     Raises:
-        NotEntitled: this model store has not the key that it was closed with.
-        BadSeal: its digests are not those of its pieces.
-        NoMemoryFolder: there is no place for it.
+        NoDecryptionKey: this model store has not the key that it was closed with.
+        DecryptionFailed: its digests are not those of its chunks.
+        TmpfsUnavailable: there is no place for it.
     """
     if request.sealed is None:
         raise InvalidRequest("the push is not encrypted", field="sealed")
@@ -85,17 +85,17 @@ async def sealed_source(request: PushRequest, bus: Bus, keyring: ModelKeyring, m
     scratch = await asyncio.to_thread(memory.path)
     await asyncio.to_thread(memory.room, sum(file.size for file in files))
     bucket = bus.names.chunk_bucket(request.name)
-    return Source(files, SealedChunkStore(bus, bucket, PieceSeal(key, request.name)), scratch)
+    return Source(files, SealedChunkStore(bus, bucket, ChunkSeal(key, request.name)), scratch)
 
 
-def confined(platform: str, settings: Settings) -> plan.Wish:
+def confined(platform: str, settings: Settings) -> plan.ConfinementRequest:
     """How the process is confined that looks at a model.
 
     Raises:
         ModelRejected: the model is a program, and this machine's kernel cannot confine it.
     """
     plan.check(settings.model_confinement, platform)
-    return plan.Wish(
+    return plan.ConfinementRequest(
         mode=plan.mode_for(settings.model_confinement, platform),
         apart=str(Home.at(settings.home).root),
         read=plan.read_dirs(settings.model_read_dirs),
@@ -103,22 +103,22 @@ def confined(platform: str, settings: Settings) -> plan.Wish:
 
 
 async def examine(
-    store: PieceKeeper, request: PushRequest, source: Source, wish: plan.Wish, *, fresh_s: float
+    store: ChunkLifecycle, request: PushRequest, source: Source, wish: plan.ConfinementRequest, *, fresh_s: float
 ) -> tuple[tuple[ModelFile, ...], Inspection]:
-    """Make sure of the pieces for ``fresh_s`` seconds, fetch the files into a private folder, verify and look at them; the folder is gone afterwards.
+    """Make sure of the chunks for ``fresh_s`` seconds, fetch the files into a private folder, verify and look at them; the folder is gone afterwards.
     The files of ``source`` come back with their own digests, whoever pushed them said these or not.
 
     Raises:
-        CorruptChunk: the stored pieces are not the files; damaged ones are marked, so that the next push mends them.
+        CorruptChunk: the stored chunks are not the files; damaged ones are marked, so that the next push mends them.
         ModelRejected: it cannot be served.
         Unavailable: no room on the disk, or no broker.
     """
-    await store.claim((piece for file in request.files for piece in file.pieces()), fresh_s=fresh_s)
+    await store.claim((chunk for file in request.files for chunk in file.sized_chunks()), fresh_s=fresh_s)
     with tempfile.TemporaryDirectory(prefix="push-", dir=source.scratch, ignore_cleanup_errors=True) as folder:
         files = []
         for file in source.files:
             try:
-                digest = await download(source.pieces, file, Path(folder) / file.path)
+                digest = await download(source.chunks, file, Path(folder) / file.path)
                 files.append(msgspec.structs.replace(file, digest=digest))
             except CorruptChunk as error:
                 if error.field is not None:
@@ -126,7 +126,7 @@ async def examine(
                 raise
         size = sum(file.size for file in request.files)
         known = format_of(request.platform)
-        limits = Limits.for_size(size, known.memory_mb)
+        limits = InspectionLimits.for_size(size, known.memory_mb)
         wanted = (known.platform, request.signature)
         return tuple(files), _checked(await inspect(Path(folder), known.inspector, limits, wanted, wish))
 

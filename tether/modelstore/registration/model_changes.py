@@ -22,9 +22,9 @@ from tether.errors import BadEncoding, Conflict, Forbidden, InvalidRequest, Mode
 from tether.model.ownership import Asker, Right
 from tether.modelstore.records.model_owners import Owners
 from tether.modelstore.records.registry import Registry
-from tether.modelstore.records.version_metadata import Notes
-from tether.modelstore.upkeep.chunk_collector import Keeper
-from tether.modelstore.upkeep.key_rotation import KeyMaker
+from tether.modelstore.records.version_metadata import VersionMetadataStore
+from tether.modelstore.upkeep.chunk_collector import ChunkCollector
+from tether.modelstore.upkeep.key_rotation import ModelKeyRotation
 from tether.wire import codec
 
 log = logging.getLogger(__name__)
@@ -33,10 +33,17 @@ ENDPOINT = "changeModel"
 MOST_SHARES = 16
 
 
-class Changes:
+class ModelChangeHandler:
     """Handles ``changeModel``."""
 
-    def __init__(self, registry: Registry, owners: Owners, keeper: Keeper, notes: Notes, keys: KeyMaker) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        owners: Owners,
+        keeper: ChunkCollector,
+        notes: VersionMetadataStore,
+        keys: ModelKeyRotation,
+    ) -> None:
         self._owners = owners
         self._notes = notes
         self._keys = keys
@@ -90,7 +97,7 @@ class Changes:
     async def _kept(self, request: ChangeRequest) -> bytes:
         """Begin what is asked for, and say what is in the store just now: it tells of every tenant's models."""
         if not request.admin:
-            raise Forbidden("only an administrator may look into the store of pieces")
+            raise Forbidden("only an administrator may look into the store of chunks")
         if request.change is not Change.SHOW_STORE:
             asked = self._keeper.collect_now if request.change is Change.COLLECT else self._keeper.scrub_now
             asked.set()

@@ -19,8 +19,8 @@ from tether.bus.key_value.bucket import SignedBucket
 from tether.bus.key_value.keyrings import ModelKeyring
 from tether.crypto import Keyset, MessageType
 from tether.crypto.model_encryption import (
+    ChunkSeal,
     ModelKeys,
-    PieceSeal,
     model_holders,
     opened_manifest,
     passed_on,
@@ -34,14 +34,14 @@ from tether.errors import (
     BadEncoding,
     CorruptChunk,
     ModelNotFound,
-    NotEntitled,
+    NoDecryptionKey,
     TetherError,
     Unavailable,
     VersionConflict,
 )
 from tether.modelstore.records.assigned_workers import Assigned
 from tether.modelstore.records.registry import Registry
-from tether.storage.chunk_lifecycle import PieceKeeper
+from tether.storage.chunk_lifecycle import ChunkLifecycle
 from tether.storage.encrypted_chunk_store import SealedChunkStore
 from tether.wire import codec
 from tether.wire.subjects import token
@@ -54,7 +54,7 @@ _EVERY_S = 60.0
 _TRIES = 8
 
 
-class KeyMaker:
+class ModelKeyRotation:
     """Makes and keeps the keys of every encrypted model."""
 
     def __init__(self, bus: Bus, keyring: ModelKeyring, registry: Registry) -> None:
@@ -175,20 +175,20 @@ class KeyMaker:
         """
         newest = self._newest(keys)
         if newest is None:
-            raise NotEntitled(f"this model store has no key for the encrypted model '{model}'")
+            raise NoDecryptionKey(f"this model store has no key for the encrypted model '{model}'")
         moved = False
         for manifest in await self._registry.manifests():
             if manifest.name == model and manifest.sealed is not None and manifest.sealed.key_id != newest.id:
                 await self._moved(manifest, newest)
                 moved = True
         age_ms = self._bus.clock.utc_ms() - keys.keys[-1].made_at
-        if not moved and age_ms >= self._bus.settings.collect_grace_s * 1000:
+        if not moved and age_ms >= self._bus.settings.gc_grace_s * 1000:
             left = msgspec.structs.replace(keys, keys=keys.keys[-1:])
             await self._changed(model, lambda now: left if now == keys else now)
         return moved
 
     async def _moved(self, manifest: Manifest, newest: DataKey) -> None:
-        """Store a version's pieces under another key, and then its manifest; only what is not there yet is read."""
+        """Store a version's chunks under another key, and then its manifest; only what is not there yet is read."""
         name = manifest.name
         key = self._bus.names.version_key(name, manifest.version)
         latest = await self._models.latest(key)
@@ -197,27 +197,27 @@ class KeyMaker:
         old = await self._keyring.find(name, manifest.sealed.key_id)
         plain = opened_manifest(old, manifest).files
         bucket = self._bus.names.partition_bucket(manifest.partition)
-        source, target = (SealedChunkStore(self._bus, bucket, PieceSeal(one, name)) for one in (old, newest))
+        source, target = (SealedChunkStore(self._bus, bucket, ChunkSeal(one, name)) for one in (old, newest))
         for file in plain:
-            await target.put(_pieces(source, file, await target.missing(file.chunks)))
+            await target.put(_chunks(source, file, await target.missing(file.chunks)))
         files, sealed = seal_files(newest, name, plain)
-        keeper = PieceKeeper(self._bus, bucket)
-        fresh_s = self._bus.settings.upload_ttl_s / 2
-        await keeper.claim((piece for file in files for piece in file.pieces()), fresh_s=fresh_s)
+        keeper = ChunkLifecycle(self._bus, bucket)
+        fresh_s = self._bus.settings.unreferenced_ttl_s / 2
+        await keeper.claim((chunk for file in files for chunk in file.sized_chunks()), fresh_s=fresh_s)
         body = codec.encode(msgspec.structs.replace(manifest, files=files, sealed=sealed))
         await self._models.replace(key, body, latest)
         fields = {"action": "model_rekeyed", "model": name, "version": manifest.version}
         log.info("a version is stored under a new key", extra=fields)
 
 
-async def _pieces(source: SealedChunkStore, file: ModelFile, digests: list[str]) -> AsyncIterator[tuple[str, bytes]]:
-    pieces: AsyncGenerator[bytes, None]
-    async with aclosing(source.get(digests)) as pieces:
+async def _chunks(source: SealedChunkStore, file: ModelFile, digests: list[str]) -> AsyncIterator[tuple[str, bytes]]:
+    chunks: AsyncGenerator[bytes, None]
+    async with aclosing(source.get(digests)) as chunks:
         for digest in digests:
-            piece = await anext(pieces)
-            if await asyncio.to_thread(digest_of, piece) != digest:
-                raise CorruptChunk(f"a piece of '{file.path}' is not what was pushed; push the model again")
-            yield digest, piece
+            chunk = await anext(chunks)
+            if await asyncio.to_thread(digest_of, chunk) != digest:
+                raise CorruptChunk(f"a chunk of '{file.path}' is not what was pushed; push the model again")
+            yield digest, chunk
 
 
 def _decoded(body: bytes) -> ModelKeys | None:

@@ -1,6 +1,6 @@
 """The partitions that one model store looks after: taken, served, kept by signs of life, and given up.
 
-It counts as their owner until ``lease_s`` have passed since it began to give the last sign of life that was stored. Others count
+It counts as their owner until ``partition_lease_s`` have passed since it began to give the last sign of life that was stored. Others count
 from when they saw that one, which is later, so two never both count themselves as the owner.
 """
 
@@ -16,8 +16,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from pathlib import Path
 
 from tether.bus.bus import Bus
-from tether.bus.key_value.leases import LeaseBucket, Seen
-from tether.domain.partition import Lease, SignOfLife, plan
+from tether.bus.key_value.leases import LeaseBucket, LeaseState
+from tether.domain.partition import Lease, StoreHeartbeat, plan
 from tether.errors import TetherError, Unavailable
 from tether.process import lifecycle, metrics
 from tether.process.data_dir import private_folder
@@ -26,15 +26,15 @@ from tether.process.os_process import locked
 log = logging.getLogger(__name__)
 
 BEATS = 6
-"""Signs of life in ``lease_s``, one a second at least. Whoever did not look for half of that time cannot tell who is silent, so there
+"""Signs of life in ``partition_lease_s``, one a second at least. Whoever did not look for half of that time cannot tell who is silent, so there
 must be several in it."""
 _MARGIN = 0.9
-"""How much of ``lease_s`` an owner counts on: a clock may run a little faster than another."""
+"""How much of ``partition_lease_s`` an owner counts on: a clock may run a little faster than another."""
 
 Serve = Callable[[Lease], AbstractAsyncContextManager[None]]
 
 
-class Instance:
+class StoreInstance:
     """One run of one model store, and a private folder of its own below ``scratch``.
 
     The folder is locked while the process lives, so what others left is found, and deleted: ``dead`` has their names.
@@ -81,7 +81,7 @@ class Partitions:
         self._own = instance
         self._serve = serve
         self._dead = set(dead)
-        self._lease_s = bus.settings.lease_s
+        self._lease_s = bus.settings.partition_lease_s
         self._beat_s = min(1.0, self._lease_s / BEATS)
         self._bucket = LeaseBucket(bus)
         self._tasks = lifecycle.Tasks()
@@ -149,10 +149,10 @@ class Partitions:
     async def _sign(self) -> None:
         began = self._bus.clock.monotonic()
         self._beat += 1
-        await self._bucket.sign(SignOfLife(self._own, self._beat))
+        await self._bucket.sign(StoreHeartbeat(self._own, self._beat))
         self._until = began + self._lease_s * _MARGIN
 
-    async def _share(self, seen: Seen) -> None:
+    async def _share(self, seen: LeaseState) -> None:
         """Bring what it has in line with what the bucket says, then take or give up some."""
         living = self._living(seen)
         owners = {number: lease.owner for number, (_, lease) in seen.leases.items() if lease is not None}
@@ -173,8 +173,8 @@ class Partitions:
         served = {number for number, owner in owners.items() if owner in living} | self._held.keys()
         self._unowned = [number for number in range(self._bus.names.partitions) if number not in served]
 
-    def _living(self, seen: Seen) -> set[str]:
-        """Whose leases count: who gave a sign of life that is younger than ``lease_s`` here, or was not looked at for so long."""
+    def _living(self, seen: LeaseState) -> set[str]:
+        """Whose leases count: who gave a sign of life that is younger than ``partition_lease_s`` here, or was not looked at for so long."""
         now = self._bus.clock.monotonic()
         blind = now - self._looked > self._lease_s / 2
         self._looked = now
@@ -231,7 +231,7 @@ class Partitions:
         for event in self._leave.values():
             event.set()
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._bus.settings.drain_s + self._lease_s):
+            async with asyncio.timeout(self._bus.settings.shutdown_timeout_s + self._lease_s):
                 while len(self._tasks):
                     await self._tasks.finish(self._beat_s)
                     with suppress(TetherError):

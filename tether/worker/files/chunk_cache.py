@@ -1,4 +1,4 @@
-"""A worker's cache of pieces of model files. Disposable: without it, or after it was lost, pieces are fetched again.
+"""A worker's cache of chunks of model files. Disposable: without it, or after it was lost, chunks are fetched again.
 
 So nothing that goes wrong with it is an error: what is damaged or full is made anew, and when that fails there is no
 cache for a while. See docs/adr/0017-worker-cache.md.
@@ -24,16 +24,16 @@ from tether.domain.chunking import digest_of
 from tether.process import metrics
 from tether.process.data_dir import check_folder, private_folder
 from tether.worker.files import lmdb_chunks
-from tether.worker.files.lmdb_chunks import DATA, Damaged, Full, PieceDb
+from tether.worker.files.lmdb_chunks import DATA, Damaged, Full, LmdbChunks
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 BATCH = 8 << 20
-"""Most bytes of pieces that are stored in one transaction."""
+"""Most bytes of chunks that are stored in one transaction."""
 _FILLED = 0.75
-"""How much of the file pieces may take: the rest is for what LMDB cannot reuse yet."""
+"""How much of the file chunks may take: the rest is for what LMDB cannot reuse yet."""
 _LEAST = 4 << 20
 """A file of fewer bytes is not worth having."""
 _TRY_S = 120.0
@@ -45,22 +45,22 @@ _UNCLEAN = 3
 
 
 Opened = Callable[[str, bytes], bytes | None]
-"""What a piece is, from its name and what is kept; None when that is not what was stored. Blocks."""
+"""What a chunk is, from its name and what is kept; None when that is not what was stored. Blocks."""
 
 
-def intact(digest: str, piece: bytes) -> bytes | None:
-    """A piece that is kept as it is."""
-    return piece if digest_of(piece) == digest else None
+def intact(digest: str, chunk: bytes) -> bytes | None:
+    """A chunk that is kept as it is."""
+    return chunk if digest_of(chunk) == digest else None
 
 
-def as_it_is(digest: str, piece: bytes) -> bytes | None:
-    """A piece that was found intact just now."""
+def as_it_is(digest: str, chunk: bytes) -> bytes | None:
+    """A chunk that was found intact just now."""
     del digest
-    return piece
+    return chunk
 
 
 class ChunkCache:
-    """Pieces by digest, in a file of at most ``budget`` bytes that leaves ``reserve`` bytes of the disk free.
+    """Chunks by digest, in a file of at most ``budget`` bytes that leaves ``reserve`` bytes of the disk free.
 
     The file is opened at the first use, by one process at a time; another one that uses the folder goes without. Every
     method blocks and may be called from any thread. A process that was forked from the one that opened it has no cache.
@@ -75,7 +75,7 @@ class ChunkCache:
         self._reserve = reserve
         self._lock = threading.RLock()
         self._lock_file: int | None = None
-        self._db: PieceDb | None = None
+        self._db: LmdbChunks | None = None
         self._owner = 0
         self._mapped = 0
         self._map_size = 0
@@ -92,7 +92,7 @@ class ChunkCache:
 
     @property
     def size(self) -> int:
-        """Bytes of the pieces that are kept."""
+        """Bytes of the chunks that are kept."""
         return self._bytes
 
     def held(self, digests: Iterable[str]) -> set[str]:
@@ -104,20 +104,20 @@ class ChunkCache:
             return set(found)
 
     def read(self, digest: str, opened: Opened = intact) -> bytes | None:
-        """A piece as ``opened`` makes it of what is kept; None when there is none such, or it is not intact."""
+        """A chunk as ``opened`` makes it of what is kept; None when there is none such, or it is not intact."""
         with self._lock:
             if self._opened() is None or digest not in self._sizes:
                 return None
-            piece = self._guarded(lambda db: db.get(digest))
-            self._unmap(len(piece or b""))
+            chunk = self._guarded(lambda db: db.get(digest))
+            self._unmap(len(chunk or b""))
             self._use(digest)
-        found = None if piece is None else opened(digest, piece)
+        found = None if chunk is None else opened(digest, chunk)
         if found is None:
             self._forget(digest)
         return found
 
-    def keep(self, pieces: Iterable[tuple[str, bytes]], opened: Opened = intact) -> int:
-        """Store pieces that are not here, those that ``opened`` finds intact; returns their bytes.
+    def keep(self, chunks: Iterable[tuple[str, bytes]], opened: Opened = intact) -> int:
+        """Store chunks that are not here, those that ``opened`` finds intact; returns their bytes.
 
         What was not used for the longest time makes room. What does not fit as a whole is kept in part.
         """
@@ -127,11 +127,11 @@ class ChunkCache:
         batch: dict[str, bytes] = {}
         fresh: set[str] = set()
         kept = size = 0
-        for digest, piece in pieces:
-            if digest in self._sizes or digest in batch or opened(digest, piece) is None:
+        for digest, chunk in chunks:
+            if digest in self._sizes or digest in batch or opened(digest, chunk) is None:
                 continue
-            batch[digest] = piece
-            size += len(piece)
+            batch[digest] = chunk
+            size += len(chunk)
             if size >= min(BATCH, self._capacity // 8):
                 if not self._store(batch, fresh):
                     return kept
@@ -173,7 +173,7 @@ class ChunkCache:
         with self._lock:
             if self._opened() is None:
                 return False
-            new = {digest: piece for digest, piece in batch.items() if digest not in self._sizes}
+            new = {digest: chunk for digest, chunk in batch.items() if digest not in self._sizes}
             fresh.update(batch)
             if not self._make_room(sum(map(len, new.values())), fresh):
                 return False
@@ -181,8 +181,8 @@ class ChunkCache:
             self._guarded(lambda db: db.put(new.items(), rows))
             if self._db is None:
                 return False
-            for digest, piece in batch.items():
-                self._sizes[digest] = len(piece)
+            for digest, chunk in batch.items():
+                self._sizes[digest] = len(chunk)
                 self._sizes.move_to_end(digest)
             self._count(sum(map(len, new.values())))
             return True
@@ -209,7 +209,7 @@ class ChunkCache:
         """Sizes and times of use to write: of what was read since the last time, in the order of its use, and a batch."""
         read = {digest: size for digest, size in self._sizes.items() if digest in self._touched}
         self._touched.clear()
-        read.update({digest: len(piece) for digest, piece in batch.items()})
+        read.update({digest: len(chunk) for digest, chunk in batch.items()})
         first = self._clock + 1
         self._clock += len(read)
         return [(digest, size, stamp) for stamp, (digest, size) in enumerate(read.items(), first)]
@@ -222,8 +222,8 @@ class ChunkCache:
     def _forget(self, digest: str) -> None:
         with self._lock:
             if digest in self._sizes:
-                log.warning("a cached piece was damaged", extra={"action": "cache_piece_damaged"})
-                metrics.CHUNK_CACHE_LOST.labels("piece").inc()
+                log.warning("a cached chunk was damaged", extra={"action": "cache_chunk_damaged"})
+                metrics.CHUNK_CACHE_LOST.labels("chunk").inc()
                 self._guarded(lambda db: db.delete([digest]))
                 self._count(-self._sizes.pop(digest, 0))
 
@@ -231,7 +231,7 @@ class ChunkCache:
         self._bytes += change
         metrics.CHUNK_CACHE_BYTES.set(self._bytes)
 
-    def _guarded(self, work: Callable[[PieceDb], T]) -> T | None:
+    def _guarded(self, work: Callable[[LmdbChunks], T]) -> T | None:
         """Do something with the file; one that turns out damaged or full is deleted."""
         if self._db is None:
             return None
@@ -251,7 +251,7 @@ class ChunkCache:
     def _mine(self) -> bool:
         return self._db is not None and self._owner == os.getpid()
 
-    def _opened(self) -> PieceDb | None:
+    def _opened(self) -> LmdbChunks | None:
         if self._db is not None:
             return self._db if self._mine() else None
         if self._closed or not self._budget:
@@ -261,7 +261,7 @@ class ChunkCache:
         except (OSError, Full, Damaged) as error:
             self._close_db()
             self._delete("unusable")
-            log.warning("no cache of pieces: %s", error, extra={"action": "cache_unusable"})
+            log.warning("no cache of chunks: %s", error, extra={"action": "cache_unusable"})
         return self._db
 
     def _open(self) -> None:
@@ -272,7 +272,7 @@ class ChunkCache:
         """
         private_folder(self._folder)
         if not self._locked():
-            log.warning("another process uses the cache of pieces", extra={"action": "cache_in_use"})
+            log.warning("another process uses the cache of chunks", extra={"action": "cache_in_use"})
             return
         size = self._room()
         unclean = self._unclean()
@@ -281,10 +281,10 @@ class ChunkCache:
             self._delete(reason)
             size, unclean = self._room(), 0
         if size < _LEAST:
-            log.warning("too little free disk for a cache of pieces", extra={"action": "cache_no_room"})
+            log.warning("too little free disk for a cache of chunks", extra={"action": "cache_no_room"})
             return
         self._state.write_text(f"open {unclean + 1}")
-        self._db = PieceDb(self._folder, size)
+        self._db = LmdbChunks(self._folder, size)
         self._owner = os.getpid()
         self._map_size = size
         rows = self._db.rows()
@@ -299,7 +299,7 @@ class ChunkCache:
             self._mapped = 0
             self._db.close()
             try:
-                self._db = PieceDb(self._folder, self._map_size)
+                self._db = LmdbChunks(self._folder, self._map_size)
             except (Full, Damaged) as error:
                 self._db = None
                 self._lost("damaged", error)

@@ -16,15 +16,15 @@ from pathlib import Path
 
 from tether.bus.bus import Bus
 from tether.bus.key_value.keyrings import ModelKeyring
-from tether.crypto.model_encryption import PieceSeal, opened_manifest
+from tether.crypto.model_encryption import ChunkSeal, opened_manifest
 from tether.domain.manifest import Manifest, ModelFile, ModelRef
-from tether.errors import BadSeal, NotEntitled, Unavailable
+from tether.errors import DecryptionFailed, NoDecryptionKey, Unavailable
 from tether.process import metrics
 from tether.process.lifecycle import Tasks
 from tether.process.tmpfs_folder import MemoryFolder
 from tether.storage.chunk_store import ObjectChunkStore
 from tether.storage.encrypted_chunk_store import SealedChunkStore
-from tether.storage.model_files import Pieces, clear_leftovers, fetch_model, version_digest
+from tether.storage.model_files import Chunks, clear_leftovers, fetch_model, version_digest
 from tether.worker.files.chunk_cache import ChunkCache, as_it_is, intact
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ _MB = 1 << 20
 _VERSION = re.compile(r"[0-9a-f]{64}")
 
 
-class Form:
-    """How a version's pieces are kept and named: as they are, under their digests."""
+class PlainEncoding:
+    """How a version's chunks are kept and named: as they are, under their digests."""
 
     def name(self, digest: str) -> str:
         return digest
@@ -42,15 +42,15 @@ class Form:
     def opened(self, name: str, kept: bytes) -> bytes | None:
         return intact(name, kept)
 
-    def closed(self, digest: str, piece: bytes) -> bytes | None:
-        """The piece as it may be kept; None when it is not what its digest says. Blocks."""
-        return intact(digest, piece)
+    def closed(self, digest: str, chunk: bytes) -> bytes | None:
+        """The chunk as it may be kept; None when it is not what its digest says. Blocks."""
+        return intact(digest, chunk)
 
 
-class SealedForm(Form):
+class EncryptedEncoding(PlainEncoding):
     """Closed with the model's data key, so that no disk has them in the clear."""
 
-    def __init__(self, seal: PieceSeal) -> None:
+    def __init__(self, seal: ChunkSeal) -> None:
         self._seal = seal
 
     def name(self, digest: str) -> str:
@@ -59,23 +59,23 @@ class SealedForm(Form):
     def opened(self, name: str, kept: bytes) -> bytes | None:
         try:
             return self._seal.open(name, kept)
-        except BadSeal:
+        except DecryptionFailed:
             return None
 
-    def closed(self, digest: str, piece: bytes) -> bytes | None:
-        return None if intact(digest, piece) is None else self._seal.close(self._seal.name(digest), piece)
+    def closed(self, digest: str, chunk: bytes) -> bytes | None:
+        return None if intact(digest, chunk) is None else self._seal.close(self._seal.name(digest), chunk)
 
 
-class CachedPieces:
-    """Pieces from the cache where it has them intact, all others from the store."""
+class CachedChunkSource:
+    """Chunks from the cache where it has them intact, all others from the store."""
 
-    def __init__(self, cache: ChunkCache, store: Pieces, form: Form) -> None:
+    def __init__(self, cache: ChunkCache, store: Chunks, form: PlainEncoding) -> None:
         self._cache = cache
         self._store = store
         self._form = form
 
     async def get(self, digests: Sequence[str]) -> AsyncGenerator[bytes, None]:
-        """The pieces in order. Close the iterator when you stop early.
+        """The chunks in order. Close the iterator when you stop early.
 
         Raises:
             CorruptChunk: one is neither here nor there; ``field`` is its name in the store.
@@ -88,39 +88,39 @@ class CachedPieces:
         async with aclosing(self._store.get(others)) as fetched:
             for digest in digests:
                 here = names[digest] in held
-                piece = await asyncio.to_thread(self._read, names[digest]) if here else await anext(fetched)
-                if piece is not None:
-                    (from_cache if here else from_broker).inc(len(piece))
-                    yield piece
+                chunk = await asyncio.to_thread(self._read, names[digest]) if here else await anext(fetched)
+                if chunk is not None:
+                    (from_cache if here else from_broker).inc(len(chunk))
+                    yield chunk
                     continue
                 async with aclosing(self._store.get([digest])) as again:
-                    async for piece in again:
-                        from_broker.inc(len(piece))
-                        yield piece
+                    async for chunk in again:
+                        from_broker.inc(len(chunk))
+                        yield chunk
 
     def _read(self, name: str) -> bytes | None:
         return self._cache.read(name, self._form.opened)
 
 
 @dataclass(frozen=True)
-class Held:
+class AssembledFiles:
     """Where a version that is held has its files. ``manifest`` has their plain digests."""
 
     manifest: Manifest
     directory: Path
-    seal: PieceSeal | None = None
+    seal: ChunkSeal | None = None
 
     @property
     def digest(self) -> str:
         return self.directory.name
 
     @property
-    def form(self) -> Form:
-        return Form() if self.seal is None else SealedForm(self.seal)
+    def form(self) -> PlainEncoding:
+        return PlainEncoding() if self.seal is None else EncryptedEncoding(self.seal)
 
 
 class WorkerFiles:
-    """Assembled versions below one folder, and the cache of their pieces beside them.
+    """Assembled versions below one folder, and the cache of their chunks beside them.
 
     Versions that are held stay; others make room, that first which was not used for the longest time. Encrypted versions
     are assembled in ``memory``, as long as they are held.
@@ -132,16 +132,16 @@ class WorkerFiles:
         settings = bus.settings
         self._bus = bus
         self._keyring = keyring
-        self._memory = memory or MemoryFolder(settings.memory_dir, folder, bus.signer.name)
+        self._memory = memory or MemoryFolder(settings.decrypted_model_dir, folder, bus.signer.name)
         self._folder = folder
-        self._budget = settings.cache_versions_mb * _MB
+        self._budget = settings.model_files_mb * _MB
         self._reserve = settings.cache_reserve_mb * _MB
-        self._held: dict[ModelRef, Held] = {}
+        self._held: dict[ModelRef, AssembledFiles] = {}
         self._changing = asyncio.Lock()
         self.graphs = folder / "graphs"
         """Where runtimes may keep what they made of a version's files."""
         self._tasks = Tasks()
-        self.cache = ChunkCache(folder / "chunks", settings.cache_mb * _MB, self._reserve)
+        self.cache = ChunkCache(folder / "chunks", settings.chunk_cache_mb * _MB, self._reserve)
 
     async def sweep(self) -> None:
         """Delete what killed processes left, and versions above the budget."""
@@ -155,8 +155,8 @@ class WorkerFiles:
         :meth:`release`.
 
         Raises:
-            NotEntitled, BadSeal: this worker may not open an encrypted version.
-            NoMemoryFolder: there is no memory for an encrypted version.
+            NoDecryptionKey, DecryptionFailed: this worker may not open an encrypted version.
+            TmpfsUnavailable: there is no memory for an encrypted version.
         """
         held = await self._described(manifest)
         try:
@@ -172,7 +172,7 @@ class WorkerFiles:
         """The folder with a version's files, whole and verified; it stays until :meth:`release`.
 
         Raises:
-            CorruptChunk: a piece is missing in the store, or altered, and not in the cache either.
+            CorruptChunk: a chunk is missing in the store, or altered, and not in the cache either.
             Unavailable: the disk has no room whatever is deleted, or the broker does not answer.
             TetherError: as :meth:`place` does, where that was not called before.
         """
@@ -189,34 +189,34 @@ class WorkerFiles:
             await asyncio.to_thread(self.cache.rest)
         return directory
 
-    async def _described(self, manifest: Manifest) -> Held:
+    async def _described(self, manifest: Manifest) -> AssembledFiles:
         if manifest.sealed is None:
-            return Held(manifest, self._folder / version_digest(manifest))
+            return AssembledFiles(manifest, self._folder / version_digest(manifest))
         if self._keyring is None:
-            raise NotEntitled(f"'{self._bus.signer.name}' opens no encrypted models")
+            raise NoDecryptionKey(f"'{self._bus.signer.name}' opens no encrypted models")
         key = await self._keyring.find(manifest.name, manifest.sealed.key_id)
         plain = await asyncio.to_thread(opened_manifest, key, manifest)
         folder = await asyncio.to_thread(self._memory.path)
-        return Held(plain, folder / version_digest(plain), PieceSeal(key, manifest.name))
+        return AssembledFiles(plain, folder / version_digest(plain), ChunkSeal(key, manifest.name))
 
     def _pinned(self) -> frozenset[str]:
         return frozenset(held.digest for held in self._held.values() if held.seal is None)
 
-    async def _room_on_disk(self, held: Held) -> None:
+    async def _room_on_disk(self, held: AssembledFiles) -> None:
         async with self._changing:
             is_new = not await asyncio.to_thread(held.directory.exists)
             coming = held.manifest.size * is_new
             await asyncio.to_thread(self._make_room, self._pinned(), coming, self._budget)
 
-    async def _room_in_memory(self, held: Held) -> None:
+    async def _room_in_memory(self, held: AssembledFiles) -> None:
         if not held.directory.exists():
             await asyncio.to_thread(self._memory.room, held.manifest.size)
 
-    async def _into_memory(self, held: Held, seal: PieceSeal) -> Path:
+    async def _into_memory(self, held: AssembledFiles, seal: ChunkSeal) -> Path:
         store = SealedChunkStore(self._bus, self._bus.names.partition_bucket(held.manifest.partition), seal)
-        pieces = CachedPieces(self.cache, store, held.form)
+        chunks = CachedChunkSource(self.cache, store, held.form)
         folder = held.directory.parent
-        return await fetch_model(self._bus, pieces, held.manifest, folder, partial(self._keep, held.form))
+        return await fetch_model(self._bus, chunks, held.manifest, folder, partial(self._keep, held.form))
 
     def release(self, ref: ModelRef) -> None:
         """The version is not held any more: its files may make room for others, and what is in memory goes at once."""
@@ -232,20 +232,20 @@ class WorkerFiles:
                 self._tasks.spawn(asyncio.to_thread(shutil.rmtree, gone, ignore_errors=True), "free-memory")
 
     async def remember(self, manifest: Manifest, directory: Path) -> None:
-        """Keep the pieces of a version that was fetched, for the next one that shares some of them."""
+        """Keep the chunks of a version that was fetched, for the next one that shares some of them."""
         held = self._held.get(ModelRef(manifest.name, manifest.version))
         if held is None:
             if manifest.sealed is not None:
                 return
-            held = Held(manifest, directory)
+            held = AssembledFiles(manifest, directory)
         for file in held.manifest.files:
             await asyncio.to_thread(self._keep, held.form, file, directory / file.path)
         await asyncio.to_thread(self.cache.rest)
 
     def lend(self, name: str) -> bytes | None:
-        """A piece of the cache in the form that it is kept in, and that proved to be right just now; None when there is none
+        """A chunk of the cache in the form that it is kept in, and that proved to be right just now; None when there is none
         such, or when it is closed with a key of no version that is held. Blocks."""
-        forms = [Form(), *(held.form for held in tuple(self._held.values()) if held.seal is not None)]
+        forms = [PlainEncoding(), *(held.form for held in tuple(self._held.values()) if held.seal is not None)]
         kept = self.cache.read(name, as_it_is)
         self.cache.rest()
         right = kept is not None and any(form.opened(name, kept) is not None for form in forms)
@@ -256,13 +256,13 @@ class WorkerFiles:
         await self._tasks.cancel()
         await asyncio.to_thread(self._memory.close)
 
-    async def _onto_disk(self, held: Held) -> Path:
+    async def _onto_disk(self, held: AssembledFiles) -> Path:
         """On a disk that is full, everything that can be fetched again is given up first."""
         manifest = held.manifest
         store = ObjectChunkStore(self._bus, self._bus.names.partition_bucket(manifest.partition))
-        pieces = CachedPieces(self.cache, store, held.form)
+        chunks = CachedChunkSource(self.cache, store, held.form)
         try:
-            return await fetch_model(self._bus, pieces, manifest, self._folder, partial(self._keep, held.form))
+            return await fetch_model(self._bus, chunks, manifest, self._folder, partial(self._keep, held.form))
         except Unavailable as error:
             if not isinstance(error.__cause__, OSError):
                 raise
@@ -270,14 +270,14 @@ class WorkerFiles:
         async with self._changing:
             await asyncio.to_thread(self.cache.drop, "disk")
             await asyncio.to_thread(self._make_room, self._pinned(), 0, 0)
-        return await fetch_model(self._bus, pieces, manifest, self._folder)
+        return await fetch_model(self._bus, chunks, manifest, self._folder)
 
-    def _keep(self, form: Form, file: ModelFile, path: Path) -> None:
+    def _keep(self, form: PlainEncoding, file: ModelFile, path: Path) -> None:
         names = {digest: form.name(digest) for digest in file.chunks}
         held = self.cache.held(names.values())
         wanted = {digest: name for digest, name in names.items() if name not in held}
         with suppress(OSError):
-            self.cache.keep(_pieces(file, path, form, wanted), opened=as_it_is)
+            self.cache.keep(_chunks(file, path, form, wanted), opened=as_it_is)
 
     def _sweep(self) -> None:
         for path in self._folder.iterdir():
@@ -289,7 +289,7 @@ class WorkerFiles:
                 path.rmdir()  # only if it is empty
 
     def _make_room(self, pinned: frozenset[str], coming: int, budget: int) -> None:
-        """Delete versions until ``coming`` more bytes fit the budget and the disk; if need be, the cache of pieces too."""
+        """Delete versions until ``coming`` more bytes fit the budget and the disk; if need be, the cache of chunks too."""
         sizes = {path: _size(path) for path in self._versions()}
         total = sum(sizes.values()) + coming
         for path in sorted(sizes, key=lambda path: path.stat().st_mtime_ns):
@@ -317,10 +317,10 @@ class WorkerFiles:
         return shutil.disk_usage(self._folder).free
 
 
-def _pieces(file: ModelFile, path: Path, form: Form, wanted: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
-    """Name and kept form of those of a file's pieces that are ``wanted``, by digest, and are what they should be."""
+def _chunks(file: ModelFile, path: Path, form: PlainEncoding, wanted: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
+    """Name and kept form of those of a file's chunks that are ``wanted``, by digest, and are what they should be."""
     with path.open("rb") as content:
-        for digest, size in file.pieces():
+        for digest, size in file.sized_chunks():
             if digest not in wanted:
                 content.seek(size, os.SEEK_CUR)
             elif (kept := form.closed(digest, content.read(size))) is not None:

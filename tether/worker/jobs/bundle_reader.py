@@ -21,16 +21,16 @@ from tether.errors import (
     UnknownKey,
 )
 from tether.process import metrics
-from tether.streams.lane_consumer import BusDelivery
+from tether.streams.lane_consumer import Delivery
 from tether.wire import codec
 from tether.worker.jobs import payload_encryption
-from tether.worker.jobs.outcome_publisher import Answers
+from tether.worker.jobs.outcome_publisher import OutcomePublisher
 from tether.worker.scheduling.bundle import Bundle
 
 log = logging.getLogger(__name__)
 
 
-class Intake:
+class BundleReader:
     """Opens the deliveries of one model's lanes and answers them."""
 
     def __init__(self, bus: Bus, keyring: Keyring, model: str) -> None:
@@ -38,9 +38,9 @@ class Intake:
         self._keyring = keyring
         self._settings = bus.settings
         self._model = model
-        self.answers = Answers(bus)
+        self.answers = OutcomePublisher(bus)
 
-    async def open(self, delivery: BusDelivery) -> Bundle | None:
+    async def open(self, delivery: Delivery) -> Bundle | None:
         """Verify, then decode. What fails is acknowledged: delivering it again would change nothing.
 
         Unless this worker's own clock may be to blame: then the bundle is left for another worker.
@@ -93,7 +93,7 @@ class Intake:
             await self.deliver([bundle], ends)
         bundle.jobs = jobs
 
-    async def _later(self, delivery: BusDelivery) -> None:
+    async def _later(self, delivery: Delivery) -> None:
         if delivery.attempt <= self._settings.max_attempts:
             delivery.abandon()
         else:

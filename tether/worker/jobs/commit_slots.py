@@ -22,7 +22,7 @@ SLOW_RUNS = 32
 """Runs of durable jobs whose ends may wait for longer."""
 
 
-class Ending:
+class CommitSlots:
     """The ends of one model version; ``changed`` is called when there may be room for another run."""
 
     def __init__(self, changed: Callable[[], None]) -> None:

@@ -13,10 +13,10 @@ from tether.domain.job import Failure, Job, JobState, LaneKind, Outcome
 from tether.domain.worker_protocol import EndedLanes
 from tether.errors import DeadlineExceeded, ModelNotFound, TetherError
 from tether.process.lifecycle import Tasks
-from tether.streams.lane_consumer import BusDelivery, LanePull
+from tether.streams.lane_consumer import Delivery, LaneConsumer
 from tether.streams.layout import lanes_of
 from tether.worker.jobs.ack_keepalive import KeepAlive
-from tether.worker.jobs.bundle_reader import Intake
+from tether.worker.jobs.bundle_reader import BundleReader
 from tether.worker.scheduling.bundle import Bundle
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _AGAIN_S = 1.0
 
 
-class EndedVersions:
+class DeletedVersionDrain:
     """Works off the lanes that the dispatcher names, as long as it names them. One change at a time for each."""
 
     def __init__(self, bus: Bus, keepalive: KeepAlive, keyring: Keyring) -> None:
@@ -51,7 +51,7 @@ class EndedVersions:
         await self._tasks.cancel()
 
     async def _work_off(self, ended: EndedLanes, enough: asyncio.Event) -> None:
-        lanes = Lanes(self._bus, ended, self._keepalive, self._keyring)
+        lanes = DeletedLaneDrain(self._bus, ended, self._keepalive, self._keyring)
         try:
             if await self._confirmed(ended, enough):
                 await lanes.start()
@@ -75,17 +75,17 @@ class EndedVersions:
         return False
 
 
-class Lanes:
+class DeletedLaneDrain:
     """Pulls the lanes of one deleted version in one region and ends what comes."""
 
     def __init__(self, bus: Bus, ended: EndedLanes, keepalive: KeepAlive, keyring: Keyring) -> None:
         self._bus = bus
         self._ended = ended
         self._keepalive = keepalive
-        self._intake = Intake(bus, keyring, ended.model)
+        self._intake = BundleReader(bus, keyring, ended.model)
         self._tasks = Tasks()
         lanes = lanes_of(ended.model, ended.version, ended.region, bus.scope)
-        self._pulls = {lane: LanePull(bus, lane, bus.settings.worker_slots, self._take) for lane in lanes}
+        self._pulls = {lane: LaneConsumer(bus, lane, bus.settings.worker_prefetch, self._take) for lane in lanes}
 
     async def start(self) -> None:
         for pull in self._pulls.values():
@@ -93,10 +93,10 @@ class Lanes:
 
     async def stop(self) -> None:
         await asyncio.gather(*[pull.stop() for pull in self._pulls.values()], return_exceptions=True)
-        await self._tasks.finish(self._bus.settings.drain_s)
+        await self._tasks.finish(self._bus.settings.shutdown_timeout_s)
         await self._tasks.cancel()
 
-    def _take(self, delivery: BusDelivery) -> None:
+    def _take(self, delivery: Delivery) -> None:
         settings = self._bus.settings
         infer = delivery.lane.kind is LaneKind.INFER
         wait = settings.infer_ack_wait_s if infer else settings.jobs_ack_wait_s
@@ -104,11 +104,11 @@ class Lanes:
         delivery.on_settled = self._settled
         self._tasks.spawn(self._end(delivery), "end")
 
-    def _settled(self, delivery: BusDelivery) -> None:
+    def _settled(self, delivery: Delivery) -> None:
         self._keepalive.drop(delivery.ack_subject)
         self._pulls[delivery.lane].release()
 
-    async def _end(self, delivery: BusDelivery) -> None:
+    async def _end(self, delivery: Delivery) -> None:
         try:
             bundle = await self._intake.open(delivery)
             if bundle is not None:

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 
 from tether.model.config import LoadBalancing
 from tether.process.clock import Clock
-from tether.streams.lane_consumer import LanePull
-from tether.worker.models.load_spec import Serving
+from tether.streams.lane_consumer import LaneConsumer
+from tether.worker.models.load_spec import RunSpec
 from tether.worker.runs.job_runs import Runs
 from tether.worker.scheduling import batching, pull_balance
 from tether.worker.scheduling.bundle import Bundle
-from tether.worker.scheduling.job_turns import LEVELS, RunQueue, Ticket, level_of
+from tether.worker.scheduling.job_turns import LEVELS, JobTicket, RunQueue, level_of
 from tether.worker.scheduling.pull_pace import AHEAD_S
 
 HOLD_S = 0.1
@@ -27,16 +27,16 @@ _OPENING_S = 0.05
 """How long a less urgent job waits for a more urgent message that has arrived and is being opened."""
 
 
-class Asking:
+class LanePulls:
     """The lanes of one version, by their level, and how many of its runs are made."""
 
     def __init__(
-        self, pulls: Sequence[LanePull], queue: RunQueue, runs: Runs, clock: Clock, *, slots: int, weight: int
+        self, pulls: Sequence[LaneConsumer], queue: RunQueue, runs: Runs, clock: Clock, *, slots: int, weight: int
     ) -> None:
         self.pulls = {level_of(pull.lane): pull for pull in pulls}
         self.arrived = asyncio.Event()
         """Set when there may be something new in the queue."""
-        self.gathering: list[Ticket] = []
+        self.gathering: list[JobTicket] = []
         """Jobs that only wait for company."""
         self.copies = 1
         self.running = 0
@@ -132,7 +132,7 @@ class Asking:
             looked = True
             await asyncio.gather(*[self._look(level) for level in unknown])
 
-    async def gathered(self, level: int, serving: Serving) -> bool:
+    async def gathered(self, level: int, serving: RunSpec) -> bool:
         """Whether something came while the next run of a level waited for company, which it does until it is full enough or the
         delay of the model's configuration is up."""
         if not serving.delay_s:
@@ -140,7 +140,7 @@ class Asking:
         group = list(self._queue.candidates(level))
         left = group[0].bundle.touched_at + serving.delay_s - self._clock.monotonic()
         jobs = [ticket.job for ticket in group]
-        full = not batching.wants_company(jobs, serving.batching.max_batch_size, serving.preferred)
+        full = not batching.should_wait_for_more(jobs, serving.batching.max_batch_size, serving.preferred)
         if group[0].alone or full or left <= 0:
             return False
         self.gathering = group

@@ -14,7 +14,7 @@ from tether.crypto import MessageType
 from tether.domain.job import Failure, JobState, Outcome
 from tether.errors import BrokerUnavailable, PayloadTooLarge, QueueFull, ResultTooLarge, StorageFull, TetherError
 from tether.process import metrics
-from tether.process.log_rate_limiter import Seldom
+from tether.process.log_rate_limiter import LogRateLimiter
 from tether.streams.job_queue import BusResults
 from tether.wire import codec
 from tether.worker.jobs.results_room import ResultsRoom
@@ -31,14 +31,14 @@ _WAITS_S = 1.0
 _TOLD_S = 60.0
 
 
-class Answers:
+class OutcomePublisher:
     """Publishes outcomes for one worker."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._results = BusResults(bus)
         self._room = ResultsRoom(bus)
-        self._told = Seldom(bus.clock.monotonic, lines=1, within_s=_TOLD_S)
+        self._told = LogRateLimiter(bus.clock.monotonic, lines=1, within_s=_TOLD_S)
         self._waiting: dict[str, str] = {}
 
     @property

@@ -12,19 +12,20 @@ from tether.crypto.payload_encryption import seal_outcome
 from tether.domain.job import Failure, Job, JobState, Outcome
 from tether.errors import (
     AttemptsExhausted,
-    BadSeal,
     DeadlineExceeded,
+    DecryptionFailed,
     EnvelopeError,
     JobCancelled,
     ModelNotFound,
-    NotEntitled,
+    NoDecryptionKey,
 )
 from tether.process import metrics
 
 log = logging.getLogger(__name__)
 
 _OURS = frozenset(
-    error.code for error in (NotEntitled, BadSeal, DeadlineExceeded, JobCancelled, ModelNotFound, AttemptsExhausted)
+    error.code
+    for error in (NoDecryptionKey, DecryptionFailed, DeadlineExceeded, JobCancelled, ModelNotFound, AttemptsExhausted)
 )
 """Ends whose words are our own, and hold nothing of what was sent."""
 
@@ -70,7 +71,7 @@ def _closed(keyring: Keyring, job: Job, outcome: Outcome) -> Outcome:
     if key is not None:
         return seal_outcome(key, job.tenant, outcome)
     if outcome.outputs:
-        failure = Failure(NotEntitled.code, "the worker may no longer open this tenant's payloads")
+        failure = Failure(NoDecryptionKey.code, "the worker may no longer open this tenant's payloads")
         return msgspec.structs.replace(outcome, state=JobState.FAILED, outputs=(), error=failure)
     if outcome.error is None or outcome.error.code in _OURS:
         return outcome

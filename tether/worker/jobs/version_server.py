@@ -21,20 +21,20 @@ from tether.model.config import LoadBalancing
 from tether.process import metrics
 from tether.process.lifecycle import Tasks
 from tether.streams.job_queue import BusResults
-from tether.streams.lane_consumer import BusDelivery, LanePull
+from tether.streams.lane_consumer import Delivery, LaneConsumer
 from tether.streams.layout import lanes_of
 from tether.worker.jobs.ack_keepalive import KeepAlive
-from tether.worker.jobs.bundle_reader import Intake
-from tether.worker.jobs.commit_slots import Ending
-from tether.worker.jobs.lane_pulls import Asking
+from tether.worker.jobs.bundle_reader import BundleReader
+from tether.worker.jobs.commit_slots import CommitSlots
+from tether.worker.jobs.lane_pulls import LanePulls
 from tether.worker.jobs.redelivery import Redelivery
-from tether.worker.jobs.withdrawn_jobs import Withdrawn
-from tether.worker.models.load_spec import Serving
-from tether.worker.runs.active_runs import UnderWay
-from tether.worker.runs.isolated_instance import Apart
-from tether.worker.runs.job_runs import End, Hearing, Runs
+from tether.worker.jobs.withdrawn_jobs import WithdrawnJobs
+from tether.worker.models.load_spec import RunSpec
+from tether.worker.runs.active_runs import ActiveRuns
+from tether.worker.runs.isolated_instance import IsolatedInstance
+from tether.worker.runs.job_runs import End, RunListeners, Runs
 from tether.worker.scheduling.bundle import Bundle
-from tether.worker.scheduling.job_turns import RunQueue, Ticket, Turn, bundles_of, level_of
+from tether.worker.scheduling.job_turns import JobTicket, NextRun, RunQueue, bundles_of, level_of
 from tether.worker.scheduling.pull_pace import AHEAD_S
 
 log = logging.getLogger(__name__)
@@ -43,18 +43,18 @@ _LAST_S = 2.0
 """How long a stopping version may take to hand back what it has in hand."""
 
 
-class ModelInstance:
+class VersionServer:
     """Serves one version from its lanes until it is stopped."""
 
     def __init__(
         self,
         bus: Bus,
         manifest: Manifest,
-        apart: Apart,
+        apart: IsolatedInstance,
         keepalive: KeepAlive,
         keyring: Keyring,
         *,
-        hearing: Hearing,
+        hearing: RunListeners,
     ) -> None:
         self._bus = bus
         self._settings = bus.settings
@@ -62,29 +62,29 @@ class ModelInstance:
         self._apart, self.copies = apart, apart.copies
         self._hearing = hearing
         self._keepalive = keepalive
-        self.intake = Intake(bus, keyring, manifest.name)
+        self.intake = BundleReader(bus, keyring, manifest.name)
         self._results = BusResults(bus)
         self.runs = Runs(bus.signer.name, bus.clock, manifest.name, apart, hearing, room=bus.room)
         self.redelivery = Redelivery(bus, manifest.name)
         self._tasks = Tasks()
-        self._serving = Serving(manifest.batching, (), 0.0, 0.0, LoadBalancing.LEAST_CONNECTIONS)
+        self._serving = RunSpec(manifest.batching, (), 0.0, 0.0, LoadBalancing.LEAST_CONNECTIONS)
         self._pulls = [
-            LanePull(bus, lane, 1, self._take)
+            LaneConsumer(bus, lane, 1, self._take)
             for lane in lanes_of(manifest.name, manifest.version, self._settings.region, bus.scope)
         ]
-        self._withdrawn = Withdrawn(bus, self._pulls[0].lane)
-        self._under_way = UnderWay(bus.clock, self._withdrawn)
+        self._withdrawn = WithdrawnJobs(bus, self._pulls[0].lane)
+        self._under_way = ActiveRuns(bus.clock, self._withdrawn)
         self._withdrawn.changed = self._under_way.look
         self._by_lane = {pull.lane: pull for pull in self._pulls}
         self.queue = RunQueue(self._settings.priority_patience_s, bus.clock.monotonic())
-        slots, weight = self._settings.worker_slots, self._settings.worker_weight
-        self._asking = Asking(self._pulls, self.queue, self.runs, bus.clock, slots=slots, weight=weight)
+        slots, weight = self._settings.worker_prefetch, self._settings.worker_weight
+        self._asking = LanePulls(self._pulls, self.queue, self.runs, bus.clock, slots=slots, weight=weight)
         self._bundles: dict[Bundle, None] = {}
         """What is in hand, in order of arrival, until it is settled or left."""
         self._waiting: set[str] = set()
         """Deliveries that hold a slot of their lane: nothing of them has begun."""
         self._changed = asyncio.Event()
-        self._ending = Ending(self._ends_changed)
+        self._ending = CommitSlots(self._ends_changed)
         self._holding = asyncio.Event()
         self._stopping = False
 
@@ -93,7 +93,7 @@ class ModelInstance:
         """Jobs that run now."""
         return self.runs.running
 
-    def configure(self, serving: Serving, copies: int) -> None:
+    def configure(self, serving: RunSpec, copies: int) -> None:
         """What counts from the next run on; ``copies`` is how many runs are made side by side."""
         self._serving = serving
         self.copies.limit(serving.run_timeout_s)
@@ -121,7 +121,7 @@ class ModelInstance:
         for pull in self._pulls:
             await pull.start()
 
-    async def stop(self, drain_s: float) -> None:
+    async def stop(self, shutdown_timeout_s: float) -> None:
         """Ask for no more, hand back what has not begun and the rest of durable bundles, finish what callers wait for, free the
         model."""
         for ended in await asyncio.gather(*[pull.stop() for pull in self._pulls], return_exceptions=True):
@@ -134,7 +134,7 @@ class ModelInstance:
                 self._leave(bundle)
         self._asking.arrived.set()
         try:
-            async with asyncio.timeout(drain_s):
+            async with asyncio.timeout(shutdown_timeout_s):
                 while self._bundles or self._tasks.named("open"):
                     self._changed.clear()
                     await self._changed.wait()
@@ -155,7 +155,7 @@ class ModelInstance:
 
     # messages
 
-    def _take(self, delivery: BusDelivery) -> None:
+    def _take(self, delivery: Delivery) -> None:
         infer = delivery.lane.kind is LaneKind.INFER
         wait = self._settings.infer_ack_wait_s if infer else self._settings.jobs_ack_wait_s
         self._keepalive.hold(delivery.ack_subject, wait, self._bus.clock.monotonic())
@@ -164,16 +164,16 @@ class ModelInstance:
         self._asking.came(level_of(delivery.lane))
         self._tasks.spawn(self._open(delivery), "open")
 
-    def _settled(self, delivery: BusDelivery) -> None:
+    def _settled(self, delivery: Delivery) -> None:
         self._keepalive.drop(delivery.ack_subject)
         self._release(delivery)
 
-    def _release(self, delivery: BusDelivery) -> None:
+    def _release(self, delivery: Delivery) -> None:
         if delivery.ack_subject in self._waiting:
             self._waiting.discard(delivery.ack_subject)
             self._by_lane[delivery.lane].release()
 
-    async def _open(self, delivery: BusDelivery) -> None:
+    async def _open(self, delivery: Delivery) -> None:
         queued = False
         try:
             bundle = await self.intake.open(delivery)
@@ -204,7 +204,9 @@ class ModelInstance:
         self._bundles[bundle] = None
         self._holding.set()
         for job in jobs:
-            self.queue.add(Ticket(job, bundle, alone=bundle.suspect, whole=gives_optional(self.manifest, job.inputs)))
+            self.queue.add(
+                JobTicket(job, bundle, alone=bundle.suspect, whole=gives_optional(self.manifest, job.inputs))
+            )
         return True
 
     async def _ended(self, bundle: Bundle, ids: Sequence[str]) -> set[str]:
@@ -239,7 +241,7 @@ class ModelInstance:
             bundle.delivery.abandon()
             self._changed.set()
 
-    def drop(self, jobs: Collection[str]) -> list[Ticket]:
+    def drop(self, jobs: Collection[str]) -> list[JobTicket]:
         """Take jobs out that need no run any more; those that had not begun. Nobody is told of their end."""
         dropped = self.queue.drop(jobs)
         for ticket in dropped:
@@ -261,7 +263,7 @@ class ModelInstance:
             turn = self.queue.take(level, self._serving.batching.max_batch_size, self._bus.clock.monotonic())
             self._begin(turn)
 
-    def _begin(self, turn: Turn) -> None:
+    def _begin(self, turn: NextRun) -> None:
         now, moment = self._bus.clock.utc(), self._bus.clock.monotonic()
         for ticket in turn.tickets:
             bundle = ticket.bundle
@@ -284,13 +286,13 @@ class ModelInstance:
             self._asking.began()
             self._tasks.spawn(self._run(turn), "work")
 
-    def _over(self, ticket: Ticket, now: float) -> End | None:
+    def _over(self, ticket: JobTicket, now: float) -> End | None:
         """The end of a job that needs no run any more."""
         if ticket.job.id in self._withdrawn:
             return self.runs.withdrawn(ticket)
         return self.runs.expired(ticket) if ticket.job.deadline <= now else None
 
-    async def _run(self, turn: Turn) -> None:
+    async def _run(self, turn: NextRun) -> None:
         ends: list[End] | None = None
         try:
             async with self.copies.held():
@@ -303,7 +305,7 @@ class ModelInstance:
             self._changed.set()
             await self._end(turn.tickets, ends)
 
-    async def _ends(self, turn: Turn) -> list[End]:
+    async def _ends(self, turn: NextRun) -> list[End]:
         """Make a run; the jobs that ended with it."""
         ticket = turn.tickets[0]
         if ticket.bundle.suspect and not ticket.attempt:
@@ -326,7 +328,7 @@ class ModelInstance:
         self._asking.arrived.set()
         return ends
 
-    async def _end(self, tickets: Sequence[Ticket], ends: Sequence[End] | None) -> None:
+    async def _end(self, tickets: Sequence[JobTicket], ends: Sequence[End] | None) -> None:
         """Deliver how jobs ended, after a run of ``tickets``; ``None``, or a failure to do so, leaves their bundles for
         redelivery."""
         delivered = False

@@ -18,7 +18,7 @@ _MOST = 65536
 """Jobs that are remembered; beyond that the oldest are forgotten, and run if they come."""
 
 
-class Withdrawn:
+class WithdrawnJobs:
     """The withdrawn jobs of one lane, each remembered until its deadline: it may be told of before its bundle is here."""
 
     def __init__(self, bus: Bus, lane: Lane) -> None:

@@ -13,14 +13,14 @@ from tether.errors import Unavailable
 from tether.frameworks.runtime import Endable, Runtime
 from tether.process.clock import Clock
 from tether.process.os_process import signal_stack
-from tether.worker.models.run_limits import Going, RunWatch
+from tether.worker.models.run_limits import ActiveRun, RunWatch
 from tether.worker.runtimes.process_runtime import ProcessRuntime
 from tether.worker.scheduling import batching
 
 log = logging.getLogger(__name__)
 
 
-class Ran(NamedTuple):
+class RunResult(NamedTuple):
     """How a run ended, and how long it took."""
 
     done: batching.Done
@@ -31,7 +31,7 @@ def _thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="run", initializer=signal_stack)
 
 
-class _Copy(NamedTuple):
+class _Instance(NamedTuple):
     """A model in memory and the one thread that calls it, so that a run nobody waits for any more keeps the next one out."""
 
     runtime: Runtime
@@ -39,18 +39,18 @@ class _Copy(NamedTuple):
     endable: Endable | None
 
 
-def _copy(runtime: Runtime) -> _Copy:
-    return _Copy(runtime, _thread(), runtime if isinstance(runtime, Endable) else None)
+def _copy(runtime: Runtime) -> _Instance:
+    return _Instance(runtime, _thread(), runtime if isinstance(runtime, Endable) else None)
 
 
-class Generation:
+class InstanceSet:
     """Copies that were loaded together."""
 
     def __init__(self, runtimes: Sequence[Runtime], clock: Clock, watch: RunWatch, model: str) -> None:
         self._clock = clock
         self._watch, self._model = watch, model
         self._copies = [_copy(runtime) for runtime in runtimes]
-        self._free: asyncio.Queue[_Copy | None] = asyncio.Queue()
+        self._free: asyncio.Queue[_Instance | None] = asyncio.Queue()
         """None: there will be no more."""
         for copy in self._copies:
             self._free.put_nowait(copy)
@@ -62,7 +62,7 @@ class Generation:
     def runtimes(self) -> list[Runtime]:
         return [copy.runtime for copy in self._copies]
 
-    async def run(self, wanted: batching.Run, going: Going) -> Ran:
+    async def run(self, wanted: batching.Run, going: ActiveRun) -> RunResult:
         """Run on the next copy that is free.
 
         Raises:
@@ -76,13 +76,13 @@ class Generation:
                 raise Unavailable("the model is being unloaded")
             began = self._clock.monotonic()
             done = await self._run(copy, wanted, going)
-            return Ran(done, self._clock.monotonic() - began)
+            return RunResult(done, self._clock.monotonic() - began)
         finally:
             self._users -= 1
             if not self._users:
                 self._unused.set()
 
-    def _run(self, copy: _Copy, wanted: batching.Run, going: Going) -> asyncio.Future[batching.Done]:
+    def _run(self, copy: _Instance, wanted: batching.Run, going: ActiveRun) -> asyncio.Future[batching.Done]:
         """How the run ended. The copy is free again when its thread is, which may be later."""
         loop = asyncio.get_running_loop()
         told: asyncio.Future[batching.Done] = loop.create_future()
@@ -104,7 +104,7 @@ class Generation:
 
         def give_up() -> None:
             if not told.done():
-                told.set_result(batching.Done([None] * len(wanted.pieces)))
+                told.set_result(batching.Done([None] * len(wanted.segments)))
 
         if copy.endable is not None:
             copy.endable.allow_runs()
@@ -139,17 +139,17 @@ class Generation:
             copy.runtime.close()
 
 
-Load = Callable[[], Awaitable[Generation]]
+Load = Callable[[], Awaitable[InstanceSet]]
 
 
-class Copies:
+class InstancePool:
     """A version's copies: in memory, or loaded by ``load`` when somebody comes who needs them."""
 
     def __init__(self, load: Load, clock: Clock, on_idle: Callable[[], None] = lambda: None) -> None:
         self._load = load
         self._on_idle = on_idle
         self._clock = clock
-        self._now: Generation | None = None
+        self._now: InstanceSet | None = None
         self._changing = asyncio.Lock()
         self._users = 0
         self.used_at = clock.monotonic()
@@ -190,7 +190,7 @@ class Copies:
                 if self._now is None:
                     self._now = await self._load()
 
-    async def renew(self, drain_s: float) -> None:
+    async def renew(self, shutdown_timeout_s: float) -> None:
         """Load anew beside what there is, and exchange it; what has begun ends on the old ones. When the load fails, those
         stay.
 
@@ -202,10 +202,10 @@ class Copies:
                 return
             new = await self._load()
             old, self._now = self._now, new
-        await old.end(drain_s)
+        await old.end(shutdown_timeout_s)
 
-    async def run(self, wanted: batching.Run, going: Going) -> Ran:
-        """See :meth:`Generation.run`; only while they are held and loaded."""
+    async def run(self, wanted: batching.Run, going: ActiveRun) -> RunResult:
+        """See :meth:`InstanceSet.run`; only while they are held and loaded."""
         assert self._now is not None  # noqa: S101 - ensured by whoever holds them
         return await self._now.run(wanted, going)
 
@@ -213,7 +213,7 @@ class Copies:
         if self._now is not None:
             self._now.limit(run_timeout_s)
 
-    def take_out(self) -> Generation | None:
+    def take_out(self) -> InstanceSet | None:
         """What is in memory, for the caller to close; whoever needs it next loads it again. Only while they are idle."""
         now, self._now = self._now, None
         return now

@@ -15,7 +15,7 @@ from tether.settings import Settings
 from tether.worker.runtimes.process_runtime import Options
 
 
-class Loadout(NamedTuple):
+class LoadSpec(NamedTuple):
     """Everything that a load depends on: when another one is wanted, the version is loaded anew."""
 
     manifest: Manifest
@@ -25,7 +25,7 @@ class Loadout(NamedTuple):
     warmup: tuple[Warmup, ...]
 
 
-class Serving(NamedTuple):
+class RunSpec(NamedTuple):
     """What counts from one run to the next, and needs no load."""
 
     batching: Batching
@@ -37,11 +37,11 @@ class Serving(NamedTuple):
     strategy: LoadBalancing
 
 
-def loadout(manifest: Manifest, config: ModelConfig, settings: Settings, finding: Finding = NO_FINDING) -> Loadout:
+def load_spec(manifest: Manifest, config: ModelConfig, settings: Settings, finding: Finding = NO_FINDING) -> LoadSpec:
     """How to load a version."""
     compiled = config.compile and manifest.platform in COMPILED
     options = Options(
-        threads=config.threads or settings.onnx_threads,
+        threads=config.threads or settings.instance_threads,
         memory_mb=settings.model_memory_mb,
         run_memory_mb=settings.run_memory_mb,
         load_timeout_s=settings.load_timeout_s,
@@ -55,13 +55,13 @@ def loadout(manifest: Manifest, config: ModelConfig, settings: Settings, finding
     )
     isolation = effective_isolation(manifest, config, finding, rule=settings.onnx_isolation)
     as_loaded = msgspec.structs.replace(manifest, isolation=isolation.value)
-    return Loadout(as_loaded, options, min(config.instances, settings.max_instances), config.warmup)
+    return LoadSpec(as_loaded, options, min(config.instances, settings.max_instances), config.warmup)
 
 
-def serving(manifest: Manifest, config: ModelConfig, settings: Settings, finding: Finding = NO_FINDING) -> Serving:
+def run_spec(manifest: Manifest, config: ModelConfig, settings: Settings, finding: Finding = NO_FINDING) -> RunSpec:
     """How to run a version that is loaded."""
     batching = effective_batching(manifest, config, finding)
     limit = config.run_timeout_s or manifest.run_timeout_s or settings.run_timeout_s
     preferred = tuple(sorted(size for size in config.preferred_batch_sizes if size <= batching.max_batch_size))
     delay_s = (config.max_delay_ms or 0.0) / 1000 if batching.max_batch_size else 0.0
-    return Serving(batching, preferred, delay_s, limit, config.load_balancing)
+    return RunSpec(batching, preferred, delay_s, limit, config.load_balancing)

@@ -17,11 +17,11 @@ from tether.domain.manifest import NO_FINDING, Isolation, Manifest, ModelRef
 from tether.frameworks.runtime import Runtime
 from tether.model.config import Loading, ModelConfig
 from tether.worker import runtimes
-from tether.worker.models.instances import Generation
-from tether.worker.models.load_spec import Loadout, Serving, loadout, serving
+from tether.worker.models.instances import InstanceSet
+from tether.worker.models.load_spec import LoadSpec, RunSpec, load_spec, run_spec
 from tether.worker.models.memory_budget import Memory
 from tether.worker.models.run_limits import RunWatch
-from tether.worker.runtimes import Begun, Running
+from tether.worker.runtimes import PreparedRuntime, Running
 from tether.worker.runtimes.process_runtime import Options
 from tether.worker.runtimes.warmup import warm_up
 
@@ -36,7 +36,7 @@ class Loader:
         self._directory = directory
         self._memory = memory
         self.config = config
-        self.current: Loadout | None = None
+        self.current: LoadSpec | None = None
         """What was loaded last."""
         self.finding = NO_FINDING
         """What is known of the version beside its manifest."""
@@ -46,7 +46,7 @@ class Loader:
         """Where optimised graphs are kept; empty: nowhere."""
         self.watch = RunWatch(bus.settings.run_memory_mb)
         """The runs of this process."""
-        self._begun: _Copy | None = None
+        self._begun: _LoadingInstance | None = None
 
     @property
     def lazy(self) -> bool:
@@ -54,12 +54,12 @@ class Loader:
         return self.config.loading is Loading.LAZY and not self.config.pinned
 
     @property
-    def wanted(self) -> Loadout:
-        return loadout(self.manifest, self.config, self._bus.settings, self.finding)
+    def wanted(self) -> LoadSpec:
+        return load_spec(self.manifest, self.config, self._bus.settings, self.finding)
 
     @property
-    def serving(self) -> Serving:
-        return serving(self.manifest, self.config, self._bus.settings, self.finding)
+    def serving(self) -> RunSpec:
+        return run_spec(self.manifest, self.config, self._bus.settings, self.finding)
 
     def begin(self) -> None:
         """Start on the first copy while its files are fetched, where there is room without unloading others for it so early."""
@@ -74,7 +74,7 @@ class Loader:
             await begun.give_up()
             self._memory.change(self._ref, 0)
 
-    async def load(self) -> Generation:
+    async def load(self) -> InstanceSet:
         """Load once there is room.
 
         Raises:
@@ -94,7 +94,7 @@ class Loader:
         self.current = wanted
         return self._generation(made)
 
-    async def load_apart(self) -> Generation:
+    async def load_apart(self) -> InstanceSet:
         """One more copy, in a process of its own and beside what memory is reserved for.
 
         Raises:
@@ -104,10 +104,10 @@ class Loader:
         manifest = msgspec.structs.replace(wanted.manifest, isolation=Isolation.PROCESS.value)
         return self._generation([await self._one(wanted._replace(manifest=manifest))])
 
-    def _generation(self, runtimes: list[Runtime]) -> Generation:
-        return Generation(runtimes, self._bus.clock, self.watch, self._ref.model)
+    def _generation(self, runtimes: list[Runtime]) -> InstanceSet:
+        return InstanceSet(runtimes, self._bus.clock, self.watch, self._ref.model)
 
-    async def _all(self, first: _Copy) -> list[Runtime]:
+    async def _all(self, first: _LoadingInstance) -> list[Runtime]:
         """The first copy alone, so that one that fails does so once; then the others side by side."""
         made: list[Runtime] = []
         try:
@@ -124,10 +124,10 @@ class Loader:
             raise
         return made
 
-    async def _one(self, wanted: Loadout) -> Runtime:
+    async def _one(self, wanted: LoadSpec) -> Runtime:
         return await self._begin(wanted).load()
 
-    def _begin(self, wanted: Loadout) -> _Copy:
+    def _begin(self, wanted: LoadSpec) -> _LoadingInstance:
         kept_mb = self._bus.settings.cache_graphs_mb
         options = msgspec.structs.replace(
             wanted.options,
@@ -135,16 +135,16 @@ class Loader:
             graph_cache=self.graphs if kept_mb else "",
             graph_cache_mb=kept_mb,
         )
-        return _Copy(wanted, self._directory, options, self.running)
+        return _LoadingInstance(wanted, self._directory, options, self.running)
 
 
-T = TypeVar("T", bound="Begun | Runtime")
+T = TypeVar("T", bound="PreparedRuntime | Runtime")
 
 
-class _Copy:
+class _LoadingInstance:
     """A copy on its way, from its making on: whoever makes it loads it or gives it up."""
 
-    def __init__(self, wanted: Loadout, directory: Path, options: Options, running: Running) -> None:
+    def __init__(self, wanted: LoadSpec, directory: Path, options: Options, running: Running) -> None:
         self.wanted = wanted
         self._directory = directory
         self._closed = threading.Event()
@@ -188,7 +188,7 @@ async def _close(coming: asyncio.Future[T]) -> None:
         coming.result().close()
 
 
-def _warm(begun: Begun, wanted: Loadout, directory: Path) -> Runtime:
+def _warm(begun: PreparedRuntime, wanted: LoadSpec, directory: Path) -> Runtime:
     try:
         runtime = begun.load()
         warm_up(runtime, wanted.manifest, wanted.warmup, directory)

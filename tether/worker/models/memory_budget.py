@@ -15,7 +15,7 @@ from tether.domain.manifest import ModelRef
 from tether.errors import Unavailable
 from tether.process import metrics
 from tether.process.lifecycle import Tasks
-from tether.worker.models.instances import Copies
+from tether.worker.models.instances import InstancePool
 
 log = logging.getLogger(__name__)
 
@@ -23,12 +23,12 @@ WAIT_S = 30.0
 """How long a load waits for others to be idle."""
 _MB = 1 << 20
 
-Evictable = Callable[[], Iterable[tuple[ModelRef, Copies]]]
+Evictable = Callable[[], Iterable[tuple[ModelRef, InstancePool]]]
 """Versions that may be unloaded now: in memory, not pinned, and not in use."""
 
 
 @dataclass
-class _Waiting:
+class _MemoryWaiter:
     ref: ModelRef
     size: int
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -41,7 +41,7 @@ class Memory:
         self._budget = budget
         self._evictable = evictable
         self._taken: dict[ModelRef, int] = {}
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[_MemoryWaiter] = []
         self._closing = Tasks()
 
     def taken(self, ref: ModelRef) -> int:
@@ -57,7 +57,7 @@ class Memory:
         if self._budget and size > self._budget:
             raise Unavailable(f"it needs {_mib(size)} MiB of memory; worker_memory_mb is {_mib(self._budget)}")
         if self._waiting or not self._make_room(ref, size):
-            await self._wait(_Waiting(ref, size))
+            await self._wait(_MemoryWaiter(ref, size))
         await self._closing.finish(WAIT_S)
 
     def take(self, ref: ModelRef, size: int) -> bool:
@@ -66,7 +66,7 @@ class Memory:
             return False
         return self._make_room(ref, size)
 
-    async def _wait(self, waiting: _Waiting) -> None:
+    async def _wait(self, waiting: _MemoryWaiter) -> None:
         self._waiting.append(waiting)
         self.look()
         try:
@@ -97,7 +97,7 @@ class Memory:
             if not waiting.done.done():
                 waiting.done.set_result(None)
 
-    def evict(self, ref: ModelRef, copies: Copies, reason: str) -> None:
+    def evict(self, ref: ModelRef, copies: InstancePool, reason: str) -> None:
         """Unload a version that is idle."""
         self._evict(ref, copies, reason)
         metrics.MODEL_MEMORY.set(sum(self._taken.values()))
@@ -118,16 +118,16 @@ class Memory:
         metrics.MODEL_MEMORY.set(sum(self._taken.values()))
         return True
 
-    def _victims(self, ref: ModelRef, size: int) -> list[tuple[ModelRef, Copies]] | None:
+    def _victims(self, ref: ModelRef, size: int) -> list[tuple[ModelRef, InstancePool]] | None:
         over = sum(self._taken.values()) - self.taken(ref) + size - self._budget if self._budget else 0
-        found: list[tuple[ModelRef, Copies]] = []
+        found: list[tuple[ModelRef, InstancePool]] = []
         for other, copies in sorted(self._evictable(), key=lambda one: one[1].used_at) if over > 0 else ():
             if over > 0 and other != ref:
                 found.append((other, copies))
                 over -= self.taken(other)
         return None if over > 0 else found
 
-    def _evict(self, ref: ModelRef, copies: Copies, reason: str) -> None:
+    def _evict(self, ref: ModelRef, copies: InstancePool, reason: str) -> None:
         self._taken.pop(ref, None)
         generation = copies.take_out()
         if generation is not None:

@@ -37,7 +37,7 @@ class Cause(StrEnum):
     UNLOAD = "unload"
 
 
-class Going:
+class ActiveRun:
     """One run. It can be ended while it goes on in the worker's own process; elsewhere that is without effect. It ends itself
     after ``run_timeout_s``, and when nobody wants it any more: ``left_s`` from now on."""
 
@@ -96,7 +96,7 @@ class RunWatch:
 
     def __init__(self, limit_mb: int) -> None:
         self._limit = limit_mb << 20
-        self._going: set[Going] = set()
+        self._going: set[ActiveRun] = set()
         self._memory = 0
         self._looked_at = float("-inf")
         self._next: asyncio.TimerHandle | None = None
@@ -110,7 +110,7 @@ class RunWatch:
         """Threads that a run still has, also one that is not waited for any more."""
         return len(self._going)
 
-    def begin(self, going: Going) -> None:
+    def begin(self, going: ActiveRun) -> None:
         now = time.monotonic()
         if self._limit:
             if now - self._looked_at > _FRESH_S:
@@ -120,7 +120,7 @@ class RunWatch:
         going.base, going.began = self._memory, now
         self._going.add(going)
 
-    def end(self, model: str, going: Going) -> None:
+    def end(self, model: str, going: ActiveRun) -> None:
         """Its thread is free."""
         self._going.discard(going)
         if going.cause is not None:

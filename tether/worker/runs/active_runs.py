@@ -6,23 +6,23 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager
 
 from tether.process.clock import Clock
-from tether.worker.models.run_limits import Cause, Going
-from tether.worker.scheduling.job_turns import Turn
+from tether.worker.models.run_limits import ActiveRun, Cause
+from tether.worker.scheduling.job_turns import NextRun
 
 
-class UnderWay:
+class ActiveRuns:
     """``withdrawn`` has the ids of jobs that no caller waits for any more."""
 
     def __init__(self, clock: Clock, withdrawn: Container[str]) -> None:
         self._clock = clock
         self._withdrawn = withdrawn
-        self._turns: dict[Going, Turn] = {}
+        self._turns: dict[ActiveRun, NextRun] = {}
 
     @contextmanager
-    def limited(self, turn: Turn, run_timeout_s: float) -> Iterator[Going]:
+    def limited(self, turn: NextRun, run_timeout_s: float) -> Iterator[ActiveRun]:
         """One run, from its beginning to its end."""
         left = max(ticket.job.deadline for ticket in turn.tickets) - self._clock.utc()
-        going = Going(run_timeout_s, left)
+        going = ActiveRun(run_timeout_s, left)
         self._turns[going] = turn
         try:
             yield going

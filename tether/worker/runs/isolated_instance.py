@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from tether.errors import ModelRejected
-from tether.worker.models.instances import Copies, Generation, Ran
-from tether.worker.models.run_limits import Going, memory_of, peak_of
+from tether.worker.models.instances import InstancePool, InstanceSet, RunResult
+from tether.worker.models.run_limits import ActiveRun, memory_of, peak_of
 from tether.worker.runtimes.process_runtime import ProcessRuntime
 from tether.worker.scheduling import batching
 
@@ -32,7 +32,7 @@ class Seats:
         self.left = SEATS
 
 
-class Hearing(NamedTuple):
+class CrashListeners(NamedTuple):
     """Who hears what only such a run shows."""
 
     crashed: Callable[[str], None]
@@ -41,15 +41,15 @@ class Hearing(NamedTuple):
     """That it took more than it may in the worker's own process."""
 
 
-class Apart:
+class IsolatedInstance:
     """``load`` makes the copy, which is not needed while all others are in processes anyway. ``limit_mb``: what a run in the
     worker's own process may take; 0: as much as there is."""
 
     def __init__(
         self,
-        copies: Copies,
-        load: Callable[[], Awaitable[Generation]],
-        hearing: Hearing,
+        copies: InstancePool,
+        load: Callable[[], Awaitable[InstanceSet]],
+        hearing: CrashListeners,
         seats: Seats,
         limit_mb: int = 0,
     ) -> None:
@@ -58,11 +58,11 @@ class Apart:
         self._hearing = hearing
         self._seats = seats
         self._limit_mb = limit_mb
-        self._made: Generation | None = None
+        self._made: InstanceSet | None = None
         self._one = asyncio.Lock()
         self._closing: asyncio.TimerHandle | None = None
 
-    async def run(self, wanted: batching.Run, going: Going) -> Ran:
+    async def run(self, wanted: batching.Run, going: ActiveRun) -> RunResult:
         """One run at a time. Where the copy cannot be made, or there is no seat, it runs on the others."""
         async with self._one:
             # by what runs now, not by what is wanted: copies that are about to move into processes are not there yet
@@ -88,7 +88,7 @@ class Apart:
             self._seats.left += 1
             made.close()
 
-    async def _ensured(self) -> Generation | None:
+    async def _ensured(self) -> InstanceSet | None:
         if self._closing is not None:
             self._closing.cancel()
             self._closing = None
@@ -102,10 +102,10 @@ class Apart:
                 self._seats.left += self._made is None
         return self._made
 
-    def _memory(self, made: Generation) -> int:
+    def _memory(self, made: InstanceSet) -> int:
         return sum(memory_of(runtime.pid) for runtime in made.runtimes if isinstance(runtime, ProcessRuntime))
 
-    def _look(self, made: Generation, before: int) -> None:
+    def _look(self, made: InstanceSet, before: int) -> None:
         """What the run shows of the version: it ended its process, or took more memory than one in the worker's own may."""
         for runtime in made.runtimes:
             if not isinstance(runtime, ProcessRuntime):

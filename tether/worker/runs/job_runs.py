@@ -10,13 +10,13 @@ from tether.domain.job import Failure, JobState, Outcome
 from tether.errors import DeadlineExceeded, InferenceFailed, JobCancelled, ResultTooLarge, TetherError, Unavailable
 from tether.process import metrics
 from tether.process.clock import Clock
-from tether.worker.models.instances import Ran
-from tether.worker.models.run_limits import Cause, Going
-from tether.worker.runs.isolated_instance import Apart
+from tether.worker.models.instances import RunResult
+from tether.worker.models.run_limits import ActiveRun, Cause
+from tether.worker.runs.isolated_instance import IsolatedInstance
 from tether.worker.scheduling import batching
-from tether.worker.scheduling.job_turns import Ticket, Turn
+from tether.worker.scheduling.job_turns import JobTicket, NextRun
 from tether.worker.scheduling.pull_balance import Capacity
-from tether.worker.scheduling.pull_pace import Pace
+from tether.worker.scheduling.pull_pace import PullPace
 
 log = logging.getLogger(__name__)
 
@@ -24,17 +24,17 @@ log = logging.getLogger(__name__)
 class End(NamedTuple):
     """How a job ended; ``None``: its caller has been answered before."""
 
-    ticket: Ticket
+    ticket: JobTicket
     outcome: Outcome | None
 
 
-def _why(going: Going, piece: batching.Piece, now: float) -> TetherError:
+def _why(going: ActiveRun, segment: batching.Segment, now: float) -> TetherError:
     match going.cause:
         case Cause.TIME:
             return InferenceFailed(f"the run took longer than {going.run_timeout_s:g} s and was ended")
         case Cause.MEMORY:
             return InferenceFailed("the run took more than 'run_memory_mb' of the worker's memory and was ended")
-        case Cause.UNWANTED if piece.source.job.deadline <= now + _ABOUT_S:
+        case Cause.UNWANTED if segment.source.job.deadline <= now + _ABOUT_S:
             return DeadlineExceeded("the deadline passed while the job ran")
         case Cause.UNWANTED:
             return JobCancelled("nobody waits for the job any more")
@@ -46,7 +46,7 @@ _ABOUT_S = 0.01
 """How much earlier than its time a timer may be."""
 
 
-class Hearing(NamedTuple):
+class RunListeners(NamedTuple):
     """Who hears what only the runs of a version show."""
 
     lost: Callable[[Exception], None]
@@ -60,20 +60,22 @@ class Hearing(NamedTuple):
 class Runs:
     """Makes the runs of one version and learns from them. ``room``: bytes that the outputs of one job may have."""
 
-    def __init__(self, worker: str, clock: Clock, model: str, apart: Apart, hearing: Hearing, *, room: int) -> None:
+    def __init__(
+        self, worker: str, clock: Clock, model: str, apart: IsolatedInstance, hearing: RunListeners, *, room: int
+    ) -> None:
         self._worker = worker
         self._clock = clock
         self._model = model
         self._apart = apart
         self._hearing = hearing
         self._room = room
-        self.pace = Pace()
+        self.pace = PullPace()
         self.capacity = Capacity()
         self.running = 0
         """Jobs that run now."""
 
     async def run(
-        self, wanted: batching.Run, going: Going, *, suspect: bool = False
+        self, wanted: batching.Run, going: ActiveRun, *, suspect: bool = False
     ) -> tuple[batching.Done, float, float]:
         """How a run ended, and the times (UTC seconds) when it began and ended. ``suspect``: it may have ended a worker, so it runs
         in a process of its own; so does, once more, one that was ended because it took too much memory.
@@ -81,13 +83,13 @@ class Runs:
         Raises:
             Unavailable: it was ended because the version is unloaded.
         """
-        self.running += len(wanted.pieces)
+        self.running += len(wanted.segments)
         try:
             ran = await (self._apart if suspect else self._apart.copies).run(wanted, going)
             if going.cause is Cause.MEMORY:
                 ran = await self._elsewhere(wanted, going, ran)
         finally:
-            self.running -= len(wanted.pieces)
+            self.running -= len(wanted.segments)
         self.pace.ran(ran.seconds, wanted.jobs)
         self.capacity.ran(ran.seconds, wanted.jobs)
         metrics.BATCH_ROWS.labels(self._model).observe(wanted.rows)
@@ -95,7 +97,7 @@ class Runs:
         finished = self._clock.utc()
         return self._by_cause(going, wanted, ran.done, finished), finished - ran.seconds, finished
 
-    async def _elsewhere(self, wanted: batching.Run, going: Going, ran: Ran) -> Ran:
+    async def _elsewhere(self, wanted: batching.Run, going: ActiveRun, ran: RunResult) -> RunResult:
         """A run that was ended for want of memory is made again in a process of its own, unless it was done before it ended."""
         guilty = going.alone
         if any(not isinstance(result, tuple) for result in ran.done.results):
@@ -105,23 +107,27 @@ class Runs:
             self._hearing.over("took more than 'run_memory_mb' of memory")
         return ran
 
-    def _by_cause(self, going: Going, wanted: batching.Run, done: batching.Done, now: float) -> batching.Done:
+    def _by_cause(self, going: ActiveRun, wanted: batching.Run, done: batching.Done, now: float) -> batching.Done:
         """The results of a run that was ended: what it has none of says why."""
         if going.cause is None:
             return done
         if going.cause is Cause.TIME:
             self._hearing.over(f"took longer than {going.run_timeout_s:g} s")
-        pairs = zip(done.results, wanted.pieces, strict=True)
+        pairs = zip(done.results, wanted.segments, strict=True)
         return done._replace(
-            results=[result if isinstance(result, tuple) else _why(going, piece, now) for result, piece in pairs]
+            results=[result if isinstance(result, tuple) else _why(going, segment, now) for result, segment in pairs]
         )
 
-    def ends(self, turn: Turn, done: batching.Done, started: float, finished: float) -> tuple[list[End], list[Ticket]]:
+    def ends(
+        self, turn: NextRun, done: batching.Done, started: float, finished: float
+    ) -> tuple[list[End], list[JobTicket]]:
         """The jobs that ended with this run; and those that must run whole, because it did not keep rows apart."""
         ends: list[End] = []
-        again: list[Ticket] = []
+        again: list[JobTicket] = []
         mixed = done.mixed
-        for piece, result, ticket, parts in zip(turn.run.pieces, done.results, turn.tickets, turn.parts, strict=True):
+        for segment, result, ticket, parts in zip(
+            turn.run.segments, done.results, turn.tickets, turn.parts, strict=True
+        ):
             if ticket.ended or ticket.parts is not parts:
                 continue  # it was dropped, or runs whole from its first row on
             ticket.began = ticket.began or started
@@ -129,7 +135,7 @@ class Runs:
                 again.append(ticket)
             elif isinstance(result, TetherError):
                 ends.append(self._end(ticket, result, finished))
-            elif parts.add(piece, result) > self._room:
+            elif parts.add(segment, result) > self._room:
                 too_large = ResultTooLarge(
                     f"the outputs take more than the {self._room} bytes that one answer may have"
                 )
@@ -145,7 +151,7 @@ class Runs:
             self._hearing.mixed(mixed)
         return ends, again
 
-    def _end(self, ticket: Ticket, result: batching.Result, finished: float) -> End:
+    def _end(self, ticket: JobTicket, result: batching.Result, finished: float) -> End:
         ticket.ended = True
         job, attempt, worker = ticket.job, ticket.attempt, self._worker
         if isinstance(result, TetherError):
@@ -157,16 +163,16 @@ class Runs:
             return End(ticket, Outcome(job.id, state, (), failure, attempt, worker, ticket.began, finished))
         return End(ticket, Outcome(job.id, JobState.SUCCEEDED, result, None, attempt, worker, ticket.began, finished))
 
-    def expired(self, ticket: Ticket) -> End:
+    def expired(self, ticket: JobTicket) -> End:
         """The end of a job that is past its deadline before it could run, or all of it could."""
         failure = Failure(DeadlineExceeded.code, "the deadline passed before the job could run")
         return self._not_run(ticket, JobState.EXPIRED, failure)
 
-    def withdrawn(self, ticket: Ticket) -> End:
+    def withdrawn(self, ticket: JobTicket) -> End:
         """The end of a job that nobody waits for any more."""
         return self._not_run(ticket, JobState.CANCELLED, Failure(JobCancelled.code, "its client left before it began"))
 
-    def _not_run(self, ticket: Ticket, state: JobState, failure: Failure) -> End:
+    def _not_run(self, ticket: JobTicket, state: JobState, failure: Failure) -> End:
         ticket.ended = True
         job, attempt = ticket.job, ticket.attempt or ticket.bundle.delivery.attempt
         now, worker = self._clock.utc(), self._worker

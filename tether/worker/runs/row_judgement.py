@@ -43,7 +43,7 @@ async def judge(manifest: Manifest, directory: Path) -> Finding:
 
 
 async def _asked(path: Path) -> RowProof:
-    wish = plan.Wish(mode=plan.AVAILABLE, apart=str(path.parent), read=(str(path),))
+    wish = plan.ConfinementRequest(mode=plan.AVAILABLE, apart=str(path.parent), read=(str(path),))
     process = await asyncio.create_subprocess_exec(
         *plan.command(plan.plan(wish), "tether.worker.runs.row_judgement", str(path)),
         stdin=DEVNULL,

@@ -44,7 +44,7 @@ Load = Callable[[Path, Options], Runtime]
 Running = Callable[[], AbstractContextManager[None]]
 
 
-class Begun(Protocol):
+class PreparedRuntime(Protocol):
     """A runtime for which everything is there but its files."""
 
     def load(self) -> Runtime:
@@ -61,7 +61,7 @@ class Begun(Protocol):
         """Whatever it has come to, the runtime included."""
 
 
-class _Here:
+class _InProcessRuntime:
     """Begun in this process."""
 
     def __init__(self, manifest: Manifest, directory: Path, options: Options, running: Running) -> None:
@@ -118,7 +118,7 @@ def begin(
     options: Options,
     closed: threading.Event | None = None,
     running: Running = nullcontext,
-) -> Begun:
+) -> PreparedRuntime:
     """Do what needs no files of a version yet: start its process unless it may run in the worker's, import its framework. Blocks.
 
     Nothing is read from ``directory``, which must be there: a process can be allowed to read only what exists. Setting ``closed`` ends a process that is being started. ``running`` is entered for as
@@ -131,7 +131,7 @@ def begin(
     plan.check(options.confinement, manifest.platform)
     if manifest.platform != ONNX_PLATFORM or isolation_of(manifest) is Isolation.PROCESS:
         return ProcessRuntime(manifest, directory, options, closed)
-    return _Here(manifest, directory, options, running)
+    return _InProcessRuntime(manifest, directory, options, running)
 
 
 def load(manifest: Manifest, directory: Path, options: Options, closed: threading.Event | None = None) -> Runtime:

@@ -82,7 +82,7 @@ class Start(msgspec.Struct, frozen=True):
     options: Options
 
 
-class Ended(NamedTuple):
+class ProcessEnd(NamedTuple):
     """How a child ended, for a person and for a metric."""
 
     words: str
@@ -205,12 +205,12 @@ class ProcessRuntime:
         with self._rejecting(), self._speaking(self._options.load_timeout_s) as (questions, _, end):
             write_frame(questions, codec.encode(self._start), end, self._closed)
 
-    def _wish(self, more: Mapping[str, str]) -> plan.Wish:
+    def _wish(self, more: Mapping[str, str]) -> plan.ConfinementRequest:
         options = self._options
         write = [more[compiler_env.FOLDER]] if more else []
         if self._graphs:
             write.append(self._graphs)
-        return plan.Wish(
+        return plan.ConfinementRequest(
             mode=plan.mode_for(options.confinement, self._start.manifest.platform),
             apart=options.home,
             read=(self._directory, *options.read_dirs),
@@ -235,7 +235,7 @@ class ProcessRuntime:
             write_frame(questions, question, end, self._closed)
             good, content = codec.unpack(read_frame(answers, end, self._closed))
         if good is None:
-            raise self._broken(Ended(f"ran out of memory and was ended: {str(content)[:300]}", "memory"))
+            raise self._broken(ProcessEnd(f"ran out of memory and was ended: {str(content)[:300]}", "memory"))
         if not good:
             raise InferenceFailed(str(content)[:500])
         return list(content)
@@ -249,27 +249,27 @@ class ProcessRuntime:
         try:
             yield child.stdin.fileno(), child.stdout.fileno(), time.monotonic() + timeout_s
         except TimeoutError as error:
-            raise self._broken(Ended(f"took longer than {timeout_s:g} s and was ended", "timeout")) from error
+            raise self._broken(ProcessEnd(f"took longer than {timeout_s:g} s and was ended", "timeout")) from error
         except (OSError, EOFError, BadEncoding, ValueError, TypeError) as error:
             if self._closed.is_set():
                 self._end()
                 raise InferenceFailed("the model is being unloaded") from error
             raise self._broken(self._how_it_ended(child)) from error
 
-    def _how_it_ended(self, child: subprocess.Popen[bytes]) -> Ended:
+    def _how_it_ended(self, child: subprocess.Popen[bytes]) -> ProcessEnd:
         try:
             status = child.wait(2)
         except subprocess.TimeoutExpired:
-            return Ended("answered with something else than an answer", "protocol")
+            return ProcessEnd("answered with something else than an answer", "protocol")
         if status == -signal.SIGKILL and out_of_memory_kills() > self._kills:
-            return Ended("was ended by signal 9 (SIGKILL), and the machine was out of memory", "memory")
+            return ProcessEnd("was ended by signal 9 (SIGKILL), and the machine was out of memory", "memory")
         if status == -signal.SIGKILL:
-            return Ended("was ended by signal 9 (SIGKILL)", "killed")
+            return ProcessEnd("was ended by signal 9 (SIGKILL)", "killed")
         if status < 0:
-            return Ended(f"was ended by signal {-status} ({signal.Signals(-status).name})", "signal")
-        return Ended(f"ended with status {status}", "exit")
+            return ProcessEnd(f"was ended by signal {-status} ({signal.Signals(-status).name})", "signal")
+        return ProcessEnd(f"ended with status {status}", "exit")
 
-    def _broken(self, ended: Ended) -> InferenceFailed:
+    def _broken(self, ended: ProcessEnd) -> InferenceFailed:
         name = self._start.manifest.name
         if ended.reason in _OWN_DOING:
             self.crash = ended.words

@@ -23,7 +23,7 @@ Result = tuple[Tensor, ...] | TetherError
 
 
 class Source:
-    """A job and its inputs as arrays, which are made once for all of its pieces."""
+    """A job and its inputs as arrays, which are made once for all of its segments."""
 
     __slots__ = ("_arrays", "job", "rows")
 
@@ -39,7 +39,7 @@ class Source:
         return self._arrays
 
 
-class Piece(NamedTuple):
+class Segment(NamedTuple):
     """Rows ``start`` to ``stop`` of a job."""
 
     source: Source
@@ -54,28 +54,31 @@ class Piece(NamedTuple):
 class Run(NamedTuple):
     """What goes through a model at once. Not ``batched``: one job as it came, whatever its first axes mean."""
 
-    pieces: tuple[Piece, ...]
+    segments: tuple[Segment, ...]
     batched: bool
 
     @property
     def rows(self) -> int:
         """1 for a job as it came."""
-        return sum([piece.stop - piece.start for piece in self.pieces]) if self.batched else 1
+        return sum([segment.stop - segment.start for segment in self.segments]) if self.batched else 1
 
     @property
     def jobs(self) -> float:
-        """How many jobs' work it is; a piece counts as its part of one."""
-        parts = [(piece.stop - piece.start) / piece.source.rows if piece.source.rows else 1.0 for piece in self.pieces]
+        """How many jobs' work it is; a segment counts as its part of one."""
+        parts = [
+            (segment.stop - segment.start) / segment.source.rows if segment.source.rows else 1.0
+            for segment in self.segments
+        ]
         return sum(parts) if self.batched else 1.0
 
     @property
     def own(self) -> bool:
         """Whether it is all of one job and nothing else."""
-        return len(self.pieces) == 1 and (not self.batched or self.pieces[0].whole)
+        return len(self.segments) == 1 and (not self.batched or self.segments[0].whole)
 
 
 class Done(NamedTuple):
-    """One result for each piece of a run; None: run the job whole. ``mixed``: what shows that rows are not kept apart."""
+    """One result for each segment of a run; None: run the job whole. ``mixed``: what shows that rows are not kept apart."""
 
     results: list[Result | None]
     mixed: str = ""
@@ -93,7 +96,7 @@ def _shared_rows(job: Job) -> int:
     return firsts.pop() if len(firsts) == 1 else -1
 
 
-def wants_company(jobs: Sequence[Job], most: int, preferred: Sequence[int]) -> bool:
+def should_wait_for_more(jobs: Sequence[Job], most: int, preferred: Sequence[int]) -> bool:
     """Whether a run of these jobs is worth waiting for more: it is neither full nor has one of the ``preferred`` sizes
     (ascending) of rows."""
     rows = sum(map(rows_of, jobs))
@@ -106,21 +109,21 @@ def key_of(job: Job) -> Key:
 
 
 def run(runtime: Runtime, wanted: Run) -> Done:
-    """Run pieces that belong together; one result each, in order.
+    """Run segments that belong together; one result each, in order.
 
-    When a joined run fails, every piece runs by itself, so that only the guilty one fails.
+    When a joined run fails, every segment runs by itself, so that only the guilty one fails.
     """
     try:
         return _run(runtime, wanted)
     except TetherError as error:
-        if len(wanted.pieces) == 1:
+        if len(wanted.segments) == 1:
             return Done([error])
-    alone = [run(runtime, Run((piece,), wanted.batched)) for piece in wanted.pieces]
+    alone = [run(runtime, Run((segment,), wanted.batched)) for segment in wanted.segments]
     return Done([done.results[0] for done in alone], next((done.mixed for done in alone if done.mixed), ""))
 
 
 def _run(runtime: Runtime, wanted: Run) -> Done:
-    job = wanted.pieces[0].source.job
+    job = wanted.segments[0].source.job
     found = runtime.run(_inputs(wanted), job.outputs)
     outputs = [
         (name, np.asarray(array)) for name, array in zip(job.outputs or runtime.output_names, found, strict=True)
@@ -129,15 +132,15 @@ def _run(runtime: Runtime, wanted: Run) -> Done:
     if wanted.own:
         return Done([tuple([from_numpy(name, array) for name, array in outputs])], mixed)
     if mixed:
-        return Done([None] * len(wanted.pieces), mixed)
-    return Done(list(_split(outputs, wanted.pieces)))
+        return Done([None] * len(wanted.segments), mixed)
+    return Done(list(_split(outputs, wanted.segments)))
 
 
 def _inputs(wanted: Run) -> dict[str, Array]:
-    names = [tensor.name for tensor in wanted.pieces[0].source.job.inputs]
+    names = [tensor.name for tensor in wanted.segments[0].source.job.inputs]
     if wanted.own:
-        return dict(zip(names, wanted.pieces[0].source.arrays, strict=True))
-    parts = [[array[piece.start : piece.stop] for array in piece.source.arrays] for piece in wanted.pieces]
+        return dict(zip(names, wanted.segments[0].source.arrays, strict=True))
+    parts = [[array[segment.start : segment.stop] for array in segment.source.arrays] for segment in wanted.segments]
     return {name: np.concatenate([part[at] for part in parts]) for at, name in enumerate(names)}
 
 
@@ -148,34 +151,34 @@ def _mixed(outputs: Sequence[tuple[str, Array]], rows: int) -> str:
     return ""
 
 
-def _split(outputs: Sequence[tuple[str, Array]], pieces: Sequence[Piece]) -> list[tuple[Tensor, ...]]:
+def _split(outputs: Sequence[tuple[str, Array]], segments: Sequence[Segment]) -> list[tuple[Tensor, ...]]:
     split: list[tuple[Tensor, ...]] = []
     start = 0
-    for piece in pieces:
-        end = start + piece.stop - piece.start
+    for segment in segments:
+        end = start + segment.stop - segment.start
         split.append(tuple([from_numpy(name, array[start:end]) for name, array in outputs]))
         start = end
     return split
 
 
 class Parts:
-    """Puts the results of one job's pieces together, as their runs end in any order."""
+    """Puts the results of one job's segments together, as their runs end in any order."""
 
     def __init__(self, source: Source) -> None:
         self._left = max(source.rows, 0)
         self._bytes = 0
         self._parts: list[tuple[int, tuple[Tensor, ...]]] = []
 
-    def add(self, piece: Piece, outputs: tuple[Tensor, ...]) -> int:
+    def add(self, segment: Segment, outputs: tuple[Tensor, ...]) -> int:
         """Bytes of the outputs so far."""
-        self._parts.append((piece.start, outputs))
-        self._left -= max(piece.stop - piece.start, 0)
+        self._parts.append((segment.start, outputs))
+        self._left -= max(segment.stop - segment.start, 0)
         self._bytes += sum([len(tensor.data) for tensor in outputs])
         return self._bytes
 
     @property
     def complete(self) -> bool:
-        """Whether every piece is there."""
+        """Whether every segment is there."""
         return self._left <= 0
 
     def together(self) -> tuple[tuple[Tensor, ...], str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tether.crypto import Header
 from tether.domain.job import Job, LaneKind
-from tether.streams.lane_consumer import BusDelivery
+from tether.streams.lane_consumer import Delivery
 
 
 class Bundle:
@@ -12,7 +12,7 @@ class Bundle:
 
     __slots__ = ("begun", "delivery", "header", "jobs", "leaving", "left", "noted", "running", "suspect", "touched_at")
 
-    def __init__(self, delivery: BusDelivery, header: Header, jobs: list[Job]) -> None:
+    def __init__(self, delivery: Delivery, header: Header, jobs: list[Job]) -> None:
         self.delivery = delivery
         self.header = header
         self.jobs = jobs

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from tether.domain.job import Job, Lane, LaneKind, Priority
-from tether.worker.scheduling.batching import Key, Parts, Piece, Run, Source, key_of
+from tether.worker.scheduling.batching import Key, Parts, Run, Segment, Source, key_of
 from tether.worker.scheduling.bundle import Bundle
 
 LEVELS = 4
@@ -27,7 +27,7 @@ def level_of(lane: Lane) -> int:
     return 0 if lane.kind is LaneKind.INFER else _LEVEL[lane.priority]
 
 
-class Ticket:
+class JobTicket:
     """A job in hand, until it has ended. ``alone``: it is joined with no other. ``whole``: it is not cut either, whatever its first
     axes mean."""
 
@@ -53,57 +53,59 @@ class Ticket:
         """Those that have not begun."""
         return self.source.rows - self.next
 
-    def take(self, most: int) -> Piece:
+    def take(self, most: int) -> Segment:
         """Its next rows, ``most`` of them; 0, and for a job whose inputs share no first axis: all of it."""
         if self.whole or not most or self.source.rows < 0:
             self.again(whole=self.whole)
             most = self.rows
         start, self.next = self.next, self.next + min(most, self.rows)
-        return Piece(self.source, start, self.next)
+        return Segment(self.source, start, self.next)
 
     def again(self, *, whole: bool) -> None:
         """From its first row on."""
         self.whole, self.next, self.parts = whole, 0, Parts(self.source)
 
 
-class Turn(NamedTuple):
-    """The next run: its rows, and for each of its pieces the ticket and the parts that the result belongs to."""
+class NextRun(NamedTuple):
+    """The next run: its rows, and for each of its segments the ticket and the parts that the result belongs to."""
 
     run: Run
-    tickets: tuple[Ticket, ...]
+    tickets: tuple[JobTicket, ...]
     parts: tuple[Parts, ...]
 
-    def without(self, unwanted: Collection[Ticket]) -> Turn:
+    def without(self, unwanted: Collection[JobTicket]) -> NextRun:
         """The same run without the rows of some jobs."""
         kept = [place for place, ticket in enumerate(self.tickets) if ticket not in unwanted]
-        run = Run(tuple([self.run.pieces[place] for place in kept]), self.run.batched)
-        return Turn(run, tuple([self.tickets[place] for place in kept]), tuple([self.parts[place] for place in kept]))
+        run = Run(tuple([self.run.segments[place] for place in kept]), self.run.batched)
+        return NextRun(
+            run, tuple([self.tickets[place] for place in kept]), tuple([self.parts[place] for place in kept])
+        )
 
 
 class _Level:
     """Jobs of one level: groups that can be joined, the group with the oldest job first."""
 
     def __init__(self) -> None:
-        self._groups: dict[Key, deque[Ticket]] = {}
+        self._groups: dict[Key, deque[JobTicket]] = {}
         self._heads: list[tuple[int, Key]] = []
-        self._orders: dict[Ticket, int] = {}
+        self._orders: dict[JobTicket, int] = {}
         self._last = 0
         self._first = 0
 
     def __len__(self) -> int:
         return len(self._orders)
 
-    def add(self, ticket: Ticket) -> None:
+    def add(self, ticket: JobTicket) -> None:
         self._last += 1
         self._put(ticket, self._last)
 
-    def add_first(self, ticket: Ticket) -> None:
+    def add_first(self, ticket: JobTicket) -> None:
         """Before all others, and joined with none."""
         self._first -= 1
         ticket.alone = True
         self._put(ticket, self._first)
 
-    def _put(self, ticket: Ticket, order: int) -> None:
+    def _put(self, ticket: JobTicket, order: int) -> None:
         self._orders[ticket] = order
         key: Key = ("alone", order) if ticket.alone or ticket.source.rows < 0 else key_of(ticket.job)
         group = self._groups.get(key)
@@ -112,33 +114,33 @@ class _Level:
             heapq.heappush(self._heads, (order, key))
         group.append(ticket)
 
-    def first(self) -> deque[Ticket]:
+    def first(self) -> deque[JobTicket]:
         """The group whose turn it is."""
         return self._groups[self._heads[0][1]]
 
-    def take(self, most: int) -> Turn:
+    def take(self, most: int) -> NextRun:
         _, key = self._heads[0]
         group = self._groups[key]
         taken = [group[0]]
-        pieces = [group[0].take(most)]
+        segments = [group[0].take(most)]
         batched = bool(most) and not group[0].whole and group[0].source.rows >= 0
         if group[0].rows <= 0:
             del self._orders[group.popleft()]
-            rows = pieces[0].stop - pieces[0].start
+            rows = segments[0].stop - segments[0].start
             while batched and group and rows + group[0].rows <= most:
                 ticket = group.popleft()
                 del self._orders[ticket]
                 rows += ticket.rows
                 taken.append(ticket)
-                pieces.append(ticket.take(most))
+                segments.append(ticket.take(most))
         if group:
             heapq.heapreplace(self._heads, (self._orders[group[0]], key))
         else:
             heapq.heappop(self._heads)
             del self._groups[key]
-        return Turn(Run(tuple(pieces), batched), tuple(taken), tuple([ticket.parts for ticket in taken]))
+        return NextRun(Run(tuple(segments), batched), tuple(taken), tuple([ticket.parts for ticket in taken]))
 
-    def remove(self, unwanted: Callable[[Ticket], bool]) -> list[Ticket]:
+    def remove(self, unwanted: Callable[[JobTicket], bool]) -> list[JobTicket]:
         gone = [ticket for ticket in self._orders if unwanted(ticket)]
         for ticket in gone:
             del self._orders[ticket]
@@ -166,7 +168,7 @@ class RunQueue:
     def __len__(self) -> int:
         return sum(map(len, self._levels))
 
-    def add(self, ticket: Ticket) -> None:
+    def add(self, ticket: JobTicket) -> None:
         self._levels[level_of(ticket.bundle.delivery.lane)].add(ticket)
 
     def has(self, level: int) -> bool:
@@ -186,32 +188,32 @@ class RunQueue:
         """A level has a run now, or no job that waits anywhere."""
         self._served[level] = now
 
-    def candidates(self, level: int) -> Sequence[Ticket]:
+    def candidates(self, level: int) -> Sequence[JobTicket]:
         """The jobs that could share the next run of a level that has some, oldest first."""
         return self._levels[level].first()
 
-    def take(self, level: int, most: int, now: float) -> Turn:
+    def take(self, level: int, most: int, now: float) -> NextRun:
         """The next run of a level that has jobs: the oldest, and others of its shape while they fit in ``most`` rows; or ``most``
         rows of the oldest, when it has more. 0: one job as it came."""
         self.served(level, now)
         return self._levels[level].take(most)
 
-    def again(self, ticket: Ticket) -> None:
-        """Run a job whole and by itself, before the others of its level: what it gave in pieces does not count."""
+    def again(self, ticket: JobTicket) -> None:
+        """Run a job whole and by itself, before the others of its level: what it gave in segments does not count."""
         level = self._levels[level_of(ticket.bundle.delivery.lane)]
         level.remove(lambda other: other is ticket)
         ticket.again(whole=True)
         level.add_first(ticket)
 
-    def remove(self, unwanted: Callable[[Ticket], bool]) -> list[Ticket]:
+    def remove(self, unwanted: Callable[[JobTicket], bool]) -> list[JobTicket]:
         """Take jobs out, wherever they stand; those that were still there."""
         return [gone for level in self._levels for gone in level.remove(unwanted)]
 
-    def drop(self, jobs: Collection[str]) -> list[Ticket]:
+    def drop(self, jobs: Collection[str]) -> list[JobTicket]:
         """:meth:`remove` by ids."""
         return self.remove(lambda ticket: ticket.job.id in jobs)
 
 
-def bundles_of(tickets: Iterable[Ticket]) -> list[Bundle]:
+def bundles_of(tickets: Iterable[JobTicket]) -> list[Bundle]:
     """The bundles of tickets, each once, in order."""
     return list(dict.fromkeys([ticket.bundle for ticket in tickets]))

@@ -17,7 +17,7 @@ _REMEMBERED = 15
 """Runs from which the usual one is learned. The median: one request that takes a thousand times as long changes nothing."""
 
 
-class Pace:
+class PullPace:
     """What runs of a version take, and what a message brings."""
 
     def __init__(self) -> None:

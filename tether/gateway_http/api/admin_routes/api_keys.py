@@ -10,14 +10,14 @@ from msgspec import UNSET
 from tether.domain import api_key
 from tether.domain.tenant import check_tenant_name
 from tether.errors import Conflict, NotFound
-from tether.gateway_http.api.route_engine import Call, Reply, Row
+from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.jobs.view import rfc3339
 from tether.gateway_http.schemas import admin as bodies
 
 TAG = "Administration"
 
 
-async def _create(call: Call) -> Reply:
+async def _create(call: RequestContext) -> RouteReply:
     wanted: bodies.NewKey = call.body
     tenant = check_tenant_name(wanted.tenant, field="tenant")
     call.gateway.tenants.require_unused(tenant)
@@ -35,16 +35,16 @@ async def _create(call: Call) -> Reply:
         expires_at=now + wanted.expires_s if wanted.expires_s else 0.0,
     )
     await call.gateway.keys.store(record)
-    return Reply(bodies.CreatedKey(key=text, **_fields(record)), 201)
+    return RouteReply(bodies.CreatedKey(key=text, **_fields(record)), 201)
 
 
-async def _list(call: Call) -> Reply:
+async def _list(call: RequestContext) -> RouteReply:
     keys = call.gateway.keys
     used = await keys.uses.last()
-    return Reply(bodies.Keys([bodies.Key(**_fields(record, used.get(record.id, 0.0))) for record in keys.known()]))
+    return RouteReply(bodies.Keys([bodies.Key(**_fields(record, used.get(record.id, 0.0))) for record in keys.known()]))
 
 
-def _found(call: Call) -> api_key.ApiKey:
+def _found(call: RequestContext) -> api_key.ApiKey:
     key_id = call.path("id")
     record = call.gateway.keys.find(key_id)
     if record is None:
@@ -52,14 +52,14 @@ def _found(call: Call) -> api_key.ApiKey:
     return record
 
 
-async def _revoke(call: Call) -> Reply:
+async def _revoke(call: RequestContext) -> RouteReply:
     record = _found(call)
     if record.id == call.caller.id:
         raise Conflict("a key cannot revoke itself; use another admin key", field="id")
-    return Reply(bodies.Key(**_fields(await call.gateway.keys.revoke(record))))
+    return RouteReply(bodies.Key(**_fields(await call.gateway.keys.revoke(record))))
 
 
-async def _rotate(call: Call) -> Reply:
+async def _rotate(call: RequestContext) -> RouteReply:
     """The new key is stored before the old one's end is, so a failure in between leaves both."""
     keys, record, now = call.gateway.keys, _found(call), call.gateway.bus.clock.utc()
     if not record.counts(now):
@@ -71,7 +71,7 @@ async def _rotate(call: Call) -> Reply:
     end = now + call.body.grace_s
     ending = min(record.expires_at, end) if record.expires_at else end
     await keys.store(msgspec.structs.replace(record, expires_at=ending))
-    return Reply(bodies.CreatedKey(key=text, **_fields(successor)), 201)
+    return RouteReply(bodies.CreatedKey(key=text, **_fields(successor)), 201)
 
 
 def _fields(record: api_key.ApiKey, used_at: float = 0.0) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _fields(record: api_key.ApiKey, used_at: float = 0.0) -> dict[str, Any]:
 
 
 ROWS = [
-    Row(
+    RouteSpec(
         "POST",
         "/v1/keys",
         "Make an API key",
@@ -104,8 +104,8 @@ ROWS = [
         body=bodies.NewKey,
         grows=True,
     ),
-    Row("GET", "/v1/keys", "List API keys", TAG, _list, {200: bodies.Keys}, "admin", errors=(503,)),
-    Row(
+    RouteSpec("GET", "/v1/keys", "List API keys", TAG, _list, {200: bodies.Keys}, "admin", errors=(503,)),
+    RouteSpec(
         "DELETE",
         "/v1/keys/{id}",
         "Revoke an API key",
@@ -115,7 +115,7 @@ ROWS = [
         "admin",
         errors=(404, 409, 503),
     ),
-    Row(
+    RouteSpec(
         "POST",
         "/v1/keys/{id}/rotate",
         "Make a key that takes over from another",

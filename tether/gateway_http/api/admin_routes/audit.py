@@ -12,7 +12,7 @@ from tether.audit import Kind
 from tether.audit.reader import Filter, Found
 from tether.domain.model_names import WRITTEN
 from tether.errors import InvalidRequest
-from tether.gateway_http.api.route_engine import Call, Reply, Row
+from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.jobs.view import rfc3339
 from tether.gateway_http.schemas import admin as bodies
 
@@ -39,7 +39,7 @@ class AuditQuery(Struct, forbid_unknown_fields=True):
     cursor: Annotated[str, Meta(description="`next_cursor` of the answer before this one.", max_length=40)] = ""
 
 
-async def _list(call: Call) -> Reply:
+async def _list(call: RequestContext) -> RouteReply:
     query: AuditQuery = call.query
     reader = await call.gateway.audit.reader()
     wanted = Filter(
@@ -56,7 +56,7 @@ async def _list(call: Call) -> Reply:
     answer = bodies.AuditEntries([_shown(item) for item in found])
     if after is not None:
         answer.next_cursor = f"{after[0]}.{after[1]}"
-    return Reply(answer)
+    return RouteReply(answer)
 
 
 def _ms(text: str, field: str) -> int:
@@ -104,7 +104,7 @@ def _shown(found: Found) -> bodies.AuditEntry:
 
 
 ROWS = [
-    Row(
+    RouteSpec(
         "GET",
         "/v1/audit",
         "Search the audit log, newest first",

@@ -1,4 +1,4 @@
-"""The store of pieces, for administrators: what is in it, and work on it now."""
+"""The store of chunks, for administrators: what is in it, and work on it now."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tether.bus.key_value.leases import ask_owner
 from tether.crypto import MessageType
 from tether.domain.manifest import Change, ChangeAnswer, ChangeRequest
 from tether.errors import TetherError
-from tether.gateway_http.api.route_engine import Call, Handler, Reply, Row
+from tether.gateway_http.api.route_engine import Handler, RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.api.routes.models import TAG
 from tether.gateway_http.schemas import models
 from tether.wire import codec
@@ -16,7 +16,7 @@ _WAIT_S = 30.0
 
 
 def _asking(change: Change, status: int) -> Handler:
-    async def handler(call: Call) -> Reply:
+    async def handler(call: RequestContext) -> RouteReply:
         body = codec.encode(ChangeRequest(change, "", **call.caller.asker._asdict()))
         bus = call.gateway.bus
         # each owner works on its own partitions, and any of them sees the whole
@@ -24,7 +24,7 @@ def _asking(change: Change, status: int) -> Handler:
             answer = await ask_owner(
                 bus, "changeModel", partition, MessageType.CHANGE, body, answers=MessageType.CHANGED, timeout=_WAIT_S
             )
-        return Reply(_store(codec.decode(answer, ChangeAnswer)), status)
+        return RouteReply(_store(codec.decode(answer, ChangeAnswer)), status)
 
     return handler
 
@@ -34,22 +34,22 @@ def _store(answer: ChangeAnswer) -> models.Store:
     if found is None:
         raise TetherError("the model store answered without the state of its store")
     return models.Store(
-        pieces=found.pieces,
+        chunks=found.chunks,
         stored_bytes=found.stored_bytes,
-        named_pieces=found.named_pieces,
+        named_chunks=found.named_chunks,
         named_bytes=found.named_bytes,
-        unreferenced_pieces=found.unreferenced_pieces,
-        damaged=[models.DamagedPiece(piece.digest, list(piece.versions)) for piece in found.damaged],
+        unreferenced_chunks=found.unreferenced_chunks,
+        damaged=[models.DamagedChunk(chunk.digest, list(chunk.versions)) for chunk in found.damaged],
     )
 
 
-def _row(method: str, path: str, summary: str, change: Change, status: int) -> Row:
+def _row(method: str, path: str, summary: str, change: Change, status: int) -> RouteSpec:
     handler = _asking(change, status)
-    return Row(method, path, summary, TAG, handler, {status: models.Store}, "admin", errors=(503,))
+    return RouteSpec(method, path, summary, TAG, handler, {status: models.Store}, "admin", errors=(503,))
 
 
 ROWS = [
-    _row("GET", "/v1/store", "Show what is in the store of pieces", Change.SHOW_STORE, 200),
-    _row("POST", "/v1/store:collect", "Collect pieces that no version names, soon", Change.COLLECT, 202),
-    _row("POST", "/v1/store:scrub", "Read and compare every stored piece, soon", Change.SCRUB, 202),
+    _row("GET", "/v1/store", "Show what is in the store of chunks", Change.SHOW_STORE, 200),
+    _row("POST", "/v1/store:collect", "Collect chunks that no version names, soon", Change.COLLECT, 202),
+    _row("POST", "/v1/store:scrub", "Read and compare every stored chunk, soon", Change.SCRUB, 202),
 ]

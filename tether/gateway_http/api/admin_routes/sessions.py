@@ -8,14 +8,14 @@ from tether.domain.api_key import SCOPES
 from tether.domain.tenant import check_patterns
 from tether.errors import Forbidden
 from tether.gateway_http.access.authentication import ANY_SCOPE
-from tether.gateway_http.api.route_engine import Call, Reply, Row
+from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.jobs.view import rfc3339
 from tether.gateway_http.schemas import admin as bodies
 
 TAG = "Sessions"
 
 
-async def _create(call: Call) -> Reply:
+async def _create(call: RequestContext) -> RouteReply:
     wanted: bodies.NewSession = call.body
     caller, key = call.caller, call.caller.key
     if caller.session is not None:
@@ -37,10 +37,10 @@ async def _create(call: Call) -> Reply:
         models=list(models),
         expires_at=rfc3339(session.expires_at),
     )
-    return Reply(made, 201)
+    return RouteReply(made, 201)
 
 
-def _scopes(call: Call, wanted: bodies.NewSession) -> tuple[str, ...]:
+def _scopes(call: RequestContext, wanted: bodies.NewSession) -> tuple[str, ...]:
     """The scopes asked for; without any, those of the key, but never ``admin`` or ``metrics``, nor ``models:code`` of an admin key.
 
     Raises:
@@ -56,7 +56,7 @@ def _scopes(call: Call, wanted: bodies.NewSession) -> tuple[str, ...]:
 
 
 ROWS = [
-    Row(
+    RouteSpec(
         "POST",
         "/v1/sessions",
         "Make a short-lived token with the rights of an API key, or less",

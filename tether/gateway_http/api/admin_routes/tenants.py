@@ -7,7 +7,7 @@ from msgspec import UNSET
 
 from tether.domain.tenant import Quotas, Tenant, check_tenant_name
 from tether.errors import Conflict, NotFound
-from tether.gateway_http.api.route_engine import Call, Reply, Row
+from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.gateway import Gateway
 from tether.gateway_http.jobs.view import rfc3339
 from tether.gateway_http.schemas import admin as bodies
@@ -15,7 +15,7 @@ from tether.gateway_http.schemas import admin as bodies
 TAG = "Administration"
 
 
-async def _create(call: Call) -> Reply:
+async def _create(call: RequestContext) -> RouteReply:
     wanted: bodies.NewTenant = call.body
     name = check_tenant_name(wanted.name, field="name")
     fresh = Tenant(name, models=call.caller.bound(None, name), created_at=call.gateway.bus.clock.utc())
@@ -24,15 +24,15 @@ async def _create(call: Call) -> Reply:
         call.gateway.tenants.require_unused(name)
     elif call.gateway.tenants.removed(name):
         await call.gateway.tenants.store(changed)
-        return Reply(_shown(changed), 201)
+        return RouteReply(_shown(changed), 201)
     if not await call.gateway.tenants.create(changed):
         raise Conflict(
             f"there is a tenant '{name}' already; change it with PATCH or 'tether tenant set {name}'", field="name"
         )
-    return Reply(_shown(changed), 201)
+    return RouteReply(_shown(changed), 201)
 
 
-def _changed(call: Call, tenant: Tenant, wanted: bodies.TenantChange) -> Tenant:
+def _changed(call: RequestContext, tenant: Tenant, wanted: bodies.TenantChange) -> Tenant:
     """The tenant with what was asked for.
 
     Raises:
@@ -52,11 +52,11 @@ def _quotas(quotas: Quotas, wanted: bodies.QuotaChange) -> Quotas:
     return msgspec.structs.replace(quotas, **given)
 
 
-async def _list(call: Call) -> Reply:
-    return Reply(bodies.Tenants([_shown(tenant) for tenant in call.gateway.tenants.known()]))
+async def _list(call: RequestContext) -> RouteReply:
+    return RouteReply(bodies.Tenants([_shown(tenant) for tenant in call.gateway.tenants.known()]))
 
 
-def _found(call: Call) -> Tenant:
+def _found(call: RequestContext) -> Tenant:
     name = call.path("tenant")
     found = call.gateway.tenants.find(name)
     if found is None:
@@ -68,9 +68,9 @@ def _found(call: Call) -> Tenant:
     return found
 
 
-async def _show(call: Call) -> Reply:
+async def _show(call: RequestContext) -> RouteReply:
     tenant = _found(call)
-    return Reply(_shown(tenant, await _use(call.gateway, tenant.name)))
+    return RouteReply(_shown(tenant, await _use(call.gateway, tenant.name)))
 
 
 async def _use(gateway: Gateway, name: str) -> bodies.TenantUse:
@@ -83,13 +83,13 @@ async def _use(gateway: Gateway, name: str) -> bodies.TenantUse:
     )
 
 
-async def _change(call: Call) -> Reply:
+async def _change(call: RequestContext) -> RouteReply:
     tenant = _changed(call, _found(call), call.body)
     await call.gateway.tenants.store(tenant)
-    return Reply(_shown(tenant))
+    return RouteReply(_shown(tenant))
 
 
-async def _remove(call: Call) -> Reply:
+async def _remove(call: RequestContext) -> RouteReply:
     gateway, tenant = call.gateway, _found(call)
     use = await _use(gateway, tenant.name)
     if use.keys:
@@ -97,7 +97,7 @@ async def _remove(call: Call) -> Reply:
     if use.queued_jobs and tenant.isolated:
         raise Conflict(f"tenant '{tenant.name}' has {use.queued_jobs} jobs that have not ended", field="tenant")
     await gateway.tenants.remove(tenant.name, gateway.bus.clock.utc())
-    return Reply(_shown(tenant))
+    return RouteReply(_shown(tenant))
 
 
 def _shown(tenant: Tenant, use: bodies.TenantUse | msgspec.UnsetType = UNSET) -> bodies.Tenant:
@@ -116,7 +116,7 @@ def _shown(tenant: Tenant, use: bodies.TenantUse | msgspec.UnsetType = UNSET) ->
 _ONE = "/v1/tenants/{tenant}"
 
 ROWS = [
-    Row(
+    RouteSpec(
         "POST",
         "/v1/tenants",
         "Make a tenant",
@@ -128,9 +128,11 @@ ROWS = [
         errors=(409,),
         grows=True,
     ),
-    Row("GET", "/v1/tenants", "List tenants", TAG, _list, {200: bodies.Tenants}, "admin"),
-    Row("GET", _ONE, "Show a tenant and what it uses", TAG, _show, {200: bodies.Tenant}, "admin", errors=(404, 503)),
-    Row(
+    RouteSpec("GET", "/v1/tenants", "List tenants", TAG, _list, {200: bodies.Tenants}, "admin"),
+    RouteSpec(
+        "GET", _ONE, "Show a tenant and what it uses", TAG, _show, {200: bodies.Tenant}, "admin", errors=(404, 503)
+    ),
+    RouteSpec(
         "PATCH",
         _ONE,
         "Change a tenant",
@@ -141,7 +143,7 @@ ROWS = [
         body=bodies.TenantChange,
         errors=(404, 409, 503),
     ),
-    Row(
+    RouteSpec(
         "DELETE",
         _ONE,
         "Remove a tenant that has no keys",

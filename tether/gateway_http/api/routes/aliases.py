@@ -8,7 +8,7 @@ from tether.bus.key_value.leases import ask_owner
 from tether.crypto import MessageType
 from tether.domain.manifest import Alias, Change, ChangeAnswer, ChangeRequest, Move, Share
 from tether.errors import InvalidRequest, ModelNotFound, ModelNotReady, TetherError
-from tether.gateway_http.api.route_engine import Call, Reply, Row
+from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.api.routes.models import TAG
 from tether.gateway_http.jobs.view import rfc3339
 from tether.gateway_http.schemas import models
@@ -16,7 +16,7 @@ from tether.model.ownership import Right
 from tether.wire import codec
 
 
-async def _changed(call: Call, change: Change, alias: str, **fields: Any) -> Alias | None:
+async def _changed(call: RequestContext, change: Change, alias: str, **fields: Any) -> Alias | None:
     request = ChangeRequest(change, call.model(), alias, **call.caller.asker._asdict(), **fields)
     bus, body = call.gateway.bus, codec.encode(request)
     again = change is Change.SET_ALIAS
@@ -35,7 +35,7 @@ async def _changed(call: Call, change: Change, alias: str, **fields: Any) -> Ali
     return alias_now
 
 
-async def _set(call: Call) -> Reply:
+async def _set(call: RequestContext) -> RouteReply:
     wanted: models.WantedAlias = call.body
     split = tuple(Share(share.version, share.weight) for share in wanted.split)
     if bool(split) == bool(wanted.version):
@@ -46,10 +46,10 @@ async def _set(call: Call) -> Reply:
     alias = await _changed(
         call, Change.SET_ALIAS, call.path("alias"), version=wanted.version, split=split, sticky=sticky
     )
-    return Reply(_alias(call, alias))
+    return RouteReply(_alias(call, alias))
 
 
-def _require_ready(call: Call, versions: list[int]) -> None:
+def _require_ready(call: RequestContext, versions: list[int]) -> None:
     """Refuse to send requests where nobody would answer them."""
     catalog, model = call.gateway.catalog, call.model()
     for number in filter(None, versions):
@@ -62,28 +62,28 @@ def _require_ready(call: Call, versions: list[int]) -> None:
             )
 
 
-async def _show(call: Call) -> Reply:
-    return Reply(_alias(call, call.gateway.catalog.alias(call.model(Right.USE), call.path("alias"))))
+async def _show(call: RequestContext) -> RouteReply:
+    return RouteReply(_alias(call, call.gateway.catalog.alias(call.model(Right.USE), call.path("alias"))))
 
 
-async def _rollback(call: Call) -> Reply:
-    return Reply(_alias(call, await _changed(call, Change.ROLLBACK, call.body.alias)))
+async def _rollback(call: RequestContext) -> RouteReply:
+    return RouteReply(_alias(call, await _changed(call, Change.ROLLBACK, call.body.alias)))
 
 
-async def _delete_alias(call: Call) -> Reply:
+async def _delete_alias(call: RequestContext) -> RouteReply:
     await _changed(call, Change.DELETE_ALIAS, call.path("alias"))
-    return Reply(models.Gone(call.caller.shown(call.model()), call.path("alias")))
+    return RouteReply(models.Gone(call.caller.shown(call.model()), call.path("alias")))
 
 
-async def _delete_version(call: Call) -> Reply:
+async def _delete_version(call: RequestContext) -> RouteReply:
     text = call.path("version")
     if not text.isdecimal() or not 0 < len(text) < 10:
         raise InvalidRequest("version must be a number; an alias has a path of its own", field="version")
     await _changed(call, Change.DELETE_VERSION, "", version=int(text))
-    return Reply(models.Gone(call.caller.shown(call.model()), text))
+    return RouteReply(models.Gone(call.caller.shown(call.model()), text))
 
 
-def _alias(call: Call, alias: Alias | None) -> models.AliasDetail:
+def _alias(call: RequestContext, alias: Alias | None) -> models.AliasDetail:
     if alias is None:
         raise TetherError("the model store answered without an alias")
     return models.AliasDetail(
@@ -109,7 +109,7 @@ def _shares(split: tuple[Share, ...]) -> list[models.Share]:
 _ALIAS = "/v1/models/{name}/aliases/{alias}"
 
 ROWS = [
-    Row(
+    RouteSpec(
         "GET",
         _ALIAS,
         "Show an alias and its history",
@@ -119,7 +119,7 @@ ROWS = [
         "models:read",
         errors=(404,),
     ),
-    Row(
+    RouteSpec(
         "PUT",
         _ALIAS,
         "Let an alias stand for a version, or split its requests",
@@ -130,7 +130,7 @@ ROWS = [
         body=models.WantedAlias,
         errors=(404, 409, 503),
     ),
-    Row(
+    RouteSpec(
         "DELETE",
         _ALIAS,
         "Remove an alias",
@@ -140,7 +140,7 @@ ROWS = [
         "models:write",
         errors=(404, 503),
     ),
-    Row(
+    RouteSpec(
         "POST",
         "/v1/models/{name}/rollback",
         "Let an alias stand for what it stood for before",
@@ -151,7 +151,7 @@ ROWS = [
         body=models.WantedRollback,
         errors=(404, 409, 503),
     ),
-    Row(
+    RouteSpec(
         "DELETE",
         "/v1/models/{name}/versions/{version}",
         "Delete a version that no alias stands for",

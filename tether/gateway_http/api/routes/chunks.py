@@ -1,4 +1,4 @@
-"""Resumable pushes: which pieces are missing, each of them, then the version they make up."""
+"""Resumable pushes: which chunks are missing, each of them, then the version they make up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from tether.domain.chunking import LARGEST, digest_of
 from tether.domain.manifest import ModelFile, PushRequest
 from tether.errors import BadEncoding, InvalidRequest, NotFound, PayloadTooLarge
-from tether.gateway_http.api.route_engine import CLIENT_WAITS, OCTETS, Call, Media, Reply, Row
+from tether.gateway_http.api.route_engine import CLIENT_WAITS, OCTETS, Media, RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.api.routes.model_config import checked_patch
 from tether.gateway_http.api.routes.models import TAG, pushed, registered
 from tether.gateway_http.api.routes.samples import keep_sample
@@ -26,60 +26,60 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 def _digest(text: str, field: str) -> str:
     if _DIGEST.fullmatch(text) is None:
-        raise InvalidRequest(f"{field} must be 64 lower-case hex digits: the SHA-256 of the piece", field=field)
+        raise InvalidRequest(f"{field} must be 64 lower-case hex digits: the SHA-256 of the chunk", field=field)
     return text
 
 
-async def _missing(call: Call) -> Reply:
+async def _missing(call: RequestContext) -> RouteReply:
     """What others have is missing, as long as this tenant has not sent it."""
     name, asked = call.pushed_model(), [_digest(text, "chunks") for text in call.body.chunks]
     seals, possession = call.gateway.encrypted, call.gateway.possession
     encrypted = await seals.encrypts(name, call.body.encrypt)
-    if encrypted and seals.keyring.stored(name) is None:  # it gets its key with its first piece
-        return Reply(models.MissingChunks(list(dict.fromkeys(asked)), encrypted))
+    if encrypted and seals.keyring.stored(name) is None:  # it gets its key with its first chunk
+        return RouteReply(models.MissingChunks(list(dict.fromkeys(asked)), encrypted))
     store = (await seals.target(name, encrypted, call.caller.asker)).store
     shown = await possession.shown(call.caller, name, asked, store.name_of)
     lost = set(await store.missing([digest for digest in asked if digest in shown]))
     missing = [digest for digest in dict.fromkeys(asked) if digest in lost or digest not in shown]
-    return Reply(models.MissingChunks(missing, encrypted))
+    return RouteReply(models.MissingChunks(missing, encrypted))
 
 
-async def _put(call: Call) -> Reply:
+async def _put(call: RequestContext) -> RouteReply:
     name, digest = call.pushed_model(), _digest(call.path("digest"), "digest")
-    piece = await _piece(call)
-    if await asyncio.to_thread(digest_of, piece) != digest:
+    chunk = await _chunk(call)
+    if await asyncio.to_thread(digest_of, chunk) != digest:
         raise InvalidRequest(
-            "the body is not the piece that the path names: its SHA-256 differs; send the piece that has it",
+            "the body is not the chunk that the path names: its SHA-256 differs; send the chunk that has it",
             field="body",
         )
 
     store = (await call.gateway.encrypted.target(name, call.query.encrypt, call.caller.asker)).store
 
     async def only() -> AsyncIterator[tuple[str, bytes]]:
-        yield digest, piece
+        yield digest, chunk
 
     tenant, loose = call.gateway.tenants.get(call.tenant), call.gateway.loose
-    counted = loose.take(tenant, store.bucket, digest, len(piece))
+    counted = loose.take(tenant, store.bucket, digest, len(chunk))
     shown = await call.gateway.possession.shown(call.caller, name, [digest], store.name_of)
     stored = await store.put(only(), shown)
     if counted and not stored:
         loose.drop(tenant.name, store.bucket, [digest])
     await call.gateway.possession.note(tenant.name, store.name_of(digest))
-    return Reply(models.StoredChunk(digest, len(piece), stored), 201 if stored else 200)
+    return RouteReply(models.StoredChunk(digest, len(chunk), stored), 201 if stored else 200)
 
 
-async def _piece(call: Call) -> bytes:
+async def _chunk(call: RequestContext) -> bytes:
     if call.heading.encoding not in ("", "identity"):
-        raise InvalidRequest("send the piece without Content-Encoding", field="content-encoding")
+        raise InvalidRequest("send the chunk without Content-Encoding", field="content-encoding")
     found = bytearray()
     async for part in call.request.stream():
         found += part
         if len(found) > LARGEST:
-            raise PayloadTooLarge(f"a piece has at most {LARGEST} bytes", field="body")
+            raise PayloadTooLarge(f"a chunk has at most {LARGEST} bytes", field="body")
     return bytes(found)
 
 
-async def _register(call: Call) -> Reply:
+async def _register(call: RequestContext) -> RouteReply:
     name, wanted = call.pushed_model(), call.body
     files = tuple(
         ModelFile(file.path, file.size, file.digest, tuple(file.chunks), tuple(file.sizes)) for file in wanted.files
@@ -106,7 +106,7 @@ async def _register(call: Call) -> Reply:
         content = _only(msgspec.json.encode(wanted.sample))
         request = replace(request, files=(*given, await keep_sample(call, name, content, target)))
     answer = await registered(call, request, target, opening=wanted.encrypt is False)
-    return Reply(pushed(call, answer, 0), 201 if answer.created else 200)
+    return RouteReply(pushed(call, answer, 0), 201 if answer.created else 200)
 
 
 async def _only(content: bytes) -> AsyncIterator[bytes]:
@@ -122,56 +122,56 @@ def _digests(files: Sequence[ModelFile], *, sealed: bool) -> list[str]:
     return [digest for file in files for digest in file.chunks]
 
 
-async def _files(call: Call) -> Reply:
+async def _files(call: RequestContext) -> RouteReply:
     """Who may only run a model gets none of its files."""
     manifest = call.gateway.encrypted.plain(call.gateway.catalog.known(call.model(), call.path("version")).manifest)
     files = [_described(file) for file in manifest.files]
-    return Reply(models.VersionFiles(call.caller.shown(manifest.name), manifest.version, manifest.platform, files))
+    return RouteReply(models.VersionFiles(call.caller.shown(manifest.name), manifest.version, manifest.platform, files))
 
 
 def _described(file: ModelFile) -> models.NewFile:
-    chunks, sizes = [digest for digest, _ in file.pieces()], [size for _, size in file.pieces()]
+    chunks, sizes = [digest for digest, _ in file.sized_chunks()], [size for _, size in file.sized_chunks()]
     return models.NewFile(file.path, file.size, file.digest, chunks, sizes)
 
 
-async def _get(call: Call) -> Reply:
-    """A piece, to those who may read a version that it belongs to."""
+async def _get(call: RequestContext) -> RouteReply:
+    """A chunk, to those who may read a version that it belongs to."""
     name, digest = call.model(), _digest(call.path("digest"), "digest")
     seals = call.gateway.encrypted
     manifest = call.gateway.catalog.known(name, call.path("version")).manifest
     if not any(digest in file.chunks for file in seals.plain(manifest).files):
-        raise NotFound(f"version {manifest.version} of model '{name}' has no piece {digest}", field="digest")
-    async with aclosing(seals.store(manifest).get([digest])) as pieces:
-        return Reply(await anext(pieces), content_type=OCTETS, pack=False)
+        raise NotFound(f"version {manifest.version} of model '{name}' has no chunk {digest}", field="digest")
+    async with aclosing(seals.store(manifest).get([digest])) as chunks:
+        return RouteReply(await anext(chunks), content_type=OCTETS, pack=False)
 
 
 _VERSION = "/v1/models/{name}/versions/{version}"
 
 ROWS = [
-    Row(
+    RouteSpec(
         "GET",
         f"{_VERSION}/files",
-        "List the files of a version and their pieces",
+        "List the files of a version and their chunks",
         TAG,
         _files,
         {200: models.VersionFiles},
         "models:read",
         errors=(404,),
     ),
-    Row(
+    RouteSpec(
         "GET",
         f"{_VERSION}/chunks/{{digest}}",
-        "Fetch one piece of a version",
+        "Fetch one chunk of a version",
         TAG,
         _get,
-        {200: Media(OCTETS, "The piece; compare its SHA-256 with its name.")},
+        {200: Media(OCTETS, "The chunk; compare its SHA-256 with its name.")},
         "models:read",
         errors=(404, 503, 504),
     ),
-    Row(
+    RouteSpec(
         "POST",
         "/v1/models/{name}/chunks:missing",
-        "Ask which pieces of a file are to be sent",
+        "Ask which chunks of a file are to be sent",
         TAG,
         _missing,
         {200: models.MissingChunks},
@@ -181,10 +181,10 @@ ROWS = [
         headers=(CLIENT_WAITS,),
         errors=(404, 503, 504),
     ),
-    Row(
+    RouteSpec(
         "PUT",
         "/v1/models/{name}/chunks/{digest}",
-        "Store one piece of a model file",
+        "Store one chunk of a model file",
         TAG,
         _put,
         {201: models.StoredChunk, 200: models.StoredChunk},
@@ -195,10 +195,10 @@ ROWS = [
         errors=(404, 429, 504),
         grows=True,
     ),
-    Row(
+    RouteSpec(
         "POST",
         "/v1/models/{name}/versions:register",
-        "Make stored pieces the next version",
+        "Make stored chunks the next version",
         TAG,
         _register,
         {201: common.PushedVersion, 200: common.PushedVersion},

@@ -7,7 +7,7 @@ from typing import Any
 from tether.bus.key_value.leases import ask_owner
 from tether.crypto import MessageType
 from tether.domain.manifest import Change, ChangeRequest
-from tether.gateway_http.api.route_engine import Call, Reply, Row
+from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.api.routes.model_config import heard
 from tether.gateway_http.api.routes.models import TAG
 from tether.gateway_http.schemas import models
@@ -15,7 +15,7 @@ from tether.model.ownership import Ownership, Right
 from tether.wire import codec
 
 
-async def _asked(call: Call, change: Change, **fields: Any) -> Reply:
+async def _asked(call: RequestContext, change: Change, **fields: Any) -> RouteReply:
     """Let the model store decide, and wait until this gateway goes by it."""
     name = call.model(Right.OWN)
     bus = call.gateway.bus
@@ -30,34 +30,34 @@ async def _asked(call: Call, change: Change, **fields: Any) -> Reply:
     )
     ownership = codec.decode(answer, Ownership)
     await heard(lambda: _heard(call, ownership))
-    return Reply(_told(call, ownership))
+    return RouteReply(_told(call, ownership))
 
 
-def _heard(call: Call, ownership: Ownership) -> bool:
+def _heard(call: RequestContext, ownership: Ownership) -> bool:
     known = call.gateway.catalog.owners.of(ownership.owned)
     return known is not None and known.revision >= ownership.revision
 
 
-def _told(call: Call, ownership: Ownership) -> models.Grants:
+def _told(call: RequestContext, ownership: Ownership) -> models.Grants:
     uses = [models.Grant(tenant, "use") for tenant in ownership.uses]
     writes = [models.Grant(tenant, "write") for tenant in ownership.writes]
     return models.Grants(call.caller.shown(ownership.owned), ownership.tenant, [*uses, *writes], ownership.revision)
 
 
-async def _show(call: Call) -> Reply:
+async def _show(call: RequestContext) -> RouteReply:
     return await _asked(call, Change.SHOW_OWNER)
 
 
-async def _grant(call: Call) -> Reply:
+async def _grant(call: RequestContext) -> RouteReply:
     right = Right.WRITE if call.body.right == "write" else Right.USE
     return await _asked(call, Change.GRANT, grantee=call.path("tenant"), right=int(right))
 
 
-async def _revoke(call: Call) -> Reply:
+async def _revoke(call: RequestContext) -> RouteReply:
     return await _asked(call, Change.GRANT, grantee=call.path("tenant"), right=int(Right.NONE))
 
 
-async def _hand_over(call: Call) -> Reply:
+async def _hand_over(call: RequestContext) -> RouteReply:
     return await _asked(call, Change.HAND_OVER, grantee=call.body.tenant)
 
 
@@ -65,7 +65,7 @@ _ONE = "/v1/models/{name}/grants/{tenant}"
 _ANSWER = {200: models.Grants}
 
 ROWS = [
-    Row(
+    RouteSpec(
         "GET",
         "/v1/models/{name}/grants",
         "Show who owns a model and what others may do with it",
@@ -75,7 +75,7 @@ ROWS = [
         "models:read",
         errors=(404, 503),
     ),
-    Row(
+    RouteSpec(
         "PUT",
         _ONE,
         "Grant a tenant, or with * every tenant, the use of a model, or writing to it",
@@ -86,7 +86,7 @@ ROWS = [
         body=models.WantedGrant,
         errors=(404, 503),
     ),
-    Row(
+    RouteSpec(
         "DELETE",
         _ONE,
         "Take back what a tenant, or with * every tenant, was granted",
@@ -96,7 +96,7 @@ ROWS = [
         "models:write",
         errors=(404, 503),
     ),
-    Row(
+    RouteSpec(
         "PUT",
         "/v1/models/{name}/owner",
         "Let another tenant own a model",

@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 from tether.domain.job import JobState
 from tether.domain.model_names import WRITTEN
 from tether.errors import InvalidRequest
-from tether.gateway_http.api.route_engine import Call, Header, Reply, Row
+from tether.gateway_http.api.route_engine import Header, RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.jobs.view import shown_job
 from tether.gateway_http.schemas import common
 
@@ -20,7 +20,7 @@ MAX_IDS = 200
 
 _JOB_ID = re.compile(r"[0-9a-f]{32}")
 
-Wait = Annotated[float, Meta(ge=0, description="Seconds to wait for the end; at most the setting wait_limit_s.")]
+Wait = Annotated[float, Meta(ge=0, description="Seconds to wait for the end; at most the setting max_wait_s.")]
 
 
 class JobQuery(Struct, forbid_unknown_fields=True):
@@ -42,28 +42,28 @@ class JobsQuery(Struct, forbid_unknown_fields=True):
     ] = ""
 
 
-def _wait(call: Call) -> float:
+def _wait(call: RequestContext) -> float:
     wait: float = call.query.wait
     if math.isinf(wait):
         raise InvalidRequest("query parameter 'wait' must be a number of seconds", field="wait")
-    return min(wait, call.gateway.settings.wait_limit_s)
+    return min(wait, call.gateway.settings.max_wait_s)
 
 
-async def _get(call: Call) -> Reply:
+async def _get(call: RequestContext) -> RouteReply:
     found = call.gateway.jobs.get(call.tenant, call.path("id"), _wait(call), call.caller.sees)
-    return Reply(_shown(call, await call.gateway.disconnects.wait(found)))
+    return RouteReply(_shown(call, await call.gateway.disconnects.wait(found)))
 
 
-def _shown(call: Call, job: dict[str, Any]) -> dict[str, Any]:
+def _shown(call: RequestContext, job: dict[str, Any]) -> dict[str, Any]:
     return shown_job(job, call.caller.shown, call.caller.told)
 
 
-async def _list(call: Call) -> Reply:
+async def _list(call: RequestContext) -> RouteReply:
     query: JobsQuery = call.query
     jobs, wait = call.gateway.jobs, _wait(call)
     if query.ids:
         found_many = jobs.get_many(call.tenant, _ids(query), wait, call.caller.sees)
-        return Reply({"jobs": [_shown(call, job) for job in await call.gateway.disconnects.wait(found_many)]})
+        return RouteReply({"jobs": [_shown(call, job) for job in await call.gateway.disconnects.wait(found_many)]})
     if wait:
         raise InvalidRequest("query parameter 'wait' needs 'ids'", field="wait")
     state = "" if query.state is None else query.state.value
@@ -72,7 +72,7 @@ async def _list(call: Call) -> Reply:
         call.tenant, state=state, model=model, limit=query.limit, cursor=query.cursor, sees=call.caller.sees
     )
     found = [_shown(call, job) for job in listed]
-    return Reply({"jobs": found} if cursor is None else {"jobs": found, "next_cursor": cursor})
+    return RouteReply({"jobs": found} if cursor is None else {"jobs": found, "next_cursor": cursor})
 
 
 def _ids(query: JobsQuery) -> list[str]:
@@ -87,14 +87,14 @@ def _ids(query: JobsQuery) -> list[str]:
     return found
 
 
-async def _cancel(call: Call) -> Reply:
-    return Reply(_shown(call, await call.gateway.jobs.cancel(call.tenant, call.path("id"), call.caller.sees)))
+async def _cancel(call: RequestContext) -> RouteReply:
+    return RouteReply(_shown(call, await call.gateway.jobs.cancel(call.tenant, call.path("id"), call.caller.sees)))
 
 
 _KEY = Header("idempotency-key", "The same key makes the same job, however often it is sent.")
 
 ROWS = [
-    Row(
+    RouteSpec(
         "POST",
         "/v1/jobs",
         "Submit a durable job",
@@ -106,7 +106,7 @@ ROWS = [
         headers=(_KEY,),
         errors=(404, 409, 429, 503),
     ),
-    Row(
+    RouteSpec(
         "POST",
         "/v1/jobs:batch",
         "Submit many durable jobs",
@@ -118,7 +118,7 @@ ROWS = [
         headers=(_KEY,),
         errors=(404, 409, 429, 503),
     ),
-    Row(
+    RouteSpec(
         "GET",
         "/v1/jobs",
         "List jobs, or wait for some to end",
@@ -129,7 +129,7 @@ ROWS = [
         query=JobsQuery,
         errors=(404, 503),
     ),
-    Row(
+    RouteSpec(
         "GET",
         "/v1/jobs/{id}",
         "Look at a job, or wait for its end",
@@ -140,5 +140,7 @@ ROWS = [
         query=JobQuery,
         errors=(404, 503),
     ),
-    Row("DELETE", "/v1/jobs/{id}", "Cancel a job", TAG, _cancel, {200: common.Job}, "jobs", errors=(404, 409, 503)),
+    RouteSpec(
+        "DELETE", "/v1/jobs/{id}", "Cancel a job", TAG, _cancel, {200: common.Job}, "jobs", errors=(404, 409, 503)
+    ),
 ]

@@ -11,7 +11,7 @@ import msgspec
 from tether.bus.key_value.leases import ask_owner
 from tether.crypto import MessageType
 from tether.errors import InvalidRequest
-from tether.gateway_http.api.route_engine import Call, Reply, Row
+from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.api.routes.models import TAG
 from tether.gateway_http.bodies.large_documents import check_config
 from tether.gateway_http.schemas import models
@@ -25,7 +25,7 @@ _HEARD_S = 2.0
 """How long an answer waits for this gateway to hear of a change, so that the next request is served by it."""
 
 
-def checked_patch(call: Call, name: str, patch: Mapping[str, Any]) -> dict[str, Any]:
+def checked_patch(call: RequestContext, name: str, patch: Mapping[str, Any]) -> dict[str, Any]:
     """A patch that the model store may be asked to make.
 
     Raises:
@@ -38,14 +38,14 @@ def checked_patch(call: Call, name: str, patch: Mapping[str, Any]) -> dict[str, 
     return dict(patch)
 
 
-async def _configured(call: Call, request: ConfigRequest) -> ModelConfig:
+async def _configured(call: RequestContext, request: ConfigRequest) -> ModelConfig:
     """Let the model store change a configuration, and wait until this gateway goes by it."""
     config = codec.decode(await _asked(call, request), ModelConfig)
     await heard(lambda: call.gateway.catalog.config(config.model).revision >= config.revision)
     return config
 
 
-async def _asked(call: Call, request: ConfigRequest) -> bytes:
+async def _asked(call: RequestContext, request: ConfigRequest) -> bytes:
     request = msgspec.structs.replace(request, **call.caller.asker._asdict())
     bus, body = call.gateway.bus, codec.encode(request)
     return await ask_owner(
@@ -70,7 +70,7 @@ async def heard(true: Callable[[], bool]) -> None:
         return
 
 
-async def _show(call: Call) -> Reply:
+async def _show(call: RequestContext) -> RouteReply:
     name, catalog = call.model(Right.USE), call.gateway.catalog
     catalog.versions(name)
     config = catalog.config(name)
@@ -79,33 +79,33 @@ async def _show(call: Call) -> Reply:
     return _answer(call, config)
 
 
-def _answer(call: Call, told: ModelConfig | VersionNote) -> Reply:
+def _answer(call: RequestContext, told: ModelConfig | VersionNote) -> RouteReply:
     """With the name that the caller writes."""
-    return Reply(msgspec.structs.replace(told, model=call.caller.shown(told.model)))
+    return RouteReply(msgspec.structs.replace(told, model=call.caller.shown(told.model)))
 
 
-async def _change(call: Call) -> Reply:
+async def _change(call: RequestContext) -> RouteReply:
     name = call.model()
     call.gateway.catalog.versions(name)
     patch = checked_patch(call, name, call.body)
     return _answer(call, await _configured(call, ConfigRequest(ConfigAction.CHANGE, name, patch, call.query.revision)))
 
 
-async def _reset(call: Call) -> Reply:
+async def _reset(call: RequestContext) -> RouteReply:
     name = call.model()
     request = ConfigRequest(ConfigAction.RESET, name, revision=call.query.revision)
     call.gateway.catalog.versions(name)
     return _answer(call, await _configured(call, request))
 
 
-async def set_loaded(call: Call, name: str, patch: Mapping[str, Any], *, loaded: bool) -> ModelConfig:
+async def set_loaded(call: RequestContext, name: str, patch: Mapping[str, Any], *, loaded: bool) -> ModelConfig:
     """Load a model, with what else is to change, or unload it."""
     call.gateway.catalog.versions(name)
     changes = checked_patch(call, name, {**patch, "loaded": loaded})
     return await _configured(call, ConfigRequest(ConfigAction.CHANGE, name, changes, ANY_REVISION))
 
 
-async def _annotate(call: Call) -> Reply:
+async def _annotate(call: RequestContext) -> RouteReply:
     """The version is looked for by the model store, which knows of one that was pushed a moment ago."""
     name, text = call.model(), call.path("version")
     call.gateway.catalog.versions(name)
@@ -122,7 +122,7 @@ async def _annotate(call: Call) -> Reply:
 _PATH = "/v1/models/{name}/config"
 
 ROWS = [
-    Row(
+    RouteSpec(
         "PATCH",
         "/v1/models/{name}/versions/{version}",
         "Change labels and note of a version",
@@ -133,8 +133,8 @@ ROWS = [
         body=models.WantedNote,
         errors=(404, 503),
     ),
-    Row("GET", _PATH, "Show how a model is served", TAG, _show, {200: ModelConfig}, "models:read", errors=(404,)),
-    Row(
+    RouteSpec("GET", _PATH, "Show how a model is served", TAG, _show, {200: ModelConfig}, "models:read", errors=(404,)),
+    RouteSpec(
         "PATCH",
         _PATH,
         "Change how a model is served, by a merge patch (RFC 7396)",
@@ -146,7 +146,7 @@ ROWS = [
         query=models.ConfigQuery,
         errors=(404, 409, 503),
     ),
-    Row(
+    RouteSpec(
         "DELETE",
         _PATH,
         "Serve a model as by default again; one that is unloaded stays so",

@@ -15,12 +15,20 @@ from tether.crypto import MessageType
 from tether.domain.manifest import AUTOMATIC, Batching, Change, PushAnswer, PushRequest, TensorSpec
 from tether.domain.tenant import Tenant, check_stored_bytes
 from tether.errors import InvalidRequest, PayloadTooLarge
-from tether.gateway_http.api.route_engine import CLIENT_WAITS, OCTETS, Call, Header, Media, Reply, Row
+from tether.gateway_http.api.route_engine import (
+    CLIENT_WAITS,
+    OCTETS,
+    Header,
+    Media,
+    RequestContext,
+    RouteReply,
+    RouteSpec,
+)
 from tether.gateway_http.api.routes.samples import SAMPLE_LENGTH, SplitBody, keep_sample, sample_length
 from tether.gateway_http.gateway import Gateway
 from tether.gateway_http.jobs.view import rfc3339
-from tether.gateway_http.models.catalog import Served
-from tether.gateway_http.models.encrypted_models import Target
+from tether.gateway_http.models.catalog import ResolvedVersion
+from tether.gateway_http.models.encrypted_models import PushTarget
 from tether.gateway_http.schemas import common, models
 from tether.model.ownership import Right
 from tether.model.run_settings import effective_isolation
@@ -58,13 +66,13 @@ class PushQuery(Struct, forbid_unknown_fields=True):
     ] = None
 
 
-async def _list(call: Call) -> Reply:
+async def _list(call: RequestContext) -> RouteReply:
     catalog = call.gateway.catalog
     seen = [name for name in catalog.names() if call.caller.sees(name)]
-    return Reply(common.Models([_summary(call, name) for name in seen]))
+    return RouteReply(common.Models([_summary(call, name) for name in seen]))
 
 
-def _summary(call: Call, name: str) -> common.ModelSummary:
+def _summary(call: RequestContext, name: str) -> common.ModelSummary:
     gateway, scope, catalog = call.gateway, call.scope, call.gateway.catalog
     versions = catalog.versions(name)
     newest = versions[max(versions)]
@@ -88,18 +96,18 @@ def _word(right: Right) -> common.RightName:
     return "own" if right is Right.OWN else "write" if right is Right.WRITE else "use"
 
 
-async def _show(call: Call) -> Reply:
+async def _show(call: RequestContext) -> RouteReply:
     catalog, name = call.gateway.catalog, call.model(Right.USE)
     versions = catalog.versions(name)
     right = call.caller.right(name)
     details = [_detail(call.gateway, served, call.scope, right) for served in versions.values()]
     loaded = catalog.loaded(name)
-    return Reply(
+    return RouteReply(
         common.ModelDetail(call.caller.shown(name), catalog.aliases(name), details, loaded=loaded, right=_word(right))
     )
 
 
-def _detail(gateway: Gateway, served: Served, scope: str, right: Right) -> common.VersionDetail:
+def _detail(gateway: Gateway, served: ResolvedVersion, scope: str, right: Right) -> common.VersionDetail:
     """A version; who may only use it gets no digests of its files, and does not see who pushed it."""
     catalog, seals = gateway.catalog, gateway.encrypted
     manifest = seals.shown(served.manifest)
@@ -143,8 +151,8 @@ def _specs(specs: tuple[TensorSpec, ...]) -> list[common.TensorSpec]:
     return [msgspec.convert(spec, common.TensorSpec, from_attributes=True) for spec in specs]
 
 
-async def _push(call: Call) -> Reply:
-    """Store the body's pieces, then ask the model store to make a version of them."""
+async def _push(call: RequestContext) -> RouteReply:
+    """Store the body's chunks, then ask the model store to make a version of them."""
     gateway, name = call.gateway, call.pushed_model()
     wanted, length = _wanted_digest(call), sample_length(call)
     _check_filename(call)
@@ -155,7 +163,7 @@ async def _push(call: Call) -> Reply:
         raise InvalidRequest("send the model file without Content-Encoding", field="content-encoding")
     tenant = gateway.tenants.get(call.tenant)
     query: PushQuery = call.query
-    named = _pieces_of_newest(gateway, name, wanted)
+    named = _chunks_of_newest(gateway, name, wanted)
     if not named:
         check_stored_bytes(tenant, gateway.catalog.stored.of(tenant.name), call.heading.length)
     target = await gateway.encrypted.target(name, query.encrypt, call.caller.asker)
@@ -174,18 +182,18 @@ async def _push(call: Call) -> Reply:
         )
     wish = PushRequest(name, (file, *samples), query.max_batch_size, query.max_delay_ms, version=query.version)
     answer = await registered(call, wish, target, opening=query.encrypt is False)
-    return Reply(pushed(call, answer, stored), 201 if answer.created else 200)
+    return RouteReply(pushed(call, answer, stored), 201 if answer.created else 200)
 
 
-def _pieces_of_newest(gateway: Gateway, name: str, digest: str) -> frozenset[str]:
-    """The pieces of the newest version when that is this file, so that pushing it makes no new one; else none."""
+def _chunks_of_newest(gateway: Gateway, name: str, digest: str) -> frozenset[str]:
+    """The chunks of the newest version when that is this file, so that pushing it makes no new one; else none."""
     catalog = gateway.catalog
     versions = catalog.versions(name) if name in catalog.names() else {}
     file = gateway.encrypted.shown(versions[max(versions)].manifest).files[0] if versions else None
     return frozenset(file.chunks) if file is not None and file.digest == digest else frozenset()
 
 
-async def _parts(call: Call, tenant: Tenant | None) -> AsyncIterator[bytes]:
+async def _parts(call: RequestContext, tenant: Tenant | None) -> AsyncIterator[bytes]:
     """The body as it comes; what comes is held against the tenant's quota, whatever length was announced."""
     stored = 0 if tenant is None else call.gateway.catalog.stored.of(tenant.name)
     async for part in call.request.stream():
@@ -196,14 +204,14 @@ async def _parts(call: Call, tenant: Tenant | None) -> AsyncIterator[bytes]:
         yield part
 
 
-def _wanted_digest(call: Call) -> str:
+def _wanted_digest(call: RequestContext) -> str:
     text = call.request.headers.get("x-tether-sha256", "")
     if text and _HEX.fullmatch(text) is None:
         raise InvalidRequest("x-tether-sha256 must be 64 hex digits", field="x-tether-sha256")
     return text.lower()
 
 
-def _check_filename(call: Call) -> None:
+def _check_filename(call: RequestContext) -> None:
     text = call.request.headers.get("x-tether-filename", "model.onnx")
     if len(text) > 255 or not text.lower().endswith(".onnx"):
         raise InvalidRequest(
@@ -212,7 +220,7 @@ def _check_filename(call: Call) -> None:
         )
 
 
-async def registered(call: Call, request: PushRequest, target: Target, *, opening: bool) -> PushAnswer:
+async def registered(call: RequestContext, request: PushRequest, target: PushTarget, *, opening: bool) -> PushAnswer:
     """Let the model store make the version, for the tenant of whoever calls; ``opening``: it is to be stored in the clear
     whatever the model is."""
     digests = {digest for file in request.files for digest in file.chunks}
@@ -237,7 +245,7 @@ async def registered(call: Call, request: PushRequest, target: Target, *, openin
     return answer
 
 
-def pushed(call: Call, answer: PushAnswer, stored: int) -> common.PushedVersion:
+def pushed(call: RequestContext, answer: PushAnswer, stored: int) -> common.PushedVersion:
     manifest = call.gateway.encrypted.shown(answer.manifest)
     return common.PushedVersion(
         name=call.caller.shown(manifest.name),
@@ -257,7 +265,7 @@ def pushed(call: Call, answer: PushAnswer, stored: int) -> common.PushedVersion:
     )
 
 
-async def _rekey(call: Call) -> Reply:
+async def _rekey(call: RequestContext) -> RouteReply:
     """Another data key; versions follow in the background."""
     gateway, name = call.gateway, call.model()
     generation = await gateway.encrypted.ask(Change.REKEY, name, call.caller.asker)
@@ -267,12 +275,12 @@ async def _rekey(call: Call) -> Reply:
         for number, served in versions.items()
         if served.manifest.sealed is not None and gateway.encrypted.generation(served.manifest) != generation
     ]
-    return Reply(models.ModelKey(call.caller.shown(name), generation, left), 202)
+    return RouteReply(models.ModelKey(call.caller.shown(name), generation, left), 202)
 
 
 ROWS = [
-    Row("GET", "/v1/models", "List models", TAG, _list, {200: common.Models}, "models:read"),
-    Row(
+    RouteSpec("GET", "/v1/models", "List models", TAG, _list, {200: common.Models}, "models:read"),
+    RouteSpec(
         "GET",
         "/v1/models/{name}",
         "Show a model and its versions",
@@ -282,7 +290,7 @@ ROWS = [
         "models:read",
         errors=(404,),
     ),
-    Row(
+    RouteSpec(
         "POST",
         "/v1/models/{name}/versions",
         "Push a model file as the next version",
@@ -304,7 +312,7 @@ ROWS = [
         errors=(404, 409, 422, 429, 504),
         grows=True,
     ),
-    Row(
+    RouteSpec(
         "POST",
         "/v1/models/{name}/rekey",
         "Store an encrypted model under another data key",

@@ -8,8 +8,8 @@ import msgspec
 
 from tether import __version__
 from tether.domain.manifest import Manifest, metadata
-from tether.gateway_http.api.route_engine import OCTETS, Call, Handler, Header, Media, Reply, Row
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.api.route_engine import OCTETS, Handler, Header, Media, RequestContext, RouteReply, RouteSpec
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.gateway_http.schemas import common, triton
 from tether.gateway_http.schemas.triton_config import triton_config
 from tether.model.ownership import Right
@@ -23,46 +23,46 @@ _MODEL = "/v2/models/{model}"
 _VERSION = "/v2/models/{model}/versions/{version}"
 
 
-async def _server(call: Call) -> Reply:
+async def _server(call: RequestContext) -> RouteReply:
     del call
-    return Reply(common.ServerMetadata("tether", __version__, list(EXTENSIONS)))
+    return RouteReply(common.ServerMetadata("tether", __version__, list(EXTENSIONS)))
 
 
-async def _live(call: Call) -> Reply:
+async def _live(call: RequestContext) -> RouteReply:
     del call
-    return Reply(common.ServerLive(live=True))
+    return RouteReply(common.ServerLive(live=True))
 
 
-async def _ready(call: Call) -> Reply:
+async def _ready(call: RequestContext) -> RouteReply:
     ready = call.gateway.readiness.infers()
-    return Reply(common.ServerReady(live=True, ready=ready), 200 if ready else 400)
+    return RouteReply(common.ServerReady(live=True, ready=ready), 200 if ready else 400)
 
 
-def _served(call: Call) -> Served:
+def _served(call: RequestContext) -> ResolvedVersion:
     return call.gateway.catalog.resolve(call.model(Right.USE), call.path("version"))
 
 
-def _shown(call: Call, manifest: Manifest) -> Manifest:
+def _shown(call: RequestContext, manifest: Manifest) -> Manifest:
     """With the name that the caller writes."""
     return msgspec.structs.replace(manifest, name=call.caller.shown(manifest.name))
 
 
-async def _metadata(call: Call) -> Reply:
+async def _metadata(call: RequestContext) -> RouteReply:
     manifest = _served(call).manifest
-    return Reply(metadata(_shown(call, manifest), tuple(call.gateway.catalog.versions(manifest.name))))
+    return RouteReply(metadata(_shown(call, manifest), tuple(call.gateway.catalog.versions(manifest.name))))
 
 
-async def _model_ready(call: Call) -> Reply:
+async def _model_ready(call: RequestContext) -> RouteReply:
     served = _served(call)
     ready = call.gateway.ready(served, call.scope)
-    return Reply(common.ModelReady(call.caller.shown(served.manifest.name), ready), 200 if ready else 400)
+    return RouteReply(common.ModelReady(call.caller.shown(served.manifest.name), ready), 200 if ready else 400)
 
 
-async def _config(call: Call) -> Reply:
+async def _config(call: RequestContext) -> RouteReply:
     served = _served(call)
     catalog = call.gateway.catalog
     config, batching = catalog.config(served.manifest.name), catalog.batching(served, call.scope)
-    return Reply(triton_config(_shown(call, served.manifest), config, batching))
+    return RouteReply(triton_config(_shown(call, served.manifest), config, batching))
 
 
 _LENGTH = Header("inference-header-content-length", "Bytes of the JSON part, when binary tensors follow it.")
@@ -71,16 +71,16 @@ _BINARY = Media(OCTETS, "JSON (InferBody), followed by the bytes of the binary t
 _BINARY_ANSWER = Media(OCTETS, "JSON (InferAnswer), followed by the bytes of the binary tensors in their order.")
 
 
-def _versioned(path: str, summary: str, handler: Handler, answers: Mapping[int, object]) -> list[Row]:
+def _versioned(path: str, summary: str, handler: Handler, answers: Mapping[int, object]) -> list[RouteSpec]:
     """The same route for the version that ``latest`` names, and for a given version or alias."""
     return [
-        Row("GET", root + path, summary, TAG, handler, answers, "models:read", errors=(404,))
+        RouteSpec("GET", root + path, summary, TAG, handler, answers, "models:read", errors=(404,))
         for root in (_MODEL, _VERSION)
     ]
 
 
-def _infer_row(root: str) -> Row:
-    return Row(
+def _infer_row(root: str) -> RouteSpec:
+    return RouteSpec(
         "POST",
         f"{root}/infer",
         "Run a model and wait for its answer",
@@ -96,9 +96,9 @@ def _infer_row(root: str) -> Row:
 
 
 ROWS = [
-    Row("GET", "/v2", "Server metadata", TAG, _server, {200: common.ServerMetadata}),
-    Row("GET", "/v2/health/live", "Whether the server runs", TAG, _live, {200: common.ServerLive}),
-    Row(
+    RouteSpec("GET", "/v2", "Server metadata", TAG, _server, {200: common.ServerMetadata}),
+    RouteSpec("GET", "/v2/health/live", "Whether the server runs", TAG, _live, {200: common.ServerLive}),
+    RouteSpec(
         "GET",
         "/v2/health/ready",
         "Whether synchronous requests are answered; they need no disk",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tether.gateway_http.api.route_engine import Call, Handler, Media, Reply, Row
+from tether.gateway_http.api.route_engine import Handler, Media, RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.schemas import common
 from tether.process import metrics
 
@@ -18,42 +18,42 @@ def _nothing(model: str) -> bool:
     return False
 
 
-async def _healthz(call: Call) -> Reply:
+async def _healthz(call: RequestContext) -> RouteReply:
     del call
-    return Reply(common.ServerLive(live=True))
+    return RouteReply(common.ServerLive(live=True))
 
 
-async def _readyz(call: Call) -> Reply:
+async def _readyz(call: RequestContext) -> RouteReply:
     checks = call.gateway.checks()
     ready = all(state == "ok" for state in checks.values())
-    return Reply(common.Readiness(ready, checks), 200 if ready else 503)
+    return RouteReply(common.Readiness(ready, checks), 200 if ready else 503)
 
 
-async def _metrics(call: Call) -> Reply:
+async def _metrics(call: RequestContext) -> RouteReply:
     """What names a model is for who shows a key, as far as that key sees the model."""
     text = call.heading.key
     shows = call.gateway.keys.authenticate(text, "metrics").sees if text else _nothing
     metrics.dependencies(call.gateway.checks())
     content, content_type = metrics.exposition(shows)
-    return Reply(content, content_type=content_type)
+    return RouteReply(content, content_type=content_type)
 
 
-def rows(document: Callable[[], bytes], page: Callable[[], bytes]) -> list[Row]:
+def rows(document: Callable[[], bytes], page: Callable[[], bytes]) -> list[RouteSpec]:
     """The rows; ``document`` and ``page`` are asked for when somebody wants to see them."""
 
-    async def openapi(call: Call) -> Reply:
+    async def openapi(call: RequestContext) -> RouteReply:
         del call
-        return Reply(document())
+        return RouteReply(document())
 
-    async def docs(call: Call) -> Reply:
+    async def docs(call: RequestContext) -> RouteReply:
         del call
-        return Reply(
+        return RouteReply(
             page(), content_type="text/html; charset=utf-8", headers=[("content-security-policy", _NO_SCRIPTS)]
         )
 
     return [
         _row("/healthz", "Whether the gateway runs", _healthz, common.ServerLive),
-        Row(
+        RouteSpec(
             "GET",
             "/readyz",
             "Whether the gateway can do its work, and if not, why",
@@ -61,7 +61,7 @@ def rows(document: Callable[[], bytes], page: Callable[[], bytes]) -> list[Row]:
             _readyz,
             {200: common.Readiness, 503: common.Readiness},
         ),
-        Row(
+        RouteSpec(
             "GET",
             "/metrics",
             "Metrics; those that name models with a key of the scope `metrics` or `admin`",
@@ -75,5 +75,5 @@ def rows(document: Callable[[], bytes], page: Callable[[], bytes]) -> list[Row]:
     ]
 
 
-def _row(path: str, summary: str, handler: Handler, answer: object) -> Row:
-    return Row("GET", path, summary, TAG, handler, {200: answer})
+def _row(path: str, summary: str, handler: Handler, answer: object) -> RouteSpec:
+    return RouteSpec("GET", path, summary, TAG, handler, {200: answer})

@@ -6,11 +6,11 @@ import asyncio
 from typing import Any
 
 from tether.errors import InvalidRequest, ModelNotReady
-from tether.gateway_http.api.route_engine import Call, Reply, Row
+from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.api.routes.model_config import set_loaded
 from tether.gateway_http.api.routes.oip import TAG
 from tether.gateway_http.api.routes.workers import heartbeats
-from tether.gateway_http.models.catalog import Catalog, Served
+from tether.gateway_http.models.catalog import Catalog, ResolvedVersion
 from tether.gateway_http.models.traffic_split import no_worker
 from tether.gateway_http.schemas import common, triton
 from tether.gateway_http.schemas.triton_config import patch_of
@@ -18,7 +18,7 @@ from tether.gateway_http.schemas.triton_config import patch_of
 _LOOK_S = 0.02
 
 
-async def _index(call: Call) -> Reply:
+async def _index(call: RequestContext) -> RouteReply:
     catalog, wanted = call.gateway.catalog, call.body.ready
     entries = [
         _entry(call, served)
@@ -26,16 +26,16 @@ async def _index(call: Call) -> Reply:
         if call.caller.sees(name)
         for served in catalog.versions(name).values()
     ]
-    return Reply([entry for entry in entries if entry.state == "READY" or not wanted])
+    return RouteReply([entry for entry in entries if entry.state == "READY" or not wanted])
 
 
-def _entry(call: Call, served: Served) -> common.IndexEntry:
+def _entry(call: RequestContext, served: ResolvedVersion) -> common.IndexEntry:
     manifest = served.manifest
     state, reason = _state(call.gateway.catalog, served, call.scope)
     return common.IndexEntry(call.caller.shown(manifest.name), str(manifest.version), state, call.caller.told(reason))
 
 
-def _state(catalog: Catalog, served: Served, scope: str) -> tuple[str, str]:
+def _state(catalog: Catalog, served: ResolvedVersion, scope: str) -> tuple[str, str]:
     """A version's state in Triton's words, and why it is not READY."""
     name, number = served.manifest.name, served.manifest.version
     workers = catalog.workers(served, scope)
@@ -48,7 +48,7 @@ def _state(catalog: Catalog, served: Served, scope: str) -> tuple[str, str]:
     return "UNAVAILABLE", no_worker(served.manifest, scope, catalog.reason(served, scope))
 
 
-def _parameters(call: Call) -> dict[str, Any]:
+def _parameters(call: RequestContext) -> dict[str, Any]:
     given: dict[str, Any] = call.body.parameters
     for name in given:
         if name.startswith("file:"):
@@ -60,7 +60,7 @@ def _parameters(call: Call) -> dict[str, Any]:
     return given
 
 
-async def _load(call: Call) -> Reply:
+async def _load(call: RequestContext) -> RouteReply:
     name, catalog = call.model(), call.gateway.catalog
     catalog.versions(name)
     given = _parameters(call).get("config")
@@ -70,10 +70,10 @@ async def _load(call: Call) -> Reply:
         {} if given is None else patch_of(given, (call.path("model"), call.caller.shown(name)), catalog.config(name))
     )
     await set_loaded(call, name, patch, loaded=True)
-    return Reply(await _held(call, name))
+    return RouteReply(await _held(call, name))
 
 
-async def _held(call: Call, name: str) -> triton.LoadedVersion:
+async def _held(call: RequestContext, name: str) -> triton.LoadedVersion:
     """Wait until the version that ``latest`` means is held; what else is to be loaded may still be on its way.
 
     Raises:
@@ -92,18 +92,18 @@ async def _held(call: Call, name: str) -> triton.LoadedVersion:
     return triton.LoadedVersion(call.caller.shown(name), str(served.manifest.version), "READY")
 
 
-async def _unload(call: Call) -> Reply:
+async def _unload(call: RequestContext) -> RouteReply:
     name, catalog = call.model(), call.gateway.catalog
     if "config" in _parameters(call):
         raise InvalidRequest("a model is not configured by unloading it", field="parameters.config")
     await set_loaded(call, name, {}, loaded=False)
     served = catalog.known(name, "")
     state = _state(catalog, served, call.scope)[0]
-    return Reply(triton.LoadedVersion(call.caller.shown(name), str(served.manifest.version), state))
+    return RouteReply(triton.LoadedVersion(call.caller.shown(name), str(served.manifest.version), state))
 
 
-def _row(what: str, summary: str, handler: Any, errors: tuple[int, ...]) -> Row:
-    return Row(
+def _row(what: str, summary: str, handler: Any, errors: tuple[int, ...]) -> RouteSpec:
+    return RouteSpec(
         "POST",
         "/v2/repository/models/{model}/" + what,
         summary,
@@ -118,7 +118,7 @@ def _row(what: str, summary: str, handler: Any, errors: tuple[int, ...]) -> Row:
 
 
 ROWS = [
-    Row(
+    RouteSpec(
         "POST",
         "/v2/repository/index",
         "Every version and its state",

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from tether.domain.job import SHARED
 from tether.domain.manifest import Heartbeat, ModelRef
-from tether.gateway_http.api.route_engine import Call, Reply, Row
+from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.api.routes.models import TAG
 from tether.gateway_http.api.routes.workers import heartbeats
 from tether.gateway_http.gateway import Gateway
-from tether.gateway_http.models.catalog import Served
+from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.gateway_http.models.traffic_split import no_worker
 from tether.gateway_http.schemas import models
 from tether.model.config import ModelConfig
@@ -18,7 +18,7 @@ from tether.model.config import ModelConfig
 _NONE = "none is running; it is loaded when one starts ('tether worker')"
 
 
-async def _show(call: Call) -> Reply:
+async def _show(call: RequestContext) -> RouteReply:
     gateway, scope = call.gateway, call.scope
     served = gateway.catalog.known(call.model(), call.path("version"))
     config = gateway.catalog.config(served.manifest.name)
@@ -34,7 +34,7 @@ async def _show(call: Call) -> Reply:
             state = "failed"
     name, number = call.caller.shown(served.manifest.name), served.manifest.version
     told = call.caller.told(reason)
-    return Reply(models.Rollout(name, number, state, wanted, ready, len(failures), told))
+    return RouteReply(models.Rollout(name, number, state, wanted, ready, len(failures), told))
 
 
 def _crew(beats: Sequence[Heartbeat], scope: str, config: ModelConfig) -> list[Heartbeat]:
@@ -43,7 +43,7 @@ def _crew(beats: Sequence[Heartbeat], scope: str, config: ModelConfig) -> list[H
     return [beat for beat in beats if beat.scope == scope and wanted <= beat.labels.items()]
 
 
-def _said(crew: Sequence[Heartbeat], served: Served) -> tuple[int, list[str]]:
+def _said(crew: Sequence[Heartbeat], served: ResolvedVersion) -> tuple[int, list[str]]:
     """How many workers say that they answer for a version, and why others could not load it."""
     ref = ModelRef(served.manifest.name, served.manifest.version)
     label = f"{ref.model}:{ref.version}"
@@ -51,7 +51,7 @@ def _said(crew: Sequence[Heartbeat], served: Served) -> tuple[int, list[str]]:
     return len(crew) - len(others), [reason for beat in others if (reason := dict(beat.failed).get(label))]
 
 
-def _state(gateway: Gateway, served: Served, scope: str) -> tuple[models.RolloutState, str]:
+def _state(gateway: Gateway, served: ResolvedVersion, scope: str) -> tuple[models.RolloutState, str]:
     """What is decided about a version, apart from what workers say."""
     catalog, name = gateway.catalog, served.manifest.name
     if gateway.ready(served, scope):
@@ -66,7 +66,7 @@ def _state(gateway: Gateway, served: Served, scope: str) -> tuple[models.Rollout
 
 
 ROWS = [
-    Row(
+    RouteSpec(
         "GET",
         "/v1/models/{name}/versions/{version}/rollout",
         "Tell how far a version is on its way to workers",

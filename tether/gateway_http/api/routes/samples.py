@@ -7,8 +7,8 @@ from functools import partial
 
 from tether.domain.manifest import ModelFile
 from tether.errors import InvalidRequest, PayloadTooLarge
-from tether.gateway_http.api.route_engine import Call, Header
-from tether.gateway_http.models.encrypted_models import Target
+from tether.gateway_http.api.route_engine import Header, RequestContext
+from tether.gateway_http.models.encrypted_models import PushTarget
 from tether.model import sample
 from tether.storage.upload import upload
 
@@ -18,7 +18,7 @@ SAMPLE_LENGTH = Header(
 )
 
 
-def sample_length(call: Call) -> int:
+def sample_length(call: RequestContext) -> int:
     """How many bytes of a model file's body are its sample; 0: there is none.
 
     Raises:
@@ -35,7 +35,7 @@ def sample_length(call: Call) -> int:
     return int(text)
 
 
-async def keep_sample(call: Call, name: str, content: AsyncIterator[bytes], target: Target) -> ModelFile:
+async def keep_sample(call: RequestContext, name: str, content: AsyncIterator[bytes], target: PushTarget) -> ModelFile:
     """Store a sample. The model store reads it when it looks at the version."""
     gateway, store = call.gateway, target.store
     tenant = gateway.tenants.get(call.tenant)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from tether.gateway_http.api.route_engine import Call, Reply, Row
+from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.api.routes.models import TAG
 from tether.gateway_http.inference.output_comparison import Verdict
-from tether.gateway_http.inference.shadow_traffic import Tally
+from tether.gateway_http.inference.shadow_traffic import ShadowStats
 from tether.gateway_http.jobs.view import rfc3339
 from tether.gateway_http.schemas import models
 from tether.model.config import Shadow
 
 
-async def _show(call: Call) -> Reply:
+async def _show(call: RequestContext) -> RouteReply:
     gateway, name = call.gateway, call.model()
     gateway.catalog.versions(name)
     tallies = gateway.extras.shadows.tallies(name)
     told = [_tally(shadow, tally) for shadow, tally in tallies.items()]
-    return Reply(models.Shadows(call.caller.shown(name), told))
+    return RouteReply(models.Shadows(call.caller.shown(name), told))
 
 
-def _tally(shadow: Shadow, tally: Tally) -> models.ShadowTally:
+def _tally(shadow: Shadow, tally: ShadowStats) -> models.ShadowTally:
     counts = tally.counts
     return models.ShadowTally(
         version=shadow.version,
@@ -38,7 +38,7 @@ def _tally(shadow: Shadow, tally: Tally) -> models.ShadowTally:
 
 
 ROWS = [
-    Row(
+    RouteSpec(
         "GET",
         "/v1/models/{name}/shadows",
         "Show how shadow versions' answers compare with those that callers got",

@@ -6,14 +6,14 @@ import msgspec
 
 from tether.errors import InvalidRequest
 from tether.gateway_http.api import request_audit
-from tether.gateway_http.api.route_engine import Call, Reply, Row
+from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.http.request import Headers, timeout_of
 from tether.gateway_http.schemas import common
 
 TAG = "Simple inference"
 
 
-async def _inference(call: Call) -> Reply:
+async def _inference(call: RequestContext) -> RouteReply:
     body: common.InferenceBody = call.body
     if not body.model_id:
         raise InvalidRequest("modelId is required", field="modelId")
@@ -40,11 +40,11 @@ async def _inference(call: Call) -> Reply:
     )
     manifest = served.manifest
     shown = call.caller.shown(manifest.name)
-    return Reply(await gateway.large.simple_answer(call.tenant, shown, manifest.version, outputs), headers=notes)
+    return RouteReply(await gateway.large.simple_answer(call.tenant, shown, manifest.version, outputs), headers=notes)
 
 
 ROWS = [
-    Row(
+    RouteSpec(
         "POST",
         "/v1/inference",
         "Run a model on plain nested lists",

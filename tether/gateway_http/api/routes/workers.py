@@ -6,7 +6,7 @@ from tether.bus.key_value.bucket import KvBucket
 from tether.crypto import MessageType
 from tether.domain.manifest import Heartbeat
 from tether.errors import BadEncoding
-from tether.gateway_http.api.route_engine import Call, Reply, Row
+from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.gateway import Gateway
 from tether.gateway_http.schemas import common
 from tether.wire import codec
@@ -14,10 +14,10 @@ from tether.wire import codec
 TAG = "Administration"
 
 
-async def _workers(call: Call) -> Reply:
+async def _workers(call: RequestContext) -> RouteReply:
     beats = await heartbeats(call.gateway)
     now = call.gateway.bus.clock.utc()
-    return Reply(common.Workers([_worker(beat, now) for beat in sorted(beats, key=lambda beat: beat.worker)]))
+    return RouteReply(common.Workers([_worker(beat, now) for beat in sorted(beats, key=lambda beat: beat.worker)]))
 
 
 async def heartbeats(gateway: Gateway) -> list[Heartbeat]:
@@ -59,5 +59,5 @@ def _failed(label: str, reason: str) -> common.FailedModel:
 
 
 ROWS = [
-    Row("GET", "/v1/workers", "List workers", TAG, _workers, {200: common.Workers}, "admin", errors=(503,)),
+    RouteSpec("GET", "/v1/workers", "List workers", TAG, _workers, {200: common.Workers}, "admin", errors=(503,)),
 ]

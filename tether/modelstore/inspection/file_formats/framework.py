@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from tether.errors import ModelLimits, ModelRejected, TetherError
+from tether.errors import InspectionLimitExceeded, ModelRejected, TetherError
 from tether.modelstore.inspection import sandbox, trial_runs
 from tether.modelstore.inspection.inspector import Inspection, Tell
 
@@ -51,5 +51,5 @@ def tried(framework: Any, directory: Path, tell: Tell, **how: Any) -> Inspection
         raise ModelRejected(f"the model was refused: {error.message}", field="file") from error
     except Exception as error:
         if sandbox.is_memory(error):
-            raise ModelLimits(sandbox.MEMORY, field="file") from error
+            raise InspectionLimitExceeded(sandbox.MEMORY, field="file") from error
         raise sandbox.refused("it cannot be loaded and run", error) from error

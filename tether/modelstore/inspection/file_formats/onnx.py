@@ -16,7 +16,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from tether.domain.manifest import TensorSpec
-from tether.errors import ModelLimits, ModelRejected
+from tether.errors import InspectionLimitExceeded, ModelRejected
 from tether.frameworks.onnx import messages
 from tether.frameworks.row_proof.prover import prove
 from tether.modelstore.inspection import row_trials, sandbox, trial_runs
@@ -68,7 +68,7 @@ def inspect(directory: Path, tell: Tell) -> Inspection:
     return trial_runs.judge(model, directory, tell, proof=prove(path), words=lambda error: messages.told(str(error)))
 
 
-def _walk(path: Path) -> onnx_parser.Facts:
+def _walk(path: Path) -> onnx_parser.OnnxFacts:
     with path.open("rb") as file:
         if path.stat().st_size == 0:
             return onnx_parser.check_file(b"")
@@ -148,7 +148,7 @@ def _datatype(node: Any, side: str) -> str:
 def _refused(what: str, error: Exception, path: Path) -> ModelRejected:
     """One line without this machine's paths: those of the file, and those ONNX Runtime was compiled under."""
     if sandbox.is_memory(error):
-        return ModelLimits(sandbox.MEMORY, field="file")
+        return InspectionLimitExceeded(sandbox.MEMORY, field="file")
     text = str(error).replace(str(path), path.name).replace(str(path.parent), "")
     return ModelRejected(f"the model was refused: {what}: {messages.told(text)}", field="file")
 

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from tether.errors import FormatNotAllowed, ModelLimits, UnsafeModel
+from tether.errors import FormatNotAllowed, InspectionLimitExceeded, UnsafeModel
 from tether.frameworks.onnx.protobuf import BYTES, VARINT, Buffer, CutOff, Field, NotProtobuf, Reader, TooManyFields
 from tether.modelstore.inspection.file_formats.onnx_external_data import LONGEST, MAX_AXES, External, reference, unsafe
 
@@ -25,7 +25,7 @@ MAX_DEPTH = 24
 """Subgraphs inside subgraphs."""
 
 
-class Facts(NamedTuple):
+class OnnxFacts(NamedTuple):
     """``nodes`` counts those of all graphs; ``unranked`` are the graph inputs that declare no shape at all.
 
     ``external`` are the weights that lie in other files: their form is right, the files were not looked at.
@@ -36,19 +36,19 @@ class Facts(NamedTuple):
     external: tuple[External, ...] = ()
 
 
-def check_file(data: Buffer) -> Facts:
+def check_file(data: Buffer) -> OnnxFacts:
     """Walk a serialised ModelProto.
 
     Raises:
         FormatNotAllowed: not ONNX.
         UnsafeModel: external data that is no plain part of a file beside it, EPContext nodes, operators of unknown sets.
-        ModelLimits: too large a graph.
+        InspectionLimitExceeded: too large a graph.
     """
-    walk = _Walk(data)
+    walk = _OnnxWalker(data)
     try:
         return walk.model()
     except TooManyFields as error:
-        raise ModelLimits(f"the graph has more than {MAX_FIELDS} protobuf fields", field="file") from error
+        raise InspectionLimitExceeded(f"the graph has more than {MAX_FIELDS} protobuf fields", field="file") from error
     except (NotProtobuf, IndexError, RecursionError) as error:
         raise (_cut_off(data) if isinstance(error, CutOff) and walk.began else _not_onnx(data)) from error
 
@@ -67,7 +67,7 @@ def _not_onnx(data: Buffer) -> FormatNotAllowed:
     return FormatNotAllowed("the file is not an ONNX model; export the model to ONNX and push that file", field="file")
 
 
-class _Walk:
+class _OnnxWalker:
     def __init__(self, data: Buffer) -> None:
         self._data = data
         self._reader = Reader(data, MAX_FIELDS)
@@ -78,7 +78,7 @@ class _Walk:
         self._own: set[str] = set()
         self._external: list[External] = []
 
-    def model(self) -> Facts:
+    def model(self) -> OnnxFacts:
         fields = []
         for field in self._each(0, len(self._data)):
             fields.append(field)
@@ -99,7 +99,7 @@ class _Walk:
             if training.number == 20 and training.kind == BYTES:
                 self._parts(training, 0, {1: self._graph, 2: self._graph})
         unranked = tuple(name for graph in graphs for part in self._inside(graph, 11) if (name := self._unranked(part)))
-        return Facts(self._nodes, unranked, tuple(self._external))
+        return OnnxFacts(self._nodes, unranked, tuple(self._external))
 
     def _unranked(self, info: Field) -> str:
         name = "".join(self._text(part) for part in self._inside(info, 1))
@@ -114,13 +114,13 @@ class _Walk:
 
     def _graph(self, graph: Field, depth: int) -> None:
         if depth > MAX_DEPTH:
-            raise ModelLimits(f"the graph has subgraphs nested deeper than {MAX_DEPTH}", field="file")
+            raise InspectionLimitExceeded(f"the graph has subgraphs nested deeper than {MAX_DEPTH}", field="file")
         self._parts(graph, depth, {1: self._node, 5: self._initializer, 15: self._sparse})
 
     def _node(self, node: Field, depth: int) -> None:
         self._nodes += 1
         if self._nodes > MAX_NODES:
-            raise ModelLimits(f"the graph has more than {MAX_NODES} nodes", field="file")
+            raise InspectionLimitExceeded(f"the graph has more than {MAX_NODES} nodes", field="file")
         kind = domain = ""
         for part in self._each(node.start, node.end):
             if part.kind != BYTES:

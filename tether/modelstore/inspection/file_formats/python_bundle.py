@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from tether.errors import ModelRejected, OutputMisfit
 from tether.frameworks.python_bundle import CustomModel, describe, found_class
 from tether.modelstore.inspection import sandbox
-from tether.modelstore.inspection.inspector import IMPORTING, MAKING, Inspection, Report, Tell
+from tether.modelstore.inspection.inspector import IMPORTING, MAKING, Inspection, InspectionReport, Tell
 from tether.modelstore.inspection.trial_runs import Model, judge
 
 
@@ -24,9 +24,9 @@ def inspect(directory: Path, tell: Tell) -> Inspection:
         ModelRejected: its description or its code is not as it should be.
     """
     said = describe(directory)
-    tell(Report(doing=IMPORTING))
+    tell(InspectionReport(doing=IMPORTING))
     found_class(directory, said)
-    tell(Report(doing=MAKING))
+    tell(InspectionReport(doing=MAKING))
     model = CustomModel(directory, said)
     try:
         tried = judge(

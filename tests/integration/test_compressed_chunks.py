@@ -1,4 +1,4 @@
-"""Pieces that compress well, on a real broker: stored smaller, and read, proven, mended and fetched like all others."""
+"""Chunks that compress well, on a real broker: stored smaller, and read, proven, mended and fetched like all others."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from stores import MB, Platform, noise, parts, platform_on
 
 from tether.bus.key_value.keyrings import ModelKeyring
 from tether.bus.session import connect
-from tether.crypto.model_encryption import PieceSeal
+from tether.crypto.model_encryption import ChunkSeal
 from tether.crypto.payload_encryption import new_data_key
 from tether.domain.chunking import LARGEST, ZSTD
 from tether.domain.manifest import ModelFile
 from tether.errors import CorruptChunk
 from tether.modelstore.records.registry import Registry
-from tether.modelstore.upkeep.chunk_collector import Keeper, Named
-from tether.storage.chunk_lifecycle import PieceKeeper
+from tether.modelstore.upkeep.chunk_collector import ChunkCollector, ReferencedChunk
+from tether.storage.chunk_lifecycle import ChunkLifecycle
 from tether.storage.chunk_store import ENCODING, ObjectChunkStore
 from tether.storage.encrypted_chunk_store import SealedChunkStore
 from tether.storage.model_files import download
-from tether.storage.object_meta import State
+from tether.storage.object_meta import ChunkState
 from tether.storage.upload import upload
 
 BUCKET = "TETHER_CHUNKS_0"
@@ -42,11 +42,11 @@ async def platform(broker: Broker) -> AsyncIterator[Platform]:
 
 
 @asynccontextmanager
-async def keeping(platform: Platform) -> AsyncIterator[tuple[Keeper, PieceKeeper]]:
-    settings = dataclasses.replace(platform.broker.settings, upload_ttl_s=0.0, collect_grace_s=0.0)
+async def keeping(platform: Platform) -> AsyncIterator[tuple[ChunkCollector, ChunkLifecycle]]:
+    settings = dataclasses.replace(platform.broker.settings, unreferenced_ttl_s=0.0, gc_grace_s=0.0)
     async with connect(settings, platform.broker.home, "modelstore") as bus:
         keyring = ModelKeyring(bus, platform.broker.home, every=True)
-        yield Keeper(bus, Registry(bus), keyring), PieceKeeper(bus, BUCKET)
+        yield ChunkCollector(bus, Registry(bus), keyring), ChunkLifecycle(bus, BUCKET)
 
 
 def weights(size: int, seed: int = 3) -> bytes:
@@ -55,7 +55,7 @@ def weights(size: int, seed: int = 3) -> bytes:
 
 
 async def stored(platform: Platform, name: str) -> tuple[bytes, str]:
-    """A piece's data message: its content and what its header says of it."""
+    """A chunk's data message: its content and what its header says of it."""
     bus = platform.bus
     found = await bus.direct_get(bus.names.object_stream(BUCKET), bus.names.object_chunk(BUCKET, name))
     assert found is not None
@@ -79,7 +79,7 @@ async def test_what_compresses_is_stored_smaller_and_read_as_it_was(platform: Pl
     assert new == len(content)
     forms = {name: await stored(platform, name) for name in file.chunks}
     assert {encoding for _, encoding in forms.values()} == {"", ZSTD}
-    for name, size in file.pieces():
+    for name, size in file.sized_chunks():
         data, encoding = forms[name]
         assert len(data) <= 0.9 * size if encoding else len(data) == size
     assert sum(len(data) for data, _ in forms.values()) < len(content) - MB
@@ -88,7 +88,7 @@ async def test_what_compresses_is_stored_smaller_and_read_as_it_was(platform: Pl
 
 
 async def test_other_object_stores_read_the_stored_bytes(platform: Platform) -> None:
-    """With their size and digest as the meta message has them; unpacked they are the piece."""
+    """With their size and digest as the meta message has them; unpacked they are the chunk."""
     content = weights(3 * MB)
     file, _ = await platform.upload(content)
     async with operator(platform.broker.home, platform.broker.settings) as bus:
@@ -102,7 +102,7 @@ async def test_what_was_stored_before_there_was_compression_is_read(platform: Pl
     content = weights(MB)
     file, _ = await platform.upload(content)
     offset = 0
-    for name, size in file.pieces():
+    for name, size in file.sized_chunks():
         await replace(platform, name, content[offset : offset + size])
         offset += size
     assert await whole(platform.store(), file, tmp_path / "whole") == content
@@ -117,9 +117,9 @@ async def test_what_was_stored_before_there_was_compression_is_read(platform: Pl
         (b"evil", "another"),
         (b"evil", ""),
     ],
-    ids=["no frame", "a bomb", "another piece", "an unknown form", "not compressed"],
+    ids=["no frame", "a bomb", "another chunk", "an unknown form", "not compressed"],
 )
-async def test_an_altered_piece_is_named_found_and_mended(
+async def test_an_altered_chunk_is_named_found_and_mended(
     platform: Platform, tmp_path: Path, content: bytes, encoding: str
 ) -> None:
     original = weights(4 * MB)
@@ -130,17 +130,17 @@ async def test_an_altered_piece_is_named_found_and_mended(
         await whole(platform.store(), file, tmp_path / "whole")
     assert refused.value.field == name
     async with keeping(platform) as (keeper, store):
-        named = Named(file.sizes[1], ("m:1",))
-        await keeper._prove(store, (await store.snapshot()).pieces[name], named)
-        assert (await store.snapshot()).pieces[name].state is State.DAMAGED
+        named = ReferencedChunk(file.sizes[1], ("m:1",))
+        await keeper._prove(store, (await store.snapshot()).chunks[name], named)
+        assert (await store.snapshot()).chunks[name].state is ChunkState.DAMAGED
         assert (await platform.upload(original))[1] == file.sizes[1]
-        await keeper._prove(store, (await store.snapshot()).pieces[name], named)
-        assert (await store.snapshot()).pieces[name].state is State.ALIVE
+        await keeper._prove(store, (await store.snapshot()).chunks[name], named)
+        assert (await store.snapshot()).chunks[name].state is ChunkState.ALIVE
     assert await whole(platform.store(), file, tmp_path / "whole") == original
 
 
 async def test_a_file_that_swells_beyond_what_was_signed_is_given_up(platform: Platform, tmp_path: Path) -> None:
-    """Each piece may unpack to 4 MiB; the file ends where its size does."""
+    """Each chunk may unpack to 4 MiB; the file ends where its size does."""
     file, _ = await platform.upload(noise(2 * MB))
     for name in file.chunks:
         await replace(platform, name, zstandard.ZstdCompressor(level=1).compress(bytes(LARGEST)), ZSTD)
@@ -149,9 +149,9 @@ async def test_a_file_that_swells_beyond_what_was_signed_is_given_up(platform: P
     assert not list(tmp_path.iterdir())
 
 
-async def test_an_encrypted_piece_is_compressed_before_it_is_closed(platform: Platform, tmp_path: Path) -> None:
+async def test_an_encrypted_chunk_is_compressed_before_it_is_closed(platform: Platform, tmp_path: Path) -> None:
     content = weights(3 * MB)
-    seal = PieceSeal(new_data_key(1), "m")
+    seal = ChunkSeal(new_data_key(1), "m")
     store = SealedChunkStore(platform.bus, BUCKET, seal)
     file, _ = await upload(platform.bus, store, parts(content), limit=1 << 30)
     forms = [await stored(platform, seal.name(digest)) for digest in file.chunks]
@@ -160,17 +160,17 @@ async def test_an_encrypted_piece_is_compressed_before_it_is_closed(platform: Pl
     assert await whole(store, file, tmp_path / "whole") == content
 
 
-async def test_a_piece_that_was_put_away_comes_back_as_it_lies_there(platform: Platform) -> None:
+async def test_a_chunk_that_was_put_away_comes_back_as_it_lies_there(platform: Platform) -> None:
     file, _ = await platform.upload(weights(MB))
     name = file.chunks[0]
     data, _ = await stored(platform, name)
     async with keeping(platform) as (_, store):
-        before = (await store.snapshot()).pieces[name]
+        before = (await store.snapshot()).chunks[name]
         assert before.size == len(data)
-        await store.write_state(before, State.UNREFERENCED)
-        await store.claim(file.pieces(), fresh_s=0.0)
-        after = (await store.snapshot()).pieces[name]
-        assert (after.state, after.size, after.stored_digest) == (State.ALIVE, before.size, before.stored_digest)
+        await store.write_state(before, ChunkState.UNREFERENCED)
+        await store.claim(file.sized_chunks(), fresh_s=0.0)
+        after = (await store.snapshot()).chunks[name]
+        assert (after.state, after.size, after.stored_digest) == (ChunkState.ALIVE, before.size, before.stored_digest)
     async with operator(platform.broker.home, platform.broker.settings) as bus:
         objects = await JetStreamContext(bus._client).object_store(BUCKET)
         assert (await objects.get(name)).data == data

@@ -7,12 +7,12 @@ import asyncio
 import pytest
 
 from tether.domain.chunking import LARGEST
-from tether.domain.manifest import FIXED_PIECE, Batching, Manifest, ModelFile, PushAnswer, PushRequest, TensorSpec
+from tether.domain.manifest import FIXED_CHUNK, Batching, Manifest, ModelFile, PushAnswer, PushRequest, TensorSpec
 from tether.errors import BadEncoding, ModelRejected, QueueFull
-from tether.modelstore.inspection.inspector import Inspection, Limits
+from tether.modelstore.inspection.inspector import Inspection, InspectionLimits
 from tether.modelstore.inspection.trial_runs import automatic_batch
 from tether.modelstore.registration.manifest_builder import batching
-from tether.storage.chunk_store import Window
+from tether.storage.chunk_store import BoundedTaskGroup
 from tether.storage.model_files import check_file, version_digest
 from tether.wire import codec
 
@@ -31,7 +31,7 @@ async def test_a_window_never_runs_more_than_its_size() -> None:
             await asyncio.sleep(0)
         running -= 1
 
-    async with Window(4) as window:
+    async with BoundedTaskGroup(4) as window:
         for _ in range(20):
             await window.start(work())
     assert (most, running) == (4, 0)
@@ -50,7 +50,7 @@ async def test_the_first_error_of_a_window_ends_the_rest() -> None:
             ended.append("cancelled")
 
     with pytest.raises(QueueFull):  # noqa: PT012 - the error comes at the next start or at the end
-        async with Window(8) as window:
+        async with BoundedTaskGroup(8) as window:
             await window.start(waits())
             await window.start(fails())
     assert ended == ["cancelled"]
@@ -75,7 +75,7 @@ async def test_the_first_error_of_a_window_ends_the_rest() -> None:
         ModelFile("語" * 67, 3, DIGEST, (DIGEST,)),
         ModelFile("/".join("abcdefghi"), 3, DIGEST, (DIGEST,)),
         ModelFile("a\udc80", 3, DIGEST, (DIGEST,)),
-        ModelFile("model.onnx", FIXED_PIECE + 1, DIGEST, (DIGEST,)),
+        ModelFile("model.onnx", FIXED_CHUNK + 1, DIGEST, (DIGEST,)),
         ModelFile("model.onnx", 3, DIGEST, (DIGEST,), (4,)),
         ModelFile("model.onnx", 3, DIGEST, (DIGEST,), (1, 2)),
         ModelFile("model.onnx", 3, DIGEST, (DIGEST, DIGEST), (3, 0)),
@@ -99,7 +99,7 @@ def test_whatever_else_a_file_is_called_it_may_be_stored(path: str) -> None:
 
 def test_a_file_may_be_empty() -> None:
     check_file(ModelFile("pkg/__init__.py", 0, DIGEST, ()))
-    assert ModelFile("pkg/__init__.py", 0, DIGEST, ()).pieces() == []
+    assert ModelFile("pkg/__init__.py", 0, DIGEST, ()).sized_chunks() == []
 
 
 def test_a_refusal_names_the_file() -> None:
@@ -107,12 +107,12 @@ def test_a_refusal_names_the_file() -> None:
         check_file(ModelFile(".gitattributes", 3, DIGEST, (DIGEST,)))
 
 
-def test_files_from_before_content_defined_cutting_keep_their_pieces() -> None:
-    old = ModelFile("model.onnx", FIXED_PIECE + 5, DIGEST, (DIGEST, DIGEST))
+def test_files_from_before_content_defined_cutting_keep_their_chunks() -> None:
+    old = ModelFile("model.onnx", FIXED_CHUNK + 5, DIGEST, (DIGEST, DIGEST))
     check_file(old)
-    assert [size for _, size in old.pieces()] == [FIXED_PIECE, 5]
+    assert [size for _, size in old.sized_chunks()] == [FIXED_CHUNK, 5]
     new = ModelFile("model.onnx", 12, DIGEST, (DIGEST, DIGEST), (5, 7))
-    assert [size for _, size in new.pieces()] == [5, 7]
+    assert [size for _, size in new.sized_chunks()] == [5, 7]
 
 
 def manifest(version: int) -> Manifest:
@@ -188,6 +188,6 @@ def test_an_automatic_batch_stays_small_in_bytes(shape: tuple[int, ...], rows: i
 
 
 def test_limits_grow_with_the_file_and_end() -> None:
-    small, large = Limits.for_size(1 << 10), Limits.for_size((2 << 30) - 1)
+    small, large = InspectionLimits.for_size(1 << 10), InspectionLimits.for_size((2 << 30) - 1)
     assert small.memory_mb < large.memory_mb
     assert large.wall_s <= 240
