@@ -18,7 +18,7 @@ from typer.main import get_command
 from tether import settings
 from tether.gateway_http.access.authentication import ANY_SCOPE
 from tether.gateway_http.api import route_table
-from tether.gateway_http.api.route_engine import RouteSpec
+from tether.gateway_http.api.route_spec import RouteSpec
 from tether.process import metrics
 from tether.settings_schema import SettingInfo
 from tether_cli.main import application

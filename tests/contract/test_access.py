@@ -18,7 +18,7 @@ from served import Served
 from tether.domain import api_key
 from tether.gateway_http.access.authentication import ANY_SCOPE
 from tether.gateway_http.api import route_table
-from tether.gateway_http.api.route_engine import RouteSpec
+from tether.gateway_http.api.route_spec import RouteSpec
 
 OTHER = "rival"
 HIDDEN = "walk-hidden"

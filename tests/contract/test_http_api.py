@@ -21,7 +21,7 @@ from starlette.applications import Starlette
 
 from tether.gateway_http.access.authentication import ANY_SCOPE
 from tether.gateway_http.api import app, path_matching, route_table
-from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
+from tether.gateway_http.api.route_spec import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.http import rsgi
 from tether.process import operations_server
 

@@ -15,7 +15,7 @@ import pytest
 from served import Served
 
 from tether import Client
-from tether.gateway_http.api.route_engine import RouteSpec
+from tether.gateway_http.api.route_spec import RouteSpec
 from tether.gateway_http.api.route_table import table
 from tether.gateway_http.bodies import simple_bodies
 from tether.gateway_http.bodies.large_bodies import LARGE

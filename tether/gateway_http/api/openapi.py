@@ -11,7 +11,7 @@ import msgspec
 
 from tether import __version__
 from tether.gateway_http.access.authentication import ANY_SCOPE
-from tether.gateway_http.api.route_engine import JSON, Media, RouteSpec
+from tether.gateway_http.api.route_spec import JSON, Media, RouteSpec
 from tether.gateway_http.http.error_responses import ErrorBody
 
 _REF = "#/components/schemas/{name}"

@@ -10,7 +10,8 @@ from starlette.routing import Route
 
 from tether.domain.model_names import RESERVED
 from tether.errors import NotFound
-from tether.gateway_http.api.route_engine import Endpoint, RouteSpec, send_error
+from tether.gateway_http.api.route_engine import Endpoint, send_error
+from tether.gateway_http.api.route_spec import RouteSpec
 from tether.gateway_http.gateway import Gateway
 from tether.gateway_http.http.asgi import AsgiIncoming
 from tether.gateway_http.http.request import headers_with_id_only

@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from tether.gateway_http.api import docs_page, openapi
 from tether.gateway_http.api.admin_routes import api_keys, audit, chunk_store, sessions, tenants
 from tether.gateway_http.api.path_matching import nowhere, routes
-from tether.gateway_http.api.route_engine import RouteSpec
+from tether.gateway_http.api.route_spec import RouteSpec
 from tether.gateway_http.api.routes import (
     aliases,
     chunks,

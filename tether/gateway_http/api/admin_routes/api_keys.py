@@ -10,7 +10,7 @@ from msgspec import UNSET
 from tether.domain import api_key
 from tether.domain.tenant import check_tenant_name
 from tether.errors import Conflict, NotFound
-from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
+from tether.gateway_http.api.route_spec import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.jobs.view import rfc3339
 from tether.gateway_http.schemas import admin as bodies
 

@@ -12,7 +12,7 @@ from tether.audit import Kind
 from tether.audit.reader import Filter, Found
 from tether.domain.model_names import WRITTEN
 from tether.errors import InvalidRequest
-from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
+from tether.gateway_http.api.route_spec import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.jobs.view import rfc3339
 from tether.gateway_http.schemas import admin as bodies
 

@@ -6,7 +6,7 @@ from tether.bus.key_value.leases import ask_owner
 from tether.crypto import MessageType
 from tether.domain.manifest import Change, ChangeAnswer, ChangeRequest
 from tether.errors import TetherError
-from tether.gateway_http.api.route_engine import Handler, RequestContext, RouteReply, RouteSpec
+from tether.gateway_http.api.route_spec import Handler, RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.api.routes.models import TAG
 from tether.gateway_http.schemas import models
 from tether.wire import codec

@@ -8,7 +8,7 @@ from tether.domain.api_key import SCOPES
 from tether.domain.tenant import check_patterns
 from tether.errors import Forbidden
 from tether.gateway_http.access.authentication import ANY_SCOPE
-from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
+from tether.gateway_http.api.route_spec import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.jobs.view import rfc3339
 from tether.gateway_http.schemas import admin as bodies
 

@@ -7,7 +7,7 @@ from msgspec import UNSET
 
 from tether.domain.tenant import Quotas, Tenant, check_tenant_name
 from tether.errors import Conflict, NotFound
-from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
+from tether.gateway_http.api.route_spec import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.gateway import Gateway
 from tether.gateway_http.jobs.view import rfc3339
 from tether.gateway_http.schemas import admin as bodies

@@ -8,7 +8,7 @@ from tether.bus.key_value.leases import ask_owner
 from tether.crypto import MessageType
 from tether.domain.manifest import Alias, Change, ChangeAnswer, ChangeRequest, Move, Share
 from tether.errors import InvalidRequest, ModelNotFound, ModelNotReady, TetherError
-from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
+from tether.gateway_http.api.route_spec import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.api.routes.models import TAG
 from tether.gateway_http.jobs.view import rfc3339
 from tether.gateway_http.schemas import models

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from tether.domain.chunking import LARGEST, digest_of
 from tether.domain.manifest import ModelFile, PushRequest
 from tether.errors import BadEncoding, InvalidRequest, NotFound, PayloadTooLarge
-from tether.gateway_http.api.route_engine import CLIENT_WAITS, OCTETS, Media, RequestContext, RouteReply, RouteSpec
+from tether.gateway_http.api.route_spec import CLIENT_WAITS, OCTETS, Media, RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.api.routes.model_config import checked_patch
 from tether.gateway_http.api.routes.models import TAG, pushed, registered
 from tether.gateway_http.api.routes.samples import keep_sample

@@ -7,7 +7,7 @@ from typing import Any
 from tether.bus.key_value.leases import ask_owner
 from tether.crypto import MessageType
 from tether.domain.manifest import Change, ChangeRequest
-from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
+from tether.gateway_http.api.route_spec import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.api.routes.model_config import heard
 from tether.gateway_http.api.routes.models import TAG
 from tether.gateway_http.schemas import models

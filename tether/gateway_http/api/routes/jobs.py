@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 from tether.domain.job import JobState
 from tether.domain.model_names import WRITTEN
 from tether.errors import InvalidRequest
-from tether.gateway_http.api.route_engine import Header, RequestContext, RouteReply, RouteSpec
+from tether.gateway_http.api.route_spec import Header, RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.jobs.view import shown_job
 from tether.gateway_http.schemas import common
 

@@ -11,7 +11,7 @@ import msgspec
 from tether.bus.key_value.leases import ask_owner
 from tether.crypto import MessageType
 from tether.errors import InvalidRequest
-from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
+from tether.gateway_http.api.route_spec import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.api.routes.models import TAG
 from tether.gateway_http.bodies.large_documents import check_config
 from tether.gateway_http.schemas import models

@@ -15,7 +15,7 @@ from tether.crypto import MessageType
 from tether.domain.manifest import AUTOMATIC, Batching, Change, PushAnswer, PushRequest, TensorSpec
 from tether.domain.tenant import Tenant, check_stored_bytes
 from tether.errors import InvalidRequest, PayloadTooLarge
-from tether.gateway_http.api.route_engine import (
+from tether.gateway_http.api.route_spec import (
     CLIENT_WAITS,
     OCTETS,
     Header,

@@ -8,7 +8,7 @@ import msgspec
 
 from tether import __version__
 from tether.domain.manifest import Manifest, metadata
-from tether.gateway_http.api.route_engine import OCTETS, Handler, Header, Media, RequestContext, RouteReply, RouteSpec
+from tether.gateway_http.api.route_spec import OCTETS, Handler, Header, Media, RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.gateway_http.schemas import common, triton
 from tether.gateway_http.schemas.triton_config import triton_config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tether.gateway_http.api.route_engine import Handler, Media, RequestContext, RouteReply, RouteSpec
+from tether.gateway_http.api.route_spec import Handler, Media, RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.schemas import common
 from tether.process import metrics
 

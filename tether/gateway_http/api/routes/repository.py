@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from tether.errors import InvalidRequest, ModelNotReady
-from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
+from tether.gateway_http.api.route_spec import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.api.routes.model_config import set_loaded
 from tether.gateway_http.api.routes.oip import TAG
 from tether.gateway_http.api.routes.workers import heartbeats

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tether.domain.job import SHARED
 from tether.domain.manifest import Heartbeat, ModelRef
-from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
+from tether.gateway_http.api.route_spec import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.api.routes.models import TAG
 from tether.gateway_http.api.routes.workers import heartbeats
 from tether.gateway_http.gateway import Gateway

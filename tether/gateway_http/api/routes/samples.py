@@ -7,7 +7,7 @@ from functools import partial
 
 from tether.domain.manifest import ModelFile
 from tether.errors import InvalidRequest, PayloadTooLarge
-from tether.gateway_http.api.route_engine import Header, RequestContext
+from tether.gateway_http.api.route_spec import Header, RequestContext
 from tether.gateway_http.models.encrypted_models import PushTarget
 from tether.model import sample
 from tether.storage.upload import upload

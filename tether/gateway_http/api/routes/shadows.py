@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
+from tether.gateway_http.api.route_spec import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.api.routes.models import TAG
 from tether.gateway_http.inference.output_comparison import Verdict
 from tether.gateway_http.inference.shadow_traffic import ShadowStats

@@ -6,7 +6,7 @@ import msgspec
 
 from tether.errors import InvalidRequest
 from tether.gateway_http.api import request_audit
-from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
+from tether.gateway_http.api.route_spec import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.http.request import Headers, timeout_of
 from tether.gateway_http.schemas import common
 

@@ -6,7 +6,7 @@ from tether.bus.key_value.bucket import KvBucket
 from tether.crypto import MessageType
 from tether.domain.manifest import Heartbeat
 from tether.errors import BadEncoding
-from tether.gateway_http.api.route_engine import RequestContext, RouteReply, RouteSpec
+from tether.gateway_http.api.route_spec import RequestContext, RouteReply, RouteSpec
 from tether.gateway_http.gateway import Gateway
 from tether.gateway_http.schemas import common
 from tether.wire import codec
