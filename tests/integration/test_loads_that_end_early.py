@@ -7,13 +7,15 @@ import contextlib
 from pathlib import Path
 
 import bundles
+import models
+import numpy as np
 import psutil
 import pytest
 from brokers import wait_until
 from services import Services
 
 from tether.domain.manifest import Batching, Manifest, ModelFile
-from tether.errors import ModelRejected
+from tether.errors import InferenceFailed, ModelRejected
 from tether.model.config import ModelConfig
 from tether.process import metrics
 from tether.worker import runtimes
@@ -56,3 +58,15 @@ def test_a_model_that_takes_too_long_to_load_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelRejected, match=r"took longer than 0\.5 s"):
         runtimes.load(manifest, bundles.write(tmp_path / "slow", code=SLOW), Options(load_timeout_s=0.5))
     assert not children(tmp_path / "slow")
+
+
+def test_a_load_that_was_ended_while_its_session_was_made_runs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(content := models.slow_when_long())
+    file = ModelFile("model.onnx", len(content), "0" * 64, ("0" * 64,), (len(content),))
+    manifest = Manifest("m", 1, runtimes.ONNX_PLATFORM, (file,), (), (), Batching(0), 0.0, "test")
+    begun = runtimes.begin(manifest, tmp_path, Options())
+    begun.end()
+    loaded = begun.load()
+    with pytest.raises(InferenceFailed, match="the run was ended"):
+        loaded.run({"x": np.zeros(200, np.float32)}, ["y"])
+    begun.close()

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tether.gateway_http.http.request_turns import IN_A_PASS, RequestTurns
+from tether.gateway_http.http.request_turns import IN_A_PASS, SHARED_PASS, RequestTurns
 
 FLOOD = 40 * IN_A_PASS
 
@@ -47,7 +47,7 @@ async def test_who_comes_alone_waits_for_nothing_and_leaves_nothing() -> None:
         coroutine.send(None)
     for _ in range(3):
         await asyncio.sleep(0)
-    assert door._begun == 0
+    assert door._beginning._begun == 0
 
 
 async def test_who_leaves_while_waiting_takes_no_turn() -> None:
@@ -60,4 +60,26 @@ async def test_who_leaves_while_waiting_takes_no_turn() -> None:
     assert [task.cancelled() for task in tasks].count(False) == IN_A_PASS + 1
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert door._begun == 0
+    assert door._beginning._begun == 0
+
+
+async def test_answers_to_a_flood_wait_behind_each_other_once_somebody_else_is_there() -> None:
+    door, order = RequestTurns(lambda _: 1.0), list[str]()
+
+    async def answered(tenant: str) -> None:
+        await door.answered(tenant)
+        order.append(tenant)
+
+    await door.enter("flood")
+    alone = [asyncio.create_task(answered("flood")) for _ in range(FLOOD)]
+    await asyncio.sleep(0)
+    assert len(order) == FLOOD  # in one pass
+    await door.enter("calm")
+    order.clear()
+    flood = [asyncio.create_task(answered("flood")) for _ in range(FLOOD)]
+    await asyncio.sleep(0)
+    assert len(order) == SHARED_PASS
+    calm = asyncio.create_task(answered("calm"))
+    await asyncio.gather(*alone, *flood, calm)
+    assert len(order) == FLOOD + 1
+    assert order.index("calm") < 4 * SHARED_PASS

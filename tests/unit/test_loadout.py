@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
@@ -37,6 +39,14 @@ def test_the_configuration_goes_before_the_manifest_and_the_settings() -> None:
     assert (decided.manifest.isolation, decided.options.threads, decided.options.device) == ("process", 2, "cuda")
     assert decided.copies == 4
     assert usual != decided
+
+
+def test_a_copy_has_no_more_threads_than_there_are_processors() -> None:
+    """Threads of ONNX Runtime spin while they wait for work, and a tenant configures its models."""
+    many = ModelConfig("m", threads=256)
+    most = os.cpu_count() or 1
+    assert load_spec(manifest(), many, Settings()).options.threads == most
+    assert load_spec(manifest(), many, Settings(instance_threads=most + 7)).options.threads == most + 7
 
 
 def test_how_long_a_load_may_take_is_a_setting() -> None:

@@ -142,8 +142,7 @@ class Gateway:
         scope = self._admit(served, tenant, inputs, outputs)
         timeout_s, queued_s = self._waits(name := served.manifest.name, timeout_s)
         began = self.bus.clock.monotonic()
-        deadline = self.bus.clock.utc() + queued_s
-        job = Job(new_job_id(), tenant, inputs, deadline, outputs, request_id, traceparent)
+        job = Job(new_job_id(), tenant, inputs, self.bus.clock.utc() + queued_s, outputs, request_id, traceparent)
         outcome, job_id = JobCancelled.code, str(job.id)
         answer: tuple[Tensor, ...] = ()
         try:
@@ -154,6 +153,7 @@ class Gateway:
             else:
                 asked = AdmittedRequest(plan, served, alias or LATEST, scope, job, timeout_s)
                 answer, job_id = await self.disconnects.wait(self.extras.answer(asked, notes))
+            await self.door.answered(tenant)
             outcome = "ok"
         except TetherError as error:
             outcome = error.code

@@ -32,7 +32,6 @@ from tether.errors import (
 )
 from tether.model import config_patch, version_metadata
 from tether.modelstore.inspection.inspector import Inspection
-from tether.modelstore.inspection.tenant_turns import InspectionTurns
 from tether.modelstore.records.model_configs import ModelConfigStore
 from tether.modelstore.records.model_owners import Owners
 from tether.modelstore.records.registry import Registry
@@ -46,6 +45,7 @@ from tether.modelstore.upkeep.partitions import Partitions, StoreInstance
 from tether.process import daemon, lifecycle, metrics
 from tether.process.data_dir import Home
 from tether.process.os_process import KEEP_MB
+from tether.process.tenant_turns import TenantTurns
 from tether.process.tmpfs_folder import MemoryFolder
 from tether.settings import Settings
 from tether.storage.chunk_lifecycle import ChunkLifecycle
@@ -58,6 +58,9 @@ ENDPOINT = "registerModel"
 DEFAULT_PORT = 8004
 INSPECTIONS = 2
 """Models looked at side by side; each may use a processor and the memory of a few copies of its weights."""
+
+MOST_WAITING = 8
+"""Pushes of one tenant that wait for their turn; one more is told to come again."""
 
 WAITING = 32
 """Pushes in hand; one more is told to come again."""
@@ -83,7 +86,7 @@ class ModelStoreService:
         self._bus = bus
         self._audit = audit
         self._scratch = instance.folder
-        self._inspections = InspectionTurns(INSPECTIONS, bus.clock.monotonic)
+        self._inspections = TenantTurns(INSPECTIONS, bus.clock.monotonic, most_waiting=MOST_WAITING)
         self.partitions = Partitions(bus, instance.name, self._looking_after, instance.dead)
         reading = Registry(bus)
         self._lenders = ChunkLenders(bus)

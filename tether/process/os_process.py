@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -65,6 +66,44 @@ def limit_malloc_arenas(keep_mb: int = 0) -> None:
         if keep_mb:
             mallopt(_M_MMAP_THRESHOLD, _BLOCK)
             mallopt(_M_TRIM_THRESHOLD, keep_mb << 20)
+
+
+NICE = 10
+"""How far work goes after others, as the kernel measures it from 1 to 19: it gets a ninth of a processor that others want too."""
+LONG_S = 0.05
+"""Seconds of a processor from which on a run of a model is long, and goes after others."""
+
+
+def goes_after_others(pid: int) -> None:
+    """Let other processes have the processors before this one or one of its children.
+
+    Where the kernel groups the processes of a session, it divides the processors between sessions, whatever priorities the processes
+    have. So if the process began a session, that goes after others too.
+    """
+    with suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            thread_goes_after_others(int(thread.name))
+    with suppress(OSError):
+        if os.getsid(pid) == pid:
+            Path(f"/proc/{pid}/autogroup").write_text(str(NICE))
+
+
+def processor_s(pid: int) -> float:
+    """Seconds of a processor that a process has taken so far, all of its threads together; 0 when it is gone, and off Linux."""
+    if sys.platform != "linux":
+        return 0.0
+    try:
+        return time.clock_gettime(~pid << 3 | 2)  # clock_getcpuclockid(3)
+    except OSError:
+        return 0.0
+
+
+def thread_goes_after_others(thread: int) -> None:
+    """Let other threads have the processors before one, by its native id. Only Linux has priorities of threads. Without privileges
+    a thread never comes back from it."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, NICE)
 
 
 def prefer_oom_kill() -> None:

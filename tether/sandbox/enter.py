@@ -13,7 +13,7 @@ import sys
 
 import msgspec
 
-from tether.process.os_process import prefer_oom_kill
+from tether.process.os_process import prefer_oom_kill, thread_goes_after_others
 from tether.sandbox import kernel, landlock, namespaces, seccomp
 from tether.sandbox.plan import OFF, REQUIRED, ConfinementPlan
 
@@ -32,6 +32,8 @@ def main(arguments: list[str]) -> None:
 def confine(plan: ConfinementPlan) -> None:
     if plan.dies_first:
         prefer_oom_kill()
+    if plan.behind:
+        thread_goes_after_others(os.getpid())
     _limit(plan)
     scratch = namespaces.leave(plan.scratch_mb, [path for path, _ in plan.rules])
     if scratch:

@@ -49,6 +49,8 @@ class ConfinementPlan(msgspec.Struct, frozen=True):
     processes: bool = False
     dies_first: bool = False
     """It is ended before others when the machine is out of memory."""
+    behind: bool = False
+    """Other processes have the processors before it."""
 
 
 class ConfinementRequest(msgspec.Struct, frozen=True):
@@ -67,6 +69,7 @@ class ConfinementRequest(msgspec.Struct, frozen=True):
     scratch_mb: int = 0
     file_mb: int = 0
     dies_first: bool = False
+    behind: bool = False
 
 
 @cache
@@ -131,6 +134,7 @@ def plan(wish: ConfinementRequest) -> ConfinementPlan:
         file_mb=wish.file_mb,
         processes=bool(wish.compilers),
         dies_first=wish.dies_first,
+        behind=wish.behind,
     )
 
 

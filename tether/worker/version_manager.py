@@ -25,7 +25,7 @@ from tether.worker.jobs.ack_keepalive import KeepAlive
 from tether.worker.jobs.version_server import VersionServer
 from tether.worker.model_configs import ModelConfigReader
 from tether.worker.models.instances import InstancePool, InstanceSet
-from tether.worker.models.loader import Loader
+from tether.worker.models.loader import Loader, Loads
 from tether.worker.models.memory_budget import Memory
 from tether.worker.models.run_limits import RunWatch
 from tether.worker.models.version_findings import Findings
@@ -93,6 +93,7 @@ class VersionManager:
         self._ahead = asyncio.Semaphore(_AHEAD)
         self._judging = asyncio.Semaphore(1)
         self._seats = Seats()
+        self._loads = Loads(bus.clock.monotonic)
         self._stopping = False
         self.has_orders = False
         self.findings = Findings(lambda ref: self._configured(ref.model))
@@ -240,7 +241,7 @@ class VersionManager:
         manifest = await self._manifest(ref)
         config = await self.configs.read(ref.model)
         directory = await self.files.place(ref, manifest)
-        loader = Loader(self._bus, manifest, directory, config, self.memory)
+        loader = Loader(self._bus, manifest, directory, config, self.memory, loads=self._loads)
         loader.graphs, loader.finding = str(self.files.graphs), self.findings.get(ref)
         loader.running = partial(self._notes.running, ref)
         loader.watch = self.watch

@@ -112,7 +112,7 @@ async def inspect(
     Raises:
         ModelRejected: the model cannot be served, or its inspection crashed, ran too long or needed too much memory.
     """
-    wish = msgspec.structs.replace(confined, read=(str(directory), *confined.read))
+    wish = msgspec.structs.replace(confined, read=(str(directory), *confined.read), behind=True)
     arguments = (str(directory), str(limits.memory_mb), str(limits.cpu_s), *wanted)
     process = await asyncio.create_subprocess_exec(
         *plan.command(plan.plan(wish), f"tether.modelstore.inspection.file_formats.{inspector}", *arguments),

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import NamedTuple
 
 from tether.errors import Unavailable
 from tether.frameworks.runtime import Endable, Runtime
 from tether.process.clock import Clock
-from tether.process.os_process import signal_stack
+from tether.process.os_process import LONG_S
 from tether.worker.models.run_limits import ActiveRun, RunWatch
+from tether.worker.models.work_thread import WorkThread
 from tether.worker.runtimes.process_runtime import ProcessRuntime
 from tether.worker.scheduling import batching
 
@@ -27,20 +28,23 @@ class RunResult(NamedTuple):
     seconds: float
 
 
-def _thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, thread_name_prefix="run", initializer=signal_stack)
-
-
-class _Instance(NamedTuple):
+class _Instance:
     """A model in memory and the one thread that calls it, so that a run nobody waits for any more keeps the next one out."""
 
-    runtime: Runtime
-    thread: ThreadPoolExecutor
-    endable: Endable | None
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.endable = runtime if isinstance(runtime, Endable) else None
+        self.thread = WorkThread("run")
 
-
-def _copy(runtime: Runtime) -> _Instance:
-    return _Instance(runtime, _thread(), runtime if isinstance(runtime, Endable) else None)
+    def ran(self) -> None:
+        """Its thread is free. After a long run the next one goes after others from its beginning, until one is short."""
+        if self.endable is None:
+            return
+        if self.thread.used_s >= LONG_S:
+            self.thread.go_after_others()
+        elif self.thread.behind:
+            self.thread.end()
+            self.thread = WorkThread("run")
 
 
 class InstanceSet:
@@ -49,7 +53,7 @@ class InstanceSet:
     def __init__(self, runtimes: Sequence[Runtime], clock: Clock, watch: RunWatch, model: str) -> None:
         self._clock = clock
         self._watch, self._model = watch, model
-        self._copies = [_copy(runtime) for runtime in runtimes]
+        self._copies = [_Instance(runtime) for runtime in runtimes]
         self._free: asyncio.Queue[_Instance | None] = asyncio.Queue()
         """None: there will be no more."""
         for copy in self._copies:
@@ -88,6 +92,7 @@ class InstanceSet:
         told: asyncio.Future[batching.Done] = loop.create_future()
 
         def ended(thread: asyncio.Future[batching.Done]) -> None:
+            copy.ran()
             self._free.put_nowait(copy)
             if copy.endable is not None:
                 going.ended()
@@ -109,8 +114,8 @@ class InstanceSet:
         if copy.endable is not None:
             copy.endable.allow_runs()
             self._watch.begin(going)
-            going.begin(copy.endable, give_up)
-        loop.run_in_executor(copy.thread, batching.run, copy.runtime, wanted).add_done_callback(ended)
+            going.begin(copy.endable, give_up, copy.thread.look)
+        copy.thread.run(partial(batching.run, copy.runtime, wanted)).add_done_callback(ended)
         return told
 
     def limit(self, run_timeout_s: float) -> None:
@@ -135,7 +140,7 @@ class InstanceSet:
         for copy in self._copies:
             if copy.endable is not None:
                 copy.endable.end_run()
-            copy.thread.shutdown(wait=False, cancel_futures=True)
+            copy.thread.end()
             copy.runtime.close()
 
 

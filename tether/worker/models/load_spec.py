@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import msgspec
@@ -41,7 +42,7 @@ def load_spec(manifest: Manifest, config: ModelConfig, settings: Settings, findi
     """How to load a version."""
     compiled = config.compile and manifest.platform in COMPILED
     options = Options(
-        threads=config.threads or settings.instance_threads,
+        threads=min(config.threads or settings.instance_threads, max(settings.instance_threads, os.cpu_count() or 1)),
         memory_mb=settings.model_memory_mb,
         run_memory_mb=settings.run_memory_mb,
         load_timeout_s=settings.load_timeout_s,
@@ -52,6 +53,7 @@ def load_spec(manifest: Manifest, config: ModelConfig, settings: Settings, findi
         home=str(Home.at(settings.home).root),
         read_dirs=plan.read_dirs(settings.model_read_dirs),
         scratch_mb=settings.model_scratch_mb,
+        behind=bool(finding.crashed),
     )
     isolation = effective_isolation(manifest, config, finding, rule=settings.onnx_isolation)
     as_loaded = msgspec.structs.replace(manifest, isolation=isolation.value)

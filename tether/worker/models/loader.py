@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -16,20 +17,60 @@ from tether.bus.bus import Bus
 from tether.domain.manifest import NO_FINDING, Isolation, Manifest, ModelRef
 from tether.frameworks.runtime import Runtime
 from tether.model.config import Loading, ModelConfig
+from tether.process.tenant_turns import TenantTurns
 from tether.worker import runtimes
 from tether.worker.models.instances import InstanceSet
 from tether.worker.models.load_spec import LoadSpec, RunSpec, load_spec, run_spec
 from tether.worker.models.memory_budget import Memory
 from tether.worker.models.run_limits import RunWatch
+from tether.worker.models.work_thread import WorkThread
 from tether.worker.runtimes import PreparedRuntime, Running
 from tether.worker.runtimes.process_runtime import Options
 from tether.worker.runtimes.warmup import warm_up
+
+T = TypeVar("T", bound="PreparedRuntime | Runtime")
+
+EACH = min(28, os.cpu_count() or 1)
+"""Copies of one tenant's models that a worker loads side by side. A load may take minutes, and cannot be ended before."""
+
+LOADS = EACH + 4
+"""The same of all tenants."""
+
+_STARTED_S = 1.0
+"""By then a load has made the threads that its model has for itself."""
+
+
+class Loads:
+    """The threads that load and warm up copies in one worker. Tenants take turns, and one of them leaves threads to others."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._turns = TenantTurns(LOADS, now, each=EACH)
+
+    @asynccontextmanager
+    async def turn(self, tenant: str) -> AsyncIterator[WorkThread]:
+        """A thread for one load of a tenant's model, when it is its turn."""
+        async with self._turns.turn(tenant):
+            thread = WorkThread("load")
+            try:
+                yield thread
+            finally:
+                thread.end()
 
 
 class Loader:
     """Loads one version from its files, each time as its configuration says at that moment."""
 
-    def __init__(self, bus: Bus, manifest: Manifest, directory: Path, config: ModelConfig, memory: Memory) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        manifest: Manifest,
+        directory: Path,
+        config: ModelConfig,
+        memory: Memory,
+        *,
+        loads: Loads | None = None,
+    ) -> None:
+        self._loads = loads or Loads(bus.clock.monotonic)
         self._bus = bus
         self.manifest = manifest
         self._ref = ModelRef(manifest.name, manifest.version)
@@ -87,7 +128,7 @@ class Loader:
         if begun is None:
             await self._memory.reserve(self._ref, self.manifest.size * wanted.copies)
         try:
-            made = await self._all(begun or self._begin(wanted))
+            made = await self._all(wanted, begun)
         except BaseException:
             self._memory.change(self._ref, before)
             raise
@@ -107,12 +148,12 @@ class Loader:
     def _generation(self, runtimes: list[Runtime]) -> InstanceSet:
         return InstanceSet(runtimes, self._bus.clock, self.watch, self._ref.model)
 
-    async def _all(self, first: _LoadingInstance) -> list[Runtime]:
+    async def _all(self, wanted: LoadSpec, begun: _LoadingInstance | None) -> list[Runtime]:
         """The first copy alone, so that one that fails does so once; then the others side by side."""
         made: list[Runtime] = []
         try:
-            made.append(await first.load())
-            rest = [self._one(first.wanted) for _ in range(first.wanted.copies - 1)]
+            made.append(await self._one(wanted, begun))
+            rest = [self._one(wanted) for _ in range(wanted.copies - 1)]
             found = await asyncio.gather(*rest, return_exceptions=True)
             made += [one for one in found if not isinstance(one, BaseException)]
             for one in found:
@@ -124,8 +165,15 @@ class Loader:
             raise
         return made
 
-    async def _one(self, wanted: LoadSpec) -> Runtime:
-        return await self._begin(wanted).load()
+    async def _one(self, wanted: LoadSpec, begun: _LoadingInstance | None = None) -> Runtime:
+        """Load a copy when it is its turn, from where it has been ``begun``."""
+        try:
+            async with self._loads.turn(self.manifest.tenant) as thread:
+                copy, begun = begun or self._begin(wanted), None
+                return await copy.load(thread)
+        finally:
+            if begun is not None:
+                await begun.give_up()
 
     def _begin(self, wanted: LoadSpec) -> _LoadingInstance:
         kept_mb = self._bus.settings.cache_graphs_mb
@@ -136,9 +184,6 @@ class Loader:
             graph_cache_mb=kept_mb,
         )
         return _LoadingInstance(wanted, self._directory, options, self.running)
-
-
-T = TypeVar("T", bound="PreparedRuntime | Runtime")
 
 
 class _LoadingInstance:
@@ -153,15 +198,17 @@ class _LoadingInstance:
             partial(runtimes.begin, wanted.manifest, directory, options, self._closed, running)
         )
 
-    async def load(self) -> Runtime:
+    async def load(self, thread: WorkThread) -> Runtime:
         """Its files are there: load and warm up in a thread; what nobody wants any more when it is ready is closed."""
         begun = await self._wanted(self._beginning)
-        loading = _in_thread(partial(_warm, begun, self.wanted, self._directory))
-        timer = asyncio.get_running_loop().call_later(self._limit_s, begun.end)
+        loading = thread.run(partial(_warm, begun, self.wanted, self._directory, thread))
+        loop = asyncio.get_running_loop()
+        timers = (loop.call_later(self._limit_s, begun.end), loop.call_later(_STARTED_S, thread.go_after_others))
         try:
             return await self._wanted(loading, begun.end)
         finally:
-            timer.cancel()
+            for timer in timers:
+                timer.cancel()
 
     async def give_up(self) -> None:
         """End it, as far as it has come."""
@@ -188,9 +235,13 @@ async def _close(coming: asyncio.Future[T]) -> None:
         coming.result().close()
 
 
-def _warm(begun: PreparedRuntime, wanted: LoadSpec, directory: Path) -> Runtime:
+def _warm(begun: PreparedRuntime, wanted: LoadSpec, directory: Path, thread: WorkThread) -> Runtime:
+    """Threads that a model makes for itself are as their maker: where it has some, they are made before this one goes after others."""
+    if wanted.options.threads == 1:
+        thread.go_after_others()
     try:
         runtime = begun.load()
+        thread.go_after_others()
         warm_up(runtime, wanted.manifest, wanted.warmup, directory)
     except BaseException:
         begun.close()

@@ -21,7 +21,7 @@ from tether.process import metrics
 GRACE_S = 2.0
 """How long a run that was told to end is waited for."""
 LOOK_S = 0.05
-"""Between two looks at the memory of this process, while something runs."""
+"""Between two looks at what runs and at the memory of this process."""
 _FRESH_S = 0.25
 """How old the last look may be when a run begins."""
 _PAGE = resource.getpagesize()
@@ -37,11 +37,15 @@ class Cause(StrEnum):
     UNLOAD = "unload"
 
 
+def _nothing() -> None:
+    """Nobody looks."""
+
+
 class ActiveRun:
     """One run. It can be ended while it goes on in the worker's own process; elsewhere that is without effect. It ends itself
     after ``run_timeout_s``, and when nobody wants it any more: ``left_s`` from now on."""
 
-    __slots__ = ("_give_up", "_runtime", "_timer", "_until", "alone", "base", "began", "cause", "run_timeout_s")
+    __slots__ = ("_give_up", "_runtime", "_timer", "_until", "alone", "base", "began", "cause", "look", "run_timeout_s")
 
     def __init__(self, run_timeout_s: float = math.inf, left_s: float = math.inf) -> None:
         self.run_timeout_s = run_timeout_s
@@ -55,10 +59,12 @@ class ActiveRun:
         self.began = 0.0
         self._runtime: Endable | None = None
         self._give_up: Callable[[], None] | None = None
+        self.look: Callable[[], None] = _nothing
+        """Called now and then while it goes on."""
 
-    def begin(self, runtime: Endable, give_up: Callable[[], None]) -> None:
+    def begin(self, runtime: Endable, give_up: Callable[[], None], look: Callable[[], None]) -> None:
         """It runs from here on; ``give_up`` is called when it does not end ``GRACE_S`` after it should."""
-        self._runtime, self._give_up = runtime, give_up
+        self._runtime, self._give_up, self.look = runtime, give_up, look
         if self.cause is not None:
             self._end()
             return
@@ -71,6 +77,7 @@ class ActiveRun:
     def ended(self) -> None:
         """Its thread is free."""
         self._runtime = self._give_up = None
+        self.look = _nothing
         if self._timer is not None:
             self._timer.cancel()
 
@@ -91,7 +98,7 @@ class ActiveRun:
 
 
 class RunWatch:
-    """The runs that go on in this process. While there are some, its memory is looked at: when that grows by more than
+    """The runs that go on in this process. While there are some, each is looked at, and the memory of the process: when that grows by more than
     ``limit_mb`` since a run began, the run is ended. 0: it may grow without limit."""
 
     def __init__(self, limit_mb: int) -> None:
@@ -112,11 +119,10 @@ class RunWatch:
 
     def begin(self, going: ActiveRun) -> None:
         now = time.monotonic()
-        if self._limit:
-            if now - self._looked_at > _FRESH_S:
-                self._look()
-            if self._next is None:
-                self._next = asyncio.get_running_loop().call_later(LOOK_S, self._compare)
+        if self._limit and now - self._looked_at > _FRESH_S:
+            self._look()
+        if self._next is None:
+            self._next = asyncio.get_running_loop().call_later(LOOK_S, self._compare)
         going.base, going.began = self._memory, now
         self._going.add(going)
 
@@ -133,13 +139,19 @@ class RunWatch:
         self._next = None
         if not self._going:
             return
+        for going in self._going:
+            going.look()
+        self._next = asyncio.get_running_loop().call_later(LOOK_S, self._compare)
+        if self._limit:
+            self._end_large()
+
+    def _end_large(self) -> None:
         self._look()
         long = [going for going in self._going if self._looked_at - going.began >= LOOK_S / 2]
         over = [going for going in long if self._memory - going.base > self._limit]
         for going in over:
             going.alone = len(long) == 1
             going.end(Cause.MEMORY)
-        self._next = asyncio.get_running_loop().call_later(LOOK_S, self._compare)
 
 
 def memory_of(pid: int) -> int:

@@ -7,7 +7,6 @@ Called as ``tether.worker.runs.row_judgement FILE`` in a process that is confine
 from __future__ import annotations
 
 import asyncio
-import os
 import resource
 import signal
 import sys
@@ -43,7 +42,7 @@ async def judge(manifest: Manifest, directory: Path) -> Finding:
 
 
 async def _asked(path: Path) -> RowProof:
-    wish = plan.ConfinementRequest(mode=plan.AVAILABLE, apart=str(path.parent), read=(str(path),))
+    wish = plan.ConfinementRequest(mode=plan.AVAILABLE, apart=str(path.parent), read=(str(path),), behind=True)
     process = await asyncio.create_subprocess_exec(
         *plan.command(plan.plan(wish), "tether.worker.runs.row_judgement", str(path)),
         stdin=DEVNULL,
@@ -67,7 +66,6 @@ async def _asked(path: Path) -> RowProof:
 
 def main(path: Path) -> None:
     """Limit this process and answer about one file."""
-    os.nice(10)
     memory = (_MEMORY_MB << 20) + 2 * path.stat().st_size
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (_CPU_S, _CPU_S + 1))

@@ -55,7 +55,7 @@ class PreparedRuntime(Protocol):
         """
 
     def end(self) -> None:
-        """Fail the warm-up run that goes on in this process; elsewhere the load has a time of its own."""
+        """Fail the warm-up run in this process, also one that begins later; elsewhere the load has a time of its own."""
 
     def close(self) -> None:
         """Whatever it has come to, the runtime included."""
@@ -68,13 +68,17 @@ class _InProcessRuntime:
         self._load = partial(prepare_here(manifest), directory, options)
         self._running = running
         self._loaded: _Noted | None = None
+        self._over = False
 
     def load(self) -> Runtime:
         with self._running():
             self._loaded = _Noted(self._load(), self._running)
+        if self._over:
+            self._loaded.end_run()
         return self._loaded
 
     def end(self) -> None:
+        self._over = True
         if self._loaded is not None:
             self._loaded.end_run()
 

@@ -20,7 +20,8 @@ from tether.errors import TetherError
 from tether.frameworks.runtime import Runtime
 from tether.wire import codec
 from tether.worker import runtimes
-from tether.worker.runtimes.process_runtime import LARGEST_FRAME, Options, Start, read_frame, write_frame
+from tether.worker.runtimes.frames import LARGEST_FRAME, read_frame, write_frame
+from tether.worker.runtimes.process_runtime import Options, Start
 
 Answer = tuple[bool | None, object]
 

@@ -16,8 +16,9 @@ from tether.frameworks.onnx.library import onnxruntime
 from tether.frameworks.onnx.values import from_value, to_text, to_value
 from tether.storage.model_files import version_digest
 from tether.storage.upload import MODEL_PATH
+from tether.worker.runtimes.frames import LARGEST_FRAME
 from tether.worker.runtimes.graph_cache import LARGEST, GraphCache, cache_beside, key_of
-from tether.worker.runtimes.process_runtime import LARGEST_FRAME, Options
+from tether.worker.runtimes.process_runtime import Options
 
 log = logging.getLogger(__name__)
 

@@ -10,16 +10,14 @@ it ends.
 from __future__ import annotations
 
 import logging
-import math
 import os
-import select
 import signal
-import struct
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,18 +29,15 @@ from tether.domain.tensor import Array, Tensor, from_numpy, to_numpy
 from tether.errors import BadEncoding, InferenceFailed, ModelRejected
 from tether.model.config import Warmup
 from tether.process import metrics
-from tether.process.os_process import die_with_parent, out_of_memory_kills
+from tether.process.os_process import LONG_S, die_with_parent, goes_after_others, out_of_memory_kills, processor_s
 from tether.sandbox import plan
 from tether.wire import codec
 from tether.worker.runtimes import compiler_env, graph_cache
 from tether.worker.runtimes.child_output import Said
+from tether.worker.runtimes.frames import LARGEST_FRAME, read_frame, write_frame
 
 log = logging.getLogger(__name__)
 
-LARGEST_FRAME = 1 << 30
-_LENGTH = struct.Struct(">I")
-_LOOK_S = 0.2
-"""How often whoever waits looks whether it should."""
 _OWN_DOING = ("memory", "signal", "exit")
 _BACKOFF_S = (0.0, 0.1, 0.5, 2.0, 5.0)
 """Wait before the n-th start in a row without a run that ended."""
@@ -73,6 +68,8 @@ class Options(msgspec.Struct, frozen=True):
     home: str = ""
     read_dirs: tuple[str, ...] = ()
     scratch_mb: int = 64
+    behind: bool = False
+    """Its process goes after others from its start on, and not only from its first long run on."""
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -114,6 +111,7 @@ class ProcessRuntime:
         """How the model last ended its process, if that was its own doing: killed or too slow does not count."""
         self._failures = 0
         self._kills = 0
+        self._behind = options.behind
         self._closed = closed or threading.Event()
         self._spawn()
 
@@ -151,7 +149,9 @@ class ProcessRuntime:
         question = codec.pack((list(outputs), rows))
         if len(question) > LARGEST_FRAME:
             raise InferenceFailed(f"the inputs of one run have {len(question)} bytes; at most {LARGEST_FRAME} fit")
-        answer = self._ask(question, self.run_timeout_s)
+        before = processor_s(self.pid)
+        answer = self._ask(question, self.run_timeout_s, partial(self._look, before))
+        self._look(before)
         self._failures = 0
         found = {row[0]: row for row in answer}
         try:
@@ -199,6 +199,8 @@ class ProcessRuntime:
             start_new_session=True,
             preexec_fn=die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - it imports and locks nothing
         )
+        if self._behind:
+            goes_after_others(self._child.pid)
         manifest = self._start.manifest
         assert isinstance(self._child.stderr, BufferedReader)  # noqa: S101 - PIPE was asked for
         self._said = Said(self._child.stderr, manifest.name, manifest.version)
@@ -230,10 +232,16 @@ class ProcessRuntime:
             self._end()
             raise ModelRejected(f"the model cannot be loaded: {error.message}") from error
 
-    def _ask(self, question: bytes, timeout_s: float) -> list[Any]:
+    def _look(self, before: float) -> None:
+        """Has a run taken long, the process goes after others for good."""
+        if not self._behind and processor_s(self.pid) - before >= LONG_S:
+            self._behind = True
+            goes_after_others(self.pid)
+
+    def _ask(self, question: bytes, timeout_s: float, look: Callable[[], None] | None = None) -> list[Any]:
         with self._speaking(timeout_s) as (questions, answers, end):
             write_frame(questions, question, end, self._closed)
-            good, content = codec.unpack(read_frame(answers, end, self._closed))
+            good, content = codec.unpack(read_frame(answers, end, self._closed, look))
         if good is None:
             raise self._broken(ProcessEnd(f"ran out of memory and was ended: {str(content)[:300]}", "memory"))
         if not good:
@@ -308,63 +316,3 @@ def _environment(threads: int, directory: str) -> dict[str, str]:
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
     }
-
-
-def write_frame(descriptor: int, content: bytes, end: float, closed: threading.Event | None = None) -> None:
-    """Write one frame before the monotonic time ``end``, or until ``closed`` is set.
-
-    Raises:
-        TimeoutError: the other side did not take it in time.
-        OSError: it is gone.
-        ValueError: it is too large.
-    """
-    if len(content) > LARGEST_FRAME:
-        raise ValueError("frame too large")
-    os.set_blocking(descriptor, False)
-    for part in (_LENGTH.pack(len(content)), content):
-        rest = memoryview(part)
-        while rest:
-            _wait(descriptor, select.POLLOUT, end, closed)
-            try:
-                rest = rest[os.write(descriptor, rest[: 1 << 20]) :]
-            except BlockingIOError:
-                continue
-
-
-def read_frame(descriptor: int, end: float, closed: threading.Event | None = None) -> bytes:
-    """Read one frame before the monotonic time ``end``, or until ``closed`` is set.
-
-    Raises:
-        TimeoutError: it did not come in time.
-        EOFError: the other side is gone.
-        ValueError: it says that it is too large.
-    """
-    (length,) = _LENGTH.unpack(_read(descriptor, _LENGTH.size, end, closed))
-    if length > LARGEST_FRAME:
-        raise ValueError("frame too large")
-    return _read(descriptor, length, end, closed)
-
-
-def _read(descriptor: int, length: int, end: float, closed: threading.Event | None) -> bytes:
-    found = bytearray()
-    while len(found) < length:
-        _wait(descriptor, select.POLLIN, end, closed)
-        part = os.read(descriptor, min(length - len(found), 1 << 20))
-        if not part:
-            raise EOFError
-        found += part
-    return bytes(found)
-
-
-def _wait(descriptor: int, event: int, end: float, closed: threading.Event | None) -> None:
-    poll = select.poll()
-    poll.register(descriptor, event)
-    while (left := end - time.monotonic()) > 0:
-        if closed is not None and closed.is_set():
-            raise EOFError
-        if closed is None and left == math.inf:
-            poll.poll()
-            return
-        if poll.poll(min(left, _LOOK_S) * 1000):
-            return
-    raise TimeoutError

@@ -8,7 +8,8 @@ from contextlib import suppress
 import pytest
 
 from tether.errors import Unavailable
-from tether.modelstore.inspection.tenant_turns import MOST_WAITING, SLOW_FOR_S, SLOW_S, InspectionTurns
+from tether.modelstore.service import MOST_WAITING
+from tether.process.tenant_turns import SLOW_FOR_S, SLOW_S, TenantTurns
 
 
 class Desk:
@@ -16,7 +17,7 @@ class Desk:
 
     def __init__(self) -> None:
         self.time = 0.0
-        self.turns = InspectionTurns(2, lambda: self.time)
+        self.turns = TenantTurns(2, lambda: self.time, most_waiting=MOST_WAITING)
         self.inside: list[str] = []
         self.tasks: dict[str, tuple[asyncio.Task[None], asyncio.Event]] = {}
 
