@@ -74,7 +74,7 @@ async def connected(broker: Broker) -> AsyncIterator[Logins]:
         for wanted in (lane, Lane(LaneKind.JOB, "m", 2)):
             await ensure_lane(logins.dispatcher, wanted, broker.settings)
         own = dispatcher.names
-        stream, subject = own.scope_results_stream(TENANT), own.results(TENANT)
+        stream, subject = own.pool_results_stream(TENANT), own.results(TENANT)
         await logins.dispatcher.api(
             f"STREAM.CREATE.{stream}",
             {"name": stream, "subjects": [subject], "allow_direct": True, "storage": "memory"},

@@ -51,8 +51,8 @@ async def isolate(running: Services, name: str, served: ResolvedVersion | None =
         await wait_until(lambda: has_lane(running, served, name), f"'{name}' has lanes")
 
 
-def has_lane(running: Services, served: ResolvedVersion, scope: str) -> bool:
-    return (served.manifest.name, served.manifest.version, scope) in running.gateway.catalog._routes
+def has_lane(running: Services, served: ResolvedVersion, pool: str) -> bool:
+    return (served.manifest.name, served.manifest.version, pool) in running.gateway.catalog._routes
 
 
 async def own_worker(running: Services, name: str, served: ResolvedVersion, tenant: str) -> None:

@@ -174,7 +174,7 @@ async def take(bus: Bus, logins: Logins) -> Delivery:
     return taken[0]
 
 
-async def test_no_worker_settles_what_another_scope_holds(logins: Logins) -> None:
+async def test_no_worker_settles_what_another_pool_holds(logins: Logins) -> None:
     await enqueue(logins, "1")
     held = await take(logins.worker, logins)
     stream = logins.own.names.lane_stream(logins.lane)
@@ -226,8 +226,8 @@ async def test_only_the_dispatcher_makes_consumers(logins: Logins) -> None:
 
 
 @pytest.mark.parametrize("wildcard", ["*", ">", "*.>", "=acme=eu", "*.*"])
-async def test_a_wildcard_in_a_read_gives_nothing_of_another_scope(logins: Logins, wildcard: str) -> None:
-    """A ``*`` in a right admits the literal ``*`` and ``>``, so what follows it must be the scope."""
+async def test_a_wildcard_in_a_read_gives_nothing_of_another_pool(logins: Logins, wildcard: str) -> None:
+    """A ``*`` in a right admits the literal ``*`` and ``>``, so what follows it must be the pool."""
     names = logins.worker.names
     await logins.own.publish_acked(names.result("secret", TENANT), b"secret")
     await logins.own.publish_acked(names.bucket_key("attempts", names.attempt_key("secret", TENANT)), b"secret")
@@ -236,8 +236,8 @@ async def test_a_wildcard_in_a_read_gives_nothing_of_another_scope(logins: Login
         (names.results_stream, names.result(wildcard)),
         (names.bucket_stream("attempts"), names.bucket_key("attempts", names.attempt_key(wildcard))),
         (names.bucket_stream("attempts"), names.bucket_key("attempts", wildcard)),
-        (names.scope_results_stream(TENANT), names.result(wildcard, TENANT)),
-        (names.scope_results_stream(TENANT), wildcard),
+        (names.pool_results_stream(TENANT), names.result(wildcard, TENANT)),
+        (names.pool_results_stream(TENANT), wildcard),
     ):
         with contextlib.suppress(PermissionDenied):
             stored = await logins.worker.direct_get(stream, subject)
@@ -258,7 +258,7 @@ async def test_the_subject_form_of_a_read_takes_no_other_wish_in_its_body(logins
         assert answer.data == b""
 
 
-async def test_an_isolated_worker_reads_and_writes_in_its_own_scope_alone(logins: Logins) -> None:
+async def test_an_isolated_worker_reads_and_writes_in_its_own_pool_alone(logins: Logins) -> None:
     names, own = logins.own.names, logins.own
     assert await BusResults(logins.worker).commit("shared-job", b"shared")
     for subject in (

@@ -93,7 +93,7 @@ async def test_a_new_identity_can_log_in_after_a_reload(home: Home, nats_binary:
         assert await asyncio.to_thread(reload_embedded, home, broker.settings)
         async with connect(broker.settings, home, OWN) as bus:
             with pytest.raises(PermissionDenied):
-                await bus.publish_acked(bus.names.result("job"), b"of another scope")
+                await bus.publish_acked(bus.names.result("job"), b"of another pool")
 
 
 def test_where_no_broker_runs_there_is_nothing_to_reload(home: Home) -> None:

@@ -74,13 +74,13 @@ async def submit(running: Services, tenant: str, *jobs: object) -> list[str]:
     return [job["id"] for job in shown]
 
 
-async def ended_by(running: Services, ids: Sequence[str], scope: str) -> set[str]:
+async def ended_by(running: Services, ids: Sequence[str], pool: str) -> set[str]:
     """Which workers stored results of these jobs."""
-    frames = await BusResults(running.bus).find(ids, scope=scope)
+    frames = await BusResults(running.bus).find(ids, pool=pool)
     assert len(frames) == len(ids)
     found = set()
     for job, frame in frames.items():
-        envelope = running.bus.open_frame(frame, running.bus.names.result(job, scope), MessageType.RESULT)
+        envelope = running.bus.open_frame(frame, running.bus.names.result(job, pool), MessageType.RESULT)
         assert envelope is not None
         (outcome,) = codec.decode_outcomes(envelope.body)
         assert outcome.worker == envelope.sender
@@ -112,7 +112,7 @@ async def test_two_tenants_share_no_stream_no_run_and_no_worker(
     assert await ended_by(one, own, ACME) == {OWN}
     assert await ended_by(one, others, SHARED) == {"worker-1"}
     names = one.bus.names
-    assert await messages(one, names.scope_results_stream(ACME)) == 50
+    assert await messages(one, names.pool_results_stream(ACME)) == 50
     assert await messages(one, names.results_stream) == 50
 
 
@@ -206,7 +206,7 @@ async def test_cancel_expiry_and_idempotency_work_in_a_tenants_own_streams(
 
 
 @pytest.mark.parametrize(("speaker", "tenant"), [(OWN, OTHER), ("worker-1", ACME)])
-async def test_a_result_signed_by_a_worker_of_another_scope_is_refused(
+async def test_a_result_signed_by_a_worker_of_another_pool_is_refused(
     one: Services, bump: ResolvedVersion, speaker: str, tenant: str
 ) -> None:
     await one.start_worker(OWN)
@@ -214,24 +214,24 @@ async def test_a_result_signed_by_a_worker_of_another_scope_is_refused(
     for worker in workers.values():
         await worker.holder.stop(1)
     (job,) = await submit(one, tenant, new_job(bump, row(1)))
-    scope, before = one.gateway.tenants.scope(tenant), refused("result_conflict")
+    pool, before = one.gateway.tenants.pool(tenant), refused("result_conflict")
     forged = Outcome(JobId(job), JobState.SUCCEEDED, (from_numpy("y", row(9)),), None, 1, speaker, 1.0, 2.0)
-    subject = one.bus.names.result(job, scope)
+    subject = one.bus.names.result(job, pool)
     frame = workers[speaker]._bus.signer.seal(MessageType.RESULT, subject, codec.encode_outcomes([forged]), jobs=(job,))
-    assert await BusResults(one.bus).commit(job, frame, scope=scope)
+    assert await BusResults(one.bus).commit(job, frame, pool=pool)
     assert (await one.gateway.jobs.get(tenant, job))["state"] == "queued"
     assert refused("result_conflict") > before
 
 
 @pytest.mark.parametrize(("speaker", "tenant"), [(OWN, OTHER), ("worker-1", ACME)])
-async def test_an_answer_signed_by_a_worker_of_another_scope_is_refused(
+async def test_an_answer_signed_by_a_worker_of_another_pool_is_refused(
     one: Services, bump: ResolvedVersion, speaker: str, tenant: str
 ) -> None:
     await own_worker(one, OWN, bump, ACME)
     workers = {worker.name: worker for worker in one.workers}
     entitled = workers[OWN if tenant == ACME else "worker-1"]
     await entitled.holder.stop(1)
-    async with Thief(entitled._bus, bump.lane(one.gateway.tenants.scope(tenant))) as thief:
+    async with Thief(entitled._bus, bump.lane(one.gateway.tenants.pool(tenant))) as thief:
         asked = asyncio.create_task(infer(one, tenant, bump, 7))
         await wait_until(lambda: len(thief.got) == 1, "a bundle is on its way")
         envelope = entitled._bus.verified(thief.got[0].frame, thief.got[0].subject, MessageType.INFER)
@@ -247,7 +247,7 @@ async def test_an_answer_signed_by_a_worker_of_another_scope_is_refused(
         assert await asked == 8.0
 
 
-async def test_a_bundle_in_a_lane_of_another_scope_is_not_run(
+async def test_a_bundle_in_a_lane_of_another_pool_is_not_run(
     one: Services, bump: ResolvedVersion, runs: list[tuple[str, frozenset[str]]]
 ) -> None:
     """A gateway's signature alone opens no tenant's lane to another's jobs."""
@@ -268,7 +268,7 @@ async def test_a_bundle_in_a_lane_of_another_scope_is_not_run(
     assert await infer(one, ACME, bump, 1) == 2.0
 
 
-async def test_what_a_worker_says_of_its_scope_entitles_it_to_nothing(one: Services, bump: ResolvedVersion) -> None:
+async def test_what_a_worker_says_of_its_pool_entitles_it_to_nothing(one: Services, bump: ResolvedVersion) -> None:
     worker, names = one.workers[0], one.bus.names
     beat = Heartbeat("worker-1", worker._epoch, "local", (ModelRef("bump", 1),), (), 0, 1, 1.0, ACME)
     subject = names.bucket_key("liveness", "worker-1")
@@ -277,7 +277,7 @@ async def test_what_a_worker_says_of_its_scope_entitles_it_to_nothing(one: Servi
     one.dispatcher.heard("worker-1", frame)
     await one.dispatcher.reconcile()
     assert one.dispatcher._routed[ACME, ModelRef("bump", 1)].workers == ()
-    assert one.dispatcher._assigned["worker-1"].scope == SHARED
+    assert one.dispatcher._assigned["worker-1"].pool == SHARED
 
 
 async def test_an_isolated_tenants_workers_hold_only_what_it_may_use(one: Services) -> None:
@@ -295,10 +295,10 @@ async def test_a_worker_in_other_lanes_than_its_own_lets_them_go_and_takes_up_it
 ) -> None:
     await own_worker(one, OWN, bump, ACME)
     own = one.workers[-1]
-    own._bus.scope = SHARED
+    own._bus.pool = SHARED
     await wait_until(lambda: own.holder.ready() == (), "it let the model go")
     await wait_until(lambda: own.holder.ready() == (ModelRef("bump", 1),), "it took it up again")
-    assert own._bus.scope == ACME
+    assert own._bus.pool == ACME
     await wait_until(lambda: one.gateway.catalog.workers(bump, ACME) == (OWN,), "requests are routed to it")
     assert await infer(one, ACME, bump, 1) == 2.0
 
@@ -355,22 +355,22 @@ async def test_a_tenant_that_is_no_longer_isolated_keeps_its_streams_until_they_
     (shared,) = await submit(one, ACME, new_job(bump, row(1)))
     assert (await one.gateway.jobs.get(ACME, shared, 20))["state"] == "succeeded"
     assert one.dispatcher is not None
-    await one.dispatcher._scopes.look_again()
+    await one.dispatcher._pools.look_again()
     assert {job["state"] for job in await one.gateway.jobs.get_many(ACME, queued, 0)} == {"queued"}
     await one.start_worker(OWN)
     own = one.workers[-1]
     shown = await one.gateway.jobs.get_many(ACME, [*queued, shared], 20)
     assert {job["state"] for job in shown} == {"succeeded"}
     assert await ended_by(one, queued, ACME) == {OWN}
-    await wait_until(lambda: scope_is_empty(one), "its lanes are empty")
-    await one.dispatcher._scopes.look_again()
+    await wait_until(lambda: pool_is_empty(one), "its lanes are empty")
+    await one.dispatcher._pools.look_again()
     await wait_until(lambda: own.holder.ready() == (), "its worker has nothing left to hold")
     assert {job["state"] for job in await one.gateway.jobs.get_many(ACME, queued, 0)} == {"succeeded"}
 
 
-async def scope_is_empty(running: Services) -> bool:
+async def pool_is_empty(running: Services) -> bool:
     names = running.bus.names
-    return await messages(running, names.scope_jobs_stream(ACME)) == 0
+    return await messages(running, names.pool_jobs_stream(ACME)) == 0
 
 
 async def test_a_second_dispatcher_knows_whose_worker_it_is(one: Services, bump: ResolvedVersion) -> None:

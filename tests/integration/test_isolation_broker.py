@@ -50,8 +50,8 @@ async def test_a_tenant_for_whom_the_broker_has_no_room_keeps_nobody_else_waitin
         await isolate(running, ACME, bump)
         await isolate(running, OTHER)
         assert running.dispatcher is not None
-        scopes = running.dispatcher._scopes
-        await wait_until(lambda: OTHER in scopes._refused, "the second was refused")
+        pools = running.dispatcher._pools
+        await wait_until(lambda: OTHER in pools._refused, "the second was refused")
         await own_worker(running, OWN, bump, ACME)
         assert await infer(running, ACME, bump, 1) == 2.0
         assert await infer(running, "third", bump, 1) == 2.0

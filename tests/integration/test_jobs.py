@@ -117,9 +117,9 @@ async def test_a_bundle_that_was_stored_while_its_worker_listened_is_not_asked_a
     asked: list[str] = []
     ended = BusResults.ended
 
-    async def noted(self: BusResults, jobs: Sequence[str], *, scope: str = SHARED) -> set[str]:
+    async def noted(self: BusResults, jobs: Sequence[str], *, pool: str = SHARED) -> set[str]:
         asked.extend(jobs)
-        return await ended(self, jobs, scope=scope)
+        return await ended(self, jobs, pool=pool)
 
     async def done(value: int) -> str:
         (job,) = await submit(one, new_job(served, row(value)))

@@ -171,11 +171,11 @@ async def test_a_connection_that_hears_nothing_any_more_is_made_anew(one: Servic
     await one.bus.flush()
 
 
-async def test_jobs_that_were_not_accepted_after_all_are_forgotten_with_their_scope(one: Services) -> None:
-    record = JobRecord(JobId("j"), TENANT, "m", 1, Priority.NORMAL, 0.0, 4e9, "", "b", scope=TENANT)
+async def test_jobs_that_were_not_accepted_after_all_are_forgotten_with_their_pool(one: Services) -> None:
+    record = JobRecord(JobId("j"), TENANT, "m", 1, Priority.NORMAL, 0.0, 4e9, "", "b", pool=TENANT)
     jobs = OpenJobCounter(one.bus)
     await jobs.look(TENANT, enough=0)
     jobs.accepted(TENANT, [record])
-    assert jobs._counts[TENANT].scopes == {record.id: TENANT}
+    assert jobs._counts[TENANT].pools == {record.id: TENANT}
     jobs.take_back(TENANT, [record], 0)
-    assert (jobs.known(TENANT), jobs._counts[TENANT].scopes) == (0, {})
+    assert (jobs.known(TENANT), jobs._counts[TENANT].pools) == (0, {})

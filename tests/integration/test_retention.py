@@ -21,7 +21,7 @@ from tether.domain.job import LONGEST_DEADLINE_S, record_key
 from tether.errors import JobNotFound, QueueFull
 from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.settings import Settings
-from tether.streams.layout import DEAD, JOBS, NOTES, RECORDS, RESULTS, scope_streams, streams
+from tether.streams.layout import DEAD, JOBS, NOTES, RECORDS, RESULTS, pool_streams, streams
 from tether.streams.updates import differing_streams, update_streams
 from tether.wire import codec
 from tether.wire.subjects import Names
@@ -249,10 +249,8 @@ def test_all_stores_together_fit_the_disk() -> None:
         bounds = {
             config["name"]: config["max_bytes"] for config in streams(names, settings) if config["storage"] == "file"
         }
-        scopes = sum(
-            config["max_bytes"] for config in scope_streams(names, "a", settings) if config["storage"] == "file"
-        )
-        bounded = sum(most for most in bounds.values() if most > 0) + scopes * settings.max_isolated_tenants
+        pools = sum(config["max_bytes"] for config in pool_streams(names, "a", settings) if config["storage"] == "file")
+        bounded = sum(most for most in bounds.values() if most > 0) + pools * settings.max_isolated_tenants
         assert bounded <= megabytes * (1 << 20) * 31 // 32
     assert JOBS + RESULTS + RECORDS + DEAD + NOTES == 26
 

@@ -52,7 +52,7 @@ async def test_the_dispatcher_changes_no_stream(logins: Logins) -> None:
 
 async def test_the_dispatcher_empties_no_stream_but_of_jobs_that_ended(logins: Logins) -> None:
     bus, names = logins.dispatcher, logins.dispatcher.names
-    results = {names.results_stream, names.scope_results_stream(TENANT)}
+    results = {names.results_stream, names.pool_results_stream(TENANT)}
     for stream in streams_made(names, [TENANT]):
         calls = {"PURGE": {}, "MSG.DELETE": {"seq": 1}, "DELETE": {}, "SNAPSHOT": {"deliver_subject": bus.inbox}}
         if stream == names.bucket_stream("jobs"):
@@ -94,7 +94,7 @@ async def test_the_dispatcher_has_consumers_on_lanes_alone(logins: Logins) -> No
     bus, names = logins.dispatcher, logins.dispatcher.names
     lane = names.lane(logins.lane)
     spy = {"name": "spy", "deliver_subject": f"{bus.inbox}.spy", "ack_policy": "none", "filter_subject": lane}
-    lanes = {names.infer_stream(0), names.jobs_stream(0), *names.scope_streams(TENANT)[:2]}
+    lanes = {names.infer_stream(0), names.jobs_stream(0), *names.pool_streams(TENANT)[:2]}
     for stream in set(streams_made(names, [TENANT])) - lanes:
         for form in (
             "CREATE.{}",
@@ -126,8 +126,8 @@ async def test_a_right_to_make_a_stream_that_is_not_there_is_one_to_copy_others_
 @pytest.mark.parametrize("tenant", ["shared", TENANT])
 async def test_a_worker_learns_that_a_job_ended_and_nothing_of_the_result(logins: Logins, tenant: str) -> None:
     bus, other = (logins.worker, logins.other) if tenant == "shared" else (logins.own, logins.own)
-    assert await BusResults(other).commit("job", b"outputs of another worker's job", scope=tenant)
-    names, stream = bus.names, bus.names.scope_results_stream(tenant)
+    assert await BusResults(other).commit("job", b"outputs of another worker's job", pool=tenant)
+    names, stream = bus.names, bus.names.pool_results_stream(tenant)
     for subject in (names.result("job", tenant), names.results(tenant), "tether.result.>", "*", ">"):
         with pytest.raises(PermissionDenied):
             await bus.direct_get(stream, subject)
@@ -138,16 +138,16 @@ async def test_a_worker_learns_that_a_job_ended_and_nothing_of_the_result(logins
             with pytest.raises(PermissionDenied):
                 await bus.api(call, wish)
     before = (await logins.dispatcher.api(f"STREAM.INFO.{stream}"))["state"]
-    assert await BusResults(bus).ended(["job", "another"], scope=tenant) == {"job"}
+    assert await BusResults(bus).ended(["job", "another"], pool=tenant) == {"job"}
     assert (await logins.dispatcher.api(f"STREAM.INFO.{stream}"))["state"] == before, "asking stores nothing"
 
 
-async def test_a_worker_asks_in_its_own_scope_alone_whether_a_job_ended(logins: Logins) -> None:
+async def test_a_worker_asks_in_its_own_pool_alone_whether_a_job_ended(logins: Logins) -> None:
     assert await BusResults(logins.worker).commit("job", b"shared")
     with pytest.raises(PermissionDenied):
         await BusResults(logins.own).ended(["job"])
     with pytest.raises(PermissionDenied):
-        await BusResults(logins.worker).ended(["job"], scope=TENANT)
+        await BusResults(logins.worker).ended(["job"], pool=TENANT)
 
 
 async def test_results_that_are_full_still_say_what_ended(logins: Logins) -> None:

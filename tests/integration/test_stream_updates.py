@@ -62,7 +62,7 @@ async def test_an_administrator_changes_streams_those_of_isolated_tenants_too(na
     with bound_home(own="acme") as home:
         async with embedded(home, nats_binary) as broker, services(broker, workers=1) as running:
             await isolate(running, "acme", await running.push("bump", models.add()))
-            own, shared = running.bus.names.scope_jobs_stream("acme"), running.bus.names.results_stream
+            own, shared = running.bus.names.pool_jobs_stream("acme"), running.bus.names.results_stream
             for stream in (own, shared):
                 await reconfigure(home, broker.settings, stream, max_bytes=1 << 20)
             async with connect(broker.settings, home, "admin") as admin:

@@ -73,9 +73,9 @@ async def ends(running: Services, jobs: list[str], tenant: str = TENANT) -> list
     return [(job["state"], job.get("error", {}).get("code", "")) for job in shown]
 
 
-async def lose(running: Services, served: ResolvedVersion, place: int, scope: str = "shared") -> None:
+async def lose(running: Services, served: ResolvedVersion, place: int, pool: str = "shared") -> None:
     """Take a message out of a lane, by its place there."""
-    bus, lane = bus_of(running), served.job_lane(Priority.NORMAL, scope)
+    bus, lane = bus_of(running), served.job_lane(Priority.NORMAL, pool)
     stream = bus.names.lane_stream(lane)
     sequence = 0
     for _ in range(place + 1):

@@ -150,7 +150,7 @@ async def test_a_tenant_whose_record_cannot_be_believed_is_refused_and_not_taken
             gateway.keys.authenticate(text, "infer")
         done = await resign(broker.settings, broker.home, revoked, SystemClock().utc_ms() + 1)
         assert done.signed == ["tenants/acme"]
-        await wait_until(lambda: gateway.tenants.scope("acme") == "acme", "the record counts again", WAIT_S)
+        await wait_until(lambda: gateway.tenants.pool("acme") == "acme", "the record counts again", WAIT_S)
         assert gateway.keys.authenticate(text, "infer").tenant == "acme"
     async with connect(broker.settings, broker.home, "modelstore", follow=False) as bus:
         assert await SignedBucket(bus, "tenants", MessageType.TENANT).require(token("acme")) == sealed

@@ -42,7 +42,7 @@ async def idle(start_broker: StartBroker) -> AsyncIterator[Services]:
 
 
 def lane_of(running: Services, served: ResolvedVersion) -> Lane:
-    return served.lane(running.gateway.tenants.scope(TENANT))
+    return served.lane(running.gateway.tenants.pool(TENANT))
 
 
 def withdrawn(running: Services, worker: int, model: str) -> WithdrawnJobs:
@@ -85,7 +85,7 @@ async def test_a_caller_that_asks_and_leaves_again_and_again_fills_neither_lane_
     await wait_until(empty, "what was answered is acknowledged")
 
 
-async def test_workers_of_the_scope_hear_what_is_withdrawn_and_no_others(one: Services) -> None:
+async def test_workers_of_the_pool_hear_what_is_withdrawn_and_no_others(one: Services) -> None:
     served = await one.push("mine", models.add())
     await isolate(one, TENANT, served)
     await own_worker(one, OWN, served, TENANT)

@@ -107,17 +107,17 @@ def test_a_machine_counts_as_whole_until_it_is_short_of_something(
 # the dispatcher's part
 
 
-def beat(worker: str, *levels: float, scope: str = SHARED, ready: bool = True) -> Heartbeat:
+def beat(worker: str, *levels: float, pool: str = SHARED, ready: bool = True) -> Heartbeat:
     held = (REF,) if ready else ()
-    return Heartbeat(worker, 1, "local", held, (), 0, 2, 0.0, scope, levels=tuple((REF, level) for level in levels))
+    return Heartbeat(worker, 1, "local", held, (), 0, 2, 0.0, pool, levels=tuple((REF, level) for level in levels))
 
 
-def test_the_least_able_worker_of_a_scope_is_the_measure() -> None:
-    beats = [beat("a", 30.0), beat("b", 10.0), beat("c"), beat("d", 5.0, scope="acme"), beat("e", 1.0, ready=False)]
+def test_the_least_able_worker_of_a_pool_is_the_measure() -> None:
+    beats = [beat("a", 30.0), beat("b", 10.0), beat("c"), beat("d", 5.0, pool="acme"), beat("e", 1.0, ready=False)]
     living = {one.worker: one for one in beats}
     assert CapacityBaseline().least(living, {"d": "acme"}) == {(SHARED, REF): 10.0, ("acme", REF): 5.0}
     assert CapacityBaseline().least(living, {}) == {(SHARED, REF): 10.0}, (
-        "who serves another scope than it may does not count"
+        "who serves another pool than it may does not count"
     )
 
 

@@ -1,4 +1,4 @@
-"""Which workers are given which versions: by scope, labels, memory and replicas, and the same choice again and again."""
+"""Which workers are given which versions: by pool, labels, memory and replicas, and the same choice again and again."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def holders(found: Placement, ref: ModelRef) -> set[str]:
     return {worker for worker, refs in found.held.items() if ref in refs}
 
 
-def test_a_version_of_which_nothing_is_decided_is_held_by_every_worker_of_its_scope() -> None:
+def test_a_version_of_which_nothing_is_decided_is_held_by_every_worker_of_its_pool() -> None:
     a, b = versions("a", "b")
     offers = {
         "one": WorkerOffer(SHARED),
@@ -131,7 +131,7 @@ def test_until_everybody_was_heard_nothing_moves_that_has_a_number_of_replicas()
     def now(at: float, *, listening: bool) -> dict[str, tuple[ModelRef, ...]]:
         configs = {"a": ModelConfig("a", replicas_max=1)}
         return told.place(
-            {SHARED: (a, b)}, scopes={}, assigned=assigned, living={}, configs=configs, now=at, listening=listening
+            {SHARED: (a, b)}, pools={}, assigned=assigned, living={}, configs=configs, now=at, listening=listening
         )
 
     assert now(10.0, listening=True) == {other: (b,)}
@@ -153,7 +153,7 @@ def test_who_could_not_load_a_version_goes_after_the_others_for_a_while() -> Non
         told.said(chosen, Heartbeat(chosen, 1, "local", ready, failed, 0, 2, 0.0), at)
         held = told.place(
             {SHARED: (a,)},
-            scopes={},
+            pools={},
             assigned={},
             living={},
             configs={"a": ModelConfig("a", replicas_max=1)},

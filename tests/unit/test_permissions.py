@@ -48,7 +48,7 @@ WRITERS = {
     "assign": {"dispatcher"},
     "apikeys": {"gateway", "admin"},
     "jobs": {"gateway", "dispatcher"},
-    "attempts": set(),  # each worker those of its scope
+    "attempts": set(),  # each worker those of its pool
     "liveness": set(),  # each worker its own
     "keyset": {"admin", "dispatcher"},  # what counts in it is the root key's signature
     "keyuse": {"gateway"},
@@ -71,20 +71,20 @@ def test_only_its_writers_may_write_a_bucket(bucket: str) -> None:
 @pytest.mark.parametrize("kind", LaneKind)
 @pytest.mark.parametrize("model", ["a", "b", "c", "digits"])
 @pytest.mark.parametrize(
-    ("scope", "workers"), [(SHARED, SHARED_WORKERS), ("acme.eu", {"own-1"}), ("other", {"own-2"}), ("third", set())]
+    ("pool", "workers"), [(SHARED, SHARED_WORKERS), ("acme.eu", {"own-1"}), ("other", {"own-2"}), ("third", set())]
 )
-def test_only_gateways_fill_lanes_and_only_workers_of_their_scope_empty_them(
-    kind: LaneKind, model: str, scope: str, workers: set[str]
+def test_only_gateways_fill_lanes_and_only_workers_of_their_pool_empty_them(
+    kind: LaneKind, model: str, pool: str, workers: set[str]
 ) -> None:
-    lane = Lane(kind, model, 1, scope=scope)
+    lane = Lane(kind, model, 1, pool=pool)
     stream, consumer = NAMES.lane_stream(lane), NAMES.lane_consumer(lane)
     assert publishers(NAMES.lane(lane)) == {"gateway"}
     assert publishers(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}") == workers
     assert publishers(f"$JS.ACK.{stream}.{consumer}.1.2.3.4.5") == workers
     assert publishers(f"$JS.ACK._.hash.{stream}.{consumer}.1.2.3.4.5.token") == workers
     assert publishers(NAMES.dead(lane)) == workers
-    assert publishers(NAMES.result("job", scope)) == workers | {"gateway", "dispatcher"}
-    note = NAMES.bucket_key("attempts", NAMES.attempt_key("job", scope))
+    assert publishers(NAMES.result("job", pool)) == workers | {"gateway", "dispatcher"}
+    note = NAMES.bucket_key("attempts", NAMES.attempt_key("job", pool))
     assert publishers(note) == workers
     assert publishers(f"$JS.API.DIRECT.GET.{NAMES.bucket_stream('attempts')}.{note}") == workers | {"gateway"}
 
@@ -126,9 +126,9 @@ def test_a_worker_hears_what_is_wanted_of_itself_and_answers_for_itself() -> Non
         assert {other for other in TABLE if may_subscribe(other, NAMES.chunk(name))} == {"modelstore"}
 
 
-def test_a_worker_hears_what_gateways_withdraw_from_the_lanes_of_its_scope() -> None:
-    for scope, hearers in ((SHARED, SHARED_WORKERS), ("acme.eu", {"own-1"}), ("other", {"own-2"})):
-        subject = NAMES.withdrawn(Lane(LaneKind.INFER, "m.onnx", 3, "local", scope))
+def test_a_worker_hears_what_gateways_withdraw_from_the_lanes_of_its_pool() -> None:
+    for pool, hearers in ((SHARED, SHARED_WORKERS), ("acme.eu", {"own-1"}), ("other", {"own-2"})):
+        subject = NAMES.withdrawn(Lane(LaneKind.INFER, "m.onnx", 3, "local", pool))
         assert publishers(subject) == {"gateway"}
         assert {name for name in TABLE if may_subscribe(name, subject)} == hearers
 

@@ -15,11 +15,11 @@ MODELS = {SHARED: (A, B), "acme": (B,)}
 BOUND = {"own": "acme", "lost": "gone", "one": SHARED}
 
 
-def beat(worker: str, scope: str, *ready: ModelRef, region: str = "local") -> Heartbeat:
-    return Heartbeat(worker, 1, region, ready, (), 0, 2, 1.0, scope)
+def beat(worker: str, pool: str, *ready: ModelRef, region: str = "local") -> Heartbeat:
+    return Heartbeat(worker, 1, region, ready, (), 0, 2, 1.0, pool)
 
 
-def test_a_worker_is_told_what_it_holds_for_the_epoch_and_the_scope_that_it_has() -> None:
+def test_a_worker_is_told_what_it_holds_for_the_epoch_and_the_pool_that_it_has() -> None:
     epochs = {"own": 1, "lost": 2, "one": 3, "silent": 4}
     held = {"own": (B,), "lost": (), "one": (A, B)}
     found = assignments.assignments(epochs, BOUND, held, revisions={"b": 7, "c": 1})
@@ -30,7 +30,7 @@ def test_a_worker_is_told_what_it_holds_for_the_epoch_and_the_scope_that_it_has(
     }
 
 
-def test_a_route_names_the_workers_of_its_scope_that_hold_the_version() -> None:
+def test_a_route_names_the_workers_of_its_pool_that_hold_the_version() -> None:
     living = {
         "own": beat("own", "acme", A, B, region="edge"),
         "one": beat("one", SHARED, A, B),
@@ -72,19 +72,19 @@ def test_a_silent_worker_is_not_alive() -> None:
     assert set(assignments.alive({"one": quiet, "new": loud}, 4.0, 2.5)) == {"new"}
 
 
-def test_lanes_of_a_deleted_version_are_worked_off_by_one_living_worker_of_their_scope_and_then_by_another() -> None:
+def test_lanes_of_a_deleted_version_are_worked_off_by_one_living_worker_of_their_pool_and_then_by_another() -> None:
     living = {
         "near": beat("near", SHARED, region="edge"),
         "far": beat("far", SHARED),
         "own": beat("own", "acme"),
         "stale": beat("stale", SHARED),
     }
-    scopes = {**BOUND, "stale": "acme"}
+    pools = {**BOUND, "stale": "acme"}
     lanes = EndedLanes("a", 1, "edge")
     for turn in range(3):
-        assert assignments.working_off({LaneGroup(SHARED, A, "edge"): turn}, living, scopes) == {"near": (lanes,)}
-        assert assignments.working_off({LaneGroup("acme", A, "edge"): turn}, living, scopes) == {"own": (lanes,)}
-    assert assignments.working_off({LaneGroup("gone", A, "edge"): 0}, living, scopes) == {}
+        assert assignments.working_off({LaneGroup(SHARED, A, "edge"): turn}, living, pools) == {"near": (lanes,)}
+        assert assignments.working_off({LaneGroup("acme", A, "edge"): turn}, living, pools) == {"own": (lanes,)}
+    assert assignments.working_off({LaneGroup("gone", A, "edge"): 0}, living, pools) == {}
     many = {f"w{number}": beat(f"w{number}", SHARED) for number in range(3)}
     asked = [set(assignments.working_off({LaneGroup(SHARED, A, "edge"): turn}, many, {})) for turn in range(3)]
     assert set().union(*asked) == set(many)

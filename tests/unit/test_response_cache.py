@@ -24,8 +24,8 @@ def job(data: bytes = b"\1\2\3\4", *, shape: tuple[int, ...] = (4,), name: str =
     return Job(JobId("0" * 32), inputs=(tensor,), deadline=0.0, **fields)  # type: ignore[arg-type]
 
 
-def digest(made: Job, scope: str = "shared", model: str = "m", version: int = 1, generation: int = 1) -> bytes:
-    return digest_of(made, scope, model, version, generation)
+def digest(made: Job, pool: str = "shared", model: str = "m", version: int = 1, generation: int = 1) -> bytes:
+    return digest_of(made, pool, model, version, generation)
 
 
 def question(
@@ -51,7 +51,7 @@ def test_a_request_is_the_same_when_everything_its_answer_depends_on_is() -> Non
     same = digest(job())
     assert digest(job(request_id="another")) == same
     different = [
-        digest(job(), scope="acme"),
+        digest(job(), pool="acme"),
         digest(job(), model="n"),
         digest(job(), version=2),
         digest(job(), generation=2),

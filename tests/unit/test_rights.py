@@ -12,29 +12,29 @@ from tether.broker.permissions import identity_permissions, streams_made
 from tether.crypto import Role
 from tether.domain.job import SHARED
 from tether.settings import Settings
-from tether.streams.layout import scope_streams, streams
+from tether.streams.layout import pool_streams, streams
 from tether.wire.subjects import BUCKETS, Names
 
 NAMES = Names("acme", infer_shards=2, job_shards=2, partitions=2)
-SCOPES = ("acme.eu", "other")
+POOLS = ("acme.eu", "other")
 WORKERS = {"shared-1": "", "own-1": "acme.eu", "own-2": "other"}
 """Name and isolated tenant."""
 TABLE = {
     **{
-        role.value: identity_permissions(NAMES, role, role.value, scopes=SCOPES)
+        role.value: identity_permissions(NAMES, role, role.value, pools=POOLS)
         for role in Role
         if role is not Role.WORKER
     },
-    **{name: identity_permissions(NAMES, Role.WORKER, name, tenant, SCOPES) for name, tenant in WORKERS.items()},
+    **{name: identity_permissions(NAMES, Role.WORKER, name, tenant, POOLS) for name, tenant in WORKERS.items()},
 }
-STREAMS = streams_made(NAMES, SCOPES)
+STREAMS = streams_made(NAMES, POOLS)
 ELSEWHERE = ["ACME_INFER_=third", "KV_OTHER_models", "COPY", "*"]
 """Streams of a tenant that no worker is bound to, of another platform, and of somebody's invention; and a wildcard."""
 
 INFER = {NAMES.infer_stream(shard) for shard in range(2)}
 JOBS = {NAMES.jobs_stream(shard) for shard in range(2)}
-OWN = {stream: name for name, tenant in WORKERS.items() if tenant for stream in NAMES.scope_streams(tenant)[:2]}
-RESULTS = {NAMES.results_stream, *(NAMES.scope_results_stream(scope) for scope in SCOPES)}
+OWN = {stream: name for name, tenant in WORKERS.items() if tenant for stream in NAMES.pool_streams(tenant)[:2]}
+RESULTS = {NAMES.results_stream, *(NAMES.pool_results_stream(pool) for pool in POOLS)}
 CHUNKS = {NAMES.object_stream(bucket) for bucket in NAMES.chunk_buckets()}
 
 
@@ -85,7 +85,7 @@ RULES: dict[str, Callable[[str], set[str]]] = {
         *LOOKERS,
         "gateway",
         *(["modelstore"] if stream in CHUNKS else []),
-        *(name for name, tenant in WORKERS.items() if stream == NAMES.scope_results_stream(tenant or SHARED)),
+        *(name for name, tenant in WORKERS.items() if stream == NAMES.pool_results_stream(tenant or SHARED)),
     },
     "delete": lambda stream: DISPATCHER if stream in INFER else NOBODY,
     "purge": lambda stream: DISPATCHER if stream == NAMES.bucket_stream("jobs") else NOBODY,
@@ -110,7 +110,7 @@ def may(subject: str) -> set[str]:
 
 def test_the_streams_that_are_named_are_those_that_are_made() -> None:
     made = [config["name"] for config in streams(NAMES, Settings())]
-    made += [config["name"] for scope in SCOPES for config in scope_streams(NAMES, scope, Settings())]
+    made += [config["name"] for pool in POOLS for config in pool_streams(NAMES, pool, Settings())]
     assert sorted(made) == sorted(STREAMS)
 
 

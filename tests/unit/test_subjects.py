@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tether.domain.job import SHARED, Lane, LaneKind, Priority
 from tether.domain.manifest import NAME_PATTERN, check_name
 from tether.errors import BadName
-from tether.wire.subjects import Names, name_of, scope_token, token
+from tether.wire.subjects import Names, name_of, pool_token, token
 
 client_names = st.from_regex(NAME_PATTERN, fullmatch=True).filter(lambda name: not name.endswith("\n"))
 lanes = st.builds(
@@ -20,7 +20,7 @@ lanes = st.builds(
     model=client_names,
     version=st.integers(1, 2**31),
     region=st.sampled_from(["local", "eu-west_1"]),
-    scope=st.just(SHARED) | client_names,
+    pool=st.just(SHARED) | client_names,
     priority=st.just(Priority.NORMAL),
 )
 NAMES = Names("tether", infer_shards=3, job_shards=2, partitions=4)
@@ -35,16 +35,16 @@ def test_a_client_name_is_one_plain_token_and_comes_back(name: str) -> None:
 @given(lanes, st.sampled_from(Priority))
 def test_a_lane_is_read_back_from_its_subject(lane: Lane, priority: Priority) -> None:
     if lane.kind is LaneKind.JOB:
-        lane = Lane(lane.kind, lane.model, lane.version, lane.region, lane.scope, priority)
+        lane = Lane(lane.kind, lane.model, lane.version, lane.region, lane.pool, priority)
     subject = NAMES.lane(lane)
     assert NAMES.parse_lane(subject) == lane
     shards = NAMES.infer_shards if lane.kind is LaneKind.INFER else NAMES.job_shards
     wildcards = NAMES.infer_subjects if lane.kind is LaneKind.INFER else NAMES.jobs_subjects
     stream = NAMES.infer_stream if lane.kind is LaneKind.INFER else NAMES.jobs_stream
-    own = scope_token(lane.scope)
+    own = pool_token(lane.pool)
     found = [shard for shard in (*range(shards), own) if subject.startswith(wildcards(shard)[:-1])]
     assert [stream(shard) for shard in found] == [NAMES.lane_stream(lane)]
-    assert (found == [own]) == (lane.scope != SHARED)
+    assert (found == [own]) == (lane.pool != SHARED)
 
 
 @given(lanes, lanes)
@@ -55,8 +55,8 @@ def test_two_lanes_never_share_a_consumer(first: Lane, second: Lane) -> None:
 
 
 def test_names_that_joined_alike_have_consumers_of_their_own() -> None:
-    first = Lane(LaneKind.INFER, "a_b", 1, scope="shared")
-    second = Lane(LaneKind.INFER, "b", 1, scope="shared_a")
+    first = Lane(LaneKind.INFER, "a_b", 1, pool="shared")
+    second = Lane(LaneKind.INFER, "b", 1, pool="shared_a")
     assert NAMES.lane_consumer(first) != NAMES.lane_consumer(second)
 
 
@@ -119,12 +119,12 @@ def test_names_that_are_allowed_come_back(name: str) -> None:
 
 def test_an_isolated_tenant_is_read_from_its_stream_and_only_from_that() -> None:
     names = Names("tether")
-    assert names.stream_scope(names.scope_jobs_stream("a.b-c")) == "a.b-c"
-    for other in ("TETHER_JOBS_0", names.scope_infer_stream("a"), "TETHER_RESULTS_=a", "KV_TETHER_jobs"):
-        assert names.stream_scope(other) is None
+    assert names.stream_pool(names.pool_jobs_stream("a.b-c")) == "a.b-c"
+    for other in ("TETHER_JOBS_0", names.pool_infer_stream("a"), "TETHER_RESULTS_=a", "KV_TETHER_jobs"):
+        assert names.stream_pool(other) is None
 
 
-def test_a_route_of_a_scope_has_a_key_of_its_own() -> None:
+def test_a_route_of_a_pool_has_a_key_of_its_own() -> None:
     names = Names("tether")
     assert names.version_key("m.n", 3) == names.version_key("m.n", 3, "shared") == "m=n.3"
     assert names.version_key("m.n", 3, "a.b") == "m=n.3.=a=b"

@@ -82,8 +82,8 @@ def test_the_costliest_pattern_is_matched_in_no_time() -> None:
     assert time.process_time() - began < 0.5
 
 
-def test_an_isolated_tenant_has_a_scope_of_its_own() -> None:
-    assert Tenant("acme").scope == Tenant("other").scope == "shared"
-    assert Tenant("acme", isolated=True).scope == "acme"
+def test_an_isolated_tenant_has_a_pool_of_its_own() -> None:
+    assert Tenant("acme").pool == Tenant("other").pool == "shared"
+    assert Tenant("acme", isolated=True).pool == "acme"
     with pytest.raises(BadName, match="reserved"):
         check_tenant_name("shared")

@@ -39,14 +39,14 @@ def test_specific_versions_are_served_as_far_as_there_are_any_and_so_are_shadows
 A1, A2, B1 = ModelRef("a", 1), ModelRef("a", 2), ModelRef("b", 1)
 
 
-def test_workers_hold_what_is_served_in_their_own_scope() -> None:
+def test_workers_hold_what_is_served_in_their_own_pool() -> None:
     models = {SHARED: (A1, A2, B1), "acme": (A1, A2)}
     configs = {"a": ModelConfig("a", versions=VersionPolicy(latest=1)), "b": ModelConfig("b", loaded=False)}
     routes = {
         (SHARED, A1): Route("a", 1, ("one",)),
         (SHARED, A2): Route("a", 2, ("one",)),
-        ("acme", A1): Route("a", 1, ("own",), scope="acme"),
-        ("acme", A2): Route("a", 2, (), scope="acme"),
+        ("acme", A1): Route("a", 1, ("own",), pool="acme"),
+        ("acme", A2): Route("a", 2, (), pool="acme"),
     }
     assert served(models, configs, {}, routes) == {SHARED: (A2,), "acme": (A1, A2)}
     aliases = {"a": [Alias("a", "production", 1)]}

@@ -133,12 +133,12 @@ def accounts_text(logins: Iterable[Login], names: Names) -> str:
     """
     logins = tuple(logins)
     users, system = [], ""
-    scopes = sorted({login.tenant for login in logins if login.tenant})
+    pools = sorted({login.tenant for login in logins if login.tenant})
     for login in logins:
         if login.role is None:
             system = login.nkey
             continue
-        permissions = identity_permissions(names, login.role, login.name, login.tenant, scopes)
+        permissions = identity_permissions(names, login.role, login.name, login.tenant, pools)
         block = nats_block(permissions, "        ")
         users.append(f"      {{ # {login.name}\n        nkey: {login.nkey}\n        permissions: {block}\n      }}")
     listed = "\n".join(users)

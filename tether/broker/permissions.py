@@ -53,27 +53,27 @@ def matches(pattern: str, subject: str) -> bool:
 
 
 def identity_permissions(
-    names: Names, role: Role, name: str, tenant: str = "", scopes: Sequence[str] = ()
+    names: Names, role: Role, name: str, tenant: str = "", pools: Sequence[str] = ()
 ) -> Permissions:
-    """What one identity may do. ``tenant``: the isolated tenant that a worker is bound to, or empty. ``scopes``: every
+    """What one identity may do. ``tenant``: the isolated tenant that a worker is bound to, or empty. ``pools``: every
     tenant that some worker is bound to; their streams are named one by one too."""
-    found = _of_role(names, role, name, tenant, scopes)
+    found = _of_role(names, role, name, tenant, pools)
     return replace(found, publish=(*found.publish, OWN_RIGHTS))
 
 
-def _of_role(names: Names, role: Role, name: str, tenant: str, scopes: Sequence[str]) -> Permissions:
+def _of_role(names: Names, role: Role, name: str, tenant: str, pools: Sequence[str]) -> Permissions:
     inbox = f"{names.inbox(role.value, name)}.>"
     match role:
         case Role.GATEWAY:
             return _gateway(names, inbox)
         case Role.DISPATCHER:
-            return _dispatcher(names, inbox, scopes)
+            return _dispatcher(names, inbox, pools)
         case Role.WORKER:
             return _worker(names, inbox, name, tenant or SHARED)
         case Role.MODELSTORE:
             return _modelstore(names, inbox)
         case Role.ADMIN:
-            return _admin(names, inbox, scopes)
+            return _admin(names, inbox, pools)
 
 
 def _gateway(names: Names, inbox: str) -> Permissions:
@@ -108,19 +108,19 @@ def _gateway(names: Names, inbox: str) -> Permissions:
     )
 
 
-def _dispatcher(names: Names, inbox: str, scopes: Sequence[str]) -> Permissions:
+def _dispatcher(names: Names, inbox: str, pools: Sequence[str]) -> Permissions:
     """It makes streams and changes none: who may change one may empty it, or have it copied. It reads what it decides
     by, ended jobs included, and neither models' files nor anybody's keys."""
     infer = [names.infer_stream(shard) for shard in range(names.infer_shards)]
     jobs = [names.jobs_stream(shard) for shard in range(names.job_shards)]
-    jobs += [names.scope_jobs_stream(scope) for scope in scopes]
-    lanes = [*infer, *(names.scope_infer_stream(scope) for scope in scopes), *jobs]
-    results = [names.scope_results_stream(scope) for scope in (SHARED, *scopes)]
+    jobs += [names.pool_jobs_stream(pool) for pool in pools]
+    lanes = [*infer, *(names.pool_infer_stream(pool) for pool in pools), *jobs]
+    results = [names.pool_results_stream(pool) for pool in (SHARED, *pools)]
     return Permissions(
         publish=(
             "$JS.API.STREAM.NAMES",
             "$JS.API.STREAM.INFO.*",
-            *_calls("CREATE", streams_made(names, scopes)),
+            *_calls("CREATE", streams_made(names, pools)),
             # they hold nothing that outlives a server, and are made again when theirs is away
             *_calls("DELETE", infer),
             # which bundles wait
@@ -152,8 +152,8 @@ def _dispatcher(names: Names, inbox: str, scopes: Sequence[str]) -> Permissions:
     )
 
 
-def streams_made(names: Names, scopes: Sequence[str] = ()) -> list[str]:
-    """Every stream of a platform on which workers are bound to the tenants ``scopes``."""
+def streams_made(names: Names, pools: Sequence[str] = ()) -> list[str]:
+    """Every stream of a platform on which workers are bound to the tenants ``pools``."""
     return [
         *(names.infer_stream(shard) for shard in range(names.infer_shards)),
         *(names.jobs_stream(shard) for shard in range(names.job_shards)),
@@ -162,25 +162,25 @@ def streams_made(names: Names, scopes: Sequence[str] = ()) -> list[str]:
         names.audit_stream,
         *(names.bucket_stream(bucket) for bucket in BUCKETS),
         *(names.object_stream(bucket) for bucket in names.chunk_buckets()),
-        *(stream for scope in scopes for stream in names.scope_streams(scope)),
+        *(stream for pool in pools for stream in names.pool_streams(pool)),
     ]
 
 
-def _worker(names: Names, inbox: str, name: str, scope: str) -> Permissions:
-    """One worker: its own key in ``assign`` and ``liveness``, and the lanes, notes and dead letters of its scope, read
-    one subject at a time, so that it cannot enumerate what it was not told of. Results of its scope it writes and never reads;
+def _worker(names: Names, inbox: str, name: str, pool: str) -> Permissions:
+    """One worker: its own key in ``assign`` and ``liveness``, and the lanes, notes and dead letters of its pool, read
+    one subject at a time, so that it cannot enumerate what it was not told of. Results of its pool it writes and never reads;
     it sees how full they are, and with that the ids of jobs that ended."""
-    lanes = _lane_streams(names, scope)
-    own_order, note = names.bucket_key("assign", name), names.bucket_key("attempts", names.attempt_key("*", scope))
+    lanes = _lane_streams(names, pool)
+    own_order, note = names.bucket_key("assign", name), names.bucket_key("attempts", names.attempt_key("*", pool))
     return Permissions(
         publish=(
             *(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.*" for stream in lanes),
             *(f"$JS.ACK.{stream}.>" for stream in lanes),
             *(f"$JS.ACK.*.*.{stream}.>" for stream in lanes),
             names.reply("*"),
-            names.results(scope),
-            f"$JS.API.STREAM.INFO.{names.scope_results_stream(scope)}",
-            names.dead_subjects(scope),
+            names.results(pool),
+            f"$JS.API.STREAM.INFO.{names.pool_results_stream(pool)}",
+            names.dead_subjects(pool),
             names.service("registerWorker"),
             names.bucket_key("liveness", name),
             names.chunk(name),
@@ -195,15 +195,15 @@ def _worker(names: Names, inbox: str, name: str, scope: str) -> Permissions:
             inbox,
             own_order,
             names.wanted(name),
-            names.all_withdrawn(scope),
+            names.all_withdrawn(pool),
             *_keys(names, "tenantkeys", "modelkeys", "keyset"),
         ),
     )
 
 
-def _lane_streams(names: Names, scope: str) -> list[str]:
-    if scope != SHARED:
-        return [names.scope_infer_stream(scope), names.scope_jobs_stream(scope)]
+def _lane_streams(names: Names, pool: str) -> list[str]:
+    if pool != SHARED:
+        return [names.pool_infer_stream(pool), names.pool_jobs_stream(pool)]
     shards = [names.infer_stream(shard) for shard in range(names.infer_shards)]
     return shards + [names.jobs_stream(shard) for shard in range(names.job_shards)]
 
@@ -234,11 +234,11 @@ def _modelstore(names: Names, inbox: str) -> Permissions:
     )
 
 
-def _admin(names: Names, inbox: str, scopes: Sequence[str]) -> Permissions:
+def _admin(names: Names, inbox: str, pools: Sequence[str]) -> Permissions:
     return Permissions(
         publish=(
             *_LOOK,
-            *_calls("UPDATE", streams_made(names, scopes)),
+            *_calls("UPDATE", streams_made(names, pools)),
             *_keys(names, "apikeys", "tenants", "keyset"),
             *_read(names, "apikeys", "tenants", "keyset"),
             *_get(names.audit_stream),

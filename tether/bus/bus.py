@@ -46,15 +46,15 @@ class StoredMessage(msgspec.Struct, frozen=True):
 class Bus(NatsConnection):
     """Made by :func:`tether.bus.session.connect`."""
 
-    scope: str = SHARED
+    pool: str = SHARED
     """Of a worker: whose lanes it serves; what the keyset says of its key, when it held nothing yet."""
 
     @cached_property
     def _told(self) -> LogRateLimiter:
         return LogRateLimiter(self.clock.monotonic)
 
-    def bound_scope(self) -> str:
-        """The scope that the newest keyset binds this identity's key to."""
+    def bound_pool(self) -> str:
+        """The pool that the newest keyset binds this identity's key to."""
         kid = self.signer.kid
         return next((record.tenant for record in self.verifier.keyset.identities if record.kid == kid), "") or SHARED
 

@@ -49,5 +49,5 @@ def prepare(settings: Settings, home: Home, identity: str) -> tuple[Bus, Trusted
         raise problem
     names = Names(settings.prefix, partitions=settings.partitions)
     bus = Bus(settings, names, Signer(own, clock.utc_ms), Verifier(newest.keyset, clock.utc_ms))
-    bus.scope = bus.bound_scope()
+    bus.pool = bus.bound_pool()
     return bus, newest

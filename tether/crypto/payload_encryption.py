@@ -172,16 +172,16 @@ class KeyOpener:
         return None
 
 
-def entitled(identities: Iterable[IdentityRecord], scope_tenant: str, now_ms: int) -> dict[bytes, bytes]:
+def entitled(identities: Iterable[IdentityRecord], pool_tenant: str, now_ms: int) -> dict[bytes, bytes]:
     """Key id and X25519 key of everyone who may open a tenant's payloads: gateways, and the workers that serve it.
 
-    ``scope_tenant`` is the isolated tenant's name, or empty for one that shares its workers with others.
+    ``pool_tenant`` is the isolated tenant's name, or empty for one that shares its workers with others.
     """
     return {
         record.kid: record.x25519
         for record in identities
         if now_ms < record.expires_at
-        and (record.role is Role.GATEWAY or (record.role is Role.WORKER and record.tenant == scope_tenant))
+        and (record.role is Role.GATEWAY or (record.role is Role.WORKER and record.tenant == pool_tenant))
     }
 
 

@@ -16,16 +16,16 @@ from tether.domain.manifest import NO_FINDING, Assignment, Finding, Heartbeat, M
 from tether.domain.worker_protocol import EndedLanes
 
 Place = tuple[str, ModelRef]
-"""A scope and a version."""
+"""A pool and a version."""
 
 Models = Mapping[str, tuple[ModelRef, ...]]
-"""For each scope that is served the versions it may use."""
+"""For each pool that is served the versions it may use."""
 
 
 class LaneGroup(NamedTuple):
-    """The lanes of a version in one region and scope."""
+    """The lanes of a version in one region and pool."""
 
-    scope: str
+    pool: str
     ref: ModelRef
     region: str
 
@@ -45,7 +45,7 @@ def alive(workers: Mapping[str, LastHeartbeat], now: float, timeout_s: float) ->
 
 def assignments(
     epochs: Mapping[str, int],
-    scopes: Mapping[str, str],
+    pools: Mapping[str, str],
     held: Mapping[str, tuple[ModelRef, ...]],
     ended: Mapping[str, tuple[EndedLanes, ...]] = MappingProxyType({}),
     revisions: Mapping[str, int] = MappingProxyType({}),
@@ -54,31 +54,31 @@ def assignments(
     findings: Mapping[Place, Finding] = MappingProxyType({}),
     streams: str = "",
 ) -> dict[str, Assignment]:
-    """What each worker of ``held`` is told, for the epoch it has; ``scopes`` says which worker is whose, ``ended`` who works
+    """What each worker of ``held`` is told, for the epoch it has; ``pools`` says which worker is whose, ``ended`` who works
     off lanes of deleted versions, ``revisions`` which revision of a model's configuration counts, ``levels`` what the least
     able worker can do, ``findings`` what workers found out about versions, ``streams`` when infer streams were made."""
     found: dict[str, Assignment] = {}
     for worker, refs in held.items():
-        scope = scopes.get(worker, SHARED)
+        pool = pools.get(worker, SHARED)
         counting = tuple(
             (model, revisions[model]) for model in sorted({ref.model for ref in refs}) if model in revisions
         )
-        least = tuple((ref, levels[scope, ref]) for ref in refs if (scope, ref) in levels)
-        known = tuple((ref, findings[scope, ref]) for ref in refs if (scope, ref) in findings)
+        least = tuple((ref, levels[pool, ref]) for ref in refs if (pool, ref) in levels)
+        known = tuple((ref, findings[pool, ref]) for ref in refs if (pool, ref) in findings)
         found[worker] = Assignment(
-            worker, epochs[worker], refs, scope, ended.get(worker, ()), counting, least, known, streams
+            worker, epochs[worker], refs, pool, ended.get(worker, ()), counting, least, known, streams
         )
     return found
 
 
 def working_off(
-    groups: Mapping[LaneGroup, int], living: Mapping[str, Heartbeat], scopes: Mapping[str, str]
+    groups: Mapping[LaneGroup, int], living: Mapping[str, Heartbeat], pools: Mapping[str, str]
 ) -> dict[str, tuple[EndedLanes, ...]]:
-    """For each group of ended lanes one living worker of its scope, of its region if there is one;
+    """For each group of ended lanes one living worker of its pool, of its region if there is one;
     ``groups`` says whose turn it is."""
     found: dict[str, list[EndedLanes]] = {}
-    for (scope, ref, region), turn in groups.items():
-        own = [name for name, beat in living.items() if scopes.get(name, SHARED) == beat.scope == scope]
+    for (pool, ref, region), turn in groups.items():
+        own = [name for name, beat in living.items() if pools.get(name, SHARED) == beat.pool == pool]
         near = [name for name in own if living[name].region == region]
         if own:
             ranked = sorted(near or own, key=lambda name: rendezvous(name, f"{ref.model}:{ref.version}"), reverse=True)
@@ -97,26 +97,26 @@ def rendezvous(worker: str, what: str) -> bytes:
 
 def routes(
     living: Mapping[str, Heartbeat],
-    scopes: Mapping[str, str],
+    pools: Mapping[str, str],
     models: Models,
     reasons: Mapping[Place, str] = MappingProxyType({}),
     findings: Mapping[Place, Finding] = MappingProxyType({}),
 ) -> dict[Place, Route]:
-    """For every version of every scope its workers that said they hold it; a version nobody holds has a route without
+    """For every version of every pool its workers that said they hold it; a version nobody holds has a route without
     workers. A worker that serves other lanes than those it is entitled to is in none."""
     found: dict[Place, Route] = {}
-    for scope, refs in models.items():
-        own = {name: beat for name, beat in living.items() if scopes.get(name, SHARED) == beat.scope == scope}
+    for pool, refs in models.items():
+        own = {name: beat for name, beat in living.items() if pools.get(name, SHARED) == beat.pool == pool}
         for ref in refs:
             holders = sorted(name for name, beat in own.items() if ref in beat.ready)
             regions = tuple(sorted({own[name].region for name in holders})) or ("local",)
-            why, known = reasons.get((scope, ref), ""), findings.get((scope, ref), NO_FINDING)
-            found[scope, ref] = Route(ref.model, ref.version, tuple(holders), regions, scope, why, known)
+            why, known = reasons.get((pool, ref), ""), findings.get((pool, ref), NO_FINDING)
+            found[pool, ref] = Route(ref.model, ref.version, tuple(holders), regions, pool, why, known)
     for beat in living.values():
         for ref, job_s in beat.paces:
-            route = found.get((beat.scope, ref))
+            route = found.get((beat.pool, ref))
             if route is not None and beat.worker in route.workers and job_s > route.job_s:
-                found[beat.scope, ref] = msgspec.structs.replace(route, job_s=job_s)
+                found[beat.pool, ref] = msgspec.structs.replace(route, job_s=job_s)
     return found
 
 

@@ -62,7 +62,7 @@ class ModelConfigMirror:
         return {model: config.revision for model, config in self.configs.items()}
 
     def served(self, models: Models, routes: Mapping[Place, Route]) -> Models:
-        """Of every scope's versions those that its workers should hold just now."""
+        """Of every pool's versions those that its workers should hold just now."""
         aliases = {model: named.values() for model, named in self._aliases.items()}
         wanted = serving_policy.served(models, self.configs, aliases, routes)
         return self._wanted.lingering(wanted, models, self._bus.clock.monotonic())

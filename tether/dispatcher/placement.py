@@ -19,9 +19,9 @@ _MB = 1 << 20
 
 
 class WorkerOffer(NamedTuple):
-    """What a worker has: the scope it is bound to, labels, and bytes for models (0: as many as come)."""
+    """What a worker has: the pool it is bound to, labels, and bytes for models (0: as many as come)."""
 
-    scope: str
+    pool: str
     labels: Mapping[str, str] = {}
     memory: int = 0
 
@@ -56,26 +56,26 @@ class Placement:
 
 
 def place(models: Models, offers: Mapping[str, WorkerOffer], known: PlacementInput) -> Placement:
-    """Distribute the versions of every scope over its workers.
+    """Distribute the versions of every pool over its workers.
 
     Those that must be somewhere (``replicas_min``, then pinned ones) choose first, then those that are held already, then
     newer versions before older ones. A holder that is not chosen any more keeps a version until the chosen ones are ready.
     """
     held: dict[str, set[ModelRef]] = {worker: set() for worker in offers}
     reasons: dict[Place, str] = {}
-    for scope, refs in models.items():
-        own = {worker: offer for worker, offer in offers.items() if offer.scope == scope}
+    for pool, refs in models.items():
+        own = {worker: offer for worker, offer in offers.items() if offer.pool == pool}
         if not own:
             continue
-        chosen, why = _Scope(scope, own, known).chosen(refs)
-        reasons.update({(scope, ref): text for ref, text in why.items()})
+        chosen, why = _Pool(pool, own, known).chosen(refs)
+        reasons.update({(pool, ref): text for ref, text in why.items()})
         for ref, workers in chosen.items():
-            for worker in workers | _meanwhile(workers, known.ready.get((scope, ref), frozenset()) & own.keys()):
+            for worker in workers | _meanwhile(workers, known.ready.get((pool, ref), frozenset()) & own.keys()):
                 held[worker].add(ref)
-    order = {scope: {ref: at for at, ref in enumerate(refs)} for scope, refs in models.items()}
+    order = {pool: {ref: at for at, ref in enumerate(refs)} for pool, refs in models.items()}
     return Placement(
         {
-            worker: tuple(sorted(refs, key=order.get(offers[worker].scope, {}).__getitem__))
+            worker: tuple(sorted(refs, key=order.get(offers[worker].pool, {}).__getitem__))
             for worker, refs in held.items()
         },
         reasons,
@@ -87,11 +87,11 @@ def _meanwhile(chosen: AbstractSet[str], ready: AbstractSet[str]) -> AbstractSet
     return frozenset(sorted(ready - chosen)[: len(chosen - ready)])
 
 
-class _Scope:
-    """The workers of one scope while versions are given to them."""
+class _Pool:
+    """The workers of one pool while versions are given to them."""
 
-    def __init__(self, scope: str, offers: Mapping[str, WorkerOffer], known: PlacementInput) -> None:
-        self._scope = scope
+    def __init__(self, pool: str, offers: Mapping[str, WorkerOffer], known: PlacementInput) -> None:
+        self._pool = pool
         self._offers = offers
         self._known = known
         self._used = dict.fromkeys(offers, 0)
@@ -109,18 +109,18 @@ class _Scope:
 
     def _rank(self, ref: ModelRef) -> tuple[bool, bool, bool, str, int]:
         config = self._known.config(ref)
-        held = bool(self._known.ready.get((self._scope, ref)))
+        held = bool(self._known.ready.get((self._pool, ref)))
         return (not config.replicas_min, not config.pinned, not held, ref.model, -ref.version)
 
     def _give(self, ref: ModelRef, count: int) -> None:
         """Give a version to further workers until it has ``count``."""
         chosen = self._chosen.setdefault(ref, set())
         if self._stays(ref):
-            chosen |= self._known.kept[self._scope, ref] & self._offers.keys()
+            chosen |= self._known.kept[self._pool, ref] & self._offers.keys()
             return
         name = f"{ref.model}:{ref.version}"
         every = count >= len(self._offers)
-        failing = self._known.failing.get((self._scope, ref), frozenset())
+        failing = self._known.failing.get((self._pool, ref), frozenset())
         ranked = (
             self._offers
             if every
@@ -134,7 +134,7 @@ class _Scope:
                 self._used[worker] += self._reserved(ref)
 
     def _stays(self, ref: ModelRef) -> bool:
-        return bool(self._known.config(ref).replicas_max) and (self._scope, ref) in self._known.kept
+        return bool(self._known.config(ref).replicas_max) and (self._pool, ref) in self._known.kept
 
     def _may(self, worker: str, ref: ModelRef) -> bool:
         wanted = self._known.config(ref).labels

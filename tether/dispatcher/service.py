@@ -27,7 +27,7 @@ from tether.dispatcher.lanes.consumer_check import LaneCheck
 from tether.dispatcher.lanes.deleted_versions import DeletedVersionLanes
 from tether.dispatcher.lanes.infer_streams import InferStreams
 from tether.dispatcher.lanes.stream_upkeep import Streams
-from tether.dispatcher.lanes.tenant_pools import Scopes
+from tether.dispatcher.lanes.tenant_pools import Pools
 from tether.dispatcher.lanes.version_lanes import VersionLanes
 from tether.dispatcher.model_configs import ModelConfigMirror
 from tether.dispatcher.retried_steps import Steps
@@ -71,9 +71,9 @@ class Dispatcher:
         self.lanes = VersionLanes(bus)
         self._steps = Steps(bus)
         self._bound: dict[str, str] = {}
-        """The scope each worker is entitled to, as the keyset says and not the worker."""
-        self._scopes = Scopes(bus)
-        self.streams = Streams(bus, self._scopes, self._steps)
+        """The pool each worker is entitled to, as the keyset says and not the worker."""
+        self._pools = Pools(bus)
+        self.streams = Streams(bus, self._pools, self._steps)
         self._assigned: dict[str, Assignment] = {}
         self._routed: dict[assignments.Place, Route] = {}
         self._changed = asyncio.Event()
@@ -120,18 +120,18 @@ class Dispatcher:
             known = codec.decode(body, Assignment)
             self._epochs[key] = known.epoch
             self._assigned[key] = known
-            self._bound[key] = known.scope
+            self._bound[key] = known.pool
         for key, body in (await self._routes.entries()).items():
             if key == StreamsMade.KEY:
                 self.infer.remember(body)
                 continue
             route = codec.decode(body, Route)
-            self._routed[route.scope, ModelRef(route.model, route.version)] = route
+            self._routed[route.pool, ModelRef(route.model, route.version)] = route
             self._findings.remember(route)
 
-    async def prepare_scopes(self) -> None:
+    async def prepare_pools(self) -> None:
         """Before a worker is told what to hold, it must be known what its tenant may use."""
-        await self._scopes.look_again()
+        await self._pools.look_again()
 
     async def register(self, envelope: Envelope) -> bytes:
         """``registerWorker``: give a worker the epoch its heartbeats must carry, or confirm the one it has."""
@@ -163,17 +163,17 @@ class Dispatcher:
         )
 
     def _bind(self, envelope: Envelope) -> None:
-        """A worker belongs to the scope that the keyset binds its key to."""
-        worker, scope = envelope.sender, envelope.sender_tenant or SHARED
-        if self._bound.get(worker, SHARED) != scope:
+        """A worker belongs to the pool that the keyset binds its key to."""
+        worker, pool = envelope.sender, envelope.sender_tenant or SHARED
+        if self._bound.get(worker, SHARED) != pool:
             self._changed.set()
-        self._bound[worker] = scope
-        if scope != SHARED and not self._scopes.isolated(scope):
+        self._bound[worker] = pool
+        if pool != SHARED and not self._pools.isolated(pool):
             log.warning(
                 "'%s' is bound to tenant '%s', which is not isolated: it only works off what is left in its lanes",
                 worker,
-                scope,
-                extra={"action": "worker_without_scope", "worker": worker, "tenant": scope},
+                pool,
+                extra={"action": "worker_without_pool", "worker": worker, "tenant": pool},
             )
 
     def heard(self, key: str, frame: bytes | None) -> None:
@@ -200,7 +200,7 @@ class Dispatcher:
         last = self._workers.get(key)
         self._workers[key] = assignments.LastHeartbeat(beat, now := self._bus.clock.monotonic())
         self.crew.said(key, beat, now)
-        news = self._bound.get(key, SHARED) == beat.scope and self._findings.heard(beat, self._models)
+        news = self._bound.get(key, SHARED) == beat.pool and self._findings.heard(beat, self._models)
         if news or last is None or last.heartbeat.ready != beat.ready:
             self._changed.set()
 
@@ -218,7 +218,7 @@ class Dispatcher:
         self._changed.set()
 
     def tenant_changed(self, key: str, body: bytes | None) -> None:
-        self._scopes.tenant_changed(key, body)
+        self._pools.tenant_changed(key, body)
         self._changed.set()
 
     async def run(self) -> None:
@@ -239,7 +239,7 @@ class Dispatcher:
     async def reconcile(self) -> bool:
         """Whether every step was done; one that fails holds up no other one."""
         steps = {
-            "tenants": self._scopes.ensure,
+            "tenants": self._pools.ensure,
             "what was written": self._write_again,
             "deleted versions": self._end_versions,
             "assignments": self._write_assignments,
@@ -254,7 +254,7 @@ class Dispatcher:
             for place in await self.ended.look(self._models, list(self._routed)):
                 route = self._routed.pop(place)
                 self._findings.forget(place)
-                await self._routes.delete(self._bus.names.version_key(route.model, route.version, route.scope))
+                await self._routes.delete(self._bus.names.version_key(route.model, route.version, route.pool))
         await self.ended.step()
 
     async def _write_again(self) -> None:
@@ -265,7 +265,7 @@ class Dispatcher:
         try:
             await self._write_lost(self._assign, {worker: codec.encode(one) for worker, one in self._assigned.items()})
             routes = {
-                self._bus.names.version_key(route.model, route.version, route.scope): codec.encode(route)
+                self._bus.names.version_key(route.model, route.version, route.pool): codec.encode(route)
                 for route in self._routed.values()
             }
             await self._write_lost(self._routes, routes)
@@ -280,8 +280,8 @@ class Dispatcher:
                 await bucket.put(key, body)
 
     def _usable(self) -> assignments.Models:
-        """For every scope the versions that it may use."""
-        return self._scopes.models(self._models, self.decided.owners)
+        """For every pool the versions that it may use."""
+        return self._pools.models(self._models, self.decided.owners)
 
     async def keep_lanes(self) -> None:
         """Keep the lanes of every version that is served, in every region where there is a worker."""
@@ -292,7 +292,7 @@ class Dispatcher:
         living, now = self._living(), self._bus.clock.monotonic()
         held = self.crew.place(
             models,
-            scopes=self._bound,
+            pools=self._bound,
             assigned=self._assigned,
             living=living,
             configs=self.decided.configs,
@@ -332,7 +332,7 @@ class Dispatcher:
             if waiting and before is not None and not set(before.workers) <= set(route.workers):
                 continue
             if before != route:
-                key = self._bus.names.version_key(route.model, route.version, route.scope)
+                key = self._bus.names.version_key(route.model, route.version, route.pool)
                 await self._routes.put(key, codec.encode(route))
                 self._routed[place] = route
 
@@ -363,7 +363,7 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Dispatcher]:
         tenants = SignedBucket(bus, "tenants", MessageType.TENANT)
         await stack.enter_async_context(tenants.watch(dispatcher.tenant_changed))
         await stack.enter_async_context(dispatcher.decided.watching())
-        await dispatcher.prepare_scopes()
+        await dispatcher.prepare_pools()
         await stack.enter_async_context(KvBucket(bus, "liveness").watch(dispatcher.heard, refetch=False))
         serving = rpc.serve(
             bus,

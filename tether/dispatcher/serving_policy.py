@@ -21,9 +21,9 @@ class RecentlyServed:
 
     def lingering(self, wanted: Models, models: Models, now: float) -> Models:
         """``wanted``, and of ``models`` what was wanted less than ``LINGER_S`` ago, in the order of ``models``."""
-        self._last.update({(scope, ref): now for scope, refs in wanted.items() for ref in refs})
+        self._last.update({(pool, ref): now for pool, refs in wanted.items() for ref in refs})
         self._last = {place: at for place, at in self._last.items() if now - at < LINGER_S}
-        return {scope: tuple(ref for ref in refs if (scope, ref) in self._last) for scope, refs in models.items()}
+        return {pool: tuple(ref for ref in refs if (pool, ref) in self._last) for pool, refs in models.items()}
 
 
 def served(
@@ -32,16 +32,16 @@ def served(
     aliases: Mapping[str, Collection[Alias]],
     routes: Mapping[Place, Route],
 ) -> Models:
-    """Of every scope's versions those that its workers should hold; ``configs`` and ``aliases`` are by model."""
+    """Of every pool's versions those that its workers should hold; ``configs`` and ``aliases`` are by model."""
     found: dict[str, tuple[ModelRef, ...]] = {}
-    for scope, refs in models.items():
-        kept = _served_of(scope, refs, configs, aliases, routes)
-        found[scope] = tuple(ref for ref in refs if ref in kept)
+    for pool, refs in models.items():
+        kept = _served_of(pool, refs, configs, aliases, routes)
+        found[pool] = tuple(ref for ref in refs if ref in kept)
     return found
 
 
 def _served_of(
-    scope: str,
+    pool: str,
     refs: Collection[ModelRef],
     configs: Mapping[str, ModelConfig],
     aliases: Mapping[str, Collection[Alias]],
@@ -51,7 +51,7 @@ def _served_of(
     held: dict[str, list[int]] = {}
     for ref in refs:
         versions.setdefault(ref.model, []).append(ref.version)
-        route = routes.get((scope, ref))
+        route = routes.get((pool, ref))
         if route is not None and route.workers:
             held.setdefault(ref.model, []).append(ref.version)
     return {

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class Findings:
-    """By scope and version: a scope's workers are believed of what they run, and of nothing else."""
+    """By pool and version: a pool's workers are believed of what they run, and of nothing else."""
 
     def __init__(self) -> None:
         self.known: dict[Place, Finding] = {}
@@ -20,16 +20,16 @@ class Findings:
     def remember(self, route: Route) -> None:
         """What an earlier dispatcher knew."""
         if route.finding != NO_FINDING:
-            self.known[route.scope, ModelRef(route.model, route.version)] = route.finding
+            self.known[route.pool, ModelRef(route.model, route.version)] = route.finding
 
     def heard(self, beat: Heartbeat, models: Collection[ModelRef]) -> bool:
         """Whether a heartbeat says something new about a version of ``models``."""
         news = False
         for ref, finding in beat.findings:
-            before = self.known.get((beat.scope, ref), NO_FINDING)
+            before = self.known.get((beat.pool, ref), NO_FINDING)
             after = before | finding
             if ref in models and after != before:
-                self.known[beat.scope, ref] = after
+                self.known[beat.pool, ref] = after
                 news = True
                 fields = {
                     "action": "version_finding",

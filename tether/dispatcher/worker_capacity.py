@@ -19,15 +19,15 @@ class CapacityBaseline:
     def __init__(self) -> None:
         self._told: dict[Place, float] = {}
 
-    def least(self, living: Mapping[str, Heartbeat], scopes: Mapping[str, str]) -> Mapping[Place, float]:
-        """By version and scope, from the newest heartbeats; ``scopes`` says which worker is whose."""
+    def least(self, living: Mapping[str, Heartbeat], pools: Mapping[str, str]) -> Mapping[Place, float]:
+        """By version and pool, from the newest heartbeats; ``pools`` says which worker is whose."""
         found: dict[Place, float] = {}
         for worker, beat in living.items():
-            if scopes.get(worker, SHARED) != beat.scope:
+            if pools.get(worker, SHARED) != beat.pool:
                 continue
             for ref, level in beat.levels:
                 if math.isfinite(level) and level > 0 and ref in beat.ready:
-                    place = beat.scope, ref
+                    place = beat.pool, ref
                     found[place] = min(level, found.get(place, math.inf))
         self._told = {place: self._kept(place, level) for place, level in found.items()}
         return self._told

@@ -55,7 +55,7 @@ class WorkerInventory:
         self,
         models: Models,
         *,
-        scopes: Mapping[str, str],
+        pools: Mapping[str, str],
         assigned: Mapping[str, Assignment],
         living: Mapping[str, Heartbeat],
         configs: Mapping[str, ModelConfig],
@@ -67,13 +67,13 @@ class WorkerInventory:
         ``listening``: this dispatcher has not yet had the time to hear of everybody, so what was given stays where it is.
         """
         offers = {
-            worker: WorkerOffer(scopes.get(worker, SHARED), what.labels, what.memory)
+            worker: WorkerOffer(pools.get(worker, SHARED), what.labels, what.memory)
             for worker, (what, at) in self._said.items()
             if now - at <= self._timeout_s
         }
-        beats = {worker: beat.ready for worker, beat in living.items() if beat.scope == scopes.get(worker, SHARED)}
+        beats = {worker: beat.ready for worker, beat in living.items() if beat.pool == pools.get(worker, SHARED)}
         kept = _holders(assigned) if listening and assigned.keys() - offers.keys() else {}
-        failing = self._failing(scopes, now)
+        failing = self._failing(pools, now)
         question = (dict(models), offers, dict(configs), beats, kept, dict(self._sizes), failing)
         if self._last is None or self._last[0] != question:
             ready = _ready(beats, offers)
@@ -82,17 +82,17 @@ class WorkerInventory:
             self._tell(found)
         return self._last[1].held
 
-    def _failing(self, scopes: Mapping[str, str], now: float) -> dict[Place, set[str]]:
+    def _failing(self, pools: Mapping[str, str], now: float) -> dict[Place, set[str]]:
         self._failed_at = {key: at for key, at in self._failed_at.items() if now - at < FAILING_S}
         found: dict[Place, set[str]] = {}
         for worker, ref in self._failed_at:
-            found.setdefault((scopes.get(worker, SHARED), ref), set()).add(worker)
+            found.setdefault((pools.get(worker, SHARED), ref), set()).add(worker)
         return found
 
     def _tell(self, found: Placement) -> None:
-        for (scope, ref), reason in found.reasons.items():
-            if self.reasons.get((scope, ref)) != reason:
-                fields = {"action": "not_placed", "model": ref.model, "version": ref.version, "tenant": scope}
+        for (pool, ref), reason in found.reasons.items():
+            if self.reasons.get((pool, ref)) != reason:
+                fields = {"action": "not_placed", "model": ref.model, "version": ref.version, "tenant": pool}
                 log.warning("%s:%d: %s", ref.model, ref.version, reason, extra=fields)
         self.reasons = found.reasons
         metrics.VERSIONS_UNPLACED.set(len(found.reasons))
@@ -103,7 +103,7 @@ def _ready(beats: Mapping[str, tuple[ModelRef, ...]], offers: Mapping[str, Worke
     for worker, refs in beats.items():
         if worker in offers:
             for ref in refs:
-                found.setdefault((offers[worker].scope, ref), set()).add(worker)
+                found.setdefault((offers[worker].pool, ref), set()).add(worker)
     return found
 
 
@@ -111,5 +111,5 @@ def _holders(assigned: Mapping[str, Assignment]) -> dict[Place, set[str]]:
     found: dict[Place, set[str]] = {}
     for worker, assignment in assigned.items():
         for ref in assignment.models:
-            found.setdefault((assignment.scope, ref), set()).add(worker)
+            found.setdefault((assignment.pool, ref), set()).add(worker)
     return found

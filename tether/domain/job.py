@@ -54,23 +54,23 @@ class Priority(StrEnum):
 
 
 SHARED = "shared"
-"""The scope of every tenant that is not isolated; no tenant may have this name."""
+"""The pool of every tenant that is not isolated; no tenant may have this name."""
 
 
 class Lane(msgspec.Struct, frozen=True):
-    """One queue: the jobs of a kind for one model version, in one region, of one scope: shared, or an isolated tenant's."""
+    """One queue: the jobs of a kind for one model version, in one region, of one pool: shared, or an isolated tenant's."""
 
     kind: LaneKind
     model: str
     version: int
     region: str = "local"
-    scope: str = SHARED
+    pool: str = SHARED
     priority: Priority = Priority.NORMAL
 
     @property
     def tenant(self) -> str:
         """The isolated tenant whose lane it is; empty for a shared one."""
-        return "" if self.scope == SHARED else self.scope
+        return "" if self.pool == SHARED else self.pool
 
 
 class Sealed(msgspec.Struct, frozen=True):
@@ -156,7 +156,7 @@ class JobRecord(msgspec.Struct, frozen=True):
     bundle: str
     """Message id of the bundle that carries the job: where its attempts are noted. Empty: the job is not accepted yet."""
     request_id: str = ""
-    scope: str = SHARED
+    pool: str = SHARED
     """Whose lanes and results hold it; it stays when the tenant ceases to be isolated, or begins to be."""
     storing: str = ""
     """Of a job with an Idempotency-Key that is not accepted yet: message id of the bundle that is being stored."""

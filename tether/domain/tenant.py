@@ -49,8 +49,8 @@ class Tenant(msgspec.Struct, frozen=True):
     removed one left: models, grants, jobs. All else in it is as in a tenant without a record."""
 
     @property
-    def scope(self) -> str:
-        """The scope of its lanes."""
+    def pool(self) -> str:
+        """The pool of its lanes."""
         return self.name if self.isolated else SHARED
 
 

@@ -39,18 +39,18 @@ NO_FINDING = Finding()
 
 
 class Route(msgspec.Struct, frozen=True):
-    """Which workers answer for a version in a scope just now, as the dispatcher saw it. A route means that the lanes are
+    """Which workers answer for a version in a pool just now, as the dispatcher saw it. A route means that the lanes are
     there, even when it names no worker."""
 
     model: str
     version: int
     workers: tuple[str, ...]
     regions: tuple[str, ...] = ("local",)
-    scope: str = SHARED
+    pool: str = SHARED
     reason: str = ""
     """Why it is on fewer workers than it should be; empty when it is not."""
     finding: Finding = NO_FINDING
-    """What workers of the scope found out about it."""
+    """What workers of the pool found out about it."""
     job_s: float = 0.0
     """About how long its slowest worker runs for one job, as far as that matters to the size of bundles; 0: not known."""
 
@@ -76,7 +76,7 @@ class Assignment(msgspec.Struct, frozen=True):
     worker: str
     epoch: int
     models: tuple[ModelRef, ...]
-    scope: str = SHARED
+    pool: str = SHARED
     ended: tuple[EndedLanes, ...] = ()
     """Lanes to work off by ending every job in them."""
     revisions: tuple[tuple[str, int], ...] = ()
@@ -84,7 +84,7 @@ class Assignment(msgspec.Struct, frozen=True):
     levels: tuple[tuple[ModelRef, float], ...] = ()
     """What the least able worker says of each version, as in its heartbeat."""
     findings: tuple[tuple[ModelRef, Finding], ...] = ()
-    """What workers of the scope found out about versions."""
+    """What workers of the pool found out about versions."""
     streams: str = ""
     """Another text whenever an infer stream of the cluster was made again: pulls are to begin again."""
 
@@ -138,7 +138,7 @@ class Heartbeat(msgspec.Struct, frozen=True):
     """Jobs in the worker's hands."""
     slots: int
     sent_at: float
-    scope: str = SHARED
+    pool: str = SHARED
     """Whose lanes the worker serves."""
     labels: Mapping[str, str] = {}
     memory: int = 0

@@ -139,7 +139,7 @@ class Gateway:
             ClientDisconnected: its client left; the job was withdrawn.
             InferenceFailed: the model failed on this input.
         """
-        scope = self._admit(served, tenant, inputs, outputs)
+        pool = self._admit(served, tenant, inputs, outputs)
         timeout_s, queued_s = self._waits(name := served.manifest.name, timeout_s)
         began = self.bus.clock.monotonic()
         job = Job(new_job_id(), tenant, inputs, self.bus.clock.utc() + queued_s, outputs, request_id, traceparent)
@@ -148,10 +148,10 @@ class Gateway:
         try:
             plan = self.extras.plans.get(name)
             if plan is None:
-                waiting = self._bundler.answer(served.lane(scope), self.seals.seal(job), timeout_s)
+                waiting = self._bundler.answer(served.lane(pool), self.seals.seal(job), timeout_s)
                 answer = await self.disconnects.wait(waiting)
             else:
-                asked = AdmittedRequest(plan, served, alias or LATEST, scope, job, timeout_s)
+                asked = AdmittedRequest(plan, served, alias or LATEST, pool, job, timeout_s)
                 answer, job_id = await self.disconnects.wait(self.extras.answer(asked, notes))
             await self.door.answered(tenant)
             outcome = "ok"
@@ -177,25 +177,25 @@ class Gateway:
         return answer
 
     def _admit(self, served: ResolvedVersion, tenant: str, inputs: tuple[Tensor, ...], outputs: tuple[str, ...]) -> str:
-        """The scope that a request runs in, if it can run."""
-        scope = self.tenants.scope(tenant)
-        self.catalog.check_inputs(served, inputs, scope)
+        """The pool that a request runs in, if it can run."""
+        pool = self.tenants.pool(tenant)
+        self.catalog.check_inputs(served, inputs, pool)
         if outputs:
             check_outputs(served.manifest, outputs)
-        self.catalog.require_worker(served, scope)
-        return scope
+        self.catalog.require_worker(served, pool)
+        return pool
 
     def _waits(self, model: str, timeout_s: float) -> tuple[float, float]:
         policy = self.catalog.queue(model)
         return (timeout_s, timeout_s) if policy is None else waits(policy, timeout_s, self.settings.request_timeout_s)
 
-    def ready(self, served: ResolvedVersion, scope: str) -> bool:
+    def ready(self, served: ResolvedVersion, pool: str) -> bool:
         """Whether a worker answers for a version just now: its route names one that says so itself, a moment ago."""
         manifest = served.manifest
-        if not self.catalog.ready(served, scope) or not self.readiness.infers():
+        if not self.catalog.ready(served, pool) or not self.readiness.infers():
             return False
         ref = ModelRef(manifest.name, manifest.version)
-        return any(self.heartbeats.holds(worker, ref) for worker in self.catalog.workers(served, scope))
+        return any(self.heartbeats.holds(worker, ref) for worker in self.catalog.workers(served, pool))
 
     def checks(self) -> dict[str, str]:
         """The dependencies of ``/readyz``."""

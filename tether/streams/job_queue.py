@@ -44,43 +44,43 @@ class BusResults:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
 
-    async def commit(self, job: str, frame: bytes, *, scope: str = SHARED) -> bool:
+    async def commit(self, job: str, frame: bytes, *, pool: str = SHARED) -> bool:
         """Store how a job ended; False when it had already ended.
 
         It outlives the job's record (the dispatcher removes that first, and the stream keeps its messages for longer): a job
         whose end were forgotten first would end a second time.
         """
         try:
-            await self._bus.publish_acked(self._bus.names.result(job, scope), frame)
+            await self._bus.publish_acked(self._bus.names.result(job, pool), frame)
         except ResultConflict:
             return False
         return True
 
-    async def ended(self, jobs: Sequence[str], *, scope: str = SHARED) -> set[str]:
+    async def ended(self, jobs: Sequence[str], *, pool: str = SHARED) -> set[str]:
         """Those of the jobs that have ended: who may only store results learns that and nothing of the results.
 
         Raises:
             BrokerUnavailable
         """
-        found = await asyncio.gather(*[self._has_ended(job, scope) for job in jobs])
+        found = await asyncio.gather(*[self._has_ended(job, pool) for job in jobs])
         return {job for job, ended in zip(jobs, found, strict=True) if ended}
 
-    async def _has_ended(self, job: str, scope: str) -> bool:
+    async def _has_ended(self, job: str, pool: str) -> bool:
         try:
-            return await self._bus.last_sequence(self._bus.names.result(job, scope)) > 0
+            return await self._bus.last_sequence(self._bus.names.result(job, pool)) > 0
         except ResultConflict:
             return True
         except VersionConflict:
             return False  # its end is being stored, and may not be; a second one would be refused
 
-    async def find(self, jobs: Sequence[str], *, scope: str = SHARED) -> dict[str, bytes]:
-        """The stored frames of those jobs of a scope that have ended."""
-        return {job: stored.data for job, stored in (await self.stored(jobs, scope=scope)).items()}
+    async def find(self, jobs: Sequence[str], *, pool: str = SHARED) -> dict[str, bytes]:
+        """The stored frames of those jobs of a pool that have ended."""
+        return {job: stored.data for job, stored in (await self.stored(jobs, pool=pool)).items()}
 
-    async def stored(self, jobs: Sequence[str], *, scope: str = SHARED) -> dict[str, StoredMessage]:
+    async def stored(self, jobs: Sequence[str], *, pool: str = SHARED) -> dict[str, StoredMessage]:
         """:meth:`find` with what the broker says of each frame."""
-        names, subjects = self._bus.names, {self._bus.names.result(job, scope): job for job in jobs}
-        stream = names.scope_results_stream(scope)
+        names, subjects = self._bus.names, {self._bus.names.result(job, pool): job for job in jobs}
+        stream = names.pool_results_stream(pool)
         if len(subjects) == 1:
             (subject, job) = next(iter(subjects.items()))
             one = await self._bus.direct_get(stream, subject)

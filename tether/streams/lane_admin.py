@@ -13,7 +13,7 @@ from tether.bus.bus import Bus
 from tether.bus.errors import JetStreamError
 from tether.domain.job import Lane
 from tether.settings import Settings
-from tether.streams.layout import STREAM_NOT_FOUND, lane_config, scopes_with_streams
+from tether.streams.layout import STREAM_NOT_FOUND, lane_config, pools_with_streams
 
 CONSUMER_NOT_FOUND = 10014
 MESSAGE_NOT_FOUND = 10037
@@ -100,8 +100,8 @@ async def lane_streams(bus: Bus) -> list[str]:
     names = bus.names
     streams = [names.infer_stream(shard) for shard in range(names.infer_shards)]
     streams += [names.jobs_stream(shard) for shard in range(names.job_shards)]
-    for scope in sorted(await scopes_with_streams(bus)):
-        streams += [names.scope_infer_stream(scope), names.scope_jobs_stream(scope)]
+    for pool in sorted(await pools_with_streams(bus)):
+        streams += [names.pool_infer_stream(pool), names.pool_jobs_stream(pool)]
     return streams
 
 

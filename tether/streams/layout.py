@@ -15,7 +15,7 @@ from tether.domain.job import LONGEST_DEADLINE_S, SHARED, Lane, LaneKind, Priori
 from tether.errors import PermissionDenied, QueueFull, StorageFull, TetherError
 from tether.process import metrics
 from tether.settings import Settings
-from tether.wire.subjects import BUCKETS, Names, scope_token
+from tether.wire.subjects import BUCKETS, Names, pool_token
 
 log = logging.getLogger(__name__)
 
@@ -82,16 +82,16 @@ def _rest(settings: Settings) -> int:
     return (settings.max_file_mb - _audit_mb(settings)) * _MB * 16 // 15
 
 
-def scope_streams(names: Names, scope: str, settings: Settings) -> list[dict[str, Any]]:
+def pool_streams(names: Names, pool: str, settings: Settings) -> list[dict[str, Any]]:
     """The streams of one isolated tenant: a quarter of the memory and an eighth of the disk are for all of them."""
     memory = settings.max_memory_mb * _MB // 4 // settings.max_isolated_tenants
     disk = _rest(settings) // 16 // settings.max_isolated_tenants
-    shard = scope_token(scope)
+    shard = pool_token(pool)
     return [
         # few lanes, and a name that no permission can list: it is not made again, it has copies
         _infer(names, shard, memory, replicas=settings.replicas),
         _jobs(names, shard, disk, settings),
-        _results(names, scope, disk, settings),
+        _results(names, pool, disk, settings),
     ]
 
 
@@ -131,14 +131,14 @@ def _longest_ns(settings: Settings) -> int:
     return int((LONGEST_DEADLINE_S + settings.result_ttl_s) * NANOSECONDS)
 
 
-def _results(names: Names, scope: str, max_bytes: int, settings: Settings) -> dict[str, Any]:
+def _results(names: Names, pool: str, max_bytes: int, settings: Settings) -> dict[str, Any]:
     return {
-        "name": names.scope_results_stream(scope),
-        "subjects": [names.results(scope)],
+        "name": names.pool_results_stream(pool),
+        "subjects": [names.results(pool)],
         # the dispatcher counts open jobs by it
         "republish": {
-            "src": names.results(scope),
-            "dest": names.ended("{{wildcard(1)}}", scope),
+            "src": names.results(pool),
+            "dest": names.ended("{{wildcard(1)}}", pool),
             "headers_only": True,
         },
         "storage": "file",
@@ -265,7 +265,7 @@ async def ensure_streams(
     return failed
 
 
-async def ensure_scope(bus: Bus, scope: str, settings: Settings, as_they_are: set[str] | None = None) -> None:
+async def ensure_pool(bus: Bus, pool: str, settings: Settings, as_they_are: set[str] | None = None) -> None:
     """:func:`ensure_streams` for those of one isolated tenant.
 
     Raises:
@@ -273,25 +273,25 @@ async def ensure_scope(bus: Bus, scope: str, settings: Settings, as_they_are: se
         PermissionDenied: no worker is bound to the tenant, so this identity may not make them.
         JetStreamError, BrokerUnavailable
     """
-    for error in (await ensure_streams(bus, scope_streams(bus.names, scope, settings), as_they_are)).values():
+    for error in (await ensure_streams(bus, pool_streams(bus.names, pool, settings), as_they_are)).values():
         raise error
 
 
-async def scopes_with_streams(bus: Bus) -> set[str]:
+async def pools_with_streams(bus: Bus) -> set[str]:
     """The tenants that have streams of their own, also those that are not isolated any more."""
     found: set[str] = set()
     seen, total = 0, 1
     while seen < total:
         answer = await bus.api("STREAM.NAMES", {"subject": bus.names.every_job(), "offset": seen})
         names = answer.get("streams") or []
-        found.update(scope for name in names if (scope := bus.names.stream_scope(name)) is not None)
+        found.update(pool for name in names if (pool := bus.names.stream_pool(name)) is not None)
         seen, total = seen + len(names), int(answer["total"]) if names else 0
     return found
 
 
-async def is_empty(bus: Bus, scope: str) -> bool:
+async def is_empty(bus: Bus, pool: str) -> bool:
     """Whether no job waits or runs in the lanes of an isolated tenant."""
-    for stream in (bus.names.scope_infer_stream(scope), bus.names.scope_jobs_stream(scope)):
+    for stream in (bus.names.pool_infer_stream(pool), bus.names.pool_jobs_stream(pool)):
         try:
             info = await bus.api(f"STREAM.INFO.{stream}")
         except JetStreamError as error:
@@ -348,10 +348,10 @@ def _absent(value: object) -> object:
     return False if isinstance(value, bool) else 0 if isinstance(value, int) else None
 
 
-def lanes_of(model: str, version: int, region: str, scope: str = SHARED) -> list[Lane]:
-    """Every lane of a version in a region and scope: one for waiting callers, one for each priority of jobs."""
-    infer = Lane(LaneKind.INFER, model, version, region, scope)
-    return [infer, *(Lane(LaneKind.JOB, model, version, region, scope, level) for level in Priority)]
+def lanes_of(model: str, version: int, region: str, pool: str = SHARED) -> list[Lane]:
+    """Every lane of a version in a region and pool: one for waiting callers, one for each priority of jobs."""
+    infer = Lane(LaneKind.INFER, model, version, region, pool)
+    return [infer, *(Lane(LaneKind.JOB, model, version, region, pool, level) for level in Priority)]
 
 
 def lane_config(names: Names, lane: Lane, settings: Settings) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tether.bus.bus import Bus
 from tether.settings import Settings
-from tether.streams.layout import compared_stream, ensure_streams, scope_streams, scopes_with_streams, streams
+from tether.streams.layout import compared_stream, ensure_streams, pool_streams, pools_with_streams, streams
 
 
 async def differing_streams(bus: Bus, settings: Settings) -> dict[str, list[str]]:
@@ -38,7 +38,7 @@ async def update_streams(bus: Bus, settings: Settings) -> dict[str, list[str]]:
 
 async def _differing(bus: Bus, settings: Settings) -> list[tuple[dict[str, Any], list[str]]]:
     wanted = streams(bus.names, settings)
-    for scope in sorted(await scopes_with_streams(bus)):
-        wanted += scope_streams(bus.names, scope, settings)
+    for pool in sorted(await pools_with_streams(bus)):
+        wanted += pool_streams(bus.names, pool, settings)
     found = [(config, *await compared_stream(bus, config)) for config in wanted]
     return [(config, fields) for config, current, fields in found if current and fields]

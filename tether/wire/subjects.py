@@ -43,9 +43,9 @@ def name_of(subject_token: str) -> str:
     return subject_token.replace("=", ".")
 
 
-def scope_token(scope: str) -> str:
+def pool_token(pool: str) -> str:
     """The token of an isolated tenant's own streams and keys; no shard number and no job id looks like it."""
-    return f"={token(scope)}"
+    return f"={token(pool)}"
 
 
 class Names:
@@ -87,27 +87,27 @@ class Names:
         return f"{self.prefix}.job.{shard}.>"
 
     def every_job(self) -> str:
-        """The jobs lanes of all scopes."""
+        """The jobs lanes of all pools."""
         return f"{self.prefix}.job.>"
 
     def _infer_shard(self, lane: Lane) -> int | str:
-        return _shard(lane.model, self.infer_shards) if lane.scope == SHARED else scope_token(lane.scope)
+        return _shard(lane.model, self.infer_shards) if lane.pool == SHARED else pool_token(lane.pool)
 
     def _jobs_shard(self, lane: Lane) -> int | str:
-        return _shard(lane.model, self.job_shards) if lane.scope == SHARED else scope_token(lane.scope)
+        return _shard(lane.model, self.job_shards) if lane.pool == SHARED else pool_token(lane.pool)
 
-    def scope_infer_stream(self, scope: str) -> str:
+    def pool_infer_stream(self, pool: str) -> str:
         """The infer stream of an isolated tenant."""
-        return self.infer_stream(scope_token(scope))
+        return self.infer_stream(pool_token(pool))
 
-    def scope_jobs_stream(self, scope: str) -> str:
-        return self.jobs_stream(scope_token(scope))
+    def pool_jobs_stream(self, pool: str) -> str:
+        return self.jobs_stream(pool_token(pool))
 
-    def scope_streams(self, scope: str) -> list[str]:
+    def pool_streams(self, pool: str) -> list[str]:
         """The streams of an isolated tenant."""
-        return [self.scope_infer_stream(scope), self.scope_jobs_stream(scope), self.scope_results_stream(scope)]
+        return [self.pool_infer_stream(pool), self.pool_jobs_stream(pool), self.pool_results_stream(pool)]
 
-    def stream_scope(self, stream: str) -> str | None:
+    def stream_pool(self, stream: str) -> str | None:
         """The isolated tenant whose jobs stream this is; None for every other stream."""
         start = self.jobs_stream("=")
         return name_of(stream[len(start) :]) if stream.startswith(start) else None
@@ -116,7 +116,7 @@ class Names:
 
     def lane(self, lane: Lane) -> str:
         """The subject bundles of a lane are published on."""
-        tail = f"{lane.region}.{token(lane.scope)}.{token(lane.model)}.{lane.version}"
+        tail = f"{lane.region}.{token(lane.pool)}.{token(lane.model)}.{lane.version}"
         if lane.kind is LaneKind.INFER:
             return f"{self.prefix}.infer.{self._infer_shard(lane)}.{tail}"
         return f"{self.prefix}.job.{self._jobs_shard(lane)}.{lane.priority.value}.{tail}"
@@ -124,7 +124,7 @@ class Names:
     def lane_consumer(self, lane: Lane) -> str:
         """The durable pull consumer of a lane; unique within its stream, since no name can hold a ``+``."""
         level = "" if lane.kind is LaneKind.INFER else f"{lane.priority.value}+"
-        return f"{level}{lane.region}+{token(lane.scope)}+{token(lane.model).replace('/', '~')}+{lane.version}"
+        return f"{level}{lane.region}+{token(lane.pool)}+{token(lane.model).replace('/', '~')}+{lane.version}"
 
     def parse_lane_consumer(self, consumer: str) -> Lane | None:
         """The lane that a consumer of a lane's stream is for, or None when it is no lane's."""
@@ -133,8 +133,8 @@ class Names:
         try:
             if len(parts) == 5:
                 kind, priority = LaneKind.JOB, Priority(parts.pop(0))
-            region, scope, model, version = parts
-            return Lane(kind, name_of(model.replace("~", "/")), int(version), region, name_of(scope), priority)
+            region, pool, model, version = parts
+            return Lane(kind, name_of(model.replace("~", "/")), int(version), region, name_of(pool), priority)
         except ValueError:
             return None
 
@@ -145,11 +145,11 @@ class Names:
             if parts[0] != self.prefix:
                 return None
             if parts[1] == "infer":
-                _, _, _, region, scope, model, version = parts
-                return Lane(LaneKind.INFER, name_of(model), int(version), region, name_of(scope))
+                _, _, _, region, pool, model, version = parts
+                return Lane(LaneKind.INFER, name_of(model), int(version), region, name_of(pool))
             if parts[1] == "job":
-                _, _, _, priority, region, scope, model, version = parts
-                return Lane(LaneKind.JOB, name_of(model), int(version), region, name_of(scope), Priority(priority))
+                _, _, _, priority, region, pool, model, version = parts
+                return Lane(LaneKind.JOB, name_of(model), int(version), region, name_of(pool), Priority(priority))
         except (ValueError, IndexError):
             return None
         return None
@@ -170,48 +170,48 @@ class Names:
 
     def withdrawn(self, lane: Lane) -> str:
         """Where the workers of an infer lane hear of jobs that nobody waits for any more; plain NATS, nothing is stored."""
-        return f"{self.prefix}.withdrawn.{lane.region}.{token(lane.scope)}.{token(lane.model)}.{lane.version}"
+        return f"{self.prefix}.withdrawn.{lane.region}.{token(lane.pool)}.{token(lane.model)}.{lane.version}"
 
-    def all_withdrawn(self, scope: str = "*") -> str:
-        """:meth:`withdrawn` of every lane, or of those of one scope."""
-        return f"{self.prefix}.withdrawn.*.{scope if scope == '*' else token(scope)}.*.*"
+    def all_withdrawn(self, pool: str = "*") -> str:
+        """:meth:`withdrawn` of every lane, or of those of one pool."""
+        return f"{self.prefix}.withdrawn.*.{pool if pool == '*' else token(pool)}.*.*"
 
     # results, replies, dead letters
 
-    def result(self, job: str, scope: str = SHARED) -> str:
-        return f"{self.prefix}.result.{job}" if scope == SHARED else f"{self.prefix}.result.{scope_token(scope)}.{job}"
+    def result(self, job: str, pool: str = SHARED) -> str:
+        return f"{self.prefix}.result.{job}" if pool == SHARED else f"{self.prefix}.result.{pool_token(pool)}.{job}"
 
-    def results(self, scope: str = SHARED) -> str:
-        """Every result of a scope; an isolated tenant's are a level deeper."""
-        return self.result("*", scope)
+    def results(self, pool: str = SHARED) -> str:
+        """Every result of a pool; an isolated tenant's are a level deeper."""
+        return self.result("*", pool)
 
-    def ended(self, job: str, scope: str = SHARED) -> str:
+    def ended(self, job: str, pool: str = SHARED) -> str:
         """Where the results stream publishes again, without its body, that a job has ended."""
-        return f"{self.prefix}.ended.{job}" if scope == SHARED else f"{self.prefix}.ended.{scope_token(scope)}.{job}"
+        return f"{self.prefix}.ended.{job}" if pool == SHARED else f"{self.prefix}.ended.{pool_token(pool)}.{job}"
 
     def every_end(self) -> str:
-        """:meth:`ended` for all jobs of all scopes."""
+        """:meth:`ended` for all jobs of all pools."""
         return f"{self.prefix}.ended.>"
 
-    def scope_results_stream(self, scope: str) -> str:
-        """The stream of a scope's results."""
-        return self.results_stream if scope == SHARED else f"{self.results_stream}_{scope_token(scope)}"
+    def pool_results_stream(self, pool: str) -> str:
+        """The stream of a pool's results."""
+        return self.results_stream if pool == SHARED else f"{self.results_stream}_{pool_token(pool)}"
 
-    def attempt_key(self, id: str, scope: str = SHARED) -> str:
-        """The key of an attempt note in its bucket. The scope comes last: a worker's right to read, which leaves the
-        id open, then ends in the scope, and no wildcard that it might put in the id's place reaches another scope's."""
-        return f"{id}.{SHARED if scope == SHARED else scope_token(scope)}"
+    def attempt_key(self, id: str, pool: str = SHARED) -> str:
+        """The key of an attempt note in its bucket. The pool comes last: a worker's right to read, which leaves the
+        id open, then ends in the pool, and no wildcard that it might put in the id's place reaches another pool's."""
+        return f"{id}.{SHARED if pool == SHARED else pool_token(pool)}"
 
     def reply(self, gateway: str) -> str:
         """Where a gateway takes reply bundles; ``gateway`` is one run of one gateway."""
         return f"{self.prefix}.reply.{gateway}"
 
     def dead(self, lane: Lane) -> str:
-        return f"{self.prefix}.dead.{token(lane.scope)}.{token(lane.model)}.{lane.version}"
+        return f"{self.prefix}.dead.{token(lane.pool)}.{token(lane.model)}.{lane.version}"
 
-    def dead_subjects(self, scope: str = "") -> str:
-        """Every dead letter, or those of one scope."""
-        return f"{self.prefix}.dead.{token(scope)}.>" if scope else f"{self.prefix}.dead.>"
+    def dead_subjects(self, pool: str = "") -> str:
+        """Every dead letter, or those of one pool."""
+        return f"{self.prefix}.dead.{token(pool)}.>" if pool else f"{self.prefix}.dead.>"
 
     # audit and limits
 
@@ -260,10 +260,10 @@ class Names:
         """The subject of one entry."""
         return f"$KV.{self.bucket(name)}.{key}"
 
-    def version_key(self, model: str, version: int, scope: str = SHARED) -> str:
-        """The key of a version, or of its route in a scope."""
+    def version_key(self, model: str, version: int, pool: str = SHARED) -> str:
+        """The key of a version, or of its route in a pool."""
         key = f"{token(model)}.{version}"
-        return key if scope == SHARED else f"{key}.{scope_token(scope)}"
+        return key if pool == SHARED else f"{key}.{pool_token(pool)}"
 
     # model chunks, in JetStream object-store form (NATS ADR-20)
 

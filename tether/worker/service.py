@@ -89,7 +89,7 @@ class WorkerService:
     def _follow(self) -> None:
         """The assignment may arrive before the answer with the epoch that it is meant for.
 
-        For another scope than that of the lanes it serves, a worker lets everything go before it takes something up.
+        For another pool than that of the lanes it serves, a worker lets everything go before it takes something up.
         """
         if self._told is None or self._told.epoch != self._epoch:
             return
@@ -99,9 +99,9 @@ class WorkerService:
             if before:
                 log.warning("an infer stream was made again: pulls begin again", extra={"action": "streams_renewed"})
                 self._bus.begin_again()
-        if self._told.scope != self._bus.scope and not self.holder.holding:
-            self._bus.scope = self._bus.bound_scope()
-        ours = self._told.scope == self._bus.scope
+        if self._told.pool != self._bus.pool and not self.holder.holding:
+            self._bus.pool = self._bus.bound_pool()
+        ours = self._told.pool == self._bus.pool
         self.holder.want(
             self._told.models if ours else (),
             self._told.revisions,
@@ -114,7 +114,7 @@ class WorkerService:
         """Heartbeats, and a new registration when the dispatcher has forgotten this worker."""
         while True:
             await self.heartbeat()
-            if self._told is not None and self._told.scope != self._bus.scope:
+            if self._told is not None and self._told.pool != self._bus.pool:
                 self._follow()
             if not self.holder.has_orders and self._bus.clock.monotonic() - self._remembered_at > _FORGOTTEN_S:
                 await self.register()
@@ -137,7 +137,7 @@ class WorkerService:
                 running=self.holder.running(),
                 slots=self._settings.worker_prefetch,
                 sent_at=self._bus.clock.utc(),
-                scope=self._bus.scope,
+                pool=self._bus.pool,
                 labels=self._labels,
                 memory=self._memory,
                 levels=levels,

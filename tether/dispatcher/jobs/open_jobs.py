@@ -18,7 +18,7 @@ from tether.crypto import body_of
 from tether.domain.job import SHARED, JobId, JobRecord
 from tether.errors import BadEncoding, EnvelopeError
 from tether.streams.lane_admin import stream_pages
-from tether.streams.layout import scopes_with_streams
+from tether.streams.layout import pools_with_streams
 from tether.wire import codec
 
 MOST = 500_000
@@ -99,8 +99,8 @@ class OpenRecords:
         """Every job that has a result, without reading one."""
         names = self._bus.names
         found: list[int] = []
-        for scope in (SHARED, *sorted(await scopes_with_streams(self._bus))):
-            async for page in stream_pages(self._bus, names.scope_results_stream(scope), names.results(scope)):
+        for pool in (SHARED, *sorted(await pools_with_streams(self._bus))):
+            async for page in stream_pages(self._bus, names.pool_results_stream(pool), names.results(pool)):
                 found += [number for subject in page.waiting if (number := _number(subject.rpartition(".")[2])) >= 0]
         return _Ids(array("Q", sorted(found)))
 

@@ -22,7 +22,7 @@ from tether.domain.job import SHARED, older_record_keys, record_key
 from tether.errors import TetherError
 from tether.process import metrics
 from tether.process.log_rate_limiter import LogRateLimiter
-from tether.streams.layout import scopes_with_streams
+from tether.streams.layout import pools_with_streams
 from tether.streams.usage import StreamUse, stream_use
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ KEPT = 0.125
 _PAGE = 512
 _PAGE_BYTES = 4 << 20
 _PAGES = 64
-"""Pages of one scope in one round."""
+"""Pages of one pool in one round."""
 
 _AT_ONCE = 128
 _DELETE_FAILED = 10057
@@ -50,7 +50,7 @@ _TOLD_S = 600.0
 
 @dataclass
 class _Walk:
-    """How far a scope's results were gone through to make room; what was spared lies before it."""
+    """How far a pool's results were gone through to make room; what was spared lies before it."""
 
     at: int = 0
     spares: bool = True
@@ -107,70 +107,70 @@ class Retention:
             JetStreamError, BrokerUnavailable
         """
         uses: dict[str, StreamUse] = {}
-        for scope in await self._scopes():
-            if (use := await stream_use(self._bus, self._bus.names.scope_results_stream(scope))) is not None:
-                uses[scope] = use
+        for pool in await self._pools():
+            if (use := await stream_use(self._bus, self._bus.names.pool_results_stream(pool))) is not None:
+                uses[pool] = use
         limit = self._bus.clock.utc() - self._bus.settings.result_ttl_s
-        for scope in [scope for scope, use in uses.items() if use.since <= limit]:
-            await self._forget_old(scope, limit)
+        for pool in [pool for pool, use in uses.items() if use.since <= limit]:
+            await self._forget_old(pool, limit)
         records = await stream_use(self._bus, self._records.stream)
         if records is not None:
             await self._make_room(records, uses)
 
-    async def _scopes(self) -> list[str]:
+    async def _pools(self) -> list[str]:
         """Those whose results this dispatcher may read: not those of tenants that no worker is bound to any more."""
         bound = {record.tenant for record in self._bus.verifier.keyset.identities}
-        return [SHARED, *sorted(await scopes_with_streams(self._bus) & bound)]
+        return [SHARED, *sorted(await pools_with_streams(self._bus) & bound)]
 
     # by age
 
-    async def _forget_old(self, scope: str, limit: float) -> None:
+    async def _forget_old(self, pool: str, limit: float) -> None:
         for _ in range(_PAGES):
-            page = await self._page(scope, 1)
+            page = await self._page(pool, 1)
             old = [item for item in page if item.stored_at <= limit]
-            await self._forget(scope, old, await self._records_of(old), "age")
+            await self._forget(pool, old, await self._records_of(old), "age")
             if not old or len(old) < len(page):
                 return
 
     # for room
 
     async def _make_room(self, records: StreamUse, results: dict[str, StreamUse]) -> None:
-        """Records of all scopes share one store: room in it is made by the scope that has most ends."""
+        """Records of all pools share one store: room in it is made by the pool that has most ends."""
         for store, use in (("records", records), ("results", results.get(SHARED))):
             metrics.JOB_STORE_USED.labels(store).set(0.0 if use is None else use.share)
         share = LOW if self._making_room else HIGH
-        tight = [scope for scope, use in results.items() if use.share > share]
+        tight = [pool for pool, use in results.items() if use.share > share]
         if records.share > share and results:
-            tight.append(max(results, key=lambda scope: results[scope].messages))
+            tight.append(max(results, key=lambda pool: results[pool].messages))
         self._making_room = bool(tight)
-        for scope in set(tight):
-            await self._shrink(scope)
-        for scope in self._walks.keys() - set(tight):
-            del self._walks[scope]
+        for pool in set(tight):
+            await self._shrink(pool)
+        for pool in self._walks.keys() - set(tight):
+            del self._walks[pool]
 
-    async def _shrink(self, scope: str) -> None:
+    async def _shrink(self, pool: str) -> None:
         """Go on where the last round ended, until both stores are low enough."""
-        walk = self._walks.setdefault(scope, _Walk())
-        stream = self._bus.names.scope_results_stream(scope)
+        walk = self._walks.setdefault(pool, _Walk())
+        stream = self._bus.names.pool_results_stream(pool)
         for _ in range(_PAGES):
             records, results = await stream_use(self._bus, self._records.stream), await stream_use(self._bus, stream)
             wanted = _Wanted(_records_above(records, results), _above(results))
             if wanted.met:
                 return
-            page = await self._page(scope, walk.at + 1)
+            page = await self._page(pool, walk.at + 1)
             if not page:
                 walk.at, walk.spares = 0, False
                 return
             found = await self._records_of(page)
             going = wanted.enough(_without_modest(page, found) if walk.spares else page, found)
-            await self._forget(scope, going, found, "room")
+            await self._forget(pool, going, found, "room")
             walk.at = going[-1].sequence if wanted.met else page[-1].sequence
 
     # both
 
-    async def _page(self, scope: str, start: int) -> list[StoredMessage]:
+    async def _page(self, pool: str, start: int) -> list[StoredMessage]:
         names = self._bus.names
-        stream, subjects = names.scope_results_stream(scope), names.results(scope)
+        stream, subjects = names.pool_results_stream(pool), names.results(pool)
         return await self._bus.direct_page(stream, subjects, start=start, batch=_PAGE, max_bytes=_PAGE_BYTES)
 
     async def _records_of(self, ends: Sequence[StoredMessage]) -> dict[str, StoredMessage]:
@@ -187,17 +187,17 @@ class Retention:
         ).values()
 
     async def _forget(
-        self, scope: str, ends: Sequence[StoredMessage], records: dict[str, StoredMessage], reason: str
+        self, pool: str, ends: Sequence[StoredMessage], records: dict[str, StoredMessage], reason: str
     ) -> None:
         """Records first: a job whose end were forgotten first would look open."""
         if not ends:
             return
         jobs = [_job_of(item) for item in ends]
         await _some_at_a_time([self._drop_record(records[job]) for job in jobs if job in records])
-        stream = self._bus.names.scope_results_stream(scope)
+        stream = self._bus.names.pool_results_stream(pool)
         await _some_at_a_time([self._drop_result(stream, item.sequence) for item in ends])
         metrics.JOBS_FORGOTTEN.labels(reason).inc(len(ends))
-        if reason == "room" and self._told.passes(scope) is not None:
+        if reason == "room" and self._told.passes(pool) is not None:
             log.warning(
                 "ended jobs are forgotten before result_ttl_s is over: raise max_file_mb, or lower result_ttl_s",
                 extra={"action": "jobs_forgotten_early"},

@@ -151,22 +151,22 @@ class Sweeper:
 
     async def _ended(self, records: Iterable[JobRecord]) -> set[str]:
         found: set[str] = set()
-        for scope, jobs in _by_scope(records).items():
-            found.update(await self._results.find(jobs, scope=scope))
+        for pool, jobs in _by_pool(records).items():
+            found.update(await self._results.find(jobs, pool=pool))
         return found
 
     async def _ended_if_known(self, records: Iterable[JobRecord]) -> set[str]:
         """Without those whose results do not answer, or may not be read: a job that has ended is then asked about once more."""
         found: set[str] = set()
-        for scope, jobs in _by_scope(records).items():
+        for pool, jobs in _by_pool(records).items():
             try:
-                found.update(await self._results.find(jobs, scope=scope))
+                found.update(await self._results.find(jobs, pool=pool))
             except TetherError as error:
                 log.info("results not read: %s", error, extra={"action": "not_swept", "code": error.code})
         return found
 
     def _put(self, key: str, record: JobRecord) -> None:
-        lane = Lane(LaneKind.JOB, record.model, record.version, "*", record.scope, record.priority)
+        lane = Lane(LaneKind.JOB, record.model, record.version, "*", record.pool, record.priority)
         place = self._places.get(lane)
         if place is None:
             place = self._places[lane] = _Place(LaneMessages(self._bus, lane))
@@ -234,9 +234,9 @@ class Sweeper:
         error = JobLost("the broker lost the job before it ended, as in a power cut; send it again under another key")
         failure = Failure(error.code, error.message)
         outcome = Outcome(job, JobState.FAILED, (), failure, 0, self._bus.signer.name, 0.0, now)
-        subject = self._bus.names.result(job, record.scope)
+        subject = self._bus.names.result(job, record.pool)
         frame = self._bus.signer.seal(MessageType.RESULT, subject, codec.encode_outcomes([outcome]), jobs=(job,))
-        if await self._results.commit(job, frame, scope=record.scope):
+        if await self._results.commit(job, frame, pool=record.pool):
             metrics.JOBS_SWEPT.labels("lost").inc()
             metrics.JOBS_FINISHED.labels(record.model, outcome.state.value).inc()
             extra = {"action": "job_lost", "job_id": job, "tenant": record.tenant, "model": record.model}
@@ -263,10 +263,10 @@ class Sweeper:
             log.info("the record of a job that was never queued is removed", extra={"action": "record_removed"})
 
 
-def _by_scope(records: Iterable[JobRecord]) -> dict[str, list[JobId]]:
+def _by_pool(records: Iterable[JobRecord]) -> dict[str, list[JobId]]:
     found: dict[str, list[JobId]] = {}
     for record in records:
-        found.setdefault(record.scope, []).append(record.id)
+        found.setdefault(record.pool, []).append(record.id)
     return found
 
 

@@ -57,7 +57,7 @@ class DeletedVersionLanes:
     def groups(self) -> dict[LaneGroup, int]:
         """The lanes that a worker should work off, and how many were asked to before it."""
         groups = [group for group, end in self._ends.items() if not end.leaving]
-        groups.sort(key=lambda group: (group.scope, group.ref.model, group.ref.version, group.region))
+        groups.sort(key=lambda group: (group.pool, group.ref.model, group.ref.version, group.region))
         return {group: self._turn(self._ends[group]) for group in groups}
 
     def _turn(self, end: _DeletedLanes) -> int:
@@ -71,12 +71,12 @@ class DeletedVersionLanes:
             JetStreamError, BrokerUnavailable
         """
         there = await lanes_there(self._bus)
-        groups = {LaneGroup(lane.scope, ModelRef(lane.model, lane.version), lane.region) for lane in there}
+        groups = {LaneGroup(lane.pool, ModelRef(lane.model, lane.version), lane.region) for lane in there}
         for group in groups:
             if group not in self._ends and await self._was_deleted(group.ref, models):
                 self._ends[group] = _DeletedLanes(found_at=self._bus.clock.monotonic())
                 log.info("lanes of a deleted version", extra={"action": "lanes_ended", "model": group.ref.model})
-        lasting = {(group.scope, group.ref) for group in groups}
+        lasting = {(group.pool, group.ref) for group in groups}
         return [place for place in places if place not in lasting and await self._was_deleted(place[1], models)]
 
     async def _was_deleted(self, ref: ModelRef, models: Container[ModelRef]) -> bool:
@@ -100,7 +100,7 @@ class DeletedVersionLanes:
             return
         self._next = now + _STEP_S
         full = await lanes_with_messages(self._bus)
-        busy = {LaneGroup(lane.scope, ModelRef(lane.model, lane.version), lane.region) for lane in full}
+        busy = {LaneGroup(lane.pool, ModelRef(lane.model, lane.version), lane.region) for lane in full}
         for group, end in list(self._ends.items()):
             if group in busy:
                 end.empty_since, end.leaving = None, False
@@ -114,12 +114,12 @@ class DeletedVersionLanes:
 
     async def _made(self, group: LaneGroup, end: _DeletedLanes) -> None:
         if not end.made:
-            for lane in lanes_of(group.ref.model, group.ref.version, group.region, group.scope):
+            for lane in lanes_of(group.ref.model, group.ref.version, group.region, group.pool):
                 await ensure_lane(self._bus, lane, self._bus.settings)
             end.made = True
 
     async def _remove(self, group: LaneGroup) -> None:
-        for lane in lanes_of(group.ref.model, group.ref.version, group.region, group.scope):
+        for lane in lanes_of(group.ref.model, group.ref.version, group.region, group.pool):
             await remove_lane(self._bus, lane)
         del self._ends[group]
         log.info("lanes removed", extra={"action": "lanes_removed", "model": group.ref.model})

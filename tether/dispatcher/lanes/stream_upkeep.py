@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tether.bus.bus import Bus
-from tether.dispatcher.lanes.tenant_pools import Scopes
+from tether.dispatcher.lanes.tenant_pools import Pools
 from tether.dispatcher.retried_steps import Steps
 from tether.errors import BrokerUnavailable, TetherError
 from tether.streams.layout import ensure_streams, streams
@@ -17,9 +17,9 @@ _ENSURE_S = 10.0
 class Streams:
     """``ok``: all of them were as they must be at the last look."""
 
-    def __init__(self, bus: Bus, scopes: Scopes, steps: Steps) -> None:
+    def __init__(self, bus: Bus, pools: Pools, steps: Steps) -> None:
         self._bus = bus
-        self._scopes = scopes
+        self._pools = pools
         self._steps = steps
         self._lost = asyncio.Event()
         self._as_they_are: set[str] = set()
@@ -54,7 +54,7 @@ class Streams:
         while True:
             self._lost.clear()
             made = await self._steps.done("streams", self._ensure())
-            self.ok = await self._steps.done("tenants' streams", self._scopes.look_again()) and made
+            self.ok = await self._steps.done("tenants' streams", self._pools.look_again()) and made
             try:
                 async with asyncio.timeout(_ENSURE_S if self.ok else _AGAIN_S):
                     await self._lost.wait()

@@ -1,4 +1,4 @@
-"""Isolated tenants: which scopes there are beside the shared one, and their streams.
+"""Isolated tenants: which pools there are beside the shared one, and their streams.
 
 A tenant that ceases to be isolated keeps its streams. While jobs are in them its own workers go on serving its lanes;
 new jobs go to the shared ones. No stream is ever removed here: what is in one was accepted.
@@ -18,7 +18,7 @@ from tether.domain.tenant import Tenant, allows_model
 from tether.errors import BadEncoding, BrokerUnavailable, PermissionDenied, QueueFull, StorageFull
 from tether.model.ownership import Right
 from tether.process.log_rate_limiter import LogRateLimiter
-from tether.streams.layout import ensure_scope, is_empty, scopes_with_streams
+from tether.streams.layout import ensure_pool, is_empty, pools_with_streams
 from tether.wire import codec
 from tether.wire.subjects import name_of, token
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 _TOLD_S = 60.0
 
 
-class Scopes:
+class Pools:
     """Follows the tenants' records and keeps the streams of the isolated ones as they must be."""
 
     def __init__(self, bus: Bus) -> None:
@@ -59,12 +59,12 @@ class Scopes:
     def _isolated(self) -> set[str]:
         return {name for name, tenant in self._tenants.items() if tenant.isolated}
 
-    def isolated(self, scope: str) -> bool:
-        """Whether a scope is that of a tenant which is isolated now."""
-        return scope in self._tenants and self._tenants[scope].isolated
+    def isolated(self, pool: str) -> bool:
+        """Whether a pool is that of a tenant which is isolated now."""
+        return pool in self._tenants and self._tenants[pool].isolated
 
     def served(self) -> set[str]:
-        """Every scope whose lanes are served, without the shared one: its streams are there, and a worker is bound to it."""
+        """Every pool whose lanes are served, without the shared one: its streams are there, and a worker is bound to it."""
         return (self._isolated() | self._leaving) & self._made & self._bound()
 
     def _bound(self) -> set[str]:
@@ -72,18 +72,18 @@ class Scopes:
         return {record.tenant for record in self._bus.verifier.keyset.identities}
 
     def models(self, refs: Iterable[ModelRef], owners: OwnerBook) -> Mapping[str, tuple[ModelRef, ...]]:
-        """For the shared and every served scope the versions that it may use."""
+        """For the shared and every served pool the versions that it may use."""
         every = tuple(sorted(refs, key=lambda ref: (ref.model, ref.version)))
         found = {SHARED: every}
-        for scope in self.served():
-            tenant = self._tenants.get(scope) or Tenant(scope)
-            allowed = {ref.model for ref in every if allows_model(tenant.models, ref.model, scope)}
-            allowed = {model for model in allowed if owners.right(model, scope) > Right.NONE}
-            found[scope] = tuple(ref for ref in every if ref.model in allowed)
+        for pool in self.served():
+            tenant = self._tenants.get(pool) or Tenant(pool)
+            allowed = {ref.model for ref in every if allows_model(tenant.models, ref.model, pool)}
+            allowed = {model for model in allowed if owners.right(model, pool) > Right.NONE}
+            found[pool] = tuple(ref for ref in every if ref.model in allowed)
         return found
 
     async def ensure(self) -> None:
-        """Make the streams of scopes that have none yet. A tenant for whom there is no room keeps nobody else waiting.
+        """Make the streams of pools that have none yet. A tenant for whom there is no room keeps nobody else waiting.
 
         Raises:
             BrokerUnavailable
@@ -91,53 +91,53 @@ class Scopes:
         await self._make_each(sorted((self._isolated() | self._leaving) - self._made - self._refused))
 
     async def look_again(self) -> None:
-        """Bring every scope's streams in line, and find formerly isolated tenants whose lanes still hold jobs.
+        """Bring every pool's streams in line, and find formerly isolated tenants whose lanes still hold jobs.
 
         Raises:
             JetStreamError, BrokerUnavailable
         """
-        left = await scopes_with_streams(self._bus) - self._isolated()
-        holding = {scope for scope in left if not await self._is_empty(scope)}
+        left = await pools_with_streams(self._bus) - self._isolated()
+        holding = {pool for pool in left if not await self._is_empty(pool)}
         self._leaving = holding - self._isolated()
         self._refused.clear()
         await self._make_each(sorted(self._isolated() | self._leaving))
 
-    async def _is_empty(self, scope: str) -> bool:
+    async def _is_empty(self, pool: str) -> bool:
         """A stream that does not answer may hold jobs."""
         try:
-            return await is_empty(self._bus, scope)
+            return await is_empty(self._bus, pool)
         except BrokerUnavailable:
             return False
 
-    async def _make_each(self, scopes: Sequence[str]) -> None:
+    async def _make_each(self, pools: Sequence[str]) -> None:
         """All of them, also after one that failed.
 
         Raises:
             BrokerUnavailable: of the first that failed.
         """
-        failed = [error for scope in scopes if (error := await self._make(scope)) is not None]
+        failed = [error for pool in pools if (error := await self._make(pool)) is not None]
         for error in failed:
             raise error
 
-    async def _make(self, scope: str) -> BrokerUnavailable | None:
-        if scope not in self._bound():
-            self._refuse(scope, f"no worker is bound to it: 'tether identity add NAME --role worker --tenant {scope}'")
+    async def _make(self, pool: str) -> BrokerUnavailable | None:
+        if pool not in self._bound():
+            self._refuse(pool, f"no worker is bound to it: 'tether identity add NAME --role worker --tenant {pool}'")
             return None
         try:
-            await ensure_scope(self._bus, scope, self._bus.settings, self._as_they_are)
+            await ensure_pool(self._bus, pool, self._bus.settings, self._as_they_are)
         except PermissionDenied as error:
-            self._refuse(scope, f"{error}; let the broker read its new configuration")
+            self._refuse(pool, f"{error}; let the broker read its new configuration")
         except (QueueFull, StorageFull, JetStreamError) as error:
-            self._refuse(scope, f"{error}; raise max_memory_mb, max_file_mb or max_isolated_tenants")
+            self._refuse(pool, f"{error}; raise max_memory_mb, max_file_mb or max_isolated_tenants")
         except BrokerUnavailable as error:
             return error
         else:
-            self._made.add(scope)
+            self._made.add(pool)
         return None
 
-    def _refuse(self, scope: str, reason: str) -> None:
-        self._made.discard(scope)
-        self._refused.add(scope)
-        if self._told.passes(scope) is not None:
-            extra = {"action": "scope_refused", "tenant": scope}
-            log.warning("tenant '%s' is isolated and gets no streams: %s", scope, reason, extra=extra)
+    def _refuse(self, pool: str, reason: str) -> None:
+        self._made.discard(pool)
+        self._refused.add(pool)
+        if self._told.passes(pool) is not None:
+            extra = {"action": "pool_refused", "tenant": pool}
+            log.warning("tenant '%s' is isolated and gets no streams: %s", pool, reason, extra=extra)

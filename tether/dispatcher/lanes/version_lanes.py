@@ -86,7 +86,7 @@ class VersionLanes:
         Raises:
             JetStreamError, BrokerUnavailable: of the first stream that failed, when all others were seen to.
         """
-        wanted = {LaneGroup(scope, ref, region) for scope, refs in models.items() for ref in refs for region in regions}
+        wanted = {LaneGroup(pool, ref, region) for pool, refs in models.items() for ref in refs for region in regions}
         self._forget(self._wanted - wanted)
         self._wanted = wanted
         missing = wanted - self._done
@@ -173,4 +173,4 @@ class VersionLanes:
 
 
 def _lanes(group: LaneGroup) -> list[Lane]:
-    return lanes_of(group.ref.model, group.ref.version, group.region, group.scope)
+    return lanes_of(group.ref.model, group.ref.version, group.region, group.pool)

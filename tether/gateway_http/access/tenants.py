@@ -24,7 +24,7 @@ class Tenants:
     def __init__(self, bus: Bus) -> None:
         self.bucket = SignedBucket(bus, "tenants", MessageType.TENANT)
         self._known: dict[str, Tenant] = {}
-        self._scopes: dict[str, str] = {}
+        self._pools: dict[str, str] = {}
         self._doubtful: set[str] = set()
         self._removed: set[str] = set()
         self._listeners: list[Callable[[str], None]] = []
@@ -64,12 +64,12 @@ class Tenants:
             return
         self._removed.discard(record.name)
         self._known[record.name] = record
-        self._scopes[record.name] = record.scope
+        self._pools[record.name] = record.pool
         self._tell(record.name)
 
     def _forget(self, name: str) -> None:
         self._known.pop(name, None)
-        self._scopes.pop(name, None)
+        self._pools.pop(name, None)
         self._tell(name)
 
     def _tell(self, name: str) -> None:
@@ -111,9 +111,9 @@ class Tenants:
         """Its share of a saturated platform, relative to the other tenants'."""
         return self.get(name).weight
 
-    def scope(self, name: str) -> str:
+    def pool(self, name: str) -> str:
         """Whose lanes the tenant's jobs go to: its own when it is isolated, else the shared ones."""
-        return self._scopes.get(name, SHARED)
+        return self._pools.get(name, SHARED)
 
     async def store(self, record: Tenant) -> None:
         """Keep a record; this gateway follows it at once, others within their watch's delay.

@@ -80,9 +80,9 @@ class RequestContext:
         return self.key
 
     @property
-    def scope(self) -> str:
+    def pool(self) -> str:
         """Whose workers answer this caller."""
-        return self.gateway.tenants.scope(self.tenant)
+        return self.gateway.tenants.pool(self.tenant)
 
     def path(self, name: str) -> str:
         return str(self.request.path_params.get(name, ""))

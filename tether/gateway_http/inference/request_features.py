@@ -72,7 +72,7 @@ class RequestFeatures:
         if asked.plan.cache_ttl_s and self._may_keep(asked.job.tenant):
             answer, hit = await self._kept(asked, notes)
         else:
-            lane, job = asked.served.lane(asked.scope), self._seals.seal(asked.job)
+            lane, job = asked.served.lane(asked.pool), self._seals.seal(asked.job)
             answer, hit = await self._bundler.answer(lane, job, asked.timeout_s), False
         if asked.plan.shadows and not hit:
             self.shadows.copy(asked, answer)
@@ -80,7 +80,7 @@ class RequestFeatures:
 
     async def _kept(self, asked: AdmittedRequest, notes: Headers | None) -> tuple[Answer, bool]:
         plan, manifest, tenant = asked.plan, asked.served.manifest, asked.job.tenant
-        digest = digest_of(asked.job, asked.scope, manifest.name, manifest.version, plan.generation)
+        digest = digest_of(asked.job, asked.pool, manifest.name, manifest.version, plan.generation)
         question = CacheLookup(tenant, manifest.name, digest, asked.timeout_s, plan.cache_ttl_s)
         answer, hit = await self.kept.answer(
             question,
@@ -93,7 +93,7 @@ class RequestFeatures:
         return answer, hit
 
     def _sent(self, asked: AdmittedRequest, timeout_s: float) -> asyncio.Future[Answer]:
-        return self._bundler.submit(asked.served.lane(asked.scope), self._seals.seal(asked.job), timeout_s)
+        return self._bundler.submit(asked.served.lane(asked.pool), self._seals.seal(asked.job), timeout_s)
 
     def _may_keep(self, tenant: str) -> bool:
         """What a sealed tenant was answered is kept nowhere in the open, nor of one of whom nobody knows whether it is."""

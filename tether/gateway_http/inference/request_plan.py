@@ -25,6 +25,6 @@ class AdmittedRequest:
     plan: RequestPlan
     served: ResolvedVersion
     alias: str
-    scope: str
+    pool: str
     job: Job
     timeout_s: float

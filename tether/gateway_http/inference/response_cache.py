@@ -29,10 +29,10 @@ _STALE = 4
 """Entries looked at for each new one, whether they may go because their time is over."""
 
 
-def digest_of(job: Job, scope: str, model: str, version: int, generation: int) -> bytes:
+def digest_of(job: Job, pool: str, model: str, version: int, generation: int) -> bytes:
     """Names what a request asks, inputs to the byte; ``generation`` tells times apart between which answers differ."""
     shapes = [(tensor.name, tensor.datatype, tensor.shape, len(tensor.data)) for tensor in job.inputs]
-    asked = (scope, job.tenant, model, version, generation, job.outputs, shapes)
+    asked = (pool, job.tenant, model, version, generation, job.outputs, shapes)
     # processors have instructions for it, which makes it twice as fast as BLAKE2 on large inputs
     digest = hashlib.sha256(repr(asked).encode())
     for tensor in job.inputs:

@@ -98,7 +98,7 @@ class Shadows:
 
     def _copy(self, asked: AdmittedRequest, shadow: Shadow, answer: Answer) -> None:
         served = self._catalog.find(asked.served.manifest.name, shadow.version)
-        if served is None or not self._catalog.workers(served, asked.scope):
+        if served is None or not self._catalog.workers(served, asked.pool):
             self._count(asked, shadow, Verdict.UNAVAILABLE)
             return
         size = sum([len(tensor.data) for tensor in (*asked.job.inputs, *answer)])
@@ -128,12 +128,12 @@ class Shadows:
 
     async def _other_answer(self, asked: AdmittedRequest, served: ResolvedVersion, answer: Answer) -> Comparison:
         wanted = tuple([tensor.name for tensor in answer])
-        self._catalog.check_inputs(served, asked.job.inputs, asked.scope)
+        self._catalog.check_inputs(served, asked.job.inputs, asked.pool)
         check_outputs(served.manifest, wanted)
         timeout_s = self._bus.settings.request_timeout_s
         deadline = self._bus.clock.utc() + timeout_s
         job = Job(new_job_id(), asked.job.tenant, asked.job.inputs, deadline, wanted)
-        other = await self._bundler.submit(served.lane(asked.scope), self._seals.seal(job), timeout_s)
+        other = await self._bundler.submit(served.lane(asked.pool), self._seals.seal(job), timeout_s)
         if sum([len(tensor.data) for tensor in answer]) <= _INLINE_BYTES:
             return compare(answer, other)
         return await asyncio.to_thread(compare, answer, other)

@@ -31,7 +31,7 @@ class JobEnds:
         """
         job = record.id
         outcome = Outcome(job, state, (), failure, attempts, self._bus.signer.name, 0.0, self._bus.clock.utc())
-        subject = self._bus.names.result(job, record.scope)
+        subject = self._bus.names.result(job, record.pool)
         frame = self._bus.signer.seal(MessageType.RESULT, subject, codec.encode_outcomes([outcome]), jobs=(job,))
         first = await RetryDeadline(self._bus).until_done(lambda: self._commit(record, frame))
         if first:
@@ -41,9 +41,9 @@ class JobEnds:
 
     async def _commit(self, record: JobRecord, frame: bytes) -> bool:
         """Safe to repeat: an earlier try whose answer was lost counts as this one."""
-        if await self._results.commit(record.id, frame, scope=record.scope):
+        if await self._results.commit(record.id, frame, pool=record.pool):
             return True
-        found = await self._results.find([record.id], scope=record.scope)
+        found = await self._results.find([record.id], pool=record.pool)
         return found.get(record.id) == frame
 
 

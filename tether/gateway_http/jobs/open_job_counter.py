@@ -27,8 +27,8 @@ class _Count:
     """One tenant's open jobs: when each of them has ended at the latest, in UTC seconds."""
 
     ends: dict[JobId, float] = field(default_factory=dict)
-    scopes: dict[JobId, str] = field(default_factory=dict)
-    """Of those that are not in the shared scope."""
+    pools: dict[JobId, str] = field(default_factory=dict)
+    """Of those that are not in the shared pool."""
     lanes: dict[JobId, tuple[str, int]] = field(default_factory=dict)
     """The lane stream of each of them, and its bytes there."""
     seen: int = 0
@@ -140,10 +140,10 @@ class OpenJobCounter:
 
     def _add(self, count: _Count, record: JobRecord) -> None:
         count.ends[record.id] = record.deadline + _AFTER_DEADLINE_S
-        lane = Lane(LaneKind.JOB, record.model, record.version, scope=record.scope, priority=record.priority)
+        lane = Lane(LaneKind.JOB, record.model, record.version, pool=record.pool, priority=record.priority)
         count.lanes[record.id] = self._bus.names.lane_stream(lane), record.size
-        if record.scope != SHARED:
-            count.scopes[record.id] = record.scope
+        if record.pool != SHARED:
+            count.pools[record.id] = record.pool
 
     async def _settle(self, count: _Count, enough: int) -> None:
         """Oldest first, and no more than is needed: each result is read once."""
@@ -158,14 +158,14 @@ class OpenJobCounter:
                 _forget(count, JobId(ended))
 
     async def _ended(self, count: _Count, jobs: Sequence[JobId]) -> set[str]:
-        by_scope: dict[str, list[JobId]] = {}
+        by_pool: dict[str, list[JobId]] = {}
         for job in jobs:
-            by_scope.setdefault(count.scopes.get(job, SHARED), []).append(job)
-        found = [await self._results.find(ids, scope=scope) for scope, ids in by_scope.items()]
+            by_pool.setdefault(count.pools.get(job, SHARED), []).append(job)
+        found = [await self._results.find(ids, pool=pool) for pool, ids in by_pool.items()]
         return {job for frames in found for job in frames}
 
 
 def _forget(count: _Count, job: JobId) -> None:
     count.ends.pop(job, None)
-    count.scopes.pop(job, None)
+    count.pools.pop(job, None)
     count.lanes.pop(job, None)

@@ -148,7 +148,7 @@ class JobService:
         open_ids = [job_id for job_id, state in states.items() if not state.ended]
         async with AsyncExitStack() as stack:
             for job_id in open_ids:
-                subject = self._bus.names.result(job_id, states[job_id].record.scope)
+                subject = self._bus.names.result(job_id, states[job_id].record.pool)
                 subscription = await self._bus.subscribe(subject, arrived, confirmed=False)
                 stack.push_async_callback(subscription.unsubscribe)
             while open_ids and (left := end - self._bus.clock.monotonic()) > 0:
@@ -197,7 +197,7 @@ class JobService:
         if not await self._ends.end(record, JobState.CANCELLED, failure, int(shown["attempts"])):
             shown = await self.get(tenant, job_id)
             raise ResultConflict(f"job '{job_id}' has already ended: {shown['state']}", field="id")
-        lane = Lane(LaneKind.INFER, record.model, record.version, self._bus.settings.region, record.scope)
+        lane = Lane(LaneKind.INFER, record.model, record.version, self._bus.settings.region, record.pool)
         self._withdrawals.add(lane, record.id, min(record.deadline, self._bus.clock.utc() + CANCELLATION_TOLD_S))
         return await self.get(tenant, job_id)
 
@@ -246,11 +246,11 @@ class JobService:
         return found
 
     async def _stored(self, records: Sequence[JobRecord]) -> dict[str, StoredMessage]:
-        """How jobs ended, each in the results of the scope that its record names."""
-        by_scope: dict[str, list[JobId]] = {}
+        """How jobs ended, each in the results of the pool that its record names."""
+        by_pool: dict[str, list[JobId]] = {}
         for record in records:
-            by_scope.setdefault(record.scope, []).append(record.id)
-        found = await asyncio.gather(*[self._results.stored(ids, scope=scope) for scope, ids in by_scope.items()])
+            by_pool.setdefault(record.pool, []).append(record.id)
+        found = await asyncio.gather(*[self._results.stored(ids, pool=pool) for pool, ids in by_pool.items()])
         return {job: end for ends in found for job, end in ends.items()}
 
     async def _notes(self, records: Sequence[JobRecord]) -> dict[JobId, AttemptNote]:
@@ -258,7 +258,7 @@ class JobService:
         if not records:
             return {}
         bucket, key = self._attempts, self._bus.names.attempt_key
-        keys = {bucket.subject(key(of, item.scope)): of for item in records for of in (item.bundle, item.id) if of}
+        keys = {bucket.subject(key(of, item.pool)): of for item in records for of in (item.bundle, item.id) if of}
         stored = await self._bus.direct_batch(bucket.stream, list(keys))
         notes: dict[str, AttemptNote] = {}
         for subject, item in stored.items():

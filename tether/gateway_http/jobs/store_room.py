@@ -44,8 +44,8 @@ class JobStores:
         self._may_look = True
         self._refused_until = 0.0
 
-    async def require(self, scope: str, lanes: Collection[str]) -> None:
-        """Wait until there is room for jobs of a scope in these lane streams, records and results.
+    async def require(self, pool: str, lanes: Collection[str]) -> None:
+        """Wait until there is room for jobs of a pool in these lane streams, records and results.
 
         Raises:
             QueueFull: there is none; the message names the bound.
@@ -53,12 +53,12 @@ class JobStores:
         for stream in lanes:
             if (await self._share(stream)) >= _NEARLY:
                 raise self.queue_full()
-        await self.until_room(lambda: self._require_kept(scope))
+        await self.until_room(lambda: self._require_kept(pool))
 
-    async def _require_kept(self, scope: str) -> None:
+    async def _require_kept(self, pool: str) -> None:
         if await self._share(self._bus.names.bucket_stream("jobs")) >= _NEARLY:
             raise self.records_full()
-        if await self._share(self._bus.names.scope_results_stream(scope)) >= 1 - ENDS:
+        if await self._share(self._bus.names.pool_results_stream(pool)) >= 1 - ENDS:
             raise _full(
                 "results of durable jobs have no room for outputs: they fill their share of max_file_mb; ended jobs make room while a "
                 "dispatcher runs: see that one does, or raise max_file_mb"

@@ -108,13 +108,13 @@ class JobSubmitter:
             QuotaExceeded, QueueFull: no room.
             BrokerUnavailable: unknown whether they are stored; try again with the same key.
         """
-        scope = self._tenants.scope(tenant)
+        pool = self._tenants.pool(tenant)
         for request in requests:
-            self._catalog.check_inputs(request.served, request.inputs, scope)
+            self._catalog.check_inputs(request.served, request.inputs, pool)
             check_outputs(request.served.manifest, request.outputs)
-            self._catalog.require_lane(request.served, scope)
+            self._catalog.require_lane(request.served, pool)
         now, patience = self._bus.clock.utc(), RetryDeadline(self._bus)
-        items = {place: self._submission(tenant, scope, request, now) for place, request in enumerate(requests)}
+        items = {place: self._submission(tenant, pool, request, now) for place, request in enumerate(requests)}
         done: dict[int, Accepted] = {}
         new: list[Entered] = []
         try:
@@ -136,13 +136,13 @@ class JobSubmitter:
                 await self._take_back(new)
             raise
 
-    def _submission(self, tenant: str, scope: str, request: NewJob, now: float) -> Submission:
+    def _submission(self, tenant: str, pool: str, request: NewJob, now: float) -> Submission:
         key = idempotency_digest(tenant, request.idempotency_key) if request.idempotency_key else ""
         job_id = new_keyed_job_id(key) if key else new_durable_job_id(tenant)
         deadline = now + request.deadline_s
         job = Job(job_id, tenant, request.inputs, deadline, request.outputs, request.request_id, request.traceparent)
         digest = _digest(request) if key else ""
-        lane = request.served.job_lane(request.priority or self._catalog.default_priority(request.served), scope)
+        lane = request.served.job_lane(request.priority or self._catalog.default_priority(request.served), pool)
         record = JobRecord(
             id=job_id,
             tenant=tenant,
@@ -154,7 +154,7 @@ class JobSubmitter:
             digest=self._seals.digest(tenant, digest),
             bundle="",
             request_id=request.request_id,
-            scope=scope,
+            pool=pool,
             size=job.size + JOB_OVERHEAD,
         )
         return Submission(lane, job, record, digest, key)
@@ -196,8 +196,8 @@ class JobSubmitter:
         if not fresh:
             return {}
         streams = {self._bus.names.lane_stream(item.lane) for item in fresh.values()}
-        scope = next(iter(fresh.values())).record.scope
-        await self._stores.require(scope, streams)
+        pool = next(iter(fresh.values())).record.pool
+        await self._stores.require(pool, streams)
         await self._shares.require(tenant, len(fresh), self._by_stream(fresh))
         records = [item.record for item in fresh.values()]
         async with AsyncExitStack() as stack:

@@ -37,22 +37,22 @@ class ResolvedVersion:
     manifest: Manifest
     specs: dict[str, TensorSpec]
     infer_lane: Lane
-    """That of the shared scope; see :meth:`lane`."""
+    """That of the shared pool; see :meth:`lane`."""
     _own_lanes: dict[str, Lane] = field(default_factory=dict, compare=False, repr=False)
 
-    def lane(self, scope: str) -> Lane:
-        """The infer lane of a scope."""
-        if scope == SHARED:
+    def lane(self, pool: str) -> Lane:
+        """The infer lane of a pool."""
+        if pool == SHARED:
             return self.infer_lane
-        lane = self._own_lanes.get(scope)
+        lane = self._own_lanes.get(pool)
         if lane is None:
             shared = self.infer_lane
-            lane = self._own_lanes[scope] = Lane(LaneKind.INFER, shared.model, shared.version, shared.region, scope)
+            lane = self._own_lanes[pool] = Lane(LaneKind.INFER, shared.model, shared.version, shared.region, pool)
         return lane
 
-    def job_lane(self, priority: Priority, scope: str = SHARED) -> Lane:
+    def job_lane(self, priority: Priority, pool: str = SHARED) -> Lane:
         lane = self.infer_lane
-        return Lane(LaneKind.JOB, lane.model, lane.version, lane.region, scope, priority)
+        return Lane(LaneKind.JOB, lane.model, lane.version, lane.region, pool, priority)
 
 
 class Catalog:
@@ -163,9 +163,9 @@ class Catalog:
             self._routes = {place: route for place, route in self._routes.items() if version_key(*place) != key}
             return
         route = read_entry(body, Route)
-        if route is not None and key == self._bus.names.version_key(route.model, route.version, route.scope):
+        if route is not None and key == self._bus.names.version_key(route.model, route.version, route.pool):
             self._policies.pop(route.model, None)
-            self._routes[route.model, route.version, route.scope] = route
+            self._routes[route.model, route.version, route.pool] = route
 
     # reading
 
@@ -243,38 +243,38 @@ class Catalog:
         """Whether a shared worker holds a version: what ``latest`` means is the same for every tenant."""
         return bool(self.route(model, version).workers)
 
-    def route(self, model: str, version: int, scope: str = SHARED) -> Route:
-        """What the dispatcher says of a version in a scope; of one that has no lanes there, nothing."""
-        return self._routes.get((model, version, scope)) or Route(model, version, (), scope=scope)
+    def route(self, model: str, version: int, pool: str = SHARED) -> Route:
+        """What the dispatcher says of a version in a pool; of one that has no lanes there, nothing."""
+        return self._routes.get((model, version, pool)) or Route(model, version, (), pool=pool)
 
-    def workers(self, served: ResolvedVersion, scope: str = SHARED) -> tuple[str, ...]:
-        """Who answers for a version in a scope just now; empty when nobody does."""
-        return self.route(served.manifest.name, served.manifest.version, scope).workers
+    def workers(self, served: ResolvedVersion, pool: str = SHARED) -> tuple[str, ...]:
+        """Who answers for a version in a pool just now; empty when nobody does."""
+        return self.route(served.manifest.name, served.manifest.version, pool).workers
 
-    def reason(self, served: ResolvedVersion, scope: str = SHARED) -> str:
+    def reason(self, served: ResolvedVersion, pool: str = SHARED) -> str:
         """Why a version is on fewer workers than it should be; empty when nothing is known against it."""
-        return self.route(served.manifest.name, served.manifest.version, scope).reason
+        return self.route(served.manifest.name, served.manifest.version, pool).reason
 
     def worker_count(self, lane: Lane) -> int:
-        return len(self.route(lane.model, lane.version, lane.scope).workers)
+        return len(self.route(lane.model, lane.version, lane.pool).workers)
 
     def job_s(self, lane: Lane) -> float:
         """About how long a job of a lane runs; 0 when that is short or not known."""
-        return self.route(lane.model, lane.version, lane.scope).job_s
+        return self.route(lane.model, lane.version, lane.pool).job_s
 
-    def require_lane(self, served: ResolvedVersion, scope: str = SHARED) -> None:
-        """Prove that the version has lanes in a scope, so that a job for it will be found.
+    def require_lane(self, served: ResolvedVersion, pool: str = SHARED) -> None:
+        """Prove that the version has lanes in a pool, so that a job for it will be found.
 
         Raises:
             ModelNotReady: it was pushed, or its tenant isolated, a moment ago and it has none yet.
         """
-        if (served.manifest.name, served.manifest.version, scope) not in self._routes:
-            whose = "" if scope == SHARED else f" for tenant '{scope}', which is isolated"
+        if (served.manifest.name, served.manifest.version, pool) not in self._routes:
+            whose = "" if pool == SHARED else f" for tenant '{pool}', which is isolated"
             raise ModelNotReady(
                 f"model '{served.manifest.name}' version {served.manifest.version} is not ready yet{whose}; try again"
             )
 
-    def require_worker(self, served: ResolvedVersion, scope: str) -> None:
+    def require_worker(self, served: ResolvedVersion, pool: str) -> None:
         """:meth:`require_lane`; and for an isolated tenant, that a worker of its own is there to answer: it may never
         have had one.
 
@@ -285,14 +285,14 @@ class Catalog:
         if not self.loaded(served.manifest.name):
             name = served.manifest.name
             raise ModelUnloaded(f"model '{name}' is unloaded; load it with 'tether model load {name}'", field="model")
-        self.require_lane(served, scope)
-        if scope != SHARED and not self.workers(served, scope):
-            raise ModelNotReady(no_worker(served.manifest, scope, self.reason(served, scope)))
+        self.require_lane(served, pool)
+        if pool != SHARED and not self.workers(served, pool):
+            raise ModelNotReady(no_worker(served.manifest, pool, self.reason(served, pool)))
 
-    def ready(self, served: ResolvedVersion, scope: str = SHARED) -> bool:
+    def ready(self, served: ResolvedVersion, pool: str = SHARED) -> bool:
         """Whether a request for the version would be run just now."""
         name = served.manifest.name
-        return self.loaded(name) and self.serves(name, served.manifest.version) and bool(self.workers(served, scope))
+        return self.loaded(name) and self.serves(name, served.manifest.version) and bool(self.workers(served, pool))
 
     def loaded(self, model: str) -> bool:
         """Whether a model is not unloaded on purpose."""
@@ -309,21 +309,21 @@ class Catalog:
         config = self._configs.get(served.manifest.name)
         return Priority(config.default_priority) if config is not None and config.default_priority else Priority.NORMAL
 
-    def batching(self, served: ResolvedVersion, scope: str = SHARED) -> Batching:
-        """How a version's jobs are joined in a scope just now, and why they are not."""
-        return effective_batching(served.manifest, self.config(served.manifest.name), self.finding(served, scope))
+    def batching(self, served: ResolvedVersion, pool: str = SHARED) -> Batching:
+        """How a version's jobs are joined in a pool just now, and why they are not."""
+        return effective_batching(served.manifest, self.config(served.manifest.name), self.finding(served, pool))
 
-    def finding(self, served: ResolvedVersion, scope: str = SHARED) -> Finding:
-        """What a scope's workers found out about a version."""
-        return self.route(served.manifest.name, served.manifest.version, scope).finding
+    def finding(self, served: ResolvedVersion, pool: str = SHARED) -> Finding:
+        """What a pool's workers found out about a version."""
+        return self.route(served.manifest.name, served.manifest.version, pool).finding
 
-    def check_inputs(self, served: ResolvedVersion, inputs: tuple[Tensor, ...], scope: str = SHARED) -> None:
+    def check_inputs(self, served: ResolvedVersion, inputs: tuple[Tensor, ...], pool: str = SHARED) -> None:
         """Compare a request's tensors with the version's signature.
 
         Raises:
             BadTensor: naming the tensor, what was sent and what is expected.
         """
-        check_inputs(served.manifest, inputs, run_rows=self.batching(served, scope).max_batch_size)
+        check_inputs(served.manifest, inputs, run_rows=self.batching(served, pool).max_batch_size)
 
     def config(self, model: str) -> ModelConfig:
         """What is decided about a model; of one without an entry, the defaults."""

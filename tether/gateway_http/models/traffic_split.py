@@ -24,14 +24,14 @@ def drawn(alias: Alias, sticky: str) -> int:
     return alias.split[-1].version
 
 
-def no_worker(manifest: Manifest, scope: str, reason: str = "") -> str:
-    """Why a version is not ready in a scope, and what to do about it."""
+def no_worker(manifest: Manifest, pool: str, reason: str = "") -> str:
+    """Why a version is not ready in a pool, and what to do about it."""
     if reason:
         return f"no worker has it: {reason}"
-    if scope == SHARED:
+    if pool == SHARED:
         return "no worker has it loaded"
     return (
-        f"tenant '{scope}' is isolated and none of its own workers has model '{manifest.name}' version "
+        f"tenant '{pool}' is isolated and none of its own workers has model '{manifest.name}' version "
         f"{manifest.version} loaded; the administrator starts one with "
-        f"'tether identity add NAME --role worker --tenant {scope}' and 'tether worker --name NAME --ops-port 0'"
+        f"'tether identity add NAME --role worker --tenant {pool}' and 'tether worker --name NAME --ops-port 0'"
     )

@@ -67,9 +67,9 @@ class BundleReader:
             metrics.ENVELOPES_REJECTED.labels(error.code).inc()
             await self._unreadable(Bundle(delivery, envelope.header, []))
             return None
-        if not self._in_scope(delivery.lane, envelope.header, bundle.jobs):
+        if not self._in_pool(delivery.lane, envelope.header, bundle.jobs):
             metrics.ENVELOPES_REJECTED.labels(SubjectMismatch.code).inc()
-            log.error("another tenant's bundle", extra={"action": "scope_refused", "model": self._model})
+            log.error("another tenant's bundle", extra={"action": "pool_refused", "model": self._model})
             await delivery.ack()
             return None
         if any(job.sealed is not None for job in bundle.jobs):
@@ -99,7 +99,7 @@ class BundleReader:
         else:
             await delivery.ack()
 
-    def _in_scope(self, lane: Lane, header: Header, jobs: Sequence[Job]) -> bool:
+    def _in_pool(self, lane: Lane, header: Header, jobs: Sequence[Job]) -> bool:
         """An isolated tenant's lane carries its jobs alone, and the shared lanes none that was meant for such a lane."""
         if header.tenant != lane.tenant:
             return False

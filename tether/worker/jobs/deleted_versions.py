@@ -84,7 +84,7 @@ class DeletedLaneDrain:
         self._keepalive = keepalive
         self._intake = BundleReader(bus, keyring, ended.model)
         self._tasks = Tasks()
-        lanes = lanes_of(ended.model, ended.version, ended.region, bus.scope)
+        lanes = lanes_of(ended.model, ended.version, ended.region, bus.pool)
         self._pulls = {lane: LaneConsumer(bus, lane, bus.settings.worker_prefetch, self._take) for lane in lanes}
 
     async def start(self) -> None:

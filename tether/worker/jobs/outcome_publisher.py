@@ -89,8 +89,8 @@ class OutcomePublisher:
     async def _commit_one(self, model: str, outcome: Outcome) -> None:
         """An end without outputs is tried for as long as it takes: it is small, its job does not run again for it, and it is
         no run's place that it waits in (:mod:`tether.worker.jobs.commit_slots`)."""
-        clock, scope = self._bus.clock, self._bus.scope
-        subject = self._bus.names.result(outcome.job, scope)
+        clock, pool = self._bus.clock, self._bus.pool
+        subject = self._bus.names.result(outcome.job, pool)
         began, full_since = clock.monotonic(), 0.0
         with self._told_of(outcome.job):
             frame = self._sealed(subject, outcome)
@@ -98,7 +98,7 @@ class OutcomePublisher:
                 try:
                     if _has_outputs(outcome):
                         await self._room.take(len(frame))
-                    first = await self._results.commit(outcome.job, frame, scope=scope)
+                    first = await self._results.commit(outcome.job, frame, pool=pool)
                     break
                 except QueueFull as full:
                     full_since = full_since or clock.monotonic()

@@ -94,16 +94,16 @@ class Redelivery:
         keys = [bundle.header.message_id] if again or bundle.noted else []
         keys += [job.id for job in bundle.jobs] if bundle.suspect else []
         for key in keys:
-            subject = self._notes.raw.subject(self._bus.names.attempt_key(key, self._bus.scope))
+            subject = self._notes.raw.subject(self._bus.names.attempt_key(key, self._bus.pool))
             with suppress(BrokerUnavailable):
                 await self._bus.publish(subject, b"", headers=dict(GONE))
 
     async def _put(self, of: str, attempt: int, deliveries: int = 0) -> None:
         note = AttemptNote(attempt, self._bus.signer.name, self._bus.clock.utc(), deliveries)
-        await self._notes.put(self._bus.names.attempt_key(of, self._bus.scope), codec.encode(note))
+        await self._notes.put(self._bus.names.attempt_key(of, self._bus.pool), codec.encode(note))
 
     async def _stored(self, of: str) -> AttemptNote | None:
-        stored = await self._notes.get(self._bus.names.attempt_key(of, self._bus.scope))
+        stored = await self._notes.get(self._bus.names.attempt_key(of, self._bus.pool))
         return None if stored is None else codec.decode(stored, AttemptNote)
 
     async def _last_attempt(self, job: Job) -> int:

@@ -26,11 +26,11 @@ _ANSWER_S = 1.0
 
 
 class ResultsRoom:
-    """The results of one worker's scope, as it sees them."""
+    """The results of one worker's pool, as it sees them."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._stream = bus.names.scope_results_stream(bus.scope)
+        self._stream = bus.names.pool_results_stream(bus.pool)
         self._turn = asyncio.Lock()
         self._fresh_until = 0.0
         self._may_look = True

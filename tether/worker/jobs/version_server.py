@@ -70,7 +70,7 @@ class VersionServer:
         self._serving = RunSpec(manifest.batching, (), 0.0, 0.0, LoadBalancing.LEAST_CONNECTIONS)
         self._pulls = [
             LaneConsumer(bus, lane, 1, self._take)
-            for lane in lanes_of(manifest.name, manifest.version, self._settings.region, bus.scope)
+            for lane in lanes_of(manifest.name, manifest.version, self._settings.region, bus.pool)
         ]
         self._withdrawn = WithdrawnJobs(bus, self._pulls[0].lane)
         self._under_way = ActiveRuns(bus.clock, self._withdrawn)
@@ -213,7 +213,7 @@ class VersionServer:
         """Jobs of a durable bundle that ended before it came: of one that came before, or may hold cancelled ones that nobody told
         this worker of."""
         told = bundle.delivery.attempt == 1 and self._withdrawn.would_know(bundle.delivery.stored_at)
-        return set() if told or not bundle.durable else await self._results.ended(ids, scope=self._bus.scope)
+        return set() if told or not bundle.durable else await self._results.ended(ids, pool=self._bus.pool)
 
     async def _watch(self) -> None:
         """Hand back what does not come to its turn here."""

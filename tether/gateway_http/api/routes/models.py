@@ -73,14 +73,14 @@ async def _list(call: RequestContext) -> RouteReply:
 
 
 def _summary(call: RequestContext, name: str) -> common.ModelSummary:
-    gateway, scope, catalog = call.gateway, call.scope, call.gateway.catalog
+    gateway, pool, catalog = call.gateway, call.pool, call.gateway.catalog
     versions = catalog.versions(name)
     newest = versions[max(versions)]
     return common.ModelSummary(
         name=call.caller.shown(name),
         versions=list(versions),
         aliases=catalog.aliases(name),
-        ready=gateway.ready(newest, scope),
+        ready=gateway.ready(newest, pool),
         loaded=catalog.loaded(name),
         labels=dict(catalog.note(name, newest.manifest.version).labels),
         platform=newest.manifest.platform,
@@ -100,19 +100,19 @@ async def _show(call: RequestContext) -> RouteReply:
     catalog, name = call.gateway.catalog, call.model(Right.USE)
     versions = catalog.versions(name)
     right = call.caller.right(name)
-    details = [_detail(call.gateway, served, call.scope, right) for served in versions.values()]
+    details = [_detail(call.gateway, served, call.pool, right) for served in versions.values()]
     loaded = catalog.loaded(name)
     return RouteReply(
         common.ModelDetail(call.caller.shown(name), catalog.aliases(name), details, loaded=loaded, right=_word(right))
     )
 
 
-def _detail(gateway: Gateway, served: ResolvedVersion, scope: str, right: Right) -> common.VersionDetail:
+def _detail(gateway: Gateway, served: ResolvedVersion, pool: str, right: Right) -> common.VersionDetail:
     """A version; who may only use it gets no digests of its files, and does not see who pushed it."""
     catalog, seals = gateway.catalog, gateway.encrypted
     manifest = seals.shown(served.manifest)
-    finding, reads = catalog.finding(served, scope), right >= Right.WRITE
-    note, batching = catalog.note(manifest.name, manifest.version), catalog.batching(served, scope)
+    finding, reads = catalog.finding(served, pool), right >= Right.WRITE
+    note, batching = catalog.note(manifest.name, manifest.version), catalog.batching(served, pool)
     return common.VersionDetail(
         version=manifest.version,
         platform=manifest.platform,
@@ -125,10 +125,10 @@ def _detail(gateway: Gateway, served: ResolvedVersion, scope: str, right: Right)
         size=manifest.size,
         created_at=rfc3339(manifest.created_at),
         publisher=manifest.publisher if reads else "",
-        workers=len(catalog.workers(served, scope)),
-        ready=gateway.ready(served, scope),
+        workers=len(catalog.workers(served, pool)),
+        ready=gateway.ready(served, pool),
         served=catalog.serves(manifest.name, manifest.version),
-        reason=catalog.reason(served, scope),
+        reason=catalog.reason(served, pool),
         labels=dict(note.labels),
         note=note.note,
         encrypted=manifest.sealed is not None,

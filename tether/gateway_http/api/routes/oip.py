@@ -54,14 +54,14 @@ async def _metadata(call: RequestContext) -> RouteReply:
 
 async def _model_ready(call: RequestContext) -> RouteReply:
     served = _served(call)
-    ready = call.gateway.ready(served, call.scope)
+    ready = call.gateway.ready(served, call.pool)
     return RouteReply(common.ModelReady(call.caller.shown(served.manifest.name), ready), 200 if ready else 400)
 
 
 async def _config(call: RequestContext) -> RouteReply:
     served = _served(call)
     catalog = call.gateway.catalog
-    config, batching = catalog.config(served.manifest.name), catalog.batching(served, call.scope)
+    config, batching = catalog.config(served.manifest.name), catalog.batching(served, call.pool)
     return RouteReply(triton_config(_shown(call, served.manifest), config, batching))
 
 

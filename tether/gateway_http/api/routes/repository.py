@@ -31,21 +31,21 @@ async def _index(call: RequestContext) -> RouteReply:
 
 def _entry(call: RequestContext, served: ResolvedVersion) -> common.IndexEntry:
     manifest = served.manifest
-    state, reason = _state(call.gateway.catalog, served, call.scope)
+    state, reason = _state(call.gateway.catalog, served, call.pool)
     return common.IndexEntry(call.caller.shown(manifest.name), str(manifest.version), state, call.caller.told(reason))
 
 
-def _state(catalog: Catalog, served: ResolvedVersion, scope: str) -> tuple[str, str]:
+def _state(catalog: Catalog, served: ResolvedVersion, pool: str) -> tuple[str, str]:
     """A version's state in Triton's words, and why it is not READY."""
     name, number = served.manifest.name, served.manifest.version
-    workers = catalog.workers(served, scope)
+    workers = catalog.workers(served, pool)
     if not catalog.loaded(name):
         return "UNLOADING" if workers else "UNAVAILABLE", "unloaded"
     if not catalog.serves(name, number):
         return "UNLOADING" if workers else "UNAVAILABLE", "the version policy does not serve it"
     if workers:
         return "READY", ""
-    return "UNAVAILABLE", no_worker(served.manifest, scope, catalog.reason(served, scope))
+    return "UNAVAILABLE", no_worker(served.manifest, pool, catalog.reason(served, pool))
 
 
 def _parameters(call: RequestContext) -> dict[str, Any]:
@@ -82,7 +82,7 @@ async def _held(call: RequestContext, name: str) -> triton.LoadedVersion:
     catalog, limit_s = call.gateway.catalog, call.gateway.settings.request_timeout_s
     try:
         async with asyncio.timeout(limit_s):
-            while not call.gateway.ready(served := catalog.resolve(name, ""), call.scope):
+            while not call.gateway.ready(served := catalog.resolve(name, ""), call.pool):
                 await asyncio.sleep(_LOOK_S)
     except TimeoutError:
         version = catalog.resolve(name, "").manifest.version
@@ -98,7 +98,7 @@ async def _unload(call: RequestContext) -> RouteReply:
         raise InvalidRequest("a model is not configured by unloading it", field="parameters.config")
     await set_loaded(call, name, {}, loaded=False)
     served = catalog.known(name, "")
-    state = _state(catalog, served, call.scope)[0]
+    state = _state(catalog, served, call.pool)[0]
     return RouteReply(triton.LoadedVersion(call.caller.shown(name), str(served.manifest.version), state))
 
 

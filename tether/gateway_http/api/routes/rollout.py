@@ -19,17 +19,17 @@ _NONE = "none is running; it is loaded when one starts ('tether worker')"
 
 
 async def _show(call: RequestContext) -> RouteReply:
-    gateway, scope = call.gateway, call.scope
+    gateway, pool = call.gateway, call.pool
     served = gateway.catalog.known(call.model(), call.path("version"))
     config = gateway.catalog.config(served.manifest.name)
-    crew = _crew(await heartbeats(gateway), scope, config)
+    crew = _crew(await heartbeats(gateway), pool, config)
     wanted = min(config.replicas_max or len(crew), len(crew))
     ready, failures = _said(crew, served)
-    state, reason = _state(gateway, served, scope)
+    state, reason = _state(gateway, served, pool)
     if state == "loading":
         reason = next(iter(failures), "")
         if not crew:
-            state, reason = "no_workers", no_worker(served.manifest, scope, _NONE if scope == SHARED else "")
+            state, reason = "no_workers", no_worker(served.manifest, pool, _NONE if pool == SHARED else "")
         elif len(failures) >= wanted:
             state = "failed"
     name, number = call.caller.shown(served.manifest.name), served.manifest.version
@@ -37,10 +37,10 @@ async def _show(call: RequestContext) -> RouteReply:
     return RouteReply(models.Rollout(name, number, state, wanted, ready, len(failures), told))
 
 
-def _crew(beats: Sequence[Heartbeat], scope: str, config: ModelConfig) -> list[Heartbeat]:
-    """The workers of a scope that have the labels which a model asks for."""
+def _crew(beats: Sequence[Heartbeat], pool: str, config: ModelConfig) -> list[Heartbeat]:
+    """The workers of a pool that have the labels which a model asks for."""
     wanted = config.labels.items()
-    return [beat for beat in beats if beat.scope == scope and wanted <= beat.labels.items()]
+    return [beat for beat in beats if beat.pool == pool and wanted <= beat.labels.items()]
 
 
 def _said(crew: Sequence[Heartbeat], served: ResolvedVersion) -> tuple[int, list[str]]:
@@ -51,16 +51,16 @@ def _said(crew: Sequence[Heartbeat], served: ResolvedVersion) -> tuple[int, list
     return len(crew) - len(others), [reason for beat in others if (reason := dict(beat.failed).get(label))]
 
 
-def _state(gateway: Gateway, served: ResolvedVersion, scope: str) -> tuple[models.RolloutState, str]:
+def _state(gateway: Gateway, served: ResolvedVersion, pool: str) -> tuple[models.RolloutState, str]:
     """What is decided about a version, apart from what workers say."""
     catalog, name = gateway.catalog, served.manifest.name
-    if gateway.ready(served, scope):
-        return "ready", catalog.reason(served, scope)
+    if gateway.ready(served, pool):
+        return "ready", catalog.reason(served, pool)
     if not catalog.loaded(name):
         return "unloaded", "the model is unloaded"
     if not catalog.serves(name, served.manifest.version):
         return "not_served", "the model's version policy does not serve it"
-    if unplaced := catalog.reason(served, scope):
+    if unplaced := catalog.reason(served, pool):
         return "unplaced", unplaced
     return "loading", ""
 
