@@ -17,6 +17,8 @@ from served import Served, until
 from tether import Client
 from tether.domain.tensor import Array
 from tether.errors import FormatNotAllowed, InferenceFailed, InvalidRequest, ModelRejected
+from tether.sandbox import plan
+from tether.sandbox.trial import tried
 from tether.worker.runtimes.process_runtime import ProcessRuntime
 
 
@@ -47,6 +49,30 @@ def test_a_bundle_is_served(served: Served, sdk: Client, bundle: str) -> None:
         runtime for one in served.services.workers[0].holder._held.values() for runtime in one.instance.copies.runtimes
     ]
     assert own in [runtime.pid % 65536 for runtime in held if isinstance(runtime, ProcessRuntime)]
+
+
+WRITES = """
+import tempfile
+from pathlib import Path
+
+class Model:
+    def load(self, directory):
+        self.folder = tempfile.TemporaryDirectory()
+        Path(self.folder.name, "bias").write_bytes((directory / "data" / "bias.txt").read_bytes())
+
+    def predict(self, inputs):
+        return {"y": inputs["x"] + float(Path(self.folder.name, "bias").read_text())}
+"""
+
+
+@pytest.mark.skipif(not tried(plan.REQUIRED, 1).scratch, reason="the kernel gives no folder in memory here")
+def test_a_bundle_that_writes_temporary_files_when_it_is_loaded_is_pushed_and_served(
+    served: Served, sdk: Client, tmp_path: Path
+) -> None:
+    told = sdk.push("writing", bundles.write(tmp_path / "writing", code=WRITES))
+    assert not told["untried"]
+    sdk.wait_ready("writing", told["version"])
+    np.testing.assert_array_equal(sdk.infer("writing", x(1.0))["y"], np.full((1, 4), 1.5, dtype=np.float32))
 
 
 @pytest.mark.parametrize(("habit", "words"), [(-2.0, "SIGSEGV"), (-3.0, "took longer than 1 s")])

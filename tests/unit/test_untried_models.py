@@ -18,6 +18,8 @@ from tether.domain.tensor import from_numpy
 from tether.errors import InspectionLimitExceeded, ModelRejected
 from tether.model import sample
 from tether.modelstore.inspection.inspector import Inspection, InspectionLimits, inspect
+from tether.sandbox import plan
+from tether.sandbox.trial import tried
 from tether.wire.oip_json import tensor_to_json
 
 LIMITS = InspectionLimits(memory_mb=3072, cpu_s=20, wall_s=40)
@@ -252,6 +254,35 @@ async def test_rows_of_the_sample_are_compared_too(tmp_path: Path) -> None:
 async def bundle(folder: Path, code: str, limits: InspectionLimits = LIMITS, **changes: Any) -> Inspection:
     bundles.write(folder, code=code, **changes)
     return await inspect(folder, "python_bundle", limits)
+
+
+TEMPORARY = """
+import tempfile
+from pathlib import Path
+
+class Model:
+    def load(self, directory):
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "weights").write_bytes(bytes(SIZE))
+            self.size = Path(folder, "weights").stat().st_size
+
+    def predict(self, inputs):
+        with tempfile.TemporaryFile() as file:
+            file.write(bytes(self.size))
+        return {"y": inputs["x"]}
+"""
+
+
+@pytest.mark.skipif(not tried(plan.REQUIRED, 1).scratch, reason="the kernel gives no folder in memory here")
+async def test_a_bundle_writes_temporary_files_at_its_inspection_as_in_a_worker(tmp_path: Path) -> None:
+    wish = plan.ConfinementRequest(scratch_mb=1, file_mb=1)
+    small = bundles.write(tmp_path / "small", code=TEMPORARY.replace("SIZE", "500_000"))
+    assert not (await inspect(small, "python_bundle", LIMITS, confined=wish)).untried
+    large = bundles.write(tmp_path / "large", code=TEMPORARY.replace("SIZE", "1_500_000"))
+    with pytest.raises(ModelRejected, match="OSError"):
+        await inspect(large, "python_bundle", LIMITS, confined=wish)
+    with pytest.raises(ModelRejected, match=r"FileNotFoundError|OSError|PermissionError"):
+        await inspect(small, "python_bundle", LIMITS)
 
 
 async def test_a_bundle_that_refuses_made_up_inputs_is_taken(tmp_path: Path) -> None:

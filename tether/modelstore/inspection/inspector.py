@@ -107,7 +107,7 @@ async def inspect(
 ) -> Inspection:
     """Inspect the files of ``directory`` with a module of this package, which is told what is ``wanted``: the platform and the
     signature. The child is ``confined``,
-    inherits no environment, may write no file, and reads nothing but these files and libraries.
+    inherits no environment, writes no file but in a folder in memory where it is given one, and reads nothing but these files and libraries.
 
     Raises:
         ModelRejected: the model cannot be served, or its inspection crashed, ran too long or needed too much memory.

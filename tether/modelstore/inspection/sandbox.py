@@ -1,7 +1,8 @@
 """What every child of an inspection does: limit itself, look, and print reports, one a line.
 
 Called as ``tether.modelstore.inspect_X DIR MEMORY_MB CPU_SECONDS PLATFORM SIGNATURE`` in a process that is confined already
-(:mod:`tether.sandbox.enter`). It limits its own memory and processor time, and may not write a byte to any file.
+(:mod:`tether.sandbox.enter`). It limits its own memory and processor time, and writes no file but in the folder in memory that it
+may have been given.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def main(arguments: list[str], inspect: Inspect, *, files: int = 64) -> int:
 def _limit(memory_mb: int, cpu_s: int, files: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    if "TMPDIR" not in os.environ:  # set with the folder in memory, whose size limits files then
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
 
 

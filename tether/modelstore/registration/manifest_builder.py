@@ -89,16 +89,19 @@ async def sealed_source(request: PushRequest, bus: Bus, keyring: ModelKeyring, m
 
 
 def confined(platform: str, settings: Settings) -> plan.ConfinementRequest:
-    """How the process is confined that looks at a model.
+    """How the process is confined that looks at a model. A program has the folder for temporary files that it has in workers.
 
     Raises:
         ModelRejected: the model is a program, and this machine's kernel cannot confine it.
     """
     plan.check(settings.model_confinement, platform)
+    scratch_mb = 0 if platform in plan.WITHOUT_CODE else settings.model_scratch_mb
     return plan.ConfinementRequest(
         mode=plan.mode_for(settings.model_confinement, platform),
         apart=str(Home.at(settings.home).root),
         read=plan.read_dirs(settings.model_read_dirs),
+        scratch_mb=scratch_mb,
+        file_mb=scratch_mb,
     )
 
 
