@@ -1,9 +1,10 @@
-"""Inputs of a request from files: OIP JSON, plain JSON, ``.npy``, ``.npz``, or any of them on standard input."""
+"""Inputs of a request from files: OIP JSON, plain JSON, ``.npy``, ``.npz``, or any of them on standard input; or JSON as it stands."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,8 @@ def read(source: str) -> dict[str, Any]:
 def _bytes(source: str) -> bytes:
     if source == "-":
         return sys.stdin.buffer.read()
+    if source.lstrip().startswith(("{", "[")) and not os.path.lexists(source):
+        return source.encode(errors="surrogateescape")
     try:
         return Path(source).read_bytes()
     except OSError as error:

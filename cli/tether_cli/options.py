@@ -39,8 +39,8 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="INPUTS",
-        help="Inputs: a .json file (OIP body, or {name: nested list}), .npy (the only input), .npz (by name), or - for "
-        "standard input.",
+        help="Inputs: a .json file (OIP body, or {name: nested list}), .npy (the only input), .npz (by name), - for "
+        "standard input, or the JSON itself.",
     ),
 ]
 Version = Annotated[str | None, typer.Option("--version", metavar="VERSION", help="Version or alias; else latest.")]

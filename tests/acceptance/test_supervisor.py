@@ -52,7 +52,7 @@ def test_status_tells_processes_workers_models_and_queues(running: Platform, tmp
     assert [row["name"] for row in found["workers"]] == ["worker-1"]
     words = running.run("status")
     assert words.returncode == 0
-    for line in ("waiting ", "durable jobs 0, requests 0", "dead letters 0", "gateway ", "worker-1 ", "plus "):
+    for line in ("waiting ", "durable jobs 0, with requests 0", "dead letters 0", "gateway ", "worker-1 ", "plus "):
         assert line in words.stdout
     assert "TETHER_RESULTS" not in words.stdout
     assert "TETHER_RESULTS" in running.run("status", "--streams").stdout

@@ -193,6 +193,11 @@ def logged(form: str, text: str, *, error: bool = False) -> list[str]:
     return out.getvalue().splitlines()
 
 
+def test_a_line_of_text_has_the_records_fields() -> None:
+    (line,) = logged("text", "digits")
+    assert line.endswith("gateway refused: model 'digits' is not here request_id=digits model=digits")
+
+
 @pytest.mark.parametrize("text", FORGED)
 def test_every_record_is_one_line_of_json(text: str) -> None:
     for error in (False, True):

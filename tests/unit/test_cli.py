@@ -24,6 +24,7 @@ from tether.domain.tensor import from_numpy
 from tether.errors import ConfigError, InvalidRequest, Unavailable
 from tether.wire import oip
 from tether_cli import inputs, main, output
+from tether_cli.commands.jobs import print_outputs
 from tether_cli.main import application
 
 TETHER = (sys.executable, "-m", "tether_cli")
@@ -265,6 +266,30 @@ def test_the_form_is_told_by_the_content(tmp_path: Path) -> None:
     assert inputs.read(saved(tmp_path, [[1, 2]])) == {UNNAMED: [[1, 2]]}
     body = {"inputs": [oip.tensor_to_json(from_numpy("x", ARRAY))]}
     np.testing.assert_array_equal(inputs.read(saved(tmp_path, body))["x"], ARRAY)
+
+
+def test_json_may_be_given_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert inputs.read('{"x": [[1, 2]]}') == {"x": [[1, 2]]}
+    assert inputs.read("[[1, 2]]") == {UNNAMED: [[1, 2]]}
+    with pytest.raises(InvalidRequest, match="is not JSON"):
+        inputs.read("[[1, 2]")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "[1]").write_text("[2]")
+    assert inputs.read("[1]") == {UNNAMED: [2]}, "the file of that name comes first"
+
+
+def test_a_terminal_is_shown_the_first_numbers_of_a_large_output(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = {"label": np.array([3]), "boxes": np.full((1, 2000), 0.1, np.float32)}
+    print_outputs(outputs, json_output=False)
+    assert capsys.readouterr().out.count("0.1") == 2000, "another program gets all of them"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    print_outputs(outputs, json_output=False)
+    out, err = capsys.readouterr()
+    few = ", ".join(["0.1"] * 8)
+    assert out == f"label  [3]\nboxes  shape [1, 2000]: [{few}, ...]\n"
+    assert "--output FILE.npz" in err
 
 
 def test_an_input_may_be_called_inputs(tmp_path: Path) -> None:

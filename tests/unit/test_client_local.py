@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -186,17 +187,29 @@ def test_an_empty_model_file_is_told_as_that(tmp_path: Path, suffix: str) -> Non
         ("net.tar.gz", "unpack it"),
         ("net.gguf", "llama.cpp"),
         ("net.mlmodel", "convert_coreml"),
-        ("net.xyz", "no model that is known here"),
+        ("net.xyz", "is no model: a model is a file that ends in .onnx"),
     ],
 )
 def test_what_needs_conversion_is_told_with_the_command(tmp_path: Path, name: str, words: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     assert words in refusal(tmp_path / name)
-    if "known" not in words:
+    if "is no model" not in words:
         assert words in refusal(tmp_path)
 
 
 def test_a_folder_without_a_model_says_what_it_lacks(tmp_path: Path) -> None:
-    assert "has no model.onnx" in refusal(tmp_path)
+    assert "holds no model: neither one of model.onnx" in refusal(tmp_path)
     (tmp_path / "model.json").write_text("[" * 100_000)
     assert "model.json and no model.py" in refusal(tmp_path)
+
+
+def test_a_pickle_that_calls_itself_torchscript_is_told_as_that_and_a_script_how_to_describe_it(tmp_path: Path) -> None:
+    pickled, script = tmp_path / "pickled.pt", tmp_path / "script.pt"
+    for path, member in ((pickled, "pickled/data.pkl"), (script, "script/code/__torch__.py")):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(member, b"x")
+    (tmp_path / "old.pt").write_bytes(b"\x80\x02")
+    for path in (pickled, tmp_path / "old.pt"):
+        assert "torch.export.save" in refusal(path)
+        assert "beside it" not in refusal(path)
+    assert 'in script.json or model.json beside it, as in {"inputs": [{"name": "x", ' in refusal(script)

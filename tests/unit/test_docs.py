@@ -154,7 +154,9 @@ def test_help_has_a_line_for_every_command() -> None:
     assert all(command.help for _, command in reference.commands())
 
 
-def test_the_readme_names_every_document() -> None:
-    page = (ROOT / "README.md").read_text()
-    for path in DOCS.rglob("*.md"):
+def test_the_readme_names_every_document_and_the_index_every_decision() -> None:
+    page, index = (ROOT / "README.md").read_text(), DOCS / "adr" / "README.md"
+    for path in (*DOCS.glob("*.md"), index):
         assert str(path.relative_to(ROOT)) in page, f"README does not link {path.name}"
+    for path in DOCS.glob("adr/[0-9]*.md"):
+        assert f"]({path.name})" in index.read_text(), f"docs/adr/README.md does not link {path.name}"

@@ -65,7 +65,7 @@ def test_first_axes_of_a_model_without_batches_are_its_own() -> None:
         ((x(1, 4), mask(1), x(1, 4)), "'x' is given twice"),
         ((x(1, 4), mask(1), x(1, name="w")), "no input 'w'"),
         ((x(1, 4, datatype="FP64"), mask(1)), "datatype FP64; the model expects FP32"),
-        ((x(1, 5), mask(1)), "shape [1, 5]; the model expects [-1, 4]"),
+        ((x(1, 5), mask(1)), "shape [1, 5]; the model expects [-1, 4] (-1: any length)"),
         ((x(4), mask(1)), "shape [4]"),
         ((x(), mask(1)), "shape []"),
         ((x(2, 4), mask(3)), "3 rows and another input has 2"),

@@ -73,7 +73,8 @@ def where_keys_are(url: str) -> str:
     looked = "the argument api_key, TETHER_API_KEY"
     if is_local(url):
         looked += f" and {Home.at(client_environment().home).admin_key}"
-    return f"no API key was found (looked at {looked})"
+    elsewhere = "; go to the folder where 'tether up' runs, or set TETHER_API_KEY" if is_local(url) else ""
+    return f"no API key was found (looked at {looked}){elsewhere}"
 
 
 def is_local(url: str) -> bool:

@@ -25,6 +25,7 @@ from tether.errors import BadName
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_NAME_RULE = "a name has 1 to 64 of a-z, 0-9, '.', '_' and '-', and begins with a letter or digit"
 
 
 FIXED_CHUNK = 1 << 20
@@ -297,5 +298,5 @@ def check_name(name: str, *, field: str) -> str:
     """
     if _NAME.fullmatch(name) is None:
         shown = name[:64].encode("ascii", "backslashreplace").decode()
-        raise BadName(f"{field} {shown!r} does not match {NAME_PATTERN}", field=field)
+        raise BadName(f"{field} {shown!r} is not allowed; {_NAME_RULE}", field=field)
     return name

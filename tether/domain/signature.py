@@ -147,7 +147,8 @@ def _check_against(spec: TensorSpec, tensor: Tensor) -> None:
     )
     if not fits:
         raise BadTensor(
-            f"input '{spec.name}' has shape {list(tensor.shape)}; the model expects {list(spec.shape)}",
+            f"input '{spec.name}' has shape {list(tensor.shape)}; the model expects {list(spec.shape)}"
+            + (" (-1: any length)" if -1 in spec.shape else ""),
             field=f"{spec.name}.shape",
         )
 

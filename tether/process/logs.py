@@ -6,7 +6,9 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from typing import Any
 
 from tether.errors import one_line
 from tether.settings import Settings, ignored
@@ -37,8 +39,12 @@ def without_secrets(text: str) -> str:
     return _SECRETS.sub(lambda found: f"{found[1] or found[2]}_<secret>", text)
 
 
+def _fields(record: logging.LogRecord) -> Iterator[tuple[str, Any]]:
+    return ((name, getattr(record, name)) for name in FIELDS if hasattr(record, name))
+
+
 class TextFormatter(logging.Formatter):
-    """For eyes: one line a record, control characters escaped; an exception follows on lines of its own."""
+    """For eyes: one line a record with its fields behind, control characters escaped; an exception follows on lines of its own."""
 
     def __init__(self, service: str) -> None:
         super().__init__()
@@ -47,6 +53,7 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line = f"{time} {record.levelname:<7} {self._service} {one_line(record.getMessage())}"
+        line += "".join(f" {name}={one_line(str(value))}" for name, value in _fields(record) if name != "action")
         if record.exc_info:
             line += "".join(f"\n  {one_line(part)}" for part in self.formatException(record.exc_info).splitlines())
         return without_secrets(line)
@@ -66,7 +73,7 @@ class JsonFormatter(logging.Formatter):
             "service": self._service,
             "message": record.getMessage(),
         }
-        line.update({name: getattr(record, name) for name in FIELDS if hasattr(record, name)})
+        line.update(_fields(record))
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return without_secrets(json.dumps(line, default=str))

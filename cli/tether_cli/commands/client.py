@@ -38,7 +38,7 @@ def _work() -> dict[str, Group]:
             {"list": jobs.listing, "get": jobs.get, "wait": jobs.wait, "cancel": jobs.cancel},
         ),
         "model": (
-            "Models: push, pull, list, show, promote, roll back, delete; share them; look after their chunks.",
+            "Models: push, list, show, configure, share, delete and more.",
             {
                 "push": push.push,
                 "pull": models.pull,

@@ -60,14 +60,35 @@ def _nested(value: Any) -> Any:
     return value if not isinstance(value, float) or abs(value) < float("inf") else str(value)
 
 
-def _print_outputs(outputs: Outputs, *, json_output: bool) -> None:
+def print_outputs(outputs: Outputs, *, json_output: bool) -> None:
     import json
 
     plain = _plain(outputs)
     if json_output:
         print_json(plain)
         return
-    print_fields({name: json.dumps(value, ensure_ascii=False) for name, value in plain.items()})
+    short = {name: array for name, array in outputs.items() if sys.stdout.isatty() and array.size > MOST_SHOWN}
+    print_fields(
+        {
+            name: _first(short[name]) if name in short else json.dumps(value, ensure_ascii=False)
+            for name, value in plain.items()
+        }
+    )
+    if short:
+        say(
+            f"only the first numbers of {', '.join(short)} are shown; --output FILE.npz writes all of them, --json prints them"
+        )
+
+
+MOST_SHOWN = 1000
+"""Elements of an output that a terminal is given; a file or another program gets all of them."""
+
+
+def _first(array: Array) -> str:
+    import json
+
+    some = json.dumps(_nested(_shortest(array.ravel()[:8]).tolist()), ensure_ascii=False)
+    return f"shape {list(array.shape)}: {some[:-1]}, ...]"
 
 
 def infer(
@@ -89,7 +110,7 @@ def infer(
     if output is not None:
         _save(output, outputs)
     else:
-        _print_outputs(outputs, json_output=json_output)
+        print_outputs(outputs, json_output=json_output)
 
 
 def submit(
@@ -115,7 +136,10 @@ def submit(
     timeout: Timeout = 30.0,
     json_output: JsonFlag = False,
 ) -> None:
-    """Queue durable jobs; print their ids, or with --wait how they ended."""
+    """Queue durable jobs and print their ids.
+
+    With --wait print how they ended.
+    """
     if rows and key is not None:
         raise typer.BadParameter("--idempotency-key names one job; it cannot go with --rows")
     from tether_cli import inputs
@@ -185,7 +209,7 @@ def _print_ends(ended: Sequence[JobInfo]) -> None:
     import json
 
     if len(ended) == 1 and ended[0].state == "succeeded":
-        _print_outputs(ended[0].outputs(), json_output=False)
+        print_outputs(ended[0].outputs(), json_output=False)
         return
     for info in ended:
         told = json.dumps(_plain(info.outputs()), ensure_ascii=False) if info.state == "succeeded" else "-"

@@ -106,7 +106,10 @@ def up(
     detach: Annotated[bool, typer.Option("--detach", help="Return when it is ready; stop it with 'down'.")] = False,
     log_files: Annotated[bool, typer.Option("--log-files", help="Write each service's log to DIR/logs.")] = False,
 ) -> None:
-    """Run the whole platform: broker, model store, dispatcher, workers, gateway."""
+    """Run the whole platform until Ctrl-C, or with --detach until 'down'.
+
+    It is a broker, a model store, a dispatcher, workers and a gateway.
+    """
     from tether.process import logs
     from tether_cli.platform import up as running
 
@@ -128,12 +131,12 @@ def up(
 
 
 def down(data_dir: DataDir = None) -> None:
-    """Stop what 'tether up' started on this data directory and wait until it is gone."""
+    """Stop what 'tether up' started, and wait until it is gone."""
     from tether_cli.platform import up as running
 
     _, home = _load("broker", home=data_dir)
     stopped = asyncio.run(running.down(home))
-    say("stopped" if stopped else f"nothing runs on {home.root}")
+    say("stopped" if stopped else f"nothing runs on {home.root}; name the folder of a platform with --data-dir")
 
 
 def status(
@@ -141,7 +144,10 @@ def status(
     json_output: JsonFlag = False,
     streams: Annotated[bool, typer.Option("--streams", help="Also show the broker's streams.")] = False,
 ) -> None:
-    """Show processes, models, workers and queues; exit status 1 when something is not as it should be."""
+    """Show processes, models, workers and queues.
+
+    The exit status is 1 when something is not as it should be.
+    """
     from tether_cli.platform.status import collect
 
     _quiet()
@@ -164,7 +170,7 @@ def _print_status(found: dict[str, Any], *, streams: bool) -> None:
         {
             "gateway": found["http"],
             "broker": f"{broker['url']} ({broker['durability']})",
-            "waiting": f"durable jobs {queues['jobs']}, requests {queues['requests']}",
+            "waiting": f"messages with durable jobs {queues['jobs']}, with requests {queues['requests']}",
             "kept": f"results {queues['results']}, dead letters {queues['dead_letters']}",
         }
     )
@@ -178,7 +184,7 @@ def _print_status(found: dict[str, Any], *, streams: bool) -> None:
             typer.echo(f"{row['name']} was restarted: {row['restarted_because']}")
     typer.echo()
     print_table(
-        ("worker", "models", "running", "slots", "heard of"),
+        ("worker", "models", "running", "slots", "last heard of"),
         [
             [row["name"], len(row["ready"]), row["running"], row["slots"], f"{row['age_s']:.1f} s ago"]
             for row in found["workers"]
@@ -192,7 +198,7 @@ def _print_status(found: dict[str, Any], *, streams: bool) -> None:
                 row["name"],
                 row["versions"],
                 [f"{name}={version}" for name, version in row["aliases"].items()],
-                row["ready"],
+                _word(row["ready"]),
             ]
             for row in found["models"]
         ],
@@ -217,7 +223,10 @@ def streams(
     apply: Annotated[bool, typer.Option("--apply", help="Change them; 'tether up' does so when it starts.")] = False,
     json_output: JsonFlag = False,
 ) -> None:
-    """Show which of the broker's streams are not as the settings want them; exit status 1 when some stay so."""
+    """Show streams of the broker that differ from the settings.
+
+    The exit status is 1 when some stay so.
+    """
     from tether.streams.updates import differing_streams, update_streams
     from tether_cli.audit_queries import connected
 
@@ -240,7 +249,10 @@ def streams(
 
 
 def doctor(data_dir: DataDir = None, json_output: JsonFlag = False) -> None:
-    """Check machine, keys, ports and broker: one line each, with the fix; exit status 1 when something fails."""
+    """Check machine, keys, ports and broker, and say how to fix it.
+
+    One line each. The exit status is 1 when something fails.
+    """
     import msgspec
 
     from tether_cli.platform.doctor import examine

@@ -157,7 +157,12 @@ def _size(path: str) -> int | None:
 def _tell_pushed(told: dict[str, Any]) -> None:
     typer.echo(f"{told['name']} {told['version']}")
     how = "encrypted, " if told.get("encrypted") else ""
-    say(f"{how}{told.get('size')} bytes, {told.get('stored_bytes')} of them sent; the rest was there already")
+    size, sent = told.get("size"), told.get("stored_bytes")
+    say(
+        f"{how}{size} bytes sent"
+        if sent == size
+        else f"{how}{size} bytes, {sent} of them sent; the rest was stored already"
+    )
     for side in ("inputs", "outputs"):
         listed = ", ".join(f"{spec['name']} {spec['datatype']} {spec['shape']}" for spec in told.get(side, ()))
         say(f"{side}: {listed or 'none'}")

@@ -44,7 +44,7 @@ QUEUES = {"jobs": "_JOBS_", "requests": "_INFER_", "results": "_RESULTS", "dead_
 
 
 def _queues(prefix: str, streams: list[dict[str, Any]]) -> dict[str, int]:
-    """How many jobs and requests wait, and how many results and dead letters are kept."""
+    """How many messages wait, each with many jobs or requests, and how many results and dead letters are kept."""
     named = {kind: f"{prefix.upper()}{part}" for kind, part in QUEUES.items()}
     return {
         kind: sum(row["messages"] for row in streams if row["name"].startswith(name)) for kind, name in named.items()

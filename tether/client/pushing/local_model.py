@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import stat
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -108,21 +109,34 @@ def _unknown(path: Path) -> str:
     helps = conversion(path)
     if helps:
         return f"{path.name!r} is {helps}"
-    return (
-        f"{path.name!r} is no model that is known here: a file that ends in {', '.join(FORMATS)}, "
-        f"or a folder with {' or '.join(BUNDLES)}"
-    )
+    return f"{path.name!r} is no model: a model is {_KNOWN}"
+
+
+_KNOWN = f"a file that ends in {', '.join(FORMATS)}, or a folder with one of {', '.join(BUNDLES)}"
 
 
 def _description(path: Path, name: str) -> Path:
     for source in (path.with_suffix(".json"), path.with_name(name)):
         if source.is_file():
             return source
+    if path.suffix.lower() != ".safetensors" and _is_pickle(path):
+        raise InvalidRequest(f"{path.name!r} is {conversion(path.with_suffix('.pth'))}", field="path")
+    example = '{"name": "x", "datatype": "FP32", "shape": [-1, 3]}'
     raise InvalidRequest(
-        f"{path.name!r} does not say what its inputs and outputs are; "
-        f"describe them in {path.with_suffix('.json').name} or {name} beside it",
+        f"{path.name!r} does not say what its inputs and outputs are; describe them in {path.with_suffix('.json').name} or "
+        f'{name} beside it, as in {{"inputs": [{example}], "outputs": [...]}}; -1 is an axis of any length',
         field="path",
     )
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether torch.save wrote a file: what torch.jit.save writes is an archive with code in it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return not any("/code/" in name for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        with path.open("rb") as file:
+            return file.read(1) == b"\x80"
 
 
 # folders
@@ -193,7 +207,8 @@ def _renamed(folder: Path, found: dict[str, Path]) -> tuple[str, dict[str, Path]
     if not models:
         helps = next((f"; {shown(path)} is {text}" for path in found if (text := conversion(PurePath(path)))), "")
         raise InvalidRequest(
-            f"the folder {folder} has no {' and no '.join(BUNDLES)}, and no file that ends in {', '.join(FORMATS)}{helps}",
+            f"the folder {folder} holds no model: neither one of {', '.join(BUNDLES)}, nor a file that ends in "
+            f"{', '.join(FORMATS)}{helps}",
             field="path",
         )
     name, platform = FORMATS[PurePath(models[0]).suffix.lower()]

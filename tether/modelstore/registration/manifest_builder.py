@@ -160,7 +160,7 @@ def _checked(found: Inspection) -> Inspection:
     return found
 
 
-_DECLARABLE = "push it with --max-batch-size N to declare that its rows do not depend on one another"
+_DECLARABLE = "if no row's answer depends on another row, say so with --max-batch-size N at the push"
 
 
 def batching(request: PushRequest, found: Inspection) -> Batching:
@@ -208,8 +208,8 @@ def _why_not(found: Inspection) -> str:
     if found.refuted:
         return found.note
     if any(not spec.shape or spec.shape[0] != -1 for spec in (*found.inputs, *found.outputs)):
-        return found.note or "not every input and output has a free first axis"
-    return f"{found.note or 'that its rows do not depend on one another is proven of ONNX graphs only'}; {_DECLARABLE}"
+        return found.note or "not every input and output has an open first axis for the rows"
+    return f"{found.note or 'only ONNX graphs are proven to be safe to batch'}; {_DECLARABLE}"
 
 
 def manifest_builder(

@@ -21,7 +21,7 @@ from tether.process.os_process import die_with_parent
 from tether.sandbox import plan
 from tether.storage.upload import MODEL_PATH
 
-DECLARE = "push it again with --max-batch-size N to declare that no row's answer depends on another row"
+DECLARE = "if no row's answer depends on another row, push it again with --max-batch-size N"
 _WALL_S = 120.0
 _CPU_S = 60
 _MEMORY_MB = 2048
@@ -36,7 +36,7 @@ def unjudged(manifest: Manifest) -> bool:
 async def judge(manifest: Manifest, directory: Path) -> Finding:
     """What is to be known of such a version; its files are whole in ``directory``. The child may use a minute of processor time."""
     if manifest.platform != "onnxruntime_onnx":
-        return Finding(unproven=f"this can be proven of ONNX graphs only; {DECLARE}")
+        return Finding(unproven=f"only ONNX graphs are proven to be safe to batch; {DECLARE}")
     proof = await _asked(directory / MODEL_PATH)
     return Finding(proven=True) if proof.independent else Finding(unproven=f"{proof.reason}; {DECLARE}")
 
