@@ -12,7 +12,7 @@ if [ -n "${COVERAGE:-}" ]; then
 fi
 side_by_side=()
 if [ $# -eq 0 ]; then
-    side_by_side=(-n "${TEST_PROCESSES:-3}" --dist loadscope --no-loadscope-reorder) # grouped by tests/groups.py
+    side_by_side=(-n "${TEST_PROCESSES:-3}" --dist loadscope --no-loadscope-reorder) # grouped by tests/support/suite/groups.py
 fi
 TETHER_TEST_LOCKS=$(mktemp -d "${TMPDIR:-/tmp}/tether-locks.XXXXXX")
 export TETHER_TEST_LOCKS

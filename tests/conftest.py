@@ -12,12 +12,19 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import alone
-import groups
 import pytest
-from brokers import IMAGE_VARIABLE, Broker, StartBroker, container, embedded, server_binary, temporary_home
-from served import Served
-from served import served as serving
+from support.brokers.brokers import (
+    IMAGE_VARIABLE,
+    Broker,
+    StartBroker,
+    container,
+    embedded,
+    server_binary,
+    temporary_home,
+)
+from support.http.served import Served
+from support.http.served import served as serving
+from support.suite import alone, groups
 
 from tether.broker.embedded_server import Binary
 from tether.process.data_dir import Home

@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
-from platforms import ROOT, Platform, platform
-from served import until
+from support.http.served import until
+from support.platform.platforms import ROOT, Platform, platform
 
 from tether.audit import read_records, write_record
 from tether.crypto import body_of

@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from brokers import wait_until
-from platforms import ROOT, Platform, platform
-from stored import stored
+from support.brokers.brokers import wait_until
+from support.brokers.stored import stored
+from support.platform.platforms import ROOT, Platform, platform
 
 from tether.bus.session import connect
 from tether.process.os_process import send

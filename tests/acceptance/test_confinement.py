@@ -13,12 +13,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import escapes
 import httpx
-import models
-import platforms
 import pytest
-from platforms import Platform, platform
+from support.models import models
+from support.platform import escapes, platforms
+from support.platform.platforms import Platform, platform
 
 from tether import Client
 from tether.errors import ModelRejected

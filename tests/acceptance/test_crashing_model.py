@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import httpx
-import models
 import pytest
-from brokers import wait_until
-from platforms import Platform, platform
+from support.brokers.brokers import wait_until
+from support.models import models
+from support.platform.platforms import Platform, platform
 
 from tether.process.os_process import alive
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import models
 import pytest
-from brokers import wait_until
-from disks import fill, small_disk
-from platforms import Platform, platform
+from support.brokers.brokers import wait_until
+from support.models import models
+from support.platform.disks import fill, small_disk
+from support.platform.platforms import Platform, platform
 
 from tether.bus.session import connect
 from tether.errors import BrokerUnavailable

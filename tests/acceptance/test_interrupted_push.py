@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import httpx
-import models
 import pytest
-from platforms import Platform, environment, platform
-from served import until
+from support.http.served import until
+from support.models import models
+from support.platform.platforms import Platform, environment, platform
 
 from tether import Client
 from tether.client.pushing.local_model import LocalFile, local_model

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from platforms import ROOT, environment
+from support.platform.platforms import ROOT, environment
 
 from tether.process.data_dir import Home
 from tether.process.operations_server import bind

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from platforms import ROOT
+from support.platform.platforms import ROOT
 
 from bench.rollout import Watch
 from bench.servers import environment

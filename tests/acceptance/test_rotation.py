@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
-from brokers import temporary_home, wait_until
-from platforms import ROOT, Platform, platform, tether
+from support.brokers.brokers import temporary_home, wait_until
+from support.platform.platforms import ROOT, Platform, platform, tether
 
 from bench.load import HEAD_END, content_length
 from tether.bus.session import connect

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from platforms import ROOT, Platform, environment
+from support.platform.platforms import ROOT, Platform, environment
 
 from tether.process.data_dir import Home
 from tether.process.os_process import alive

@@ -14,10 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import httpx
-import models
 import pytest
-from brokers import Broker, wait_until
-from platforms import Platform, command, environment, platform, tether
+from support.brokers.brokers import Broker, wait_until
+from support.models import models
+from support.platform.platforms import Platform, command, environment, platform, tether
 
 from tether.process.data_dir import Home
 from tether.process.os_process import alive, send

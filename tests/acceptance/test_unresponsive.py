@@ -6,10 +6,10 @@ import signal
 from collections.abc import Iterator
 
 import httpx
-import models
 import pytest
-from brokers import wait_until
-from platforms import Platform, platform
+from support.brokers.brokers import wait_until
+from support.models import models
+from support.platform.platforms import Platform, platform
 
 from tether.process.os_process import send
 

@@ -22,7 +22,7 @@ from chaos.history import History, loaded
 from chaos.platform import Platform
 from chaos.report import arguments, check, counted, finish, listed, say
 from chaos.workload import square
-from platforms import command, environment
+from support.platform.platforms import command, environment
 
 from tether.broker.embedded_server import find_server
 from tether.process.data_dir import Home

@@ -20,11 +20,11 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-import models
 import uvloop
 from chaos.asking import GONE, Answer, Asker
 from chaos.report import listed
 from chaos.workload import add_constant, row
+from support.models import models
 
 MODELS: dict[str, Callable[[], bytes]] = {
     "h-small": lambda: add_constant(3),

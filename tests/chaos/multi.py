@@ -19,7 +19,7 @@ from chaos.history import History, loaded
 from chaos.platform import Platform
 from chaos.report import arguments, check, counted, fail, finish, listed, say
 from chaos.workload import add_constant, body, row, square
-from platforms import command
+from support.platform.platforms import command
 
 
 @contextmanager

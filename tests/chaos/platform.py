@@ -16,7 +16,7 @@ from typing import IO, Any, Self
 import httpx
 import psutil
 from chaos.report import fail
-from platforms import command, environment
+from support.platform.platforms import command, environment
 
 from tether.process.data_dir import Home
 

@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 from chaos.platform import Platform
-from models import add, model, to_bytes, value
 from onnx import TensorProto, helper
+from support.models.models import add, model, to_bytes, value
 
 add_constant = add
 """``y = x + constant``: another file for each constant."""

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import tritonclient.http as triton
-from oip_cases import MODELS
-from served import Served
+from support.http.oip_cases import MODELS
+from support.http.served import Served
 
 from tether import Client
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from brokers import Broker
-from services import Services, services
+from support.brokers.brokers import Broker
+from support.platform.services import Services, services
 
 from tether.settings import Settings
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import models
 import pytest
-from served import Served, served
+from support.http.served import Served, served
+from support.models import models
 
 from tether.broker.embedded_server import Binary
 

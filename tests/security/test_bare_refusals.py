@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from served import Served
-from wire import exchange, request
+from support.http.served import Served
+from support.http.wire import exchange, request
 
 from tether import Client
 from tether.errors import InvalidRequest

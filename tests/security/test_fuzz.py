@@ -12,12 +12,12 @@ import sys
 import time
 import zlib
 
-import models
 import psutil
 import pytest
-from decoders import Decoder, decoders
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.http.decoders import Decoder, decoders
+from support.models import models
 
 from tether.errors import BadEncoding, TetherError
 from tether.wire import codec

@@ -10,10 +10,10 @@ import sys
 import zipfile
 from pathlib import Path
 
-import models
 import numpy as np
 import pytest
-from served import Served
+from support.http.served import Served
+from support.models import models
 
 from tether.errors import InspectionLimitExceeded, ModelRejected, UnsafeModel
 from tether.modelstore.inspection.file_formats import onnx_parser

@@ -10,13 +10,13 @@ import logging
 import re
 from collections.abc import Iterator
 
-import models
 import pytest
-from brokers import Broker
-from served import Served
-from services import services
-from taps import tapped
-from wire import exchange, request
+from support.brokers.brokers import Broker
+from support.brokers.taps import tapped
+from support.http.served import Served
+from support.http.wire import exchange, request
+from support.models import models
+from support.platform.services import services
 
 from tether.domain import api_key
 from tether.errors import TetherError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from served import Served
+from support.http.served import Served
 
 from tether.domain.tensor import Tensor, check, element_count
 from tether.errors import BadJson, BadTensor, InvalidRequest

@@ -7,8 +7,8 @@ import gc
 from collections.abc import Iterator
 
 import pytest
-from served import Served
-from wire import chunked, exchange, request
+from support.http.served import Served
+from support.http.wire import chunked, exchange, request
 
 from tether.errors import TetherError
 

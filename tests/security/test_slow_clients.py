@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from served import Served, until
-from wire import Raw, chunked, connected, exchange, receive, request
+from support.http.served import Served, until
+from support.http.wire import Raw, chunked, connected, exchange, receive, request
 
 INFER = "POST /v2/models/bump/infer HTTP/1.1"
 INFERENCE = "POST /v1/inference HTTP/1.1"
@@ -129,7 +129,7 @@ def test_a_body_that_is_cut_off_is_not_taken_for_a_whole_one(
 
 
 def test_a_model_file_that_is_cut_off_does_not_become_a_version(target: Served) -> None:
-    import models  # noqa: PLC0415 - onnx takes a second to import
+    from support.models import models  # noqa: PLC0415 - onnx takes a second to import
 
     line = "POST /v1/models/cutoff/versions HTTP/1.1"
     sent = request(line, headed(target, ("transfer-encoding", "chunked")), chunked([models.add(3)]))

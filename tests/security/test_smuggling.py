@@ -6,8 +6,8 @@ import json
 import re
 
 import pytest
-from served import Served
-from wire import connected, exchange, receive, request
+from support.http.served import Served
+from support.http.wire import connected, exchange, receive, request
 
 BODY = json.dumps({"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}).encode()
 INFER = "POST /v2/models/bump/infer HTTP/1.1"
