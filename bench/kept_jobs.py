@@ -93,7 +93,7 @@ class _Keeper:
     async def _end(self, job: JobId, now: float) -> None:
         outcome = Outcome(job, JobState.SUCCEEDED, (_OUTPUT,), None, 1, "worker-1", now, now)
         subject, body = self._worker.names.result(job), codec.encode_outcomes([outcome])
-        frame = self._worker.signer.seal(MessageType.RESULT, subject, body, jobs=(job,), attempt=1)
+        frame = self._worker.signer.sign_envelope(MessageType.RESULT, subject, body, jobs=(job,), attempt=1)
         await self._results.commit(job, frame)
 
 

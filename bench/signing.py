@@ -1,7 +1,7 @@
 """What signing and verifying cost a gateway: its CPU time under load, and the part of it spent in envelopes.
 
-A second gateway of the running platform, a process of its own, counts the CPU time of every ``Signer.seal`` and
-``Verifier.open``, less what the counting costs. The share is theirs in the CPU time of the whole process, the HTTP
+A second gateway of the running platform, a process of its own, counts the CPU time of every ``Signer.sign_envelope`` and
+``Verifier.verify_envelope``, less what the counting costs. The share is theirs in the CPU time of the whole process, the HTTP
 server's threads included::
 
     python -m bench.signing --seconds 5 --connections 64

@@ -239,7 +239,7 @@ def frames() -> dict[str, Any]:
 
 def _valid(role: Role, kind: MessageType) -> dict[str, Any]:
     body = f"body of {kind}".encode()
-    frame = signer(role, f"{role} {kind}").seal(kind, LANE, body, **FIELDS)
+    frame = signer(role, f"{role} {kind}").sign_envelope(kind, LANE, body, **FIELDS)
     nonce = fixed(f"{role} {kind} nonce 1", 16)
     fields = {
         **FIELDS,
@@ -261,7 +261,7 @@ def _refused_frames() -> list[tuple[str, bytes, str, int, str]]:
     def seal(
         what: str, kind: MessageType = MessageType.INFER, role: Role = gateway, at: int = NOW, **more: Any
     ) -> bytes:
-        return signer(role, what, at).seal(kind, LANE, b"body", **more)
+        return signer(role, what, at).sign_envelope(kind, LANE, b"body", **more)
 
     good = seal("good")
     head = 71 + int.from_bytes(good[5:7], "big")
@@ -271,8 +271,14 @@ def _refused_frames() -> list[tuple[str, bytes, str, int, str]]:
         ("no envelope", b"{}", LANE, NOW, "unsigned"),
         ("another version", good[:4] + b"\x02" + good[5:], LANE, NOW, "bad_encoding"),
         ("header length past the end", good[:5] + b"\xff\xff" + good[7:], LANE, NOW, "bad_encoding"),
-        ("a key that is not in the keyset", unknown.seal(MessageType.INFER, LANE, b"body"), LANE, NOW, "unknown_key"),
-        ("a revoked key", revoked.seal(MessageType.INFER, LANE, b"body"), LANE, NOW, "key_revoked"),
+        (
+            "a key that is not in the keyset",
+            unknown.sign_envelope(MessageType.INFER, LANE, b"body"),
+            LANE,
+            NOW,
+            "unknown_key",
+        ),
+        ("a revoked key", revoked.sign_envelope(MessageType.INFER, LANE, b"body"), LANE, NOW, "key_revoked"),
         ("an expired key", good, LANE, NOW + YEAR, "key_expired"),
         ("a bit of the signature", good[:7] + bytes([good[7] ^ 1]) + good[8:], LANE, NOW, "bad_signature"),
         (

@@ -34,7 +34,7 @@ def encrypted(key: DataKey, secret: bytes) -> dict[str, Any]:
             "plain": chunk.hex(),
             "digest": digest(chunk),
             "name": name,
-            "stored": seal.close(name, chunk).hex(),
+            "stored": seal.encrypt(name, chunk).hex(),
         }
         for form, chunk in zip(FORMS, CHUNKS, strict=True)
         for name in [seal.name(digest(chunk))]

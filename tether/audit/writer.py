@@ -216,7 +216,7 @@ class AuditLog:
             chain = self._chains[subject] = Chain(self.run, subject)
         body = chain.block(rows)
         name = audit.message_id(self.run, chain.number, subject)
-        frame = self._bus.signer.seal(MessageType.AUDIT, subject, body, message_id=name, tenant=tenant)
+        frame = self._bus.signer.sign_envelope(MessageType.AUDIT, subject, body, message_id=name, tenant=tenant)
         self._at[subject] = self._bus.clock.utc_ms()
         self._unwritten.append(Record(0, subject, 0, name, frame))
         metrics.AUDIT_ENTRIES.labels(kind.value).inc(len(rows))

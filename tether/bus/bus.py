@@ -198,23 +198,27 @@ class Bus(NatsConnection):
 
     # envelopes
 
-    def open(self, message: Message, *types: MessageType, once: bool = False, max_age_ms: int = 0) -> Envelope | None:
+    def verify_message(
+        self, message: Message, *types: MessageType, once: bool = False, max_age_ms: int = 0
+    ) -> Envelope | None:
         """Verify what arrived on a subscription; None (logged and counted) when it must not be acted on."""
         try:
-            return self.verified(message.data, message.subject, *types, once=once, max_age_ms=max_age_ms, stored=False)
+            return self.verify_or_raise(
+                message.data, message.subject, *types, once=once, max_age_ms=max_age_ms, stored=False
+            )
         except EnvelopeError:
             return None
 
-    def open_frame(
+    def verify_frame(
         self, frame: bytes, subject: str, *types: MessageType, once: bool = False, max_age_ms: int = 0
     ) -> Envelope | None:
         """Verify a frame that belongs to ``subject``; None (logged and counted) when it must not be acted on."""
         try:
-            return self.verified(frame, subject, *types, once=once, max_age_ms=max_age_ms)
+            return self.verify_or_raise(frame, subject, *types, once=once, max_age_ms=max_age_ms)
         except EnvelopeError:
             return None
 
-    def verified(
+    def verify_or_raise(
         self,
         frame: bytes,
         subject: str,
@@ -224,14 +228,14 @@ class Bus(NatsConnection):
         stored: bool = True,
         grace_ms: int = 0,
     ) -> Envelope:
-        """:meth:`open_frame` for who acts on the reason. What must be young or comes once is not ``stored``.
+        """:meth:`verify_frame` for who acts on the reason. What must be young or comes once is not ``stored``.
 
         Raises:
             EnvelopeError: logged and counted.
         """
         stored = stored and not (once or max_age_ms)
         try:
-            return self.verifier.open(
+            return self.verifier.verify_envelope(
                 frame,
                 subject=subject,
                 types=types,

@@ -68,7 +68,7 @@ async def serve(
     async def answer(request: Request) -> None:
         message = request._msg  # noqa: SLF001 - the reply subject is part of what the signature covers
         try:
-            envelope = bus.verified(
+            envelope = bus.verify_or_raise(
                 request.data, request.subject, accepts, once=True, max_age_ms=MAX_AGE_MS, grace_ms=grace_ms
             )
         except EnvelopeError as error:
@@ -137,7 +137,7 @@ async def _respond(bus: Bus, kind: MessageType, handler: RpcHandler, envelope: E
 
 
 async def _send(bus: Bus, kind: MessageType, reply: str, body: bytes, message_id: str = "") -> None:
-    frame = bus.signer.seal(kind, reply, body, message_id=message_id)
+    frame = bus.signer.sign_envelope(kind, reply, body, message_id=message_id)
     try:
         await bus.publish(reply, frame)
     except BrokerUnavailable:
@@ -201,10 +201,12 @@ async def ask(
         TetherError: what the handler raised.
     """
     subject, reply = subject or bus.names.service(endpoint), bus.reply_inbox()
-    frame = bus.signer.seal(kind, subject, body, reply=reply, expires_at=bus.clock.utc_ms() + int(timeout * 1000))
+    frame = bus.signer.sign_envelope(
+        kind, subject, body, reply=reply, expires_at=bus.clock.utc_ms() + int(timeout * 1000)
+    )
     message = await bus.ask_signed(subject, frame, reply, timeout=timeout)
     try:
-        envelope = bus.verifier.open(message.data, subject=reply, types=(answers,))
+        envelope = bus.verifier.verify_envelope(message.data, subject=reply, types=(answers,))
     except ClockSkew as error:
         raise ClockSkew(
             f"this machine's clock is {-error.age_s:.0f} s behind that of '{error.sender}', who answered '{endpoint}'; "

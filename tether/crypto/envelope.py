@@ -7,7 +7,7 @@ Frame, all integers big-endian::
 
 The Ed25519 (RFC 8032) signature covers ``DOMAIN | header``; the header carries the length and SHA-256 of the body,
 so every byte of the frame is covered. A receiver looks the key id up by its fixed place, verifies, and only then
-decodes anything: see :meth:`Verifier.open`.
+decodes anything: see :meth:`Verifier.verify_envelope`.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Signer:
             raise KeyRevoked(f"the key of '{self.name}' was revoked; it signs nothing")
         return self._key
 
-    def seal(
+    def sign_envelope(
         self,
         kind: MessageType,
         subject: str,
@@ -166,7 +166,7 @@ class Signer:
         signature = key.sign(DOMAIN + header).signature
         return b"".join((_PREFIX.pack(MAGIC, VERSION, len(header), signature), header, body))
 
-    def sign(self, domain: bytes, statement: bytes) -> bytes:
+    def sign_statement(self, domain: bytes, statement: bytes) -> bytes:
         """The signature (64 bytes) of a statement that travels by itself: key id, ``domain`` and ``statement``."""
         return self._signing().sign(domain + self._kid + statement).signature
 
@@ -240,7 +240,7 @@ class Verifier:
         self._replaced.append(callback)
         return lambda: self._replaced.remove(callback)
 
-    def open(
+    def verify_envelope(
         self,
         frame: bytes,
         *,
@@ -282,8 +282,8 @@ class Verifier:
             self._refuse_replay(header.nonce)
         return Envelope(header, body, record.name, record.tenant)
 
-    def check(self, domain: bytes, kid: bytes, statement: bytes, signature: bytes) -> IdentityRecord:
-        """Who signed a statement with :meth:`Signer.sign`.
+    def verify_statement(self, domain: bytes, kid: bytes, statement: bytes, signature: bytes) -> IdentityRecord:
+        """Who signed a statement with :meth:`Signer.sign_statement`.
 
         Raises:
             UnknownKey, KeyRevoked, KeyExpired, BadSignature: nobody whose word counts.

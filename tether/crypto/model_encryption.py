@@ -96,13 +96,13 @@ class ChunkSeal:
         """What the chunk is called wherever it is stored: 64 hex digits."""
         return self._key.keyed(bytes.fromhex(digest), CHUNK_PERSON).hex()
 
-    def close(self, name: str, chunk: Bytes) -> bytes:
+    def encrypt(self, name: str, chunk: Bytes) -> bytes:
         """The chunk as it may be stored under its name, compressed where that pays. Blocks: about 2 ms for each MiB."""
         packed = compressed(chunk)
         return self._key.close(self._bound(name), _AS_IT_IS + chunk if packed is None else _ZSTD + packed)
 
-    def open(self, name: str, stored: bytes) -> bytes:
-        """What :meth:`close` closed; blocks likewise.
+    def decrypt(self, name: str, stored: bytes) -> bytes:
+        """What :meth:`encrypt` closed; blocks likewise.
 
         Raises:
             DecryptionFailed: it was changed, or is another chunk, or of another key.

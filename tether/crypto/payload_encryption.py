@@ -52,12 +52,12 @@ class DataKey:
     def __repr__(self) -> str:
         return f"DataKey(id={self.id.hex()}, generation={self.generation}, secret=<secret>)"
 
-    def seal(self, purpose: Purpose, job: str, tenant: str, plain: bytes) -> bytes:
+    def encrypt(self, purpose: Purpose, job: str, tenant: str, plain: bytes) -> bytes:
         """Nonce (24 bytes), then the ciphertext with its tag."""
         return self.close(self._bound(purpose, job, tenant), plain)
 
-    def open(self, purpose: Purpose, job: str, tenant: str, sealed: bytes) -> bytes:
-        """What :meth:`seal` closed.
+    def decrypt(self, purpose: Purpose, job: str, tenant: str, sealed: bytes) -> bytes:
+        """What :meth:`encrypt` closed.
 
         Raises:
             DecryptionFailed: it was changed, or sealed for another purpose, job, tenant or key.
@@ -237,7 +237,7 @@ def boxes_for(key: DataKey, holders: Mapping[bytes, bytes]) -> tuple[Box, ...]:
 
 def seal_job(key: DataKey, job: Job) -> Job:
     """The job as it may leave: inputs and the names of wanted outputs are inside the seal only."""
-    closed = key.seal(Purpose.INPUTS, job.id, job.tenant, codec.encode_inputs(job))
+    closed = key.encrypt(Purpose.INPUTS, job.id, job.tenant, codec.encode_inputs(job))
     return msgspec.structs.replace(job, inputs=(), outputs=(), sealed=Sealed(key.id, closed))
 
 
@@ -249,13 +249,13 @@ def open_job(key: DataKey, job: Job) -> Job:
     """
     if job.sealed is None:
         return job
-    inputs, outputs = codec.decode_inputs(key.open(Purpose.INPUTS, job.id, job.tenant, job.sealed.box))
+    inputs, outputs = codec.decode_inputs(key.decrypt(Purpose.INPUTS, job.id, job.tenant, job.sealed.box))
     return msgspec.structs.replace(job, inputs=inputs, outputs=outputs)
 
 
 def seal_outcome(key: DataKey, tenant: str, outcome: Outcome) -> Outcome:
     """The outcome as it may leave: outputs and the reason of a failure are inside the seal only."""
-    closed = key.seal(Purpose.OUTCOME, outcome.job, tenant, codec.encode_end(outcome))
+    closed = key.encrypt(Purpose.OUTCOME, outcome.job, tenant, codec.encode_end(outcome))
     return msgspec.structs.replace(outcome, outputs=(), error=None, sealed=Sealed(key.id, closed))
 
 
@@ -267,5 +267,5 @@ def open_outcome(key: DataKey, tenant: str, outcome: Outcome) -> Outcome:
     """
     if outcome.sealed is None:
         return outcome
-    outputs, error = codec.decode_end(key.open(Purpose.OUTCOME, outcome.job, tenant, outcome.sealed.box))
+    outputs, error = codec.decode_end(key.decrypt(Purpose.OUTCOME, outcome.job, tenant, outcome.sealed.box))
     return msgspec.structs.replace(outcome, outputs=outputs, error=error, sealed=None)

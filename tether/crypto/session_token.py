@@ -44,7 +44,7 @@ def issue_session(signer: Signer, session: Session) -> str:
         BadEncoding: it would not fit into a header.
     """
     body = codec.pack(msgspec.to_builtins(session))
-    signature = signer.sign(SESSION_DOMAIN, body)
+    signature = signer.sign_statement(SESSION_DOMAIN, body)
     text = f"{SESSION_PREFIX}{_text(signer.kid + body)}.{_text(signature)}"
     if len(text) > MAX_SESSION_TEXT:
         raise BadEncoding(
@@ -64,7 +64,7 @@ def open_session(verifier: Verifier, text: str) -> Session:
     head, _, tail = text[len(SESSION_PREFIX) :].partition(".")
     payload, signature = _bytes(head), _bytes(tail)
     kid, body = payload[:KID_BYTES], payload[KID_BYTES:]
-    record = verifier.check(SESSION_DOMAIN, kid, body, signature)
+    record = verifier.verify_statement(SESSION_DOMAIN, kid, body, signature)
     if record.role is not Role.GATEWAY:
         raise RoleNotAllowed(f"'{record.name}' ({record.role}) may not issue sessions")
     try:

@@ -146,7 +146,7 @@ class Dispatcher:
         self._epochs[request.worker] = epoch
         self._bind(envelope)
         self._workers.pop(request.worker, None)
-        self.crew.said(request.worker, request, self._bus.clock.monotonic())
+        self.crew.record(request.worker, request, self._bus.clock.monotonic())
         self._regions.add(request.region)
         await self._write_assignments()
         self._changed.set()
@@ -176,11 +176,11 @@ class Dispatcher:
                 extra={"action": "worker_without_pool", "worker": worker, "tenant": pool},
             )
 
-    def heard(self, key: str, frame: bytes | None) -> None:
+    def on_heartbeat(self, key: str, frame: bytes | None) -> None:
         """A heartbeat: believed when the worker itself signed it and it carries the worker's epoch."""
         if frame is None:
             return
-        envelope = self._bus.open_frame(
+        envelope = self._bus.verify_frame(
             frame, self._bus.names.bucket_key("liveness", key), MessageType.HEARTBEAT, max_age_ms=rpc.MAX_AGE_MS
         )
         if envelope is None or envelope.sender != key:
@@ -199,7 +199,7 @@ class Dispatcher:
             self._bind(envelope)
         last = self._workers.get(key)
         self._workers[key] = assignments.LastHeartbeat(beat, now := self._bus.clock.monotonic())
-        self.crew.said(key, beat, now)
+        self.crew.record(key, beat, now)
         news = self._bound.get(key, SHARED) == beat.pool and self._findings.heard(beat, self._models)
         if news or last is None or last.heartbeat.ready != beat.ready:
             self._changed.set()
@@ -326,7 +326,7 @@ class Dispatcher:
         metrics.WORKERS_READY.set(len(living))
         waiting = now - self._since < self._settings.worker_timeout_s
         found = assignments.routes(living, self._bound, self._usable(), self.crew.reasons, self._findings.known)
-        for place, new in {**self._unserved(found), **found}.items():
+        for place, new in {**self._orphaned_routes(found), **found}.items():
             before = self._routed.get(place)
             route = assignments.steady(new, before)
             if waiting and before is not None and not set(before.workers) <= set(route.workers):
@@ -336,7 +336,7 @@ class Dispatcher:
                 await self._routes.put(key, codec.encode(route))
                 self._routed[place] = route
 
-    def _unserved(self, found: Mapping[assignments.Place, Route]) -> dict[assignments.Place, Route]:
+    def _orphaned_routes(self, found: Mapping[assignments.Place, Route]) -> dict[assignments.Place, Route]:
         """Routes that were written for deleted versions and for tenants that are not isolated any more: nobody answers there."""
         gone = [place for place in self._routed if place not in found]
         return {place: msgspec.structs.replace(self._routed[place], workers=()) for place in gone}
@@ -364,7 +364,7 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Dispatcher]:
         await stack.enter_async_context(tenants.watch(dispatcher.tenant_changed))
         await stack.enter_async_context(dispatcher.decided.watching())
         await dispatcher.prepare_pools()
-        await stack.enter_async_context(KvBucket(bus, "liveness").watch(dispatcher.heard, refetch=False))
+        await stack.enter_async_context(KvBucket(bus, "liveness").watch(dispatcher.on_heartbeat, refetch=False))
         serving = rpc.serve(
             bus,
             "registerWorker",

@@ -33,7 +33,7 @@ class WorkerInventory:
         self.reasons: dict[Place, str] = {}
         """Why versions are on fewer workers than they should be, as of the last placement."""
 
-    def said(self, worker: str, what: Registration | Heartbeat, now: float) -> None:
+    def record(self, worker: str, what: Registration | Heartbeat, now: float) -> None:
         self._said[worker] = (what, now)
         if isinstance(what, Heartbeat):
             for name, _ in what.failed:

@@ -48,34 +48,41 @@ class Gateway:
 
     def __init__(self, bus: Bus, tasks: Tasks, audit: AuditLog, keyring: Keyring, model_keyring: ModelKeyring) -> None:
         self.bus = bus
-        self.encrypted = EncryptedModels(bus, model_keyring)
+        self.encrypted_models = EncryptedModels(bus, model_keyring)
         self.audit = audit
         self.settings = bus.settings
         self.storage = BrokerStorage(bus.settings, bus.clock)
         self.readiness = Readiness(bus, self.storage)
-        self.patience = BodyTimeouts(bus.settings.body_timeout_s)
+        self.body_timeouts = BodyTimeouts(bus.settings.body_timeout_s)
         self.disconnects = Disconnects()
         self.catalog = Catalog(bus)
         self.heartbeats = Heartbeats(bus)
         self.tenants = Tenants(bus)
-        self.loose = UnreferencedChunks(bus.clock.monotonic, self.catalog.stored.of)
-        self.possession = ChunkPossession(bus, self.catalog, self.encrypted)
+        self.unreferenced_chunks = UnreferencedChunks(bus.clock.monotonic, self.catalog.stored.of)
+        self.chunk_possession = ChunkPossession(bus, self.catalog, self.encrypted_models)
         self.keys = ApiKeys(bus, self.tenants, self.catalog.owners)
         self.limits = RateLimits(bus, tasks, self.keys.find, self.tenants.find)
-        self.door = RequestTurns(self.tenants.weight)
-        self.seals = TenantSeals(bus, keyring, self.tenants)
+        self.request_turns = RequestTurns(self.tenants.weight)
+        self.tenant_encryption = TenantSeals(bus, keyring, self.tenants)
         room = QueuedJobsQuota(bus, self.tenants)
-        self.large = LargeBodies(str(Home.at(bus.settings.home).root), self.tenants.weight)
+        self.large_bodies = LargeBodies(str(Home.at(bus.settings.home).root), self.tenants.weight)
         self.jobs = JobService(
-            bus, self.catalog, self.tenants, tasks, self.seals, room=room, shared=self.keys.others, large=self.large
+            bus,
+            self.catalog,
+            self.tenants,
+            tasks,
+            self.tenant_encryption,
+            room=room,
+            shared=self.keys.others,
+            large=self.large_bodies,
         )
         self._bundler = InferBundler(
             bus, tasks, self.catalog.worker_count, keyring, self.tenants.weight, policy=self.catalog.queue
         )
         metrics.INFER_INFLIGHT.set_function(lambda: self._bundler.held)
         self._copies = InferBundler(bus, tasks, self.catalog.worker_count, keyring, self.tenants.weight)
-        self.extras = RequestFeatures(
-            bus, tasks, self.catalog, self.tenants, self.seals, bundler=self._bundler, copies=self._copies
+        self.features = RequestFeatures(
+            bus, tasks, self.catalog, self.tenants, self.tenant_encryption, bundler=self._bundler, copies=self._copies
         )
         self._seconds = lru_cache(maxsize=4096)(metrics.INFER_SECONDS.labels)
 
@@ -90,7 +97,7 @@ class Gateway:
 
     def held(self, model: str) -> int:
         """Requests for a model that nobody has answered yet."""
-        return self._bundler.of_model(model)
+        return self._bundler.pending_for_model(model)
 
     def stream_renewed(self, streams: set[str]) -> None:
         """Infer streams lost what was in them."""
@@ -99,7 +106,7 @@ class Gateway:
 
     async def start(self) -> None:
         await self._bundler.start()
-        await self.extras.shadows.start()
+        await self.features.shadows.start()
 
     async def authenticated(self, heading: RequestHeaders, scope: str) -> Caller:
         """Whose a request is, when it is its turn; unknown keys take turns as one tenant.
@@ -110,9 +117,9 @@ class Gateway:
         try:
             caller = self.keys.authenticate(heading.key, scope)
         except TetherError:
-            await self.door.enter("")
+            await self.request_turns.enter("")
             raise
-        await self.door.enter(caller.tenant, heading.length)
+        await self.request_turns.enter(caller.tenant, heading.length)
         return caller
 
     async def infer(
@@ -140,20 +147,20 @@ class Gateway:
             InferenceFailed: the model failed on this input.
         """
         pool = self._admit(served, tenant, inputs, outputs)
-        timeout_s, queued_s = self._waits(name := served.manifest.name, timeout_s)
+        timeout_s, queued_s = self._request_timeouts(name := served.manifest.name, timeout_s)
         began = self.bus.clock.monotonic()
         job = Job(new_job_id(), tenant, inputs, self.bus.clock.utc() + queued_s, outputs, request_id, traceparent)
         outcome, job_id = JobCancelled.code, str(job.id)
         answer: tuple[Tensor, ...] = ()
         try:
-            plan = self.extras.plans.get(name)
+            plan = self.features.plans.get(name)
             if plan is None:
-                waiting = self._bundler.answer(served.lane(pool), self.seals.seal(job), timeout_s)
+                waiting = self._bundler.answer(served.lane(pool), self.tenant_encryption.seal(job), timeout_s)
                 answer = await self.disconnects.wait(waiting)
             else:
                 asked = AdmittedRequest(plan, served, alias or LATEST, pool, job, timeout_s)
-                answer, job_id = await self.disconnects.wait(self.extras.answer(asked, notes))
-            await self.door.answered(tenant)
+                answer, job_id = await self.disconnects.wait(self.features.answer(asked, notes))
+            await self.request_turns.answered(tenant)
             outcome = "ok"
         except TetherError as error:
             outcome = error.code
@@ -185,7 +192,7 @@ class Gateway:
         self.catalog.require_worker(served, pool)
         return pool
 
-    def _waits(self, model: str, timeout_s: float) -> tuple[float, float]:
+    def _request_timeouts(self, model: str, timeout_s: float) -> tuple[float, float]:
         policy = self.catalog.queue(model)
         return (timeout_s, timeout_s) if policy is None else waits(policy, timeout_s, self.settings.request_timeout_s)
 
@@ -211,13 +218,13 @@ async def running(settings: Settings, home: Home) -> AsyncIterator[Gateway]:
         audit = await stack.enter_async_context(writing(bus, home, tasks))
         keyrings = Keyring(bus, home, every=True), ModelKeyring(bus, home, every=True)
         gateway = Gateway(bus, tasks, audit, *keyrings)
-        stack.push_async_callback(gateway.large.close)
+        stack.push_async_callback(gateway.large_bodies.close)
         await stack.enter_async_context(gateway.tenants.watching())
         await stack.enter_async_context(gateway.keys.watching())
         tasks.spawn(gateway.keys.uses.keep(), "key-uses")
-        await stack.enter_async_context(gateway.seals.keyring.watching())
-        tasks.spawn(gateway.seals.keep(), "tenant-keys")
-        await stack.enter_async_context(gateway.encrypted.keyring.watching())
+        await stack.enter_async_context(gateway.tenant_encryption.keyring.watching())
+        tasks.spawn(gateway.tenant_encryption.keep(), "tenant-keys")
+        await stack.enter_async_context(gateway.encrypted_models.keyring.watching())
         await stack.enter_async_context(gateway.catalog.watching())
         await stack.enter_async_context(gateway.heartbeats.listening())
         await stack.enter_async_context(gateway.limits.talking())

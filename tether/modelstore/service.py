@@ -87,7 +87,7 @@ class ModelStoreService:
         self._audit = audit
         self._scratch = instance.folder
         self._inspections = TenantTurns(INSPECTIONS, bus.clock.monotonic, most_waiting=MOST_WAITING)
-        self.partitions = Partitions(bus, instance.name, self._looking_after, instance.dead)
+        self.partitions = Partitions(bus, instance.name, self._serve_partition, instance.dead)
         reading = Registry(bus)
         self._lenders = ChunkLenders(bus)
         self._keyring = keyring
@@ -124,7 +124,7 @@ class ModelStoreService:
             yield
 
     @asynccontextmanager
-    async def _looking_after(self, lease: Lease) -> AsyncIterator[None]:
+    async def _serve_partition(self, lease: Lease) -> AsyncIterator[None]:
         """Answer what is about models of one partition."""
         registry = Registry(self._bus, lambda: self.partitions.check(lease))
         notes = VersionMetadataStore(self._bus, registry, self._audit)

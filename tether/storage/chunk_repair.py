@@ -52,7 +52,7 @@ class ChunkLenders:
         # what nobody waits for is not worth a look at its signature
         if not self._asked:
             return
-        envelope = self._bus.open(message, MessageType.CHUNK, once=True, max_age_ms=_MAX_AGE_MS)
+        envelope = self._bus.verify_message(message, MessageType.CHUNK, once=True, max_age_ms=_MAX_AGE_MS)
         if envelope is None or message.subject != self._bus.names.chunk(envelope.sender):
             return
         waiting = self._asked.get((envelope.sender, envelope.header.message_id))
@@ -82,7 +82,7 @@ class ChunkLenders:
             subject = self._routes.subject(self._bus.names.version_key(model, int(number)))
             for subjects in (subject, f"{subject}.*"):
                 async for item in self._bus.direct_scan(self._routes.stream, subjects):
-                    envelope = self._bus.open_frame(item.data, item.subject, MessageType.ROUTE)
+                    envelope = self._bus.verify_frame(item.data, item.subject, MessageType.ROUTE)
                     with suppress(BadEncoding):
                         route = None if envelope is None else codec.decode(envelope.body, Route)
                         found.update(dict.fromkeys(route.workers if route is not None else ()))
@@ -90,7 +90,7 @@ class ChunkLenders:
 
     async def _ask(self, worker: str, name: str) -> bytes:
         subject = self._bus.names.wanted(worker)
-        frame = self._bus.signer.seal(MessageType.WANTED, subject, codec.encode(ChunkRequest(name)))
+        frame = self._bus.signer.sign_envelope(MessageType.WANTED, subject, codec.encode(ChunkRequest(name)))
         waiting: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._asked[worker, name] = waiting
         try:
@@ -109,14 +109,14 @@ async def lending(bus: Bus, read: Callable[[str], bytes | None]) -> AsyncIterato
     None; it blocks and runs in a thread."""
 
     async def wanted(message: Message) -> None:
-        envelope = bus.open(message, MessageType.WANTED, once=True, max_age_ms=_MAX_AGE_MS)
+        envelope = bus.verify_message(message, MessageType.WANTED, once=True, max_age_ms=_MAX_AGE_MS)
         if envelope is None:
             return
         try:
             digest = codec.decode(envelope.body, ChunkRequest).digest
             chunk = await asyncio.to_thread(read, digest) or b""
             subject = bus.names.chunk(bus.signer.name)
-            await bus.publish(subject, bus.signer.seal(MessageType.CHUNK, subject, chunk, message_id=digest))
+            await bus.publish(subject, bus.signer.sign_envelope(MessageType.CHUNK, subject, chunk, message_id=digest))
         except TetherError as error:
             log.warning("a chunk was not sent: %s", error, extra={"action": "chunk_not_lent", "code": error.code})
 

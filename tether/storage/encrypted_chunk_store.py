@@ -62,7 +62,7 @@ class SealedChunkStore:
             for name in names:
                 stored = await anext(chunks)
                 try:
-                    chunk = await asyncio.to_thread(self._seal.open, name, stored)
+                    chunk = await asyncio.to_thread(self._seal.decrypt, name, stored)
                 except DecryptionFailed as error:
                     raise CorruptChunk(
                         f"chunk {name} is altered in the store; push the model again", field=name
@@ -79,7 +79,7 @@ class _Closing(ObjectChunkStore):
 
     async def _store(self, digest: str, chunk: Bytes) -> None:
         def close() -> tuple[bytes, str]:
-            closed = self._seal.close(digest, chunk)
+            closed = self._seal.encrypt(digest, chunk)
             return closed, digest_of(closed)
 
         await self._send(digest, *await asyncio.to_thread(close))

@@ -37,7 +37,7 @@ def open_manifest(verifier: Verifier, names: Names, key: str, frame: bytes) -> M
         EnvelopeError: not signed by a model store, moved from another key, or not a well-formed manifest.
     """
     subject = names.bucket_key("models", key)
-    envelope = verifier.open(frame, subject=subject, types=(MessageType.MANIFEST,), stored=True)
+    envelope = verifier.verify_envelope(frame, subject=subject, types=(MessageType.MANIFEST,), stored=True)
     if envelope.header.role is not Role.MODELSTORE:
         raise RoleNotAllowed(f"'{envelope.sender}' is no model store and may not sign manifests")
     manifest = codec.decode(envelope.body, Manifest)

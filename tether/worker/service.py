@@ -58,10 +58,10 @@ class WorkerService:
         self._machine = Machine()
         self._notes = notes
         self.registrar = Registrar(bus, self._describe)
-        self._told: Assignment | None = None
+        self._assignment: Assignment | None = None
         self._streams = ""
         """When the infer streams were made that this worker pulls from, as far as the dispatcher has said."""
-        self._remembered_at = float("-inf")
+        self._acknowledged_at = float("-inf")
 
     @property
     def _epoch(self) -> int:
@@ -76,14 +76,14 @@ class WorkerService:
     async def register(self) -> None:
         """Ask the dispatcher for an epoch until there is one."""
         await self.registrar.register()
-        self._remembered_at = self._bus.clock.monotonic()
+        self._acknowledged_at = self._bus.clock.monotonic()
         self._follow()
 
     def assigned(self, key: str, body: bytes | None) -> None:
         """The dispatcher's word on what to hold; another worker's, or one for an older epoch, is not for us."""
         if key != self.name or body is None:
             return
-        self._told = codec.decode(body, Assignment)
+        self._assignment = codec.decode(body, Assignment)
         self._follow()
 
     def _follow(self) -> None:
@@ -91,32 +91,32 @@ class WorkerService:
 
         For another pool than that of the lanes it serves, a worker lets everything go before it takes something up.
         """
-        if self._told is None or self._told.epoch != self._epoch:
+        if self._assignment is None or self._assignment.epoch != self._epoch:
             return
-        self._remembered_at = self._bus.clock.monotonic()
-        if self._told.streams not in ("", self._streams):
-            before, self._streams = self._streams, self._told.streams
+        self._acknowledged_at = self._bus.clock.monotonic()
+        if self._assignment.streams not in ("", self._streams):
+            before, self._streams = self._streams, self._assignment.streams
             if before:
                 log.warning("an infer stream was made again: pulls begin again", extra={"action": "streams_renewed"})
                 self._bus.begin_again()
-        if self._told.pool != self._bus.pool and not self.holder.holding:
+        if self._assignment.pool != self._bus.pool and not self.holder.holding:
             self._bus.pool = self._bus.bound_pool()
-        ours = self._told.pool == self._bus.pool
+        ours = self._assignment.pool == self._bus.pool
         self.holder.want(
-            self._told.models if ours else (),
-            self._told.revisions,
-            self._told.levels,
-            self._told.findings if ours else (),
+            self._assignment.models if ours else (),
+            self._assignment.revisions,
+            self._assignment.levels,
+            self._assignment.findings if ours else (),
         )
-        self.ended.want(self._told.ended if ours else ())
+        self.ended.want(self._assignment.ended if ours else ())
 
     async def beat(self) -> None:
         """Heartbeats, and a new registration when the dispatcher has forgotten this worker."""
         while True:
             await self.heartbeat()
-            if self._told is not None and self._told.pool != self._bus.pool:
+            if self._assignment is not None and self._assignment.pool != self._bus.pool:
                 self._follow()
-            if not self.holder.has_orders and self._bus.clock.monotonic() - self._remembered_at > _FORGOTTEN_S:
+            if not self.holder.has_orders and self._bus.clock.monotonic() - self._acknowledged_at > _FORGOTTEN_S:
                 await self.register()
             await asyncio.sleep(self._settings.heartbeat_s)
 
@@ -126,7 +126,11 @@ class WorkerService:
         ready = () if leaving else self.holder.ready()
         metrics.MODELS_LOADED.set(len(ready))
         metrics.MODELS_IN_MEMORY.set(len(self.holder.in_memory()))
-        levels = self.holder.weigh(await asyncio.to_thread(self._machine.look)) if self.holder.weighs else ()
+        levels = (
+            self.holder.update_capacity(await asyncio.to_thread(self._machine.look))
+            if self.holder.shares_by_capacity
+            else ()
+        )
         body = codec.encode(
             Heartbeat(
                 worker=self.name,
@@ -146,7 +150,7 @@ class WorkerService:
             )
         )
         try:
-            frame = self._bus.signer.seal(MessageType.HEARTBEAT, subject, body)
+            frame = self._bus.signer.sign_envelope(MessageType.HEARTBEAT, subject, body)
             await self._bus.publish(subject, frame)
         except TetherError as error:
             log.debug("no heartbeat: %s", error, extra={"action": "heartbeat_lost"})

@@ -73,7 +73,7 @@ class VersionManager:
         self._keyring = keyring
         self._notes = notes
         self.files = files
-        self.configs = ModelConfigReader(bus, self._decided)
+        self.configs = ModelConfigReader(bus, self._on_config_changed)
         self._keepalive = keepalive
         self._manifests = KvBucket(bus, "models")
         self._wanted: frozenset[ModelRef] = frozenset()
@@ -81,9 +81,9 @@ class VersionManager:
         self._failed: dict[ModelRef, str] = {}
         self._busy: set[ModelRef] = set()
         self._changed = asyncio.Event()
-        self._least: dict[ModelRef, float] = {}
+        self._baseline_capacity: dict[ModelRef, float] = {}
         """What the least able worker can do of a version, as the dispatcher says."""
-        self._lost: set[ModelRef] = set()
+        self._unloadable: set[ModelRef] = set()
         """Held, and could not be loaded when a job came."""
         self.watch = RunWatch(bus.settings.run_memory_mb)
         self.memory = Memory(bus.settings.worker_memory_mb << 20, self._evictable)
@@ -96,7 +96,7 @@ class VersionManager:
         self._loads = Loads(bus.clock.monotonic)
         self._stopping = False
         self.has_orders = False
-        self.findings = Findings(lambda ref: self._configured(ref.model))
+        self.findings = Findings(lambda ref: self._apply_config(ref.model))
         for ref, how in notes.crashed.items():
             self.findings.found(ref, Finding(crashed=how))
 
@@ -110,7 +110,7 @@ class VersionManager:
         self.has_orders = True
         self.findings.told(findings)
         self._wanted = frozenset(models)
-        self._least = dict(levels)
+        self._baseline_capacity = dict(levels)
         self.configs.told(revisions)
         self._changed.set()
 
@@ -138,17 +138,17 @@ class VersionManager:
         return sum(held.instance.running for held in self._held.values())
 
     @property
-    def weighs(self) -> bool:
+    def shares_by_capacity(self) -> bool:
         """Whether jobs of a version that is held are shared by capacity."""
         return any(held.loader.config.load_balancing is LoadBalancing.CAPACITY for held in self._held.values())
 
-    def weigh(self, headroom: Headroom) -> tuple[tuple[ModelRef, float], ...]:
+    def update_capacity(self, headroom: Headroom) -> tuple[tuple[ModelRef, float], ...]:
         """Share by what is left of the machine; what can be done of each version whose jobs are shared so."""
         found = []
         for ref in self.ready():
             held = self._held[ref]
             factor = headroom.factor(on_gpu=held.loader.wanted.options.device != InstanceKind.CPU)
-            if level := held.instance.weigh(factor, self._least.get(ref, 0.0)):
+            if level := held.instance.update_capacity(factor, self._baseline_capacity.get(ref, 0.0)):
                 found.append((ref, level))
         return tuple(found)
 
@@ -159,7 +159,7 @@ class VersionManager:
 
     async def run(self) -> None:
         await self.files.sweep()
-        self._tasks.spawn(self._rest(), "rest")
+        self._tasks.spawn(self._unload_idle_loop(), "rest")
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -169,8 +169,8 @@ class VersionManager:
                 self._begin(ref, self._load, "load")
             for ref in self._held.keys() - self._wanted - self._busy:
                 self._begin(ref, self._unload, "unload")
-            for ref in (self._lost & self._held.keys()) - self._busy:
-                self._begin(ref, self._load_again, "load")
+            for ref in (self._unloadable & self._held.keys()) - self._busy:
+                self._begin(ref, self._reload_after_failure, "load")
             for ref in [ref for ref, held in self._held.items() if held.outdated and ref not in self._busy]:
                 self._begin(ref, self._renew, "renew")
 
@@ -184,7 +184,7 @@ class VersionManager:
         finally:
             self._busy.discard(ref)
             if ref not in self._held:
-                self._lost.discard(ref)
+                self._unloadable.discard(ref)
             if ref not in self._wanted:
                 self._failed.pop(ref, None)
             if not any(other.model == ref.model for other in (*self._held, *self._busy)):
@@ -209,17 +209,17 @@ class VersionManager:
             try:
                 self._held[ref] = await self._loaded(ref, lazily=lazily, ahead=not tries)
             except Exception as error:  # noqa: BLE001 - told of, and tried again
-                self._tell(ref, error)
+                self._report_failure(ref, error)
             else:
                 self._failed.pop(ref, None)
-                self._lost.discard(ref)
-                self._configured(ref.model)
+                self._unloadable.discard(ref)
+                self._apply_config(ref.model)
                 log.info("loaded", extra={"action": "model_loaded", "model": ref.model, "version": ref.version})
                 return
-            await self._pause(ref, tries)
+            await self._wait_before_retry(ref, tries)
             tries += 1
 
-    def _tell(self, ref: ModelRef, error: Exception) -> None:
+    def _report_failure(self, ref: ModelRef, error: Exception) -> None:
         """Every heartbeat says why it is not loaded, or not as is wanted."""
         fields = {"action": "load_failed", "model": ref.model, "version": ref.version}
         if isinstance(error, TetherError):
@@ -229,7 +229,7 @@ class VersionManager:
             self._failed[ref] = f"{TetherError.code}: {type(error).__name__}; the worker's log has the reason"
             log.error("not loaded", exc_info=error, extra=fields)
 
-    async def _pause(self, ref: ModelRef, tries: int) -> None:
+    async def _wait_before_retry(self, ref: ModelRef, tries: int) -> None:
         """Before the next try, unless something else is decided about the model meanwhile."""
         news = self._news.setdefault(ref.model, asyncio.Event())
         news.clear()
@@ -248,11 +248,11 @@ class VersionManager:
         at_once = not (lazily and loader.lazy)
         try:
             await self._fetch(ref, loader, ahead=ahead and at_once)
-            copies = InstancePool(partial(self._load_now, loader), self._bus.clock, self.memory.look)
+            copies = InstancePool(partial(self._load_now, loader), self._bus.clock, self.memory.wake_waiters)
             if at_once:
                 await copies.ensure()
             over = partial(self.findings.over, ref)
-            hearing = RunListeners(partial(self._lose, ref), partial(self.findings.mixed, ref), over)
+            hearing = RunListeners(partial(self._mark_unloadable, ref), partial(self.findings.mixed, ref), over)
             alone = ApartHearing(partial(self.findings.crashed, ref), over)
             apart = IsolatedInstance(copies, loader.load_apart, alone, self._seats, self.watch.limit_mb)
             instance = VersionServer(self._bus, manifest, apart, self._keepalive, self._keyring, hearing=hearing)
@@ -264,7 +264,7 @@ class VersionManager:
                 raise
         except BaseException:
             await loader.give_up()
-            self._let_go(ref)
+            self._release_files_and_memory(ref)
             raise
         self._tasks.spawn(self.files.remember(manifest, directory), "remember-chunks")
         if row_judgement.unjudged(manifest):
@@ -296,24 +296,24 @@ class VersionManager:
     async def _load_now(self, loader: Loader) -> InstanceSet:
         """Another configuration may count since the load began: looked at as soon as the copies are there."""
         generation = await loader.load()
-        asyncio.get_running_loop().call_soon(self._configured, loader.manifest.name)
+        asyncio.get_running_loop().call_soon(self._apply_config, loader.manifest.name)
         return generation
 
-    def _let_go(self, ref: ModelRef) -> None:
+    def _release_files_and_memory(self, ref: ModelRef) -> None:
         self.files.release(ref)
         self.memory.change(ref, 0)
 
-    def _lose(self, ref: ModelRef, error: Exception) -> None:
+    def _mark_unloadable(self, ref: ModelRef, error: Exception) -> None:
         """A job came and it could not be loaded: this worker is not ready for it until it can be."""
-        self._tell(ref, error)
-        self._lost.add(ref)
+        self._report_failure(ref, error)
+        self._unloadable.add(ref)
         self._changed.set()
 
-    async def _load_again(self, ref: ModelRef) -> None:
+    async def _reload_after_failure(self, ref: ModelRef) -> None:
         held = self._held.pop(ref)
         await held.instance.stop(self._bus.settings.shutdown_timeout_s)
-        self._lost.discard(ref)
-        self._let_go(ref)
+        self._unloadable.discard(ref)
+        self._release_files_and_memory(ref)
         await self._load(ref, lazily=False)
 
     def _evictable(self) -> list[tuple[ModelRef, InstancePool]]:
@@ -321,7 +321,7 @@ class VersionManager:
         found = [(ref, held.instance.copies, held.loader.config) for ref, held in self._held.items()]
         return [(ref, copies) for ref, copies, config in found if copies.loaded and copies.idle and not config.pinned]
 
-    async def _rest(self) -> None:
+    async def _unload_idle_loop(self) -> None:
         """Unload what was idle for as long as its configuration says."""
         while True:
             now = self._bus.clock.monotonic()
@@ -331,12 +331,12 @@ class VersionManager:
                     self.memory.evict(ref, copies, "idle")
             await asyncio.sleep(_REST_S)
 
-    def _decided(self, model: str) -> None:
+    def _on_config_changed(self, model: str) -> None:
         if model in self._news:
             self._news[model].set()
-        self._configured(model)
+        self._apply_config(model)
 
-    def _configured(self, model: str) -> None:
+    def _apply_config(self, model: str) -> None:
         """Another configuration counts: what can be changed in place is, and what cannot is loaded anew."""
         config = self.configs.get(model)
         for ref, held in self._held.items():
@@ -355,13 +355,13 @@ class VersionManager:
             try:
                 await held.instance.copies.renew(self._last_run_s(held.loader))
             except Exception as error:  # noqa: BLE001 - told of, and tried again
-                self._tell(ref, error)
-                await self._pause(ref, tries)
+                self._report_failure(ref, error)
+                await self._wait_before_retry(ref, tries)
                 tries += 1
             else:
                 self._failed.pop(ref, None)
                 log.info("loaded anew", extra={"action": "model_renewed", "model": ref.model, "version": ref.version})
-            self._configured(ref.model)
+            self._apply_config(ref.model)
 
     def _last_run_s(self, loader: Loader) -> float:
         """What has begun may end, however long a run may take: the worker itself goes on."""
@@ -377,5 +377,5 @@ class VersionManager:
     async def _unload(self, ref: ModelRef) -> None:
         held = self._held.pop(ref)
         await held.instance.stop(self._last_run_s(held.loader))
-        self._let_go(ref)
+        self._release_files_and_memory(ref)
         log.info("unloaded", extra={"action": "model_unloaded", "model": ref.model, "version": ref.version})

@@ -322,5 +322,5 @@ def test_the_tenants_patterns_bound_those_of_its_keys_at_once(walk: Walk) -> Non
 def test_what_a_caller_may_use_is_remembered_within_bounds(walk: Walk) -> None:
     key = walk.served.new_key("infer")
     caller = walk.served.services.gateway.keys.authenticate(key, "infer")
-    assert all(caller.sees(f"m{number}") for number in itertools.islice(itertools.count(), 10_000))
+    assert all(caller.may_use_model(f"m{number}") for number in itertools.islice(itertools.count(), 10_000))
     assert len(caller._decisions) <= 4096

@@ -134,7 +134,7 @@ def test_a_quota_of_bytes_holds_for_chunks_that_nothing_names(http: httpx.Client
     content = models.add(7.0)
     room = len(content) + 3000
     assert http.post("/v1/tenants", json={"name": "few-chunks", "quotas": {"stored_bytes": room}}).status_code == 201
-    loose = served.services.gateway.loose
+    loose = served.services.gateway.unreferenced_chunks
 
     def put(chunk: bytes) -> httpx.Response:
         path = f"/v1/models/chunks-one/chunks/{hashlib.sha256(chunk).hexdigest()}"

@@ -226,9 +226,9 @@ def test_a_request_that_others_wait_for_too_is_run_until_the_last_of_them_has_le
         changed = http.patch(path, json={"cache_ttl_s": 60}, headers={"if-match": str(config["revision"])})
         assert changed.status_code == 200, changed.text
     other = {"inputs": [{**BODY["inputs"][0], "data": [2, 2, 2, 2]}]}
-    plans = slow.served.services.gateway.extras.plans
+    plans = slow.served.services.gateway.features.plans
     until(lambda: slow.name in plans, "the model has a cache")
-    kept = slow.served.services.gateway.extras.kept
+    kept = slow.served.services.gateway.features.kept
     leader = sent(slow.served, "POST", slow.infer, other)
     slow.holds(2)
     followers = [sent(slow.served, "POST", slow.infer, other) for _ in range(2)]

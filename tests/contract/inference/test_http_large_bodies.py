@@ -175,7 +175,7 @@ def test_an_answer_about_many_jobs_has_results_up_to_a_bound(served: Served, htt
 
 def test_a_process_that_was_ended_is_started_again(served: Served, http: httpx.Client) -> None:
     assert http.post("/v2/models/large-add/infer", json=body()).status_code == 200
-    process = served.services.gateway.large._process
+    process = served.services.gateway.large_bodies._process
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
     assert http.post("/v2/models/large-add/infer", json=body()).status_code == 200

@@ -26,7 +26,7 @@ def tenants(served: Served) -> None:
     served.push(NAME, models.gather())
     served.share(NAME)
     served.run(gateway.tenants.store(Tenant(SEALED, sealed=True)))
-    until(lambda: gateway.seals.keyring.newest(SEALED) is not None, "the tenant has a key")
+    until(lambda: gateway.tenant_encryption.keyring.newest(SEALED) is not None, "the tenant has a key")
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -97,10 +97,10 @@ def test_what_a_sealed_tenant_was_answered_is_not_kept(served: Served, http: htt
     assert [ask(http, name, headers=key)[0] for _ in range(2)] == ["miss", "hit"]
     gateway = served.services.gateway
     served.run(gateway.tenants.store(Tenant(tenant, sealed=True)))
-    until(lambda: gateway.seals.keyring.newest(tenant) is not None, "the tenant has a key")
-    assert tenant not in gateway.extras.kept.cache._shelves
+    until(lambda: gateway.tenant_encryption.keyring.newest(tenant) is not None, "the tenant has a key")
+    assert tenant not in gateway.features.kept.cache._shelves
     assert [ask(http, name, headers=key) for _ in range(2)] == [("", 1.0)] * 2
-    assert tenant not in gateway.extras.kept.cache._shelves
+    assert tenant not in gateway.features.kept.cache._shelves
 
 
 def test_an_alias_that_moves_takes_no_old_answer_along(served: Served, http: httpx.Client) -> None:
@@ -129,7 +129,7 @@ def test_answers_go_when_their_time_is_over(served: Served, http: httpx.Client) 
 def test_answers_go_when_the_configuration_changes_or_a_version_goes(served: Served, http: httpx.Client) -> None:
     name = "kept-until"
     cached(served, name)
-    kept = served.services.gateway.extras.kept.cache
+    kept = served.services.gateway.features.kept.cache
     assert [ask(http, name)[0], ask(http, name)[0]] == ["miss", "hit"]
     served.run(configure(served.services, ModelConfig(name, revision=2, cache_ttl_s=300.0)))
     assert [ask(http, name)[0], ask(http, name)[0]] == ["miss", "hit"]

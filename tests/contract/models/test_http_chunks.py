@@ -198,7 +198,7 @@ def test_what_was_sent_to_one_gateway_counts_at_another(served: Served, model: L
         digest, content = chunk(model, number)
         with served.client() as http:
             assert http.put(f"/v1/models/{name}/chunks/{digest}", content=content).is_success
-    served.services.gateway.possession._own.clear()  # as of a gateway that none was sent to
+    served.services.gateway.chunk_possession._own.clear()  # as of a gateway that none was sent to
     with served.client() as http:
         made = http.post(f"/v1/models/{name}/versions:register", json={"files": [model.described()]})
         assert made.status_code == 201, made.text
@@ -209,7 +209,7 @@ def test_a_version_of_a_model_may_be_made_of_chunks_of_its_others(served: Served
         client.push("grown", model.source)
         for tenant in ("reader", "writer"):
             client.grants.grant("grown", tenant, "write")
-    possession, asked = served.services.gateway.possession, [entry[0] for entry in model.chunks]
+    possession, asked = served.services.gateway.chunk_possession, [entry[0] for entry in model.chunks]
     possession._own.clear()
     with patterned(served, "reader", "grown") as other:
         told = other.post("/v1/models/grown/chunks:missing", json={"chunks": asked}).json()["missing"]

@@ -52,7 +52,7 @@ def test_a_push_waits_for_the_gateway_to_know_the_version(served: Served) -> Non
     catalog = served.services.gateway.catalog
 
     async def heard() -> tuple[bool, bool]:
-        waiting = asyncio.create_task(catalog.follow_version("waited-for", 1))
+        waiting = asyncio.create_task(catalog.wait_for_version("waited-for", 1))
         await asyncio.sleep(0)
         early = waiting.done()
         await served.services.push("waited-for", models.add())

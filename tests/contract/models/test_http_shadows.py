@@ -130,7 +130,7 @@ def test_requests_of_other_aliases_and_those_that_the_shadow_answers_are_not_cop
 
 
 def settled(served: Served) -> None:
-    shadows = served.services.gateway.extras.shadows
+    shadows = served.services.gateway.features.shadows
     until(lambda: shadows.under_way == 0, "no copy is under way")
 
 
@@ -198,12 +198,12 @@ def test_a_shadow_that_hangs_holds_up_no_caller_and_costs_nobody_anything(
     served.run(gateway.keys.store(msgspec.structs.replace(record, rate=0.001, burst=most + 20, concurrency=2)))
     for _ in range(most + 20):
         assert ask(http, name, -7777.0, headers={"x-api-key": text}) == [-7776.0] * 4
-    assert gateway.extras.shadows.under_way == most
+    assert gateway.features.shadows.under_way == most
     assert gateway._bundler.held == gateway.inflight == 0
     assert counts(http, name) == {"dropped": 20}
     gate.touch()
     until(lambda: counts(http, name) == {"dropped": 20, "equal": most}, "the copies were compared", 60)
-    assert gateway.extras.shadows._bytes == gateway.extras.shadows.under_way == 0
+    assert gateway.features.shadows._bytes == gateway.features.shadows.under_way == 0
     assert REGISTRY.get_sample_value("tether_infer_seconds_count", {"model": name}) == most + 20
 
     def audited() -> int:

@@ -36,7 +36,7 @@ class Buses:
     lane: Lane
 
     async def enqueue(self, message_id: str, body: bytes = b"") -> None:
-        frame = self.gateway.signer.seal(
+        frame = self.gateway.signer.sign_envelope(
             MessageType.INFER, self.gateway.names.lane(self.lane), body, message_id=message_id
         )
         await BusQueue(self.gateway).enqueue(self.lane, frame, message_id=message_id, ttl_s=30)
@@ -292,7 +292,7 @@ async def test_entries_that_are_unsigned_misdirected_or_of_the_wrong_role_do_not
     await bucket.put("good", b"body")
     await raw.put("unsigned", b"body")
     await raw.put("copied", (await raw.get("good")) or b"")
-    worker = buses.worker.signer.seal(MessageType.HEARTBEAT, raw.subject("worker"), b"body")
+    worker = buses.worker.signer.sign_envelope(MessageType.HEARTBEAT, raw.subject("worker"), b"body")
     await raw.put("worker", worker)
     assert await bucket.entries() == {"good": b"body"}
 
@@ -342,13 +342,13 @@ async def test_replayed_and_redirected_requests_are_not_answered(buses: Buses) -
     subject = buses.worker.names.service("registerWorker")
     async with serving(buses.dispatcher, keep):
         reply = buses.worker.reply_inbox()
-        frame = buses.worker.signer.seal(MessageType.REGISTER, subject, b"x", reply=reply)
+        frame = buses.worker.signer.sign_envelope(MessageType.REGISTER, subject, b"x", reply=reply)
         await buses.worker.ask_signed(subject, frame, reply, timeout=2)
         refused = metrics.ENVELOPES_REJECTED.labels("replay")._value.get()
         with pytest.raises(BrokerUnavailable):
             await buses.worker.ask_signed(subject, frame, buses.worker.reply_inbox(), timeout=0.3)
         assert metrics.ENVELOPES_REJECTED.labels("replay")._value.get() == refused + 1
-        other = buses.worker.signer.seal(MessageType.REGISTER, subject, b"y", reply=buses.worker.reply_inbox())
+        other = buses.worker.signer.sign_envelope(MessageType.REGISTER, subject, b"y", reply=buses.worker.reply_inbox())
         with pytest.raises(BrokerUnavailable):
             await buses.worker.ask_signed(subject, other, buses.worker.reply_inbox(), timeout=0.3)
     assert handled == [b"x"]

@@ -82,7 +82,7 @@ async def test_no_two_owners_of_a_partition_have_had_the_same_epoch(restartable:
     earlier = await cuts.keep(broker, stream)
     assert await running.modelstore._bus.wait_connected(10)
     before = await bucket.look()
-    first = await bucket.hand(9, "one", 0)
+    first = await bucket.transfer(9, "one", 0)
     await cuts.cut(broker, earlier)
     assert await running.modelstore._bus.wait_connected(10)
 
@@ -92,7 +92,7 @@ async def test_no_two_owners_of_a_partition_have_had_the_same_epoch(restartable:
         return False
 
     await wait_until(gone, "the lease was lost")
-    second = await bucket.hand(9, "other", 0)
+    second = await bucket.transfer(9, "other", 0)
     assert first is not None
     assert second is not None
     assert second.epoch > first.epoch

@@ -36,7 +36,7 @@ async def infer(running: Services, served: ResolvedVersion, value: float, tenant
 
 def counts(running: Services, name: str) -> dict[Verdict, int]:
     """Those that are not 0."""
-    tally = running.gateway.extras.shadows.tallies(name)[SHADOW]
+    tally = running.gateway.features.shadows.tallies(name)[SHADOW]
     return {verdict: count for verdict, count in tally.counts.items() if count}
 
 
@@ -47,7 +47,7 @@ async def test_copies_of_an_isolated_and_sealed_tenants_requests_run_at_its_own_
     await isolate(one, CLINIC, served, sealed=True)
     await own_worker(one, OWN, served, CLINIC)
     await wait_until(lambda: one.gateway.catalog.workers(shadow, CLINIC) == (OWN,), "its worker holds both versions")
-    await wait_until(lambda: one.gateway.seals.keyring.newest(CLINIC) is not None, "the tenant has a key")
+    await wait_until(lambda: one.gateway.tenant_encryption.keyring.newest(CLINIC) is not None, "the tenant has a key")
     await one.workers[0].holder.stop(5.0)
     assert await infer(one, served, 4.0) == 5.0
     await wait_until(lambda: counts(one, "bump") == {Verdict.DIFFERENT: 1}, "the copy was answered")
@@ -64,10 +64,10 @@ async def test_copies_that_were_under_way_when_the_broker_died_are_answered_afte
     for value in range(8):
         assert await infer(running, served, float(value), TENANT) == value + 1
     await broker.server.kill()
-    assert running.gateway.extras.shadows.under_way <= 8
+    assert running.gateway.features.shadows.under_way <= 8
     waiting = [asyncio.ensure_future(infer(running, served, float(value), TENANT)) for value in range(3)]
     await broker.server.start()
     assert await asyncio.gather(*waiting) == [1.0, 2.0, 3.0]
-    await wait_until(lambda: running.gateway.extras.shadows.under_way == 0, "all copies have ended", 40)
+    await wait_until(lambda: running.gateway.features.shadows.under_way == 0, "all copies have ended", 40)
     assert sum(counts(running, "bump").values()) == 11
     assert counts(running, "bump").get(Verdict.DIFFERENT, 0) >= 3

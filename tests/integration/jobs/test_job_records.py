@@ -103,7 +103,7 @@ async def test_a_request_of_many_bundles_is_queued_whole_or_not_at_all(one: Serv
     states = [
         codec.decode_outcomes(envelope.body)[0].state.value
         async for item in one.bus.direct_scan(results, one.bus.names.results())
-        if (envelope := one.bus.open_frame(item.data, item.subject, MessageType.RESULT)) is not None
+        if (envelope := one.bus.verify_frame(item.data, item.subject, MessageType.RESULT)) is not None
     ]
     assert set(states) == {"cancelled"}
     accepted = await submit(one, *jobs)
@@ -217,7 +217,7 @@ async def put_as_before(running: Services, record: JobRecord, length: int) -> No
     if length == len(record.id):
         del fields["storing"]
     subject = bus.names.bucket_key("jobs", record.id[:length])
-    frame = bus.signer.seal(MessageType.RECORD, subject, codec.pack(fields))
+    frame = bus.signer.sign_envelope(MessageType.RECORD, subject, codec.pack(fields))
     await bus.publish_acked(subject, frame, headers={"Nats-TTL": "600"})
 
 

@@ -209,7 +209,7 @@ async def buried(running: Services, lane: Lane) -> dict[str, object]:
     """The dead letter of a lane, verified."""
     bus, subject = running.bus, running.bus.names.dead(lane)
     found = (await bus.direct_batch(bus.names.dead_stream, [subject]))[subject]
-    envelope = bus.open_frame(found.data, subject, MessageType.DEAD)
+    envelope = bus.verify_frame(found.data, subject, MessageType.DEAD)
     assert envelope is not None
     letter: dict[str, object] = codec.unpack(envelope.body)
     return letter
@@ -222,7 +222,7 @@ async def test_a_late_result_changes_nothing(one: Services) -> None:
     bus = one.workers[0]._bus
     late = Outcome(JobId(job_id), JobState.SUCCEEDED, (from_numpy("y", row(99)),), None, 2, "worker-1", 1.0, 2.0)
     subject = bus.names.result(job_id)
-    frame = bus.signer.seal(MessageType.RESULT, subject, codec.encode_outcomes([late]), jobs=(job_id,))
+    frame = bus.signer.sign_envelope(MessageType.RESULT, subject, codec.encode_outcomes([late]), jobs=(job_id,))
     assert not await BusResults(bus).commit(job_id, frame)
     assert await one.gateway.jobs.get(TENANT, job_id) == before
 
@@ -233,7 +233,7 @@ async def test_a_gateway_cannot_make_a_job_succeed(one: Services) -> None:
     (job_id,) = await submit(one, new_job(served, row(1)))
     forged = Outcome(JobId(job_id), JobState.SUCCEEDED, (from_numpy("y", row(9)),), None, 1, "gateway", 1.0, 2.0)
     subject = one.bus.names.result(job_id)
-    frame = one.bus.signer.seal(MessageType.RESULT, subject, codec.encode_outcomes([forged]), jobs=(job_id,))
+    frame = one.bus.signer.sign_envelope(MessageType.RESULT, subject, codec.encode_outcomes([forged]), jobs=(job_id,))
     assert await BusResults(one.bus).commit(job_id, frame)
     assert (await one.gateway.jobs.get(TENANT, job_id))["state"] != "succeeded"
 
@@ -326,7 +326,9 @@ async def test_a_result_that_was_stored_too_late_does_not_count_whoever_looks(on
     at = record.deadline - 0.05
     end = Outcome(JobId(job_id), JobState.SUCCEEDED, (from_numpy("y", row(2)),), None, 1, "worker-1", at, at)
     subject = bus.names.result(job_id)
-    frame = bus.signer.seal(MessageType.RESULT, subject, codec.encode_outcomes([end]), jobs=(job_id,), attempt=1)
+    frame = bus.signer.sign_envelope(
+        MessageType.RESULT, subject, codec.encode_outcomes([end]), jobs=(job_id,), attempt=1
+    )
     assert await BusResults(bus).commit(job_id, frame)
     job = await one.gateway.jobs.get(TENANT, job_id)
     assert (job["state"], "result" in job) == ("expired", False)

@@ -95,7 +95,7 @@ async def test_jobs_of_a_signed_bundle_that_no_worker_can_read_end_as_failed(one
     served = await bump(one)
     lane = served.job_lane(Priority.NORMAL)
     subject, job = one.bus.names.lane(lane), new_job_id()
-    frame = one.bus.signer.seal(MessageType.JOB, subject, codec.pack([1, 2, 3]), jobs=(job,))
+    frame = one.bus.signer.sign_envelope(MessageType.JOB, subject, codec.pack([1, 2, 3]), jobs=(job,))
     await one.bus.publish_acked(subject, frame)
 
     async def result() -> bool:

@@ -173,7 +173,7 @@ async def test_records_of_homes_of_before_are_forgotten_too(
     records = short.gateway.jobs._records
     (record,) = (await records.find(ids)).values()
     subject = short.bus.names.bucket_key("jobs", record.id[:length])
-    frame = short.bus.signer.seal(MessageType.RECORD, subject, codec.encode_record(record))
+    frame = short.bus.signer.sign_envelope(MessageType.RECORD, subject, codec.encode_record(record))
     await short.bus.publish_acked(subject, frame)
     stored = await short.bus.direct_get(records.raw.stream, records.raw.subject(record.key))
     assert stored is not None

@@ -280,7 +280,7 @@ async def test_a_dispatcher_can_end_a_job_in_no_other_way(
     error = None if state is JobState.SUCCEEDED else Failure("inference_failed", "so it says")
     outcome = Outcome(JobId(job), state, (), error, 0, "dispatcher", 0.0, bus.clock.utc())
     subject = bus.names.result(job)
-    frame = bus.signer.seal(MessageType.RESULT, subject, codec.encode_outcomes([outcome]), jobs=(job,))
+    frame = bus.signer.sign_envelope(MessageType.RESULT, subject, codec.encode_outcomes([outcome]), jobs=(job,))
     await bus.publish_acked(subject, frame)
     assert await ends(idle, [job]) == [QUEUED]
 

@@ -118,10 +118,10 @@ async def test_only_a_gateway_may_withdraw_and_only_in_the_lane_that_it_says(one
     subject = one.bus.names.withdrawn(lane_of(one, served))
     body = codec.encode(Withdrawal((job,), one.bus.clock.utc() + 60))
     if case == "another subject":
-        frame = one.bus.signer.seal(MessageType.RESULT, one.bus.names.result(job), body)
+        frame = one.bus.signer.sign_envelope(MessageType.RESULT, one.bus.names.result(job), body)
     else:
         async with connect(one.settings, one.home, case) as other:
-            frame = other.signer.seal(MessageType.RESULT, subject, body)
+            frame = other.signer.sign_envelope(MessageType.RESULT, subject, body)
     await one.bus.publish(subject, frame)
     await wait_until(lambda: refusals._value.get() == before + 1, "it is refused")
     assert job not in known

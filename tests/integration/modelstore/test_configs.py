@@ -60,7 +60,9 @@ async def test_a_configuration_counts_only_from_the_model_store_at_its_own_key_a
             before = refused("stale_entry")
             await bucket.put(key, old)
             await wait_until(lambda before=before: refused("stale_entry") > before, f"one {what} is refused")
-        forged = one.bus.signer.seal(MessageType.CONFIG, names.bucket_key("configs", "kept"), codec.encode(first))
+        forged = one.bus.signer.sign_envelope(
+            MessageType.CONFIG, names.bucket_key("configs", "kept"), codec.encode(first)
+        )
         before = refused("role_not_allowed")
         await bucket.put("kept", forged)
         await wait_until(lambda: refused("role_not_allowed") > before, "one that a gateway signed is refused")

@@ -92,7 +92,7 @@ async def test_versions_from_before_there_were_partitions_are_still_found(home: 
         fields = {key: value for key, value in msgspec.to_builtins(old).items() if key != "partition"}
         async with connect(broker.settings, home, "modelstore") as bus:
             subject = bus.names.bucket_key("models", f"{name}.1")
-            frame = bus.signer.seal(MessageType.MANIFEST, subject, codec.pack(fields))
+            frame = bus.signer.sign_envelope(MessageType.MANIFEST, subject, codec.pack(fields))
             await bus.publish_acked(subject, frame)
     async with embedded(home, nats_binary, partitions=4) as grown, platform_on(grown) as platform:
         assert await platform.manifest(name, 1) == old
@@ -160,7 +160,7 @@ async def test_a_lease_changes_hands_once(broker: Broker) -> None:
         leases = LeaseBucket(bus)
         sequence, lease = (await leases.look()).leases[0]
         assert lease is not None
-        taken = [await leases.hand(0, owner, sequence) for owner in ("a", "b")]
+        taken = [await leases.transfer(0, owner, sequence) for owner in ("a", "b")]
         assert [taken[0] and taken[0].owner, taken[1]] == ["a", None]
         assert taken[0] is not None
         assert taken[0].epoch > lease.epoch

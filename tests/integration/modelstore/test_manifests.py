@@ -23,7 +23,7 @@ Forge = Callable[[Manifest, Signer, Signer, str], bytes]
 
 
 def signed(manifest: Manifest, signer: Signer, subject: str) -> bytes:
-    return signer.seal(MessageType.MANIFEST, subject, codec.encode(manifest))
+    return signer.sign_envelope(MessageType.MANIFEST, subject, codec.encode(manifest))
 
 
 def second(manifest: Manifest, **changes: object) -> Manifest:

@@ -46,7 +46,7 @@ SIZE = 3 << 20
 
 
 def stored(running: Services, model: str = "m") -> ModelKeys:
-    found = running.gateway.encrypted.keyring.stored(model)
+    found = running.gateway.encrypted_models.keyring.stored(model)
     assert found is not None
     return found
 
@@ -68,8 +68,8 @@ async def works(running: Services, served: ResolvedVersion) -> None:
 
 async def chunks(running: Services, found: Manifest) -> bytes:
     """The whole content of a version's first file, as a gateway reads it."""
-    plain = running.gateway.encrypted.plain(found)
-    async with aclosing(running.gateway.encrypted.store(found).get(plain.files[0].chunks)) as parts:
+    plain = running.gateway.encrypted_models.plain(found)
+    async with aclosing(running.gateway.encrypted_models.store(found).get(plain.files[0].chunks)) as parts:
         return b"".join([part async for part in parts])
 
 
@@ -205,7 +205,7 @@ async def test_the_key_outlives_a_restart_and_a_model_store_that_was_rotated_whi
 
 async def rekeyed(running: Services, generation: int) -> None:
     """Ask for another key and wait until every version is stored under it."""
-    seals = running.gateway.encrypted
+    seals = running.gateway.encrypted_models
     assert await seals.ask(Change.REKEY, "m", ASKER) == generation
 
     def moved() -> bool:
@@ -274,7 +274,7 @@ async def test_a_key_is_taken_over_when_its_writer_is_revoked_and_never_replaced
         with pytest.raises(Unavailable, match="cannot be believed"):
             await running.modelstore.keys.ensure("other")
         with pytest.raises(Unavailable, match="cannot be believed"):
-            await running.gateway.encrypted.encrypts("other", None)
+            await running.gateway.encrypted_models.encrypts("other", None)
         with pytest.raises(ModelNotFound, match="not encrypted"):
             await running.modelstore.keys.rekey("third")
 
@@ -296,7 +296,9 @@ async def test_two_model_stores_agree_on_one_key(broker: Broker) -> None:
         async with other_keys(running) as second:
             made = await asyncio.gather(*(keys.ensure("both") for keys in (first, second) for _ in range(4)))
         assert set(made) == {1}
-        await wait_until(lambda: "both" in running.gateway.encrypted.keyring.owners(), "the gateway has heard of it")
+        await wait_until(
+            lambda: "both" in running.gateway.encrypted_models.keyring.owners(), "the gateway has heard of it"
+        )
         assert len(stored(running, "both").keys) == 1
 
 

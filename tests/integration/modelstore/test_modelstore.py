@@ -291,7 +291,7 @@ async def test_a_model_store_that_died_before_the_alias_repairs_it_at_its_next_s
         orphan = Manifest(
             **{name: getattr(second, name) for name in second.__struct_fields__ if name != "version"}, version=3
         )
-        frame = bus.signer.seal(MessageType.MANIFEST, subject, codec.encode(orphan))
+        frame = bus.signer.sign_envelope(MessageType.MANIFEST, subject, codec.encode(orphan))
         assert await KvBucket(bus, "models").create(key, frame)
     async with platform_on(broker) as platform:
 

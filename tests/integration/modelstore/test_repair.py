@@ -104,8 +104,8 @@ async def told(running: Services, outcome: str) -> set[str]:
 
 async def content(running: Services, manifest: Manifest) -> bytes:
     """The version's file as a gateway reads it."""
-    plain = running.gateway.encrypted.plain(manifest)
-    async with aclosing(running.gateway.encrypted.store(manifest).get(plain.files[0].chunks)) as parts:
+    plain = running.gateway.encrypted_models.plain(manifest)
+    async with aclosing(running.gateway.encrypted_models.store(manifest).get(plain.files[0].chunks)) as parts:
         return b"".join([part async for part in parts])
 
 
@@ -152,7 +152,7 @@ def kept(running: Services, name: str) -> bytes:
 
 def seal(running: Services, manifest: Manifest) -> ChunkSeal:
     assert manifest.sealed is not None
-    key = running.gateway.encrypted.keyring.known("m", manifest.sealed.key_id)
+    key = running.gateway.encrypted_models.keyring.known("m", manifest.sealed.key_id)
     assert key is not None
     return ChunkSeal(key, "m")
 
@@ -170,17 +170,17 @@ def nonsense(running: Services, manifest: Manifest, name: str) -> bytes:
 
 
 def in_the_clear(running: Services, manifest: Manifest, name: str) -> bytes:
-    return seal(running, manifest).open(name, kept(running, name))
+    return seal(running, manifest).decrypt(name, kept(running, name))
 
 
 def of_another_key(running: Services, manifest: Manifest, name: str) -> bytes:
     """The right chunk, closed for the right name with a key that the model does not have."""
-    return ChunkSeal(new_data_key(1), "m").close(name, in_the_clear(running, manifest, name))
+    return ChunkSeal(new_data_key(1), "m").encrypt(name, in_the_clear(running, manifest, name))
 
 
 def other_content(running: Services, manifest: Manifest, name: str) -> bytes:
     """What only a holder of the key can make."""
-    return seal(running, manifest).close(name, b"evil")
+    return seal(running, manifest).encrypt(name, b"evil")
 
 
 SEALED_LIES = (nonsense, another_chunk, in_the_clear, of_another_key, other_content)
@@ -236,7 +236,7 @@ async def test_a_chunk_of_an_encrypted_model_travels_as_the_worker_keeps_it(runn
     sent: dict[str, bytes] = {}
 
     async def heard(message: Message) -> None:
-        envelope = bus.open_frame(message.data, message.subject, MessageType.CHUNK)
+        envelope = bus.verify_frame(message.data, message.subject, MessageType.CHUNK)
         assert envelope is not None
         sent[envelope.header.message_id] = envelope.body
 
@@ -300,7 +300,7 @@ async def test_a_chunk_of_the_key_before_is_not_stored_under_the_name_of_the_new
     monkeypatch.setattr(WorkerFiles, "lend", lambda _, name: kept(running, names[name]))
     async with services(broker) as running:
         old = await cached(running, encrypt=True)
-        assert await running.gateway.encrypted.ask(Change.REKEY, "m", ASKER) == 2
+        assert await running.gateway.encrypted_models.ask(Change.REKEY, "m", ASKER) == 2
 
         def current() -> Manifest:
             return running.gateway.catalog.resolve("m", "1").manifest

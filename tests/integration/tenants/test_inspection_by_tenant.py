@@ -18,7 +18,7 @@ from tether.wire import codec
 
 
 async def push(running: Services, tenant: str, name: str, model: bytes) -> PushAnswer:
-    target = await running.gateway.encrypted.target(name, None, Asker(tenant, False, "key:test"))
+    target = await running.gateway.encrypted_models.target(name, None, Asker(tenant, False, "key:test"))
     file = await running._upload(target, model)
     request, partition = PushRequest(name, (file,), tenant=tenant), running.bus.names.partition(name)
     body = codec.encode(request)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 from support.brokers.brokers import wait_until
 from support.brokers.stored import count
 from support.models import models
 from support.platform.services import Services, first, new_job, row
-from support.platform.tenancy import Thief, bound_home, has_lane, isolate, own_worker
+from support.platform.tenancy import Thief, bound_home, ended_by, has_lane, isolate, own_worker
 
 from tether.bus.key_value.bucket import SignedBucket
 from tether.crypto import MessageType
@@ -72,20 +72,6 @@ async def infer(
 async def submit(running: Services, tenant: str, *jobs: object) -> list[str]:
     shown = await running.gateway.jobs.submit(tenant, jobs)  # type: ignore[arg-type]
     return [job["id"] for job in shown]
-
-
-async def ended_by(running: Services, ids: Sequence[str], pool: str) -> set[str]:
-    """Which workers stored results of these jobs."""
-    frames = await BusResults(running.bus).find(ids, pool=pool)
-    assert len(frames) == len(ids)
-    found = set()
-    for job, frame in frames.items():
-        envelope = running.bus.open_frame(frame, running.bus.names.result(job, pool), MessageType.RESULT)
-        assert envelope is not None
-        (outcome,) = codec.decode_outcomes(envelope.body)
-        assert outcome.worker == envelope.sender
-        found.add(outcome.worker)
-    return found
 
 
 def refused(code: str) -> float:
@@ -217,7 +203,9 @@ async def test_a_result_signed_by_a_worker_of_another_pool_is_refused(
     pool, before = one.gateway.tenants.pool(tenant), refused("result_conflict")
     forged = Outcome(JobId(job), JobState.SUCCEEDED, (from_numpy("y", row(9)),), None, 1, speaker, 1.0, 2.0)
     subject = one.bus.names.result(job, pool)
-    frame = workers[speaker]._bus.signer.seal(MessageType.RESULT, subject, codec.encode_outcomes([forged]), jobs=(job,))
+    frame = workers[speaker]._bus.signer.sign_envelope(
+        MessageType.RESULT, subject, codec.encode_outcomes([forged]), jobs=(job,)
+    )
     assert await BusResults(one.bus).commit(job, frame, pool=pool)
     assert (await one.gateway.jobs.get(tenant, job))["state"] == "queued"
     assert refused("result_conflict") > before
@@ -234,13 +222,13 @@ async def test_an_answer_signed_by_a_worker_of_another_pool_is_refused(
     async with Thief(entitled._bus, bump.lane(one.gateway.tenants.pool(tenant))) as thief:
         asked = asyncio.create_task(infer(one, tenant, bump, 7))
         await wait_until(lambda: len(thief.got) == 1, "a bundle is on its way")
-        envelope = entitled._bus.verified(thief.got[0].frame, thief.got[0].subject, MessageType.INFER)
+        envelope = entitled._bus.verify_or_raise(thief.got[0].frame, thief.got[0].subject, MessageType.INFER)
         (job,) = envelope.header.jobs
         before = refused("result_conflict")
         for name, value in ((speaker, 99.0), (entitled.name, 8.0)):
             made = Outcome(JobId(job), JobState.SUCCEEDED, (from_numpy("y", row(value)),), None, 1, name, 1.0, 2.0)
             bus, reply = workers[name]._bus, envelope.header.reply
-            frame = bus.signer.seal(MessageType.ANSWER, reply, codec.encode_outcomes([made]), jobs=(job,))
+            frame = bus.signer.sign_envelope(MessageType.ANSWER, reply, codec.encode_outcomes([made]), jobs=(job,))
             await bus.publish(reply, frame)
             if name == speaker:
                 await wait_until(lambda: refused("result_conflict") > before, "the forged answer was counted")
@@ -261,7 +249,9 @@ async def test_a_bundle_in_a_lane_of_another_pool_is_not_run(
         before = refused("subject_mismatch")
         job = Job(new_job_id(), tenant, (from_numpy("x", row(1)),), one.bus.clock.utc() + 60)
         subject = one.bus.names.lane(lane)
-        frame = one.bus.signer.seal(MessageType.INFER, subject, codec.encode_jobs([job]), jobs=(job.id,), tenant=header)
+        frame = one.bus.signer.sign_envelope(
+            MessageType.INFER, subject, codec.encode_jobs([job]), jobs=(job.id,), tenant=header
+        )
         await one.bus.publish_acked(subject, frame)
         await wait_until(lambda before=before: refused("subject_mismatch") > before, "it was counted")
     assert not runs
@@ -272,9 +262,9 @@ async def test_what_a_worker_says_of_its_pool_entitles_it_to_nothing(one: Servic
     worker, names = one.workers[0], one.bus.names
     beat = Heartbeat("worker-1", worker._epoch, "local", (ModelRef("bump", 1),), (), 0, 1, 1.0, ACME)
     subject = names.bucket_key("liveness", "worker-1")
-    frame = worker._bus.signer.seal(MessageType.HEARTBEAT, subject, codec.encode(beat))
+    frame = worker._bus.signer.sign_envelope(MessageType.HEARTBEAT, subject, codec.encode(beat))
     assert one.dispatcher is not None
-    one.dispatcher.heard("worker-1", frame)
+    one.dispatcher.on_heartbeat("worker-1", frame)
     await one.dispatcher.reconcile()
     assert one.dispatcher._routed[ACME, ModelRef("bump", 1)].workers == ()
     assert one.dispatcher._assigned["worker-1"].pool == SHARED

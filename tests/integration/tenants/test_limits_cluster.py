@@ -200,7 +200,7 @@ async def test_at_rest_nothing_is_told_and_forged_or_repeated_reports_are_not_he
     await wait_until(lambda: all(gateway.limits.gossip.resting for gateway in three), "all came to rest")
     repeated = heard[-1]
     mine = LimitMessage("someone", 1, [LimitReport(name, 1e6)])
-    old = bus.signer.seal(
+    old = bus.signer.sign_envelope(
         MessageType.DEMAND, bus.names.demand(), codec.encode(mine), expires_at=1, message_id=new_job_id()
     )
     for frame in (repeated, old, repeated[:-1], b"TTHR"):

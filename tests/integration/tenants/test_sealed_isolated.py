@@ -35,8 +35,8 @@ async def test_only_the_tenants_own_worker_opens_what_is_its(one: Services) -> N
     served = await one.push("bump", models.add())
     await isolate(one, CLINIC, served, sealed=True)
     await own_worker(one, OWN, served, CLINIC)
-    await wait_until(lambda: one.gateway.seals.keyring.newest(CLINIC) is not None, "the tenant has a key")
-    key = one.gateway.seals.keyring.newest(CLINIC)
+    await wait_until(lambda: one.gateway.tenant_encryption.keyring.newest(CLINIC) is not None, "the tenant has a key")
+    key = one.gateway.tenant_encryption.keyring.newest(CLINIC)
     assert key is not None
     assert await infer(one, served, 4.0) == 5.0
     (job,) = await one.gateway.jobs.submit(CLINIC, [new_job(served, row(6.0))])
@@ -52,8 +52,8 @@ async def test_jobs_that_wait_while_their_sealed_tenant_is_isolated_are_run(one:
     """They were accepted for the shared workers, and are in the shared lane."""
     served = await one.push("bump", models.add())
     await one.gateway.tenants.store(Tenant(CLINIC, sealed=True))
-    await wait_until(lambda: one.gateway.seals.keyring.newest(CLINIC) is not None, "the tenant has a key")
-    before = one.gateway.seals.keyring.newest(CLINIC)
+    await wait_until(lambda: one.gateway.tenant_encryption.keyring.newest(CLINIC) is not None, "the tenant has a key")
+    before = one.gateway.tenant_encryption.keyring.newest(CLINIC)
     assert before is not None
     await one.workers[0].holder.stop(5.0)
     jobs = await one.gateway.jobs.submit(CLINIC, [new_job(served, row(float(n))) for n in range(5)])
@@ -66,5 +66,5 @@ async def test_jobs_that_wait_while_their_sealed_tenant_is_isolated_are_run(one:
 
 
 def _another_key(running: Services, key_id: bytes) -> bool:
-    newest = running.gateway.seals.keyring.newest(CLINIC)
+    newest = running.gateway.tenant_encryption.keyring.newest(CLINIC)
     return newest is not None and newest.id != key_id

@@ -46,7 +46,7 @@ def result_trace(job: str) -> bytes:
 
 async def seal_tenant(running: Services, name: str = SEALED, **what: Any) -> None:
     await running.gateway.tenants.store(Tenant(name, sealed=True, **what))
-    ring = running.gateway.seals.keyring
+    ring = running.gateway.tenant_encryption.keyring
     await wait_until(lambda: ring.newest(name) is not None, "the tenant has a key")
 
 
@@ -159,7 +159,7 @@ async def test_who_is_revoked_cannot_open_what_is_sealed_afterwards_and_its_jobs
     served = await one.push("bump", models.add())
     await seal_tenant(one)
     assert await infer(one, SEALED, served) == OUT
-    seals, everyone = one.gateway.seals, one.bus.verifier.keyset
+    seals, everyone = one.gateway.tenant_encryption, one.bus.verifier.keyset
     ring = seals.keyring
     before = ring.newest(SEALED)
     left = tuple(record for record in everyone.identities if record.name != "worker-1")
@@ -184,7 +184,7 @@ async def test_who_is_revoked_cannot_open_what_is_sealed_afterwards_and_its_jobs
 
 async def test_an_isolated_tenants_keys_are_not_for_shared_workers(one: Services) -> None:
     await seal_tenant(one, isolated=True)
-    stored = one.gateway.seals.keyring.stored(SEALED)
+    stored = one.gateway.tenant_encryption.keyring.stored(SEALED)
     assert stored is not None
     names = {record.kid: record.name for record in one.bus.verifier.keyset.identities}
     assert {names[kid] for kid in stored.keys[0].holders()} == {"gateway"}
@@ -247,7 +247,7 @@ async def test_a_payload_that_was_moved_to_another_job_does_not_open(one: Servic
     served = await one.push("bump", models.add())
     await seal_tenant(one)
     await seal_tenant(one, "bank")
-    key = one.gateway.seals.keyring.newest(SEALED)
+    key = one.gateway.tenant_encryption.keyring.newest(SEALED)
     assert key is not None
     deadline = one.bus.clock.utc() + 30
     good = seal_job(key, Job(new_job_id(), SEALED, (from_numpy("x", row(IN)),), deadline))
@@ -257,7 +257,7 @@ async def test_a_payload_that_was_moved_to_another_job_does_not_open(one: Servic
     reply = one.bus.names.reply(new_job_id())
 
     async def answered(message: Any) -> None:
-        envelope = one.bus.open(message, MessageType.ANSWER)
+        envelope = one.bus.verify_message(message, MessageType.ANSWER)
         assert envelope is not None
         answers.update({outcome.job: outcome for outcome in codec.decode_outcomes(envelope.body)})
 
@@ -266,12 +266,12 @@ async def test_a_payload_that_was_moved_to_another_job_does_not_open(one: Servic
         answers.clear()
         subject = one.bus.names.lane(served.infer_lane)
         ids = tuple(job.id for job in jobs)
-        frame = one.bus.signer.seal(MessageType.INFER, subject, codec.encode_jobs(jobs), reply=reply, jobs=ids)
+        frame = one.bus.signer.sign_envelope(MessageType.INFER, subject, codec.encode_jobs(jobs), reply=reply, jobs=ids)
         await one.bus.publish_acked(subject, frame)
         await wait_until(lambda ids=ids: set(answers) == set(ids), "every job has an answer")
         assert [answers[job].state.value for job in ids] == list(ends)
     (refused,) = answers.values()
-    opened = await one.gateway.seals.keyring.open_outcome("bank", refused)
+    opened = await one.gateway.tenant_encryption.keyring.open_outcome("bank", refused)
     assert opened.error is not None
     assert opened.error.code in (DecryptionFailed.code, NoDecryptionKey.code)
 
@@ -281,10 +281,10 @@ async def test_identities_that_rotate_keep_opening_what_was_and_what_will_be_sea
     await seal_tenant(one)
     done = await run_job(one, SEALED, served)
     for name in ("worker-1", "gateway"):
-        before = one.gateway.seals.keyring.stored(SEALED)
+        before = one.gateway.tenant_encryption.keyring.stored(SEALED)
         keyset_editor.rotate(one.home, RootKey(one.home.root_key), name, grace_s=0)
         await wait_until(
-            lambda before=before: one.gateway.seals.keyring.stored(SEALED) != before, "keys were passed on"
+            lambda before=before: one.gateway.tenant_encryption.keyring.stored(SEALED) != before, "keys were passed on"
         )
         assert await infer(one, SEALED, served) == OUT
     assert await one.gateway.jobs.get(SEALED, done["id"]) == done

@@ -225,7 +225,7 @@ async def test_entries_that_were_forged_moved_or_sent_again_are_named(broker: Br
         genuine = next(record for record in await _sent(bus, broker, 3) if record.subject.endswith(".admin"))
         altered = bytearray(genuine.frame)
         altered[altered.index(b"key:abcdefgh") + 5] ^= 1
-        forged = dispatcher.signer.seal(MessageType.AUDIT, genuine.subject, b"x", message_id="x")
+        forged = dispatcher.signer.sign_envelope(MessageType.AUDIT, genuine.subject, b"x", message_id="x")
         elsewhere = dispatcher.names.audit("other", "admin")
         for subject, frame in (
             (genuine.subject, bytes(altered)),
@@ -295,7 +295,7 @@ async def test_inference_jobs_and_forged_messages_leave_entries_and_no_payload(o
     await one.infer(served, row(0.123456))
     with pytest.raises(TetherError):
         await one.infer(served, row(1)[:, :2])
-    one.bus.open_frame(b"forged", "tether.reply.abc.def", MessageType.ANSWER)
+    one.bus.verify_frame(b"forged", "tether.reply.abc.def", MessageType.ANSWER)
     await one.gateway.audit.settled()
 
     async def arrived() -> bool:

@@ -41,7 +41,7 @@ def rejected(reason: str) -> float:
 
 async def enqueue(logins: Logins, message_id: str, body: bytes = b"job") -> bytes:
     gateway = logins.gateway
-    frame = gateway.signer.seal(MessageType.JOB, gateway.names.lane(logins.lane), body, message_id=message_id)
+    frame = gateway.signer.sign_envelope(MessageType.JOB, gateway.names.lane(logins.lane), body, message_id=message_id)
     await BusQueue(gateway).enqueue(logins.lane, frame, message_id=message_id, ttl_s=None)
     return frame
 
@@ -68,8 +68,8 @@ async def test_a_job_pulled_to_a_foreign_inbox_is_not_taken_for_what_is_awaited_
     await wait_until(lambda: bool(heard), "the broker delivered the job to the gateway")
     assert heard[0].subject != reply
     before = rejected("subject_mismatch") + rejected("role_not_allowed")
-    assert logins.gateway.open_frame(heard[0].data, reply, MessageType.ANSWER) is None
-    assert logins.gateway.open(heard[0], MessageType.ANSWER) is None
+    assert logins.gateway.verify_frame(heard[0].data, reply, MessageType.ANSWER) is None
+    assert logins.gateway.verify_message(heard[0], MessageType.ANSWER) is None
     assert rejected("subject_mismatch") + rejected("role_not_allowed") == before + 2
 
 
@@ -99,7 +99,7 @@ async def test_what_a_worker_makes_the_broker_write_into_a_bucket_is_not_believe
     bucket = SignedBucket(logins.gateway, "tenants", MessageType.TENANT)
     await bucket.put("acme", b"the tenant")
     note = names.bucket_key("attempts", names.attempt_key("n"))
-    frame = logins.worker.signer.seal(MessageType.TENANT, bucket.raw.subject("evil"), b"forged")
+    frame = logins.worker.signer.sign_envelope(MessageType.TENANT, bucket.raw.subject("evil"), b"forged")
     await logins.worker.publish_acked(note, frame)
     read = f"$JS.API.DIRECT.GET.{names.bucket_stream('attempts')}.{note}"
     for key in ("acme", "evil"):
@@ -301,7 +301,7 @@ async def test_an_answer_goes_to_the_inbox_of_who_asked_and_nowhere_else(logins:
     async with serving:
         for reply in (names.inbox("worker", "worker-2") + ".r.1", logins.gateway.reply_inbox(), models):
             before = rejected("subject_mismatch")
-            frame = worker.signer.seal(MessageType.REGISTER, subject, b"x", reply=reply)
+            frame = worker.signer.sign_envelope(MessageType.REGISTER, subject, b"x", reply=reply)
             await worker.publish(subject, frame, reply=reply)
             await wait_until(lambda before=before: rejected("subject_mismatch") > before, f"no answer to {reply}")
         kinds = {"kind": MessageType.REGISTER, "answers": MessageType.REGISTERED}

@@ -98,13 +98,15 @@ async def test_a_bundle_whose_time_is_over_and_whose_result_is_forgotten_does_no
     served = await bump(one)
     subject = one.bus.names.lane(served.job_lane(Priority.NORMAL))
     job = Job(new_job_id(), TENANT, (from_numpy("x", row(1)),), one.bus.clock.utc() - 1)
-    frame = one.bus.signer.seal(MessageType.JOB, subject, codec.encode_jobs([job]), jobs=(job.id,))
+    frame = one.bus.signer.sign_envelope(MessageType.JOB, subject, codec.encode_jobs([job]), jobs=(job.id,))
     ran = runs("bump")
     await one.bus.publish_acked(subject, frame)
     await wait_until_async(one, subject)
     assert runs("bump") == ran
     (stored,) = codec.decode_outcomes(
-        one.bus.verified((await results(one, job.id))[job.id], one.bus.names.result(job.id), MessageType.RESULT).body
+        one.bus.verify_or_raise(
+            (await results(one, job.id))[job.id], one.bus.names.result(job.id), MessageType.RESULT
+        ).body
     )
     assert stored.state is JobState.EXPIRED
 
@@ -116,7 +118,9 @@ async def test_a_waiting_request_that_is_sent_again_later_is_expired_or_answered
     body = codec.encode_jobs([job])
 
     def frame(expires_at: int) -> bytes:
-        return one.bus.signer.seal(MessageType.INFER, subject, body, reply=reply, jobs=(job.id,), expires_at=expires_at)
+        return one.bus.signer.sign_envelope(
+            MessageType.INFER, subject, body, reply=reply, jobs=(job.id,), expires_at=expires_at
+        )
 
     before, ran = refused("expired"), runs("bump")
     # the worker's clock is behind by as long as the answer to its registration took, which is at most 2 s
@@ -159,7 +163,7 @@ async def test_a_result_that_is_not_that_of_its_job_and_attempt_does_not_count(o
     else:
         ends = [outcome(job), outcome(job)]
     body = codec.encode_outcomes(ends)
-    frame = bus.signer.seal(MessageType.RESULT, subject, body, jobs=(header,), attempt=attempt)
+    frame = bus.signer.sign_envelope(MessageType.RESULT, subject, body, jobs=(header,), attempt=attempt)
     before, shown = refused(ResultConflict.code), await one.gateway.jobs.get(TENANT, job)
     assert await BusResults(bus).commit(job, frame)
     assert await one.gateway.jobs.get(TENANT, job) == shown
@@ -170,7 +174,7 @@ async def test_a_result_moved_from_another_job_does_not_count(one: Services) -> 
     job, bus = await held(one), one.workers[0]._bus
     other = "f" * 32
     body = codec.encode_outcomes([outcome(other)])
-    frame = bus.signer.seal(MessageType.RESULT, bus.names.result(other), body, jobs=(other,), attempt=1)
+    frame = bus.signer.sign_envelope(MessageType.RESULT, bus.names.result(other), body, jobs=(other,), attempt=1)
     before = refused("subject_mismatch")
     await bus.publish_acked(bus.names.result(job), frame)
     assert (await one.gateway.jobs.get(TENANT, job))["state"] == "queued"
@@ -183,7 +187,7 @@ async def test_a_job_that_ended_takes_no_second_result(one: Services) -> None:
     done = await one.gateway.jobs.get(TENANT, job["id"], 20)
     bus, subject = one.workers[0]._bus, one.bus.names.result(job["id"])
     body = codec.encode_outcomes([outcome(job["id"], 2)])
-    frame = bus.signer.seal(MessageType.RESULT, subject, body, jobs=(job["id"],), attempt=2)
+    frame = bus.signer.sign_envelope(MessageType.RESULT, subject, body, jobs=(job["id"],), attempt=2)
     with pytest.raises(ResultConflict):
         await bus.publish_acked(subject, frame)
     assert await one.gateway.jobs.get(TENANT, job["id"]) == done

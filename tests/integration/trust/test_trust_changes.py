@@ -70,7 +70,7 @@ async def store(broker: Broker, signer: Signer, bucket: str, key: str, body: byt
     async with connect(broker.settings, broker.home, "admin", follow=False) as bus:
         raw = KvBucket(bus, bucket)
         kind = {"apikeys": MessageType.API_KEY, "tenants": MessageType.TENANT}[bucket]
-        await raw.put(key, signer.seal(kind, raw.subject(key), body))
+        await raw.put(key, signer.sign_envelope(kind, raw.subject(key), body))
 
 
 def known(home: Home, identity: Identity) -> None:

@@ -84,8 +84,8 @@ def rejected() -> float:
 
 
 def frames(target: Target) -> dict[str, bytes]:
-    good = target.bus.signer.seal(target.kind, target.subject, target.body, jobs=target.jobs)
-    elsewhere = target.bus.signer.seal(target.kind, target.subject + ".x", target.body, jobs=target.jobs)
+    good = target.bus.signer.sign_envelope(target.kind, target.subject, target.body, jobs=target.jobs)
+    elsewhere = target.bus.signer.sign_envelope(target.kind, target.subject + ".x", target.body, jobs=target.jobs)
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1
     return {"unsigned": target.body, "tampered": bytes(flipped), "misdirected": elsewhere}

@@ -28,7 +28,7 @@ async def run(running: Services, number: int) -> Result:
     job = Job(new_job_id(), TENANT, (from_numpy("x", np.array([number], np.int32)),), deadline)
     instance = held(running).instance
     wanted = Run((Segment(Source(job), 0, 1),), batched=False)
-    async with instance.copies.held():
+    async with instance.copies.pinned():
         (result,) = (await instance.runs.run(wanted, ActiveRun(), suspect=True))[0].results
     assert result is not None
     return result

@@ -152,14 +152,14 @@ async def test_messages_that_are_unsigned_tampered_or_misdirected_run_nothing(on
     body = codec.encode_jobs([job])
 
     def sealed(subject: str) -> bytes:
-        return bus.signer.seal(MessageType.INFER, subject, body, reply=bus.names.reply("x"), jobs=(job.id,))
+        return bus.signer.sign_envelope(MessageType.INFER, subject, body, reply=bus.names.reply("x"), jobs=(job.id,))
 
     good = sealed(bus.names.lane(lane))
     frames = {
         "unsigned": body,
         "bad_signature": good[:-1] + bytes([good[-1] ^ 1]),
         "subject_mismatch": sealed(bus.names.lane(other)),
-        "role_not_allowed": one.workers[0]._bus.signer.seal(
+        "role_not_allowed": one.workers[0]._bus.signer.sign_envelope(
             MessageType.ANSWER, bus.names.lane(lane), body, jobs=(job.id,)
         ),
     }
@@ -187,7 +187,7 @@ async def test_an_answer_that_is_forged_reaches_nobody(one: Services) -> None:
     worker = one.workers[0]._bus
     body = codec.encode_outcomes([forged])
     await worker.publish(subject, body)
-    await worker.publish(subject, worker.signer.seal(MessageType.ANSWER, subject + "x", body, jobs=(job_id,)))
+    await worker.publish(subject, worker.signer.sign_envelope(MessageType.ANSWER, subject + "x", body, jobs=(job_id,)))
     await worker.flush()
     with pytest.raises(DeadlineExceeded):
         await waiting

@@ -155,13 +155,13 @@ async def test_a_process_that_is_killed_while_it_waits_is_told_and_the_next_try_
     broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    tell = version_manager.VersionManager._tell
+    tell = version_manager.VersionManager._report_failure
 
     def heard(self: version_manager.VersionManager, ref: ModelRef, error: Exception) -> None:
         tell(self, ref, error)
         seen.extend(reason for _, reason in self.failed())
 
-    monkeypatch.setattr(version_manager.VersionManager, "_tell", heard)
+    monkeypatch.setattr(version_manager.VersionManager, "_report_failure", heard)
     async with services(broker, workers=0) as running:
         served = await running.push_bundle("m", bundles.write(tmp_path / "m"), workers=0)
         gate = Gate(monkeypatch)

@@ -47,11 +47,11 @@ def redelivered(running: Services, served: ResolvedVersion, jobs: list[Job]) -> 
     """A bundle that some worker had in its hands before."""
     ids = tuple(job.id for job in jobs)
     subject = running.bus.names.lane(served.infer_lane)
-    sealed = running.bus.signer.seal(
+    sealed = running.bus.signer.sign_envelope(
         MessageType.INFER, subject, codec.encode_jobs(jobs), jobs=ids, message_id=new_job_id()
     )
     message = Delivered(subject, sealed, "$JS.ACK.s.c.2.1.1.1.0")
-    header = running.bus.verified(sealed, subject, MessageType.INFER).header
+    header = running.bus.verify_or_raise(sealed, subject, MessageType.INFER).header
     return Bundle(Delivery(running.workers[0]._bus, served.infer_lane, message), header, jobs)
 
 
@@ -112,7 +112,7 @@ async def test_a_registration_that_fails_inside_the_dispatcher_is_tried_again(
 
     monkeypatch.setattr(rpc, "call", failing)
     epoch = worker._epoch
-    worker.holder.has_orders, worker._remembered_at = False, float("-inf")
+    worker.holder.has_orders, worker._acknowledged_at = False, float("-inf")
     await wait_until(lambda: worker._epoch > epoch, "it is registered again")
     await wait_until(lambda: worker.holder.has_orders, "it has orders")
 
@@ -179,7 +179,7 @@ async def test_a_full_dead_letter_stream_keeps_no_job_from_ending(
     monkeypatch.setattr(Redelivery, "_publish", full)
     job = Job(new_job_id(), TENANT, new_job(served, row(1)).inputs, one.bus.clock.utc() + 60)
     bundle = redelivered(one, served, [job])
-    outcome = await instance.redelivery._bury(bundle, job, 3)
+    outcome = await instance.redelivery._dead_letter(bundle, job, 3)
     assert outcome.state is JobState.DEAD
 
 

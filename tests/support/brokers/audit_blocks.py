@@ -42,7 +42,7 @@ class Writer:
         body = chain.block(rows)
         self.now += 1
         name = audit.message_id(self.run, chain.number, subject)
-        frame = Signer(self.who, lambda: self.now).seal(MessageType.AUDIT, subject, body, message_id=name)
+        frame = Signer(self.who, lambda: self.now).sign_envelope(MessageType.AUDIT, subject, body, message_id=name)
         self.records.append(Record(len(self.records) + 1, subject, self.now, name, frame))
 
     def entries(self, subject: str, count: int = 3) -> None:

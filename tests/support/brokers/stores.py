@@ -65,7 +65,7 @@ class Platform:
             self.bus.names.bucket_stream("aliases"), self.bus.names.bucket_key("aliases", f"{model}.latest")
         )
         assert found is not None
-        envelope = self.bus.verifier.open(found.data, subject=found.subject, types=(MessageType.ALIAS,))
+        envelope = self.bus.verifier.verify_envelope(found.data, subject=found.subject, types=(MessageType.ALIAS,))
         assert envelope.header.role is Role.MODELSTORE
         return codec.decode(envelope.body, Alias)
 

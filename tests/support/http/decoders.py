@@ -61,7 +61,7 @@ def keyset() -> crypto.Keyset:
 
 
 def seal(body: bytes, **more: Any) -> bytes:
-    return Signer(GATEWAY, lambda: NOW).seal(MessageType.INFER, SUBJECT, body, **more)
+    return Signer(GATEWAY, lambda: NOW).sign_envelope(MessageType.INFER, SUBJECT, body, **more)
 
 
 def _resigned(header: bytes) -> bytes:
@@ -231,12 +231,14 @@ def decoders() -> tuple[Decoder, ...]:
     names, root = Names("tether"), crypto.root_public_key(ROOT)
     signed = crypto.sign_keyset(ROOT, keyset())
     manifest = codec.encode(MANIFEST)
-    stored = Signer(MODELSTORE, lambda: NOW).seal(MessageType.MANIFEST, names.bucket_key("models", "m.1"), manifest)
+    stored = Signer(MODELSTORE, lambda: NOW).sign_envelope(
+        MessageType.MANIFEST, names.bucket_key("models", "m.1"), manifest
+    )
     kinds = structs()
     job_body = b'{"model": "m", "inputs": [%b], "outputs": [{"name": "y"}], "deadline_ms": 5}' % plain
     return (
-        Decoder("frame", (frame, seal(b"")), lambda data: verifier.open(data, **strict)),  # type: ignore[arg-type]
-        Decoder("signed header", (header,), lambda data: verifier.open(_resigned(data), **strict)),  # type: ignore[arg-type]
+        Decoder("frame", (frame, seal(b"")), lambda data: verifier.verify_envelope(data, **strict)),  # type: ignore[arg-type]
+        Decoder("signed header", (header,), lambda data: verifier.verify_envelope(_resigned(data), **strict)),  # type: ignore[arg-type]
         Decoder("msgpack", (_jobs(), _outcomes(), manifest, header), codec.unpack),
         Decoder("jobs", (_jobs(),), lambda data: codec.decode_jobs(data, ["0", "1", "2"])),
         Decoder("outcomes", (_outcomes(),), codec.decode_outcomes),

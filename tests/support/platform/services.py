@@ -80,14 +80,14 @@ class Services:
         encrypt: bool | None = None,
     ) -> ResolvedVersion:
         """Push a model and wait until ``workers`` (default: all) answer for it."""
-        target = await self.gateway.encrypted.target(name, encrypt, ASKER)
+        target = await self.gateway.encrypted_models.target(name, encrypt, ASKER)
         file = await self._upload(target, model)
         files, sealed = target.described(name, (file,))
         return await self._register(PushRequest(name, files, max_batch_size=max_batch_size, sealed=sealed), workers)
 
     async def push_bundle(self, name: str, folder: Path, *, workers: int | None = None) -> ResolvedVersion:
         """:meth:`push` for a Python model in a folder."""
-        target = await self.gateway.encrypted.target(name, None, ASKER)
+        target = await self.gateway.encrypted_models.target(name, None, ASKER)
         files = [
             msgspec.structs.replace(await self._upload(target, path.read_bytes()), path=str(path.relative_to(folder)))
             for path in sorted(folder.rglob("*"))

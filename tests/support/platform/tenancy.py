@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -12,13 +12,15 @@ from support.brokers.brokers import temporary_home, wait_until
 from support.platform.services import Services
 
 from tether.bus.bus import Bus
-from tether.crypto import Role, new_identity, sign_keyset
+from tether.crypto import MessageType, Role, new_identity, sign_keyset
 from tether.domain.job import Lane
 from tether.domain.tenant import Tenant
 from tether.gateway_http.models.catalog import ResolvedVersion
 from tether.identity.keys import create_home, read_keyset
 from tether.process.data_dir import Home, read_secret, save_identity, write_secret
+from tether.streams.job_queue import BusResults
 from tether.streams.lane_consumer import Delivery, LaneConsumer
+from tether.wire import codec
 
 
 def bind_worker(home: Home, name: str, tenant: str) -> None:
@@ -59,6 +61,20 @@ async def own_worker(running: Services, name: str, served: ResolvedVersion, tena
     """Start a tenant's worker and wait until it answers for a model."""
     await running.start_worker(name)
     await wait_until(lambda: running.gateway.catalog.workers(served, tenant) == (name,), f"'{name}' holds the model")
+
+
+async def ended_by(running: Services, ids: Sequence[str], pool: str) -> set[str]:
+    """Which workers stored results of these jobs."""
+    frames = await BusResults(running.bus).find(ids, pool=pool)
+    assert len(frames) == len(ids)
+    found = set()
+    for job, frame in frames.items():
+        envelope = running.bus.verify_frame(frame, running.bus.names.result(job, pool), MessageType.RESULT)
+        assert envelope is not None
+        (outcome,) = codec.decode_outcomes(envelope.body)
+        assert outcome.worker == envelope.sender
+        found.add(outcome.worker)
+    return found
 
 
 @dataclass

@@ -56,13 +56,13 @@ def keyset(**changes: Any) -> crypto.Keyset:
 
 def seal(body: bytes = b"body", *, who: crypto.Identity = GATEWAY, at: int = NOW, **more: Any) -> bytes:
     fields: dict[str, Any] = {"kind": MessageType.INFER, "subject": SUBJECT, **more}
-    return Signer(who, lambda: at).seal(fields.pop("kind"), fields.pop("subject"), body, **fields)
+    return Signer(who, lambda: at).sign_envelope(fields.pop("kind"), fields.pop("subject"), body, **fields)
 
 
 def refused(kind: type[EnvelopeError], frame: bytes, *, clock: Clock | None = None, **more: Any) -> EnvelopeError:
     verifier = Verifier(keyset(), clock or Clock())
     with pytest.raises(kind) as caught:
-        verifier.open(frame, **{"subject": SUBJECT, "types": TYPES, **more})
+        verifier.verify_envelope(frame, **{"subject": SUBJECT, "types": TYPES, **more})
     assert type(caught.value) is kind
     assert "\n" not in caught.value.message
     return caught.value
@@ -71,7 +71,7 @@ def refused(kind: type[EnvelopeError], frame: bytes, *, clock: Clock | None = No
 @given(body=st.binary(max_size=100), jobs=st.lists(st.text(max_size=8), max_size=3).map(tuple))
 def test_a_frame_arrives_as_it_was_signed(body: bytes, jobs: tuple[str, ...]) -> None:
     frame = seal(body, reply="tether.reply.g", jobs=jobs, message_id="m1", attempt=2, tenant="t", traceparent="00-x")
-    opened = Verifier(keyset(), Clock()).open(frame, subject=SUBJECT, types=TYPES)
+    opened = Verifier(keyset(), Clock()).verify_envelope(frame, subject=SUBJECT, types=TYPES)
     assert (opened.body, opened.sender) == (body, "gateway")
     header = opened.header
     assert (header.reply, header.jobs, header.message_id, header.attempt) == ("tether.reply.g", jobs, "m1", 2)
@@ -104,7 +104,7 @@ def test_a_changed_byte_anywhere_is_refused() -> None:
         for flip in (0x01, 0x80):
             changed = frame[:position] + bytes([frame[position] ^ flip]) + frame[position + 1 :]
             with pytest.raises(EnvelopeError) as caught:
-                verifier.open(changed, subject=SUBJECT, types=TYPES)
+                verifier.verify_envelope(changed, subject=SUBJECT, types=TYPES)
             kinds.add(type(caught.value))
     assert kinds == {Unsigned, BadEncoding, UnknownKey, BadSignature}
 
@@ -157,11 +157,11 @@ def test_time_decides() -> None:
     verifier = Verifier(keyset(), clock := Clock())
     frame = seal(expires_at=NOW + 100)
     clock.now = NOW + 99
-    assert verifier.open(frame, subject=SUBJECT, types=TYPES).body == b"body"
+    assert verifier.verify_envelope(frame, subject=SUBJECT, types=TYPES).body == b"body"
     refused(EnvelopeExpired, frame, clock=Clock(NOW + 100))
     refused(EnvelopeExpired, seal(), clock=Clock(NOW + 501), max_age_ms=500)
     refused(ClockSkew, seal(at=NOW + crypto.MAX_SKEW_MS + 1))
-    assert verifier.open(seal(at=NOW + crypto.MAX_SKEW_MS), subject=SUBJECT, types=TYPES)
+    assert verifier.verify_envelope(seal(at=NOW + crypto.MAX_SKEW_MS), subject=SUBJECT, types=TYPES)
 
 
 def test_what_came_at_the_wrong_time_says_who_sent_it_and_how_old_it_is() -> None:
@@ -175,7 +175,7 @@ def test_what_came_at_the_wrong_time_says_who_sent_it_and_how_old_it_is() -> Non
 def test_a_sender_whose_clock_is_behind_may_get_grace() -> None:
     frame = seal(expires_at=NOW + 2000)
     verifier = Verifier(keyset(), Clock(NOW + 2000 + 29_999))
-    assert verifier.open(frame, subject=SUBJECT, types=TYPES, grace_ms=crypto.MAX_SKEW_MS)
+    assert verifier.verify_envelope(frame, subject=SUBJECT, types=TYPES, grace_ms=crypto.MAX_SKEW_MS)
     refused(EnvelopeExpired, frame, clock=Clock(NOW + 2000 + 30_000), grace_ms=crypto.MAX_SKEW_MS)
 
 
@@ -189,7 +189,7 @@ def test_a_replay_is_refused_for_as_long_as_the_message_counts() -> None:
     frame = seal(at=NOW + crypto.MAX_SKEW_MS)
 
     def arrive() -> None:
-        verifier.open(frame, subject=SUBJECT, types=TYPES, once=True)
+        verifier.verify_envelope(frame, subject=SUBJECT, types=TYPES, once=True)
 
     arrive()
     for later in (0, 1, 59_999, 60_000, 60_001, 60_000 + crypto.MAX_SKEW_MS):
@@ -205,16 +205,16 @@ def test_a_refused_frame_does_not_use_up_its_nonce_and_others_may_repeat() -> No
     verifier = Verifier(keyset(), Clock())
     frame = seal()
     with pytest.raises(SubjectMismatch):
-        verifier.open(frame, subject="elsewhere", types=TYPES, once=True)
+        verifier.verify_envelope(frame, subject="elsewhere", types=TYPES, once=True)
     for _ in range(2):
-        verifier.open(frame, subject=SUBJECT, types=TYPES)
-    verifier.open(frame, subject=SUBJECT, types=TYPES, once=True)
+        verifier.verify_envelope(frame, subject=SUBJECT, types=TYPES)
+    verifier.verify_envelope(frame, subject=SUBJECT, types=TYPES, once=True)
 
 
 def test_the_memory_of_nonces_is_bounded() -> None:
     verifier = Verifier(keyset(), Clock(), replay_capacity=4)
     for _ in range(20):
-        verifier.open(seal(), subject=SUBJECT, types=TYPES, once=True)
+        verifier.verify_envelope(seal(), subject=SUBJECT, types=TYPES, once=True)
     assert len(verifier._seen) <= 4
 
 

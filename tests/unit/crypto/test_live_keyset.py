@@ -34,11 +34,11 @@ def keyset(*identities: crypto.Identity, version: int = 1, **changes: Any) -> Ke
 
 
 def frame(who: crypto.Identity = OLD, at: int = NOW) -> bytes:
-    return Signer(who, lambda: at).seal(MessageType.INFER, "s", b"body")
+    return Signer(who, lambda: at).sign_envelope(MessageType.INFER, "s", b"body")
 
 
 def opened(verifier: Verifier, data: bytes, **more: Any) -> Envelope:
-    return verifier.open(data, subject="s", types=(MessageType.INFER,), **more)
+    return verifier.verify_envelope(data, subject="s", types=(MessageType.INFER,), **more)
 
 
 def refused(verifier: Verifier, data: bytes, **more: Any) -> type[EnvelopeError]:
@@ -120,9 +120,9 @@ def test_a_signer_changes_its_key_and_not_its_name() -> None:
     signer.replace(NEW)
     verifier = Verifier(keyset(NEW), Clock())
     assert signer.kid == NEW.kid
-    assert opened(verifier, signer.seal(MessageType.INFER, "s", b"")).sender == "gateway"
+    assert opened(verifier, signer.sign_envelope(MessageType.INFER, "s", b"")).sender == "gateway"
     with pytest.raises(ValueError, match="worker-1"):
         signer.replace(WORKER)
     signer.retire()
     with pytest.raises(KeyRevoked):
-        signer.seal(MessageType.INFER, "s", b"")
+        signer.sign_envelope(MessageType.INFER, "s", b"")

@@ -53,10 +53,10 @@ def test_equal_chunks_meet_under_one_key_and_under_no_other() -> None:
 def test_a_chunk_opens_as_itself_only() -> None:
     """Not as another chunk, of another model, under another key, or with a bit changed; and twice closed it differs."""
     seal, name = ChunkSeal(KEY, "m"), ChunkSeal(KEY, "m").name(digest(b"one"))
-    closed = seal.close(name, b"one")
+    closed = seal.encrypt(name, b"one")
     assert len(closed) == 3 + 41
-    assert seal.open(name, closed) == b"one"
-    assert closed != seal.close(name, b"one")
+    assert seal.decrypt(name, closed) == b"one"
+    assert closed != seal.encrypt(name, b"one")
     wrong = [
         (ChunkSeal(OTHER, "m"), name, closed),
         (ChunkSeal(KEY, "n"), name, closed),
@@ -68,14 +68,14 @@ def test_a_chunk_opens_as_itself_only() -> None:
     ]
     for who, what, stored in wrong:
         with pytest.raises(DecryptionFailed):
-            who.open(what, stored)
+            who.decrypt(what, stored)
 
 
 def test_what_compresses_well_is_compressed_before_it_is_closed() -> None:
     seal, chunk = ChunkSeal(KEY, "m"), b"weights " * 100_000
-    closed = seal.close(name := seal.name(digest(chunk)), chunk)
+    closed = seal.encrypt(name := seal.name(digest(chunk)), chunk)
     assert len(closed) < len(chunk) / 100
-    assert seal.open(name, closed) == chunk
+    assert seal.decrypt(name, closed) == chunk
 
 
 @pytest.mark.parametrize("inner", [b"", b"\2abc", b"\1abc", b"\1" + zstandard.compress(bytes(LARGEST + 1))])
@@ -84,7 +84,7 @@ def test_a_form_that_is_unknown_broken_or_too_large_does_not_open(inner: bytes) 
     seal = ChunkSeal(KEY, "m")
     name = seal.name(digest(b"one"))
     with pytest.raises(DecryptionFailed):
-        seal.open(name, KEY.close(seal._bound(name), inner))
+        seal.decrypt(name, KEY.close(seal._bound(name), inner))
 
 
 def test_a_manifest_tells_no_digest_and_gives_them_to_holders_of_the_key() -> None:

@@ -41,13 +41,13 @@ END = Outcome(JobId("j" * 32), JobState.SUCCEEDED, (Tensor("risk", "BYTES", (1,)
 
 @given(st.binary(max_size=300))
 def test_what_was_sealed_opens_with_the_same_key(plain: bytes) -> None:
-    sealed = KEY.seal(Purpose.INPUTS, "job", "t", plain)
-    assert KEY.open(Purpose.INPUTS, "job", "t", sealed) == plain
+    sealed = KEY.encrypt(Purpose.INPUTS, "job", "t", plain)
+    assert KEY.decrypt(Purpose.INPUTS, "job", "t", sealed) == plain
     assert len(sealed) == len(plain) + 24 + 16
 
 
 def test_no_two_seals_are_alike() -> None:
-    seals = {KEY.seal(Purpose.INPUTS, "job", "t", b"same") for _ in range(100)}
+    seals = {KEY.encrypt(Purpose.INPUTS, "job", "t", b"same") for _ in range(100)}
     assert len(seals) == len({seal[:24] for seal in seals}) == 100
 
 
@@ -57,20 +57,20 @@ def test_no_two_seals_are_alike() -> None:
 )
 def test_a_seal_opens_for_its_own_purpose_job_and_tenant_only(purpose: Purpose, job: str, tenant: str) -> None:
     with pytest.raises(DecryptionFailed):
-        KEY.open(purpose, job, tenant, KEY.seal(Purpose.INPUTS, "job", "t", b"plain"))
+        KEY.decrypt(purpose, job, tenant, KEY.encrypt(Purpose.INPUTS, "job", "t", b"plain"))
 
 
 def test_a_seal_opens_with_its_own_key_only_and_not_when_a_bit_changed() -> None:
-    sealed = KEY.seal(Purpose.INPUTS, "job", "t", b"plain")
+    sealed = KEY.encrypt(Purpose.INPUTS, "job", "t", b"plain")
     with pytest.raises(DecryptionFailed):
-        new_data_key(1).open(Purpose.INPUTS, "job", "t", sealed)
+        new_data_key(1).decrypt(Purpose.INPUTS, "job", "t", sealed)
     for position in range(len(sealed)):
         changed = sealed[:position] + bytes([sealed[position] ^ 1]) + sealed[position + 1 :]
         with pytest.raises(DecryptionFailed):
-            KEY.open(Purpose.INPUTS, "job", "t", changed)
+            KEY.decrypt(Purpose.INPUTS, "job", "t", changed)
     for short in (b"", sealed[:10], sealed[:24], sealed[:-1]):
         with pytest.raises(DecryptionFailed):
-            KEY.open(Purpose.INPUTS, "job", "t", short)
+            KEY.decrypt(Purpose.INPUTS, "job", "t", short)
 
 
 def test_a_data_key_does_not_print_its_secret() -> None:
@@ -109,7 +109,7 @@ def test_a_sealed_outcome_has_nothing_of_its_end_outside(end: Outcome) -> None:
     "plain", [b"", b"\xc0", codec.pack(((), 7)), codec.pack((((1,)), ())), codec.pack((("a",), (), ()))]
 )
 def test_a_seal_around_something_else_is_bad_encoding(plain: bytes) -> None:
-    sealed = Sealed(KEY.id, KEY.seal(Purpose.INPUTS, JOB.id, JOB.tenant, plain))
+    sealed = Sealed(KEY.id, KEY.encrypt(Purpose.INPUTS, JOB.id, JOB.tenant, plain))
     with pytest.raises(BadEncoding):
         open_job(KEY, msgspec.structs.replace(JOB, inputs=(), sealed=sealed))
 

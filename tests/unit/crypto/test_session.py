@@ -86,8 +86,8 @@ def test_a_gateway_that_the_keyset_does_not_name_issues_none(gateway: Identity) 
 
 def test_a_signature_of_another_domain_does_not_count(gateway: Identity) -> None:
     body = codec.pack(msgspec.to_builtins(SESSION))
-    other = signer(gateway).sign(b"tether/other/v1\0", body)
-    mine = signer(gateway).sign(SESSION_DOMAIN, body)
+    other = signer(gateway).sign_statement(b"tether/other/v1\0", body)
+    mine = signer(gateway).sign_statement(SESSION_DOMAIN, body)
     head = base64.urlsafe_b64encode(gateway.kid + body).rstrip(b"=").decode()
     for signature, counts in ((other, False), (mine, True)):
         text = f"ts_{head}.{base64.urlsafe_b64encode(signature).rstrip(b'=').decode()}"
@@ -106,7 +106,7 @@ def test_what_is_no_token_is_refused(gateway: Identity, text: str) -> None:
 
 def test_a_signed_body_of_another_form_is_refused(gateway: Identity) -> None:
     body = codec.pack(["only", "two"])
-    parts = (gateway.kid + body, signer(gateway).sign(SESSION_DOMAIN, body))
+    parts = (gateway.kid + body, signer(gateway).sign_statement(SESSION_DOMAIN, body))
     text = "ts_" + ".".join(base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in parts)
     with pytest.raises(BadEncoding):
         open_session(verifier(gateway), text)

@@ -79,7 +79,7 @@ def test_keysets_that_are_refused(case: dict[str, Any]) -> None:
 def test_frames(case: dict[str, Any]) -> None:
     header = case["header"]
     frame = bytes.fromhex(case["frame"])
-    opened = verifier().open(frame, subject=header["subject"], types=(MessageType(header["type"]),))
+    opened = verifier().verify_envelope(frame, subject=header["subject"], types=(MessageType(header["type"]),))
     assert opened.body.hex() == case["body"]
     for field, value in header.items():
         found = getattr(opened.header, field)
@@ -119,7 +119,9 @@ def test_frames_by_the_letter_of_the_document(case: dict[str, Any]) -> None:
 def test_frames_that_are_refused(case: dict[str, Any]) -> None:
     receiver = verifier(case["now_ms"])
     found = code(
-        lambda: receiver.open(bytes.fromhex(case["frame"]), subject=case["subject"], types=(MessageType.INFER,))
+        lambda: receiver.verify_envelope(
+            bytes.fromhex(case["frame"]), subject=case["subject"], types=(MessageType.INFER,)
+        )
     )
     assert found == case["code"]
 

@@ -126,7 +126,7 @@ def test_until_everybody_was_heard_nothing_moves_that_has_a_number_of_replicas()
     (other,) = {"w0", "w1"} - {chosen}
     assigned = {chosen: Assignment(chosen, 1, (a, b)), other: Assignment(other, 1, (b,))}
     told = WorkerInventory(2.5, 8)
-    told.said(other, Heartbeat(other, 1, "local", (b,), (), 0, 2, 0.0), 10.0)
+    told.record(other, Heartbeat(other, 1, "local", (b,), (), 0, 2, 0.0), 10.0)
 
     def now(at: float, *, listening: bool) -> dict[str, tuple[ModelRef, ...]]:
         configs = {"a": ModelConfig("a", replicas_max=1)}
@@ -137,7 +137,7 @@ def test_until_everybody_was_heard_nothing_moves_that_has_a_number_of_replicas()
     assert now(10.0, listening=True) == {other: (b,)}
     assert told.reasons == {}
     assert now(12.0, listening=False) == {other: (a, b)}
-    told.said(chosen, Registration(chosen, "local", 2, ()), 12.0)
+    told.record(chosen, Registration(chosen, "local", 2, ()), 12.0)
     assert now(12.0, listening=True) == {chosen: (a, b), other: (b,)}
     assert now(13.0, listening=False) == {chosen: (a, b)}
 
@@ -147,10 +147,10 @@ def test_who_could_not_load_a_version_goes_after_the_others_for_a_while() -> Non
     (chosen,) = holders(placed((a,), crew(2), ModelConfig("a", replicas_max=1)), a)
     (other,) = {"w0", "w1"} - {chosen}
     told = WorkerInventory(1000.0, 8)
-    told.said(other, Heartbeat(other, 1, "local", (), (), 0, 2, 0.0), 0.0)
+    told.record(other, Heartbeat(other, 1, "local", (), (), 0, 2, 0.0), 0.0)
 
     def says(at: float, ready: tuple[ModelRef, ...], failed: tuple[tuple[str, str], ...]) -> set[str]:
-        told.said(chosen, Heartbeat(chosen, 1, "local", ready, failed, 0, 2, 0.0), at)
+        told.record(chosen, Heartbeat(chosen, 1, "local", ready, failed, 0, 2, 0.0), at)
         held = told.place(
             {SHARED: (a,)},
             pools={},

@@ -48,7 +48,7 @@ class House:
 
     def add(self, *refs: ModelRef, size: int = MB) -> None:
         for ref in refs:
-            self.copies[ref] = InstancePool(lambda ref=ref: self._load(ref, size), self.clock, self.memory.look)  # type: ignore[misc]
+            self.copies[ref] = InstancePool(lambda ref=ref: self._load(ref, size), self.clock, self.memory.wake_waiters)  # type: ignore[misc]
 
     async def _load(self, ref: ModelRef, size: int) -> InstanceSet:
         await self.memory.reserve(ref, size)
@@ -58,7 +58,7 @@ class House:
 
     async def use(self, *refs: ModelRef) -> None:
         for ref in refs:
-            async with self.copies[ref].held():
+            async with self.copies[ref].pinned():
                 await self.copies[ref].ensure()
 
     def loaded(self) -> str:
@@ -93,7 +93,7 @@ async def test_without_a_budget_nothing_is_unloaded() -> None:
 async def test_who_comes_while_others_are_in_use_waits_and_is_served_in_order() -> None:
     house = House(1)
     house.add(A, B, C)
-    async with house.copies[A].held():
+    async with house.copies[A].pinned():
         await house.copies[A].ensure()
         waiting = [asyncio.create_task(house.use(ref)) for ref in (B, C)]
         while len(house.memory._waiting) < 2:
@@ -112,7 +112,7 @@ async def test_what_is_taken_ahead_unloads_nothing_and_passes_nobody_who_waits()
     assert not house.memory.take(B, MB)
     assert (house.loaded(), house.memory.taken(D), house.memory.taken(B)) == ("a", MB, 0)
     house.memory.change(D, 0)
-    async with house.copies[A].held():
+    async with house.copies[A].pinned():
         waiting = asyncio.create_task(house.memory.reserve(C, 2 * MB))
         while not house.memory._waiting:
             await asyncio.sleep(0)
@@ -147,7 +147,7 @@ async def test_who_gives_up_waiting_leaves_the_way_to_the_next() -> None:
     house = House(2)
     house.add(A, C)
     house.add(B, size=2 * MB)
-    async with house.copies[A].held():
+    async with house.copies[A].pinned():
         await house.copies[A].ensure()
         large = asyncio.create_task(house.use(B))
         while not house.memory._waiting:

@@ -241,7 +241,7 @@ class SignedBucket:
             headers["Nats-TTL"] = str(max(1, ttl_s))
         after = max(latest.issued_at, self._issued.get(key, 0))
         issued = max(self._bus.clock.utc_ms(), after + 1)
-        frame = self._bus.signer.seal(self.kind, self.raw.subject(key), body, after=issued - 1)
+        frame = self._bus.signer.sign_envelope(self.kind, self.raw.subject(key), body, after=issued - 1)
         await self._bus.publish_acked(self.raw.subject(key), frame, headers=headers)
         if self._ordered:
             self._issued[key] = max(issued, self._issued.get(key, 0))
@@ -282,7 +282,7 @@ class SignedBucket:
             forget()
 
     def _seal(self, key: str, body: bytes) -> bytes:
-        return self._bus.signer.seal(self.kind, self.raw.subject(key), body, after=self._issued.get(key, 0))
+        return self._bus.signer.sign_envelope(self.kind, self.raw.subject(key), body, after=self._issued.get(key, 0))
 
     def _open(self, key: str, frame: bytes) -> bytes | None:
         envelope = self._envelope(key, frame)
@@ -292,7 +292,7 @@ class SignedBucket:
         """The verified entry of a key; None (logged and counted) when it must not be acted on."""
         try:
             try:
-                envelope = self._bus.verifier.open(
+                envelope = self._bus.verifier.verify_envelope(
                     frame, subject=self.raw.subject(key), types=(self.kind,), stored=True
                 )
             except SubjectMismatch as error:

@@ -59,7 +59,9 @@ class LeaseBucket:
                 continue
             if key.startswith(_LEASE) and key[len(_LEASE) :].isdecimal():
                 seen.leases[int(key[len(_LEASE) :])] = (item.sequence, self._lease(item))
-            elif key.startswith(_LIFE) and self._bus.open_frame(item.data, item.subject, MessageType.LEASE) is not None:
+            elif (
+                key.startswith(_LIFE) and self._bus.verify_frame(item.data, item.subject, MessageType.LEASE) is not None
+            ):
                 seen.signs[key[len(_LIFE) :]] = item.sequence
         return seen
 
@@ -73,7 +75,7 @@ class LeaseBucket:
         return None if item is None else self._lease(item)
 
     def _lease(self, item: StoredMessage) -> Lease | None:
-        envelope = self._bus.open_frame(item.data, item.subject, MessageType.LEASE)
+        envelope = self._bus.verify_frame(item.data, item.subject, MessageType.LEASE)
         if envelope is None:
             return None
         with suppress(BadEncoding):
@@ -87,7 +89,7 @@ class LeaseBucket:
             BrokerUnavailable: it may not be stored.
         """
         key = f"{_LIFE}{sign.instance}"
-        frame = self._bus.signer.seal(MessageType.LEASE, self._raw.subject(key), codec.encode(sign))
+        frame = self._bus.signer.sign_envelope(MessageType.LEASE, self._raw.subject(key), codec.encode(sign))
         await self._raw.put(key, frame, ttl_s=FORGOTTEN_S)
 
     async def forget(self, instance: str) -> None:
@@ -98,7 +100,7 @@ class LeaseBucket:
         """
         await self._raw.delete(f"{_LIFE}{instance}")
 
-    async def hand(self, partition: int, owner: str, sequence: int) -> Lease | None:
+    async def transfer(self, partition: int, owner: str, sequence: int) -> Lease | None:
         """Let ``owner`` (empty: nobody) have a partition whose lease has ``sequence``; None: somebody else was first.
 
         Raises:
@@ -106,7 +108,7 @@ class LeaseBucket:
         """
         lease = Lease(partition, max(sequence + 1, self._bus.clock.utc_ms()), owner)
         subject = self._raw.subject(f"{_LEASE}{partition}")
-        frame = self._bus.signer.seal(MessageType.LEASE, subject, codec.encode(lease))
+        frame = self._bus.signer.sign_envelope(MessageType.LEASE, subject, codec.encode(lease))
         headers = {"Nats-Expected-Last-Subject-Sequence": str(sequence)}
         try:
             await self._bus.publish_acked(subject, frame, headers=headers)

@@ -215,7 +215,7 @@ class Sweeper:
         return found
 
     def _verified(self, item: StoredMessage) -> JobRecord | None:
-        envelope = self._bus.open_frame(item.data, item.subject, MessageType.RECORD)
+        envelope = self._bus.verify_frame(item.data, item.subject, MessageType.RECORD)
         try:
             return None if envelope is None else codec.decode_record(envelope.body)
         except BadEncoding:
@@ -235,7 +235,9 @@ class Sweeper:
         failure = Failure(error.code, error.message)
         outcome = Outcome(job, JobState.FAILED, (), failure, 0, self._bus.signer.name, 0.0, now)
         subject = self._bus.names.result(job, record.pool)
-        frame = self._bus.signer.seal(MessageType.RESULT, subject, codec.encode_outcomes([outcome]), jobs=(job,))
+        frame = self._bus.signer.sign_envelope(
+            MessageType.RESULT, subject, codec.encode_outcomes([outcome]), jobs=(job,)
+        )
         if await self._results.commit(job, frame, pool=record.pool):
             metrics.JOBS_SWEPT.labels("lost").inc()
             metrics.JOBS_FINISHED.labels(record.model, outcome.state.value).inc()

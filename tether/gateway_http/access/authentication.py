@@ -98,7 +98,7 @@ class Caller:
 
     # rights
 
-    def sees(self, model: str) -> bool:
+    def may_use_model(self, model: str) -> bool:
         """Whether key and tenant both allow a model's name, and it is not another tenant's own."""
         return self._matches(model) and (self.admin or self._owners.right(model, self.tenant) is not Right.NONE)
 
@@ -148,7 +148,7 @@ class Caller:
             ModelNotFound: it may not be used.
             Forbidden: it may be used, and belongs to another tenant.
         """
-        if wanted is Right.USE and self.sees(model):
+        if wanted is Right.USE and self.may_use_model(model):
             return  # what every request asks
         error = refusal(model, self.right(model), wanted)
         if error is not None:

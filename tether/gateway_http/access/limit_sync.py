@@ -181,7 +181,9 @@ class LimitSync:
     ) -> None:
         subject = self._bus.names.demand()
         message = LimitMessage(self.own, next(self._sequences), reports or [], ask or [], hello, gone)
-        frame = self._bus.signer.seal(MessageType.DEMAND, subject, codec.encode(message), message_id=new_job_id())
+        frame = self._bus.signer.sign_envelope(
+            MessageType.DEMAND, subject, codec.encode(message), message_id=new_job_id()
+        )
         with contextlib.suppress(BrokerUnavailable):
             await self._bus.publish(subject, frame)
 
@@ -192,7 +194,7 @@ class LimitSync:
         self._tasks.spawn(self._hello(), "tell-demand")
 
     async def _arrived(self, message: Message) -> None:
-        envelope = self._bus.open(message, MessageType.DEMAND, once=True)
+        envelope = self._bus.verify_message(message, MessageType.DEMAND, once=True)
         if envelope is None:
             return
         try:

@@ -109,7 +109,7 @@ class FastPath:
         return build_reply(status, body, heading, content_type=_JSON, extra=extra)
 
     def _body(self, heading: RequestHeaders, incoming: IncomingRequest) -> Coroutine[Any, Any, bytes]:
-        return read_body(heading, incoming, self._limit, self._gateway.patience)
+        return read_body(heading, incoming, self._limit, self._gateway.body_timeouts)
 
     async def _infer(
         self,
@@ -126,7 +126,7 @@ class FastPath:
         key.check_model(name)
         served = gateway.catalog.resolve(name, version, heading.sticky, key.id)
         body = await self._body(heading, incoming)
-        request = await gateway.large.infer_request(key.tenant, body, heading.json_length, served.specs)
+        request = await gateway.large_bodies.infer_request(key.tenant, body, heading.json_length, served.specs)
         extra: Headers = []
         tensors = await gateway.infer(
             served,
@@ -141,7 +141,7 @@ class FastPath:
             notes=extra,
         )
         manifest = served.manifest
-        answer, length = await gateway.large.infer_answer(
+        answer, length = await gateway.large_bodies.infer_answer(
             key.tenant, key.shown(manifest.name), manifest.version, request, tensors
         )
         if length is None:
@@ -153,7 +153,7 @@ class FastPath:
         self, incoming: IncomingRequest, heading: RequestHeaders, key: Caller, _ticket: LimitPermit | None
     ) -> HttpReply:
         """``POST /v1/jobs``."""
-        wanted = await self._gateway.large.jobs(key.tenant, await self._body(heading, incoming), many=False)
+        wanted = await self._gateway.large_bodies.jobs(key.tenant, await self._body(heading, incoming), many=False)
         (job,) = await self._taken(key, [self._new_job(key, wanted[0], heading, "")])
         extra = [("location", f"/v1/jobs/{job['id']}")]
         return build_reply(202, _encode(job), heading, content_type=_JSON, extra=extra)
@@ -162,7 +162,7 @@ class FastPath:
         self, incoming: IncomingRequest, heading: RequestHeaders, key: Caller, ticket: LimitPermit | None
     ) -> HttpReply:
         """``POST /v1/jobs:batch``; it counts as as many requests as it has jobs."""
-        wanted = await self._gateway.large.jobs(key.tenant, await self._body(heading, incoming), many=True)
+        wanted = await self._gateway.large_bodies.jobs(key.tenant, await self._body(heading, incoming), many=True)
         if ticket is not None:
             ticket.count(len(wanted) - 1)
         requests = [self._new_job(key, job, heading, f"/{index}") for index, job in enumerate(wanted)]

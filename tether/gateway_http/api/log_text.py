@@ -16,7 +16,7 @@ _SEALED = "a request of a sealed tenant; its words are not logged"
 
 
 def sealed(gateway: Gateway, caller: Caller | None) -> bool:
-    return caller is not None and gateway.seals.sealed(caller.tenant)
+    return caller is not None and gateway.tenant_encryption.sealed(caller.tenant)
 
 
 def refused(error: TetherError, status: int, request_id: str, *, sealed: bool) -> None:

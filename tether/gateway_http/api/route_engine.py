@@ -171,10 +171,10 @@ class Endpoint:
         """What is read in the event loop is small; large bodies are read beside it."""
         gateway, most = self._gateway, self._gateway.settings.max_body_bytes
         if row.large:
-            content = await read_body(heading, incoming, most, gateway.patience)
-            return await gateway.large.document(tenant, row.body.__name__, content)
+            content = await read_body(heading, incoming, most, gateway.body_timeouts)
+            return await gateway.large_bodies.document(tenant, row.body.__name__, content)
         try:
-            content = await read_body(heading, incoming, min(most, LARGE), gateway.patience)
+            content = await read_body(heading, incoming, min(most, LARGE), gateway.body_timeouts)
         except PayloadTooLarge as error:
             if most <= LARGE:
                 raise

@@ -81,7 +81,7 @@ class InferBundler:
         self._held: dict[str, int] = {}
         self.flights: set[InFlightBundle] = set()
         self.reply = bus.names.reply(new_job_id())
-        bus.on_reconnect(self._send_all_again)
+        bus.on_reconnect(self._resend_unanswered)
 
     async def start(self) -> None:
         await self._bus.subscribe(self.reply, self._answered)
@@ -175,17 +175,17 @@ class InferBundler:
             _refused_full.inc()
             raise Unavailable(f"this gateway already holds {len(self._waiting)} requests; try again")
 
-    def of_model(self, model: str) -> int:
+    def pending_for_model(self, model: str) -> int:
         """Requests for a model that nobody has answered yet."""
         return sum(bundler.held for lane, bundler in self._lanes.items() if lane.model == model)
 
     # called by lanes
 
-    def wanted(self, job: Job) -> bool:
+    def is_awaited(self, job: Job) -> bool:
         """Whether somebody still waits for it."""
         return job.id in self._waiting
 
-    def late(self, job: Job) -> bool:
+    def should_yield(self, job: Job) -> bool:
         """Whether it has waited so long that it is to let others pass."""
         waiting = self._waiting.get(job.id)
         return waiting is not None and waiting.late_at < math.inf and waiting.late_at <= self.now()
@@ -223,7 +223,7 @@ class InferBundler:
             else:
                 waiting.flight = flight
         if not flight.open:
-            self._land(flight)
+            self._complete_bundle(flight)
             return
         self._tasks.spawn(self._send(flight), "send-bundle")
 
@@ -237,7 +237,7 @@ class InferBundler:
         flight.sends += 1
         message_id = flight.message_id = message_id or new_job_id()
         deadline = max(self._waiting[job.id].expires for job in jobs)
-        frame = self._bus.signer.seal(
+        frame = self._bus.signer.sign_envelope(
             MessageType.INFER,
             subject,
             codec.encode_jobs(jobs),
@@ -267,7 +267,7 @@ class InferBundler:
                     self._fail(job_id, error)
                 return
 
-    def _send_all_again(self) -> None:
+    def _resend_unanswered(self) -> None:
         """The broker was away: infer lanes live in its memory, and answers may have been lost on the way."""
         for flight in [flight for flight in self.flights if not flight.sending]:
             self._send_again(flight)
@@ -289,7 +289,7 @@ class InferBundler:
     # answers
 
     async def _answered(self, message: Message) -> None:
-        envelope = self._bus.open(message, MessageType.ANSWER)
+        envelope = self._bus.verify_message(message, MessageType.ANSWER)
         if envelope is None:
             return
         try:
@@ -362,10 +362,10 @@ class InferBundler:
         if flight is None:
             waiting.bundler.ended_unsent()
         elif flight.close(job):
-            self._land(flight)
+            self._complete_bundle(flight)
 
-    def _land(self, flight: InFlightBundle) -> None:
+    def _complete_bundle(self, flight: InFlightBundle) -> None:
         if flight in self.flights:
             self.flights.discard(flight)
             total_s = self._bus.clock.monotonic() - flight.sent_at
-            flight.bundler.landed(len(flight.jobs), flight.ended - flight.began, total_s)
+            flight.bundler.on_bundle_answered(len(flight.jobs), flight.ended - flight.began, total_s)

@@ -91,9 +91,9 @@ class Sender(Protocol):
 
     def slots(self) -> int: ...
 
-    def wanted(self, job: Job) -> bool: ...
+    def is_awaited(self, job: Job) -> bool: ...
 
-    def late(self, job: Job) -> bool: ...
+    def should_yield(self, job: Job) -> bool: ...
 
     def launch(self, flight: InFlightBundle) -> None: ...
 
@@ -113,17 +113,17 @@ class LaneBundler:
         self._in_flight = 0
         self._jobs_in_flight = 0
         self._busy_share = 1.0
-        self._company = 0.0
+        self._usual_in_flight = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._gathering: asyncio.Handle | None = None
         self._overdue = False
         self._unwanted = 0
         self._tenant = ""
-        self._mixed_at = -_SHARED_S
+        self._last_shared_at = -_SHARED_S
 
     def add(self, job: Job) -> None:
         if job.tenant != self._tenant:
-            self._mixed_at = self._owner.now() if self._tenant else self._mixed_at
+            self._last_shared_at = self._owner.now() if self._tenant else self._last_shared_at
             self._tenant = job.tenant
         pending = self._pending
         pending.add(job.tenant, job, job.size)
@@ -131,7 +131,7 @@ class LaneBundler:
             return
         if len(pending) >= self._owner.max_jobs or pending.size >= self._owner.max_bytes // 2:
             self._flush()
-        elif self._may_leave():
+        elif self._should_send_now():
             self._flush_soon()
         elif self._timer is None:
             loop = asyncio.get_running_loop()
@@ -143,11 +143,11 @@ class LaneBundler:
         self._unwanted += 1
         if 2 * self._unwanted > len(self._pending) + len(self._late):
             self._unwanted = 0
-            self._pending.prune(self._owner.wanted)
-            self._late.prune(self._owner.wanted)
+            self._pending.prune(self._owner.is_awaited)
+            self._late.prune(self._owner.is_awaited)
             self._overdue = self._overdue and bool(self._pending or self._late)
 
-    def _may_leave(self) -> bool:
+    def _should_send_now(self) -> bool:
         """Whether a bundle should leave now: nothing is in flight; or a worker has none, and running the model is what
         takes the time, or as many jobs have gathered as are in flight, so that halves follow one another."""
         if self._in_flight == 0:
@@ -156,34 +156,38 @@ class LaneBundler:
             return False
         return self._busy_share > _BUSY or len(self._pending) >= self._jobs_in_flight
 
-    def landed(self, jobs: int, run_s: float, total_s: float) -> None:
+    def on_bundle_answered(self, jobs: int, run_s: float, total_s: float) -> None:
         """All ``jobs`` of a bundle are answered, ``run_s`` of its ``total_s`` seconds by the model: more may leave."""
-        self._company += _LEARN * (self._jobs_in_flight + len(self._pending) - self._company)
+        self._usual_in_flight += _LEARN * (self._jobs_in_flight + len(self._pending) - self._usual_in_flight)
         self._jobs_in_flight -= jobs
         if run_s > 0:
             self._busy_share += _LEARN * (min(1.0, run_s / max(total_s, 1e-6)) - self._busy_share)
             self._pace.learn(jobs, min(run_s, total_s))  # a worker's clock may say anything
         self._in_flight -= 1
-        if (self._pending or self._late) and (self._overdue or self._may_leave()):
+        if (self._pending or self._late) and (self._overdue or self._should_send_now()):
             self._flush_soon()
 
     def _flush_soon(self) -> None:
         """After what is already waiting to be read has been read: it may bring more jobs for this bundle."""
         if self._gathering is None:
             latest = self._owner.now() + self._owner.settings_delay_s
-            self._gathering = asyncio.get_running_loop().call_soon(self._gather, 0, latest)
+            self._gathering = asyncio.get_running_loop().call_soon(self._wait_for_stragglers, 0, latest)
 
-    def _gather(self, before: int, latest: float, *, paused: bool = False) -> None:
+    def _wait_for_stragglers(self, before: int, latest: float, *, paused: bool = False) -> None:
         """Send once most of the jobs that are usually in hand are there, or nobody came for a moment: whoever was just
         answered is about to ask again, and two bundles of half the jobs each need the fewest signatures."""
         loop, gathered = asyncio.get_running_loop(), len(self._pending)
-        if gathered >= _ENOUGH * self._company or self._owner.now() >= latest or (paused and gathered == before):
+        if (
+            gathered >= _ENOUGH * self._usual_in_flight
+            or self._owner.now() >= latest
+            or (paused and gathered == before)
+        ):
             self._flush()
         elif gathered > before:
-            self._gathering = loop.call_soon(self._gather, gathered, latest)
+            self._gathering = loop.call_soon(self._wait_for_stragglers, gathered, latest)
         else:
             moment = min(_MOMENT_S, latest - self._owner.now())
-            self._gathering = loop.call_later(moment, partial(self._gather, gathered, latest, paused=True))
+            self._gathering = loop.call_later(moment, partial(self._wait_for_stragglers, gathered, latest, paused=True))
 
     def _flush(self) -> None:
         """Send what is pending, as far as there is room; the rest is overdue and leaves as soon as a bundle lands."""
@@ -194,29 +198,29 @@ class LaneBundler:
             self._timer.cancel()
             self._timer = None
         owner, pending = self._owner, self._pending
-        most, jobs_at_once = self._room()
+        most, jobs_at_once = self._send_allowance()
         while (pending or self._late) and self._in_flight < most:
-            jobs = pending.take(jobs_at_once, owner.max_bytes, self._in_time)
-            jobs = jobs or self._late.take(jobs_at_once, owner.max_bytes, owner.wanted)
+            jobs = pending.take(jobs_at_once, owner.max_bytes, self._wanted_and_on_time)
+            jobs = jobs or self._late.take(jobs_at_once, owner.max_bytes, owner.is_awaited)
             if jobs:
                 self._in_flight += 1
                 self._jobs_in_flight += len(jobs)
                 owner.launch(InFlightBundle(self, jobs))
         self._overdue = bool(pending or self._late)
 
-    def _in_time(self, job: Job) -> bool:
+    def _wanted_and_on_time(self, job: Job) -> bool:
         """Whether it is its turn; who is late goes behind those who are not."""
-        if self._owner.late(job):
+        if self._owner.should_yield(job):
             self._late.add(job.tenant, job, job.size)
             return False
-        return self._owner.wanted(job)
+        return self._owner.is_awaited(job)
 
-    def _room(self) -> tuple[int, int]:
+    def _send_allowance(self) -> tuple[int, int]:
         """Bundles that may be in flight, and jobs in each: enough to keep every worker busy, and on a lane that tenants
         share little more, since whoever comes next waits for what is in flight."""
         owner = self._owner
         workers = owner.workers(self.lane)
-        if owner.now() - self._mixed_at > _SHARED_S:
+        if owner.now() - self._last_shared_at > _SHARED_S:
             return workers * owner.slots(), self._pace.most(owner.max_jobs, _ALONE_RUN_S)
         most = workers + workers // 2 if self._pace.span_s > _SLOW_S else workers * owner.slots()
         return most, self._pace.most(owner.max_jobs, _SHARED_RUN_S)

@@ -47,6 +47,6 @@ class Withdrawals:
             for start in range(0, len(ids), _MOST):
                 part = ids[start : start + _MOST]
                 body = codec.encode(Withdrawal(tuple(part), max(jobs[job] for job in part)))
-                frame = self._bus.signer.seal(MessageType.RESULT, subject, body, message_id=new_job_id())
+                frame = self._bus.signer.sign_envelope(MessageType.RESULT, subject, body, message_id=new_job_id())
                 with contextlib.suppress(BrokerUnavailable):
                     await self._bus.publish(subject, frame)

@@ -75,7 +75,7 @@ class RequestFeatures:
             lane, job = asked.served.lane(asked.pool), self._seals.seal(asked.job)
             answer, hit = await self._bundler.answer(lane, job, asked.timeout_s), False
         if asked.plan.shadows and not hit:
-            self.shadows.copy(asked, answer)
+            self.shadows.mirror(asked, answer)
         return answer, "" if hit else asked.job.id
 
     async def _kept(self, asked: AdmittedRequest, notes: Headers | None) -> tuple[Answer, bool]:

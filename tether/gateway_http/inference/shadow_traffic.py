@@ -86,7 +86,7 @@ class Shadows:
         """A model's shadows, each with what became of its copies at this gateway."""
         return self._tallies.get(model, {})
 
-    def copy(self, asked: AdmittedRequest, answer: Answer) -> None:
+    def mirror(self, asked: AdmittedRequest, answer: Answer) -> None:
         """Send the copies of a request that was answered. Never waits, never fails."""
         for shadow in asked.plan.shadows:
             if shadow.alias and shadow.alias != asked.alias:
@@ -107,14 +107,14 @@ class Shadows:
             return
         self.under_way += 1
         self._bytes += size
-        self._tasks.spawn(self._compared(asked, shadow, served, answer, size), "shadow")
+        self._tasks.spawn(self._mirror_and_compare(asked, shadow, served, answer, size), "shadow")
 
     def _busy(self, size: int) -> bool:
         if self.under_way >= self._most or self._bytes + size > _MOST_BYTES or not self._bus.connected:
             return True
         return self._callers.held * 2 > self._bus.settings.max_inflight
 
-    async def _compared(
+    async def _mirror_and_compare(
         self, asked: AdmittedRequest, shadow: Shadow, served: ResolvedVersion, answer: Answer, size: int
     ) -> None:
         try:

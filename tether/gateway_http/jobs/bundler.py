@@ -154,7 +154,7 @@ class JobBundler:
         return await self._records.enter(item.record, bundle)
 
     async def _enqueue(self, lane: Lane, jobs: Sequence[Job], bundle: str, patience: RetryDeadline) -> None:
-        frame = self._bus.signer.seal(
+        frame = self._bus.signer.sign_envelope(
             MessageType.JOB,
             self._bus.names.lane(lane),
             codec.encode_jobs(jobs),

@@ -32,7 +32,9 @@ class JobEnds:
         job = record.id
         outcome = Outcome(job, state, (), failure, attempts, self._bus.signer.name, 0.0, self._bus.clock.utc())
         subject = self._bus.names.result(job, record.pool)
-        frame = self._bus.signer.seal(MessageType.RESULT, subject, codec.encode_outcomes([outcome]), jobs=(job,))
+        frame = self._bus.signer.sign_envelope(
+            MessageType.RESULT, subject, codec.encode_outcomes([outcome]), jobs=(job,)
+        )
         first = await RetryDeadline(self._bus).until_done(lambda: self._commit(record, frame))
         if first:
             metrics.JOBS_FINISHED.labels(record.model, state.value).inc()

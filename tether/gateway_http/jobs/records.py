@@ -94,7 +94,7 @@ class JobRecordStore:
 
     def opened(self, subject: str, frame: bytes) -> JobRecord | None:
         """The verified record of a subject; None when there is none that can be believed."""
-        envelope = self._bus.open_frame(frame, subject, MessageType.RECORD) if frame else None
+        envelope = self._bus.verify_frame(frame, subject, MessageType.RECORD) if frame else None
         if envelope is None:
             return None
         try:
@@ -141,7 +141,7 @@ class JobRecordStore:
 
     async def _put(self, record: JobRecord, *, expected: int | None = None) -> int:
         subject = self.raw.subject(record.key)
-        frame = self._bus.signer.seal(MessageType.RECORD, subject, codec.encode_record(record))
+        frame = self._bus.signer.sign_envelope(MessageType.RECORD, subject, codec.encode_record(record))
         headers = None if expected is None else {"Nats-Expected-Last-Subject-Sequence": str(expected)}
         return (await self._bus.publish_acked(subject, frame, headers=headers)).sequence
 

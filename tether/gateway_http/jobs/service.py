@@ -262,7 +262,7 @@ class JobService:
         stored = await self._bus.direct_batch(bucket.stream, list(keys))
         notes: dict[str, AttemptNote] = {}
         for subject, item in stored.items():
-            envelope = self._bus.open_frame(item.data, subject, MessageType.ATTEMPT) if item.data else None
+            envelope = self._bus.verify_frame(item.data, subject, MessageType.ATTEMPT) if item.data else None
             if envelope is not None:
                 notes[keys[subject]] = codec.decode_note(envelope.body)
         found = {record.id: notes.get(record.id) or notes.get(record.bundle) for record in records}

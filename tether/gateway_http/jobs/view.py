@@ -44,7 +44,7 @@ class JobSnapshot(msgspec.Struct, frozen=True):
 def read_outcome(bus: Bus, record: JobRecord, frame: bytes) -> Outcome | None:
     """The verified end of a job from its stored frame; None when it must not be believed."""
     job, subject = record.id, bus.names.result(record.id, record.pool)
-    envelope = bus.open_frame(frame, subject, MessageType.RESULT)
+    envelope = bus.verify_frame(frame, subject, MessageType.RESULT)
     if envelope is None:
         return None
     if envelope.header.role is Role.WORKER and (envelope.sender_tenant or SHARED) != record.pool:

@@ -121,9 +121,9 @@ class Catalog:
         self._served.setdefault(manifest.name, {})[manifest.version] = ResolvedVersion(manifest, specs, lane)
         if known:
             self._tell(manifest.name)
-        self._tell_waiting()
+        self._notify()
 
-    def _tell_waiting(self) -> None:
+    def _notify(self) -> None:
         self._moved.set()
         self._moved = asyncio.Event()
 
@@ -136,7 +136,7 @@ class Catalog:
         elif alias is not None and key == f"{token(alias.model)}.{token(alias.name)}":
             self._policies.pop(alias.model, None)
             self._aliases.setdefault(alias.model, {})[alias.name] = alias
-        self._tell_waiting()
+        self._notify()
 
     def _config_changed(self, key: str, body: bytes | None) -> None:
         if self.owners.config_changed(key, body):
@@ -217,7 +217,7 @@ class Catalog:
         if found is None:
             return max(self._served[model], default=0)
         if found.previous and not self._held(model, found.version):
-            return self._still_ready(model, found)
+            return self._previous_if_newest_unhosted(model, found)
         return found.version
 
     def serves(self, model: str, version: int) -> bool:
@@ -234,7 +234,7 @@ class Catalog:
             self._policies[model] = found
         return found
 
-    def _still_ready(self, model: str, latest: Alias) -> int:
+    def _previous_if_newest_unhosted(self, model: str, latest: Alias) -> int:
         """While nobody holds what was pushed last, ``latest`` stays what it was."""
         before = latest.previous[0].version
         return before if before in self._served[model] and self._held(model, before) else latest.version
@@ -366,12 +366,12 @@ class Catalog:
             raise ModelNotFound(f"model '{model}' has no alias '{name[:64]}'", field="alias")
         return found
 
-    async def follow(self, alias: Alias) -> None:
+    async def wait_for_alias(self, alias: Alias) -> None:
         """Return when requests that come now go by ``alias``, or by what it became since; after a second in any case."""
-        if not await self._heard(lambda: self._follows(alias)):
+        if not await self._heard(lambda: self._has_alias(alias)):
             log.warning("an alias of '%s' moved and was not heard of", alias.model, extra={"action": "alias_unheard"})
 
-    async def follow_version(self, model: str, version: int) -> None:
+    async def wait_for_version(self, model: str, version: int) -> None:
         """Return when requests that come now find a version that was made; after a second in any case."""
         if not await self._heard(lambda: version in self._served.get(model, {})):
             log.warning("a version of '%s' was made and not heard of", model, extra={"action": "version_unheard"})
@@ -385,6 +385,6 @@ class Catalog:
             return False
         return True
 
-    def _follows(self, alias: Alias) -> bool:
+    def _has_alias(self, alias: Alias) -> bool:
         known = self._aliases.get(alias.model, {}).get(alias.name)
         return known is not None and (known == alias or known.revision > alias.revision)

@@ -130,7 +130,7 @@ class ChunkPossession:
         for number, (subject, item) in enumerate(items.items()):
             if not number % _VERIFIED:
                 await asyncio.sleep(0)
-            if item.data and self._bus.open_frame(item.data, subject, MessageType.RECORD) is not None:
+            if item.data and self._bus.verify_frame(item.data, subject, MessageType.RECORD) is not None:
                 found.add(subjects[subject])
         return found
 

@@ -57,7 +57,7 @@ class Heartbeats:
 
     def _opened(self, worker: str, frame: bytes) -> frozenset[ModelRef]:
         """What a heartbeat says, if its worker signed it."""
-        envelope = self._bus.open_frame(frame, self._root + worker, MessageType.HEARTBEAT, max_age_ms=60_000)
+        envelope = self._bus.verify_frame(frame, self._root + worker, MessageType.HEARTBEAT, max_age_ms=60_000)
         if envelope is None or envelope.sender != worker:
             return frozenset()
         try:

@@ -115,7 +115,7 @@ class Registry:
 
     async def _create(self, manifest: Manifest) -> bool:
         key = self._bus.names.version_key(manifest.name, manifest.version)
-        frame = self._bus.signer.seal(MessageType.MANIFEST, self._models.subject(key), codec.encode(manifest))
+        frame = self._bus.signer.sign_envelope(MessageType.MANIFEST, self._models.subject(key), codec.encode(manifest))
         try:
             if await self._models.create(key, frame):
                 return True
@@ -165,7 +165,9 @@ class Registry:
                 headers["KV-Operation"] = "DEL"
                 frame = b""
             else:
-                frame = self._bus.signer.seal(MessageType.ALIAS, subject, codec.encode(wanted), after=issued_at)
+                frame = self._bus.signer.sign_envelope(
+                    MessageType.ALIAS, subject, codec.encode(wanted), after=issued_at
+                )
             self.check()
             try:
                 await self._bus.publish_acked(subject, frame, headers=headers)
@@ -259,7 +261,7 @@ class Registry:
         """An alias and when it was issued."""
         if stored.headers.get("KV-Operation"):
             return None
-        envelope = self._bus.open_frame(stored.data, stored.subject, MessageType.ALIAS)
+        envelope = self._bus.verify_frame(stored.data, stored.subject, MessageType.ALIAS)
         return None if envelope is None else (codec.decode(envelope.body, Alias), envelope.header.issued_at)
 
     async def aliases(self, model: str) -> dict[str, int]:

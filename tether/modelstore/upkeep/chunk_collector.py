@@ -150,9 +150,9 @@ class ChunkCollector:
         async def step(chunk: StoredChunk) -> None:
             nonlocal removed
             if chunk.digest in named:
-                await self._bring_back(store, chunk, named[chunk.digest].size)
+                await self._mark_alive(store, chunk, named[chunk.digest].size)
                 return
-            if size := await self._put_away(store, chunk, snapshot.now):
+            if size := await self._advance_removal(store, chunk, snapshot.now):
                 removed += size
                 gone.add(chunk.digest)
 
@@ -165,13 +165,13 @@ class ChunkCollector:
                 await self._registry.collected(left)
         return removed, len(rest)
 
-    async def _bring_back(self, store: ChunkLifecycle, chunk: StoredChunk, size: int) -> None:
+    async def _mark_alive(self, store: ChunkLifecycle, chunk: StoredChunk, size: int) -> None:
         if chunk.state is ChunkState.UNREFERENCED:
             await store.write_state(chunk, ChunkState.ALIVE, size=chunk.size or size)
         elif chunk.state is ChunkState.BARE and (found := await store.read(chunk.digest)) is not None:
             await store.write_state(chunk, ChunkState.ALIVE, size=len(found.data), stored=digest_of(found.data))
 
-    async def _put_away(self, store: ChunkLifecycle, chunk: StoredChunk, now: float) -> int:
+    async def _advance_removal(self, store: ChunkLifecycle, chunk: StoredChunk, now: float) -> int:
         age = now - chunk.since
         if chunk.state is ChunkState.BARE or (
             chunk.state is ChunkState.ALIVE and age >= self._settings.unreferenced_ttl_s
@@ -326,7 +326,7 @@ class ChunkCollector:
 def _opens(seal: ChunkSeal, name: str, content: bytes) -> bool:
     """Whether it was closed with this key, for this name, and is what the name stands for."""
     try:
-        return seal.name(digest_of(seal.open(name, content))) == name
+        return seal.name(digest_of(seal.decrypt(name, content))) == name
     except DecryptionFailed:
         return False
 

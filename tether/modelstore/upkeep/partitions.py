@@ -126,7 +126,7 @@ class Partitions:
         """Take part until the block ends, then hand over what it has."""
         try:
             async with lifecycle.tasks() as tasks:
-                await self._turn()
+                await self._rebalance()
                 tasks.spawn(self._go_on(), "partitions")
                 yield
         finally:
@@ -135,9 +135,9 @@ class Partitions:
     async def _go_on(self) -> None:
         while True:
             await asyncio.sleep(self._beat_s)
-            await self._turn()
+            await self._rebalance()
 
-    async def _turn(self) -> None:
+    async def _rebalance(self) -> None:
         try:
             async with asyncio.timeout(self._lease_s):
                 await self._sign()
@@ -164,7 +164,7 @@ class Partitions:
         take, leave = plan(self._own, self._bus.names.partitions, owners, living)
         for number in take:
             sequence = seen.leases.get(number, (0, None))[0]
-            taken = await self._bucket.hand(number, self._own, sequence)
+            taken = await self._bucket.transfer(number, self._own, sequence)
             if taken is not None:
                 self._take(taken, owners.get(number, ""))
         for number in leave:
@@ -189,7 +189,7 @@ class Partitions:
     def _take(self, lease: Lease, before: str) -> None:
         self._held[lease.partition] = lease
         self._leave[lease.partition] = asyncio.Event()
-        self._tasks.spawn(self._look_after(lease, self._leave[lease.partition]), f"partition-{lease.partition}")
+        self._tasks.spawn(self._hold_lease(lease, self._leave[lease.partition]), f"partition-{lease.partition}")
         fields = {"action": "partition_taken", "partition": lease.partition, "epoch": lease.epoch}
         log.info(
             "takes over partition %d%s", lease.partition, " from one that is silent" if before else "", extra=fields
@@ -201,7 +201,7 @@ class Partitions:
         self._leave.pop(number).set()
         log.warning("lost partition %d to another model store", number, extra={"action": "partition_lost"})
 
-    async def _look_after(self, lease: Lease, leave: asyncio.Event) -> None:
+    async def _hold_lease(self, lease: Lease, leave: asyncio.Event) -> None:
         """Serve until it is to be given up, finish what is in hand, and let the next one have it."""
         number = lease.partition
         try:
@@ -222,7 +222,7 @@ class Partitions:
             seen = await self._bucket.look()
             sequence, current = seen.leases.get(lease.partition, (0, None))
             if current == lease:
-                await self._bucket.hand(lease.partition, "", sequence)
+                await self._bucket.transfer(lease.partition, "", sequence)
         log.info(
             "gave up partition %d", lease.partition, extra={"action": "partition_left", "partition": lease.partition}
         )

@@ -58,12 +58,12 @@ class EncryptedEncoding(PlainEncoding):
 
     def opened(self, name: str, kept: bytes) -> bytes | None:
         try:
-            return self._seal.open(name, kept)
+            return self._seal.decrypt(name, kept)
         except DecryptionFailed:
             return None
 
     def closed(self, digest: str, chunk: bytes) -> bytes | None:
-        return None if intact(digest, chunk) is None else self._seal.close(self._seal.name(digest), chunk)
+        return None if intact(digest, chunk) is None else self._seal.encrypt(self._seal.name(digest), chunk)
 
 
 class CachedChunkSource:

@@ -40,7 +40,7 @@ class BundleReader:
         self._model = model
         self.answers = OutcomePublisher(bus)
 
-    async def open(self, delivery: Delivery) -> Bundle | None:
+    async def read(self, delivery: Delivery) -> Bundle | None:
         """Verify, then decode. What fails is acknowledged: delivering it again would change nothing.
 
         Unless this worker's own clock may be to blame: then the bundle is left for another worker.
@@ -49,14 +49,14 @@ class BundleReader:
         try:
             if delivery.subject != self._bus.names.lane(delivery.lane):
                 raise SubjectMismatch("the message did not come from the lane that was pulled")
-            envelope = self._bus.verified(delivery.frame, delivery.subject, kind, grace_ms=MAX_SKEW_MS)
+            envelope = self._bus.verify_or_raise(delivery.frame, delivery.subject, kind, grace_ms=MAX_SKEW_MS)
             self._check_expiry(envelope.header, delivery.subject)
         except (ClockSkew, KeyExpired):
             delivery.abandon()
             return None
         except UnknownKey:
             # the key may be so new that this worker has not heard of it
-            await self._later(delivery)
+            await self._leave_for_redelivery(delivery)
             return None
         except EnvelopeError:
             await delivery.ack()
@@ -65,7 +65,7 @@ class BundleReader:
             bundle = Bundle(delivery, envelope.header, codec.decode_jobs(envelope.body, envelope.header.jobs))
         except BadEncoding as error:
             metrics.ENVELOPES_REJECTED.labels(error.code).inc()
-            await self._unreadable(Bundle(delivery, envelope.header, []))
+            await self._fail_undecodable(Bundle(delivery, envelope.header, []))
             return None
         if not self._in_pool(delivery.lane, envelope.header, bundle.jobs):
             metrics.ENVELOPES_REJECTED.labels(SubjectMismatch.code).inc()
@@ -73,7 +73,7 @@ class BundleReader:
             await delivery.ack()
             return None
         if any(job.sealed is not None for job in bundle.jobs):
-            await self._unseal(bundle)
+            await self._decrypt(bundle)
         return bundle
 
     def _check_expiry(self, header: Header, subject: str) -> None:
@@ -84,7 +84,7 @@ class BundleReader:
             self._bus.count_refused(error, subject)
             raise error
 
-    async def _unseal(self, bundle: Bundle) -> None:
+    async def _decrypt(self, bundle: Bundle) -> None:
         """Open the jobs of sealed tenants; those that do not open end here and say why."""
         jobs, refused = await payload_encryption.opened(self._keyring, bundle.jobs)
         if refused:
@@ -93,7 +93,7 @@ class BundleReader:
             await self.deliver([bundle], ends)
         bundle.jobs = jobs
 
-    async def _later(self, delivery: Delivery) -> None:
+    async def _leave_for_redelivery(self, delivery: Delivery) -> None:
         if delivery.attempt <= self._settings.max_attempts:
             delivery.abandon()
         else:
@@ -105,7 +105,7 @@ class BundleReader:
             return False
         return not lane.tenant or all(job.tenant == lane.tenant for job in jobs)
 
-    async def _unreadable(self, bundle: Bundle) -> None:
+    async def _fail_undecodable(self, bundle: Bundle) -> None:
         """A gateway signed it, so somebody waits for these jobs: they end here, although they cannot be run."""
         failure = Failure(
             InferenceFailed.code, "the worker cannot read the job; are gateway and worker of one version?"

@@ -110,7 +110,7 @@ class DeletedLaneDrain:
 
     async def _end(self, delivery: Delivery) -> None:
         try:
-            bundle = await self._intake.open(delivery)
+            bundle = await self._intake.read(delivery)
             if bundle is not None:
                 await self._intake.deliver([bundle], [self._outcome(bundle, job) for job in bundle.jobs])
                 await delivery.ack()

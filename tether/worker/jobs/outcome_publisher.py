@@ -58,7 +58,7 @@ class OutcomePublisher:
         """
         for group in self._grouped(outcomes):
             ids = tuple(outcome.job for outcome in group)
-            frame = self._bus.signer.seal(MessageType.ANSWER, to, codec.encode_outcomes(group), jobs=ids)
+            frame = self._bus.signer.sign_envelope(MessageType.ANSWER, to, codec.encode_outcomes(group), jobs=ids)
             await self._bus.publish(to, frame)
 
     def _grouped(self, outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
@@ -125,7 +125,9 @@ class OutcomePublisher:
 
     def _sealed(self, subject: str, outcome: Outcome) -> bytes:
         body = codec.encode_outcomes([outcome])
-        return self._bus.signer.seal(MessageType.RESULT, subject, body, jobs=(outcome.job,), attempt=outcome.attempts)
+        return self._bus.signer.sign_envelope(
+            MessageType.RESULT, subject, body, jobs=(outcome.job,), attempt=outcome.attempts
+        )
 
     def _without_room(self, model: str, outcome: Outcome) -> Outcome:
         error = StorageFull(

@@ -79,7 +79,7 @@ class Redelivery:
         if last == _ANSWERED:
             return None
         if last >= self._bus.settings.max_attempts:
-            return await self._bury(bundle, job, last)
+            return await self._dead_letter(bundle, job, last)
         await self._put(job.id, last + 1)
         return last + 1
 
@@ -111,7 +111,7 @@ class Redelivery:
         note = await self._stored(job.id)
         return 1 if note is None else note.attempt
 
-    async def _bury(self, bundle: Bundle, job: Job, attempts: int) -> Outcome:
+    async def _dead_letter(self, bundle: Bundle, job: Job, attempts: int) -> Outcome:
         """Store the dead letter, with the original frame inside, before the job is told to be dead."""
         error = AttemptsExhausted(f"{attempts} attempts ended without an answer; the job may crash its worker")
         lane = bundle.delivery.lane
@@ -152,5 +152,5 @@ class Redelivery:
             await self._publish(subject, {**letter, "frame": b"", "body": body}, message_id)
 
     async def _publish(self, subject: str, letter: dict[str, object], message_id: str) -> None:
-        frame = self._bus.signer.seal(MessageType.DEAD, subject, codec.pack(letter), message_id=message_id)
+        frame = self._bus.signer.sign_envelope(MessageType.DEAD, subject, codec.pack(letter), message_id=message_id)
         await self._bus.publish_acked(subject, frame, headers={"Nats-Msg-Id": message_id})

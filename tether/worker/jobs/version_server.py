@@ -100,7 +100,7 @@ class VersionServer:
         self._asking.configure(serving.strategy, copies)
         self._changed.set()
 
-    def weigh(self, factor: float, least: float) -> float:
+    def update_capacity(self, factor: float, least: float) -> float:
         """Ask as follows from how much of the machine there is, see :meth:`tether.worker.scheduling.pull_balance.Capacity.look`; the level, 0 when it is not
         known, or when jobs are not shared by it."""
         if self._serving.strategy is not LoadBalancing.CAPACITY:
@@ -149,7 +149,7 @@ class VersionServer:
         await self._tasks.cancel()
         self._apart.close()
         await self._withdrawn.stop()
-        generation = self.copies.take_out()
+        generation = self.copies.detach()
         if generation is not None:
             generation.close()
 
@@ -176,7 +176,7 @@ class VersionServer:
     async def _open(self, delivery: Delivery) -> None:
         queued = False
         try:
-            bundle = await self.intake.open(delivery)
+            bundle = await self.intake.read(delivery)
             queued = bundle is not None and await self._queued(bundle)
         except TetherError as error:
             log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
@@ -295,7 +295,7 @@ class VersionServer:
     async def _run(self, turn: NextRun) -> None:
         ends: list[End] | None = None
         try:
-            async with self.copies.held():
+            async with self.copies.pinned():
                 if await self._loaded():
                     ends = await self._ends(turn)
         except TetherError as error:
@@ -384,7 +384,7 @@ class VersionServer:
 
     async def wake(self) -> None:
         """Load what is not in memory, before a job comes."""
-        async with self.copies.held():
+        async with self.copies.pinned():
             await self._loaded()
 
     async def _loaded(self) -> bool:

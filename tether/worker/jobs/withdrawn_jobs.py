@@ -54,7 +54,7 @@ class WithdrawnJobs:
         return job in self._until
 
     async def _arrived(self, message: Message) -> None:
-        envelope = self._bus.open(message, MessageType.RESULT)
+        envelope = self._bus.verify_message(message, MessageType.RESULT)
         if envelope is None:
             return
         if envelope.header.role is not Role.GATEWAY:

@@ -173,7 +173,7 @@ class InstancePool:
         return [] if self._now is None else self._now.runtimes
 
     @asynccontextmanager
-    async def held(self) -> AsyncIterator[None]:
+    async def pinned(self) -> AsyncIterator[None]:
         """Keep them in memory until the block ends, once they are there."""
         self._users += 1
         try:
@@ -218,7 +218,7 @@ class InstancePool:
         if self._now is not None:
             self._now.limit(run_timeout_s)
 
-    def take_out(self) -> InstanceSet | None:
+    def detach(self) -> InstanceSet | None:
         """What is in memory, for the caller to close; whoever needs it next loads it again. Only while they are idle."""
         now, self._now = self._now, None
         return now

@@ -68,7 +68,7 @@ class Memory:
 
     async def _wait(self, waiting: _MemoryWaiter) -> None:
         self._waiting.append(waiting)
-        self.look()
+        self.wake_waiters()
         try:
             async with asyncio.timeout(WAIT_S):
                 await waiting.done
@@ -79,7 +79,7 @@ class Memory:
         finally:
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
-                self.look()
+                self.wake_waiters()
 
     def change(self, ref: ModelRef, size: int) -> None:
         """A version has room for so much now; 0: it is not in memory."""
@@ -88,9 +88,9 @@ class Memory:
         else:
             self._taken.pop(ref, None)
         metrics.MODEL_MEMORY.set(sum(self._taken.values()))
-        self.look()
+        self.wake_waiters()
 
-    def look(self) -> None:
+    def wake_waiters(self) -> None:
         """Somebody became idle or left: whoever waits for room, in the order in which they came, gets what there is."""
         while self._waiting and self._make_room(self._waiting[0].ref, self._waiting[0].size):
             waiting = self._waiting.pop(0)
@@ -101,7 +101,7 @@ class Memory:
         """Unload a version that is idle."""
         self._evict(ref, copies, reason)
         metrics.MODEL_MEMORY.set(sum(self._taken.values()))
-        self.look()
+        self.wake_waiters()
 
     async def close(self) -> None:
         await self._closing.finish(WAIT_S)
@@ -129,7 +129,7 @@ class Memory:
 
     def _evict(self, ref: ModelRef, copies: InstancePool, reason: str) -> None:
         self._taken.pop(ref, None)
-        generation = copies.take_out()
+        generation = copies.detach()
         if generation is not None:
             self._closing.spawn(asyncio.to_thread(generation.close), f"evict-{ref.model}")
         metrics.MODEL_UNLOADS.labels(reason).inc()

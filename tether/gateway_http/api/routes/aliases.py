@@ -31,7 +31,7 @@ async def _changed(call: RequestContext, change: Change, alias: str, **fields: A
     )
     alias_now = codec.decode(answer, ChangeAnswer).alias
     if alias_now is not None:
-        await call.gateway.catalog.follow(alias_now)
+        await call.gateway.catalog.wait_for_alias(alias_now)
     return alias_now
 
 

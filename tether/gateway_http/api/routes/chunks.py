@@ -33,7 +33,7 @@ def _digest(text: str, field: str) -> str:
 async def _missing(call: RequestContext) -> RouteReply:
     """What others have is missing, as long as this tenant has not sent it."""
     name, asked = call.pushed_model(), [_digest(text, "chunks") for text in call.body.chunks]
-    seals, possession = call.gateway.encrypted, call.gateway.possession
+    seals, possession = call.gateway.encrypted_models, call.gateway.chunk_possession
     encrypted = await seals.encrypts(name, call.body.encrypt)
     if encrypted and seals.keyring.stored(name) is None:  # it gets its key with its first chunk
         return RouteReply(models.MissingChunks(list(dict.fromkeys(asked)), encrypted))
@@ -53,18 +53,18 @@ async def _put(call: RequestContext) -> RouteReply:
             field="body",
         )
 
-    store = (await call.gateway.encrypted.target(name, call.query.encrypt, call.caller.asker)).store
+    store = (await call.gateway.encrypted_models.target(name, call.query.encrypt, call.caller.asker)).store
 
     async def only() -> AsyncIterator[tuple[str, bytes]]:
         yield digest, chunk
 
-    tenant, loose = call.gateway.tenants.get(call.tenant), call.gateway.loose
+    tenant, loose = call.gateway.tenants.get(call.tenant), call.gateway.unreferenced_chunks
     counted = loose.take(tenant, store.bucket, digest, len(chunk))
-    shown = await call.gateway.possession.shown(call.caller, name, [digest], store.name_of)
+    shown = await call.gateway.chunk_possession.shown(call.caller, name, [digest], store.name_of)
     stored = await store.put(only(), shown)
     if counted and not stored:
         loose.drop(tenant.name, store.bucket, [digest])
-    await call.gateway.possession.note(tenant.name, store.name_of(digest))
+    await call.gateway.chunk_possession.note(tenant.name, store.name_of(digest))
     return RouteReply(models.StoredChunk(digest, len(chunk), stored), 201 if stored else 200)
 
 
@@ -98,9 +98,9 @@ async def _register(call: RequestContext) -> RouteReply:
         about={"labels": wanted.labels, "note": wanted.note} if wanted.labels or wanted.note else {},
         signature=wanted.signature,
     )
-    target = await call.gateway.encrypted.target(name, wanted.encrypt, call.caller.asker)
+    target = await call.gateway.encrypted_models.target(name, wanted.encrypt, call.caller.asker)
     digests = await asyncio.to_thread(_digests, files, sealed=target.key is not None)  # 1 ms for 1,000
-    await call.gateway.possession.require(call.caller, name, digests, target.store.name_of)
+    await call.gateway.chunk_possession.require(call.caller, name, digests, target.store.name_of)
     if wanted.sample:
         given = [file for file in files if file.path != sample.PATH]
         content = _only(msgspec.json.encode(wanted.sample))
@@ -124,7 +124,9 @@ def _digests(files: Sequence[ModelFile], *, sealed: bool) -> list[str]:
 
 async def _files(call: RequestContext) -> RouteReply:
     """Who may only run a model gets none of its files."""
-    manifest = call.gateway.encrypted.plain(call.gateway.catalog.known(call.model(), call.path("version")).manifest)
+    manifest = call.gateway.encrypted_models.plain(
+        call.gateway.catalog.known(call.model(), call.path("version")).manifest
+    )
     files = [_described(file) for file in manifest.files]
     return RouteReply(models.VersionFiles(call.caller.shown(manifest.name), manifest.version, manifest.platform, files))
 
@@ -137,7 +139,7 @@ def _described(file: ModelFile) -> models.NewFile:
 async def _get(call: RequestContext) -> RouteReply:
     """A chunk, to those who may read a version that it belongs to."""
     name, digest = call.model(), _digest(call.path("digest"), "digest")
-    seals = call.gateway.encrypted
+    seals = call.gateway.encrypted_models
     manifest = call.gateway.catalog.known(name, call.path("version")).manifest
     if not any(digest in file.chunks for file in seals.plain(manifest).files):
         raise NotFound(f"version {manifest.version} of model '{name}' has no chunk {digest}", field="digest")

@@ -50,7 +50,7 @@ def _wait(call: RequestContext) -> float:
 
 
 async def _get(call: RequestContext) -> RouteReply:
-    found = call.gateway.jobs.get(call.tenant, call.path("id"), _wait(call), call.caller.sees)
+    found = call.gateway.jobs.get(call.tenant, call.path("id"), _wait(call), call.caller.may_use_model)
     return RouteReply(_shown(call, await call.gateway.disconnects.wait(found)))
 
 
@@ -62,14 +62,14 @@ async def _list(call: RequestContext) -> RouteReply:
     query: JobsQuery = call.query
     jobs, wait = call.gateway.jobs, _wait(call)
     if query.ids:
-        found_many = jobs.get_many(call.tenant, _ids(query), wait, call.caller.sees)
+        found_many = jobs.get_many(call.tenant, _ids(query), wait, call.caller.may_use_model)
         return RouteReply({"jobs": [_shown(call, job) for job in await call.gateway.disconnects.wait(found_many)]})
     if wait:
         raise InvalidRequest("query parameter 'wait' needs 'ids'", field="wait")
     state = "" if query.state is None else query.state.value
     model = call.caller.named(query.model) if query.model else ""
     listed, cursor = await jobs.list(
-        call.tenant, state=state, model=model, limit=query.limit, cursor=query.cursor, sees=call.caller.sees
+        call.tenant, state=state, model=model, limit=query.limit, cursor=query.cursor, sees=call.caller.may_use_model
     )
     found = [_shown(call, job) for job in listed]
     return RouteReply({"jobs": found} if cursor is None else {"jobs": found, "next_cursor": cursor})
@@ -88,7 +88,9 @@ def _ids(query: JobsQuery) -> list[str]:
 
 
 async def _cancel(call: RequestContext) -> RouteReply:
-    return RouteReply(_shown(call, await call.gateway.jobs.cancel(call.tenant, call.path("id"), call.caller.sees)))
+    return RouteReply(
+        _shown(call, await call.gateway.jobs.cancel(call.tenant, call.path("id"), call.caller.may_use_model))
+    )
 
 
 _KEY = Header("idempotency-key", "The same key makes the same job, however often it is sent.")

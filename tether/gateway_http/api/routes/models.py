@@ -68,7 +68,7 @@ class PushQuery(Struct, forbid_unknown_fields=True):
 
 async def _list(call: RequestContext) -> RouteReply:
     catalog = call.gateway.catalog
-    seen = [name for name in catalog.names() if call.caller.sees(name)]
+    seen = [name for name in catalog.names() if call.caller.may_use_model(name)]
     return RouteReply(common.Models([_summary(call, name) for name in seen]))
 
 
@@ -109,7 +109,7 @@ async def _show(call: RequestContext) -> RouteReply:
 
 def _detail(gateway: Gateway, served: ResolvedVersion, pool: str, right: Right) -> common.VersionDetail:
     """A version; who may only use it gets no digests of its files, and does not see who pushed it."""
-    catalog, seals = gateway.catalog, gateway.encrypted
+    catalog, seals = gateway.catalog, gateway.encrypted_models
     manifest = seals.shown(served.manifest)
     finding, reads = catalog.finding(served, pool), right >= Right.WRITE
     note, batching = catalog.note(manifest.name, manifest.version), catalog.batching(served, pool)
@@ -166,12 +166,12 @@ async def _push(call: RequestContext) -> RouteReply:
     named = _chunks_of_newest(gateway, name, wanted)
     if not named:
         check_stored_bytes(tenant, gateway.catalog.stored.of(tenant.name), call.heading.length)
-    target = await gateway.encrypted.target(name, query.encrypt, call.caller.asker)
+    target = await gateway.encrypted_models.target(name, query.encrypt, call.caller.asker)
     store = target.store
     held = None if named else tenant
-    counted = partial(gateway.loose.counted, tenant, store.bucket, named)
+    counted = partial(gateway.unreferenced_chunks.counted, tenant, store.bucket, named)
     whole = bool(wanted) or target.key is not None
-    known = gateway.possession.readable(call.caller, name)
+    known = gateway.chunk_possession.readable(call.caller, name)
     body = SplitBody(_parts(call, held), length)
     samples = (await keep_sample(call, name, body.first(), target),) if length else ()
     file, stored = await upload(gateway.bus, store, body.rest(), limit=limit, counted=counted, whole=whole, known=known)
@@ -189,7 +189,7 @@ def _chunks_of_newest(gateway: Gateway, name: str, digest: str) -> frozenset[str
     """The chunks of the newest version when that is this file, so that pushing it makes no new one; else none."""
     catalog = gateway.catalog
     versions = catalog.versions(name) if name in catalog.names() else {}
-    file = gateway.encrypted.shown(versions[max(versions)].manifest).files[0] if versions else None
+    file = gateway.encrypted_models.shown(versions[max(versions)].manifest).files[0] if versions else None
     return frozenset(file.chunks) if file is not None and file.digest == digest else frozenset()
 
 
@@ -239,14 +239,14 @@ async def registered(call: RequestContext, request: PushRequest, target: PushTar
         answers=MessageType.PUSHED,
         timeout=call.waits(REGISTER_S),
     )
-    call.gateway.loose.drop(call.tenant, target.store.bucket, digests)
+    call.gateway.unreferenced_chunks.drop(call.tenant, target.store.bucket, digests)
     answer = codec.decode(body, PushAnswer)
-    await call.gateway.catalog.follow_version(answer.manifest.name, answer.manifest.version)
+    await call.gateway.catalog.wait_for_version(answer.manifest.name, answer.manifest.version)
     return answer
 
 
 def pushed(call: RequestContext, answer: PushAnswer, stored: int) -> common.PushedVersion:
-    manifest = call.gateway.encrypted.shown(answer.manifest)
+    manifest = call.gateway.encrypted_models.shown(answer.manifest)
     return common.PushedVersion(
         name=call.caller.shown(manifest.name),
         version=manifest.version,
@@ -268,12 +268,12 @@ def pushed(call: RequestContext, answer: PushAnswer, stored: int) -> common.Push
 async def _rekey(call: RequestContext) -> RouteReply:
     """Another data key; versions follow in the background."""
     gateway, name = call.gateway, call.model()
-    generation = await gateway.encrypted.ask(Change.REKEY, name, call.caller.asker)
+    generation = await gateway.encrypted_models.ask(Change.REKEY, name, call.caller.asker)
     versions = gateway.catalog.versions(name) if name in gateway.catalog.names() else {}
     left = [
         number
         for number, served in versions.items()
-        if served.manifest.sealed is not None and gateway.encrypted.generation(served.manifest) != generation
+        if served.manifest.sealed is not None and gateway.encrypted_models.generation(served.manifest) != generation
     ]
     return RouteReply(models.ModelKey(call.caller.shown(name), generation, left), 202)
 

@@ -32,7 +32,7 @@ async def _readyz(call: RequestContext) -> RouteReply:
 async def _metrics(call: RequestContext) -> RouteReply:
     """What names a model is for who shows a key, as far as that key sees the model."""
     text = call.heading.key
-    shows = call.gateway.keys.authenticate(text, "metrics").sees if text else _nothing
+    shows = call.gateway.keys.authenticate(text, "metrics").may_use_model if text else _nothing
     metrics.dependencies(call.gateway.checks())
     content, content_type = metrics.exposition(shows)
     return RouteReply(content, content_type=content_type)

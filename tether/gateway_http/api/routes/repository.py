@@ -23,7 +23,7 @@ async def _index(call: RequestContext) -> RouteReply:
     entries = [
         _entry(call, served)
         for name in catalog.names()
-        if call.caller.sees(name)
+        if call.caller.may_use_model(name)
         for served in catalog.versions(name).values()
     ]
     return RouteReply([entry for entry in entries if entry.state == "READY" or not wanted])

@@ -39,8 +39,8 @@ async def keep_sample(call: RequestContext, name: str, content: AsyncIterator[by
     """Store a sample. The model store reads it when it looks at the version."""
     gateway, store = call.gateway, target.store
     tenant = gateway.tenants.get(call.tenant)
-    counted = partial(gateway.loose.counted, tenant, store.bucket, frozenset())
-    known = gateway.possession.readable(call.caller, name)
+    counted = partial(gateway.unreferenced_chunks.counted, tenant, store.bucket, frozenset())
+    known = gateway.chunk_possession.readable(call.caller, name)
     file, _ = await upload(
         gateway.bus, store, content, limit=sample.LARGEST, path=sample.PATH, counted=counted, whole=True, known=known
     )

@@ -14,7 +14,7 @@ from tether.model.config import Shadow
 async def _show(call: RequestContext) -> RouteReply:
     gateway, name = call.gateway, call.model()
     gateway.catalog.versions(name)
-    tallies = gateway.extras.shadows.tallies(name)
+    tallies = gateway.features.shadows.tallies(name)
     told = [_tally(shadow, tally) for shadow, tally in tallies.items()]
     return RouteReply(models.Shadows(call.caller.shown(name), told))
 

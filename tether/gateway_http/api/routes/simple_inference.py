@@ -24,7 +24,9 @@ async def _inference(call: RequestContext) -> RouteReply:
     call.caller.check_model(name)
     version = "" if body.version is None else str(body.version)
     served = gateway.catalog.resolve(name, version, call.heading.sticky, call.caller.id)
-    inputs = await gateway.large.simple_inputs(call.tenant, bytes(body.input_data), served.manifest.name, served.specs)
+    inputs = await gateway.large_bodies.simple_inputs(
+        call.tenant, bytes(body.input_data), served.manifest.name, served.specs
+    )
     notes: Headers = []
     outputs = await gateway.infer(
         served,
@@ -40,7 +42,9 @@ async def _inference(call: RequestContext) -> RouteReply:
     )
     manifest = served.manifest
     shown = call.caller.shown(manifest.name)
-    return RouteReply(await gateway.large.simple_answer(call.tenant, shown, manifest.version, outputs), headers=notes)
+    return RouteReply(
+        await gateway.large_bodies.simple_answer(call.tenant, shown, manifest.version, outputs), headers=notes
+    )
 
 
 ROWS = [

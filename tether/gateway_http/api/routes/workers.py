@@ -29,7 +29,7 @@ async def heartbeats(gateway: Gateway) -> list[Heartbeat]:
     bus, bucket = gateway.bus, KvBucket(gateway.bus, "liveness")
     found = []
     for name, frame in (await bucket.entries()).items():
-        envelope = bus.open_frame(frame, bucket.subject(name), MessageType.HEARTBEAT)
+        envelope = bus.verify_frame(frame, bucket.subject(name), MessageType.HEARTBEAT)
         if envelope is None or envelope.sender != name:
             continue
         try:
