@@ -19,7 +19,7 @@ SHARED_PASS = 2
 """The same while tenants share a gateway, and the answers that go on. A request takes seven passes or so from its coming to its answer,
 and in each it waits for what others do in it."""
 
-SHARED_S = 10.0
+SHARED_S = 1.0
 """How long tenants share a gateway after a request of another one than the last."""
 
 
