@@ -32,6 +32,7 @@ from tether.gateway_http.jobs.queued_jobs_quota import QueuedJobsQuota
 from tether.gateway_http.jobs.service import JobService
 from tether.gateway_http.models.catalog import Catalog, ResolvedVersion
 from tether.gateway_http.models.chunk_possession import ChunkPossession
+from tether.gateway_http.models.chunk_shares import ChunkShares
 from tether.gateway_http.models.encrypted_models import EncryptedModels
 from tether.gateway_http.models.unreferenced_chunks import UnreferencedChunks
 from tether.gateway_http.models.worker_heartbeats import Heartbeats
@@ -58,9 +59,10 @@ class Gateway:
         self.catalog = Catalog(bus)
         self.heartbeats = Heartbeats(bus)
         self.tenants = Tenants(bus)
-        self.unreferenced_chunks = UnreferencedChunks(bus.clock.monotonic, self.catalog.stored.of)
         self.chunk_possession = ChunkPossession(bus, self.catalog, self.encrypted_models)
         self.keys = ApiKeys(bus, self.tenants, self.catalog.owners)
+        share = ChunkShares(bus, self.catalog.stored, self.keys.others).require
+        self.unreferenced_chunks = UnreferencedChunks(bus.clock.monotonic, self.catalog.stored.of, share)
         self.limits = RateLimits(bus, tasks, self.keys.find, self.tenants.find)
         self.request_turns = RequestTurns(self.tenants.weight)
         self.tenant_encryption = TenantSeals(bus, keyring, self.tenants)

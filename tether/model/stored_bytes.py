@@ -13,14 +13,14 @@ def stored_bytes(kept: Iterable[Manifest], deleted: Iterable[Manifest]) -> int:
     What other tenants' versions name makes no difference, so that nobody learns from it what others have.
     """
     own = list(kept)
-    left = {chunk: size for one in deleted for chunk, size in _chunks(one).items()}
+    left = {chunk: size for one in deleted for chunk, size in chunks_of(one).items()}
     if left:
         for one in own:
-            for chunk in _chunks(one):
+            for chunk in chunks_of(one):
                 left.pop(chunk, None)
     return sum(one.size for one in own) + sum(left.values())
 
 
-def _chunks(manifest: Manifest) -> dict[tuple[int, str], int]:
+def chunks_of(manifest: Manifest) -> dict[tuple[int, str], int]:
     """Bytes of the chunks of a version, each once, by partition and digest."""
     return {(manifest.partition, digest): size for file in manifest.files for digest, size in file.sized_chunks()}

@@ -7,13 +7,17 @@ A gateway is told of every change by its watch (:class:`Stored`). A model store 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 from tether.bus.bus import Bus
 from tether.bus.key_value.bucket import KvBucket
 from tether.domain.manifest import Manifest
 from tether.errors import EnvelopeError
-from tether.model.stored_bytes import stored_bytes
+from tether.model.stored_bytes import chunks_of, stored_bytes
 from tether.storage.model_files import open_manifest
+
+CHUNK_OVERHEAD = 600
+"""About what a chunk takes beside its bytes: its description, subjects and headers of two messages."""
 
 
 class _Own:
@@ -23,6 +27,7 @@ class _Own:
         self.kept: dict[str, Manifest] = {}
         self.deleted: dict[str, Manifest] = {}
         self.bytes: int | None = 0
+        self.room: Counter[int] | None = None
         """None: to be worked out."""
 
 
@@ -42,6 +47,19 @@ class Stored:
         if own.bytes is None:
             own.bytes = stored_bytes(own.kept.values(), own.deleted.values())
         return own.bytes
+
+    def room(self, tenant: str, partition: int) -> int:
+        """About what a tenant's chunks take of a partition's store, each counted once."""
+        own = self._tenants.get(tenant)
+        if own is None:
+            return 0
+        if own.room is None:
+            every = [*own.kept.values(), *own.deleted.values()]
+            chunks = {chunk: size for one in every for chunk, size in chunks_of(one).items()}
+            own.room = Counter()
+            for (place, _), size in chunks.items():
+                own.room[place] += size + CHUNK_OVERHEAD
+        return own.room[partition]
 
     def keep(self, key: str, manifest: Manifest) -> None:
         """There is a version."""
@@ -69,7 +87,7 @@ class Stored:
     def _changed(self, key: str, tenant: str) -> _Own:
         self._owners[key] = tenant
         own = self._tenants.setdefault(tenant, _Own())
-        own.bytes = None
+        own.bytes = own.room = None
         return own
 
 

@@ -31,8 +31,8 @@ async def short(start_broker: StartBroker) -> AsyncIterator[Services]:
 @pytest.fixture
 async def served(short: Services, monkeypatch: pytest.MonkeyPatch) -> ResolvedVersion:
     """A model that no worker takes jobs of, in a lane stream of :data:`ROOM` bytes."""
-    monkeypatch.setattr("tether.gateway_http.jobs.store_room._LOOK_S", 0.0)
-    monkeypatch.setattr("tether.gateway_http.jobs.store_room._AGAIN_S", 0.0)
+    monkeypatch.setattr("tether.streams.usage._LOOK_S", 0.0)
+    monkeypatch.setattr("tether.streams.usage._AGAIN_S", 0.0)
     monkeypatch.setattr("tether.gateway_http.jobs.queue_shares.FRESH_S", 0.0)
     found = await short.push("wide", models.add(width=WIDTH))
     await short.workers[0].holder.stop(1)

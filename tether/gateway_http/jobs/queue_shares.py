@@ -1,7 +1,7 @@
 """How much of a queue of durable jobs, and of the records of jobs, one tenant may fill: a multiple of what is free there.
 
-A tenant with the weight 1 may have :data:`FACTOR` times as many bytes waiting in a lane stream as the stream has left (dynamic
-thresholds: Choudhury and Hahne, 1998). One that sends without end stops at four fifths of the stream, two at 44 % each, and so
+A tenant with the weight 1 may have four times as many bytes waiting in a lane stream as the stream has left
+(:func:`tether.streams.usage.tenant_limit`). One that sends without end stops at four fifths of the stream, two at 44 % each, and so
 on: there is room left for a tenant that comes later, however many jobs wait, and no share lies idle. Where no other tenant has a
 key or a record, the stream is all of the one's that there is.
 """
@@ -15,9 +15,7 @@ from tether.bus.bus import Bus
 from tether.errors import QuotaExceeded
 from tether.gateway_http.access.tenants import Tenants
 from tether.gateway_http.jobs.open_job_counter import OpenJobCounter
-from tether.gateway_http.jobs.store_room import JobStores
-
-FACTOR = 4.0
+from tether.streams.usage import StreamUses, tenant_limit
 
 RECORD_BYTES = 600
 """About what the record of an open job takes; many small jobs fill the records before they fill a queue."""
@@ -37,9 +35,9 @@ class _Look:
 class JobShares:
     """The shares as one gateway sees them. ``shared``: whether there is another tenant than this one."""
 
-    def __init__(self, bus: Bus, stores: JobStores, tenants: Tenants, shared: Callable[[str], bool]) -> None:
+    def __init__(self, bus: Bus, uses: StreamUses, tenants: Tenants, shared: Callable[[str], bool]) -> None:
         self._clock = bus.clock
-        self._stores = stores
+        self._uses = uses
         self._records = bus.names.bucket_stream("jobs")
         self._tenants = tenants
         self._shared = shared
@@ -80,11 +78,8 @@ class JobShares:
 
     async def _limit(self, tenant: str, stream: str) -> int | None:
         """Bytes that the tenant may have in a stream; None when even all that is in it are fewer."""
-        use = await self._stores.use(stream)
-        if use is None or use.most <= 0:
-            return None
-        limit = int(FACTOR * self._tenants.weight(tenant) * max(0, use.most - use.bytes))
-        return limit if limit < use.bytes else None
+        use = await self._uses.of(stream)
+        return None if use is None else tenant_limit(use, self._tenants.weight(tenant))
 
     async def _look(self, tenant: str) -> _Look:
         found = self._looks.get(tenant)

@@ -8,40 +8,31 @@ moment, and is refused when none was made: then the records are those of open jo
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Collection
 from typing import TypeVar
 
 from tether.bus.bus import Bus
-from tether.bus.errors import JetStreamError
-from tether.errors import BrokerUnavailable, PermissionDenied, QueueFull
+from tether.errors import QueueFull
 from tether.streams.layout import ENDS
-from tether.streams.usage import StreamUse, stream_use
-
-log = logging.getLogger(__name__)
+from tether.streams.usage import StreamUses
 
 ROOM_S = 3.0
 """How long a submit waits for ended jobs to make room."""
 
 _LOOK_S = 1.0
 _AGAIN_S = 0.1
-_ANSWER_S = 1.0
 _NEARLY = 0.97
 """Share of its bound at which a store takes no more jobs: others are on their way, and ends must find room."""
-
-_FILLS = 0.75
 
 T = TypeVar("T")
 
 
 class JobStores:
-    """What one gateway knows of them; at most one look a second at each."""
+    """What one gateway knows of them."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._uses: dict[str, tuple[float, StreamUse | None]] = {}
-        self._turn = asyncio.Lock()
-        self._may_look = True
+        self.uses = StreamUses(bus)
         self._refused_until = 0.0
 
     async def require(self, pool: str, lanes: Collection[str]) -> None:
@@ -97,37 +88,8 @@ class JobStores:
         )
 
     async def _share(self, stream: str) -> float:
-        use = await self.use(stream)
+        use = await self.uses.of(stream)
         return 0.0 if use is None else use.share
-
-    async def use(self, stream: str) -> StreamUse | None:
-        """How full a stream was within the last second; None when that is not known."""
-        at, use = self._uses.get(stream, (float("-inf"), None))
-        if not self._may_look or self._is_fresh(at, use):
-            return use
-        async with self._turn:
-            at, use = self._uses.get(stream, (float("-inf"), None))
-            if self._may_look and not self._is_fresh(at, use):
-                use = await self._look(stream, use)
-                self._uses[stream] = self._bus.clock.monotonic(), use
-        return use
-
-    def _is_fresh(self, at: float, use: StreamUse | None) -> bool:
-        """A store that fills up is looked at again sooner."""
-        full = use is not None and use.share >= _FILLS
-        return self._bus.clock.monotonic() - at < (_AGAIN_S if full else _LOOK_S)
-
-    async def _look(self, stream: str, before: StreamUse | None) -> StreamUse | None:
-        """A store that does not answer is as full as it was: what needs it will wait for it."""
-        try:
-            return await stream_use(self._bus, stream, timeout=_ANSWER_S)
-        except PermissionDenied as error:
-            self._may_look = False
-            self._uses.clear()
-            log.warning("full stores are seen only when they refuse: %s; write the broker's configuration again", error)
-            return None
-        except (BrokerUnavailable, JetStreamError):
-            return before
 
 
 def _full(message: str) -> QueueFull:

@@ -95,7 +95,7 @@ class JobSubmitter:
         self._room = room
         self._ends = JobEnds(bus)
         self._stores = JobStores(bus)
-        self._shares = JobShares(bus, self._stores, tenants, shared)
+        self._shares = JobShares(bus, self._stores.uses, tenants, shared)
         self._bundler = JobBundler(bus, tasks, tenants.weight, records, stores=self._stores, job_s=catalog.job_s)
 
     async def submit(self, tenant: str, requests: Sequence[NewJob]) -> list[Accepted]:

@@ -96,9 +96,7 @@ class OutcomePublisher:
             frame = self._sealed(subject, outcome)
             while True:
                 try:
-                    if _has_outputs(outcome):
-                        await self._room.take(len(frame))
-                    first = await self._results.commit(outcome.job, frame, pool=pool)
+                    first = await self._stored(outcome, frame)
                     break
                 except QueueFull as full:
                     full_since = full_since or clock.monotonic()
@@ -122,6 +120,13 @@ class OutcomePublisher:
             metrics.JOBS_FINISHED.labels(model, outcome.state.value).inc()
         else:
             metrics.RESULTS_REFUSED.inc()
+
+    async def _stored(self, outcome: Outcome, frame: bytes) -> bool:
+        """False: the job had ended before."""
+        if not _has_outputs(outcome):
+            return await self._results.commit(outcome.job, frame, pool=self._bus.pool)
+        async with self._room.storing(len(frame)):
+            return await self._results.commit(outcome.job, frame, pool=self._bus.pool)
 
     def _sealed(self, subject: str, outcome: Outcome) -> bytes:
         body = codec.encode_outcomes([outcome])

@@ -59,7 +59,7 @@ async def _put(call: RequestContext) -> RouteReply:
         yield digest, chunk
 
     tenant, loose = call.gateway.tenants.get(call.tenant), call.gateway.unreferenced_chunks
-    counted = loose.take(tenant, store.bucket, digest, len(chunk))
+    counted = await loose.take(tenant, store.bucket, digest, len(chunk))
     shown = await call.gateway.chunk_possession.shown(call.caller, name, [digest], store.name_of)
     stored = await store.put(only(), shown)
     if counted and not stored:
