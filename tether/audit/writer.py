@@ -22,8 +22,9 @@ import msgspec
 from tether import audit
 from tether.audit import NOBODY, Chain, Kind, Mark, Record, What, clean, encode
 from tether.audit import reader as audit_read
+from tether.audit.budget import BULK, Budget
 from tether.audit.reader import AuditReader
-from tether.audit.repeated_attempts import Attempt, Attempts
+from tether.audit.repeated_attempts import OTHERS, Attempt, Attempts
 from tether.audit.sender import Sender
 from tether.audit.spool import Leftover, Spool, SpoolState, forget, leftovers
 from tether.bus.bus import Bus
@@ -44,7 +45,7 @@ CHECKPOINT_S = 10.0
 MOST_PENDING = 65_536
 """Entries in memory that no block holds yet: six seconds of ten thousand requests a second."""
 
-_SECURITY = frozenset(Kind) - {Kind.INFERENCE, Kind.JOB}
+_SECURITY = frozenset(Kind) - BULK
 
 Pending = tuple[Kind, str, tuple[Any, ...]]
 """Kind, tenant, and the fields of an entry."""
@@ -62,6 +63,7 @@ class AuditLog:
         self.run = os.urandom(6).hex()
         self._pending: list[Pending] = []
         self._attempts = Attempts()
+        self.budget = Budget(bus)
         self._chains: dict[str, Chain] = {}
         self._at: dict[str, int] = {}
         self._lost = 0
@@ -76,10 +78,12 @@ class AuditLog:
 
     def inference(self, tenant: str, *fields: Any) -> None:
         """One synchronous request: the fields of :class:`tether.audit.AuditEntry` in order, without the time."""
-        if self._all and len(self._pending) < MOST_PENDING:
+        if not self._all:
+            return
+        if self.budget.allows(Kind.INFERENCE, tenant, len(self._pending) / MOST_PENDING):
             self._pending.append((Kind.INFERENCE, tenant, (time.time_ns() // 1_000_000, *fields)))
-        elif self._all:
-            self._lose(1)
+        else:
+            self.count(Kind.INFERENCE, tenant, actor=fields[0], action=OTHERS, outcome=fields[2], by=tenant)
 
     def record(
         self,
@@ -99,6 +103,9 @@ class AuditLog:
     ) -> None:
         """One act, one entry. Texts may be a client's: they are shortened, and no secret of a key is kept."""
         if kind not in self._kinds:
+            return
+        if not self.budget.allows(kind, tenant, len(self._pending) / MOST_PENDING):
+            self.count(kind, tenant, actor=actor, action=OTHERS, outcome=outcome, by=tenant)
             return
         if len(self._pending) >= MOST_PENDING:
             self._lose(1)
@@ -351,6 +358,7 @@ async def writing(bus: Bus, home: Home, tasks: Tasks) -> AsyncIterator[AuditLog]
     sender = await written.begin()
     flushing = tasks.spawn(written.run_flush(), "audit-flush")
     sending = tasks.spawn(sender.run(), "audit-send")
+    looking = tasks.spawn(written.budget.keep(), "audit-room")
     bus.on_refused = written.refused_envelope
     bus.on_keyset = written.believed_keyset
     try:
@@ -362,5 +370,6 @@ async def writing(bus: Bus, home: Home, tasks: Tasks) -> AsyncIterator[AuditLog]
             await asyncio.gather(flushing, return_exceptions=True)
         finally:
             sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
+            looking.cancel()
+            await asyncio.gather(sending, looking, return_exceptions=True)
             written.close()

@@ -1,0 +1,56 @@
+"""What gets an entry of its own, so that nobody can fill the audit log: the rest is counted, by tenant and key.
+
+Two bounds. Acts that a tenant may repeat as it likes have so many entries a minute. Inference and jobs may fill a part of the
+stream, and of the entries in memory; what is left is for all else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from tether.audit.entries import Kind
+from tether.bus.bus import Bus
+from tether.errors import TetherError
+from tether.process.log_rate_limiter import LogRateLimiter
+
+BULK = frozenset({Kind.INFERENCE, Kind.JOB})
+
+ACTS_OF_TENANTS = frozenset({Kind.MODEL, Kind.AUTH})
+
+ACTS, WITHIN_S = 120, 60.0
+"""So many acts of one tenant have entries of their own in that time."""
+
+BULK_SHARE = 7 / 8
+"""Part of the stream, and of the entries in memory, that inference and jobs may fill."""
+
+LOOK_S = 5.0
+
+
+class Budget:
+    """Of one writer."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._acts = LogRateLimiter(bus.clock.monotonic, lines=ACTS, within_s=WITHIN_S)
+        self.bulk_full = False
+        """Inference and jobs have filled their part of the stream."""
+
+    def allows(self, kind: Kind, tenant: str, in_memory: float) -> bool:
+        """Whether something gets an entry of its own. ``in_memory``: how full the memory for entries is, 0 to 1."""
+        if kind in BULK:
+            return not self.bulk_full and in_memory < BULK_SHARE
+        return kind not in ACTS_OF_TENANTS or self._acts.passes(tenant) is not None
+
+    async def keep(self) -> None:
+        """Look for ever how full the stream is; a service that may not look writes neither inference nor jobs."""
+        while True:
+            await self.look()
+            await asyncio.sleep(LOOK_S)
+
+    async def look(self) -> None:
+        try:
+            info = await self._bus.api(f"STREAM.INFO.{self._bus.names.audit_stream}")
+        except TetherError:
+            return
+        most = info["config"]["max_bytes"]
+        self.bulk_full = most > 0 and info["state"]["bytes"] >= BULK_SHARE * most
