@@ -16,6 +16,7 @@ import msgspec
 from tether.domain.manifest import TensorSpec
 from tether.domain.tensor import NUMPY_DTYPES
 from tether.errors import FormatNotAllowed, InspectionLimitExceeded, ModelRejected
+from tether.frameworks.truncated_files import check_safetensors
 
 EXPORTED = "model.pt2"
 SCRIPTED = "model.pt"
@@ -52,19 +53,17 @@ _Described = TypeVar("_Described", bound=Signature)
 
 
 def check(directory: Path) -> None:
-    """Look at the ``model.pt2`` or ``model.pt`` of a folder; ``model.safetensors`` is data by its format.
+    """Look at the ``model.pt2`` or ``model.pt`` of a folder; ``model.safetensors``, which is data by its format, must be whole.
 
     Raises:
+        ModelRejected: the file is cut off.
         FormatNotAllowed: the file holds pickled Python or libraries, or is no archive.
         InspectionLimitExceeded: it would unpack to very much more than it is.
     """
     exported = directory / EXPORTED
     if (directory / WEIGHTS).is_file():
-        return
-    if exported.is_file():
-        _check_exported(exported)
-    else:
-        _check_scripted(directory / SCRIPTED)
+        return check_safetensors(directory / WEIGHTS)
+    return _check_exported(exported) if exported.is_file() else _check_scripted(directory / SCRIPTED)
 
 
 def _check_exported(path: Path) -> None:

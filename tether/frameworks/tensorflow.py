@@ -12,6 +12,7 @@ from tether.domain.manifest import TensorSpec
 from tether.domain.signature import chosen
 from tether.domain.tensor import Array
 from tether.errors import ModelRejected
+from tether.frameworks import truncated_files
 
 DATATYPES = {
     tf.bool: "BOOL",
@@ -58,8 +59,16 @@ class SavedModel:
     """A loaded SavedModel and its signature; see :class:`tether.frameworks.runtime.Runtime`."""
 
     def __init__(self, directory: Path, signature: str) -> None:
+        truncated_files.check_saved_model(directory)
         _allow_optimizers()
-        self._model: Any = tf.saved_model.load(str(directory))
+        try:
+            self._model: Any = tf.saved_model.load(str(directory))
+        except IndexError as error:
+            raise ModelRejected(
+                "a file of the folder 'variables' is cut off: it has fewer bytes than 'variables/variables.index' says; "
+                "download or export the folder again",
+                field="file",
+            ) from error
         self.signatures = tuple(sorted(map(str, self._model.signatures)))
         self.signature = chosen(self.signatures, signature)
         function = self._model.signatures[self.signature]

@@ -159,6 +159,21 @@ def test_a_saved_model_without_a_signature_is_refused(tensorflow_models: Path) -
     )
 
 
+@pytest.mark.parametrize(
+    "name", ["saved_model.pb", "variables/variables.index", "variables/variables.data-00000-of-00001"]
+)
+def test_a_saved_model_with_a_file_that_is_cut_off_is_told(
+    sdk: Client, tensorflow_models: Path, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(tensorflow_models / "savedmodel", folder)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+    said = "a file of the folder 'variables'" if "data" in name else f"the file '{name}'"
+    with pytest.raises(ModelRejected, match=rf"{said} is cut off"):
+        sdk.push("cut-off", folder)
+
+
 def test_the_signature_that_is_named_of_a_saved_model_is_served(
     served: Served, sdk: Client, tensorflow_models: Path
 ) -> None:

@@ -64,6 +64,23 @@ def test_a_described_model_of_another_name_brings_its_description(tmp_path: Path
     assert set(files(local_model(tmp_path))) == {"model.pt", "model.json"}
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("model.safetensors", "in model.json beside it"), ("net.pt", "in net.json or model.json beside it")],
+)
+def test_a_folder_whose_model_nobody_describes_is_told_as_its_file_is(tmp_path: Path, name: str, wanted: str) -> None:
+    """As a folder of sentence-transformers, which has weights and settings."""
+    folder = tmp_path / "minilm"
+    folder.mkdir()
+    (folder / name).write_bytes(b"P")
+    for other in ("config.json", "tokenizer.json", ".gitattributes"):
+        (folder / other).write_text("{}")
+    for path in (folder, folder / name):
+        message = refusal(path)
+        assert f"'{name}' does not say what its inputs and outputs are; describe them {wanted}" in message
+    assert ("optimum-cli export onnx" in message) == (name == "model.safetensors")
+
+
 def test_of_several_models_the_folder_must_say_which(tmp_path: Path) -> None:
     for name in ("a.onnx", "b.onnx"):
         (tmp_path / name).write_bytes(b"g")

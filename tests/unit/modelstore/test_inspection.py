@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from support.models import graphs, mixing, models
 
@@ -151,8 +152,18 @@ async def test_a_zipmap_is_refused_with_its_fix(tmp_path: Path) -> None:
     assert "'zipmap': False" in await refusal(tmp_path, models.zipmap())
 
 
-async def test_an_input_without_rank_is_refused(tmp_path: Path) -> None:
-    assert "input 'x' declares no shape" in await refusal(tmp_path, models.identity(shape=None))
+async def test_an_input_without_rank_is_refused_with_its_fix(tmp_path: Path) -> None:
+    content = models.identity(shape=None)
+    message = await refusal(tmp_path, content)
+    assert "input 'x' declares no shape" in message
+    model = onnx.load_from_string(content)
+    (i,) = model.graph.input
+    fix = re.search(r"make_tensor_value_info\(.*?\]\)", message)
+    assert fix is not None
+    assert fix[0] == "make_tensor_value_info('x', i.type.tensor_type.elem_type, ['n', 4])"
+    i.CopyFrom(onnx.helper.make_tensor_value_info("x", i.type.tensor_type.elem_type, ["n", 4]))
+    found = await look(tmp_path, model.SerializeToString())
+    assert found.inputs[0].shape == (-1, 4)
 
 
 async def test_an_operator_that_does_not_exist_is_refused_in_one_line(tmp_path: Path) -> None:

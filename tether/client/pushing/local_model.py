@@ -119,12 +119,22 @@ def _description(path: Path, name: str) -> Path:
     for source in (path.with_suffix(".json"), path.with_name(name)):
         if source.is_file():
             return source
+    raise _undescribed(path, name)
+
+
+def _undescribed(path: Path, name: str) -> InvalidRequest:
     if path.suffix.lower() != ".safetensors" and _is_pickle(path):
-        raise InvalidRequest(f"{path.name!r} is {conversion(path.with_suffix('.pth'))}", field="path")
+        return InvalidRequest(f"{path.name!r} is {conversion(path.with_suffix('.pth'))}", field="path")
+    names = " or ".join(dict.fromkeys((path.with_suffix(".json").name, name)))
     example = '{"name": "x", "datatype": "FP32", "shape": [-1, 3]}'
-    raise InvalidRequest(
-        f"{path.name!r} does not say what its inputs and outputs are; describe them in {path.with_suffix('.json').name} or "
-        f'{name} beside it, as in {{"inputs": [{example}], "outputs": [...]}}; -1 is an axis of any length',
+    other = (
+        "; or export the model to ONNX, a folder of Hugging Face with 'optimum-cli export onnx --model FOLDER NEW_FOLDER'"
+        if path.suffix == ".safetensors"
+        else ""
+    )
+    return InvalidRequest(
+        f"{path.name!r} does not say what its inputs and outputs are; describe them in {names} beside it, as in "
+        f'{{"inputs": [{example}], "outputs": [...]}}; -1 is an axis of any length{other}',
         field="path",
     )
 
@@ -148,6 +158,10 @@ def _folder(folder: Path) -> LocalModel:
     platform = _told(found) or next((served for file, served in BUNDLES.items() if file in found), None)
     if platform is None:
         platform, found = _renamed(folder, found)
+    if platform in DESCRIBED and DESCRIBED[platform] not in found:
+        raise _undescribed(
+            next(source for path, source in found.items() if BUNDLES.get(path) == platform), DESCRIBED[platform]
+        )
     left_out = [path for path in found if _is_left_out(platform, path)]
     files = [_local_file(source, path) for path, source in sorted(found.items()) if path not in left_out]
     if len(files) > MOST_FILES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ def look(directory: Path, tell: Tell, module: str, extra: str, **how: Any) -> In
     Raises:
         ModelRejected: it cannot be served, or the framework is not installed here.
     """
-    tempfile.tempdir = str(directory)  # the frameworks ask for one, and this process may not write to find it
+    if "TMPDIR" not in os.environ:
+        tempfile.tempdir = str(directory)  # the frameworks ask for one, and this process may not write to find it
     try:
         framework: Any = importlib.import_module(f"tether.frameworks.{module}")
     except ImportError as error:

@@ -60,8 +60,12 @@ def inspect(directory: Path, tell: Tell) -> Inspection:
     inputs += tuple(replace(spec, optional=True) for spec in _specs(session.get_overridable_initializers(), "input"))
     outputs = _specs(session.get_outputs(), "output")
     if facts.unranked:
+        name = facts.unranked[0][:64]
         raise ModelRejected(
-            f"input '{facts.unranked[0][:64]}' declares no shape; export the model with the rank of every input",
+            f"input '{name}' declares no shape, not even its rank, which requests are checked by; export the model with one, or set it with "
+            f"the package onnx: model = onnx.load(path), then for that one of model.graph.input: "
+            f"i.CopyFrom(onnx.helper.make_tensor_value_info({name!r}, i.type.tensor_type.elem_type, ['n', 4])), and onnx.save(model, path); a "
+            "name such as 'n' is an axis of any length",
             field="file",
         )
     model = trial_runs.Model(_runner(session, (*inputs, *outputs)), inputs, outputs)
