@@ -55,13 +55,14 @@ coverage: setup-all ## the suite with lines counted; fewer than four fifths are 
 chaos: $(VENV)/.setup-dev ## attack platforms for an hour and say what broke; CHAOS="kills semantics" chooses scripts, SEED=7 a seed
 	PYTHONPATH=tests $(BIN)/python -m chaos --seed $(SEED) $(CHAOS)
 
-check: $(VENV)/.setup-dev ## lint, format, types, layers, sizes, safety, known vulnerabilities
+check: $(VENV)/.setup-dev ## lint, format, types, layers, sizes, safety, words, known vulnerabilities
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(TYPED)
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check-sizes.py
 	$(BIN)/python scripts/check-safety.py
+	$(BIN)/python scripts/check-words.py
 	$(BIN)/python scripts/check-dependencies.py
 
 audit: $(VENV)/.setup-dev ## ask the advisory service about every installed package; needs a network

@@ -101,3 +101,19 @@ def test_an_audit_that_looked_at_nothing_is_no_clean_bill() -> None:
 
 def test_what_is_installed_is_new_enough_and_fits_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert DEPENDENCIES.main([]) == 0, capsys.readouterr().out
+
+
+WORDS = script("check-words")
+
+
+def test_retired_words_are_found_with_the_ones_to_use() -> None:
+    text = "class X(ModelInstance): ...\nTETHER_WORKER_SLOTS=2\ntether_limited_total\nthe code `bad_seal`\nmodel pieces\nfine"
+    assert [line.split(": ")[0] for line in WORDS.findings("x.py", text)] == [
+        f"x.py:{number}" for number in range(1, 6)
+    ]
+    assert "'worker_prefetch'" in next(WORDS.findings("x", "TETHER_WORKER_SLOTS"))
+
+
+def test_a_chunk_may_be_called_a_piece_on_the_wire_alone() -> None:
+    assert not list(WORDS.findings("tether/wire/subjects.py", ".piece."))
+    assert list(WORDS.findings("tether/wire/oip.py", ".piece."))

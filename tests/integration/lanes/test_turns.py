@@ -200,7 +200,7 @@ async def test_what_a_busy_worker_hands_back_is_joined_elsewhere_and_not_suspect
 ) -> None:
     """It held messages when a run turned out to be long: another worker that comes later has them at once, as if new."""
     # on a machine so busy that no run is quick the worker asks ahead too, and is not soon aware that a run is long
-    for module in ("pace", "asking"):
+    for module in ("scheduling.pull_pace", "jobs.lane_pulls"):
         monkeypatch.setattr(f"tether.worker.{module}.AHEAD_S", 1.0)
     async with services(broker, workers=1) as running:
         served = await gate.push(running, each_s=0.001)
