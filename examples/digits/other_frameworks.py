@@ -163,7 +163,12 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for name in sys.argv[2:]:
-        WRITERS[name](folder, weights())
+        try:
+            WRITERS[name](folder, weights())
+        except ModuleNotFoundError as error:
+            raise SystemExit(
+                f"{name} needs the package {error.name}; see 'PyTorch and TensorFlow' in docs/models.md"
+            ) from error
 
 
 if __name__ == "__main__":

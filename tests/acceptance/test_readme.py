@@ -86,4 +86,5 @@ def test_what_the_readme_says_to_type_works(reader: Reader) -> None:
     told = said["tether job wait - --output labels.npz < jobs.txt"]
     assert re.search(r"10,000 of 10,000 jobs succeeded, \d+ of them when tried again", told), told
     assert re.search(r"^worker-1 +\d+ .* 1$", said["tether status"], re.MULTILINE), "it was restarted"
+    assert "worker-1 was restarted: signal 9 (Killed) ended it" in said["tether status"]
     assert list(said)[-1] == "tether down"

@@ -80,7 +80,7 @@ def print_outputs(outputs: Outputs, *, json_output: bool) -> None:
         )
 
 
-MOST_SHOWN = 1000
+MOST_SHOWN = 100
 """Elements of an output that a terminal is given; a file or another program gets all of them."""
 
 

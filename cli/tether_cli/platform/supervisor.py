@@ -241,7 +241,7 @@ class Supervisor:
             if self.stopping.is_set():
                 return
             entry.restarts += 1
-            entry.why, entry.ending = entry.ending or f"it ended with status {status}", ""
+            entry.why, entry.ending = entry.ending or _ended(status), ""
             if not entry.proven and entry.restarts >= START_ATTEMPTS:
                 words = entry.part.last_words() if isinstance(entry.part, Service) else "see its log"
                 self._failed = ConfigError(f"{name} ended {entry.restarts} times with status {status}: {words}")
@@ -317,3 +317,9 @@ async def is_started(http: httpx.AsyncClient, service: Service) -> bool:
 
 def _literal(host: str) -> str:
     return f"[{host}]" if ":" in host else host
+
+
+def _ended(status: int) -> str:
+    return (
+        f"it ended with status {status}" if status >= 0 else f"signal {-status} ({signal.strsignal(-status)}) ended it"
+    )
