@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -160,3 +161,19 @@ def test_the_readme_names_every_document_and_the_index_every_decision() -> None:
         assert str(path.relative_to(ROOT)) in page, f"README does not link {path.name}"
     for path in DOCS.glob("adr/[0-9]*.md"):
         assert f"]({path.name})" in index.read_text(), f"docs/adr/README.md does not link {path.name}"
+
+
+STEPS = re.findall(r"^\| [^|]+ \| `([a-z_/]+\.py)` \| `([\w.]+)` \|$", text("architecture.md"), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("file", "function"), STEPS)
+def test_each_step_of_a_request_is_where_the_documentation_says(file: str, function: str) -> None:
+    place: Any = ast.parse((ROOT / "tether" / file).read_text())
+    for name in function.split("."):
+        found = [node for node in place.body if getattr(node, "name", "") == name]
+        assert found, f"tether/{file} has no {function}"
+        place = found[0]
+
+
+def test_the_steps_of_a_request_a_run_and_a_push_are_documented() -> None:
+    assert len(STEPS) > 30
