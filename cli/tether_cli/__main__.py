@@ -1,4 +1,4 @@
-"""``python -m tether_cli``: the same as the ``tether`` command."""
+"""Run the ``tether`` command as ``python -m tether_cli``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``tether audit`` does on a home with the admin's keys: read, check, export."""
+"""Read, verify and export the audit log with the admin's keys: the work behind ``tether audit``."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from tether_cli.platform.up import read_endpoints
 
 DAY_MS = 86_400_000
 KEYSET = "keyset"
-"""The subject under which an export holds the keysets that verify it, before its blocks."""
+"""Subject of the keysets at the start of an export; they verify its blocks."""
 
 _POLL_S = 0.5
 
 
 @asynccontextmanager
 async def connected(settings: Settings, home: Home) -> AsyncIterator[Bus]:
-    """As the identity ``admin``, to the broker of the settings or of the platform on this home.
+    """Connect as the identity ``admin`` to the broker of the settings, or of the platform on this home.
 
     Raises:
-        ConfigError: neither is known, or this home has not the admin's keys.
+        ConfigError: no broker is known, or this home lacks the admin's keys.
     """
     if not settings.nats_url:
         running = read_endpoints(home)
@@ -47,7 +47,7 @@ async def connected(settings: Settings, home: Home) -> AsyncIterator[Bus]:
 
 
 async def search(settings: Settings, home: Home, wanted: Filter, limit: int) -> list[Found]:
-    """At most ``limit`` entries, newest first."""
+    """Return at most ``limit`` matching entries, newest first."""
     async with connected(settings, home) as bus:
         reader = await audit_read.reader(bus, home)
         found, before = await reader.page(wanted, limit)
@@ -71,7 +71,7 @@ async def follow(settings: Settings, home: Home, wanted: Filter, count: int, sho
 
 
 async def _shown(reader: AuditReader, wanted: Filter, start: int, show: Callable[[Found], None]) -> int:
-    """Show what there is from ``start`` on; where to go on."""
+    """Show the entries from block ``start`` on; return the first block not yet read."""
     end = await reader.last()
     async for item in reader.forward(wanted, start):
         show(item)
@@ -80,9 +80,9 @@ async def _shown(reader: AuditReader, wanted: Filter, start: int, show: Callable
 
 
 async def verify(settings: Settings, home: Home) -> VerificationReport:
-    """Check the whole stream, what this machine's services have not sent yet, and what they remember of their chains."""
+    """Verify the whole stream, the unsent entries of this machine's services, and their recorded chain heads."""
     async with connected(settings, home) as bus:
-        # in this order: what is acknowledged meanwhile is in the stream
+        # in this order: entries acknowledged meanwhile are in the stream
         left = audit_read.left_behind(home)
         keys = audit_read.historical(await audit_read.keysets(bus, home), _root(home))
         checker = Checker(keys, settings.audit_retention_days * DAY_MS)
@@ -92,10 +92,10 @@ async def verify(settings: Settings, home: Home) -> VerificationReport:
 
 
 def verify_file(settings: Settings, home: Home, path: Path) -> VerificationReport:
-    """Check an export against the root key of this home.
+    """Verify an export against the root key of this home.
 
     Raises:
-        ConfigError: it cannot be read, or is no export.
+        ConfigError: the file cannot be read, or is not an export.
         KeysetError: no keyset in it was signed by this root key.
     """
     try:
@@ -125,7 +125,7 @@ def verify_file(settings: Settings, home: Home, path: Path) -> VerificationRepor
 
 
 def _keysets(records: Any) -> tuple[list[bytes], Record | None]:
-    """The keysets at the beginning of an export, and the first record after them."""
+    """Return the keysets at the beginning of an export, and the first record after them."""
     found: list[bytes] = []
     for record in records:
         if record.subject != KEYSET:
@@ -139,12 +139,12 @@ def _root(home: Home) -> bytes:
         return home.root_public.read_bytes()
     except OSError as error:
         raise ConfigError(
-            f"{home.root_public} cannot be read; it is the key that everything is checked with"
+            f"{home.root_public} cannot be read; it is the root public key that verifies the log: restore it"
         ) from error
 
 
 async def export(settings: Settings, home: Home, path: Path) -> int:
-    """Write every block to a file, with the keysets that verify it; how many there are."""
+    """Write every block to a file, after the keysets that verify it; return the number of blocks."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     async with connected(settings, home) as bus:
         count = 0
@@ -165,7 +165,7 @@ async def export(settings: Settings, home: Home, path: Path) -> int:
 
 
 def time_of(text: str, ago_s: Callable[[str], float]) -> int:
-    """UTC milliseconds of an RFC 3339 time, or of a duration ago such as ``2h``."""
+    """Return UTC milliseconds for an RFC 3339 time, or for a duration ago such as ``2h``."""
     try:
         at = datetime.fromisoformat(text)
     except ValueError:
@@ -174,7 +174,7 @@ def time_of(text: str, ago_s: Callable[[str], float]) -> int:
 
 
 def as_json(found: Found) -> dict[str, Any]:
-    """An entry for machines; what does not apply is left out."""
+    """Return an entry as a JSON object without its empty fields."""
     entry = {name: value for name, value in _fields(found).items() if value not in ("", 0)}
     return {"at": when(found.entry.at), "kind": found.kind.value, "writer": found.writer, **entry}
 
@@ -204,7 +204,7 @@ def when(ms: int) -> str:
 
 
 def line(found: Found) -> str:
-    """An entry for a person."""
+    """Return an entry as one line of text."""
     entry = found.entry
     what = f"{entry.model}:{entry.version}" if entry.version else entry.model
     times = f"x{entry.count}" if entry.count > 1 else ""

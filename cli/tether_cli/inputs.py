@@ -1,4 +1,4 @@
-"""Inputs of a request from files: OIP JSON, plain JSON, ``.npy``, ``.npz``, or any of them on standard input; or JSON as it stands."""
+"""Reads request inputs from a file, standard input or an argument: OIP JSON, plain JSON, ``.npy`` or ``.npz``."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tether.wire import oip
 
 
 def read(source: str) -> dict[str, Any]:
-    """Inputs by name: arrays, or nested lists where the source was plain JSON.
+    """Return inputs by name: arrays, or nested lists from plain JSON.
 
     Raises:
-        InvalidRequest: the source cannot be read, or is none of the known forms.
+        InvalidRequest: the source cannot be read, or has an unknown format.
     """
     data = _bytes(source)
     if data.startswith(b"\x93NUMPY"):
@@ -48,7 +48,7 @@ def _numpy(source: str, data: bytes) -> Array:
     try:
         return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
     except (ValueError, OSError, EOFError) as error:
-        raise InvalidRequest(f"{source} is no array that can be read: {_told(error)}", field="inputs") from error
+        raise InvalidRequest(f"{source} is not a readable .npy file: {_told(error)}", field="inputs") from error
 
 
 def _archive(source: str, data: bytes) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def _archive(source: str, data: bytes) -> dict[str, Any]:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise InvalidRequest(f"{source} is no .npz file that can be read: {_told(error)}", field="inputs") from error
+        raise InvalidRequest(f"{source} is not a readable .npz file: {_told(error)}", field="inputs") from error
 
 
 def _told(error: Exception) -> str:
@@ -74,7 +74,7 @@ def _json(source: str, data: bytes) -> dict[str, Any]:
         return {UNNAMED: found}
     if not isinstance(found, dict):
         raise InvalidRequest(
-            f'{source} must hold {{"name": [...]}}, {{"inputs": [tensors]}} or one nested list', field="inputs"
+            f'{source} must be {{"name": [...]}}, {{"inputs": [tensors]}} or one nested list', field="inputs"
         )
     tensors = found.get("inputs")
     if isinstance(tensors, list) and (tensors or len(found) == 1) and all(isinstance(item, dict) for item in tensors):
@@ -83,10 +83,10 @@ def _json(source: str, data: bytes) -> dict[str, Any]:
 
 
 def rows(inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
-    """Each row of the first axis as inputs of its own, its first axis kept with length 1.
+    """Split inputs into one set per row of their first axis, which stays with length 1.
 
     Raises:
-        InvalidRequest: an input has no first axis, or they differ in length.
+        InvalidRequest: an input has no first axis, or their lengths differ.
     """
     lengths = {name: array.shape[0] if array.ndim else None for name, array in inputs.items()}
     if None in lengths.values() or len(set(lengths.values())) != 1:

@@ -1,4 +1,4 @@
-"""The ``tether`` command: every group of commands in one application. Nothing heavy is imported before a command runs."""
+"""The ``tether`` command: all groups in one application. Heavy imports happen only when a command runs."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def _root(
     """
     from tether import settings
 
-    if context.invoked_subcommand not in settings.SERVICES:  # a service says it in its log
+    if context.invoked_subcommand not in settings.SERVICES:  # a service logs its version
         for line in settings.ignored():
             typer.echo(f"warning: {line}", err=True)
 
 
 def application() -> typer.Typer:
-    """The whole command tree."""
+    """Build the whole command tree."""
     app = typer.Typer(
         name="tether",
         no_args_is_help=True,
@@ -55,7 +55,7 @@ def application() -> typer.Typer:
 
 
 def main() -> None:
-    """Run the command line; an error of the tree or of the system is one line on stderr and status 1."""
+    """Run the command line; print an error as one line on stderr and exit with status 1."""
     try:
         try:
             application()(prog_name="tether")
@@ -74,11 +74,12 @@ _UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, e
 def _told(error: OSError) -> str:
     reason = error.strerror or str(error) or type(error).__name__
     if error.filename is None:
-        # a write to an open file, nearly always standard output; a time-out or a lost connection is an OSError too
-        return f"cannot write what was asked for: {reason}" if error.errno in _UNWRITTEN else reason
+        # a failed write to an open file, usually standard output; timeouts and lost connections are OSErrors
+        # too
+        return f"cannot write the output: {reason}" if error.errno in _UNWRITTEN else reason
     hint = {
-        errno.EACCES: "; run it as a user that may, or name another place",
-        errno.EROFS: "; name a place that can be written",
+        errno.EACCES: "; use another user or another path",
+        errno.EROFS: "; use a writable path",
         errno.ENOSPC: "; free some room there",
         errno.EDQUOT: "; free some room there",
         errno.EMFILE: "; raise the limit of open files (ulimit -n)",

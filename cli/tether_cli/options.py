@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from tether.identity.keys import RootKey
     from tether.process.data_dir import Home
 
-DataDir = Annotated[str | None, typer.Option("--data-dir", metavar="DIR", help="Data directory; else TETHER_HOME.")]
-Nats = Annotated[str | None, typer.Option("--nats", metavar="URL", help="Use this broker, not an embedded one.")]
+DataDir = Annotated[str | None, typer.Option("--data-dir", metavar="DIR", help="Data directory; default: TETHER_HOME.")]
+Nats = Annotated[str | None, typer.Option("--nats", metavar="URL", help="Use this broker instead of an embedded one.")]
 RootKeyPath = Annotated[
-    Path | None, typer.Option("--root-key", metavar="FILE", help="Where the root key lies; else keys/root.key.")
+    Path | None, typer.Option("--root-key", metavar="FILE", help="Path of the root key; default: keys/root.key.")
 ]
 
 Url = Annotated[
@@ -23,17 +23,17 @@ Url = Annotated[
     typer.Option(
         "--url",
         metavar="URL",
-        help="The gateway; else TETHER_URL, else the platform of TETHER_HOME, else http://127.0.0.1:8000. "
+        help="URL of the gateway; else TETHER_URL, else the platform of TETHER_HOME, else http://127.0.0.1:8000. "
         "The key is TETHER_API_KEY, else admin.key of TETHER_HOME.",
     ),
 ]
-Timeout = Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Longest time for one request.")]
+Timeout = Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Timeout of one request.")]
 Within = Annotated[
     float | None,
-    typer.Option("--within", metavar="SECONDS", min=0, help="Longest wait for the end; without it, until the end."),
+    typer.Option("--within", metavar="SECONDS", min=0, help="Maximum wait for the jobs to finish; default: unlimited."),
 ]
 ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Name of the model; tenant/model for one of another tenant.")
+    str, typer.Argument(metavar="MODEL", help="Name of the model; tenant/model for another tenant's.")
 ]
 Source = Annotated[
     str,
@@ -43,13 +43,13 @@ Source = Annotated[
         "standard input, or the JSON itself.",
     ),
 ]
-Version = Annotated[str | None, typer.Option("--version", metavar="VERSION", help="Version or alias; else latest.")]
+Version = Annotated[str | None, typer.Option("--version", metavar="VERSION", help="Version or alias; default: latest.")]
 Output = Annotated[str | None, typer.Option("--output", metavar="FILE.npz", help="Write the outputs to this file.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.")]
 
 
 def root_key(home: Home, path: Path | None, *, confirm: bool = False) -> RootKey:
-    """The root key of a home; its passphrase is TETHER_ROOT_PASSPHRASE, or what a person types."""
+    """Return the root key of a home; its passphrase comes from TETHER_ROOT_PASSPHRASE or a prompt."""
     import sys
 
     from tether.environment import root_passphrase
@@ -61,7 +61,7 @@ def root_key(home: Home, path: Path | None, *, confirm: bool = False) -> RootKey
             return given
         if not sys.stdin.isatty():
             raise ConfigError(
-                "the root key's passphrase cannot be asked for here; set TETHER_ROOT_PASSPHRASE", field="passphrase"
+                "no terminal to ask for the root key's passphrase; set TETHER_ROOT_PASSPHRASE", field="passphrase"
             )
         return str(typer.prompt("Passphrase of the root key", hide_input=True, err=True, confirmation_prompt=confirm))
 
@@ -77,7 +77,7 @@ def connect(url: str | None, timeout: float = 30.0) -> Client:
 def ask(
     url: str | None, method: str, path: str, body: dict[str, Any] | None = None, *, last: str = ""
 ) -> dict[str, Any]:
-    """The JSON object that the gateway answers; ``last`` is added to ``path`` as one segment."""
+    """Return the JSON object that the gateway answers; ``last`` is appended to ``path`` as one segment."""
     from tether.client import operations
 
     whole = operations.below(path, last) if last else path

@@ -1,4 +1,4 @@
-"""How commands print: data on stdout, words on stderr, progress only where somebody watches."""
+"""Prints for commands: data on stdout, messages on stderr, progress only on a terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.
 
 
 def say(text: str) -> None:
-    """One line of words for a person."""
+    """Print one line of text on stderr."""
     typer.echo(text, err=True)
 
 
@@ -28,7 +28,7 @@ def print_json(value: Any) -> None:
 
 
 def print_table(heading: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Columns as wide as their widest cell; None is shown as a dash."""
+    """Print aligned columns; None is shown as a dash."""
     cells = [[str(cell) for cell in heading], *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(heading))]
     for row in cells:
@@ -42,14 +42,14 @@ def _cell(value: Any) -> str:
 
 
 def print_fields(fields: dict[str, Any]) -> None:
-    """One ``name  value`` line a field."""
+    """Print one ``name  value`` line per field."""
     width = max(map(len, fields), default=0)
     for name, value in fields.items():
         typer.echo(f"{name.ljust(width)}  {_cell(value)}")
 
 
 class Bar:
-    """Shown progress: called with how much is done. Where nobody watches nothing is shown."""
+    """Progress bar; call it with the amount done. Shows nothing unless stderr is a terminal."""
 
     def __init__(self, show: Callable[..., None] | None = None) -> None:
         self._show = show
@@ -60,7 +60,7 @@ class Bar:
             self._show(completed=done)
 
     def waiting(self, what: str) -> None:
-        """Say what is waited for, and for how long; empty: it goes on."""
+        """Show the reason for waiting and its duration; an empty reason resumes the bar."""
         if self._show is not None and what != self._waits:
             self._waits = what
             self._show(waits=what, since=time.monotonic())
@@ -68,7 +68,7 @@ class Bar:
 
 @contextmanager
 def progress(label: str, total: float | None, *, unit: str = "") -> Iterator[Bar]:
-    """A bar on stderr when that is a terminal; the block calls what it is given with how much is done."""
+    """Show a bar on stderr if that is a terminal; the block calls the yielded bar with the amount done."""
     if not sys.stderr.isatty():
         yield Bar()
         return

@@ -1,1 +1,1 @@
-"""The commands of ``tether``, one file a group."""
+"""Commands of ``tether``, one file per group."""

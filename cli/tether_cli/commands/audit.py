@@ -1,4 +1,4 @@
-"""The audit log: tail, search, verify, export. On a machine with the admin's keys; elsewhere GET /v1/audit answers."""
+"""Commands of the audit log: tail, search, verify, export. They need the admin's keys; elsewhere use GET /v1/audit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tether.process.data_dir import Home
     from tether.settings import Settings
 
-DataDir = Annotated[str | None, typer.Option("--data-dir", metavar="DIR", help="Data directory; else TETHER_HOME.")]
+DataDir = Annotated[str | None, typer.Option("--data-dir", metavar="DIR", help="Data directory; default: TETHER_HOME.")]
 Tenant = Annotated[str, typer.Option("--tenant", metavar="TENANT", help="Only entries of this tenant.")]
 Kind = Annotated[
     str,
@@ -26,7 +26,7 @@ Kind = Annotated[
         help="auth, access, inference, job, model, key, tenant, identity, admin or envelope.",
     ),
 ]
-Time = Annotated[str, typer.Option(metavar="TIME", help="RFC 3339, or how long ago, as in 2h.")]
+Time = Annotated[str, typer.Option(metavar="TIME", help="RFC 3339 time, or a duration ago, such as 2h.")]
 
 
 def _home(data_dir: str | None) -> tuple[Settings, Home]:
@@ -46,7 +46,7 @@ def _filter(tenant: str, kind: str, **more: Any) -> Filter:
 
     known = [item.value for item in audit.Kind if item is not audit.Kind.CHECKPOINT]
     if kind and kind not in known:
-        raise typer.BadParameter(f"'{kind}' is no kind; known: {', '.join(known)}")
+        raise typer.BadParameter(f"unknown kind '{kind}'; expected one of {', '.join(known)}")
     return Filter(tenant=tenant, kind=audit.Kind(kind) if kind else None, **more)
 
 
@@ -63,12 +63,12 @@ def tail(
     *,
     tenant: Tenant = "",
     kind: Kind = "",
-    lines: Annotated[int, typer.Option("-n", "--lines", metavar="N", min=0, help="How many to begin with.")] = 20,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with new ones until interrupted.")] = False,
+    lines: Annotated[int, typer.Option("-n", "--lines", metavar="N", min=0, help="Entries to print first.")] = 20,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Print new entries until interrupted.")] = False,
     data_dir: DataDir = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Print the newest entries, oldest first, one a line."""
+    """Print the newest entries, oldest first, one per line."""
     from tether_cli import audit_queries
 
     settings, home = _home(data_dir)
@@ -92,14 +92,16 @@ def search(
     since: Time = "",
     until: Time = "",
     model: Annotated[str, typer.Option("--model", metavar="MODEL", help="Only entries about this model.")] = "",
-    key: Annotated[str, typer.Option("--key", metavar="KEY", help="Only what the key with this id did.")] = "",
+    key: Annotated[str, typer.Option("--key", metavar="KEY", help="Only actions of the API key with this id.")] = "",
     job: Annotated[str, typer.Option("--job", metavar="JOB", help="Only entries about this job.")] = "",
-    outcome: Annotated[str, typer.Option("--outcome", metavar="CODE", help="'ok', or an error's code.")] = "",
-    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Most entries.")] = 100,
+    outcome: Annotated[
+        str, typer.Option("--outcome", metavar="CODE", help="Only this outcome: 'ok' or an error code.")
+    ] = "",
+    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Maximum number of entries.")] = 100,
     data_dir: DataDir = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Print the entries that fit, newest first, one a line."""
+    """Print matching entries, newest first, one per line."""
     from tether_cli import audit_queries
 
     settings, home = _home(data_dir)
@@ -111,11 +113,13 @@ def search(
 
 def verify(
     *,
-    from_file: Annotated[str | None, typer.Option("--from", metavar="FILE", help="Check this export.")] = None,
+    from_file: Annotated[
+        str | None, typer.Option("--from", metavar="FILE", help="Verify this export instead of the broker's log.")
+    ] = None,
     data_dir: DataDir = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Check that nothing of the log was changed, moved, repeated or taken out; exit status 1 when something was."""
+    """Verify that no entry of the log was changed, moved, repeated or removed; exit status 1 otherwise."""
     from pathlib import Path
 
     import msgspec
@@ -141,16 +145,17 @@ def verify(
         if count := len(report.problems):
             state = f"{count} problem{'s' if count > 1 else ''}"
         say(
-            f"{state}: {report.entries} entries in {report.blocks} blocks by {', '.join(report.writers) or 'nobody'}{span}"
+            f"{state}: {report.entries} entries in {report.blocks} blocks by "
+            f"{', '.join(report.writers) or 'no writer'}{span}"
         )
     if report.problems:
         raise typer.Exit(1)
 
 
 def export(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="Where to write it.")], *, data_dir: DataDir = None
+    file: Annotated[str, typer.Argument(metavar="FILE", help="File to write.")], *, data_dir: DataDir = None
 ) -> None:
-    """Write the whole log to a file that 'verify --from' checks without a broker."""
+    """Export the whole log to a file that 'verify --from' checks without a broker."""
     from pathlib import Path
 
     from tether_cli import audit_queries

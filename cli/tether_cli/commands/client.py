@@ -1,4 +1,4 @@
-"""Where the commands that speak to a running platform are put together."""
+"""Registers the command groups that use a running platform."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tether_cli.commands import models as commands_models
 from tether_cli.commands import tenants as commands_tenants
 
 Group = tuple[str, dict[str, Any]]
-"""What a group is for, and the functions of its commands."""
+"""Help text of a command group, and the functions of its commands."""
 
 
 def register(app: typer.Typer) -> None:
@@ -34,7 +34,7 @@ def _work() -> dict[str, Group]:
     jobs, models, model_config = commands_jobs, commands_models, commands_model_config
     return {
         "job": (
-            "Durable jobs: list, look, wait, cancel.",
+            "Durable jobs: list, get, wait, cancel.",
             {"list": jobs.listing, "get": jobs.get, "wait": jobs.wait, "cancel": jobs.cancel},
         ),
         "model": (

@@ -1,4 +1,4 @@
-"""Commands about settings: what holds here, whether the files are right, and their JSON Schema."""
+"""Commands of the settings: show the effective values, check the files, print the JSON Schema."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Service = Annotated[
     str, typer.Argument(metavar="SERVICE", help="gateway, dispatcher, worker, modelstore or broker; default: gateway.")
 ]
 Environment = Annotated[
-    str | None, typer.Option("--environment", metavar="NAME", help="dev, prod or local; which files are read.")
+    str | None, typer.Option("--environment", metavar="NAME", help="Profile of the files to read: dev, prod or local.")
 ]
 
 
@@ -21,12 +21,12 @@ def _checked(service: str) -> str:
     from tether.settings import SERVICES
 
     if service not in SERVICES:
-        raise typer.BadParameter(f"'{service}' is no service; known: {', '.join(SERVICES)}")
+        raise typer.BadParameter(f"unknown service '{service}'; expected one of {', '.join(SERVICES)}")
     return service
 
 
 def show(service: Service = "gateway", *, environment: Environment = None, json_output: JsonFlag = False) -> None:
-    """Print every setting of a service as it would start here."""
+    """Print every setting of a service with its effective value."""
     from tether import settings
 
     found = settings.as_dict(settings.load(_checked(service), overrides={"environment": environment}))
@@ -37,7 +37,7 @@ def show(service: Service = "gateway", *, environment: Environment = None, json_
 
 
 def check(*, environment: Environment = None, json_output: JsonFlag = False) -> None:
-    """Check the files and variables of every service; exit status 1 at the first that is wrong."""
+    """Check files and variables of every service; exit status 1 at the first error."""
     from tether import settings
 
     for service in settings.SERVICES:
@@ -45,7 +45,7 @@ def check(*, environment: Environment = None, json_output: JsonFlag = False) -> 
     if json_output:
         print_json({"ok": True, "services": list(settings.SERVICES)})
     else:
-        say(f"the settings of {', '.join(settings.SERVICES)} are right")
+        say(f"the settings of {', '.join(settings.SERVICES)} are valid")
 
 
 def schema(*, json_output: JsonFlag = False) -> None:

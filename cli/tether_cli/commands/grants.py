@@ -1,4 +1,4 @@
-"""Who owns a model, and what other tenants may do with it."""
+"""Commands of model ownership: grants to other tenants, change of owner."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tether_cli.options import ModelName, Url, connect
 from tether_cli.output import JsonFlag, print_json, print_table, say
 
 Grantee = Annotated[
-    str, typer.Option("--tenant", metavar="TENANT", help="Whom it is about; '*': every tenant there is and will be.")
+    str, typer.Option("--tenant", metavar="TENANT", help="Tenant of the grant; '*': every present and future tenant.")
 ]
 
 
@@ -22,27 +22,27 @@ def grant(
         bool,
         typer.Option(
             "--write/--use",
-            help="Run the model; or with --write also push to it, change, load, unload and delete it and read its files.",
+            help="Right to run the model; --write adds push, change, load, unload, delete and reading its files.",
         ),
     ] = False,
     url: Url = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Let another tenant use a model that is yours, or write to it."""
+    """Grant another tenant the right to use your model, or to write to it."""
     with connect(url) as client:
         told = client.grants.grant(name, tenant, "write" if write else "use")
     _told(told, json_output=json_output)
 
 
 def revoke(name: ModelName, *, tenant: Grantee, url: Url = None, json_output: JsonFlag = False) -> None:
-    """Take back what a tenant was granted. What it has queued still ends."""
+    """Revoke a tenant's grant. Its queued jobs still run."""
     with connect(url) as client:
         told = client.grants.revoke(name, tenant)
     _told(told, json_output=json_output)
 
 
 def grants(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) -> None:
-    """Show which tenant owns a model, and what it granted to others."""
+    """Show which tenant owns a model, and the grants to other tenants."""
     with connect(url) as client:
         told = client.grants.show(name)
     _told(told, json_output=json_output)
@@ -51,11 +51,11 @@ def grants(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) -
 def hand_over(
     name: ModelName,
     *,
-    tenant: Annotated[str, typer.Option("--tenant", metavar="TENANT", help="The tenant that is to own it.")],
+    tenant: Annotated[str, typer.Option("--tenant", metavar="TENANT", help="The new owner.")],
     url: Url = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Let another tenant own a model; for administrators."""
+    """Transfer a model to another tenant. For administrators."""
     with connect(url) as client:
         told = client.grants.hand_over(name, tenant)
     _told(told, json_output=json_output)

@@ -1,4 +1,4 @@
-"""Identities of services: add, list, rotate, revoke, renew. Each change signs a newer keyset and tells the services."""
+"""Commands of service identities: add, list, rotate, revoke, resign, renew. Each change publishes a newer keyset."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ if TYPE_CHECKING:
     from tether.settings import Settings
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The identity's name.")]
-Who = Annotated[str, typer.Argument(metavar="NAME|KEY", help="An identity, or the start of one key's id.")]
+Who = Annotated[str, typer.Argument(metavar="NAME|KEY", help="An identity, or a prefix of a key id.")]
 RoleName = Annotated[
     str, typer.Option("--role", metavar="ROLE", help="gateway, dispatcher, worker, modelstore or admin.")
 ]
 TenantName = Annotated[
-    str, typer.Option("--tenant", metavar="TENANT", help="The isolated tenant that a worker serves, and nobody else.")
+    str, typer.Option("--tenant", metavar="TENANT", help="The isolated tenant whose jobs alone the worker serves.")
 ]
 Out = Annotated[
     Path | None,
-    typer.Option("--out", metavar="DIR", help="Also write a data directory for the machine that it runs on to DIR."),
+    typer.Option("--out", metavar="DIR", help="Also write a data directory for the identity's machine to DIR."),
 ]
 Before = Annotated[
     str,
     typer.Option(
         "--before",
         metavar="TIME",
-        help="When the key was last in no other hands: RFC 3339, or how long ago, such as 2h.",
+        help="Last time the key was certainly not leaked: RFC 3339, or a duration ago, such as 2h.",
     ),
 ]
-ValidDays = Annotated[int, typer.Option("--valid-days", metavar="N", min=1, max=36500, help="How long the key counts.")]
+ValidDays = Annotated[
+    int, typer.Option("--valid-days", metavar="N", min=1, max=36500, help="How long the key is valid.")
+]
 Grace = Annotated[
-    int, typer.Option("--grace", metavar="SECONDS", min=0, max=31_536_000, help="How long the old key still counts.")
+    int, typer.Option("--grace", metavar="SECONDS", min=0, max=31_536_000, help="How long the old key stays valid.")
 ]
 
 
@@ -54,7 +56,7 @@ def add(
     root: RootKeyPath = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Make an identity with keys of its own."""
+    """Add an identity with its own keys."""
     from tether.identity import keyset_editor
 
     settings, home = _open(data_dir, nats)
@@ -63,7 +65,7 @@ def add(
 
 
 def listing(data_dir: DataDir = None, json_output: JsonFlag = False) -> None:
-    """List every key in the keyset; a key's state is current, outgoing, expired or revoked."""
+    """List every key in the keyset with its state: current, outgoing, expired or revoked."""
     import dataclasses
 
     from tether.identity import keyset_editor
@@ -91,7 +93,7 @@ def rotate(
     root: RootKeyPath = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Give an identity a new signing key; a service on this data directory takes it up while it runs."""
+    """Give an identity a new signing key; a running service on this data directory adopts it."""
     from tether.identity import keyset_editor
 
     settings, home = _open(data_dir, nats)
@@ -107,7 +109,7 @@ def revoke(
     root: RootKeyPath = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Let an identity, or one of its keys, count no more; its service stops."""
+    """Revoke an identity or one of its keys. Its service stops."""
     from tether.identity import keyset_editor
 
     settings, home = _open(data_dir, nats)
@@ -119,9 +121,7 @@ def revoke(
     else:
         for row in rows:
             print_fields(row)
-        say(
-            "stored entries that it signed count no more: 'tether identity resign' saves those that are older than a leak"
-        )
+        say("stored entries that it signed are no longer valid; 'tether identity resign' saves those older than a leak")
 
 
 def resign(
@@ -132,7 +132,7 @@ def resign(
     nats: Nats = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Sign anew what a key signed while it was safe, with other identities of this data directory."""
+    """Re-sign entries that a key signed before a leak, with other identities of this data directory."""
     import dataclasses
 
     from tether.errors import BrokerUnavailable
@@ -150,9 +150,9 @@ def resign(
         return
     print_fields({"signed": len(done.signed), "left": len(done.left)})
     for entry in done.left:
-        say(f"not signed: {entry} was stored after {_date(before_ms)}, or is not what the key may sign")
+        say(f"not signed: {entry} was stored after {_date(before_ms)}, or its key may not sign it")
     for bucket in done.nobody:
-        say(f"not looked at: no other identity of this data directory may sign the bucket '{bucket}'")
+        say(f"not checked: no other identity of this data directory may sign the bucket '{bucket}'")
 
 
 def renew(
@@ -163,7 +163,7 @@ def renew(
     root: RootKeyPath = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Sign the keyset anew, so that it and every current key count for longer."""
+    """Re-sign the keyset to extend its validity and that of every current key."""
     from tether.identity import keyset_editor
 
     settings, home = _open(data_dir, nats)
@@ -178,7 +178,7 @@ def renew(
 
 def register(app: typer.Typer) -> None:
     """Add ``tether identity`` to the application."""
-    group = typer.Typer(help="Who the services are: their keys, and whose count.", no_args_is_help=True)
+    group = typer.Typer(help="Service identities: add, rotate, revoke and renew their keys.", no_args_is_help=True)
     group.command("add")(add)
     group.command("list")(listing)
     group.command("rotate")(rotate)
@@ -206,12 +206,12 @@ def _role(text: str) -> Any:
     from tether.errors import InvalidRequest
 
     if text not in set(Role):
-        raise InvalidRequest(f"'{text[:64]}' is not a role; take one of {', '.join(Role)}", field="role")
+        raise InvalidRequest(f"'{text[:64]}' is not a role; expected one of {', '.join(Role)}", field="role")
     return Role(text)
 
 
 def _date(milliseconds: int) -> str:
-    """RFC 3339 UTC; empty for 0."""
+    """Return UTC milliseconds as RFC 3339; empty for 0."""
     from datetime import UTC, datetime
 
     return datetime.fromtimestamp(milliseconds // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if milliseconds else ""
@@ -235,7 +235,7 @@ def _done(settings: Settings, home: Home, made: IdentityRecord, out: Path | None
 
 
 def _exported(home: Home, made: IdentityRecord, out: Path | None, root: Path | None) -> Path | None:
-    """Write the data directory for another machine; with certificates, where this one can sign them."""
+    """Write the data directory for another machine, with certificates if this one can sign them."""
     if out is None:
         return None
     from tether.identity import keyset_editor
@@ -247,12 +247,18 @@ def _exported(home: Home, made: IdentityRecord, out: Path | None, root: Path | N
         key = root_key(home, root)
         issue_client(home, target, made.name, passphrase=key.passphrase() if authority_locked(home) else "")
     elif home.tls_file("ca.crt").exists():
-        say(f"{home.authority_key} is elsewhere: copy tls/ca.crt and a client certificate into {target.root}/tls")
+        say(
+            f"{home.authority_key} is not on this machine: copy tls/ca.crt and a client certificate into "
+            f"{target.root}/tls"
+        )
     return target.root
 
 
 def _tell(settings: Settings, home: Home, *, lock_out: bool = False) -> bool:
-    """Put the keyset where running services see it, and have the broker go by it; whether a broker took it.
+    """Publish the keyset to running services and apply it to the broker; return True if a broker took it.
+
+    A new login is admitted before its keyset is published. For ``lock_out`` the keyset is published first, so
+    that the revoked service can return its pending jobs.
 
     A new login is let in before anybody hears of it. To ``lock_out`` one, its owner hears of it first, so that it can give
     back what it has in hand.
@@ -264,7 +270,7 @@ def _tell(settings: Settings, home: Home, *, lock_out: bool = False) -> bool:
 
     logging.getLogger("tether").setLevel(logging.CRITICAL)
     if not settings.nats_url:
-        say("no platform runs on this data directory; services learn of it when they start")
+        say("no platform runs on this data directory; services read the new keyset when they start")
         return False
     try:
         if not lock_out:
@@ -274,10 +280,11 @@ def _tell(settings: Settings, home: Home, *, lock_out: bool = False) -> bool:
             _reload(settings, home)
     except TetherError as error:
         say(
-            f"not all was told ({error.code}: {error.message}); the dispatcher tells the services when it has this keyset"
+            f"the keyset was not fully published ({error.code}: {error.message}); give the dispatcher "
+            "this keyset, and it publishes it"
         )
         return False
-    say("the running services were told")
+    say("the keyset was published to the running services")
     return True
 
 
@@ -285,7 +292,7 @@ def _reload(settings: Settings, home: Home) -> None:
     from tether.broker.embedded_server import reload_embedded
 
     if not reload_embedded(home, settings):
-        say("the broker is not this data directory's: give it the users.conf of 'tether init --nats-config DIR'")
+        say("the broker does not use this data directory: give it the users.conf of 'tether init --nats-config DIR'")
 
 
 async def _publish(settings: Settings, home: Home, *, settle_s: float) -> None:

@@ -1,4 +1,4 @@
-"""Commands that run models: infer, submit, and the durable jobs."""
+"""Commands that run models: infer, submit, and durable jobs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _save(path: str, outputs: Outputs) -> None:
 
     from tether.errors import InvalidRequest
 
-    # numpy writes objects by pickle only, so text goes in as bytes of one width
+    # numpy stores objects only as pickle, so text is written as fixed-width bytes
     plain: dict[str, Any] = {
         name: array.astype("S") if array.dtype == object else array for name, array in outputs.items()
     }
@@ -47,7 +47,7 @@ def _plain(outputs: Outputs) -> dict[str, Any]:
 
 
 def _shortest(array: Array) -> Array:
-    """Floats under 64 bits with the fewest digits that name them: 0.1, not 0.10000000149011612."""
+    """Shorten floats of less than 64 bits to the fewest exact digits: 0.1, not 0.10000000149011612."""
     short = array.dtype.kind not in "biuOSU" and array.dtype.itemsize < 8
     return array.astype(str).astype(float) if short else array
 
@@ -76,12 +76,13 @@ def print_outputs(outputs: Outputs, *, json_output: bool) -> None:
     )
     if short:
         say(
-            f"only the first numbers of {', '.join(short)} are shown; --output FILE.npz writes all of them, --json prints them"
+            f"only the first elements of {', '.join(short)} are shown; --output FILE.npz writes all of "
+            "them, --json prints them"
         )
 
 
 MOST_SHOWN = 100
-"""Elements of an output that a terminal is given; a file or another program gets all of them."""
+"""Maximum number of elements of an output on a terminal; files and pipes get all of them."""
 
 
 def _first(array: Array) -> str:
@@ -97,7 +98,7 @@ def infer(
     *,
     version: Version = None,
     wanted: Annotated[
-        list[str] | None, typer.Option("--want", metavar="OUTPUT", help="Only this output; may be given again.")
+        list[str] | None, typer.Option("--want", metavar="OUTPUT", help="Only this output; repeatable.")
     ] = None,
     output: Output = None,
     url: Url = None,
@@ -117,20 +118,24 @@ def submit(
     model: ModelName,
     source: Source,
     *,
-    rows: Annotated[bool, typer.Option("--rows", help="One job for each row of the inputs' first axis.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end and print the outputs.")] = False,
+    rows: Annotated[bool, typer.Option("--rows", help="Submit one job per row of the inputs' first axis.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the jobs finish and print their outputs.")] = False,
     within: Within = None,
     output: Annotated[
-        str | None, typer.Option("--output", metavar="FILE.npz", help="Wait, and write the outputs to this file.")
+        str | None, typer.Option("--output", metavar="FILE.npz", help="Wait and write the outputs to this file.")
     ] = None,
     version: Version = None,
-    priority: Annotated[str | None, typer.Option("--priority", metavar="LEVEL", help="high, normal or low.")] = None,
+    priority: Annotated[
+        str | None, typer.Option("--priority", metavar="LEVEL", help="Priority: high, normal or low.")
+    ] = None,
     deadline: Annotated[
         float | None,
-        typer.Option("--deadline", metavar="SECONDS", min=0.001, help="Give up when it has not ended by then."),
+        typer.Option(
+            "--deadline", metavar="SECONDS", min=0.001, help="Let the job expire if it has not finished by then."
+        ),
     ] = None,
     key: Annotated[
-        str | None, typer.Option("--idempotency-key", metavar="KEY", help="The same key again is the same job.")
+        str | None, typer.Option("--idempotency-key", metavar="KEY", help="A repeated key returns the same job.")
     ] = None,
     url: Url = None,
     timeout: Timeout = 30.0,
@@ -138,7 +143,7 @@ def submit(
 ) -> None:
     """Queue durable jobs and print their ids.
 
-    With --wait print how they ended.
+    With --wait print their results.
     """
     if rows and key is not None:
         raise typer.BadParameter("--idempotency-key names one job; it cannot go with --rows")
@@ -166,7 +171,7 @@ def submit(
 
 
 def _finish(client: Client, ids: Sequence[str], within: float | None, output: str | None, *, json_output: bool) -> None:
-    """Wait for jobs, print or save how they ended; exit status 1 when one did not succeed."""
+    """Wait for jobs, then print or save their results; exit with status 1 if one did not succeed."""
     with progress("waiting", len(ids)) as done:
         ended = client.wait_many(ids, timeout=within, progress=done)
     if output is not None:
@@ -183,9 +188,7 @@ def _finish(client: Client, ids: Sequence[str], within: float | None, output: st
         raise typer.Exit(1)
     again = sum(info.attempts > 1 for info in ended)
     if len(ended) > 1:
-        say(
-            f"{len(ended):,} of {len(ended):,} jobs succeeded{f', {again:,} of them when tried again' if again else ''}"
-        )
+        say(f"{len(ended):,} of {len(ended):,} jobs succeeded{f', {again:,} of them after a retry' if again else ''}")
 
 
 def _reason(info: JobInfo) -> str:
@@ -226,14 +229,14 @@ def listing(
     *,
     state: Annotated[str | None, typer.Option("--state", metavar="STATE", help="Only jobs in this state.")] = None,
     model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="Only jobs of this model.")] = None,
-    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="At most this many.")] = 50,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Maximum number of jobs.")] = 50,
     cursor: Annotated[
-        str | None, typer.Option("--cursor", metavar="CURSOR", help="Where an earlier list ended.")
+        str | None, typer.Option("--cursor", metavar="CURSOR", help="Cursor of the previous page.")
     ] = None,
     url: Url = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """List jobs, the newest first."""
+    """List jobs, newest first."""
     from tether.client.operations import encoded_job
 
     with connect(url) as client:
@@ -286,35 +289,35 @@ def _print_job(info: JobInfo, *, json_output: bool) -> None:
 def get(
     job_id: JobId,
     *,
-    wait: Annotated[float, typer.Option("--wait", metavar="SECONDS", min=0, help="Wait this long for its end.")] = 0.0,
+    wait: Annotated[
+        float, typer.Option("--wait", metavar="SECONDS", min=0, help="Wait up to this long for it to finish.")
+    ] = 0.0,
     url: Url = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Show a job as it is now."""
+    """Show a job's current state."""
     with connect(url) as client:
         _print_job(client.job(job_id, wait=wait), json_output=json_output)
 
 
 def wait(
-    job_ids: Annotated[
-        list[str], typer.Argument(metavar="JOB...", help="Ids of the jobs; - reads them from standard input.")
-    ],
+    job_ids: Annotated[list[str], typer.Argument(metavar="JOB...", help="Job ids; - reads them from standard input.")],
     *,
     within: Within = None,
     output: Output = None,
     url: Url = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Wait until jobs have ended and print their outputs; exit status 1 when one did not succeed."""
+    """Wait until jobs finish and print their outputs; exit status 1 if one did not succeed."""
     ids = sys.stdin.read().split() if job_ids == ["-"] else job_ids
     if not ids:
-        raise typer.BadParameter("no job ids were given")
+        raise typer.BadParameter("no job ids given; pass ids, or - to read them from standard input")
     with connect(url) as client:
         _finish(client, ids, within, output, json_output=json_output)
 
 
 def cancel(job_id: JobId, *, url: Url = None, json_output: JsonFlag = False) -> None:
-    """Take a job back; fails when it has already ended."""
+    """Cancel a job; fails if it has already finished."""
     with connect(url) as client:
         info = client.cancel(job_id)
     if json_output:

@@ -1,4 +1,4 @@
-"""API keys: create, list, revoke, rotate."""
+"""Commands of API keys: create, list, revoke, rotate."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ KeyId = Annotated[str, typer.Argument(metavar="KEY", help="The id from 'key list
 
 
 def seconds(text: str) -> float:
-    """A duration such as ``90d``, ``1h``, ``30m`` or ``45s``.
+    """Parse a duration such as ``90d``, ``1h``, ``30m`` or ``45s`` into seconds.
 
     Raises:
-        BadParameter: it is none.
+        BadParameter: the text is not a duration.
     """
     found = _DURATION.fullmatch(text)
     if found is None:
-        raise typer.BadParameter(f"{text!r} is no duration; write a number and s, m, h or d, as in 90d")
+        raise typer.BadParameter(f"{text!r} is not a duration; expected a number and s, m, h or d, such as 90d")
     return float(found[1]) * _UNITS[found[2]]
 
 
 def per_second(text: str) -> float:
-    """A rate such as ``100/s`` or ``100/m`` in requests a second.
+    """Parse a rate such as ``100/s`` or ``100/m`` into requests per second.
 
     Raises:
-        BadParameter: it is none.
+        BadParameter: the text is not a rate.
     """
     found = _RATE.fullmatch(text)
     if found is None:
-        raise typer.BadParameter(f"{text!r} is no rate; write a number, a slash and s, m or h, as in 100/s")
+        raise typer.BadParameter(f"{text!r} is not a rate; expected a number, a slash and s, m or h, such as 100/s")
     return float(found[1]) / _UNITS[found[2]]
 
 
 def create(
     *,
-    tenant: Annotated[str, typer.Option("--tenant", metavar="TENANT", help="Whose key it is.")],
+    tenant: Annotated[str, typer.Option("--tenant", metavar="TENANT", help="Tenant that owns the key.")],
     scopes: Annotated[
         list[str],
         typer.Option(
             "--scope",
             metavar="SCOPE",
-            help="infer, jobs, models:read, models:write, models:code, metrics or admin; may be given again.",
+            help="infer, jobs, models:read, models:write, models:code, metrics or admin; repeatable.",
         ),
     ],
     models: Annotated[
@@ -58,26 +58,29 @@ def create(
         typer.Option(
             "--models",
             metavar="PATTERN",
-            help="Models it may use, as 'fraud-*', or 'acme/*' of another tenant; may be given again.",
+            help="Models it may use, such as 'fraud-*', or 'acme/*' of another tenant; repeatable.",
         ),
     ] = None,
     rate: Annotated[
-        str | None, typer.Option("--rate", metavar="N/s", help="Requests a second (N/s), minute (N/m) or hour (N/h).")
+        str | None,
+        typer.Option(
+            "--rate", metavar="N/s", help="Rate limit: requests per second (N/s), minute (N/m) or hour (N/h)."
+        ),
     ] = None,
     burst: Annotated[
-        int | None, typer.Option("--burst", metavar="N", min=0, help="Requests that may come at once.")
+        int | None, typer.Option("--burst", metavar="N", min=0, help="Burst: requests above the rate.")
     ] = None,
     concurrency: Annotated[
-        int | None, typer.Option("--concurrency", metavar="N", min=0, help="Requests open at the same time.")
+        int | None, typer.Option("--concurrency", metavar="N", min=0, help="Maximum number of concurrent requests.")
     ] = None,
     expires: Annotated[
-        str | None, typer.Option("--expires", metavar="DURATION", help="For how long it counts, as 90d, 12h.")
+        str | None, typer.Option("--expires", metavar="DURATION", help="How long the key is valid, such as 90d or 12h.")
     ] = None,
-    name: Annotated[str, typer.Option("--name", metavar="NAME", help="What the key is for.")] = "",
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="Description of the key.")] = "",
     url: Url = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Make an API key and print it; it is never shown again."""
+    """Create an API key and print it; it is never shown again."""
     body: dict[str, Any] = {"tenant": tenant, "scopes": scopes, "name": name}
     limits: dict[str, Any] = {"models": models or None, "burst": burst, "concurrency": concurrency}
     limits["rate"] = None if rate is None else per_second(rate)
@@ -113,7 +116,7 @@ def _row(entry: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def revoke(key_id: KeyId, *, url: Url = None, json_output: JsonFlag = False) -> None:
-    """Make a key count no more."""
+    """Revoke an API key."""
     ask(url, "DELETE", "/v1/keys", last=key_id)
     if json_output:
         print_json({"id": key_id, "revoked": True})
@@ -125,11 +128,11 @@ def rotate(
     key_id: KeyId,
     *,
     grace: Annotated[
-        str, typer.Option("--grace", metavar="DURATION", help="For how long the old key still counts, as 1h.")
+        str, typer.Option("--grace", metavar="DURATION", help="How long the old key stays valid, such as 1h.")
     ] = "0s",
     url: Url = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Make a key with the rights of another, which ends after the grace, and print it; it is never shown again."""
+    """Replace a key by a new one with the same rights, and print it once. The old key expires after the grace."""
     path = f"/v1/keys/{quote(key_id, safe='')}/rotate"
     _print_key(ask(url, "POST", path, {"grace_s": seconds(grace)}), json_output)

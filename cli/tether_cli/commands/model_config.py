@@ -1,4 +1,4 @@
-"""How models are served: show, change and reset configurations."""
+"""Commands of model configurations: show, change, reset; load and unload; labels and notes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ LARGEST = 1 << 20
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Raises:
-        InvalidRequest: there is none in it.
+        InvalidRequest: the file has none.
     """
     from pathlib import Path
 
@@ -31,7 +31,7 @@ def read_config(path: str) -> dict[str, Any]:
     try:
         return msgspec.json.decode(content, type=dict[str, Any])
     except msgspec.MsgspecError as error:
-        raise InvalidRequest(f"{path} does not hold a JSON object: {error}", field="config") from error
+        raise InvalidRequest(f"{path} is not a JSON object: {error}", field="config") from error
 
 
 def config(
@@ -40,20 +40,22 @@ def config(
     assignments: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="FIELD=VALUE", help="Change a field, as in queue.max_size=100; null: the default."
+            "--set", metavar="FIELD=VALUE", help="Set a field, such as queue.max_size=100; null: the default."
         ),
     ] = None,
     file: Annotated[
-        str | None, typer.Option("--file", metavar="FILE", help="Change what this JSON object names.")
+        str | None, typer.Option("--file", metavar="FILE", help="Set the fields of this JSON object.")
     ] = None,
-    reset: Annotated[bool, typer.Option("--reset", help="Put every default back, before what --set says.")] = False,
+    reset: Annotated[
+        bool, typer.Option("--reset", help="Reset every field to its default before --set applies.")
+    ] = False,
     revision: Annotated[
-        int | None, typer.Option("--revision", metavar="N", min=0, help="Only if it is at this revision.")
+        int | None, typer.Option("--revision", metavar="N", min=0, help="Only if the configuration has this revision.")
     ] = None,
     url: Url = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Show how a model is served, or change it; for all versions, at once and without a restart."""
+    """Show or change how a model is served. A change applies to all versions at once, without a restart."""
     patch = _patch(assignments or [], file)
     with connect(url) as client:
         if reset:
@@ -77,14 +79,14 @@ def load(
     timeout: Timeout = 60.0,
     json_output: JsonFlag = False,
 ) -> None:
-    """Load a model that was unloaded, and wait until its newest version is held by a worker."""
+    """Load an unloaded model, and wait until a worker hosts its newest version."""
     with connect(url, timeout) as client:
         told = client.load(name)
     _loaded(told, json_output=json_output)
 
 
 def unload(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) -> None:
-    """Take a model out of all workers until it is loaded again. Its durable jobs wait."""
+    """Unload a model from all workers until it is loaded again. Its durable jobs wait."""
     with connect(url) as client:
         told = client.unload(name)
     _loaded(told, json_output=json_output)
@@ -98,13 +100,13 @@ def _loaded(told: dict[str, Any], *, json_output: bool) -> None:
 
 
 Labels = Annotated[
-    list[str] | None, typer.Option("--label", metavar="NAME=VALUE", help="A label; without '=VALUE' it is taken away.")
+    list[str] | None, typer.Option("--label", metavar="NAME=VALUE", help="A label; without '=VALUE' it is removed.")
 ]
-Note = Annotated[str | None, typer.Option("--note", metavar="TEXT", help="What there is to say about the version.")]
+Note = Annotated[str | None, typer.Option("--note", metavar="TEXT", help="Description of the version.")]
 
 
 def labels_of(texts: list[str] | None) -> dict[str, str | None]:
-    """Labels as options say them."""
+    """Parse label options; None removes a label."""
     found: dict[str, str | None] = {}
     for text in texts or []:
         name, equals, value = text.partition("=")
@@ -121,7 +123,7 @@ def note(
     url: Url = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Give a version labels and a note, or change them; the version stays what it is."""
+    """Set or change labels and description of a version; its files stay unchanged."""
     with connect(url) as client:
         told = client.annotate(name, version, labels=labels_of(label), note=text)
     if json_output:
@@ -144,14 +146,14 @@ def _patch(assignments: list[str], file: str | None) -> dict[str, Any]:
         for part in outer:
             inner = place.setdefault(part, {})
             if not isinstance(inner, dict):
-                raise typer.BadParameter(f"{field!r}: {part!r} is set to a value already", param_hint="--set")
+                raise typer.BadParameter(f"{field!r}: {part!r} is already set to a value", param_hint="--set")
             place = inner
         place[last] = _value(value)
     return found
 
 
 def _value(text: str) -> Any:
-    """JSON where it is some, else the text itself: priorities and kinds need no quotes."""
+    """Parse a value as JSON, else keep the text: priorities and kinds need no quotes."""
     import msgspec
 
     try:
@@ -161,7 +163,7 @@ def _value(text: str) -> Any:
 
 
 def _rows(told: dict[str, Any], where: str = "") -> list[tuple[str, str]]:
-    """A row a field that is not among the stamps; fields of objects as ``outer.inner``."""
+    """Return a row per field except the stamps; fields of objects as ``outer.inner``."""
     import json
 
     rows: list[tuple[str, str]] = []

@@ -1,4 +1,4 @@
-"""Models: push, look, promote, roll back, delete."""
+"""Commands of models: list, show, promote, roll back, delete and more."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def promote(
     alias: AliasName = "production",
     canary: Annotated[
         float | None,
-        typer.Option("--canary", metavar="PERCENT", help="Give it only this part of the alias's requests."),
+        typer.Option("--canary", metavar="PERCENT", help="Share of the alias's requests for this version."),
     ] = None,
     sticky: Annotated[
-        bool, typer.Option("--sticky", help="With --canary: an API key always gets the same version.")
+        bool, typer.Option("--sticky", help="With --canary: the same API key always gets the same version.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Even when no worker holds the version.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even if no worker hosts the version.")] = False,
     url: Url = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Let an alias stand for a version, at once and for everybody."""
+    """Point an alias at a version. Takes effect immediately."""
     with connect(url) as client:
         told = client.promote(name, version, alias=alias, canary=canary, sticky=sticky, force=force)
     _told(told, json_output=json_output)
@@ -38,7 +38,7 @@ def promote(
 def rollback(
     name: ModelName, *, alias: AliasName = "production", url: Url = None, json_output: JsonFlag = False
 ) -> None:
-    """Let an alias stand for what it stood for before."""
+    """Point an alias back at its previous version."""
     with connect(url) as client:
         told = client.rollback(name, alias=alias)
     _told(told, json_output=json_output)
@@ -54,21 +54,21 @@ def _told(told: dict[str, Any], *, json_output: bool) -> None:
 
 def alias(
     name: ModelName,
-    alias: Annotated[str | None, typer.Argument(metavar="[ALIAS]", help="One of them.")] = None,
+    alias: Annotated[str | None, typer.Argument(metavar="[ALIAS]", help="Only this alias.")] = None,
     *,
-    remove: Annotated[bool, typer.Option("--delete", help="Delete it; the version that it stands for stays.")] = False,
+    remove: Annotated[bool, typer.Option("--delete", help="Delete the alias; its version stays.")] = False,
     url: Url = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Show what a model's aliases stand for, or delete one; 'promote' sets one."""
+    """Show the aliases of a model, or delete one; 'promote' sets one."""
     if remove and alias is None:
-        raise typer.BadParameter("--delete needs the alias to delete")
+        raise typer.BadParameter("--delete needs the name of an alias")
     with connect(url) as client:
         if remove and alias is not None:
             client.delete_alias(name, alias)
         known = client.model(name)["aliases"]
         if alias is not None and not remove and alias not in known:
-            client.alias(name, alias)  # raises: there is none
+            client.alias(name, alias)  # raises if the alias does not exist
         found = [client.alias(name, each) for each in known if alias in (None, each)]
     if json_output:
         print_json({"model": name, "aliases": found})
@@ -81,25 +81,25 @@ def alias(
 
 def delete(
     name: ModelName,
-    version: Annotated[int | None, typer.Argument(metavar="[VERSION]", help="One version; else all of them.")] = None,
+    version: Annotated[int | None, typer.Argument(metavar="[VERSION]", help="Only this version; default: all.")] = None,
     *,
-    force: Annotated[bool, typer.Option("--force", help="Also delete aliases that stand for what is deleted.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also delete aliases that point at deleted versions.")] = False,
     url: Url = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Delete a model, or a version of it. Jobs that still wait for it end with `model_not_found`."""
+    """Delete a model, or one of its versions. Its queued jobs fail with `model_not_found`."""
     with connect(url) as client:
         gone = client.delete_model(name, version, force=force)
     if json_output:
         print_json({"model": name, "deleted": gone})
     elif version is None:
-        say(f"model {name} is deleted: {len(gone)} versions; their numbers are never given out again")
+        say(f"model {name} is deleted: {len(gone)} versions; their numbers are never reused")
     else:
-        say(f"version {version} of model {name} is deleted; its number is never given out again")
+        say(f"version {version} of model {name} is deleted; its number is never reused")
 
 
 def rekey(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) -> None:
-    """Store an encrypted model under another key, in the background. Nothing needs to be pushed again."""
+    """Re-encrypt a model's stored files under a new key, in the background. No push is needed."""
     with connect(url) as client:
         told = client.rekey(name)
     if json_output:
@@ -107,20 +107,21 @@ def rekey(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) ->
         return
     typer.echo(f"{told['model']} {told['generation']}")
     say(
-        f"{len(told['versions_left'])} versions are being stored under key {told['generation']}; 'tether model show' tells"
+        f"{len(told['versions_left'])} versions are being re-encrypted under key {told['generation']}; "
+        "see 'tether model show'"
     )
 
 
 def pull(
     name: ModelName,
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where the files go; made when it is not there.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder for the files; created if missing.")],
     *,
     version: Annotated[str, typer.Option("--version", metavar="V", help="A version's number or an alias.")] = "latest",
     url: Url = None,
     timeout: Timeout = 600.0,
     json_output: JsonFlag = False,
 ) -> None:
-    """Write the files of a version to a folder."""
+    """Download the files of a version to a folder."""
     with connect(url, timeout) as client, progress("pulling", None, unit="bytes") as done:
         told = client.pull(name, folder, version=version, progress=done, timeout=timeout)
     if json_output:
@@ -166,7 +167,7 @@ _OUTCOMES = ("equal", "close", "different", "error", "unavailable", "dropped")
 
 
 def shadows(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) -> None:
-    """Show how shadow versions' answers compare with those that callers got, at the gateway that is asked."""
+    """Compare shadow outputs with the outputs that callers received, as counted by the gateway asked."""
     with connect(url) as client:
         told = client.shadows(name)
     if json_output:
@@ -183,21 +184,21 @@ def _shadow_row(one: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def store(*, url: Url = None, json_output: JsonFlag = False) -> None:
-    """Show what is in the store of model chunks, and which are damaged."""
+    """Show the size of the chunk store, and its damaged chunks."""
     with connect(url) as client:
         told = client.store()
     _store_told(told, json_output=json_output)
 
 
 def collect(*, url: Url = None, json_output: JsonFlag = False) -> None:
-    """Begin to collect chunks that no version names. They are put away first and removed by a later collection."""
+    """Start a garbage collection. Unreferenced chunks are marked first and removed by a later collection."""
     with connect(url) as client:
         told = client.collect()
     _store_told(told, json_output=json_output)
 
 
 def scrub(*, url: Url = None, json_output: JsonFlag = False) -> None:
-    """Begin to read and compare every stored chunk; 'tether model store' shows what was found."""
+    """Start to verify every stored chunk; 'tether model store' shows the findings."""
     with connect(url) as client:
         told = client.scrub()
     _store_told(told, json_output=json_output)

@@ -1,4 +1,4 @@
-"""Commands that run the platform: init, up, down, status, doctor, and each service as a daemon of its own."""
+"""Commands that run the platform: init, up, down, status, streams, doctor, and each service on its own."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from tether.process.data_dir import Home
     from tether.settings import Settings
 
-Http = Annotated[str | None, typer.Option("--http", metavar="HOST:PORT", help="Where the gateway listens.")]
+Http = Annotated[str | None, typer.Option("--http", metavar="HOST:PORT", help="Address on which the gateway listens.")]
 Partitions = Annotated[
-    int | None, typer.Option("--partitions", metavar="P", help="Buckets that models' chunks are spread over.")
+    int | None, typer.Option("--partitions", metavar="P", help="Number of buckets for model chunks.")
 ]
-Workers = Annotated[int | None, typer.Option("--workers", metavar="N", help="How many workers.")]
+Workers = Annotated[int | None, typer.Option("--workers", metavar="N", help="Number of workers.")]
 ModelStores = Annotated[
-    int | None, typer.Option("--model-stores", metavar="N", help="How many model stores; they share the partitions.")
+    int | None, typer.Option("--model-stores", metavar="N", help="Number of model stores; they share the partitions.")
 ]
 OpsPort = Annotated[int | None, typer.Option("--ops-port", metavar="PORT", help="Port of /healthz, /readyz, /metrics.")]
 
@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _quiet() -> None:
-    """What a command has to say it prints; log lines of the parts it uses would only repeat it."""
+    """Silence log lines: they would repeat what the command prints."""
     import logging
 
     logging.getLogger("tether").setLevel(logging.CRITICAL)
@@ -64,16 +64,17 @@ def init(
     ] = None,
     root: RootKeyPath = None,
     passphrase: Annotated[
-        bool, typer.Option("--passphrase", help="Lock a new root key with a passphrase; else TETHER_ROOT_PASSPHRASE.")
+        bool,
+        typer.Option("--passphrase", help="Lock a new root key with a passphrase; default: TETHER_ROOT_PASSPHRASE."),
     ] = False,
     tls: Annotated[
-        bool, typer.Option("--tls", help="Also make certificates for the broker and services, or renew them.")
+        bool, typer.Option("--tls", help="Also create or renew certificates for the broker and services.")
     ] = False,
     host: Annotated[
         list[str] | None, typer.Option("--host", metavar="NAME", help="With --tls: a name or address of the broker.")
     ] = None,
 ) -> None:
-    """Make the keys of a data directory; what exists is kept."""
+    """Create the keys of a data directory; existing ones are kept."""
     from pathlib import Path
 
     from tether.broker.nats_config import write_ops_files
@@ -103,12 +104,14 @@ def up(
     model_stores: ModelStores = None,
     partitions: Partitions = None,
     nats: Nats = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Return when it is ready; stop it with 'down'.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return once the platform is ready; stop it with 'down'.")
+    ] = False,
     log_files: Annotated[bool, typer.Option("--log-files", help="Write each service's log to DIR/logs.")] = False,
 ) -> None:
     """Run the whole platform until Ctrl-C, or with --detach until 'down'.
 
-    It is a broker, a model store, a dispatcher, workers and a gateway.
+    The platform is a broker, a model store, a dispatcher, workers and a gateway.
     """
     from tether.process import logs
     from tether_cli.platform import up as running
@@ -131,7 +134,7 @@ def up(
 
 
 def down(data_dir: DataDir = None) -> None:
-    """Stop what 'tether up' started, and wait until it is gone."""
+    """Stop the platform that 'tether up' started, and wait until its processes have ended."""
     from tether_cli.platform import up as running
 
     _, home = _load("broker", home=data_dir)
@@ -146,7 +149,7 @@ def status(
 ) -> None:
     """Show processes, models, workers and queues.
 
-    The exit status is 1 when something is not as it should be.
+    The exit status is 1 if a process is not running or not ready.
     """
     from tether_cli.platform.status import collect
 
@@ -184,7 +187,7 @@ def _print_status(found: dict[str, Any], *, streams: bool) -> None:
             typer.echo(f"{row['name']} was restarted: {row['restarted_because']}")
     typer.echo()
     print_table(
-        ("worker", "models", "running", "slots", "last heard of"),
+        ("worker", "models", "running", "slots", "last heartbeat"),
         [
             [row["name"], len(row["ready"]), row["running"], row["slots"], f"{row['age_s']:.1f} s ago"]
             for row in found["workers"]
@@ -204,7 +207,7 @@ def _print_status(found: dict[str, Any], *, streams: bool) -> None:
         ],
     )
     if "error" in found:
-        typer.echo(f"models and workers are not known: {found['error']}")
+        typer.echo(f"cannot read models and workers: {found['error']}")
     if streams:
         typer.echo()
         counts = ("messages", "bytes", "consumers")
@@ -220,12 +223,14 @@ def streams(
     data_dir: DataDir = None,
     nats: Nats = None,
     *,
-    apply: Annotated[bool, typer.Option("--apply", help="Change them; 'tether up' does so when it starts.")] = False,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Update the streams; 'tether up' does so at its start.")
+    ] = False,
     json_output: JsonFlag = False,
 ) -> None:
     """Show streams of the broker that differ from the settings.
 
-    The exit status is 1 when some stay so.
+    The exit status is 1 if some still differ.
     """
     from tether.streams.updates import differing_streams, update_streams
     from tether_cli.audit_queries import connected
@@ -249,9 +254,9 @@ def streams(
 
 
 def doctor(data_dir: DataDir = None, json_output: JsonFlag = False) -> None:
-    """Check machine, keys, ports and broker, and say how to fix it.
+    """Check machine, keys, ports and broker, and print a fix for each finding.
 
-    One line each. The exit status is 1 when something fails.
+    One line per check. The exit status is 1 if a check fails.
     """
     import msgspec
 
@@ -288,7 +293,7 @@ def dispatcher(data_dir: DataDir = None, nats: Nats = None, ops_port: OpsPort = 
 def worker(
     data_dir: DataDir = None,
     nats: Nats = None,
-    name: Annotated[str | None, typer.Option("--name", help="Which worker identity this is, e.g. worker-1.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Identity of the worker, such as worker-1.")] = None,
     ops_port: OpsPort = None,
 ) -> None:
     """Run a worker."""
@@ -301,7 +306,7 @@ def modelstore(
     data_dir: DataDir = None,
     nats: Nats = None,
     name: Annotated[
-        str | None, typer.Option("--name", help="Which model store identity this is; default: modelstore.")
+        str | None, typer.Option("--name", help="Identity of the model store; default: modelstore.")
     ] = None,
     partitions: Partitions = None,
     ops_port: OpsPort = None,
@@ -321,7 +326,7 @@ def modelstore(
 
 
 def _serve(main: Any, name: str, **overrides: Any) -> None:
-    """Run a service until it is told to stop, on the broker of the settings or of the platform on this home."""
+    """Run a service until it is stopped, on the broker of the settings or of the platform on this home."""
     import dataclasses
 
     import uvloop
@@ -333,7 +338,7 @@ def _serve(main: Any, name: str, **overrides: Any) -> None:
         running = _endpoints(home)
         if running is None:
             raise ConfigError(
-                f"{name} has no broker: give --nats, set TETHER_NATS_URL or start 'tether up' on {home.root}",
+                f"{name} has no broker: use --nats, set TETHER_NATS_URL or start 'tether up' on {home.root}",
                 field="nats_url",
             )
         folder = settings.nats_store_dir if running["durability"] == "external" else str(home.nats_store)

@@ -1,4 +1,4 @@
-"""Push a model."""
+"""The command ``tether model push``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from tether_cli.output import JsonFlag, print_json, progress, say
 
 Encrypt = Annotated[
     bool | None,
-    typer.Option("--encrypt/--no-encrypt", help="Store it encrypted, or not; else as the model's versions before."),
+    typer.Option(
+        "--encrypt/--no-encrypt", help="Store it encrypted, or not; default: as the model's previous versions."
+    ),
 ]
 MaxBatchSize = Annotated[
     int | None,
@@ -21,8 +23,8 @@ MaxBatchSize = Annotated[
         "--max-batch-size",
         metavar="N",
         min=0,
-        help="Most rows of one run; 2 or more declares that no row's answer depends on another row. 0: no batches; "
-        "not given: batched when that is proven.",
+        help="Maximum rows per run; 2 or more declares that no row's output depends on another row. 0: no batching; "
+        "default: batched if row independence is proven.",
     ),
 ]
 ModelPath = Annotated[
@@ -37,7 +39,7 @@ SampleFile = Annotated[
     typer.Option(
         "--sample",
         metavar="FILE",
-        help="Real inputs (.npz or JSON): tried at the push, run at each load, kept with the version.",
+        help="Real inputs (.npz or JSON): tested at the push, run at each load, stored with the version.",
     ),
 ]
 SignatureName = Annotated[
@@ -45,18 +47,19 @@ SignatureName = Annotated[
     typer.Option("--signature", metavar="NAME", help="Serve this signature of a SavedModel or .tflite file."),
 ]
 IsolationName = Annotated[
-    str | None, typer.Option("--isolation", metavar="WHERE", help="'thread' of the worker, or 'process' of its own.")
+    str | None,
+    typer.Option("--isolation", metavar="WHERE", help="Run in a 'thread' of the worker, or in its own 'process'."),
 ]
 ConfigFile = Annotated[
-    str | None, typer.Option("--config", metavar="FILE", help="JSON of what 'tether model config' can set.")
+    str | None, typer.Option("--config", metavar="FILE", help="JSON file with fields of 'tether model config'.")
 ]
 NextVersion = Annotated[
     int | None,
-    typer.Option("--version", metavar="N", min=1, help="The number it is to have; fails when the next one is another."),
+    typer.Option("--version", metavar="N", min=1, help="Expected version number; fails if the next number differs."),
 ]
 Wait = Annotated[
     bool,
-    typer.Option("--wait/--no-wait", help="Wait until a worker answers for the version, within --timeout; or not."),
+    typer.Option("--wait/--no-wait", help="Wait up to --timeout until a worker serves the version, or do not."),
 ]
 
 
@@ -66,12 +69,15 @@ def push(
     *,
     max_batch_size: MaxBatchSize = None,
     max_delay_ms: Annotated[
-        float | None, typer.Option("--max-delay-ms", metavar="MS", min=0, help="How long a job may wait for company.")
+        float | None,
+        typer.Option(
+            "--max-delay-ms", metavar="MS", min=0, help="Maximum time to wait for more requests to fill a batch."
+        ),
     ] = None,
     isolation: IsolationName = None,
     run_timeout_s: Annotated[
         float | None,
-        typer.Option("--run-timeout", metavar="S", min=0, help="End the model's process after so long a run."),
+        typer.Option("--run-timeout", metavar="S", min=0, help="Kill the model's process after a run of this length."),
     ] = None,
     config: ConfigFile = None,
     version: NextVersion = None,
@@ -85,9 +91,9 @@ def push(
     timeout: Timeout = 600.0,
     json_output: JsonFlag = False,
 ) -> None:
-    """Make a file or a folder the next version of a model, and wait until a worker answers for it.
+    """Push a file or a folder as the next version of a model, and wait until a worker serves it.
 
-    Only what the store does not have is sent.
+    Only chunks that the store lacks are sent.
     """
     begun = time.monotonic()
     with connect(url, timeout) as client, progress("pushing", _size(path), unit="bytes") as done:
@@ -119,11 +125,11 @@ def push(
 
 
 _MAY_WAIT = ("ready", "no_workers", "unloaded", "not_served")
-"""Outcomes of a push that succeeded: the version is loaded as soon as it is to be."""
+"""Successful outcomes: the version is loaded, or will be once it may be."""
 
 
 def _rollout(told: dict[str, Any], url: str | None, left_s: float) -> dict[str, Any]:
-    """Wait until a worker answers for the version, or none is going to."""
+    """Wait until a worker serves the version, or the gateway reports that none will."""
     from tether.client.rollout import settled
 
     with connect(url) as client, progress(f"version {told['version']} is stored:", None) as bar:
@@ -131,21 +137,21 @@ def _rollout(told: dict[str, Any], url: str | None, left_s: float) -> dict[str, 
 
 
 def _tell_rollout(rollout: dict[str, Any], timeout: float) -> None:
-    """How the wait ended.
+    """Print the outcome of the wait.
 
     Raises:
-        ModelNotReady: the version is stored, and is not going to answer, or not in time.
+        ModelNotReady: the version is stored, and will not be served, or not in time.
     """
     from tether.client.rollout import not_ready, words
 
     if rollout["state"] not in _MAY_WAIT:
         raise not_ready(rollout, timeout)
     said = words(rollout)
-    say(f"ready: {said}" if rollout["state"] == "ready" else f"stored, and not loaded yet: {said}")
+    say(f"ready: {said}" if rollout["state"] == "ready" else f"stored, not loaded yet: {said}")
 
 
 def _size(path: str) -> int | None:
-    """Bytes of a file; None of a folder, and of what the push itself will say that it cannot be read."""
+    """Return a file's bytes; None for a folder or an unreadable file, which the push reports itself."""
     from pathlib import Path
 
     try:
@@ -161,13 +167,13 @@ def _tell_pushed(told: dict[str, Any]) -> None:
     say(
         f"{how}{size} bytes sent"
         if sent == size
-        else f"{how}{size} bytes, {sent} of them sent; the rest was stored already"
+        else f"{how}{size} bytes, {sent} of them sent; the rest was already stored"
     )
     for side in ("inputs", "outputs"):
         listed = ", ".join(f"{spec['name']} {spec['datatype']} {spec['shape']}" for spec in told.get(side, ()))
         say(f"{side}: {listed or 'none'}")
     if told.get("skipped"):
-        say(f"not part of the model, and not sent: {', '.join(told['skipped'])}")
+        say(f"not sent, because not part of the model: {', '.join(told['skipped'])}")
     others = [name for name in told.get("signatures", ()) if name != told.get("signature")]
     if others:
         say(f"serves signature '{told['signature']}'; the file also has {', '.join(others)} (--signature NAME)")
@@ -177,7 +183,7 @@ def _tell_pushed(told: dict[str, Any]) -> None:
 
 
 def _joined(batching: dict[str, Any]) -> str:
-    """Whether rows of several requests share a run of a version, and why or why not."""
+    """Describe whether rows of several requests share a run of the version, and why."""
     rows, reason = batching.get("max_batch_size", 0), batching.get("reason", "")
     if not rows:
         return f"not batched: {reason}"

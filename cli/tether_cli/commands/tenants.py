@@ -1,4 +1,4 @@
-"""Tenants: create, list, show, set, delete."""
+"""Commands of tenants: create, list, show, set, delete."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from tether_cli.output import JsonFlag, print_fields, print_json, print_table, s
 Name = Annotated[str, typer.Argument(metavar="TENANT", help="The tenant's name.")]
 Models = Annotated[
     list[str] | None,
-    typer.Option("--models", metavar="PATTERN", help="Models its keys may use at most, as 'fraud-*'; may be repeated."),
+    typer.Option("--models", metavar="PATTERN", help="Upper bound of its keys' models, such as 'fraud-*'; repeatable."),
 ]
-Isolated = Annotated[bool | None, typer.Option("--isolated/--shared", help="Lanes and workers of its own, or not.")]
+Isolated = Annotated[
+    bool | None, typer.Option("--isolated/--shared", help="Give it its own lanes and workers, or share them.")
+]
 Sealed = Annotated[bool | None, typer.Option("--sealed/--open", help="Encrypt its inputs and outputs, or do not.")]
 Weight = Annotated[
-    float | None, typer.Option("--weight", metavar="N", min=0.01, help="Its share of a saturated platform.")
+    float | None, typer.Option("--weight", metavar="N", min=0.01, help="Weight of its fair share under load.")
 ]
 QueuedJobs = Annotated[
-    int | None, typer.Option("--queued-jobs", metavar="N", min=0, help="Most jobs that have not ended; 0: no bound.")
+    int | None, typer.Option("--queued-jobs", metavar="N", min=0, help="Maximum unfinished jobs; 0: unlimited.")
 ]
 StoredBytes = Annotated[
     int | None,
-    typer.Option("--stored-bytes", metavar="N", min=0, help="Most bytes of its model versions; 0: no bound."),
+    typer.Option("--stored-bytes", metavar="N", min=0, help="Maximum bytes of its model versions; 0: unlimited."),
 ]
 PerMinute = Annotated[
-    int | None, typer.Option("--requests-per-minute", metavar="N", min=0, help="Most requests a minute; 0: no bound.")
+    int | None,
+    typer.Option("--requests-per-minute", metavar="N", min=0, help="Maximum requests per minute; 0: unlimited."),
 ]
 
 
@@ -54,12 +57,12 @@ def create(
     stored_bytes: StoredBytes = None,
     requests_per_minute: PerMinute = None,
     restore: Annotated[
-        bool, typer.Option("--restore", help="Bring a removed tenant back, with the models, grants and jobs it left.")
+        bool, typer.Option("--restore", help="Restore a removed tenant with its models, grants and jobs.")
     ] = False,
     url: Url = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Make a tenant."""
+    """Create a tenant."""
     quotas = {"queued_jobs": queued_jobs, "stored_bytes": stored_bytes, "requests_per_minute": requests_per_minute}
     body = _body(models, isolated, sealed, weight, quotas)
     _told(
@@ -82,7 +85,7 @@ def change(
     url: Url = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Change a tenant; what is not named stays."""
+    """Change a tenant; fields that are not given stay."""
     quotas = {"queued_jobs": queued_jobs, "stored_bytes": stored_bytes, "requests_per_minute": requests_per_minute}
     body = _body(models, isolated, sealed, weight, quotas)
     _told(ask(url, "PATCH", "/v1/tenants", body, last=name), json_output, "changed")
@@ -124,5 +127,5 @@ def show(name: Name, *, url: Url = None, json_output: JsonFlag = False) -> None:
 
 
 def delete(name: Name, *, url: Url = None, json_output: JsonFlag = False) -> None:
-    """Remove a tenant that has no keys. Its models stay, and nobody else gets its name."""
+    """Delete a tenant that has no keys. Its models stay, and its name is never reused."""
     _told(ask(url, "DELETE", "/v1/tenants", last=name), json_output, "removed")

@@ -1,1 +1,1 @@
-"""What runs and watches a platform on one machine: ``tether up``, ``status``, ``doctor``."""
+"""Runs and checks a platform on one machine: ``tether up``, ``status``, ``doctor``."""

@@ -1,4 +1,4 @@
-"""What ``tether up`` does with streams of the broker that are not as the settings want them."""
+"""Updates the broker's streams to the settings when ``tether up`` starts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ log = logging.getLogger(__name__)
 
 
 async def bring_up_to_date(plan: Settings, nats_url: str) -> None:
-    """Change them before services start, which may not. ``plan``: where and for how many buckets; the rest is what the dispatcher
-    goes by."""
+    """Update streams before services start, which may not change them. ``plan`` has the broker and the bucket count;
+    all else comes from the dispatcher's settings.
+    """
     settings = dataclasses.replace(load(DISPATCHER), home=plan.home, nats_url=nats_url, partitions=plan.partitions)
     try:
         async with connect(settings, Home.at(plan.home), "admin") as bus:
@@ -27,4 +28,4 @@ async def bring_up_to_date(plan: Settings, nats_url: str) -> None:
                 )
     except TetherError as error:
         extra = {"action": "streams_not_updated", "code": error.code}
-        log.warning("streams stay as they are: %s", error, extra=extra)
+        log.warning("streams not updated: %s", error, extra=extra)

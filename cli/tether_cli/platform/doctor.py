@@ -1,4 +1,4 @@
-"""``tether doctor``: is this machine and this platform as it must be? One line a check, with the fix."""
+"""Checks machine and platform for ``tether doctor``: one line per check, with the fix."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KEYSET_WARNING_MS = 30 * 86_400_000
 
 
 async def examine(settings: Settings, home: Home) -> list[Finding]:
-    """Every check in order; a check that cannot be made is a finding too."""
+    """Return the findings of every check in order; a check that cannot be made is a finding too."""
     found = [python_version(), disk(home, settings), *keys(home), *ports(home, settings), *[binary(settings)]]
     found += confinement(settings, home)
     found += [finding async for finding in broker(settings, home)]
@@ -53,7 +53,7 @@ def disk(home: Home, settings: Settings) -> Finding:
         folder = folder.parent
     room = look(folder)
     if room is None:
-        return Finding("fail", f"disk: {folder} cannot be looked at", "see that it can be read")
+        return Finding("fail", f"disk: {folder} cannot be read", "give this user the right to read it")
     free = room.free >> 20
     what = f"disk: {free} MB free under {home.root}"
     if missing := shortage(room, settings.store_reserve_mb):
@@ -67,7 +67,7 @@ def disk(home: Home, settings: Settings) -> Finding:
 
 
 def keys(home: Home) -> Iterator[Finding]:
-    """Modes of every key file, and the keyset's signature and validity."""
+    """Check modes of every key file, and the keyset's signature and validity."""
     if not home.keys.is_dir():
         yield Finding("warn", f"keys: none in {home.keys}", "run 'tether init' ('tether up' does it too)")
         return
@@ -85,7 +85,7 @@ def keys(home: Home) -> Iterator[Finding]:
 
 
 def certificates(home: Home) -> Finding:
-    """When the first of the certificates of ``tether init --tls`` ends."""
+    """Check when the first certificate of ``tether init --tls`` expires."""
     try:
         left = (expires_at(home) - datetime.now(UTC)).days
     except ConfigError as error:
@@ -112,7 +112,7 @@ def keyset(home: Home) -> Finding:
 
 
 def ports(home: Home, settings: Settings) -> Iterator[Finding]:
-    """Whether ``tether up`` would get its ports; only while it does not run."""
+    """Check that ``tether up`` would get its ports; skipped while it runs."""
     if is_locked(home):
         yield Finding("ok", "ports: in use by the platform that runs on this home")
         return
@@ -139,7 +139,7 @@ def binary(settings: Settings) -> Finding:
 
 
 async def broker(settings: Settings, home: Home) -> AsyncIterator[Finding]:
-    """The running broker; without one, an embedded one is started for the examination."""
+    """Check the running broker; if none runs, an embedded one is started for the check."""
     running = read_endpoints(home) if is_locked(home) else None
     if running is not None:
         async for finding in _examine_broker(settings, home, str(running["nats"]), str(running["monitor"])):
@@ -202,7 +202,7 @@ async def _clock(monitor: str) -> Finding:
         before = time.time()
         header = (await http.get(f"{monitor}/healthz")).headers.get("date")
     if header is None:
-        return Finding("warn", "clock: the broker does not tell its time")
+        return Finding("warn", "clock: the broker does not report its time")
     skew = parsedate_to_datetime(header).timestamp() - before
     if abs(skew) > 5:
         return Finding("fail", f"clock: {skew:+.0f} s from the broker's", "synchronise the clocks (NTP)")
@@ -220,7 +220,7 @@ async def _jetstream(settings: Settings, home: Home) -> Finding:
 
 
 async def _permissions(settings: Settings, home: Home, role: Role) -> Finding:
-    """A role must be refused what is another's, or the broker's allow lists are not ours."""
+    """Check that a role is refused another role's subjects; else the broker's allow lists are not ours."""
     identity = "worker-1" if role is Role.WORKER else role.value
     foreign = _foreign(Names(settings.prefix), role)
     refused = Finding("ok", f"permissions: {identity} can log in and is refused what is not its own")
@@ -239,10 +239,10 @@ async def _permissions(settings: Settings, home: Home, role: Role) -> Finding:
 
 
 async def _refused(bus: Bus, subject: str) -> bool:
-    """Whether the broker says that a login may not publish on a subject. To try it would leave an error in its log."""
+    """Return whether a login may not publish on a subject, by the broker's report: a try would log an error there."""
     try:
         answer = await bus.request(OWN_RIGHTS, b"", timeout=2)
-    except (PermissionDenied, BrokerUnavailable):  # lists of an earlier release
+    except (PermissionDenied, BrokerUnavailable):  # allow lists of an earlier release
         return False
     allowed = msgspec.json.decode(answer.data, type=_Rights).data.permissions.publish
     listed = any(matches(pattern, subject) for pattern in allowed.allow)
@@ -263,13 +263,13 @@ class _User(msgspec.Struct):
 
 
 class _Rights(msgspec.Struct):
-    """The answer of ``$SYS.REQ.USER.INFO``."""
+    """The reply of ``$SYS.REQ.USER.INFO``."""
 
     data: _User = msgspec.field(default_factory=_User)
 
 
 def _foreign(names: Names, role: Role) -> str:
-    """What a role must be refused; for some a right that the lists of earlier releases gave."""
+    """Return a subject that a role must be refused; for some, a right that earlier releases granted."""
     match role:
         case Role.DISPATCHER:
             return f"$JS.API.STREAM.UPDATE.{names.audit_stream}"

@@ -1,4 +1,4 @@
-"""What ``tether doctor`` says about the confinement of models' processes: what the kernel offers, and what a trial came to."""
+"""Checks the confinement of model processes for ``tether doctor``: kernel features, and a trial."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from tether_cli.platform.doctor_finding import Finding
 
 _FIX = "run Linux 5.13 or newer with Landlock (add it to 'lsm=' of the boot), or set TETHER_MODEL_CONFINEMENT=available"
 _FULL_ABI = 6
-"""From here on Landlock keeps signals and abstract sockets apart; before that seccomp does."""
+"""From this ABI on Landlock isolates signals and abstract sockets; before, seccomp does."""
 
 
 def confinement(settings: Settings, home: Home) -> Iterator[Finding]:
-    """One line for what the kernel has, one for the trial, one for each thing that models will miss."""
+    """Return a finding for the kernel, one for the trial, and one for each limitation of models."""
     mode = settings.model_confinement
     if mode == plan.OFF:
-        fix = "set TETHER_MODEL_CONFINEMENT=required, or give the scope models:code only to people you trust with the root key"
+        fix = (
+            "set TETHER_MODEL_CONFINEMENT=required, or grant the scope models:code only to people whom you "
+            "trust with the root key"
+        )
         yield Finding(
             "warn", "models: model_confinement is off, so a pushed program can read every key of this home", fix
         )
@@ -43,13 +46,13 @@ def _trial(settings: Settings) -> Iterator[Finding]:
     try:
         result = trial.tried(settings.model_confinement, settings.model_scratch_mb)
     except (OSError, ModelRejected) as error:
-        yield Finding("fail", f"models: {error}", "see that Python and the packages can be read by this user")
+        yield Finding("fail", f"models: {error}", "give this user the right to read Python and its packages")
         return
     if result.allowed:
         what = f"models: a confined process was allowed to {', '.join(result.allowed)}"
-        yield Finding("fail", what, "do not let anybody push programs here, and report it")
+        yield Finding("fail", what, "allow no pushes of programs here, and report it")
     else:
         yield Finding("ok", "models: a confined process tried to leave (files, processes, network) and was refused")
     if settings.model_scratch_mb and not result.scratch:
-        what = "models: they have no folder for temporary files, the kernel allows no mount namespace here"
+        what = "models: no folder for temporary files, because the kernel allows no mount namespace here"
         yield Finding("warn", what, "allow user namespaces, or ignore it where no model needs such files")

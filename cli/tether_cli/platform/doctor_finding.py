@@ -10,7 +10,7 @@ Level = Literal["ok", "warn", "fail"]
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One checked thing. ``fix`` is empty when nothing needs doing."""
+    """Result of one check. ``fix`` is empty if nothing needs doing."""
 
     level: Level
     what: str

@@ -1,4 +1,4 @@
-"""What ``tether up`` prints when all is ready."""
+"""Prints the ready message of ``tether up``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tether.process.data_dir import Home
 
 
 def greet(home: Home, url: str) -> None:
-    """Say that all is ready: one line for a program, and what to do next for a person at a terminal."""
+    """Print that the platform is ready: one line for programs, next steps for a person at a terminal."""
     print(f"ready {url}", flush=True)
     if not sys.stdout.isatty():
         return

@@ -1,7 +1,7 @@
-"""Looks after what the supervisor runs: restarts what answers no health check, and a broker that has stopped storing.
+"""Restarts processes that answer no health check, and a broker that has stopped storing.
 
-A process can live and do nothing: it was stopped, it waits for a lock, its event loop is stuck. And nats-server, after a
-write error, stores nothing more in the stream that it befell, until it is started again.
+A live process can be stopped, wait for a lock or have a stuck event loop. After a write error nats-server
+stores nothing more in the affected stream until it is restarted.
 """
 
 from __future__ import annotations
@@ -27,34 +27,35 @@ from tether_cli.platform.supervisor import BROKER, Service, Supervised, Supervis
 log = logging.getLogger(__name__)
 
 LOOK_S = 2.0
-"""Between two health checks of a process."""
+"""Seconds between two health checks of a process."""
 
 ANSWER_S = 5.0
-"""How long a health check may take."""
+"""Timeout of a health check, in seconds."""
 
 STARTING = 4
-"""A process that has not answered yet, or that is at work, may be silent this many times as long."""
+"""Factor on the allowed silence of a process that is starting or busy."""
 
 AT_WORK = 0.3
-"""A silent process that uses more than this part of a processor is at work and not stuck."""
+"""Share of a processor above which a silent process counts as busy, not stuck."""
 
 BROKEN_S = 4.0
-"""How long a broker must have stopped storing, and had room, before it is restarted."""
+"""Seconds that a broker must have stopped storing, with free space, before it is restarted."""
 
 PAUSES_S = (0.0, 30.0, 60.0, 300.0)
-"""Least time between two restarts of a broker that stops storing again and again although it has room."""
+"""Minimum seconds between restarts of a broker that repeatedly stops storing despite free space."""
 
 
 @dataclass
 class Silence:
-    """How long one run of a process has answered nothing. ``seconds`` counts time that was waited for an answer, so neither
-    a machine that slept nor a supervisor that was starved adds to it."""
+    """Silence of one run of a process. ``seconds`` counts only time spent waiting for an answer, so a suspended
+    machine or a starved supervisor adds nothing.
+    """
 
     pid: int
     seconds: float = 0.0
     answered: bool = False
     busy_s: float = 0.0
-    """Processor time that the process had used when it fell silent."""
+    """Processor time used when the silence began."""
 
     def heard(self, pid: int) -> None:
         self.pid, self.seconds, self.answered = pid, 0.0, True
@@ -67,13 +68,13 @@ class Silence:
         self.seconds += waited_s
 
     def over(self, limit_s: float, used_s: float) -> bool:
-        """Whether it has lasted too long, the process having used ``used_s`` seconds of processor time by now."""
+        """Return whether the silence is too long, with ``used_s`` seconds of processor time used by now."""
         at_work = used_s - self.busy_s > AT_WORK * self.seconds
         return self.seconds >= limit_s * (STARTING if at_work or not self.answered else 1)
 
 
 def processor_s(pid: int) -> float:
-    """Processor time that a process has used, in seconds; 0 when it is gone."""
+    """Return a process's processor time in seconds; 0 if it has ended."""
     import psutil
 
     try:
@@ -84,7 +85,7 @@ def processor_s(pid: int) -> float:
 
 
 class Watch:
-    """Health checks of one supervisor's processes. ``on_change`` is called when there is something to publish."""
+    """Health checks of one supervisor's processes. ``on_change`` is called when the published state changes."""
 
     def __init__(
         self, supervisor: Supervisor, settings: Settings, broker: EmbeddedServer | None, on_change: Callable[[], None]
@@ -98,10 +99,10 @@ class Watch:
         self._restarts = 0
         self._restarted_at = float("-inf")
         self.storage = ""
-        """Why the embedded broker stores nothing more, or soon will not; empty when it does."""
+        """Why the embedded broker stores nothing more, or soon will not; empty while it stores."""
 
     async def run(self) -> None:
-        """Look until the supervisor stops."""
+        """Check until the supervisor stops."""
         async with httpx.AsyncClient(trust_env=False) as http:
             while not await self._stopped(LOOK_S):
                 looks = [self._look(http, name, entry) for name, entry in self._supervisor.entries.items()]
@@ -133,7 +134,7 @@ class Watch:
         silence.missed(pid, min(time.monotonic() - began, 2 * ANSWER_S) + LOOK_S, used_s)
         if silence.over(limit_s, used_s):
             entry.ending = f"it answered no health check for {silence.seconds:.0f} s"
-            log.error("%s: %s and is killed", name, entry.ending, extra={"action": "child_unresponsive"})
+            log.error("%s: %s ; process killed", name, entry.ending, extra={"action": "child_unresponsive"})
             send(pid, signal.SIGKILL)
 
     async def _answers(self, http: httpx.AsyncClient, name: str, entry: Supervised, within_s: float) -> bool:
@@ -157,7 +158,7 @@ class Watch:
         missing = await asyncio.to_thread(self._missing_room, self._broker.home.nats_store, try_it=bool(frozen))
         self.storage = "; ".join(filter(None, (f"the broker's disk {missing}" if missing else "", frozen)))
         if missing:
-            self._restarts = 0  # what comes after it is another failure than the last one
+            self._restarts = 0  # a later failure is a new one
         if not frozen or missing:
             self._broken_since = 0.0
             return
@@ -181,5 +182,5 @@ class Watch:
         self._restarts += 1
         self._restarted_at, self._broken_since = now, 0.0
         entry.ending = f"{frozen}, and there is room again"
-        log.warning("%s: it is restarted", entry.ending, extra={"action": "broker_restarted"})
+        log.warning("%s; broker restarted", entry.ending, extra={"action": "broker_restarted"})
         await entry.part.stop(grace_s=self._settings.shutdown_timeout_s)

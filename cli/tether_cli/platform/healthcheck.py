@@ -13,7 +13,7 @@ TIMEOUT_S = 3.0
 
 
 def healthy(url: str) -> tuple[bool, str]:
-    """Whether the URL answers 200, and what it said otherwise."""
+    """Return whether the URL answers 200, and the error otherwise."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=TIMEOUT_S) as answer:
@@ -25,7 +25,7 @@ def healthy(url: str) -> tuple[bool, str]:
 
 
 def main() -> int:
-    """Check the URL of the command line; 0 healthy, 1 not, 2 wrong usage."""
+    """Check the URL of the command line; return 0 if healthy, 1 if not, 2 on wrong usage."""
     if len(sys.argv) != 2 or not sys.argv[1].startswith(("http://", "https://")):
         print("usage: python -m tether_cli.platform.healthcheck http://HOST:PORT/readyz", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""``tether status``: what runs on one home, as the processes and the broker say."""
+"""Collects the state of one home's platform from its processes and the broker, for ``tether status``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tether_cli.platform.up import is_locked, read_endpoints
 
 
 async def collect(settings: Settings, home: Home) -> dict[str, Any]:
-    """Everything ``tether status --json`` prints. ``running`` is false when no supervisor holds the home."""
+    """Return everything ``tether status --json`` prints. ``running`` is false if no supervisor has locked the home."""
     found = read_endpoints(home)
     if found is None or not is_locked(home):
         return {"running": False, "home": str(home.root), "processes": [], "broker": None}
@@ -40,11 +40,11 @@ async def collect(settings: Settings, home: Home) -> dict[str, Any]:
 
 
 QUEUES = {"jobs": "_JOBS_", "requests": "_INFER_", "results": "_RESULTS", "dead_letters": "_DEAD"}
-"""What the streams that hold work are called after the platform's prefix."""
+"""Names of the queue streams after the platform's prefix."""
 
 
 def _queues(prefix: str, streams: list[dict[str, Any]]) -> dict[str, int]:
-    """How many messages wait, each with many jobs or requests, and how many results and dead letters are kept."""
+    """Count queued messages, each with many jobs or requests, and stored results and dead letters."""
     named = {kind: f"{prefix.upper()}{part}" for kind, part in QUEUES.items()}
     return {
         kind: sum(row["messages"] for row in streams if row["name"].startswith(name)) for kind, name in named.items()
@@ -52,7 +52,7 @@ def _queues(prefix: str, streams: list[dict[str, Any]]) -> dict[str, int]:
 
 
 async def _served(home: Home, url: str) -> dict[str, Any]:
-    """Models and workers as the gateway tells them; what it does not tell is in ``error``."""
+    """Return models and workers as the gateway reports them; a failure is in ``error``."""
     try:
         key = read_secret(home.admin_key).decode().strip()
         async with AsyncClient(url, key, timeout=3, tries=1) as client:
@@ -83,7 +83,7 @@ async def _processes(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 async def _missing(http: httpx.AsyncClient, found: dict[str, Any], name: str) -> dict[str, str]:
-    """What keeps a process from its work: dependency and reason; empty when it is ready."""
+    """Return why a process is not ready, by dependency; empty if it is ready."""
     if name in found["ports"]:
         return await unready(http, found["hosts"][name], found["ports"][name])
     try:
@@ -108,7 +108,7 @@ async def _broker(settings: Settings, home: Home, found: dict[str, Any]) -> dict
 
 
 async def _probes(bus: Bus, stream: str) -> int:
-    """How many readiness probes are in a queue: empty messages that live for a second and are no work."""
+    """Count the readiness probes in a queue: empty messages with a lifetime of one second."""
     names, shard = bus.names, stream.rpartition("_")[2]
     kinds = {names.infer_stream(shard): names.infer_probe(shard), names.jobs_stream(shard): names.jobs_probe(shard)}
     if stream not in kinds:
@@ -118,7 +118,7 @@ async def _probes(bus: Bus, stream: str) -> int:
 
 
 async def streams(bus: Bus) -> list[dict[str, Any]]:
-    """Every stream of the platform with its messages, bytes and consumers."""
+    """Return every stream of the platform with its messages, bytes and consumers."""
     rows: list[dict[str, Any]] = []
     while True:
         page = await bus.api("STREAM.LIST", {"offset": len(rows)})

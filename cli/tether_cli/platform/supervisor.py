@@ -1,4 +1,4 @@
-"""Keeps the processes of one machine's platform running: started in order, restarted with backoff, stopped in reverse."""
+"""Supervises one machine's processes: starts them in order, restarts them with backoff, stops them in reverse."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ BROKER, MODELSTORE, DISPATCHER, GATEWAY = "nats", "modelstore", "dispatcher", "g
 FIRST_DELAY_S = 0.2
 LONGEST_DELAY_S = 5.0
 SETTLED_S = 10.0
-"""A process that lived this long is not in a crash loop."""
+"""Lifetime in seconds after which a process is not in a crash loop."""
 
 START_ATTEMPTS = 3
-"""Deaths before its first readiness after which a service is given up."""
+"""Exits before its first readiness after which a service is given up."""
 
 
 class Backoff:
-    """How long to wait before the next start of a process that died."""
+    """Delay before the next start of a process that exited."""
 
     def __init__(self) -> None:
         self._next = FIRST_DELAY_S
 
     def after(self, lived_s: float) -> float:
-        """Seconds to wait after a life of ``lived_s`` seconds: doubling, and short again after a long life."""
+        """Return the delay in seconds after a life of ``lived_s`` seconds: doubled, and reset by a long life."""
         if lived_s >= SETTLED_S:
             self._next = FIRST_DELAY_S
         delay, self._next = self._next, min(2 * self._next, LONGEST_DELAY_S)
@@ -54,7 +54,7 @@ class Backoff:
 
 
 class Part(Protocol):
-    """A process that can be started again."""
+    """A restartable process."""
 
     @property
     def pid(self) -> int: ...
@@ -69,7 +69,7 @@ class Part(Protocol):
 class Service:
     """One Tether service as a child process.
 
-    ``environment`` is what it gets on top of this process's own; ``host`` is where its ``/readyz`` is asked.
+    ``environment`` is added to this process's own; ``host`` is the address of its ``/readyz``.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Service:
         return 0 if self._process is None else self._process.pid
 
     def port(self) -> int:
-        """The port that the running process says it listens on; 0 while it has said nothing."""
+        """Port on which the running process reports to listen; 0 until it has reported."""
         try:
             content = json.loads((self._home.run / f"{self.name}.json").read_bytes())
         except (OSError, ValueError):
@@ -99,22 +99,22 @@ class Service:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where it listens, also while it is being restarted."""
+        """Address it listens on, also during a restart."""
         return self.host, int(self.environment[self._port_variable])
 
     def url(self, path: str) -> str:
-        """A URL of the running process."""
+        """Return a URL of the running process."""
         host, port = self.address
         return f"http://{_literal(host)}:{port}{path}"
 
     def keep_port(self) -> None:
-        """Have the next process listen where clients look for this one."""
+        """Let the next process listen on the same port, which clients know."""
         self.environment[self._port_variable] = str(self.port())
 
     def last_words(self) -> str:
-        """The last line it logged, or where to look for it."""
+        """Return the last line of its log, or the place of the log."""
         if not self._to_file:
-            return "it says why above"
+            return "see its output above"
         return last_line(self._log) or f"{self._log} is empty"
 
     async def start(self) -> None:
@@ -140,7 +140,7 @@ class Service:
         return 0 if self._process is None else await self._process.wait()
 
     async def stop(self, *, grace_s: float) -> None:
-        """SIGTERM, and SIGKILL when it has not ended after ``grace_s`` seconds."""
+        """Send SIGTERM, then SIGKILL after ``grace_s`` seconds."""
         if self._process is None or self._process.returncode is not None:
             return
         with suppress(ProcessLookupError):
@@ -148,7 +148,7 @@ class Service:
         try:
             await asyncio.wait_for(self._process.wait(), grace_s)
         except TimeoutError:
-            log.warning("%s did not stop in time and is killed", self.name, extra={"action": "child_killed"})
+            log.warning("%s did not stop in time and was killed", self.name, extra={"action": "child_killed"})
             with suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
@@ -156,21 +156,21 @@ class Service:
 
 @dataclass
 class Supervised:
-    """A part under supervision. ``proven``: it was ready once, so a death is an accident and not a wrong setting."""
+    """A supervised part. ``proven``: it was ready once, so an exit is an accident and not a wrong setting."""
 
     part: Part
     restarts: int = 0
     proven: bool = False
     why: str = ""
-    """Why it was started again the last time."""
+    """Reason of the last restart."""
     ending: str = ""
-    """Why it is being ended just now, when it does not end by itself."""
+    """Reason of the termination in progress; empty if the process exits by itself."""
 
 
 class Supervisor:
-    """Owns the broker (None when another one is used) and the services.
+    """Owns the broker (None if an external one is used) and the services.
 
-    ``stopping`` ends it from outside; ``on_change`` is called whenever a process started or became ready.
+    ``stopping`` stops it from outside; ``on_change`` is called whenever a process started or became ready.
     """
 
     def __init__(
@@ -202,11 +202,11 @@ class Supervisor:
             self._tasks.spawn(self._keep(BROKER, entry), f"keep-{BROKER}")
 
     async def start_services(self, services: list[Service], *, timeout_s: float) -> None:
-        """Start the services in their order and return when all of them are ready.
+        """Start the services in order and return once all are ready.
 
         Raises:
-            ConfigError: a service died again and again; its log says why.
-            Unavailable: one was not ready in ``timeout_s`` seconds, or a stop was asked for meanwhile.
+            ConfigError: a service exited repeatedly; its log says why.
+            Unavailable: a service was not ready in ``timeout_s`` seconds, or a stop was requested.
         """
         self.services = services
         for service in services:
@@ -227,7 +227,7 @@ class Supervisor:
             if self._failed is not None:
                 raise self._failed
             if self.stopping.is_set():
-                raise Unavailable("stopped before everything was ready")
+                raise Unavailable("stopped before all services were ready")
             await asyncio.sleep(0.05)
         self.entries[service.name].proven = True
         service.keep_port()
@@ -264,11 +264,11 @@ class Supervisor:
         self._on_change()
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        """Run something beside the processes; it must end soon after ``stopping`` is set."""
+        """Run a task beside the processes; it must end soon after ``stopping`` is set."""
         self._tasks.spawn(work, name)
 
     async def stop(self) -> None:
-        """Stop the gateway first and the broker last; return when every process has ended."""
+        """Stop the gateway first and the broker last; return once every process has ended."""
         self.stopping.set()
         stores = [name for name in self.entries if name.startswith(MODELSTORE)]
         workers = [name for name in self.entries if name not in (GATEWAY, DISPATCHER, *stores, BROKER)]
@@ -280,19 +280,19 @@ class Supervisor:
 
 
 def last_line(path: Path, start: int = 0) -> str:
-    """The last line of a text file after byte ``start``; empty when there is none."""
+    """Return the last line of a text file after byte ``start``; empty if there is none."""
     try:
         lines = path.read_bytes()[start:].decode(errors="replace").strip().splitlines()
     except OSError:
         return ""
-    # without the codes that an error's line ends in: the error that repeats it has its own
+    # drop the error codes at the line's end: the error that repeats it adds its own
     return re.sub(r"( \([a-z_]+\))+$", "", lines[-1].removeprefix("error: ")) if lines else ""
 
 
 async def unready(http: httpx.AsyncClient, host: str, port: int) -> dict[str, str]:
-    """What keeps a service from its work, as it says itself: dependency and reason; empty when it is ready."""
+    """Return why a service is not ready, by dependency, from its own report; empty if it is ready."""
     if not port:
-        return {"process": "has not said where it listens"}
+        return {"process": "has not reported its address yet"}
     try:
         answer = await http.get(f"http://{_literal(host)}:{port}/readyz")
         if answer.status_code == 200:
@@ -302,12 +302,13 @@ async def unready(http: httpx.AsyncClient, host: str, port: int) -> dict[str, st
     except httpx.HTTPError as error:
         return {"process": f"does not answer ({type(error).__name__})"}
     except (ValueError, KeyError, AttributeError):
-        return {"process": f"answered {answer.status_code} with something else than its checks"}
+        return {"process": f"answered {answer.status_code} with an unexpected body"}
 
 
 async def is_started(http: httpx.AsyncClient, service: Service) -> bool:
-    """Whether a service is ready, or would be if the broker had room: a platform must start on a disk that is full, or it
-    could not be emptied."""
+    """Return whether a service is ready, or lacks only broker disk space: a platform must start on a full disk, else
+    nobody could delete from it.
+    """
     missing = await unready(http, service.host, service.port())
     if missing and "storage" in missing and not set(missing) - {"storage", "jobs", "results"}:
         log.warning("%s is not ready: %s", service.name, missing["storage"], extra={"action": "storage_full"})
@@ -321,5 +322,5 @@ def _literal(host: str) -> str:
 
 def _ended(status: int) -> str:
     return (
-        f"it ended with status {status}" if status >= 0 else f"signal {-status} ({signal.strsignal(-status)}) ended it"
+        f"exited with status {status}" if status >= 0 else f"killed by signal {-status} ({signal.strsignal(-status)})"
     )

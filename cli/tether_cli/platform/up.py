@@ -1,4 +1,4 @@
-"""``tether up`` and ``tether down``: one machine's whole platform as one process tree."""
+"""Runs one machine's whole platform as one process tree: ``tether up`` and ``tether down``."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from tether_cli.platform.supervisor import DISPATCHER, GATEWAY, MODELSTORE, Serv
 log = logging.getLogger(__name__)
 
 START_S = 60.0
-"""Longest time from ``tether up`` to its ready line."""
+"""Maximum seconds from ``tether up`` to its ready line."""
 
 
 @dataclass(frozen=True)
 class UpOptions:
-    """What ``tether up`` was asked for. ``http``: address and port, None for the gateway's own settings."""
+    """Options of ``tether up``. ``http``: address and port, None for the gateway's own settings."""
 
     settings: Settings
     http: tuple[str, int] | None = None
@@ -56,10 +56,10 @@ class UpOptions:
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """``HOST:PORT``, ``[V6]:PORT`` or ``:PORT``.
+    """Parse ``HOST:PORT``, ``[V6]:PORT`` or ``:PORT``.
 
     Raises:
-        ConfigError: something else.
+        ConfigError: the text has another form.
     """
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdecimal() or int(port) > 65535:
@@ -68,12 +68,12 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 def local(host: str) -> str:
-    """An address of this machine on which a server that listens on ``host`` answers."""
+    """Return the local address to reach a server that listens on ``host``."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def ops_ports(settings: Settings) -> dict[str, int]:
-    """The usual operations port of every service but the gateway, in starting order."""
+    """Return the usual operations port of every service except the gateway, in starting order."""
     return {
         **{name: 8004 + 2 * number for number, name in enumerate(store_names(settings.model_stores))},
         DISPATCHER: 8002,
@@ -82,7 +82,9 @@ def ops_ports(settings: Settings) -> dict[str, int]:
 
 
 def services(plan: UpOptions, nats_url: str, monitor: str) -> list[Service]:
-    """The services in starting order: model stores, dispatcher, workers, gateway. ``monitor`` is the broker's."""
+    """Return the services in starting order: model stores, dispatcher, workers, gateway. ``monitor`` is the
+    broker's.
+    """
     common = {
         "TETHER_HOME": str(plan.home.root),
         "TETHER_NATS_URL": nats_url,
@@ -116,10 +118,10 @@ def _gateway_address() -> tuple[str, int]:
 
 @contextmanager
 def locked(home: Home) -> Iterator[None]:
-    """Hold the home for one supervisor.
+    """Lock the home for one supervisor.
 
     Raises:
-        Conflict: another one holds it.
+        Conflict: another supervisor has locked it.
     """
     private_folder(home.run)
     with (home.run / "up.lock").open("a+b") as file:
@@ -133,7 +135,7 @@ def locked(home: Home) -> Iterator[None]:
 
 
 def is_locked(home: Home) -> bool:
-    """Whether a supervisor runs on the home."""
+    """Return whether a supervisor runs on the home."""
     if not home.run.is_dir():
         return False
     try:
@@ -144,7 +146,7 @@ def is_locked(home: Home) -> bool:
 
 
 def read_endpoints(home: Home) -> dict[str, Any] | None:
-    """What the supervisor last wrote of itself; None when nothing is there."""
+    """Return the endpoints file that the supervisor wrote; None if there is none."""
     try:
         content = json.loads(home.endpoints.read_bytes())
     except (OSError, ValueError):
@@ -153,11 +155,11 @@ def read_endpoints(home: Home) -> dict[str, Any] | None:
 
 
 async def run(plan: UpOptions) -> None:
-    """Start everything, print the ready line, keep it running until SIGTERM or SIGINT, stop everything.
+    """Start everything, print the ready line, run until SIGTERM or SIGINT, stop everything.
 
     Raises:
         Conflict: a supervisor already runs on this home.
-        ConfigError, Unavailable: something did not start; everything else was stopped again.
+        ConfigError, Unavailable: a part did not start; all others were stopped again.
     """
     home = plan.home
     keep_memory_private()
@@ -177,14 +179,14 @@ async def run(plan: UpOptions) -> None:
 
 
 def _forget(home: Home) -> None:
-    """Remove what says that something runs: endpoints and pid files."""
+    """Remove endpoints and pid files."""
     for pattern in ("*.pid", "*.json"):
         for path in home.run.glob(pattern):
             path.unlink(missing_ok=True)
 
 
 class Platform:
-    """The supervisor of a plan, and the file that tells other commands about it."""
+    """The supervisor of a platform, and the endpoints file for other commands."""
 
     def __init__(self, plan: UpOptions, stopping: asyncio.Event) -> None:
         self.plan = plan
@@ -206,7 +208,7 @@ class Platform:
 
     @property
     def http(self) -> str:
-        """The gateway's URL; empty while there is none."""
+        """URL of the gateway; empty until it runs."""
         for service in self.supervisor.services:
             if service.name == GATEWAY:
                 return service.url("")
@@ -218,7 +220,7 @@ class Platform:
         if self.broker is not None:
             report = await check_server(self.broker.monitor)
             if report.problems:
-                raise ConfigError(f"the broker is not fit: {'; '.join(report.problems)}")
+                raise ConfigError(f"the broker is not suitable: {'; '.join(report.problems)}")
             self.version = report.version
         await bring_up_to_date(self.plan.settings, self.nats_url)
         await self.supervisor.start_services(services(self.plan, self.nats_url, self.monitor), timeout_s=START_S)
@@ -228,8 +230,9 @@ class Platform:
         self.supervisor.spawn(self.watch.run(), "watch")
 
     def publish(self) -> None:
-        """Write what runs to the home's endpoints file, unless it is there already. What a full disk does not take is
-        written at the next look."""
+        """Write the endpoints file if its content changed. A write that fails on a full disk is retried at
+        the next check.
+        """
         entries, own = self.supervisor.entries, self.supervisor.services
         pids = {name: entry.part.pid for name, entry in entries.items() if entry.part.pid}
         content = {
@@ -256,7 +259,7 @@ class Platform:
         except OSError as error:
             if not self.ready:
                 raise ConfigError(f"{self.plan.home.run} cannot be written: {error.strerror}; make room") from error
-            log.warning("cannot say what runs: %s", error, extra={"action": "endpoints_unwritten"})
+            log.warning("endpoints file not written: %s", error, extra={"action": "endpoints_unwritten"})
         else:
             self._published = content
 
@@ -269,14 +272,14 @@ async def _supervise(plan: UpOptions) -> None:
         greet(plan.home, platform.http)
         await stop.wait()
     except Unavailable:
-        if not stop.is_set():  # being told to stop while starting is no failure
+        if not stop.is_set():  # a stop during the start is no failure
             raise
     finally:
         await platform.supervisor.stop()
 
 
 async def provide_admin_key(settings: Settings, home: Home, *, timeout_s: float = START_S) -> None:
-    """Make ``admin.key`` unless it exists, and see to it that the platform accepts it."""
+    """Create ``admin.key`` unless it exists, and ensure that the platform accepts it."""
     if not home.admin_key.exists():
         write_secret(home.admin_key, f"{new_key_text()}\n".encode())
     text = read_secret(home.admin_key).decode().strip()
@@ -303,7 +306,7 @@ async def _store_key(bus: Bus, identity: str, text: str) -> None:
 
 
 def detach(arguments: list[str], home: Home) -> str:
-    """Start ``tether up`` in the background and wait for its ready line; returns the gateway's URL.
+    """Start ``tether up`` in the background and wait for its ready line; return the gateway's URL.
 
     Raises:
         Conflict: a supervisor already runs on this home.
@@ -336,7 +339,7 @@ def detach(arguments: list[str], home: Home) -> str:
 
 
 async def down(home: Home, *, timeout_s: float = 90.0) -> bool:
-    """Stop the platform of a home and wait until it is gone; False when none ran.
+    """Stop the platform of a home and wait until it has ended; return False if none ran.
 
     Raises:
         Unavailable: it still runs after ``timeout_s`` seconds and after SIGKILL.
@@ -344,20 +347,20 @@ async def down(home: Home, *, timeout_s: float = 90.0) -> bool:
     found = read_endpoints(home)
     if not is_locked(home):
         return _sweep(home, found) > 0
-    if found is None:  # it has just been started, or is just ending
+    if found is None:  # just started, or just stopping
         raise Unavailable(f"the platform on {home.root} is starting or stopping; try again in a moment")
     supervisor = int(found["supervisor"])
     send(supervisor, signal.SIGTERM)
     if not await _gone(home, supervisor, timeout_s):
         send(supervisor, signal.SIGKILL)
         if not await _gone(home, supervisor, 5):
-            raise Unavailable(f"process {found['supervisor']} does not end")
+            raise Unavailable(f"process {found['supervisor']} does not end, even after SIGKILL")
         _sweep(home, found)
     return True
 
 
 async def _gone(home: Home, supervisor: int, timeout_s: float) -> bool:
-    """The lock is given up a moment before the process ends; whoever asked wants to see neither."""
+    """Wait until lock and process are gone: the lock is released a moment before the process ends."""
     end = time.monotonic() + timeout_s
     while is_locked(home) or alive(supervisor):
         if time.monotonic() > end:
@@ -367,7 +370,7 @@ async def _gone(home: Home, supervisor: int, timeout_s: float) -> bool:
 
 
 def _sweep(home: Home, found: Mapping[str, Any] | None) -> int:
-    """End what a killed supervisor left behind; how many processes that were."""
+    """Kill the processes that a killed supervisor left behind; return their number."""
     left = [pid for pid in (found or {}).get("pids", {}).values() if alive(pid) and _ours(pid)]
     for pid in left:
         send(pid, signal.SIGKILL)
@@ -376,7 +379,7 @@ def _sweep(home: Home, found: Mapping[str, Any] | None) -> int:
 
 
 def _ours(pid: int) -> bool:
-    """Not another program that got the number since."""
+    """Return whether the pid is still one of our processes and was not reused."""
     import psutil
 
     try:

@@ -112,7 +112,7 @@ def test_without_a_worker_that_may_hold_it_a_push_says_so(
     monkeypatch.setitem(client_rollout.SETTLED_S, "no_workers", 0.3)
     told = pushed(bare, "early", written(tmp_path))
     assert told.exit_code == 0, told.output
-    assert "stored, and not loaded yet: no worker has it: none is running" in told.stderr
+    assert "stored, not loaded yet: no worker has it: none is running" in told.stderr
     with Client(bare.url, bare.key) as client, pytest.raises(ModelNotReady, match="tether worker"):
         client.wait_ready("early", 1)
     bare.run(bare.services.start_worker("worker-1"))
@@ -130,10 +130,10 @@ def test_a_version_that_is_not_to_be_loaded_is_not_waited_for(served: Served, sd
     told = pushed(served, "kept-out", written(tmp_path, 2.0))
     assert (told.exit_code, told.stderr.splitlines()[-1]) == (
         0,
-        "stored, and not loaded yet: the model's version policy does not serve it",
+        "stored, not loaded yet: the model's version policy does not serve it",
     )
     sdk.unload("kept-out")
     with served.client() as http:
         until(lambda: http.get("/v2/models/kept-out/ready").status_code == 400, "it is unloaded")
     told = pushed(served, "kept-out", written(tmp_path, 3.0))
-    assert (told.exit_code, told.stderr.splitlines()[-1]) == (0, "stored, and not loaded yet: the model is unloaded")
+    assert (told.exit_code, told.stderr.splitlines()[-1]) == (0, "stored, not loaded yet: the model is unloaded")

@@ -109,7 +109,7 @@ def test_the_command_line_says_what_was_not_tried_and_takes_a_sample(
     told = CliRunner().invoke(application(), ["model", "push", "told", str(folder)])
     assert told.exit_code == 0, told.output
     assert "not tried: the trial run with made-up inputs failed" in told.output
-    assert "not part of the model, and not sent: .gitattributes, README.md" in told.output
+    assert "not sent, because not part of the model: .gitattributes, README.md" in told.output
     np.savez(tmp_path / "s.npz", x=X, shape=SHAPE)
     told = CliRunner().invoke(
         application(), ["model", "push", "told", str(folder), "--sample", str(tmp_path / "s.npz")]
@@ -159,7 +159,10 @@ def test_a_sample_before_the_model_file_that_is_wrong_is_told(
 def test_a_python_model_may_write_into_its_inputs_at_the_push_and_in_serving(
     served: Served, sdk: Client, tmp_path: Path
 ) -> None:
-    code = "class Model:\n    def predict(self, inputs):\n        x = inputs['x']\n        x += 1\n        return {'y': x}\n"
+    code = (
+        "class Model:\n    def predict(self, inputs):\n        x = inputs['x']\n        x += 1\n        "
+        "return {'y': x}\n"
+    )
     assert sdk.push("in-place", bundles.write(tmp_path / "m", code=code))["untried"] == ""
     ready(served, "in-place")
     for _ in range(2):

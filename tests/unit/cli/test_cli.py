@@ -68,7 +68,7 @@ def test_standard_output_that_is_full_closed_or_left_ends_without_a_traceback(wo
     command = [*TETHER, *words]
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (1, b"error: cannot write what was asked for: No space left on device\n")
+    assert (done.returncode, done.stderr) == (1, b"error: cannot write the output: No space left on device\n")
     closed = subprocess.run(["/bin/sh", "-c", '"$@" >&-', "-", *command], capture_output=True, timeout=60, check=False)
     assert closed.stderr == b""
     reading, writing = os.pipe()
@@ -84,8 +84,8 @@ def test_standard_output_that_is_full_closed_or_left_ends_without_a_traceback(wo
     [
         (TimeoutError(), "TimeoutError"),
         (ConnectionResetError(104, "Connection reset by peer"), "Connection reset by peer"),
-        (OSError(28, "No space left on device"), "cannot write what was asked for: No space left on device"),
-        (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied; run it as a user that may"),
+        (OSError(28, "No space left on device"), "cannot write the output: No space left on device"),
+        (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied; use another user or another path"),
     ],
 )
 def test_a_fault_of_the_system_is_told_as_what_it_is(error: OSError, words: str) -> None:
