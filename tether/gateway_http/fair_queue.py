@@ -118,39 +118,56 @@ class RunTimeEstimator:
     """How long a lane's bundles run, learned as ``fixed + each * jobs`` from those that were answered."""
 
     def __init__(self) -> None:
-        self._jobs = self._span = self._squares = self._products = 0.0
+        self._jobs = self._span = self._squares = self._span_squares = self._products = 0.0
+        self._last = 0
         self._learned = False
 
     _NEW = 0.05
     """Weight of the newest bundle."""
 
+    _FOLLOWS = 0.25
+    """Share of the variance of run times that the number of jobs must explain, to be their cause."""
+
     def learn(self, jobs: int, span_s: float) -> None:
         """A bundle of ``jobs`` ran for ``span_s`` seconds on its worker."""
+        self._last = jobs
         if not self._learned:
             self._learned = True
-            self._jobs, self._span, self._squares, self._products = jobs, span_s, jobs * jobs, jobs * span_s
+            self._jobs, self._span, self._products = jobs, span_s, jobs * span_s
+            self._squares, self._span_squares = jobs * jobs, span_s * span_s
             return
         new = self._NEW
         self._jobs += new * (jobs - self._jobs)
         self._span += new * (span_s - self._span)
         self._squares += new * (jobs * jobs - self._squares)
+        self._span_squares += new * (span_s * span_s - self._span_squares)
         self._products += new * (jobs * span_s - self._products)
 
     def most(self, limit: int, within_s: float) -> int:
-        """Jobs, at most ``limit``, that run in about ``within_s``; more when that would waste most of each run."""
+        """Return how many jobs, at most ``limit``, run in about ``within_s``; more when that would waste most of each run.
+
+        Where the number of jobs does not explain how long bundles run, one may have twice as many as the last, and where each has
+        one, two are tried. A busy machine makes every run long: bundles would shrink to one job and never show that larger ones
+        run no longer.
+        """
         if not self._learned or self._span <= 0:
             return limit
-        average = self._span / self._jobs
-        found = within_s / average
+        found = within_s * self._jobs / self._span
         variance = self._squares - self._jobs * self._jobs
+        covariance = self._products - self._jobs * self._span
         if variance > 0.01 * self._squares:
-            each = (self._products - self._jobs * self._span) / variance
+            each = covariance / variance
             if each <= 0:
                 return limit  # more jobs take no longer
             fixed = max(0.0, self._span - each * self._jobs)
             if each * limit <= within_s - fixed:
                 return limit
             found = max(found, max(within_s - fixed, fixed) / each)
+            spans = self._span_squares - self._span * self._span
+            if covariance * covariance < self._FOLLOWS * variance * spans:
+                found = max(found, 2 * self._last)
+        elif self._jobs < 2:
+            found = max(found, 2.0)
         return max(1, min(limit, int(found)))
 
     @property

@@ -135,6 +135,29 @@ def test_a_bundle_is_as_large_as_its_time_allows(fixed: float, each: float) -> N
     assert jobs == 256 or span >= min(0.005, 2 * fixed + each) / 2.6
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_on_a_busy_machine_bundles_do_not_shrink_to_one_job(seed: int) -> None:
+    """Each run takes long, whatever is in it: a queue that sends one job a message grows without end."""
+    noise, pace, jobs, sizes = random.Random(seed), RunTimeEstimator(), 1, []
+    for _ in range(200):
+        pace.learn(jobs, noise.uniform(0.05, 0.8))
+        jobs = pace.most(64, 0.025)
+        sizes.append(jobs)
+    assert max(sizes[:20]) >= 16, "it is found out soon"
+    assert sum(sizes) / len(sizes) > 8
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_jobs_that_take_long_each_stay_alone(seed: int) -> None:
+    noise, pace, jobs, sizes = random.Random(seed), RunTimeEstimator(), 1, []
+    for _ in range(200):
+        pace.learn(jobs, 0.05 * jobs * noise.uniform(0.9, 1.1))
+        jobs = pace.most(64, 0.025)
+        sizes.append(jobs)
+    assert sum(sizes) / len(sizes) < 1.2
+    assert max(sizes) <= 4
+
+
 def test_where_more_jobs_take_no_longer_a_bundle_may_be_full() -> None:
     """A span that is the same whatever is in it left nothing to divide by: the lane's sender died, and nobody was answered."""
     pace, span_s = RunTimeEstimator(), 2.0**-5
