@@ -1,1 +1,1 @@
-"""The front door: HTTP in, jobs out."""
+"""The gateway: turns HTTP requests into jobs."""

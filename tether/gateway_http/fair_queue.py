@@ -1,6 +1,6 @@
-"""Who is next when there is more to do than room to do it: fair queueing between tenants, and how much goes at once.
+"""Fair queueing between tenants, and an estimate of how many jobs to run at once.
 
-Pure: no I/O, no time but what is handed in.
+Pure: no I/O and no clock.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 JOB_BYTES = 512
-"""What a job costs beyond the bytes of its inputs: headers, hashing, an answer."""
+"""Cost of a job beyond the bytes of its inputs: headers, hashing, a reply."""
 
 _FORGET_AT = 256
-"""Tenants at rest that are remembered before those whose account is settled are forgotten."""
+"""Number of idle tenants above which those without outstanding cost are forgotten."""
 
 
 class _Flow(Generic[T]):
@@ -35,8 +35,11 @@ class _Flow(Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """Start-time fair queueing (Goyal, Vin, Cheng 1996): each tenant's items in order; between tenants, bytes taken
-    are in proportion to weights while all of them wait; who has waited for nothing is next."""
+    """Start-time fair queueing (Goyal, Vin, Cheng 1996).
+
+    Items of a tenant keep their order. While several tenants wait, the bytes taken of each are proportional
+    to its weight; a tenant that was idle is next.
+    """
 
     def __init__(self, weight: Callable[[str], float]) -> None:
         self._weight = weight
@@ -46,7 +49,7 @@ class FairQueue(Generic[T]):
         self._count = 0
         self._number = 0
         self.size = 0
-        """Bytes of everything that waits."""
+        """Bytes of all queued items."""
 
     def __len__(self) -> int:
         return self._count
@@ -66,8 +69,8 @@ class FairQueue(Generic[T]):
         self.size += size
 
     def take(self, count: int, size: int, wanted: Callable[[T], bool]) -> list[T]:
-        """At most ``count`` items of together at most ``size`` bytes, but one at least; what is not wanted any more is
-        dropped."""
+        """Take at most ``count`` items of at most ``size`` bytes in total, but at least one; drop unwanted
+        ones."""
         taken: list[T] = []
         used = 0
         waiting = self._waiting
@@ -95,7 +98,7 @@ class FairQueue(Generic[T]):
         return taken
 
     def prune(self, wanted: Callable[[T], bool]) -> None:
-        """Drop what is not wanted any more, wherever it stands."""
+        """Drop all unwanted items, wherever they are in the queue."""
         for flow in self._waiting:
             kept = deque(entry for entry in flow.items if wanted(entry[0]))
             self._count -= len(flow.items) - len(kept)
@@ -109,13 +112,13 @@ class FairQueue(Generic[T]):
             self._now = max(self._now, self._last)
 
     def _forget(self) -> None:
-        """Tenants at rest whose last item is long past: they would begin where a new one begins."""
+        """Forget idle tenants whose virtual time has passed: they would start where a new tenant starts."""
         if len(self._flows) >= len(self._waiting) + _FORGET_AT:
             self._flows = {name: flow for name, flow in self._flows.items() if flow.items or flow.start > self._now}
 
 
 class RunTimeEstimator:
-    """How long a lane's bundles run, learned as ``fixed + each * jobs`` from those that were answered."""
+    """Estimates a lane's run time as ``fixed + each * jobs``, learned from answered bundles."""
 
     def __init__(self) -> None:
         self._jobs = self._span = self._squares = self._span_squares = self._products = 0.0
@@ -126,10 +129,10 @@ class RunTimeEstimator:
     """Weight of the newest bundle."""
 
     _FOLLOWS = 0.25
-    """Share of the variance of run times that the number of jobs must explain, to be their cause."""
+    """Share of the variance of run times that the number of jobs must explain to count as their cause."""
 
     def learn(self, jobs: int, span_s: float) -> None:
-        """A bundle of ``jobs`` ran for ``span_s`` seconds on its worker."""
+        """Record that a bundle of ``jobs`` ran for ``span_s`` seconds on its worker."""
         self._last = jobs
         if not self._learned:
             self._learned = True
@@ -144,11 +147,11 @@ class RunTimeEstimator:
         self._products += new * (jobs * span_s - self._products)
 
     def most(self, limit: int, within_s: float) -> int:
-        """Return how many jobs, at most ``limit``, run in about ``within_s``; more when that would waste most of each run.
+        """Return how many jobs, at most ``limit``, run in about ``within_s``.
 
-        Where the number of jobs does not explain how long bundles run, one may have twice as many as the last, and where each has
-        one, two are tried. A busy machine makes every run long: bundles would shrink to one job and never show that larger ones
-        run no longer.
+        Returns more if overhead would dominate each run. If the number of jobs does not explain the run times, a bundle
+        may have twice as many jobs as the last one, and at least two: a busy machine makes every run long, so bundles
+        would shrink to one job and never show that larger ones run no longer.
         """
         if not self._learned or self._span <= 0:
             return limit
@@ -172,5 +175,5 @@ class RunTimeEstimator:
 
     @property
     def span_s(self) -> float:
-        """Seconds that a bundle ran lately, on average."""
+        """Moving average of the run time of a bundle, in seconds."""
         return self._span

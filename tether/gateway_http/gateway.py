@@ -1,4 +1,4 @@
-"""The gateway's heart: validate, resolve, put on its way, wait."""
+"""The gateway's core: validates and resolves a request, submits it and waits for its outputs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from tether.streams.broker_storage import BrokerStorage
 
 
 class Gateway:
-    """What every route works with. Use :func:`running`."""
+    """Shared services of all routes. Use :func:`running`."""
 
     def __init__(self, bus: Bus, tasks: Tasks, audit: AuditLog, keyring: Keyring, model_keyring: ModelKeyring) -> None:
         self.bus = bus
@@ -94,15 +94,15 @@ class Gateway:
 
     @property
     def inflight(self) -> int:
-        """Bundles with a request that waits for its answer."""
+        """Bundles with at least one awaited job."""
         return self._bundler.in_flight
 
     def held(self, model: str) -> int:
-        """Requests for a model that nobody has answered yet."""
+        """Return the number of unanswered requests for a model."""
         return self._bundler.pending_for_model(model)
 
     def stream_renewed(self, streams: set[str]) -> None:
-        """Infer streams lost what was in them."""
+        """Resend bundles of infer streams that lost their messages."""
         for bundler in (self._bundler, self._copies):
             bundler.stream_renewed(streams)
 
@@ -111,7 +111,7 @@ class Gateway:
         await self.features.shadows.start()
 
     async def authenticated(self, heading: RequestHeaders, scope: str) -> Caller:
-        """Whose a request is, when it is its turn; unknown keys take turns as one tenant.
+        """Authenticate a request and wait for its tenant's turn; unknown keys take turns as one tenant.
 
         Raises:
             Unauthenticated, Forbidden: see :meth:`ApiKeys.authenticate`.
@@ -138,19 +138,19 @@ class Gateway:
         alias: str = "",
         notes: Headers | None = None,
     ) -> tuple[Tensor, ...]:
-        """Run one synchronous request, of a version as the caller wrote it in ``alias``; outputs in the order asked for.
-        ``notes`` gets headers for the caller.
+        """Run a request for the version written as ``alias``; ``notes`` collects response headers.
 
         Raises:
-            BadTensor: inputs or outputs are not those of the model's signature; nothing was queued.
-            ModelNotReady, ModelUnloaded, QueueFull, Unavailable: try again later, or when it is loaded again.
-            DeadlineExceeded: no answer within ``timeout_s`` seconds, or not begun when its model's queue policy says so.
-            ClientDisconnected: its client left; the job was withdrawn.
+            BadTensor: inputs or outputs do not match the model's signature; nothing was queued.
+            ModelNotReady, ModelUnloaded, QueueFull, Unavailable: retry later, or once it is loaded again.
+            DeadlineExceeded: no reply within ``timeout_s`` seconds, or not started within its model's
+                queue timeout.
+            ClientDisconnected: the client disconnected; the job was withdrawn.
             InferenceFailed: the model failed on this input.
         """
         pool = self._admit(served, tenant, inputs, outputs)
         timeout_s, queued_s = self._request_timeouts(name := served.manifest.name, timeout_s)
-        began = self.bus.clock.monotonic()
+        started = self.bus.clock.monotonic()
         job = Job(new_job_id(), tenant, inputs, self.bus.clock.utc() + queued_s, outputs, request_id, traceparent)
         outcome, job_id = JobCancelled.code, str(job.id)
         answer: tuple[Tensor, ...] = ()
@@ -168,7 +168,7 @@ class Gateway:
             outcome = error.code
             raise
         finally:
-            seconds = self.bus.clock.monotonic() - began
+            seconds = self.bus.clock.monotonic() - started
             self.audit.inference(
                 tenant,
                 actor,
@@ -186,7 +186,7 @@ class Gateway:
         return answer
 
     def _admit(self, served: ResolvedVersion, tenant: str, inputs: tuple[Tensor, ...], outputs: tuple[str, ...]) -> str:
-        """The pool that a request runs in, if it can run."""
+        """Check that a request can run; return its pool."""
         pool = self.tenants.pool(tenant)
         self.catalog.check_inputs(served, inputs, pool)
         if outputs:
@@ -199,7 +199,7 @@ class Gateway:
         return (timeout_s, timeout_s) if policy is None else waits(policy, timeout_s, self.settings.request_timeout_s)
 
     def ready(self, served: ResolvedVersion, pool: str) -> bool:
-        """Whether a worker answers for a version just now: its route names one that says so itself, a moment ago."""
+        """Return True if a worker in the version's route has recently confirmed that it hosts the version."""
         manifest = served.manifest
         if not self.catalog.ready(served, pool) or not self.readiness.infers():
             return False
@@ -207,13 +207,13 @@ class Gateway:
         return any(self.heartbeats.holds(worker, ref) for worker in self.catalog.workers(served, pool))
 
     def checks(self) -> dict[str, str]:
-        """The dependencies of ``/readyz``."""
+        """Return the dependencies of ``/readyz``."""
         return self.readiness.checks()
 
 
 @asynccontextmanager
 async def running(settings: Settings, home: Home) -> AsyncIterator[Gateway]:
-    """A connected gateway whose caches are filled, until the block ends. It does not listen yet."""
+    """Run a connected gateway with filled caches until the block ends. It does not listen yet."""
     async with AsyncExitStack() as stack:
         bus = await stack.enter_async_context(connect(settings, home, "gateway"))
         tasks = await stack.enter_async_context(lifecycle.tasks())

@@ -1,4 +1,4 @@
-"""The gateway as a process."""
+"""The gateway process."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ log = logging.getLogger(__name__)
 
 
 def listen(gateway: Gateway, host: str, port: int) -> AbstractAsyncContextManager[int]:
-    """Answer on a port (0: a free one) until the block ends; the value is the port."""
+    """Listen on a port (0: a free one) until the block ends; the value is the port."""
     limits = operations_server.HttpLimits(gateway.settings.max_connections, gateway.settings.header_timeout_s)
     return operations_server.listening(app.build(gateway), host, port, interface=Interfaces.RSGI, limits=limits)
 
 
 @asynccontextmanager
 async def listening(settings: Settings, home: Home) -> AsyncIterator[tuple[Gateway, int]]:
-    """A gateway that answers on its port until the block ends; what it holds is answered first."""
+    """Run a gateway that listens until the block ends; pending requests are answered before it stops."""
     async with (
         core.running(settings, home) as gateway,
         listen(gateway, settings.http_host, settings.http_port) as port,
     ):
         yield gateway, port
-        await _drained(gateway, settings.shutdown_timeout_s)
+        await _drain(gateway, settings.shutdown_timeout_s)
 
 
-async def _drained(gateway: Gateway, within_s: float) -> None:
+async def _drain(gateway: Gateway, within_s: float) -> None:
     end = gateway.bus.clock.monotonic() + within_s
     while gateway.inflight and gateway.bus.clock.monotonic() < end:
         await asyncio.sleep(0.02)

@@ -155,7 +155,7 @@ def test_a_key_without_the_scope_is_forbidden(
     "path", ["/nothing", "/v1/", "/v1/jobs/", "/v2/models", "/v2/models/a/b/c", "/docs/", "/%2e%2e/etc/passwd", "//v2"]
 )
 def test_an_unknown_path_is_a_typed_404(http: httpx.Client, path: str) -> None:
-    assert_error(http.get(path), 404, "not_found", "nothing is served")
+    assert_error(http.get(path), 404, "not_found", "no route matches")
 
 
 @pytest.mark.parametrize("row", ROWS, ids=named)

@@ -223,15 +223,19 @@ def test_an_admin_key_that_is_bounded_gives_no_more_than_it_has(http: httpx.Clie
         assert less.status_code == 201, patterns
     for patterns in (["*"], ["own*"], ["own-*", "a"], ["*own-*"]):
         body = {"tenant": "elsewhere", "scopes": ["infer"], "models": patterns}
-        assert_error(http.post("/v1/keys", json=body, headers=headers), 403, "forbidden", "may use models")
+        assert_error(
+            http.post("/v1/keys", json=body, headers=headers), 403, "forbidden", "may use, and grant, only models"
+        )
         change = {"name": "bounded-tenant", "models": patterns}
-        assert_error(http.post("/v1/tenants", json=change, headers=headers), 403, "forbidden", "may use models")
+        assert_error(
+            http.post("/v1/tenants", json=change, headers=headers), 403, "forbidden", "may use, and grant, only models"
+        )
     rotated = http.post(f"/v1/keys/{wide['id']}/rotate", headers=headers)
-    assert_error(rotated, 403, "forbidden", "may use models")
+    assert_error(rotated, 403, "forbidden", "may use, and grant, only models")
     tenant = http.post("/v1/tenants", json={"name": "bounded-tenant"}, headers=headers)
     assert (tenant.status_code, tenant.json()["models"]) == (201, ["default/own-*", "default/*-shared"])
     wider = http.patch("/v1/tenants/bounded-tenant", json={"models": ["*"]}, headers=headers)
-    assert_error(wider, 403, "forbidden", "may use models")
+    assert_error(wider, 403, "forbidden", "may use, and grant, only models")
     assert http.patch("/v1/tenants/bounded-tenant", json={"models": ["*"]}).status_code == 200
 
 

@@ -139,8 +139,8 @@ def test_one_body_brings_a_sample_before_the_model_file(http: httpx.Client, tmp_
     [
         ("x", b"", 400, "must be a number of bytes above 0"),
         ("0", b"", 400, "must be a number of bytes above 0"),
-        ("67108865", b"", 413, "a sample has at most 67108864 bytes"),
-        ("9" * 5000, b"", 413, "a sample has at most"),
+        ("67108865", b"", 413, "a sample must have at most 67108864 bytes"),
+        ("9" * 5000, b"", 413, "a sample must have at most"),
         ("1000", b'{"x": [1]}', 400, "the body ends within the sample"),
         ("10", b'{"x": [1]}', 400, "send the bytes of the model file"),
         ("10", b'{"x": 5]}}MODEL', 422, "the sample is no JSON object"),

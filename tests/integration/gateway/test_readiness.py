@@ -42,7 +42,7 @@ async def test_every_dependency_is_tried_and_named(running: Services) -> None:
 
 
 async def test_tries_leave_nothing_behind(running: Services) -> None:
-    await running.gateway.readiness.look()
+    await running.gateway.readiness.probe()
 
     async def gone() -> bool:
         assert running.dispatcher is not None
@@ -98,9 +98,9 @@ async def test_a_model_is_ready_when_a_worker_says_so_and_not_for_a_route_alone(
     assert not heard.holds("worker-1", ModelRef("add", 2))
     assert not heard.holds("worker-2", ref)
     frame = heard._beats["worker-1"].frame
-    assert heard._opened("worker-1", frame) == {ref}
-    assert not heard._opened("worker-1", frame[:-1] + bytes([frame[-1] ^ 1])), "nobody signed this one"
-    assert not heard._opened("worker-2", frame), "this is another worker's"
+    assert heard._verify("worker-1", frame) == {ref}
+    assert not heard._verify("worker-1", frame[:-1] + bytes([frame[-1] ^ 1])), "nobody signed this one"
+    assert not heard._verify("worker-2", frame), "this is another worker's"
     await wait_until(lambda: running.gateway.ready(served, "shared"), "it is ready")
 
 

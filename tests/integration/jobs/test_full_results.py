@@ -138,7 +138,7 @@ async def test_outputs_leave_room_for_ends_without(short: Services, monkeypatch:
     use = await stream_use(short.bus, short.bus.names.results_stream)
     assert use is not None
     assert use.share > 1 - ENDS, "what was kept for ends is used by them"
-    with pytest.raises(QueueFull, match="no room for outputs"):
+    with pytest.raises(QueueFull, match="results of durable jobs fill"):
         await short.gateway.jobs.submit(TENANT, [new_job(served, wide[0])])
     await wait_until(lambda: "kept for ends" in short.gateway.readiness.checks()["results"], "the gateway says so")
     assert np.array_equal(await short.infer(served, wide[1], timeout_s=10), wide[1] + 1), "callers are answered"

@@ -172,7 +172,7 @@ async def test_records_of_homes_of_before_are_found_by_id_and_by_key(one: Servic
     (made,) = await submit(one, new_job(served, row(1), key="old"))
     records = one.gateway.jobs._records
     (record,) = (await records.find([made["id"]])).values()
-    await records.leave([await records.accept(claimed(record))])
+    await records.discard([await records.accept(claimed(record))])
     digest = digest_of_before(idempotency_digest(TENANT, "old"))
     keyed, plain = JobId(digest[:length] + new_job_id()[length:]), new_job_id()
     for job_id in (keyed, plain):
@@ -197,7 +197,7 @@ async def test_a_claim_of_a_home_of_before_is_stored_again_under_its_id_and_key(
     (made,) = await submit(one, new_job(served, row(1), key="old"))
     records = one.gateway.jobs._records
     (record,) = (await records.find([made["id"]])).values()
-    await records.leave([await records.accept(claimed(record))])
+    await records.discard([await records.accept(claimed(record))])
     digest = digest_of_before(idempotency_digest(TENANT, "old"))
     older = msgspec.structs.replace(claimed(record), id=JobId(digest[:24] + new_job_id()[24:]))
     assert older.key == digest[:24]

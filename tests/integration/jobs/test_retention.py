@@ -126,7 +126,7 @@ async def test_ended_jobs_keep_a_share_when_open_ones_fill_the_records(short: Se
     ids = await submit(short, served, 30)
     await ended(short, ids)
     await short.workers[0].holder.stop(1)
-    with pytest.raises(QueueFull, match=r"records of durable jobs have no room: .* raise max_file_mb"):
+    with pytest.raises(QueueFull, match=r"records of open durable jobs fill .* raise max_file_mb"):
         await fill(short, served)
     assert short.dispatcher is not None
     await short.dispatcher.retention.round()

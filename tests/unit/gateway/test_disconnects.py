@@ -92,7 +92,7 @@ async def test_a_quick_answer_watches_nobody() -> None:
     answer.set_result(7)
     assert await asyncio.gather(*tasks) == [7, 7]
     async with asyncio.timeout(5):
-        while disconnects._looking:
+        while disconnects._ticking:
             await asyncio.sleep(0.01)
     assert not client.watches
     assert not disconnects._unwatched

@@ -47,7 +47,7 @@ async def test_who_comes_alone_waits_for_nothing_and_leaves_nothing() -> None:
         coroutine.send(None)
     for _ in range(3):
         await asyncio.sleep(0)
-    assert door._beginning._begun == 0
+    assert door._starting._started == 0
 
 
 async def test_who_leaves_while_waiting_takes_no_turn() -> None:
@@ -60,7 +60,7 @@ async def test_who_leaves_while_waiting_takes_no_turn() -> None:
     assert [task.cancelled() for task in tasks].count(False) == IN_A_PASS + 1
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert door._beginning._begun == 0
+    assert door._starting._started == 0
 
 
 async def test_answers_to_a_flood_wait_behind_each_other_once_somebody_else_is_there() -> None:

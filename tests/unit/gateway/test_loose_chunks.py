@@ -50,7 +50,7 @@ async def test_so_many_are_counted_and_no_more(monkeypatch: pytest.MonkeyPatch) 
         assert await loose.take(tenant, "b", "1", 0)
         assert await loose.take(tenant, "b", "2", 0)
         if tenant is ACME:
-            with pytest.raises(QuotaExceeded, match="2 chunks"):
+            with pytest.raises(QuotaExceeded, match="2 unreferenced chunks"):
                 await loose.take(tenant, "b", "3", 0)
         else:
             assert await loose.take(tenant, "b", "3", 0)

@@ -1,1 +1,1 @@
-"""Who may ask, and how much: keys, sessions, tenants, rate limits."""
+"""Access control: API keys, sessions, tenants, rate limits."""

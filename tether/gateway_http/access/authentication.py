@@ -1,4 +1,4 @@
-"""Who is calling and what they may do: API keys from the ``apikeys`` bucket, in memory by the hash of their text."""
+"""Authentication by API key, from an in-memory index of the ``apikeys`` bucket by the hash of the key's text."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from tether.model.ownership import Asker, Right, push_refusal, refusal
 from tether.wire import codec
 
 ANY_SCOPE = "any"
-"""What a route asks for that any key which counts may use."""
+"""Scope of a route that any valid key may use."""
 
 _DECISIONS = 4096
-"""Model names that a caller's decision is remembered for; names are chosen by clients, so there is an end to it."""
+"""Model names for which a caller's decision is cached; bounded, because clients choose the names."""
 
 
 class Caller:
-    """An API key with its tenant's rights, as a request uses them. A change of either makes a new one.
+    """An API key with its tenant's rights, as a request uses them. Replaced when either changes.
 
-    Which models it may use follows from its patterns and its tenant's, and from who owns each model.
+    The models it may use follow from its patterns, its tenant's patterns and the owner of each model.
     """
 
     __slots__ = (
@@ -62,18 +62,18 @@ class Caller:
             self.scopes &= {*session.scopes, ANY_SCOPE}
             self._patterns.append(session.models)
         self.admin = "admin" in self.scopes
-        """It may do with every tenant's models what their owners may, within its patterns."""
+        """True if it may act as the owner of every tenant's models that its patterns match."""
         self._decisions: dict[str, bool] = {}
 
     @property
     def asker(self) -> Asker:
-        """For whom the model store is asked."""
+        """The identity that requests to the model store are made for."""
         return Asker(self.tenant, self.admin, f"key:{self.id}")
 
     # names: every other method takes the platform's name of a model
 
     def named(self, written: str) -> str:
-        """The platform's name of the model that the caller wrote the name of.
+        """Return the platform's name of a model from the name that the caller wrote.
 
         Raises:
             BadName: it has a slash and is not tenant/model.
@@ -81,7 +81,7 @@ class Caller:
         return resolved(written, self.tenant, self._owners.known)
 
     def named_push(self, written: str) -> str:
-        """The platform's name of the model that a push under this name makes a version of.
+        """Return the platform's name of the model that a push under this name adds a version to.
 
         Raises:
             BadName
@@ -89,21 +89,21 @@ class Caller:
         return resolved_push(written, self.tenant, self._owners.known, lambda name: self.right(name) >= Right.WRITE)
 
     def shown(self, model: str) -> str:
-        """How the caller writes a platform's name."""
+        """Return a platform's name as the caller writes it."""
         return shown(model, self.tenant, self._owners.known)
 
     def told(self, message: str) -> str:
-        """A message with the names of models as the caller writes them."""
+        """Return a message with model names as the caller writes them."""
         return shown_text(message, self.tenant)
 
     # rights
 
     def may_use_model(self, model: str) -> bool:
-        """Whether key and tenant both allow a model's name, and it is not another tenant's own."""
+        """Return True if key and tenant both allow the model's name and it is not private to another tenant."""
         return self._matches(model) and (self.admin or self._owners.right(model, self.tenant) is not Right.NONE)
 
     def right(self, model: str) -> Right:
-        """What this caller may do with a model; of a name that nobody has a model of, everything."""
+        """Return the caller's right to a model; every right if there is no model of that name."""
         if not self._matches(model):
             return Right.NONE
         return Right.OWN if self.admin else self._owners.right(model, self.tenant)
@@ -118,44 +118,44 @@ class Caller:
         return found
 
     def bound(self, models: tuple[str, ...] | None, tenant: str, *, field: str = "models") -> tuple[str, ...]:
-        """The patterns that ``tenant``, or a key of it, which this caller makes or changes may have: ``models``, or without them
-        the widest. No pattern may match a name that this caller may not use.
+        """Return the model patterns for ``tenant``, or for a key of it, which this caller creates or changes.
+
+        These are ``models``, or the widest possible ones if None. No pattern may match a name that this
+        caller may not use.
 
         Raises:
-            InvalidRequest: one is no pattern.
-            Forbidden: one goes beyond the caller's own.
+            InvalidRequest: a pattern is not valid.
+            Forbidden: a pattern goes beyond the caller's own.
         """
         asked = [check_patterns(models, field=field)] if models is not None else [EVERY_MODEL, *self._as_of(tenant)]
         for patterns in asked:
             if all(allows_patterns(own, self.tenant, patterns, tenant) for own in self._patterns):
                 return patterns
         own = ", ".join(self._patterns[0])
-        raise Forbidden(
-            f"this API key may use models that match {own[:200]} only, and give no more than that", field=field
-        )
+        raise Forbidden(f"this API key may use, and grant, only models that match {own[:200]}", field=field)
 
     def _as_of(self, tenant: str) -> list[tuple[str, ...]]:
-        """This caller's patterns, as they are written for another tenant."""
+        """Return this caller's patterns, as they are written for another tenant."""
         if tenant == self.tenant:
             return self._patterns
         return [tuple(spelled_out(patterns, self.tenant)) for patterns in self._patterns]
 
     def check_model(self, model: str, wanted: Right = Right.USE) -> None:
-        """Refuse what this caller may not do with a model; one that it may not use, as if there were none of its name.
+        """Reject a request that exceeds the caller's right to a model; hide a model that it may not use.
 
         Raises:
-            BadName: no model could have this name.
-            ModelNotFound: it may not be used.
-            Forbidden: it may be used, and belongs to another tenant.
+            BadName: no model can have this name.
+            ModelNotFound: the caller may not use it.
+            Forbidden: the caller may use it, but it belongs to another tenant.
         """
         if wanted is Right.USE and self.may_use_model(model):
-            return  # what every request asks
+            return  # fast path: every inference request checks this
         error = refusal(model, self.right(model), wanted)
         if error is not None:
             raise error
 
     def check_push(self, model: str) -> None:
-        """:meth:`check_model` for a push, which another tenant's model stands in the way of.
+        """Check a push; unlike :meth:`check_model`, report a name that another tenant owns.
 
         Raises:
             Conflict: the name is another tenant's.
@@ -171,7 +171,7 @@ class Caller:
 
 
 class ApiKeys:
-    """Looks keys up by the SHA-256 of their text, so a wrong one costs what a right one costs."""
+    """Looks keys up by the SHA-256 of their text, so that a wrong key costs the same as a valid one."""
 
     def __init__(self, bus: Bus, tenants: Tenants, owners: OwnerBook) -> None:
         self._owners = owners
@@ -184,7 +184,7 @@ class ApiKeys:
         self._in_session: dict[bytes, Caller] = {}
         self._by_id: dict[str, ApiKey] = {}
         self._doubtful: set[bytes] = set()
-        """Keys of tenants whose record cannot be believed."""
+        """Hashes of keys whose tenant's record cannot be verified."""
         tenants.on_change(self._tenant_changed)
 
     @asynccontextmanager
@@ -224,7 +224,7 @@ class ApiKeys:
         return sorted(self._by_id.values(), key=lambda record: record.created_at)
 
     def others(self, tenant: str) -> bool:
-        """Whether another tenant has a record, or a key that was not revoked; an administrator's makes no tenant."""
+        """Return True if another tenant has a record or an unrevoked key; administrators' keys do not count."""
         records = any(record.name != tenant for record in self._tenants.known())
         keys = [key for key in self._by_id.values() if not key.revoked and "admin" not in key.scopes]
         return records or any(key.tenant != tenant for key in keys)
@@ -233,32 +233,32 @@ class ApiKeys:
         return self._by_id.get(key_id)
 
     async def store(self, record: ApiKey) -> None:
-        """Keep a key; this gateway accepts it at once, others within their watch's delay.
+        """Store a key. This gateway accepts it at once, others within their watch's delay.
 
         Raises:
-            BrokerUnavailable: it may be kept all the same.
+            BrokerUnavailable: the key may have been stored all the same.
         """
         body = codec.encode(record)
         await self.bucket.put(record.id, body)
         self._changed(record.id, body)
 
     async def revoke(self, record: ApiKey) -> ApiKey:
-        """The key as it is kept from now on: known, and refused.
+        """Revoke a key and return its new record.
 
         Raises:
-            BrokerUnavailable: it may be revoked all the same.
+            BrokerUnavailable: the key may have been revoked all the same.
         """
         revoked = msgspec.structs.replace(record, revoked=True)
         await self.store(revoked)
         return revoked
 
     def authenticate(self, text: str, scope: str) -> Caller:
-        """Who presented a key, when it may do what ``scope`` names.
+        """Return the caller of a key that has ``scope``.
 
         Raises:
-            Unauthenticated: no key, or none that counts; missing, unknown, wrong, revoked and expired say the same.
-            RateLimited: session tokens are forged by the hundred just now, and this one was not seen before.
-            Forbidden: the key lacks the scope, or the record of its tenant cannot be believed.
+            Unauthenticated: a missing, unknown, wrong, revoked or expired key; all give the same message.
+            RateLimited: too many forged session tokens arrived, and this one was not verified before.
+            Forbidden: the key lacks the scope, or the record of its tenant cannot be verified.
         """
         digest = hashlib.sha256(text.encode()).digest()
         caller = self._callers.get(digest) or self._of_session(text, digest)
@@ -273,7 +273,7 @@ class ApiKeys:
         return caller
 
     def _of_session(self, text: str, digest: bytes) -> Caller | None:
-        """Who presented a session token: its API key, with what the session left of its rights."""
+        """Return the caller of a session token: its API key, restricted to the session's rights."""
         session = self.sessions.open(text, digest)
         if session is None:
             return None
@@ -291,4 +291,4 @@ class ApiKeys:
 
 
 def _doubtful() -> Forbidden:
-    return Forbidden("the record of this key's tenant cannot be verified; an administrator must sign it anew")
+    return Forbidden("the record of this key's tenant cannot be verified; ask an administrator to sign it again")

@@ -1,4 +1,5 @@
-"""When each API key was last used: noted in memory by each request, written now and then, read over all gateways."""
+"""Time of last use of each API key: noted in memory by each request, written periodically, read over all
+gateways."""
 
 from __future__ import annotations
 
@@ -17,38 +18,38 @@ from tether.wire.subjects import token
 log = logging.getLogger(__name__)
 
 LOOK_S = 5.0
-"""How often the notes are looked through; the first use of a key is known to others after this long."""
+"""Interval in seconds at which new uses are written; the delay until other gateways see a key's first use."""
 
 WRITE_S = 60.0
-"""A gateway writes about a key at most this often."""
+"""Minimum time in seconds between two writes of one gateway about the same key."""
 
 
 class KeyUse(msgspec.Struct, frozen=True):
-    """A key was used through one gateway at ``used_at`` (UTC seconds) and not later, as far as was written."""
+    """Last recorded use of a key through one gateway, at ``used_at`` (UTC seconds)."""
 
     key: str
     used_at: float
 
 
 class KeyUsage:
-    """The bucket ``keyuse``: an entry for each key and gateway. ``noted`` is this gateway's, by key id."""
+    """The bucket ``keyuse``, with one entry per key and gateway. ``noted`` has this gateway's uses by key id."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._bucket = SignedBucket(bus, "keyuse", MessageType.KEY_USE)
         self._gateway = token(bus.signer.name)
         self._written: dict[str, tuple[float, float]] = {}
-        """By key: the use that was written last, and when it was."""
+        """By key: the last use that was written, and the time of writing."""
         self.noted: dict[str, float] = {}
 
-    async def keep(self, look_s: float = LOOK_S) -> None:
-        """Write what is new, for as long as the gateway runs."""
+    async def keep(self, interval_s: float = LOOK_S) -> None:
+        """Write new uses periodically, until cancelled."""
         while True:
-            await asyncio.sleep(look_s)
+            await asyncio.sleep(interval_s)
             await self.write()
 
     async def write(self, *, every_s: float = WRITE_S) -> int:
-        """Write the uses that were not written and whose key was not written about for ``every_s``; how many."""
+        """Write unwritten uses of keys not written for ``every_s`` seconds; return how many were due."""
         now, never = self._bus.clock.utc(), (0.0, 0.0)
         due = []
         for key, used in self.noted.items():
@@ -59,13 +60,14 @@ class KeyUsage:
             try:
                 await self._bucket.put(f"{use.key}.{self._gateway}", codec.encode(use))
             except TetherError as error:
-                log.info("key use was not written: %s", error, extra={"action": "key_use_failed"})
+                log.info("key use not written, will be retried: %s", error, extra={"action": "key_use_failed"})
                 break
             self._written[use.key] = (use.used_at, now)
         return len(due)
 
     async def last(self) -> dict[str, float]:
-        """The last known use of each key over all gateways, UTC seconds; this gateway's own up to now.
+        """Return the last known use of each key over all gateways, in UTC seconds; this gateway's are
+        current.
 
         Raises:
             BrokerUnavailable: no answer.

@@ -1,8 +1,8 @@
-"""One limit as one of several gateways counts it. Pure: time is passed in, what other gateways told is handed in.
+"""One gateway's part of a limit that several gateways share. Pure: time and the peers' reports are passed in.
 
-A limit belongs to all gateways together. Each takes a share of it in proportion to how much was asked of it, so that
-the shares add up to the whole. How full a gateway's part is travels with its demand: who takes over a part of the limit
-takes it over as full or as empty as it was.
+Gateways divide a limit in proportion to their demand, so that the shares add up to the whole. A report
+carries the demand and the fill level of a gateway's part; a gateway that takes over a part of the limit also
+takes over its fill level.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from typing import Protocol
 import msgspec
 
 TICK_S = 0.2
-"""Time between two reports of a gateway whose keys are asked."""
+"""Time between two reports of a gateway with demand, in seconds."""
 
 SILENT_S = 1.5
-"""A gateway that is expected to report and has not for this long is gone: others take its share over."""
+"""An expected gateway that has not reported for this many seconds is gone; others take over its share."""
 
 IDLE_S = 1.0
-"""A gateway that nobody asked for this long gives its share back."""
+"""A gateway without requests for this many seconds gives its share back."""
 
 _MEMORY_S = 0.3
-"""Time in which an old demand is forgotten by two thirds; half of it when nothing at all is asked any more."""
+"""Time constant of the demand average, in seconds; halved when there are no requests at all."""
 
 _EPSILON = 1e-9
 
 
 class LimitReport(msgspec.Struct, frozen=True):
-    """What a gateway tells of one limit."""
+    """A gateway's report of one limit."""
 
     name: str
     demand: float
-    """Requests a second that were asked of it, or for slots how many it could have used; 0: none now."""
+    """Requests per second that it received; of a semaphore, the slots it could have used. 0: none now."""
     fill: float = 1.0
-    """How full its part of the bucket is: 1 full, 0 empty, below 0 in debt."""
+    """Fill level of its part of the bucket: 1 full, 0 empty, below 0 in debt."""
     open: int = 0
-    """Slots that are taken there."""
+    """Slots in use there."""
 
 
 class Peer:
-    """Another gateway's last report."""
+    """The last report of another gateway."""
 
     __slots__ = ("at", "demand", "fill", "open", "weight")
 
@@ -54,7 +54,7 @@ class Peer:
 
 
 class Meter(Protocol):
-    """What :class:`DistributedTokenBucket` and :class:`DistributedSemaphore` have in common."""
+    """The common interface of :class:`DistributedTokenBucket` and :class:`DistributedSemaphore`."""
 
     demand: float
     peers: dict[str, Peer]
@@ -73,7 +73,8 @@ class Meter(Protocol):
 
 
 class _SharedLimit:
-    """Own demand, that of others, and who has not said anything yet. ``members`` are the other live gateways."""
+    """Own demand, the peers' demand, and peers that have not reported. ``members`` are the other live
+    gateways."""
 
     def __init__(self, own: str, members: Mapping[str, float], now: float) -> None:
         self._own = own
@@ -85,17 +86,17 @@ class _SharedLimit:
         self._fresh = False
 
     def unknown(self) -> bool:
-        """Whether a live gateway has not told its demand."""
+        """Return True if a live gateway has not reported its demand."""
         return any(member not in self.peers for member in self._members)
 
     def _strangers(self) -> int:
-        """Those gateways are taken to want as much as this one."""
+        """Count the live gateways without a report; they are assumed to have this gateway's demand."""
         if not self._members:
             return 0
         return sum(member not in self.peers for member in self._members)
 
     def _first_demand(self) -> float:
-        """What to assume of a demand that begins: as much as others have; else one request."""
+        """Return the initial estimate of a new demand: the average of the peers', else one request."""
         active = [peer.demand for peer in self.peers.values() if peer.demand]
         return sum(active) / len(active) if active else self._one()
 
@@ -109,7 +110,7 @@ class _SharedLimit:
         self._fresh = True
 
     def _learn(self, asked: float, now: float) -> None:
-        """Follow what was asked for since the last tick."""
+        """Update the demand average with the requests since the last tick."""
         if self._fresh:
             self.demand, self._fresh = asked, False
             return
@@ -117,26 +118,26 @@ class _SharedLimit:
         self.demand += weight * (asked - self.demand)
 
     def _silence(self, now: float) -> None:
-        """Peers that should have reported and did not want nothing from now on."""
+        """Set the demand of peers with an overdue report to zero."""
         for name, peer in self.peers.items():
             if peer.demand and (name not in self._members or now - peer.at > SILENT_S):
                 peer.demand, peer.open = 0.0, 0
 
     def _settle(self) -> None:
-        """What the silent had was handed on; those who are gone are forgotten."""
+        """Forget the weights of silent peers, whose share was taken over, and peers that are gone."""
         for peer in self.peers.values():
             peer.weight = peer.demand
         for name in [name for name in self.peers if name not in self._members]:
             del self.peers[name]
 
     def refresh(self, now: float) -> None:
-        """The broker was away: nobody could report."""
+        """Restart the silence timeout of all peers: they could not report while the broker was away."""
         for peer in self.peers.values():
             peer.at = now
 
 
 class DistributedTokenBucket(_SharedLimit):
-    """A token bucket: ``rate`` a second, at most ``burst`` at once."""
+    """A token bucket of ``rate`` tokens per second, at most ``burst`` at once."""
 
     def __init__(self, rate: float, burst: float, own: str, members: Mapping[str, float], now: float) -> None:
         super().__init__(own, members, now)
@@ -147,14 +148,14 @@ class DistributedTokenBucket(_SharedLimit):
         self.configure(rate, burst, now)
 
     def configure(self, rate: float, burst: float, now: float) -> None:
-        """Set the limit, new or changed; a burst of 0 is what the rate allows in a second."""
+        """Set or change the limit; a burst of 0 means one second's worth of ``rate``."""
         self.rate = rate
         self.burst = max(1.0, float(burst or math.ceil(rate)))
         self._at = max(self._at, now)
         self._scale()
 
     def _scale(self) -> None:
-        """A part is never smaller than one request, or nothing would ever fit it."""
+        """Scale this gateway's part to its share, but to at least one request, or nothing would ever fit."""
         share = self.share or 1.0
         self._room = max(1.0, share * self.burst)
         self._per_s = share * self.rate
@@ -166,7 +167,7 @@ class DistributedTokenBucket(_SharedLimit):
             self._at = now
 
     def take(self, now: float) -> bool:
-        """Take one token; False when this gateway's part has none."""
+        """Take one token; return False if this gateway's part has none."""
         self._asked += 1
         self._asked_at = now
         if not self.demand:
@@ -179,7 +180,7 @@ class DistributedTokenBucket(_SharedLimit):
         return True
 
     def charge(self, count: int, now: float) -> None:
-        """Count what was not known when the token was taken; it may leave a debt. Below 0 it gives back."""
+        """Take ``count`` more tokens, even into debt; give them back if negative."""
         self._refill(now)
         self._asked += max(0, count)
         self._fill = min(1.0, self._fill - count / self._room)
@@ -187,10 +188,10 @@ class DistributedTokenBucket(_SharedLimit):
     def _one(self) -> float:
         return 1.0 / TICK_S
 
-    # others
+    # peers
 
     def tick(self, now: float) -> None:
-        """Work out demand and share anew; call it every ``TICK_S`` while there is a demand."""
+        """Recompute demand and share; call it every ``TICK_S`` while there is a demand."""
         elapsed = now - self._ticked_at
         if not self._fresh or elapsed > TICK_S / 2:
             if self.demand:
@@ -211,7 +212,8 @@ class DistributedTokenBucket(_SharedLimit):
         peer.weight = peer.demand
 
     def _reshare(self, now: float) -> None:
-        """Take the share that belongs to the demands; what comes from others comes as full as it was there."""
+        """Set the share in proportion to demand; a part taken over from peers keeps the fill level it had
+        there."""
         self._refill(now)
         share = 0.0
         if self.demand:
@@ -235,32 +237,32 @@ class DistributedTokenBucket(_SharedLimit):
         return LimitReport(name, self.demand, self._fill)
 
     def at_rest(self, now: float) -> bool:
-        """Whether nothing would be lost by forgetting it."""
+        """Return True if it can be forgotten without loss of state."""
         self._refill(now)
         return not self.demand and self._fill >= 1.0 and not any(peer.demand for peer in self.peers.values())
 
-    # telling
+    # reporting
 
     @property
     def remaining(self) -> int:
-        """Requests that are left over all gateways, as far as this one knows; 0 when it has none to give."""
+        """Requests left over all gateways, as far as this one knows; 0 if its own part is empty."""
         if self._fill * self._room < 1.0 - _EPSILON:
             return 0
         return max(1, int(self._fill * self.burst + _EPSILON))
 
     @property
     def full_in_s(self) -> float:
-        """Seconds until all of ``burst`` is there again."""
+        """Seconds until all of ``burst`` is available again."""
         return (1.0 - self._fill) / self._speed
 
     @property
     def next_in_s(self) -> float:
-        """Seconds until one request is let in."""
+        """Seconds until the next request is admitted."""
         return max(0.0, (1.0 - self._fill * self._room) / self._per_s)
 
 
 class DistributedSemaphore(_SharedLimit):
-    """At most ``limit`` requests open at the same time."""
+    """At most ``limit`` requests at the same time."""
 
     def __init__(self, limit: int, own: str, members: Mapping[str, float], now: float) -> None:
         super().__init__(own, members, now)
@@ -276,7 +278,8 @@ class DistributedSemaphore(_SharedLimit):
         self._allot()
 
     def take(self, now: float) -> bool:
-        """Take a slot; False when this gateway's part, or the whole, is taken. Every slot taken is to be given back."""
+        """Take a slot, which the caller must give back; return False if this part or the whole limit is used
+        up."""
         self._asked_at = now
         if not self.demand:
             self._wake(now)
@@ -295,7 +298,7 @@ class DistributedSemaphore(_SharedLimit):
     def remaining(self) -> int:
         return max(0, min(self.allotted - self.open, self.limit - self.open - self._elsewhere))
 
-    # others
+    # peers
 
     def tick(self, now: float) -> None:
         if self.demand:
@@ -313,7 +316,7 @@ class DistributedSemaphore(_SharedLimit):
         self._allot()
 
     def _allot(self) -> None:
-        """Whole slots in proportion to demand. Who sees the same demands comes to the same parts."""
+        """Divide whole slots in proportion to demand; gateways with the same reports compute the same parts."""
         self._elsewhere = sum(peer.open for peer in self.peers.values())
         wanted = {name: peer.demand for name, peer in self.peers.items() if peer.demand}
         wanted |= {name: self.demand for name in self._members if name not in self.peers}
@@ -333,7 +336,8 @@ class DistributedSemaphore(_SharedLimit):
 
 
 def allotment(limit: int, wanted: Mapping[str, float]) -> dict[str, int]:
-    """``limit`` whole slots in proportion to what each wants, the largest remainders rounded up; they add up to it."""
+    """Divide ``limit`` whole slots in proportion to demand, by largest remainder; the parts add up to
+    ``limit``."""
     whole = sum(wanted.values())
     exact = {name: limit * demand / whole for name, demand in wanted.items()}
     parts = {name: int(value) for name, value in exact.items()}

@@ -1,8 +1,8 @@
-"""How gateways tell each other what each key asks of them, so that a limit holds for all of them together.
+"""Synchronizes demand per limit between gateways, so that a limit holds for all of them together.
 
-Signed reports on a core subject, a few times a second while a limited key is asked and another gateway is there to
-hear it; nothing at rest. A gateway says when it comes and goes; one that falls silent while it should report is taken
-for gone. While the broker is away everybody keeps the share it had.
+Sends signed reports on a core NATS subject, a few times a second while a limited key is in use and there is
+another gateway; none when idle. Gateways announce themselves on start and stop; one whose report is overdue
+is presumed gone. While the broker is away every gateway keeps its share.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from tether.process.lifecycle import Tasks
 from tether.wire import codec
 
 _SOON_S = 0.005
-"""What wakes up together is told together."""
+"""Limits that become active within this time share one message."""
 
 _HELLO_S = 10.0
-"""How often an active gateway that knows no other asks whether there is one."""
+"""Seconds between the probes for peers of an active gateway that knows none."""
 
 _MAX_REPORTS = 1000
 """Reports in one message."""
 
 
 class LimitMessage(msgspec.Struct, frozen=True):
-    """One message of a gateway: its reports, and what it wants to know. ``gateway`` is one run of one gateway."""
+    """One message of a gateway: its reports and requests. ``gateway`` identifies one run of one gateway."""
 
     gateway: str
     sequence: int
     reports: list[LimitReport] = []
     ask: list[str] = []
-    """Limits whose reports it needs, also from who has no demand."""
+    """Limits that it needs reports of, even from gateways without demand."""
     hello: bool = False
     gone: bool = False
 
 
 class LimitSync:
-    """The limits of one gateway that are in use anywhere, and the other gateways."""
+    """This gateway's active limits, and its peers."""
 
     def __init__(self, bus: Bus, tasks: Tasks, find: Callable[[str], Meter | None]) -> None:
         self._bus = bus
@@ -55,9 +55,9 @@ class LimitSync:
         self._find = find
         self.own = new_job_id()
         self.members: dict[str, float] = {}
-        """The other gateways, and when each was heard last."""
+        """The other gateways, with the time of the last message of each."""
         self.meters: dict[str, Meter] = {}
-        """Limits that are asked for somewhere."""
+        """Limits that are in use at any gateway."""
         self._sequences = itertools.count(1)
         self._heard: dict[str, int] = {}
         self._owed: set[str] = set()
@@ -68,7 +68,7 @@ class LimitSync:
 
     @asynccontextmanager
     async def talking(self) -> AsyncIterator[None]:
-        """Listen and report until the block ends."""
+        """Receive and send reports until the block ends."""
         subscription = await self._bus.subscribe(self._bus.names.demand(), self._arrived)
         forget = self._bus.on_reconnect(self._reconnected)
         await self._bus.flush()
@@ -88,15 +88,15 @@ class LimitSync:
 
     @property
     def resting(self) -> bool:
-        """Whether it has nothing to tell."""
+        """True if it has nothing to report."""
         return not self._active.is_set()
 
     def woken(self, name: str, meter: Meter) -> None:
-        """A limit has a demand again: others are told soon, and asked for theirs."""
+        """Report a limit that has demand again, and request the peers' reports of it."""
         self.meters[name] = meter
         self._active.set()
         if self.members:
-            self._tell_soon()
+            self._report_soon()
 
     # reporting
 
@@ -123,12 +123,12 @@ class LimitSync:
         ended = {name for name in before if not self.meters[name].demand}
         self._owed |= ended
         if self.members:
-            self._tasks.spawn(self._tell(), "tell-demand")
+            self._tasks.spawn(self._send_reports(), "tell-demand")
         elif before and now - self._hello_at > _HELLO_S:
             self._tasks.spawn(self._hello(), "tell-demand")
 
     def _forget_members(self, now: float) -> None:
-        """Those who should have said something: they were asked, or had a demand."""
+        """Remove peers whose report is overdue, although they were asked or had demand."""
         if self._asked_at and now - self._asked_at > SILENT_S:
             for name in [name for name, heard in self.members.items() if heard < self._asked_at]:
                 del self.members[name]
@@ -140,20 +140,20 @@ class LimitSync:
         for meter in self.meters.values():
             meter.refresh(now)
 
-    def _tell_soon(self) -> None:
+    def _report_soon(self) -> None:
         if not self._soon:
             self._soon = True
-            asyncio.get_running_loop().call_later(_SOON_S, self._tell_now)
+            asyncio.get_running_loop().call_later(_SOON_S, self._report_now)
 
-    def _tell_now(self) -> None:
+    def _report_now(self) -> None:
         self._soon = False
-        self._tasks.spawn(self._tell(), "tell-demand")
+        self._tasks.spawn(self._send_reports(), "tell-demand")
 
     def _reports(self) -> list[str]:
         return [name for name, meter in self.meters.items() if meter.demand]
 
-    async def _tell(self) -> None:
-        """Everything that is active, what was asked for, and what has just ended."""
+    async def _send_reports(self) -> None:
+        """Send reports of active, requested and newly idle limits."""
         names = list(dict.fromkeys([*self._reports(), *self._owed]))
         self._owed.clear()
         unknown = [name for name in names if (meter := self.meters.get(name)) and meter.demand and meter.unknown()]
@@ -161,9 +161,9 @@ class LimitSync:
             self._asked_at = self._now
         for start in range(0, max(1, len(names)), _MAX_REPORTS):
             part = names[start : start + _MAX_REPORTS]
-            await self._send([self._one(name) for name in part], [name for name in unknown if name in part])
+            await self._send([self._report_of(name) for name in part], [name for name in unknown if name in part])
 
-    def _one(self, name: str) -> LimitReport:
+    def _report_of(self, name: str) -> LimitReport:
         meter = self.meters.get(name)
         return LimitReport(name, 0.0) if meter is None else meter.report(name, self._now)
 
@@ -187,7 +187,7 @@ class LimitSync:
         with contextlib.suppress(BrokerUnavailable):
             await self._bus.publish(subject, frame)
 
-    # hearing
+    # receiving
 
     def _reconnected(self) -> None:
         self._hold(self._now)
@@ -222,9 +222,9 @@ class LimitSync:
                 self.meters[report.name] = meter
         self._owed.update(demand.ask)
         if demand.hello or demand.ask or newcomer:
-            self._tell_soon()
+            self._report_soon()
 
 
 def _possible(report: LimitReport) -> bool:
-    """Neither endless nor negative; a debt is at most what batches can make."""
+    """Return True if the values are finite and in range; a debt is at most what batches can cause."""
     return 0 <= report.demand < 1e9 and -1e9 < report.fill <= 1 and 0 <= report.open < 1 << 32

@@ -1,7 +1,7 @@
-"""What a key and its tenant may ask for: requests a second, requests a minute, requests open at the same time.
+"""Rate limits of API keys and tenants: requests per second, per minute and at the same time.
 
-Checked right after authentication, before anything of the body is read, so that a refusal costs little. A limit holds
-for all gateways together: see :mod:`tether.gateway_http.access.limit_meters`.
+Checked right after authentication, before the body is read, so that a rejection is cheap. A limit holds for
+all gateways together: see :mod:`tether.gateway_http.access.limit_meters`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tether.process.lifecycle import Tasks
 Header = tuple[str, str]
 
 _RATE, _OPEN, _TENANT = "rate:", "open:", "tenant:"
-"""How the limits of keys and tenants are named between gateways."""
+"""Prefixes of limit names in messages between gateways."""
 
 _refused_rate = metrics.LIMITED.labels("rate")
 _refused_open = metrics.LIMITED.labels("concurrency")
@@ -30,7 +30,7 @@ _refused_tenant = metrics.LIMITED.labels("tenant")
 
 
 class KeyLimits:
-    """The limits that a key is under; ``free`` when there are none."""
+    """The limits of a key; ``free`` if there are none."""
 
     __slots__ = ("free", "key", "quota", "rate", "slots", "tenant")
 
@@ -51,7 +51,7 @@ class KeyLimits:
 
 
 class LimitPermit:
-    """One request that was let in: what it holds is given back by :meth:`leave`, once."""
+    """An admitted request; :meth:`leave` releases its slot."""
 
     __slots__ = ("_limited", "_now", "_open")
 
@@ -61,20 +61,20 @@ class LimitPermit:
         self._open = True
 
     def count(self, more: int) -> None:
-        """The request turned out to be ``more`` requests beyond the first. They are let in and leave a debt."""
+        """Charge ``more`` requests beyond the first. They are admitted and may leave a debt."""
         for meter in (self._limited.rate, self._limited.quota):
             if meter is not None and more:
                 meter.charge(more, self._now())
 
     def leave(self) -> None:
-        """Give the slot back; a second time does nothing."""
+        """Release the slot; idempotent."""
         if self._open:
             self._open = False
             if self._limited.slots is not None:
                 self._limited.slots.give_back()
 
     def headers(self) -> list[Header]:
-        """Of the tightest limit: how much, how much of it is left, seconds until all of it is there again."""
+        """Return headers of the tightest limit: size, remainder, seconds until it is full again."""
         limited = self._limited
         rates = [meter for meter in (limited.rate, limited.quota) if meter is not None]
         if rates:
@@ -85,7 +85,7 @@ class LimitPermit:
 
 
 class RateLimits:
-    """The limits of every key and tenant, as one gateway counts them."""
+    """The limits of all keys and tenants, as one gateway counts them."""
 
     def __init__(
         self,
@@ -105,14 +105,14 @@ class RateLimits:
         self.gossip = LimitSync(bus, tasks, self._by_name)
 
     def talking(self) -> AbstractAsyncContextManager[None]:
-        """Share the limits with the other gateways until the block ends."""
+        """Synchronize the limits with the other gateways until the block ends."""
         return self.gossip.talking()
 
     def enter(self, key: ApiKey) -> LimitPermit | None:
-        """Let a request in; None when its key is under no limit.
+        """Admit a request; return None if its key has no limits.
 
         Raises:
-            RateLimited: too many a second or a minute, or too many open; nothing was taken.
+            RateLimited: too many requests per second, per minute or at the same time; nothing was taken.
         """
         limited = self._known.get(key.id)
         tenant = self._find_tenant(key.tenant)
@@ -141,7 +141,7 @@ class RateLimits:
         if not taken:
             _refused_open.inc()
             raise RateLimited(
-                f"this API key has {slots.limit} requests open, as many as it may; wait for one to end",
+                f"this API key has {slots.limit} open requests, the maximum; wait until one finishes",
                 field="concurrency",
                 limit=slots.limit,
                 remaining=0,
@@ -167,11 +167,11 @@ class RateLimits:
         return taken
 
     def open_requests(self, key_id: str) -> int:
-        """Requests of a key with a concurrency limit that this gateway has open."""
+        """Return the open requests at this gateway of a key that has a concurrency limit."""
         slots = self._meters.get(_OPEN + key_id)
         return slots.open if isinstance(slots, DistributedSemaphore) else 0
 
-    # which limits there are
+    # lookup of limits
 
     def _limits_of(self, key: ApiKey, tenant: Tenant | None) -> KeyLimits:
         return KeyLimits(key, tenant, self._rate(key), self._slots(key), self._quota(tenant))
@@ -181,7 +181,8 @@ class RateLimits:
         return self._bucket(_RATE + key.id, rate, burst) if rate else None
 
     def _quota(self, tenant: Tenant | None) -> DistributedTokenBucket | None:
-        """A tenth of a minute's requests may come at once, so that no minute has more than a tenth too many."""
+        """Return the tenant's limit, with a burst of a tenth of a minute, so that no minute exceeds it by
+        more."""
         per_minute = 0 if tenant is None else tenant.quotas.requests_per_minute
         if tenant is None or not per_minute:
             return None
@@ -210,7 +211,7 @@ class RateLimits:
         return made
 
     def _by_name(self, name: str) -> Meter | None:
-        """The limit that another gateway names, when there is such a key or tenant and it has one."""
+        """Return the limit of a name in a peer's message; None if its key or tenant is unknown or unlimited."""
         found = self._meters.get(name)
         if found is not None:
             return found

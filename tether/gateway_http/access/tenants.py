@@ -1,4 +1,4 @@
-"""What the platform knows of each tenant: records from the ``tenants`` bucket, kept in memory by name."""
+"""In-memory mirror of the ``tenants`` bucket, by tenant name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Tenants:
-    """Follows the bucket. A tenant without a record is one with every default."""
+    """Mirrors the bucket. A tenant without a record has the defaults."""
 
     def __init__(self, bus: Bus) -> None:
         self.bucket = SignedBucket(bus, "tenants", MessageType.TENANT)
@@ -35,15 +35,15 @@ class Tenants:
             yield
 
     def on_change(self, listener: Callable[[str], None]) -> None:
-        """Call ``listener`` with a tenant's name whenever its record came, changed or went."""
+        """Call ``listener`` with a tenant's name whenever its record is added, changed or removed."""
         self._listeners.append(listener)
 
     def _refused(self, key: str) -> None:
-        """The record before it stays in force; without one nobody knows what the tenant may do."""
+        """Keep the previous record of a refused entry; without one, mark the tenant's rights as unknown."""
         name = name_of(key)
         if name not in self._known:
             self._doubtful.add(name)
-            self._tell(name)
+            self._notify(name)
 
     def _changed(self, key: str, body: bytes | None) -> None:
         self._doubtful.discard(name_of(key))
@@ -54,7 +54,7 @@ class Tenants:
         try:
             record = codec.decode(body, Tenant)
         except BadEncoding as error:
-            log.warning("unreadable tenant: %s", error, extra={"action": "entry_refused"})
+            log.warning("ignored an unreadable tenant record: %s", error, extra={"action": "entry_refused"})
             return
         if token(record.name) != key:
             return
@@ -65,14 +65,14 @@ class Tenants:
         self._removed.discard(record.name)
         self._known[record.name] = record
         self._pools[record.name] = record.pool
-        self._tell(record.name)
+        self._notify(record.name)
 
     def _forget(self, name: str) -> None:
         self._known.pop(name, None)
         self._pools.pop(name, None)
-        self._tell(name)
+        self._notify(name)
 
-    def _tell(self, name: str) -> None:
+    def _notify(self, name: str) -> None:
         for listener in self._listeners:
             listener(name)
 
@@ -83,53 +83,53 @@ class Tenants:
         return self._known.get(name)
 
     def get(self, name: str) -> Tenant:
-        """The tenant's record, or the defaults when it has none."""
+        """Return the tenant's record, or the defaults if it has none."""
         return self._known.get(name) or Tenant(name)
 
     def removed(self, name: str) -> bool:
-        """Whether there was a tenant of this name, which was removed."""
+        """Return True if a tenant of this name was removed."""
         return name in self._removed
 
     def require_unused(self, name: str) -> None:
-        """Refuse the name of a tenant that was removed: who got it would have what that tenant left.
+        """Reject the name of a removed tenant: a new tenant would inherit its data.
 
         Raises:
             Conflict
         """
         if self.removed(name):
             raise Conflict(
-                f"tenant '{name}' was removed, and its models, grants and jobs may be there still; choose another name, or "
-                f"bring it back with all that it left: 'tether tenant create {name} --restore'",
+                f"tenant '{name}' was removed, and its models, grants and jobs may still exist; "
+                f"choose another name, or restore it with all of them: 'tether tenant create {name} --restore'",
                 field="tenant",
             )
 
     def doubtful(self, name: str) -> bool:
-        """Whether the tenant has a record that cannot be believed: not even its defaults may be taken for granted."""
+        """Return True if the tenant's record cannot be verified: then not even the defaults apply."""
         return name in self._doubtful
 
     def weight(self, name: str) -> float:
-        """Its share of a saturated platform, relative to the other tenants'."""
+        """Return its share of a saturated platform, relative to other tenants."""
         return self.get(name).weight
 
     def pool(self, name: str) -> str:
-        """Whose lanes the tenant's jobs go to: its own when it is isolated, else the shared ones."""
+        """Return the pool of the tenant's lanes: its own if it is isolated, else the shared one."""
         return self._pools.get(name, SHARED)
 
     async def store(self, record: Tenant) -> None:
-        """Keep a record; this gateway follows it at once, others within their watch's delay.
+        """Store a record. This gateway applies it at once, others within their watch's delay.
 
         Raises:
-            BrokerUnavailable: it may be kept all the same.
+            BrokerUnavailable: it may have been stored all the same.
         """
         key, body = token(record.name), codec.encode(record)
         await self.bucket.put(key, body)
         self._changed(key, body)
 
     async def create(self, record: Tenant) -> bool:
-        """Keep the record of a new tenant; False when there is one of its name.
+        """Store the record of a new tenant; return False if the name is taken.
 
         Raises:
-            BrokerUnavailable: it may be kept all the same.
+            BrokerUnavailable: it may have been stored all the same.
         """
         key, body = token(record.name), codec.encode(record)
         made = await self.bucket.create(key, body)
@@ -138,9 +138,9 @@ class Tenants:
         return made
 
     async def remove(self, name: str, now: float) -> None:
-        """Put a note in place of a tenant's record that keeps its name from others; ``now`` is UTC seconds.
+        """Replace a tenant's record by a tombstone that reserves its name; ``now`` is UTC seconds.
 
         Raises:
-            BrokerUnavailable: it may be gone all the same.
+            BrokerUnavailable: it may have been removed all the same.
         """
         await self.store(Tenant(name, removed_at=now))

@@ -1,1 +1,1 @@
-"""The HTTP interface: routes, schemas, and the way of a request through them."""
+"""The HTTP interface: routes, schemas, and the handling of a request."""

@@ -1,4 +1,4 @@
-"""The whole HTTP interface: hot routes are recognised by hand, everything else goes to the framework."""
+"""The complete HTTP interface: matches fast-path routes by hand and leaves all others to the framework."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from tether.settings import Settings
 
 
 def build(gateway: Gateway) -> rsgi.RsgiApp:
-    """What Granian serves. Where browsers of other origins may call, every request goes the framework's way."""
+    """Return the application that Granian serves. With CORS, every request goes through the framework."""
     settings = gateway.settings
     if settings.cors_origins:
-        return rsgi.entry(_none_is_hot, whole(gateway, settings), part_s=settings.body_timeout_s)
+        return rsgi.entry(_no_fast_path, whole(gateway, settings), part_s=settings.body_timeout_s)
     return rsgi.entry(FastPath(gateway).find, route_table.build(gateway), part_s=settings.body_timeout_s)
 
 
-def _none_is_hot(_method: str, _path: str) -> Handler | None:
+def _no_fast_path(_method: str, _path: str) -> Handler | None:
     return None
 
 
 def whole(gateway: Gateway, settings: Settings) -> App:
-    """Every route as one ASGI application, open to the origins of ``settings``."""
+    """Return all routes as one ASGI application, open to the CORS origins of ``settings``."""
     hot, cold = FastPath(gateway), route_table.build(gateway)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""The OpenAPI document as one page of HTML: no scripts, nothing from elsewhere."""
+"""Renders the OpenAPI document as one HTML page without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ th { font-weight: 600; } .none { opacity: .6; }
 
 
 def page(document: dict[str, Any]) -> str:
-    """The page of a document that :mod:`tether.gateway_http.api.openapi` made."""
+    """Render a document of :mod:`tether.gateway_http.api.openapi`."""
     info = document["info"]
     groups = "".join(_group(tag["name"], document) for tag in document["tags"])
     schemas = "".join(_schema(name, schema) for name, schema in sorted(document["components"]["schemas"].items()))
@@ -41,7 +41,7 @@ def page(document: dict[str, Any]) -> str:
 
 
 def _prose(text: str) -> str:
-    """Escaped text whose backquoted parts are code."""
+    """Escape text and mark its backquoted parts as code."""
     parts = escape(text).split("`")
     return "".join(part if place % 2 == 0 else f"<code>{part}</code>" for place, part in enumerate(parts))
 
@@ -65,7 +65,7 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
         f"<tr><td>{status}</td><td>{escape(answer['description'])}</td><td>{_kinds(answer['content'])}</td></tr>"
         for status, answer in operation["responses"].items()
     )
-    parts.append(f"<b>Answers</b><table>{rows}</table>")
+    parts.append(f"<b>Responses</b><table>{rows}</table>")
     return (
         f"<details id='{escape(operation['operationId'])}'><summary><span class='method {method}'>{method.upper()}"
         f"</span><code>{escape(path)}</code><span class=what>{escape(operation['summary'])}</span></summary>"
@@ -112,7 +112,7 @@ def _schema(name: str, schema: dict[str, Any]) -> str:
 
 
 def _type(schema: dict[str, Any]) -> str:
-    """A schema in a few words, with links to named ones."""
+    """Return a short description of a schema, with links to named ones."""
     if "$ref" in schema:
         name = escape(schema["$ref"].rpartition("/")[2])
         return f"<a href='#schema-{name}'>{name}</a>"

@@ -1,4 +1,4 @@
-"""The routes that carry the load, without a framework around them: infer, submit a job, submit many."""
+"""The busiest routes, served without a framework: infer, submit a job, submit a batch."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ _encode = msgspec.json.Encoder().encode
 
 
 Work = Callable[[IncomingRequest, RequestHeaders, Caller, LimitPermit | None], Coroutine[Any, Any, HttpReply]]
-"""Answers a request that was let in."""
+"""Handles an admitted request."""
 
 
 class FastPath:
-    """Handlers for one gateway."""
+    """Fast-path handlers of one gateway."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -52,7 +52,7 @@ class FastPath:
         self._counters: dict[tuple[str, int], Any] = {}
 
     def find(self, method: str, path: str) -> Handler | None:
-        """The handler of a request, or None when it is not one of the hot ones. ``path`` is decoded."""
+        """Return the handler of a fast-path request, or None for other routes. ``path`` is decoded."""
         if method != "POST":
             return None
         if path.startswith("/v2/models/") and path.endswith("/infer"):
@@ -60,17 +60,17 @@ class FastPath:
             if len(parts) in (6, 8) and parts[4] not in RESERVED:
                 parts[3:5] = [f"{parts[3]}/{parts[4]}"]
             if len(parts) == 5:
-                return partial(self._answered, "infer", "infer", partial(self._infer, parts[3], ""))
+                return partial(self._handle, "infer", "infer", partial(self._infer, parts[3], ""))
             if len(parts) == 7 and parts[4] == "versions":
-                return partial(self._answered, "infer", "infer", partial(self._infer, parts[3], parts[5]))
+                return partial(self._handle, "infer", "infer", partial(self._infer, parts[3], parts[5]))
         elif path == "/v1/jobs":
-            return partial(self._answered, "jobs", "jobs", self._submit)
+            return partial(self._handle, "jobs", "jobs", self._submit)
         elif path == "/v1/jobs:batch":
-            return partial(self._answered, "jobs:batch", "jobs", self._submit_many)
+            return partial(self._handle, "jobs:batch", "jobs", self._submit_many)
         return None
 
-    async def _answered(self, route: str, scope: str, work: Work, incoming: IncomingRequest) -> HttpReply:
-        """Authenticate, let in or refuse, work, and give back what the request held, however it ends."""
+    async def _handle(self, route: str, scope: str, work: Work, incoming: IncomingRequest) -> HttpReply:
+        """Authenticate, check limits, run ``work``, and release the limits in any case."""
         ticket = key = None
         try:
             heading = RequestHeaders(incoming.headers)
@@ -81,14 +81,14 @@ class FastPath:
             if route != "infer":
                 error = self._gateway.storage.explained(
                     error
-                )  # another name would outlive this block, and keep the request
+                )  # rebind: another name would outlive this block and keep the request in memory
             request_audit.refused(self._gateway, error, incoming, route)
             answer = self._refusal(error, incoming, key)
         except Exception as error:  # noqa: BLE001 - logged
             log_text.failed(
                 error, headers_with_id_only(incoming.headers).request_id, sealed=log_text.sealed(self._gateway, key)
             )
-            answer = self._refusal(TetherError("the gateway failed; its log has the reason"), incoming, key)
+            answer = self._refusal(TetherError("internal error of the gateway; see its log"), incoming, key)
         finally:
             if ticket is not None:
                 ticket.leave()
@@ -120,7 +120,7 @@ class FastPath:
         key: Caller,
         _ticket: LimitPermit | None,
     ) -> HttpReply:
-        """``POST /v2/models/{model}[/versions/{version}]/infer``."""
+        """Handle ``POST /v2/models/{model}[/versions/{version}]/infer``."""
         gateway = self._gateway
         name = key.named(model)
         key.check_model(name)
@@ -152,24 +152,24 @@ class FastPath:
     async def _submit(
         self, incoming: IncomingRequest, heading: RequestHeaders, key: Caller, _ticket: LimitPermit | None
     ) -> HttpReply:
-        """``POST /v1/jobs``."""
+        """Handle ``POST /v1/jobs``."""
         wanted = await self._gateway.large_bodies.jobs(key.tenant, await self._body(heading, incoming), many=False)
-        (job,) = await self._taken(key, [self._new_job(key, wanted[0], heading, "")])
+        (job,) = await self._submit_and_audit(key, [self._new_job(key, wanted[0], heading, "")])
         extra = [("location", f"/v1/jobs/{job['id']}")]
         return build_reply(202, _encode(job), heading, content_type=_JSON, extra=extra)
 
     async def _submit_many(
         self, incoming: IncomingRequest, heading: RequestHeaders, key: Caller, ticket: LimitPermit | None
     ) -> HttpReply:
-        """``POST /v1/jobs:batch``; it counts as as many requests as it has jobs."""
+        """Handle ``POST /v1/jobs:batch``; each job counts as one request."""
         wanted = await self._gateway.large_bodies.jobs(key.tenant, await self._body(heading, incoming), many=True)
         if ticket is not None:
             ticket.count(len(wanted) - 1)
         requests = [self._new_job(key, job, heading, f"/{index}") for index, job in enumerate(wanted)]
-        jobs = await self._taken(key, requests)
+        jobs = await self._submit_and_audit(key, requests)
         return build_reply(202, _encode({"jobs": jobs}), heading, content_type=_JSON)
 
-    async def _taken(self, key: Caller, requests: list[NewJob]) -> list[dict[str, Any]]:
+    async def _submit_and_audit(self, key: Caller, requests: list[NewJob]) -> list[dict[str, Any]]:
         self._gateway.storage.require()
         jobs = await self._gateway.jobs.submit(key.tenant, requests)
         sizes = [sum([len(tensor.data) for tensor in request.inputs]) for request in requests]

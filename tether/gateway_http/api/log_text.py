@@ -1,5 +1,5 @@
-"""What the gateway's log says of a request that failed. Words about a sealed tenant's request, a model's above all, may hold
-what was sent in it: they are for its caller alone."""
+"""Logs failed requests. Messages about an encrypted tenant's request, such as a model's error, may contain
+its data: only the caller gets them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tether.gateway_http.gateway import Gateway
 
 log = logging.getLogger(__name__)
 
-_SEALED = "a request of a sealed tenant; its words are not logged"
+_SEALED = "a request of an encrypted tenant failed; its message is not logged"
 
 
 def sealed(gateway: Gateway, caller: Caller | None) -> bool:
@@ -20,7 +20,7 @@ def sealed(gateway: Gateway, caller: Caller | None) -> bool:
 
 
 def refused(error: TetherError, status: int, request_id: str, *, sealed: bool) -> None:
-    """An error that the caller was told."""
+    """Log an error that was sent to the caller."""
     fields = {"action": "request_refused", "code": error.code, "request_id": request_id}
     log.log(
         logging.WARNING if status == 500 else logging.DEBUG, "%s", _SEALED if sealed else error.message, extra=fields
@@ -28,12 +28,12 @@ def refused(error: TetherError, status: int, request_id: str, *, sealed: bool) -
 
 
 def failed(error: Exception, request_id: str, *, sealed: bool) -> None:
-    """A fault of the gateway, with its trace, which ends in its words."""
+    """Log a gateway fault with its traceback, which ends with the error's message."""
     fields = {"action": "request_failed", "request_id": request_id}
     if sealed:
         log.error("%s: %s at %s", _SEALED, type(error).__name__, _place(error), extra=fields)
     else:
-        log.error("a request failed", exc_info=error, extra=fields)
+        log.error("request failed unexpectedly", exc_info=error, extra=fields)
 
 
 def _place(error: Exception) -> str:

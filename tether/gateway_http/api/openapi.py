@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document of a table of routes."""
+"""Builds the OpenAPI 3.1 document of a route table."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _ERROR = {"$ref": "#/components/schemas/ErrorBody"}
 _PARAMETER = re.compile(r"\{(\w+)\}")
 
 _PARAMETERS = {
-    "model": "A model's name; of one in another tenant's namespace `tenant%2Fmodel`.",
-    "name": "A model's name; of one in another tenant's namespace `tenant%2Fmodel`.",
+    "model": "A model's name; `tenant%2Fmodel` for one in another tenant's namespace.",
+    "name": "A model's name; `tenant%2Fmodel` for one in another tenant's namespace.",
     "version": "A version's number, or an alias such as `latest`.",
     "id": "The id.",
     "tenant": "A tenant's name.",
@@ -30,13 +30,13 @@ _PARAMETERS = {
 
 _DESCRIPTION = (
     "Machine-learning models served as a message-queue job system. Send an API key as `x-api-key: KEY` or "
-    "`Authorization: Bearer KEY`. Every answer has an `x-request-id`; send your own to find it in the logs. "
-    "Errors are `{error, code, request_id}`; 429 and 503 say in `Retry-After` when to try again."
+    "`Authorization: Bearer KEY`. Every response has an `x-request-id`; send your own to find it in the logs. "
+    "Errors are `{error, code, request_id}`; `Retry-After` of a 429 or 503 says when to retry."
 )
 
 
 def document(rows: Sequence[RouteSpec]) -> dict[str, Any]:
-    """The document as a plain value."""
+    """Return the document as a plain value."""
     types = _types(rows)
     schemas, components = msgspec.json.schema_components(types, ref_template=_REF)
     by_type = {_key(kind): schema for kind, schema in zip(types, schemas, strict=True)}
@@ -74,7 +74,7 @@ def _key(kind: Any) -> str:
 
 
 def _parts(answer: Any) -> tuple[Any, ...]:
-    """The forms one answer may have."""
+    """Return the alternative forms of a response."""
     return answer if isinstance(answer, tuple) else (answer,)
 
 

@@ -1,4 +1,4 @@
-"""Which row of the table a path belongs to, as routes of the framework; and the answer where there is none."""
+"""The route table as routes of the framework, and the reply for unknown paths."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ from tether.process.operations_server import Receive, Scope, Send
 
 
 async def nowhere(scope: Scope, receive: Receive, send: Send) -> None:
-    """The answer on every path that nothing is served on."""
+    """Reply to a path that matches no route."""
     shown = scope["path"][:200].encode("ascii", "backslashreplace").decode()
     heading = headers_with_id_only(AsgiIncoming(scope, receive).headers)
-    status = await send_error(NotFound(f"nothing is served on '{shown}'; see /docs", field="path"), heading, send)
+    status = await send_error(
+        NotFound(f"no route matches '{shown}'; see /docs for all routes", field="path"), heading, send
+    )
     metrics.HTTP_REQUESTS.labels("none", str(status)).inc()
 
 
 class _ModelName(StringConvertor):
-    """A model in a path: ``model``, or ``tenant%2Fmodel``, which the HTTP server hands over as ``tenant/model``."""
+    """A model in a path: ``model``, or ``tenant%2Fmodel``, which the HTTP server decodes to ``tenant/model``."""
 
     regex = rf"[^/]+(?:/(?!(?:{'|'.join(map(re.escape, sorted(RESERVED)))})(?:/|$))[^/:]+)?"
 
@@ -37,7 +39,7 @@ register_url_convertor("model", _ModelName())
 
 
 def routes(gateway: Gateway, rows: Sequence[RouteSpec]) -> list[Route]:
-    """Starlette's routes of a table: one for each path, in the order of the table."""
+    """Return a table's Starlette routes: one per path, in the order of the table."""
     by_path: dict[str, list[RouteSpec]] = {}
     for row in rows:
         by_path.setdefault(row.path, []).append(row)

@@ -1,4 +1,4 @@
-"""What of HTTP requests goes into the audit log: refusals of access, acts of administration, jobs that were taken in."""
+"""Writes audit entries of HTTP requests: access refusals, administrative actions, submitted jobs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _KINDS = {
     "jobs": Kind.JOB,
     "sessions": Kind.AUTH,
 }
-"""By what follows the version in a path; every other act is one of administration."""
+"""Kind by the first path segment after the version; every other action is administrative."""
 
 _ACTS = ("admin", "models:write", "jobs", ANY_SCOPE)
-"""Scopes of routes that act; what ``infer`` allows is recorded where it is done."""
+"""Scopes of routes that act; inference is recorded where it happens."""
 
-_TOLD = ("id", "name", "version", "tenant", "scopes", "models", "isolated", "sealed", "weight", "quotas", "aliases")
-"""Fields of an answer that say what was done; none of them is a secret."""
+_FIELDS = ("id", "name", "version", "tenant", "scopes", "models", "isolated", "sealed", "weight", "quotas", "aliases")
+"""Response fields that describe an action; none of them is secret."""
 
 
 def actor(key: Caller | None) -> str:
@@ -36,7 +36,7 @@ def actor(key: Caller | None) -> str:
 
 
 def refused(gateway: Gateway, error: TetherError, incoming: IncomingRequest, action: str) -> None:
-    """Record that a request was kept out; other errors are no decision about access."""
+    """Record a refused request; errors other than access decisions are ignored."""
     if isinstance(error, Unauthenticated):
         kind = Kind.AUTH
     elif isinstance(error, Forbidden | RateLimited | QuotaExceeded) or error.hidden:
@@ -61,7 +61,7 @@ def refused(gateway: Gateway, error: TetherError, incoming: IncomingRequest, act
 
 
 def _of_session(gateway: Gateway, text: str) -> str:
-    """The key of a session token that counts, else nothing."""
+    """Return the key id of a valid session token, else an empty string."""
     if not text.startswith(SESSION_PREFIX):
         return ""
     session = gateway.keys.sessions.known(hashlib.sha256(text.encode()).digest())
@@ -69,7 +69,7 @@ def _of_session(gateway: Gateway, text: str) -> str:
 
 
 def _presented(incoming: IncomingRequest) -> tuple[str, str]:
-    """Key text and request id of a request whose headers may be what is wrong with it."""
+    """Return key text and request id of a request with possibly invalid headers."""
     key = request_id = ""
     for name, value in incoming.headers:
         if name == "x-api-key":
@@ -82,7 +82,7 @@ def _presented(incoming: IncomingRequest) -> tuple[str, str]:
 
 
 def acts(method: str, path: str, scope: str | None) -> bool:
-    """Whether a route changes something that the audit log tells of; chunks of a model are told of when they are one."""
+    """Return True if a route is audited. Chunk uploads are not: the version made of them is."""
     return method not in ("GET", "HEAD") and scope in _ACTS and "/chunks" not in path
 
 
@@ -97,12 +97,12 @@ def act(
     outcome: str,
     answer: Any,
 ) -> None:
-    """Record what a key did, or tried to do, through ``route``: its method and path. ``model``: the platform's name of the one
-    in the path."""
+    """Record the action of a key, successful or not. ``route`` is method and path; ``model`` is the
+    platform's name of the model in the path."""
     parts = route.split("/")
     kind = _KINDS.get(parts[2].partition(":")[0], Kind.ADMIN) if len(parts) > 2 else Kind.ADMIN
-    told = [f"{name}={value}" for name, value in path.items()]
-    told += [f"{name}={value}" for name in _TOLD if name not in path and (value := getattr(answer, name, None))]
+    details = [f"{name}={value}" for name, value in path.items()]
+    details += [f"{name}={value}" for name in _FIELDS if name not in path and (value := getattr(answer, name, None))]
     gateway.audit.record(
         kind,
         "" if key is None else key.tenant,
@@ -112,14 +112,14 @@ def act(
         model=model if kind is Kind.MODEL else "",
         job=str(path.get("id", ""))[:32] if kind is Kind.JOB else "",
         request_id=request_id,
-        detail=" ".join(told),
+        detail=" ".join(details),
     )
 
 
 def submitted(
     gateway: Gateway, key: Caller, jobs: Sequence[Mapping[str, Any]], sizes: Sequence[int], request_id: str
 ) -> None:
-    """Record jobs that were taken in, or found again by their idempotency key."""
+    """Record jobs that were accepted, or found again by their idempotency key."""
     who = actor(key)
     for job, size in zip(jobs, sizes, strict=True):
         gateway.audit.record(

@@ -1,4 +1,4 @@
-"""Answers requests of a path by its :class:`RouteSpec`: authenticate, read the body, call the handler, audit."""
+"""Handles requests of a path by its :class:`RouteSpec`: authenticate, read the body, call the handler, audit."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ _encode = msgspec.json.Encoder().encode
 
 @dataclass
 class _RequestState:
-    """What is known of a request so far, for the case that it fails."""
+    """Progress of a request, for its error reply."""
 
     heading: RequestHeaders
     status: int = 500
     sent: bool = False
     ticket: LimitPermit | None = None
     call: RequestContext | None = None
-    """There once the request is authenticated and parsed."""
+    """Set once the request is authenticated and parsed."""
 
     def told(self, error: TetherError) -> str:
-        """An error as its caller reads it."""
+        """Return an error's message as its caller should read it."""
         key = None if self.call is None else self.call.key
         return error.message if key is None else key.told(error.message)
 
     def limits(self) -> Headers:
-        """What its key may still ask for, when it is under a limit."""
+        """Return the rate-limit headers of its key, if it has limits."""
         return [] if self.ticket is None else self.ticket.headers()
 
 
@@ -80,7 +80,7 @@ class Endpoint:
         except TetherError as error:
             error = self._gateway.storage.explained(
                 error
-            )  # another name would outlive this block, and keep the request
+            )  # rebind: another name would outlive this block and keep the request in memory
             request_audit.refused(self._gateway, error, incoming, self._route(scope))
             self._audit(seen, scope, error.code, None)
             seen.status = await send_error(error, seen.heading, send, extra=seen.limits(), message=seen.told(error))
@@ -92,7 +92,7 @@ class Endpoint:
             seen.status = 500
             if seen.sent:
                 raise
-            await send_error(TetherError("the gateway failed; its log has the reason"), seen.heading, send)
+            await send_error(TetherError("internal error of the gateway; see its log"), seen.heading, send)
         finally:
             if seen.ticket is not None:
                 seen.ticket.leave()
@@ -122,7 +122,7 @@ class Endpoint:
         return f"{scope['method']} {self._path}"
 
     def _audit(self, seen: _RequestState, scope: Scope, outcome: str, answer: Any) -> bool:
-        """Whether the request was an act that the audit log tells of; then it is recorded."""
+        """Record the request if it is an audited action; return True if so."""
         found, call = self._rows.get(scope["method"]), seen.call
         if found is None or call is None or not request_audit.acts(scope["method"], self._path, found[0].scope):
             return False
@@ -168,7 +168,7 @@ class Endpoint:
         return RequestContext(gateway, request, heading, key, body, query)
 
     async def _body(self, row: RouteSpec, heading: RequestHeaders, incoming: IncomingRequest, tenant: str) -> Any:
-        """What is read in the event loop is small; large bodies are read beside it."""
+        """Read a small body in the event loop, a large one in the body process."""
         gateway, most = self._gateway, self._gateway.settings.max_body_bytes
         if row.large:
             content = await read_body(heading, incoming, most, gateway.body_timeouts)
@@ -178,7 +178,7 @@ class Endpoint:
         except PayloadTooLarge as error:
             if most <= LARGE:
                 raise
-            words = f"the body is larger than {LARGE} bytes, the most that {row.method} {row.path} reads"
+            words = f"the body is larger than {LARGE} bytes, the limit of {row.method} {row.path}"
             raise PayloadTooLarge(words, field=error.field) from None
         return row.body() if row.body_optional and not content else oip_json.parse_body(_decoder(row.body), content)
 
@@ -187,7 +187,7 @@ _LONGEST_S = 86400.0
 
 
 async def _in_time(handler: Handler, call: RequestContext) -> RouteReply:
-    """Answer while the client waits."""
+    """Run the handler within the client's timeout."""
     seconds = call.waits(_LONGEST_S)
     try:
         async with asyncio.timeout(seconds) as limit:
@@ -195,7 +195,9 @@ async def _in_time(handler: Handler, call: RequestContext) -> RouteReply:
     except TimeoutError as error:
         if not limit.expired():
             raise
-        raise DeadlineExceeded(f"there was no answer within the {seconds:g} s that the client waits") from error
+        raise DeadlineExceeded(
+            f"no reply within the client's timeout of {seconds:g} s (header x-tether-timeout-s)"
+        ) from error
 
 
 @lru_cache(maxsize=64)
@@ -204,10 +206,10 @@ def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
 
 
 def read_query(items: Iterable[tuple[str, str]], kind: type[msgspec.Struct]) -> msgspec.Struct:
-    """Query parameters as a struct.
+    """Return query parameters as a struct.
 
     Raises:
-        InvalidRequest: an unknown one, one given twice, or one whose value does not fit; naming it.
+        InvalidRequest: naming a parameter that is unknown, repeated or invalid.
     """
     known = {item.encode_name for item in msgspec.structs.fields(kind)}
     found: dict[str, str] = {}
@@ -215,17 +217,17 @@ def read_query(items: Iterable[tuple[str, str]], kind: type[msgspec.Struct]) -> 
         shown = name[:64]
         if name not in known:
             raise InvalidRequest(
-                f"there is no query parameter {shown!r} here; known: {', '.join(sorted(known))}", field=shown
+                f"unknown query parameter {shown!r}; expected one of: {', '.join(sorted(known))}", field=shown
             )
         if name in found:
-            raise InvalidRequest(f"query parameter '{name}' is given twice", field=name)
+            raise InvalidRequest(f"query parameter '{name}' is given more than once", field=name)
         found[name] = value
     try:
         return msgspec.convert(found, kind, strict=False)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at ")
         name = path.strip("`").removeprefix("$.")[:64]
-        raise InvalidRequest(f"query parameter '{name}' does not fit: {reason[:300]}", field=name) from error
+        raise InvalidRequest(f"query parameter '{name}' is invalid: {reason[:300]}", field=name) from error
 
 
 async def send_error(
@@ -237,7 +239,7 @@ async def send_error(
     extra: Headers | None = None,
     message: str | None = None,
 ) -> int:
-    """Answer with an error; its status and message are the error's own unless they are given."""
+    """Send an error reply; ``status`` and ``message`` override the error's own."""
     own, headers, body = error_response(error, heading.request_id, message)
     status = own if status is None else status
     await send_reply(send, build_reply(status, body, heading, content_type=JSON, extra=[*headers, *(extra or [])]))

@@ -1,4 +1,4 @@
-"""What a route is: who may call it, what it reads and what it answers; and the request that its handler gets."""
+"""A route's specification (access, request and response), and the request that its handler gets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OCTETS = "application/octet-stream"
 
 @dataclass(frozen=True)
 class Media:
-    """A body that is no JSON of a struct: its content type, and in one sentence what it is."""
+    """A body that is not JSON of a struct: content type and a one-sentence description."""
 
     type: str
     description: str
@@ -39,25 +39,25 @@ class Header:
     description: str
 
 
-CLIENT_WAITS = Header("x-tether-timeout-s", "Seconds that the client still waits; nothing is done for it after that.")
+CLIENT_WAITS = Header("x-tether-timeout-s", "Seconds until the client's timeout; the request is dropped after that.")
 
 
 @dataclass(frozen=True)
 class RouteReply:
-    """An answer: ``value`` is encoded as JSON unless it is bytes already."""
+    """A response: ``value`` is encoded as JSON unless it is bytes."""
 
     value: Any
     status: int = 200
     content_type: str = JSON
     headers: Sequence[tuple[str, str]] = ()
     pack: bool = True
-    """False: not compressed, whatever the client takes; for what does not get smaller."""
+    """False: never compress, for content that does not shrink."""
 
 
 @dataclass(frozen=True)
 class RequestContext:
-    """One request, authenticated and parsed. ``body`` and ``query`` are of the row's types; ``key`` is None only on a
-    route that needs none."""
+    """One authenticated and parsed request. ``body`` and ``query`` have the route's types; ``key`` is None
+    only on a route without authentication."""
 
     gateway: Gateway
     request: Request
@@ -66,7 +66,7 @@ class RequestContext:
     body: Any
     query: Any
     named: list[str] = field(default_factory=list)
-    """The platform's name of the model in the path, once it was asked for."""
+    """The platform's name of the model in the path, once requested."""
 
     @property
     def tenant(self) -> str:
@@ -74,33 +74,33 @@ class RequestContext:
 
     @property
     def caller(self) -> Caller:
-        """Who called a route that needs a key."""
+        """The caller of a route that needs a key."""
         if self.key is None:
             raise Unauthenticated("Invalid API key")
         return self.key
 
     @property
     def pool(self) -> str:
-        """Whose workers answer this caller."""
+        """Pool whose workers answer this caller."""
         return self.gateway.tenants.pool(self.tenant)
 
     def path(self, name: str) -> str:
         return str(self.request.path_params.get(name, ""))
 
     def model(self, wanted: Right = Right.WRITE) -> str:
-        """The platform's name of the model in the path, when the caller may do with it what takes ``wanted``.
+        """Return the platform's name of the model in the path, if the caller has the right ``wanted`` to it.
 
         Raises:
-            BadName: no model could have this name.
-            ModelNotFound: it may not be used.
-            Forbidden: it may be used, and belongs to another tenant.
+            BadName: no model can have this name.
+            ModelNotFound: the caller may not use it.
+            Forbidden: the caller may use it, but it belongs to another tenant.
         """
         name = self._named(self.caller.named)
         self.caller.check_model(name, wanted)
         return name
 
     def pushed_model(self) -> str:
-        """The platform's name of the model that a push under the name in the path makes a version of.
+        """Return the platform's name of the model that a push under the name in the path adds a version to.
 
         Raises:
             Conflict: the name is another tenant's.
@@ -117,10 +117,10 @@ class RequestContext:
         return self.named[0]
 
     def waits(self, most_s: float) -> float:
-        """How long the client still waits, as it said, but ``most_s`` seconds at most.
+        """Return the client's remaining wait in seconds, ``most_s`` at most.
 
         Raises:
-            InvalidRequest: what it said is no time.
+            InvalidRequest: the header is not a positive number.
         """
         text = self.request.headers.get(CLIENT_WAITS.name)
         if text is None:
@@ -139,11 +139,11 @@ Handler = Callable[[RequestContext], Awaitable[RouteReply]]
 
 @dataclass(frozen=True)
 class RouteSpec:
-    """One method of one path. Without a ``handler`` it is served by the hot path and only documented here.
+    """One method of one path. Without a ``handler`` the fast path serves it, and it is only documented here.
 
-    ``scope`` None means that no API key is needed, ANY_SCOPE that any will do. ``answers`` maps statuses to what they carry, ``errors`` are the
-    error statuses beyond those that follow from the other columns. ``grows``: it stores something new, so it is refused while the
-    broker has no room.
+    ``scope`` None means no API key, ANY_SCOPE any valid key. ``answers`` maps statuses to response types;
+    ``errors`` are error statuses beyond those implied by the other fields. ``grows``: it stores something
+    new, so it is rejected while the broker is full.
     """
 
     method: str
@@ -156,17 +156,17 @@ class RouteSpec:
     body: Any = None
     body_optional: bool = False
     large: bool = False
-    """Its body may have up to ``max_body_bytes``, and is one of :mod:`tether.gateway_http.bodies.large_documents`; others have at most
-    ``LARGE`` bytes."""
+    """Its body may have up to ``max_body_bytes`` and is one of
+    :mod:`tether.gateway_http.bodies.large_documents`; other bodies have at most ``LARGE`` bytes."""
     binary: Media | None = None
-    """A second form that the body may have; alone, it is streamed and not read for the handler."""
+    """An alternative form of the body; without ``body``, it is streamed instead of read for the handler."""
     query: type[msgspec.Struct] | None = None
     headers: Sequence[Header] = ()
     errors: Sequence[int] = ()
     grows: bool = False
 
     def statuses(self) -> list[int]:
-        """Every error status the route can answer."""
+        """Return all error statuses of the route."""
         found = {500, *self.errors}
         if self.scope is not None:
             found |= {401, 403, 429}

@@ -1,4 +1,4 @@
-"""Everything but the hot path: the table of all routes, the framework's application, and CORS around both."""
+"""The table of all routes, the framework's application, and CORS."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tether.process.operations_server import App
 from tether.settings import Settings
 
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
-_TOLD = (
+_EXPOSED = (
     "x-request-id",
     "retry-after",
     "x-ratelimit-limit",
@@ -46,7 +46,7 @@ _TOLD = (
 
 
 def table() -> list[RouteSpec]:
-    """Every route of the gateway, those of the hot path included."""
+    """Return all routes of the gateway, including those of the fast path."""
 
     @cache
     def document() -> bytes:
@@ -80,7 +80,7 @@ def table() -> list[RouteSpec]:
 
 
 def build(gateway: Gateway) -> Starlette:
-    """The application that serves what the hot path does not."""
+    """Return the application of all routes outside the fast path."""
     app = Starlette(routes=routes(gateway, table()))
     app.router.redirect_slashes = False
     app.router.default = nowhere
@@ -88,11 +88,11 @@ def build(gateway: Gateway) -> Starlette:
 
 
 def with_cors(app: App, settings: Settings) -> App:
-    """``app``, open to the origins of ``settings.cors_origins``; as it is when there are none."""
+    """Return ``app`` with CORS for the origins in ``settings.cors_origins``; unchanged without any."""
     origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
     if not origins:
         return app
     allowed: App = CORSMiddleware(
-        app, allow_origins=origins, allow_methods=_METHODS, allow_headers=["*"], expose_headers=_TOLD, max_age=600
+        app, allow_origins=origins, allow_methods=_METHODS, allow_headers=["*"], expose_headers=_EXPOSED, max_age=600
     )
     return allowed

@@ -1,1 +1,1 @@
-"""Bodies of requests that are read outside of the event loop."""
+"""Request bodies that are read outside the event loop."""

@@ -1,4 +1,4 @@
-"""What clients send to submit durable jobs, read to the last tensor."""
+"""Decodes submissions of durable jobs, including their tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class OutputName(msgspec.Struct, frozen=True):
 
 
 class JobBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``POST /v1/jobs``."""
+    """Body of ``POST /v1/jobs``."""
 
     model: str
     inputs: list[msgspec.Raw]
@@ -30,13 +30,13 @@ class JobBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BatchBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``POST /v1/jobs:batch``."""
+    """Body of ``POST /v1/jobs:batch``."""
 
     jobs: list[JobBody]
 
 
 class SubmittedJob(msgspec.Struct, frozen=True):
-    """One job of such a body. ``deadline_ms`` None and an empty ``priority``: as by default."""
+    """One submitted job. ``deadline_ms`` None and an empty ``priority`` mean the defaults."""
 
     model: str
     version: str
@@ -51,21 +51,21 @@ _batch_decoder = msgspec.json.Decoder(BatchBody)
 
 
 def read_jobs(body: bytes, *, many: bool) -> list[SubmittedJob]:
-    """The jobs of a body; ``many``: it is that of a batch.
+    """Decode the jobs of a body, or of a batch if ``many``.
 
     Raises:
-        BadJson, BadTensor, InvalidRequest: naming the place in the body and what does not fit.
+        BadJson, BadTensor, InvalidRequest: naming the place in the body and the invalid value.
         PayloadTooLarge: the batch has no job, or too many.
     """
     if not many:
-        return [_wanted(oip_json.parse_body(_job_decoder, body))]
+        return [_to_submitted(oip_json.parse_body(_job_decoder, body))]
     batch: BatchBody = oip_json.parse_body(_batch_decoder, body)
     if not 0 < len(batch.jobs) <= MAX_BATCH:
-        raise PayloadTooLarge(f"a batch has 1 to {MAX_BATCH} jobs, not {len(batch.jobs)}", field="jobs")
-    return [_wanted(job) for job in batch.jobs]
+        raise PayloadTooLarge(f"a batch must have 1 to {MAX_BATCH} jobs, got {len(batch.jobs)}", field="jobs")
+    return [_to_submitted(job) for job in batch.jobs]
 
 
-def _wanted(job: JobBody) -> SubmittedJob:
+def _to_submitted(job: JobBody) -> SubmittedJob:
     oip_json.check_count(job.outputs, "outputs")
     oip_json.check_parameters(job.parameters, "parameters")
     return SubmittedJob(

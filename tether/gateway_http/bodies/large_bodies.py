@@ -1,8 +1,8 @@
-"""Large JSON bodies are read and written in a process beside the gateway, so that no other request waits for one.
+"""Decodes and encodes large JSON bodies in a separate process, so that they do not block the event loop.
 
-A body of 4 MB keeps a processor for some hundred milliseconds. In the event loop that is how long everybody waits, and a tenant
-that sends one after the other stops all others. The process has one body at a time; tenants take turns by bytes. One that ended
-is started again by the next body.
+A body of 4 MB takes some hundred milliseconds of CPU. In the event loop it would delay all requests, and a
+tenant that sends one after the other would block all others. The process handles one body at a time; tenants
+take turns by bytes. After a crash the next body restarts it.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from tether.wire import codec, oip
 log = logging.getLogger(__name__)
 
 LARGE = 64 << 10
-"""Bytes of JSON, or elements that become JSON, from which on a body is large: two milliseconds of work."""
+"""Size from which a body is large (bytes of JSON, or elements to encode as JSON): two milliseconds of work."""
 
 _LONGEST_S = 60.0
-"""A body that takes longer ends the process."""
+"""Seconds after which the process is killed."""
 
-_FAILED = codec.pack((False, TetherError.code, "the gateway failed; its log has the reason", ""))
+_FAILED = codec.pack((False, TetherError.code, "internal error of the gateway; see its log", ""))
 
 _Work = tuple[bytes, "asyncio.Future[bytes]"]
 
 
 class LargeBodies:
-    """The process of one gateway; ``weight`` is a tenant's share, ``home`` the data directory, of which it sees nothing."""
+    """The body process of one gateway. ``weight`` is a tenant's share; ``home`` is the data directory to hide
+    from it."""
 
     def __init__(self, home: str, weight: Callable[[str], float]) -> None:
         self._home = home
@@ -52,7 +53,7 @@ class LargeBodies:
     async def infer_request(
         self, tenant: str, body: bytes, json_length: int | None, specs: Mapping[str, TensorSpec]
     ) -> oip.InferRequest:
-        """See :func:`oip.parse_infer_request`."""
+        """Decode an infer request; see :func:`oip.parse_infer_request`."""
         if (len(body) if json_length is None else json_length) < LARGE:
             return oip.parse_infer_request(body, json_length, specs=specs)
         name, rows, outputs, default, parameters = await self._do(
@@ -64,7 +65,7 @@ class LargeBodies:
     async def infer_answer(
         self, tenant: str, model: str, version: int, request: oip.InferRequest, tensors: Sequence[Tensor]
     ) -> tuple[bytes, int | None]:
-        """See :func:`oip.build_infer_response`."""
+        """Encode an infer response; see :func:`oip.build_infer_response`."""
         wanted = {output.name: output.binary and not output.classification for output in request.outputs}
         as_json = [tensor for tensor in tensors if not wanted.get(tensor.name, request.binary_default)]
         if not _large(as_json):
@@ -76,14 +77,14 @@ class LargeBodies:
         return bytes(found[0]), found[1]
 
     async def jobs(self, tenant: str, body: bytes, *, many: bool) -> list[SubmittedJob]:
-        """See :func:`read_jobs`."""
+        """Decode submitted jobs; see :func:`read_jobs`."""
         if len(body) < LARGE:
             return read_jobs(body, many=many)
         rows = await self._do(tenant, len(body), work.jobs, body, many)
         return [SubmittedJob(model, version, tensors_of(found), *rest) for model, version, found, *rest in rows]
 
     async def job_outputs(self, tenant: str, tensors: Sequence[Tensor]) -> bytes | None:
-        """The outputs of a job as JSON; None when they are not large."""
+        """Encode the outputs of a job as JSON; return None if they are not large."""
         if not _large(tensors):
             return None
         return bytes(await self._do(tenant, _bytes(tensors), work.job_outputs, rows_of(tensors)))
@@ -91,21 +92,22 @@ class LargeBodies:
     async def simple_inputs(
         self, tenant: str, data: bytes, model: str, specs: Mapping[str, TensorSpec]
     ) -> tuple[Tensor, ...]:
-        """See :func:`simple_bodies.read_input`."""
+        """Decode simple inputs; see :func:`simple_bodies.read_input`."""
         if len(data) < LARGE:
             return simple_bodies.read_input(data, model, specs)
         known = [(spec.name, spec.datatype, spec.shape) for spec in specs.values()]
         return tensors_of(await self._do(tenant, len(data), work.simple_inputs, data, model, known))
 
     async def simple_answer(self, tenant: str, model: str, version: int, outputs: Sequence[Tensor]) -> bytes:
-        """See :func:`simple_bodies.written`."""
+        """Encode a simple response; see :func:`simple_bodies.written`."""
         if not _large(outputs):
             return simple_bodies.written(model, version, outputs)
         rows = rows_of(outputs)
         return bytes(await self._do(tenant, _bytes(outputs), work.simple_answer, model, version, rows))
 
     async def document(self, tenant: str, kind: str, body: bytes) -> Any:
-        """See :func:`read_document`: proven in the process, and then decoded here, which takes little time."""
+        """Decode a document; see :func:`read_document`. The process validates it; decoding it again here is
+        fast."""
         if len(body) < LARGE:
             return read_document(kind, body)
         await self._do(tenant, len(body), work.document, kind, body)
@@ -136,12 +138,15 @@ class LargeBodies:
                     future.set_result(answer)
 
     async def _answered(self, question: bytes) -> bytes:
-        """Nothing when the process ended meanwhile: it may have been another one's doing, so a body is tried twice."""
+        """Return an empty reply if the process ended. Another body may have caused it, so the caller tries
+        twice."""
         try:
             async with asyncio.timeout(_LONGEST_S):
                 return await self._asked(question)
         except (OSError, EOFError, TimeoutError, TetherError) as error:
-            log.warning("the process for large bodies ended: %r", error, extra={"action": "large_bodies_ended"})
+            log.warning(
+                "the process for large bodies failed and was stopped: %r", error, extra={"action": "large_bodies_ended"}
+            )
             await self._end()
             return b""
 
@@ -176,7 +181,7 @@ class LargeBodies:
 
 
 def _error(code: str, message: str, field: str) -> TetherError:
-    """Made here, so that no name of the frame that raises it keeps it, and with it the body."""
+    """Create the error in a frame of its own: the raising frame would keep the body in memory."""
     error = by_code(code, message)
     error.field = field or None
     return error
@@ -191,5 +196,5 @@ def _large(tensors: Sequence[Tensor]) -> bool:
 
 
 def _elements(tensor: Tensor) -> int:
-    """About how many numbers its JSON has; of texts, a quarter of their bytes."""
+    """Return the approximate number of JSON values; of BYTES, a quarter of their size."""
     return len(tensor.data) // (4 if tensor.datatype == Datatype.BYTES else NUMPY_DTYPES[tensor.datatype].itemsize)

@@ -1,8 +1,9 @@
-"""What is done with large JSON bodies in a process beside the gateway: ``python -m tether.gateway_http.bodies.large_body_process``.
+"""Process that decodes and encodes large JSON bodies: ``python -m
+tether.gateway_http.bodies.large_body_process``.
 
-Reads frames from standard input and answers each on standard output: a big-endian u32 length and msgpack. A question is
-``[task, arguments...]``; an answer is ``[true, value]``, or ``[false, code, message, field]`` of an error. Tensors are rows
-``[name, datatype, shape, bytes]``.
+Reads frames from standard input and replies to each on standard output: a big-endian u32 length and msgpack.
+A request is ``[task, arguments...]``; a reply is ``[true, value]``, or ``[false, code, message, field]`` for
+an error. Tensors are rows ``[name, datatype, shape, bytes]``.
 """
 
 from __future__ import annotations
@@ -37,15 +38,17 @@ def tensors_of(rows: Rows) -> tuple[Tensor, ...]:
 
 
 def infer_request(body: bytes, json_length: int | None) -> tuple[Any, ...]:
-    """The fields of an :class:`oip.InferRequest`."""
+    """Return the fields of an :class:`oip.InferRequest`."""
     found = oip.parse_infer_request(body, json_length)
     outputs = [(output.name, output.binary, output.classification) for output in found.outputs]
     return found.id, rows_of(found.inputs), outputs, found.binary_default, found.parameters
 
 
 def infer_answer(model: str, version: str, asked: tuple[str, Rows, bool], tensors: Rows) -> tuple[bytes, int | None]:
-    """See :func:`oip.build_infer_response`; ``asked`` is the request's id, its outputs, and whether they are binary unless
-    they say so."""
+    """Encode an infer response; see :func:`oip.build_infer_response`.
+
+    ``asked`` has the request's id, its outputs, and whether outputs are binary by default.
+    """
     request_id, outputs, binary_default = asked
     wanted = tuple([oip.RequestedOutput(*row) for row in outputs])
     request = oip.InferRequest(request_id, (), wanted, binary_default)
@@ -53,29 +56,29 @@ def infer_answer(model: str, version: str, asked: tuple[str, Rows, bool], tensor
 
 
 def job_outputs(tensors: Rows) -> bytes:
-    """The outputs of a durable job, as JSON."""
+    """Encode the outputs of a durable job as JSON."""
     return msgspec.json.encode([oip.tensor_to_json(tensor) for tensor in tensors_of(tensors)])
 
 
 def jobs(body: bytes, many: bool) -> list[tuple[Any, ...]]:
-    """The fields of each :class:`Wanted`."""
+    """Return the fields of each :class:`SubmittedJob`."""
     found = read_jobs(body, many=many)
     return [(job.model, job.version, rows_of(job.inputs), job.outputs, job.priority, job.deadline_ms) for job in found]
 
 
 def simple_inputs(data: bytes, model: str, specs: Rows) -> Rows:
-    """See :func:`simple_bodies.read_input`."""
+    """Decode simple inputs; see :func:`simple_bodies.read_input`."""
     known = [TensorSpec(*row) for row in specs]
     return rows_of(simple_bodies.read_input(data, model, {spec.name: spec for spec in known}))
 
 
 def simple_answer(model: str, version: int, outputs: Rows) -> bytes:
-    """See :func:`simple_bodies.written`."""
+    """Encode a simple response; see :func:`simple_bodies.written`."""
     return simple_bodies.written(model, version, tensors_of(outputs))
 
 
 def document(kind: str, body: bytes) -> None:
-    """Prove what :func:`read_document` does."""
+    """Validate a document with :func:`read_document`."""
     read_document(kind, body)
 
 

@@ -1,4 +1,4 @@
-"""The JSON bodies of cold routes that may be large, as values: a body of any size means the same."""
+"""Decodes JSON bodies of framework routes that may be large, with the same result for every size."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tether.gateway_http.schemas.models import NewVersion, WantedChunks
 from tether.wire import oip_json
 
 LARGEST_CONFIG = 64 << 10
-"""Bytes of a change of a configuration, as JSON."""
+"""Maximum size of a configuration patch, in bytes of JSON."""
 
 _DIGEST_LENGTH = 64
 
 
 def check_config(patch: Mapping[str, Any]) -> None:
-    """Refuse a change that says more than any configuration.
+    """Reject a configuration patch that exceeds the size limit.
 
     Raises:
         PayloadTooLarge
     """
     if patch and len(msgspec.json.encode(patch)) > LARGEST_CONFIG:
-        raise PayloadTooLarge(f"a change of a configuration has at most {LARGEST_CONFIG} bytes", field="config")
+        raise PayloadTooLarge(f"a configuration patch must have at most {LARGEST_CONFIG} bytes", field="config")
 
 
 def _inference(body: InferenceBody) -> None:
@@ -34,7 +34,7 @@ def _inference(body: InferenceBody) -> None:
 
 
 def _nothing(_: WantedChunks) -> None:
-    """Its list has a bound of its own."""
+    """No check: its list is bounded by its type."""
 
 
 def _version(body: NewVersion) -> None:
@@ -45,7 +45,7 @@ def _version(body: NewVersion) -> None:
         if any(len(digest) != _DIGEST_LENGTH for digest in file.chunks):
             raise InvalidRequest(f"the digests of the file {shown(file.path)} must be hex SHA-256", field="files")
         if file.sizes and len(file.sizes) != len(file.chunks):
-            raise InvalidRequest(f"the chunks of the file {shown(file.path)} do not add up to its size", field="files")
+            raise InvalidRequest(f"the chunks of the file {shown(file.path)} must have one size each", field="files")
 
 
 _CHECKS: Mapping[Any, Callable[[Any], None]] = {InferenceBody: _inference, WantedChunks: _nothing, NewVersion: _version}
@@ -53,11 +53,11 @@ _DECODERS = {kind.__name__: (msgspec.json.Decoder(kind), check) for kind, check 
 
 
 def read_document(kind: str, body: bytes) -> Any:
-    """A body as the struct of that name. What it holds has so few parts that it is decoded again in little time.
+    """Decode and check a body as the struct of that name. Its structs are few, so decoding it twice is cheap.
 
     Raises:
-        BadJson: it is not as that struct.
-        InvalidRequest, PayloadTooLarge: it has more of something than it may.
+        BadJson: it does not match the struct.
+        InvalidRequest, PayloadTooLarge: a value exceeds its limits.
     """
     decoder, check = _DECODERS[kind]
     found = oip_json.parse_body(decoder, body)
@@ -66,5 +66,5 @@ def read_document(kind: str, body: bytes) -> Any:
 
 
 def decoded(kind: str, body: bytes) -> Any:
-    """The same of a body that was proven."""
+    """Decode a body that was checked before."""
     return _DECODERS[kind][0].decode(body)

@@ -1,4 +1,4 @@
-"""Plain nested lists to tensors and back, for ``POST /v1/inference``."""
+"""Converts plain nested lists to tensors and back, for ``POST /v1/inference``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tether.gateway_http.schemas.common import InferenceAnswer
 from tether.wire import oip, oip_json
 
 _FLOATS = (Datatype.FP16, Datatype.BF16)
-"""Datatypes whose values travel as FP32 on this route: JSON has numbers for them, the protocol has not."""
+"""Datatypes that this route sends as FP32: JSON can represent them, the protocol's JSON form cannot."""
 
 _any = msgspec.json.Decoder(Any)
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -24,10 +24,10 @@ _encode = msgspec.json.Encoder().encode
 
 
 def read_input(data: bytes, model: str, specs: Mapping[str, TensorSpec]) -> tuple[Tensor, ...]:
-    """The tensors that ``inputData`` means for a model with inputs as ``specs``.
+    """Return the tensors of ``inputData`` for a model with the inputs ``specs``.
 
     Raises:
-        BadJson, BadTensor: naming the input and what does not fit.
+        BadJson, BadTensor: naming the input and the invalid value.
     """
     opening = data.lstrip()[:1]
     if opening == b"{":
@@ -46,7 +46,7 @@ def _tensor(name: str, data: bytes, specs: Mapping[str, TensorSpec]) -> Tensor:
     spec = specs.get(name)
     if spec is None:
         known = ", ".join(f"'{name}'" for name in specs)
-        raise BadTensor(f"inputData has '{name[:64]}', which is no input; the inputs are {known}", field=name[:64])
+        raise BadTensor(f"unknown input '{name[:64]}' in inputData; expected: {known}", field=name[:64])
     shape = _shape(oip_json.parse(_any, data, where=f"inputData.{name}"))
     wide = "FP32" if spec.datatype in _FLOATS else spec.datatype
     tensor = oip_json.from_wire(oip_json.WireTensor(name, shape, wide, None, msgspec.Raw(data)), f"inputData.{name}")
@@ -57,7 +57,7 @@ def _tensor(name: str, data: bytes, specs: Mapping[str, TensorSpec]) -> Tensor:
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    """The shape of a nest whose lists are all as long as the first of their depth; whether they are is seen later."""
+    """Return the shape of a nested list by its first elements; other lengths are checked later."""
     shape: list[int] = []
     while isinstance(value, list):
         shape.append(len(value))
@@ -66,10 +66,10 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def nested(tensor: Tensor) -> Any:
-    """A tensor's values as a nest of plain lists.
+    """Return a tensor's values as nested lists.
 
     Raises:
-        InvalidRequest: JSON cannot carry them; the message names the route that can.
+        InvalidRequest: JSON cannot represent them; the message names the route that can.
     """
     array: Array = to_numpy(tensor)
     try:
@@ -87,16 +87,16 @@ def nested(tensor: Tensor) -> Any:
 
 def _no_json(tensor: Tensor, what: str) -> InvalidRequest:
     return InvalidRequest(
-        f"output '{tensor.name}' holds {what}, which JSON cannot carry; "
-        "ask for binary data on /v2/models/{model}/infer",
+        f"output '{tensor.name}' contains {what}, which JSON cannot represent; "
+        "request binary data from /v2/models/{model}/infer",
         field=tensor.name,
     )
 
 
 def written(model: str, version: int, outputs: Sequence[Tensor]) -> bytes:
-    """The body of an answer.
+    """Encode the body of a response.
 
     Raises:
-        InvalidRequest: JSON cannot carry an output.
+        InvalidRequest: JSON cannot represent an output.
     """
     return _encode(InferenceAnswer(model, str(version), {tensor.name: nested(tensor) for tensor in outputs}))

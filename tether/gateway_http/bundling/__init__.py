@@ -1,1 +1,1 @@
-"""Waiting requests on their way to lanes, many in one message."""
+"""Bundling of synchronous requests: many jobs of one lane in one message."""

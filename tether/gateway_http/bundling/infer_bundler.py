@@ -1,10 +1,11 @@
-"""Waiting requests on their way to a lane: many jobs, one message, one signature.
+"""Sends synchronous requests to lanes: many jobs, one message, one signature.
 
-A bundle leaves at once while none is in flight (none on any worker, for a model that takes long to run), so one caller
-waits for nobody. Otherwise jobs gather until an answer arrives, the bundle is full, or the delay is up, so a thousand callers
-batch (``lane_bundler.py`` decides). Only so many bundles are in flight for a lane as keep its workers busy: what is beyond
-that waits here, in a queue that is fair between tenants, and not in the lane, which is first come, first served. Every job
-in flight is remembered until it is answered: after a broker restart its bundle is sent again.
+A bundle leaves at once while none is in flight (for a slow model: while some worker has none), so a single
+caller never waits for a batch. Otherwise jobs gather until a reply arrives, the bundle is full or the delay
+is over, so a thousand callers batch (``lane_bundler.py`` decides). A lane has only as many bundles in flight
+as keep its workers busy; all other jobs wait here, in a queue that is fair between tenants, because the lane
+itself is first come, first served. Jobs in flight are stored until they are answered: after a broker restart
+their bundles are sent again.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _withdrawn_lane = metrics.INFER_WITHDRAWN.labels("lane")
 
 _RECONNECT_S = 0.5
 _OVERFULL = 1.25
-"""How far above ``max_inflight`` those who hold less than their share may still come in."""
+"""Factor of ``max_inflight`` up to which tenants below their share are still admitted."""
 
 
 def _no_policy(_: str) -> None:
@@ -54,7 +55,7 @@ def _no_policy(_: str) -> None:
 
 
 class InferBundler:
-    """All lanes of one gateway, and the inbox its answers come to."""
+    """The lanes of one gateway, and the inbox of their replies."""
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class InferBundler:
         self._lanes: dict[Lane, LaneBundler] = {}
         self._waiting: dict[JobId, PendingRequest] = {}
         self._withdrawn: dict[JobId, PendingRequest] = {}
-        """Sent, and nobody waits for them any more: until a worker has dropped them, or their deadline."""
+        """Jobs that were sent and then withdrawn, until a worker has dropped them or their deadline passes."""
         self._withdrawals = Withdrawals(bus, tasks)
         self._held: dict[str, int] = {}
         self.flights: set[InFlightBundle] = set()
@@ -88,16 +89,16 @@ class InferBundler:
 
     @property
     def held(self) -> int:
-        """Requests that wait for their answer."""
+        """Number of requests that wait for their reply."""
         return len(self._waiting)
 
     @property
     def in_flight(self) -> int:
-        """Bundles with a job that somebody waits for."""
+        """Number of bundles with at least one awaited job."""
         return sum(flight.wanted for flight in self.flights)
 
     async def answer(self, lane: Lane, job: Job, timeout_s: float) -> Answer:
-        """:meth:`submit`, and wait; a wait that is cancelled withdraws the job."""
+        """Submit a job and wait for its outputs; withdraw it if the wait is cancelled."""
         try:
             return await self.submit(lane, job, timeout_s)
         except asyncio.CancelledError:
@@ -105,7 +106,8 @@ class InferBundler:
             raise
 
     def withdraw(self, job: JobId) -> None:
-        """Nobody waits for a job any more: what it held is free at once, and workers that have not begun it drop it."""
+        """Withdraw a job whose caller left: release its quota at once, and let workers skip it if not yet
+        started."""
         waiting = self._waiting.get(job)
         if waiting is None:
             return
@@ -122,11 +124,11 @@ class InferBundler:
         self._withdrawals.add(flight.bundler.lane, job, waiting.expires)
 
     def submit(self, lane: Lane, job: Job, timeout_s: float) -> asyncio.Future[Answer]:
-        """Put a job on its way; the future has its outputs, or the error it ended with.
+        """Submit a job; the future resolves to its outputs or fails with its error.
 
         Raises:
-            Unavailable: this gateway holds as many requests as it may, of this tenant or of all.
-            QueueFull: it holds as many for this version as its model's queue policy allows.
+            Unavailable: this gateway has as many requests pending as it may, for this tenant or for all.
+            QueueFull: the version has as many pending as its model's queue policy allows.
         """
         bundler = self._lanes.get(lane)
         if bundler is None:
@@ -135,7 +137,8 @@ class InferBundler:
         if policy is not None and 0 < policy.max_size <= bundler.held:
             _refused_queue.inc()
             raise QueueFull(
-                f"{bundler.held} requests for model '{lane.model}' wait already (queue.max_size); try again"
+                f"{bundler.held} requests for model '{lane.model}' are already waiting "
+                "(queue.max_size); try again later"
             )
         held = self._held.get(job.tenant, 0)
         if len(self._waiting) >= self._bus.settings.max_inflight:
@@ -152,8 +155,11 @@ class InferBundler:
         return future
 
     def _limit(self, waiting: PendingRequest, job: Job, policy: QueuePolicy, timeout_s: float) -> None:
-        """What the queue policy says about waiting: to let others pass, or to end when the job has not left by its
-        deadline. Of one that has left, the worker says whether it was in time."""
+        """Apply the queue policy's timeout: yield to other requests, or fail if not sent by the job's
+        deadline.
+
+        For a job that was sent, the worker decides whether it was in time.
+        """
         waiting.expires = self._bus.clock.utc() + timeout_s
         delay_s = delays_s(policy)
         if delay_s:
@@ -165,33 +171,36 @@ class InferBundler:
     def _end_queued(self, job: JobId) -> None:
         waiting = self._waiting.get(job)
         if waiting is not None and waiting.flight is None:
-            self._fail(job, DeadlineExceeded("the request waited longer than its model allows (queue.timeout_ms)"))
+            self._fail(
+                job, DeadlineExceeded("the request waited in the queue longer than its model allows (queue.timeout_ms)")
+            )
 
     def _refuse_above_share(self, tenant: str, held: int) -> None:
-        """A full gateway still takes in tenants that hold less than their share, up to a quarter more."""
+        """Reject a request at a full gateway, unless its tenant is below its share and the overfill is below
+        a quarter."""
         most = self._bus.settings.max_inflight
         weights = {name: self.weight(name) for name in (*self._held, tenant)}
         if held >= most * weights[tenant] / sum(weights.values()) or len(self._waiting) >= _OVERFULL * most:
             _refused_full.inc()
-            raise Unavailable(f"this gateway already holds {len(self._waiting)} requests; try again")
+            raise Unavailable(f"this gateway already has {len(self._waiting)} requests pending; try again later")
 
     def pending_for_model(self, model: str) -> int:
-        """Requests for a model that nobody has answered yet."""
+        """Return the number of unanswered requests for a model."""
         return sum(bundler.held for lane, bundler in self._lanes.items() if lane.model == model)
 
-    # called by lanes
+    # called by LaneBundler
 
     def is_awaited(self, job: Job) -> bool:
-        """Whether somebody still waits for it."""
+        """Return True if a caller still waits for the job."""
         return job.id in self._waiting
 
     def should_yield(self, job: Job) -> bool:
-        """Whether it has waited so long that it is to let others pass."""
+        """Return True if the job has waited so long that it must let others pass."""
         waiting = self._waiting.get(job.id)
         return waiting is not None and waiting.late_at < math.inf and waiting.late_at <= self.now()
 
     def slots(self) -> int:
-        """Bundles that a worker keeps at hand."""
+        """Bundles that a worker prefetches."""
         return max(2, self._bus.settings.worker_prefetch)
 
     def now(self) -> float:
@@ -213,7 +222,7 @@ class InferBundler:
         return min(self._bus.settings.max_body_bytes, self._bus.room)
 
     def launch(self, flight: InFlightBundle) -> None:
-        """Send a bundle, again and again until the broker has it or nobody waits for it any more."""
+        """Send a bundle; retry until the broker has stored it or none of its jobs is awaited."""
         self.flights.add(flight)
         flight.sent_at = self._bus.clock.monotonic()
         for job in flight.jobs:
@@ -228,7 +237,7 @@ class InferBundler:
         self._tasks.spawn(self._send(flight), "send-bundle")
 
     async def _send(self, flight: InFlightBundle, message_id: str = "") -> None:
-        """``message_id``: that of an earlier message with the same jobs, of which the broker takes only one."""
+        """Publish the bundle; a reused ``message_id`` lets the broker drop a duplicate of the same jobs."""
         lane = flight.bundler.lane
         subject = self._bus.names.lane(lane)
         jobs = [job for job in flight.jobs if job.id in flight.open and job.id not in flight.withdrawn]
@@ -268,13 +277,16 @@ class InferBundler:
                 return
 
     def _resend_unanswered(self) -> None:
-        """The broker was away: infer lanes live in its memory, and answers may have been lost on the way."""
+        """Resend every unanswered bundle: infer lanes live in the broker's memory, and replies may have been
+        lost."""
         for flight in [flight for flight in self.flights if not flight.sending]:
             self._send_again(flight)
 
     def stream_renewed(self, streams: Container[str]) -> None:
-        """Streams of infer lanes were made again, and what was in them before is lost. What they hold by now is not stored
-        a second time, since it has the same id."""
+        """Resend bundles of infer streams that were recreated and thus lost their messages.
+
+        Reuses message ids, so the broker drops those that the new stream already has.
+        """
         for flight in [flight for flight in self.flights if not flight.sending]:
             if self._bus.names.lane_stream(flight.bundler.lane) in streams:
                 self._send_again(flight, flight.message_id)
@@ -286,7 +298,7 @@ class InferBundler:
             metrics.INFER_RESUBMITTED.inc()
             self._tasks.spawn(self._send(flight, message_id), "send-again")
 
-    # answers
+    # replies
 
     async def _answered(self, message: Message) -> None:
         envelope = self._bus.verify_message(message, MessageType.ANSWER)
@@ -334,7 +346,7 @@ class InferBundler:
             return
         self._forget(job, waiting)
         if not waiting.future.done():
-            waiting.future.set_exception(error or DeadlineExceeded("no answer before the request's deadline"))
+            waiting.future.set_exception(error or DeadlineExceeded("no reply before the request's deadline"))
 
     def _forget(self, job: JobId, waiting: PendingRequest) -> None:
         self._release(job, waiting)
@@ -346,7 +358,7 @@ class InferBundler:
             self._close(job, waiting)
 
     def _release(self, job: JobId, waiting: PendingRequest) -> None:
-        """Give back what a request holds in this gateway."""
+        """Release the quota of a request in this gateway."""
         del self._waiting[job]
         waiting.bundler.held -= 1
         held = self._held[waiting.tenant]
@@ -356,7 +368,7 @@ class InferBundler:
             del self._held[waiting.tenant]
 
     def _close(self, job: JobId, waiting: PendingRequest) -> None:
-        """Nothing more is to come for a job."""
+        """Finish a job for which no more replies are expected."""
         waiting.timer.cancel()
         flight = waiting.flight
         if flight is None:

@@ -1,4 +1,4 @@
-"""The jobs of one lane that wait for a message: when one leaves, how many travel in it, and how many are under way."""
+"""Unsent jobs of one lane: decides when a bundle is sent, how many jobs it has, and how many are in flight."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from tether.domain.job import Job, JobId, Lane, Outcome
 from tether.gateway_http.fair_queue import FairQueue, RunTimeEstimator
 
 _BUSY = 0.4
-"""Share of a bundle's time in flight above which the model is what takes the time."""
+"""Execution's share of a bundle's round trip above which execution dominates latency."""
 
 _SHARED_S = 1.0
-"""How long a lane counts as shared after jobs of another tenant than the last came."""
+"""How long a lane counts as shared after the tenant of its jobs changed."""
 
 _ALONE_RUN_S = 0.025
-"""About how long a bundle should run at most: what is in flight is what nobody can overtake."""
+"""Target run time of a bundle: a job in flight cannot be overtaken, so longer ones would delay others."""
 
 _SHARED_RUN_S = 0.005
-"""The same on a lane that tenants share."""
+"""The same for a lane that tenants share."""
 
 _SLOW_S = 0.003
 """Bundles that run longer need fewer in flight to keep a worker busy."""
 
 _LEARN = 0.1
-"""Weight of the newest bundle in that share, and in how many jobs are in hand."""
+"""Weight of the newest bundle in the averages of ``_busy_share`` and ``_usual_in_flight``."""
 
 _ENOUGH = 0.6
-"""Part of the jobs in hand that a bundle waits for, while they come."""
+"""Fraction of the usual number of jobs in flight that a bundle waits for, while jobs still arrive."""
 
 _MOMENT_S = 0.001
-"""How long nobody has to come before a bundle waits no more."""
+"""Longest gap between arrivals before a bundle is sent."""
 
 
 class InFlightBundle:
-    """One bundle on its way, and which of its jobs nobody has answered yet."""
+    """One bundle in flight and its unanswered jobs."""
 
     __slots__ = ("began", "bundler", "ended", "jobs", "message_id", "open", "sending", "sends", "sent_at", "withdrawn")
 
@@ -44,35 +44,35 @@ class InFlightBundle:
         self.jobs = jobs
         self.open: set[JobId] = {job.id for job in jobs}
         self.withdrawn: set[JobId] = set()
-        """Those of ``open`` that nobody waits for any more. They hold their place in the lane until a worker has dropped
-        them, so that a client that asks and leaves, again and again, does not fill the lane."""
+        """Jobs of ``open`` that were withdrawn. They keep their place in the lane until a worker has dropped
+        them, so that a client that repeatedly sends and disconnects cannot fill the lane."""
         self.sends = 0
         self.message_id = ""
-        """Of the message that the broker stored last."""
+        """Id of the message that the broker stored last."""
         self.sending = False
         self.sent_at = 0.0
         self.began = self.ended = 0.0
 
     @property
     def wanted(self) -> bool:
-        """Whether somebody waits for one of its jobs."""
+        """True if a caller still waits for one of its jobs."""
         return len(self.open) > len(self.withdrawn)
 
     def close(self, job: JobId) -> bool:
-        """Nothing more is to come for this job; whether that was the last of them."""
+        """Mark a job as finished; return True if it was the last one."""
         self.open.discard(job)
         self.withdrawn.discard(job)
         return not self.open
 
     def ran(self, outcome: Outcome) -> None:
-        """Note when its first job began and its last one ended, on the worker's clock."""
+        """Record the first start and the last finish of its jobs, on the worker's clock."""
         if self.began == 0.0 or outcome.started_at < self.began:
             self.began = outcome.started_at
         self.ended = max(self.ended, outcome.finished_at)
 
 
 class Sender(Protocol):
-    """What a lane asks of the bundler that it belongs to."""
+    """The bundler that a lane sends through."""
 
     @property
     def settings_delay_s(self) -> float: ...
@@ -99,16 +99,16 @@ class Sender(Protocol):
 
 
 class LaneBundler:
-    """The jobs of one lane that have not left yet."""
+    """The unsent jobs of one lane."""
 
     def __init__(self, owner: Sender, lane: Lane) -> None:
         self._owner = owner
         self.lane = lane
         self.held = 0
-        """Requests that nobody has answered yet, wherever they are."""
+        """Number of unanswered requests, sent or not."""
         self._pending: FairQueue[Job] = FairQueue(owner.weight)
         self._late: FairQueue[Job] = FairQueue(owner.weight)
-        """Those that let others pass, by their model's queue policy."""
+        """Jobs that let others pass, by their model's queue policy."""
         self._pace = RunTimeEstimator()
         self._in_flight = 0
         self._jobs_in_flight = 0
@@ -138,8 +138,8 @@ class LaneBundler:
             self._timer = loop.call_later(self._owner.settings_delay_s, self._flush)
 
     def ended_unsent(self) -> None:
-        """Nobody waits any more for a job that has not left. It is passed over when its turn comes; when half of what is
-        here is such, all of that goes, so that it holds no memory."""
+        """Count an unsent job whose caller left. Such jobs are skipped when their turn comes; once they are
+        more than half of the queue, all of them are removed to free memory."""
         self._unwanted += 1
         if 2 * self._unwanted > len(self._pending) + len(self._late):
             self._unwanted = 0
@@ -148,8 +148,11 @@ class LaneBundler:
             self._overdue = self._overdue and bool(self._pending or self._late)
 
     def _should_send_now(self) -> bool:
-        """Whether a bundle should leave now: nothing is in flight; or a worker has none, and running the model is what
-        takes the time, or as many jobs have gathered as are in flight, so that halves follow one another."""
+        """Return True if a bundle should be sent now.
+
+        Either none is in flight, or a worker is idle and execution dominates latency, or a worker is idle and
+        as many jobs are queued as are in flight: then the two halves alternate.
+        """
         if self._in_flight == 0:
             return True
         if self._in_flight >= self._owner.workers(self.lane):
@@ -157,25 +160,29 @@ class LaneBundler:
         return self._busy_share > _BUSY or len(self._pending) >= self._jobs_in_flight
 
     def on_bundle_answered(self, jobs: int, run_s: float, total_s: float) -> None:
-        """All ``jobs`` of a bundle are answered, ``run_s`` of its ``total_s`` seconds by the model: more may leave."""
+        """Record that all ``jobs`` of a bundle are answered, after ``run_s`` seconds of execution in
+        ``total_s``; send more."""
         self._usual_in_flight += _LEARN * (self._jobs_in_flight + len(self._pending) - self._usual_in_flight)
         self._jobs_in_flight -= jobs
         if run_s > 0:
             self._busy_share += _LEARN * (min(1.0, run_s / max(total_s, 1e-6)) - self._busy_share)
-            self._pace.learn(jobs, min(run_s, total_s))  # a worker's clock may say anything
+            self._pace.learn(jobs, min(run_s, total_s))  # a worker's clock may be wrong
         self._in_flight -= 1
         if (self._pending or self._late) and (self._overdue or self._should_send_now()):
             self._flush_soon()
 
     def _flush_soon(self) -> None:
-        """After what is already waiting to be read has been read: it may bring more jobs for this bundle."""
+        """Flush after the event loop has read its pending input, which may bring more jobs for this bundle."""
         if self._gathering is None:
             latest = self._owner.now() + self._owner.settings_delay_s
             self._gathering = asyncio.get_running_loop().call_soon(self._wait_for_stragglers, 0, latest)
 
     def _wait_for_stragglers(self, before: int, latest: float, *, paused: bool = False) -> None:
-        """Send once most of the jobs that are usually in hand are there, or nobody came for a moment: whoever was just
-        answered is about to ask again, and two bundles of half the jobs each need the fewest signatures."""
+        """Flush once most of the usual jobs have arrived, or none came for a moment.
+
+        Callers that were just answered are about to send their next request, and two bundles of half the jobs
+        each need the fewest signatures.
+        """
         loop, gathered = asyncio.get_running_loop(), len(self._pending)
         if (
             gathered >= _ENOUGH * self._usual_in_flight
@@ -190,7 +197,8 @@ class LaneBundler:
             self._gathering = loop.call_later(moment, partial(self._wait_for_stragglers, gathered, latest, paused=True))
 
     def _flush(self) -> None:
-        """Send what is pending, as far as there is room; the rest is overdue and leaves as soon as a bundle lands."""
+        """Send pending jobs within the allowance; the rest is overdue and leaves as soon as a bundle is
+        answered."""
         if self._gathering is not None:
             self._gathering.cancel()
             self._gathering = None
@@ -209,15 +217,18 @@ class LaneBundler:
         self._overdue = bool(pending or self._late)
 
     def _wanted_and_on_time(self, job: Job) -> bool:
-        """Whether it is its turn; who is late goes behind those who are not."""
+        """Return True if the job is awaited and on time; a late job moves behind those that are not late."""
         if self._owner.should_yield(job):
             self._late.add(job.tenant, job, job.size)
             return False
         return self._owner.is_awaited(job)
 
     def _send_allowance(self) -> tuple[int, int]:
-        """Bundles that may be in flight, and jobs in each: enough to keep every worker busy, and on a lane that tenants
-        share little more, since whoever comes next waits for what is in flight."""
+        """Return how many bundles may be in flight, and how many jobs each may have.
+
+        Enough to keep every worker busy; on a shared lane little more, because a new job waits for all that
+        are in flight.
+        """
         owner = self._owner
         workers = owner.workers(self.lane)
         if owner.now() - self._last_shared_at > _SHARED_S:

@@ -1,4 +1,4 @@
-"""A synchronous request that waits for its answer, and the error that it ends with."""
+"""A synchronous request that waits for its reply, and the error of a failed one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Answer = tuple[Tensor, ...]
 
 
 class PendingRequest:
-    """One job somebody waits for."""
+    """One job that a caller waits for."""
 
     __slots__ = ("bundler", "expires", "flight", "future", "late_at", "tenant", "timer")
 
@@ -31,9 +31,9 @@ class PendingRequest:
         self.tenant = tenant
         self.bundler = bundler
         self.expires = expires
-        """When its caller stops waiting (UTC seconds); the job itself may have to begin before."""
+        """When its caller stops waiting (UTC seconds); the job itself may have to start earlier."""
         self.late_at = math.inf
-        """When it is to let others pass, on the monotonic clock."""
+        """When it must let others pass, on the monotonic clock."""
         self.flight: InFlightBundle | None = None
 
 

@@ -1,4 +1,4 @@
-"""What a model's queue policy means for one waiting request. Pure."""
+"""Timeouts of one request under its model's queue policy. Pure."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from tether.model.config import QueuePolicy, TimeoutAction
 
 
 class RequestTimeouts(NamedTuple):
-    """Seconds that a request may take: until it is answered, and until it must have begun to run."""
+    """Seconds until a request must be answered, and until it must have started to run."""
 
     total_s: float
     queued_s: float
 
 
 def waits(policy: QueuePolicy, asked_s: float, limit_s: float) -> RequestTimeouts:
-    """How long a request may wait that asked for ``asked_s`` (``limit_s``, where it asked for nothing)."""
+    """Return the timeouts of a request that asked for ``asked_s`` (``limit_s`` if it asked for none)."""
     if not policy.timeout_ms:
         return RequestTimeouts(asked_s, asked_s)
     total_s = asked_s if policy.allow_timeout_override else limit_s
@@ -25,5 +25,5 @@ def waits(policy: QueuePolicy, asked_s: float, limit_s: float) -> RequestTimeout
 
 
 def delays_s(policy: QueuePolicy) -> float:
-    """After how many seconds a request is to let those pass that have waited less; 0: never."""
+    """Return the seconds after which a request lets newer ones pass; 0: never."""
     return policy.timeout_ms / 1000 if policy.timeout_action is TimeoutAction.DELAY else 0.0

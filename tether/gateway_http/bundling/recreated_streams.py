@@ -1,4 +1,4 @@
-"""Hears when a cluster's infer streams were made again, and has sent again what was lost with the ones before."""
+"""Watches for recreated infer streams of a cluster, so that their lost bundles are sent again."""
 
 from __future__ import annotations
 
@@ -18,20 +18,24 @@ log = logging.getLogger(__name__)
 
 @asynccontextmanager
 async def following(bus: Bus, renewed: Callable[[set[str]], None]) -> AsyncIterator[None]:
-    """Call ``renewed`` with the names of streams that were made again, until the block ends."""
+    """Call ``renewed`` with the names of recreated streams, until the block ends."""
     known: dict[str, str] = {}
 
-    def heard(_: str, body: bytes | None) -> None:
+    def on_entry(_: str, body: bytes | None) -> None:
         try:
             made = dict(codec.decode(body, StreamsMade).made) if body is not None else {}
         except BadEncoding as error:
-            log.warning("unreadable entry: %s", error, extra={"action": "entry_refused"})
+            log.warning("ignored an unreadable stream record: %s", error, extra={"action": "entry_refused"})
             return
         others = {stream for stream, created in made.items() if known.get(stream, created) != created}
         known.update(made)
         if others:
-            log.warning("sending again what was in %s", ", ".join(sorted(others)), extra={"action": "streams_renewed"})
+            log.warning(
+                "infer streams were recreated, sending their bundles again: %s",
+                ", ".join(sorted(others)),
+                extra={"action": "streams_renewed"},
+            )
             renewed(others)
 
-    async with SignedBucket(bus, "routes", MessageType.ROUTE).watch(heard, key=StreamsMade.KEY):
+    async with SignedBucket(bus, "routes", MessageType.ROUTE).watch(on_entry, key=StreamsMade.KEY):
         yield

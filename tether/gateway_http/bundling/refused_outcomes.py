@@ -1,4 +1,4 @@
-"""Outcomes of jobs that a gateway does not accept."""
+"""Rejects outcomes from workers of another pool."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ log = logging.getLogger(__name__)
 
 
 def refuse_end(job: str, sender: str) -> None:
-    """Count and log an outcome from a worker that does not serve the job's tenant: the worker of an isolated tenant answers
-    that tenant's jobs alone, and no other worker does."""
+    """Count and log an outcome from a worker outside the job's pool.
+
+    An isolated tenant's jobs are answered by its own workers only, and those answer no other jobs.
+    """
     metrics.ENVELOPES_REJECTED.labels(ResultConflict.code).inc()
-    log.warning("'%s' answered a job of another pool", sender, extra={"action": "answer_refused", "job_id": job})
+    log.warning(
+        "rejected an outcome: worker '%s' is not in the job's pool",
+        sender,
+        extra={"action": "answer_refused", "job_id": job},
+    )

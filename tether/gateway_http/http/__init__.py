@@ -1,1 +1,1 @@
-"""HTTP itself: the server's interface, requests, errors, timeouts."""
+"""HTTP: the server interface, requests, errors, timeouts."""

@@ -1,4 +1,4 @@
-"""Requests and answers over ASGI: what the framework's side of the gateway speaks."""
+"""Requests and replies over ASGI, for the framework's routes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class AsgiIncoming:
 
 
 async def send_reply(send: Send, answer: HttpReply) -> None:
-    """Send a whole answer."""
+    """Send a complete reply."""
     headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in answer.headers]
     headers.append((b"content-length", str(len(answer.body)).encode()))
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})

@@ -1,4 +1,4 @@
-"""A limit of time for reading bodies that costs the requests in time next to nothing."""
+"""Body read timeout that uses one shared timer instead of one per request."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ from typing import Any
 
 from tether.gateway_http.http.request import too_slow
 
-_LOOKS = 8
-"""Looks within one limit: a read is given up at most an eighth of it late."""
+_TICKS = 8
+"""Timer ticks per timeout: a read is cancelled at most an eighth of the timeout late."""
 
 
 class BodyTimeouts:
-    """Gives up reads that take longer than ``limit_s`` seconds.
+    """Cancels reads that take longer than ``limit_s`` seconds.
 
-    A timer of its own for each request would cost several microseconds; one that looks at all of them now and then
-    costs a dictionary entry.
+    A timer per request would cost several microseconds; a shared one costs a dictionary entry.
     """
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = limit_s
         self._until: dict[asyncio.Task[Any], float] = {}
         self._late: set[asyncio.Task[Any]] = set()
-        self._looking = False
+        self._ticking = False
 
     async def read(self, body: Awaitable[bytes]) -> bytes:
-        """Wait for a body.
+        """Return a body.
 
         Raises:
             RequestTimeout: it took too long.
@@ -35,9 +34,9 @@ class BodyTimeouts:
         assert task is not None  # noqa: S101 - a coroutine that is awaited runs in a task
         loop = asyncio.get_running_loop()
         self._until[task] = loop.time() + self.limit_s
-        if not self._looking:
-            self._looking = True
-            loop.call_later(self.limit_s / _LOOKS, self._look, loop)
+        if not self._ticking:
+            self._ticking = True
+            loop.call_later(self.limit_s / _TICKS, self._tick, loop)
         try:
             return await body
         except asyncio.CancelledError as error:
@@ -48,12 +47,12 @@ class BodyTimeouts:
             del self._until[task]
             self._late.discard(task)
 
-    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         now = loop.time()
         for task, until in self._until.items():
             if until <= now and task not in self._late:
                 self._late.add(task)
                 task.cancel()
-        self._looking = bool(self._until)
-        if self._looking:
-            loop.call_later(self.limit_s / _LOOKS, self._look, loop)
+        self._ticking = bool(self._until)
+        if self._ticking:
+            loop.call_later(self.limit_s / _TICKS, self._tick, loop)

@@ -1,7 +1,7 @@
-"""Ends the wait of a request whose client has disconnected.
+"""Cancels the wait of a request whose client has disconnected.
 
-The HTTP server tells of a client that left through an awaitable of its own, and each of those costs as much as a small
-request. So only requests that have waited longer than most are watched; the others cost an entry in a dictionary.
+The HTTP server signals a disconnect through an awaitable, and each of those costs as much as a small request.
+So only requests that wait longer than most are watched; the others cost a dictionary entry.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from tether.errors import ClientDisconnected
 T = TypeVar("T")
 
 Gone = Callable[[], Awaitable[None]]
-"""Makes an awaitable that ends when the client of the current request has left."""
+"""Returns an awaitable that ends when the client of the current request disconnects."""
 
 client_gone: ContextVar[Gone | None] = ContextVar("client_gone", default=None)
-"""Of the current request, set by the server's entry; None where there is no client."""
+"""Of the current request, set by the server's entry point; None if there is no client."""
 
 _WATCH_AFTER_S = 0.1
-_LOOK_S = 0.05
-"""A request is watched once it has waited for the first, as seen by looks the second apart."""
+_TICK_S = 0.05
+"""A request is watched after the first, checked in intervals of the second."""
 
 
 class Disconnects:
-    """The requests of one gateway that wait and would not be answered after their client has left."""
+    """Pending requests of one gateway that need no answer after their client disconnects."""
 
     def __init__(self) -> None:
         self._unwatched: dict[asyncio.Task[Any], tuple[Gone, float]] = {}
         """Oldest first, each with the time from which it is watched."""
         self._watches: dict[asyncio.Task[Any], asyncio.Future[None]] = {}
         self._left: set[asyncio.Task[Any]] = set()
-        self._looking = False
+        self._ticking = False
 
     async def wait(self, answer: Awaitable[T]) -> T:
-        """Wait for ``answer``; it is cancelled when the client of the current request leaves.
+        """Return ``answer``; cancel it if the client of the current request disconnects.
 
         Raises:
-            ClientDisconnected: it left.
+            ClientDisconnected: the client disconnected.
         """
         gone = client_gone.get()
         task = asyncio.current_task()
@@ -49,15 +49,15 @@ class Disconnects:
             return await answer
         loop = asyncio.get_running_loop()
         self._unwatched[task] = (gone, loop.time() + _WATCH_AFTER_S)
-        if not self._looking:
-            self._looking = True
-            loop.call_later(_LOOK_S, self._look, loop)
+        if not self._ticking:
+            self._ticking = True
+            loop.call_later(_TICK_S, self._tick, loop)
         try:
             return await answer
         except asyncio.CancelledError as error:
             if task not in self._left or task.uncancel():
                 raise
-            raise ClientDisconnected("the client left before its answer was there") from error
+            raise ClientDisconnected("the client disconnected before it was answered") from error
         finally:
             self._forget(task)
 
@@ -68,7 +68,7 @@ class Disconnects:
                 watch.cancel()
             self._left.discard(task)
 
-    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         now = loop.time()
         while self._unwatched:
             task, (gone, since) = next(iter(self._unwatched.items()))
@@ -77,12 +77,12 @@ class Disconnects:
             del self._unwatched[task]
             watch = self._watches[task] = asyncio.ensure_future(gone())
             watch.add_done_callback(partial(self._ended, task))
-        self._looking = bool(self._unwatched)
-        if self._looking:
-            loop.call_later(_LOOK_S, self._look, loop)
+        self._ticking = bool(self._unwatched)
+        if self._ticking:
+            loop.call_later(_TICK_S, self._tick, loop)
 
     def _ended(self, task: asyncio.Task[Any], watch: asyncio.Future[None]) -> None:
-        """The client left, unless the wait ended first and took the watch away."""
+        """Cancel the request, unless it finished first and removed the watch."""
         if self._watches.get(task) is watch:
             self._left.add(task)
             task.cancel()

@@ -1,4 +1,4 @@
-"""The error tree as HTTP statuses, and error bodies."""
+"""Error bodies, and the HTTP status of each error class."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STATUSES: dict[type[errors.TetherError], int] = {
     errors.ModelRejected: 422,
     errors.CorruptChunk: 503,
 }
-"""By class; a class that is not here has its nearest base's status."""
+"""Status by class; an unlisted class has the status of its nearest base."""
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -42,7 +42,7 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 
 def limit_headers(limit: int, remaining: int, reset_s: float) -> list[tuple[str, str]]:
-    """What a limit allows at once, how much of it is left, and in how many seconds all of it is there again."""
+    """Return headers with a limit's burst, its remainder, and the seconds until it is full again."""
     return [
         ("x-ratelimit-limit", str(limit)),
         ("x-ratelimit-remaining", str(remaining)),
@@ -60,8 +60,10 @@ def status_of(error: errors.TetherError) -> int:
 def error_response(
     error: errors.TetherError, request_id: str, message: str | None = None
 ) -> tuple[int, list[tuple[str, str]], bytes]:
-    """Status, extra headers and body of an error; with ``message`` in place of its own. What is ours alone (500) is not told
-    in detail."""
+    """Return status, extra headers and body of an error, with ``message`` in place of its own.
+
+    Internal errors (500) carry no details.
+    """
     status = status_of(error)
     headers: list[tuple[str, str]] = []
     if isinstance(error, errors.Unavailable):

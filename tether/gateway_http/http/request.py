@@ -1,4 +1,4 @@
-"""A request and its answer without a framework or a server interface: headers, body with limits, compression."""
+"""A request and its reply, independent of framework and server: headers, body with limits, compression."""
 
 from __future__ import annotations
 
@@ -12,42 +12,43 @@ from tether.domain.job import Parameter, new_request_id
 from tether.errors import InvalidRequest, PayloadTooLarge, RequestTimeout
 
 _COMPRESS_FROM = 512
-"""Smaller answers cost more to compress than to send."""
+"""Smaller bodies cost more to compress than to send."""
 
-_PACK_IN_THREAD, _UNPACK_IN_THREAD = 32 << 10, 4 << 10
-"""From this size on nobody else waits for a body to be packed or unpacked: 1 MiB takes 30 ms; a small one may unpack to a large one."""
+_COMPRESS_IN_THREAD, _DECOMPRESS_IN_THREAD = 32 << 10, 4 << 10
+"""Sizes from which a body is compressed or decompressed in a thread: 1 MiB takes 30 ms; a small body may
+inflate to a large one."""
 
-_UNPACK_STEP = 4 << 10
-"""Bytes that are unpacked at a time: each member that ends has the rest of its step copied, so small ones by the thousand cost little."""
+_DECOMPRESS_STEP = 4 << 10
+"""Bytes decompressed at a time. The rest of a step is copied after each gzip member, so steps are small."""
 
 MANY_PARTS = 4096
 SMALL_PART = 256
-"""A body of more than ``MANY_PARTS`` parts that have fewer bytes on average than this is refused."""
+"""A body of more than ``MANY_PARTS`` parts with fewer bytes than this on average is rejected."""
 
 Headers = list[tuple[str, str]]
 
 
 class IncomingRequest(Protocol):
-    """A request as some server interface hands it over; header names in lower case."""
+    """A request from a server interface; header names are in lower case."""
 
     @property
     def headers(self) -> Iterable[tuple[str, str]]: ...
 
     @property
     def peer(self) -> str:
-        """Address and port of the other end of the connection; empty when they are not known."""
+        """Address and port of the client; empty if unknown."""
 
     async def read(self, limit: int, announced: int) -> bytes:
-        """The body; ``announced`` is its Content-Length, 0 when there was none.
+        """Return the body; ``announced`` is its Content-Length, 0 if there is none.
 
         Raises:
             PayloadTooLarge: it has more than ``limit`` bytes.
-            InvalidRequest: the client left before it was complete.
+            InvalidRequest: the client disconnected before it was complete.
         """
 
 
 class HttpReply(NamedTuple):
-    """An answer, whole."""
+    """A complete reply."""
 
     status: int
     headers: Headers
@@ -55,11 +56,11 @@ class HttpReply(NamedTuple):
 
 
 Handler = Callable[[IncomingRequest], Coroutine[Any, Any, HttpReply]]
-"""Answers one request, errors included."""
+"""Handles one request, errors included."""
 
 
 class RequestHeaders:
-    """The headers the hot path looks at, collected in one pass."""
+    """The headers that the fast path uses, collected in one pass."""
 
     __slots__ = (
         "accept",
@@ -79,7 +80,7 @@ class RequestHeaders:
         self.encoding = self.accept = self.key = ""
         self.request_id = self.traceparent = self.idempotency_key = self.sticky = ""
         for name, value in headers:
-            if name in _LOOKED_AT:
+            if name in _USED:
                 self._take(name, value)
         if not self.request_id:
             self.request_id = new_request_id()
@@ -113,7 +114,7 @@ class RequestHeaders:
             self.idempotency_key = _idempotency_key(value)
 
 
-_LOOKED_AT = frozenset(
+_USED = frozenset(
     {
         "x-api-key",
         "x-tether-sticky",
@@ -130,17 +131,18 @@ _LOOKED_AT = frozenset(
 
 
 def headers_with_id_only(headers: Iterable[tuple[str, str]]) -> RequestHeaders:
-    """The heading of a request that is refused: its other headers may be what is wrong with it."""
+    """Return the request id alone, for a rejected request: its other headers may be the invalid ones."""
     return RequestHeaders([item for item in headers if item[0] == "x-request-id"])
 
 
 def clean_id(value: str, *, limit: int = 128) -> str:
-    """An id a client chose, when it is short printable ASCII; else nothing, and ours is used."""
+    """Return a client's id if it is short printable ASCII; else an empty string, so that a new one is
+    generated."""
     return value if 0 < len(value) <= limit and value.isascii() and value.isprintable() else ""
 
 
 def _idempotency_key(value: str) -> str:
-    """A key that were dropped in silence would not keep a repeated request from becoming a second job."""
+    """Reject invalid keys: ignoring one would let a retry create a second job."""
     if value and not clean_id(value, limit=256):
         raise InvalidRequest("Idempotency-Key must be at most 256 printable ASCII characters", field="Idempotency-Key")
     return value
@@ -153,31 +155,32 @@ def _number(value: str, header: str) -> int:
 
 
 class BodyReader(Protocol):
-    """Waits for a body as long as it may take; see :class:`tether.gateway_http.http.body_deadline.BodyTimeouts`."""
+    """Reads a body within a timeout; see :class:`tether.gateway_http.http.body_deadline.BodyTimeouts`."""
 
     async def read(self, body: Awaitable[bytes]) -> bytes: ...
 
 
 async def read_body(heading: RequestHeaders, incoming: IncomingRequest, limit: int, patience: BodyReader) -> bytes:
-    """The whole body, decompressed.
+    """Return the whole body, decompressed.
 
     Raises:
-        PayloadTooLarge: more than ``limit`` bytes, before or after decompression, or too many small chunks.
+        PayloadTooLarge: more than ``limit`` bytes, before or after decompression, or too many small
+            chunks.
         RequestTimeout: it was not complete in time.
-        InvalidRequest: an unknown or broken encoding, or the client left.
+        InvalidRequest: an unknown or broken encoding, or the client disconnected.
     """
     if heading.length > limit:
         raise too_large(limit)
     body = await patience.read(incoming.read(limit, heading.length))
     if heading.encoding in ("", "identity"):
         return body
-    if len(body) < _UNPACK_IN_THREAD:
+    if len(body) < _DECOMPRESS_IN_THREAD:
         return _decompressed(body, heading.encoding, limit)
     return await asyncio.to_thread(_decompressed, body, heading.encoding, limit)
 
 
 def _decompressed(body: bytes, encoding: str, limit: int) -> bytes:
-    """At most ``limit`` bytes are ever unpacked, so a bomb costs what an honest body costs."""
+    """Decompress at most ``limit`` bytes, so that a zip bomb costs no more than a valid body."""
     if encoding not in ("gzip", "deflate"):
         shown = encoding[:32].encode("ascii", "backslashreplace").decode()
         raise InvalidRequest(
@@ -187,9 +190,9 @@ def _decompressed(body: bytes, encoding: str, limit: int) -> bytes:
     unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)
     try:
         while place < len(body):
-            if unpacker.eof:  # another member, which only gzip has (RFC 1952, section 2.2)
+            if unpacker.eof:  # another member; only gzip has several (RFC 1952, section 2.2)
                 unpacker = zlib.decompressobj(zlib.MAX_WBITS | 16)
-            taken = body[place : place + _UNPACK_STEP]
+            taken = body[place : place + _DECOMPRESS_STEP]
             chunks.append(unpacker.decompress(taken, left))
             left -= len(chunks[-1])
             if not left:
@@ -198,11 +201,11 @@ def _decompressed(body: bytes, encoding: str, limit: int) -> bytes:
     except zlib.error as error:
         which = f"the body from its byte {place} on" if place else "the body"
         raise InvalidRequest(
-            f"{which} is not what its Content-Encoding says; send it so packed, or without that header",
+            f"{which} does not match its Content-Encoding; compress it accordingly, or omit that header",
             field="content-encoding",
         ) from error
     if not unpacker.eof:
-        raise InvalidRequest("the compressed body is cut short; send it again, to its end", field="content-encoding")
+        raise InvalidRequest("the compressed body is truncated; send all of it", field="content-encoding")
     return b"".join(chunks)
 
 
@@ -215,11 +218,13 @@ def too_slow(seconds: float) -> RequestTimeout:
 
 
 def incomplete_body_error() -> InvalidRequest:
-    return InvalidRequest("the client left, or its chunks were broken, before the body was complete", field="body")
+    return InvalidRequest(
+        "the client disconnected, or its chunks were malformed, before the body was complete", field="body"
+    )
 
 
 class PartCounter:
-    """Refuses a body that comes in very many very small parts: each costs as much time as a large one."""
+    """Rejects a body of very many very small parts: each costs as much time as a large one."""
 
     __slots__ = ("parts", "size")
 
@@ -231,19 +236,21 @@ class PartCounter:
         """Count one part.
 
         Raises:
-            PayloadTooLarge: there are too many for what they carry.
+            PayloadTooLarge: there are too many parts for their size.
         """
         self.parts += 1
         self.size += len(part)
         if self.parts > MANY_PARTS and self.size < self.parts * SMALL_PART:
             raise PayloadTooLarge(
-                f"the body comes in more than {MANY_PARTS} chunks of less than {SMALL_PART} bytes; send larger chunks",
+                f"the body has more than {MANY_PARTS} chunks of less than {SMALL_PART} bytes on average; "
+                "send larger chunks",
                 field="body",
             )
 
 
 def timeout_of(parameters: Mapping[str, Parameter], limit_s: float) -> float:
-    """Seconds a request may take: ``limit_s``, or less when its parameter ``timeout`` says so, in microseconds.
+    """Return a request's timeout in seconds: ``limit_s``, or its parameter ``timeout`` (microseconds) if
+    shorter.
 
     Raises:
         InvalidRequest: it is not a whole number.
@@ -263,7 +270,8 @@ def build_reply(
     extra: Headers | None = None,
     pack: bool = True,
 ) -> HttpReply:
-    """An answer, compressed when the client asked for it and it pays; without ``pack`` never."""
+    """Build a reply, compressed if the client accepts it and the body is large enough; never without
+    ``pack``."""
     headers: Headers = [("content-type", content_type), ("x-request-id", heading.request_id)]
     if extra:
         headers += extra
@@ -283,8 +291,8 @@ async def build_reply_async(
     extra: Headers | None = None,
     pack: bool = True,
 ) -> HttpReply:
-    """:func:`build_reply` for a body that may be large."""
-    if not pack or not heading.accept or len(body) < _PACK_IN_THREAD:
+    """Build a reply as :func:`build_reply` does, but compress a large body in a thread."""
+    if not pack or not heading.accept or len(body) < _COMPRESS_IN_THREAD:
         return build_reply(status, body, heading, content_type=content_type, extra=extra, pack=pack)
     return await asyncio.to_thread(build_reply, status, body, heading, content_type=content_type, extra=extra)
 

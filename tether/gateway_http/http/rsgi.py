@@ -1,6 +1,6 @@
-"""The gateway's entry over RSGI, Granian's own interface: one call for a body, one call for an answer.
+"""The gateway's entry point over RSGI, Granian's own interface: one call for a body, one call for a reply.
 
-Hot routes are answered right here. Everything else goes to the ASGI application through :func:`bridge`.
+Fast-path routes are handled here. All others go to the ASGI application through :func:`bridge`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RsgiHeaders(Protocol):
 
 
 class RsgiScope(Protocol):
-    """The parts of Granian's scope that are used; ``path`` is decoded, ``query_string`` is not."""
+    """The parts of Granian's scope in use; ``path`` is decoded, ``query_string`` is not."""
 
     proto: str
     method: str
@@ -61,7 +61,7 @@ _REFUSED = 400
 
 _DRAIN_BYTES = 8_000_000
 _DRAIN_S = 1.0
-"""What is taken of a body that nobody wants, at most: enough for its sender to come to the answer."""
+"""Limits of reading the rest of an unwanted body: enough for its sender to read the reply."""
 
 RsgiApp = Callable[[RsgiScope, RsgiProtocol], Awaitable[None]]
 
@@ -82,7 +82,7 @@ class RsgiIncoming:
         return self._scope.client
 
     async def read(self, limit: int, announced: int) -> bytes:
-        """A body of announced length is taken whole; one without is counted as it comes."""
+        """Read a body of known length in one call; otherwise read its parts and enforce ``limit``."""
         if announced:
             self._body = None
             try:
@@ -99,18 +99,19 @@ class RsgiIncoming:
         self._body = None
         return b"".join(parts)
 
-    async def leave(self, answer: Headers) -> None:
-        """See :func:`_leave`."""
+    async def drain_or_close(self, answer: Headers) -> None:
+        """See :func:`_drain_or_close`."""
         if self._body is not None:
-            await _leave(self.headers, self._body, answer)
+            await _drain_or_close(self.headers, self._body, answer)
 
 
 async def body_parts(protocol: RsgiProtocol) -> AsyncIterator[bytes]:
-    """The parts of a body as they come.
+    """Yield the parts of a body as they arrive.
 
     Raises:
-        InvalidRequest: it ended before it was complete. Granian tells that only so: the empty part that ends every
-            body is followed by another one (trailers look the same, and are refused with it).
+        InvalidRequest: it ended early. Granian signals this only by a second empty part after the one
+            that ends every
+            body; trailers look the same and are rejected too.
     """
     ended = False
     async for part in protocol:
@@ -121,9 +122,9 @@ async def body_parts(protocol: RsgiProtocol) -> AsyncIterator[bytes]:
 
 
 def entry(route: Callable[[str, str], Handler | None], cold: App, *, part_s: float) -> RsgiApp:
-    """An RSGI application: ``route`` finds the handler of a hot request, ``cold`` has the rest.
+    """Return an RSGI application: ``route`` finds fast-path handlers, ``cold`` handles all other requests.
 
-    ``part_s``: seconds that ``cold`` waits for each part of a body.
+    ``cold`` waits ``part_s`` seconds for each part of a body.
     """
 
     async def app(scope: RsgiScope, protocol: RsgiProtocol) -> None:
@@ -135,27 +136,30 @@ def entry(route: Callable[[str, str], Handler | None], cold: App, *, part_s: flo
         incoming = RsgiIncoming(scope, protocol)
         answer = await handler(incoming)
         if answer.status >= _REFUSED:
-            await incoming.leave(answer.headers)
+            await incoming.drain_or_close(answer.headers)
         protocol.response_bytes(answer.status, answer.headers, answer.body)
 
     return app
 
 
-async def _leave(asked: Headers, body: AsyncIterator[bytes], answer: Headers) -> None:
-    """Before an answer to a request whose body is not complete: whoever is still sending it would not read the answer, and
-    whoever took the connection for free would lose the next request. So the rest is taken, if it is short, and the
-    connection ends with the answer, if it is not. Who asked whether to send the body at all does not send it."""
+async def _drain_or_close(asked: Headers, body: AsyncIterator[bytes], answer: Headers) -> None:
+    """Drain an unread body before its reply, or close the connection with the reply.
+
+    A client that is still sending would not read the reply, and one that reuses the connection would lose its
+    next request. A short rest is read; a longer one closes the connection. A client that sent ``Expect``
+    sends no body.
+    """
     sent = {name.lower(): value for name, value in asked}
     if "transfer-encoding" not in sent and sent.get("content-length", "0") == "0":
         return
     length = sent.get("content-length", "")
-    if "expect" not in sent and len(length) <= len(str(_DRAIN_BYTES)) and await _drained(body):
+    if "expect" not in sent and len(length) <= len(str(_DRAIN_BYTES)) and await _drain(body):
         return
     answer.append(("connection", "close"))
 
 
-async def _drained(body: AsyncIterator[bytes]) -> bool:
-    """Whether a body ended within what is taken of it."""
+async def _drain(body: AsyncIterator[bytes]) -> bool:
+    """Read and discard the rest of a body; return False if it exceeds the limits."""
     counter = PartCounter()
     try:
         async with asyncio.timeout(_DRAIN_S):
@@ -169,7 +173,7 @@ async def _drained(body: AsyncIterator[bytes]) -> bool:
 
 
 class _Bridge:
-    """One request's way through an ASGI application."""
+    """Carries one request through an ASGI application."""
 
     def __init__(self, asked: Headers, protocol: RsgiProtocol, part_s: float) -> None:
         self._asked = asked
@@ -204,7 +208,7 @@ class _Bridge:
             self._headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in message["headers"]]
             if not self._read and self._status >= _REFUSED:
                 self._read = True
-                await _leave(self._asked, self._body, self._headers)
+                await _drain_or_close(self._asked, self._body, self._headers)
             return
         body, more = message.get("body", b""), message.get("more_body", False)
         self.answered = True
@@ -222,9 +226,9 @@ async def bridge(app: App, scope: RsgiScope, protocol: RsgiProtocol, part_s: flo
     try:
         await app(_asgi_scope(scope), crossing.receive, crossing.send)
     except Exception:
-        log.exception("a request failed", extra={"action": "request_failed"})
+        log.exception("request failed unexpectedly", extra={"action": "request_failed"})
         if not crossing.answered:
-            status, headers, body = error_response(TetherError("the gateway failed; its log has the reason"), "")
+            status, headers, body = error_response(TetherError("internal error of the gateway; see its log"), "")
             protocol.response_bytes(status, headers, body)
 
 

@@ -1,1 +1,1 @@
-"""What a model's configuration adds to a request: cache, coalescing, shadow traffic."""
+"""Features that a model's configuration adds to its requests: cache, coalescing, shadow traffic."""

@@ -1,4 +1,4 @@
-"""How two versions' answers to the same request compare. Pure."""
+"""Compares the outputs of two versions for the same request. Pure."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tether.gateway_http.bundling.pending_request import Answer
 
 
 class Verdict(StrEnum):
-    """What became of a copy. Closed."""
+    """Result of one mirrored request. Closed."""
 
-    EQUAL = "equal"  # every output to the byte
-    CLOSE = "close"  # floating-point numbers differ by no more than their tolerance, all else is equal
+    EQUAL = "equal"  # every output is equal to the byte
+    CLOSE = "close"  # floating-point numbers differ within their tolerance, all else is equal
     DIFFERENT = "different"
-    ERROR = "error"  # the request does not fit the shadow's signature, or got no answer from it
-    UNAVAILABLE = "unavailable"  # not sent: nobody holds the shadow version
-    DROPPED = "dropped"  # not sent: too many copies are under way, or the gateway is busy
+    ERROR = "error"  # the request does not fit the shadow's signature, or the shadow failed
+    UNAVAILABLE = "unavailable"  # not sent: no worker hosts the shadow version
+    DROPPED = "dropped"  # not sent: too many mirrored requests in flight, or the gateway is busy
 
 
 class Tolerance(NamedTuple):
@@ -37,21 +37,21 @@ TOLERANCES = {
     "FP16": Tolerance(1e-2, 1e-3),
     "BF16": Tolerance(2e-2, 1e-2),
 }
-"""Of datatypes whose numbers may differ a little; elements of all others are equal or different."""
+"""Tolerances by datatype; elements of all other datatypes must be equal."""
 
 _SLICE = 1 << 18
-"""Elements compared at a time, so that large tensors do not take their size again several times over."""
+"""Elements compared at a time, so that temporary arrays stay small for large tensors."""
 
 
 class Comparison(NamedTuple):
-    """A verdict, and the largest difference of two numbers that have one; 0 when none differ."""
+    """A verdict, and the largest finite difference of two numbers; 0 if there is none."""
 
     verdict: Verdict
     difference: float
 
 
 def compare(given: Answer, other: Answer) -> Comparison:
-    """Compare what a caller was given with another version's answer, by the names of the outputs."""
+    """Compare the outputs that a caller got with another version's, matched by name."""
     twins = {tensor.name: tensor for tensor in other}
     verdict, difference = Verdict.EQUAL, 0.0
     if len(twins) != len(given):
@@ -64,7 +64,7 @@ def compare(given: Answer, other: Answer) -> Comparison:
             continue
         if tensor.datatype not in TOLERANCES or len(twin.data) != len(tensor.data):
             return Comparison(Verdict.DIFFERENT, difference)
-        close, largest = _numbers(tensor, twin)
+        close, largest = _compare_numbers(tensor, twin)
         difference = max(difference, largest)
         if not close:
             verdict = Verdict.DIFFERENT
@@ -73,13 +73,13 @@ def compare(given: Answer, other: Answer) -> Comparison:
     return Comparison(verdict, difference)
 
 
-def _numbers(tensor: Tensor, twin: Tensor) -> tuple[bool, float]:
-    """Whether all numbers are close, and the largest finite difference. NaN is like NaN, and like nothing else."""
-    parts = list(_parts(tensor, twin))
+def _compare_numbers(tensor: Tensor, twin: Tensor) -> tuple[bool, float]:
+    """Return whether all numbers are close, and the largest finite difference. NaN equals NaN only."""
+    parts = list(_compare_slices(tensor, twin))
     return all(close for close, _ in parts), max((largest for _, largest in parts), default=0.0)
 
 
-def _parts(tensor: Tensor, twin: Tensor) -> Iterator[tuple[bool, float]]:
+def _compare_slices(tensor: Tensor, twin: Tensor) -> Iterator[tuple[bool, float]]:
     dtype, tolerance = NUMPY_DTYPES[tensor.datatype], TOLERANCES[tensor.datatype]
     ours, theirs = np.frombuffer(tensor.data, dtype), np.frombuffer(twin.data, dtype)
     for start in range(0, len(ours), _SLICE):

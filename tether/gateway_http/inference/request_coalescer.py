@@ -1,4 +1,4 @@
-"""A request's way past the response cache: an answer that is kept, one that is just being computed, or a run of its own."""
+"""Answers a request from the response cache, from an identical request in flight, or by a run of its own."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from tether.gateway_http.inference.response_cache import Answer, CacheLookup, Re
 from tether.process import metrics
 
 HIT, MISS = ("x-tether-cache", "hit"), ("x-tether-cache", "miss")
-"""Headers of the answer."""
+"""Response headers."""
 
 Send = Callable[[float], "asyncio.Future[Answer]"]
-"""Puts the request on its way to a worker; it gets the seconds that are left."""
+"""Submits the request to a worker, with the remaining seconds as timeout."""
 
 Allowed = Callable[[], bool]
-"""Whether the answer may be kept, asked when it is there: tenant and model may have changed meanwhile."""
+"""Return True if the outputs may be cached. Called when they arrive: tenant and model may have changed
+meanwhile."""
 
 
 class _Run:
-    """A request that was sent, and how many callers wait for its answer."""
+    """A submitted request and the number of callers that wait for it."""
 
     __slots__ = ("callers", "future", "withdraw")
 
@@ -31,16 +32,16 @@ class _Run:
         self.withdraw = withdraw
 
     def leave(self) -> None:
-        """One caller waits no more; without the last of them nobody needs the answer."""
+        """Remove one caller; withdraw the request with the last one."""
         self.callers -= 1
         if not self.callers and not self.future.done():
             self.withdraw()
 
 
 class RequestCoalescer:
-    """Looks up and keeps answers; of requests that are the same and open at the same time, one is run.
+    """Caches outputs, and runs only one of several identical requests that are in flight at the same time.
 
-    ``most_following`` requests at most wait for another one's answer; those beyond are run.
+    At most ``most_following`` requests wait for another one's reply; any more are run.
     """
 
     def __init__(self, cache: ResponseCache, now: Callable[[], float], most_following: int) -> None:
@@ -53,10 +54,10 @@ class RequestCoalescer:
     async def answer(
         self, question: CacheLookup, send: Send, withdraw: Callable[[], None], allowed: Allowed
     ) -> tuple[Answer, bool]:
-        """The outputs, and whether they were computed for another request. ``withdraw`` takes back what ``send`` put on its
-        way, once all who wait for its answer have left.
+        """Return the outputs, and whether they were computed for another request.
 
-        One that waits for another's answer is not harmed by how that ends: it is run itself then.
+        ``withdraw`` cancels what ``send`` submitted, once all callers that wait for it have left. A request
+        that follows another one is run itself if that one fails.
 
         Raises:
             TetherError: as ``send`` and its future, and when ``timeout_s`` is over.
@@ -74,13 +75,13 @@ class RequestCoalescer:
             self._open[digest] = run
             run.future.add_done_callback(partial(self._ended, question, allowed))
         try:
-            # those who follow must not lose the answer when this caller leaves
+            # followers must not lose the outputs when this caller leaves
             return await asyncio.shield(run.future), False
         finally:
             run.leave()
 
     async def _followed(self, first: _Run, timeout_s: float) -> Answer | None:
-        """The answer to the request that is open; None when it gets none, or too many wait already."""
+        """Return the outputs of the request in flight; None if it fails or already has too many followers."""
         if self.following >= self._most_following:
             return None
         self.following += 1
@@ -89,7 +90,7 @@ class RequestCoalescer:
         try:
             await asyncio.wait((future,), timeout=timeout_s)
             if not future.done():
-                raise DeadlineExceeded("no answer before the request's deadline")
+                raise DeadlineExceeded("no reply before the request's deadline")
         finally:
             self.following -= 1
             first.leave()

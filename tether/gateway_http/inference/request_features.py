@@ -1,5 +1,7 @@
-"""What a model's configuration adds to the way of its requests. Models without such a configuration have no plan, and their
-requests do not come here."""
+"""Response caching and shadow traffic for synchronous requests.
+
+Models without either have no plan, and their requests bypass this module.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from tether.process.lifecycle import Tasks
 
 
 class RequestFeatures:
-    """The plans of all models, and the way of requests that have one."""
+    """The plans of all models, and the handling of requests that have one."""
 
     def __init__(
         self,
@@ -62,15 +64,15 @@ class RequestFeatures:
             self.plans[model] = RequestPlan(next(self._generations), ttl_s, shadows)
 
     async def answer(self, asked: AdmittedRequest, notes: Headers | None) -> tuple[Answer, str]:
-        """Outputs, and the id of the job that this request was; empty when its answer was there already.
+        """Return the outputs and the id of the job that was run; the id is empty for a cached reply.
 
-        ``notes`` gets the headers that the caller is told.
+        Appends response headers to ``notes``.
 
         Raises:
             TetherError: as :meth:`InferBundler.submit` and its future.
         """
-        if asked.plan.cache_ttl_s and self._may_keep(asked.job.tenant):
-            answer, hit = await self._kept(asked, notes)
+        if asked.plan.cache_ttl_s and self._may_cache(asked.job.tenant):
+            answer, hit = await self._answer_cached(asked, notes)
         else:
             lane, job = asked.served.lane(asked.pool), self._seals.seal(asked.job)
             answer, hit = await self._bundler.answer(lane, job, asked.timeout_s), False
@@ -78,23 +80,24 @@ class RequestFeatures:
             self.shadows.mirror(asked, answer)
         return answer, "" if hit else asked.job.id
 
-    async def _kept(self, asked: AdmittedRequest, notes: Headers | None) -> tuple[Answer, bool]:
+    async def _answer_cached(self, asked: AdmittedRequest, notes: Headers | None) -> tuple[Answer, bool]:
         plan, manifest, tenant = asked.plan, asked.served.manifest, asked.job.tenant
         digest = digest_of(asked.job, asked.pool, manifest.name, manifest.version, plan.generation)
         question = CacheLookup(tenant, manifest.name, digest, asked.timeout_s, plan.cache_ttl_s)
         answer, hit = await self.kept.answer(
             question,
-            partial(self._sent, asked),
+            partial(self._submit, asked),
             partial(self._bundler.withdraw, asked.job.id),
-            lambda: self.plans.get(manifest.name) is plan and self._may_keep(tenant),
+            lambda: self.plans.get(manifest.name) is plan and self._may_cache(tenant),
         )
         if notes is not None:
             notes.append(HIT if hit else MISS)
         return answer, hit
 
-    def _sent(self, asked: AdmittedRequest, timeout_s: float) -> asyncio.Future[Answer]:
+    def _submit(self, asked: AdmittedRequest, timeout_s: float) -> asyncio.Future[Answer]:
         return self._bundler.submit(asked.served.lane(asked.pool), self._seals.seal(asked.job), timeout_s)
 
-    def _may_keep(self, tenant: str) -> bool:
-        """What a sealed tenant was answered is kept nowhere in the open, nor of one of whom nobody knows whether it is."""
+    def _may_cache(self, tenant: str) -> bool:
+        """Return False if the tenant's data is encrypted, or its settings are unknown: plaintext must not be
+        cached."""
         return not self._seals.sealed(tenant) and not self._tenants.doubtful(tenant)

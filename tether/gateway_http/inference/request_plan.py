@@ -1,4 +1,4 @@
-"""What a model's configuration adds to the way of its requests, and one such request."""
+"""The features that a model's requests use, and one admitted request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tether.model.config import Shadow
 
 @dataclass(frozen=True)
 class RequestPlan:
-    """What is to be done for a model's requests. Every change of its configuration or versions makes another one."""
+    """Features of a model's requests. Replaced whenever its configuration or versions change."""
 
     generation: int
     cache_ttl_s: float = 0.0
@@ -20,7 +20,8 @@ class RequestPlan:
 
 @dataclass(frozen=True)
 class AdmittedRequest:
-    """One synchronous request that was let in, checked and resolved; ``alias`` is the version as the caller wrote it."""
+    """A synchronous request that was admitted, checked and resolved; ``alias`` is the version as the caller
+    wrote it."""
 
     plan: RequestPlan
     served: ResolvedVersion

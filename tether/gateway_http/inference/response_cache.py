@@ -1,8 +1,7 @@
-"""Answers that are given again to a tenant that sends the same request: in this gateway's memory, for as long as the model's
-configuration says.
+"""In-memory cache of outputs for repeated requests, for as long as the model's configuration allows.
 
-An entry is found by a digest of everything that an answer depends on. Each tenant has entries of its own; when there is no
-room, the tenant that holds more than its share loses what it used least lately.
+Entries are keyed by a digest of everything that the outputs depend on. Each tenant has its own entries; when
+the cache is full, a tenant above its share loses its least recently used ones.
 """
 
 from __future__ import annotations
@@ -20,20 +19,23 @@ Answer = tuple[Tensor, ...]
 
 ENTRY_BYTES = 768
 TENSOR_BYTES = 320
-"""What an entry, and each of its outputs, takes beyond the bytes of the outputs."""
+"""Overhead of an entry, and of each of its outputs, beyond the bytes of the outputs."""
 
 _LARGEST = 8
-"""An entry takes at most this part of the whole."""
+"""An entry may take at most this fraction (1/8) of the cache."""
 
 _STALE = 4
-"""Entries looked at for each new one, whether they may go because their time is over."""
+"""Entries checked for expiry with each new one."""
 
 
 def digest_of(job: Job, pool: str, model: str, version: int, generation: int) -> bytes:
-    """Names what a request asks, inputs to the byte; ``generation`` tells times apart between which answers differ."""
+    """Return the cache key of a request, which covers every byte of its inputs.
+
+    ``generation`` separates periods in which outputs may differ.
+    """
     shapes = [(tensor.name, tensor.datatype, tensor.shape, len(tensor.data)) for tensor in job.inputs]
     asked = (pool, job.tenant, model, version, generation, job.outputs, shapes)
-    # processors have instructions for it, which makes it twice as fast as BLAKE2 on large inputs
+    # SHA-256 has CPU instructions: twice as fast as BLAKE2 on large inputs
     digest = hashlib.sha256(repr(asked).encode())
     for tensor in job.inputs:
         digest.update(tensor.data)
@@ -41,7 +43,7 @@ def digest_of(job: Job, pool: str, model: str, version: int, generation: int) ->
 
 
 class CacheLookup(NamedTuple):
-    """A request by what its answer depends on, as :func:`digest_of` names it."""
+    """A request by its cache key; see :func:`digest_of`."""
 
     tenant: str
     model: str
@@ -58,13 +60,13 @@ class _Entry(NamedTuple):
 
 
 class _TenantLru(OrderedDict[bytes, _Entry]):
-    """The entries of one tenant, those used least lately first."""
+    """The entries of one tenant, least recently used first."""
 
     size = 0
 
 
 class ResponseCache:
-    """At most ``limit`` bytes of answers. ``now`` is a monotonic clock, in seconds."""
+    """At most ``limit`` bytes of outputs. ``now`` is a monotonic clock, in seconds."""
 
     def __init__(self, limit: int, now: Callable[[], float]) -> None:
         self.limit = limit
@@ -76,7 +78,7 @@ class ResponseCache:
         return sum(len(shelf) for shelf in self._shelves.values())
 
     def get(self, tenant: str, digest: bytes) -> Answer | None:
-        """The answer to a request, unless its time is over."""
+        """Return the cached outputs, or None if there are none or they have expired."""
         shelf = self._shelves.get(tenant)
         entry = None if shelf is None else shelf.get(digest)
         if shelf is None or entry is None:
@@ -88,7 +90,7 @@ class ResponseCache:
         return entry.outputs
 
     def put(self, question: CacheLookup, outputs: Answer) -> None:
-        """Keep an answer for its ``ttl_s`` seconds; one that would take too much of the room is not kept."""
+        """Cache outputs for ``ttl_s`` seconds, unless they would take too much of the cache."""
         size = ENTRY_BYTES + sum([TENSOR_BYTES + len(tensor.data) for tensor in outputs])
         if size * _LARGEST > self.limit:
             return
@@ -107,13 +109,13 @@ class ResponseCache:
             self._evict(shelf)
 
     def drop_model(self, model: str) -> None:
-        """Forget every answer of a model."""
+        """Remove every entry of a model."""
         for tenant, shelf in list(self._shelves.items()):
             for digest in [digest for digest, entry in shelf.items() if entry.model == model]:
                 self._remove(tenant, shelf, digest)
 
     def drop_tenant(self, tenant: str) -> None:
-        """Forget every answer that a tenant was given."""
+        """Remove every entry of a tenant."""
         shelf = self._shelves.pop(tenant, None)
         if shelf is not None:
             self.size -= shelf.size
@@ -126,7 +128,7 @@ class ResponseCache:
             self._take(shelf, digest)
 
     def _evict(self, own: _TenantLru) -> None:
-        """Of the tenant that puts something in when it has its share or more already, else of whoever has most."""
+        """Evict from the tenant that adds an entry if it has its share already, else from the largest one."""
         most = own
         if own.size * len(self._shelves) < self.size:
             most = max(self._shelves.values(), key=lambda shelf: shelf.size)

@@ -1,8 +1,8 @@
-"""Copies of requests for versions that are tried beside the one that answers: sent when the caller has its answer,
-compared with it, counted, and forgotten.
+"""Mirrors requests to shadow versions after the caller is answered, compares the outputs and counts the
+results.
 
-A copy is nobody's request. It is sent by a bundler of its own, so it takes no place in the queues, bundles and counts of those
-that callers wait for; it is in no audit log and in nobody's limits; and it is the first thing that a busy gateway leaves out.
+Mirrored requests use a bundler of their own, so they take no place in the queues, bundles and counts of
+callers. They are neither audited nor rate limited, and a busy gateway drops them first.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from tether.process.lifecycle import Tasks
 log = logging.getLogger(__name__)
 
 _MOST_BYTES = 64 << 20
-"""Inputs and answers that copies under way hold at most."""
+"""Limit of inputs and outputs of mirrored requests in flight."""
 
 _INLINE_BYTES = 64 << 10
-"""Answers above this are compared in a thread: the event loop belongs to callers."""
+"""Larger outputs are compared in a thread, to keep the event loop free for callers."""
 
 
 @dataclass
 class ShadowStats:
-    """What became of the copies for one shadow since ``since`` (UTC seconds); ``last_error`` is an error's code."""
+    """Results of one shadow since ``since`` (UTC seconds); ``last_error`` is an error's code."""
 
     since: float
     counts: dict[Verdict, int] = field(default_factory=lambda: dict.fromkeys(Verdict, 0))
@@ -46,9 +46,9 @@ class ShadowStats:
 
 
 class Shadows:
-    """The tallies of every model's shadows, and the copies under way.
+    """Statistics of every model's shadows, and mirrored requests in flight.
 
-    ``callers`` is the bundler whose requests have people waiting; ``bundler`` is for copies alone.
+    ``callers`` is the bundler of callers' requests; ``bundler`` is for mirrored ones only.
     """
 
     def __init__(
@@ -76,27 +76,27 @@ class Shadows:
         await self._bundler.start()
 
     def follow(self, model: str, shadows: tuple[Shadow, ...]) -> tuple[Shadow, ...]:
-        """Keep tallies for these shadows of a model from now on; those that get copies. One that stays keeps its tally."""
+        """Set a model's shadows and return the active ones. A shadow that stays keeps its statistics."""
         known, now = self._tallies.pop(model, {}), self._bus.clock.utc()
         if shadows:
             self._tallies[model] = {shadow: known.get(shadow) or ShadowStats(now) for shadow in shadows}
         return tuple(shadow for shadow in self._tallies.get(model, ()) if shadow.percent > 0 and self._most > 0)
 
     def tallies(self, model: str) -> dict[Shadow, ShadowStats]:
-        """A model's shadows, each with what became of its copies at this gateway."""
+        """Return a model's shadows with their statistics at this gateway."""
         return self._tallies.get(model, {})
 
     def mirror(self, asked: AdmittedRequest, answer: Answer) -> None:
-        """Send the copies of a request that was answered. Never waits, never fails."""
+        """Mirror an answered request. Never blocks, never fails."""
         for shadow in asked.plan.shadows:
             if shadow.alias and shadow.alias != asked.alias:
                 continue
             if shadow.version == asked.served.manifest.version:
                 continue
             if shadow.percent >= 100 or random.random() * 100 < shadow.percent:  # noqa: S311 - a sample, not a secret
-                self._copy(asked, shadow, answer)
+                self._mirror_to(asked, shadow, answer)
 
-    def _copy(self, asked: AdmittedRequest, shadow: Shadow, answer: Answer) -> None:
+    def _mirror_to(self, asked: AdmittedRequest, shadow: Shadow, answer: Answer) -> None:
         served = self._catalog.find(asked.served.manifest.name, shadow.version)
         if served is None or not self._catalog.workers(served, asked.pool):
             self._count(asked, shadow, Verdict.UNAVAILABLE)
@@ -118,7 +118,7 @@ class Shadows:
         self, asked: AdmittedRequest, shadow: Shadow, served: ResolvedVersion, answer: Answer, size: int
     ) -> None:
         try:
-            found = await self._other_answer(asked, served, answer)
+            found = await self._run_and_compare(asked, served, answer)
             self._count(asked, shadow, found.verdict, difference=found.difference)
         except TetherError as error:
             self._count(asked, shadow, Verdict.ERROR, code=error.code)
@@ -126,7 +126,7 @@ class Shadows:
             self.under_way -= 1
             self._bytes -= size
 
-    async def _other_answer(self, asked: AdmittedRequest, served: ResolvedVersion, answer: Answer) -> Comparison:
+    async def _run_and_compare(self, asked: AdmittedRequest, served: ResolvedVersion, answer: Answer) -> Comparison:
         wanted = tuple([tensor.name for tensor in answer])
         self._catalog.check_inputs(served, asked.job.inputs, asked.pool)
         check_outputs(served.manifest, wanted)
@@ -151,7 +151,7 @@ class Shadows:
         tally.last_error = code or tally.last_error
         if verdict is Verdict.DIFFERENT and tally.counts[verdict] == 1:
             log.info(
-                "version %d of model '%s' answers differently from version %d",
+                "shadow version %d of model '%s' gave other outputs than version %d",
                 shadow.version, model, asked.served.manifest.version,
                 extra={"action": "shadow_differs", "model": model},
             )  # fmt: skip

@@ -1,1 +1,1 @@
-"""Durable jobs: submitted, queued, listed, cancelled."""
+"""Durable jobs: submission, queueing, listing, cancellation."""

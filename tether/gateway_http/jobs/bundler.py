@@ -1,7 +1,8 @@
-"""Durable jobs on their way into their lanes: many jobs, one message, one signature.
+"""Sends durable jobs to their lanes: many jobs, one message, one signature.
 
-What arrives while a lane's last bundle is being stored travels together in the next one, in an order that is fair between
-tenants. Records are stored first (:mod:`tether.gateway_http.jobs.records`), so that what finds no room is never queued.
+Jobs that arrive while a lane's last bundle is being stored share the next one, in an order that is fair
+between tenants. Records are stored first (:mod:`tether.gateway_http.jobs.records`), so that a job without
+room for its record is never queued.
 """
 
 from __future__ import annotations
@@ -34,24 +35,24 @@ T = TypeVar("T")
 
 
 class Submission(msgspec.Struct, frozen=True):
-    """A job, the lane it goes to, and its record (whose ``bundle`` is filled in when it leaves)."""
+    """A job, its lane and its record, whose ``bundle`` is set when it is sent."""
 
     lane: Lane
     job: Job
     record: JobRecord
     digest: str = ""
-    """Digest of the request as only this process knows it; the record has what may be stored."""
+    """Digest of the request, known to this process only; the record has the one that may be stored."""
     key: str = ""
     """Digest of its Idempotency-Key; empty without one."""
     after: int = 0
-    """The entry that the key has now."""
+    """Sequence of the key's current entry."""
 
 
 _Waiting = tuple[Submission, "asyncio.Future[Entered | None]"]
 
 
 class JobBundler:
-    """The jobs of every lane that have not been stored yet."""
+    """The jobs of all lanes that are not stored yet."""
 
     def __init__(
         self,
@@ -74,8 +75,11 @@ class JobBundler:
         self._storing: set[Lane] = set()
 
     def add(self, item: Submission) -> asyncio.Future[Entered | None]:
-        """Put a job on its way. The future has its record when the broker holds both, None when another request took its
-        Idempotency-Key first, or the reason why it was not stored."""
+        """Queue a job for its lane.
+
+        The future resolves to its record once the broker has stored both, or to None if another request took
+        its Idempotency-Key first; it fails if the job was not stored.
+        """
         future: asyncio.Future[Entered | None] = asyncio.get_running_loop().create_future()
         pending = self._pending.get(item.lane)
         if pending is None:
@@ -96,20 +100,21 @@ class JobBundler:
                 except TetherError as error:
                     _settle(batch, error)
                 except Exception:
-                    log.exception("jobs were not stored", extra={"action": "store_failed", "model": lane.model})
-                    _settle(batch, TetherError("the gateway could not store the job; its log has the reason"))
+                    log.exception("jobs not stored", extra={"action": "store_failed", "model": lane.model})
+                    _settle(batch, TetherError("internal error: the gateway could not store the job; see its log"))
                 else:
                     _settle(batch, stored)
         finally:
             self._storing.discard(lane)
 
     def _most(self, lane: Lane) -> int:
-        """Jobs of one bundle: a worker has all of them, so they are no more than it runs in a moment."""
+        """Return the jobs of one bundle. A single worker gets all of them, so they are few enough to run
+        quickly."""
         most, job_s = self._bus.settings.bundle_max_jobs, self._job_s(lane)
         return max(1, min(most, int(BUNDLE_S / job_s))) if job_s > 0 else most
 
     async def _store(self, lane: Lane, items: Sequence[Submission]) -> list[Entered | None]:
-        """Records first, then the bundle, then what makes claims count; each step may be repeated."""
+        """Store the records, then the bundle, then turn claims into records; each step is idempotent."""
         bundle, patience = new_job_id(), RetryDeadline(self._bus)
         entered = await self._enter(items, bundle, patience)
         jobs = [item.job for item, record in zip(items, entered, strict=True) if record is not None]
@@ -120,18 +125,18 @@ class JobBundler:
         except BrokerUnavailable:
             raise  # it may be queued all the same
         except Exception:
-            await self._records.leave([record for record in entered if record is not None])
+            await self._records.discard([record for record in entered if record is not None])
             raise
         return await _all([self._accepted(record, patience) for record in entered])
 
     async def _enter(self, items: Sequence[Submission], bundle: str, patience: RetryDeadline) -> list[Entered | None]:
-        """The records of a bundle: all of them, or none when one of them finds no room."""
+        """Store the records of a bundle: all of them, or none if one finds no room."""
         steps = [patience.until_done(partial(self._enter_one, item, bundle)) for item in items]
         entered = await asyncio.gather(*steps, return_exceptions=True)
         errors = [one for one in entered if isinstance(one, BaseException)]
         refused = [error for error in errors if not isinstance(error, BrokerUnavailable)]
         if refused:
-            await self._records.leave([one for one in entered if isinstance(one, Entered)])
+            await self._records.discard([one for one in entered if isinstance(one, Entered)])
         if errors:
             raise [*refused, *errors][0]
         return [one for one in entered if not isinstance(one, BaseException)]
@@ -172,7 +177,7 @@ class JobBundler:
 
 
 async def _all(steps: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Wait for every one, and only then say what went wrong."""
+    """Wait for all steps, and only then raise the first error."""
     found = []
     for result in await asyncio.gather(*steps, return_exceptions=True):
         if isinstance(result, BaseException):
@@ -182,7 +187,7 @@ async def _all(steps: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def _any(_: _Waiting) -> bool:
-    """A durable job is stored also when its client has left."""
+    """Return True: a durable job is stored even if its client has left."""
     return True
 
 

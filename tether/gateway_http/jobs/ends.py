@@ -1,4 +1,4 @@
-"""Ends that a gateway gives durable jobs: cancelled, or expired."""
+"""Outcomes that a gateway commits for durable jobs: cancelled or expired."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 
 
 class JobEnds:
-    """Commits ends; the first one of a job wins, whoever it is from."""
+    """Commits outcomes; the first outcome of a job wins, whoever commits it."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._results = BusResults(bus)
 
     async def end(self, record: JobRecord, state: JobState, failure: Failure, attempts: int) -> bool:
-        """Store how a job ended; False when it had already ended.
+        """Store a job's outcome; return False if it already had one.
 
         Raises:
             BrokerUnavailable, QueueFull
@@ -38,11 +38,14 @@ class JobEnds:
         first = await RetryDeadline(self._bus).until_done(lambda: self._commit(record, frame))
         if first:
             metrics.JOBS_FINISHED.labels(record.model, state.value).inc()
-            log.info("ended here", extra={"action": "job_ended", "state": state.value, **ids_of(record)})
+            log.info(
+                "job cancelled or expired by the gateway",
+                extra={"action": "job_ended", "state": state.value, **ids_of(record)},
+            )
         return first
 
     async def _commit(self, record: JobRecord, frame: bytes) -> bool:
-        """Safe to repeat: an earlier try whose answer was lost counts as this one."""
+        """Commit idempotently: an earlier try whose reply was lost counts as success."""
         if await self._results.commit(record.id, frame, pool=record.pool):
             return True
         found = await self._results.find([record.id], pool=record.pool)
@@ -50,7 +53,7 @@ class JobEnds:
 
 
 def ids_of(record: JobRecord) -> dict[str, Any]:
-    """The fields by which a job is found in logs."""
+    """Return the fields that identify a job in logs."""
     return {
         "job_id": record.id,
         "request_id": record.request_id,

@@ -1,8 +1,9 @@
-"""The jobs of one tenant, newest first, page by page.
+"""Lists the jobs of one tenant, newest first, in pages.
 
-Records are in a stream that all tenants share, each on a subject that begins with its tenant's mark, so that the broker hands out
-the tenant's own. They are read backwards in windows of sequences; a window grows while few records are in it. A cursor says when
-the broker stored the last job of its page: it tells nothing of others, and counts also when that job was forgotten.
+All tenants share one stream of records; each record's subject begins with a mark of its tenant, so the broker
+filters by tenant. Records are read backwards in windows of sequences; a window grows while it has few
+records. A cursor is the time at which the broker stored the last job of its page: it reveals nothing of other
+jobs, and stays valid after that job is deleted.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from tether.gateway_http.jobs.view import JobSnapshot, view
 _WINDOW = 512
 _GROWTH = 8
 _MAX_RECORDS = 10_240
-"""Records that are looked at for one page."""
+"""Records read for one page at most."""
 
 _TIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d{1,9})?Z")
 
 Page = tuple[list[dict[str, Any]], str | None]
 
 Sees = Callable[[str], bool]
-"""Whether the caller may use a model of this name."""
+"""Return True if the caller may use a model of this name."""
 
 States = Callable[[Sequence[JobRecord], OutputRoom], Awaitable[dict[JobId, JobSnapshot]]]
 
 
 class ListQuery(NamedTuple):
-    """``before``: when the last job of the page before was stored, in the broker's words; empty for the first page."""
+    """``before``: the broker's timestamp of the last job on the previous page; empty for the first page."""
 
     tenant: str
     state: str
@@ -48,10 +49,10 @@ class ListQuery(NamedTuple):
 
 
 def before(cursor: str) -> str:
-    """The time in a cursor.
+    """Return the time in a cursor.
 
     Raises:
-        InvalidRequest: it is no cursor.
+        InvalidRequest: it is not a cursor.
     """
     try:
         time = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii")
@@ -59,7 +60,9 @@ def before(cursor: str) -> str:
         time = "-"
     if time and _TIME.fullmatch(time) is None:
         raise InvalidRequest(
-            "query parameter 'cursor' is not the next_cursor of an earlier answer; begin without one", field="cursor"
+            "query parameter 'cursor' is not the next_cursor of an earlier response; "
+            "omit it to start from the newest job",
+            field="cursor",
         )
     return time
 
@@ -69,7 +72,7 @@ def _cursor(item: StoredMessage) -> str:
 
 
 class JobList:
-    """Lists for one gateway. ``states`` tells what is known of jobs."""
+    """Job lists of one gateway. ``states`` returns the snapshots of jobs."""
 
     def __init__(self, bus: Bus, records: JobRecordStore, states: States) -> None:
         self._bus = bus
@@ -78,7 +81,7 @@ class JobList:
         self._stream = records.raw.stream
 
     async def page(self, asked: ListQuery) -> Page:
-        """The next jobs, and the cursor of the page after them (None: no more).
+        """Return the next jobs, and the cursor of the page after them (None: no more).
 
         Raises:
             BrokerUnavailable: no answer.
@@ -92,7 +95,7 @@ class JobList:
         return found, None
 
     async def _add(self, found: list[dict[str, Any]], asked: ListQuery, subjects: str, room: OutputRoom) -> str | None:
-        """Add what matches; the cursor to go on from, when there may be more of these."""
+        """Add matching jobs; return the cursor to continue from, or None if there are no more."""
         upper, first = await self._bounds(subjects, asked.before)
         size, left = _WINDOW, _MAX_RECORDS
         while upper >= first:
@@ -114,7 +117,7 @@ class JobList:
         return None
 
     async def _bounds(self, subjects: str, time: str) -> tuple[int, int]:
-        """The last sequence to look at, and the first; the last is smaller when there is nothing."""
+        """Return the last and the first sequence to read; the last is smaller if there is nothing."""
         oldest = await self._bus.direct_page(self._stream, subjects, start=1, batch=1, max_bytes=1)
         if not oldest:
             return 0, 1
@@ -123,7 +126,7 @@ class JobList:
         return upper, oldest[0].sequence
 
     async def _window(self, subjects: str, lower: int, upper: int) -> list[StoredMessage] | None:
-        """The records between two sequences; None when they are too many to be read at once."""
+        """Return the records between two sequences; None if there are too many to read at once."""
         items: list[StoredMessage] = []
         async for item in self._bus.direct_scan(self._stream, subjects, start=lower, batch=_WINDOW):
             if item.sequence > upper:
@@ -136,7 +139,7 @@ class JobList:
     async def _shown(
         self, items: Sequence[StoredMessage], asked: ListQuery, room: OutputRoom
     ) -> AsyncGenerator[tuple[StoredMessage, dict[str, Any]], None]:
-        """Those that were asked for, newest first; a few at a time, between which other requests have their turn."""
+        """Yield the matching jobs, newest first; give other requests a turn after every few."""
         newest = list(reversed(items))
         for start in range(0, len(newest), AT_ONCE):
             opened = [(item, self._records.opened(item.subject, item.data)) for item in newest[start : start + AT_ONCE]]

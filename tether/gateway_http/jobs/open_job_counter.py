@@ -1,8 +1,8 @@
-"""Which durable jobs of a tenant were accepted and have not ended, counted from their records and results.
+"""Counts a tenant's open durable jobs (accepted, no outcome yet) from their records and results.
 
-Nothing is written for the count. A gateway reads the records that came since it last looked, whoever accepted them, and
-forgets a job when its result is stored or its deadline is over. After a start, and after the broker was away, it begins
-at the first record.
+Nothing is written for the count. A gateway reads the records since its last refresh, of all gateways, and
+forgets a job when its result is stored or its deadline has passed. After a start or a reconnect it reads from
+the first record.
 """
 
 from __future__ import annotations
@@ -19,48 +19,48 @@ from tether.streams.job_queue import BusResults
 
 _BATCH = 512
 _AFTER_DEADLINE_S = 2.0
-"""A result may still be on its way for this long after a job's deadline."""
+"""Seconds after a job's deadline in which its result may still arrive."""
 
 
 @dataclass
 class _Count:
-    """One tenant's open jobs: when each of them has ended at the latest, in UTC seconds."""
+    """One tenant's open jobs, with the latest time at which each has finished (UTC seconds)."""
 
     ends: dict[JobId, float] = field(default_factory=dict)
     pools: dict[JobId, str] = field(default_factory=dict)
-    """Of those that are not in the shared pool."""
+    """Pools of the jobs that are not in the shared pool."""
     lanes: dict[JobId, tuple[str, int]] = field(default_factory=dict)
-    """The lane stream of each of them, and its bytes there."""
+    """The lane stream of each job, and its bytes there."""
     seen: int = 0
-    """The last record that was read, by its sequence."""
+    """Sequence of the last record that was read."""
     seen_of_before: int = 0
-    """The same of those that homes of before left."""
+    """The same for records of an older format."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     looks: int = 0
-    """How many looks have begun."""
+    """Number of refreshes started."""
 
 
 class OpenJobCounter:
-    """Counts for the tenants that were asked about; no other tenant costs anything."""
+    """Counts for requested tenants only; other tenants cost nothing."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._records = JobRecordStore(bus)
         self._results = BusResults(bus)
         self._counts: dict[str, _Count] = {}
-        bus.on_reconnect(self._begin_anew)
+        bus.on_reconnect(self._restart)
 
-    def _begin_anew(self) -> None:
+    def _restart(self) -> None:
         for count in self._counts.values():
             count.seen = count.seen_of_before = 0
 
     def known(self, tenant: str) -> int:
-        """How many there were when this gateway last looked, and those it accepted since."""
+        """Return the number at the last refresh, plus the jobs that this gateway accepted since."""
         count = self._counts.get(tenant)
         return 0 if count is None else len(count.ends)
 
     def waiting(self, tenant: str) -> dict[str, int]:
-        """Bytes of the jobs that :meth:`known` counts, by lane stream."""
+        """Return the bytes of the jobs that :meth:`known` counts, by lane stream."""
         count, found = self._counts.get(tenant), Counter[str]()
         for stream, size in () if count is None else count.lanes.values():
             found[stream] += size
@@ -74,12 +74,13 @@ class OpenJobCounter:
                 self._add(count, record)
 
     def seen(self, tenant: str) -> int:
-        """How far the records were read."""
+        """Return the sequence of the last record read."""
         count = self._counts.get(tenant)
         return 0 if count is None else count.seen
 
     def take_back(self, tenant: str, records: Iterable[JobRecord], seen: int) -> None:
-        """Forget jobs that were not accepted, or not for sure; the records after ``seen`` tell at the next look."""
+        """Uncount jobs that were not, or not certainly, accepted; reread the records after ``seen`` next
+        time."""
         count = self._counts.get(tenant)
         if count is not None:
             for record in records:
@@ -87,11 +88,11 @@ class OpenJobCounter:
             count.seen = min(count.seen, seen)
 
     def forget(self, tenant: str) -> None:
-        """Follow a tenant's jobs no more."""
+        """Stop counting a tenant's jobs."""
         self._counts.pop(tenant, None)
 
     async def count(self, tenant: str) -> int:
-        """How many there are just now; a tenant that was not followed is not followed from now on either.
+        """Return the current number; does not keep counting a tenant that was not counted before.
 
         Raises:
             BrokerUnavailable: no answer.
@@ -104,8 +105,10 @@ class OpenJobCounter:
                 self.forget(tenant)
 
     async def look(self, tenant: str, *, enough: int) -> int:
-        """Take in the records that came since the last look, and when that makes more than ``enough`` open jobs, forget
-        those that have ended; how many are open at most. Who asks while another look waits to begin shares it.
+        """Read new records; if that makes more than ``enough`` open jobs, remove finished ones until it does
+        not.
+
+        Returns an upper bound of the open jobs. Calls that wait for the same refresh to start share it.
 
         Raises:
             BrokerUnavailable: no answer.
@@ -125,7 +128,7 @@ class OpenJobCounter:
         count.seen_of_before = await self._read_from(count, tenant, older, count.seen_of_before)
 
     async def _read_from(self, count: _Count, tenant: str, subjects: str, seen: int) -> int:
-        """How far the records are read after this."""
+        """Read records after ``seen``; return the sequence of the last one."""
         async for item in self._bus.direct_scan(self._records.raw.stream, subjects, start=seen + 1, batch=_BATCH):
             seen = item.sequence
             record = self._records.opened(item.subject, item.data)
@@ -146,7 +149,7 @@ class OpenJobCounter:
             count.pools[record.id] = record.pool
 
     async def _settle(self, count: _Count, enough: int) -> None:
-        """Oldest first, and no more than is needed: each result is read once."""
+        """Remove finished jobs, oldest first and only as many as needed: each result costs a read."""
         now = self._bus.clock.utc()
         for job in [job for job, end in count.ends.items() if end <= now]:
             _forget(count, job)

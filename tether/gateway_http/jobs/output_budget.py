@@ -1,25 +1,25 @@
-"""How many bytes of outputs one answer about jobs holds: many large results at once would take all memory of a gateway."""
+"""Limits the bytes of outputs in one response about jobs, so that large results do not exhaust memory."""
 
 from __future__ import annotations
 
 from tether.domain.job import Outcome
 
 ANSWER_BYTES = 16 << 20
-"""Of the outputs of jobs in one answer. One job's are shown however large they are."""
+"""Output bytes in one response. The first job's outputs are included whatever their size."""
 
 AT_ONCE = 16
-"""Jobs whose ends are read at a time: each may have as much as a message holds."""
+"""Jobs whose results are read at a time: each may be as large as a message."""
 
 
 class OutputRoom:
-    """What is left of it while one answer is put together."""
+    """Remaining output bytes of one response."""
 
     def __init__(self) -> None:
         self._left = ANSWER_BYTES
         self._first = True
 
     def takes(self, outcome: Outcome) -> bool:
-        """Whether the outputs of a job are shown; they count from now on."""
+        """Charge a job's outputs to the budget; return False if they do not fit."""
         size = sum([len(tensor.data) for tensor in outcome.outputs])
         if size > self._left and not self._first:
             return False

@@ -1,9 +1,9 @@
-"""The quota ``queued_jobs``: how many durable jobs of a tenant may be open, over all gateways.
+"""The quota ``queued_jobs``: a tenant's maximum of open durable jobs, over all gateways.
 
-A gateway looks at the records and results (:mod:`tether.gateway_http.jobs.open_job_counter`), and then accepts an eighth of the room it
-saw before it looks again, and only after what it accepted is stored, so that the others see it. So up to eight gateways
-accept no more than the quota, but for one request of each other gateway that is stored in the same moment when there is
-little room left.
+A gateway counts records and results (:mod:`tether.gateway_http.jobs.open_job_counter`) and then accepts an
+eighth of the free room before it counts again, and only after those jobs are stored, so that other gateways
+see them. Thus up to eight gateways stay within the quota, except for one request of each other gateway that
+is stored at the same moment when little room is left.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from tether.gateway_http.access.tenants import Tenants
 from tether.gateway_http.jobs.open_job_counter import OpenJobCounter
 
 FRESH_S = 1.0
-"""How long the room that was seen counts."""
+"""Seconds for which a count is reused."""
 
 AGAIN_S = 0.2
-"""After a refusal the last look counts for this long."""
+"""Seconds for which the last count is reused after a rejection."""
 
 _PART = 8
 
 
 @dataclass
 class _Gate:
-    """One tenant's way in. Times are monotonic seconds."""
+    """One tenant's admission state. Times are monotonic seconds."""
 
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     stored: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set while nothing that was let in is on its way."""
+    """Set while no admitted job is being stored."""
     storing: int = 0
     allowance: int = 0
-    """Jobs that may be let in without another look."""
+    """Jobs that may be admitted without another count."""
     fresh_until: float = 0.0
     full_until: float = 0.0
 
@@ -52,7 +52,7 @@ class _Gate:
 
 
 class QueuedJobsQuota:
-    """Where there is no quota, nothing is counted."""
+    """Admits durable jobs. Tenants without a quota are not counted."""
 
     def __init__(self, bus: Bus, tenants: Tenants) -> None:
         self._clock = bus.clock
@@ -62,11 +62,11 @@ class QueuedJobsQuota:
 
     @asynccontextmanager
     async def hold(self, tenant: str, records: Sequence[JobRecord]) -> AsyncIterator[None]:
-        """Count jobs as open while the block accepts them, and from then on unless it fails.
+        """Count jobs as open while the block accepts them, and afterwards unless it fails.
 
         Raises:
             QuotaExceeded: there is no room for all of them.
-            BrokerUnavailable: nobody can tell.
+            BrokerUnavailable: the count is unknown.
         """
         found = self._tenants.find(tenant)
         limit = 0 if found is None else found.quotas.queued_jobs
@@ -89,13 +89,13 @@ class QueuedJobsQuota:
             gate.leave(len(records))
 
     async def _admit(self, gate: _Gate, tenant: str, records: Sequence[JobRecord], limit: int) -> int:
-        """Let jobs in; how far the records were read by then."""
+        """Admit jobs; return the sequence up to which records were read."""
         jobs = len(records)
-        if not self._at_once(gate, tenant, jobs, limit):
+        if not self._admit_from_allowance(gate, tenant, jobs, limit):
             async with gate.turn:
-                if not self._at_once(gate, tenant, jobs, limit):
+                if not self._admit_from_allowance(gate, tenant, jobs, limit):
                     await gate.stored.wait()
-                    await self._look(gate, tenant, jobs, limit)
+                    await self._recount(gate, tenant, jobs, limit)
                 return self._let_in(gate, tenant, records)
         return self._let_in(gate, tenant, records)
 
@@ -104,8 +104,9 @@ class QueuedJobsQuota:
         self.open.accepted(tenant, records)
         return self.open.seen(tenant)
 
-    def _at_once(self, gate: _Gate, tenant: str, jobs: int, limit: int) -> bool:
-        """Whether the last look lets them in; when it has just shown that there is no room, they are refused."""
+    def _admit_from_allowance(self, gate: _Gate, tenant: str, jobs: int, limit: int) -> bool:
+        """Return True if the last count admits the jobs; reject them if it has just shown that there is no
+        room."""
         now, use = self._clock.monotonic(), self.open.known(tenant)
         if use + jobs > limit and now < gate.full_until:
             raise _exceeded(tenant, use, limit)
@@ -114,7 +115,7 @@ class QueuedJobsQuota:
         gate.allowance -= jobs
         return True
 
-    async def _look(self, gate: _Gate, tenant: str, jobs: int, limit: int) -> None:
+    async def _recount(self, gate: _Gate, tenant: str, jobs: int, limit: int) -> None:
         await self.open.look(tenant, enough=max(0, limit - jobs))
         now, use = self._clock.monotonic(), self.open.known(tenant)
         room = limit - use - jobs
@@ -126,6 +127,6 @@ class QueuedJobsQuota:
 
 def _exceeded(tenant: str, use: int, limit: int) -> QuotaExceeded:
     return QuotaExceeded(
-        f"tenant '{tenant}' has {use} durable jobs that have not ended; its quota queued_jobs is {limit}",
+        f"tenant '{tenant}' has {use} unfinished durable jobs; its quota queued_jobs is {limit}",
         field="queued_jobs",
     )

@@ -1,10 +1,10 @@
-"""The records of durable jobs as gateways write and read them: entries of the bucket ``jobs``.
+"""Reads and writes the records of durable jobs: entries of the bucket ``jobs``.
 
-A record is stored before the bundle that carries its job is queued, so that a job which finds no room is refused before
-it can run. Without an Idempotency-Key the record counts at once: should the gateway die before the bundle is queued, no
-client was told of the job, and the dispatcher ends it. A record under a key counts as a claim until the bundle is queued
-(``storing`` instead of ``bundle``), because a client may send the key again: its job is then stored again, under the
-same id.
+A record is stored before its job's bundle is queued, so that a job without room is rejected before it can
+run. Without an Idempotency-Key the record is valid at once: if the gateway dies before the bundle is queued,
+no client knows the job, and the dispatcher fails it. A record with a key is a claim until the bundle is
+queued (``storing`` instead of ``bundle``), because a client may retry with the key: its job is then stored
+again, under the same id.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 
 
 class KeptRecord(msgspec.Struct, frozen=True):
-    """What an Idempotency-Key has: the record under it, if there is one, and the sequence to replace it at."""
+    """The record of an Idempotency-Key, if there is one, and the sequence to replace it at."""
 
     record: JobRecord | None = None
     sequence: int = 0
 
 
 class Entered(msgspec.Struct, frozen=True):
-    """A record that was stored, and where."""
+    """A stored record and its sequence."""
 
     record: JobRecord
     sequence: int
@@ -50,7 +50,7 @@ class JobRecordStore:
     # read
 
     async def find(self, ids: Sequence[str]) -> dict[JobId, JobRecord]:
-        """The records of those jobs that were accepted and are not forgotten; ids may be anything a client sent."""
+        """Return the records of accepted jobs that still exist; ids may be arbitrary client input."""
         wanted = [job_id for job_id in ids if is_job_id(job_id)]
         found = await self._read({record_key(job_id) for job_id in wanted})
         by_id = {record.id: record for record, _ in found.values()}
@@ -61,15 +61,15 @@ class JobRecordStore:
         return {JobId(job_id): by_id[JobId(job_id)] for job_id in wanted if accepted(by_id.get(JobId(job_id)))}
 
     async def held(self, digests: Sequence[str]) -> dict[str, KeptRecord]:
-        """What the Idempotency-Keys with these digests have."""
+        """Return the entries of the Idempotency-Keys with these digests."""
         keys = {digest: (record_key(digest), *older_record_keys(digest_of_before(digest))) for digest in digests}
         subjects = {self.raw.subject(key): key for several in keys.values() for key in several}
         stored = await self._bus.direct_batch(self.raw.stream, list(subjects))
         by_key = {subjects[subject]: item for subject, item in stored.items()}
-        return {digest: self._held([by_key.get(key) for key in several]) for digest, several in keys.items()}
+        return {digest: self._newest([by_key.get(key) for key in several]) for digest, several in keys.items()}
 
-    def _held(self, items: Sequence[StoredMessage | None]) -> KeptRecord:
-        """Of a key's three subjects the newest form counts first; of the oldest form only a job that was accepted."""
+    def _newest(self, items: Sequence[StoredMessage | None]) -> KeptRecord:
+        """Return a key's entry in its newest format; of the oldest format, only an accepted job."""
         opened = [None if item is None else self.opened(item.subject, item.data) for item in items]
         if not accepted(opened[-1]):
             opened[-1] = None
@@ -79,12 +79,12 @@ class JobRecordStore:
         return KeptRecord() if items[0] is None else KeptRecord(None, items[0].sequence)
 
     def subjects_of(self, tenant: str) -> str:
-        """All records of a tenant, and hardly any other one's."""
+        """Return the subject filter of a tenant's records; it matches hardly any others."""
         return self.raw.subject(f"{tenant_mark(tenant)}.*")
 
     @property
     def subjects_of_before(self) -> str:
-        """All records that homes of before left, of every tenant."""
+        """Subject filter of all records in an older format, of every tenant."""
         return self.raw.subject("*")
 
     async def _read(self, keys: set[str]) -> dict[str, tuple[JobRecord, int]]:
@@ -93,26 +93,28 @@ class JobRecordStore:
         return {subject: (record, at) for subject, (record, at) in opened.items() if record is not None}
 
     def opened(self, subject: str, frame: bytes) -> JobRecord | None:
-        """The verified record of a subject; None when there is none that can be believed."""
+        """Return the verified record of a subject; None if it is missing or cannot be verified."""
         envelope = self._bus.verify_frame(frame, subject, MessageType.RECORD) if frame else None
         if envelope is None:
             return None
         try:
             return codec.decode_record(envelope.body)
         except BadEncoding as error:
-            log.warning("unreadable record: %s", error, extra={"action": "entry_refused"})
+            log.warning("ignored an unreadable job record: %s", error, extra={"action": "entry_refused"})
             return None
 
     # write
 
     async def enter(self, record: JobRecord, bundle: str) -> Entered:
-        """Store the record of a job that goes into ``bundle``, before that is queued. Safe to repeat."""
+        """Store the record of a job before ``bundle`` is queued. Idempotent."""
         stored = msgspec.structs.replace(record, bundle=bundle)
         return Entered(stored, await self._put(stored))
 
     async def claim(self, record: JobRecord, bundle: str, after: int) -> Entered | None:
-        """:meth:`enter` for a job under an Idempotency-Key that had the entry ``after`` (0: none); None when it has
-        another one by now. Safe to repeat."""
+        """Store a claim for a job with an Idempotency-Key whose entry was ``after`` (0: none). Idempotent.
+
+        Returns None if the key has another entry by now.
+        """
         claim = msgspec.structs.replace(record, bundle="", storing=bundle)
         try:
             return Entered(claim, await self._put(claim, expected=after))
@@ -120,24 +122,24 @@ class JobRecordStore:
             found = await self._bus.direct_get(self.raw.stream, self.raw.subject(record.key))
             if found is None or self.opened(found.subject, found.data) != claim:
                 return None
-            return Entered(claim, found.sequence)  # the answer to an earlier try was lost
+            return Entered(claim, found.sequence)  # the reply to an earlier try was lost
 
     async def accept(self, claim: JobRecord) -> Entered:
-        """The claim's bundle is queued: from now on the key has its job. It takes less room than the claim did."""
+        """Turn a claim into a record once its bundle is queued. The record is smaller than the claim."""
         record = msgspec.structs.replace(claim, bundle=claim.storing, storing="")
         return Entered(record, await self._put(record))
 
-    async def leave(self, entered: Sequence[Entered]) -> None:
-        """Take back what was stored for jobs that were refused. What the broker does not hear is left to age."""
-        await asyncio.gather(*[self._leave(item) for item in entered])
+    async def discard(self, entered: Sequence[Entered]) -> None:
+        """Delete the records of rejected jobs. If that fails, they stay until they expire."""
+        await asyncio.gather(*[self._discard_one(item) for item in entered])
 
-    async def _leave(self, item: Entered) -> None:
+    async def _discard_one(self, item: Entered) -> None:
         try:
             with suppress(VersionConflict):
                 await self.raw.forget(item.record.key, item.sequence)
         except TetherError as error:
             extra = {"action": "record_left", "job_id": item.record.id}
-            log.warning("the record of a refused job stays: %s", error, extra=extra)
+            log.warning("record of a rejected job not deleted: %s", error, extra=extra)
 
     async def _put(self, record: JobRecord, *, expected: int | None = None) -> int:
         subject = self.raw.subject(record.key)

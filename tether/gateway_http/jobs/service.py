@@ -1,8 +1,8 @@
-"""Durable jobs: accept, look at, wait for, cancel.
+"""Durable jobs: submit, get, wait, list, cancel.
 
-A job is accepted when its bundle is in its lane and its record in the ``jobs`` bucket. How it ended is one entry of the
-results stream, and the first entry wins: a worker's result, a cancellation, or an expiry. Its state is worked out from
-these whenever somebody asks, so there is no state that could be written wrongly.
+A job is accepted once its bundle is in its lane and its record in the ``jobs`` bucket. Its outcome is one
+entry of the results stream, and the first entry wins: a worker's result, a cancellation or an expiry. Its
+state is computed from these on every read, so no stored state can be wrong.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ from tether.wire import codec
 
 _POLL_S = 1.0
 _SOON_S = 0.005
-"""After a result was heard of: it is heard when it is sent, and may be stored a moment later."""
-"""A worker remembers a cancelled job for this long: one that it has not in hand by then it finds ended when it comes."""
+"""Delay after a result's message was seen, which may be stored a moment later."""
+"""Workers remember a cancelled job for this long; for a later delivery they find the stored outcome."""
 _GATHER_S = 0.02
-"""Of many jobs many end together: one look for all of them."""
+"""Many jobs tend to finish together: one read for all of them."""
 
 
 T = TypeVar("T")
@@ -64,12 +64,12 @@ def _all(_model: str) -> bool:
 
 
 def _few(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    """As many at a time as may have their results in memory."""
+    """Split items into groups whose results fit into memory together."""
     return (items[start : start + AT_ONCE] for start in range(0, len(items), AT_ONCE))
 
 
 class JobService:
-    """Jobs of every tenant, as one gateway sees them."""
+    """Durable jobs of all tenants, as one gateway sees them."""
 
     def __init__(
         self,
@@ -98,26 +98,27 @@ class JobService:
         )
 
     async def submit(self, tenant: str, requests: Sequence[NewJob]) -> list[dict[str, Any]]:
-        """Accept jobs; returns when the broker holds every one. See :meth:`JobSubmitter.submit` for what it raises."""
+        """Accept jobs; return once the broker has stored all of them. Raises as :meth:`JobSubmitter.submit`."""
         accepted = await self._submitter.submit(tenant, requests)
         states = {one.record.id: JobSnapshot(one.record) for one in accepted if not one.before}
         if earlier := [one.record for one in accepted if one.before]:
             states.update(await self._states(earlier))
         return [view(states[one.record.id]) for one in accepted]
 
-    # look
+    # read
 
     async def get(self, tenant: str, job_id: str, wait_s: float = 0.0, sees: Sees = _all) -> dict[str, Any]:
-        """The job object; with ``wait_s`` as soon as the job has ended, or after that many seconds.
+        """Return the job object; with ``wait_s``, once the job has finished or after that many seconds.
 
         Raises:
-            JobNotFound: there is no such job, it is another tenant's, or of a model that the caller may not use.
+            JobNotFound: it does not exist, is another tenant's, or is of a model that the caller may not
+                use.
         """
         (found,) = await self.get_many(tenant, [job_id], wait_s, sees)
         return found
 
     async def get_many(self, tenant: str, ids: Sequence[str], wait_s: float, sees: Sees = _all) -> list[dict[str, Any]]:
-        """Job objects in the order of ``ids``; with ``wait_s`` as soon as all of them have ended."""
+        """Return job objects in the order of ``ids``; with ``wait_s``, once all of them have finished."""
         patience = RetryDeadline(self._bus)
         ordered = await patience.until_done(lambda: self._visible(tenant, ids, sees))
         states = await patience.until_done(lambda: self._states(ordered))
@@ -127,7 +128,7 @@ class JobService:
         return [view(states[record.id]) for record in ordered]
 
     async def _visible(self, tenant: str, ids: Sequence[str], sees: Sees) -> list[JobRecord]:
-        """The records of those jobs, which must all be there for this caller."""
+        """Return the records of jobs, all of which must be visible to the caller."""
         records = await self._records.find(ids)
         for job_id in ids:
             record = records.get(JobId(job_id))
@@ -138,11 +139,11 @@ class JobService:
         return [records[JobId(job_id)] for job_id in ids]
 
     async def _wait(self, states: dict[JobId, JobSnapshot], wait_s: float) -> None:
-        """Listen for results; what is heard may have been refused by the stream, so it only says: look again."""
-        heard = asyncio.Event()
+        """Wait for results. A message only triggers a read, because the stream may have rejected it."""
+        result_seen = asyncio.Event()
 
         async def arrived(_: object) -> None:
-            heard.set()
+            result_seen.set()
 
         end, pause = self._bus.clock.monotonic() + wait_s, _POLL_S
         open_ids = [job_id for job_id, state in states.items() if not state.ended]
@@ -152,12 +153,12 @@ class JobService:
                 subscription = await self._bus.subscribe(subject, arrived, confirmed=False)
                 stack.push_async_callback(subscription.unsubscribe)
             while open_ids and (left := end - self._bus.clock.monotonic()) > 0:
-                heard.clear()
+                result_seen.clear()
                 open_ids = await self._still_open(open_ids, states)
                 if open_ids:
                     try:
                         async with asyncio.timeout(min(left, pause)):
-                            await heard.wait()
+                            await result_seen.wait()
                         pause = _SOON_S
                         await asyncio.sleep(_GATHER_S if len(open_ids) > 1 else 0)
                     except TimeoutError:
@@ -169,15 +170,18 @@ class JobService:
             for some in _few(ids):
                 ended.update(await self._stored([states[job].record for job in some]))
         except BrokerUnavailable:
-            return ids  # who waits for a job waits for the broker too
+            return ids  # keep waiting: the broker may come back in time
         now = self._bus.clock.utc()
         return [job for job in ids if job not in ended and states[job].record.deadline + STORED_S > now]
 
     async def list(self, tenant: str, *, state: str, model: str, limit: int, cursor: str, sees: Sees = _all) -> Page:
-        """A tenant's jobs of models that the caller sees, newest first; and the next page's cursor (None: no more).
+        """List a tenant's jobs of models that the caller may use, newest first; also return the next page's
+        cursor.
+
+        The cursor is None on the last page.
 
         Raises:
-            InvalidRequest: the cursor is none of an earlier page.
+            InvalidRequest: the cursor is not one of an earlier page.
         """
         asked = ListQuery(tenant, state, lambda name: model in ("", name) and sees(name), limit, before(cursor))
         return await RetryDeadline(self._bus).until_done(lambda: self._list.page(asked))
@@ -185,18 +189,18 @@ class JobService:
     # cancel
 
     async def cancel(self, tenant: str, job_id: str, sees: Sees = _all) -> dict[str, Any]:
-        """End a job that has not ended; a worker that runs it is told.
+        """Cancel an unfinished job and notify workers that run it.
 
         Raises:
             JobNotFound: as :meth:`get`.
-            ResultConflict: it had already ended.
+            ResultConflict: it had already finished.
         """
         shown = await self.get(tenant, job_id, sees=sees)
         failure = Failure(JobCancelled.code, "the job was cancelled")
         (record,) = await RetryDeadline(self._bus).until_done(lambda: self._visible(tenant, [job_id], sees))
         if not await self._ends.end(record, JobState.CANCELLED, failure, int(shown["attempts"])):
             shown = await self.get(tenant, job_id)
-            raise ResultConflict(f"job '{job_id}' has already ended: {shown['state']}", field="id")
+            raise ResultConflict(f"job '{job_id}' has already finished: {shown['state']}", field="id")
         lane = Lane(LaneKind.INFER, record.model, record.version, self._bus.settings.region, record.pool)
         self._withdrawals.add(lane, record.id, min(record.deadline, self._bus.clock.utc() + CANCELLATION_TOLD_S))
         return await self.get(tenant, job_id)
@@ -204,8 +208,10 @@ class JobService:
     # states
 
     async def _states(self, records: Sequence[JobRecord], room: OutputRoom | None = None) -> dict[JobId, JobSnapshot]:
-        """What is known of each job; those whose deadline is over without a result are ended here. Outputs for which the answer
-        has no ``room`` are left out."""
+        """Return the snapshot of each job; expire those past their deadline without a result.
+
+        Outputs that exceed ``room`` are omitted.
+        """
         room, found = room or OutputRoom(), dict[JobId, JobSnapshot]()
         for some in _few(records):
             found.update(await self._some(some, room))
@@ -216,7 +222,7 @@ class JobService:
         now = self._bus.clock.utc()
         late = [record for record in records if record.id not in outcomes and record.deadline + STORED_S < now]
         if late:
-            failure = Failure(DeadlineExceeded.code, "the deadline passed before the job ended")
+            failure = Failure(DeadlineExceeded.code, "the deadline passed before the job finished")
             await asyncio.gather(*[self._ends.end(record, JobState.EXPIRED, failure, 0) for record in late])
             outcomes.update(await self._outcomes(late))
         notes = await self._notes([record for record in records if record.id not in outcomes])
@@ -246,7 +252,7 @@ class JobService:
         return found
 
     async def _stored(self, records: Sequence[JobRecord]) -> dict[str, StoredMessage]:
-        """How jobs ended, each in the results of the pool that its record names."""
+        """Read the outcomes of jobs, each from the results stream of its record's pool."""
         by_pool: dict[str, list[JobId]] = {}
         for record in records:
             by_pool.setdefault(record.pool, []).append(record.id)
@@ -254,7 +260,7 @@ class JobService:
         return {job: end for ends in found for job, end in ends.items()}
 
     async def _notes(self, records: Sequence[JobRecord]) -> dict[JobId, AttemptNote]:
-        """The last attempt of each job: a note of its own counts more than its bundle's."""
+        """Return the last attempt of each job; its own note takes precedence over its bundle's."""
         if not records:
             return {}
         bucket, key = self._attempts, self._bus.names.attempt_key

@@ -1,8 +1,9 @@
-"""Whether what keeps durable jobs has room for more of them: asked before anything of a job is stored.
+"""Checks that the stores of durable jobs have room, before anything of a job is stored.
 
-A job passes three bounded stores: the queue of its lane, the records, and the results. A queue that is full refuses at once. Records
-and results are mostly of jobs that have ended, and the dispatcher lets the oldest of these make room; so a submit waits for it a
-moment, and is refused when none was made: then the records are those of open jobs, or no dispatcher runs.
+A job passes three bounded stores: its lane's queue, the records and the results. A full queue rejects at
+once. Records and results are mostly of finished jobs, and the dispatcher deletes the oldest of these to make
+room; so a submission waits a moment for it and is then rejected: either all records are of open jobs, or no
+dispatcher runs.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from tether.streams.layout import ENDS
 from tether.streams.usage import StreamUses
 
 ROOM_S = 3.0
-"""How long a submit waits for ended jobs to make room."""
+"""Seconds that a submission waits for room."""
 
 _LOOK_S = 1.0
 _AGAIN_S = 0.1
 _NEARLY = 0.97
-"""Share of its bound at which a store takes no more jobs: others are on their way, and ends must find room."""
+"""Fraction of its bound at which a store is closed to new jobs: others are in flight, and outcomes need room."""
 
 T = TypeVar("T")
 
 
 class JobStores:
-    """What one gateway knows of them."""
+    """The stores of durable jobs, as one gateway sees them."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -36,30 +37,32 @@ class JobStores:
         self._refused_until = 0.0
 
     async def require(self, pool: str, lanes: Collection[str]) -> None:
-        """Wait until there is room for jobs of a pool in these lane streams, records and results.
+        """Wait until these lane streams, the records and the results have room for jobs of a pool.
 
         Raises:
-            QueueFull: there is none; the message names the bound.
+            QueueFull: there is no room; the message names the bound.
         """
         for stream in lanes:
             if (await self._share(stream)) >= _NEARLY:
                 raise self.queue_full()
-        await self.until_room(lambda: self._require_kept(pool))
+        await self.until_room(lambda: self._require_records_and_results(pool))
 
-    async def _require_kept(self, pool: str) -> None:
+    async def _require_records_and_results(self, pool: str) -> None:
         if await self._share(self._bus.names.bucket_stream("jobs")) >= _NEARLY:
             raise self.records_full()
         if await self._share(self._bus.names.pool_results_stream(pool)) >= 1 - ENDS:
             raise _full(
-                "results of durable jobs have no room for outputs: they fill their share of max_file_mb; ended jobs make room while a "
-                "dispatcher runs: see that one does, or raise max_file_mb"
+                "the results of durable jobs fill their share of max_file_mb; "
+                "the dispatcher deletes the oldest finished ones: "
+                "check that one is running, or raise max_file_mb"
             )
 
     async def until_room(self, action: Callable[[], Awaitable[T]]) -> T:
-        """What ``action`` returns, tried again for a moment while it finds no room. It must be safe to repeat.
+        """Return the result of ``action``; retry it for a moment on :class:`QueueFull`. It must be
+        idempotent.
 
         Raises:
-            QueueFull: it found none.
+            QueueFull: there was no room.
         """
         clock = self._bus.clock
         end = clock.monotonic() + ROOM_S
@@ -74,17 +77,17 @@ class JobStores:
                 await asyncio.sleep(_AGAIN_S)
 
     def queue_full(self) -> QueueFull:
-        """The error of a lane stream that takes no more bundles."""
+        """Return the error of a full lane stream."""
         return _full(
             "the queue of durable jobs is full: waiting jobs fill its share of max_file_mb "
             f"({self._bus.settings.max_file_mb}); wait, add workers, or raise max_file_mb"
         )
 
     def records_full(self) -> QueueFull:
-        """The error of the records when ended jobs make no more room."""
+        """Return the error of full records."""
         return _full(
-            "records of durable jobs have no room: those of open jobs fill their share of max_file_mb "
-            f"({self._bus.settings.max_file_mb}); wait for jobs to end, or raise max_file_mb"
+            "the records of open durable jobs fill their share of max_file_mb "
+            f"({self._bus.settings.max_file_mb}); wait for jobs to finish, or raise max_file_mb"
         )
 
     async def _share(self, stream: str) -> float:

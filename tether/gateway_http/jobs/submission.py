@@ -1,4 +1,4 @@
-"""How durable jobs are accepted: checked, claimed, stored, queued; all of a request, or none of it."""
+"""Accepts durable jobs: checks, claims, stores and queues all jobs of a request, or none."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ from tether.process.lifecycle import Tasks
 log = logging.getLogger(__name__)
 
 _TRIES = 3
-"""A claim that is lost is looked at again: its winner may have sent another request."""
+"""Tries for a lost claim: the winner may have sent a different request."""
 
 _CLAIM_S = 2.0
-"""How long a claim that another request holds may take to be accepted, before its gateway is taken for dead."""
+"""Seconds that another request's claim may take to be accepted, before its gateway is presumed dead."""
 
 _LOOK_S = 0.05
 
 JOB_OVERHEAD = 128
-"""Bytes that a job takes in its lane beside its inputs, about."""
+"""Approximate bytes of a job in its lane beyond its inputs."""
 
 
 class NewJob(msgspec.Struct, frozen=True):
-    """A request for a durable job, parsed and resolved; without a priority it gets that of its model."""
+    """A parsed and resolved request for a durable job; without a priority it gets its model's default."""
 
     served: ResolvedVersion
     inputs: tuple[Tensor, ...]
@@ -66,14 +66,14 @@ class NewJob(msgspec.Struct, frozen=True):
 
 
 class Accepted(msgspec.Struct, frozen=True):
-    """A job's record; ``before``: it was accepted earlier under the same Idempotency-Key."""
+    """A job's record; ``before`` is set if it was accepted earlier under the same Idempotency-Key."""
 
     record: JobRecord
     before: bool = False
 
 
 class JobSubmitter:
-    """Accepts jobs for one gateway."""
+    """Accepts durable jobs for one gateway."""
 
     def __init__(
         self,
@@ -99,14 +99,15 @@ class JobSubmitter:
         self._bundler = JobBundler(bus, tasks, tenants.weight, records, stores=self._stores, job_s=catalog.job_s)
 
     async def submit(self, tenant: str, requests: Sequence[NewJob]) -> list[Accepted]:
-        """The records of the jobs in the order of ``requests``. When one is refused none of them is run, but for those
-        that a worker had already begun.
+        """Accept jobs; return their records in the order of ``requests``.
+
+        If one is rejected, none of them is run, except those that a worker has already started.
 
         Raises:
             BadTensor, ModelNotReady: before anything was stored.
             IdempotencyConflict: a key was used for another request.
             QuotaExceeded, QueueFull: no room.
-            BrokerUnavailable: unknown whether they are stored; try again with the same key.
+            BrokerUnavailable: unknown whether they are stored; retry with the same key.
         """
         pool = self._tenants.pool(tenant)
         for request in requests:
@@ -130,7 +131,7 @@ class JobSubmitter:
                     new.append(entered)
                 if len(done) == len(items):
                     return [done[place] for place in items]
-            raise Unavailable("the Idempotency-Key is in use just now; try again")
+            raise Unavailable("the Idempotency-Key is in use by another request; try again")
         except TetherError as error:
             if not isinstance(error, BrokerUnavailable):
                 await self._take_back(new)
@@ -160,7 +161,7 @@ class JobSubmitter:
         return Submission(lane, job, record, digest, key)
 
     async def _settled(self, items: Mapping[int, Submission], patience: RetryDeadline) -> dict[int, KeptRecord]:
-        """What the keys of a request have, once no other request is just storing a job under one of them.
+        """Return the entries of a request's keys, once no other request is storing a job under one of them.
 
         Raises:
             IdempotencyConflict: a key has another request's job.
@@ -183,7 +184,8 @@ class JobSubmitter:
         return await self._seals.same_digest(record.tenant, record.digest, item.digest)
 
     def _after(self, item: Submission, held: KeptRecord | None) -> Submission:
-        """The submission as it is stored. A claim whose gateway died keeps its id: its bundle may have been queued."""
+        """Return the submission to store. A claim of a dead gateway keeps its id: its bundle may have been
+        queued."""
         if held is not None and held.record is not None:
             job_id = held.record.id
             record = msgspec.structs.replace(item.record, id=job_id)
@@ -192,7 +194,7 @@ class JobSubmitter:
         return msgspec.structs.replace(item, job=self._seals.seal(item.job), after=after)
 
     async def _store(self, tenant: str, fresh: Mapping[int, Submission], patience: RetryDeadline) -> dict[int, Entered]:
-        """Those that were stored and queued, all but those whose claim was lost."""
+        """Store and queue jobs; return all but those whose claim was lost."""
         if not fresh:
             return {}
         streams = {self._bus.names.lane_stream(item.lane) for item in fresh.values()}
@@ -214,33 +216,41 @@ class JobSubmitter:
         for entered in stored.values():
             metrics.JOBS_ACCEPTED.labels(entered.record.model).inc()
             if log.isEnabledFor(logging.DEBUG):
-                log.debug("accepted", extra={"action": "job_accepted", **ids_of(entered.record)})
+                log.debug("job accepted", extra={"action": "job_accepted", **ids_of(entered.record)})
         return stored
 
     def _by_stream(self, fresh: Mapping[int, Submission]) -> Counter[str]:
-        """Bytes that the jobs take, by lane stream."""
+        """Sum up the bytes of the jobs by lane stream."""
         found = Counter[str]()
         for item in fresh.values():
             found[self._bus.names.lane_stream(item.lane)] += item.record.size
         return found
 
     async def _take_back(self, stored: Sequence[Entered]) -> None:
-        """End the jobs of a request that is refused as a whole, and forget them: its client will send all of it again."""
+        """Cancel and delete the accepted jobs of a request that is rejected as a whole; its client will
+        resend all."""
         failure = Failure(JobCancelled.code, "another job of the same request was refused")
         ends = [self._ends.end(item.record, JobState.CANCELLED, failure, 0) for item in stored]
         for result in await asyncio.gather(*ends, return_exceptions=True):
             if isinstance(result, Exception):
-                log.warning("a refused job may run: %s", result, extra={"action": "job_not_taken_back"})
-        await self._records.leave(stored)
+                log.warning(
+                    "job of a rejected request not cancelled, it may run: %s",
+                    result,
+                    extra={"action": "job_not_taken_back"},
+                )
+        await self._records.discard(stored)
 
 
 def _job(held: KeptRecord) -> JobRecord | None:
-    """The job that was accepted under a key; None when there is at most a claim."""
+    """Return the accepted job of a key; None if there is at most a claim."""
     return held.record if held.record is not None and held.record.bundle else None
 
 
 def _digest(request: NewJob) -> str:
-    """What makes two requests the same: model, inputs, outputs, asked priority; not the version an alias meant meanwhile."""
+    """Return the identity of a request: model, inputs, outputs, requested priority.
+
+    The version that an alias pointed to is not part of it.
+    """
     manifest = request.served.manifest
     whole = hashlib.sha256(f"{manifest.name}\0{request.priority or Priority.NORMAL}\0{request.outputs}".encode())
     for tensor in request.inputs:

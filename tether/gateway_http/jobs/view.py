@@ -1,4 +1,4 @@
-"""A durable job as clients see it."""
+"""The job object of the HTTP interface."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tether.gateway_http.bundling.refused_outcomes import refuse_end
 from tether.wire import codec, oip
 
 _BY_GATEWAY = (JobState.CANCELLED, JobState.EXPIRED)
-"""The only ends that a gateway may give a job."""
+"""The only outcomes that a gateway may commit."""
 
 
 class JobSnapshot(msgspec.Struct, frozen=True):
-    """Everything known of a job: its record, how it ended, the last attempt that was noted."""
+    """The state of a job: its record, its outcome, its last recorded attempt."""
 
     record: JobRecord
     outcome: Outcome | None = None
     note: AttemptNote | None = None
     outputs: bytes = b""
-    """Those of the outcome as JSON, when that was made elsewhere."""
+    """The outcome's outputs as JSON, if encoded elsewhere."""
     left_out: bool = False
-    """It has outputs that the answer has no room for."""
+    """True if its outputs were omitted for lack of room in the response."""
 
     @property
     def ended(self) -> bool:
@@ -42,7 +42,7 @@ class JobSnapshot(msgspec.Struct, frozen=True):
 
 
 def read_outcome(bus: Bus, record: JobRecord, frame: bytes) -> Outcome | None:
-    """The verified end of a job from its stored frame; None when it must not be believed."""
+    """Return a job's outcome from its stored frame; None if it cannot be verified."""
     job, subject = record.id, bus.names.result(record.id, record.pool)
     envelope = bus.verify_frame(frame, subject, MessageType.RESULT)
     if envelope is None:
@@ -62,7 +62,8 @@ def read_outcome(bus: Bus, record: JobRecord, frame: bytes) -> Outcome | None:
 
 
 def _is_end_of(job: JobId, header: Header, outcome: Outcome) -> bool:
-    """Whether header and outcome speak of this job, and of the same attempt, and the sender may end a job so."""
+    """Return True if header and outcome belong to this job and attempt, and the sender may commit such an
+    outcome."""
     if header.jobs != (job,) or outcome.job != job:
         return False
     if header.role is Role.DISPATCHER:
@@ -73,7 +74,7 @@ def _is_end_of(job: JobId, header: Header, outcome: Outcome) -> bool:
 
 
 def view(state: JobSnapshot) -> dict[str, Any]:
-    """The job object of the HTTP interface; times in RFC 3339 UTC."""
+    """Return the job object of the HTTP interface; times in RFC 3339 UTC."""
     record, outcome, note = state.record, state.outcome, state.note
     shown: dict[str, Any] = {
         "id": record.id,
@@ -110,7 +111,7 @@ def view(state: JobSnapshot) -> dict[str, Any]:
 
 
 def shown_job(job: dict[str, Any], name: Callable[[str], str], text: Callable[[str], str]) -> dict[str, Any]:
-    """A job object with the model as its caller writes it; ``name`` and ``text`` give that of a name and of a message."""
+    """Return a job object with model names as its caller writes them; ``name`` and ``text`` translate them."""
     model = name(job["model"])
     shown = {**job, "model": model}
     if "result" in job:
@@ -121,8 +122,10 @@ def shown_job(job: dict[str, Any], name: Callable[[str], str], text: Callable[[s
 
 
 def _times(record: JobRecord, outcome: Outcome) -> tuple[float, float]:
-    """When it started (0: never) and finished. Another machine's clock told them: its run took as long as that says, and did not
-    begin before the job was submitted."""
+    """Return when it started (0: never) and finished, corrected for the worker's clock.
+
+    The run time is as measured, and the start is not before submission.
+    """
     if not outcome.started_at:
         return 0.0, max(outcome.finished_at, record.submitted_at)
     took = max(0.0, outcome.finished_at - outcome.started_at)

@@ -1,1 +1,1 @@
-"""Models as a gateway knows them: versions, aliases, files, workers that are ready."""
+"""Models as a gateway sees them: versions, aliases, files, ready workers."""

@@ -1,4 +1,4 @@
-"""Models, aliases, configurations and routes as the gateway last heard of them; every request is resolved here, in memory."""
+"""In-memory mirror of models, aliases, configurations and routes; resolves every request."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _FOLLOW_S = 1.0
 
 @dataclass(frozen=True)
 class ResolvedVersion:
-    """One version, ready to be asked: what the hot path needs, worked out once."""
+    """One version with everything that the fast path needs, computed once."""
 
     manifest: Manifest
     specs: dict[str, TensorSpec]
     infer_lane: Lane
-    """That of the shared pool; see :meth:`lane`."""
+    """Lane of the shared pool; see :meth:`lane`."""
     _own_lanes: dict[str, Lane] = field(default_factory=dict, compare=False, repr=False)
 
     def lane(self, pool: str) -> Lane:
-        """The infer lane of a pool."""
+        """Return the infer lane of a pool."""
         if pool == SHARED:
             return self.infer_lane
         lane = self._own_lanes.get(pool)
@@ -56,7 +56,7 @@ class ResolvedVersion:
 
 
 class Catalog:
-    """Follows the buckets ``models``, ``aliases``, ``configs``, ``notes`` and ``routes``."""
+    """Mirrors the buckets ``models``, ``aliases``, ``configs``, ``notes`` and ``routes``."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -64,7 +64,7 @@ class Catalog:
         self.stored = Stored(bus)
         self._served: dict[str, dict[int, ResolvedVersion]] = {}
         self._aliases: dict[str, dict[str, Alias]] = {}
-        self._moved = asyncio.Event()
+        self._changed = asyncio.Event()
         self._configs: dict[str, ModelConfig] = {}
         self._policies: dict[str, frozenset[int]] = {}
         self._notes: dict[str, VersionNote] = {}
@@ -89,11 +89,11 @@ class Catalog:
             yield
 
     def on_change(self, listener: Callable[[str], None]) -> None:
-        """Call ``listener`` with a model's name whenever its configuration changed, or one of its versions went or is
-        another."""
+        """Call ``listener`` with a model's name when its configuration changes, or a version is removed or
+        replaced."""
         self._listeners.append(listener)
 
-    def _tell(self, model: str) -> None:
+    def _notify(self, model: str) -> None:
         for listener in self._listeners:
             listener(model)
 
@@ -106,7 +106,7 @@ class Catalog:
             self._served.get(name, {}).pop(version, None)
             if name and not self._served.get(name):
                 self._served.pop(name, None)
-            self._tell(name)
+            self._notify(name)
             return
         manifest = read_entry(body, Manifest)
         if manifest is None or self._bus.names.version_key(manifest.name, manifest.version) != key:
@@ -120,12 +120,12 @@ class Catalog:
         self._keys[key] = (manifest.name, manifest.version)
         self._served.setdefault(manifest.name, {})[manifest.version] = ResolvedVersion(manifest, specs, lane)
         if known:
-            self._tell(manifest.name)
-        self._notify()
+            self._notify(manifest.name)
+        self._wake_waiters()
 
-    def _notify(self) -> None:
-        self._moved.set()
-        self._moved = asyncio.Event()
+    def _wake_waiters(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _alias_changed(self, key: str, body: bytes | None) -> None:
         alias = None if body is None else read_entry(body, Alias)
@@ -136,7 +136,7 @@ class Catalog:
         elif alias is not None and key == f"{token(alias.model)}.{token(alias.name)}":
             self._policies.pop(alias.model, None)
             self._aliases.setdefault(alias.model, {})[alias.name] = alias
-        self._notify()
+        self._wake_waiters()
 
     def _config_changed(self, key: str, body: bytes | None) -> None:
         if self.owners.config_changed(key, body):
@@ -145,10 +145,10 @@ class Catalog:
         self._policies.pop(name_of(key), None)
         if body is None:
             self._configs.pop(name_of(key), None)
-            self._tell(name_of(key))
+            self._notify(name_of(key))
         elif config is not None and key == token(config.model):
             self._configs[config.model] = config
-            self._tell(config.model)
+            self._notify(config.model)
 
     def _note_changed(self, key: str, body: bytes | None) -> None:
         note = None if body is None else read_entry(body, VersionNote)
@@ -167,22 +167,23 @@ class Catalog:
             self._policies.pop(route.model, None)
             self._routes[route.model, route.version, route.pool] = route
 
-    # reading
+    # read
 
     def resolve(self, model: str, version: str, sticky: str = "", caller: str = "") -> ResolvedVersion:
-        """The version that a name and a version (a number, an alias, or empty for ``latest``) mean just now.
+        """Return the version that a name and a version (number, alias, or empty for ``latest``) refer to now.
 
-        Of an alias that several versions share, the same ``sticky`` gets the same one, or, where the alias says so, the
-        same ``caller``.
+        Of a weighted alias, the same ``sticky`` gets the same version; so does the same ``caller`` if the
+        alias says so.
 
         Raises:
-            BadName: the name is not one a model could have.
-            ModelNotFound: there is no such model, version or alias, or the version policy does not serve that version.
+            BadName: no model can have this name.
+            ModelNotFound: no such model, version or alias, or the version policy does not serve that
+                version.
         """
         served = self.known(model, version, sticky, caller)
         number = served.manifest.version
         if not self.serves(model, number):
-            listed = ", ".join(map(str, sorted(self._open(model)))) or "none"
+            listed = ", ".join(map(str, sorted(self._served_numbers(model)))) or "none"
             raise ModelNotFound(
                 f"version {number} of model '{model}' is not served: its version policy serves {listed}",
                 field="version",
@@ -190,7 +191,7 @@ class Catalog:
         return served
 
     def known(self, model: str, version: str, sticky: str = "", caller: str = "") -> ResolvedVersion:
-        """:meth:`resolve`, of versions that are not served too."""
+        """Resolve like :meth:`resolve`, but include versions that are not served."""
         versions = self._served.get(model)
         if versions is None:
             raise no_such_model(model)
@@ -208,7 +209,7 @@ class Catalog:
         found = self._aliases.get(model, {}).get(name)
         if name == LATEST and (found is None or not found.split):
             newest = self._latest(model, found)
-            return newest if self.serves(model, newest) else max(self._open(model), default=newest)
+            return newest if self.serves(model, newest) else max(self._served_numbers(model), default=newest)
         if found is None:
             return 0
         return drawn(found, sticky or (caller if found.sticky else "")) if found.split else found.version
@@ -216,57 +217,59 @@ class Catalog:
     def _latest(self, model: str, found: Alias | None) -> int:
         if found is None:
             return max(self._served[model], default=0)
-        if found.previous and not self._held(model, found.version):
+        if found.previous and not self._hosted(model, found.version):
             return self._previous_if_newest_unhosted(model, found)
         return found.version
 
     def serves(self, model: str, version: int) -> bool:
-        """Whether a model's version policy serves a version; one that is unloaded is served when it is loaded again."""
-        return model not in self._configs or version in self._open(model)
+        """Return True if the version policy serves a version; an unloaded one is served once it is loaded
+        again."""
+        return model not in self._configs or version in self._served_numbers(model)
 
-    def _open(self, model: str) -> frozenset[int]:
-        """The versions that are served, worked out once for each change of anything that they depend on."""
+    def _served_numbers(self, model: str) -> frozenset[int]:
+        """Return the served versions; cached until anything they depend on changes."""
         found = self._policies.get(model)
         if found is None:
             versions, aliases = self._served.get(model, {}), self._aliases.get(model, {})
-            held = [number for number in versions if self._held(model, number)]
-            found = served_versions(self.config(model), versions, aliases.values(), held, loaded=True)
+            hosted = [number for number in versions if self._hosted(model, number)]
+            found = served_versions(self.config(model), versions, aliases.values(), hosted, loaded=True)
             self._policies[model] = found
         return found
 
     def _previous_if_newest_unhosted(self, model: str, latest: Alias) -> int:
-        """While nobody holds what was pushed last, ``latest`` stays what it was."""
+        """Return the previous ``latest`` while no worker hosts the newest version."""
         before = latest.previous[0].version
-        return before if before in self._served[model] and self._held(model, before) else latest.version
+        return before if before in self._served[model] and self._hosted(model, before) else latest.version
 
-    def _held(self, model: str, version: int) -> bool:
-        """Whether a shared worker holds a version: what ``latest`` means is the same for every tenant."""
+    def _hosted(self, model: str, version: int) -> bool:
+        """Return True if a shared worker hosts a version; shared ones only, so that ``latest`` is the same
+        for all."""
         return bool(self.route(model, version).workers)
 
     def route(self, model: str, version: int, pool: str = SHARED) -> Route:
-        """What the dispatcher says of a version in a pool; of one that has no lanes there, nothing."""
+        """Return the dispatcher's route of a version in a pool; an empty one if it has no lanes there."""
         return self._routes.get((model, version, pool)) or Route(model, version, (), pool=pool)
 
     def workers(self, served: ResolvedVersion, pool: str = SHARED) -> tuple[str, ...]:
-        """Who answers for a version in a pool just now; empty when nobody does."""
+        """Return the workers that host a version in a pool now."""
         return self.route(served.manifest.name, served.manifest.version, pool).workers
 
     def reason(self, served: ResolvedVersion, pool: str = SHARED) -> str:
-        """Why a version is on fewer workers than it should be; empty when nothing is known against it."""
+        """Return the reason why fewer workers than desired host a version; empty if none is known."""
         return self.route(served.manifest.name, served.manifest.version, pool).reason
 
     def worker_count(self, lane: Lane) -> int:
         return len(self.route(lane.model, lane.version, lane.pool).workers)
 
     def job_s(self, lane: Lane) -> float:
-        """About how long a job of a lane runs; 0 when that is short or not known."""
+        """Return the approximate run time of a lane's jobs in seconds; 0 if short or unknown."""
         return self.route(lane.model, lane.version, lane.pool).job_s
 
     def require_lane(self, served: ResolvedVersion, pool: str = SHARED) -> None:
-        """Prove that the version has lanes in a pool, so that a job for it will be found.
+        """Check that the version has lanes in a pool, so that its jobs will be found.
 
         Raises:
-            ModelNotReady: it was pushed, or its tenant isolated, a moment ago and it has none yet.
+            ModelNotReady: it was just pushed, or its tenant just isolated, and it has no lanes yet.
         """
         if (served.manifest.name, served.manifest.version, pool) not in self._routes:
             whose = "" if pool == SHARED else f" for tenant '{pool}', which is isolated"
@@ -275,8 +278,7 @@ class Catalog:
             )
 
     def require_worker(self, served: ResolvedVersion, pool: str) -> None:
-        """:meth:`require_lane`; and for an isolated tenant, that a worker of its own is there to answer: it may never
-        have had one.
+        """Check the lane, and for an isolated tenant that a worker of its own hosts the version.
 
         Raises:
             ModelNotReady
@@ -290,58 +292,58 @@ class Catalog:
             raise ModelNotReady(no_worker(served.manifest, pool, self.reason(served, pool)))
 
     def ready(self, served: ResolvedVersion, pool: str = SHARED) -> bool:
-        """Whether a request for the version would be run just now."""
+        """Return True if a request for the version would be run now."""
         name = served.manifest.name
         return self.loaded(name) and self.serves(name, served.manifest.version) and bool(self.workers(served, pool))
 
     def loaded(self, model: str) -> bool:
-        """Whether a model is not unloaded on purpose."""
+        """Return True unless the model was unloaded explicitly."""
         config = self._configs.get(model)
         return config is None or config.loaded
 
     def queue(self, model: str) -> QueuePolicy | None:
-        """The limits of waiting that a model has of its own, if there are any."""
+        """Return the model's own queue policy, if it has one."""
         config = self._configs.get(model)
         return None if config is None else config.queue
 
     def default_priority(self, served: ResolvedVersion) -> Priority:
-        """That of a durable job that names none."""
+        """Return the priority of a durable job that names none."""
         config = self._configs.get(served.manifest.name)
         return Priority(config.default_priority) if config is not None and config.default_priority else Priority.NORMAL
 
     def batching(self, served: ResolvedVersion, pool: str = SHARED) -> Batching:
-        """How a version's jobs are joined in a pool just now, and why they are not."""
+        """Return the effective batching of a version in a pool, and why it is off."""
         return effective_batching(served.manifest, self.config(served.manifest.name), self.finding(served, pool))
 
     def finding(self, served: ResolvedVersion, pool: str = SHARED) -> Finding:
-        """What a pool's workers found out about a version."""
+        """Return the findings of a pool's workers about a version."""
         return self.route(served.manifest.name, served.manifest.version, pool).finding
 
     def check_inputs(self, served: ResolvedVersion, inputs: tuple[Tensor, ...], pool: str = SHARED) -> None:
-        """Compare a request's tensors with the version's signature.
+        """Check a request's tensors against the version's signature.
 
         Raises:
-            BadTensor: naming the tensor, what was sent and what is expected.
+            BadTensor: naming the tensor, the given and the expected value.
         """
         check_inputs(served.manifest, inputs, run_rows=self.batching(served, pool).max_batch_size)
 
     def config(self, model: str) -> ModelConfig:
-        """What is decided about a model; of one without an entry, the defaults."""
+        """Return the configuration of a model, or the defaults."""
         return self._configs.get(model) or default_config(model)
 
     def find(self, model: str, version: int) -> ResolvedVersion | None:
-        """A version by its number, when there is one."""
+        """Return a version by its number, or None."""
         return self._served.get(model, {}).get(version)
 
     def note(self, model: str, version: int) -> VersionNote:
-        """Labels and note of a version."""
+        """Return labels and note of a version."""
         return self._notes.get(self._bus.names.version_key(model, version)) or VersionNote(model, version)
 
     def names(self) -> list[str]:
         return sorted(self._served)
 
     def versions(self, model: str) -> dict[int, ResolvedVersion]:
-        """Every version of a model by number.
+        """Return all versions of a model by number.
 
         Raises:
             BadName, ModelNotFound
@@ -355,7 +357,7 @@ class Catalog:
         return {name: alias.version for name, alias in sorted(self._aliases.get(model, {}).items())}
 
     def alias(self, model: str, name: str) -> Alias:
-        """An alias with its history.
+        """Return an alias with its history.
 
         Raises:
             BadName, ModelNotFound
@@ -367,20 +369,28 @@ class Catalog:
         return found
 
     async def wait_for_alias(self, alias: Alias) -> None:
-        """Return when requests that come now go by ``alias``, or by what it became since; after a second in any case."""
-        if not await self._heard(lambda: self._has_alias(alias)):
-            log.warning("an alias of '%s' moved and was not heard of", alias.model, extra={"action": "alias_unheard"})
+        """Wait until new requests use ``alias`` or a later state of it; a second at most."""
+        if not await self._wait_until(lambda: self._has_alias(alias)):
+            log.warning(
+                "alias of '%s' moved, but this gateway has not seen it within a second",
+                alias.model,
+                extra={"action": "alias_unheard"},
+            )
 
     async def wait_for_version(self, model: str, version: int) -> None:
-        """Return when requests that come now find a version that was made; after a second in any case."""
-        if not await self._heard(lambda: version in self._served.get(model, {})):
-            log.warning("a version of '%s' was made and not heard of", model, extra={"action": "version_unheard"})
+        """Wait until new requests find a new version; a second at most."""
+        if not await self._wait_until(lambda: version in self._served.get(model, {})):
+            log.warning(
+                "version of '%s' created, but this gateway has not seen it within a second",
+                model,
+                extra={"action": "version_unheard"},
+            )
 
-    async def _heard(self, known: Callable[[], bool]) -> bool:
+    async def _wait_until(self, known: Callable[[], bool]) -> bool:
         try:
             async with asyncio.timeout(_FOLLOW_S):
                 while not known():
-                    await self._moved.wait()
+                    await self._changed.wait()
         except TimeoutError:
             return False
         return True

@@ -1,8 +1,8 @@
-"""Which chunks of model files a tenant has shown that it has: knowing a digest gives no right to what it stands for.
+"""Tracks which chunks a tenant possesses: knowing a digest gives no right to the chunk.
 
-A tenant may make versions of chunks that it sent itself not long ago, to any gateway, and of those of the model's versions that it
-may read. For everything else the answers are those for chunks that are not stored: it sends them, and they are stored over
-themselves.
+A tenant may use chunks in a version if it sent them recently, to any gateway, or if it may read them in one
+of the model's versions. All other chunks are reported as missing, so the tenant sends them, and they are
+stored again.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from tether.wire.subjects import token
 log = logging.getLogger(__name__)
 
 _OWN = 65_536
-"""Chunks that this gateway remembers without asking the broker; the oldest give way."""
+"""Chunks that this gateway remembers without asking the broker; the oldest are evicted."""
 _SETS = 64
 _TOGETHER = 1024
-"""Digests that are looked for before others get a turn."""
+"""Digests looked up before other requests get a turn."""
 _VERIFIED = 64
-"""Signatures that are verified before others get a turn."""
+"""Signatures verified before other requests get a turn."""
 
 Named = Callable[[str], str]
-"""What a chunk is called in the store, by its digest."""
+"""Returns the stored name of a chunk by its digest."""
 
 
 class Put(msgspec.Struct, frozen=True):
-    """An entry of the bucket ``puts``: the tenant sent the chunk at that time (UTC seconds)."""
+    """An entry of the bucket ``puts``: the tenant sent the chunk at ``put_at`` (UTC seconds)."""
 
     tenant: str
     put_at: float
 
 
 class ChunkPossession:
-    """The bucket ``puts`` and the versions of the catalog, as one gateway sees them."""
+    """The bucket ``puts`` and the catalog's versions, as one gateway sees them."""
 
     def __init__(self, bus: Bus, catalog: Catalog, seals: EncryptedModels) -> None:
         self._bus = bus
@@ -55,11 +55,11 @@ class ChunkPossession:
         self._seals = seals
         self._bucket = SignedBucket(bus, "puts", MessageType.RECORD)
         self._own: OrderedDict[str, float] = OrderedDict()
-        """Until when each entry counts, monotonic seconds."""
+        """When each entry expires, in monotonic seconds."""
         self._sets: OrderedDict[tuple[object, ...], frozenset[str]] = OrderedDict()
 
     def readable(self, caller: Caller, model: str) -> frozenset[str]:
-        """Plain digests of the chunks of a model's versions that a caller may read."""
+        """Return the plain digests of chunks in a model's versions that a caller may read."""
         try:
             versions = self._catalog.versions(model) if caller.right(model) >= Right.WRITE else {}
         except ModelNotFound:
@@ -75,7 +75,7 @@ class ChunkPossession:
         return self._sets[known]
 
     async def shown(self, caller: Caller, model: str, digests: Iterable[str], named: Named) -> set[str]:
-        """Those of ``digests`` that the caller's tenant sent, or may read.
+        """Return the subset of ``digests`` that the caller's tenant sent or may read.
 
         Raises:
             BrokerUnavailable: no answer.
@@ -95,7 +95,7 @@ class ChunkPossession:
         return set(found) | await self._stored(keys)
 
     async def require(self, caller: Caller, model: str, digests: Sequence[str], named: Named) -> None:
-        """Refuse a version of chunks that the tenant has not shown to have, as if they were not there.
+        """Reject a version of chunks that the tenant does not possess, as if they were missing.
 
         Raises:
             CorruptChunk: naming the first of them.
@@ -107,10 +107,10 @@ class ChunkPossession:
                 raise CorruptChunk(f"chunk {digest} is not in the store; push the model again", field=digest)
 
     async def note(self, tenant: str, name: str) -> None:
-        """A tenant has sent a chunk, which is stored.
+        """Record that a tenant sent a chunk, after it was stored.
 
         Raises:
-            BrokerUnavailable: other gateways may not know of it.
+            BrokerUnavailable: other gateways may not see it.
         """
         key, settings = _key(tenant, name), self._bus.settings
         self._own[key] = self._bus.clock.monotonic() + settings.unreferenced_ttl_s / 2
@@ -120,10 +120,12 @@ class ChunkPossession:
         try:
             await self._bucket.put(key, codec.encode(Put(tenant, self._bus.clock.utc())))
         except PermissionDenied as error:
-            log.warning("other gateways do not know who sent a chunk: %s", error, extra={"action": "put_not_noted"})
+            log.warning(
+                "sender of a chunk not recorded for other gateways: %s", error, extra={"action": "put_not_noted"}
+            )
 
     async def _stored(self, keys: dict[str, str]) -> set[str]:
-        """Those that some gateway has noted."""
+        """Return the digests that any gateway has recorded."""
         raw, found = self._bucket.raw, set()
         subjects = {raw.subject(key): digest for key, digest in keys.items()}
         items = await self._bus.direct_batch(raw.stream, list(subjects)) if subjects else {}

@@ -1,7 +1,7 @@
-"""How much of a store of model chunks one tenant may fill: a multiple of what is free in it, as in a queue of jobs.
+"""Limits each tenant's share of a chunk store to a multiple of its free space, as for job queues.
 
-It holds beside the quota ``stored_bytes``, and for tenants without one. Where no other tenant has a key or a record, the store is
-all of the one's that there is.
+Applies beside the quota ``stored_bytes``, and to tenants without one. A tenant may fill the store if no other
+tenant has a key or a record.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tether.streams.usage import StreamUses, tenant_limit
 
 
 class ChunkShares:
-    """The shares as one gateway sees them. ``shared``: whether there is another tenant than this one."""
+    """The shares as one gateway sees them. ``shared`` returns True if there is any other tenant."""
 
     def __init__(self, bus: Bus, stored: Stored, shared: Callable[[str], bool]) -> None:
         self._names = bus.names
@@ -25,11 +25,13 @@ class ChunkShares:
         self._shared = shared
 
     async def require(self, tenant: Tenant, bucket: str, loose: int, more: int) -> None:
-        """Prove that a tenant's share of a store has room for ``more`` bytes beside those of its versions and ``loose`` ones of chunks
-        that no version names. Nothing is counted while nobody can be over a share.
+        """Check that a tenant's share of a store has room for ``more`` bytes.
+
+        Its usage is that of its versions plus ``loose`` bytes of unreferenced chunks; it is counted only
+        while the store is full enough for some tenant to exceed its share.
 
         Raises:
-            QuotaExceeded: there is none.
+            QuotaExceeded: there is no room.
         """
         stream = self._names.object_stream(bucket)
         use = await self._uses.of(stream)
@@ -43,7 +45,8 @@ class ChunkShares:
 
 def _exceeded(tenant: Tenant, has: int, limit: int) -> QuotaExceeded:
     return QuotaExceeded(
-        f"tenant '{tenant.name}' has {has} bytes of model chunks in a store that has room for {limit} of one tenant just now; "
+        f"tenant '{tenant.name}' has {has} bytes of model chunks in a store, "
+        f"which now has room for {limit} bytes of one tenant; "
         "delete versions, or raise max_file_mb or the tenant's weight",
         field="max_file_mb",
         retry_after=60.0,

@@ -1,4 +1,5 @@
-"""Encrypted models in a gateway: chunks are closed as they come in and opened as they go out; callers see plain digests."""
+"""Encrypted models in a gateway: encrypts chunks on upload, decrypts them on download; callers see plain
+digests."""
 
 from __future__ import annotations
 
@@ -22,22 +23,22 @@ from tether.wire.subjects import token
 
 _KEY_S = 10.0
 _KNOWN = 64
-"""Opened manifests that are remembered: opening one costs a hash for each of its chunks."""
+"""Decrypted manifests that are cached: decrypting one costs a hash per chunk."""
 
 
 class PushTarget(NamedTuple):
-    """Where the chunks of a push go; ``key`` closes them, None leaves them as they are."""
+    """Destination of a push's chunks; ``key`` encrypts them, None stores plaintext."""
 
     store: ObjectChunkStore | SealedChunkStore
     key: DataKey | None
 
     def described(self, model: str, files: Sequence[ModelFile]) -> tuple[tuple[ModelFile, ...], SealedDigests | None]:
-        """Files as the model store is told of them."""
+        """Return the files as they are sent to the model store."""
         return (tuple(files), None) if self.key is None else seal_files(self.key, model, files)
 
 
 class EncryptedModels:
-    """What a gateway knows of encrypted models."""
+    """Keys and decrypted manifests of encrypted models."""
 
     def __init__(self, bus: Bus, keyring: ModelKeyring) -> None:
         self._bus = bus
@@ -45,22 +46,23 @@ class EncryptedModels:
         self._known: OrderedDict[tuple[str, int], tuple[Manifest, Manifest]] = OrderedDict()
 
     async def encrypts(self, model: str, wanted: bool | None) -> bool:
-        """Whether what is pushed now is to be encrypted: as ``wanted``, or as the model is.
+        """Return True if a push is to be encrypted: as ``wanted``, or as the model already is.
 
         Raises:
-            Unavailable: it cannot be known.
+            Unavailable: unknown.
         """
         if wanted is not None:
             return wanted
         if self.keyring.stored(model) is None:
-            await self._look(model)  # another gateway may have encrypted it just now
+            await self._refresh(model)  # another gateway may have just encrypted it
         return self.keyring.stored(model) is not None
 
     async def target(self, model: str, wanted: bool | None, asker: Asker) -> PushTarget:
-        """Where a push of a model goes that ``asker`` makes; one that is to be encrypted for the first time gets its key.
+        """Return the destination of a push by ``asker``; create the model's first key if it is to be
+        encrypted.
 
         Raises:
-            NoDecryptionKey: the model has a key, and this gateway may not open it.
+            NoDecryptionKey: the model has a key that this gateway may not decrypt.
             Conflict, Forbidden: it has none, and the model is another tenant's.
             Unavailable: it has none, and the model store does not answer.
         """
@@ -76,7 +78,7 @@ class EncryptedModels:
         return PushTarget(SealedChunkStore(self._bus, bucket, ChunkSeal(key, model)), key)
 
     async def ask(self, change: Change, model: str, asker: Asker) -> int:
-        """Let the model store give the model its first key, or another one; returns the key's generation.
+        """Ask the model store to create or rotate the model's key; return the key's generation.
 
         Raises:
             ModelNotFound: the model is not encrypted.
@@ -89,31 +91,31 @@ class EncryptedModels:
         answer = await ask_owner(
             self._bus, "changeModel", partition, kinds[0], request, answers=kinds[1], timeout=_KEY_S
         )
-        await self._look(model)
+        await self._refresh(model)
         return codec.decode(answer, ChangeAnswer).key_generation
 
-    async def _look(self, model: str) -> None:
+    async def _refresh(self, model: str) -> None:
         body = await self.keyring.bucket.require(token(model))
         if body is not None:
             self.keyring.changed(token(model), body)
 
     def generation(self, manifest: Manifest) -> int:
-        """That of the key which a version is stored under; 0 when it is not encrypted, or its key is not for us."""
+        """Return the generation of a version's key; 0 if it is not encrypted, or the key is not accessible."""
         key = None if manifest.sealed is None else self.keyring.known(manifest.name, manifest.sealed.key_id)
         return 0 if key is None else key.generation
 
     def shown(self, manifest: Manifest) -> Manifest:
-        """A manifest as callers may see it; without its plain digests when they cannot be had."""
+        """Return a manifest for display; with encrypted digests if they cannot be decrypted."""
         try:
             return self.plain(manifest)
         except EnvelopeError:
             return manifest
 
     def plain(self, manifest: Manifest) -> Manifest:
-        """A manifest with the plain digests of its files, whether it is encrypted or not.
+        """Return a manifest with the plain digests of its files, encrypted or not.
 
         Raises:
-            NoDecryptionKey: this gateway may not open it.
+            NoDecryptionKey: this gateway may not decrypt it.
             DecryptionFailed: it was changed.
         """
         if manifest.sealed is None:
@@ -129,7 +131,7 @@ class EncryptedModels:
         return opened
 
     def store(self, manifest: Manifest) -> ObjectChunkStore | SealedChunkStore:
-        """Where the chunks of a version are, by their plain digests.
+        """Return the store of a version's chunks, addressed by plain digest.
 
         Raises:
             NoDecryptionKey

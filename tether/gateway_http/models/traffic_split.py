@@ -1,4 +1,4 @@
-"""Which version of a split a request gets, and what is said when there is none, or nobody to run it. Pure but for chance."""
+"""Draws a version of a weighted alias, and explains why no worker is ready. Pure, apart from randomness."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tether.domain.manifest import Alias, Manifest
 
 
 def drawn(alias: Alias, sticky: str) -> int:
-    """The version of a split that one request gets: by its ``sticky`` text, or by chance when that is empty."""
+    """Return the version for one request: determined by ``sticky``, or random if that is empty."""
     if sticky:
         digest = hashlib.blake2b(f"{alias.model}\0{alias.name}\0{sticky}".encode(), digest_size=8).digest()
         point = int.from_bytes(digest) / 2**64
@@ -25,9 +25,9 @@ def drawn(alias: Alias, sticky: str) -> int:
 
 
 def no_worker(manifest: Manifest, pool: str, reason: str = "") -> str:
-    """Why a version is not ready in a pool, and what to do about it."""
+    """Explain why a version is not ready in a pool, and how to fix it."""
     if reason:
-        return f"no worker has it: {reason}"
+        return f"no worker hosts it: {reason}"
     if pool == SHARED:
         return "no worker has it loaded"
     return (

@@ -1,7 +1,7 @@
-"""Chunks that a tenant stored and that no version names yet: they take room like those of its versions.
+"""Counts stored chunks that no version references yet towards their tenant's quota.
 
-Without this, chunks that are never registered, files that are refused and uploads that break off would fill the store past
-the quota ``stored_bytes`` and the tenant's share. A gateway counts what came through it since it started.
+Otherwise unregistered chunks, rejected files and aborted uploads could exceed the quota ``stored_bytes`` and
+the tenant's share. A gateway counts the chunks that it stored since it started.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ from tether.errors import QuotaExceeded
 from tether.storage.stored_bytes import CHUNK_OVERHEAD
 
 KEPT_S = 86_400.0
-"""A chunk that nothing names is counted for a day."""
+"""Seconds for which an unreferenced chunk is counted: a day."""
 
 MOST = 65_536
-"""Chunks of one tenant that are counted: 64 GiB of them where they have their mean size."""
+"""Counted chunks of one tenant: 64 GiB at their average size."""
 
 Share = Callable[[Tenant, str, int, int], Awaitable[None]]
 
 _Chunk = tuple[str, str]
-"""The bucket and the digest."""
+"""Bucket and digest."""
 
 
 class UnreferencedChunks:
-    """``now`` is monotonic seconds; ``stored_bytes`` says what a tenant's versions have. ``share`` proves that a tenant may store more
-    bytes in a bucket, beside those of such chunks there."""
+    """Unreferenced chunks by tenant. ``now`` is monotonic seconds; ``stored_bytes`` returns the bytes of a
+    tenant's versions; ``share`` checks a tenant's share of a bucket, given its unreferenced bytes there."""
 
     def __init__(self, now: Callable[[], float], stored_bytes: Callable[[str], int], share: Share) -> None:
         self._share = share
         self._now = now
         self._stored_bytes = stored_bytes
         self._chunks: dict[str, dict[_Chunk, tuple[float, int]]] = {}
-        """By tenant, oldest first: until when each counts, and its bytes."""
+        """By tenant, oldest first: expiry and size of each chunk."""
         self._bytes: dict[str, int] = {}
         self._room: Counter[tuple[str, str]] = Counter()
-        """Bytes that they take, by tenant and bucket."""
+        """Their bytes by tenant and bucket."""
 
     def bytes_of(self, tenant: str) -> int:
-        """What a tenant's chunks that nothing names have."""
+        """Return the bytes of a tenant's unreferenced chunks."""
         self._expire(tenant)
         return self._bytes.get(tenant, 0)
 
     async def take(self, tenant: Tenant, bucket: str, digest: str, size: int) -> bool:
-        """Count a chunk that is about to be stored; False when it is counted already.
+        """Count a chunk before it is stored; return False if it is counted already.
 
         Raises:
             QuotaExceeded: the tenant has no room for it.
@@ -59,20 +59,20 @@ class UnreferencedChunks:
         if len(chunks) >= MOST:
             if tenant.quotas.stored_bytes:
                 raise QuotaExceeded(
-                    f"tenant '{tenant.name}' has {MOST} chunks that no version names; register them first",
+                    f"tenant '{tenant.name}' has {MOST} unreferenced chunks; register versions of them first",
                     field="stored_bytes",
                     retry_after=60,
                 )
             self.drop(tenant.name, *_one(next(iter(chunks))))
         await self._share(tenant, bucket, self._room[tenant.name, bucket], size + CHUNK_OVERHEAD)
-        self.drop(tenant.name, bucket, [digest])  # it may have come twice meanwhile
+        self.drop(tenant.name, bucket, [digest])  # it may have been uploaded twice meanwhile
         chunks[bucket, digest] = (self._now() + KEPT_S, size)
         self._bytes[tenant.name] = self._bytes.get(tenant.name, 0) + size
         self._room[tenant.name, bucket] += size + CHUNK_OVERHEAD
         return True
 
     def drop(self, tenant: str, bucket: str, digests: Iterable[str]) -> None:
-        """Count these no more: a version names them, or they were there before."""
+        """Stop counting chunks that a version references or that existed before."""
         chunks = self._chunks.get(tenant, {})
         for digest in digests:
             if (found := chunks.pop((bucket, digest), None)) is not None:
@@ -82,7 +82,7 @@ class UnreferencedChunks:
     async def counted(
         self, tenant: Tenant, bucket: str, named: frozenset[str], chunks: AsyncIterator[tuple[str, Bytes]]
     ) -> AsyncIterator[tuple[str, Bytes]]:
-        """The chunks of an upload, each counted before it is handed on, except those that a version has ``named``.
+        """Yield the chunks of an upload; count each one first, except those ``named`` by a version.
 
         Raises:
             QuotaExceeded: the tenant has no room for the next one.

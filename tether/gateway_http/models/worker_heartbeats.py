@@ -1,7 +1,7 @@
-"""Workers' heartbeats as one gateway hears them, so that "ready" means that a worker says so now.
+"""Tracks workers' heartbeats in a gateway, so that "ready" means recently confirmed by a worker.
 
-A route outlives its workers: it is kept while a dispatcher starts, so that loaded models keep answering without one. What
-is heard is kept as it came, and verified when somebody asks: a gateway hears two a second from each worker.
+A route outlives its workers: it is kept while a dispatcher restarts, so that loaded models keep answering
+without one. Heartbeats are stored unverified and verified on demand: every worker sends two a second.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tether.wire import codec
 class _Beat:
     frame: bytes
     at: float
-    """When it came, in monotonic seconds."""
+    """Arrival, in monotonic seconds."""
     ready: frozenset[ModelRef] | None = None
-    """None until somebody asks."""
+    """None until verified."""
 
 
 class Heartbeats:
-    """The last heartbeat of every worker. Use :meth:`listening`."""
+    """The last heartbeat of each worker. Use :meth:`listening`."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -36,27 +36,27 @@ class Heartbeats:
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
-        """Hear heartbeats until the block ends."""
-        subscription = await self._bus.subscribe(self._root + ">", self._heard)
+        """Receive heartbeats until the block ends."""
+        subscription = await self._bus.subscribe(self._root + ">", self._received)
         try:
             yield
         finally:
             await subscription.unsubscribe()
 
-    async def _heard(self, message: Message) -> None:
+    async def _received(self, message: Message) -> None:
         self._beats[message.subject[len(self._root) :]] = _Beat(message.data, self._bus.clock.monotonic())
 
     def holds(self, worker: str, ref: ModelRef) -> bool:
-        """Whether a worker said within ``worker_timeout_s`` that it answers for a version."""
+        """Return True if a worker confirmed a version within ``worker_timeout_s``."""
         beat = self._beats.get(worker)
         if beat is None or self._bus.clock.monotonic() - beat.at > self._bus.settings.worker_timeout_s:
             return False
         if beat.ready is None:
-            beat.ready = self._opened(worker, beat.frame)
+            beat.ready = self._verify(worker, beat.frame)
         return ref in beat.ready
 
-    def _opened(self, worker: str, frame: bytes) -> frozenset[ModelRef]:
-        """What a heartbeat says, if its worker signed it."""
+    def _verify(self, worker: str, frame: bytes) -> frozenset[ModelRef]:
+        """Return the versions in a heartbeat, if its worker signed it."""
         envelope = self._bus.verify_frame(frame, self._root + worker, MessageType.HEARTBEAT, max_age_ms=60_000)
         if envelope is None or envelope.sender != worker:
             return frozenset()

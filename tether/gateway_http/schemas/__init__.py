@@ -1,1 +1,1 @@
-"""JSON bodies of requests and answers."""
+"""JSON bodies of requests and responses."""

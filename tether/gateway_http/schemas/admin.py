@@ -1,4 +1,4 @@
-"""What the bodies of administration hold; see :mod:`tether.gateway_http.schemas.common`."""
+"""Bodies of administrative routes; see :mod:`tether.gateway_http.schemas.common`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ Patterns = Annotated[
     Meta(
         min_length=1,
         max_length=32,
-        description="Model names, in which `*` stands for any characters but a slash. `fraud-*` is about models of the key's own "
-        "tenant and of `default`, `acme/fraud-*` about those in the namespace of `acme`, and `*` alone about all.",
+        description="Model names, in which `*` matches any characters except a slash. "
+        "`fraud-*` matches models of the key's own "
+        "tenant and of `default`, `acme/fraud-*` those in the namespace of `acme`, and `*` alone all.",
     ),
 ]
 Quota = Annotated[int, Meta(ge=0, le=1 << 62)]
 
 
 class Quotas(Struct):
-    """Upper bounds over the whole platform; 0 means no bound."""
+    """Limits over the whole platform; 0: no limit."""
 
     queued_jobs: int
     stored_bytes: int
@@ -31,7 +32,7 @@ class Quotas(Struct):
 
 
 class QuotaChange(Struct, omit_defaults=True, forbid_unknown_fields=True):
-    """Quotas to change: durable jobs that have not ended, bytes of pushed versions, requests a minute; 0: no bound."""
+    """Quotas to change: unfinished durable jobs, bytes of pushed versions, requests per minute; 0: no limit."""
 
     queued_jobs: Quota | UnsetType = UNSET
     stored_bytes: Quota | UnsetType = UNSET
@@ -39,7 +40,7 @@ class QuotaChange(Struct, omit_defaults=True, forbid_unknown_fields=True):
 
 
 class TenantChange(Struct, omit_defaults=True, forbid_unknown_fields=True, kw_only=True):
-    """What to change of a tenant. `weight`: its share of a saturated platform, relative to the others'."""
+    """Changes of a tenant. `weight`: its share of a saturated platform, relative to other tenants."""
 
     models: Patterns | UnsetType = UNSET
     isolated: bool | UnsetType = UNSET
@@ -49,15 +50,15 @@ class TenantChange(Struct, omit_defaults=True, forbid_unknown_fields=True, kw_on
 
 
 class NewTenant(TenantChange, kw_only=True):
-    """A tenant to make; what is left out has its default. `restore`: bring back one that was removed, with the models, grants and
-    jobs that it left; without it such a name is refused."""
+    """A tenant to create; omitted fields have their defaults. `restore`: restore a removed tenant with its
+    models, grants and jobs; without it, the name of a removed tenant is rejected."""
 
     name: str
     restore: bool = False
 
 
 class TenantUse(Struct):
-    """Durable jobs that have not ended, bytes of the versions it pushed, and keys that count."""
+    """Unfinished durable jobs, bytes of pushed versions, and valid keys."""
 
     queued_jobs: int
     stored_bytes: int
@@ -65,7 +66,7 @@ class TenantUse(Struct):
 
 
 class Tenant(Struct, omit_defaults=True):
-    """A tenant; `use` is told when one is asked for."""
+    """A tenant; `use` is present if a single tenant was requested."""
 
     name: str
     models: list[str]
@@ -78,7 +79,7 @@ class Tenant(Struct, omit_defaults=True):
 
 
 class Tenants(Struct):
-    """Every tenant that has a record, by name."""
+    """Every tenant with a record, by name."""
 
     tenants: list[Tenant]
 
@@ -89,8 +90,8 @@ Years = 10 * 365 * 86400
 
 
 class NewKey(Struct, omit_defaults=True, forbid_unknown_fields=True):
-    """An API key to make; `admin` implies every other scope. `rate` is requests a second, `expires_s` counts from now; 0
-    means no limit, and for ever."""
+    """An API key to create; `admin` implies every other scope. `rate` is requests per second, `expires_s`
+    seconds from now; 0: no limit, no expiry."""
 
     tenant: str
     scopes: Annotated[list[Scope], Meta(min_length=1, max_length=16)]
@@ -103,7 +104,7 @@ class NewKey(Struct, omit_defaults=True, forbid_unknown_fields=True):
 
 
 class Key(Struct, omit_defaults=True, kw_only=True):
-    """An API key without its secret; `replaces` is the key that it took over from."""
+    """An API key without its secret; `replaces` is the key that it was rotated from."""
 
     id: str
     tenant: str
@@ -121,7 +122,7 @@ class Key(Struct, omit_defaults=True, kw_only=True):
 
 
 class CreatedKey(Key, kw_only=True):
-    """A new API key. `key` is its text: it is not stored and never shown again."""
+    """A new API key. `key` is its text: it is not stored and not shown again."""
 
     key: str
 
@@ -133,7 +134,7 @@ class Keys(Struct):
 
 
 class Rotation(Struct, forbid_unknown_fields=True):
-    """For how many seconds the old key still counts."""
+    """Seconds for which the old key stays valid."""
 
     grace_s: Annotated[float, Meta(ge=0, le=90 * 86400)] = 0.0
 
@@ -144,7 +145,7 @@ SessionScope = Literal["infer", "jobs", "models:read", "models:write", "models:c
 
 
 class NewSession(Struct, omit_defaults=True, forbid_unknown_fields=True):
-    """A session to make: `ttl_s` seconds long; what is left out is as its API key has it, but never `admin`,
+    """A session to create, for `ttl_s` seconds. Omitted fields are those of its API key, but never `admin`,
     nor `models:code` of an admin key."""
 
     ttl_s: Annotated[float, Meta(ge=1, le=3600)] = 900.0
@@ -153,7 +154,7 @@ class NewSession(Struct, omit_defaults=True, forbid_unknown_fields=True):
 
 
 class Session(Struct):
-    """A new session. `token` is sent as an API key is; it is not stored and never shown again."""
+    """A new session. `token` is sent like an API key; it is not stored and not shown again."""
 
     token: str
     id: str
@@ -168,8 +169,8 @@ class Session(Struct):
 
 
 class AuditEntry(Struct, omit_defaults=True):
-    """One entry of the audit log; what does not apply is left out. `writer` is the service that saw it, `actor` the key
-    (`key:<id>`) that did it, `count` how many alike it stands for."""
+    """One entry of the audit log; fields that do not apply are omitted. `writer` is the service that recorded
+    it, `actor` the key (`key:<id>`) that acted, `count` the number of identical events merged into it."""
 
     at: str
     kind: str
@@ -191,7 +192,7 @@ class AuditEntry(Struct, omit_defaults=True):
 
 
 class AuditEntries(Struct, omit_defaults=True):
-    """Entries, newest first; `next_cursor` is there when there may be more."""
+    """Entries, newest first; `next_cursor` is present if there may be more."""
 
     entries: list[AuditEntry]
     next_cursor: str | UnsetType = UNSET

@@ -1,4 +1,4 @@
-"""What HTTP bodies hold, as the OpenAPI document shows it. Field names and their order are the interface."""
+"""HTTP bodies, as the OpenAPI document shows them. Field names and their order are the interface."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tether.domain.job import JobState, Parameter, Priority
 
 
 class Tensor(Struct, omit_defaults=True):
-    """A tensor: `data` flat or nested as `shape`, or in the binary part when `binary_data_size` is given."""
+    """A tensor: `data` is flat or nested as `shape`, or in the binary part if `binary_data_size` is given."""
 
     name: str
     datatype: str
@@ -23,7 +23,8 @@ class Tensor(Struct, omit_defaults=True):
 
 
 class WantedOutput(Struct, omit_defaults=True):
-    """An output to answer. Parameters: `binary_data` (bool), `classification` (how many of the best classes)."""
+    """A requested output. Parameters: `binary_data` (bool), `classification` (number of best classes to
+    return)."""
 
     name: str
     parameters: dict[str, Parameter] | UnsetType = UNSET
@@ -39,7 +40,7 @@ class InferBody(Struct, omit_defaults=True):
 
 
 class InferAnswer(Struct, omit_defaults=True):
-    """An inference answer; `id` is the request's, when it had one."""
+    """An inference response; `id` is the request's, if it had one."""
 
     model_name: str
     model_version: str
@@ -48,7 +49,7 @@ class InferAnswer(Struct, omit_defaults=True):
 
 
 class ServerMetadata(Struct):
-    """The server and the protocol extensions it speaks."""
+    """The server and its supported protocol extensions."""
 
     name: str
     version: str
@@ -56,21 +57,22 @@ class ServerMetadata(Struct):
 
 
 class ServerLive(Struct):
-    """The process answers."""
+    """Whether the process answers."""
 
     live: bool
 
 
 class ServerReady(Struct):
-    """The process answers, and can do its work."""
+    """Whether the process answers, and whether its dependencies work."""
 
     live: bool
     ready: bool
 
 
 class TensorSpec(Struct, omit_defaults=True):
-    """An input or output of a model; -1 is an axis of any length. `axes` are the names that the model gives to such axes, empty
-    where it gives none: axes of inputs with one name have one length. A request may leave out an `optional` input."""
+    """An input or output of a model; -1 is an axis of any length. `axes` are the model's names of such axes,
+    empty for unnamed ones: axes of inputs with the same name must have the same length. A request may omit an
+    `optional` input."""
 
     name: str
     datatype: str
@@ -80,7 +82,7 @@ class TensorSpec(Struct, omit_defaults=True):
 
 
 class ModelMetadata(Struct):
-    """A model's versions, and the signature of the one asked for."""
+    """A model's versions, and the signature of the requested one."""
 
     name: str
     versions: list[str]
@@ -90,21 +92,21 @@ class ModelMetadata(Struct):
 
 
 class ModelReady(Struct):
-    """Whether a worker answers for the version just now."""
+    """Whether a worker hosts the version now."""
 
     name: str
     ready: bool
 
 
 class IndexBody(Struct):
-    """Which versions to list: all, or those that are ready."""
+    """Which versions to list: all, or only those that are ready."""
 
     ready: bool = False
 
 
 class IndexEntry(Struct):
-    """One version. `state` is READY, UNLOADING (workers still let go of it) or UNAVAILABLE, and `reason` says why it is not
-    the first."""
+    """One version. `state` is READY, UNLOADING (some workers still host it) or UNAVAILABLE; `reason` says why
+    it is not READY."""
 
     name: str
     version: str
@@ -116,7 +118,8 @@ class IndexEntry(Struct):
 
 
 class InferenceBody(Struct, rename="camel", omit_defaults=True):
-    """`inputData`: an object of input name and nested list, one nested list for a model with one input, or tensors."""
+    """`inputData`: an object of nested lists by input name, one nested list for a model with one input, or
+    tensors."""
 
     model_id: str = ""
     input_data: msgspec.Raw | UnsetType = UNSET
@@ -159,15 +162,15 @@ class NewJobs(Struct):
 
 
 class JobError(Struct):
-    """Why a job did not succeed."""
+    """Why a job failed."""
 
     code: str
     message: str
 
 
 class Job(Struct, omit_defaults=True):
-    """A durable job; times are RFC 3339, UTC. `result_left_out`: the answer about many jobs has no room for its result, ask for it
-    alone."""
+    """A durable job; times are RFC 3339 in UTC. `result_left_out`: its result did not fit into a response
+    about several jobs; request the job alone."""
 
     id: str
     state: JobState
@@ -184,7 +187,7 @@ class Job(Struct, omit_defaults=True):
 
 
 class Jobs(Struct, omit_defaults=True):
-    """Jobs, newest first or in the order of the ids asked for; `next_cursor` is there when there are more."""
+    """Jobs, newest first or in the order of the requested ids; `next_cursor` is present if there are more."""
 
     jobs: list[Job]
     next_cursor: str | UnsetType = UNSET
@@ -194,13 +197,13 @@ class Jobs(Struct, omit_defaults=True):
 
 
 RightName = Literal["use", "write", "own"]
-"""What the caller's tenant may do with a model; an administrator may do what the owner may."""
+"""Right of the caller's tenant to a model; an administrator has all rights of the owner."""
 
 
 class ModelSummary(Struct):
-    """A model; platform, size (bytes), labels and creation time are those of its newest version. `loaded` is false when it was
-    unloaded on purpose. `right` is what this caller may do with it: `use` it, `write` to it, or all that its owner may. `untried`: why
-    no trial run of the newest version succeeded at its push, empty when one did."""
+    """A model; platform, size (bytes), labels and creation time are those of its newest version. `loaded` is
+    false if it was unloaded explicitly. `right`: `use`, `write`, or `own` for all rights of its owner.
+    `untried`: why no trial run of the newest version succeeded at its push, empty if one did."""
 
     name: str
     versions: list[int]
@@ -222,7 +225,8 @@ class Models(Struct):
 
 
 class StoredFile(Struct):
-    """A file of a version; `digest` is its SHA-256 in hex, and empty for who may use the model and not read its files."""
+    """A file of a version; `digest` is its SHA-256 in hex, empty for callers who may not read the model's
+    files."""
 
     path: str
     size: int
@@ -230,9 +234,9 @@ class StoredFile(Struct):
 
 
 class Batching(Struct):
-    """How requests for a version are joined. `max_batch_size`: rows of one run, 0 when it is not batched; a request with
-    more is cut. `basis`: `proven` from the graph or `declared` by the publisher. `reason`: why it is not batched; of a declared
-    version, what its trial run said against it."""
+    """Batching of a version. `max_batch_size`: rows of one run, 0 if not batched; larger requests are split.
+    `basis`: `proven` from the graph or `declared` by the publisher. `reason`: why it is not batched, or for a
+    declared version the objection of its trial run."""
 
     max_batch_size: int
     max_delay_ms: float
@@ -241,11 +245,11 @@ class Batching(Struct):
 
 
 class VersionDetail(Struct):
-    """One immutable version. `workers`: how many answer for it just now; `reason`: why fewer than its configuration asks
-    for; `served`: the version policy serves it. `key_generation`: which of the model's data keys an `encrypted` one is
-    stored under. `isolation`: where it runs, `thread` (of the worker) or `process` (of its own); `isolation_reason`: how a run of it
-    ended a worker, after which it runs in a process of its own. `untried`: why no trial run succeeded at the push, empty when one did.
-    `signature`: the one of its file's `signatures` that is served."""
+    """One immutable version. `workers`: how many host it now; `reason`: why fewer than configured; `served`:
+    the version policy serves it. `key_generation`: the data key of an `encrypted` version. `isolation`:
+    `thread` of the worker or `process` of its own; `isolation_reason`: how a run of it crashed a worker,
+    after which it runs in its own process. `untried`: why no trial run succeeded at the push, empty if one
+    did. `signature`: the served one of its file's `signatures`."""
 
     version: int
     platform: str
@@ -274,8 +278,8 @@ class VersionDetail(Struct):
 
 
 class ModelDetail(Struct):
-    """A model with all of its versions, oldest first; `loaded` is false when it was unloaded on purpose. `right` as in a
-    list of models."""
+    """A model with all of its versions, oldest first; `loaded` is false if it was unloaded explicitly.
+    `right` as in the list of models."""
 
     name: str
     aliases: dict[str, int]
@@ -285,9 +289,9 @@ class ModelDetail(Struct):
 
 
 class PushedVersion(Struct):
-    """The version a push made; `stored_bytes` of its `size` were stored by this request. `digest` is the SHA-256 of the
-    only file, empty when there are several. `untried`: why no trial run succeeded, empty when one did. `signature`: the one of its
-    file's `signatures` that is served."""
+    """The version that a push created; `stored_bytes` of its `size` were stored by this request. `digest` is
+    the SHA-256 of the only file, empty if there are several. `untried`: why no trial run succeeded, empty if
+    one did. `signature`: the served one of its file's `signatures`."""
 
     name: str
     version: int
@@ -309,14 +313,14 @@ class PushedVersion(Struct):
 
 
 class HeldModel(Struct):
-    """A version that a worker answers for."""
+    """A version that a worker hosts."""
 
     model: str
     version: int
 
 
 class FailedModel(Struct):
-    """A version that a worker could not load, and why."""
+    """A version that a worker failed to load, and why."""
 
     model: str
     version: int
@@ -324,8 +328,8 @@ class FailedModel(Struct):
 
 
 class Worker(Struct):
-    """A worker as its last heartbeat told; `age_s` is how many seconds ago that was. `memory_bytes`: of files of models, 0
-    as many as come."""
+    """A worker by its last heartbeat, `age_s` seconds ago. `memory_bytes`: its limit for model files; 0: no
+    limit."""
 
     name: str
     region: str
@@ -345,7 +349,7 @@ class Workers(Struct):
 
 
 class Readiness(Struct):
-    """What the gateway depends on: `ok`, or what is wrong with it."""
+    """The gateway's dependencies: `ok`, or the problem."""
 
     ready: bool
     checks: dict[str, str]

@@ -1,4 +1,4 @@
-"""Bodies of resumable pushes, and of aliases."""
+"""Bodies of pushes, aliases, grants and other model routes."""
 
 from __future__ import annotations
 
@@ -9,31 +9,30 @@ from msgspec import Meta, Raw, Struct
 ConfigPatch = Annotated[
     dict[str, Any],
     Meta(
-        description="Fields of a ModelConfig that are to change: objects are merged, everything else is replaced, null is the default."
+        description="Fields of a ModelConfig to change: objects are merged, "
+        "other values are replaced, null resets to the default."
     ),
 ]
 """A merge patch (RFC 7396)."""
 
 
 class ConfigQuery(Struct, forbid_unknown_fields=True):
-    """Query of a change of a configuration."""
+    """Query of a configuration change."""
 
-    revision: Annotated[
-        int, Meta(ge=-1, description="Change only this revision, and answer 409 when it is another; -1: any.")
-    ] = -1
+    revision: Annotated[int, Meta(ge=-1, description="Expected current revision; 409 if it differs; -1: any.")] = -1
 
 
 class Share(Struct, forbid_unknown_fields=True):
-    """A version's part of an alias's requests; weights count relative to one another."""
+    """A version's share of an alias's requests; weights are relative to one another."""
 
     version: Annotated[int, Meta(ge=1)]
     weight: Annotated[float, Meta(gt=0, le=1_000_000)]
 
 
 class WantedAlias(Struct, forbid_unknown_fields=True):
-    """What an alias is to stand for: one `version`, or several that share its requests. With `sticky` an API key always
-    gets the same one; a header `x-tether-sticky` does that for whatever it names. Without `force` a version that no
-    worker holds is refused."""
+    """Target of an alias: one `version`, or several in a weighted `split`. With `sticky` an API key always
+    gets the same version; a header `x-tether-sticky` does the same for its value. Without `force` a version
+    that no worker hosts is rejected."""
 
     version: Annotated[int, Meta(ge=0)] = 0
     split: Annotated[list[Share], Meta(max_length=16)] = []
@@ -48,7 +47,7 @@ class WantedRollback(Struct, forbid_unknown_fields=True):
 
 
 class AliasMove(Struct):
-    """What an alias stood for until `until`."""
+    """An earlier target of an alias, valid until `until`."""
 
     version: int
     split: list[Share]
@@ -56,7 +55,7 @@ class AliasMove(Struct):
 
 
 class AliasDetail(Struct):
-    """An alias: what it stands for, stood for before, and what was rolled back since; newest first."""
+    """An alias: its target, its previous targets, and those rolled back since; newest first."""
 
     model: str
     alias: str
@@ -72,10 +71,11 @@ RolloutState = Literal["loading", "ready", "failed", "unplaced", "no_workers", "
 
 
 class Rollout(Struct):
-    """How far a version is on its way to the workers that the caller's requests go to. `state`: `ready` when a worker answers,
-    `loading` before that; `failed` when no worker could load it, which goes on being tried; `unplaced` when none has room for it or
-    its labels; `no_workers` when there are none; `unloaded` and `not_served` as the model's configuration says. `workers`: how many
-    are to hold it; `ready` and `failed`: how many of them do, and could not load it. `reason`: why it is not ready."""
+    """Rollout of a version to the workers of the caller's pool. `state`: `ready` if a worker hosts it,
+    `loading` before that; `failed` if no worker could load it (retried); `unplaced` if no worker has room for
+    it or its labels; `no_workers` if there are none; `unloaded` and `not_served` as the model's configuration
+    says. `workers`: how many should host it; `ready` and `failed`: how many do, and failed to. `reason`: why
+    it is not ready."""
 
     name: str
     version: int
@@ -87,16 +87,16 @@ class Rollout(Struct):
 
 
 class Gone(Struct):
-    """What was deleted: an alias's name or a version's number."""
+    """A deleted alias or version, by its name or number."""
 
     model: str
     deleted: str
 
 
 class ShadowTally(Struct):
-    """What became of the copies for one shadow since `since`, at the gateway that answers. Of those whose answers were compared:
-    `equal`, `close` (numbers within their tolerance) and `different`; without an answer: `error`, `unavailable` (no worker holds
-    the version) and `dropped` (too many were under way). `largest_difference` is of two numbers; `last_error` is a code."""
+    """Results of one shadow at this gateway since `since`. Compared: `equal`, `close` (numbers within their
+    tolerance) and `different`; not compared: `error`, `unavailable` (no worker hosts the version) and
+    `dropped` (too many in flight). `largest_difference` is of two numbers; `last_error` is a code."""
 
     version: int
     percent: float
@@ -120,28 +120,28 @@ class Shadows(Struct):
 
 
 class WantedChunks(Struct, forbid_unknown_fields=True):
-    """Hex SHA-256 of chunks, of a version that is to be encrypted or not; without `encrypt` it is when the model is."""
+    """Hex SHA-256 of chunks of a version. `encrypt`: whether it will be encrypted; default: as the model is."""
 
     chunks: Annotated[list[str], Meta(max_length=16384)]
     encrypt: bool | None = None
 
 
 class MissingChunks(Struct):
-    """Those of the chunks that the store does not have, in the order asked. `encrypt` is to be repeated with each of
-    them, and when the version is made."""
+    """The subset of chunks that must be uploaded, in the requested order. Send `encrypt` with each of them,
+    and when registering the version."""
 
     missing: list[str]
     encrypt: bool
 
 
 class ChunkQuery(Struct, forbid_unknown_fields=True):
-    """Query of a chunk."""
+    """Query of a chunk upload."""
 
-    encrypt: Annotated[bool | None, Meta(description="Store it encrypted; as the model is, when not given.")] = None
+    encrypt: Annotated[bool | None, Meta(description="Store it encrypted; default: as the model is.")] = None
 
 
 class ModelKey(Struct):
-    """The data key that a model has now, by its number. `versions_left` are still stored under one before it."""
+    """Number of the model's current data key. `versions_left` are still encrypted with an earlier one."""
 
     model: str
     generation: int
@@ -149,7 +149,7 @@ class ModelKey(Struct):
 
 
 class StoredChunk(Struct):
-    """A chunk that the store has now; `stored_bytes` is 0 when it had it before."""
+    """A stored chunk; `stored_bytes` is 0 if it was stored before."""
 
     digest: str
     size: int
@@ -167,7 +167,7 @@ class NewFile(Struct, forbid_unknown_fields=True):
 
 
 class VersionFiles(Struct):
-    """Everything that a version is made of."""
+    """All files of a version."""
 
     model: str
     version: int
@@ -176,12 +176,13 @@ class VersionFiles(Struct):
 
 
 class NewVersion(Struct, forbid_unknown_fields=True):
-    """Files whose chunks are stored, to become a version. `platform` is its format; one that is a program needs the scope
-    `models:code`. `run_timeout_s` ends the process of a model whose run takes longer; 0 is the worker's setting. `config`
-    changes how the model is served, before the version can be seen. With `version` it becomes that one or, where that is not the next
-    one, none. `encrypt` is what it was for its chunks. `sample`: real inputs for trial runs, warm-up and the check of rows,
-    `{"inputs": [tensors]}` as in an inference request or values by name; they are kept with the version. `signature`: which one of a
-    SavedModel or TensorFlow Lite file is served."""
+    """Files with stored chunks, to register as a version. `platform` is their format; one that contains code
+    needs the scope `models:code`. `run_timeout_s`: a longer run ends the model's process; 0: the worker's
+    setting. `config` changes the model's configuration before the version becomes visible. `version`: the
+    expected number; the push fails if another is next. `encrypt` must be as for its chunks. `sample`: real
+    inputs for trial runs, warm-up and the row check, `{"inputs": [tensors]}` as in an inference request, or
+    values by name; stored with the version. `signature`: the served signature of a SavedModel or TensorFlow
+    Lite file."""
 
     files: Annotated[list[NewFile], Meta(min_length=1, max_length=1024)]
     max_batch_size: Annotated[int, Meta(ge=-1, le=65536)] = -1
@@ -199,22 +200,23 @@ class NewVersion(Struct, forbid_unknown_fields=True):
 
 
 class WantedNote(Struct, forbid_unknown_fields=True):
-    """Labels are merged with those that the version has, and one that is null goes; `note` replaces what there is."""
+    """`labels` are merged with the version's, null removes one; `note` replaces the current note."""
 
     labels: dict[str, str | None] = {}
     note: str | None = None
 
 
 class DamagedChunk(Struct):
-    """A chunk that is missing or altered, and the versions (`model:version`) that name it; pushing one of them mends it."""
+    """A missing or altered chunk, and the versions (`model:version`) that reference it; pushing one of them
+    repairs it."""
 
     digest: str
     versions: list[str]
 
 
 class Store(Struct):
-    """The store of chunks. `stored_bytes` is what the broker keeps on its disk, `named_bytes` the bytes of the chunks that
-    versions name, before they were compressed; unreferenced chunks are kept for a while and then removed."""
+    """The chunk store. `stored_bytes`: disk use at the broker; `named_bytes`: uncompressed bytes of
+    referenced chunks. Unreferenced chunks are removed after a while."""
 
     chunks: int
     stored_bytes: int
@@ -225,27 +227,27 @@ class Store(Struct):
 
 
 class WantedGrant(Struct, forbid_unknown_fields=True):
-    """What a tenant is granted in place of what it had: to `use` a model, or also to `write` to it: push, change, load,
-    delete, read its files."""
+    """A grant, which replaces the tenant's earlier one: `use` a model, or also `write` it: push, change,
+    load, delete, read its files."""
 
     right: Literal["use", "write"]
 
 
 class WantedOwner(Struct, forbid_unknown_fields=True):
-    """The tenant that is to own a model. The owner before keeps no right but those that every tenant has."""
+    """The new owner of a model. The previous owner keeps only the rights that every tenant has."""
 
     tenant: str
 
 
 class Grant(Struct):
-    """What a tenant may do with another tenant's model; `*` is every tenant."""
+    """The right of a tenant to another tenant's model; `*` is every tenant."""
 
     tenant: str
     right: Literal["use", "write"]
 
 
 class Grants(Struct):
-    """Who owns a model, and what others may do with it. `revision` counts the changes."""
+    """The owner of a model, and its grants. `revision` counts changes."""
 
     model: str
     owner: str

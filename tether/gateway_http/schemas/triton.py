@@ -1,4 +1,4 @@
-"""Triton's model configuration in JSON: its names, and numbers where its protocol buffers have them."""
+"""Triton's model configuration as JSON, with numbers as in its protocol buffers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ConfigTensor(Struct):
 
 
 class TritonQueuePolicy(Struct):
-    """How long requests may wait, and how many; `timeout_action` is REJECT or DELAY."""
+    """Limits of waiting time and queue length; `timeout_action` is REJECT or DELAY."""
 
     timeout_action: str = "REJECT"
     default_timeout_microseconds: int = 0
@@ -23,7 +23,7 @@ class TritonQueuePolicy(Struct):
 
 
 class DynamicBatching(Struct, omit_defaults=True):
-    """How long a request may wait for company, and the sizes at which it does not."""
+    """Maximum wait of a request for a fuller batch, and the batch sizes that are sent without waiting."""
 
     max_queue_delay_microseconds: int = 0
     preferred_batch_size: list[int] = []
@@ -31,7 +31,7 @@ class DynamicBatching(Struct, omit_defaults=True):
 
 
 class InstanceGroup(Struct):
-    """How many instances a worker runs, and on what: KIND_AUTO, KIND_CPU or KIND_GPU."""
+    """Number of instances in a worker and their device: KIND_AUTO, KIND_CPU or KIND_GPU."""
 
     name: str = ""
     count: int = 1
@@ -39,7 +39,7 @@ class InstanceGroup(Struct):
 
 
 class LatestVersions(Struct):
-    """So many of the newest versions."""
+    """The newest versions, `num_versions` of them."""
 
     num_versions: int = 1
 
@@ -55,7 +55,7 @@ class AllVersions(Struct):
 
 
 class TritonVersionPolicy(Struct, omit_defaults=True):
-    """Which versions are served; one of the three is set."""
+    """The served versions; exactly one field is set."""
 
     latest: LatestVersions | UnsetType = UNSET
     all: AllVersions | UnsetType = UNSET
@@ -63,13 +63,13 @@ class TritonVersionPolicy(Struct, omit_defaults=True):
 
 
 class TritonCache(Struct):
-    """Whether answers are kept."""
+    """Whether outputs are cached."""
 
     enable: bool = False
 
 
 class WarmupInput(Struct, omit_defaults=True):
-    """What a warm-up run gives to one input."""
+    """Data for one input in a warm-up run."""
 
     data_type: str
     dims: list[int]
@@ -78,7 +78,7 @@ class WarmupInput(Struct, omit_defaults=True):
 
 
 class TritonWarmup(Struct):
-    """Runs before a version is ready."""
+    """Warm-up runs before a version is ready."""
 
     name: str = ""
     batch_size: int = 0
@@ -104,14 +104,14 @@ class TritonConfig(Struct, omit_defaults=True):
 
 
 class RepositoryBody(Struct):
-    """What `load` and `unload` are asked with. `config`: JSON of a configuration in Triton's form, whose fields are changed
-    before the model is loaded; `unload_dependents` has nothing to act on; files (`file:...`) are pushed instead."""
+    """Parameters of `load` and `unload`. `config`: JSON of a configuration in Triton's format, applied before
+    the model is loaded; `unload_dependents` has no effect; files (`file:...`) must be pushed instead."""
 
     parameters: dict[str, str | bool | int | float] = {}
 
 
 class LoadedVersion(Struct):
-    """A version that the request was about, and its state as in the index."""
+    """The affected version, and its state as in the index."""
 
     name: str
     version: str

@@ -1,4 +1,4 @@
-"""Configurations as Triton writes them, both ways: ``config`` of a model, and the one given with a load."""
+"""Converts configurations to and from Triton's format: ``config`` of a model, and the parameter of a load."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ _KINDS = {InstanceKind.AUTO: "KIND_AUTO", InstanceKind.CPU: "KIND_CPU", Instance
 
 
 def triton_config(manifest: Manifest, config: ModelConfig, batching: Batching) -> triton.TritonConfig:
-    """A version as Triton's ``ModelConfig``: Triton's datatype names, and dims without the batch axis when it is batched.
-    ``max_batch_size`` is the rows of one run; a request may have more."""
+    """Return a version as Triton's ``ModelConfig``: Triton's datatypes, and dims without the batch axis if
+    batched.
+
+    ``max_batch_size`` is the rows of one run; a request may have more.
+    """
     rows = batching.max_batch_size
     found = triton.TritonConfig(
         name=manifest.name,
@@ -83,12 +86,11 @@ def _warmup(index: int, warmup: Warmup, manifest: Manifest, rows: int) -> triton
     return triton.TritonWarmup(f"warmup {index + 1}", min(warmup.rows, rows), warmup.count, inputs)
 
 
-# the other way
+# from Triton's format
 
 
 class _Given(msgspec.Struct, forbid_unknown_fields=True):
-    """What may be given with a load. What a version is, and what a configuration of ours has no field for, may be there as
-    it is shown."""
+    """Accepted fields of a load's configuration. Fields that describe the version are accepted and ignored."""
 
     name: str = ""
     platform: str = ""
@@ -108,14 +110,16 @@ _decoder = msgspec.json.Decoder(_Given)
 
 
 def patch_of(text: str, names: Sequence[str], config: ModelConfig) -> dict[str, Any]:
-    """What a configuration in Triton's form changes in ``config``, as a merge patch; ``names``: how the caller may call its model.
+    """Return the merge patch of ``config`` for a configuration in Triton's format.
+
+    ``names`` are the names that the caller may use for its model.
 
     Raises:
-        InvalidRequest, BadJson: naming the field that cannot be set so.
+        InvalidRequest, BadJson: naming the field that cannot be set.
     """
     given = oip_json.parse_body(_decoder, text.encode(), where="parameters.config")
     if given.name not in ("", *names):
-        raise _not_so("name", f"is '{given.name[:64]}', and the model is '{names[0]}'")
+        raise _unsupported("name", f"is '{given.name[:64]}', but the model is '{names[0]}'")
     patch: dict[str, Any] = {}
     if given.max_batch_size is not None:
         patch["max_batch_size"] = given.max_batch_size
@@ -133,7 +137,7 @@ def patch_of(text: str, names: Sequence[str], config: ModelConfig) -> dict[str, 
 
 
 def _versions_of(policy: triton.TritonVersionPolicy) -> dict[str, Any]:
-    """Both fields are said, since a merge leaves alone what it does not name."""
+    """Set both fields, since a merge patch keeps omitted ones."""
     found: dict[str, Any] = {"latest": 0, "specific": []}
     if isinstance(policy.latest, triton.LatestVersions):
         found["latest"] = policy.latest.num_versions
@@ -144,11 +148,11 @@ def _versions_of(policy: triton.TritonVersionPolicy) -> dict[str, Any]:
 
 def _instances_of(groups: list[triton.InstanceGroup]) -> dict[str, Any]:
     if len(groups) > 1:
-        raise _not_so("instance_group", "has several groups; a model has one")
+        raise _unsupported("instance_group", "has several groups; expected one")
     kinds = {name: kind.value for kind, name in _KINDS.items()}
     kind = kinds.get(groups[0].kind)
     if kind is None:
-        raise _not_so("instance_group", f"has a kind that is none of {', '.join(kinds)}")
+        raise _unsupported("instance_group", f"has an unknown kind; expected one of {', '.join(kinds)}")
     return {"instances": groups[0].count, "kind": kind}
 
 
@@ -161,7 +165,7 @@ def _batching_of(batching: triton.DynamicBatching) -> dict[str, Any]:
     if isinstance(policy, triton.TritonQueuePolicy):
         actions = {action.name: action.value for action in TimeoutAction}
         if policy.timeout_action not in actions:
-            raise _not_so("dynamic_batching.default_queue_policy.timeout_action", "is neither REJECT nor DELAY")
+            raise _unsupported("dynamic_batching.default_queue_policy.timeout_action", "must be REJECT or DELAY")
         patch["queue"] = {
             "max_size": policy.max_queue_size,
             "timeout_ms": policy.default_timeout_microseconds / 1000,
@@ -173,7 +177,7 @@ def _batching_of(batching: triton.DynamicBatching) -> dict[str, Any]:
 
 def _cache_of(cache: triton.TritonCache, config: ModelConfig) -> dict[str, Any]:
     if cache.enable and not config.cache_ttl_s:
-        raise _not_so("response_cache", "does not say for how long; set cache_ttl_s with 'tether model config'")
+        raise _unsupported("response_cache", "has no lifetime; set cache_ttl_s with 'tether model config'")
     return {} if cache.enable else {"cache_ttl_s": None}
 
 
@@ -187,5 +191,5 @@ def _warmup_of(warmup: triton.TritonWarmup) -> dict[str, Any]:
     }
 
 
-def _not_so(field: str, why: str) -> InvalidRequest:
+def _unsupported(field: str, why: str) -> InvalidRequest:
     return InvalidRequest(f"parameters.config: {field} {why}", field=f"parameters.config.{field}")

@@ -1,1 +1,1 @@
-"""Routes for operators: keys, tenants, sessions, audit, the chunk store."""
+"""Routes for administrators: keys, tenants, sessions, audit log, chunk store."""

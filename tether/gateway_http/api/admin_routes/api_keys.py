@@ -1,4 +1,4 @@
-"""API keys: make, list, revoke, rotate."""
+"""API keys: create, list, revoke, rotate."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ async def _revoke(call: RequestContext) -> RouteReply:
 
 
 async def _rotate(call: RequestContext) -> RouteReply:
-    """The new key is stored before the old one's end is, so a failure in between leaves both."""
+    """Store the new key before the old one's expiry, so that a failure in between leaves both valid."""
     keys, record, now = call.gateway.keys, _found(call), call.gateway.bus.clock.utc()
     if not record.counts(now):
-        raise Conflict(f"API key '{record.id}' is revoked or expired; make a new one", field="id")
+        raise Conflict(f"API key '{record.id}' is revoked or expired; create a new one", field="id")
     call.caller.bound(record.models, record.tenant)
     text = api_key.new_key_text()
     successor = api_key.rotated(record, text, now)
@@ -96,7 +96,7 @@ ROWS = [
     RouteSpec(
         "POST",
         "/v1/keys",
-        "Make an API key",
+        "Create an API key",
         TAG,
         _create,
         {201: bodies.CreatedKey},
@@ -118,7 +118,7 @@ ROWS = [
     RouteSpec(
         "POST",
         "/v1/keys/{id}/rotate",
-        "Make a key that takes over from another",
+        "Create a key that replaces another",
         TAG,
         _rotate,
         {201: bodies.CreatedKey},

@@ -25,18 +25,18 @@ ModelText = Annotated[str, Meta(pattern=WRITTEN)]
 
 
 class AuditQuery(Struct, forbid_unknown_fields=True):
-    """Query of the audit log; what is not given lets everything through."""
+    """Query of the audit log; every parameter is an optional filter."""
 
     tenant: Annotated[str, Meta(description="Only entries of this tenant.", max_length=64)] = ""
     kind: Annotated[Kind | None, Meta(description="Only entries of this kind.")] = None
     since: Annotated[str, Meta(description="Not before this time (RFC 3339).", max_length=40)] = ""
     until: Annotated[str, Meta(description="Before this time (RFC 3339).", max_length=40)] = ""
     model: ModelText = ""
-    key: Annotated[str, Meta(description="Only what the key with this id did.", max_length=64)] = ""
+    key: Annotated[str, Meta(description="Only actions of the key with this id.", max_length=64)] = ""
     job: Text = ""
     outcome: Annotated[str, Meta(description="`ok`, or an error's code.", max_length=64)] = ""
-    limit: Annotated[int, Meta(ge=1, le=1000, description="Most entries in one answer.")] = 100
-    cursor: Annotated[str, Meta(description="`next_cursor` of the answer before this one.", max_length=40)] = ""
+    limit: Annotated[int, Meta(ge=1, le=1000, description="Maximum number of entries in the response.")] = 100
+    cursor: Annotated[str, Meta(description="`next_cursor` of the previous response.", max_length=40)] = ""
 
 
 async def _list(call: RequestContext) -> RouteReply:
@@ -65,7 +65,9 @@ def _ms(text: str, field: str) -> int:
     try:
         at = datetime.fromisoformat(text)
     except ValueError as error:
-        raise InvalidRequest(f"query parameter '{field}' is no RFC 3339 time", field=field) from error
+        raise InvalidRequest(
+            f"query parameter '{field}' must be an RFC 3339 time, such as 2026-01-31T12:00:00Z", field=field
+        ) from error
     if at.tzinfo is None:
         raise InvalidRequest(f"query parameter '{field}' needs a time zone, such as Z", field=field)
     return int(at.timestamp() * 1000)
@@ -76,7 +78,7 @@ def _position(cursor: str) -> tuple[int, int] | None:
         return None
     found = _CURSOR.fullmatch(cursor)
     if found is None:
-        raise InvalidRequest("query parameter 'cursor' is not one that an answer gave", field="cursor")
+        raise InvalidRequest("query parameter 'cursor' must be the next_cursor of an earlier response", field="cursor")
     return int(found[1]), int(found[2])
 
 

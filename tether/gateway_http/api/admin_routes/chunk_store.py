@@ -1,4 +1,4 @@
-"""The store of chunks, for administrators: what is in it, and work on it now."""
+"""The chunk store, for administrators: its contents and maintenance."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tether.gateway_http.schemas import models
 from tether.wire import codec
 
 _WAIT_S = 30.0
-"""A look at a large store takes seconds."""
+"""Counting a large store takes seconds."""
 
 
 def _asking(change: Change, status: int) -> Handler:
     async def handler(call: RequestContext) -> RouteReply:
         body = codec.encode(ChangeRequest(change, "", **call.caller.asker._asdict()))
         bus = call.gateway.bus
-        # each owner works on its own partitions, and any of them sees the whole
+        # an owner maintains its own partitions only, but any owner can count the whole store
         for partition in range(1 if change is Change.SHOW_STORE else bus.names.partitions):
             answer = await ask_owner(
                 bus, "changeModel", partition, MessageType.CHANGE, body, answers=MessageType.CHANGED, timeout=_WAIT_S
@@ -32,7 +32,7 @@ def _asking(change: Change, status: int) -> Handler:
 def _store(answer: ChangeAnswer) -> models.Store:
     found = answer.store
     if found is None:
-        raise TetherError("the model store answered without the state of its store")
+        raise TetherError("the model store's reply lacks the state of its chunk store")
     return models.Store(
         chunks=found.chunks,
         stored_bytes=found.stored_bytes,
@@ -49,7 +49,7 @@ def _row(method: str, path: str, summary: str, change: Change, status: int) -> R
 
 
 ROWS = [
-    _row("GET", "/v1/store", "Show what is in the store of chunks", Change.SHOW_STORE, 200),
-    _row("POST", "/v1/store:collect", "Collect chunks that no version names, soon", Change.COLLECT, 202),
-    _row("POST", "/v1/store:scrub", "Read and compare every stored chunk, soon", Change.SCRUB, 202),
+    _row("GET", "/v1/store", "Show the contents of the chunk store", Change.SHOW_STORE, 200),
+    _row("POST", "/v1/store:collect", "Start to delete unreferenced chunks", Change.COLLECT, 202),
+    _row("POST", "/v1/store:scrub", "Start to verify every stored chunk", Change.SCRUB, 202),
 ]

@@ -1,4 +1,4 @@
-"""Sessions: short-lived tokens made with an API key."""
+"""Sessions: short-lived tokens created with an API key."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ async def _create(call: RequestContext) -> RouteReply:
     wanted: bodies.NewSession = call.body
     caller, key = call.caller, call.caller.key
     if caller.session is not None:
-        raise Forbidden("a session cannot make sessions; use an API key", field="scope")
+        raise Forbidden("a session cannot create sessions; use an API key", field="scope")
     models = key.models if isinstance(wanted.models, msgspec.UnsetType) else check_patterns(tuple(wanted.models))
 
     def ends(now: float) -> float:
@@ -41,10 +41,12 @@ async def _create(call: RequestContext) -> RouteReply:
 
 
 def _scopes(call: RequestContext, wanted: bodies.NewSession) -> tuple[str, ...]:
-    """The scopes asked for; without any, those of the key, but never ``admin`` or ``metrics``, nor ``models:code`` of an admin key.
+    """Return the requested scopes, or by default those of the key.
+
+    The default never has ``admin`` or ``metrics``, nor ``models:code`` of an admin key.
 
     Raises:
-        Forbidden: the key has not all of them.
+        Forbidden: the key lacks one of them.
     """
     may = [scope for scope in SCOPES if scope not in ("admin", "metrics") and scope in call.caller.scopes]
     if isinstance(wanted.scopes, msgspec.UnsetType):
@@ -59,7 +61,7 @@ ROWS = [
     RouteSpec(
         "POST",
         "/v1/sessions",
-        "Make a short-lived token with the rights of an API key, or less",
+        "Create a short-lived token with the rights of an API key, or fewer",
         TAG,
         _create,
         {201: bodies.Session},

@@ -1,4 +1,4 @@
-"""Tenants: make, look, change, remove."""
+"""Tenants: create, show, change, remove."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ async def _create(call: RequestContext) -> RouteReply:
         return RouteReply(_shown(changed), 201)
     if not await call.gateway.tenants.create(changed):
         raise Conflict(
-            f"there is a tenant '{name}' already; change it with PATCH or 'tether tenant set {name}'", field="name"
+            f"tenant '{name}' already exists; change it with PATCH or 'tether tenant set {name}'", field="name"
         )
     return RouteReply(_shown(changed), 201)
 
 
 def _changed(call: RequestContext, tenant: Tenant, wanted: bodies.TenantChange) -> Tenant:
-    """The tenant with what was asked for.
+    """Return the tenant with the requested changes.
 
     Raises:
-        InvalidRequest: a pattern is none.
-        Forbidden: one goes beyond what the caller may use.
+        InvalidRequest: a pattern is not valid.
+        Forbidden: a pattern goes beyond the caller's own.
     """
     given = {name: value for name in ("isolated", "sealed", "weight") if (value := getattr(wanted, name)) is not UNSET}
     if not isinstance(wanted.models, msgspec.UnsetType):
@@ -61,7 +61,7 @@ def _found(call: RequestContext) -> Tenant:
     found = call.gateway.tenants.find(name)
     if found is None:
         raise NotFound(
-            f"there is no record of a tenant '{name[:64]}'; its keys have the default rights; make one with "
+            f"tenant '{name[:64]}' has no record, so its keys have the default rights; create one with "
             f"POST or 'tether tenant create {name[:64]}'",
             field="tenant",
         )
@@ -93,9 +93,12 @@ async def _remove(call: RequestContext) -> RouteReply:
     gateway, tenant = call.gateway, _found(call)
     use = await _use(gateway, tenant.name)
     if use.keys:
-        raise Conflict(f"tenant '{tenant.name}' has keys that count ({use.keys}); revoke them first", field="tenant")
+        raise Conflict(f"tenant '{tenant.name}' has {use.keys} valid keys; revoke them first", field="tenant")
     if use.queued_jobs and tenant.isolated:
-        raise Conflict(f"tenant '{tenant.name}' has {use.queued_jobs} jobs that have not ended", field="tenant")
+        raise Conflict(
+            f"tenant '{tenant.name}' has {use.queued_jobs} unfinished jobs; wait for them or cancel them",
+            field="tenant",
+        )
     await gateway.tenants.remove(tenant.name, gateway.bus.clock.utc())
     return RouteReply(_shown(tenant))
 
@@ -119,7 +122,7 @@ ROWS = [
     RouteSpec(
         "POST",
         "/v1/tenants",
-        "Make a tenant",
+        "Create a tenant",
         TAG,
         _create,
         {201: bodies.Tenant},
@@ -129,9 +132,7 @@ ROWS = [
         grows=True,
     ),
     RouteSpec("GET", "/v1/tenants", "List tenants", TAG, _list, {200: bodies.Tenants}, "admin"),
-    RouteSpec(
-        "GET", _ONE, "Show a tenant and what it uses", TAG, _show, {200: bodies.Tenant}, "admin", errors=(404, 503)
-    ),
+    RouteSpec("GET", _ONE, "Show a tenant and its usage", TAG, _show, {200: bodies.Tenant}, "admin", errors=(404, 503)),
     RouteSpec(
         "PATCH",
         _ONE,

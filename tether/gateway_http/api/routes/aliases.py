@@ -1,4 +1,4 @@
-"""Aliases and the end of versions: promote, split, roll back, delete."""
+"""Aliases and version deletion: promote, split, roll back, delete."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def _set(call: RequestContext) -> RouteReply:
 
 
 def _require_ready(call: RequestContext, versions: list[int]) -> None:
-    """Refuse to send requests where nobody would answer them."""
+    """Reject versions that no worker hosts."""
     catalog, model = call.gateway.catalog, call.model()
     for number in filter(None, versions):
         served = catalog.versions(model).get(number)
@@ -58,7 +58,7 @@ def _require_ready(call: RequestContext, versions: list[int]) -> None:
             raise ModelNotFound(f"model '{model}' has no version '{number}'", field="version")
         if not catalog.workers(served):
             raise ModelNotReady(
-                f"no worker holds version {number} of model '{model}' yet; wait, or set 'force'", field="version"
+                f"no worker hosts version {number} of model '{model}' yet; wait, or set 'force'", field="version"
             )
 
 
@@ -78,14 +78,16 @@ async def _delete_alias(call: RequestContext) -> RouteReply:
 async def _delete_version(call: RequestContext) -> RouteReply:
     text = call.path("version")
     if not text.isdecimal() or not 0 < len(text) < 10:
-        raise InvalidRequest("version must be a number; an alias has a path of its own", field="version")
+        raise InvalidRequest(
+            "version must be a number; delete an alias at /v1/models/{name}/aliases/{alias}", field="version"
+        )
     await _changed(call, Change.DELETE_VERSION, "", version=int(text))
     return RouteReply(models.Gone(call.caller.shown(call.model()), text))
 
 
 def _alias(call: RequestContext, alias: Alias | None) -> models.AliasDetail:
     if alias is None:
-        raise TetherError("the model store answered without an alias")
+        raise TetherError("the model store's reply lacks the alias")
     return models.AliasDetail(
         model=call.caller.shown(alias.model),
         alias=alias.name,
@@ -122,7 +124,7 @@ ROWS = [
     RouteSpec(
         "PUT",
         _ALIAS,
-        "Let an alias stand for a version, or split its requests",
+        "Point an alias at a version, or split its requests",
         TAG,
         _set,
         {200: models.AliasDetail},
@@ -143,7 +145,7 @@ ROWS = [
     RouteSpec(
         "POST",
         "/v1/models/{name}/rollback",
-        "Let an alias stand for what it stood for before",
+        "Point an alias at its previous version or split",
         TAG,
         _rollback,
         {200: models.AliasDetail},
@@ -154,7 +156,7 @@ ROWS = [
     RouteSpec(
         "DELETE",
         "/v1/models/{name}/versions/{version}",
-        "Delete a version that no alias stands for",
+        "Delete a version that no alias points at",
         TAG,
         _delete_version,
         {200: models.Gone},

@@ -1,4 +1,4 @@
-"""Resumable pushes: which chunks are missing, each of them, then the version they make up."""
+"""Resumable pushes: list missing chunks, upload each, then register the version."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def _digest(text: str, field: str) -> str:
 
 
 async def _missing(call: RequestContext) -> RouteReply:
-    """What others have is missing, as long as this tenant has not sent it."""
+    """Report chunks that only other tenants sent as missing."""
     name, asked = call.pushed_model(), [_digest(text, "chunks") for text in call.body.chunks]
     seals, possession = call.gateway.encrypted_models, call.gateway.chunk_possession
     encrypted = await seals.encrypts(name, call.body.encrypt)
-    if encrypted and seals.keyring.stored(name) is None:  # it gets its key with its first chunk
+    if encrypted and seals.keyring.stored(name) is None:  # its key is created with its first chunk
         return RouteReply(models.MissingChunks(list(dict.fromkeys(asked)), encrypted))
     store = (await seals.target(name, encrypted, call.caller.asker)).store
     shown = await possession.shown(call.caller, name, asked, store.name_of)
@@ -49,7 +49,7 @@ async def _put(call: RequestContext) -> RouteReply:
     chunk = await _chunk(call)
     if await asyncio.to_thread(digest_of, chunk) != digest:
         raise InvalidRequest(
-            "the body is not the chunk that the path names: its SHA-256 differs; send the chunk that has it",
+            "the SHA-256 of the body differs from the digest in the path; send the chunk with that digest",
             field="body",
         )
 
@@ -75,7 +75,7 @@ async def _chunk(call: RequestContext) -> bytes:
     async for part in call.request.stream():
         found += part
         if len(found) > LARGEST:
-            raise PayloadTooLarge(f"a chunk has at most {LARGEST} bytes", field="body")
+            raise PayloadTooLarge(f"a chunk must have at most {LARGEST} bytes", field="body")
     return bytes(found)
 
 
@@ -99,7 +99,7 @@ async def _register(call: RequestContext) -> RouteReply:
         signature=wanted.signature,
     )
     target = await call.gateway.encrypted_models.target(name, wanted.encrypt, call.caller.asker)
-    digests = await asyncio.to_thread(_digests, files, sealed=target.key is not None)  # 1 ms for 1,000
+    digests = await asyncio.to_thread(_digests, files, sealed=target.key is not None)  # takes 1 ms for 1,000
     await call.gateway.chunk_possession.require(call.caller, name, digests, target.store.name_of)
     if wanted.sample:
         given = [file for file in files if file.path != sample.PATH]
@@ -123,7 +123,7 @@ def _digests(files: Sequence[ModelFile], *, sealed: bool) -> list[str]:
 
 
 async def _files(call: RequestContext) -> RouteReply:
-    """Who may only run a model gets none of its files."""
+    """List the files of a version, if the caller may read them: using a model is not enough."""
     manifest = call.gateway.encrypted_models.plain(
         call.gateway.catalog.known(call.model(), call.path("version")).manifest
     )
@@ -137,7 +137,7 @@ def _described(file: ModelFile) -> models.NewFile:
 
 
 async def _get(call: RequestContext) -> RouteReply:
-    """A chunk, to those who may read a version that it belongs to."""
+    """Return a chunk of a version that the caller may read."""
     name, digest = call.model(), _digest(call.path("digest"), "digest")
     seals = call.gateway.encrypted_models
     manifest = call.gateway.catalog.known(name, call.path("version")).manifest
@@ -163,17 +163,17 @@ ROWS = [
     RouteSpec(
         "GET",
         f"{_VERSION}/chunks/{{digest}}",
-        "Fetch one chunk of a version",
+        "Download one chunk of a version",
         TAG,
         _get,
-        {200: Media(OCTETS, "The chunk; compare its SHA-256 with its name.")},
+        {200: Media(OCTETS, "The chunk; verify its SHA-256 against the digest.")},
         "models:read",
         errors=(404, 503, 504),
     ),
     RouteSpec(
         "POST",
         "/v1/models/{name}/chunks:missing",
-        "Ask which chunks of a file are to be sent",
+        "List the chunks of a file that must be uploaded",
         TAG,
         _missing,
         {200: models.MissingChunks},
@@ -192,7 +192,7 @@ ROWS = [
         {201: models.StoredChunk, 200: models.StoredChunk},
         "models:write",
         query=models.ChunkQuery,
-        binary=Media(OCTETS, "At most 4 MiB whose SHA-256 is the digest in the path; 200 when it was there already."),
+        binary=Media(OCTETS, "At most 4 MiB with the SHA-256 in the path; 200 if it was stored already."),
         headers=(CLIENT_WAITS,),
         errors=(404, 429, 504),
         grows=True,
@@ -200,7 +200,7 @@ ROWS = [
     RouteSpec(
         "POST",
         "/v1/models/{name}/versions:register",
-        "Make stored chunks the next version",
+        "Register stored chunks as the next version",
         TAG,
         _register,
         {201: common.PushedVersion, 200: common.PushedVersion},

@@ -1,4 +1,4 @@
-"""Who owns a model, and what it grants to other tenants."""
+"""Model ownership and grants to other tenants."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from tether.bus.key_value.leases import ask_owner
 from tether.crypto import MessageType
 from tether.domain.manifest import Change, ChangeRequest
 from tether.gateway_http.api.route_spec import RequestContext, RouteReply, RouteSpec
-from tether.gateway_http.api.routes.model_config import heard
+from tether.gateway_http.api.routes.model_config import wait_until_seen
 from tether.gateway_http.api.routes.models import TAG
 from tether.gateway_http.schemas import models
 from tether.model.ownership import Ownership, Right
 from tether.wire import codec
 
 
-async def _asked(call: RequestContext, change: Change, **fields: Any) -> RouteReply:
-    """Let the model store decide, and wait until this gateway goes by it."""
+async def _request_change(call: RequestContext, change: Change, **fields: Any) -> RouteReply:
+    """Send a change to the model store, and wait until this gateway sees it."""
     name = call.model(Right.OWN)
     bus = call.gateway.bus
     request = ChangeRequest(change, name, **call.caller.asker._asdict(), **fields)
@@ -29,36 +29,36 @@ async def _asked(call: RequestContext, change: Change, **fields: Any) -> RouteRe
         answers=MessageType.CHANGED,
     )
     ownership = codec.decode(answer, Ownership)
-    await heard(lambda: _heard(call, ownership))
-    return RouteReply(_told(call, ownership))
+    await wait_until_seen(lambda: _is_current(call, ownership))
+    return RouteReply(_to_grants(call, ownership))
 
 
-def _heard(call: RequestContext, ownership: Ownership) -> bool:
+def _is_current(call: RequestContext, ownership: Ownership) -> bool:
     known = call.gateway.catalog.owners.of(ownership.owned)
     return known is not None and known.revision >= ownership.revision
 
 
-def _told(call: RequestContext, ownership: Ownership) -> models.Grants:
+def _to_grants(call: RequestContext, ownership: Ownership) -> models.Grants:
     uses = [models.Grant(tenant, "use") for tenant in ownership.uses]
     writes = [models.Grant(tenant, "write") for tenant in ownership.writes]
     return models.Grants(call.caller.shown(ownership.owned), ownership.tenant, [*uses, *writes], ownership.revision)
 
 
 async def _show(call: RequestContext) -> RouteReply:
-    return await _asked(call, Change.SHOW_OWNER)
+    return await _request_change(call, Change.SHOW_OWNER)
 
 
 async def _grant(call: RequestContext) -> RouteReply:
     right = Right.WRITE if call.body.right == "write" else Right.USE
-    return await _asked(call, Change.GRANT, grantee=call.path("tenant"), right=int(right))
+    return await _request_change(call, Change.GRANT, grantee=call.path("tenant"), right=int(right))
 
 
 async def _revoke(call: RequestContext) -> RouteReply:
-    return await _asked(call, Change.GRANT, grantee=call.path("tenant"), right=int(Right.NONE))
+    return await _request_change(call, Change.GRANT, grantee=call.path("tenant"), right=int(Right.NONE))
 
 
 async def _hand_over(call: RequestContext) -> RouteReply:
-    return await _asked(call, Change.HAND_OVER, grantee=call.body.tenant)
+    return await _request_change(call, Change.HAND_OVER, grantee=call.body.tenant)
 
 
 _ONE = "/v1/models/{name}/grants/{tenant}"
@@ -68,7 +68,7 @@ ROWS = [
     RouteSpec(
         "GET",
         "/v1/models/{name}/grants",
-        "Show who owns a model and what others may do with it",
+        "Show the owner and the grants of a model",
         TAG,
         _show,
         _ANSWER,
@@ -78,7 +78,7 @@ ROWS = [
     RouteSpec(
         "PUT",
         _ONE,
-        "Grant a tenant, or with * every tenant, the use of a model, or writing to it",
+        "Grant a tenant, or every tenant with *, the right to use or write a model",
         TAG,
         _grant,
         _ANSWER,
@@ -89,7 +89,7 @@ ROWS = [
     RouteSpec(
         "DELETE",
         _ONE,
-        "Take back what a tenant, or with * every tenant, was granted",
+        "Revoke the grant of a tenant, or of every tenant with *",
         TAG,
         _revoke,
         _ANSWER,
@@ -99,7 +99,7 @@ ROWS = [
     RouteSpec(
         "PUT",
         "/v1/models/{name}/owner",
-        "Let another tenant own a model",
+        "Transfer a model to another tenant",
         TAG,
         _hand_over,
         _ANSWER,

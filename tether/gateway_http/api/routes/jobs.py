@@ -1,4 +1,4 @@
-"""Durable jobs but for their submission, which is on the hot path."""
+"""Routes of durable jobs, except submission, which is on the fast path."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ MAX_IDS = 200
 
 _JOB_ID = re.compile(r"[0-9a-f]{32}")
 
-Wait = Annotated[float, Meta(ge=0, description="Seconds to wait for the end; at most the setting max_wait_s.")]
+Wait = Annotated[
+    float, Meta(ge=0, description="Seconds to wait until the job finishes; capped by the setting max_wait_s.")
+]
 
 
 class JobQuery(Struct, forbid_unknown_fields=True):
@@ -30,15 +32,15 @@ class JobQuery(Struct, forbid_unknown_fields=True):
 
 
 class JobsQuery(Struct, forbid_unknown_fields=True):
-    """Query of many jobs: by ``ids``, or by state and model with a cursor."""
+    """Query of several jobs: by ``ids``, or by state and model with a cursor."""
 
     ids: Annotated[str, Meta(description="Comma-separated job ids, at most 200; excludes the other filters.")] = ""
     wait: Wait = 0.0
     state: Annotated[JobState | None, Meta(description="Only jobs in this state.")] = None
     model: Annotated[str, Meta(description="Only jobs of this model.", pattern=WRITTEN)] = ""
-    limit: Annotated[int, Meta(ge=1, le=1000, description="Most jobs in one answer.")] = 100
+    limit: Annotated[int, Meta(ge=1, le=1000, description="Maximum number of jobs in the response.")] = 100
     cursor: Annotated[
-        str, Meta(pattern="^[A-Za-z0-9_-]{0,64}$", description="`next_cursor` of the answer before this one.")
+        str, Meta(pattern="^[A-Za-z0-9_-]{0,64}$", description="`next_cursor` of the previous response.")
     ] = ""
 
 
@@ -83,7 +85,10 @@ def _ids(query: JobsQuery) -> list[str]:
         raise InvalidRequest(f"query parameter 'ids' has {len(found)} ids; at most {MAX_IDS} are allowed", field="ids")
     for job_id in found:
         if _JOB_ID.fullmatch(job_id) is None:
-            raise InvalidRequest(f"query parameter 'ids': {job_id[:64]!r} is no job id", field="ids")
+            raise InvalidRequest(
+                f"query parameter 'ids': {job_id[:64]!r} is not a job id; expected 32 lower-case hex digits",
+                field="ids",
+            )
     return found
 
 
@@ -93,7 +98,7 @@ async def _cancel(call: RequestContext) -> RouteReply:
     )
 
 
-_KEY = Header("idempotency-key", "The same key makes the same job, however often it is sent.")
+_KEY = Header("idempotency-key", "Requests with the same key create one job, however often they are sent.")
 
 ROWS = [
     RouteSpec(
@@ -123,7 +128,7 @@ ROWS = [
     RouteSpec(
         "GET",
         "/v1/jobs",
-        "List jobs, or wait for some to end",
+        "List jobs, or wait until some finish",
         TAG,
         _list,
         {200: common.Jobs},
@@ -134,7 +139,7 @@ ROWS = [
     RouteSpec(
         "GET",
         "/v1/jobs/{id}",
-        "Look at a job, or wait for its end",
+        "Show a job, or wait until it finishes",
         TAG,
         _get,
         {200: common.Job},

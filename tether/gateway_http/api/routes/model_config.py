@@ -1,4 +1,4 @@
-"""How a model is served: shown, changed, put back."""
+"""Model configuration: show, change, reset."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from tether.model.ownership import Right
 from tether.model.version_metadata import VersionNote, noted, patch_of
 from tether.wire import codec
 
-_HEARD_S = 2.0
-"""How long an answer waits for this gateway to hear of a change, so that the next request is served by it."""
+_SEEN_S = 2.0
+"""Seconds that a reply waits for this gateway to see a change, so that the next request uses it."""
 
 
 def checked_patch(call: RequestContext, name: str, patch: Mapping[str, Any]) -> dict[str, Any]:
-    """A patch that the model store may be asked to make.
+    """Check and return a patch for the model store.
 
     Raises:
-        InvalidRequest: naming the field that is wrong.
-        PayloadTooLarge: no configuration says so much.
+        InvalidRequest: naming the invalid field.
+        PayloadTooLarge: the patch is larger than any configuration.
     """
     check_config(patch)
     if patch:
@@ -39,9 +39,9 @@ def checked_patch(call: RequestContext, name: str, patch: Mapping[str, Any]) -> 
 
 
 async def _configured(call: RequestContext, request: ConfigRequest) -> ModelConfig:
-    """Let the model store change a configuration, and wait until this gateway goes by it."""
+    """Let the model store change a configuration, and wait until this gateway uses it."""
     config = codec.decode(await _asked(call, request), ModelConfig)
-    await heard(lambda: call.gateway.catalog.config(config.model).revision >= config.revision)
+    await wait_until_seen(lambda: call.gateway.catalog.config(config.model).revision >= config.revision)
     return config
 
 
@@ -60,10 +60,10 @@ async def _asked(call: RequestContext, request: ConfigRequest) -> bytes:
     )
 
 
-async def heard(true: Callable[[], bool]) -> None:
-    """The change is made whether this gateway hears of it in time or not."""
+async def wait_until_seen(true: Callable[[], bool]) -> None:
+    """Wait until this gateway sees a change, up to a limit: the change is stored in any case."""
     try:
-        async with asyncio.timeout(_HEARD_S):
+        async with asyncio.timeout(_SEEN_S):
             while not true():
                 await asyncio.sleep(0.005)
     except TimeoutError:
@@ -80,7 +80,7 @@ async def _show(call: RequestContext) -> RouteReply:
 
 
 def _answer(call: RequestContext, told: ModelConfig | VersionNote) -> RouteReply:
-    """With the name that the caller writes."""
+    """Return a configuration or note with the model's name as the caller writes it."""
     return RouteReply(msgspec.structs.replace(told, model=call.caller.shown(told.model)))
 
 
@@ -99,23 +99,23 @@ async def _reset(call: RequestContext) -> RouteReply:
 
 
 async def set_loaded(call: RequestContext, name: str, patch: Mapping[str, Any], *, loaded: bool) -> ModelConfig:
-    """Load a model, with what else is to change, or unload it."""
+    """Load a model with further changes, or unload it."""
     call.gateway.catalog.versions(name)
     changes = checked_patch(call, name, {**patch, "loaded": loaded})
     return await _configured(call, ConfigRequest(ConfigAction.CHANGE, name, changes, ANY_REVISION))
 
 
 async def _annotate(call: RequestContext) -> RouteReply:
-    """The version is looked for by the model store, which knows of one that was pushed a moment ago."""
+    """Change labels and note. The model store checks the version: this gateway may not have seen a new one."""
     name, text = call.model(), call.path("version")
     call.gateway.catalog.versions(name)
     if not text.isdecimal() or not 0 < len(text) < 10:
-        raise InvalidRequest("version must be a number: an alias has no labels of its own", field="version")
+        raise InvalidRequest("version must be a number: aliases have no labels", field="version")
     patch = {key: value for key, value in msgspec.to_builtins(call.body).items() if value is not None}
     noted(VersionNote(name, int(text)), patch_of(patch))
     request = ConfigRequest(ConfigAction.NOTE, name, patch, version=int(text))
     note = codec.decode(await _asked(call, request), VersionNote)
-    await heard(lambda: call.gateway.catalog.note(name, note.version).revision >= note.revision)
+    await wait_until_seen(lambda: call.gateway.catalog.note(name, note.version).revision >= note.revision)
     return _answer(call, note)
 
 
@@ -133,11 +133,13 @@ ROWS = [
         body=models.WantedNote,
         errors=(404, 503),
     ),
-    RouteSpec("GET", _PATH, "Show how a model is served", TAG, _show, {200: ModelConfig}, "models:read", errors=(404,)),
+    RouteSpec(
+        "GET", _PATH, "Show a model's configuration", TAG, _show, {200: ModelConfig}, "models:read", errors=(404,)
+    ),
     RouteSpec(
         "PATCH",
         _PATH,
-        "Change how a model is served, by a merge patch (RFC 7396)",
+        "Change a model's configuration by a merge patch (RFC 7396)",
         TAG,
         _change,
         {200: ModelConfig},
@@ -149,7 +151,7 @@ ROWS = [
     RouteSpec(
         "DELETE",
         _PATH,
-        "Serve a model as by default again; one that is unloaded stays so",
+        "Reset a model's configuration to the default; an unloaded model stays unloaded",
         TAG,
         _reset,
         {200: ModelConfig},

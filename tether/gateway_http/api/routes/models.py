@@ -1,4 +1,4 @@
-"""Models: list, look, push."""
+"""Models: list, show, push, rekey."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tether.wire import codec
 TAG = "Models"
 
 REGISTER_S = 280.0
-"""How long the model store may look at a pushed file: the broker holds its right to answer for five minutes."""
+"""Timeout of the inspection of a push in seconds: the broker keeps the reply permission for five minutes."""
 
 _HEX = re.compile(r"[0-9a-fA-F]{64}")
 
@@ -51,18 +51,20 @@ class PushQuery(Struct, forbid_unknown_fields=True):
         Meta(
             ge=-1,
             le=65536,
-            description="Most rows of one run; 0: not batched; -1: batched when that is proven. 2 and more declare that rows are "
-            "independent of one another.",
+            description="Maximum rows of one run; 0: not batched; -1: batched if proven safe. "
+            "2 and more declare that rows are independent of one another.",
         ),
     ] = AUTOMATIC
-    max_delay_ms: Annotated[float, Meta(ge=0, le=10_000, description="How long a request may wait for company.")] = 2.0
+    max_delay_ms: Annotated[
+        float, Meta(ge=0, le=10_000, description="Maximum time to wait for more requests to fill a batch.")
+    ] = 2.0
     version: Annotated[
         int,
-        Meta(ge=0, lt=1_000_000_000, description="The number it is to have, which must be the next one; 0: that one."),
+        Meta(ge=0, lt=1_000_000_000, description="Expected version number, which must be the next one; 0: any."),
     ] = 0
     encrypt: Annotated[
         bool | None,
-        Meta(description="Store it encrypted, or not although the model is; as the model is, when not given."),
+        Meta(description="Store it encrypted or in plaintext; default: as the model is."),
     ] = None
 
 
@@ -92,7 +94,7 @@ def _summary(call: RequestContext, name: str) -> common.ModelSummary:
 
 
 def _word(right: Right) -> common.RightName:
-    """A right as answers name it."""
+    """Return the name of a right in responses."""
     return "own" if right is Right.OWN else "write" if right is Right.WRITE else "use"
 
 
@@ -108,7 +110,7 @@ async def _show(call: RequestContext) -> RouteReply:
 
 
 def _detail(gateway: Gateway, served: ResolvedVersion, pool: str, right: Right) -> common.VersionDetail:
-    """A version; who may only use it gets no digests of its files, and does not see who pushed it."""
+    """Return a version; omit file digests and publisher for callers who may only use it."""
     catalog, seals = gateway.catalog, gateway.encrypted_models
     manifest = seals.shown(served.manifest)
     finding, reads = catalog.finding(served, pool), right >= Right.WRITE
@@ -152,13 +154,13 @@ def _specs(specs: tuple[TensorSpec, ...]) -> list[common.TensorSpec]:
 
 
 async def _push(call: RequestContext) -> RouteReply:
-    """Store the body's chunks, then ask the model store to make a version of them."""
+    """Store the body's chunks, then ask the model store to create a version of them."""
     gateway, name = call.gateway, call.pushed_model()
     wanted, length = _wanted_digest(call), sample_length(call)
     _check_filename(call)
     limit = gateway.settings.max_upload_bytes
     if call.heading.length > limit:
-        raise PayloadTooLarge(f"the model file has more than {limit} bytes (max_upload_bytes)", field="body")
+        raise PayloadTooLarge(f"the model file is larger than {limit} bytes (setting max_upload_bytes)", field="body")
     if call.heading.encoding not in ("", "identity"):
         raise InvalidRequest("send the model file without Content-Encoding", field="content-encoding")
     tenant = gateway.tenants.get(call.tenant)
@@ -177,7 +179,7 @@ async def _push(call: RequestContext) -> RouteReply:
     file, stored = await upload(gateway.bus, store, body.rest(), limit=limit, counted=counted, whole=whole, known=known)
     if wanted and wanted != file.digest:
         raise InvalidRequest(
-            f"the model file's SHA-256 is {file.digest}, x-tether-sha256 says {wanted}; send the file again",
+            f"the model file's SHA-256 is {file.digest}, but x-tether-sha256 is {wanted}; send the file again",
             field="x-tether-sha256",
         )
     wish = PushRequest(name, (file, *samples), query.max_batch_size, query.max_delay_ms, version=query.version)
@@ -186,7 +188,7 @@ async def _push(call: RequestContext) -> RouteReply:
 
 
 def _chunks_of_newest(gateway: Gateway, name: str, digest: str) -> frozenset[str]:
-    """The chunks of the newest version when that is this file, so that pushing it makes no new one; else none."""
+    """Return the chunks of the newest version if it is this file, since then the push adds none; else none."""
     catalog = gateway.catalog
     versions = catalog.versions(name) if name in catalog.names() else {}
     file = gateway.encrypted_models.shown(versions[max(versions)].manifest).files[0] if versions else None
@@ -194,7 +196,7 @@ def _chunks_of_newest(gateway: Gateway, name: str, digest: str) -> frozenset[str
 
 
 async def _parts(call: RequestContext, tenant: Tenant | None) -> AsyncIterator[bytes]:
-    """The body as it comes; what comes is held against the tenant's quota, whatever length was announced."""
+    """Yield the parts of the body, charging each to the tenant's quota, whatever length was announced."""
     stored = 0 if tenant is None else call.gateway.catalog.stored.of(tenant.name)
     async for part in call.request.stream():
         call.gateway.storage.require()
@@ -215,14 +217,14 @@ def _check_filename(call: RequestContext) -> None:
     text = call.request.headers.get("x-tether-filename", "model.onnx")
     if len(text) > 255 or not text.lower().endswith(".onnx"):
         raise InvalidRequest(
-            "x-tether-filename must end in .onnx: one body holds an ONNX file; push other models, and folders, with 'tether model push'",
+            "x-tether-filename must end in .onnx: this route accepts one ONNX file; "
+            "push other formats and folders with 'tether model push'",
             field="x-tether-filename",
         )
 
 
 async def registered(call: RequestContext, request: PushRequest, target: PushTarget, *, opening: bool) -> PushAnswer:
-    """Let the model store make the version, for the tenant of whoever calls; ``opening``: it is to be stored in the clear
-    whatever the model is."""
+    """Let the model store create the version for the caller's tenant; ``opening`` stores it in plaintext."""
     digests = {digest for file in request.files for digest in file.chunks}
     files, sealed = target.described(request.name, request.files)
     tenant, admin, by = call.caller.asker
@@ -266,7 +268,7 @@ def pushed(call: RequestContext, answer: PushAnswer, stored: int) -> common.Push
 
 
 async def _rekey(call: RequestContext) -> RouteReply:
-    """Another data key; versions follow in the background."""
+    """Rotate the model's data key; versions are re-encrypted in the background."""
     gateway, name = call.gateway, call.model()
     generation = await gateway.encrypted_models.ask(Change.REKEY, name, call.caller.asker)
     versions = gateway.catalog.versions(name) if name in gateway.catalog.names() else {}
@@ -300,11 +302,11 @@ ROWS = [
         "models:write",
         binary=Media(
             OCTETS,
-            "The bytes of the .onnx file, after a sample if there is one; 200 when the newest version already is exactly this.",
+            "The bytes of the .onnx file, preceded by an optional sample; 200 if the newest version is identical.",
         ),
         query=PushQuery,
         headers=(
-            Header("x-tether-sha256", "Hex SHA-256 of the model file; another file is refused."),
+            Header("x-tether-sha256", "Hex SHA-256 of the model file; a mismatch is rejected."),
             SAMPLE_LENGTH,
             Header("x-tether-filename", "The file's name, which must end in .onnx."),
             CLIENT_WAITS,
@@ -315,7 +317,7 @@ ROWS = [
     RouteSpec(
         "POST",
         "/v1/models/{name}/rekey",
-        "Store an encrypted model under another data key",
+        "Rotate the data key of an encrypted model",
         TAG,
         _rekey,
         {202: models.ModelKey},

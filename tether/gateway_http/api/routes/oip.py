@@ -1,4 +1,4 @@
-"""The Open Inference Protocol but for inference itself, which is on the hot path."""
+"""The Open Inference Protocol, except inference itself, which is on the fast path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tether.gateway_http.schemas.triton_config import triton_config
 from tether.model.ownership import Right
 
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository")
-"""Extensions of the protocol that are served in full."""
+"""Fully supported extensions of the protocol."""
 
 TAG = "Open Inference Protocol"
 
@@ -43,7 +43,7 @@ def _served(call: RequestContext) -> ResolvedVersion:
 
 
 def _shown(call: RequestContext, manifest: Manifest) -> Manifest:
-    """With the name that the caller writes."""
+    """Return a manifest with the model's name as the caller writes it."""
     return msgspec.structs.replace(manifest, name=call.caller.shown(manifest.name))
 
 
@@ -65,14 +65,14 @@ async def _config(call: RequestContext) -> RouteReply:
     return RouteReply(triton_config(_shown(call, served.manifest), config, batching))
 
 
-_LENGTH = Header("inference-header-content-length", "Bytes of the JSON part, when binary tensors follow it.")
+_LENGTH = Header("inference-header-content-length", "Bytes of the JSON part, if binary tensors follow it.")
 _ENCODING = Header("content-encoding", "`gzip` or `deflate`, of the whole body.")
 _BINARY = Media(OCTETS, "JSON (InferBody), followed by the bytes of the binary tensors in their order.")
 _BINARY_ANSWER = Media(OCTETS, "JSON (InferAnswer), followed by the bytes of the binary tensors in their order.")
 
 
 def _versioned(path: str, summary: str, handler: Handler, answers: Mapping[int, object]) -> list[RouteSpec]:
-    """The same route for the version that ``latest`` names, and for a given version or alias."""
+    """Return the route for ``latest`` and the route for a given version or alias."""
     return [
         RouteSpec("GET", root + path, summary, TAG, handler, answers, "models:read", errors=(404,))
         for root in (_MODEL, _VERSION)
@@ -83,7 +83,7 @@ def _infer_row(root: str) -> RouteSpec:
     return RouteSpec(
         "POST",
         f"{root}/infer",
-        "Run a model and wait for its answer",
+        "Run a model and wait for its outputs",
         TAG,
         None,
         {200: (common.InferAnswer, _BINARY_ANSWER)},
@@ -97,17 +97,19 @@ def _infer_row(root: str) -> RouteSpec:
 
 ROWS = [
     RouteSpec("GET", "/v2", "Server metadata", TAG, _server, {200: common.ServerMetadata}),
-    RouteSpec("GET", "/v2/health/live", "Whether the server runs", TAG, _live, {200: common.ServerLive}),
+    RouteSpec("GET", "/v2/health/live", "Check that the server runs", TAG, _live, {200: common.ServerLive}),
     RouteSpec(
         "GET",
         "/v2/health/ready",
-        "Whether synchronous requests are answered; they need no disk",
+        "Check that synchronous requests are served; they need no disk",
         TAG,
         _ready,
         {200: common.ServerReady, 400: common.ServerReady},
     ),
     *_versioned("", "Model metadata", _metadata, {200: common.ModelMetadata}),
-    *_versioned("/ready", "Whether a worker answers", _model_ready, {200: common.ModelReady, 400: common.ModelReady}),
-    *_versioned("/config", "Model configuration in Triton's form", _config, {200: triton.TritonConfig}),
+    *_versioned(
+        "/ready", "Check that a worker hosts the model", _model_ready, {200: common.ModelReady, 400: common.ModelReady}
+    ),
+    *_versioned("/config", "Model configuration in Triton's format", _config, {200: triton.TritonConfig}),
     *[_infer_row(root) for root in (_MODEL, _VERSION)],
 ]

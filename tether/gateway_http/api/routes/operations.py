@@ -30,7 +30,7 @@ async def _readyz(call: RequestContext) -> RouteReply:
 
 
 async def _metrics(call: RequestContext) -> RouteReply:
-    """What names a model is for who shows a key, as far as that key sees the model."""
+    """Return metrics; those that name a model only for a key that may use the model."""
     text = call.heading.key
     shows = call.gateway.keys.authenticate(text, "metrics").may_use_model if text else _nothing
     metrics.dependencies(call.gateway.checks())
@@ -39,7 +39,7 @@ async def _metrics(call: RequestContext) -> RouteReply:
 
 
 def rows(document: Callable[[], bytes], page: Callable[[], bytes]) -> list[RouteSpec]:
-    """The rows; ``document`` and ``page`` are asked for when somebody wants to see them."""
+    """Return the routes; ``document`` and ``page`` are called on first use."""
 
     async def openapi(call: RequestContext) -> RouteReply:
         del call
@@ -52,11 +52,11 @@ def rows(document: Callable[[], bytes], page: Callable[[], bytes]) -> list[Route
         )
 
     return [
-        _row("/healthz", "Whether the gateway runs", _healthz, common.ServerLive),
+        _row("/healthz", "Check that the gateway runs", _healthz, common.ServerLive),
         RouteSpec(
             "GET",
             "/readyz",
-            "Whether the gateway can do its work, and if not, why",
+            "Check that the gateway's dependencies work",
             TAG,
             _readyz,
             {200: common.Readiness, 503: common.Readiness},
@@ -64,10 +64,10 @@ def rows(document: Callable[[], bytes], page: Callable[[], bytes]) -> list[Route
         RouteSpec(
             "GET",
             "/metrics",
-            "Metrics; those that name models with a key of the scope `metrics` or `admin`",
+            "Metrics; those that name models need a key with the scope `metrics` or `admin`",
             TAG,
             _metrics,
-            {200: Media("text/plain", "Prometheus' text form.")},
+            {200: Media("text/plain", "Prometheus text format.")},
             errors=(401, 403),
         ),
         _row("/openapi.json", "This document", openapi, Media("application/json", "OpenAPI 3.1.")),

@@ -1,4 +1,4 @@
-"""The extensions of the Open Inference Protocol about what is there and what is loaded: index, load, unload."""
+"""The repository extension of the Open Inference Protocol: index, load, unload."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tether.gateway_http.models.traffic_split import no_worker
 from tether.gateway_http.schemas import common, triton
 from tether.gateway_http.schemas.triton_config import patch_of
 
-_LOOK_S = 0.02
+_POLL_S = 0.02
 
 
 async def _index(call: RequestContext) -> RouteReply:
@@ -36,7 +36,7 @@ def _entry(call: RequestContext, served: ResolvedVersion) -> common.IndexEntry:
 
 
 def _state(catalog: Catalog, served: ResolvedVersion, pool: str) -> tuple[str, str]:
-    """A version's state in Triton's words, and why it is not READY."""
+    """Return a version's state in Triton's terms, and why it is not READY."""
     name, number = served.manifest.name, served.manifest.version
     workers = catalog.workers(served, pool)
     if not catalog.loaded(name):
@@ -53,10 +53,12 @@ def _parameters(call: RequestContext) -> dict[str, Any]:
     for name in given:
         if name.startswith("file:"):
             raise InvalidRequest(
-                "files are not loaded but pushed, as a version: POST /v1/models/{name}/versions", field="parameters"
+                "a load cannot carry files; push them as a version: POST /v1/models/{name}/versions", field="parameters"
             )
         if name not in ("config", "unload_dependents"):
-            raise InvalidRequest(f"there is no parameter '{name[:64]}' here", field="parameters")
+            raise InvalidRequest(
+                f"unknown parameter '{name[:64]}'; expected config or unload_dependents", field="parameters"
+            )
     return given
 
 
@@ -70,20 +72,20 @@ async def _load(call: RequestContext) -> RouteReply:
         {} if given is None else patch_of(given, (call.path("model"), call.caller.shown(name)), catalog.config(name))
     )
     await set_loaded(call, name, patch, loaded=True)
-    return RouteReply(await _held(call, name))
+    return RouteReply(await _wait_until_hosted(call, name))
 
 
-async def _held(call: RequestContext, name: str) -> triton.LoadedVersion:
-    """Wait until the version that ``latest`` means is held; what else is to be loaded may still be on its way.
+async def _wait_until_hosted(call: RequestContext, name: str) -> triton.LoadedVersion:
+    """Wait until a worker hosts the version that ``latest`` points to; other versions may still be loading.
 
     Raises:
-        ModelNotReady: no worker held it in time; with what one said that could not load it.
+        ModelNotReady: no worker hosted it in time; with a worker's reason if one failed to load it.
     """
     catalog, limit_s = call.gateway.catalog, call.gateway.settings.request_timeout_s
     try:
         async with asyncio.timeout(limit_s):
             while not call.gateway.ready(served := catalog.resolve(name, ""), call.pool):
-                await asyncio.sleep(_LOOK_S)
+                await asyncio.sleep(_POLL_S)
     except TimeoutError:
         version = catalog.resolve(name, "").manifest.version
         failed = [dict(beat.failed).get(f"{name}:{version}", "") for beat in await heartbeats(call.gateway)]
@@ -95,7 +97,7 @@ async def _held(call: RequestContext, name: str) -> triton.LoadedVersion:
 async def _unload(call: RequestContext) -> RouteReply:
     name, catalog = call.model(), call.gateway.catalog
     if "config" in _parameters(call):
-        raise InvalidRequest("a model is not configured by unloading it", field="parameters.config")
+        raise InvalidRequest("unload does not accept a configuration; send it with load", field="parameters.config")
     await set_loaded(call, name, {}, loaded=False)
     served = catalog.known(name, "")
     state = _state(catalog, served, call.pool)[0]
@@ -121,7 +123,7 @@ ROWS = [
     RouteSpec(
         "POST",
         "/v2/repository/index",
-        "Every version and its state",
+        "List every version with its state",
         TAG,
         _index,
         {200: list[common.IndexEntry]},
@@ -129,6 +131,6 @@ ROWS = [
         body=common.IndexBody,
         body_optional=True,
     ),
-    _row("load", "Load a model, and wait until its newest version is held by a worker", _load, (404, 503)),
-    _row("unload", "Take a model out of all workers until it is loaded again", _unload, (404, 503)),
+    _row("load", "Load a model, and wait until a worker hosts its newest version", _load, (404, 503)),
+    _row("unload", "Unload a model from all workers until it is loaded again", _unload, (404, 503)),
 ]

@@ -1,4 +1,4 @@
-"""How far a version is on its way to workers, as a push waits for it."""
+"""Rollout of a version to workers, as a push waits for it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tether.gateway_http.models.traffic_split import no_worker
 from tether.gateway_http.schemas import models
 from tether.model.config import ModelConfig
 
-_NONE = "none is running; it is loaded when one starts ('tether worker')"
+_NONE = "none is running; start one with 'tether worker'"
 
 
 async def _show(call: RequestContext) -> RouteReply:
     gateway, pool = call.gateway, call.pool
     served = gateway.catalog.known(call.model(), call.path("version"))
     config = gateway.catalog.config(served.manifest.name)
-    crew = _crew(await heartbeats(gateway), pool, config)
+    crew = _eligible(await heartbeats(gateway), pool, config)
     wanted = min(config.replicas_max or len(crew), len(crew))
-    ready, failures = _said(crew, served)
+    ready, failures = _loaded_and_failed(crew, served)
     state, reason = _state(gateway, served, pool)
     if state == "loading":
         reason = next(iter(failures), "")
@@ -37,14 +37,14 @@ async def _show(call: RequestContext) -> RouteReply:
     return RouteReply(models.Rollout(name, number, state, wanted, ready, len(failures), told))
 
 
-def _crew(beats: Sequence[Heartbeat], pool: str, config: ModelConfig) -> list[Heartbeat]:
-    """The workers of a pool that have the labels which a model asks for."""
+def _eligible(beats: Sequence[Heartbeat], pool: str, config: ModelConfig) -> list[Heartbeat]:
+    """Return a pool's workers that have the labels of the model's configuration."""
     wanted = config.labels.items()
     return [beat for beat in beats if beat.pool == pool and wanted <= beat.labels.items()]
 
 
-def _said(crew: Sequence[Heartbeat], served: ResolvedVersion) -> tuple[int, list[str]]:
-    """How many workers say that they answer for a version, and why others could not load it."""
+def _loaded_and_failed(crew: Sequence[Heartbeat], served: ResolvedVersion) -> tuple[int, list[str]]:
+    """Return how many workers host a version, and why others failed to load it."""
     ref = ModelRef(served.manifest.name, served.manifest.version)
     label = f"{ref.model}:{ref.version}"
     others = [beat for beat in crew if ref not in beat.ready]
@@ -52,7 +52,7 @@ def _said(crew: Sequence[Heartbeat], served: ResolvedVersion) -> tuple[int, list
 
 
 def _state(gateway: Gateway, served: ResolvedVersion, pool: str) -> tuple[models.RolloutState, str]:
-    """What is decided about a version, apart from what workers say."""
+    """Return the state of a version that the gateway knows without the workers' heartbeats."""
     catalog, name = gateway.catalog, served.manifest.name
     if gateway.ready(served, pool):
         return "ready", catalog.reason(served, pool)
@@ -69,7 +69,7 @@ ROWS = [
     RouteSpec(
         "GET",
         "/v1/models/{name}/versions/{version}/rollout",
-        "Tell how far a version is on its way to workers",
+        "Show the rollout of a version to workers",
         TAG,
         _show,
         {200: models.Rollout},

@@ -1,4 +1,4 @@
-"""The sample of a push, which becomes a file of the version."""
+"""The sample of a push, which is stored as a file of the version."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from tether.storage.upload import upload
 
 SAMPLE_LENGTH = Header(
     "x-tether-sample-length",
-    'Bytes of a sample that the body begins with: JSON, `{name: [...]}` or `{"inputs": [tensors]}`. The model file follows.',
+    "Length in bytes of a sample at the start of the body: JSON, `{name: [...]}` or "
+    '`{"inputs": [tensors]}`. The model file follows.',
 )
 
 
 def sample_length(call: RequestContext) -> int:
-    """How many bytes of a model file's body are its sample; 0: there is none.
+    """Return the length of the sample at the start of the body in bytes; 0 if there is none.
 
     Raises:
-        InvalidRequest: the header is no number above 0.
-        PayloadTooLarge: a sample may not have so many.
+        InvalidRequest: the header is not a positive number.
+        PayloadTooLarge: the sample is too large.
     """
     text = call.request.headers.get(SAMPLE_LENGTH.name)
     if text is None:
@@ -31,12 +32,12 @@ def sample_length(call: RequestContext) -> int:
     if not text.isdecimal() or not text.isascii() or not text.strip("0"):
         raise InvalidRequest(f"{SAMPLE_LENGTH.name} must be a number of bytes above 0", field=SAMPLE_LENGTH.name)
     if len(text) > 9 or int(text) > sample.LARGEST:
-        raise PayloadTooLarge(f"a sample has at most {sample.LARGEST} bytes", field=SAMPLE_LENGTH.name)
+        raise PayloadTooLarge(f"a sample must have at most {sample.LARGEST} bytes", field=SAMPLE_LENGTH.name)
     return int(text)
 
 
 async def keep_sample(call: RequestContext, name: str, content: AsyncIterator[bytes], target: PushTarget) -> ModelFile:
-    """Store a sample. The model store reads it when it looks at the version."""
+    """Store a sample; the model store reads it during inspection."""
     gateway, store = call.gateway, target.store
     tenant = gateway.tenants.get(call.tenant)
     counted = partial(gateway.unreferenced_chunks.counted, tenant, store.bucket, frozenset())
@@ -48,7 +49,7 @@ async def keep_sample(call: RequestContext, name: str, content: AsyncIterator[by
 
 
 class SplitBody:
-    """A body that is read in two parts, one after the other."""
+    """Splits a body into two parts, read one after the other."""
 
     def __init__(self, parts: AsyncIterator[bytes], length: int) -> None:
         self._parts = parts
@@ -56,7 +57,7 @@ class SplitBody:
         self._over = b""
 
     async def first(self) -> AsyncIterator[bytes]:
-        """The first ``length`` bytes.
+        """Yield the first ``length`` bytes.
 
         Raises:
             InvalidRequest: there are fewer.
@@ -66,7 +67,8 @@ class SplitBody:
             part = await anext(self._parts, None)
             if part is None:
                 raise InvalidRequest(
-                    f"the body ends within the sample: {SAMPLE_LENGTH.name} says {self._length} bytes, {left} are missing",
+                    f"the body ends within the sample: {SAMPLE_LENGTH.name} is {self._length}, "
+                    f"{left} bytes are missing",
                     field=SAMPLE_LENGTH.name,
                 )
             yield part[:left]
@@ -74,7 +76,7 @@ class SplitBody:
             left -= min(left, len(part))
 
     async def rest(self) -> AsyncIterator[bytes]:
-        """What follows."""
+        """Yield the remaining bytes."""
         if self._over:
             yield self._over
         async for part in self._parts:

@@ -1,4 +1,4 @@
-"""What became of the copies of requests for a model's shadow versions."""
+"""Statistics of a model's shadow versions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ async def _show(call: RequestContext) -> RouteReply:
     gateway, name = call.gateway, call.model()
     gateway.catalog.versions(name)
     tallies = gateway.features.shadows.tallies(name)
-    told = [_tally(shadow, tally) for shadow, tally in tallies.items()]
-    return RouteReply(models.Shadows(call.caller.shown(name), told))
+    stats = [_tally(shadow, tally) for shadow, tally in tallies.items()]
+    return RouteReply(models.Shadows(call.caller.shown(name), stats))
 
 
 def _tally(shadow: Shadow, tally: ShadowStats) -> models.ShadowTally:
@@ -41,7 +41,7 @@ ROWS = [
     RouteSpec(
         "GET",
         "/v1/models/{name}/shadows",
-        "Show how shadow versions' answers compare with those that callers got",
+        "Compare the outputs of shadow versions with those that callers got",
         TAG,
         _show,
         {200: models.Shadows},

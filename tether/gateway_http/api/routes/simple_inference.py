@@ -1,4 +1,4 @@
-"""``POST /v1/inference``: one call, plain nested lists, no tensors to describe."""
+"""``POST /v1/inference``: inference on plain nested lists, without tensor metadata."""
 
 from __future__ import annotations
 

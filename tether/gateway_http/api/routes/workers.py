@@ -1,4 +1,4 @@
-"""Workers."""
+"""The list of workers, and their heartbeats."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def _workers(call: RequestContext) -> RouteReply:
 
 
 async def heartbeats(gateway: Gateway) -> list[Heartbeat]:
-    """The last heartbeat of every worker, each signed by the worker it is about; others are passed over.
+    """Return the last heartbeat of every worker; skip those not signed by the worker itself.
 
     Raises:
         BrokerUnavailable: no answer.
