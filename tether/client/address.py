@@ -1,4 +1,4 @@
-"""Where a client's server is and which key it shows there."""
+"""Finds the server's URL and the API key of a client."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def resolve_url(url: str | None, environment: ClientEnvironment) -> str:
-    """``url``, else TETHER_URL, else the platform that runs in the data directory, else port 8000 of this machine.
+    """Return ``url``, else TETHER_URL, else that of the platform in the data directory, else port 8000 of
+    this machine.
 
     Raises:
-        ConfigError: it is no HTTP address.
+        ConfigError: it is not an HTTP URL.
     """
     found = url or environment.url or _running_url(environment) or DEFAULT_URL
     if not _well_formed(found):
@@ -41,12 +42,14 @@ def _running_url(environment: ClientEnvironment) -> str:
 
 
 def resolve_key(url: str, api_key: str | None, environment: ClientEnvironment) -> str:
-    """``api_key``, else TETHER_API_KEY, else the data directory's admin key when ``url`` is this machine.
+    """Return ``api_key``, else TETHER_API_KEY, else the data directory's admin key if ``url`` is this
+    machine.
 
-    White space around it is taken off: files with secrets often end in a newline.
+    Strips surrounding white space: files with secrets often end in a newline.
 
     Raises:
-        ConfigError: the admin key's file may be read by others, or the key has a character that no header may have.
+        ConfigError: others may read the admin key's file, or the key has a character that headers cannot
+            contain.
     """
     for where, text in (("the argument api_key", api_key), ("TETHER_API_KEY", environment.api_key)):
         if text and (key := text.strip()):
@@ -61,29 +64,30 @@ def _checked(where: str, key: str) -> str:
     for place, letter in enumerate(key, 1):
         if not "!" <= letter <= "~":
             raise ConfigError(
-                f"the API key in {where} has the character {letter!a} at place {place} of {len(key)}; keys have letters, "
-                "digits, '_' and '-' only",
+                f"the API key in {where} has the character {letter!a} at position {place} of {len(key)}; "
+                "keys have letters, digits, '_' and '-' only",
                 field="api_key",
             )
     return key
 
 
 def where_keys_are(url: str) -> str:
-    """For an error: where a key was looked for and not found."""
+    """Return an error text that lists the places searched for an API key."""
     looked = "the argument api_key, TETHER_API_KEY"
     if is_local(url):
         looked += f" and {Home.at(client_environment().home).admin_key}"
-    elsewhere = "; go to the folder where 'tether up' runs, or set TETHER_API_KEY" if is_local(url) else ""
-    return f"no API key was found (looked at {looked}){elsewhere}"
+    elsewhere = "; run it in the folder of 'tether up', or set TETHER_API_KEY" if is_local(url) else ""
+    return f"no API key found (searched {looked}){elsewhere}"
 
 
 def is_local(url: str) -> bool:
-    """Whether ``url`` is this machine by its loopback address."""
+    """Return True if ``url`` is a loopback address of this machine."""
     return urlsplit(url).hostname in _LOCAL
 
 
 def resolve(url: str | None, api_key: str | None) -> tuple[str, str]:
-    """URL and API key (empty: none) from arguments, the environment and the data directory, in this order."""
+    """Return URL and API key (empty: none) from arguments, the environment or the data directory, in this
+    order."""
     environment = client_environment()
     found = resolve_url(url, environment)
     return found, resolve_key(found, api_key, environment)

@@ -1,4 +1,4 @@
-"""The asynchronous half of the Python SDK; :mod:`tether.client.blocking` has the blocking one."""
+"""The asynchronous client of the Python SDK; :mod:`tether.client.blocking` has the blocking one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class AsyncJobHandle:
-    """A submitted job. ``async for`` yields a :class:`JobInfo` for each state it comes to, its end included."""
+    """A submitted job. ``async for`` yields a :class:`JobInfo` for each state change, including the last."""
 
     def __init__(self, client: AsyncClient, job_id: str) -> None:
         self._client = client
@@ -41,7 +41,7 @@ class AsyncJobHandle:
         return (await self.info()).state
 
     async def result(self, timeout: float | None = None) -> Outputs:
-        """As :meth:`JobHandle.result`."""
+        """Return the outputs as :meth:`JobHandle.result` does."""
         return (await self._client.wait_many([self.id], timeout=timeout))[0].outputs()
 
     async def cancel(self) -> JobInfo:
@@ -63,8 +63,8 @@ class AsyncJobHandle:
 class AsyncClient:
     """A connection to a Tether server, for asynchronous code.
 
-    Server and key come from the arguments, else TETHER_URL and TETHER_API_KEY, else the data directory TETHER_HOME of
-    this machine. ``timeout`` is in seconds, for one operation with all its tries.
+    Server and key are the arguments, else TETHER_URL and TETHER_API_KEY, else those of the data directory
+    (TETHER_HOME). ``timeout`` is in seconds, for one operation with all its retries.
     """
 
     def __init__(
@@ -104,14 +104,15 @@ class AsyncClient:
         outputs: Sequence[str] = (),
         timeout: float | None = None,
     ) -> Outputs:
-        """Run ``model`` once on ``inputs`` and return its outputs by name (all of them when ``outputs`` is empty).
+        """Run ``model`` once; return its outputs by name (all of them if ``outputs`` is empty).
 
-        A model's only input needs no name. Lists, numbers and arrays of float64 and int64 take the datatype that the model
-        declares, where it can hold their values; other arrays keep their dtype. What is too large for one request is sent as
-        several where the model is batched, within the same ``timeout``.
+        A model's only input needs no name. Lists, numbers and arrays of float64 and int64 are converted to
+        the model's datatype if it can hold their values; other arrays keep their dtype. Inputs or outputs
+        that are too large for one request are split into several if the model is batched, within the same
+        ``timeout``.
 
         Raises:
-            TetherError: what the server refused, or Unavailable when it cannot be reached.
+            TetherError: the server's error, or Unavailable if it cannot be reached.
         """
         return await self.run(lambda policy: split_inference.infer(policy, model, inputs, version, outputs), timeout)
 
@@ -127,10 +128,8 @@ class AsyncClient:
         deadline: float | None = None,
         idempotency_key: str | None = None,
     ) -> AsyncJobHandle:
-        """Queue a durable job. ``deadline`` is in seconds from now, ``priority`` high, normal or low.
-
-        A repeat after a lost answer, or with the same ``idempotency_key``, is the same job.
-        """
+        """Queue a durable job. ``deadline`` is seconds from now; ``priority`` is high, normal or low. A retry
+        after a lost reply, or with the same ``idempotency_key``, returns the same job."""
         options = JobOptions(version, priority, deadline)
         info = await self.run(lambda policy: flows.submit(policy, model, inputs, options, idempotency_key))
         return AsyncJobHandle(self, info.id)
@@ -145,7 +144,7 @@ class AsyncClient:
         deadline: float | None = None,
         progress: Progress | None = None,
     ) -> list[AsyncJobHandle]:
-        """Queue one job for each of ``rows``, 200 in a request; ``progress`` is called with how many are queued."""
+        """Queue one job per row, 200 per request; ``progress`` is called with the number queued."""
         options = JobOptions(version, priority, deadline)
         infos = await self.run(lambda policy: flows.submit_many(policy, model, rows, options, progress))
         return [AsyncJobHandle(self, info.id) for info in infos]
@@ -157,40 +156,40 @@ class AsyncClient:
         timeout: float | None = None,
         progress: Progress | None = None,
     ) -> list[JobInfo]:
-        """Wait until all of these jobs have ended; they come in the order of ``ids``.
+        """Wait until all jobs have finished; return them in the order of ``ids``.
 
         Raises:
-            DeadlineExceeded: some had not ended after ``timeout`` seconds (None: as long as it takes).
+            DeadlineExceeded: some had not finished after ``timeout`` seconds (None: no limit).
         """
         return await self.run(lambda policy: flows.wait_many(policy, ids, timeout, progress))
 
     async def job(self, job_id: str, *, wait: float = 0.0) -> JobInfo:
-        """A job as it is, or as it is when it ends within ``wait`` seconds."""
+        """Return a job once it has finished, or as it is after ``wait`` seconds."""
         return await self.run(lambda policy: flows.job(policy, job_id, wait))
 
     async def jobs(
         self, *, state: str | None = None, model: str | None = None, limit: int | None = None, cursor: str | None = None
     ) -> JobPage:
-        """The tenant's jobs, newest first."""
+        """List the tenant's jobs, newest first."""
         params = {"state": state, "model": model, "limit": limit, "cursor": cursor}
         return await self.run(lambda policy: flows.jobs(policy, params))
 
     async def cancel(self, job_id: str) -> JobInfo:
-        """Take a job back.
+        """Cancel a job.
 
         Raises:
-            ResultConflict: it has already ended.
+            ResultConflict: it has already finished.
         """
         return await self.run(lambda policy: flows.cancel(policy, job_id))
 
     # models
 
     async def models(self) -> list[Json]:
-        """Every model with its versions and aliases."""
+        """List all models with their versions and aliases."""
         return await self.run(lambda policy: flows.get(policy, "/v1/models", "models"))
 
     async def model(self, name: str) -> Json:
-        """One model with the signature and the files of each version."""
+        """Return one model with the signature and files of each version."""
         return await self.run(lambda policy: flows.get(policy, flows.model_path(name)))
 
     async def push(
@@ -203,18 +202,19 @@ class AsyncClient:
         timeout: float = client_push.PUSH_TIMEOUT_S,
         **options: Unpack[PushOptions],
     ) -> Json:
-        """Make the file or folder at ``path`` the next version of ``name``.
+        """Push the file or folder at ``path`` as the next version of ``name``.
 
-        Only chunks that the store does not have are sent, so a push that broke off goes on where it was. What can be said of the
-        version is in :class:`~tether.client.pushing.push.PushOptions`. The answer says under ``batching`` whether rows of several requests
-        share a run, under ``untried`` why no trial run succeeded, under ``skipped`` which files of the folder are no part of it.
-        ``progress`` is called with the bytes that are there. What restarts on the way is waited for until ``timeout`` seconds are
-        over; ``waiting`` is told for what, and an empty text when it goes on.
+        Only missing chunks are sent, so an aborted push resumes. ``options`` are those of
+        :class:`~tether.client.pushing.push.PushOptions`. The result says whether runs combine requests
+        (``batching``), why no trial run succeeded (``untried``) and which files of the folder were not pushed
+        (``skipped``). ``progress`` is called with the bytes stored so far. Restarting services are retried
+        for ``timeout`` seconds in all; ``waiting`` is called with the reason of a wait, and with an empty
+        text when it is over.
 
         Raises:
-            Conflict: ``version`` is something else already, or not the next one.
-            ModelRejected: the file is no model that can be served.
-            InvalidRequest: it cannot be read, or is another form of model; the message says how to convert it.
+            Conflict: ``version`` exists with other content, or is not the next one.
+            ModelRejected: the model cannot be served.
+            InvalidRequest: unreadable, or an unsupported format; the message says how to convert it.
         """
         model = await asyncio.to_thread(local_model.local_model, Path(path))
         params = await asyncio.to_thread(client_push.checked, options)
@@ -231,10 +231,11 @@ class AsyncClient:
         waiting: Waiting | None = None,
         timeout: float = client_push.PUSH_TIMEOUT_S,
     ) -> Json:
-        """Wait until a worker answers for a version, at most ``timeout`` seconds; how many do is in the answer.
+        """Wait at most ``timeout`` seconds until a worker hosts a version; return its rollout state.
 
         Raises:
-            ModelNotReady: no worker could load it, none may hold it, or the time was over; the message says which.
+            ModelNotReady: no worker could load it, none may host it, or the timeout; the message says
+                which.
         """
         return await self.run(lambda policy: rollout.wait_ready(policy, name, version, waiting), timeout)
 
@@ -247,11 +248,11 @@ class AsyncClient:
         progress: Progress | None = None,
         timeout: float = client_push.PUSH_TIMEOUT_S,
     ) -> Json:
-        """Write the files of a version below ``folder``, each compared with its digest.
+        """Write the files of a version below ``folder``; verify each against its digest.
 
         Raises:
             ModelNotFound: there is no such version.
-            Conflict: a file of the same name with other content is there.
+            Conflict: a file of the same name exists with other content.
         """
         flow = partial(client_pull.pull, name=name, version=str(version), folder=Path(folder), progress=progress)
         return await self.run(flow, timeout)
@@ -266,37 +267,35 @@ class AsyncClient:
         sticky: bool = False,
         force: bool = False,
     ) -> Json:
-        """Let ``alias`` stand for ``version``; with ``canary`` it gets that many percent of the alias's requests.
-
-        With ``sticky`` the same API key always gets the same version. ``force`` does not wait for a worker to hold it.
+        """Point ``alias`` at ``version``, or only ``canary`` percent of its requests. With ``sticky`` an API
+        key always gets the same version; ``force`` does not require a worker that hosts it.
 
         Raises:
             ModelNotFound: there is no such version.
-            ModelNotReady: no worker holds it yet.
-            InvalidRequest: a canary needs an alias that stands for another version.
+            ModelNotReady: no worker hosts it yet.
+            InvalidRequest: a canary needs an alias that points at another version.
         """
         return await self.run(
             lambda policy: model_operations.promote(policy, name, version, alias, canary, sticky=sticky, force=force)
         )
 
     async def rollback(self, name: str, *, alias: str = model_operations.PRODUCTION) -> Json:
-        """Let ``alias`` stand for what it stood for before.
+        """Point ``alias`` at its previous version or split.
 
         Raises:
-            Conflict: it has stood for nothing else.
+            Conflict: it has no previous one.
         """
         return await self.run(lambda policy: model_operations.rollback(policy, name, alias))
 
     async def alias(self, name: str, alias: str) -> Json:
-        """What an alias stands for, and its history."""
+        """Return an alias with its target and history."""
         return await self.run(lambda policy: flows.get(policy, model_operations.alias_path(name, alias)))
 
     async def delete_alias(self, name: str, alias: str) -> None:
         await self.run(lambda policy: model_operations.delete_alias(policy, name, alias))
 
     async def rekey(self, name: str) -> Json:
-        """Store the versions of an encrypted model under another key, in the background: who had the old one and has it no
-        more cannot read what is stored then. Nothing needs to be pushed again.
+        """Rotate the key of an encrypted model; re-encrypt its versions in the background, without a push.
 
         Raises:
             ModelNotFound: the model is not encrypted.
@@ -304,53 +303,53 @@ class AsyncClient:
         return await self.run(lambda policy: model_operations.rekey(policy, name))
 
     async def delete_model(self, name: str, version: int | None = None, *, force: bool = False) -> list[int]:
-        """Delete a version, or all of a model's, for good; returns their numbers. With ``force`` their aliases go too.
+        """Delete a version, or all of them; return their numbers. ``force`` also deletes their aliases.
 
         Raises:
-            Conflict: another alias than ``latest`` stands for it.
+            Conflict: another alias than ``latest`` points at it.
         """
         return await self.run(lambda policy: model_operations.delete_model(policy, name, version, force=force))
 
     @property
     def grants(self) -> AsyncGrants:
-        """Who owns a model, and what it grants to other tenants."""
+        """Ownership of models, and grants to other tenants."""
         return AsyncGrants(self.run)
 
-    # how a model is served
+    # model configuration
 
     async def config(self, name: str) -> Json:
-        """How a model is served; ``revision`` counts its changes."""
+        """Return the configuration of a model; ``revision`` counts its changes."""
         return await self.run(lambda policy: flows.get(policy, model_operations.config_path(name)))
 
     async def configure(self, name: str, patch: Json, *, revision: int | None = None) -> Json:
-        """Change how a model is served: objects of ``patch`` are merged, everything else is replaced, None is the default.
+        """Change a model's configuration: merge objects, replace other values; None means the default.
 
         Raises:
-            InvalidRequest: naming the field that is wrong; nothing was changed.
-            Conflict: it is at another ``revision``.
+            InvalidRequest: naming the invalid field; nothing was changed.
+            Conflict: the configuration has another ``revision``.
         """
         return await self.run(lambda policy: model_operations.change_config(policy, name, "PATCH", patch, revision))
 
     async def reset_config(self, name: str, *, revision: int | None = None) -> Json:
-        """Serve a model as by default again; one that is unloaded stays so."""
+        """Reset a model's configuration to the default; an unloaded model stays unloaded."""
         return await self.run(lambda policy: model_operations.change_config(policy, name, "DELETE", None, revision))
 
     async def load(self, name: str, *, timeout: float | None = None) -> Json:
-        """Load a model that was unloaded, and wait until its newest version is held by a worker.
+        """Load an unloaded model, and wait until a worker hosts its newest version.
 
         Raises:
-            ModelNotReady: no worker held it in time; it goes on being loaded.
+            ModelNotReady: no worker hosted it in time; loading continues.
         """
         return await self.run(lambda policy: model_operations.load(policy, name, "load"), timeout)
 
     async def unload(self, name: str) -> Json:
-        """Take a model out of all workers until it is loaded again. Its durable jobs wait; callers get ModelUnloaded."""
+        """Unload a model from all workers. Its durable jobs wait; callers get ModelUnloaded."""
         return await self.run(lambda policy: model_operations.load(policy, name, "unload"))
 
     async def annotate(
         self, name: str, version: int, *, labels: Mapping[str, str | None] | None = None, note: str | None = None
     ) -> Json:
-        """Change labels and note of a version: labels are merged with those it has, and one that is None goes.
+        """Change labels and note of a version. Labels are merged with the current ones; None removes one.
 
         Raises:
             ModelNotFound: there is no such version.
@@ -358,38 +357,38 @@ class AsyncClient:
         return await self.run(lambda policy: model_operations.annotate(policy, name, version, labels or {}, note))
 
     async def shadows(self, name: str) -> list[Json]:
-        """What became of the copies of requests for a model's shadow versions, at the gateway that answers."""
+        """Return the results of a model's shadow versions at the gateway that answers."""
         return await self.run(lambda policy: model_operations.shadows(policy, name))
 
     # administration
 
     async def store(self) -> Json:
-        """What is in the store of model chunks; ``damaged`` lists chunks to push again."""
+        """Return the contents of the chunk store; ``damaged`` lists chunks to push again."""
         return await self.run(lambda policy: flows.get(policy, model_operations.STORE))
 
     async def collect(self) -> Json:
-        """Have chunks that no version names collected soon; the store as it is now."""
+        """Start to delete unreferenced chunks; return the current contents of the store."""
         return await self.run(lambda policy: model_operations.work_on_store(policy, "collect"))
 
     async def scrub(self) -> Json:
-        """Have every stored chunk read and compared soon; the store as it is now."""
+        """Start to verify all stored chunks; return the current contents of the store."""
         return await self.run(lambda policy: model_operations.work_on_store(policy, "scrub"))
 
     async def create_key(self, tenant: str, scopes: Sequence[str], name: str = "") -> Json:
-        """Make an API key; its text is in the answer's ``key`` and is never shown again."""
+        """Create an API key; its text is in the result's ``key`` and is not shown again."""
         return await self.run(lambda policy: flows.create_key(policy, tenant, scopes, name))
 
     async def keys(self) -> list[Json]:
-        """Every API key without its secret."""
+        """List all API keys without their secrets."""
         return await self.run(lambda policy: flows.get(policy, "/v1/keys", "keys"))
 
     async def revoke_key(self, key_id: str) -> None:
         await self.run(lambda policy: flows.revoke_key(policy, key_id))
 
     async def workers(self) -> list[Json]:
-        """Every worker the platform hears of, and what it holds."""
+        """List all workers with the versions that they host."""
         return await self.run(lambda policy: flows.get(policy, "/v1/workers", "workers"))
 
     async def server_ready(self) -> bool:
-        """Whether the server answers and can serve; False when it cannot be reached."""
+        """Return True if the server can serve requests; False also if it cannot be reached."""
         return await self.run(flows.ready)

@@ -1,4 +1,4 @@
-"""How flows are driven over a wire: one step after another, and several flows at a time where a flow asks for that."""
+"""Drives flows over a transport, one step after another, and several flows concurrently on request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def drive(wire: Transport, flow: Flow[T]) -> T:
-    """Take a flow to its result, blocking."""
+    """Run a flow to its result, blocking."""
     answer: Response | NoResponse | list[Any] | None = None
     with closing(flow) as steps:
         try:
@@ -25,15 +25,15 @@ def drive(wire: Transport, flow: Flow[T]) -> T:
                     threading.Event().wait(step.seconds)
                     answer = None
                 elif isinstance(step, Concurrently):
-                    answer = _together(wire, step)
+                    answer = _run_concurrently(wire, step)
                 else:
                     answer = wire.send(step)
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]
 
 
-def _together(wire: Transport, step: Concurrently) -> list[Any]:
-    """In threads. After an error those that have begun are waited for; an interrupt waits for nobody."""
+def _run_concurrently(wire: Transport, step: Concurrently) -> list[Any]:
+    """Run flows in threads. After an error, started flows are awaited; after an interrupt they are not."""
     results: dict[int, Any] = {}
     running: dict[concurrent.futures.Future[Any], int] = {}
     pool = concurrent.futures.ThreadPoolExecutor(step.width, "tether-client")
@@ -59,7 +59,7 @@ def _together(wire: Transport, step: Concurrently) -> list[Any]:
 
 
 async def drive_async(wire: AsyncWire, flow: Flow[T]) -> T:
-    """Take a flow to its result."""
+    """Run a flow to its result."""
     answer: Response | NoResponse | list[Any] | None = None
     with closing(flow) as steps:
         try:
@@ -69,14 +69,14 @@ async def drive_async(wire: AsyncWire, flow: Flow[T]) -> T:
                     await asyncio.sleep(step.seconds)
                     answer = None
                 elif isinstance(step, Concurrently):
-                    answer = await _together_async(wire, step)
+                    answer = await _run_concurrently_async(wire, step)
                 else:
                     answer = await wire.send(step)
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]
 
 
-async def _together_async(wire: AsyncWire, step: Concurrently) -> list[Any]:
+async def _run_concurrently_async(wire: AsyncWire, step: Concurrently) -> list[Any]:
     results: dict[int, Any] = {}
     running: dict[asyncio.Task[Any], int] = {}
 

@@ -1,4 +1,4 @@
-"""Who owns a model and what other tenants may do with it, for both clients."""
+"""Ownership of models and grants to other tenants, for both clients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tether.client.protocol import Flow, Request, RetryPolicy, exchange_json
 T = TypeVar("T")
 
 EVERYBODY = "*"
-"""As a tenant: every tenant there is and will be."""
+"""The name for every tenant, present and future."""
 
 
 class _Run(Protocol):
@@ -49,11 +49,13 @@ def _path(model: str, tenant: str) -> str:
 
 
 class Grants:
-    """What a model's owner grants to other tenants; :attr:`tether.Client.grants`. Every method returns ``model``, ``owner``,
-    ``grants`` (a list of ``tenant`` and ``right``) and ``revision``, as they are then.
+    """Grants of a model's owner to other tenants; see :attr:`tether.Client.grants`.
+
+    Every method returns the current ``model``, ``owner``, ``grants`` (a list of ``tenant`` and ``right``) and
+    ``revision``.
 
     Raises:
-        ModelNotFound: there is no such model that this key may know of.
+        ModelNotFound: there is no such model that this key may see.
         Forbidden: the key's tenant does not own the model.
     """
 
@@ -64,15 +66,16 @@ class Grants:
         return self._run(_shown(model))
 
     def grant(self, model: str, tenant: str, right: str = "use") -> Json:
-        """Let ``tenant`` (``*``: all of them) ``use`` a model, or ``write`` to it, in place of what it had."""
+        """Grant ``tenant`` (``*``: every tenant) the right to ``use`` or ``write`` a model; replaces its
+        earlier grant."""
         return self._run(_granted(model, tenant, right))
 
     def revoke(self, model: str, tenant: str) -> Json:
-        """Take back what ``tenant`` was granted."""
+        """Revoke the grant of ``tenant``."""
         return self._run(_revoked(model, tenant))
 
     def hand_over(self, model: str, tenant: str) -> Json:
-        """Let another tenant own a model; for administrators."""
+        """Transfer a model to another tenant; for administrators."""
         return self._run(_handed_over(model, tenant))
 
 
@@ -86,13 +89,13 @@ class AsyncGrants:
         return await self._run(_shown(model))
 
     async def grant(self, model: str, tenant: str, right: str = "use") -> Json:
-        """As :meth:`Grants.grant`."""
+        """Grant a right as :meth:`Grants.grant` does."""
         return await self._run(_granted(model, tenant, right))
 
     async def revoke(self, model: str, tenant: str) -> Json:
-        """As :meth:`Grants.revoke`."""
+        """Revoke a grant as :meth:`Grants.revoke` does."""
         return await self._run(_revoked(model, tenant))
 
     async def hand_over(self, model: str, tenant: str) -> Json:
-        """As :meth:`Grants.hand_over`."""
+        """Transfer a model as :meth:`Grants.hand_over` does."""
         return await self._run(_handed_over(model, tenant))

@@ -1,4 +1,4 @@
-"""The inputs of a request as arrays, in the datatypes that the model wants."""
+"""Converts a request's inputs to arrays of the model's datatypes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tether.errors import BadTensor, InvalidRequest
 
 T = TypeVar("T")
 Inputs = Mapping[str, npt.ArrayLike] | npt.ArrayLike
-"""Arrays, lists or numbers by the name of their input; one alone for a model that has one input."""
+"""Arrays, lists or numbers by input name; a bare one for a model with one input."""
 
 Version = int | str | None
 UNNAMED = ""
-"""Name of an input that has none: the model's only input is meant."""
+"""Name of a bare input: the model's only one."""
 
 _DEFAULT = (np.dtype(np.float64), np.dtype(np.int64))
-"""What numpy makes of Python's numbers."""
+"""numpy's dtypes for Python numbers."""
 
 
 class _Metadata(msgspec.Struct):
@@ -37,17 +37,18 @@ def served_path(model: str, version: Version) -> str:
 
 
 def signature(policy: RetryPolicy, model: str, version: Version) -> Flow[list[TensorSpec]]:
-    """A version's inputs, as the server tells them."""
-    told = yield from exchange_json(policy, Request("GET", served_path(model, version)), _Metadata)
-    return told.inputs
+    """Return a version's inputs from the server."""
+    metadata = yield from exchange_json(policy, Request("GET", served_path(model, version)), _Metadata)
+    return metadata.inputs
 
 
 def fitted(
     policy: RetryPolicy, model: str, version: Version, inputs: Inputs, send: Callable[[dict[str, Array]], Flow[T]]
 ) -> Flow[T]:
-    """Send inputs; where the server refuses a datatype, once more with arrays of float64 and int64 in the model's.
+    """Send inputs; if the server rejects a datatype, retry with float64 and int64 arrays converted to the
+    model's.
 
-    So a request whose arrays fit costs no question about the model.
+    So a request with fitting arrays needs no request for the model's metadata.
     """
     given = yield from arrays(policy, model, version, inputs)
     try:
@@ -70,14 +71,14 @@ def arrays(
     *,
     fit: bool = False,
 ) -> Flow[dict[str, Array]]:
-    """Inputs as arrays. Arrays keep their dtype; lists and numbers take the model's, which the server is asked for once.
+    """Return inputs as arrays. Arrays keep their dtype; lists and numbers take the model's, requested once.
 
-    With ``fit`` arrays of float64 and int64, which is what numpy makes of numbers, take the model's too. ``known`` remembers
-    what the server said, for the next inputs of the same model.
+    With ``fit``, arrays of float64 and int64 (numpy's defaults) are converted as well. ``known`` caches the
+    model's datatypes for further inputs.
 
     Raises:
-        BadTensor: values that the model's datatype cannot hold.
-        InvalidRequest: one input without a name, and a model that has none or several.
+        BadTensor: the model's datatype cannot hold the values.
+        InvalidRequest: a bare input for a model without inputs or with several.
     """
     given: dict[str, Any] = dict(inputs) if isinstance(inputs, Mapping) else {UNNAMED: inputs}
     as_they_are = (value for value in given.values() if isinstance(value, np.ndarray))
@@ -94,7 +95,7 @@ def arrays(
 
 
 def named(given: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Give an input without a name the model's only one.
+    """Name a bare input after the model's only one.
 
     Raises:
         InvalidRequest: the model has none or several.
@@ -102,8 +103,8 @@ def named(given: dict[str, Any], names: list[str]) -> dict[str, Any]:
     if UNNAMED not in given:
         return given
     if len(names) != 1:
-        told = f"are {', '.join(repr(name) for name in names)}; give them by name" if names else "are none"
-        raise InvalidRequest(f"the model's inputs {told}", field="inputs")
+        reason = f"has the inputs {', '.join(map(repr, names))}; pass them by name" if names else "has no inputs"
+        raise InvalidRequest(f"the model {reason}", field="inputs")
     return {names[0]: given[UNNAMED]}
 
 
@@ -127,7 +128,7 @@ def _as_array(name: str, value: npt.ArrayLike, datatype: str | None, *, fit: boo
 
 
 def _same_values(plain: Array, cast: Array) -> bool:
-    """Rounding to a shorter float is what was asked for; anything else would change the values."""
+    """Return True if the cast kept the values; rounding to a shorter float is allowed."""
     if cast.dtype.kind in "biu":
         return bool(np.array_equal(plain, cast))
     wide = cast.astype(np.float64)

@@ -1,4 +1,4 @@
-"""The operations of a client as flows (see :mod:`tether.client.protocol`): the same for blocking and asynchronous use."""
+"""The operations of a client as flows (see :mod:`tether.client.protocol`), for blocking and asynchronous use."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ Outputs = dict[str, Array]
 Json = dict[str, Any]
 
 BATCH = 200
-"""Jobs of one ``/v1/jobs:batch`` request, and ids of one waiting request."""
+"""Jobs in one ``/v1/jobs:batch`` request, and ids in one waiting request."""
 
 BATCH_BYTES = 2 << 20
-"""A batch of larger bodies has fewer jobs, so that it stays below the gateway's limit for one request."""
+"""Size above which a batch is sent with fewer jobs, below the gateway's limit of one request."""
 
 POLL_S = 20.0
-"""How long one waiting request may be held open."""
+"""Longest wait of one request, in seconds."""
 
 _BY_STATE: dict[JobState, type[TetherError]] = {
     JobState.FAILED: InferenceFailed,
@@ -48,7 +48,7 @@ _BY_STATE: dict[JobState, type[TetherError]] = {
 
 
 class JobInfo(msgspec.Struct, frozen=True):
-    """A durable job as the gateway tells it."""
+    """A durable job as the gateway returns it."""
 
     id: str
     state: JobState
@@ -68,13 +68,13 @@ class JobInfo(msgspec.Struct, frozen=True):
         return self.state in TERMINAL
 
     def outputs(self) -> Outputs:
-        """The outputs of a job that succeeded.
+        """Return the outputs of a job that succeeded.
 
         Raises:
-            TetherError: why there are none, by the class of the job's error code.
+            TetherError: there are none; its class follows from the job's error code.
         """
         if self.result_left_out:
-            raise ResultTooLarge(f"the answer had no room for the result of job {self.id}; ask for this job alone")
+            raise ResultTooLarge(f"the result of job {self.id} did not fit into the response; request this job alone")
         if self.state is JobState.SUCCEEDED:
             try:
                 result = _result_decoder.decode(self.result)
@@ -87,7 +87,7 @@ class JobInfo(msgspec.Struct, frozen=True):
 
 
 class JobPage(msgspec.Struct, frozen=True):
-    """Some jobs, and where the next ones begin (None: there are no more)."""
+    """Some jobs, and the cursor of the next page (None: last page)."""
 
     jobs: list[JobInfo]
     next_cursor: str | None = None
@@ -101,7 +101,7 @@ _result_decoder = msgspec.json.Decoder(_Result)
 
 
 def encoded_job(job: JobInfo) -> Json:
-    """A job as the plain object the gateway sent."""
+    """Return a job as the plain object that the gateway sent."""
     plain = msgspec.json.decode(msgspec.json.encode(job))
     return {name: value for name, value in plain.items() if value is not None}
 
@@ -111,7 +111,7 @@ def encoded_job(job: JobInfo) -> Json:
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What a job may say of itself besides its inputs. ``deadline`` is in seconds from now."""
+    """Options of a job besides its inputs. ``deadline`` is in seconds from now."""
 
     version: Version = None
     priority: str | None = None
@@ -119,7 +119,7 @@ class JobOptions:
 
 
 def job_body(model: str, inputs: Mapping[str, Array], options: JobOptions) -> Json:
-    """The JSON body of one job."""
+    """Return the JSON body of one job."""
     tensors = [oip.tensor_to_json(from_numpy(name, array), compact=True) for name, array in inputs.items()]
     body: Json = {"model": model, "inputs": tensors}
     if options.version is not None:
@@ -153,7 +153,7 @@ def submit(policy: RetryPolicy, model: str, inputs: Inputs, options: JobOptions,
 def submit_many(
     policy: RetryPolicy, model: str, rows: Iterable[Inputs], options: JobOptions, progress: Progress | None
 ) -> Flow[list[JobInfo]]:
-    """One job a row, up to :data:`BATCH` of them and :data:`BATCH_BYTES` in a request."""
+    """Submit one job per row, at most :data:`BATCH` jobs and :data:`BATCH_BYTES` bytes per request."""
     found: list[JobInfo] = []
     known: dict[str, str] = {}
     bodies: list[msgspec.Raw] = []
@@ -174,7 +174,7 @@ def submit_many(
 
 
 def _submit_batch(policy: RetryPolicy, bodies: Sequence[msgspec.Raw]) -> Flow[list[JobInfo]]:
-    """The request has one key, from which the server makes one a job, so that a repeat submits nothing twice."""
+    """Submit a batch under one key, from which the server derives one per job, so that a retry is safe."""
     headers = {"idempotency-key": uuid.uuid4().hex}
     page = yield from exchange_json(policy, post("/v1/jobs:batch", {"jobs": bodies}, headers=headers), JobPage)
     return page.jobs
@@ -186,7 +186,7 @@ def tell(progress: Progress | None, done: int) -> None:
 
 
 class ProgressCounter:
-    """A sum that ``progress`` is told of, from ``done`` on."""
+    """A sum that is reported to ``progress``, starting at ``done``."""
 
     def __init__(self, progress: Progress | None, done: int = 0) -> None:
         self._progress = progress
@@ -212,7 +212,7 @@ def cancel(policy: RetryPolicy, job_id: str) -> Flow[JobInfo]:
 
 
 def change(policy: RetryPolicy, job_id: str, known: JobState | None) -> Flow[JobInfo]:
-    """The job as soon as its state is another than ``known``."""
+    """Return the job once its state differs from ``known``."""
     while True:
         info = yield from job(policy, job_id, 0.0 if known is None else 1.0)
         if info.state is not known:
@@ -225,7 +225,7 @@ def wait_many(
     within: float | None,
     progress: Progress | None,
 ) -> Flow[list[JobInfo]]:
-    """Every job's end, in the order of ``ids``; ``within`` is in seconds (None: as long as it takes)."""
+    """Return every finished job, in the order of ``ids``; ``within`` is in seconds (None: no limit)."""
     end = None if within is None else policy.monotonic() + within
     ended: dict[str, JobInfo] = {}
     open_ids = list(dict.fromkeys(ids))
@@ -233,7 +233,7 @@ def wait_many(
         part = open_ids[:BATCH]
         left = POLL_S if end is None else min(POLL_S, end - policy.monotonic())
         if left < 0:
-            raise DeadlineExceeded(f"{len(open_ids)} of {len(set(ids))} jobs had not ended after {within:g} s")
+            raise DeadlineExceeded(f"{len(open_ids)} of {len(set(ids))} jobs had not finished after {within:g} s")
         params = {"ids": ",".join(part), "wait": f"{left:.3f}"}
         ask = Request("GET", "/v1/jobs", params=params)
         page = yield from exchange_json(policy, ask, JobPage, longer=left)
@@ -254,13 +254,13 @@ def jobs(policy: RetryPolicy, params: Mapping[str, Any]) -> Flow[JobPage]:
 
 
 def get(policy: RetryPolicy, path: str, key: str | None = None) -> Flow[Any]:
-    """A JSON object, or what it holds under ``key``."""
+    """Return a JSON object, or its field ``key``."""
     found = yield from exchange_json(policy, Request("GET", path), dict[str, Any])
     return found if key is None else found.get(key, [])
 
 
 def ask(policy: RetryPolicy, method: str, path: str, body: Json | None = None) -> Flow[Json]:
-    """One request with a JSON answer; only a GET is sent again when its answer was lost."""
+    """Send a request with a JSON reply; only a GET is retried after a lost reply."""
     content = b"" if body is None else msgspec.json.encode(body)
     headers = {} if body is None else {"content-type": "application/json"}
     sent = Request(method, path, content, headers=headers, repeatable=method == "GET")
@@ -268,7 +268,7 @@ def ask(policy: RetryPolicy, method: str, path: str, body: Json | None = None) -
 
 
 def below(path: str, name: str) -> str:
-    """``path`` with ``name`` as its last segment."""
+    """Return ``path`` with ``name`` as its last segment."""
     return f"{path}/{quote(name, safe='')}"
 
 

@@ -1,8 +1,9 @@
-"""What a client asks and how it reads the answers, without a socket.
+"""Requests, replies and retries of a client, without sockets.
 
-Every operation is a *flow*: a generator that yields :class:`Request`, :class:`Sleep` or :class:`Concurrently`, is sent a
-:class:`Response` or :class:`NoResponse` for each ``Request`` and the results for a ``Concurrently``, and returns its result.
-:mod:`tether.client.driver` drives the same flows with blocking and with asynchronous HTTP.
+Every operation is a *flow*: a generator that yields :class:`Request`, :class:`Sleep` or
+:class:`Concurrently`, receives a :class:`Response` or :class:`NoResponse` per ``Request`` and the results of
+a ``Concurrently``, and returns its result. :mod:`tether.client.driver` drives the same flows with blocking
+and with asynchronous HTTP.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from tether.wire.oip import bad_json
 
 T = TypeVar("T")
 TIMEOUT_HEADER = "x-tether-timeout-s"
-"""Request header: seconds that the client still waits for the answer."""
+"""Request header: remaining seconds of the client's timeout."""
 Progress = Callable[[int], None]
 
 _BY_STATUS: dict[int, type[TetherError]] = {
@@ -55,16 +56,16 @@ _BY_STATUS: dict[int, type[TetherError]] = {
 }
 
 _PHRASES = {
-    400: "the request is not one that it can read",
+    400: "the server cannot parse the request",
     414: "the path or the query is too long",
     431: "the headers are too large or too many",
 }
-"""What a status says that comes without a body, as from an HTTP server that has not asked its application."""
+"""Texts for statuses without a body, as sent by an HTTP server before it calls its application."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One HTTP request. ``timeout`` is in seconds; ``repeatable``: sending it twice does what sending it once does."""
+    """One HTTP request. ``timeout`` is in seconds; ``repeatable`` marks an idempotent request."""
 
     method: str
     path: str
@@ -82,7 +83,7 @@ class Sleep:
 
 @dataclass(frozen=True)
 class Response:
-    """An HTTP answer; header names are lower case."""
+    """An HTTP response; header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -91,7 +92,7 @@ class Response:
 
 @dataclass(frozen=True)
 class NoResponse:
-    """No answer came. ``sent``: the server may have acted on the request; ``late``: its time was up."""
+    """A missing response. ``sent``: the server may have acted on the request; ``late``: it timed out."""
 
     reason: str
     sent: bool
@@ -100,8 +101,11 @@ class NoResponse:
 
 @dataclass(frozen=True)
 class Concurrently:
-    """Several flows, ``width`` of them at a time, each taken when its turn comes. Their results come back in order; ``done`` is told of
-    each as it ends, one at a time. The first error ends them."""
+    """Several flows, at most ``width`` at a time. Results keep their order; ``done`` is called with each, one
+    at a time.
+
+    The first error cancels the rest.
+    """
 
     flows: Iterable[Flow[Any]]
     width: int
@@ -112,28 +116,29 @@ Flow = Generator[Request | Sleep | Concurrently, Any, T]
 
 
 Waiting = Callable[[str], None]
-"""Told what is waited for, in words; empty when it goes on."""
+"""Called with the reason of a wait, and with an empty text when it is over."""
 
 
 def unwatched(_: str) -> None:
-    """Nobody wants to know what is waited for."""
+    """Ignore the reason of a wait."""
 
 
 @dataclass
 class OperationDeadline:
-    """The time that all requests of one operation share; it ends at ``until``, by the clock of the client's policy."""
+    """Deadline shared by all requests of one operation: ``until``, on the clock of the client's policy."""
 
     until: float
     waiting: Waiting = unwatched
     answered: bool = False
-    """Whether a server was heard of yet: one that was is waited for until the time is over, whatever it does meanwhile."""
+    """True once a server has answered: then retries go on until the deadline."""
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How a client waits: seconds for one operation, tries in a row without an answer, its clock and its chance.
+    """Retry policy: timeout of one operation in seconds, tries in a row without a response, clock and
+    randomness.
 
-    With ``patience`` all requests together have its time, and each tells the gateway how much of it is left.
+    With ``patience``, all requests share its deadline, and each sends the remaining time to the gateway.
     """
 
     timeout: float = 30.0
@@ -143,24 +148,25 @@ class RetryPolicy:
     chance: Callable[[], float] = random.random
 
     def pause(self, tried: int, at_least: float = 0.0) -> float:
-        """Seconds before the next try: doubling up to two seconds, half of it by chance, never under ``at_least``."""
+        """Return the seconds before the next try: doubling up to two seconds, half of it jitter, at least
+        ``at_least``."""
         return max(at_least, float(min(2.0, 0.1 * 2 ** (tried - 1)) * (0.5 + self.chance() / 2)))
 
 
 def failure(got: Response | NoResponse | None) -> TetherError | None:
-    """The error an answer stands for, None when it is a good one."""
+    """Return the error that a response stands for; None if it is a success."""
     if not isinstance(got, Response):
         reason = got.reason if got else "no answer"
         late = isinstance(got, NoResponse) and got.late
-        return DeadlineExceeded(f"no answer in time: {reason}") if late else Unavailable(f"no answer: {reason}")
+        return DeadlineExceeded(f"no response in time: {reason}") if late else Unavailable(f"no response: {reason}")
     if got.status < 400:
         return None
     try:
-        told = msgspec.json.decode(got.body)
-        error = by_code(str(told["code"]), str(told["error"]))
+        body = msgspec.json.decode(got.body)
+        error = by_code(str(body["code"]), str(body["error"]))
     except (msgspec.MsgspecError, KeyError, TypeError):
         text = got.body[:200].decode("utf-8", "replace").strip() or _PHRASES.get(got.status, "no body")
-        error = _BY_STATUS.get(got.status, TetherError)(f"the server answered HTTP {got.status}: {text}")
+        error = _BY_STATUS.get(got.status, TetherError)(f"the server responded with HTTP {got.status}: {text}")
     if isinstance(error, Unavailable):
         error.retry_after = _seconds(got.headers.get("retry-after", ""))
     return error
@@ -174,13 +180,14 @@ def _seconds(text: str) -> float:
 
 
 def exchange(policy: RetryPolicy, ask: Request, *, longer: float = 0.0) -> Flow[Response]:
-    """Send until there is an answer, within ``policy.timeout`` and ``longer`` seconds in all, or within its patience.
+    """Send until there is a response, within ``policy.timeout`` plus ``longer`` seconds, or until its
+    deadline.
 
-    Connections that were refused are tried again, and 429 and 503 after their ``Retry-After``; an answer that got
-    lost only where ``ask.repeatable``.
+    Refused connections are retried, 429 and 503 after their ``Retry-After``, lost replies only if
+    ``ask.repeatable``.
 
     Raises:
-        TetherError: what the server answered, or Unavailable or DeadlineExceeded when it did not.
+        TetherError: the server's error, or Unavailable or DeadlineExceeded without a response.
     """
     patience = policy.patience
     end = policy.monotonic() + policy.timeout + longer if patience is None else patience.until
@@ -211,17 +218,17 @@ def _timed(ask: Request, left_s: float, *, tell: bool) -> Request:
 
 
 def _given_up(policy: RetryPolicy, error: TetherError, lost: int) -> bool:
-    """Whether no more is tried although there is time."""
+    """Return True if retrying stops before the deadline."""
     if policy.patience is None or not policy.patience.answered:
         return lost >= policy.tries
-    # room comes when somebody makes some, not by waiting
+    # waiting does not free quota or disk
     return isinstance(error, StorageFull | QuotaExceeded)
 
 
 def exchange_json(policy: RetryPolicy, ask: Request, kind: type[T], *, longer: float = 0.0) -> Flow[T]:
-    """The same, the answer decoded as ``kind``."""
+    """Exchange a request as :func:`exchange` does; decode the response as ``kind``."""
     reply = yield from exchange(policy, ask, longer=longer)
     try:
         return msgspec.json.decode(reply.body, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise bad_json(error, where=f"the answer to {ask.method} {ask.path}") from error
+        raise bad_json(error, where=f"the response to {ask.method} {ask.path}") from error

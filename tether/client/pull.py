@@ -1,4 +1,4 @@
-"""Fetching a version's files as a flow: chunk by chunk, each compared with its name."""
+"""Downloads a version's files as a flow, chunk by chunk, verifying each digest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tether.errors import Conflict, CorruptChunk, InvalidRequest
 
 WIDTH = 4
 GROUP = 16
-"""Chunks of a file that are fetched before any of them is written, ``WIDTH`` of them at a time."""
+"""Chunks of a file that are downloaded before any is written, ``WIDTH`` of them at a time."""
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -34,27 +34,34 @@ class _Files(msgspec.Struct, frozen=True):
 
 
 def pull(policy: RetryPolicy, name: str, version: str, folder: Path, progress: Progress | None) -> Flow[Json]:
-    """Write the files of a version below ``folder``; ``progress`` counts bytes. Files that are there already stay.
+    """Write the files of a version below ``folder``; ``progress`` counts bytes. Identical existing files are
+    kept.
 
     Raises:
-        Conflict: a file of that name with other content is there.
-        CorruptChunk: what came is not what the version is made of.
+        Conflict: a file of that name exists with other content.
+        CorruptChunk: the content does not match the version's digests.
         InvalidRequest: the folder cannot be written, or the server names a path outside of it.
     """
     path = f"{model_path(name)}/versions/{quote(version, safe='')}"
-    told = yield from exchange_json(policy, Request("GET", f"{path}/files"), _Files)
+    version_files = yield from exchange_json(policy, Request("GET", f"{path}/files"), _Files)
     done, counted = 0, ProgressCounter(progress)
-    for file in told.files:
+    for file in version_files.files:
         if fault_of(file.path):
-            raise InvalidRequest(f"the server names a file {file.path[:64]!r}, which cannot be written", field="path")
+            raise InvalidRequest(f"the server names an invalid file path {file.path[:64]!r}", field="path")
         target = folder / file.path
         if _is_there(target, file):
             counted.add(file.size)
         else:
             yield from _fetch(policy, f"{path}/chunks", file, target, counted)
         done += file.size
-    files = [file.path for file in told.files]
-    return {"model": name, "version": told.version, "platform": told.platform, "files": files, "size": done}
+    files = [file.path for file in version_files.files]
+    return {
+        "model": name,
+        "version": version_files.version,
+        "platform": version_files.platform,
+        "files": files,
+        "size": done,
+    }
 
 
 def _is_there(target: Path, file: _File) -> bool:
@@ -63,7 +70,7 @@ def _is_there(target: Path, file: _File) -> bool:
     with target.open("rb") as content:
         if hashlib.file_digest(content, "sha256").hexdigest() == file.digest:
             return True
-    raise Conflict(f"{target} is there with other content; choose another folder", field="path")
+    raise Conflict(f"{target} exists with other content; choose another folder", field="path")
 
 
 def _fetch(policy: RetryPolicy, path: str, file: _File, target: Path, counted: ProgressCounter) -> Flow[None]:
@@ -80,7 +87,7 @@ def _fetch(policy: RetryPolicy, path: str, file: _File, target: Path, counted: P
                     whole.update(content)
                     out.write(content)
         if whole.hexdigest() != file.digest:
-            raise CorruptChunk(f"'{file.path}' is not what the version is made of; try again", field=file.path)
+            raise CorruptChunk(f"'{file.path}' does not match the version's digest; try again", field=file.path)
         temporary.replace(target)
     except OSError as error:
         raise InvalidRequest(f"cannot write {target}: {error.strerror}", field="path") from error

@@ -1,4 +1,4 @@
-"""Waiting until a worker answers for a version, as a flow."""
+"""Waits until a worker hosts a version, as a flow."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ from tether.client.protocol import (
 )
 from tether.errors import ModelNotReady
 
-LOOK_S = (0.1, 0.1, 0.2, 0.3, 0.5, 1.0)
-"""Seconds between two looks; the last one repeats."""
+POLL_S = (0.1, 0.1, 0.2, 0.3, 0.5, 1.0)
+"""Seconds between two polls; the last one repeats."""
 
 SETTLED_S = {"ready": 0.0, "unloaded": 0.0, "not_served": 0.0, "failed": 3.0, "unplaced": 3.0, "no_workers": 10.0}
-"""Seconds for which a state has to last until it is the outcome. A worker that failed tries again after 0.5 s, or another worker does;
-one that is starting is heard of within some seconds."""
+"""Seconds for which a state must last to be final. A failed load is retried after 0.5 s, or on another
+worker; a starting worker appears within seconds."""
 
 
 def settled(policy: RetryPolicy, name: str, version: int, waiting: Waiting = unwatched) -> Flow[Json]:
-    """Look until a worker answers for a version, or none is going to, at most ``policy.timeout`` seconds.
+    """Poll until a worker hosts a version, or none will, at most ``policy.timeout`` seconds.
+
+    ``waiting`` is called with the reason of the wait.
 
     Returns:
-        The last answer of the route ``rollout``; its ``state`` is ``loading`` when the time was over. ``waiting`` is told what is waited for.
+        The last response of the route ``rollout``; its ``state`` is ``loading`` after a timeout.
     """
     end = policy.monotonic() + policy.timeout
     policy = replace(
         policy, patience=OperationDeadline(end, lambda what: waiting(what) if what else None, answered=True)
     )
     ask = Request("GET", f"{model_path(name)}/versions/{version}/rollout")
-    state, since, looked = "", policy.monotonic(), 0
+    state, since, polls = "", policy.monotonic(), 0
     while True:
         told = yield from exchange_json(policy, ask, dict[str, Any])
         now = policy.monotonic()
@@ -47,19 +49,19 @@ def settled(policy: RetryPolicy, name: str, version: int, waiting: Waiting = unw
             waiting("")
             return told
         waiting(words(told))
-        pause = LOOK_S[min(looked, len(LOOK_S) - 1)]
+        pause = POLL_S[min(polls, len(POLL_S) - 1)]
         if now + pause >= end:
             waiting("")
             return {**told, "state": "loading"}
         yield Sleep(pause)
-        looked += 1
+        polls += 1
 
 
 def wait_ready(policy: RetryPolicy, name: str, version: int, waiting: Waiting | None) -> Flow[Json]:
-    """:func:`settled`, where only a version that is ready is a result.
+    """Wait as :func:`settled` does; accept only a version that is ready.
 
     Raises:
-        ModelNotReady: no worker answers for it, and why.
+        ModelNotReady: no worker hosts it; the message says why.
     """
     told = yield from settled(policy, name, version, waiting or unwatched)
     if told["state"] != "ready":
@@ -68,18 +70,18 @@ def wait_ready(policy: RetryPolicy, name: str, version: int, waiting: Waiting | 
 
 
 def not_ready(told: Json, timeout: float) -> ModelNotReady:
-    """The error of a version that no worker answers for."""
+    """Return the error for a version that no worker hosts."""
     what = f"version {told['version']} of model '{told['name']}'"
     late = told["state"] == "loading"
-    return ModelNotReady(f"{what} is stored and not ready{f' after {timeout:g} s' if late else ''}: {words(told)}")
+    return ModelNotReady(f"{what} is stored, but not ready{f' after {timeout:g} s' if late else ''}: {words(told)}")
 
 
 def words(told: Json) -> str:
-    """One answer of the route in words, without its model."""
+    """Describe a response of the route, without the model."""
     workers, reason = told["workers"], told["reason"]
     counted = f"{workers} worker{'' if workers == 1 else 's'}"
     if told["state"] == "ready":
-        return f"{told['ready']} of {counted} answer{'s' if workers == 1 else ''}"
+        return f"{told['ready']} of {counted} ready"
     if told["failed"]:
         return f"{told['failed']} of {counted} could not load it{f': {reason}' if reason else ''}"
     return reason or f"loading on {counted}"

@@ -1,4 +1,4 @@
-"""Synchronous inference as a flow. What is too large for one request is sent as several, where rows are independent."""
+"""Synchronous inference as a flow; splits requests that are too large if rows are independent."""
 
 from __future__ import annotations
 
@@ -27,20 +27,22 @@ from tether.wire import oip
 from tether.wire.oip import InferResponse
 
 WIDTH = 4
-"""Requests of one call that are on their way at a time."""
+"""Requests of one call in flight at a time."""
 
 _TOO_LARGE = (PayloadTooLarge, ResultTooLarge)
-_UNSPLIT = "; it is not sent as several requests: "
+_UNSPLIT = "; it cannot be split into several requests: "
 
 
 def infer(policy: RetryPolicy, model: str, inputs: Inputs, version: Version, outputs: Sequence[str]) -> Flow[Outputs]:
-    """Run a model. A request that is refused as too large is sent in parts, :data:`WIDTH` at a time, where the model is batched.
+    """Run a model; if a request is too large and the model is batched, split it, :data:`WIDTH` parts at a
+    time.
 
-    All parts are answered by the version that answered the first one, within ``policy.timeout`` seconds together.
+    All parts are answered by the version that answered the first one, within ``policy.timeout`` seconds in
+    total.
 
     Raises:
-        PayloadTooLarge, ResultTooLarge, BadTensor: it is too large, and has one row or is for a model that is not batched.
-        TetherError: what the server refused. Answers of other parts are dropped.
+        PayloadTooLarge, ResultTooLarge, BadTensor: too large, and not batched or only one row.
+        TetherError: the server's error. Outputs of other parts are dropped.
     """
     asked = _Asked(model, version, tuple(outputs), policy.monotonic() + policy.timeout)
 
@@ -55,7 +57,7 @@ def infer(policy: RetryPolicy, model: str, inputs: Inputs, version: Version, out
 
 @dataclass(frozen=True)
 class _Asked:
-    """What all requests of one call have in common; ``until`` is by the clock of the policy."""
+    """Common fields of all requests of one call; ``until`` is on the clock of the policy."""
 
     model: str
     version: Version
@@ -64,9 +66,9 @@ class _Asked:
 
 
 def _whole(policy: RetryPolicy, asked: _Asked, given: Mapping[str, Array]) -> Flow[InferResponse]:
-    """One request."""
+    """Send one request."""
     body, length = oip.build_infer_request(given, outputs=asked.outputs)
-    kind = {"content-type": "application/json"}  # of a model without inputs
+    kind = {"content-type": "application/json"}  # for a model without inputs
     binary = {"content-type": "application/octet-stream", oip.HEADER_LENGTH: str(length)}
     headers = kind if length is None else binary
     policy = replace(policy, timeout=max(0.05, asked.until - policy.monotonic()))
@@ -83,10 +85,11 @@ class _Config(msgspec.Struct):
 
 
 def _split(policy: RetryPolicy, asked: _Asked, given: dict[str, Array], error: TetherError) -> Flow[Outputs]:
-    """The same in parts: half of the rows first, then half of that, until one is taken; then the others of that size.
+    """Send a request in parts: halve the rows until a part is accepted, then send the rest in parts of that
+    size.
 
     Raises:
-        TetherError: ``error``, where parts cannot help.
+        TetherError: ``error``, if splitting cannot help.
     """
     lengths = {array.shape[0] if array.ndim else 0 for array in given.values()}
     rows = min(lengths, default=0)
@@ -110,13 +113,13 @@ def _split(policy: RetryPolicy, asked: _Asked, given: dict[str, Array], error: T
 
 
 def _run_rows(policy: RetryPolicy, asked: _Asked, given: Mapping[str, Array], error: TetherError) -> Flow[int]:
-    """How many rows one run of the model takes; ``error``, with the reason, where its inputs have no rows of their own."""
+    """Return the maximum rows of one run; raise ``error`` with a reason if the rows cannot be split."""
     path = served_path(asked.model, asked.version)
     try:
         found = yield from exchange_json(policy, Request("GET", f"{path}/config"), _Config)
         specs = yield from signature(policy, asked.model, asked.version)
     except Forbidden:
-        _refuse(error, "that needs a key with the scope models:read")
+        _refuse(error, "splitting needs a key with the scope models:read")
     if not found.max_batch_size:
         _refuse(error, f"model '{asked.model}' is not batched, so its rows may depend on one another")
     optional = [spec.name for spec in specs if spec.optional and spec.name in given]
@@ -132,7 +135,7 @@ def _refuse(error: TetherError, reason: str) -> NoReturn:
 def _part(
     policy: RetryPolicy, asked: _Asked, given: Mapping[str, Array], start: int, stop: int
 ) -> Flow[list[tuple[int, Outputs]]]:
-    """Some of the rows, in halves where they are larger than those of the first part: how many rows each answer is for, and the answers."""
+    """Send some of the rows, in halves if they are too large; return row counts and outputs."""
     try:
         return [(stop - start, (yield from _whole(policy, asked, _rows(given, start, stop))).outputs)]
     except _TOO_LARGE:
@@ -148,10 +151,10 @@ def _rows(given: Mapping[str, Array], start: int, stop: int) -> dict[str, Array]
 
 
 def _joined(parts: Sequence[tuple[int, Outputs]]) -> Outputs:
-    """Answers put together, in order.
+    """Concatenate outputs in order.
 
     Raises:
-        OutputMisfit: one has not a row for each row that was sent.
+        OutputMisfit: an output does not have one row per input row.
     """
     return {name: np.concatenate(list(_each(parts, name))) for name in parts[0][1]}
 
@@ -160,5 +163,5 @@ def _each(parts: Sequence[tuple[int, Outputs]], name: str) -> Iterator[Array]:
     for rows, outputs in parts:
         array = outputs.get(name)
         if array is None or not array.ndim or len(array) != rows:
-            raise OutputMisfit(f"output '{name}' has no row for each of {rows} rows, so answers cannot be put together")
+            raise OutputMisfit(f"output '{name}' does not have {rows} rows, so the parts cannot be joined")
         yield array

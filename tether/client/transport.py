@@ -1,4 +1,4 @@
-"""A client's requests over HTTP, blocking and asynchronous. The only importer of httpx."""
+"""Sends a client's requests over HTTP, blocking and asynchronous. The only importer of httpx."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _options(url: str | None, api_key: str | None) -> dict[str, Any]:
         httpx.URL(base)
     except httpx.InvalidURL as error:
         raise ConfigError(f"'{base}' is not a URL: {error}", field="url") from error
-    # tensors and chunks hardly get smaller, and packing them would cost more time than sending them
+    # tensors and chunks hardly compress, and compressing them takes longer than sending them
     headers = {"accept-encoding": "identity"} | ({"x-api-key": key} if key else {})
     return {"base_url": base, "headers": headers, "trust_env": not is_local(base)}
 
@@ -44,14 +44,17 @@ def _lost(error: httpx.RequestError) -> NoResponse:
     reason = f"{type(error).__name__}: {error}".rstrip(": ")
     if isinstance(error, httpx.ConnectError):
         url = error.request.url
-        reason = f"nothing listens at {url.scheme}://{url.netloc.decode()} ({error}); start it with 'tether up', or name it with TETHER_URL"
+        reason = (
+            f"nothing listens at {url.scheme}://{url.netloc.decode()} ({error}); "
+            "start it with 'tether up', or set TETHER_URL"
+        )
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)):
         return NoResponse(reason, sent=False)
     return NoResponse(reason, sent=True, late=isinstance(error, httpx.TimeoutException))
 
 
 class Transport:
-    """One connection pool for blocking use."""
+    """A connection pool for blocking use."""
 
     def __init__(self, url: str | None, api_key: str | None) -> None:
         self._options = _options(url, api_key)
@@ -64,14 +67,16 @@ class Transport:
         except httpx.RequestError as error:
             return _lost(error)
         except httpx.InvalidURL as error:
-            raise InvalidRequest(f"a name is too long for a request: {error}", field="path") from error
+            raise InvalidRequest(
+                f"invalid request URL, probably a name that is too long: {error}", field="path"
+            ) from error
 
     def close(self) -> None:
         self._http.close()
 
 
 class AsyncWire:
-    """One connection pool for asynchronous use."""
+    """A connection pool for asynchronous use."""
 
     def __init__(self, url: str | None, api_key: str | None) -> None:
         self._options = _options(url, api_key)
@@ -84,7 +89,9 @@ class AsyncWire:
         except httpx.RequestError as error:
             return _lost(error)
         except httpx.InvalidURL as error:
-            raise InvalidRequest(f"a name is too long for a request: {error}", field="path") from error
+            raise InvalidRequest(
+                f"invalid request URL, probably a name that is too long: {error}", field="path"
+            ) from error
 
     async def close(self) -> None:
         await self._http.aclose()

@@ -247,8 +247,8 @@ def test_a_client_without_a_key_is_told_where_one_was_looked_for(
     with Client(served.url) as client, pytest.raises(Unauthenticated) as caught:
         client.models()
     assert caught.value.message == (
-        f"no API key was found (looked at the argument api_key, TETHER_API_KEY and {tmp_path / 'admin.key'}); "
-        "go to the folder where 'tether up' runs, or set TETHER_API_KEY"
+        f"no API key found (searched the argument api_key, TETHER_API_KEY and {tmp_path / 'admin.key'}); "
+        "run it in the folder of 'tether up', or set TETHER_API_KEY"
     )
     with Client(served.url, "tk_wrong\n") as client, pytest.raises(Unauthenticated, match="Invalid API key"):
         client.models()

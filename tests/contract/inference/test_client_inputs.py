@@ -76,7 +76,7 @@ def test_values_that_would_change_are_refused_by_name(sdk: Client, model: str, g
 
 def test_an_input_without_a_name_needs_a_model_that_has_one(served: Served, sdk: Client) -> None:
     served.push("client-two", MODELS["two"])
-    with pytest.raises(InvalidRequest, match=r"the model's inputs are .*; give them by name"):
+    with pytest.raises(InvalidRequest, match=r"the model has the inputs .*; pass them by name"):
         sdk.infer("client-two", VALUES)
 
 

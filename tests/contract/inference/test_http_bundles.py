@@ -138,5 +138,5 @@ def test_where_a_model_runs_is_a_choice_for_onnx_alone(served: Served, sdk: Clie
         sdk.push("inside", bundles.write(tmp_path / "bundle"), isolation="thread")
     with pytest.raises(InvalidRequest, match="isolation"):
         sdk.push("inside", path, isolation="elsewhere")
-    with pytest.raises(InvalidRequest, match="there is no file or folder"):
+    with pytest.raises(InvalidRequest, match="no such file or folder"):
         sdk.push("inside", tmp_path / "model.pkl")

@@ -116,7 +116,7 @@ def test_the_command_line_shows_and_deletes_aliases_and_models(served: Served, s
     assert sorted(run("alias", "cleaned").stdout.split("\n")) == ["", "cleaned latest = 2", "cleaned old = 1"]
     assert run("alias", "cleaned", "old").stdout == "cleaned old = 1\n"
     assert "no alias" in run("alias", "cleaned", "none").stderr
-    assert "stands for version 1" in run("delete", "cleaned", "1").stderr
+    assert "points at version 1" in run("delete", "cleaned", "1").stderr
     assert run("alias", "cleaned", "old", "--delete").returncode == 0
     until(lambda: "old" not in sdk.model("cleaned")["aliases"], "the alias is gone")
     assert "model cleaned is deleted: 2 versions" in run("delete", "cleaned").stderr
@@ -126,7 +126,7 @@ def test_the_command_line_shows_and_deletes_aliases_and_models(served: Served, s
 def test_a_split_shares_requests_by_weight(served: Served, http: httpx.Client, sdk: Client) -> None:
     name = "canaried"
     pushed(served, name, 2)
-    with pytest.raises(InvalidRequest, match="promote a version to it first"):
+    with pytest.raises(InvalidRequest, match="promote a version to it before"):
         sdk.promote(name, 2, canary=30)
     sdk.promote(name, 1)
     told = sdk.promote(name, 2, canary=30)

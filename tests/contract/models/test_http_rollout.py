@@ -59,7 +59,7 @@ def test_a_push_of_the_command_line_ends_when_a_worker_answers(served: Served, t
     }
     with served.client() as http:
         assert http.get("/v2/models/rolled-out/versions/1/ready").status_code == 200
-    assert "ready: 1 of 1 worker answers" in pushed(served, "rolled-out", written(tmp_path)).stderr
+    assert "ready: 1 of 1 worker ready" in pushed(served, "rolled-out", written(tmp_path)).stderr
 
 
 def test_a_key_that_may_push_may_wait_and_one_that_may_only_infer_may_not(served: Served, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_version_that_no_worker_can_load_is_told_with_the_reason_and_status_1(
     assert told.stdout.splitlines()[0] == "unloadable 1"
     assert isinstance(told.exception, ModelNotReady)
     message = str(told.exception)
-    assert "version 1 of model 'unloadable' is stored and not ready: 2 of 2 workers could not load it" in message
+    assert "version 1 of model 'unloadable' is stored, but not ready: 2 of 2 workers could not load it" in message
     assert "too many threads" in message
     bare.run(bare.services.start_worker("worker-3"))
     with Client(bare.url, bare.key) as client:

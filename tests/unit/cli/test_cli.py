@@ -318,7 +318,7 @@ def test_objects_in_an_archive_are_never_unpickled(tmp_path: Path) -> None:
 def test_an_unnamed_input_is_the_models_only_one() -> None:
     assert named({UNNAMED: 1}, ["image"]) == {"image": 1}
     assert named({"x": 1}, []) == {"x": 1}
-    for names, words in ((["a", "b"], "are 'a', 'b'"), ([], "are none")):
+    for names, words in ((["a", "b"], "the inputs 'a', 'b'"), ([], "has no inputs")):
         with pytest.raises(InvalidRequest, match=words):
             named({UNNAMED: 1}, names)
 

@@ -246,7 +246,7 @@ def test_a_key_that_no_header_can_hold_is_refused_without_being_shown(inside: st
         resolve_key("http://a.example", None, ClientEnvironment("", key, ""))
     assert "secret" not in caught.value.message
     assert "TETHER_API_KEY" in caught.value.message
-    assert "place 10 of 16" in caught.value.message
+    assert "position 10 of 16" in caught.value.message
     with pytest.raises(ConfigError, match="api_key"):
         resolve_key("http://a.example", key, ClientEnvironment("", "", ""))
     write_secret(Home(tmp_path).admin_key, key.encode("utf-8", "surrogatepass"))

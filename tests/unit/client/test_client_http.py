@@ -116,7 +116,7 @@ def test_errors_take_the_class_of_their_code_or_else_of_their_status(got: Respon
 def test_a_status_without_a_body_is_told_in_words() -> None:
     error = failure(reply(b"", 431))
     assert error is not None
-    assert error.message == "the server answered HTTP 431: the headers are too large or too many"
+    assert error.message == "the server responded with HTTP 431: the headers are too large or too many"
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("7", 7.0), ("", 1.0), ("soon", 1.0), ("-1", 0.0), ("1e9", 3600.0)])
@@ -151,7 +151,7 @@ def test_a_server_that_answered_once_is_waited_for_until_the_time_of_all_request
     told: list[str] = []
     drive = Drive([reply({}), *[REFUSED] * 20, reply({})])
     assert [got.status for got in drive(patiently(told))] == [200, 200]
-    assert told == ["", *["no answer: connection refused"] * 20, ""]
+    assert told == ["", *["no response: connection refused"] * 20, ""]
     left = [float(sent.headers[TIMEOUT_HEADER]) for sent in drive.sent]
     assert left == sorted(left, reverse=True)
     assert left[0] == 60

@@ -29,7 +29,7 @@ def test_a_failure_that_passes_ends_no_wait_and_one_that_stays_does() -> None:
     passing = [told("failed", failed=2), told("loading"), told("failed", failed=2), told("ready", ready=2)]
     assert Drive(passing)(lambda policy: wait_ready(policy, "m", 3, None))["state"] == "ready"
     drive = Drive([told("failed", failed=2, reason="model_rejected: bad")] * 50, timeout=600)
-    with pytest.raises(ModelNotReady, match=r"^version 3 of model 'm' is stored and not ready: 2 of 2 .*: bad$"):
+    with pytest.raises(ModelNotReady, match=r"^version 3 of model 'm' is stored, but not ready: 2 of 2 .*: bad$"):
         drive(lambda policy: wait_ready(policy, "m", 3, None))
     assert 3.0 <= drive.now < 5.0
 

@@ -1,1 +1,1 @@
-"""What a push does before and while files are sent."""
+"""Pushes of models: recognizes formats, cuts files into chunks and uploads them."""

@@ -1,4 +1,4 @@
-"""Files that are models of other forms: what they are, and the command that makes one of them that is served."""
+"""Recognizes files of unsupported model formats, with the command that converts each."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ _KERAS = (
     "and push the folder {stem}"
 )
 _PICKLE = (
-    "a pickle, and pickles are never loaded; where the model is, write it as ONNX: "
+    "a pickle, and pickles are never loaded; where you have the model, write it as ONNX: "
     "skl2onnx.to_onnx(model, X[:1], options={{'zipmap': False}}) for scikit-learn, torch.onnx.export(model, args, "
     "'{stem}.onnx', dynamo=True) for PyTorch"
 )
 _TORCH = (
-    "what torch.save wrote, a pickle, and pickles are never loaded; where the model is, write it with "
+    "a file of torch.save, a pickle, and pickles are never loaded; where you have the model, write it with "
     "torch.onnx.export(model, args, '{stem}.onnx', dynamo=True) or torch.export.save(torch.export.export(model, args), "
     "'{stem}.pt2')"
 )
-_XGBOOST = "a model of XGBoost; convert it with onnxmltools: convert_xgboost(model, initial_types=[('x', FloatTensorType([None, N]))])"
+_XGBOOST = (
+    "a model of XGBoost; convert it with onnxmltools: convert_xgboost(model, "
+    "initial_types=[('x', FloatTensorType([None, N]))])"
+)
 _LIGHTGBM = (
     "a model of LightGBM; convert it with onnxmltools: convert_lightgbm(model, initial_types=[('x', "
     "FloatTensorType([None, N]))], zipmap=False)"
 )
 _ENGINE = "built for one kind of GPU; push the ONNX file that it was built from"
-_PACKED = "packed; unpack it and push the folder or the model file in it"
+_PACKED = "an archive; unpack it and push the folder or the model file in it"
 _PADDLE = (
     "a model of Paddle; convert it: paddle2onnx --model_dir . --model_filename {stem}.pdmodel "
     "--params_filename {stem}.pdiparams --save_file {stem}.onnx"
@@ -53,12 +56,12 @@ _KINDS = {
     ".lgbm": _LIGHTGBM,
     ".pdmodel": _PADDLE,
     ".pdiparams": _PADDLE,
-    ".ort": "in ONNX Runtime's own form; push the .onnx file that it was made from",
+    ".ort": "in ONNX Runtime's own format; push the .onnx file that it was made from",
     ".engine": _ENGINE,
     ".plan": _ENGINE,
     ".trt": _ENGINE,
-    ".xml": "in OpenVINO's form, if it is a model; push the model that it was converted from, as ONNX",
-    ".gguf": "for llama.cpp, which serves it by itself; for Tether, export the model that it was made from as ONNX",
+    ".xml": "in OpenVINO's format, if it is a model; push its original model as ONNX",
+    ".gguf": "for llama.cpp, which serves it itself; for Tether, export its original model as ONNX",
     ".zip": _PACKED,
     ".tar": _PACKED,
     ".gz": _PACKED,
@@ -68,6 +71,6 @@ _KINDS = {
 
 
 def conversion(path: PurePath) -> str:
-    """What a file is, and how to make of it what can be pushed; empty when its name does not tell."""
+    """Return a file's format and how to convert it; empty if its name does not tell."""
     kind = _KINDS.get(path.suffix.lower(), "")
     return kind.format(name=path.name, stem=path.stem)

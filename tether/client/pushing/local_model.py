@@ -1,4 +1,4 @@
-"""What a file or folder of this machine is pushed as: its platform, its files cut into chunks, and what is left out."""
+"""Prepares a local file or folder for a push: platform, files cut into chunks, skipped files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FORMATS = {
     ".safetensors": ("model.safetensors", "pytorch_safetensors"),
     ".tflite": ("model.tflite", "tensorflow_lite"),
 }
-"""End of a file's name -> what the file is called in the store, and the platform that serves it."""
+"""File extension -> file name in the store, and platform."""
 
 BUNDLES = {
     "model.onnx": "onnxruntime_onnx",
@@ -38,22 +38,22 @@ BUNDLES = {
     "model.tflite": "tensorflow_lite",
     "model.py": "python",
 }
-"""A file that a folder holds -> the platform that serves the folder; the first one that is there counts."""
+"""File in a folder -> platform of the folder; the first match wins."""
 
 DESCRIBED = {"pytorch_libtorch": "model.json", "pytorch_safetensors": "model.json"}
-"""Platform -> the file that describes a model which does not describe itself, beside it or under its name with .json."""
+"""Platform -> description file of a model without its own signature, beside it or with its stem and .json."""
 
 ALONE = frozenset({"pytorch_export", "pytorch_libtorch", "pytorch_safetensors", "tensorflow_lite"})
-"""Platforms of one file, and its description: what else a folder has is no part of the model."""
+"""Platforms of a single file and its description; other files of a folder are skipped."""
 _PAPERS = frozenset({".json", ".txt", ".md", ".yaml", ".yml", ".jinja"})
-"""Ends of names of what lies beside exported ONNX models and holds no weights: tokenizers, settings, read-mes."""
+"""Extensions of files beside exported ONNX models that hold no weights: tokenizers, settings, read-mes."""
 SAMPLE = "tether-sample.json"
 MOST_FILES = 1024
 
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file to push, and how it is cut: digest, offset and bytes of each chunk, in order."""
+    """A file to push: digest, offset and bytes of each chunk, in order."""
 
     source: Path
     path: str
@@ -65,13 +65,13 @@ class LocalFile:
         return sum(size for _, _, size in self.chunks)
 
     def described(self) -> Json:
-        """The file as ``versions:register`` takes it."""
+        """Return the file as ``versions:register`` takes it."""
         chunks, sizes = [digest for digest, _, _ in self.chunks], [size for _, _, size in self.chunks]
         return {"path": self.path, "size": self.size, "digest": self.digest, "chunks": chunks, "sizes": sizes}
 
 
 class LocalModel(NamedTuple):
-    """What is pushed; ``skipped`` names files of the folder that are not."""
+    """A model to push; ``skipped`` names files of the folder that are not pushed."""
 
     platform: str
     files: Sequence[LocalFile]
@@ -79,16 +79,17 @@ class LocalModel(NamedTuple):
 
 
 def local_model(path: Path) -> LocalModel:
-    """The platform of a model, and its files cut into chunks; reads all of them once. No symbolic link is followed.
+    """Return a model's platform and its files cut into chunks; reads each file once, follows no symbolic
+    link.
 
     Raises:
-        InvalidRequest: it is not there, cannot be read, or nothing here says what it is.
+        InvalidRequest: it does not exist, cannot be read, or has no supported format.
     """
     _check_link(path)
     try:
         mode = path.lstat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InvalidRequest(f"there is no file or folder {str(path)!r} here", field="path") from error
+        raise InvalidRequest(f"no such file or folder: {str(path)!r}", field="path") from error
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"cannot read {str(path)!r}: {error}", field="path") from error
     if stat.S_ISDIR(mode):
@@ -109,10 +110,10 @@ def _unknown(path: Path) -> str:
     helps = conversion(path)
     if helps:
         return f"{path.name!r} is {helps}"
-    return f"{path.name!r} is no model: a model is {_KNOWN}"
+    return f"unsupported model file {path.name!r}; expected {_KNOWN}"
 
 
-_KNOWN = f"a file that ends in {', '.join(FORMATS)}, or a folder with one of {', '.join(BUNDLES)}"
+_KNOWN = f"a file with the extension {', '.join(FORMATS)}, or a folder with one of {', '.join(BUNDLES)}"
 
 
 def _description(path: Path, name: str) -> Path:
@@ -133,14 +134,14 @@ def _undescribed(path: Path, name: str) -> InvalidRequest:
         else ""
     )
     return InvalidRequest(
-        f"{path.name!r} does not say what its inputs and outputs are; describe them in {names} beside it, as in "
+        f"{path.name!r} does not contain its signature; describe it in {names} beside it, as in "
         f'{{"inputs": [{example}], "outputs": [...]}}; -1 is an axis of any length{other}',
         field="path",
     )
 
 
 def _is_pickle(path: Path) -> bool:
-    """Whether torch.save wrote a file: what torch.jit.save writes is an archive with code in it."""
+    """Return True if torch.save wrote the file; torch.jit.save writes an archive with code."""
     try:
         with zipfile.ZipFile(path) as archive:
             return not any("/code/" in name for name in archive.namelist())
@@ -155,7 +156,7 @@ def _is_pickle(path: Path) -> bool:
 def _folder(folder: Path) -> LocalModel:
     skipped: list[str] = []
     found = dict(_walk(folder, "", skipped))
-    platform = _told(found) or next((served for file, served in BUNDLES.items() if file in found), None)
+    platform = _declared_platform(found) or next((served for file, served in BUNDLES.items() if file in found), None)
     if platform is None:
         platform, found = _renamed(folder, found)
     if platform in DESCRIBED and DESCRIBED[platform] not in found:
@@ -166,13 +167,13 @@ def _folder(folder: Path) -> LocalModel:
     files = [_local_file(source, path) for path, source in sorted(found.items()) if path not in left_out]
     if len(files) > MOST_FILES:
         raise InvalidRequest(
-            f"the folder {folder} has {len(files)} files; at most {MOST_FILES} are taken", field="path"
+            f"the folder {folder} has {len(files)} files; at most {MOST_FILES} are allowed", field="path"
         )
     return LocalModel(platform, files, tuple(sorted(skipped + left_out)))
 
 
 def _walk(folder: Path, below: str, skipped: list[str]) -> Iterator[tuple[str, Path]]:
-    """Path in the store and source of every file; what is hidden is ``skipped``."""
+    """Yield path in the store and source of every file; add hidden ones to ``skipped``."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
@@ -187,41 +188,41 @@ def _walk(folder: Path, below: str, skipped: list[str]) -> Iterator[tuple[str, P
             if entry.name != "__pycache__":
                 yield from _walk(Path(entry.path), f"{path}/", skipped)
         elif not entry.is_file(follow_symlinks=False):
-            raise InvalidRequest(f"{shown(path)} in the folder is no plain file; take it out", field="path")
+            raise InvalidRequest(f"{shown(path)} in the folder is not a regular file; remove it", field="path")
         elif fault := fault_of(path):
             raise InvalidRequest(f"the file {shown(path)} cannot be pushed: {fault}; rename it", field="path")
         else:
             yield path, Path(entry.path)
 
 
-def _told(found: dict[str, Path]) -> str:
-    """The platform that ``model.json`` names, which is how a folder says that it is for a runtime of another package; it is Python
-    where it names a class."""
+def _declared_platform(found: dict[str, Path]) -> str:
+    """Return the platform in ``model.json``, which a folder for a runtime plugin has; Python if it names a
+    class."""
     try:
-        told = json.loads(found["model.json"].read_bytes())
+        described = json.loads(found["model.json"].read_bytes())
     except (KeyError, OSError, ValueError, RecursionError):
-        return ""  # whoever looks at the bundle says what is wrong with it
-    if not isinstance(told, dict):
+        return ""  # the model store reports invalid JSON
+    if not isinstance(described, dict):
         return ""
-    platform = told.get("platform", "python" if "className" in told and "model.py" in found else "")
+    platform = described.get("platform", "python" if "className" in described and "model.py" in found else "")
     return platform if isinstance(platform, str) else ""
 
 
 def _renamed(folder: Path, found: dict[str, Path]) -> tuple[str, dict[str, Path]]:
-    """The folder with its one model file under the name that the store knows; its description, too."""
+    """Return a folder with its only model file, and its description, under their names in the store."""
     models = [path for path in found if "/" not in path and PurePath(path).suffix.lower() in FORMATS]
     if len(models) > 1:
         raise InvalidRequest(
-            f"the folder {folder} has several models: {', '.join(map(shown, models[:8]))}; push one of the files, or call "
-            f"the one that is meant {FORMATS[PurePath(models[0]).suffix.lower()][0]}",
+            f"the folder {folder} has several models: {', '.join(map(shown, models[:8]))}; push one of the files, or "
+            f"rename one to {FORMATS[PurePath(models[0]).suffix.lower()][0]}",
             field="path",
         )
     if not models and "model.json" in found:
-        raise InvalidRequest(f"the folder {folder} has model.json and no model.py beside it", field="path")
+        raise InvalidRequest(f"the folder {folder} has model.json, but no model.py beside it", field="path")
     if not models:
         helps = next((f"; {shown(path)} is {text}" for path in found if (text := conversion(PurePath(path)))), "")
         raise InvalidRequest(
-            f"the folder {folder} holds no model: neither one of {', '.join(BUNDLES)}, nor a file that ends in "
+            f"the folder {folder} has no model; expected one of {', '.join(BUNDLES)}, or a file with the extension "
             f"{', '.join(FORMATS)}{helps}",
             field="path",
         )
@@ -234,7 +235,7 @@ def _renamed(folder: Path, found: dict[str, Path]) -> tuple[str, dict[str, Path]
 
 
 def _is_left_out(platform: str, path: str) -> bool:
-    """Whether a file of the folder is no part of the model."""
+    """Return True if a file of the folder is not part of the model."""
     if path == SAMPLE:
         return False
     if platform in ALONE:
@@ -252,8 +253,8 @@ def _check_link(path: Path) -> None:
         raise InvalidRequest(f"cannot read {str(path)!r}: {error}", field="path") from error
     if is_link:
         raise InvalidRequest(
-            f"{str(path)!r} is a symbolic link, and no link is followed; push what it points to, or copy that here "
-            "('cp -rL FOLDER COPY' copies a folder so)",
+            f"{str(path)!r} is a symbolic link, which a push does not follow; push its target, or a copy of it "
+            "('cp -rL FOLDER COPY' copies a folder without links)",
             field="path",
         )
 
@@ -275,10 +276,10 @@ def _local_file(source: Path, path: str) -> LocalFile:
 
 
 def read_chunk(source: Path, offset: int, size: int) -> bytes:
-    """Bytes of a file that is being pushed.
+    """Read bytes of a file that is being pushed.
 
     Raises:
-        InvalidRequest: it cannot be read any more.
+        InvalidRequest: it can no longer be read.
     """
     try:
         with _opened(source) as file:
@@ -289,5 +290,5 @@ def read_chunk(source: Path, offset: int, size: int) -> bytes:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Not what a link points to that has taken the file's place meanwhile."""
+    """Open a file, but not a link that has replaced it meanwhile."""
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")

@@ -1,4 +1,4 @@
-"""Pushing models as a flow: ask which chunks are missing, send those, make a version of them."""
+"""Pushes models as a flow: list missing chunks, upload them, register the version."""
 
 from __future__ import annotations
 
@@ -27,43 +27,44 @@ from tether.client.pushing.sample import Sample, sample_of
 PUSH_TIMEOUT_S = 600.0
 
 WIDTH = 4
-"""Chunks that are on their way at a time."""
+"""Chunks uploaded at a time."""
 
 LOOKUP = 4096
-"""Chunks of one ``chunks:missing`` request."""
+"""Chunks in one ``chunks:missing`` request."""
 
 
 class PushOptions(TypedDict, total=False):
-    """What a push may say of the version; what it does not say, or says as None, is decided by the platform."""
+    """Options of a push; omitted ones, and None, are decided by the platform."""
 
     max_batch_size: int | None
-    """Most rows of one run. 2 or more declares that no row's answer depends on another row; 0: it is not batched."""
+    """Maximum rows of one run. 2 or more declares rows independent of one another; 0: not batched."""
     max_delay_ms: float | None
-    """How long a request may wait for company."""
+    """Maximum time to wait for more requests to fill a batch."""
     isolation: str | None
-    """'thread' (of the worker) or 'process'."""
+    """'thread' of the worker, or 'process' of its own."""
     run_timeout_s: float | None
     """A run that takes longer ends the model's process."""
     config: Json | None
     """As for ``configure``."""
     version: int | None
-    """It becomes that one or none."""
+    """Expected number; the push fails if another one is next."""
     labels: Mapping[str, str] | None
     note: str | None
     """Both as for ``annotate``."""
     encrypt: bool | None
-    """Only the platform's own services can read what is stored; None: as the model's versions before."""
+    """Only the platform's services can decrypt the stored files; None: as the model's earlier versions."""
     sample: Sample | None
-    """Real inputs, for trial runs, warm-up and the check of rows: by name, or an .npz or JSON file. They are kept with the version."""
+    """Real inputs by name, or an .npz or JSON file, for trial runs, warm-up and the row check. Stored with
+    the version."""
     signature: str | None
-    """Which signature of a SavedModel or TensorFlow Lite file is served."""
+    """The served signature of a SavedModel or TensorFlow Lite file."""
 
 
 def checked(options: PushOptions) -> dict[str, Any]:
-    """Options as the platform takes them. Reads the sample's file.
+    """Return the options as the platform takes them. Reads the sample's file.
 
     Raises:
-        TypeError: there is no such option.
+        TypeError: an option is unknown.
         InvalidRequest: the sample cannot be read.
     """
     unknown = options.keys() - PushOptions.__annotations__.keys()
@@ -73,7 +74,7 @@ def checked(options: PushOptions) -> dict[str, Any]:
 
 
 class _Missing(msgspec.Struct):
-    """What a gateway answers; an older one knows nothing of encryption."""
+    """A gateway's reply; older ones do not report ``encrypt``."""
 
     missing: list[str]
     encrypt: bool | None = None
@@ -88,10 +89,10 @@ def push(
     *,
     waiting: Waiting | None = None,
 ) -> Flow[Json]:
-    """Send the chunks that the store does not have, then make a version; ``progress`` counts those it has as done.
+    """Upload missing chunks, then register a version; ``progress`` counts stored chunks as done.
 
-    All of it has one patience, of ``policy.timeout`` seconds: a gateway, broker or model store that restarts meanwhile is
-    waited for, and ``waiting`` is told so.
+    All requests share one deadline, ``policy.timeout`` seconds from now: a gateway, broker or model store
+    that restarts is retried, and ``waiting`` is called with the reason.
     """
     patience = OperationDeadline(policy.monotonic() + policy.timeout, waiting or unwatched)
     policy = replace(policy, patience=patience)
@@ -113,7 +114,7 @@ def push(
     yield Concurrently(map(stored, missing), WIDTH, counted.add)
     given = {key: value for key, value in {**params, "encrypt": encrypt}.items() if value is not None}
     body = {"files": [file.described() for file in files], "platform": platform, **given}
-    patience.waiting("the model store looks at the model")
+    patience.waiting("the model store is inspecting the model")
     told = yield from exchange_json(policy, post(f"{model_path(name)}/versions:register", body), dict[str, Any])
     return {**told, "stored_bytes": left} | ({"skipped": list(skipped)} if skipped else {})
 
@@ -121,7 +122,7 @@ def push(
 def _missing(
     policy: RetryPolicy, name: str, digests: Sequence[str], encrypt: bool | None
 ) -> Flow[tuple[list[str], bool | None]]:
-    """Which chunks the store does not have, and whether the version is to be encrypted."""
+    """Return the missing chunks, and whether the version will be encrypted."""
     missing: list[str] = []
     for start in range(0, len(digests), LOOKUP):
         body: Json = {"chunks": digests[start : start + LOOKUP]}

@@ -1,4 +1,4 @@
-"""The sample of a push: real inputs, as the platform takes them."""
+"""Reads the sample of a push: real inputs, as the platform takes them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from tether.errors import InvalidRequest
 from tether.wire.oip_json import tensor_to_json
 
 Sample = str | Path | Mapping[str, npt.ArrayLike]
-"""Inputs by name, or a file of them: .npz, .npy (of a model with one input), JSON ``{"name": [...]}`` or ``{"inputs": [tensors]}``."""
+"""Inputs by name, or a file: .npz, .npy (for one input), JSON ``{"name": [...]}`` or ``{"inputs":
+[tensors]}``."""
 
 
 def sample_of(sample: Sample | None) -> Json | None:
-    """The field ``sample`` of a push.
+    """Return the field ``sample`` of a push.
 
     Raises:
-        InvalidRequest: it cannot be read, or is none of the forms.
+        InvalidRequest: it cannot be read, or has an unsupported format.
     """
     if sample is None:
         return None
@@ -46,7 +47,7 @@ def _of_file(path: Path) -> Json:
         found = json.loads(content)
     except (ValueError, OSError, EOFError, KeyError, RecursionError, zipfile.BadZipFile) as error:
         raise InvalidRequest(
-            f"the sample {path} is no .npz, .npy or JSON file that can be read: {error}", field="sample"
+            f"the sample {path} is not a readable .npz, .npy or JSON file: {error}", field="sample"
         ) from error
     if isinstance(found, list):
         return {"": found}
@@ -58,7 +59,7 @@ def _of_file(path: Path) -> Json:
 
 
 def _of_arrays(arrays: Mapping[str, Any]) -> Json:
-    """Arrays keep their type; other values get the model's, where that is known."""
+    """Convert arrays; arrays keep their dtype, other values take the model's, where known."""
     if all(isinstance(array, np.ndarray) for array in arrays.values()):
         return {"inputs": [tensor_to_json(from_numpy(name, array), compact=True) for name, array in arrays.items()]}
     return {name: array.tolist() if isinstance(array, np.ndarray) else array for name, array in arrays.items()}
