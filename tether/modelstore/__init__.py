@@ -1,1 +1,1 @@
-"""Keeper of models: takes pushed files, looks at them, and makes them versions."""
+"""The model store: inspects pushed files and makes versions of them."""

@@ -1,4 +1,4 @@
-"""The model store: answers ``registerModel`` and turns pushed files into versions."""
+"""The model store service: answers ``registerModel`` and makes versions of pushed files."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ log = logging.getLogger(__name__)
 ENDPOINT = "registerModel"
 DEFAULT_PORT = 8004
 INSPECTIONS = 2
-"""Models looked at side by side; each may use a processor and the memory of a few copies of its weights."""
+"""Concurrent inspections; each may use one processor and a few times the memory of its weights."""
 
 MOST_WAITING = 8
-"""Pushes of one tenant that wait for their turn; one more is told to come again."""
+"""Pending pushes per tenant; further ones get a retryable error."""
 
 WAITING = 32
-"""Pushes in hand; one more is told to come again."""
+"""Pending pushes in all; further ones get a retryable error."""
 
 
 class PartitionContext(NamedTuple):
-    """Where one partition is looked after: all that is written there is bound to the lease."""
+    """State of one owned partition: all its writes are bound to the lease."""
 
     lease: Lease
     registry: Registry
@@ -77,8 +77,10 @@ class PartitionContext(NamedTuple):
 
 
 class ModelStoreService:
-    """Handles pushes of models in the partitions that it looks after. ``memory`` is a private folder of this process; what
-    is in it is lost at the next start."""
+    """Handles pushes of models in the partitions it owns. ``memory`` is a private folder of this process,
+    cleared at the
+    next start.
+    """
 
     def __init__(
         self, bus: Bus, instance: StoreInstance, audit: AuditLog, keyring: ModelKeyring, memory: MemoryFolder
@@ -100,15 +102,15 @@ class ModelStoreService:
 
     @property
     def closed(self) -> lifecycle.Termination:
-        """Set when the connection is gone for good."""
+        """Set when the connection is lost for good."""
         return self._bus.closed
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
-        """Answer pushes until the block ends; waits for the buckets, which the dispatcher makes.
+        """Answer pushes until the block ends; waits for the buckets, which the dispatcher creates.
 
         Raises:
-            ConfigError: there are versions in partitions that the settings do not have.
+            ConfigError: versions exist in partitions that the settings lack.
         """
         await self._buckets_ready()
         await asyncio.to_thread(self._memory.sweep)
@@ -125,7 +127,7 @@ class ModelStoreService:
 
     @asynccontextmanager
     async def _serve_partition(self, lease: Lease) -> AsyncIterator[None]:
-        """Answer what is about models of one partition."""
+        """Answer requests about models of one partition."""
         registry = Registry(self._bus, lambda: self.partitions.check(lease))
         notes = VersionMetadataStore(self._bus, registry, self._audit)
         owners = Owners(self._bus, registry, self._audit)
@@ -172,7 +174,7 @@ class ModelStoreService:
             await asyncio.sleep(0.25)
 
     async def _patiently(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Try again while the broker is away; the lease goes meanwhile, if that takes long."""
+        """Retry while the broker is away; the lease expires if that takes long."""
         while True:
             try:
                 return await work()
@@ -181,15 +183,15 @@ class ModelStoreService:
             await asyncio.sleep(0.25)
 
     async def register(self, desk: PartitionContext, envelope: Envelope) -> bytes:
-        """Make a version of what the envelope names; its manifest is stored last, then ``latest`` moves.
+        """Make a version of a push; its manifest is stored last, then ``latest`` moves.
 
         Raises:
-            InvalidRequest, PayloadTooLarge: the push itself is wrong.
+            InvalidRequest, PayloadTooLarge: the push itself is invalid.
             Conflict, Forbidden: the model belongs to another tenant.
             ModelRejected: the file cannot be served.
-            CorruptChunk: the stored chunks are not the file; push again.
+            CorruptChunk: the stored chunks do not match the file; push again.
             ConfigError: the gateway has another number of partitions.
-            QuotaExceeded: the tenant has as many bytes as it may have.
+            QuotaExceeded: the tenant's quota is used up.
             Unavailable: no room, too many writers, or no broker.
         """
         request = _decode(envelope)
@@ -201,10 +203,10 @@ class ModelStoreService:
             if isinstance(error, ModelRejected):
                 metrics.MODELS_REJECTED.inc()
             fields = {"action": "model_refused", "model": request.name[:64], "code": error.code}
-            log.warning("refused a push: %s", error, extra=fields)
+            log.warning("push refused: %s", error, extra=fields)
             self._note(request, envelope, outcome=error.code)
             raise
-        made = "a new version" if answer.created else "the newest version already is this"
+        made = "a new version" if answer.created else "identical to the newest version"
         self._note(request, envelope, version=answer.manifest.version, detail=f"{made}; aliases {answer.aliases}")
         await self._audit.settled()
         return codec.encode(answer)
@@ -245,7 +247,7 @@ class ModelStoreService:
         if request.config:
             config_patch.patched(await desk.configs.get(request.name), request.config)
         if request.sealed is None and not request.open and request.name in self._keyring.owners():
-            raise Unavailable("the model was encrypted just now; push it again", retry_after=1)
+            raise Unavailable("the model was encrypted meanwhile; push it again", retry_after=1)
         request, found = await self._look(request)
         build = manifest_builder.manifest_builder(
             request,
@@ -267,19 +269,20 @@ class ModelStoreService:
         if created:
             metrics.MODELS_REGISTERED.inc()
         fields = {"action": "model_registered", "model": manifest.name, "version": manifest.version}
-        log.info("%s", "a version is ready" if created else "the newest version already is this", extra=fields)
+        log.info("%s", "version ready" if created else "identical to the newest version", extra=fields)
         return PushAnswer(manifest, created, await desk.registry.aliases(request.name))
 
     async def _admit(self, desk: PartitionContext, request: PushRequest, publisher: str, manifest: Manifest) -> None:
-        """Before a version can be seen there is room for it, and its model has an owner and is configured as its push says."""
+        """Check the quota, record the owner and apply the configuration before a version becomes visible."""
         await self._quota.check(manifest)
         await desk.owners.claim(request)
         if request.config:
             await desk.configs.given(manifest, request.config, publisher)
 
     async def _look(self, request: PushRequest) -> tuple[PushRequest, Inspection]:
-        """Look at the files, whose chunks are safe from collections meanwhile and for as long again; the request comes back with
-        the digests that they have."""
+        """Inspect the files, whose chunks are claimed for that time and as long again; return the request
+        with their digests.
+        """
         store, settings = ChunkLifecycle(self._bus, self._bus.names.chunk_bucket(request.name)), self._bus.settings
         confined = manifest_builder.confined(request.platform, settings)
         async with self._inspections.turn(request.tenant):
@@ -291,11 +294,11 @@ class ModelStoreService:
                 store, request, source, confined, fresh_s=settings.unreferenced_ttl_s / 2
             )
         if self._bus.clock.monotonic() - began > settings.gc_grace_s:
-            raise Unavailable("looking at the model took too long; push it again", retry_after=2)
+            raise Unavailable("the inspection took too long; push the model again", retry_after=2)
         return (request if request.sealed is not None else msgspec.structs.replace(request, files=files)), found
 
     def checks(self) -> dict[str, str]:
-        """What readiness depends on."""
+        """Return the readiness checks."""
         return {"broker": "ok" if self._bus.connected else "not connected", **self.partitions.checks()}
 
 
@@ -303,12 +306,12 @@ def _decode(envelope: Envelope) -> PushRequest:
     try:
         return codec.decode(envelope.body, PushRequest)
     except BadEncoding as error:
-        raise InvalidRequest(f"the push cannot be read: {error.message}") from error
+        raise InvalidRequest(f"cannot decode the push: {error.message}") from error
 
 
 @asynccontextmanager
 async def running(settings: Settings, home: Home) -> AsyncIterator[ModelStoreService]:
-    """A model store that works until the block ends."""
+    """Run a model store until the block ends."""
     name = settings.modelstore_name
     async with (
         connect(settings, home, name) as bus,

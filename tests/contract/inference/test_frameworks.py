@@ -121,7 +121,7 @@ def test_weights_of_an_onnx_model_may_be_pushed_beside_it(served: Served, sdk: C
     ones = np.ones((2, 256), np.float32)
     np.testing.assert_array_equal(sdk.infer("split", {"x": ones})["y"], np.full((2, 256), 512, np.float32))
     assert {file["path"] for file in sdk.model("split")["versions"][0]["files"]} == {"model.onnx", "parts/weights.bin"}
-    with pytest.raises(ModelRejected, match=r"the file 'parts/weights\.bin' \(external data\), which is not here"):
+    with pytest.raises(ModelRejected, match=r"the file 'parts/weights\.bin' \(external data\), which is missing"):
         sdk.push("split", folder / "model.onnx")
     (folder / "notes.txt").write_text("x")
     assert sdk.push("split", folder)["skipped"] == ["notes.txt"]

@@ -134,7 +134,7 @@ def test_where_a_model_runs_is_a_choice_for_onnx_alone(served: Served, sdk: Clie
     sdk.push("apart", path, isolation="process")
     ready(served, "apart")
     assert sdk.infer("apart", x(1.0))["y"][0, 0] == 3.0
-    with pytest.raises(InvalidRequest, match="worker's own process"):
+    with pytest.raises(InvalidRequest, match="thread of the worker"):
         sdk.push("inside", bundles.write(tmp_path / "bundle"), isolation="thread")
     with pytest.raises(InvalidRequest, match="isolation"):
         sdk.push("inside", path, isolation="elsewhere")

@@ -87,7 +87,7 @@ def test_weights_are_data_so_whoever_pushes_models_may_push_them(
     shutil.copy(weights / "safetensors" / "model.json", alone.with_suffix(".json"))
     with Client(served.url, served.new_key("models:write", "models:read")) as writer:
         assert writer.push("digits-data", alone)["platform"] == "pytorch_safetensors"
-        with pytest.raises(InvalidRequest, match="only ONNX runs in the worker's own process"):
+        with pytest.raises(InvalidRequest, match="only ONNX runs in a thread of the worker"):
             writer.push("digits-data", alone, isolation="thread")
 
 
@@ -187,7 +187,7 @@ def test_code_of_other_packages_is_never_loaded_into_the_worker(plugin: Path, tm
 def test_a_platform_that_nobody_brings_is_refused_by_name(plugin: Path) -> None:
     del plugin
     assert format_of("numpy_npz").code
-    with pytest.raises(InvalidRequest, match=r"no platform 'caffe'; known: .*'python'.*'numpy_npz'"):
+    with pytest.raises(InvalidRequest, match=r"unknown platform 'caffe'; expected one of .*'python'.*'numpy_npz'"):
         format_of("caffe")
     with pytest.raises(ModelRejected, match="no runtime 'caffe' here"):
         plugins.load(plugins.RUNTIMES, "caffe", "runtime", "platform")

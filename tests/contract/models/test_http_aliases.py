@@ -49,7 +49,7 @@ def test_an_alias_is_promoted_and_rolled_back(served: Served, http: httpx.Client
     told = sdk.rollback(name)
     assert (told["version"], told["previous"], [move["version"] for move in told["undone"]]) == (1, [], [2, 3])
     follows(http, name, "production", 1)
-    with pytest.raises(Conflict, match="nothing else before"):
+    with pytest.raises(Conflict, match="no previous target"):
         sdk.rollback(name)
     again = sdk.promote(name, 3)
     assert (again["revision"], [move["version"] for move in again["previous"]], again["undone"]) == (6, [1], [])

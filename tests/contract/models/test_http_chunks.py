@@ -126,7 +126,7 @@ def test_of_two_clients_that_push_the_same_version_one_wins(served: Served, tmp_
         with ThreadPoolExecutor(count) as pool:
             ends = list(pool.map(attempt, paths[version - 1 :], [version] * count))
         assert ends.count(version) == 1
-        assert sum(f"the next one is {version + 1}" in str(end) for end in ends) == len(ends) - 1
+        assert sum(f"the next version is {version + 1}" in str(end) for end in ends) == len(ends) - 1
         winner = paths[version - 1 + ends.index(version)]
         assert attempt(winner, version) == version
     with served.client() as http:

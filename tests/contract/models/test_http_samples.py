@@ -90,7 +90,7 @@ def test_a_sample_comes_along_to_an_encrypted_model_too(served: Served, sdk: Cli
 
 
 def test_a_sample_that_the_model_does_not_take_is_refused(sdk: Client, tmp_path: Path) -> None:
-    with pytest.raises(ModelRejected, match="the model does not take the sample"):
+    with pytest.raises(ModelRejected, match="the model fails on the sample"):
         sdk.push("unfit-sample", reshaping(tmp_path), sample={"x": X, "shape": np.array([5, 2])})
     with pytest.raises(TypeError, match="no argument 'samples'"):
         sdk.push("unfit-sample", reshaping(tmp_path), samples=1)  # type: ignore[call-arg]

@@ -221,7 +221,7 @@ async def test_nothing_is_collected_while_a_manifest_cannot_be_read(kept: Kept) 
     async with connect(bus.settings, kept.platform.broker.home, "modelstore") as writer:
         await KvBucket(writer, "models").put("other.1", b"not a frame")
     await kept.delete(1)
-    with pytest.raises(Unavailable, match=r"'other\.1' cannot be read"):
+    with pytest.raises(Unavailable, match=r"'other\.1' is unreadable"):
         await kept.keeper.collect()
     assert set((await kept.states()).values()) == {ChunkState.ALIVE}
     await kept.delete(1, model="other")

@@ -271,9 +271,9 @@ async def test_a_key_is_taken_over_when_its_writer_is_revoked_and_never_replaced
         evil = SignedBucket(running.workers[0]._bus, "modelkeys", MessageType.MODEL_KEY)
         frame = evil._seal("other", body)
         await bus.publish_acked(bus.names.bucket_key("modelkeys", "other"), frame)
-        with pytest.raises(Unavailable, match="cannot be believed"):
+        with pytest.raises(Unavailable, match="cannot be verified"):
             await running.modelstore.keys.ensure("other")
-        with pytest.raises(Unavailable, match="cannot be believed"):
+        with pytest.raises(Unavailable, match="cannot be verified"):
             await running.gateway.encrypted_models.encrypts("other", None)
         with pytest.raises(ModelNotFound, match="not encrypted"):
             await running.modelstore.keys.rekey("third")

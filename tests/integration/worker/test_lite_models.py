@@ -71,7 +71,7 @@ HOSTILE = {
     "empty": (b"", "no TensorFlow Lite model"),
     "another format": (b"PK\x03\x04" + bytes(64), "no TensorFlow Lite model"),
     "only a header": (GOOD[:8], "damaged"),
-    "cut": (GOOD[: len(GOOD) // 2], "damaged|ended its process|refused"),
+    "cut": (GOOD[: len(GOOD) // 2], "damaged|killed its process|refused"),
     "root beyond the end": (b"\xff\xff\xff\x7f" + GOOD[4:], "damaged"),
     "random": (b"\x10\0\0\0TFL3" + random.Random(7).randbytes(4096), "damaged|has no graph"),
     "flex": (needs(b"FlexReadFile"), "needs the operator 'FlexReadFile', which LiteRT does not have"),
@@ -79,7 +79,7 @@ HOSTILE = {
     "no graph": (changed(lambda model: model.subgraphs.clear()), "has no graph"),
     "weights elsewhere": (changed(elsewhere), "weights in other files"),
     "text": (changed(text), "'x' holds .*; only numbers can be served"),
-    "a tensor that is not there": (changed(absent), "refused|ended its process"),
+    "a tensor that is not there": (changed(absent), "refused|killed its process"),
     "too large to try": (changed(endless), "more than 67108864 elements|refused"),
 }
 

@@ -38,5 +38,5 @@ def test_a_program_needs_a_trusted_publisher_and_brings_nothing_else() -> None:
         check(TORCH_EXPORT, file("model.pt2"))
     with pytest.raises(InvalidRequest, match=r"exactly the file 'model\.pt2'"):
         check(TORCH_EXPORT, file("model.pt2"), file("more"), trusted=True)
-    with pytest.raises(InvalidRequest, match="no platform 'caffe'"):
+    with pytest.raises(InvalidRequest, match="unknown platform 'caffe'"):
         check("caffe", file("model.pt2"), trusted=True)

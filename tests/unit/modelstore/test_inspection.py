@@ -51,7 +51,7 @@ async def test_a_classifier_with_two_outputs_is_batched(tmp_path: Path) -> None:
     ("content", "why"),
     [
         (models.identity(shape=(1, 4)), "free first axis"),
-        (models.over_batch(), "Softmax (output 'y') works across the rows; a trial run shows that rows depend"),
+        (models.over_batch(), "Softmax (output 'y') works across the rows; a trial run showed that rows depend"),
         (models.first_row(), "Compress (output 'y') keeps as many rows as it likes"),
         (models.reshaping(), "Reshape (output 'y') reshapes"),
         (models.identity(shape=()), "free first axis"),
@@ -78,7 +78,7 @@ async def test_sizes_that_nobody_knows_end_no_proof(tmp_path: Path) -> None:
     content = graphs.build(nodes, [("x", "FP32", ("n", "w"))], weights={"w": np.ones((11, 2), np.float32)})
     found = await look(tmp_path, content)
     assert found.max_batch_size == 32
-    assert "no made-up values" in found.note
+    assert "no generated inputs" in found.note
 
 
 async def test_an_output_that_is_declared_as_one_row_has_them_all(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ async def test_a_range_beyond_its_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(bytes(20))
     assert (await look(tmp_path, models.external(offset="4"))).max_batch_size > 1
     assert "tensor 'c'" in (reason := await refusal(tmp_path, models.external(offset="5")))
-    assert "beyond the end" in reason
+    assert "exceeds the end" in reason
 
 
 async def test_a_link_is_no_file_of_the_version(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_no_other_way_of_writing_external_data_passes(tensor: bytes) -> None:
 @pytest.mark.parametrize("location", HOSTILE)
 def test_a_location_is_a_plain_name_below_the_model(location: bytes) -> None:
     tensor = b"\x08\x01\x10\x01\x70\x01" + field(8, b"weight") + entry(b"location", location)
-    with pytest.raises(UnsafeModel, match=r"tensor 'weight'.*names no plain file") as caught:
+    with pytest.raises(UnsafeModel, match=r"tensor 'weight'.*does not name a plain file") as caught:
         onnx_parser.check_file(holding(tensor))
     assert "passwd" not in caught.value.message
 

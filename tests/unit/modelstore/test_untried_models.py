@@ -168,7 +168,7 @@ async def test_what_is_not_tried_says_why_and_is_batched_only_if_that_is_proven(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"s": np.array([0, 1, 8, 8])}, "the model does not take the sample: "),
+        ({"s": np.array([0, 1, 8, 8])}, "the model fails on the sample: "),
         ({"s": np.array([1.5, 1, 8, 8])}, "'s' has values that are not of INT64"),
         ({"s": np.array([2, 1, 8])}, r"input 's' has shape \[3\]; the model expects \[4\]"),
         ({"z": np.zeros(1)}, "has no input 'z'"),
@@ -314,8 +314,8 @@ ENDS: dict[str, tuple[str, str]] = {
         "import time\nclass Model:\n    def predict(self, inputs): time.sleep(1000)\n",
         "the trial run with made-up inputs took longer than 12 s; .*--sample",
     ),
-    "exit": ("import os\nos._exit(3)\n", r"importing model\.py ended its process \(exit status 3\)"),
-    "abort": ("import os\nos.abort()\n", r"importing model\.py ended its process \(signal 6\)"),
+    "exit": ("import os\nos._exit(3)\n", r"importing model\.py killed its process \(exit status 3\)"),
+    "abort": ("import os\nos.abort()\n", r"importing model\.py killed its process \(signal 6\)"),
 }
 
 

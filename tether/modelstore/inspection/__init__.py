@@ -1,1 +1,1 @@
-"""A pushed model is read and tried in a confined process before it becomes a version."""
+"""Reads and runs a pushed model in a confined process before it becomes a version."""

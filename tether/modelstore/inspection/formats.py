@@ -1,4 +1,4 @@
-"""What may be pushed: for each platform the files it needs, whether they are programs, and who looks at them."""
+"""Accepted formats: for each platform its required files, whether they are programs, and the inspector."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ TENSORFLOW_LITE = "tensorflow_lite"
 
 @dataclass(frozen=True)
 class Format:
-    """One platform. ``needs`` are paths that a version must have, ``only`` says that it has no others; the first of them
-    has at most ``largest`` bytes.
+    """One platform. ``needs`` are required paths, ``only`` forbids other files; the first path has at most
+    ``largest`` bytes.
 
     ``signatures``: a file may have several, of which one is served.
 
-    ``code``: loading it runs what is in it, so that only a trusted publisher may push it. ``inspector`` is the module of
-    this package that looks at it, and ``memory_mb`` the address space that it takes beside what the model's size asks for.
+    ``code``: loading it runs its code, so only a trusted publisher may push it. ``inspector`` is the
+    inspecting module
+    of this package; ``memory_mb`` is address space added to the need of the model's size.
     """
 
     platform: str
@@ -55,28 +56,28 @@ FORMATS = {
 
 
 def format_of(platform: str) -> Format:
-    """The format of a platform: one of ours, or one that an installed package brings, whose models count as programs.
+    """Return the format of a platform: built in, or from an installed package, whose models count as programs.
 
     Raises:
-        InvalidRequest: there is no such platform here.
+        InvalidRequest: the platform is unknown.
     """
     found, others = FORMATS.get(platform), plugins.installed(plugins.RUNTIMES)
     if found is None and platform in others:
         return Format(platform, (), "plugin", memory_mb=16384)
     if found is None:
         known = ", ".join(f"'{name}'" for name in (*FORMATS, *others))
-        raise InvalidRequest(f"there is no platform '{platform[:64]}'; known: {known}", field="platform")
+        raise InvalidRequest(f"unknown platform '{platform[:64]}'; expected one of {known}", field="platform")
     return found
 
 
 def check_files(platform: str, files: tuple[ModelFile, ...], *, trusted: bool, max_bytes: int) -> Format:
-    """The format of a push, when its files can be one.
+    """Return the format of a push if its files fit it.
 
     Raises:
-        InvalidRequest: no such platform, or files that do not fit it.
+        InvalidRequest: an unknown platform, or files that do not fit it.
         ModelRejected: the model's own file is empty.
-        FormatNotAllowed: it is a program, and who pushes it may not push programs.
-        PayloadTooLarge: together the files are over a limit.
+        FormatNotAllowed: it is a program, and the publisher may not push programs.
+        PayloadTooLarge: the files together are over a limit.
     """
     found = format_of(platform)
     paths = [file.path for file in files if file.path != sample.PATH]

@@ -1,4 +1,4 @@
-"""Look at a pushed model in a process of its own, and say what it is or why it cannot be served."""
+"""Inspects a pushed model in a separate process and returns its description or the reason for a refusal."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tether.process.os_process import die_with_parent
 from tether.sandbox import plan
 
 MAX_REPORT = 1 << 20
-"""Bytes of the child's answer; a model whose signature is longer is refused."""
+"""Maximum bytes of the child's report; a model with a longer signature is refused."""
 
 REFUSALS = {kind.code: kind for kind in (ModelRejected, FormatNotAllowed, UnsafeModel, InspectionLimitExceeded)}
-"""The errors that a child may report."""
+"""Errors that a child may report."""
 
 LOADING = "loading the model"
 IMPORTING = "importing model.py"
@@ -28,27 +28,30 @@ MAKING = "making the class of model.py and its load()"
 TRYING = "the trial run with made-up inputs"
 SAMPLE = "the trial run with the sample"
 MORE = "further trial runs"
-"""What a child may be doing."""
+"""Steps that a child may report."""
 
 _HINTS = {
-    IMPORTING: "something at the top level of model.py, or of a module that it imports, does not end",
-    MAKING: "it waits for something that does not come, or loads too much",
+    IMPORTING: "something at the top level of model.py, or of a module that it imports, does not finish",
+    MAKING: "it waits forever, or loads too much",
     TRYING: "push a smaller model, or real inputs with --sample",
 }
 _FAULTS = (signal.SIGSEGV, signal.SIGFPE, signal.SIGILL, signal.SIGBUS)
-"""Signals that a model's process gets for what it computes."""
+"""Signals that the computation of a model can raise in its process."""
 _MB = 1 << 20
 CONFINED = plan.ConfinementRequest()
 
 
 class Inspection(msgspec.Struct, frozen=True):
-    """What a model is. ``max_batch_size`` is the rows one run may have, 0 when its first axis is no batch axis.
+    """Description of a model. ``max_batch_size``: maximum rows per run, 0 if its first axis is not a batch axis.
 
-    ``note`` says in one line why a model is not batched, or that it was not tried; often empty when it is batched, and
-    when nothing is known of its rows.
-    ``refuted``: a trial run showed that rows depend on one another, so nobody may declare that they do not.
-    ``untried``: why no trial run succeeded, in one line; empty when one did. ``crashed``: a trial run ended its process.
-    ``signature``: the one of its file's ``signatures`` that is served, for formats that have several.
+    ``note``: in one line, why a model is not batched or was not tried; often empty if it is batched, and if
+    nothing is
+    known of its rows.
+    ``refuted``: a trial run showed that rows depend on one another, so a declaration of independence is
+    refused.
+    ``untried``: in one line, why no trial run succeeded; empty if one did. ``crashed``: a trial run killed
+    its process.
+    ``signature``: the served one of the file's ``signatures``, for formats that have several.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -63,7 +66,7 @@ class Inspection(msgspec.Struct, frozen=True):
 
 
 class InspectionLimits(msgspec.Struct, frozen=True):
-    """What an inspection may cost: MiB of address space, seconds of processor time, seconds of real time."""
+    """Limits of an inspection: MiB of address space, seconds of processor time, seconds of wall time."""
 
     memory_mb: int = 4096
     cpu_s: int = 60
@@ -71,7 +74,9 @@ class InspectionLimits(msgspec.Struct, frozen=True):
 
     @classmethod
     def for_size(cls, size: int, memory_mb: int = 4096) -> InspectionLimits:
-        """Limits for files of ``size`` bytes: parsing and optimising hold a few copies of the weights.
+        """Return limits for files of ``size`` bytes: parsing and optimising need several times the weights.
+
+        ``memory_mb`` is the framework's own need.
 
         ``memory_mb`` is what the framework itself takes.
         """
@@ -84,8 +89,10 @@ class InspectionLimits(msgspec.Struct, frozen=True):
 
 
 class InspectionReport(msgspec.Struct, frozen=True):
-    """A line of the child. With ``doing`` it says what is done next, and what is known of the model so far; without, it is the
-    last one: an inspection, or the reason for a refusal."""
+    """One line of the child. With ``doing`` it announces the next step and what is known of the model so far;
+    without, it
+    is the last line: an inspection, or the reason for a refusal.
+    """
 
     inspection: Inspection | None = None
     rejected: str = ""
@@ -95,7 +102,7 @@ class InspectionReport(msgspec.Struct, frozen=True):
 
 
 Tell = Callable[[InspectionReport], None]
-"""Sends a line to whoever asked for an inspection, before it is over."""
+"""Sends a report line before the inspection is over."""
 
 
 async def inspect(
@@ -105,12 +112,15 @@ async def inspect(
     wanted: tuple[str, str] = ("", ""),
     confined: plan.ConfinementRequest = CONFINED,
 ) -> Inspection:
-    """Inspect the files of ``directory`` with a module of this package, which is told what is ``wanted``: the platform and the
-    signature. The child is ``confined``,
-    inherits no environment, writes no file but in a folder in memory where it is given one, and reads nothing but these files and libraries.
+    """Inspect the files of ``directory`` with a module of this package. ``wanted``: the platform and the signature.
+
+    The child is ``confined``, inherits no environment, writes files only to its folder in memory, if any, and
+    reads
+    only these files and libraries.
 
     Raises:
-        ModelRejected: the model cannot be served, or its inspection crashed, ran too long or needed too much memory.
+        ModelRejected: the model cannot be served, or its inspection crashed, timed out or needed too much
+    memory.
     """
     wish = msgspec.structs.replace(confined, read=(str(directory), *confined.read), behind=True)
     arguments = (str(directory), str(limits.memory_mb), str(limits.cpu_s), *wanted)
@@ -158,7 +168,7 @@ async def _read(process: Process, found: bytearray) -> None:
 
 
 def _last(answer: bytes | bytearray) -> InspectionReport:
-    """The last whole line that the child wrote."""
+    """Return the last whole line that the child wrote."""
     for line in reversed(bytes(answer).split(b"\n")):
         with suppress(msgspec.DecodeError):
             return msgspec.json.decode(line, type=InspectionReport)
@@ -166,9 +176,11 @@ def _last(answer: bytes | bytearray) -> InspectionReport:
 
 
 def _judge(last: InspectionReport, status: int, limits: InspectionLimits, late_s: float) -> Inspection:
-    """What the child said, or how it ended: after ``late_s`` seconds (0: not so), or with a ``status``.
+    """Return the child's result, or judge its end: after ``late_s`` seconds (0: not late), or with a ``status``.
 
-    A model that ran once is taken whatever became of further trial runs, and one whose first run crashed as not tried.
+    A model that ran once is accepted whatever happened to further trial runs; one whose first run crashed
+    counts as
+    not tried.
     """
     if not last.doing and last.inspection is not None:
         return last.inspection
@@ -177,7 +189,7 @@ def _judge(last: InspectionReport, status: int, limits: InspectionLimits, late_s
     late_s = late_s or (limits.cpu_s if status == -signal.SIGXCPU else 0.0)
     known, ending = (
         last.inspection,
-        f"took longer than {late_s:g} s" if late_s else f"ended its process ({_ending(status)})",
+        f"took longer than {late_s:g} s" if late_s else f"killed its process ({_ending(status)})",
     )
     if known is not None and not known.untried:
         note = f"{known.note}; " if known.note else ""

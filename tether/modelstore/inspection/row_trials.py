@@ -1,4 +1,4 @@
-"""Runs of a model with made-up rows, alone and together. They can show that rows depend on one another, never that they do not."""
+"""Runs a model with generated rows, alone and together. Trials can disprove row independence, never prove it."""
 
 from __future__ import annotations
 
@@ -15,30 +15,32 @@ from tether.errors import ModelRejected, OutputMisfit, TetherError
 from tether.model.sample import rows_of
 
 MAX_ELEMENTS = 1 << 26
-"""Of one input of one run."""
+"""Maximum elements of one input of one run."""
 SECONDS = 10.0
-"""After this no further run begins."""
+"""Seconds after which no further run starts."""
 SIZES = (1, 2, 7, 16, 64)
-"""Of every axis beside the first that is open."""
+"""Sizes for open axes except the first."""
 SIZES_TRIED = 3
-"""Of those that the model takes."""
+"""Number of sizes tried of those that the model accepts."""
 SCALES = (1.0, 1e-6, 1e6, 1e-3, 1e3, 30.0)
-"""Of the rows of one run, one after the other."""
+"""Scales of the rows of one run, in turn."""
 KINDS = 5
-"""Of whole numbers and texts: see :func:`_whole` and :func:`_texts`."""
+"""Kinds of whole numbers and texts: see :func:`_whole` and :func:`_texts`."""
 TOLERANCE = 1e-2
-"""Of the largest number in a row's output. Runs of other size add numbers up in another order."""
+"""Tolerance relative to the largest number in a row's output: run size changes the order of additions."""
 ULP = 1e-6
 BF16 = NUMPY_DTYPES["BF16"]
 
 Arrays = Mapping[str, Any]
 Run = Callable[[Arrays], list[Any]]
-"""One run of a model: inputs by name, outputs in the order of its signature."""
+"""One run of a model: inputs by name, outputs in signature order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """``outputs`` of the first run that did not fail, or the ``error`` of the first that did when none succeeded.
+    """``outputs`` of the first successful run, or the ``error`` of the first failure if none succeeded.
+
+    ``refuted`` describes how a row's output differed alone and among others.
 
     ``refuted`` says what differed between a row alone and the same row among others.
     """
@@ -57,15 +59,16 @@ def trial(
     sample: Arrays | None = None,
     ran: Callable[[list[Any]], None] = lambda _outputs: None,
 ) -> Tried:
-    """Run the model with rows of many kinds; with ``rows`` each run of several is compared with runs of one.
+    """Run the model with rows of many kinds; with ``rows`` compare each run of several with runs of one.
 
-    ``names`` are those of the outputs. A ``sample`` of real inputs is run before all that is made up. ``ran`` is told of the
-    outputs of the first run that did not fail.
+    ``names`` are the output names. A ``sample`` of real inputs runs before generated ones. ``ran`` receives
+    the outputs
+    of the first successful run.
 
     Raises:
-        ModelRejected: an input is too large to try, or the model does not take the sample.
-        OutputMisfit: its outputs are not what it declares.
-        MemoryError: a run needs more memory than there is.
+        ModelRejected: an input is too large to try, or the model fails on the sample.
+        OutputMisfit: its outputs do not match their declaration.
+        MemoryError: a run needs more memory than available.
     """
     trials = _Trials(run, names, time.monotonic() + SECONDS, ran)
     if sample is not None:
@@ -87,17 +90,17 @@ class _Trials:
         self.error: Exception | None = None
         self.refuted = ""
         self.sizes = 0
-        """Sizes of open axes that the model took."""
+        """Sizes of open axes that the model accepted."""
 
     def over(self, *, rows: bool) -> bool:
-        """Whether nothing more is to be learned, or not in the time that there is."""
+        """Return whether nothing more can be learned, or not in the time left."""
         return bool(self.refuted) or (self.outputs is not None and (not rows or time.monotonic() > self._ends))
 
     def real(self, sample: Arrays, names: Sequence[str], *, rows: bool) -> None:
-        """A run of the sample as it is and, with ``rows``, one of as many of its rows as made-up inputs have."""
+        """Run the sample unchanged and, with ``rows``, with as many of its rows as generated inputs have."""
         found = self._try(sample)
         if isinstance(found, Exception):
-            raise ModelRejected(f"the model does not take the sample: {words(found)}", field="sample") from found
+            raise ModelRejected(f"the model fails on the sample: {words(found)}", field="sample") from found
         some = rows_of(dict(sample), names, len(SCALES)) if rows else None
         if some is not None:
             self.size([some], rows=True)
@@ -118,7 +121,7 @@ class _Trials:
         self.sizes += bool(taken)
 
     def _try(self, arrays: Arrays) -> list[Any] | Exception:
-        """One run. The model gets arrays of its own, which it may write into."""
+        """Run once, with copies of the arrays, because the model may write into them."""
         try:
             found = self._run({name: np.array(array) for name, array in arrays.items()})
         except (ModelRejected, OutputMisfit, MemoryError):
@@ -131,11 +134,11 @@ class _Trials:
         return found
 
     def _alone(self, arrays: Arrays) -> bool:
-        """Whether a row runs alone; where each does, but not all together, the model takes one row at a time."""
+        """Run each row alone; if all succeed but the joined run fails, the model takes one row at a time."""
         found = [self._try(_row(arrays, row)) for row in range(_count(arrays))]
         ran = [outputs for outputs in found if not isinstance(outputs, Exception)]
         if len(ran) == len(found):
-            self.refuted = f"it runs with each of {len(found)} rows alone, and not with all of them"
+            self.refuted = f"it runs with each of {len(found)} rows alone, but not with all of them"
         return bool(ran)
 
     def _refuted(self, arrays: Arrays, together: list[Any]) -> str:
@@ -149,7 +152,7 @@ class _Trials:
             own = _row(arrays, row)
             alone = self._try(own)
             if isinstance(alone, Exception):
-                return f"it runs with {count} rows and not with one of them"
+                return f"it runs with {count} rows, but not with one of them"
             for index, (single, many) in enumerate(zip(alone, together, strict=True)):
                 why = _difference(single, many[row : row + 1])
                 if why and not self._sensitive(own, index, single):
@@ -157,7 +160,7 @@ class _Trials:
         return ""
 
     def _sensitive(self, arrays: Arrays, index: int, output: Any) -> bool:
-        """Whether rounding alone may explain a difference: inputs that differ in their last digits make one as well."""
+        """Return whether rounding can explain a difference: inputs with changed last digits cause one too."""
         moved = {
             name: (array * (1 + ULP * np.resize([1, -1, 0], array.shape))).astype(array.dtype)
             if array.dtype.kind == "f"
@@ -169,7 +172,7 @@ class _Trials:
 
 
 def words(error: Exception) -> str:
-    """An error in one line, without what could be a path."""
+    """Return an error in one line, without anything that could be a path."""
     text = " ".join(word for word in str(error).split() if "/" not in word)[:240]
     return text if isinstance(error, TetherError) else f"{type(error).__name__}: {text}"
 
@@ -193,13 +196,13 @@ def _difference(one: Any, other: Any) -> str:
         return "are not finite in the same places"
     scale = float(np.max(np.abs(a[finite]), initial=0.0))
     most = float(np.max(np.abs(a[finite] - b[finite]), initial=0.0))
-    # A row of zeros alone must be one among others too, but for what rounds to it.
+    # A row of zeros alone must be zero among others too, except for rounding.
     limit = TOLERANCE * scale * (4 if one.dtype.itemsize < 4 else 1)
     return f"differ by {most:.2g}, where the largest number is {scale:.2g}" if most > limit else ""
 
 
 def _rows(inputs: Sequence[TensorSpec], size: int, rows: int) -> Iterator[dict[str, Any]]:
-    """Inputs of several kinds, from those that most models take to those that few do."""
+    """Generate inputs of several kinds, from commonly to rarely accepted ones."""
     kinds = KINDS if any(spec.datatype == "BYTES" or _dtype(spec).kind in "iu" for spec in inputs) else 1
     for kind in range(kinds):
         draw = np.random.default_rng([size, kind])
@@ -236,9 +239,9 @@ def _array(spec: TensorSpec, shape: list[int], kind: int, draw: np.random.Genera
 
 
 def _whole(shape: list[int], kind: int, dtype: Any, draw: np.random.Generator) -> Any:
-    """Ones, 1 to 3, 1 to 100, all positive ones, and of both signs.
+    """Ones, 1 to 3, 1 to 100, all positive ones, and both signs.
 
-    Never 0, nor the least of all: ONNX Runtime divides by the one, and the other by -1, and its process ends.
+    Never 0 or the minimum: ONNX Runtime divides by the one, and the other by -1, which kills its process.
     """
     most = int(np.iinfo(dtype).max)
     largest = (1, 3, min(100, most), most, most)[kind]
@@ -249,7 +252,7 @@ def _whole(shape: list[int], kind: int, dtype: Any, draw: np.random.Generator) -
 
 
 def _texts(shape: list[int], kind: int, draw: np.random.Generator) -> Any:
-    """Words, sentences, numbers, other scripts, and texts of very different lengths; bytes, as in serving."""
+    """Words, sentences, numbers, other scripts, and texts of very different lengths; as bytes, like in serving."""
     choices = (
         ["a", "word", "Ulm"],
         ["a short sentence", "another, of more words than the first one"],

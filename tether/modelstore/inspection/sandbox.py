@@ -1,8 +1,9 @@
-"""What every child of an inspection does: limit itself, look, and print reports, one a line.
+"""Main program of every inspecting child: limit itself, inspect, print reports, one per line.
 
-Called as ``tether.modelstore.inspect_X DIR MEMORY_MB CPU_SECONDS PLATFORM SIGNATURE`` in a process that is confined already
-(:mod:`tether.sandbox.enter`). It limits its own memory and processor time, and writes no file but in the folder in memory that it
-may have been given.
+Called as ``tether.modelstore.inspect_X DIR MEMORY_MB CPU_SECONDS PLATFORM SIGNATURE`` in a process that is
+already
+confined (:mod:`tether.sandbox.enter`). It limits its memory and processor time, and writes files only to the
+folder in memory that it may have been given.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ Inspect = Callable[[Path, Tell], Inspection]
 
 
 def main(arguments: list[str], inspect: Inspect, *, files: int = 64) -> int:
-    """Inspect the folder that the arguments name; ``files`` may be open at a time."""
+    """Inspect the folder in the arguments; ``files`` may be open at a time."""
     directory, memory_mb, cpu_s = arguments[:3]
     _limit(int(memory_mb), int(cpu_s), files)
-    # Libraries write to descriptor 1 as they please; the report gets a copy that they do not know.
+    # Libraries write to descriptor 1; the report goes to a duplicate that they do not know.
     report_to = os.dup(1)
     os.dup2(2, 1)
 
@@ -44,7 +45,7 @@ def main(arguments: list[str], inspect: Inspect, *, files: int = 64) -> int:
 def _limit(memory_mb: int, cpu_s: int, files: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
-    if "TMPDIR" not in os.environ:  # set with the folder in memory, whose size limits files then
+    if "TMPDIR" not in os.environ:  # set with the folder in memory, whose size then limits files
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
 
@@ -61,11 +62,11 @@ def _report(directory: Path, inspect: Inspect, tell: Tell) -> InspectionReport:
 
 
 def is_memory(error: Exception) -> bool:
-    """Whether a framework's error is for want of memory."""
+    """Return whether a framework's error means that memory ran out."""
     return any(words in str(error) for words in _MEMORY_WORDS)
 
 
 def refused(what: str, error: Exception) -> ModelRejected:
-    """A refusal in one line, without what could be a path."""
+    """Return a refusal in one line, without anything that could be a path."""
     text = " ".join(word for word in str(error).split() if "/" not in word)[:240]
     return ModelRejected(f"the model was refused: {what}: {type(error).__name__}: {text}", field="file")

@@ -1,7 +1,7 @@
-"""Run a model a few times, to see that it runs and whether anything speaks against sharing a run among callers.
+"""Runs a model a few times to check that it runs, and whether anything contradicts batching across callers.
 
-Rows of different callers share a run where that is proven from the model's graph (:mod:`tether.frameworks.row_proof.prover`) or
-declared by its publisher. Trial runs can only speak against it.
+Rows of different callers share a run if that is proven from the model's graph
+(:mod:`tether.frameworks.row_proof.prover`) or declared by its publisher. Trial runs can only disprove it.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from tether.modelstore.inspection.inspector import MORE, SAMPLE, TRYING, Inspect
 from tether.modelstore.inspection.row_trials import Run, Tried, trial
 
 BATCH_BYTES = 8 << 20
-"""Inputs and outputs of one automatic batch together."""
+"""Maximum bytes of inputs and outputs of one automatic batch."""
 LARGEST_BATCH = 512
 LARGEST_GUESS = 32
-"""When some axis besides the first is free too, so that nobody knows the size of a row."""
+"""Maximum rows if an axis besides the first is open, so that the row size is unknown."""
 
 NO_PROOF = RowProof(independent=False)
-"""Of a model that is no graph: nothing is known of its rows."""
-UNTRIED = "its rows are proven to be independent; no made-up values were found that it runs with"
+"""Note on a model without a graph: nothing is known of its rows."""
+UNTRIED = "its rows are proven to be independent; no generated inputs were found that it accepts"
 NO_FREE_AXIS = "not every input and output has a free first axis"
 
 
 class _Named(NamedTuple):
-    """A signature to compare a sample with."""
+    """Signature to compare a sample with."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...] = ()
@@ -44,7 +44,7 @@ class _Named(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model that is to be tried: one run of it, and its signature."""
+    """A model to try: its run function and its signature."""
 
     run: Run
     inputs: tuple[TensorSpec, ...]
@@ -60,19 +60,20 @@ def judge(
     compare: bool = True,
     words: Callable[[Exception], str] = row_trials.words,
 ) -> Inspection:
-    """Try a model of ``directory`` with the sample that is there and with made-up inputs, and decide on batching.
+    """Try a model of ``directory`` with its sample and with generated inputs, and decide on batching.
 
-    It may fail with what is made up: then it is taken as not tried. ``tell`` hears what is known so far. ``compare``: rows alone
-    with the same rows together. ``words`` tells of an error.
+    A failure with generated inputs counts as not tried. ``tell`` receives what is known so far. ``compare``:
+    compare
+    rows alone with the same rows together. ``words`` formats an error.
 
     Raises:
-        ModelRejected: an input is too large to try, the model does not take its sample, or needs too much memory.
-        OutputMisfit: its outputs are not what it declares.
+        ModelRejected: an input is too large to try, the model fails on its sample, or needs too much memory.
+        OutputMisfit: its outputs do not match their declaration.
     """
     sample = samples.read(directory, _Named(model.inputs))
     needed = tuple(spec for spec in model.inputs if not spec.optional)
     doing = TRYING if sample is None else SAMPLE
-    tell(InspectionReport(doing=doing, inspection=_concluded(model, needed, proof, Tried(), f"{doing} did not end")))
+    tell(InspectionReport(doing=doing, inspection=_concluded(model, needed, proof, Tried(), f"{doing} did not finish")))
     tried = trial(
         model.run,
         needed,
@@ -95,7 +96,7 @@ def _free(specs: Sequence[TensorSpec]) -> bool:
 def _concluded(
     model: Model, needed: tuple[TensorSpec, ...], proof: RowProof, tried: Tried, untried: str = ""
 ) -> Inspection:
-    """What trials, as far as they came, and the proof say of a model."""
+    """Combine the trials, as far as they ran, with the proof."""
     outputs = _ranked(model.outputs, tried)
     found = Inspection(model.inputs, outputs, 0, untried=untried)
     if proof.independent:
@@ -104,7 +105,7 @@ def _concluded(
     if not _free(needed) or not _free(outputs):
         return replace(found, note=proof.reason or NO_FREE_AXIS)
     if tried.refuted:
-        said = f"a trial run shows that rows depend on one another: {tried.refuted}"
+        said = f"a trial run showed that rows depend on one another: {tried.refuted}"
         note = f"{proof.reason}; {said}" if proof.reason else said
         return replace(found, note=note, refuted=True)
     if not proof.independent:
@@ -114,7 +115,7 @@ def _concluded(
 
 
 def automatic_batch(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> int:
-    """Most rows of one run when nobody said: a power of two whose tensors stay within ``BATCH_BYTES``."""
+    """Return the default maximum rows of a run: a power of two whose tensors stay within ``BATCH_BYTES``."""
     specs = (*inputs, *outputs)
     width = sum(
         int(np.prod([max(axis, 1) for axis in spec.shape[1:]], dtype=np.float64)) * _item_size(spec) for spec in specs
@@ -129,7 +130,7 @@ def _item_size(spec: TensorSpec) -> int:
 
 
 def _ranked(outputs: Sequence[TensorSpec], tried: Tried) -> tuple[TensorSpec, ...]:
-    """Outputs as they really were: with the rank they had, where they declare none, and open axes for sizes that they did not have."""
+    """Return output specs with the observed rank where none is declared, and open axes for sizes that varied."""
     if tried.outputs is None:
         return tuple(outputs)
     return tuple(_seen(spec, np.shape(array)) for spec, array in zip(outputs, tried.outputs, strict=True))
@@ -145,5 +146,5 @@ def _seen(spec: TensorSpec, shape: tuple[int, ...]) -> TensorSpec:
 
 
 def _with_rows(outputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    """Some exporters write that an output has one row; where the graph proves that it has them all, it does."""
+    """Correct outputs that an exporter declared with one row, where the graph proves that they have all rows."""
     return tuple(replace(spec, shape=(-1, *spec.shape[1:])) if spec.shape else spec for spec in outputs)

@@ -1,1 +1,1 @@
-"""What the model store writes into the broker's buckets."""
+"""Entries that the model store writes into the broker's buckets."""

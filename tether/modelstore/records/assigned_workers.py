@@ -1,4 +1,4 @@
-"""Which workers are told to hold a model, as the dispatcher's assignments say: they may open it when it is encrypted."""
+"""Workers assigned to each model by the dispatcher: they may decrypt it if it is encrypted."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ log = logging.getLogger(__name__)
 
 
 class Assigned:
-    """Follows the bucket ``assign``."""
+    """Watches the bucket ``assign``."""
 
     def __init__(self, bus: Bus) -> None:
         self._bucket = SignedBucket(bus, "assign", MessageType.ASSIGN)
         self._models: dict[str, frozenset[str]] = {}
         self._unknown = False
         self.news = asyncio.Event()
-        """Set when a worker is told to hold other models; whoever waits for it clears it."""
+        """Set when an assignment changes; the waiter clears it."""
 
     @asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
-        """Know them until the block ends. Where the broker's configuration is older and does not let this identity read them,
-        every worker counts as told to hold every model."""
+        """Watch assignments until the block ends. If an older broker configuration denies this identity
+        reading them,
+        every worker counts as assigned to every model.
+        """
         async with AsyncExitStack() as stack:
             try:
                 await stack.enter_async_context(self._bucket.watch(self._changed))
             except PermissionDenied as error:
                 self._unknown = True
                 log.error(  # noqa: TRY400 - it says it all
-                    "every worker may open every encrypted model: %s; write the broker's configuration again",
+                    "every worker may decrypt every encrypted model: %s; rewrite the broker's configuration",
                     error,
                     extra={"action": "assignments_unread"},
                 )
@@ -50,7 +52,7 @@ class Assigned:
             self.news.set()
 
     def to(self, model: str) -> frozenset[str] | None:
-        """Names of the workers that are told to hold a version of the model; None: nobody knows which."""
+        """Return names of the workers assigned to a version of the model; None if unknown."""
         if self._unknown:
             return None
         return frozenset(worker for worker, models in self._models.items() if model in models)

@@ -1,4 +1,4 @@
-"""Configurations of models in their bucket: each change is made to the newest revision, and is one more."""
+"""Stores model configurations in their bucket: each change applies to the newest revision and increments it."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from tether.wire.subjects import token
 log = logging.getLogger(__name__)
 
 TRIES = 16
-"""Conditional writes lost in a row before giving up."""
+"""Consecutive lost conditional writes before giving up."""
 
 
 class ModelConfigStore:
-    """Handles ``configureModel``, and what a push says about its model."""
+    """Handles ``configureModel``, and the configuration in a push."""
 
     def __init__(
         self, bus: Bus, registry: Registry, audit: AuditLog, notes: VersionMetadataStore, owners: Owners
@@ -54,19 +54,19 @@ class ModelConfigStore:
         self._bucket = SignedBucket(bus, "configs", MessageType.CONFIG)
 
     async def handle(self, envelope: Envelope) -> bytes:
-        """Do what the request says, and answer with the configuration as it is then.
+        """Apply a request and return the resulting configuration.
 
         Raises:
-            InvalidRequest, BadName: naming the field that is wrong.
-            ModelNotFound: no version of the model has ever been pushed, or the asker may not know of it.
+            InvalidRequest, BadName: naming the invalid field.
+            ModelNotFound: the model was never pushed, or the requester may not know of it.
             Forbidden: the model belongs to another tenant.
-            Conflict: it is at another revision than the request is about.
+            Conflict: the revision is not the one in the request.
             Unavailable: try again.
         """
         try:
             request = codec.decode(envelope.body, ConfigRequest)
         except BadEncoding as error:
-            raise InvalidRequest(f"the change cannot be read: {error.message}") from error
+            raise InvalidRequest(f"cannot decode the change: {error.message}") from error
         check_platform_name(request.model, field="name")
         asker = Asker(request.tenant, request.admin, request.by)
         wanted = Right.USE if request.action is ConfigAction.SHOW else Right.WRITE
@@ -85,7 +85,7 @@ class ModelConfigStore:
         return codec.encode(config)
 
     async def get(self, model: str) -> ModelConfig:
-        """A model's configuration as it is stored.
+        """Return a model's configuration as stored.
 
         Raises:
             BrokerUnavailable
@@ -93,7 +93,7 @@ class ModelConfigStore:
         return await self._decoded(model, await self._bucket.latest(token(model)))
 
     async def given(self, manifest: Manifest, patch: Mapping[str, Any], by: str) -> None:
-        """Apply what a push says, before its version can be seen by anybody.
+        """Apply the configuration of a push before its version becomes visible.
 
         Raises:
             InvalidRequest, Unavailable, BrokerUnavailable: as :meth:`handle`; nothing was changed.
@@ -105,7 +105,7 @@ class ModelConfigStore:
     async def _change(
         self, request: ConfigRequest, beside: Manifest | None = None
     ) -> tuple[ModelConfig, tuple[str, ...]]:
-        """The configuration after the change, and the names of the fields that are others than before."""
+        """Return the configuration after the change, and the names of the changed fields."""
         manifests = await self._registry.of_model(request.model)
         if beside is not None and all(manifest.version != beside.version for manifest in manifests):
             manifests.append(beside)
@@ -135,13 +135,13 @@ class ModelConfigStore:
             self._registry.check()
             if await self._stored(stamped, latest):
                 return stamped, changed
-        raise Unavailable(f"the configuration of model '{request.model}' is changed by others all the time; try again")
+        raise Unavailable(f"the configuration of model '{request.model}' is being changed by others; try again")
 
     async def _stored(self, config: ModelConfig, latest: EntryRevision) -> bool:
         try:
             await self._bucket.replace(token(config.model), codec.encode(config), latest)
         except VersionConflict:
-            # The write may be our own, whose acknowledgement was lost and which the broker was asked for again.
+            # The conflicting write may be our own, whose acknowledgement was lost.
             return await self.get(config.model) == config
         except BrokerUnavailable:
             if not await self._bus.wait_connected(10):
@@ -150,10 +150,10 @@ class ModelConfigStore:
         return True
 
     async def _decoded(self, model: str, latest: EntryRevision) -> ModelConfig:
-        """What an entry says. One that cannot be read counts as none, and the next change replaces it.
+        """Decode an entry. An unreadable one counts as absent, and the next change replaces it.
 
         Raises:
-            Unavailable: it cannot be believed, so nobody knows what a change would be made to.
+            Unavailable: it cannot be verified, so the base of a change is unknown.
         """
         if latest.body is None:
             if latest.sequence:
@@ -162,7 +162,9 @@ class ModelConfigStore:
         try:
             config = codec.decode(latest.body, ModelConfig)
         except BadEncoding as error:
-            log.warning("unreadable configuration: %s", error, extra={"action": "entry_refused", "model": model})
+            log.warning(
+                "ignored an unreadable configuration: %s", error, extra={"action": "entry_refused", "model": model}
+            )
             return default_config(model)
         return config if config.model == model else default_config(model)
 

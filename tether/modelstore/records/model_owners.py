@@ -1,4 +1,4 @@
-"""Who owns each model of a partition, and who may do what with it: asked before every act on a model."""
+"""Stores the owner and grants of each model, and checks them before every action on a model."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ from tether.wire import codec
 log = logging.getLogger(__name__)
 
 TRIES = 16
-"""Conditional writes lost in a row before giving up."""
+"""Consecutive lost conditional writes before giving up."""
 
 _GRANTABLE = (Right.NONE, Right.USE, Right.WRITE)
 
 
 class Owners:
-    """The ownerships in the bucket ``configs``, as the model store writes them."""
+    """The ownership records in the bucket ``configs``, as the model store writes them."""
 
     def __init__(self, bus: Bus, registry: Registry, audit: AuditLog) -> None:
         self._bus = bus
@@ -57,19 +57,19 @@ class Owners:
         self._bucket = SignedBucket(bus, "configs", MessageType.CONFIG)
 
     async def of(self, model: str) -> Ownership | None:
-        """Who owns a model; None: it has no versions and never had an owner.
+        """Return a model's ownership; None if it has no versions and never had an owner.
 
         Raises:
-            Unavailable: its record cannot be believed, so nobody knows whose it is.
+            Unavailable: its record cannot be verified, so the owner is unknown.
             BrokerUnavailable
         """
         return (await self._latest(model))[0]
 
     async def require(self, model: str, asker: Asker, wanted: Right) -> None:
-        """Prove that the asker may do with a model what takes ``wanted``.
+        """Check that the requester has the right ``wanted`` on a model.
 
         Raises:
-            ModelNotFound: it may not even know of the model, or there is none.
+            ModelNotFound: the model does not exist, or the requester may not know of it.
             Forbidden: it has a lesser right; or the request names no tenant.
             Unavailable, BrokerUnavailable
         """
@@ -79,12 +79,13 @@ class Owners:
         self._refuse(model, asker, refusal(model, self._right(found, asker), wanted))
 
     async def may_push(self, request: PushRequest) -> str:
-        """Prove that a push may make a version, and return the tenant that owns the model, or will.
+        """Check that a push may make a version; return the tenant that owns the model, or will.
 
         Raises:
-            BadName: no new model may have this name.
-            Conflict: the name belongs to a tenant that granted the asker nothing.
-            Forbidden: the asker may only use the model, or there is none and the name is in another tenant's namespace; or
+            BadName: a new model may not have this name.
+            Conflict: the name belongs to a tenant that granted the requester nothing.
+            Forbidden: the requester may only use the model, or the model is new and in another tenant's
+        namespace; or
                 the request names no tenant.
             Unavailable, BrokerUnavailable
         """
@@ -99,11 +100,11 @@ class Owners:
         return found
 
     async def may_encrypt(self, model: str, asker: Asker) -> None:
-        """As :meth:`require` with WRITE, or there is no such model yet."""
+        """Check as :meth:`require` with WRITE; a new model is allowed."""
         await self._may_push(model, asker)
 
     async def claim(self, request: PushRequest) -> None:
-        """Make the tenant of a new model's namespace its owner, before a version can be seen.
+        """Record the tenant of a new model's namespace as its owner, before a version is visible.
 
         Raises:
             Conflict, Forbidden: another tenant was first.
@@ -120,11 +121,11 @@ class Owners:
         await self.may_push(request)
 
     async def handle(self, request: ChangeRequest) -> Ownership:
-        """Show, grant, revoke or hand over; returns the ownership as it is then.
+        """Show, grant, revoke or transfer; return the resulting ownership.
 
         Raises:
-            ModelNotFound, Forbidden: the asker does not own the model.
-            InvalidRequest, BadName: the grant cannot be.
+            ModelNotFound, Forbidden: the requester does not own the model.
+            InvalidRequest, BadName: the grant is invalid.
             Unavailable, BrokerUnavailable
         """
         asker = Asker(request.tenant, request.admin, request.by)
@@ -133,17 +134,17 @@ class Owners:
             return await self._now(request.model)
         if request.change is Change.HAND_OVER:
             if not request.admin:
-                raise self._noted(request.model, asker, Forbidden("only an administrator can hand a model over"))
+                raise self._noted(request.model, asker, Forbidden("only an administrator can transfer a model"))
             return await self._change(request, lambda found: handed_over(found, request.grantee))
         if request.right not in _GRANTABLE:
-            raise InvalidRequest("use and write can be granted, and nothing else", field="right")
+            raise InvalidRequest("only 'use' and 'write' can be granted", field="right")
         return await self._change(request, lambda found: granted(found, request.grantee, Right(request.right)))
 
     async def migrate(self, partition: int) -> None:
-        """Record the owner of every model of a partition that has versions from before models had owners.
+        """Record the owner of every model of a partition whose versions predate ownership.
 
         Raises:
-            Unavailable: another model store looks after the partition by now.
+            Unavailable: another model store owns the partition by now.
             BrokerUnavailable
         """
         recorded = set(await self._bucket.raw.entries())
@@ -158,7 +159,7 @@ class Owners:
             if await self._bucket.create(owner_key(model), codec.encode(self._stamped(implied, ""))):
                 log.info("belongs to '%s' now", implied.tenant, extra={"action": "model_owner", "model": model})
 
-    # deciding
+    # decisions
 
     def _known(self, asker: Asker) -> None:
         if not asker.tenant:
@@ -200,14 +201,16 @@ class Owners:
         try:
             found = codec.decode(latest.body, Ownership)
         except BadEncoding as error:
-            raise Unavailable(f"the owner of model '{model}' cannot be read") from error
+            raise Unavailable(f"cannot verify the owner record of model '{model}'") from error
         if found.owned != model:
-            raise Unavailable(f"the owner of model '{model}' cannot be read")
+            raise Unavailable(f"cannot decode the owner record of model '{model}'")
         return found, latest
 
     async def _implied(self, model: str) -> Ownership | None:
-        """What follows from the versions. Of a model that has only versions that cannot be read, nobody is the owner: only
-        administrators may act on it."""
+        """Derive the owner from the versions. If no version is readable the model has no owner: only
+        administrators may
+        act on it.
+        """
         found = implied_ownership(await self._registry.of_model(model))
         if found is None and await self._registry.any_recorded(model):
             return Ownership(model, "")
@@ -226,7 +229,7 @@ class Owners:
                 self._told(request, stamped)
                 await self._audit.settled()
                 return stamped
-        raise Unavailable(f"the owner of model '{request.model}' is changed by others all the time; try again")
+        raise Unavailable(f"the owner of model '{request.model}' is being changed by others; try again")
 
     def _stamped(self, ownership: Ownership, by: str) -> Ownership:
         return msgspec.structs.replace(ownership, changed_at=self._bus.clock.utc(), changed_by=clean(by))
@@ -236,7 +239,7 @@ class Owners:
         try:
             await self._bucket.replace(owner_key(ownership.owned), codec.encode(ownership), latest)
         except VersionConflict:
-            # The write may be our own, whose acknowledgement was lost and which the broker was asked for again.
+            # The conflicting write may be our own, whose acknowledgement was lost.
             return await self.of(ownership.owned) == ownership
         except BrokerUnavailable:
             if not await self._bus.wait_connected(10):

@@ -1,7 +1,8 @@
-"""Versions and aliases in the broker's buckets: numbers without gaps in authority, aliases that only move whole.
+"""Allocates version numbers and updates aliases with compare-and-set.
 
-A version exists when its manifest does. Two model stores may work on one model at the same time: a version number
-and a move of an alias are each won by whoever's conditional write comes first.
+A version exists once its manifest does. Two model stores may work on one model at the same time: a version
+number
+and an alias update each go to the first conditional write.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ from tether.wire import codec
 from tether.wire.subjects import token
 
 TRIES = 16
-"""Conditional writes lost in a row before giving up."""
+"""Consecutive lost conditional writes before giving up."""
 
 HISTORY = 50
-"""Moves of an alias that are remembered."""
+"""Stored history entries of an alias."""
 
 
 Admit = Callable[[Manifest], Awaitable[None]]
 
 
 class Versions(NamedTuple):
-    """What is known of a model: its newest readable manifest, and the highest number that was ever given out."""
+    """State of a model: its newest readable manifest, and the highest number ever used."""
 
     newest: Manifest | None
     highest: int
 
 
 class Deleted(NamedTuple):
-    """What is kept of a deleted version: its manifest, and where that is."""
+    """A deleted version: its manifest, and the entry that keeps it."""
 
     manifest: Manifest
     subject: str
@@ -49,7 +50,7 @@ class Deleted(NamedTuple):
 class Registry:
     """The ``models`` and ``aliases`` buckets, as the model store writes them.
 
-    ``check`` raises when this model store may not write any more; it is asked before each write.
+    ``check`` raises if this model store may not write any more; it is called before each write.
     """
 
     def __init__(self, bus: Bus, check: Callable[[], None] = lambda: None) -> None:
@@ -88,8 +89,9 @@ class Registry:
     async def add(
         self, model: str, build: Callable[[int], Manifest], admit: Admit, wanted: int = 0
     ) -> tuple[Manifest, bool]:
-        """Give the next number to what ``build`` makes of it; False when the newest version is just the same. ``admit``
-        is asked before a new version is made, and raises when there must be none. ``wanted``: only as that number.
+        """Give the next number to the version that ``build`` makes; return False if the newest version is identical.
+        ``admit`` is called before a new version is made, and raises to prevent it. ``wanted``: require this
+        number.
 
         Raises:
             Conflict: the version ``wanted`` is something else, or not the next one.
@@ -103,8 +105,9 @@ class Registry:
                 return newest, False
             if wanted not in (0, manifest.version):
                 raise Conflict(
-                    f"version {wanted} of model '{model}' cannot be made: the next one is {highest + 1}; push it as that, "
-                    f"or without a version",
+                    f"version {wanted} of model '{model}' cannot be made: the next version is "
+                    f"{highest + 1}; use that number, "
+                    f"or none",
                     field="version",
                 )
             await admit(manifest)
@@ -120,7 +123,7 @@ class Registry:
             if await self._models.create(key, frame):
                 return True
         except BrokerUnavailable:
-            # It may be stored all the same: what the bucket holds then decides.
+            # It may be stored all the same: the bucket decides.
             if not await self._bus.wait_connected(10):
                 raise
             if await self._models.get(key) is None:
@@ -128,7 +131,7 @@ class Registry:
         return await self._models.get(key) == frame
 
     async def move(self, model: str, name: str, version: int, *, forward_only: bool = False) -> Alias:
-        """Let alias ``name`` of ``model`` stand for ``version``; with ``forward_only`` it never goes back.
+        """Point alias ``name`` of ``model`` at ``version``; with ``forward_only`` never at an older one.
 
         Raises:
             Unavailable: other writers won every time.
@@ -144,9 +147,9 @@ class Registry:
         return alias or Alias(model, name, version)
 
     async def change(self, model: str, name: str, decide: Callable[[Alias | None], Alias | None]) -> Alias | None:
-        """Replace an alias by what ``decide`` makes of it (None: it is to be gone), and return that.
+        """Replace an alias by the result of ``decide`` (None deletes it), and return that.
 
-        ``decide`` sees the alias as it is and is asked again when another writer came first.
+        ``decide`` gets the current alias and is called again if another writer came first.
 
         Raises:
             Unavailable: other writers won every time.
@@ -174,10 +177,10 @@ class Registry:
             except VersionConflict:
                 continue
             return wanted
-        raise Unavailable(f"alias '{name}' of model '{model}' is moved by others all the time; try again")
+        raise Unavailable(f"alias '{name}' of model '{model}' is being changed by others; try again")
 
     def next_alias(self, current: Alias | None, wanted: Alias) -> Alias:
-        """``wanted`` with the history of what it takes over from; ``current`` itself when it already says the same."""
+        """Return ``wanted`` with the history of its predecessor; ``current`` itself if it already has that target."""
         if current is None:
             return wanted
         if (current.version, current.split, current.sticky) == (wanted.version, wanted.split, wanted.sticky):
@@ -186,14 +189,14 @@ class Registry:
         return msgspec.structs.replace(wanted, previous=past, revision=current.revision + 1)
 
     def as_move(self, alias: Alias) -> Move:
-        """What an alias stands for, as an entry of its history."""
+        """Return an alias's target as a history entry."""
         return Move(alias.version, self._bus.clock.utc(), alias.split, alias.sticky)
 
     async def manifests(self) -> list[Manifest]:
-        """Every version there is.
+        """Return every version.
 
         Raises:
-            Unavailable: an entry cannot be read, so nobody knows what it names.
+            Unavailable: an entry cannot be read, so its references are unknown.
             BrokerUnavailable: no answer.
         """
         prefix, found = len(self._models.subject("")), []
@@ -202,12 +205,12 @@ class Registry:
                 continue
             manifest = self._manifest(item.subject[prefix:], item)
             if manifest is None:
-                raise Unavailable(f"the manifest of '{item.subject[prefix:]}' cannot be read; delete that version")
+                raise Unavailable(f"the manifest of '{item.subject[prefix:]}' is unreadable; delete that version")
             found.append(manifest)
         return found
 
     async def of_model(self, model: str) -> list[Manifest]:
-        """Every version of a model that can be read.
+        """Return every readable version of a model.
 
         Raises:
             BrokerUnavailable: no answer.
@@ -220,7 +223,7 @@ class Registry:
         return found
 
     async def any_recorded(self, model: str) -> bool:
-        """Whether a model has an entry that was not deleted, be it one that cannot be read.
+        """Return whether a model has an entry that was not deleted, readable or not.
 
         Raises:
             BrokerUnavailable: no answer.
@@ -230,11 +233,11 @@ class Registry:
         return any(not item.headers.get("KV-Operation") for item in entries)
 
     async def recorded(self, model: str, version: int) -> bool:
-        """Whether a version has an entry, be it one that cannot be read."""
+        """Return whether a version has an entry, readable or not."""
         return await self._models.get(self._bus.names.version_key(model, version)) is not None
 
     async def exists(self, model: str, version: int) -> bool:
-        """Whether a version has a manifest that can be read."""
+        """Return whether a version has a readable manifest."""
         key = self._bus.names.version_key(model, version)
         frame = await self._models.get(key)
         if frame is None:
@@ -246,11 +249,12 @@ class Registry:
         return True
 
     async def delete(self, model: str, version: int) -> None:
-        """Take a version away for good; its number is never given out again. What it named counts for its tenant until it is
-        collected, so its manifest stays until then, as that of a deleted version.
+        """Delete a version; its number is never reused. Its chunks count for its tenant until they are
+        collected, so its
+        manifest is kept until then, as that of a deleted version.
 
         Raises:
-            Unavailable: another model store looks after the model by now.
+            Unavailable: another model store owns the partition by now.
             BrokerUnavailable: no answer.
         """
         self.check()
@@ -258,18 +262,18 @@ class Registry:
         await self._models.delete(key, await self._models.get(key) or b"")
 
     def _alias(self, stored: StoredMessage) -> tuple[Alias, int] | None:
-        """An alias and when it was issued."""
+        """Return an alias and its time of issue."""
         if stored.headers.get("KV-Operation"):
             return None
         envelope = self._bus.verify_frame(stored.data, stored.subject, MessageType.ALIAS)
         return None if envelope is None else (codec.decode(envelope.body, Alias), envelope.header.issued_at)
 
     async def aliases(self, model: str) -> dict[str, int]:
-        """Every alias of a model and the version it stands for."""
+        """Return every alias of a model and its version."""
         return {alias.name: alias.version for alias in await self.all_aliases(model)}
 
     async def all_aliases(self, model: str) -> list[Alias]:
-        """Every alias of a model."""
+        """Return every alias of a model."""
         found: list[Alias] = []
         subjects = self._aliases.subject(f"{token(model)}.*")
         async for item in self._bus.direct_scan(self._aliases.stream, subjects):
@@ -279,7 +283,7 @@ class Registry:
         return found
 
     async def deleted(self) -> list[Deleted]:
-        """Deleted versions whose chunks may not have been collected yet.
+        """Return deleted versions whose chunks may not have been collected yet.
 
         Raises:
             BrokerUnavailable: no answer.
@@ -293,20 +297,20 @@ class Registry:
         return found
 
     async def collected(self, left: Deleted) -> None:
-        """Nothing is left of a deleted version.
+        """Record that nothing is left of a deleted version.
 
         Raises:
-            BrokerUnavailable: it may be noted all the same.
+            BrokerUnavailable: it may be recorded all the same.
         """
         expected = {"Nats-Expected-Last-Subject-Sequence": str(left.sequence)}
         with suppress(VersionConflict):
             await self._bus.publish_acked(left.subject, b"", headers={"KV-Operation": "DEL", **expected})
 
     async def repair(self, partition: int) -> None:
-        """Move every ``latest`` of a partition that was left behind when a model store died between a manifest and its alias.
+        """Update every ``latest`` of a partition that lags because a model store died between manifest and alias.
 
         Raises:
-            Unavailable: another model store looks after it by now.
+            Unavailable: another model store owns the partition by now.
             BrokerUnavailable: no answer.
         """
         newest: dict[str, int] = {}
@@ -316,7 +320,7 @@ class Registry:
             await self.move(model, LATEST, version, forward_only=True)
 
     async def readable(self, partition: int) -> list[Manifest]:
-        """Every version of a partition's models that can be read.
+        """Return every readable version of a partition's models.
 
         Raises:
             BrokerUnavailable: no answer.
@@ -324,7 +328,7 @@ class Registry:
         return [one async for one in self._readable() if self._bus.names.partition(one.name) == partition]
 
     async def check_partitions(self) -> None:
-        """Prove that every version's chunks are in a partition that there is.
+        """Check that every version's chunks are in an existing partition.
 
         Raises:
             ConfigError: the setting was lowered.
@@ -335,7 +339,8 @@ class Registry:
             least = max(least, manifest.partition + 1)
         if least > self._bus.names.partitions:
             raise ConfigError(
-                f"setting 'partitions' is {self._bus.names.partitions}, but there are versions in {least}; it can only grow",
+                f"setting 'partitions' is {self._bus.names.partitions}, but there are versions in "
+                f"{least}; it can only grow",
                 field="partitions",
             )
 
@@ -348,13 +353,13 @@ class Registry:
 
 
 def _same(one: Manifest, other: Manifest) -> bool:
-    """Whether two versions would behave alike: same files, same platform, same batching."""
+    """Return whether two versions behave alike: same files, same platform, same batching."""
     files = [(file.path, file.digest) for file in one.files] == [(file.path, file.digest) for file in other.files]
     alike = one.platform == other.platform and one.isolation == other.isolation
     return files and alike and one.run_timeout_s == other.run_timeout_s and _joined_alike(one.batching, other.batching)
 
 
 def _joined_alike(one: Batching, other: Batching) -> bool:
-    """Whether jobs are joined alike. A version without a basis is judged by its workers, and batched when that proves it."""
+    """Return whether two versions batch alike. Without a basis, workers decide, and batch if the proof succeeds."""
     alike = (one.max_batch_size, one.max_delay_ms) == (other.max_batch_size, other.max_delay_ms)
     return alike and (one.basis == other.basis or {one.basis, other.basis} == {"", PROVEN})

@@ -1,4 +1,4 @@
-"""Labels and notes of versions in their bucket: each change is made to what is there."""
+"""Stores labels and notes of versions in their bucket; each change is merged into the stored entry."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class VersionMetadataStore:
         self._bucket = SignedBucket(bus, "notes", MessageType.CONFIG)
 
     async def change(self, model: str, version: int, patch: Mapping[str, Any], by: str) -> VersionNote:
-        """Change labels and note of a version; returns them as they are then.
+        """Change labels and note of a version; return the result.
 
         Raises:
-            InvalidRequest: naming the field that is wrong.
-            ModelNotFound: there is no such version.
+            InvalidRequest: naming the invalid field.
+            ModelNotFound: the version does not exist.
             Unavailable, BrokerUnavailable: try again.
         """
         wanted = patch_of(patch)
@@ -57,10 +57,10 @@ class VersionMetadataStore:
                 self._note(stamped)
                 await self._audit.settled()
                 return stamped
-        raise Unavailable(f"the note of model '{model}' version {version} is changed by others all the time; try again")
+        raise Unavailable(f"the note of model '{model}' version {version} is being changed by others; try again")
 
     async def forget(self, model: str, version: int) -> None:
-        """The version is gone."""
+        """Delete the entry of a deleted version."""
         await self._bucket.delete(self._bus.names.version_key(model, version))
 
     async def _stored(self, key: str, note: VersionNote, latest: EntryRevision) -> bool:
@@ -76,14 +76,14 @@ class VersionMetadataStore:
         return True
 
     def _decoded(self, model: str, version: int, latest: EntryRevision) -> VersionNote:
-        """What an entry says; one that cannot be believed or read counts as none."""
+        """Decode an entry; an unverifiable or unreadable one counts as absent."""
         none = VersionNote(model, version)
         if latest.body is None:
             return none
         try:
             found = codec.decode(latest.body, VersionNote)
         except BadEncoding as error:
-            log.warning("unreadable note: %s", error, extra={"action": "entry_refused", "model": model})
+            log.warning("ignored an unreadable note: %s", error, extra={"action": "entry_refused", "model": model})
             return none
         return found if (found.model, found.version) == (model, version) else none
 

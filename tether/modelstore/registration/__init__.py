@@ -1,1 +1,1 @@
-"""From a push to a version, and changes of models."""
+"""Makes versions of pushes, and changes models."""

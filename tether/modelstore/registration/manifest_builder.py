@@ -1,4 +1,4 @@
-"""From a pushed file to the manifest of a version: fetch, verify, look at it, decide how it is batched."""
+"""Builds a version's manifest from a push: fetch, verify, inspect, decide on batching."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ MAX_RUN_S = 86_400.0
 
 
 def check_request(request: PushRequest, *, max_bytes: int) -> None:
-    """Prove that a push can be acted on, before any of its bytes is fetched.
+    """Check a push before any of its bytes is fetched.
 
     Raises:
-        InvalidRequest: naming the field and what it may be.
+        InvalidRequest: naming the field and its allowed values.
         PayloadTooLarge: the file is over a limit.
     """
     check_platform_name(request.name, field="name")
@@ -51,7 +51,7 @@ def check_request(request: PushRequest, *, max_bytes: int) -> None:
     if request.isolation not in ("", *Isolation):
         raise InvalidRequest("isolation must be 'thread' or 'process'", field="isolation")
     if request.isolation == Isolation.THREAD and request.platform != ONNX:
-        raise InvalidRequest("only ONNX runs in the worker's own process; leave isolation out", field="isolation")
+        raise InvalidRequest("only ONNX runs in a thread of the worker; leave isolation out", field="isolation")
     if not 0 <= request.run_timeout_s <= MAX_RUN_S:
         raise InvalidRequest(f"run_timeout_s must be 0 (the worker's setting) to {MAX_RUN_S:g}", field="run_timeout_s")
     if request.signature and not format_of(request.platform).signatures:
@@ -63,7 +63,7 @@ def check_request(request: PushRequest, *, max_bytes: int) -> None:
 
 
 class Source(NamedTuple):
-    """Where the files of a push come from, and where they are put together. ``files`` have their plain digests."""
+    """Chunk source of a push, and the folder for its files. ``files`` have their plain digests."""
 
     files: tuple[ModelFile, ...]
     chunks: Chunks
@@ -71,12 +71,12 @@ class Source(NamedTuple):
 
 
 async def sealed_source(request: PushRequest, bus: Bus, keyring: ModelKeyring, memory: MemoryFolder) -> Source:
-    """That of an encrypted push: opened on its way into memory.
+    """Return the source of an encrypted push, decrypted into memory.
 
     Raises:
-        NoDecryptionKey: this model store has not the key that it was closed with.
-        DecryptionFailed: its digests are not those of its chunks.
-        TmpfsUnavailable: there is no place for it.
+        NoDecryptionKey: this model store lacks its key.
+        DecryptionFailed: its digests do not match its chunks.
+        TmpfsUnavailable: there is no folder in memory for it.
     """
     if request.sealed is None:
         raise InvalidRequest("the push is not encrypted", field="sealed")
@@ -89,7 +89,8 @@ async def sealed_source(request: PushRequest, bus: Bus, keyring: ModelKeyring, m
 
 
 def confined(platform: str, settings: Settings) -> plan.ConfinementRequest:
-    """How the process is confined that looks at a model. A program has the folder for temporary files that it has in workers.
+    """Return the confinement of the inspecting process. A program gets the same folder for temporary files as
+    in workers.
 
     Raises:
         ModelRejected: the model is a program, and this machine's kernel cannot confine it.
@@ -108,11 +109,13 @@ def confined(platform: str, settings: Settings) -> plan.ConfinementRequest:
 async def examine(
     store: ChunkLifecycle, request: PushRequest, source: Source, wish: plan.ConfinementRequest, *, fresh_s: float
 ) -> tuple[tuple[ModelFile, ...], Inspection]:
-    """Make sure of the chunks for ``fresh_s`` seconds, fetch the files into a private folder, verify and look at them; the folder is gone afterwards.
-    The files of ``source`` come back with their own digests, whoever pushed them said these or not.
+    """Claim the chunks for ``fresh_s`` seconds, fetch the files into a private folder, verify and inspect
+    them, delete the folder.
+    The files of ``source`` come back with their own digests, whether the push had them or not.
 
     Raises:
-        CorruptChunk: the stored chunks are not the files; damaged ones are marked, so that the next push mends them.
+        CorruptChunk: the stored chunks do not match the files; damaged ones are marked, so the next push
+    repairs them.
         ModelRejected: it cannot be served.
         Unavailable: no room on the disk, or no broker.
     """
@@ -135,38 +138,40 @@ async def examine(
 
 
 def _checked(found: Inspection) -> Inspection:
-    """What an inspection found, when requests can name its inputs and outputs, and its named axes are its own.
+    """Return the inspection if requests can name its inputs and outputs, and its axis names are valid.
 
     Raises:
-        ModelRejected: naming the first that is not so.
+        ModelRejected: naming the first invalid one.
     """
     for side, specs in (("input", found.inputs), ("output", found.outputs)):
         names = [spec.name for spec in specs]
         for spec in specs:
             if fault := fault_of_name(spec.name):
                 raise ModelRejected(
-                    f"the name of {side} {spec.name[:64]!a} {fault}, so that no request could name it; rename it in the "
+                    f"the name of {side} {spec.name[:64]!a} {fault}, so requests cannot name it; rename it in the "
                     "model",
                     field="file",
                 )
             if names.count(spec.name) > 1:
-                raise ModelRejected(f"two {side}s are called '{spec.name[:64]}'; rename one in the model", field="file")
+                raise ModelRejected(f"two {side}s are named '{spec.name[:64]}'; rename one in the model", field="file")
             if spec.axes and len(spec.axes) != len(spec.shape):
                 raise ModelRejected(
-                    f"{side} '{spec.name[:64]}' has {len(spec.shape)} axes and {len(spec.axes)} names of axes; name each one, "
+                    f"{side} '{spec.name[:64]}' has {len(spec.shape)} axes and {len(spec.axes)} names of "
+                    "axes; name each one, "
                     "empty where it has no name",
                     field="file",
                 )
     return found
 
 
-_DECLARABLE = "if no row's answer depends on another row, say so with --max-batch-size N at the push"
+_DECLARABLE = "if no row's answer depends on another row, declare it with --max-batch-size N at the push"
 
 
 def batching(request: PushRequest, found: Inspection) -> Batching:
-    """How jobs of the version are joined: proven from its graph, declared by the push or the model's own description, or not.
+    """Decide how jobs are batched: proven from the graph, declared by the push or the model's description, or
+    not at all.
 
-    ``max_batch_size`` of 2 and more at the push is a declaration, for which the publisher answers.
+    ``max_batch_size`` of 2 or more at the push is a declaration, for which the publisher is responsible.
 
     Raises:
         ModelRejected: the push declares rows of a model that has none.
@@ -174,7 +179,7 @@ def batching(request: PushRequest, found: Inspection) -> Batching:
     wanted, delay = request.max_batch_size, request.max_delay_ms
     proven = found.max_batch_size if request.platform == ONNX else 0
     if wanted == 0:
-        return Batching(0, delay, reason="the push said max_batch_size 0")
+        return Batching(0, delay, reason="the push set max_batch_size 0")
     if proven:
         return Batching(proven if wanted == AUTOMATIC else wanted, delay, PROVEN, found.note)
     if wanted > 1:
@@ -194,7 +199,8 @@ def _check_rows(wanted: int, found: Inspection) -> None:
         for spec in specs:
             if not spec.shape or spec.shape[0] != -1:
                 raise ModelRejected(
-                    f"max_batch_size is {wanted}, but {side} '{spec.name[:64]}' has the shape {list(spec.shape)}, whose first "
+                    f"max_batch_size is {wanted}, but {side} '{spec.name[:64]}' has the shape "
+                    f"{list(spec.shape)}, whose first "
                     "axis is no batch axis; push it with max_batch_size 0",
                     field="max_batch_size",
                 )
@@ -215,7 +221,7 @@ def _why_not(found: Inspection) -> str:
 def manifest_builder(
     request: PushRequest, found: Inspection, *, created_at: float, publisher: str, partition: int = 0, owner: str = ""
 ) -> Callable[[int], Manifest]:
-    """What makes the manifest of any version number."""
+    """Return a function that builds the manifest for any version number."""
     joined = batching(request, found)
 
     def build(version: int) -> Manifest:

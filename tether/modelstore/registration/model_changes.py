@@ -1,4 +1,4 @@
-"""Moves of aliases and the end of versions, one after another: the rules of what may follow what."""
+"""Handles alias updates and version deletions one after another, with the rules between them."""
 
 from __future__ import annotations
 
@@ -51,19 +51,20 @@ class ModelChangeHandler:
         self._registry = registry
 
     async def handle(self, envelope: Envelope) -> bytes:
-        """Do what the request says.
+        """Apply a request.
 
         Raises:
-            InvalidRequest, BadName: the request itself is wrong.
-            ModelNotFound: there is no such version or alias, or the asker may not know of the model.
+            InvalidRequest, BadName: the request itself is invalid.
+            ModelNotFound: the version or alias does not exist, or the requester may not know of the model.
             Forbidden: the model belongs to another tenant.
-            Conflict: a version that an alias names cannot be deleted; an alias without a past cannot be rolled back.
+            Conflict: an alias points at the version to delete; an alias without history cannot be rolled
+        back.
             Unavailable: try again.
         """
         try:
             request = codec.decode(envelope.body, ChangeRequest)
         except BadEncoding as error:
-            raise InvalidRequest(f"the change cannot be read: {error.message}") from error
+            raise InvalidRequest(f"cannot decode the change: {error.message}") from error
         if request.change in STORE_CHANGES:
             return await self._kept(request)
         check_platform_name(request.model, field="name")
@@ -82,26 +83,26 @@ class ModelChangeHandler:
                 return await self._keyed(request, fields)
             alias = await self._changed(request)
         except TetherError as error:
-            log.info("refused: %s", error, extra={**fields, "code": error.code})
+            log.info("change refused: %s", error, extra={**fields, "code": error.code})
             raise
         log.info("changed", extra={**fields, "alias": request.alias, "version": alias.version if alias else 0})
         return codec.encode(ChangeAnswer(alias))
 
     async def _keyed(self, request: ChangeRequest, fields: dict[str, str]) -> bytes:
-        """Let a model have a data key, or another one."""
+        """Give a model a data key, or a new one."""
         work = self._keys.ensure if request.change is Change.ENCRYPT else self._keys.rekey
         generation = await work(request.model)
         log.info("has the data key number %d", generation, extra=fields)
         return codec.encode(ChangeAnswer(key_generation=generation))
 
     async def _kept(self, request: ChangeRequest) -> bytes:
-        """Begin what is asked for, and say what is in the store just now: it tells of every tenant's models."""
+        """Start the requested maintenance and return the state of the store, which covers every tenant's models."""
         if not request.admin:
-            raise Forbidden("only an administrator may look into the store of chunks")
+            raise Forbidden("only an administrator may see the chunk store")
         if request.change is not Change.SHOW_STORE:
             asked = self._keeper.collect_now if request.change is Change.COLLECT else self._keeper.scrub_now
             asked.set()
-            log.info("asked for", extra={"action": request.change.value, "by": request.by[:64]})
+            log.info("store maintenance requested", extra={"action": request.change.value, "by": request.by[:64]})
         return codec.encode(ChangeAnswer(store=await self._keeper.state()))
 
     async def _changed(self, request: ChangeRequest) -> Alias | None:
@@ -134,7 +135,7 @@ class ModelChangeHandler:
             if current is None:
                 raise _no_alias(request)
             if not current.previous:
-                raise Conflict(f"alias '{request.alias}' has stood for nothing else before", field="alias")
+                raise Conflict(f"alias '{request.alias}' has no previous target", field="alias")
             last, *rest = current.previous
             return Alias(
                 request.model,
@@ -159,7 +160,7 @@ class ModelChangeHandler:
         if naming:
             listed = ", ".join(f"'{name}'" for name in sorted(naming))
             raise Conflict(
-                f"version {version} of model '{model}' is what alias {listed} stands for; move or delete the alias first",
+                f"version {version} of model '{model}' is the target of alias {listed}; move or delete the alias first",
                 field="version",
             )
         await self._registry.delete(model, version)
@@ -168,20 +169,20 @@ class ModelChangeHandler:
 
 
 def check_alias_name(name: str) -> None:
-    """Prove that an alias may have a name.
+    """Check the name of an alias.
 
     Raises:
-        BadName, InvalidRequest: it is no name, or one that looks like a version's number.
+        BadName, InvalidRequest: it is not a name, or looks like a version number.
     """
     if check_name(name, field="alias").isdecimal():
         raise InvalidRequest("an alias cannot be a number: it would look like a version", field="alias")
 
 
 def check_split(split: tuple[Share, ...]) -> Share:
-    """Prove that a split can be acted on; returns the share with the most weight.
+    """Check a split; return the share with the largest weight.
 
     Raises:
-        InvalidRequest: a version twice, a weight that is no positive number, or too many.
+        InvalidRequest: a repeated version, a weight that is not positive, or too many shares.
     """
     if len(split) > MOST_SHARES:
         raise InvalidRequest(f"an alias can be split between at most {MOST_SHARES} versions", field="split")

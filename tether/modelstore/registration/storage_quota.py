@@ -1,4 +1,4 @@
-"""The quota ``stored_bytes``, where versions are made: the last word, whatever a gateway let through."""
+"""Enforces the quota ``stored_bytes`` where versions are made, after any check of a gateway."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tether.wire.subjects import token
 
 
 class StorageQuota:
-    """Versions of one tenant are made one after another, so that no two of them take the same room."""
+    """Serialises the versions of one tenant, so that two cannot use the same free bytes."""
 
     def __init__(self, bus: Bus) -> None:
         self._tenants = SignedBucket(bus, "tenants", MessageType.TENANT)
@@ -28,12 +28,12 @@ class StorageQuota:
 
     @asynccontextmanager
     async def turn(self, tenant: str) -> AsyncIterator[None]:
-        """Hold the tenant's turn to make a version."""
+        """Hold the tenant's lock for making a version."""
         async with self._locks.setdefault(tenant, asyncio.Lock()):
             yield
 
     async def check(self, manifest: Manifest) -> None:
-        """Refuse a version for which its tenant has no room.
+        """Refuse a version that exceeds its tenant's quota.
 
         Raises:
             QuotaExceeded
@@ -49,4 +49,4 @@ class StorageQuota:
         try:
             return None if body is None else codec.decode(body, Tenant)
         except BadEncoding as error:
-            raise Unavailable(f"the record of tenant '{name}' cannot be read") from error
+            raise Unavailable(f"cannot read the record of tenant '{name}'") from error

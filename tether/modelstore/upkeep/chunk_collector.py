@@ -1,4 +1,4 @@
-"""Looks after the store of chunks: removes what no version names, and proves what is there.
+"""Maintains the chunk store: removes unreferenced chunks and verifies the others.
 
 Several model stores may do so at the same time: see :mod:`tether.storage.chunk_lifecycle`.
 """
@@ -28,28 +28,30 @@ from tether.storage.object_meta import ChunkState
 log = logging.getLogger(__name__)
 
 FIRST_S = 300.0
-"""Time after the start before the first collection and the first pass."""
+"""Seconds from the start to the first collection and the first scrub."""
 
 Note = Callable[[str, tuple[str, ...], str], None]
-"""Told of a damaged chunk: its digest, the versions that name it, and the worker that had it (empty: none)."""
+"""Receives a damaged chunk: its digest, the versions that reference it, and the worker that had a copy
+(empty: none).
+"""
 
 _SIDE_BY_SIDE = 8
 _MB = 1 << 20
 
 
 class ReferencedChunk(NamedTuple):
-    """A chunk that versions (``model:version``) name."""
+    """A chunk that versions (``model:version``) reference."""
 
     size: int
     versions: tuple[str, ...]
     sealed: tuple[str, bytes] | None = None
-    """Of an encrypted model: its name, and the id of the data key."""
+    """For an encrypted model: its name, and the id of the data key."""
 
 
 class ChunkCollector:
-    """One model store's collections and passes, over the partitions that ``owned`` names: all, without it.
+    """Collections and scrubs of one model store over the partitions in ``owned``; all without it.
 
-    What a pass finds damaged it asks ``lenders`` for; ``note`` is told how that ended.
+    Damaged chunks are requested from ``lenders``; ``note`` receives the outcome.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class ChunkCollector:
 
     @asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
-        """Collect and scrub at their intervals and when asked, until the block ends."""
+        """Collect and scrub at their intervals and on request, until the block ends."""
         async with lifecycle.tasks() as tasks:
             collecting = self._again(self.collect, self.collect_now, self._settings.gc_interval_s, "collect")
             scrubbing = self._again(self.scrub, self.scrub_now, self._settings.scrub_interval_s, "scrub")
@@ -101,7 +103,7 @@ class ChunkCollector:
         return ChunkLifecycle(self._bus, self._bus.names.partition_bucket(partition))
 
     async def _named(self) -> dict[int, dict[str, ReferencedChunk]]:
-        """Every chunk that a version names, by the partition it is in."""
+        """Return every referenced chunk by partition."""
         found: dict[int, dict[str, ReferencedChunk]] = {number: {} for number in range(self._bus.names.partitions)}
         for manifest in await self._registry.manifests():
             version, chunks = f"{manifest.name}:{manifest.version}", found.setdefault(manifest.partition, {})
@@ -116,11 +118,11 @@ class ChunkCollector:
     # collection
 
     async def collect(self) -> int:
-        """Bring every chunk one step further that no version names; returns the bytes removed.
+        """Advance every unreferenced chunk one step; return the bytes removed.
 
         Raises:
-            Unavailable: a manifest cannot be read, so that nobody knows what it names; nothing was done.
-            JetStreamError, BrokerUnavailable: it was not done to the end; what was done counts.
+            Unavailable: a manifest cannot be read, so its references are unknown; nothing was done.
+            JetStreamError, BrokerUnavailable: it was not completed; completed steps stay.
         """
         began = self._bus.clock.monotonic()
         removed, unreferenced, outcome = 0, 0, "failed"
@@ -138,12 +140,12 @@ class ChunkCollector:
         return removed
 
     async def _collect(self, partition: int) -> tuple[int, int]:
-        """Bytes removed, and the chunks that no version named."""
+        """Return bytes removed, and the number of unreferenced chunks."""
         store = self._store(partition)
-        # before the snapshot: what they named was stored then
+        # before the snapshot: all chunks referenced by them were stored by then
         deleted = [left for left in await self._registry.deleted() if left.manifest.partition == partition]
         snapshot = await store.snapshot()
-        # after the snapshot: a version that is younger claimed its chunks, which changed their meta messages
+        # after the snapshot: a younger version claimed its chunks, which changed their meta messages
         named = (await self._named())[partition]
         removed, gone = 0, set[str]()
 
@@ -185,16 +187,17 @@ class ChunkCollector:
             return size
         return 0
 
-    # proof
+    # verification
 
     async def scrub(self) -> int:
-        """Read and compare every chunk that a version names, no faster than ``scrub_mb_s``; returns how many are damaged.
+        """Read and verify every referenced chunk at ``scrub_mb_s`` at most; return the number of damaged ones.
 
-        A damaged chunk is marked, and stored anew from the cache of a worker that has it, else by the next push that does; one
-        that turns out to be right after all is marked as that.
+        A damaged chunk is marked, and restored from a worker's cache, else by the next push that has it; one
+        that proves
+        to be intact is marked as such.
 
         Raises:
-            Unavailable, JetStreamError, BrokerUnavailable: the pass was not made to the end.
+            Unavailable, JetStreamError, BrokerUnavailable: the scrub was not completed.
         """
         every = await self._named()
         began, read = self._bus.clock.monotonic(), 0
@@ -226,14 +229,16 @@ class ChunkCollector:
                 else await store.write_state(chunk, ChunkState.DAMAGED)
             )
             if not marked:
-                return 0  # somebody stores it just now
+                return 0  # another writer is storing it
             state = "altered" if found else "missing"
             log.error("chunk %s is %s", chunk.digest, state, extra={"action": "chunk_damaged"})
             await self._repair(store, chunk._replace(state=ChunkState.DAMAGED, sequence=marked), named, found)
         return 0 if found is None else len(found.data)
 
     async def _right(self, chunk: StoredChunk, named: ReferencedChunk, found: StoredMessage) -> bool:
-        """Whether what is stored is the chunk; without the key of an encrypted model, whether it is what was noted."""
+        """Return whether the stored bytes are the chunk; without an encrypted model's key, whether they match
+        the recorded hash.
+        """
         try:
             content = await plain_form(chunk.digest, found)
             proof = await self._proof(chunk.digest, named)
@@ -244,10 +249,10 @@ class ChunkCollector:
         return await asyncio.to_thread(proof, content)
 
     async def _proof(self, name: str, named: ReferencedChunk) -> Proof:
-        """What tells whether some content is the chunk of this name.
+        """Return a function that checks whether content is the chunk of this name.
 
         Raises:
-            NoDecryptionKey: it takes the key of an encrypted model, which this model store cannot open.
+            NoDecryptionKey: it needs a key of an encrypted model that this model store cannot decrypt.
         """
         if named.sealed is None:
             return lambda content: digest_of(content) == name
@@ -257,11 +262,11 @@ class ChunkCollector:
     async def _repair(
         self, store: ChunkLifecycle, chunk: StoredChunk, named: ReferencedChunk, before: StoredMessage | None
     ) -> None:
-        """Store a chunk again that a worker has, in place of the data ``before``."""
+        """Restore a chunk from a worker, in place of the data ``before``."""
         lent = await self._borrowed(chunk.digest, named)
         versions = named.versions
         if lent is not None and not await self._stored(store, chunk, named, lent[0], before):
-            return  # somebody else stores it just now
+            return  # another writer is storing it
         metrics.REPAIRED_CHUNKS.labels("repaired" if lent else "not_held").inc()
         self._note(chunk.digest, versions, lent[1] if lent else "")
         if lent is None:
@@ -269,13 +274,13 @@ class ChunkCollector:
             log.error(words, chunk.digest, " or ".join(versions[:4]), extra=fields)
             return
         log.warning(
-            "chunk %s was in the cache of %s and is stored again",
+            "chunk %s restored from the cache of %s",
             *(chunk.digest, lent[1]),
             extra={"action": "chunk_repaired"},
         )
 
     async def _borrowed(self, name: str, named: ReferencedChunk) -> tuple[bytes, str] | None:
-        """What a worker has, and which; nobody is asked for what could not be proven."""
+        """Return a worker's copy and its name; workers are not asked for chunks that cannot be verified."""
         if self._lenders is None:
             return None
         try:
@@ -303,7 +308,7 @@ class ChunkCollector:
         return True
 
     async def state(self) -> StoreState:
-        """What is in the store just now; what is damaged as far as a push, a pull or a pass has found it.
+        """Return the state of the store; damage is known as far as a push, a pull or a scrub found it.
 
         Raises:
             Unavailable, JetStreamError, BrokerUnavailable
@@ -324,7 +329,7 @@ class ChunkCollector:
 
 
 def _opens(seal: ChunkSeal, name: str, content: bytes) -> bool:
-    """Whether it was closed with this key, for this name, and is what the name stands for."""
+    """Return whether content decrypts with this key and name to the named chunk."""
     try:
         return seal.name(digest_of(seal.decrypt(name, content))) == name
     except DecryptionFailed:
@@ -332,7 +337,7 @@ def _opens(seal: ChunkSeal, name: str, content: bytes) -> bool:
 
 
 def _damaged(named: Mapping[str, ReferencedChunk], every: Mapping[str, StoredChunk]) -> tuple[DamagedChunk, ...]:
-    """Named chunks without data, or known not to be right. One that is brought back at the next collection is neither."""
+    """Return referenced chunks without data, or known to be damaged; not those that the next collection restores."""
     return tuple(
         DamagedChunk(digest, entry.versions)
         for digest, entry in named.items()

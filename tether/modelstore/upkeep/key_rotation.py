@@ -1,8 +1,10 @@
-"""The data keys of encrypted models: made, boxed for whoever may open them, and replaced.
+"""Creates, distributes and replaces the data keys of encrypted models.
 
-Bucket ``modelkeys`` has one entry for each model that was ever encrypted. Every model store looks after all of them;
-the first conditional write wins. A model that was given a new key is stored again under it, version by version and in
-the background: that goes on after a restart, since it follows from what is stored alone.
+Bucket ``modelkeys`` has one entry for each model that was ever encrypted. Every model store maintains all of
+them;
+the first conditional write wins. A model with a new key is re-encrypted version by version in the background;
+this
+resumes after a restart, because it depends on stored state only.
 """
 
 from __future__ import annotations
@@ -50,12 +52,12 @@ log = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
 _EVERY_S = 60.0
-"""How often what needs no change is looked at all the same: an identity may have expired, a try may have failed."""
+"""Seconds between checks of unchanged entries: an identity may have expired, or an attempt failed."""
 _TRIES = 8
 
 
 class ModelKeyRotation:
-    """Makes and keeps the keys of every encrypted model."""
+    """Creates and maintains the keys of every encrypted model."""
 
     def __init__(self, bus: Bus, keyring: ModelKeyring, registry: Registry) -> None:
         self._bus = bus
@@ -64,21 +66,21 @@ class ModelKeyRotation:
         self._registry = registry
         self._models = SignedBucket(bus, "models", MessageType.MANIFEST)
         self.keyset: Callable[[], Keyset] = lambda: bus.verifier.keyset
-        """Who there is just now."""
+        """The current keyset."""
         self._kept: dict[str, tuple[object, ...]] = {}
 
     async def ensure(self, model: str) -> int:
-        """Let a model have a key that this model store can open; returns the generation of its newest.
+        """Ensure that a model has a key that this model store can decrypt; return its newest generation.
 
         Raises:
-            Unavailable: others write all the time, or this identity may not have keys.
+            Unavailable: other writers won every time, or this identity may not have keys.
             BrokerUnavailable
         """
         found = await self._changed(model, lambda now: now if self._newest(now) else self._renewed(now))
         return found.keys[-1].generation
 
     async def rekey(self, model: str) -> int:
-        """Give a model a new key, unless versions are still on their way to the newest one; returns its generation.
+        """Give a model a new key, unless re-encryption under the newest is in progress; return its generation.
 
         Raises:
             ModelNotFound: the model is not encrypted.
@@ -107,20 +109,20 @@ class ModelKeyRotation:
         holders = self._holders(keys.model)
         if not any(kid in self._keyring.opener for kid in holders):
             raise Unavailable(
-                "this model store is not in the keyset, so it can make no key; see 'tether identity list'"
+                "this model store is not in the keyset, so it cannot make a key; see 'tether identity list'"
             )
         return with_new_key(keys, holders, keyset_version=self.keyset().version, now_ms=self._bus.clock.utc_ms())
 
     async def _changed(self, model: str, decide: Callable[[ModelKeys], ModelKeys]) -> ModelKeys:
-        """Replace a model's entry by what ``decide`` makes of it."""
+        """Replace a model's entry by the result of ``decide``."""
         key, bucket = token(model), self._keyring.bucket
         for _ in range(_TRIES):
             latest = await bucket.latest(key)
             stored = None if latest.body is None else _decoded(latest.body)
-            # an entry whose writer was revoked counts no more, but what it said is still known here
+            # an entry of a revoked writer is invalid, but its last verified content is still known here
             current = stored or self._keyring.stored(model)
             if current is None and latest.sequence:
-                raise Unavailable(f"the keys of model '{model}' cannot be believed; see 'tether identity resign'")
+                raise Unavailable(f"the keys of model '{model}' cannot be verified; see 'tether identity resign'")
             current = current or ModelKeys(model, 0, ())
             wanted = decide(current)
             body = codec.encode(wanted)
@@ -132,10 +134,10 @@ class ModelKeyRotation:
                 log.info("wrote the keys of an encrypted model", extra={"action": "model_key_written", "model": model})
             self._keyring.changed(key, body)
             return wanted
-        raise Unavailable(f"the keys of model '{model}' are written by others all the time; try again")
+        raise Unavailable(f"the keys of model '{model}' are being changed by others; try again")
 
     async def keep(self) -> None:
-        """Bring the keys of every encrypted model, and what is stored under them, up to date."""
+        """Keep the keys of every encrypted model, and the chunks under them, up to date."""
         while True:
             self.assigned.news.clear()
             for model in self._keyring.owners():
@@ -165,13 +167,12 @@ class ModelKeyRotation:
     def _passed_on(self, keys: ModelKeys) -> ModelKeys:
         return passed_on(keys, self._holders(keys.model), self._keyring.opener, keyset_version=self.keyset().version)
 
-    # another key
+    # re-encryption
 
     async def _move(self, model: str, keys: ModelKeys) -> bool:
-        """Store every version under the newest key, or, when that is done, forget keys that no version needs; whether
-        there was something to do.
+        """Re-encrypt every version under the newest key, then drop unused keys; return whether there was work.
 
-        A key stays as long as a push that began before the newest was made may take to become a version.
+        A key is kept as long as a push that began before the newest key may take to become a version.
         """
         newest = self._newest(keys)
         if newest is None:
@@ -188,12 +189,12 @@ class ModelKeyRotation:
         return moved
 
     async def _moved(self, manifest: Manifest, newest: DataKey) -> None:
-        """Store a version's chunks under another key, and then its manifest; only what is not there yet is read."""
+        """Re-encrypt a version's chunks, then write its manifest; chunks already there are skipped."""
         name = manifest.name
         key = self._bus.names.version_key(name, manifest.version)
         latest = await self._models.latest(key)
         if latest.body is None or codec.decode(latest.body, Manifest) != manifest or manifest.sealed is None:
-            return  # deleted, or another model store was here
+            return  # deleted, or already done by another model store
         old = await self._keyring.find(name, manifest.sealed.key_id)
         plain = opened_manifest(old, manifest).files
         bucket = self._bus.names.partition_bucket(manifest.partition)
@@ -207,7 +208,7 @@ class ModelKeyRotation:
         body = codec.encode(msgspec.structs.replace(manifest, files=files, sealed=sealed))
         await self._models.replace(key, body, latest)
         fields = {"action": "model_rekeyed", "model": name, "version": manifest.version}
-        log.info("a version is stored under a new key", extra=fields)
+        log.info("version re-encrypted under a new key", extra=fields)
 
 
 async def _chunks(source: SealedChunkStore, file: ModelFile, digests: list[str]) -> AsyncIterator[tuple[str, bytes]]:
@@ -216,7 +217,7 @@ async def _chunks(source: SealedChunkStore, file: ModelFile, digests: list[str])
         for digest in digests:
             chunk = await anext(chunks)
             if await asyncio.to_thread(digest_of, chunk) != digest:
-                raise CorruptChunk(f"a chunk of '{file.path}' is not what was pushed; push the model again")
+                raise CorruptChunk(f"a chunk of '{file.path}' does not match the push; push the model again")
             yield digest, chunk
 
 
@@ -224,5 +225,5 @@ def _decoded(body: bytes) -> ModelKeys | None:
     try:
         return codec.decode(body, ModelKeys)
     except BadEncoding as error:
-        log.warning("unreadable entry: %s", error, extra={"action": "entry_refused"})
+        log.warning("ignored an unreadable entry: %s", error, extra={"action": "entry_refused"})
         return None

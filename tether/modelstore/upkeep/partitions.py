@@ -1,7 +1,8 @@
-"""The partitions that one model store looks after: taken, served, kept by signs of life, and given up.
+"""The partitions of one model store: acquired, served, kept by heartbeats, and released.
 
-It counts as their owner until ``partition_lease_s`` have passed since it began to give the last sign of life that was stored. Others count
-from when they saw that one, which is later, so two never both count themselves as the owner.
+A store counts itself as owner until ``partition_lease_s`` after it began to send the last stored heartbeat.
+Others
+count from when they saw that heartbeat, which is later, so two never both count themselves as the owner.
 """
 
 from __future__ import annotations
@@ -26,18 +27,22 @@ from tether.process.os_process import locked
 log = logging.getLogger(__name__)
 
 BEATS = 6
-"""Signs of life in ``partition_lease_s``, one a second at least. Whoever did not look for half of that time cannot tell who is silent, so there
-must be several in it."""
+"""Heartbeats per ``partition_lease_s``, at least one per second. A store that did not read for half of that
+time cannot
+tell which stores are silent, so there must be several.
+"""
 _MARGIN = 0.9
-"""How much of ``partition_lease_s`` an owner counts on: a clock may run a little faster than another."""
+"""Share of ``partition_lease_s`` that an owner relies on: clocks may run at different speeds."""
 
 Serve = Callable[[Lease], AbstractAsyncContextManager[None]]
 
 
 class StoreInstance:
-    """One run of one model store, and a private folder of its own below ``scratch``.
+    """One run of one model store, and a private folder below ``scratch``.
 
-    The folder is locked while the process lives, so what others left is found, and deleted: ``dead`` has their names.
+    The folder is locked while the process lives, so folders of dead processes are found and deleted: ``dead``
+    has their
+    names.
     """
 
     def __init__(self, scratch: Path) -> None:
@@ -56,12 +61,12 @@ class StoreInstance:
 
 
 def _locked(folder: Path) -> int | None:
-    """A descriptor that holds the folder; None when another process holds it."""
+    """Return a descriptor that locks the folder; None if another process has locked it."""
     return locked(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
 
 
 def _clear(path: Path) -> bool:
-    """Delete what a process left that was killed; False when it lives."""
+    """Delete the folder of a killed process; return False if the process lives."""
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return False
@@ -74,7 +79,9 @@ def _clear(path: Path) -> bool:
 
 
 class Partitions:
-    """One model store's share. ``serve`` is entered for each lease that it gets, and left when it has it no more."""
+    """One model store's share of the partitions. ``serve`` is entered for each lease acquired, and left when
+    it is lost.
+    """
 
     def __init__(self, bus: Bus, instance: str, serve: Serve, dead: Collection[str] = ()) -> None:
         self._bus = bus
@@ -91,39 +98,44 @@ class Partitions:
         self._until = float("-inf")
         self._looked = float("-inf")
         self._last: dict[str, tuple[int, float]] = {}
-        """Of each instance: the sequence of its last sign of life, and when that was first seen."""
+        """Of each instance: the sequence of its last heartbeat, and when that was first seen."""
         self._beat = 0
         self._unowned = list(range(bus.names.partitions))
 
-    # what others ask
+    # queries
 
     def owned(self) -> list[int]:
-        """The partitions that it looks after just now."""
+        """The partitions it owns now."""
         return sorted(self._held) if self._bus.clock.monotonic() < self._until else []
 
     def check(self, lease: Lease) -> None:
-        """Prove that it may write entries of models in a partition; a lease that it got anew meanwhile is another one.
+        """Check that it may write entries of models in a partition; a lease acquired again meanwhile is a
+        different one.
 
         Raises:
-            Unavailable: it looks after it no more, or cannot know.
+            Unavailable: it no longer owns the partition, or cannot know.
         """
         if self._held.get(lease.partition) != lease or self._bus.clock.monotonic() >= self._until:
-            raise Unavailable(f"partition {lease.partition} is another model store's by now; try again", retry_after=2)
+            raise Unavailable(
+                f"partition {lease.partition} now belongs to another model store; try again", retry_after=2
+            )
 
     def checks(self) -> dict[str, str]:
-        """For readiness: whether every partition has an owner, and whether what this one writes is stored."""
+        """Return readiness checks: whether every partition has an owner, and whether this store's heartbeats
+        are stored.
+        """
         listed = ", ".join(map(str, self._unowned[:8]))
         late = self._bus.clock.monotonic() >= self._until
         return {
-            "partitions": f"nobody looks after {listed}" if listed else "ok",
-            "leases": "the broker has not stored its last signs of life" if late else "ok",
+            "partitions": f"no model store owns {listed}" if listed else "ok",
+            "leases": "the broker has not stored its last heartbeats" if late else "ok",
         }
 
-    # the work
+    # leases
 
     @asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
-        """Take part until the block ends, then hand over what it has."""
+        """Take part until the block ends, then hand over its partitions."""
         try:
             async with lifecycle.tasks() as tasks:
                 await self._rebalance()
@@ -153,14 +165,14 @@ class Partitions:
         self._until = began + self._lease_s * _MARGIN
 
     async def _share(self, seen: LeaseState) -> None:
-        """Bring what it has in line with what the bucket says, then take or give up some."""
+        """Bring its partitions in line with the bucket, then acquire or release some."""
         living = self._living(seen)
         owners = {number: lease.owner for number, (_, lease) in seen.leases.items() if lease is not None}
         for number, lease in list(self._held.items()):
             if seen.leases.get(number, (0, None))[1] != lease and number not in self._leaving:
                 self._drop(number)
         for number in [number for number, owner in owners.items() if owner == self._own and number not in self._held]:
-            del owners[number]  # taken by a write whose answer was lost: it takes it anew
+            del owners[number]  # acquired by a write whose reply was lost: it acquires it again
         take, leave = plan(self._own, self._bus.names.partitions, owners, living)
         for number in take:
             sequence = seen.leases.get(number, (0, None))[0]
@@ -174,7 +186,9 @@ class Partitions:
         self._unowned = [number for number in range(self._bus.names.partitions) if number not in served]
 
     def _living(self, seen: LeaseState) -> set[str]:
-        """Whose leases count: who gave a sign of life that is younger than ``partition_lease_s`` here, or was not looked at for so long."""
+        """Return instances with valid leases: a heartbeat younger than ``partition_lease_s`` here, or not
+        read for so long.
+        """
         now = self._bus.clock.monotonic()
         blind = now - self._looked > self._lease_s / 2
         self._looked = now
@@ -192,17 +206,17 @@ class Partitions:
         self._tasks.spawn(self._hold_lease(lease, self._leave[lease.partition]), f"partition-{lease.partition}")
         fields = {"action": "partition_taken", "partition": lease.partition, "epoch": lease.epoch}
         log.info(
-            "takes over partition %d%s", lease.partition, " from one that is silent" if before else "", extra=fields
+            "took over partition %d%s", lease.partition, " from one that is silent" if before else "", extra=fields
         )
 
     def _drop(self, number: int) -> None:
-        """Somebody else has it: what is under way fails at its next write."""
+        """Drop a partition that another store has; pending work fails at its next write."""
         del self._held[number]
         self._leave.pop(number).set()
         log.warning("lost partition %d to another model store", number, extra={"action": "partition_lost"})
 
     async def _hold_lease(self, lease: Lease, leave: asyncio.Event) -> None:
-        """Serve until it is to be given up, finish what is in hand, and let the next one have it."""
+        """Serve until the partition is to be released, finish pending work, and pass it on."""
         number = lease.partition
         try:
             async with self._serve(lease):
@@ -217,14 +231,14 @@ class Partitions:
                     self._leaving.discard(number)
 
     async def _give_back(self, lease: Lease) -> None:
-        """Without a broker others take it when its time has passed."""
+        """Release the lease; without a broker it expires."""
         with suppress(TetherError):
             seen = await self._bucket.look()
             sequence, current = seen.leases.get(lease.partition, (0, None))
             if current == lease:
                 await self._bucket.transfer(lease.partition, "", sequence)
         log.info(
-            "gave up partition %d", lease.partition, extra={"action": "partition_left", "partition": lease.partition}
+            "released partition %d", lease.partition, extra={"action": "partition_left", "partition": lease.partition}
         )
 
     async def _hand_over(self) -> None:

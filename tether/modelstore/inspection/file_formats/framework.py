@@ -1,4 +1,4 @@
-"""What inspections of PyTorch and TensorFlow models have in common: they load the model as a worker does, and try it."""
+"""Inspection shared by PyTorch and TensorFlow models: load the model as a worker does, and run it."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ from tether.modelstore.inspection import sandbox, trial_runs
 from tether.modelstore.inspection.inspector import Inspection, Tell
 
 FILES = 1024
-"""Open at a time: the frameworks' own libraries and the model's files."""
+"""Open files allowed: the framework's own libraries and the model's files."""
 
 
 def look(directory: Path, tell: Tell, module: str, extra: str, **how: Any) -> Inspection:
-    """Load with a module of the package ``tether`` that needs an extra of the package, and run a few times. ``how`` goes to its
-    ``load``.
+    """Load with a module of ``tether`` that needs an extra of the package, and run a few times. ``how`` is passed to
+    its ``load``.
 
     Raises:
         ModelRejected: it cannot be served, or the framework is not installed here.
     """
     if "TMPDIR" not in os.environ:
-        tempfile.tempdir = str(directory)  # the frameworks ask for one, and this process may not write to find it
+        tempfile.tempdir = str(
+            directory
+        )  # the frameworks need a home folder, and this process may not write to find one
     try:
         framework: Any = importlib.import_module(f"tether.frameworks.{module}")
     except ImportError as error:
         raise ModelRejected(
-            f"this model store cannot look at the model: {error.name} is not installed; install 'tether[{extra}]'"
+            f"this model store cannot inspect the model: {error.name} is not installed; install 'tether[{extra}]'"
         ) from error
     return tried(framework, directory, tell, **how)
 
 
 def tried(framework: Any, directory: Path, tell: Tell, **how: Any) -> Inspection:
-    """What ``framework.load`` makes of a folder, after a few runs.
+    """Load a folder with ``framework.load`` and return the result after a few runs.
 
     Raises:
         ModelRejected: it cannot be loaded and run.

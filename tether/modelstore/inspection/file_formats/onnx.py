@@ -1,4 +1,4 @@
-"""The child of an inspection of an ONNX model; see :mod:`tether.modelstore.inspection.sandbox`.
+"""The child process that inspects an ONNX model; see :mod:`tether.modelstore.inspection.sandbox`.
 
 Before ONNX Runtime sees the file, :mod:`tether.modelstore.inspection.file_formats.onnx_parser` walks its protobuf and
 refuses what could reach outside of the version's own files; no custom operator library is ever registered.
@@ -40,14 +40,14 @@ DATATYPES = {
     "double": "FP64",
     "string": "BYTES",
 }
-"""ONNX Runtime's element names and OIP's."""
+"""Maps ONNX Runtime's element names to OIP datatypes."""
 
 MAX_TENSORS = 1024
 _TENSOR = re.compile(r"tensor\((\w+)\)")
 
 
 def inspect(directory: Path, tell: Tell) -> Inspection:
-    """What the model is, after a few runs.
+    """Describe the model after a few runs.
 
     Raises:
         ModelRejected: it cannot be served.
@@ -62,9 +62,11 @@ def inspect(directory: Path, tell: Tell) -> Inspection:
     if facts.unranked:
         name = facts.unranked[0][:64]
         raise ModelRejected(
-            f"input '{name}' declares no shape, not even its rank, which requests are checked by; export the model with one, or set it with "
+            f"input '{name}' declares no shape, not even its rank, so requests cannot be checked; export "
+            "the model with one, or set it with "
             f"the package onnx: model = onnx.load(path), then for that one of model.graph.input: "
-            f"i.CopyFrom(onnx.helper.make_tensor_value_info({name!r}, i.type.tensor_type.elem_type, ['n', 4])), and onnx.save(model, path); a "
+            f"i.CopyFrom(onnx.helper.make_tensor_value_info({name!r}, i.type.tensor_type.elem_type, ['n', "
+            "4])), and onnx.save(model, path); a "
             "name such as 'n' is an axis of any length",
             field="file",
         )
@@ -98,14 +100,14 @@ def _load(path: Path) -> Any:
 
 
 def _runner(session: Any, specs: tuple[TensorSpec, ...]) -> row_trials.Run:
-    """Runs of a session."""
+    """Return a function that runs a session."""
     from tether.frameworks.onnx.values import from_value, to_text, to_value  # noqa: PLC0415 - it loads ONNX Runtime
 
     bf16 = any(spec.datatype == "BF16" for spec in specs)
     text = {spec.name for spec in specs if spec.datatype == "BYTES"}
 
     def run(arrays: row_trials.Arrays) -> list[Any]:
-        # Values that are given as uint16 are not copied, so they are held here until the run is over.
+        # ONNX Runtime does not copy uint16 values, so this reference keeps them alive until the run is over.
         plain = {
             name: to_text(array) if name in text else np.ascontiguousarray(array) for name, array in arrays.items()
         }
@@ -137,20 +139,22 @@ def _datatype(node: Any, side: str) -> str:
     match = _TENSOR.fullmatch(node.type)
     if match is None:
         raise ModelRejected(
-            f"{side} '{name}' is a {node.type[:64]}, and only tensors can be served; export a classifier without ZipMap: "
+            f"{side} '{name}' is a {node.type[:64]}, but only tensors can be served; export a classifier "
+            "without ZipMap: "
             "to_onnx(..., options={'zipmap': False}) of skl2onnx, convert_lightgbm(..., zipmap=False) of onnxmltools",
             field="file",
         )
     datatype = DATATYPES.get(match[1])
     if datatype is None:
         raise ModelRejected(
-            f"{side} '{name}' holds {match[1]}, which OIP has no datatype for; cast it to FP32", field="file"
+            f"{side} '{name}' has the element type {match[1]}, for which OIP has no datatype; cast it to FP32",
+            field="file",
         )
     return datatype
 
 
 def _refused(what: str, error: Exception, path: Path) -> ModelRejected:
-    """One line without this machine's paths: those of the file, and those ONNX Runtime was compiled under."""
+    """Return a refusal in one line without local paths: the file's, and those compiled into ONNX Runtime."""
     if sandbox.is_memory(error):
         return InspectionLimitExceeded(sandbox.MEMORY, field="file")
     text = str(error).replace(str(path), path.name).replace(str(path.parent), "")

@@ -1,7 +1,9 @@
-"""Weights of an ONNX model that lie in other files: which ones may, and whether the files are there.
+"""Checks an ONNX model's external data: weights stored in other files.
 
-Only files of the same version count: plain names below the folder of the model, and whole ranges within them. The keys are
-those of ``TensorProto.external_data``; ONNX Runtime knows more of them (``prepacked...``), which are refused.
+Only files of the same version are accepted: plain names below the model's folder, and whole ranges within
+them.
+The keys are those of ``TensorProto.external_data``; further keys of ONNX Runtime (``prepacked...``) are
+refused.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from tether.model import sample
 from tether.storage.upload import MODEL_PATH
 
 LONGEST = 1024
-"""Bytes of a key or a value of ``external_data``."""
+"""Maximum bytes of a key or a value of ``external_data``."""
 
 MAX_AXES = 64
 _KEYS = {"location", "offset", "length", "checksum"}
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._ ()+,@=-]{0,127}"
 _LOCATION = re.compile(rf"{_NAME}(?:/{_NAME}){{0,7}}")
-"""Stricter than what files may be called: ONNX Runtime sees more than paths in some names (``*/_ORT_MEM_ADDR_/``)."""
+"""Stricter than file names: ONNX Runtime gives some names a meaning beyond paths (``*/_ORT_MEM_ADDR_/``)."""
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _BITS = {
     **dict.fromkeys((2, 3, 9, 17, 18, 19, 20, 24), 8),
@@ -34,7 +36,7 @@ _BITS = {
     15: 128,
     **dict.fromkeys((21, 22, 23), 4),
 }
-"""``TensorProto.DataType`` -> bits of one element; strings (8) have no size of their own, so they lie in no other file."""
+"""``TensorProto.DataType`` -> bits per element; strings (8) have no fixed size, so they cannot be external."""
 
 
 class External(NamedTuple):
@@ -47,7 +49,7 @@ class External(NamedTuple):
 
 
 def unsafe(tensor: str, why: str) -> UnsafeModel:
-    """The refusal of one tensor; ``why`` goes on after its name."""
+    """Return the refusal of one tensor; ``why`` continues after its name."""
     return UnsafeModel(
         f"tensor '{tensor[:64]}', whose values are in another file (external data), {why}; save the model again with "
         "onnx.save(model, 'model.onnx', save_as_external_data=True, location='weights.bin')",
@@ -56,35 +58,35 @@ def unsafe(tensor: str, why: str) -> UnsafeModel:
 
 
 def reference(tensor: str, entries: Sequence[tuple[str, str]], kind: int, axes: Sequence[int]) -> External:
-    """What the entries of an initializer's ``external_data`` mean; ``kind`` is its element type.
+    """Parse the ``external_data`` entries of an initializer; ``kind`` is its element type.
 
     Raises:
-        UnsafeModel: they mean anything but a range of a file beside the model.
+        UnsafeModel: they are not a range of a file beside the model.
     """
     said = dict(entries)
     if len(said) != len(entries) or not said.keys() <= _KEYS:
-        raise unsafe(tensor, "says something unknown, or twice, of where they lie")
+        raise unsafe(tensor, "has an unknown or repeated key for their location")
     location = said.get("location", "")
     if _LOCATION.fullmatch(location) is None or location == MODEL_PATH:
-        raise unsafe(tensor, "names no plain file beside the model")
+        raise unsafe(tensor, "does not name a plain file beside the model")
     numbers = {key: said.get(key, "0") for key in ("offset", "length")}
     if not all(_NUMBER.fullmatch(text) for text in numbers.values()):
-        raise unsafe(tensor, "names no range of bytes")
+        raise unsafe(tensor, "does not name a range of bytes")
     offset, length = int(numbers["offset"]), int(numbers["length"])
     if kind not in _BITS or len(axes) > MAX_AXES or any(axis >= 1 << 48 for axis in axes):
-        raise unsafe(tensor, "has elements that cannot lie there")
+        raise unsafe(tensor, "has an element type that cannot be external")
     size = -(-math.prod(axes) * _BITS[kind] // 8)
     if length not in (0, size):
-        raise unsafe(tensor, f"has {size} bytes, and {length} are named")
+        raise unsafe(tensor, f"has {size} bytes, but {length} are declared")
     return External(tensor, location, offset, size)
 
 
 def check_files(directory: Path, external: Sequence[External]) -> None:
-    """Prove that every file that is named is there, is a plain one and long enough, and that there are no others.
+    """Check that every referenced file exists, is a plain file and long enough, and that there are no others.
 
     Raises:
-        UnsafeModel: a name stands for a link, or a range is not within its file.
-        ModelRejected: a file is missing, or named by nobody.
+        UnsafeModel: a name is a link, or a range is not within its file.
+        ModelRejected: a file is missing, or not referenced.
     """
     sizes: dict[str, int] = {}
     for part in external:
@@ -93,7 +95,8 @@ def check_files(directory: Path, external: Sequence[External]) -> None:
         if part.offset + part.size > sizes[part.location]:
             raise unsafe(
                 part.tensor,
-                f"lies beyond the end of '{part.location[:64]}', which has {sizes[part.location]} bytes (a download that broke "
+                f"exceeds the end of '{part.location[:64]}', which has {sizes[part.location]} bytes (a "
+                "download that broke "
                 "off leaves such a file)",
             )
     for path in sorted(directory.rglob("*")):
@@ -105,7 +108,7 @@ def check_files(directory: Path, external: Sequence[External]) -> None:
 
 
 def _size(directory: Path, part: External) -> int:
-    """A hard link is the file itself, so only one that has no other name is known to be the version's own."""
+    """Return a file's size; only a file without other hard links is known to belong to the version."""
     path = directory
     for name in Path(part.location).parts:
         path /= name
@@ -115,7 +118,7 @@ def _size(directory: Path, part: External) -> int:
         found = path.lstat()
     except OSError as error:
         raise ModelRejected(
-            f"the model keeps weights in the file '{part.location[:64]}' (external data), which is not here; "
+            f"the model keeps weights in the file '{part.location[:64]}' (external data), which is missing; "
             "push the folder that has both, with the model called model.onnx",
             field="files",
         ) from error

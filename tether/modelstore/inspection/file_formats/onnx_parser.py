@@ -1,4 +1,4 @@
-"""What must be known of an ONNX file before any library may load it, read from its protobuf bytes alone.
+"""Checks an ONNX file from its protobuf bytes alone, before any library loads it.
 
 The walk visits every graph, subgraph, function and tensor by its offsets. It copies no weights and needs no generated
 code, so it also works where the ``onnx`` package is not installed. Field numbers are those of ``onnx.proto3``.
@@ -15,20 +15,20 @@ from tether.frameworks.onnx.protobuf import BYTES, VARINT, Buffer, CutOff, Field
 from tether.modelstore.inspection.file_formats.onnx_external_data import LONGEST, MAX_AXES, External, reference, unsafe
 
 DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "com.microsoft"})
-"""Operator sets that ONNX Runtime itself brings; everything else would need code from outside."""
+"""Operator sets included in ONNX Runtime; all others need external code."""
 
 MAX_FIELDS = 4_000_000
 MAX_NODES = 500_000
 _MOST_IR = 1000
-"""More than any ir_version is."""
+"""Above any real ir_version."""
 MAX_DEPTH = 24
-"""Subgraphs inside subgraphs."""
+"""Maximum nesting of subgraphs."""
 
 
 class OnnxFacts(NamedTuple):
-    """``nodes`` counts those of all graphs; ``unranked`` are the graph inputs that declare no shape at all.
+    """``nodes`` counts the nodes of all graphs; ``unranked`` lists graph inputs without any shape.
 
-    ``external`` are the weights that lie in other files: their form is right, the files were not looked at.
+    ``external`` lists weights in other files: their entries are valid, the files were not checked.
     """
 
     nodes: int
@@ -41,7 +41,8 @@ def check_file(data: Buffer) -> OnnxFacts:
 
     Raises:
         FormatNotAllowed: not ONNX.
-        UnsafeModel: external data that is no plain part of a file beside it, EPContext nodes, operators of unknown sets.
+        UnsafeModel: external data outside a plain file beside the model, EPContext nodes, unknown operator
+    sets.
         InspectionLimitExceeded: too large a graph.
     """
     walk = _OnnxWalker(data)
@@ -55,7 +56,8 @@ def check_file(data: Buffer) -> OnnxFacts:
 
 def _cut_off(data: Buffer) -> FormatNotAllowed:
     return FormatNotAllowed(
-        f"the file begins as an ONNX model and is cut off: it ends after {len(data)} bytes, in the middle of a field; download or "
+        f"the file begins as an ONNX model and is cut off: it ends after {len(data)} bytes, in the "
+        "middle of a field; download or "
         "export it again",
         field="file",
     )
@@ -73,7 +75,7 @@ class _OnnxWalker:
         self._reader = Reader(data, MAX_FIELDS)
         self._each = self._reader.fields
         self.began = False
-        """It begins as an ONNX file does, and nobody knows yet whether it ends as one."""
+        """The first bytes are an ONNX file's; whether the rest is, is not yet known."""
         self._nodes = 0
         self._own: set[str] = set()
         self._external: list[External] = []
@@ -89,7 +91,7 @@ class _OnnxWalker:
         ir_version = next((field.value for field in fields if field.number == 1 and field.kind == VARINT), 0)
         if not graphs or not ir_version:
             raise _not_onnx(self._data)
-        # Functions a model brings along are inlined before it runs, so their own domains are as good as none.
+        # Functions of the model are inlined before it runs, so their own domains are allowed.
         self._own = {self._text(part) for function in functions for part in self._inside(function, 10)}
         for graph in graphs:
             self._graph(graph, 0)
@@ -140,7 +142,7 @@ class _OnnxWalker:
             )
         if domain not in DOMAINS and domain not in self._own:
             raise UnsafeModel(
-                f"operator '{kind[:64]}' is of the set '{domain[:64]}', which needs a custom library; "
+                f"operator '{kind[:64]}' is from the operator set '{domain[:64]}', which needs a custom library; "
                 "export with standard ONNX operators only",
                 field="file",
             )
@@ -157,7 +159,7 @@ class _OnnxWalker:
         self._parts(sparse, depth, {1: self._tensor, 2: self._tensor})
 
     def _tensor(self, tensor: Field, _depth: int) -> None:
-        """A tensor that must hold its own values: only a graph's initializers may have them elsewhere."""
+        """Check a tensor that must contain its own values: only a graph's initializers may be external."""
         fields = list(self._each(tensor.start, tensor.end))
         if any(_points_elsewhere(part) for part in fields):
             name = "".join(self._text(part) for part in fields if part.number == 8 and part.kind == BYTES)
@@ -173,27 +175,28 @@ class _OnnxWalker:
             self._external.append(self._reference(fields))
 
     def _reference(self, fields: list[Field]) -> External:
-        """Where an initializer's values are said to lie, when that is said in one way only.
+        """Return the external location of an initializer, if it is stated in one unambiguous way.
 
-        A protobuf parser takes the last of a field that is there twice, and a list for a single value or not, as it likes.
+        Protobuf parsers differ on repeated fields and on lists in place of single values, so both are
+        refused.
         """
         name = "".join(self._text(part) for part in fields if part.number == 8 and part.kind == BYTES)
         locations = [part for part in fields if part.number == 14]
         kinds = [part.value for part in fields if part.number == 2 and part.kind == VARINT]
         entries = [part for part in fields if part.number == 13]
         if [(part.kind, part.value) for part in locations] != [(VARINT, 1)] or len(kinds) != 1:
-            raise unsafe(name, "says in an unusual way where its values lie")
+            raise unsafe(name, "states the location of its values in an unusual way")
         if any(part.kind != BYTES for part in entries) or any(part.number == 9 for part in fields):
-            raise unsafe(name, "has values of its own beside those")
+            raise unsafe(name, "also has values of its own")
         said = [self._entry(name, entry) for entry in entries]
         return reference(name, said, kinds[0], list(itertools.islice(self._axes(fields), MAX_AXES + 1)))
 
     def _entry(self, name: str, entry: Field) -> tuple[str, str]:
         parts = list(self._each(entry.start, entry.end))
         if [(part.number, part.kind) for part in parts] != [(1, BYTES), (2, BYTES)]:
-            raise unsafe(name, "says in an unusual way where its values lie")
+            raise unsafe(name, "states the location of its values in an unusual way")
         if any(part.end - part.start > LONGEST for part in parts):
-            raise unsafe(name, "names something very long")
+            raise unsafe(name, "has an overlong key or value")
         key, value = (bytes(self._data[part.start : part.end]).decode("utf-8", "replace") for part in parts)
         return key, value
 
@@ -216,5 +219,5 @@ class _OnnxWalker:
 
 
 def _points_elsewhere(part: Field) -> bool:
-    """Whatever could be ``external_data`` or a ``data_location`` that is not the default, however it is written."""
+    """Return whether a field could be ``external_data`` or a non-default ``data_location``, in any encoding."""
     return part.number == 13 or (part.number == 14 and (part.kind != VARINT or bool(part.value)))

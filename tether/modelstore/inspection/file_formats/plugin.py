@@ -1,4 +1,4 @@
-"""The child of an inspection of a model whose runtime another package brings; see :mod:`tether.modelstore.inspection.sandbox`."""
+"""The child process that inspects a model of a plugin's runtime; see :mod:`tether.modelstore.inspection.sandbox`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from tether.modelstore.inspection.inspector import Inspection, Tell
 
 
 def inspect(platform: str, directory: Path, tell: Tell) -> Inspection:
-    """What the model is, after a few runs; raises as :func:`tether.frameworks.plugins.load` and :func:`~.inspect_framework.tried`."""
+    """Describe the model after a few runs; raises as :func:`tether.frameworks.plugins.load` and
+    :func:`~.inspect_framework.tried`.
+    """
     runtime = plugins.load(plugins.RUNTIMES, platform, "runtime", "platform")
     return framework.tried(_Checking(runtime), directory, tell)
 
 
 class _Checking:
-    """The runtime, with answers compared as a worker does."""
+    """Wraps the runtime to compare outputs as a worker does."""
 
     def __init__(self, runtime: Any) -> None:
         self._runtime = runtime

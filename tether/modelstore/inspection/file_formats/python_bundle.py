@@ -1,6 +1,7 @@
-"""The child of an inspection of a Python bundle; called as :mod:`tether.modelstore.inspection.file_formats.onnx` is.
+"""The child process that inspects a Python bundle; called like
+:mod:`tether.modelstore.inspection.file_formats.onnx`.
 
-It runs the bundle's code under the limits of an inspection: imports it, makes its class, and makes one run.
+It runs the bundle's code under the limits of an inspection: imports it, creates its class, runs it once.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from tether.modelstore.inspection.trial_runs import Model, judge
 
 
 def inspect(directory: Path, tell: Tell) -> Inspection:
-    """What the bundle is, after one run.
+    """Describe the bundle after one run.
 
     Raises:
-        ModelRejected: its description or its code is not as it should be.
+        ModelRejected: its description or its code is invalid.
     """
     said = describe(directory)
     tell(InspectionReport(doing=IMPORTING))

@@ -1,4 +1,4 @@
-"""The child of an inspection of a PyTorch model; see :mod:`tether.modelstore.inspection.sandbox`."""
+"""The child process that inspects a PyTorch model; see :mod:`tether.modelstore.inspection.sandbox`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from tether.modelstore.inspection.inspector import Inspection, Tell
 
 
 def inspect(directory: Path, tell: Tell) -> Inspection:
-    """What the model is, after a few runs; raises as :func:`tether.frameworks.pytorch_archive.check` and :func:`~.inspect_framework.look`."""
+    """Describe the model after a few runs; raises as :func:`tether.frameworks.pytorch_archive.check` and
+    :func:`~.inspect_framework.look`.
+    """
     pytorch_archive.check(directory)
     return framework.look(directory, tell, "pytorch", "torch")
 

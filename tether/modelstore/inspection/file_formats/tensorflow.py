@@ -1,4 +1,4 @@
-"""The child of an inspection of a SavedModel; see :mod:`tether.modelstore.inspection.sandbox`."""
+"""The child process that inspects a SavedModel; see :mod:`tether.modelstore.inspection.sandbox`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from tether.modelstore.inspection.inspector import Inspection, Tell
 
 
 def inspect(wanted: str, directory: Path, tell: Tell) -> Inspection:
-    """What the model is, after a few runs; raises as :func:`tether.modelstore.inspection.file_formats.framework.look`."""
+    """Describe the model after a few runs; raises as
+    :func:`tether.modelstore.inspection.file_formats.framework.look`.
+    """
     return framework.look(directory, tell, "tensorflow", "tensorflow", signature=wanted)
 
 
