@@ -1,1 +1,1 @@
-"""The worker daemon: pulls bundles from lanes, joins them into batches, runs the model, answers."""
+"""The worker daemon: pulls bundles from lanes, batches their jobs, runs models, delivers outcomes."""

@@ -1,10 +1,10 @@
-"""Which versions run in the worker's own process, written down while they do, so that the next process knows of which one
-the last process died.
+"""Records which versions run in the worker's own process, so that the next process knows which one crashed
+it.
 
-Two files of a worker: in ``NAME.running`` each run and load has a line while it goes on, in memory that outlives the process; into
-``NAME.crash`` Python's ``faulthandler`` writes when a signal such as SIGSEGV, SIGFPE or SIGABRT ends the process. A process that was
-killed leaves lines and no crash, and then only the kernel's count of processes that it ended for want of memory speaks against
-them: nobody suspects a version because an operator killed its worker.
+A worker has two files. ``NAME.running`` has a line for each active run and load, in memory that outlives the
+process. Python's ``faulthandler`` writes ``NAME.crash`` if a signal such as SIGSEGV, SIGFPE or SIGABRT ends
+the process. A killed process leaves lines but no crash; then only the kernel's count of out-of-memory kills
+is evidence: no version is suspected because an operator killed its worker.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from tether.process.os_process import out_of_memory_kills
 log = logging.getLogger(__name__)
 
 _LINE = 128
-"""Bytes of one line: a thread's number, a model's name of 64 characters and a version."""
+"""Bytes of a line: a thread id, a model name of 64 characters and a version."""
 _LINES = 512
 _CURRENT = re.compile(r"Current thread 0x([0-9a-f]+)")
 _FATAL = re.compile(r"Fatal Python error: ([^\n]{1,100})")
 
 
 class CrashNotes:
-    """``crashed`` has the versions of which a run or a load ended this worker's process, ever, and how.
+    """Versions whose run or load ever ended this worker's process, with the cause, in ``crashed``.
 
-    Without room on the disk nothing is written down, and nothing is known later.
+    Without disk space nothing is recorded, and nothing is known later.
     """
 
     def __init__(self, folder: Path, worker: str) -> None:
@@ -54,13 +54,13 @@ class CrashNotes:
         self._map = self._begun()
 
     def watch(self) -> None:
-        """From here on the signal that ends this process is written down. Once in a process, and only if it is this worker's own."""
+        """Record the signal that ends this process. Call once, and only in this worker's own process."""
         with suppress(OSError):
             self._file = os.open(self._crash, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             faulthandler.enable(self._file)
 
     def close(self) -> None:
-        """Nothing runs any more."""
+        """Delete the records: nothing runs any longer."""
         if self._file is not None:
             faulthandler.disable()
             os.close(self._file)
@@ -73,7 +73,7 @@ class CrashNotes:
 
     @contextmanager
     def running(self, ref: ModelRef) -> Iterator[None]:
-        """A version is loaded or run by this thread until the block ends. Blocks nobody and makes no system call."""
+        """Record that this thread loads or runs a version until the block ends. No locks, no system calls."""
         with self._lock:
             line = self._free.pop() if self._free and self._map is not None else 0
         if not line or self._map is None:
@@ -91,7 +91,7 @@ class CrashNotes:
                 self._free.append(line)
 
     def beat(self) -> None:
-        """Note how many processes the kernel has ended so far, at each heartbeat."""
+        """Record the kernel's count of out-of-memory kills, at each heartbeat."""
         if self._map is not None:
             text = f"{out_of_memory_kills()}\n".encode()
             self._map[: len(text)] = text
@@ -103,7 +103,7 @@ class CrashNotes:
             return {}
 
     def _new(self) -> dict[ModelRef, str]:
-        """What the last process died of, if it was of a version; then it is remembered."""
+        """Return the version that ended the last process, if any, and remember it."""
         lines, kills = _read_lines(self._running)
         how = ""
         with suppress(OSError):
@@ -117,23 +117,23 @@ class CrashNotes:
             how = "out of memory"
         if not how:
             return {}
-        reason = f"a run of it ended worker '{self._worker}': {how}"
+        reason = f"a run of the model ended worker '{self._worker}': {how}"
         found = _refs({label: reason for _, label in lines})
         for ref in found:
             metrics.WORKER_CRASHES.labels(ref.model).inc()
             fields = {"action": "worker_crashed", "model": ref.model, "version": ref.version, "worker": self._worker}
-            log.error(
-                "%s:%d runs in a process of its own from now on: %s", ref.model, ref.version, reason, extra=fields
-            )
+            log.error("moved %s:%d to its own process: %s", ref.model, ref.version, reason, extra=fields)
         if not found:
-            log.error("this worker's process ended: %s; no model ran", how, extra={"action": "worker_crashed"})
+            log.error("the worker's last process ended: %s; no model ran", how, extra={"action": "worker_crashed"})
         known = {f"{ref.model}:{ref.version}": text for ref, text in (self._remembered() | found).items()}
         with suppress(OSError):
             write_secret(self._known, msgspec.json.encode(known))
         return found
 
     def _begun(self) -> mmap.mmap | None:
-        """A file of empty lines, all of whose bytes are on the disk already: touching them can end nobody."""
+        """Create a file of empty lines with all disk blocks allocated, so that writing to the mapping cannot
+        fail.
+        """
         try:
             with self._running.open("wb+") as file:
                 file.write(bytes(_LINE * _LINES))
@@ -141,12 +141,18 @@ class CrashNotes:
                 os.fchmod(file.fileno(), 0o600)
                 return mmap.mmap(file.fileno(), 0)
         except OSError as error:
-            log.warning("crashes are not told apart: %s", error.strerror, extra={"action": "crash_notes_failed"})
+            log.warning(
+                "could not create the crash record; crashes are not attributed to models: %s",
+                error.strerror,
+                extra={"action": "crash_notes_failed"},
+            )
             return None
 
 
 def _read_lines(path: Path) -> tuple[list[tuple[str, str]], int]:
-    """Threads and versions that ran when the process ended, and the count of processes that the kernel had ended; -1: none."""
+    """Return the threads and versions that ran when the process ended, and its count of out-of-memory kills;
+    -1: none.
+    """
     try:
         content = path.read_bytes()
     except OSError:

@@ -1,7 +1,7 @@
-"""What is decided about the models that a worker holds, followed without being able to list what there is.
+"""Follows the configurations of a worker's models without listing the bucket.
 
-The dispatcher, which watches all of it, tells with the assignment which revision of which model's configuration counts; the
-worker reads that one entry, signed by the model store, by its key.
+The dispatcher watches the bucket and sends the current revision of each model's configuration with the
+assignment. The worker reads that one entry, signed by the model store, by its key.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _RETRY_S = (0.05, 0.2, 0.5, 2.0, 15.0)
 
 
 class ModelConfigReader:
-    """Configurations by model. ``changed`` is called with a model's name when another one counts."""
+    """Configurations by model. ``changed`` is called with the name of a model whose configuration changed."""
 
     def __init__(self, bus: Bus, changed: Callable[[str], None]) -> None:
         self._bucket = SignedBucket(bus, "configs", MessageType.CONFIG)
@@ -37,20 +37,21 @@ class ModelConfigReader:
         self._tasks = Tasks()
 
     def told(self, revisions: Iterable[tuple[str, int]]) -> None:
-        """These revisions count now; models that are not named have no entry."""
+        """Set the current revisions; models that are not listed have no entry."""
         self._told = dict(revisions)
         for model in list(self._known):
             self._follow(model)
 
     def get(self, model: str) -> ModelConfig:
-        """What is known just now."""
+        """Return the configuration as last read."""
         return self._known.get(model) or default_config(model)
 
     async def read(self, model: str) -> ModelConfig:
-        """What is at the broker, for a model that is about to be loaded; followed from then on.
+        """Read the configuration from the broker for a model that is about to be loaded; follow it from then
+        on.
 
         Raises:
-            BrokerUnavailable
+            BrokerUnavailable: the entry could not be read.
         """
         if model not in self._known:
             found = await self._entry(model)
@@ -59,7 +60,7 @@ class ModelConfigReader:
         return self._known[model]
 
     def forget(self, model: str) -> None:
-        """Nothing of it is held any more."""
+        """Stop following a model that is no longer hosted."""
         self._known.pop(model, None)
 
     async def stop(self) -> None:
@@ -75,7 +76,7 @@ class ModelConfigReader:
             self._tasks.spawn(self._catch_up(model), f"config-{model}")
 
     async def _catch_up(self, model: str) -> None:
-        """Read until what was told of is there; an entry may be newer than what the dispatcher has told."""
+        """Read until the announced revision is there; an entry may be newer than announced."""
         try:
             for pause in itertools.chain(_RETRY_S, itertools.repeat(_RETRY_S[-1])):
                 found = await self._newer(model)
@@ -92,7 +93,9 @@ class ModelConfigReader:
         try:
             found = await self._entry(model)
         except TetherError as error:
-            log.info("its configuration is not known: %s", error, extra={"action": "config_unknown", "model": model})
+            log.info(
+                "could not read a model's configuration: %s", error, extra={"action": "config_unknown", "model": model}
+            )
             return None
         return None if found == self._known.get(model) else found
 
@@ -103,6 +106,8 @@ class ModelConfigReader:
         try:
             config = codec.decode(body, ModelConfig)
         except BadEncoding as error:
-            log.warning("unreadable configuration: %s", error, extra={"action": "entry_refused", "model": model})
+            log.warning(
+                "rejected a model's configuration: %s", error, extra={"action": "entry_refused", "model": model}
+            )
             return self.get(model)
         return config if config.model == model else default_config(model)

@@ -1,8 +1,8 @@
-"""A worker's registration: asking a dispatcher for an epoch, asking again whether it counts, and saying why there is none.
+"""Registers a worker with a dispatcher, confirms the epoch, and reports why there is none.
 
-The dispatcher's answer is signed and says when. Deadlines were set, and jobs are listed, by the clocks of the machines where
-gateways and dispatcher run, so from then on the worker goes by that time and not by its own clock (:class:`AnchoredClock`). Its own
-clock still decides whether a message is too old or a key in force; there it may be ``MAX_SKEW_MS`` off.
+The dispatcher's reply is signed and carries its time. Deadlines are set by the clocks of gateways and
+dispatcher, so from then on the worker uses that time instead of its own clock (:class:`AnchoredClock`). Its
+own clock still decides whether a message is too old or a key valid, with ``MAX_SKEW_MS`` of tolerance.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _REFUSED_S = 2.0
 _CONFIRM_S = 60.0
 _TELL_S = 60.0
 _QUIET_S = 5.0
-"""A dispatcher that is just being restarted is not worth a line."""
+"""Seconds without a dispatcher before a log line; a restart takes less."""
 
 
 class Registrar:
-    """``describe`` makes the request of a worker that has the given epoch; ``epoch`` is 0 as long as it has none."""
+    """Registers one worker. ``describe`` builds its request with the current epoch, 0 if it has none."""
 
     def __init__(self, bus: Bus, describe: Callable[[int], Registration]) -> None:
         self._bus = bus
@@ -42,10 +42,10 @@ class Registrar:
         self._told = LogRateLimiter(bus.clock.monotonic, lines=1, within_s=_TELL_S)
         self.epoch = 0
         self.refused = ""
-        """Why there is no registration, or why it does not count any more; empty when it does, as far as is known."""
+        """Why the worker is not registered; empty if it is."""
 
     async def register(self) -> None:
-        """Ask for an epoch until there is one."""
+        """Ask dispatchers for an epoch until one answers."""
         began = self._bus.clock.monotonic()
         while True:
             try:
@@ -64,13 +64,13 @@ class Registrar:
                 return
 
     async def confirm(self, changed: Callable[[], None]) -> None:
-        """Ask again and again whether the epoch still counts, until cancelled; ``changed`` hears of another one."""
+        """Confirm the epoch periodically until cancelled; call ``changed`` when it is a new one."""
         while True:
             await asyncio.sleep(_REFUSED_S if self.refused else _CONFIRM_S)
             try:
                 epoch = await self._ask(self.epoch)
             except Unavailable:
-                continue  # without a dispatcher, loaded models are served as before
+                continue  # without a dispatcher, loaded models are still served
             except TetherError as error:
                 self._note(error.message)
                 self._tell(error)
@@ -93,6 +93,6 @@ class Registrar:
         lifecycle.wait_for("registration", why)
 
     def _tell(self, error: TetherError) -> None:
-        """At once, and then every minute: who looks for a worker that does not join looks here first."""
+        """Log the error at once, and then every minute."""
         if self._told.passes(error.code) is not None:
-            log.warning("not registered: %s", error, extra={"action": "register_failed", "code": error.code})
+            log.warning("could not register: %s", error, extra={"action": "register_failed", "code": error.code})

@@ -1,4 +1,4 @@
-"""The worker service: register, hold what was assigned, tell that it lives, stop in order."""
+"""The worker service: registers, serves assigned versions, sends heartbeats, shuts down in order."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 8001
 _FORGOTTEN_S = 3.0
-"""Without an assignment for its epoch this long, a worker registers again."""
+"""Seconds without an assignment for its epoch after which a worker registers again."""
 
 
 class WorkerService:
@@ -60,7 +60,9 @@ class WorkerService:
         self.registrar = Registrar(bus, self._describe)
         self._assignment: Assignment | None = None
         self._streams = ""
-        """When the infer streams were made that this worker pulls from, as far as the dispatcher has said."""
+        """Creation times of the infer streams that this worker pulls from, as last reported by the
+        dispatcher.
+        """
         self._acknowledged_at = float("-inf")
 
     @property
@@ -74,22 +76,22 @@ class WorkerService:
         )
 
     async def register(self) -> None:
-        """Ask the dispatcher for an epoch until there is one."""
+        """Ask dispatchers for an epoch until one answers."""
         await self.registrar.register()
         self._acknowledged_at = self._bus.clock.monotonic()
         self._follow()
 
     def assigned(self, key: str, body: bytes | None) -> None:
-        """The dispatcher's word on what to hold; another worker's, or one for an older epoch, is not for us."""
+        """Apply an assignment from the dispatcher; ignore those of other workers and of older epochs."""
         if key != self.name or body is None:
             return
         self._assignment = codec.decode(body, Assignment)
         self._follow()
 
     def _follow(self) -> None:
-        """The assignment may arrive before the answer with the epoch that it is meant for.
+        """Apply the latest assignment; it may arrive before the registration reply with its epoch.
 
-        For another pool than that of the lanes it serves, a worker lets everything go before it takes something up.
+        When its pool changes, a worker releases all versions before it takes new ones.
         """
         if self._assignment is None or self._assignment.epoch != self._epoch:
             return
@@ -97,7 +99,7 @@ class WorkerService:
         if self._assignment.streams not in ("", self._streams):
             before, self._streams = self._streams, self._assignment.streams
             if before:
-                log.warning("an infer stream was made again: pulls begin again", extra={"action": "streams_renewed"})
+                log.warning("an infer stream was recreated; restarted its pulls", extra={"action": "streams_renewed"})
                 self._bus.begin_again()
         if self._assignment.pool != self._bus.pool and not self.holder.holding:
             self._bus.pool = self._bus.bound_pool()
@@ -111,7 +113,7 @@ class WorkerService:
         self.ended.want(self._assignment.ended if ours else ())
 
     async def beat(self) -> None:
-        """Heartbeats, and a new registration when the dispatcher has forgotten this worker."""
+        """Send heartbeats; register again if the dispatcher no longer knows this worker."""
         while True:
             await self.heartbeat()
             if self._assignment is not None and self._assignment.pool != self._bus.pool:
@@ -153,10 +155,10 @@ class WorkerService:
             frame = self._bus.signer.sign_envelope(MessageType.HEARTBEAT, subject, body)
             await self._bus.publish(subject, frame)
         except TetherError as error:
-            log.debug("no heartbeat: %s", error, extra={"action": "heartbeat_lost"})
+            log.debug("could not send a heartbeat: %s", error, extra={"action": "heartbeat_lost"})
 
     def checks(self) -> dict[str, str]:
-        """The dependencies of ``/readyz``."""
+        """Return the dependencies of ``/readyz``."""
         return {
             "broker": "ok" if self._bus.connected else "not connected",
             "registration": self.registrar.refused or "ok",
@@ -170,7 +172,9 @@ class WorkerService:
 
 @asynccontextmanager
 async def running(settings: Settings, home: Home, *, alone: bool = False) -> AsyncIterator[WorkerService]:
-    """A worker that serves until the block ends, and then finishes what it holds. ``alone``: the process is its own."""
+    """Run a worker until the block ends, then finish pending jobs. ``alone``: the process has no other
+    service.
+    """
     private_folder(home.cache(settings.worker_name))
     check_folder(home.cache(settings.worker_name))
     async with AsyncExitStack() as stuck, AsyncExitStack() as stack:
@@ -202,13 +206,13 @@ async def running(settings: Settings, home: Home, *, alone: bool = False) -> Asy
 
 
 def _leave(worker: WorkerService, status: int) -> None:
-    """Everything is in order but for a run that cannot be ended: Python would wait for its thread."""
+    """Exit although a run cannot be ended: Python would wait for its thread."""
     if worker.holder.watch.busy:
-        log.warning("a run does not end; this process ends without it", extra={"action": "run_left"})
+        log.warning("exiting with a run that cannot be ended", extra={"action": "run_left"})
         logging.shutdown()
         os._exit(status)
 
 
 async def main(settings: Settings) -> None:
-    """Run the worker until SIGTERM or SIGINT, or until the connection is closed for good."""
+    """Run the worker until SIGTERM or SIGINT, or until the connection is closed permanently."""
     await daemon.run(settings, settings.worker_name, DEFAULT_PORT, partial(running, alone=True))

@@ -1,4 +1,4 @@
-"""The versions a worker holds: fetched, loaded, served, and let go again, as the dispatcher assigns."""
+"""Hosts the assigned versions: downloads, loads, serves and releases them."""
 
 from __future__ import annotations
 
@@ -40,10 +40,12 @@ log = logging.getLogger(__name__)
 Change = Callable[[ModelRef], Awaitable[None]]
 
 _REST_S = 0.5
-"""Between two looks for versions that were idle for long enough."""
+"""Seconds between two searches for idle versions."""
 _RETRY_S = (0.5, 1.0, 2.0, 5.0, 15.0)
 _AHEAD = 4
-"""Processes that wait for their files at a time: a worker that is given hundreds of versions starts no hundreds at once."""
+"""Processes that wait for their files at a time: a worker with hundreds of assignments must not start them
+all.
+"""
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,18 @@ class HostedVersion:
 
     @property
     def copies(self) -> int:
-        """How many there are, or will be after the next load."""
+        """Return the number of instances, now or after the next load."""
         current = self.loader.current if self.instance.copies.loaded else None
         return (current or self.loader.wanted).copies
 
     @property
     def outdated(self) -> bool:
-        """Whether what is in memory was loaded in another way than is wanted now."""
+        """Return True if the loaded instances differ from the wanted load specification."""
         return self.instance.copies.loaded and self.loader.current != self.loader.wanted
 
 
 class VersionManager:
-    """Brings what is held in line with what is wanted. One change at a time for each version."""
+    """Reconciles hosted versions with assigned ones; changes of one version run one at a time."""
 
     def __init__(self, bus: Bus, files: WorkerFiles, keepalive: KeepAlive, keyring: Keyring, notes: CrashNotes) -> None:
         self._bus = bus
@@ -82,14 +84,14 @@ class VersionManager:
         self._busy: set[ModelRef] = set()
         self._changed = asyncio.Event()
         self._baseline_capacity: dict[ModelRef, float] = {}
-        """What the least able worker can do of a version, as the dispatcher says."""
+        """Capacity of the least able worker by version, from the dispatcher."""
         self._unloadable: set[ModelRef] = set()
-        """Held, and could not be loaded when a job came."""
+        """Hosted versions that could not be loaded for a job."""
         self.watch = RunWatch(bus.settings.run_memory_mb)
         self.memory = Memory(bus.settings.worker_memory_mb << 20, self._evictable)
         self._tasks = Tasks()
         self._news: dict[str, asyncio.Event] = {}
-        """Set when another configuration of a model counts: who waits to try again need not wait."""
+        """Set when a model's configuration changes, to cut waits before a retry short."""
         self._ahead = asyncio.Semaphore(_AHEAD)
         self._judging = asyncio.Semaphore(1)
         self._seats = Seats()
@@ -116,7 +118,7 @@ class VersionManager:
 
     @property
     def holding(self) -> bool:
-        """Whether a version is held, or on its way in or out."""
+        """Return True if a version is hosted, or being loaded or released."""
         return bool(self._held or self._busy)
 
     def ready(self) -> tuple[ModelRef, ...]:
@@ -126,11 +128,11 @@ class VersionManager:
         return tuple((f"{ref.model}:{ref.version}", reason) for ref, reason in self._failed.items())
 
     def in_memory(self) -> tuple[ModelRef, ...]:
-        """Those of the held ones that are loaded."""
+        """Return the hosted versions that are loaded."""
         return tuple(ref for ref in self.ready() if self._held[ref].instance.copies.loaded)
 
     def waiting_results(self) -> str:
-        """Why ends of durable jobs are not stored; empty while they are."""
+        """Return why outcomes of durable jobs are not stored; empty while they are."""
         found = [held.instance.intake.answers.waiting for held in self._held.values()]
         return next(filter(None, found), "")
 
@@ -139,11 +141,13 @@ class VersionManager:
 
     @property
     def shares_by_capacity(self) -> bool:
-        """Whether jobs of a version that is held are shared by capacity."""
+        """Return True if a hosted version is balanced by capacity."""
         return any(held.loader.config.load_balancing is LoadBalancing.CAPACITY for held in self._held.values())
 
     def update_capacity(self, headroom: Headroom) -> tuple[tuple[ModelRef, float], ...]:
-        """Share by what is left of the machine; what can be done of each version whose jobs are shared so."""
+        """Update pulls by the free part of the machine; return the level of each version balanced by
+        capacity.
+        """
         found = []
         for ref in self.ready():
             held = self._held[ref]
@@ -153,7 +157,7 @@ class VersionManager:
         return tuple(found)
 
     def paces(self) -> tuple[tuple[ModelRef, float], ...]:
-        """How long a job runs, of versions whose full bundles take long enough to be cut."""
+        """Return seconds for each job, of versions whose full bundles take long enough to be split."""
         found = [(ref, held.instance.runs.pace.job_s) for ref, held in self._held.items()]
         return tuple((ref, job_s) for ref, job_s in found if job_s * self._bus.settings.bundle_max_jobs > BUNDLE_S)
 
@@ -193,7 +197,7 @@ class VersionManager:
             self._changed.set()
 
     async def stop(self, shutdown_timeout_s: float) -> None:
-        """Let every version go, each finishing what it holds."""
+        """Release all versions after they have finished their pending jobs."""
         self._stopping = True
         await self.configs.stop()
         await self._tasks.cancel()
@@ -203,12 +207,14 @@ class VersionManager:
         await self.files.close()
 
     async def _load(self, ref: ModelRef, *, lazily: bool = True) -> None:
-        """Try until it is held or no longer wanted; ``lazily``: it may be loaded later, if that is decided."""
+        """Retry until the version is hosted or no longer assigned; ``lazily``: loading may wait for its first
+        job.
+        """
         tries = 0
         while ref in self._wanted:
             try:
                 self._held[ref] = await self._loaded(ref, lazily=lazily, ahead=not tries)
-            except Exception as error:  # noqa: BLE001 - told of, and tried again
+            except Exception as error:  # noqa: BLE001 - reported and retried
                 self._report_failure(ref, error)
             else:
                 self._failed.pop(ref, None)
@@ -220,17 +226,17 @@ class VersionManager:
             tries += 1
 
     def _report_failure(self, ref: ModelRef, error: Exception) -> None:
-        """Every heartbeat says why it is not loaded, or not as is wanted."""
+        """Record why a version is not loaded as wanted; every heartbeat carries it."""
         fields = {"action": "load_failed", "model": ref.model, "version": ref.version}
         if isinstance(error, TetherError):
             self._failed[ref] = f"{error.code}: {error.message}"
-            log.warning("not loaded: %s", error, extra=fields)
+            log.warning("could not load a version: %s", error, extra=fields)
         else:
-            self._failed[ref] = f"{TetherError.code}: {type(error).__name__}; the worker's log has the reason"
+            self._failed[ref] = f"{TetherError.code}: {type(error).__name__}; see the worker's log"
             log.error("not loaded", exc_info=error, extra=fields)
 
     async def _wait_before_retry(self, ref: ModelRef, tries: int) -> None:
-        """Before the next try, unless something else is decided about the model meanwhile."""
+        """Wait before the next try, unless the model's configuration changes."""
         news = self._news.setdefault(ref.model, asyncio.Event())
         news.clear()
         with suppress(TimeoutError):
@@ -272,20 +278,22 @@ class VersionManager:
         return HostedVersion(instance, loader)
 
     async def _judge(self, ref: ModelRef, manifest: Manifest, directory: Path) -> None:
-        """Find out whether its jobs may be joined, unless that is known; one version at a time. Until then they are not."""
+        """Prove whether the version's rows are independent, if unknown; one version at a time. Until then
+        nothing is batched.
+        """
         async with self._judging:
             known = self.findings.get(ref)
             if known.proven or known.unproven:
                 return
             finding = await row_judgement.judge(manifest, directory)
-        if ref in self._held:  # else the files may have gone meanwhile
+        if ref in self._held:  # otherwise the files may be gone
             self.findings.found(ref, finding)
-            words = finding.unproven or "its rows are proven to be independent"
+            words = finding.unproven or "proved that its rows are independent"
             fields = {"action": "batching_judged", "model": ref.model, "version": ref.version}
             log.info("%s:%d: %s", ref.model, ref.version, words, extra=fields)
 
     async def _fetch(self, ref: ModelRef, loader: Loader, *, ahead: bool) -> None:
-        """``ahead``: what needs no files begins meanwhile. Not after a try that failed: many in a row would be for nothing."""
+        """Download the files. ``ahead``: prepare the runtime meanwhile; not after a failed try."""
         if not ahead or self._ahead.locked():
             await self.files.fetch(ref, loader.manifest)
             return
@@ -294,7 +302,7 @@ class VersionManager:
             await self.files.fetch(ref, loader.manifest)
 
     async def _load_now(self, loader: Loader) -> InstanceSet:
-        """Another configuration may count since the load began: looked at as soon as the copies are there."""
+        """Load instances, and again if the configuration changed meanwhile."""
         generation = await loader.load()
         asyncio.get_running_loop().call_soon(self._apply_config, loader.manifest.name)
         return generation
@@ -304,7 +312,7 @@ class VersionManager:
         self.memory.change(ref, 0)
 
     def _mark_unloadable(self, ref: ModelRef, error: Exception) -> None:
-        """A job came and it could not be loaded: this worker is not ready for it until it can be."""
+        """Record that a version could not be loaded for a job: the worker is not ready for it."""
         self._report_failure(ref, error)
         self._unloadable.add(ref)
         self._changed.set()
@@ -317,12 +325,12 @@ class VersionManager:
         await self._load(ref, lazily=False)
 
     def _evictable(self) -> list[tuple[ModelRef, InstancePool]]:
-        """What may be unloaded, and is loaded again by its next job."""
+        """Return the versions that may be unloaded; their next job loads them again."""
         found = [(ref, held.instance.copies, held.loader.config) for ref, held in self._held.items()]
         return [(ref, copies) for ref, copies, config in found if copies.loaded and copies.idle and not config.pinned]
 
     async def _unload_idle_loop(self) -> None:
-        """Unload what was idle for as long as its configuration says."""
+        """Unload versions that were idle for their configured time."""
         while True:
             now = self._bus.clock.monotonic()
             for ref, copies in self._evictable():
@@ -337,7 +345,7 @@ class VersionManager:
         self._apply_config(model)
 
     def _apply_config(self, model: str) -> None:
-        """Another configuration counts: what can be changed in place is, and what cannot is loaded anew."""
+        """Apply a changed configuration: update in place if possible, otherwise reload."""
         config = self.configs.get(model)
         for ref, held in self._held.items():
             if ref.model == model:
@@ -349,12 +357,14 @@ class VersionManager:
         self._changed.set()
 
     async def _renew(self, ref: ModelRef) -> None:
-        """Load it anew beside the old one until that is as wanted; the old one answers meanwhile, and if it fails."""
+        """Reload beside the old instances until the load matches; these serve meanwhile, and if the load
+        fails.
+        """
         held, tries = self._held[ref], 0
         while held.outdated and ref in self._wanted:
             try:
                 await held.instance.copies.renew(self._last_run_s(held.loader))
-            except Exception as error:  # noqa: BLE001 - told of, and tried again
+            except Exception as error:  # noqa: BLE001 - reported and retried
                 self._report_failure(ref, error)
                 await self._wait_before_retry(ref, tries)
                 tries += 1
@@ -364,7 +374,9 @@ class VersionManager:
             self._apply_config(ref.model)
 
     def _last_run_s(self, loader: Loader) -> float:
-        """What has begun may end, however long a run may take: the worker itself goes on."""
+        """Return seconds that active runs have to finish on unload: the full run timeout, because the worker
+        goes on.
+        """
         return max(self._bus.settings.shutdown_timeout_s, loader.serving.run_timeout_s)
 
     async def _manifest(self, ref: ModelRef) -> Manifest:

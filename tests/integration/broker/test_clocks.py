@@ -92,8 +92,8 @@ async def test_a_worker_whose_clock_is_20_s_off_joins_answers_and_tells_times_th
 @pytest.mark.parametrize(
     ("by_s", "says"),
     [
-        (-60.0, r"not registered: this machine's clock is (59|60|61) s behind that of 'dispatcher'"),
-        (60.0, r"not registered: your clock is (59|60|61) s ahead of that of this service"),
+        (-60.0, r"could not register: this machine's clock is (59|60|61) s behind that of 'dispatcher'"),
+        (60.0, r"could not register: your clock is (59|60|61) s ahead of that of this service"),
     ],
 )
 async def test_a_worker_whose_clock_is_60_s_off_is_refused_says_so_at_once_and_joins_when_it_is_set(

@@ -140,7 +140,7 @@ async def test_what_a_worker_cannot_seal_leaves_without_a_models_words(one: Serv
     job = seal_job(new_data_key(1), Job(new_job_id(), "stranger", inputs, 5.0))
     end = Outcome(JobId(job.id), JobState.FAILED, (), None, 1, "worker-1", 1.0, 2.0)
     for failure, words in (
-        (Failure(InferenceFailed.code, "index 42 is out of bounds"), "may no longer seal"),
+        (Failure(InferenceFailed.code, "index 42 is out of bounds"), "no longer has a key to encrypt"),
         (Failure(NoDecryptionKey.code, "no key"), "no key"),
         (Failure(DeadlineExceeded.code, "too late"), "too late"),
     ):

@@ -172,7 +172,7 @@ async def test_a_process_that_is_killed_while_it_waits_is_told_and_the_next_try_
         gate.opened.set()
         await ready(running, served)
         assert seen == [
-            "model_rejected: the model cannot be loaded: the model's process was ended by signal 9 (SIGKILL)"
+            "model_rejected: cannot load the model: the model's process was ended by signal 9 (SIGKILL)"
         ]
         assert (await running.infer(served, row(1.0)))[0, 0] == 1.5
 

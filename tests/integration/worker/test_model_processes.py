@@ -110,7 +110,7 @@ def resident_mb(pid: int | str) -> float:
 @pytest.mark.parametrize("habit", [-5.0, -10.0], ids=["at once", "bit by bit"])
 def test_a_process_that_runs_out_of_memory_ends_alone_and_is_counted(runtime: ProcessRuntime, habit: float) -> None:
     before, counted = runtime.pid, crashes("memory")
-    with pytest.raises(InferenceFailed, match=r"ran out of memory and was ended: it may have 4096 MiB; MemoryError"):
+    with pytest.raises(InferenceFailed, match=r"ran out of memory and was ended: its limit is 4096 MiB; MemoryError"):
         runtime.run(rows(habit), ())
     assert not alive(before)
     assert crashes("memory") == counted + 1
@@ -136,7 +136,7 @@ def test_messages_that_are_too_large_are_refused_and_end_no_process(
 ) -> None:
     pid = runtime.pid
     monkeypatch.setattr(process_runtime, "LARGEST_FRAME", 1000)
-    with pytest.raises(InferenceFailed, match=r"the inputs of one run have \d+ bytes; at most 1000 fit"):
+    with pytest.raises(InferenceFailed, match=r"the inputs of one run have \d+ bytes; the limit is 1000"):
         runtime.run({"x": np.zeros((100, 4), np.float32)}, ())
     (found,) = runtime.run(rows(1.0), ())
     assert found[0, 0] == 1.5
@@ -144,7 +144,7 @@ def test_messages_that_are_too_large_are_refused_and_end_no_process(
     monkeypatch.setattr(child_process, "LARGEST_FRAME", 1000)
     assert child_process._packed((True, ["x" * 900]), OPTIONS)[0] is True
     good, content = child_process._packed((True, ["x" * 1000]), OPTIONS)
-    assert (good, codec.unpack(content)) == (False, (False, "the outputs of one run have 1006 bytes; at most 1000 fit"))
+    assert (good, codec.unpack(content)) == (False, (False, "the outputs of one run have 1006 bytes; the limit is 1000"))
 
 
 def test_an_onnx_model_that_runs_out_of_memory_costs_its_process_only(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_the_kernel_ends_a_models_process_before_the_worker(runtime: ProcessRunt
 
 def test_a_model_that_needs_more_than_it_may_have_is_not_loaded(tmp_path: Path) -> None:
     folder = bundles.write(tmp_path / "large", code="import numpy as np\nheld = np.ones(1 << 30)")
-    with pytest.raises(ModelRejected, match=r"ran out of memory .* it may have 4096 MiB; MemoryError"):
+    with pytest.raises(ModelRejected, match=r"ran out of memory .* its limit is 4096 MiB; MemoryError"):
         runtimes.load(manifest(), folder, OPTIONS)
 
 
@@ -229,7 +229,7 @@ def test_what_cannot_be_loaded_is_refused_with_its_reason(tmp_path: Path) -> Non
         folder = bundles.write(tmp_path / str(number), code=code)
         with pytest.raises(ModelRejected, match=words):
             runtimes.load(manifest(), folder, OPTIONS)
-    with pytest.raises(ModelRejected, match="no runtime of this worker"):
+    with pytest.raises(ModelRejected, match="this worker has no runtime"):
         runtimes.load(manifest("caffe"), tmp_path, OPTIONS)
 
 

@@ -148,7 +148,7 @@ async def test_a_declared_detector_is_found_out_by_its_first_runs_and_nobody_get
     assert sample("tether_batching_stopped_total", model="detector") - stopped == 1
     (told,) = [record for record in caplog.records if getattr(record, "action", "") == "batching_stopped"]
     assert "output 'y' had the shape" in told.getMessage()
-    await wait_until(lambda: "did not keep rows apart" in reason(one, served), "the gateway heard of it")
+    await wait_until(lambda: "mixed rows of different jobs" in reason(one, served), "the gateway heard of it")
     assert one.gateway.catalog.batching(served).max_batch_size == 0
 
 
@@ -158,7 +158,7 @@ async def test_what_one_worker_found_out_counts_for_all_and_for_as_long_as_the_v
     async with services(broker, workers=1) as running:
         served = await running.push("detector", models.detections(), max_batch_size=8)
         await ask(running, served, [row(-1)])
-        await wait_until(lambda: "rows apart" in reason(running, served), "the gateway heard of it")
+        await wait_until(lambda: "mixed rows" in reason(running, served), "the gateway heard of it")
         other = await running.start_worker("worker-2")
         await wait_until(lambda: bool(other.holder.ready()), "another worker holds it")
         assert other.holder.findings.get(other.holder.ready()[0]).mixed
@@ -170,5 +170,5 @@ async def test_what_one_worker_found_out_counts_for_all_and_for_as_long_as_the_v
     async with services(broker, workers=0) as running:
         await wait_until(lambda: "detector" in running.gateway.catalog.names(), "the model is known")
         served = running.gateway.catalog.resolve("detector", "1")
-        await wait_until(lambda: "rows apart" in reason(running, served), "it was remembered")
+        await wait_until(lambda: "mixed rows" in reason(running, served), "it was remembered")
         assert isinstance(running.dispatcher, dispatcher_service.Dispatcher)

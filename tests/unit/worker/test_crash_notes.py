@@ -82,7 +82,7 @@ def test_a_signal_names_the_version_whose_thread_it_met(
 ) -> None:
     assert die(tmp_path, run) == -number
     after = CrashNotes(tmp_path, "w")
-    assert after.crashed[GUILTY] == f"a run of it ended worker 'w': {how}"
+    assert after.crashed[GUILTY] == f"a run of the model ended worker 'w': {how}"
     assert ModelRef("over", 1) not in after.crashed
     # a signal that another process sent is handled by any thread, so that all that ran are suspected
     assert (BESIDE in after.crashed) <= ("os.kill" in run)
@@ -100,7 +100,7 @@ def test_what_ran_when_the_kernel_ran_out_of_memory_is_suspected(
     assert die(tmp_path, "        os.kill(os.getpid(), signal.SIGKILL)") == -signal.SIGKILL
     monkeypatch.setattr("tether.worker.crash_notes.out_of_memory_kills", lambda: before + 1)
     assert CrashNotes(tmp_path, "w").crashed == dict.fromkeys(
-        (GUILTY, BESIDE), "a run of it ended worker 'w': out of memory"
+        (GUILTY, BESIDE), "a run of the model ended worker 'w': out of memory"
     )
 
 

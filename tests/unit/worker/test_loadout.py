@@ -139,9 +139,9 @@ def test_warm_up_inputs_fit_the_signature() -> None:
 @pytest.mark.parametrize(
     ("shapes", "words"),
     [
-        ({"x": (5,)}, r"input 'x' has \[5\]; the model's is \[4\] without the batch axis"),
+        ({"x": (5,)}, r"input 'x' has shape \[5\]; the model expects \[4\] without the batch axis"),
         ({"x": (4, 4)}, "input 'x' has"),
-        ({"y": (4,)}, "names 'y', which is no input"),
+        ({"y": (4,)}, "has an unknown input 'y'"),
     ],
 )
 def test_a_warm_up_that_does_not_fit_says_which_input(shapes: dict[str, tuple[int, ...]], words: str) -> None:

@@ -128,7 +128,7 @@ async def test_nothing_is_unloaded_for_who_would_not_fit_all_the_same(monkeypatc
     house.add(D, size=3 * MB)
     house.pinned.add(A)
     await house.use(A, B)
-    with pytest.raises(Unavailable, match="it needs 3 MiB of memory, and what is loaded is pinned or in use"):
+    with pytest.raises(Unavailable, match="need 3 MiB, and all loaded models are pinned or in use"):
         await house.use(D)
     assert house.loaded() == "ab"
     house.pinned.clear()
@@ -139,7 +139,7 @@ async def test_nothing_is_unloaded_for_who_would_not_fit_all_the_same(monkeypatc
 async def test_who_never_fits_is_refused_at_once() -> None:
     house = House(2)
     house.add(A, size=2 * MB + 1)
-    with pytest.raises(Unavailable, match="it needs 3 MiB of memory; worker_memory_mb is 2"):
+    with pytest.raises(Unavailable, match="need 3 MiB, worker_memory_mb is 2"):
         await house.use(A)
 
 

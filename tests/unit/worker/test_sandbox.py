@@ -107,7 +107,7 @@ def test_a_folder_around_the_data_directory_is_read_by_no_model(
     assert str(tmp_path / "project") not in found
     assert not any(home.is_relative_to(path) for path in found)
     assert plan.hidden_paths(str(home)) == [str(tmp_path / "project")]
-    with pytest.raises(ModelRejected, match="lies inside of Python's own folder"):
+    with pytest.raises(ModelRejected, match="is inside Python's folder"):
         plan.plan(plan.ConfinementRequest(apart=str(Path(sys.prefix) / "lib" / "home")))
 
 
@@ -148,10 +148,10 @@ def test_what_a_model_writes_is_a_few_short_lines_of_the_log(caplog: pytest.LogC
         os.close(writing)
         said.close()
     lines = [record.getMessage() for record in caplog.records]
-    assert lines[0].startswith("a model wrote: one")
+    assert lines[0].startswith("model output: one")
     assert len(lines) < AT_ONCE + 20
     assert max(map(len, lines)) < LONGEST + 50
-    assert "more lines, which are not logged" in lines[-1]
+    assert "more lines of model output" in lines[-1]
 
 
 def test_processes_keep_graphs_apart_from_other_versions_and_from_the_worker(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""A worker's cache of chunks of model files. Disposable: without it, or after it was lost, chunks are fetched again.
+"""A worker's cache of model file chunks. Disposable: without it, chunks are downloaded again.
 
-So nothing that goes wrong with it is an error: what is damaged or full is made anew, and when that fails there is no
-cache for a while. See docs/adr/0017-worker-cache.md.
+So a failure of the cache is not an error: a damaged or full file is deleted and recreated, and if that fails,
+there is no cache for a while. See docs/adr/0017-worker-cache.md.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BATCH = 8 << 20
-"""Most bytes of chunks that are stored in one transaction."""
+"""Maximum bytes of chunks stored in one transaction."""
 _FILLED = 0.75
-"""How much of the file chunks may take: the rest is for what LMDB cannot reuse yet."""
+"""Fraction of the file that chunks may fill; the rest is for pages that LMDB cannot reuse yet."""
 _LEAST = 4 << 20
-"""A file of fewer bytes is not worth having."""
+"""Minimum size in bytes of a useful file."""
 _TRY_S = 120.0
-"""How long a file may take to be tried out."""
+"""Seconds that the check of a file may take."""
 _MAPPED = 48 << 20
-"""After reading this many bytes the file is opened anew: what was read through its mapping counts as memory."""
+"""Bytes read after which the file is reopened: pages read through its mapping count as memory."""
 _UNCLEAN = 3
-"""After this many ends in a row that were not orderly, the file itself is suspected."""
+"""Unclean shutdowns in a row after which the file is checked as a whole."""
 
 
 Opened = Callable[[str, bytes], bytes | None]
-"""What a chunk is, from its name and what is kept; None when that is not what was stored. Blocks."""
+"""Decode a stored chunk of a given name; None if it is not what was stored. Blocks."""
 
 
 def intact(digest: str, chunk: bytes) -> bytes | None:
-    """A chunk that is kept as it is."""
+    """Return a chunk stored as plain bytes if its digest matches."""
     return chunk if digest_of(chunk) == digest else None
 
 
 def as_it_is(digest: str, chunk: bytes) -> bytes | None:
-    """A chunk that was found intact just now."""
+    """Return a chunk unchecked; its digest matched just now."""
     del digest
     return chunk
 
@@ -62,8 +62,8 @@ def as_it_is(digest: str, chunk: bytes) -> bytes | None:
 class ChunkCache:
     """Chunks by digest, in a file of at most ``budget`` bytes that leaves ``reserve`` bytes of the disk free.
 
-    The file is opened at the first use, by one process at a time; another one that uses the folder goes without. Every
-    method blocks and may be called from any thread. A process that was forked from the one that opened it has no cache.
+    The file is opened on first use, by one process at a time; another process with the same folder has no
+    cache. All methods block and are thread-safe. A forked child has no cache.
 
     Raises:
         ConfigError: others may write into the folder.
@@ -92,11 +92,11 @@ class ChunkCache:
 
     @property
     def size(self) -> int:
-        """Bytes of the chunks that are kept."""
+        """Return the bytes of the stored chunks."""
         return self._bytes
 
     def held(self, digests: Iterable[str]) -> set[str]:
-        """Those of ``digests`` that are here; whether they are intact is known when they are read."""
+        """Return those of ``digests`` that are stored; their integrity is checked on read."""
         with self._lock:
             found = [digest for digest in digests if digest in self._sizes] if self._opened() else []
             for digest in found:
@@ -104,7 +104,7 @@ class ChunkCache:
             return set(found)
 
     def read(self, digest: str, opened: Opened = intact) -> bytes | None:
-        """A chunk as ``opened`` makes it of what is kept; None when there is none such, or it is not intact."""
+        """Return a chunk decoded by ``opened``; None if it is missing or damaged."""
         with self._lock:
             if self._opened() is None or digest not in self._sizes:
                 return None
@@ -117,9 +117,9 @@ class ChunkCache:
         return found
 
     def keep(self, chunks: Iterable[tuple[str, bytes]], opened: Opened = intact) -> int:
-        """Store chunks that are not here, those that ``opened`` finds intact; returns their bytes.
+        """Store new chunks that ``opened`` finds intact; return their bytes.
 
-        What was not used for the longest time makes room. What does not fit as a whole is kept in part.
+        Least recently used chunks are evicted. If not all fit, some are stored.
         """
         with self._lock:
             if self._opened() is None:
@@ -140,14 +140,14 @@ class ChunkCache:
         return kept + size if batch and self._store(batch, fresh) else kept
 
     def drop(self, reason: str) -> None:
-        """Delete everything; the next use makes it anew. ``reason`` is one word for the metric."""
+        """Delete the file; the next use recreates it. ``reason`` is one word for the metric."""
         with self._lock, suppress(OSError):
             if self._budget and self._locked():
                 self._close_db()
                 self._delete(reason)
 
     def rest(self) -> None:
-        """Close the file in order until it is used again."""
+        """Close the file cleanly until the next use."""
         with self._lock:
             if not self._mine():
                 return
@@ -155,12 +155,12 @@ class ChunkCache:
                 self._guarded(lambda db: db.put((), rows))
             if self._db is not None:
                 self._close_db()
-                with suppress(OSError):  # the disk is full, or somebody deleted the file
+                with suppress(OSError):  # the disk is full, or the file was deleted
                     self._left = self._looks()
                     self._state.write_text(f"closed {self._left}")
 
     def close(self) -> None:
-        """End the use of the file. What other threads still want is refused."""
+        """Close the file for good; later calls of other threads find nothing."""
         self._closed = True
         with self._lock:
             self.rest()
@@ -169,7 +169,7 @@ class ChunkCache:
                 self._lock_file = None
 
     def _store(self, batch: dict[str, bytes], fresh: set[str]) -> bool:
-        """Whether there was room without giving up what the same call has stored."""
+        """Store a batch. Return False if it fits only by evicting what the same call stored."""
         with self._lock:
             if self._opened() is None:
                 return False
@@ -206,7 +206,9 @@ class ChunkCache:
         return self._db is not None
 
     def _rows(self, batch: dict[str, bytes]) -> list[tuple[str, int, int]]:
-        """Sizes and times of use to write: of what was read since the last time, in the order of its use, and a batch."""
+        """Return sizes and last uses to write: of chunks read since the last write, in order of use, and of a
+        batch.
+        """
         read = {digest: size for digest, size in self._sizes.items() if digest in self._touched}
         self._touched.clear()
         read.update({digest: len(chunk) for digest, chunk in batch.items()})
@@ -232,7 +234,7 @@ class ChunkCache:
         metrics.CHUNK_CACHE_BYTES.set(self._bytes)
 
     def _guarded(self, work: Callable[[LmdbChunks], T]) -> T | None:
-        """Do something with the file; one that turns out damaged or full is deleted."""
+        """Call ``work`` with the file; delete the file if it turns out damaged or full."""
         if self._db is None:
             return None
         try:
@@ -244,7 +246,7 @@ class ChunkCache:
         return None
 
     def _lost(self, reason: str, error: Exception) -> None:
-        log.warning("the cache is made anew: %s", error, extra={"action": "cache_lost"})
+        log.warning("recreated the chunk cache: %s", error, extra={"action": "cache_lost"})
         self._close_db()
         self._delete(reason)
 
@@ -261,27 +263,27 @@ class ChunkCache:
         except (OSError, Full, Damaged) as error:
             self._close_db()
             self._delete("unusable")
-            log.warning("no cache of chunks: %s", error, extra={"action": "cache_unusable"})
+            log.warning("chunk cache unavailable: %s", error, extra={"action": "cache_unusable"})
         return self._db
 
     def _open(self) -> None:
-        """Open the file, when it is nobody else's, when there is room, and when it is sound.
+        """Open the file if no other process has it, the disk has space, and it is intact.
 
         Raises:
             OSError, Full, Damaged: it cannot be used.
         """
         private_folder(self._folder)
         if not self._locked():
-            log.warning("another process uses the cache of chunks", extra={"action": "cache_in_use"})
+            log.warning("another process uses the chunk cache", extra={"action": "cache_in_use"})
             return
         size = self._room()
         unclean = self._unclean()
         if self._data.exists() and (reason := self._suspect(size, unclean)):
-            log.warning("the cache is made anew: %s", reason, extra={"action": "cache_lost"})
+            log.warning("recreated the chunk cache: %s", reason, extra={"action": "cache_lost"})
             self._delete(reason)
             size, unclean = self._room(), 0
         if size < _LEAST:
-            log.warning("too little free disk for a cache of chunks", extra={"action": "cache_no_room"})
+            log.warning("too little free disk space for a chunk cache", extra={"action": "cache_no_room"})
             return
         self._state.write_text(f"open {unclean + 1}")
         self._db = LmdbChunks(self._folder, size)
@@ -309,7 +311,7 @@ class ChunkCache:
         return found.st_ino, found.st_size, found.st_mtime_ns
 
     def _locked(self) -> bool:
-        """Whether the folder is this process' own now."""
+        """Return True if this process now owns the folder."""
         if self._lock_file is not None:
             return True
         descriptor = os.open(self._folder / "owner", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -322,15 +324,16 @@ class ChunkCache:
         return True
 
     def _room(self) -> int:
-        """Bytes that the file may have, in whole pages."""
+        """Return the maximum size of the file in bytes, in whole pages."""
         used = self._data.stat().st_blocks * 512 if self._data.exists() else 0
         free = shutil.disk_usage(self._folder).free + used - self._reserve
         return max(0, min(self._budget, free)) // mmap.PAGESIZE * mmap.PAGESIZE
 
     def _suspect(self, size: int, unclean: int) -> str:
-        """One word on why an existing file must go; empty when it may stay.
+        """Return one word on why an existing file must be deleted; empty if it may stay.
 
-        A child tries it, unless nobody touched it since this process did. What an orderly end left is not read as a whole.
+        A child process checks the file, unless it is unchanged since this process closed it. After a clean
+        shutdown only its structure is checked.
         """
         looks = self._looks()
         if looks[1] > size:
@@ -348,7 +351,7 @@ class ChunkCache:
         return "" if done.returncode == 0 else "damaged"
 
     def _unclean(self) -> int:
-        """How many times in a row the file was left without being closed; one that was changed since is not closed."""
+        """Return the number of unclean shutdowns in a row; a file changed since its last close counts as one."""
         try:
             how, _, rest = self._state.read_text().partition(" ")
             if how == "closed":
@@ -366,7 +369,7 @@ class ChunkCache:
         self._count(-self._bytes)
 
     def _delete(self, reason: str) -> None:
-        """Only the file's owner may."""
+        """Delete the file; only its owner may."""
         if self._lock_file is None:
             return
         metrics.CHUNK_CACHE_LOST.labels(reason).inc()
@@ -380,5 +383,7 @@ class ChunkCache:
 
     @property
     def _state(self) -> Path:
-        """How the file was left: ``closed`` and how it looked, or ``open`` and how many times in a row."""
+        """Return the path of the state file: ``closed`` and the file's stat, or ``open`` and the unclean
+        shutdowns.
+        """
         return self._folder / "state"

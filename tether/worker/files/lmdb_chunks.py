@@ -1,7 +1,7 @@
-"""Chunks in an LMDB file; the only importer of lmdb. Run as a program, it tries such a file out.
+"""Chunks in an LMDB file; the only importer of lmdb. Run as a program, it checks such a file.
 
-LMDB trusts what it reads: a damaged file may end the process that opens it. So nothing opens a file that a child process
-has not gone through before, and nobody uses a chunk whose hash was not compared.
+LMDB trusts the file: a damaged one may kill the process that opens it. So a child process checks a file
+before it is opened, and the hash of every chunk is compared before use.
 """
 
 from __future__ import annotations
@@ -19,28 +19,29 @@ import lmdb
 
 DATA = "data.mdb"
 DAMAGED = 3
-"""Exit status of the program: something in the file is not what it was."""
+"""Exit status of the program if the file is damaged."""
 
 _ROW = struct.Struct(">QQ")
 _TRIED = 8 << 20
-"""Bytes of the value that is put and taken back, to go through the list of free pages."""
+"""Bytes of the value that is written and deleted to walk the list of free pages."""
 
 
 class Damaged(Exception):
-    """The file cannot be used any more."""
+    """The file is damaged and cannot be used."""
 
 
 class Full(Exception):
-    """The file, or the disk, has no room."""
+    """The file or the disk is full."""
 
 
 class LmdbChunks:
-    """One open file: chunks by digest, and beside them the size of each and when it was used last, a number that grows.
+    """One open file: chunks by digest, with size and last use (an increasing number) of each in a second
+    table.
 
-    To come across a chunk in LMDB is to read it, so sizes are asked of the list beside them.
+    Reading a chunk's size from LMDB would read the chunk, so sizes are read from the second table.
 
-    It must be opened in the process that uses it, once. ``folder`` holds the file; it grows to ``size`` bytes at most.
-    Nothing is synced: what a crash of the machine leaves is tried out before it is used.
+    Open it once per process. ``folder`` has the file, which grows to at most ``size`` bytes. Writes are not
+    synced: after a crash of the machine the file is checked before use.
 
     Raises:
         Damaged, Full: every method.
@@ -62,29 +63,31 @@ class LmdbChunks:
                 raise
 
     def rows(self) -> list[tuple[str, int, int]]:
-        """Digest, size and time of use of each chunk, that first which was not used for the longest time."""
+        """Return digest, size and last use of each chunk, least recently used first."""
         with _errors(), self._env.begin() as txn:
             found = list(txn.cursor(self._used))
         if any(len(key) != 32 or len(row) != _ROW.size for key, row in found):
-            raise Damaged("the list of chunks is not one")
+            raise Damaged("the table of chunks is damaged")
         rows = sorted((_ROW.unpack(row), key.hex()) for key, row in found)
         return [(digest, size, stamp) for (stamp, size), digest in rows]
 
     @property
     def is_short(self) -> bool:
-        """Whether the file ends before pages that may be in use: to read one of those ends the process."""
+        """Return True if the file ends before pages that may be in use; reading such a page kills the
+        process.
+        """
         with _errors():
             pages = self._env.info()["last_pgno"] + 1
             return self._file.stat().st_size < pages * int(self._env.stat()["psize"])
 
     def get(self, digest: str) -> bytes | None:
-        """What lies under ``digest``, whatever it is."""
+        """Return the value of ``digest``, unchecked."""
         with _errors(), self._env.begin() as txn:
             found: bytes | None = txn.get(bytes.fromhex(digest), db=self._chunks)
             return found
 
     def put(self, chunks: Iterable[tuple[str, bytes]], rows: Iterable[tuple[str, int, int]]) -> None:
-        """Store chunks, and size and time of use of these and others: all or none."""
+        """Store chunks, and size and last use of these and others, in one transaction."""
         with _errors(), self._env.begin(write=True) as txn:
             for digest, chunk in chunks:
                 txn.put(bytes.fromhex(digest), chunk, db=self._chunks)
@@ -98,12 +101,12 @@ class LmdbChunks:
                 txn.delete(bytes.fromhex(digest), db=self._used)
 
     def walk(self) -> bool:
-        """Read all of every chunk; whether each is what its digest says."""
+        """Read every chunk; return True if each matches its digest."""
         with _errors(), self._env.begin(buffers=True) as txn:
             return all(hashlib.sha256(chunk).digest() == key for key, chunk in txn.cursor(self._chunks))
 
     def try_writing(self) -> None:
-        """Put a large chunk and take it back: LMDB goes through its list of free pages."""
+        """Write a large chunk and delete it, so that LMDB walks its list of free pages."""
         with _errors(), self._env.begin(write=True) as txn:
             try:
                 txn.put(b"\0" * 32, bytes(_TRIED), db=self._chunks)
@@ -127,7 +130,7 @@ def _errors() -> Iterator[None]:
 
 
 def main(folder: str, size: str, whole: str) -> int:
-    """Go through a file, in a process that may die of it."""
+    """Check a file, in a process that it may kill."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     database = LmdbChunks(Path(folder), int(size))
     database.rows()

@@ -1,4 +1,4 @@
-"""The files of the versions a worker holds: where they come from, what is kept for the next version, what makes room."""
+"""Files of a worker's assigned versions: downloads, cache of chunks, eviction."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _VERSION = re.compile(r"[0-9a-f]{64}")
 
 
 class PlainEncoding:
-    """How a version's chunks are kept and named: as they are, under their digests."""
+    """Stores a version's chunks as plain bytes under their digests."""
 
     def name(self, digest: str) -> str:
         return digest
@@ -43,12 +43,12 @@ class PlainEncoding:
         return intact(name, kept)
 
     def closed(self, digest: str, chunk: bytes) -> bytes | None:
-        """The chunk as it may be kept; None when it is not what its digest says. Blocks."""
+        """Return the chunk in its stored form; None if it does not match its digest. Blocks."""
         return intact(digest, chunk)
 
 
 class EncryptedEncoding(PlainEncoding):
-    """Closed with the model's data key, so that no disk has them in the clear."""
+    """Stores chunks encrypted with the model's data key, so that no disk has them in plain text."""
 
     def __init__(self, seal: ChunkSeal) -> None:
         self._seal = seal
@@ -67,7 +67,7 @@ class EncryptedEncoding(PlainEncoding):
 
 
 class CachedChunkSource:
-    """Chunks from the cache where it has them intact, all others from the store."""
+    """Chunks from the cache if intact, otherwise from the chunk store."""
 
     def __init__(self, cache: ChunkCache, store: Chunks, form: PlainEncoding) -> None:
         self._cache = cache
@@ -75,10 +75,10 @@ class CachedChunkSource:
         self._form = form
 
     async def get(self, digests: Sequence[str]) -> AsyncGenerator[bytes, None]:
-        """The chunks in order. Close the iterator when you stop early.
+        """Yield the chunks in order. Close the iterator if you stop early.
 
         Raises:
-            CorruptChunk: one is neither here nor there; ``field`` is its name in the store.
+            CorruptChunk: a chunk is in neither; ``field`` is its name in the store.
             DeadlineExceeded, BrokerUnavailable: it took too long.
         """
         names = {digest: self._form.name(digest) for digest in digests}
@@ -104,7 +104,7 @@ class CachedChunkSource:
 
 @dataclass(frozen=True)
 class AssembledFiles:
-    """Where a version that is held has its files. ``manifest`` has their plain digests."""
+    """Location of an assigned version's files. ``manifest`` has their plain digests."""
 
     manifest: Manifest
     directory: Path
@@ -122,8 +122,8 @@ class AssembledFiles:
 class WorkerFiles:
     """Assembled versions below one folder, and the cache of their chunks beside them.
 
-    Versions that are held stay; others make room, that first which was not used for the longest time. Encrypted versions
-    are assembled in ``memory``, as long as they are held.
+    Files of assigned versions stay; others are evicted, least recently used first. Encrypted versions are
+    assembled in ``memory`` while they are assigned.
     """
 
     def __init__(
@@ -139,23 +139,24 @@ class WorkerFiles:
         self._held: dict[ModelRef, AssembledFiles] = {}
         self._changing = asyncio.Lock()
         self.graphs = folder / "graphs"
-        """Where runtimes may keep what they made of a version's files."""
+        """Where runtimes may store files that they derive from a version."""
         self._tasks = Tasks()
         self.cache = ChunkCache(folder / "chunks", settings.chunk_cache_mb * _MB, self._reserve)
 
     async def sweep(self) -> None:
-        """Delete what killed processes left, and versions above the budget."""
+        """Delete leftovers of killed processes, and versions above the budget."""
         async with self._changing:
             await asyncio.to_thread(self._memory.sweep)
             await asyncio.to_thread(self._sweep)
             await asyncio.to_thread(self._make_room, self._pinned(), 0, self._budget)
 
     async def place(self, ref: ModelRef, manifest: Manifest) -> Path:
-        """The folder that a version's files come into, with room for them; what lies in it is not verified yet. It stays until
-        :meth:`release`.
+        """Return the folder for a version's files, with space reserved; its content is not verified yet.
+
+        It stays until :meth:`release`.
 
         Raises:
-            NoDecryptionKey, DecryptionFailed: this worker may not open an encrypted version.
+            NoDecryptionKey, DecryptionFailed: this worker may not decrypt an encrypted version.
             TmpfsUnavailable: there is no memory for an encrypted version.
         """
         held = await self._described(manifest)
@@ -169,12 +170,12 @@ class WorkerFiles:
         return held.directory
 
     async def fetch(self, ref: ModelRef, manifest: Manifest) -> Path:
-        """The folder with a version's files, whole and verified; it stays until :meth:`release`.
+        """Return the folder with a version's files, complete and verified; it stays until :meth:`release`.
 
         Raises:
-            CorruptChunk: a chunk is missing in the store, or altered, and not in the cache either.
-            Unavailable: the disk has no room whatever is deleted, or the broker does not answer.
-            TetherError: as :meth:`place` does, where that was not called before.
+            CorruptChunk: a chunk is missing or altered in the store, and not in the cache either.
+            Unavailable: the disk is full and nothing more can be deleted, or the broker does not answer.
+            TetherError: as :meth:`place` does, if it was not called before.
         """
         if ref not in self._held:
             await self.place(ref, manifest)
@@ -193,7 +194,7 @@ class WorkerFiles:
         if manifest.sealed is None:
             return AssembledFiles(manifest, self._folder / version_digest(manifest))
         if self._keyring is None:
-            raise NoDecryptionKey(f"'{self._bus.signer.name}' opens no encrypted models")
+            raise NoDecryptionKey(f"worker '{self._bus.signer.name}' has no key for encrypted models")
         key = await self._keyring.find(manifest.name, manifest.sealed.key_id)
         plain = await asyncio.to_thread(opened_manifest, key, manifest)
         folder = await asyncio.to_thread(self._memory.path)
@@ -219,7 +220,9 @@ class WorkerFiles:
         return await fetch_model(self._bus, chunks, held.manifest, folder, partial(self._keep, held.form))
 
     def release(self, ref: ModelRef) -> None:
-        """The version is not held any more: its files may make room for others, and what is in memory goes at once."""
+        """Release a version that is no longer assigned: its files may be evicted, those in memory are deleted
+        at once.
+        """
         held = self._held.pop(ref, None)
         if held is None:
             return
@@ -232,7 +235,7 @@ class WorkerFiles:
                 self._tasks.spawn(asyncio.to_thread(shutil.rmtree, gone, ignore_errors=True), "free-memory")
 
     async def remember(self, manifest: Manifest, directory: Path) -> None:
-        """Keep the chunks of a version that was fetched, for the next one that shares some of them."""
+        """Store the chunks of a fetched version for later versions that share them."""
         held = self._held.get(ModelRef(manifest.name, manifest.version))
         if held is None:
             if manifest.sealed is not None:
@@ -243,8 +246,10 @@ class WorkerFiles:
         await asyncio.to_thread(self.cache.rest)
 
     def lend(self, name: str) -> bytes | None:
-        """A chunk of the cache in the form that it is kept in, and that proved to be right just now; None when there is none
-        such, or when it is closed with a key of no version that is held. Blocks."""
+        """Return a verified cached chunk in its stored form, for a chunk repair. Blocks.
+
+        None if it is not cached, or is encrypted with a key of no assigned version.
+        """
         forms = [PlainEncoding(), *(held.form for held in tuple(self._held.values()) if held.seal is not None)]
         kept = self.cache.read(name, as_it_is)
         self.cache.rest()
@@ -257,7 +262,7 @@ class WorkerFiles:
         await asyncio.to_thread(self._memory.close)
 
     async def _onto_disk(self, held: AssembledFiles) -> Path:
-        """On a disk that is full, everything that can be fetched again is given up first."""
+        """Download to disk; if the disk is full, first delete everything that can be downloaded again."""
         manifest = held.manifest
         store = ObjectChunkStore(self._bus, self._bus.names.partition_bucket(manifest.partition))
         chunks = CachedChunkSource(self.cache, store, held.form)
@@ -266,7 +271,11 @@ class WorkerFiles:
         except Unavailable as error:
             if not isinstance(error.__cause__, OSError):
                 raise
-            log.warning("the disk is full: %s", error, extra={"action": "cache_disk_full", "model": manifest.name})
+            log.warning(
+                "disk full, deleting cached files: %s",
+                error,
+                extra={"action": "cache_disk_full", "model": manifest.name},
+            )
         async with self._changing:
             await asyncio.to_thread(self.cache.drop, "disk")
             await asyncio.to_thread(self._make_room, self._pinned(), 0, 0)
@@ -289,7 +298,9 @@ class WorkerFiles:
                 path.rmdir()  # only if it is empty
 
     def _make_room(self, pinned: frozenset[str], coming: int, budget: int) -> None:
-        """Delete versions until ``coming`` more bytes fit the budget and the disk; if need be, the cache of chunks too."""
+        """Delete versions until ``coming`` more bytes fit the budget and the disk; if needed, the chunk cache
+        too.
+        """
         sizes = {path: _size(path) for path in self._versions()}
         total = sum(sizes.values()) + coming
         for path in sorted(sizes, key=lambda path: path.stat().st_mtime_ns):
@@ -302,7 +313,7 @@ class WorkerFiles:
             self.cache.drop("disk")
 
     def _evict(self, path: Path) -> None:
-        """In one step, so that no half of a version is ever found."""
+        """Delete a version's files in one step, so that no partial version is found."""
         gone = path.with_name(f".{path.name}")
         shutil.rmtree(gone, ignore_errors=True)
         path.rename(gone)
@@ -318,7 +329,7 @@ class WorkerFiles:
 
 
 def _chunks(file: ModelFile, path: Path, form: PlainEncoding, wanted: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
-    """Name and kept form of those of a file's chunks that are ``wanted``, by digest, and are what they should be."""
+    """Yield name and stored form of the intact chunks of a file that are ``wanted``, by digest."""
     with path.open("rb") as content:
         for digest, size in file.sized_chunks():
             if digest not in wanted:

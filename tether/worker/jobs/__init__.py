@@ -1,1 +1,1 @@
-"""Jobs in a worker: pulled, verified, run, answered."""
+"""Pull bundles from lanes, verify them, run their jobs and publish the outcomes."""

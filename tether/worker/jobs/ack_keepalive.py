@@ -1,7 +1,8 @@
-"""Signs of life for messages in hand, from a thread that neither inference nor the event loop can block.
+"""Extends the ack wait of unsettled messages from a thread that neither inference nor the event loop can
+block.
 
-The thread has an event loop and a connection of its own; it sends ``+WPI`` at a third of each lane's ack wait, so
-that the broker does not deliver to another worker what this one is still working on.
+The thread has its own event loop and connection. It sends ``+WPI`` every third of a lane's ack wait, so that
+the broker does not redeliver a message that this worker still processes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class _Entry:
 
 
 class KeepAlive:
-    """Thread-safe: ``hold`` and ``drop`` are called from the worker's loop, the thread reads."""
+    """Keeps messages from being redelivered. Thread-safe: the worker's loop calls ``hold`` and ``drop``, the
+    thread reads.
+    """
 
     def __init__(self, settings: Settings, home: Home, identity: str) -> None:
         self._settings = settings
@@ -43,12 +46,12 @@ class KeepAlive:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Return when the thread has ended; it may be waiting for the broker."""
+        """Stop the thread and wait up to 10 s for it; it may be waiting for the broker."""
         self._stop.set()
         await asyncio.to_thread(self._thread.join, 10)
 
     def hold(self, ack_subject: str, ack_wait_s: float, now: float) -> None:
-        """Keep a message from being redelivered until it is dropped. ``now`` is monotonic seconds."""
+        """Keep a message from being redelivered until ``drop``. ``now`` is monotonic seconds."""
         interval = ack_wait_s / 3
         self._held[ack_subject] = _Entry(now + interval, interval)
 

@@ -1,4 +1,4 @@
-"""What a worker took from a lane: verified before it is decoded, and how its jobs' ends reach whoever waits for them."""
+"""Verifies and decodes bundles pulled from lanes, and delivers the outcomes of their jobs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class BundleReader:
-    """Opens the deliveries of one model's lanes and answers them."""
+    """Reads the deliveries of one model's lanes and delivers their outcomes."""
 
     def __init__(self, bus: Bus, keyring: Keyring, model: str) -> None:
         self._bus = bus
@@ -41,9 +41,10 @@ class BundleReader:
         self.answers = OutcomePublisher(bus)
 
     async def read(self, delivery: Delivery) -> Bundle | None:
-        """Verify, then decode. What fails is acknowledged: delivering it again would change nothing.
+        """Verify a delivery, then decode it. Return None if it cannot be run.
 
-        Unless this worker's own clock may be to blame: then the bundle is left for another worker.
+        An invalid delivery is acknowledged, because redelivery would change nothing. If this worker's clock
+        or keyset may be the cause, the delivery is left for another worker.
         """
         kind = MessageType.INFER if delivery.lane.kind is LaneKind.INFER else MessageType.JOB
         try:
@@ -55,7 +56,7 @@ class BundleReader:
             delivery.abandon()
             return None
         except UnknownKey:
-            # the key may be so new that this worker has not heard of it
+            # a new key may not have reached this worker yet
             await self._leave_for_redelivery(delivery)
             return None
         except EnvelopeError:
@@ -69,7 +70,7 @@ class BundleReader:
             return None
         if not self._in_pool(delivery.lane, envelope.header, bundle.jobs):
             metrics.ENVELOPES_REJECTED.labels(SubjectMismatch.code).inc()
-            log.error("another tenant's bundle", extra={"action": "pool_refused", "model": self._model})
+            log.error("rejected a bundle of another tenant", extra={"action": "pool_refused", "model": self._model})
             await delivery.ack()
             return None
         if any(job.sealed is not None for job in bundle.jobs):
@@ -77,7 +78,9 @@ class BundleReader:
         return bundle
 
     def _check_expiry(self, header: Header, subject: str) -> None:
-        """By the dispatcher's clock: this machine's own may be off, and only for that a bundle had grace."""
+        """Raise EnvelopeExpired by the dispatcher's clock; verification allowed for the skew of this
+        machine's own clock.
+        """
         late_ms = self._bus.clock.utc_ms() - header.expires_at
         if header.expires_at and late_ms >= 0:
             error = EnvelopeExpired(f"the bundle expired {late_ms} ms ago")
@@ -85,7 +88,7 @@ class BundleReader:
             raise error
 
     async def _decrypt(self, bundle: Bundle) -> None:
-        """Open the jobs of sealed tenants; those that do not open end here and say why."""
+        """Decrypt the jobs of tenants with encryption; fail those that cannot be decrypted, with the reason."""
         jobs, refused = await payload_encryption.opened(self._keyring, bundle.jobs)
         if refused:
             name, now = self._bus.signer.name, self._bus.clock.utc()
@@ -100,27 +103,30 @@ class BundleReader:
             await delivery.ack()
 
     def _in_pool(self, lane: Lane, header: Header, jobs: Sequence[Job]) -> bool:
-        """An isolated tenant's lane carries its jobs alone, and the shared lanes none that was meant for such a lane."""
+        """Return True if the bundle belongs to the lane's tenant; shared lanes carry no isolated tenant's
+        bundles.
+        """
         if header.tenant != lane.tenant:
             return False
         return not lane.tenant or all(job.tenant == lane.tenant for job in jobs)
 
     async def _fail_undecodable(self, bundle: Bundle) -> None:
-        """A gateway signed it, so somebody waits for these jobs: they end here, although they cannot be run."""
+        """Fail the jobs of a bundle that cannot be decoded: a gateway signed it, so callers wait for them."""
         failure = Failure(
-            InferenceFailed.code, "the worker cannot read the job; are gateway and worker of one version?"
+            InferenceFailed.code,
+            "the worker cannot decode the job; run the same version of Tether on gateway and worker",
         )
         name, now = self._bus.signer.name, self._bus.clock.utc()
         ends = [
             Outcome(JobId(job), JobState.FAILED, (), failure, bundle.delivery.attempt, name, 0.0, now)
             for job in bundle.header.jobs
         ]
-        log.error("a bundle cannot be read", extra={"action": "bundle_unreadable", "model": self._model})
+        log.error("failed a bundle that cannot be decoded", extra={"action": "bundle_unreadable", "model": self._model})
         await self.deliver([bundle], ends)
         await bundle.delivery.ack()
 
     async def deliver(self, bundles: Sequence[Bundle], outcomes: Sequence[Outcome]) -> None:
-        """Hand outcomes to whoever waits for them: results for jobs lanes, reply bundles for infer lanes."""
+        """Deliver outcomes: stored results for jobs lanes, reply bundles for infer lanes."""
         outcomes = payload_encryption.closed(
             self._keyring, [job for bundle in bundles for job in bundle.jobs], outcomes
         )

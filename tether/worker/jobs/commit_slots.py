@@ -1,9 +1,10 @@
-"""How many runs may have ends on their way to the broker, so that a store which takes none stops neither runs nor callers.
+"""Limits the runs whose outcomes are not delivered yet, so that a slow broker delays new runs and nothing
+else.
 
-The end of a run is sent after the run has given back its copy of the model. A few may be on their way at a time: that holds
-the next runs back when the broker is slow. Ends of durable jobs that take longer than :data:`QUICK_S` wait beside those:
-results have no room, or their stream is away. When :data:`SLOW_RUNS` wait so, no further durable job begins; callers who wait
-for an answer are served as before.
+The outcomes of a run are delivered after the run has released its instance. A few runs may be delivering at a
+time; beyond that no run begins. Durable runs that deliver for longer than :data:`QUICK_S` (results are full,
+or their stream is unavailable) are counted apart: with :data:`SLOW_RUNS` of these no further durable job
+begins, while synchronous jobs are still served.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 ENDING = 8
-"""Runs whose ends may be on their way beside those that run: a slow broker holds the next runs back."""
+"""Runs that may deliver their outcomes in addition to one for each instance."""
 
 QUICK_S = 1.0
-"""How long the ends of a run of durable jobs count among those."""
+"""Seconds after which a durable run that still delivers counts as slow."""
 
 SLOW_RUNS = 32
-"""Runs of durable jobs whose ends may wait for longer."""
+"""Slow durable runs at which no further durable job begins."""
 
 
 class CommitSlots:
-    """The ends of one model version; ``changed`` is called when there may be room for another run."""
+    """Counts the runs of one version that deliver outcomes; calls ``changed`` when another run may fit."""
 
     def __init__(self, changed: Callable[[], None]) -> None:
         self._changed = changed
@@ -31,21 +32,21 @@ class CommitSlots:
         self._slow = 0
 
     def full(self, copies: int) -> bool:
-        """Whether a model with so many copies must begin no further run."""
+        """Return True if a version with ``copies`` instances must begin no further run."""
         return self._quick >= copies + ENDING
 
     @property
     def durable_full(self) -> bool:
-        """Whether no further run of durable jobs must begin."""
+        """Return True if no further run of durable jobs may begin."""
         return self._slow >= SLOW_RUNS
 
     def expect(self) -> None:
-        """A run begins, whose ends will be sent."""
+        """Count a run that begins."""
         self._quick += 1
 
     @contextmanager
     def sending(self, *, durable: bool) -> Iterator[None]:
-        """The ends of an expected run are sent while the block runs."""
+        """Count an expected run as delivering while the block runs."""
         slow = False
 
         def slow_now() -> None:

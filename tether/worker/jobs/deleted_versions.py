@@ -1,4 +1,4 @@
-"""The lanes of deleted versions: every job in them ends here, and whoever waits for it is told why."""
+"""Drains the lanes of deleted versions: fails every job in them with the reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ _AGAIN_S = 1.0
 
 
 class DeletedVersionDrain:
-    """Works off the lanes that the dispatcher names, as long as it names them. One change at a time for each."""
+    """Drains the lanes that the dispatcher lists, until it no longer lists them; starts and stops each in
+    order.
+    """
 
     def __init__(self, bus: Bus, keepalive: KeepAlive, keyring: Keyring) -> None:
         self._bus = bus
@@ -63,20 +65,22 @@ class DeletedVersionDrain:
                 self.want(tuple(self._wanted))
 
     async def _confirmed(self, ended: EndedLanes, enough: asyncio.Event) -> bool:
-        """A job is ended only when the version's own entry says that it was deleted; the dispatcher may be mistaken."""
+        """Return True once the version's own entry says that it was deleted; the dispatcher's list may be
+        wrong.
+        """
         key = self._bus.names.version_key(ended.model, ended.version)
         while not enough.is_set():
             try:
                 if await self._models.was_deleted(key):
                     return True
             except TetherError as error:
-                log.info("not yet known whether deleted: %s", error, extra={"action": "ended_unconfirmed"})
+                log.info("could not confirm a deletion yet, retrying: %s", error, extra={"action": "ended_unconfirmed"})
             await asyncio.sleep(_AGAIN_S)
         return False
 
 
 class DeletedLaneDrain:
-    """Pulls the lanes of one deleted version in one region and ends what comes."""
+    """Pulls the lanes of one deleted version in one region and fails their jobs."""
 
     def __init__(self, bus: Bus, ended: EndedLanes, keepalive: KeepAlive, keyring: Keyring) -> None:
         self._bus = bus
@@ -115,7 +119,9 @@ class DeletedLaneDrain:
                 await self._intake.deliver([bundle], [self._outcome(bundle, job) for job in bundle.jobs])
                 await delivery.ack()
         except TetherError as error:
-            log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
+            log.warning(
+                "left a bundle for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code}
+            )
         finally:
             delivery.abandon()
 

@@ -1,8 +1,9 @@
-"""What a worker asks of the lanes of one version, so that its copies have work and other workers have what they could begin now.
+"""Decides how many messages to pull from each lane of a version: enough for its instances, no more.
 
-By ``least_connections`` a lane is asked while its next message is expected to begin soon (:mod:`tether.worker.scheduling.pull_pace`). When a
-run takes longer than that, requests are taken back, and messages of which nothing ran for :data:`HOLD_S` are handed back: another
-worker that waits gets them at once. By the other strategies a worker keeps its places, as docs/adr/0026-load-balancing.md says.
+With ``least_connections`` a worker pulls from a lane while its next message is expected to begin soon
+(:mod:`tether.worker.scheduling.pull_pace`). If a run takes longer than expected, open pulls are cancelled,
+and messages idle for :data:`HOLD_S` are handed back, so that an idle worker gets them at once. With the other
+strategies a worker keeps its number of open pulls, see docs/adr/0026-load-balancing.md.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ from tether.worker.scheduling.job_turns import LEVELS, JobTicket, RunQueue, leve
 from tether.worker.scheduling.pull_pace import AHEAD_S
 
 HOLD_S = 0.1
-"""How long a busy worker keeps a message of which no job runs."""
+"""Seconds that a busy worker keeps a message of which no job runs."""
 
 _OPENING_S = 0.05
-"""How long a less urgent job waits for a more urgent message that has arrived and is being opened."""
+"""Seconds that a less urgent job waits for a more urgent message that is being decoded."""
 
 
 class LanePulls:
-    """The lanes of one version, by their level, and how many of its runs are made."""
+    """Controls the pulls of one version's lanes by level, and counts its runs."""
 
     def __init__(
         self, pulls: Sequence[LaneConsumer], queue: RunQueue, runs: Runs, clock: Clock, *, slots: int, weight: int
     ) -> None:
         self.pulls = {level_of(pull.lane): pull for pull in pulls}
         self.arrived = asyncio.Event()
-        """Set when there may be something new in the queue."""
+        """Set when the queue may hold new jobs."""
         self.gathering: list[JobTicket] = []
-        """Jobs that only wait for company."""
+        """Jobs that wait for more jobs to fill a batch."""
         self.copies = 1
         self.running = 0
         self._strategy = LoadBalancing.LEAST_CONNECTIONS
@@ -49,13 +50,13 @@ class LanePulls:
         self._opening = [0] * LEVELS
         self._opened = asyncio.Event()
         self._shut = [False] * LEVELS
-        """Levels of which a message was handed back, until one could begin again."""
+        """Levels that are not pulled: a message was handed back, and none could begin since."""
         self._begun_at = clock.monotonic()
         self._resting = False
-        """No durable job begins: their ends find no room."""
+        """Whether durable jobs are paused, because their outcomes cannot be stored."""
 
     def configure(self, strategy: LoadBalancing, copies: int) -> None:
-        """What counts from now on; ``copies`` is how many runs are made side by side."""
+        """Set the strategy and the number of concurrent runs, ``copies``, from now on."""
         self._strategy = strategy
         self.copies = copies
         self.share()
@@ -65,7 +66,7 @@ class LanePulls:
         return self._strategy is LoadBalancing.LEAST_CONNECTIONS
 
     def share(self) -> None:
-        """Ask every lane as the strategy and what is in hand say."""
+        """Update the pulls of every lane by the strategy and the pending jobs."""
         most = max(self._slots, self.copies + 1)
         if not self._by_need:
             turns = pull_balance.turns(self._strategy, self._weight, self._runs.capacity)
@@ -79,24 +80,24 @@ class LanePulls:
             pull.share(0 if stalled or self._shut[level] or (level and self._resting) else credit)
 
     def rest(self, *, durable: bool) -> None:
-        """Whether durable jobs stay where they are; those who wait for an answer go on."""
+        """Pause or resume durable jobs; synchronous jobs go on."""
         if durable != self._resting:
             self._resting = durable
             self.arrived.set()
             self.share()
 
     def _stalled(self, now: float) -> bool:
-        """Whether the runs of now take longer than was expected."""
+        """Return True if the current runs take longer than expected."""
         return self.running >= self.copies and now - self._begun_at > AHEAD_S
 
     # messages
 
     def came(self, level: int) -> None:
-        """A message arrived and is being opened."""
+        """Count a message that arrived and is being decoded."""
         self._opening[level] += 1
 
     def opened(self, level: int) -> None:
-        """Its jobs are in the queue, or it had none."""
+        """Count a message as decoded: its jobs are queued, or it had none."""
         self._opening[level] -= 1
         self._opened.set()
         self.arrived.set()
@@ -113,8 +114,9 @@ class LanePulls:
         self.running -= 1
 
     async def next_level(self) -> int:
-        """The level of the next run, once there is one: what is more urgent was looked for before something less urgent is
-        taken."""
+        """Wait for jobs and return the level of the next run; a more urgent message that is being decoded
+        goes first.
+        """
         looked = False
         while True:
             now = self._clock.monotonic()
@@ -133,8 +135,9 @@ class LanePulls:
             await asyncio.gather(*[self._look(level) for level in unknown])
 
     async def gathered(self, level: int, serving: RunSpec) -> bool:
-        """Whether something came while the next run of a level waited for company, which it does until it is full enough or the
-        delay of the model's configuration is up."""
+        """Wait for more jobs to fill the next run of a level, at most for the configured delay. Return True
+        if any came.
+        """
         if not serving.delay_s:
             return False
         group = list(self._queue.candidates(level))
@@ -155,7 +158,7 @@ class LanePulls:
         return True
 
     def _look_round(self, now: float) -> list[int]:
-        """The order of levels, after a note of what has no jobs and of what could begin now."""
+        """Return the order of levels, after recording which have no jobs and which could begin now."""
         urgent = False
         for level in range(LEVELS):
             self._shut[level] = self._shut[level] and urgent
@@ -182,8 +185,10 @@ class LanePulls:
             self._queue.served(level, self._clock.monotonic())
 
     def to_hand_back(self, bundles: Iterable[Bundle]) -> list[Bundle]:
-        """Those that other workers may take: every copy is busy, and for a while none of their jobs ran. Looked at every
-        :data:`AHEAD_S`; requests are taken back too."""
+        """Return the bundles to hand back: every instance is busy, and none of their jobs ran for a while.
+
+        Call it every :data:`AHEAD_S`; it cancels open pulls too.
+        """
         now = self._clock.monotonic()
         if not self._by_need or self.running < self.copies:
             return []
@@ -196,7 +201,9 @@ class LanePulls:
 
 
 def _rests(bundle: Bundle, now: float) -> bool:
-    """Whether it can be handed back whole: of a caller's, nothing has run; of a durable one's, what has is stored."""
+    """Return True if no work is lost by handing the bundle back: no job of an infer bundle ran, and the
+    results of a durable one are stored.
+    """
     if bundle.running or bundle.leaving or now - bundle.touched_at <= HOLD_S:
         return False
     return not bundle.begun or bundle.durable

@@ -1,4 +1,4 @@
-"""Outcomes on their way out: reply bundles for waiting gateways, one committed result for each durable job."""
+"""Publishes outcomes: reply bundles for gateways that wait, one stored result for each durable job."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from tether.worker.jobs.results_room import ResultsRoom
 log = logging.getLogger(__name__)
 
 ROOM_S = 10.0
-"""How long outputs wait for room among the results; after that their job has failed, which takes a few hundred bytes."""
+"""Seconds that outputs wait for space in the results stream; then their job fails, which needs a few hundred
+bytes.
+"""
 
 _RETRY_S = 0.25
 _WAITS_S = 1.0
-"""An end that waits for longer than this is told of."""
+"""Seconds after which an outcome that is not stored is reported."""
 
 _TOLD_S = 60.0
 
@@ -43,18 +45,16 @@ class OutcomePublisher:
 
     @property
     def waiting(self) -> str:
-        """Why ends of durable jobs are not stored; empty while they are."""
+        """Return why outcomes of durable jobs are not stored; empty while they are."""
         if not self._waiting:
             return ""
-        return (
-            f"{len(self._waiting)} ended jobs wait for their results to be stored: {next(iter(self._waiting.values()))}"
-        )
+        return f"{len(self._waiting)} outcomes of durable jobs are not stored yet: {next(iter(self._waiting.values()))}"
 
     async def reply(self, to: str, outcomes: Sequence[Outcome]) -> None:
-        """Send reply bundles to a gateway: as few messages as fit.
+        """Send outcomes to a gateway in as few messages as possible.
 
         Raises:
-            BrokerUnavailable: not all were sent; the bundle must come again.
+            BrokerUnavailable: not all were sent; the bundle must be redelivered.
         """
         for group in self._grouped(outcomes):
             ids = tuple(outcome.job for outcome in group)
@@ -78,17 +78,20 @@ class OutcomePublisher:
 
     def _too_large(self, outcome: Outcome) -> Outcome:
         error = ResultTooLarge(
-            f"the outputs take {_size(outcome)} bytes; one answer may have {self._bus.room}: ask for fewer outputs"
+            f"the outputs take {_size(outcome)} bytes and a response may have {self._bus.room}; request fewer outputs"
         )
         return _failed(outcome, error)
 
     async def commit(self, model: str, outcomes: Sequence[Outcome]) -> None:
-        """Store how durable jobs ended; returns when every one is stored or was refused as second."""
+        """Store outcomes of durable jobs; return when each is stored or was refused as a duplicate."""
         await asyncio.gather(*[self._commit_one(model, self._fitting(outcome)) for outcome in outcomes])
 
     async def _commit_one(self, model: str, outcome: Outcome) -> None:
-        """An end without outputs is tried for as long as it takes: it is small, its job does not run again for it, and it is
-        no run's place that it waits in (:mod:`tether.worker.jobs.commit_slots`)."""
+        """Store one outcome. Retry one without outputs until it is stored.
+
+        It is small, its job does not run again for it, and it takes no run's place
+        (:mod:`tether.worker.jobs.commit_slots`).
+        """
         clock, pool = self._bus.clock, self._bus.pool
         subject = self._bus.names.result(outcome.job, pool)
         began, full_since = clock.monotonic(), 0.0
@@ -122,7 +125,7 @@ class OutcomePublisher:
             metrics.RESULTS_REFUSED.inc()
 
     async def _stored(self, outcome: Outcome, frame: bytes) -> bool:
-        """False: the job had ended before."""
+        """Store an outcome; return False if the job already has one."""
         if not _has_outputs(outcome):
             return await self._results.commit(outcome.job, frame, pool=self._bus.pool)
         async with self._room.storing(len(frame)):
@@ -136,8 +139,8 @@ class OutcomePublisher:
 
     def _without_room(self, model: str, outcome: Outcome) -> Outcome:
         error = StorageFull(
-            f"the results of durable jobs had no room for {_size(outcome)} bytes of outputs in {ROOM_S:g} s: "
-            "see that a dispatcher runs, lower result_ttl_s, or raise max_file_mb"
+            f"no space in the results stream for {_size(outcome)} bytes of outputs within {ROOM_S:g} s; "
+            "check that a dispatcher runs, lower result_ttl_s, or raise max_file_mb"
         )
         metrics.RESULTS_WITHOUT_ROOM.labels(model).inc()
         return _failed(outcome, error)
@@ -163,7 +166,7 @@ def _has_outputs(outcome: Outcome) -> bool:
 
 
 def _failed(outcome: Outcome, error: TetherError) -> Outcome:
-    """The same end, failed and without outputs."""
+    """Return the outcome as failed, without outputs."""
     failure = Failure(error.code, error.message)
     return msgspec.structs.replace(outcome, state=JobState.FAILED, outputs=(), error=failure, sealed=None)
 

@@ -1,4 +1,4 @@
-"""Jobs of sealed tenants in a worker: opened before they run, their outcomes sealed before they leave."""
+"""Decrypts the jobs of tenants with encryption before they run, and encrypts their outcomes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _OURS = frozenset(
     error.code
     for error in (NoDecryptionKey, DecryptionFailed, DeadlineExceeded, JobCancelled, ModelNotFound, AttemptsExhausted)
 )
-"""Ends whose words are our own, and hold nothing of what was sent."""
+"""States whose failure message is our own and holds no part of the request."""
 
 
 async def opened(keyring: Keyring, jobs: Sequence[Job]) -> tuple[list[Job], list[tuple[Job, EnvelopeError]]]:
-    """Jobs with their inputs, and those that do not open, each with the reason."""
+    """Return jobs with decrypted inputs, and those that cannot be decrypted, each with the error."""
     found: list[Job] = []
     refused: list[tuple[Job, EnvelopeError]] = []
     for job in jobs:
@@ -40,13 +40,17 @@ async def opened(keyring: Keyring, jobs: Sequence[Job]) -> tuple[list[Job], list
         except EnvelopeError as error:
             metrics.ENVELOPES_REJECTED.labels(error.code).inc()
             ids = {"job_id": job.id, "tenant": job.tenant}
-            log.warning("a job does not open: %s", error, extra={"action": "seal_refused", "code": error.code, **ids})
+            log.warning(
+                "could not decrypt a job: %s", error, extra={"action": "seal_refused", "code": error.code, **ids}
+            )
             refused.append((job, error))
     return found, refused
 
 
 def refusals(refused: Sequence[tuple[Job, EnvelopeError]], *, attempt: int, worker: str, now: float) -> list[Outcome]:
-    """The ends of jobs that do not open: delivering them again would change nothing. ``now`` is UTC seconds."""
+    """Return failed outcomes for jobs that cannot be decrypted; redelivery would not help. ``now`` is UTC
+    seconds.
+    """
     return [
         Outcome(job.id, JobState.FAILED, (), Failure(error.code, error.message), attempt, worker, 0.0, now)
         for job, error in refused
@@ -54,7 +58,7 @@ def refusals(refused: Sequence[tuple[Job, EnvelopeError]], *, attempt: int, work
 
 
 def closed(keyring: Keyring, jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
-    """The outcomes as they may leave: those of sealed jobs are sealed with their tenant's newest key."""
+    """Encrypt the outcomes of encrypted jobs with their tenant's newest key."""
     by_id = {job.id: job for job in jobs if job.sealed is not None}
     if not by_id:
         return outcomes
@@ -64,16 +68,18 @@ def closed(keyring: Keyring, jobs: Sequence[Job], outcomes: Sequence[Outcome]) -
 
 
 def _closed(keyring: Keyring, job: Job, outcome: Outcome) -> Outcome:
-    """With the job's own key where the newest is not for this worker, and without outputs and words where it has none at all."""
+    """Encrypt with the job's own key if the newest is not for this worker; with neither, drop outputs and
+    message.
+    """
     key = keyring.newest(job.tenant)
     if key is None and job.sealed is not None:
         key = keyring.known(job.tenant, job.sealed.key_id)
     if key is not None:
         return seal_outcome(key, job.tenant, outcome)
     if outcome.outputs:
-        failure = Failure(NoDecryptionKey.code, "the worker may no longer open this tenant's payloads")
+        failure = Failure(NoDecryptionKey.code, "the worker no longer has a key to decrypt this tenant's payloads")
         return msgspec.structs.replace(outcome, state=JobState.FAILED, outputs=(), error=failure)
     if outcome.error is None or outcome.error.code in _OURS:
         return outcome
-    failure = Failure(outcome.error.code, "the worker may no longer seal what it would say of this tenant's job")
+    failure = Failure(outcome.error.code, "the worker no longer has a key to encrypt the failure of this tenant's job")
     return msgspec.structs.replace(outcome, error=failure)

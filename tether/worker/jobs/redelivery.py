@@ -1,11 +1,10 @@
-"""Bundles that come again: one job at a time, each attempt noted before it begins.
+"""Runs redelivered bundles one job at a time, and records each attempt before it begins.
 
-A worker that died with a bundle in its hands may have died of one of its jobs. So that such a job takes no neighbours
-with it, every job of a redelivered bundle runs alone, and a note is stored before each run. The worker that gets the bundle
-next sees from the notes which job was running when the worker before it died.
+A job may have killed the worker that had the bundle. So every job of a redelivered bundle runs alone, and a
+note is stored before each run: the next worker reads there which job was running when the last one died.
 
-A bundle that a living worker handed back, because it could not run it soon, harmed nobody. That worker's note says so, and
-the bundle's jobs are joined as if it came for the first time.
+A bundle that a living worker handed back is not suspect. That worker's note says so, and its jobs are batched
+as on a first delivery.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ log = logging.getLogger(__name__)
 
 
 NOTED_S = 0.1
-"""A bundle that takes this long is noted."""
+"""Seconds after which a note is stored for a bundle on its first delivery."""
 
 _ANSWERED = 0
-"""As the attempt of a job whose caller has its answer; infer lanes keep no results that would tell."""
+"""Attempt number of a job whose caller has its response; infer lanes store no results that would show it."""
 
 
 class Redelivery:
-    """What one model instance does with bundles that come again, or that it hands back."""
+    """Attempt notes and dead letters of one model's bundles."""
 
     def __init__(self, bus: Bus, model: str) -> None:
         self._bus = bus
@@ -42,7 +41,7 @@ class Redelivery:
         self._notes = SignedBucket(bus, "attempts", MessageType.ATTEMPT)
 
     async def is_suspect(self, bundle: Bundle) -> bool:
-        """Whether a worker may have died of this bundle: it came before, and its last holder did not hand it back."""
+        """Return True if the bundle may have killed a worker: it was delivered before and not handed back."""
         if bundle.delivery.attempt == 1:
             return False
         note = await self._stored(bundle.header.message_id)
@@ -52,29 +51,40 @@ class Redelivery:
         return not harmless
 
     async def began(self, bundle: Bundle) -> None:
-        """Note that a bundle began that came for the first time, for those who ask for the state of its jobs; one that is over
-        at once needs no note."""
+        """Store a note that a bundle began on its first delivery, for job status; skip bundles that finish at
+        once.
+        """
         await asyncio.sleep(NOTED_S)
         if not bundle.left or (bundle.leaving and not bundle.running):
-            return  # it is over, or was handed back with a note of its own
+            return  # the bundle finished, or was handed back with its own note
         bundle.noted = True
         try:
             await self._put(bundle.header.message_id, 1)
         except TetherError as error:
-            log.info("not noted that a bundle began: %s", error, extra={"action": "note_lost", "code": error.code})
+            log.info(
+                "could not store a note that a bundle began: %s",
+                error,
+                extra={"action": "note_lost", "code": error.code},
+            )
 
     async def hand_back(self, bundle: Bundle) -> None:
-        """Let another worker have it at once. Without the note, its jobs would run one by one there."""
+        """Hand the bundle to another worker at once, with a note; without it its jobs would run one by one
+        there.
+        """
         if not bundle.suspect:
             try:
                 await self._put(bundle.header.message_id, 0, bundle.delivery.attempt)
             except TetherError as error:
-                log.info("handed back without a note: %s", error, extra={"action": "note_lost", "code": error.code})
+                log.info(
+                    "handed a bundle back without a note: %s", error, extra={"action": "note_lost", "code": error.code}
+                )
         await bundle.delivery.give_back()
 
     async def begin(self, bundle: Bundle, job: Job) -> int | Outcome | None:
-        """Before a job of a suspect bundle runs: the number of this attempt, which is noted; or its end, when it may not be tried
-        again; ``None`` when its caller has its answer."""
+        """Record the next attempt of a job of a suspect bundle before it runs.
+
+        Return the attempt number; an outcome if no attempt is left; None if its caller has its response.
+        """
         last = await self._last_attempt(job)
         if last == _ANSWERED:
             return None
@@ -84,12 +94,11 @@ class Redelivery:
         return last + 1
 
     async def answered(self, job: Job) -> None:
-        """The caller of a job of a suspect infer bundle has its answer: no other worker need run it."""
+        """Record that a job of a suspect infer bundle is answered, so that no other worker runs it."""
         await self._put(job.id, _ANSWERED)
 
     async def over(self, bundle: Bundle) -> None:
-        """All jobs of an acknowledged bundle have ended: notes of it are needed no more. One that stays, because the broker did
-        not hear, goes with its age."""
+        """Delete the notes of an acknowledged bundle. A note that cannot be deleted expires."""
         again = bundle.delivery.attempt > 1
         keys = [bundle.header.message_id] if again or bundle.noted else []
         keys += [job.id for job in bundle.jobs] if bundle.suspect else []
@@ -107,13 +116,13 @@ class Redelivery:
         return None if stored is None else codec.decode(stored, AttemptNote)
 
     async def _last_attempt(self, job: Job) -> int:
-        """The first try was in the bundle; after that, the last note says it."""
+        """Return the number of the last attempt by the stored note; 1 without one, for the first delivery."""
         note = await self._stored(job.id)
         return 1 if note is None else note.attempt
 
     async def _dead_letter(self, bundle: Bundle, job: Job, attempts: int) -> Outcome:
-        """Store the dead letter, with the original frame inside, before the job is told to be dead."""
-        error = AttemptsExhausted(f"{attempts} attempts ended without an answer; the job may crash its worker")
+        """Store the dead letter, with the original frame inside, before the job is marked dead."""
+        error = AttemptsExhausted(f"{attempts} attempts ended without a result; the job may crash its worker")
         lane = bundle.delivery.lane
         subject = self._bus.names.dead(lane)
         letter = {
@@ -127,10 +136,12 @@ class Redelivery:
         try:
             await self._keep_letter(subject, letter, job)
         except (QueueFull, StorageFull) as full:
-            # its end is kept all the same, and the jobs behind it in the bundle must not wait for room
-            log.warning("a dead letter is lost: %s", full, extra={"action": "dead_letter_lost", "job_id": job.id})
+            # the outcome is stored even so: the next jobs of the bundle must not wait for space
+            log.warning(
+                "could not store a dead letter: %s", full, extra={"action": "dead_letter_lost", "job_id": job.id}
+            )
         metrics.DEAD_LETTERS.labels(lane.model).inc()
-        log.error("a job is dead: %s", error, extra={"action": "job_dead", "job_id": job.id, "model": lane.model})
+        log.error("dead-lettered a job: %s", error, extra={"action": "job_dead", "job_id": job.id, "model": lane.model})
         return Outcome(
             job.id,
             JobState.DEAD,
@@ -143,7 +154,7 @@ class Redelivery:
         )
 
     async def _keep_letter(self, subject: str, letter: dict[str, object], job: Job) -> None:
-        """Whole, or without its neighbours when that is too large."""
+        """Store a dead letter whole, or without the bundle's other jobs if it is too large."""
         message_id = f"dead:{job.id}"
         try:
             await self._publish(subject, letter, message_id)

@@ -1,6 +1,7 @@
-"""Whether outputs of durable jobs may still be stored: a part of the results is kept for ends without outputs.
+"""Checks for space before outputs of durable jobs are stored; a part is reserved for outcomes without
+outputs.
 
-A broker has one bound for a stream. So a worker looks how full the results are before it stores outputs there.
+The broker has one limit for a stream, so the worker reads the stream's size before it stores outputs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tether.streams.usage import StreamUses
 
 
 class ResultsRoom:
-    """The results of one worker's pool, as it sees them."""
+    """Usage of the results stream of one worker's pool, as this worker knows it."""
 
     def __init__(self, bus: Bus) -> None:
         self._stream = bus.names.pool_results_stream(bus.pool)
@@ -24,14 +25,14 @@ class ResultsRoom:
 
     @asynccontextmanager
     async def storing(self, size: int) -> AsyncIterator[None]:
-        """Count ``size`` bytes of outputs, which the block stores.
+        """Reserve ``size`` bytes for outputs that the block stores.
 
         Raises:
-            QueueFull: there is no room for them; the block does not run.
+            QueueFull: there is no space for them; the block does not run.
         """
         use = await self._uses.of(self._stream)
         if use is not None and use.most > 0 and use.bytes + self._on_their_way + size > use.most * (1 - ENDS):
-            raise QueueFull("results of durable jobs are full, but for the part that ends without outputs may use")
+            raise QueueFull("results of durable jobs are full; the rest is reserved for outcomes without outputs")
         self._on_their_way += size
         try:
             yield

@@ -1,9 +1,9 @@
-"""One model version in a worker: its lanes, its runs, its answers.
+"""Serves one model version in a worker: pulls its lanes, runs its jobs, delivers their outcomes.
 
-The way of a job: its bundle is verified and opened when it arrives, and its jobs go into the queue of the version. Each free copy
-takes the next run from there (:mod:`tether.worker.scheduling.job_turns`). How the jobs of a run ended is delivered as soon as it has ended. A
-bundle is acknowledged when all of its jobs have ended. The jobs of a bundle that was delivered before run alone, see
-:mod:`tether.worker.jobs.redelivery`.
+A bundle is verified and decoded on arrival, and its jobs join the version's queue. Each free instance takes
+the next run from there (:mod:`tether.worker.scheduling.job_turns`). Outcomes are delivered when their run
+finishes. A bundle is acknowledged when all of its jobs have finished. Jobs of a redelivered bundle run alone,
+see :mod:`tether.worker.jobs.redelivery`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tether.worker.scheduling.pull_pace import AHEAD_S
 log = logging.getLogger(__name__)
 
 _LAST_S = 2.0
-"""How long a stopping version may take to hand back what it has in hand."""
+"""Seconds that a stopping version has to hand back its pending bundles."""
 
 
 class VersionServer:
@@ -80,9 +80,9 @@ class VersionServer:
         slots, weight = self._settings.worker_prefetch, self._settings.worker_weight
         self._asking = LanePulls(self._pulls, self.queue, self.runs, bus.clock, slots=slots, weight=weight)
         self._bundles: dict[Bundle, None] = {}
-        """What is in hand, in order of arrival, until it is settled or left."""
+        """Pending bundles in order of arrival, until they are settled or handed back."""
         self._waiting: set[str] = set()
-        """Deliveries that hold a slot of their lane: nothing of them has begun."""
+        """Ack subjects of deliveries that take one of their lane's pulls: none of their jobs has begun."""
         self._changed = asyncio.Event()
         self._ending = CommitSlots(self._ends_changed)
         self._holding = asyncio.Event()
@@ -90,19 +90,22 @@ class VersionServer:
 
     @property
     def running(self) -> int:
-        """Jobs that run now."""
+        """Return the number of jobs that run now."""
         return self.runs.running
 
     def configure(self, serving: RunSpec, copies: int) -> None:
-        """What counts from the next run on; ``copies`` is how many runs are made side by side."""
+        """Set the run limits and the number of concurrent runs, ``copies``, from the next run on."""
         self._serving = serving
         self.copies.limit(serving.run_timeout_s)
         self._asking.configure(serving.strategy, copies)
         self._changed.set()
 
     def update_capacity(self, factor: float, least: float) -> float:
-        """Ask as follows from how much of the machine there is, see :meth:`tether.worker.scheduling.pull_balance.Capacity.look`; the level, 0 when it is not
-        known, or when jobs are not shared by it."""
+        """Update the open pulls by this worker's share of capacity and return its level.
+
+        0 if the level is unknown or the strategy is not capacity. Arguments as for
+        :meth:`tether.worker.scheduling.pull_balance.Capacity.look`.
+        """
         if self._serving.strategy is not LoadBalancing.CAPACITY:
             return 0.0
         capacity = self.runs.capacity
@@ -110,7 +113,7 @@ class VersionServer:
         capacity.look(factor, self._asking.copies, least)
         if capacity.turns != before:
             fields = {"action": "turns_changed", "model": self.manifest.name, "version": self.manifest.version}
-            log.info("%d turns by capacity, before %d", capacity.turns, before, extra=fields)
+            log.info("changed open pulls by capacity to %d from %d", capacity.turns, before, extra=fields)
             self._asking.share()
         return capacity.level
 
@@ -122,11 +125,12 @@ class VersionServer:
             await pull.start()
 
     async def stop(self, shutdown_timeout_s: float) -> None:
-        """Ask for no more, hand back what has not begun and the rest of durable bundles, finish what callers wait for, free the
-        model."""
+        """Stop pulling, hand back bundles that have not begun and durable ones, finish synchronous jobs, free
+        the model.
+        """
         for ended in await asyncio.gather(*[pull.stop() for pull in self._pulls], return_exceptions=True):
             if isinstance(ended, Exception):
-                log.info("a pull did not end in order: %s", ended, extra={"action": "pull_not_drained"})
+                log.info("stopped a pull with an error: %s", ended, extra={"action": "pull_not_drained"})
         self._stopping = True
         gathered = bundles_of(self._asking.gathering)
         for bundle in list(self._bundles):
@@ -139,7 +143,10 @@ class VersionServer:
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
-            log.warning("runs did not end in time; their jobs are redelivered", extra={"action": "drain_timeout"})
+            log.warning(
+                "runs did not finish in shutdown_timeout_s; their jobs are redelivered",
+                extra={"action": "drain_timeout"},
+            )
         self._under_way.end()
         serving = self._tasks.named("serve-")
         for task in serving:
@@ -179,7 +186,9 @@ class VersionServer:
             bundle = await self.intake.read(delivery)
             queued = bundle is not None and await self._queued(bundle)
         except TetherError as error:
-            log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
+            log.warning(
+                "left a bundle for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code}
+            )
         finally:
             if not queued:
                 delivery.abandon()
@@ -187,7 +196,7 @@ class VersionServer:
             self._changed.set()
 
     async def _queued(self, bundle: Bundle) -> bool:
-        """Put the jobs of a bundle that have not ended yet in the queue; False when it is settled already."""
+        """Queue the unfinished jobs of a bundle. Return False if the bundle is settled already."""
         bundle.suspect = await self.redelivery.is_suspect(bundle)
         ids = [job.id for job in bundle.jobs]
         ended = await self._ended(bundle, ids)
@@ -210,13 +219,15 @@ class VersionServer:
         return True
 
     async def _ended(self, bundle: Bundle, ids: Sequence[str]) -> set[str]:
-        """Jobs of a durable bundle that ended before it came: of one that came before, or may hold cancelled ones that nobody told
-        this worker of."""
+        """Return the jobs of a durable bundle that have finished already.
+
+        The results are read for a redelivered bundle, or if this worker may have missed a cancellation.
+        """
         told = bundle.delivery.attempt == 1 and self._withdrawn.would_know(bundle.delivery.stored_at)
         return set() if told or not bundle.durable else await self._results.ended(ids, pool=self._bus.pool)
 
     async def _watch(self) -> None:
-        """Hand back what does not come to its turn here."""
+        """Hand back bundles that will not run here soon."""
         while True:
             await self._holding.wait()
             await asyncio.sleep(AHEAD_S)
@@ -242,7 +253,7 @@ class VersionServer:
             self._changed.set()
 
     def drop(self, jobs: Collection[str]) -> list[JobTicket]:
-        """Take jobs out that need no run any more; those that had not begun. Nobody is told of their end."""
+        """Remove queued jobs that have not begun and return them; their outcomes are not delivered."""
         dropped = self.queue.drop(jobs)
         for ticket in dropped:
             ticket.ended = True
@@ -252,7 +263,7 @@ class VersionServer:
     # runs
 
     async def _serve(self) -> None:
-        """Begin the next run whenever a copy is free."""
+        """Begin the next run whenever an instance is free."""
         while True:
             while self._asking.running >= self._asking.copies or self._ending.full(self._asking.copies):
                 self._changed.clear()
@@ -287,7 +298,7 @@ class VersionServer:
             self._tasks.spawn(self._run(turn), "work")
 
     def _over(self, ticket: JobTicket, now: float) -> End | None:
-        """The end of a job that needs no run any more."""
+        """Return the outcome of a job that must not run any more: withdrawn or expired."""
         if ticket.job.id in self._withdrawn:
             return self.runs.withdrawn(ticket)
         return self.runs.expired(ticket) if ticket.job.deadline <= now else None
@@ -299,17 +310,19 @@ class VersionServer:
                 if await self._loaded():
                     ends = await self._ends(turn)
         except TetherError as error:
-            log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
+            log.warning(
+                "left a bundle for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code}
+            )
         finally:
             self._asking.ended()
             self._changed.set()
             await self._end(turn.tickets, ends)
 
     async def _ends(self, turn: NextRun) -> list[End]:
-        """Make a run; the jobs that ended with it."""
+        """Run the jobs and return those that finished."""
         ticket = turn.tickets[0]
         if ticket.bundle.suspect and not ticket.attempt:
-            ticket.attempt = -1  # asked for once, also when its rows take several runs
+            ticket.attempt = -1  # recorded once, also if its rows take several runs
             begun = await self.redelivery.begin(ticket.bundle, ticket.job)
             if not isinstance(begun, int):
                 ticket.ended = True
@@ -329,8 +342,9 @@ class VersionServer:
         return ends
 
     async def _end(self, tickets: Sequence[JobTicket], ends: Sequence[End] | None) -> None:
-        """Deliver how jobs ended, after a run of ``tickets``; ``None``, or a failure to do so, leaves their bundles for
-        redelivery."""
+        """Deliver the outcomes of a run of ``tickets``; None or a failed delivery leaves their bundles for
+        redelivery.
+        """
         delivered = False
         with self._ending.sending(durable=tickets[0].bundle.durable):
             try:
@@ -338,7 +352,9 @@ class VersionServer:
                     await self._deliver(ends)
                     delivered = True
             except TetherError as error:
-                log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
+                log.warning(
+                    "left a bundle for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code}
+                )
             finally:
                 moment = self._bus.clock.monotonic()
                 for ticket in tickets:
@@ -368,7 +384,7 @@ class VersionServer:
                 await self.redelivery.answered(ticket.job)
 
     async def _one_less(self, bundle: Bundle) -> None:
-        """One of its jobs has ended."""
+        """Count one finished job; acknowledge the bundle after its last one."""
         bundle.left -= 1
         if not bundle.left:
             self._bundles.pop(bundle, None)
@@ -377,21 +393,21 @@ class VersionServer:
             self._changed.set()
 
     def _abandon(self, bundle: Bundle) -> None:
-        """Something went wrong on the way of one of its jobs: all that have not ended come again."""
+        """Leave a bundle for redelivery of its unfinished jobs."""
         self.queue.remove(lambda ticket: ticket.bundle is bundle)
         self._bundles.pop(bundle, None)
         bundle.delivery.abandon()
 
     async def wake(self) -> None:
-        """Load what is not in memory, before a job comes."""
+        """Load the model before a job arrives."""
         async with self.copies.pinned():
             await self._loaded()
 
     async def _loaded(self) -> bool:
-        """Whether it is in memory now; if it cannot be loaded, what came is left for another worker, or a better time."""
+        """Load the model if needed. Return False if that fails: its jobs are then left for redelivery."""
         try:
             await self.copies.ensure()
-        except Exception as error:  # noqa: BLE001 - handed on to who tells of it
+        except Exception as error:  # noqa: BLE001 - reported by the listener
             self._hearing.lost(error)
             return False
         return True

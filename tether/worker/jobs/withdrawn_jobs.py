@@ -1,4 +1,4 @@
-"""Jobs of a lane that gateways have withdrawn because nobody waits for them any more."""
+"""Jobs of a lane that gateways withdrew because their callers left."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from tether.wire import codec
 
 _SKEW_S = MAX_SKEW_MS / 1000
 _MOST = 65536
-"""Jobs that are remembered; beyond that the oldest are forgotten, and run if they come."""
+"""Jobs to remember; beyond that the oldest are forgotten, and run if they arrive."""
 
 
 class WithdrawnJobs:
-    """The withdrawn jobs of one lane, each remembered until its deadline: it may be told of before its bundle is here."""
+    """Withdrawn jobs of one lane, each kept until its deadline: the message may arrive before the job's
+    bundle.
+    """
 
     def __init__(self, bus: Bus, lane: Lane) -> None:
         self._bus = bus
         self._lane = lane
         self.changed: Callable[[], None] = lambda: None
-        """Called when there are more."""
+        """Called when jobs were added."""
         self._since = math.inf
         self._unhook: Callable[[], None] = lambda: None
         self._until: OrderedDict[str, float] = OrderedDict()
         self._subscription: Subscription | None = None
 
     async def start(self) -> None:
-        """Listen. A broker whose permissions are older than this message refuses; then every job is run, as before."""
+        """Subscribe. A broker with older permissions refuses it; then every job runs."""
         subject = self._bus.names.withdrawn(self._lane)
         self._subscription = await self._bus.subscribe(subject, self._arrived, confirmed=False)
         self._listening()
@@ -42,7 +44,9 @@ class WithdrawnJobs:
         self._since = self._bus.clock.utc()
 
     def would_know(self, stored_at: float) -> bool:
-        """Whether a job in a message that the broker stored then (UTC seconds) would be here by now, if it was cancelled."""
+        """Return True if a cancelled job in a message stored at ``stored_at`` (UTC seconds) would be known
+        here by now.
+        """
         return self._since + _SKEW_S < stored_at and self._bus.clock.utc() - stored_at < CANCELLATION_TOLD_S - _SKEW_S
 
     async def stop(self) -> None:
@@ -73,6 +77,6 @@ class WithdrawnJobs:
         self.changed()
 
     def _forget(self, now: float) -> None:
-        """The oldest whose time is over; one that lasts longer keeps those behind it for as long."""
+        """Drop expired jobs from the oldest on; one with a later deadline keeps those behind it."""
         while self._until and next(iter(self._until.values())) <= now:
             self._until.popitem(last=False)

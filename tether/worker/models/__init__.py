@@ -1,1 +1,1 @@
-"""Models in a worker's memory: loaded, replaced, unloaded."""
+"""Instances of models in a worker's memory: loaded, replaced, unloaded."""

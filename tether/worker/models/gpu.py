@@ -1,4 +1,4 @@
-"""Memory of NVIDIA GPUs, as their driver tells it through NVML; the only user of that library."""
+"""Reads the memory of NVIDIA GPUs through NVML; the only user of that library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class _Memory(ctypes.Structure):
 
 
 class Gpus:
-    """The GPUs of this machine; none where there is no driver. Not to be used from several threads at once."""
+    """The GPUs of this machine; empty without a driver. Not thread-safe."""
 
     def __init__(self, library: str = "libnvidia-ml.so.1") -> None:
         self._devices: list[ctypes.c_void_p] = []
@@ -33,7 +33,7 @@ class Gpus:
                 self._devices.append(device)
 
     def free(self) -> float:
-        """Free part of the memory of the GPU that has the least; 1 without one."""
+        """Return the free fraction of memory of the fullest GPU; 1 without a GPU."""
         parts = [1.0]
         for device in self._devices:
             memory = _Memory()

@@ -1,4 +1,4 @@
-"""The copies of a version in a worker's memory: given out a run at a time, and exchanged without a run failing."""
+"""Instances of a version in a worker's memory: assigned one run at a time, replaced without failing a run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ log = logging.getLogger(__name__)
 
 
 class RunResult(NamedTuple):
-    """How a run ended, and how long it took."""
+    """Results of a run and its duration."""
 
     done: batching.Done
     seconds: float
 
 
 class _Instance:
-    """A model in memory and the one thread that calls it, so that a run nobody waits for any more keeps the next one out."""
+    """A loaded model and its one thread; a run that was given up blocks the next one until the thread is
+    free.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -37,7 +39,9 @@ class _Instance:
         self.thread = WorkThread("run")
 
     def ran(self) -> None:
-        """Its thread is free. After a long run the next one goes after others from its beginning, until one is short."""
+        """Update the thread's priority after a run: low from the start after a long run, until a run is
+        short.
+        """
         if self.endable is None:
             return
         if self.thread.used_s >= LONG_S:
@@ -48,14 +52,14 @@ class _Instance:
 
 
 class InstanceSet:
-    """Copies that were loaded together."""
+    """Instances that were loaded together."""
 
     def __init__(self, runtimes: Sequence[Runtime], clock: Clock, watch: RunWatch, model: str) -> None:
         self._clock = clock
         self._watch, self._model = watch, model
         self._copies = [_Instance(runtime) for runtime in runtimes]
         self._free: asyncio.Queue[_Instance | None] = asyncio.Queue()
-        """None: there will be no more."""
+        """None: no more instances will be free."""
         for copy in self._copies:
             self._free.put_nowait(copy)
         self._users = 0
@@ -67,10 +71,10 @@ class InstanceSet:
         return [copy.runtime for copy in self._copies]
 
     async def run(self, wanted: batching.Run, going: ActiveRun) -> RunResult:
-        """Run on the next copy that is free.
+        """Run on the next free instance.
 
         Raises:
-            Unavailable: it is closed, and this run had not begun.
+            Unavailable: the set was closed before this run began.
         """
         self._users += 1
         self._unused.clear()
@@ -87,7 +91,9 @@ class InstanceSet:
                 self._unused.set()
 
     def _run(self, copy: _Instance, wanted: batching.Run, going: ActiveRun) -> asyncio.Future[batching.Done]:
-        """How the run ended. The copy is free again when its thread is, which may be later."""
+        """Start the run. The instance is free when its thread is, which may be after the returned future is
+        done.
+        """
         loop = asyncio.get_running_loop()
         told: asyncio.Future[batching.Done] = loop.create_future()
 
@@ -119,18 +125,18 @@ class InstanceSet:
         return told
 
     def limit(self, run_timeout_s: float) -> None:
-        """How long a run may take from now on, of versions in processes of their own."""
+        """Set the timeout of later runs in models that have their own processes."""
         for runtime in self.runtimes:
             if isinstance(runtime, ProcessRuntime):
                 runtime.run_timeout_s = run_timeout_s
 
     async def end(self, within_s: float) -> None:
-        """Free the memory once nothing runs, or after that time."""
+        """Free the memory when nothing runs, or after ``within_s``."""
         try:
             async with asyncio.timeout(within_s):
                 await self._unused.wait()
         except TimeoutError:
-            log.warning("a run did not end in time", extra={"action": "drain_timeout"})
+            log.warning("a run did not finish in time", extra={"action": "drain_timeout"})
         finally:
             self.close()
 
@@ -148,7 +154,7 @@ Load = Callable[[], Awaitable[InstanceSet]]
 
 
 class InstancePool:
-    """A version's copies: in memory, or loaded by ``load`` when somebody comes who needs them."""
+    """Instances of a version, loaded by ``load`` on first use."""
 
     def __init__(self, load: Load, clock: Clock, on_idle: Callable[[], None] = lambda: None) -> None:
         self._load = load
@@ -165,7 +171,7 @@ class InstancePool:
 
     @property
     def idle(self) -> bool:
-        """Whether nobody uses them or is about to change them."""
+        """Return True if no caller uses or changes the instances."""
         return not self._users and not self._changing.locked()
 
     @property
@@ -174,7 +180,7 @@ class InstancePool:
 
     @asynccontextmanager
     async def pinned(self) -> AsyncIterator[None]:
-        """Keep them in memory until the block ends, once they are there."""
+        """Keep the instances in memory, once loaded, until the block ends."""
         self._users += 1
         try:
             yield
@@ -185,7 +191,7 @@ class InstancePool:
                 self._on_idle()
 
     async def ensure(self) -> None:
-        """Load them if they are not in memory; who comes meanwhile waits for the same load.
+        """Load the instances if needed; concurrent callers share one load.
 
         Raises:
             TetherError: as ``load`` does.
@@ -196,8 +202,9 @@ class InstancePool:
                     self._now = await self._load()
 
     async def renew(self, shutdown_timeout_s: float) -> None:
-        """Load anew beside what there is, and exchange it; what has begun ends on the old ones. When the load fails, those
-        stay.
+        """Load new instances beside the current ones and switch to them; active runs finish on the old ones.
+
+        If the load fails, the current ones stay.
 
         Raises:
             TetherError: as ``load`` does.
@@ -210,8 +217,8 @@ class InstancePool:
         await old.end(shutdown_timeout_s)
 
     async def run(self, wanted: batching.Run, going: ActiveRun) -> RunResult:
-        """See :meth:`InstanceSet.run`; only while they are held and loaded."""
-        assert self._now is not None  # noqa: S101 - ensured by whoever holds them
+        """Run as :meth:`InstanceSet.run` does; only while pinned and loaded."""
+        assert self._now is not None  # noqa: S101 - the caller has pinned and loaded them
         return await self._now.run(wanted, going)
 
     def limit(self, run_timeout_s: float) -> None:
@@ -219,6 +226,6 @@ class InstancePool:
             self._now.limit(run_timeout_s)
 
     def detach(self) -> InstanceSet | None:
-        """What is in memory, for the caller to close; whoever needs it next loads it again. Only while they are idle."""
+        """Return the loaded instances for the caller to close; the next use loads again. Only while idle."""
         now, self._now = self._now, None
         return now

@@ -1,4 +1,4 @@
-"""How a version is run here: what its manifest, its model's configuration and this worker's settings say together. Pure."""
+"""Combines manifest, model configuration and settings into how a version is loaded and run. Pure."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from tether.worker.runtimes.process_runtime import Options
 
 
 class LoadSpec(NamedTuple):
-    """Everything that a load depends on: when another one is wanted, the version is loaded anew."""
+    """Everything that a load depends on; if it changes, the version is reloaded."""
 
     manifest: Manifest
-    """As it is to be loaded: the isolation is decided."""
+    """The manifest with its isolation decided."""
     options: Options
     copies: int
     warmup: tuple[Warmup, ...]
 
 
 class RunSpec(NamedTuple):
-    """What counts from one run to the next, and needs no load."""
+    """Everything that may change between runs without a reload."""
 
     batching: Batching
     preferred: tuple[int, ...]
-    """Rows of a run that is worth beginning before the delay is up; ascending."""
+    """Batch sizes in rows that need no further waiting; ascending."""
     delay_s: float
-    """How long a worker waits for company; 0 unless the configuration asks for it, because gateways wait already."""
+    """Seconds a worker waits to fill a batch; 0 unless configured, because gateways wait already."""
     run_timeout_s: float
     strategy: LoadBalancing
 
 
 def load_spec(manifest: Manifest, config: ModelConfig, settings: Settings, finding: Finding = NO_FINDING) -> LoadSpec:
-    """How to load a version."""
+    """Return how to load a version."""
     compiled = config.compile and manifest.platform in COMPILED
     options = Options(
         threads=min(config.threads or settings.instance_threads, max(settings.instance_threads, os.cpu_count() or 1)),
@@ -61,7 +61,7 @@ def load_spec(manifest: Manifest, config: ModelConfig, settings: Settings, findi
 
 
 def run_spec(manifest: Manifest, config: ModelConfig, settings: Settings, finding: Finding = NO_FINDING) -> RunSpec:
-    """How to run a version that is loaded."""
+    """Return how to run a loaded version."""
     batching = effective_batching(manifest, config, finding)
     limit = config.run_timeout_s or manifest.run_timeout_s or settings.run_timeout_s
     preferred = tuple(sorted(size for size in config.preferred_batch_sizes if size <= batching.max_batch_size))

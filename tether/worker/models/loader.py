@@ -1,4 +1,4 @@
-"""How the copies of a version come into memory: as many as its configuration says, warmed up."""
+"""Loads and warms up the configured number of instances of a version."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from tether.worker.runtimes.warmup import warm_up
 T = TypeVar("T", bound="PreparedRuntime | Runtime")
 
 EACH = min(28, os.cpu_count() or 1)
-"""Copies of one tenant's models that a worker loads side by side. A load may take minutes, and cannot be ended before."""
+"""Concurrent loads of one tenant's models in a worker. A load may take minutes and cannot be interrupted."""
 
 LOADS = EACH + 4
-"""The same of all tenants."""
+"""Concurrent loads of all tenants."""
 
 _STARTED_S = 1.0
-"""By then a load has made the threads that its model has for itself."""
+"""Seconds after which a load has created its model's own threads."""
 
 
 class Loads:
-    """The threads that load and warm up copies in one worker. Tenants take turns, and one of them leaves threads to others."""
+    """Threads for loads and warm-ups in one worker; shared fairly between tenants."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._turns = TenantTurns(LOADS, now, each=EACH)
 
     @asynccontextmanager
     async def turn(self, tenant: str) -> AsyncIterator[WorkThread]:
-        """A thread for one load of a tenant's model, when it is its turn."""
+        """Wait for the tenant's turn and yield a thread for one load."""
         async with self._turns.turn(tenant):
             thread = WorkThread("load")
             try:
@@ -58,7 +58,7 @@ class Loads:
 
 
 class Loader:
-    """Loads one version from its files, each time as its configuration says at that moment."""
+    """Loads one version from its files by the configuration at the time of each load."""
 
     def __init__(
         self,
@@ -78,20 +78,20 @@ class Loader:
         self._memory = memory
         self.config = config
         self.current: LoadSpec | None = None
-        """What was loaded last."""
+        """The last load's specification."""
         self.finding = NO_FINDING
-        """What is known of the version beside its manifest."""
+        """Findings on the version in addition to its manifest."""
         self.running: Running = nullcontext
-        """Entered for as long as it is loaded or run in this process."""
+        """Entered while the model is loaded or runs in this process."""
         self.graphs = ""
-        """Where optimised graphs are kept; empty: nowhere."""
+        """Folder of optimised graphs; empty: not stored."""
         self.watch = RunWatch(bus.settings.run_memory_mb)
-        """The runs of this process."""
+        """Watches the runs in this process."""
         self._begun: _LoadingInstance | None = None
 
     @property
     def lazy(self) -> bool:
-        """Whether it waits for its first job."""
+        """Return True if the version is loaded on its first job."""
         return self.config.loading is Loading.LAZY and not self.config.pinned
 
     @property
@@ -103,24 +103,24 @@ class Loader:
         return run_spec(self.manifest, self.config, self._bus.settings, self.finding)
 
     def begin(self) -> None:
-        """Start on the first copy while its files are fetched, where there is room without unloading others for it so early."""
+        """Prepare the first instance while files are fetched, if memory allows it without evicting others."""
         wanted = self.wanted
         if self._memory.take(self._ref, self.manifest.size * wanted.copies):
             self._begun = self._begin(wanted)
 
     async def give_up(self) -> None:
-        """End what was begun and never loaded."""
+        """Abort a prepared instance that was never loaded."""
         begun, self._begun = self._begun, None
         if begun is not None:
             await begun.give_up()
             self._memory.change(self._ref, 0)
 
     async def load(self) -> InstanceSet:
-        """Load once there is room.
+        """Reserve memory, then load the instances.
 
         Raises:
-            ModelRejected: the framework refuses the files, or a warm-up run failed.
-            Unavailable: there is no room in memory.
+            ModelRejected: the framework refused the files, or a warm-up run failed.
+            Unavailable: there is not enough memory.
         """
         begun, self._begun = self._begun, None
         before = 0 if begun else self._memory.taken(self._ref)
@@ -136,10 +136,10 @@ class Loader:
         return self._generation(made)
 
     async def load_apart(self) -> InstanceSet:
-        """One more copy, in a process of its own and beside what memory is reserved for.
+        """Load one more instance in its own process; no memory is reserved for it.
 
         Raises:
-            ModelRejected: it cannot be loaded so.
+            ModelRejected: it cannot be loaded.
         """
         wanted = self.wanted
         manifest = msgspec.structs.replace(wanted.manifest, isolation=Isolation.PROCESS.value)
@@ -149,7 +149,9 @@ class Loader:
         return InstanceSet(runtimes, self._bus.clock, self.watch, self._ref.model)
 
     async def _all(self, wanted: LoadSpec, begun: _LoadingInstance | None) -> list[Runtime]:
-        """The first copy alone, so that one that fails does so once; then the others side by side."""
+        """Load the first instance alone, so that a broken model fails once; then load the others
+        concurrently.
+        """
         made: list[Runtime] = []
         try:
             made.append(await self._one(wanted, begun))
@@ -166,7 +168,7 @@ class Loader:
         return made
 
     async def _one(self, wanted: LoadSpec, begun: _LoadingInstance | None = None) -> Runtime:
-        """Load a copy when it is its turn, from where it has been ``begun``."""
+        """Load an instance in the tenant's turn, from ``begun`` if it was prepared."""
         try:
             async with self._loads.turn(self.manifest.tenant) as thread:
                 copy, begun = begun or self._begin(wanted), None
@@ -187,7 +189,7 @@ class Loader:
 
 
 class _LoadingInstance:
-    """A copy on its way, from its making on: whoever makes it loads it or gives it up."""
+    """An instance being loaded. Its creator must call ``load`` or ``give_up``."""
 
     def __init__(self, wanted: LoadSpec, directory: Path, options: Options, running: Running) -> None:
         self.wanted = wanted
@@ -199,7 +201,9 @@ class _LoadingInstance:
         )
 
     async def load(self, thread: WorkThread) -> Runtime:
-        """Its files are there: load and warm up in a thread; what nobody wants any more when it is ready is closed."""
+        """Load from the fetched files and warm up in a thread; close the instance if it was cancelled
+        meanwhile.
+        """
         begun = await self._wanted(self._beginning)
         loading = thread.run(partial(_warm, begun, self.wanted, self._directory, thread))
         loop = asyncio.get_running_loop()
@@ -211,7 +215,7 @@ class _LoadingInstance:
                 timer.cancel()
 
     async def give_up(self) -> None:
-        """End it, as far as it has come."""
+        """Abort the load at any stage."""
         self._closed.set()
         await _close(self._beginning)
 
@@ -236,7 +240,9 @@ async def _close(coming: asyncio.Future[T]) -> None:
 
 
 def _warm(begun: PreparedRuntime, wanted: LoadSpec, directory: Path, thread: WorkThread) -> Runtime:
-    """Threads that a model makes for itself are as their maker: where it has some, they are made before this one goes after others."""
+    """Load and warm up. The model's own threads inherit priority, so they are created before this thread
+    lowers its own.
+    """
     if wanted.options.threads == 1:
         thread.go_after_others()
     try:

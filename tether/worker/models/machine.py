@@ -1,4 +1,4 @@
-"""What is left of the machine that a worker runs on, as its kernel tells it."""
+"""Reads the free capacity of the worker's machine from the kernel."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from tether.worker.models.gpu import Gpus
 from tether.worker.scheduling.pull_balance import Headroom
 
 _LEAST_TICKS = 10
-"""Of all processors together; a shorter time than that says nothing about them."""
+"""Fewest ticks of all processors for a meaningful measurement."""
 _IDLE, _TOTAL = slice(3, 5), slice(0, 8)
-"""Columns of ``/proc/stat``: idle and iowait; all but guests, which are counted in user time."""
+"""Columns of ``/proc/stat``: idle and iowait; all but guests, which user time includes."""
 
 
 class Machine:
-    """Looks at processors, memory and GPUs. Where the kernel does not tell, there is enough. Blocks for about a millisecond."""
+    """Measures processors, memory and GPUs. Values the kernel does not report count as free. Blocks for about
+    1 ms.
+    """
 
     def __init__(self, root: Path = Path("/"), gpus: Gpus | None = None) -> None:
         self._proc = root / "proc"
@@ -26,13 +28,13 @@ class Machine:
         self._cpu = 1.0
 
     def look(self) -> Headroom:
-        """What is left now; of the processors, what was left since the last look."""
+        """Return what is free now; for processors, since the last call."""
         if self._gpus is None:
             self._gpus = Gpus()
         return Headroom(self._processors(), self._memory(), self._gpus.free())
 
     def _processors(self) -> float:
-        """The part that was idle, or worked for this process and its children."""
+        """Return the fraction of processor time that was idle, or used by this process and its children."""
         try:
             columns = [int(text) for text in (self._proc / "stat").read_text().split("\n", 1)[0].split()[1:]]
             own = sum(self._ticks(pid) for pid in (os.getpid(), *self._children(os.getpid())))
@@ -41,15 +43,15 @@ class Machine:
         now = sum(columns[_TOTAL]), sum(columns[_IDLE]), own
         total, idle, mine = (new - old for new, old in zip(now, self._before, strict=True))
         if total >= _LEAST_TICKS:
-            # the very first look would be about the time since the machine was started
+            # the first measurement would cover the time since boot
             self._cpu = min(1.0, max(0.0, (idle + mine) / total)) if self._before[0] else 1.0
             self._before = now
         return self._cpu
 
     def _ticks(self, pid: int) -> int:
-        """Processor time of a process and of those of its children that have ended; 0 when it is gone."""
+        """Return processor ticks of a process and its finished children; 0 if it does not exist."""
         try:
-            # the name before the last parenthesis may have spaces
+            # the name before the last parenthesis may contain spaces
             fields = (self._proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             return 0
@@ -66,7 +68,9 @@ class Machine:
                 yield from self._children(child)
 
     def _memory(self) -> float:
-        """The free part of the machine's memory, or of what this process' control group may have."""
+        """Return the free fraction of memory of the machine or of this process's control group, the smaller
+        one.
+        """
         return min(self._whole(), self._group())
 
     def _whole(self) -> float:
@@ -77,12 +81,12 @@ class Machine:
             return 1.0
 
     def _group(self) -> float:
-        """Pages of files that were not used of late can be taken back, so they count as free."""
+        """Return the free fraction of the control group's memory; inactive file pages count as free."""
         try:
             path = (self._proc / "self/cgroup").read_text().split("::", 1)[1].split("\n", 1)[0]
             group = self._cgroup / path.lstrip("/")
             limit, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
             rows = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             return min(1.0, max(0.0, (limit - used + int(rows.get("inactive_file", 0))) / limit))
-        except (OSError, ValueError, IndexError, ZeroDivisionError):  # "max" is no number: there is no limit
+        except (OSError, ValueError, IndexError, ZeroDivisionError):  # "max" means no limit
             return 1.0

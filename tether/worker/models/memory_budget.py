@@ -1,7 +1,7 @@
-"""Room for models in a worker's memory, counted as the dispatcher does: bytes of their files, for each copy.
+"""Memory budget for models in a worker, counted as the dispatcher does: file size times instances.
 
-Whoever is to be loaded gets room; if there is too little, versions that nobody uses just now are unloaded, that first which was
-not used for the longest time. They stay held, and their next job loads them again.
+A load reserves memory. If there is too little, idle versions are evicted, least recently used first. They
+stay assigned, and their next job loads them again.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tether.worker.models.instances import InstancePool
 log = logging.getLogger(__name__)
 
 WAIT_S = 30.0
-"""How long a load waits for others to be idle."""
+"""Seconds that a load waits for others to become idle."""
 _MB = 1 << 20
 
 Evictable = Callable[[], Iterable[tuple[ModelRef, InstancePool]]]
-"""Versions that may be unloaded now: in memory, not pinned, and not in use."""
+"""Versions that may be evicted now: loaded, not pinned, not in use."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class _MemoryWaiter:
 
 
 class Memory:
-    """Gives out ``budget`` bytes (0: as many as are asked for)."""
+    """Reserves memory for versions within ``budget`` bytes; 0 is unlimited."""
 
     def __init__(self, budget: int, evictable: Evictable) -> None:
         self._budget = budget
@@ -45,23 +45,25 @@ class Memory:
         self._closing = Tasks()
 
     def taken(self, ref: ModelRef) -> int:
-        """Bytes that a version has room for; 0 when it has none."""
+        """Return the bytes reserved for a version."""
         return self._taken.get(ref, 0)
 
     async def reserve(self, ref: ModelRef, size: int) -> None:
-        """Give a version room for ``size`` bytes, instead of what it had, and wait for it if need be.
-
-        Raises:
-            Unavailable: there never will be so much, or nothing could be unloaded for ``WAIT_S`` seconds.
+        """Reserve ``size`` bytes for a version in place of its last reservation; wait for memory if
+        necessary.
         """
         if self._budget and size > self._budget:
-            raise Unavailable(f"it needs {_mib(size)} MiB of memory; worker_memory_mb is {_mib(self._budget)}")
+            raise Unavailable(
+                f"not enough memory: need {_mib(size)} MiB, worker_memory_mb is {_mib(self._budget)}; raise worker_memory_mb"
+            )
         if self._waiting or not self._make_room(ref, size):
             await self._wait(_MemoryWaiter(ref, size))
         await self._closing.finish(WAIT_S)
 
     def take(self, ref: ModelRef, size: int) -> bool:
-        """Give a version room if nobody waits for some, and nothing is or must be unloaded for it."""
+        """Reserve memory only if no load waits for some and nothing has to be unloaded. Return True on
+        success.
+        """
         if self._waiting or self._closing or self._victims(ref, size) != []:
             return False
         return self._make_room(ref, size)
@@ -74,7 +76,7 @@ class Memory:
                 await waiting.done
         except TimeoutError as error:
             raise Unavailable(
-                f"it needs {_mib(waiting.size)} MiB of memory, and what is loaded is pinned or in use; raise worker_memory_mb"
+                f"not enough memory: need {_mib(waiting.size)} MiB, and all loaded models are pinned or in use; raise worker_memory_mb"
             ) from error
         finally:
             if waiting in self._waiting:
@@ -82,7 +84,7 @@ class Memory:
                 self.wake_waiters()
 
     def change(self, ref: ModelRef, size: int) -> None:
-        """A version has room for so much now; 0: it is not in memory."""
+        """Set the reservation of a version; 0: it is not in memory."""
         if size:
             self._taken[ref] = size
         else:
@@ -91,14 +93,16 @@ class Memory:
         self.wake_waiters()
 
     def wake_waiters(self) -> None:
-        """Somebody became idle or left: whoever waits for room, in the order in which they came, gets what there is."""
+        """Grant memory to waiting loads in order of arrival; call it when a version became idle or was
+        unloaded.
+        """
         while self._waiting and self._make_room(self._waiting[0].ref, self._waiting[0].size):
             waiting = self._waiting.pop(0)
             if not waiting.done.done():
                 waiting.done.set_result(None)
 
     def evict(self, ref: ModelRef, copies: InstancePool, reason: str) -> None:
-        """Unload a version that is idle."""
+        """Unload an idle version."""
         self._evict(ref, copies, reason)
         metrics.MODEL_MEMORY.set(sum(self._taken.values()))
         self.wake_waiters()
@@ -108,7 +112,7 @@ class Memory:
         await self._closing.cancel()
 
     def _make_room(self, ref: ModelRef, size: int) -> bool:
-        """Whether there is room, or could be made. Nothing is unloaded when that would not suffice."""
+        """Reserve memory, evicting idle versions if that suffices. Return True on success."""
         victims = self._victims(ref, size)
         if victims is None:
             return False

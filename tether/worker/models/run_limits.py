@@ -1,7 +1,8 @@
-"""Ends runs in the worker's own process: one that takes too long, takes too much memory, or that no caller waits for.
+"""Ends runs in the worker's own process that exceed their time or memory, or whose callers left.
 
-ONNX Runtime looks between two nodes of a graph, those inside of a ``Loop`` included, whether a run should end. A single kernel
-cannot be ended. It is waited for no longer than ``GRACE_S``; its copy of the model is free again when it has ended.
+ONNX Runtime checks between two nodes of a graph, also inside a ``Loop``, whether to stop. A single kernel
+cannot be stopped: the worker waits up to ``GRACE_S`` for it, and its instance is free when the kernel
+returns.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from tether.frameworks.runtime import Endable
 from tether.process import metrics
 
 GRACE_S = 2.0
-"""How long a run that was told to end is waited for."""
+"""Seconds to wait for a run that was asked to end."""
 LOOK_S = 0.05
-"""Between two looks at what runs and at the memory of this process."""
+"""Seconds between two checks of active runs and of this process's memory."""
 _FRESH_S = 0.25
-"""How old the last look may be when a run begins."""
+"""Maximum age in seconds of the memory measurement when a run begins."""
 _PAGE = resource.getpagesize()
 
 
 class Cause(StrEnum):
-    """Why a run was ended."""
+    """Reason why a run was ended."""
 
     TIME = "time"
     MEMORY = "memory"
@@ -38,12 +39,14 @@ class Cause(StrEnum):
 
 
 def _nothing() -> None:
-    """Nobody looks."""
+    """Do nothing: the run is not watched."""
 
 
 class ActiveRun:
-    """One run. It can be ended while it goes on in the worker's own process; elsewhere that is without effect. It ends itself
-    after ``run_timeout_s``, and when nobody wants it any more: ``left_s`` from now on."""
+    """One run that can be ended in the worker's own process; elsewhere ending has no effect.
+
+    It ends itself after ``run_timeout_s``, and after ``left_s``, when no caller needs it any longer.
+    """
 
     __slots__ = ("_give_up", "_runtime", "_timer", "_until", "alone", "base", "began", "cause", "look", "run_timeout_s")
 
@@ -53,17 +56,17 @@ class ActiveRun:
         self._timer: asyncio.TimerHandle | None = None
         self.cause: Cause | None = None
         self.alone = False
-        """No other run went on when it had taken too much memory."""
+        """Whether no other run was active when it exceeded its memory."""
         self.base = 0
-        """Bytes of this process when it began."""
+        """Memory of this process in bytes when the run began."""
         self.began = 0.0
         self._runtime: Endable | None = None
         self._give_up: Callable[[], None] | None = None
         self.look: Callable[[], None] = _nothing
-        """Called now and then while it goes on."""
+        """Called periodically while the run is active."""
 
     def begin(self, runtime: Endable, give_up: Callable[[], None], look: Callable[[], None]) -> None:
-        """It runs from here on; ``give_up`` is called when it does not end ``GRACE_S`` after it should."""
+        """Start the run's timers; call ``give_up`` if it is still active ``GRACE_S`` after it was ended."""
         self._runtime, self._give_up, self.look = runtime, give_up, look
         if self.cause is not None:
             self._end()
@@ -75,18 +78,18 @@ class ActiveRun:
             self._timer = asyncio.get_running_loop().call_later(limit_s, self.end, cause)
 
     def ended(self) -> None:
-        """Its thread is free."""
+        """Mark the run as finished: its thread is free."""
         self._runtime = self._give_up = None
         self.look = _nothing
         if self._timer is not None:
             self._timer.cancel()
 
     def again(self) -> None:
-        """It is made once more."""
+        """Reset the cause before the run is repeated."""
         self.cause, self.alone = None, False
 
     def end(self, cause: Cause) -> None:
-        """End it; the first cause counts."""
+        """End the run; the first cause counts."""
         if self.cause is None:
             self.cause = cause
             self._end()
@@ -98,8 +101,10 @@ class ActiveRun:
 
 
 class RunWatch:
-    """The runs that go on in this process. While there are some, each is looked at, and the memory of the process: when that grows by more than
-    ``limit_mb`` since a run began, the run is ended. 0: it may grow without limit."""
+    """Watches active runs and this process's memory.
+
+    A run is ended if memory grows by more than ``limit_mb`` since it began; 0 is unlimited.
+    """
 
     def __init__(self, limit_mb: int) -> None:
         self._limit = limit_mb << 20
@@ -114,7 +119,7 @@ class RunWatch:
 
     @property
     def busy(self) -> int:
-        """Threads that a run still has, also one that is not waited for any more."""
+        """Return the number of threads in use by runs, including runs that were given up."""
         return len(self._going)
 
     def begin(self, going: ActiveRun) -> None:
@@ -127,7 +132,7 @@ class RunWatch:
         self._going.add(going)
 
     def end(self, model: str, going: ActiveRun) -> None:
-        """Its thread is free."""
+        """Stop watching a run: its thread is free."""
         self._going.discard(going)
         if going.cause is not None:
             metrics.RUNS_ENDED.labels(model, going.cause.value).inc()
@@ -155,7 +160,7 @@ class RunWatch:
 
 
 def memory_of(pid: int) -> int:
-    """Bytes of memory that a process has now; 0 when it is gone."""
+    """Return the resident memory of a process in bytes; 0 if it does not exist."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * _PAGE
     except (OSError, IndexError, ValueError):
@@ -163,7 +168,7 @@ def memory_of(pid: int) -> int:
 
 
 def peak_of(pid: int) -> int:
-    """The most bytes of memory that a process ever had; 0 when it is gone."""
+    """Return the peak resident memory of a process in bytes; 0 if it does not exist."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

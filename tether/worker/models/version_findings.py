@@ -1,4 +1,4 @@
-"""What is found out about versions while they are run, by this worker or, as the dispatcher tells, by another."""
+"""Findings on versions from their runs, by this worker or, through the dispatcher, by others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class Findings:
-    """``changed`` hears of each version of which something else is known than before."""
+    """Known findings; ``changed`` is called with each version whose findings changed."""
 
     def __init__(self, changed: Callable[[ModelRef], None]) -> None:
         self._changed = changed
@@ -24,7 +24,7 @@ class Findings:
         return told | own if told and own else told or own or NO_FINDING
 
     def told(self, findings: Sequence[tuple[ModelRef, Finding]]) -> None:
-        """What the dispatcher says is known, as a whole."""
+        """Replace the findings received from the dispatcher."""
         before, self._told = self._told, dict(findings)
         for ref in before.keys() | self._told.keys():
             if before.get(ref) != self._told.get(ref):
@@ -37,33 +37,33 @@ class Findings:
             self._changed(ref)
 
     def mixed(self, ref: ModelRef, reason: str) -> None:
-        """A run did not keep rows apart: said once, loudly."""
+        """Record and log once that the model mixes rows of different jobs."""
         if self.get(ref).mixed:
             return
         metrics.BATCHING_STOPPED.labels(ref.model).inc()
         fields = {"action": "batching_stopped", "model": ref.model, "version": ref.version}
-        log.error("its jobs are not joined any more: %s", reason, extra=fields)
-        self.found(ref, Finding(mixed=f"a run did not keep rows apart: {reason}"))
+        log.error("stopped batching: %s", reason, extra=fields)
+        self.found(ref, Finding(mixed=f"a run mixed rows of different jobs: {reason}"))
 
     def crashed(self, ref: ModelRef, how: str) -> None:
-        """A job that came again ended the process that it ran in: said once, loudly."""
+        """Record and log once that a redelivered job killed its process."""
         if self.get(ref).crashed:
             return
         metrics.WORKER_CRASHES.labels(ref.model).inc()
         fields = {"action": "worker_crashed", "model": ref.model, "version": ref.version}
-        log.error("it runs in a process of its own from now on: a run %s", how, extra=fields)
-        self.found(ref, Finding(crashed=f"a job that came again ended its process: it {how}"))
+        log.error("moved the model to its own process: a run %s", how, extra=fields)
+        self.found(ref, Finding(crashed=f"a redelivered job ended its process: it {how}"))
 
     def over(self, ref: ModelRef, how: str) -> None:
-        """A run took more than it may in the worker's own process: said once, loudly."""
+        """Record and log once that a run exceeded its limits in the worker's own process."""
         if self.get(ref).crashed:
             return
         fields = {"action": "run_over_limit", "model": ref.model, "version": ref.version}
-        log.error("it runs in a process of its own from now on: a run %s", how, extra=fields)
-        self.found(ref, Finding(crashed=f"a run of it in a worker's own process {how}"))
+        log.error("moved the model to its own process: a run %s", how, extra=fields)
+        self.found(ref, Finding(crashed=f"a run in the worker's own process {how}"))
 
     def news(self) -> tuple[tuple[ModelRef, Finding], ...]:
-        """What the dispatcher does not know yet, for the next heartbeat."""
+        """Return findings that the dispatcher does not have yet, for the next heartbeat."""
         return tuple(
             (ref, finding)
             for ref, finding in self._own.items()

@@ -1,4 +1,4 @@
-"""Threads for what may take long in a worker's own process: loads and runs. They can go after its event loop and its short runs."""
+"""Threads for loads and runs in a worker's own process, with lower priority for long work."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ T = TypeVar("T")
 
 
 class WorkThread:
-    """One thread, which does one thing at a time."""
+    """One thread that does one piece of work at a time."""
 
     def __init__(self, name: str) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=self._started)
         self._number = self._ident = 0
         self._since = 0.0
-        """What the thread had taken of a processor when its work began, in seconds."""
+        """CPU seconds of the thread when its current work began."""
         self.used_s = 0.0
-        """What its last work took of a processor, in seconds."""
+        """CPU seconds that its last work took."""
         self.behind = False
-        """Whether it goes after others. It does so until it ends."""
+        """Whether the thread has low priority; it keeps it until it ends."""
 
     def _started(self) -> None:
         signal_stack()
@@ -36,7 +36,7 @@ class WorkThread:
             thread_goes_after_others(self._number)
 
     def run(self, work: Callable[[], T]) -> asyncio.Future[T]:
-        """Do it in the thread; for the event loop."""
+        """Do work in the thread; call it from the event loop."""
         return asyncio.get_running_loop().run_in_executor(self._pool, partial(self._run, work))
 
     def _run(self, work: Callable[[], T]) -> T:
@@ -47,18 +47,18 @@ class WorkThread:
             self.used_s = time.thread_time() - self._since
 
     def look(self) -> None:
-        """While its work goes on: has that taken long, the thread goes after others from here on."""
+        """Lower the thread's priority if its current work has used CPU for long."""
         if not self.behind and self._ident and sys.platform == "linux":
             now = time.clock_gettime(time.pthread_getcpuclockid(self._ident))
             if now - self._since >= LONG_S:
                 self.go_after_others()
 
     def go_after_others(self) -> None:
-        """Let other threads of this process have the processors first, from here on."""
+        """Give other threads of this process priority from now on."""
         self.behind = True
         if self._number:
             thread_goes_after_others(self._number)
 
     def end(self) -> None:
-        """It ends with the work that it does; what has not begun is dropped."""
+        """End the thread after its current work; drop queued work."""
         self._pool.shutdown(wait=False, cancel_futures=True)

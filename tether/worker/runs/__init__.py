@@ -1,1 +1,1 @@
-"""Runs of a version: jobs in, outcomes out."""
+"""Runs of a version: takes jobs, returns their outcomes."""

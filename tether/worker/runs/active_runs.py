@@ -1,4 +1,4 @@
-"""The runs of one version that go on, and what ends each of them: its time, the deadlines of its jobs, their callers, an unload."""
+"""Tracks the active runs of one version, and ends them on timeout, deadline, withdrawal or unload."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tether.worker.scheduling.job_turns import NextRun
 
 
 class ActiveRuns:
-    """``withdrawn`` has the ids of jobs that no caller waits for any more."""
+    """Active runs and the jobs in them. ``withdrawn`` has the ids of jobs whose callers left."""
 
     def __init__(self, clock: Clock, withdrawn: Container[str]) -> None:
         self._clock = clock
@@ -20,7 +20,7 @@ class ActiveRuns:
 
     @contextmanager
     def limited(self, turn: NextRun, run_timeout_s: float) -> Iterator[ActiveRun]:
-        """One run, from its beginning to its end."""
+        """Track one run while the block runs."""
         left = max(ticket.job.deadline for ticket in turn.tickets) - self._clock.utc()
         going = ActiveRun(run_timeout_s, left)
         self._turns[going] = turn
@@ -30,12 +30,12 @@ class ActiveRuns:
             del self._turns[going]
 
     def look(self) -> None:
-        """Some jobs were withdrawn: end the runs of which nobody wants anything."""
+        """End the runs whose jobs are all withdrawn; call it when ``withdrawn`` has grown."""
         for going, turn in self._turns.items():
             if all(ticket.job.id in self._withdrawn for ticket in turn.tickets):
                 going.end(Cause.UNWANTED)
 
     def end(self) -> None:
-        """The version is unloaded."""
+        """End all runs because the version is unloaded."""
         for going in self._turns:
             going.end(Cause.UNLOAD)

@@ -1,7 +1,7 @@
-"""A copy of a version in a process of its own, for jobs that may have ended the worker that had them before.
+"""An instance in its own process, for jobs that may have killed the worker that had them before.
 
-Such a job runs here instead of in the worker's own process: if it ends a process again, it is this one, and everybody knows of
-which version. The same goes for a run that was ended because the worker's process took too much memory.
+If such a job kills a process again, it kills this one, and the version is known. A run that was ended because
+the worker's process used too much memory is repeated here too.
 """
 
 from __future__ import annotations
@@ -20,30 +20,35 @@ from tether.worker.scheduling import batching
 log = logging.getLogger(__name__)
 
 IDLE_S = 5.0
-"""How long the copy stays after its last run: jobs of a bundle come one after the other."""
+"""Seconds that the process stays after its last run: a bundle's jobs follow one another."""
 SEATS = 2
-"""Such copies in one worker at a time. When a worker with many versions is killed, each of them has jobs that come again."""
+"""Isolated instances in one worker at a time. If a worker with many versions is killed, each of them has
+redelivered jobs.
+"""
 
 
 class Seats:
-    """How many more such copies a worker may have."""
+    """Counts how many more isolated instances a worker may start."""
 
     def __init__(self) -> None:
         self.left = SEATS
 
 
 class CrashListeners(NamedTuple):
-    """Who hears what only such a run shows."""
+    """Callbacks for events that only an isolated run shows."""
 
     crashed: Callable[[str], None]
-    """How it ended its process."""
+    """Called with how the process ended."""
     over: Callable[[str], None]
-    """That it took more than it may in the worker's own process."""
+    """Called if the run used more memory than one in the worker's own process may."""
 
 
 class IsolatedInstance:
-    """``load`` makes the copy, which is not needed while all others are in processes anyway. ``limit_mb``: what a run in the
-    worker's own process may take; 0: as much as there is."""
+    """Runs jobs in a process of their own.
+
+    ``load`` starts it; it is not used while all instances run in processes already. ``limit_mb`` is the
+    memory that a run in the worker's own process may use; 0 is unlimited.
+    """
 
     def __init__(
         self,
@@ -63,9 +68,9 @@ class IsolatedInstance:
         self._closing: asyncio.TimerHandle | None = None
 
     async def run(self, wanted: batching.Run, going: ActiveRun) -> RunResult:
-        """One run at a time. Where the copy cannot be made, or there is no seat, it runs on the others."""
+        """Run in the isolated process, one run at a time; use the other instances if it cannot be started."""
         async with self._one:
-            # by what runs now, not by what is wanted: copies that are about to move into processes are not there yet
+            # check the current instances: those that will move into processes have not moved yet
             now = self.copies.runtimes
             moved = bool(now) and all(isinstance(runtime, ProcessRuntime) for runtime in now)
             made = None if moved else await self._ensured()
@@ -80,7 +85,7 @@ class IsolatedInstance:
             return ran
 
     def close(self) -> None:
-        """End the process; a run that goes on in it fails."""
+        """Stop the process; an active run in it fails."""
         if self._closing is not None:
             self._closing.cancel()
         made, self._made, self._closing = self._made, None, None
@@ -97,7 +102,9 @@ class IsolatedInstance:
             try:
                 self._made = await self._load()
             except ModelRejected as error:
-                log.warning("no process for a job that came again: %s", error, extra={"action": "apart_failed"})
+                log.warning(
+                    "could not start a process for a redelivered job: %s", error, extra={"action": "apart_failed"}
+                )
             finally:
                 self._seats.left += self._made is None
         return self._made
@@ -106,7 +113,7 @@ class IsolatedInstance:
         return sum(memory_of(runtime.pid) for runtime in made.runtimes if isinstance(runtime, ProcessRuntime))
 
     def _look(self, made: InstanceSet, before: int) -> None:
-        """What the run shows of the version: it ended its process, or took more memory than one in the worker's own may."""
+        """Report a run that ended its process, or used more memory than one in the worker's own process may."""
         for runtime in made.runtimes:
             if not isinstance(runtime, ProcessRuntime):
                 continue

@@ -1,4 +1,4 @@
-"""Runs of one version in a worker: jobs in, how each of them ended out."""
+"""Runs the jobs of one version in a worker and returns their outcomes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class End(NamedTuple):
-    """How a job ended; ``None``: its caller has been answered before."""
+    """Outcome of a finished job; None if its caller already has a response."""
 
     ticket: JobTicket
     outcome: Outcome | None
@@ -31,34 +31,36 @@ class End(NamedTuple):
 def _why(going: ActiveRun, segment: batching.Segment, now: float) -> TetherError:
     match going.cause:
         case Cause.TIME:
-            return InferenceFailed(f"the run took longer than {going.run_timeout_s:g} s and was ended")
+            return InferenceFailed(f"the run exceeded its timeout of {going.run_timeout_s:g} s and was ended")
         case Cause.MEMORY:
-            return InferenceFailed("the run took more than 'run_memory_mb' of the worker's memory and was ended")
+            return InferenceFailed("the run exceeded run_memory_mb of the worker's memory and was ended")
         case Cause.UNWANTED if segment.source.job.deadline <= now + _ABOUT_S:
             return DeadlineExceeded("the deadline passed while the job ran")
         case Cause.UNWANTED:
-            return JobCancelled("nobody waits for the job any more")
+            return JobCancelled("the caller no longer waits for the job")
     raise Unavailable("the model is being unloaded")
 
 
 _STATES = {DeadlineExceeded: JobState.EXPIRED, JobCancelled: JobState.CANCELLED}
 _ABOUT_S = 0.01
-"""How much earlier than its time a timer may be."""
+"""Seconds by which a timer may fire early."""
 
 
 class RunListeners(NamedTuple):
-    """Who hears what only the runs of a version show."""
+    """Callbacks for events that only runs show."""
 
     lost: Callable[[Exception], None]
-    """It cannot be loaded any more."""
+    """Called if the version can no longer be loaded."""
     mixed: Callable[[str], None]
-    """It does not keep rows apart."""
+    """Called if the model mixes rows of different jobs."""
     over: Callable[[str], None]
-    """A run took more than it may in the worker's own process."""
+    """Called if a run exceeded its limits in the worker's own process."""
 
 
 class Runs:
-    """Makes the runs of one version and learns from them. ``room``: bytes that the outputs of one job may have."""
+    """Executes the runs of one version and learns from their times. ``room``: largest outputs of one job in
+    bytes.
+    """
 
     def __init__(
         self, worker: str, clock: Clock, model: str, apart: IsolatedInstance, hearing: RunListeners, *, room: int
@@ -77,11 +79,13 @@ class Runs:
     async def run(
         self, wanted: batching.Run, going: ActiveRun, *, suspect: bool = False
     ) -> tuple[batching.Done, float, float]:
-        """How a run ended, and the times (UTC seconds) when it began and ended. ``suspect``: it may have ended a worker, so it runs
-        in a process of its own; so does, once more, one that was ended because it took too much memory.
+        """Execute a run; return its results and the times (UTC seconds) when it began and ended.
+
+        A ``suspect`` run may have killed a worker, so it runs in an isolated process. A run that was ended
+        for its memory is repeated there once.
 
         Raises:
-            Unavailable: it was ended because the version is unloaded.
+            Unavailable: the run was ended because the version is unloaded.
         """
         self.running += len(wanted.segments)
         try:
@@ -98,7 +102,7 @@ class Runs:
         return self._by_cause(going, wanted, ran.done, finished), finished - ran.seconds, finished
 
     async def _elsewhere(self, wanted: batching.Run, going: ActiveRun, ran: RunResult) -> RunResult:
-        """A run that was ended for want of memory is made again in a process of its own, unless it was done before it ended."""
+        """Repeat a run in an isolated process after it exceeded its memory, unless it has all results."""
         guilty = going.alone
         if any(not isinstance(result, tuple) for result in ran.done.results):
             going.again()
@@ -108,7 +112,7 @@ class Runs:
         return ran
 
     def _by_cause(self, going: ActiveRun, wanted: batching.Run, done: batching.Done, now: float) -> batching.Done:
-        """The results of a run that was ended: what it has none of says why."""
+        """Fill the missing results of a run that was ended with the reason."""
         if going.cause is None:
             return done
         if going.cause is Cause.TIME:
@@ -121,7 +125,9 @@ class Runs:
     def ends(
         self, turn: NextRun, done: batching.Done, started: float, finished: float
     ) -> tuple[list[End], list[JobTicket]]:
-        """The jobs that ended with this run; and those that must run whole, because it did not keep rows apart."""
+        """Return the jobs that finished with this run, and those to repeat whole because the model mixed
+        rows.
+        """
         ends: list[End] = []
         again: list[JobTicket] = []
         mixed = done.mixed
@@ -129,7 +135,7 @@ class Runs:
             turn.run.segments, done.results, turn.tickets, turn.parts, strict=True
         ):
             if ticket.ended or ticket.parts is not parts:
-                continue  # it was dropped, or runs whole from its first row on
+                continue  # it was dropped, or is repeated whole from its first row
             ticket.began = ticket.began or started
             if result is None or (done.mixed and not turn.run.own):
                 again.append(ticket)
@@ -137,7 +143,7 @@ class Runs:
                 ends.append(self._end(ticket, result, finished))
             elif parts.add(segment, result) > self._room:
                 too_large = ResultTooLarge(
-                    f"the outputs take more than the {self._room} bytes that one answer may have"
+                    f"the outputs take more than the {self._room} bytes that a response may have"
                 )
                 ends.append(self._end(ticket, too_large, finished))
             elif parts.complete:
@@ -156,21 +162,23 @@ class Runs:
         job, attempt, worker = ticket.job, ticket.attempt, self._worker
         if isinstance(result, TetherError):
             ids = {"job_id": job.id, "request_id": job.request_id, "tenant": job.tenant, "model": self._model}
-            # a model's words may hold what it was sent
-            words = result.message if job.sealed is None else "its words are sealed"
-            log.info("a job failed: %s", words, extra={"action": "job_failed", "code": result.code, **ids})
+            # a model's error message may contain its input
+            words = result.message if job.sealed is None else "the message is encrypted"
+            log.info("job failed: %s", words, extra={"action": "job_failed", "code": result.code, **ids})
             failure, state = Failure(result.code, result.message), _STATES.get(type(result), JobState.FAILED)
             return End(ticket, Outcome(job.id, state, (), failure, attempt, worker, ticket.began, finished))
         return End(ticket, Outcome(job.id, JobState.SUCCEEDED, result, None, attempt, worker, ticket.began, finished))
 
     def expired(self, ticket: JobTicket) -> End:
-        """The end of a job that is past its deadline before it could run, or all of it could."""
+        """Return the outcome of a job whose deadline passed before all of it could run."""
         failure = Failure(DeadlineExceeded.code, "the deadline passed before the job could run")
         return self._not_run(ticket, JobState.EXPIRED, failure)
 
     def withdrawn(self, ticket: JobTicket) -> End:
-        """The end of a job that nobody waits for any more."""
-        return self._not_run(ticket, JobState.CANCELLED, Failure(JobCancelled.code, "its client left before it began"))
+        """Return the outcome of a job whose caller left."""
+        return self._not_run(
+            ticket, JobState.CANCELLED, Failure(JobCancelled.code, "the caller left before the job began")
+        )
 
     def _not_run(self, ticket: JobTicket, state: JobState, failure: Failure) -> End:
         ticket.ended = True

@@ -1,7 +1,7 @@
-"""Whether the rows of a version are independent whose manifest does not say so: asked in a process of its own, by the worker that
-loads it. Versions have such manifests from before batching had to be proven.
+"""Proves in a separate process that a version's rows are independent, for manifests without that information.
 
-Called as ``tether.worker.runs.row_judgement FILE`` in a process that is confined (:mod:`tether.sandbox.enter`), it prints one JSON object ``{"independent", "reason"}``.
+Such manifests were made before batching needed proof. ``tether.worker.runs.row_judgement FILE`` runs in a
+confined process (:mod:`tether.sandbox.enter`) and prints one JSON object ``{"independent", "reason"}``.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from tether.process.os_process import die_with_parent
 from tether.sandbox import plan
 from tether.storage.upload import MODEL_PATH
 
-DECLARE = "if no row's answer depends on another row, push it again with --max-batch-size N"
+DECLARE = "if no output row depends on another row, push it again with --max-batch-size N"
 _WALL_S = 120.0
 _CPU_S = 60
 _MEMORY_MB = 2048
-"""Address space of the child, beside what the file itself takes."""
+"""Address space of the child in MiB, in addition to the file size."""
 
 
 def unjudged(manifest: Manifest) -> bool:
-    """Whether a manifest asks for batches and says on no basis."""
+    """Return True if a manifest asks for batching without stating that rows are independent."""
     return manifest.batching.max_batch_size > 0 and not manifest.batching.basis
 
 
 async def judge(manifest: Manifest, directory: Path) -> Finding:
-    """What is to be known of such a version; its files are whole in ``directory``. The child may use a minute of processor time."""
+    """Return the finding on a version whose files are in ``directory``; the child gets a minute of CPU time."""
     if manifest.platform != "onnxruntime_onnx":
-        return Finding(unproven=f"only ONNX graphs are proven to be safe to batch; {DECLARE}")
+        return Finding(unproven=f"only ONNX graphs can be proven safe to batch; {DECLARE}")
     proof = await _asked(directory / MODEL_PATH)
     return Finding(proven=True) if proof.independent else Finding(unproven=f"{proof.reason}; {DECLARE}")
 
@@ -57,7 +57,7 @@ async def _asked(path: Path) -> RowProof:
             answer, _ = await process.communicate()
             return msgspec.json.decode(answer, type=RowProof)
     except (TimeoutError, msgspec.DecodeError):
-        return RowProof(independent=False, reason="the proof took more time or memory than it may")
+        return RowProof(independent=False, reason="the proof exceeded its time or memory limit")
     finally:
         if process.returncode is None:
             process.kill()
@@ -65,7 +65,7 @@ async def _asked(path: Path) -> RowProof:
 
 
 def main(path: Path) -> None:
-    """Limit this process and answer about one file."""
+    """Limit this process and print the result for one file."""
     memory = (_MEMORY_MB << 20) + 2 * path.stat().st_size
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (_CPU_S, _CPU_S + 1))

@@ -1,4 +1,4 @@
-"""One file per framework, and the one place that knows which file serves which platform, and in whose process."""
+"""Model runtimes: one file per framework; this one maps platforms to them and chooses the process."""
 
 from __future__ import annotations
 
@@ -29,40 +29,42 @@ FILES = {
     "tensorflow_lite": "litert",
     "tensorflow_savedmodel": "tensorflow",
 }
-"""Platform (the OIP string) -> the module of this package that loads it with ``load(manifest, directory, options)``."""
+"""Platform (the OIP string) -> module of this package that loads it with ``load(manifest, directory,
+options)``.
+"""
 
 _LATE = {
     "pytorch_export": ("torch.export.pt2_archive._package", "torch.export._unlift"),
     "pytorch_safetensors": ("safetensors.torch",),
 }
-"""Platform -> what its framework imports only when it loads a file, which can take longer than the load."""
+"""Platform -> modules that its framework imports only on a load, which can take longer than the load itself."""
 
 Load = Callable[[Path, Options], Runtime]
-"""Loads a version from the folder of its files."""
+"""Loads a version from its folder."""
 
 
 Running = Callable[[], AbstractContextManager[None]]
 
 
 class PreparedRuntime(Protocol):
-    """A runtime for which everything is there but its files."""
+    """A runtime that needs only its files."""
 
     def load(self) -> Runtime:
-        """The files are whole and verified. Blocks.
+        """Load the complete, verified files. Blocks.
 
         Raises:
             ModelRejected: the framework refuses them.
         """
 
     def end(self) -> None:
-        """Fail the warm-up run in this process, also one that begins later; elsewhere the load has a time of its own."""
+        """Abort a warm-up in this process, also a later one; in other processes loads have a timeout."""
 
     def close(self) -> None:
-        """Whatever it has come to, the runtime included."""
+        """Release everything, including the runtime."""
 
 
 class _InProcessRuntime:
-    """Begun in this process."""
+    """A runtime prepared in this process."""
 
     def __init__(self, manifest: Manifest, directory: Path, options: Options, running: Running) -> None:
         self._load = partial(prepare_here(manifest), directory, options)
@@ -83,13 +85,13 @@ class _InProcessRuntime:
             self._loaded.end_run()
 
     def close(self) -> None:
-        """What was imported stays."""
+        """Do nothing: imports stay."""
         if self._loaded is not None:
             self._loaded.close()
 
 
 class _Noted:
-    """A runtime in this process: it is known while it runs."""
+    """A runtime in this process whose runs are recorded."""
 
     def __init__(self, runtime: Runtime, running: Running) -> None:
         self._runtime = runtime
@@ -123,10 +125,11 @@ def begin(
     closed: threading.Event | None = None,
     running: Running = nullcontext,
 ) -> PreparedRuntime:
-    """Do what needs no files of a version yet: start its process unless it may run in the worker's, import its framework. Blocks.
+    """Prepare a version without its files: start its process, or import its framework in this one. Blocks.
 
-    Nothing is read from ``directory``, which must be there: a process can be allowed to read only what exists. Setting ``closed`` ends a process that is being started. ``running`` is entered for as
-    long as the version is loaded or run in this process.
+    ``directory`` must exist, because a process can be allowed to read only existing folders; nothing is read
+    from it. Setting ``closed`` ends a process that is being started. ``running`` is entered while the version
+    is loaded or runs in this process.
 
     Raises:
         ModelRejected: no runtime serves the manifest's platform, or it is a program that the kernel cannot confine.
@@ -148,7 +151,7 @@ def load(manifest: Manifest, directory: Path, options: Options, closed: threadin
 
 
 def prepare_here(manifest: Manifest) -> Load:
-    """Import what serves a version into this process.
+    """Import the runtime of a version into this process.
 
     Raises:
         ModelRejected: no runtime serves the manifest's platform, or the framework is not installed.
@@ -163,17 +166,17 @@ def prepare_here(manifest: Manifest) -> Load:
         module: Any = importlib.import_module(f"tether.worker.runtimes.{name}")
     except ImportError as error:
         raise ModelRejected(
-            f"this worker cannot serve '{manifest.platform}': {error.name} is not installed; see the extras of the package"
+            f"this worker cannot serve platform '{manifest.platform}': {error.name} is not installed; install the extra for it"
         ) from error
     for late in _LATE.get(manifest.platform, ()):
-        with suppress(ImportError):  # a release that has no such part imports at the load what it has instead
+        with suppress(ImportError):  # a release without this module imports its replacement on load
             importlib.import_module(late)
     return partial(module.load, manifest)
 
 
 def _file(manifest: Manifest) -> str:
-    """Empty for a platform that another package brings."""
+    """Return the module name; empty for a platform of a plugin."""
     name = FILES.get(manifest.platform, "")
     if not name and manifest.platform not in plugins.installed(plugins.RUNTIMES):
-        raise ModelRejected(f"no runtime of this worker serves the platform '{manifest.platform}'")
+        raise ModelRejected(f"this worker has no runtime for platform '{manifest.platform}'")
     return name

@@ -1,4 +1,4 @@
-"""What a model's process writes to its standard error, as lines of the worker's log: short ones, and not more than so many."""
+"""Logs the standard error of a model's process, with limits on length and rate."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from io import BufferedReader
 log = logging.getLogger(__name__)
 
 LONGEST = 500
-"""Characters of one line that are logged."""
+"""Maximum characters of a logged line."""
 AT_ONCE = 100
-"""Lines that may come together."""
+"""Burst of lines that are logged."""
 PER_SECOND = 2.0
 _READ = 1 << 16
 
 
 class Said:
-    """Reads ``pipe`` until all who could write to it are gone, however much comes."""
+    """Reads ``pipe`` until all writers have closed it, however much they write."""
 
     def __init__(self, pipe: BufferedReader, model: str, version: int) -> None:
         self._pipe = pipe
@@ -30,7 +30,7 @@ class Said:
         self._thread.start()
 
     def close(self) -> None:
-        """The process has ended: log its last words."""
+        """Log the remaining output after the process has ended."""
         self._thread.join(1.0)
 
     def _listen(self) -> None:
@@ -58,9 +58,9 @@ class Said:
             return
         self._left -= 1
         self._tell_dropped()
-        log.info("a model wrote: %s", text[:LONGEST], extra=self._fields)
+        log.info("model output: %s", text[:LONGEST], extra=self._fields)
 
     def _tell_dropped(self) -> None:
         dropped, self._dropped = self._dropped, 0
         if dropped:
-            log.warning("a model wrote %d more lines, which are not logged", dropped, extra=self._fields)
+            log.warning("dropped %d more lines of model output", dropped, extra=self._fields)

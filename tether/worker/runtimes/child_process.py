@@ -1,7 +1,7 @@
-"""The process of one model: ``python -m tether.worker.runtimes.child_process``, started by :mod:`tether.worker.runtimes.process_runtime`.
+"""Main program of a model's process, started by :mod:`tether.worker.runtimes.process_runtime`.
 
-It is confined before anything else (:mod:`tether.sandbox.enter`) and limits its memory. Then it imports the framework, which
-takes seconds, and waits until it is told where the files are.
+It confines itself first (:mod:`tether.sandbox.enter`) and limits its memory. Then it imports the framework,
+which takes seconds, and waits for the path of the files.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from tether.worker.runtimes.process_runtime import Options, Start
 Answer = tuple[bool | None, object]
 
 _SCARCE = ("MemoryError", "OutOfMemoryError", "ResourceExhaustedError")
-"""Classes of errors for want of memory: Python's, PyTorch's, TensorFlow's."""
+"""Error classes for lack of memory in Python, PyTorch and TensorFlow."""
 _SCARCE_WORDS = ("bad_alloc", "bad allocation", "can't allocate memory", "allocate memory for", "CUDA out of memory")
-"""What ONNX Runtime and PyTorch say in errors that have no class of their own for it."""
+"""Phrases in out-of-memory errors of ONNX Runtime and PyTorch that have no class of their own."""
 
 
 def main() -> int:
     questions, answers = os.dup(0), os.dup(1)
-    tempfile.tempdir = os.environ["TMPDIR"]  # frameworks ask for one, and do not always write there
-    # a model's code may print, and must not read what it is asked
+    tempfile.tempdir = os.environ["TMPDIR"]  # frameworks need a temporary folder, and do not always write there
+    # a model's code may print, and must not read the requests
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     try:
@@ -42,12 +42,12 @@ def main() -> int:
         _limit(start.options)
         load = _prepared(start)
         directory = str(codec.unpack(read_frame(questions, math.inf)))
-    except EOFError:  # nobody wants it any more
+    except EOFError:  # the worker has closed the pipe
         return 0
     try:
         os.chdir(directory)
         runtime = load(Path(directory), start.options)
-    except Exception as error:  # noqa: BLE001 - a model's code may raise whatever it likes
+    except Exception as error:  # noqa: BLE001 - a model's code may raise anything
         write_frame(answers, codec.pack(_refusal(error, "", start.options)), math.inf)
         return 1
     write_frame(answers, codec.pack((True, ())), math.inf)
@@ -55,10 +55,10 @@ def main() -> int:
 
 
 def _prepared(start: Start) -> runtimes.Load:
-    """What fails here is told when the files are there: before that nobody listens."""
+    """Import the framework; report a failure only after the files are there, when the worker reads."""
     try:
         return runtimes.prepare_here(start.manifest)
-    except Exception as error:  # noqa: BLE001 - and so may a package that is imported
+    except Exception as error:  # noqa: BLE001 - and so may a package on import
         failed = error
 
     def fail(_directory: Path, _options: Options) -> Runtime:
@@ -92,7 +92,7 @@ def _limit(options: Options) -> None:
 def _run(runtime: Runtime, question: bytes, options: Options) -> Answer:
     try:
         outputs, rows = codec.unpack(question)
-        arrays = {row[0]: np.array(to_numpy(Tensor(*row))) for row in rows}  # the model's own, to write into
+        arrays = {row[0]: np.array(to_numpy(Tensor(*row))) for row in rows}  # the model's own writable folder
         found = runtime.run(arrays, outputs)
         names = outputs or runtime.output_names
         tensors = [from_numpy(name, array) for name, array in zip(names, found, strict=True)]
@@ -103,7 +103,7 @@ def _run(runtime: Runtime, question: bytes, options: Options) -> Answer:
 
 def _refusal(error: Exception, what: str, options: Options) -> Answer:
     if _is_scarcity(error):
-        limit = f"it may have {options.memory_mb} MiB" if options.memory_mb else "the machine has no more"
+        limit = f"its limit is {options.memory_mb} MiB" if options.memory_mb else "the machine has no more"
         return None, f"{limit}; {type(error).__name__}: {_one_line(error)}"
     if isinstance(error, TetherError):
         return False, error.message
@@ -111,7 +111,7 @@ def _refusal(error: Exception, what: str, options: Options) -> Answer:
 
 
 def _is_scarcity(error: BaseException | None) -> bool:
-    """Whether it is for want of memory, or was raised from what is."""
+    """Return True if the error, or one of its causes, is a lack of memory."""
     while error is not None:
         names = {kind.__name__ for kind in type(error).__mro__}
         if names & set(_SCARCE) or any(words in str(error) for words in _SCARCE_WORDS):
@@ -121,19 +121,21 @@ def _is_scarcity(error: BaseException | None) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    """The error's own words, without line breaks and without what could be a path."""
+    """Return the error's message in one line, without words that could be paths."""
     return " ".join(word for word in str(error).split() if "/" not in word)[:300]
 
 
 def _packed(answer: Answer, options: Options) -> tuple[bool | None, bytes]:
-    """The first part of an answer and its bytes; it is a refusal where the bytes are too many, or there is no memory for them."""
+    """Return the status and bytes of a response; a failure if the outputs are too large for a frame or
+    memory.
+    """
     try:
         content = codec.pack(answer)
     except MemoryError as error:
         answer = _refusal(error, "", options)
         content = codec.pack(answer)
     if len(content) > LARGEST_FRAME:
-        answer = (False, f"the outputs of one run have {len(content)} bytes; at most {LARGEST_FRAME} fit")
+        answer = (False, f"the outputs of one run have {len(content)} bytes; the limit is {LARGEST_FRAME}")
         content = codec.pack(answer)
     return answer[0], content
 

@@ -1,6 +1,7 @@
-"""What a model's process gets in order to compile: a compiler that it finds, and a folder for as long as it loads.
+"""Environment of a model's process that compiles: a PATH with a compiler, and a temporary folder for the
+load.
 
-Such a process has no PATH otherwise. It keeps its limits, and so do the compilers that it starts.
+Other model processes have no PATH. Its limits apply to the compilers too.
 """
 
 from __future__ import annotations
@@ -18,24 +19,27 @@ from tether.worker.runtimes.graph_cache import DRAFT
 PATH = "/usr/local/bin:/usr/bin:/bin"
 COMPILERS = ("g++", "clang++")
 FOLDER = "TORCHINDUCTOR_CACHE_DIR"
-"""The variable that names the folder."""
+"""Environment variable with the path of the folder."""
 
 
 @contextmanager
 def made(directory: Path, cache: str, *, sealed: bool) -> Iterator[dict[str, str]]:
-    """The variables for the process; the folder goes when the block ends. It lies in the folder ``cache`` where there is one,
-    and beside the model's own files where those are in memory only.
+    """Yield the environment variables; delete the folder when the block ends.
+
+    The folder lies in ``cache`` if given, or beside the model's files if these are in memory only.
 
     Raises:
-        ModelRejected: there is no compiler, or nowhere to put what it makes.
+        ModelRejected: there is no compiler, or no folder for its output.
     """
     compiler = next((found for name in COMPILERS if (found := shutil.which(name, path=PATH))), None)
     if compiler is None:
-        raise _refused(f"needs a C++ compiler, and there is no {' or '.join(COMPILERS)} in {PATH} of this worker")
+        raise _refused(f"needs a C++ compiler, and this worker has no {' or '.join(COMPILERS)} in {PATH}")
     folder = _folder(directory if sealed else Path(cache) if cache else None)
     try:
         if os.statvfs(folder).f_flag & os.ST_NOEXEC:
-            raise _refused("puts programs where the model's files are, and that is mounted with 'noexec'")
+            raise _refused(
+                "needs to execute programs beside the model's files, and that folder is mounted with 'noexec'"
+            )
         yield _environment(compiler, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -47,7 +51,7 @@ def _folder(where: Path | None) -> str:
             where.mkdir(mode=0o700, parents=True, exist_ok=True)
         return tempfile.mkdtemp(DRAFT, "compile-", where)
     except OSError as error:
-        raise _refused(f"needs a folder that can be written ({error.strerror})") from error
+        raise _refused(f"needs a writable folder ({error.strerror})") from error
 
 
 def _environment(compiler: str, folder: str) -> dict[str, str]:
@@ -56,12 +60,12 @@ def _environment(compiler: str, folder: str) -> dict[str, str]:
         "CXX": compiler,
         FOLDER: folder,
         "TMPDIR": folder,
-        # no processes that wait for work, each with a PyTorch of its own
+        # no worker processes, each with its own PyTorch
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        # 150 MB in a folder of everybody's, made again at each load
+        # 150 MB in a shared folder, rebuilt at each load
         "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
     }
 
 
 def _refused(what: str) -> ModelRejected:
-    return ModelRejected(f"'compile' {what}; set compile to false, or mend that", field="compile")
+    return ModelRejected(f"'compile' {what}; set compile to false, or fix that", field="compile")

@@ -1,4 +1,4 @@
-"""Frames over the pipes between a worker and a model's process: a big-endian u32 length, and as many bytes."""
+"""Frames on the pipes between a worker and a model's process: a big-endian u32 length, then the content."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from collections.abc import Callable
 LARGEST_FRAME = 1 << 30
 _LENGTH = struct.Struct(">I")
 _LOOK_S = 0.2
-"""How often whoever waits looks whether it should."""
+"""Seconds between two checks for ``closed``."""
 
 
 def write_frame(descriptor: int, content: bytes, end: float, closed: threading.Event | None = None) -> None:
-    """Write one frame before the monotonic time ``end``, or until ``closed`` is set.
+    """Write one frame before the monotonic time ``end``, unless ``closed`` is set.
 
     Raises:
-        TimeoutError: the other side did not take it in time.
-        OSError: it is gone.
-        ValueError: it is too large.
+        TimeoutError: the reader did not take it in time, or ``closed`` was set.
+        OSError: the reader is gone.
+        ValueError: the frame is too large.
     """
     if len(content) > LARGEST_FRAME:
         raise ValueError("frame too large")
@@ -43,12 +43,12 @@ def read_frame(
     closed: threading.Event | None = None,
     look: Callable[[], None] | None = None,
 ) -> bytes:
-    """Read one frame before the monotonic time ``end``, or until ``closed`` is set. ``look`` is called now and then meanwhile.
+    """Read one frame before the monotonic time ``end``, unless ``closed`` is set; call ``look`` periodically.
 
     Raises:
-        TimeoutError: it did not come in time.
-        EOFError: the other side is gone.
-        ValueError: it says that it is too large.
+        TimeoutError: it did not arrive in time, or ``closed`` was set.
+        EOFError: the writer is gone.
+        ValueError: its length is too large.
     """
     (length,) = _LENGTH.unpack(_read(descriptor, _LENGTH.size, end, closed, look))
     if length > LARGEST_FRAME:

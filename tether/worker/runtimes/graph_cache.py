@@ -1,9 +1,8 @@
-"""Graphs as ONNX Runtime has optimised them, and what PyTorch has compiled, on a worker's disk, so that the next load of the
-same version need not do it again.
+"""Disk cache of graphs that ONNX Runtime optimised and code that PyTorch compiled, for faster reloads.
 
-An entry belongs to one version's files, one release of the framework and one kind of processor. Its last bytes are a digest of
-all of that and of its content; one that is cut, altered or another's is deleted and made anew. Somebody who may write files as
-the worker's own user could make one that fits, as they could replace the worker itself.
+An entry belongs to one version's files, one framework release and one processor type. It ends with a digest
+of these and of its content; an entry that does not match is deleted and rebuilt. Only the worker's own user
+could forge an entry, and that user can replace the worker itself.
 """
 
 from __future__ import annotations
@@ -24,30 +23,31 @@ from tether.model.config import COMPILED
 log = logging.getLogger(__name__)
 
 LARGEST = 16 << 20
-"""Bytes of a version's files above which nothing is kept: an entry is read and compared as a whole, which soon takes longer
-than optimising again (measured, ADR 23)."""
+"""Size of a version's files in bytes above which nothing is cached: verifying an entry would take longer than
+optimising again (measured, ADR 23).
+"""
 
 _MARK = b"tethergraph1"
 _END = len(_MARK) + hashlib.sha256().digest_size
 _LARGEST_ENTRY = 16 * LARGEST
-"""An optimised graph may hold what the version computes from its weights."""
+"""Maximum size of an entry: an optimised graph may include values computed from weights."""
 _KEEPING = frozenset({"onnxruntime_onnx", *COMPILED})
-"""Platforms whose processes have something to keep."""
+"""Platforms whose processes cache something."""
 _PROCESSES = "processes"
 DRAFT = ".draft"
-"""How names of files, and of folders, end whose maker may have been killed."""
+"""Suffix of files and folders whose writer may have been killed."""
 _STALE_S = 3600.0
 
 
 class GraphCache:
-    """Entries below one folder, at most ``budget`` bytes of them; those that were not used for the longest time go first."""
+    """Cache entries below one folder, at most ``budget`` bytes; least recently used entries are evicted."""
 
     def __init__(self, folder: Path, budget: int) -> None:
         self._folder = folder
         self._budget = budget
 
     def read(self, key: str) -> bytes | None:
-        """What is kept under a key; None when there is nothing, or nothing that can be trusted."""
+        """Return the entry of a key; None if it is missing or cannot be trusted."""
         path = self._path(key)
         try:
             content = _trusted(path, key)
@@ -58,24 +58,24 @@ class GraphCache:
             self.drop(key, f"cannot be read ({error.strerror})")
             return None
         if content is None:
-            self.drop(key, "is damaged, or another's,")
+            self.drop(key, "is damaged or does not belong here")
         return content
 
     def draft(self, size: int) -> Path | None:
-        """A name that may be written to; None where there is no room for about twice ``size`` bytes."""
+        """Return a path to write a draft to; None without disk space for about twice ``size`` bytes."""
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if size > LARGEST or size > self._budget or shutil.disk_usage(self._folder).free < 2 * size:
                 return None
             descriptor, name = tempfile.mkstemp(DRAFT, dir=self._folder)
         except OSError as error:
-            log.warning("no optimised graph is kept: %s", error.strerror, extra={"action": "graph_not_kept"})
+            log.warning("could not cache an optimised graph: %s", error.strerror, extra={"action": "graph_not_kept"})
             return None
         os.close(descriptor)
         return Path(name)
 
     def keep(self, key: str, draft: Path) -> None:
-        """Make a draft that was written an entry, and room for it."""
+        """Turn a finished draft into an entry, evicting others if needed."""
         try:
             if draft.stat().st_size > _LARGEST_ENTRY - _END:
                 return
@@ -85,12 +85,12 @@ class GraphCache:
             draft.rename(self._path(key))
             self._make_room()
         except OSError as error:
-            log.warning("no optimised graph is kept: %s", error.strerror, extra={"action": "graph_not_kept"})
+            log.warning("could not cache an optimised graph: %s", error.strerror, extra={"action": "graph_not_kept"})
         finally:
             draft.unlink(missing_ok=True)
 
     def drop(self, key: str, why: str) -> None:
-        log.warning("an optimised graph %s and was deleted", why, extra={"action": "graph_dropped"})
+        log.warning("deleted a cached graph that %s", why, extra={"action": "graph_dropped"})
         with suppress(OSError):
             _remove(self._path(key))
 
@@ -116,16 +116,16 @@ class GraphCache:
 
 
 def cache_beside(directory: Path, folder: str, megabytes: int) -> GraphCache | None:
-    """The cache in ``folder``, for a version whose files lie beside it: one whose files may not lie on a disk leaves nothing
-    there."""
+    """Return the cache in ``folder`` for versions beside it; None for one whose files must not be on disk."""
     return GraphCache(Path(folder), megabytes << 20) if _beside(directory, folder) else None
 
 
 def of_process(platform: str, directory: Path, folder: str) -> str:
-    """The part of the cache that processes of one version may write to, made if need be; empty where they keep nothing.
-    ``directory`` has the version's files, and its digest as its name.
+    """Create and return the cache folder that processes of one version may write to; empty if they cache
+    nothing.
 
-    What they leave there counts for that version's processes only: not for another version, nor in the worker's own process.
+    ``directory`` has the version's files, and their digest as its name. Only processes of the same version
+    read this folder.
     """
     if platform not in _KEEPING or not _beside(directory, folder):
         return ""
@@ -134,13 +134,13 @@ def of_process(platform: str, directory: Path, folder: str) -> str:
         own.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.utime(own)
     except OSError as error:
-        log.warning("no optimised graph is kept: %s", error.strerror, extra={"action": "graph_not_kept"})
+        log.warning("could not cache an optimised graph: %s", error.strerror, extra={"action": "graph_not_kept"})
         return ""
     return str(own)
 
 
 def trim(own: str, budget: int) -> None:
-    """Delete what processes of other versions keep, that first which was not used for the longest time, until ``budget`` bytes are left."""
+    """Delete cache folders of other versions, least recently used first, until ``budget`` bytes are left."""
     used = []
     for folder in Path(own).parent.iterdir():
         with suppress(OSError):
@@ -165,12 +165,14 @@ def _remove(path: Path) -> None:
 
 
 def key_of(version: str, release: str, *what: str) -> str:
-    """The key of a version's files (their digest) with a ``release`` of its framework on this machine; ``what`` else counts."""
+    """Return the cache key of a version's files (by digest), a framework ``release``, this machine, and
+    ``what``.
+    """
     return hashlib.sha256("\0".join((version, release, _processor(), *what)).encode()).hexdigest()
 
 
 def _processor() -> str:
-    """What the layout of an optimised graph depends on: the instructions that the processor has."""
+    """Return the processor's instruction sets, which the layout of an optimised graph depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -180,7 +182,7 @@ def _processor() -> str:
 
 
 def _trusted(path: Path, key: str) -> bytes | None:
-    """The content of a plain file of this user's own that nobody else may write, and that ends as it must."""
+    """Return the verified content of a plain file that only this user may write; None otherwise."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         found = os.fstat(descriptor)

@@ -1,4 +1,4 @@
-"""LiteRT: TensorFlow Lite models; see :mod:`tether.frameworks.litert`."""
+"""Loads TensorFlow Lite models with LiteRT; see :mod:`tether.frameworks.litert`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime. The only importer of onnxruntime in the worker."""
+"""Runs models with ONNX Runtime. The only importer of onnxruntime in the worker."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _WIDTHS = {
     }.items()
     for kind in kinds
 }
-"""Bytes of an element, by what ONNX Runtime calls a tensor's type."""
+"""Bytes of an element, by ONNX Runtime's type name."""
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
@@ -48,7 +48,7 @@ class OnnxRuntime:
         self._sizes = _known_sizes(self._session)
         self._largest = min(options.run_memory_mb << 20 or LARGEST_FRAME, LARGEST_FRAME)
         self._now: Any = None
-        """The options of the run that goes on."""
+        """Options of the active run."""
         self._ended = False
         self._has_bf16 = any(spec.datatype == "BF16" for spec in (*manifest.inputs, *manifest.outputs))
 
@@ -57,11 +57,11 @@ class OnnxRuntime:
         return self._outputs
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """Run once; ``outputs`` names what is wanted, empty for all in the model's order.
+        """Run once and return ``outputs``; an empty list returns all in the model's order.
 
         Raises:
-            InferenceFailed: ONNX Runtime refused the input, or text is not UTF-8, or the run was ended.
-            ResultTooLarge: by the shapes of the inputs, the outputs are larger than a run may make them; nothing was run.
+            InferenceFailed: ONNX Runtime refused the input, text is not UTF-8, or the run was ended.
+            ResultTooLarge: by the input shapes, the outputs exceed the limit; nothing was run.
         """
         wanted = list(outputs or self._outputs)
         self._check_size(inputs, wanted)
@@ -86,7 +86,7 @@ class OnnxRuntime:
         size = sum([self._sizes[name].of(inputs) for name in wanted if name in self._sizes])
         if size > self._largest:
             raise ResultTooLarge(
-                f"the outputs of the run would take {size} bytes; at most {self._largest} are made: send fewer rows"
+                f"the outputs of the run would take {size} bytes; the limit is {self._largest}: send fewer rows"
             )
 
     def _run(self, inputs: Mapping[str, Array], wanted: list[str], now: Any) -> list[Array]:
@@ -110,7 +110,7 @@ class OnnxRuntime:
 
 
 class _Size(NamedTuple):
-    """The size of an output as a product: bytes that are fixed, and axes of inputs."""
+    """The size of an output as a product: fixed bytes times axes of inputs."""
 
     fixed: int
     axes: tuple[tuple[str, int], ...]
@@ -120,7 +120,7 @@ class _Size(NamedTuple):
 
 
 def _known_sizes(session: Any) -> dict[str, _Size]:
-    """Those of the outputs whose every axis is fixed or has the name of an axis of an input."""
+    """Return the sizes of outputs whose axes are all fixed or named like an axis of an input."""
     axes: dict[str, tuple[str, int]] = {}
     for given in session.get_inputs():
         for number, axis in enumerate(given.shape):
@@ -137,21 +137,21 @@ def _known_sizes(session: Any) -> dict[str, _Size]:
 
 
 def load(manifest: Manifest, directory: Path, options: Options) -> OnnxRuntime:
-    """The runtime of an ONNX version."""
+    """Return the runtime of an ONNX version."""
     return OnnxRuntime(manifest, directory, options)
 
 
 def providers(device: str) -> list[str]:
-    """What ONNX Runtime is to run on for ``auto``, ``cpu`` or ``cuda``, best first.
+    """Return ONNX Runtime's execution providers for ``auto``, ``cpu`` or ``cuda``, best first.
 
     Raises:
-        ModelRejected: CUDA is asked for, and this ONNX Runtime has none.
+        ModelRejected: CUDA is required, and this ONNX Runtime does not support it.
     """
     there = _CUDA in onnxruntime.get_available_providers()
     if device == "cuda" and not there:
         raise ModelRejected(
-            f"the model is to run on 'cuda', and ONNX Runtime has no {_CUDA} here; "
-            "install onnxruntime-gpu, or let it run on 'auto' or 'cpu'",
+            f"device 'cuda' is not available: this ONNX Runtime has no {_CUDA}; "
+            "install onnxruntime-gpu, or set device to 'auto' or 'cpu'",
             field="kind",
         )
     return [_CUDA, _CPU] if there and device != "cpu" else [_CPU]
@@ -167,10 +167,10 @@ def _session(manifest: Manifest, directory: Path, options: Options) -> Any:
         else:
             session = onnxruntime.InferenceSession(str(path), _settings(options), providers=chosen)
     except Exception as error:
-        raise ModelRejected(f"ONNX Runtime refuses the file: {type(error).__name__}") from error
+        raise ModelRejected(f"ONNX Runtime refused the file: {type(error).__name__}") from error
     if options.device == "cuda" and _CUDA not in session.get_providers():
         raise ModelRejected(
-            "the model is to run on 'cuda', and ONNX Runtime cannot use a device here; let it run on 'auto' or 'cpu'",
+            "device 'cuda' is not available: ONNX Runtime found no usable GPU; set device to 'auto' or 'cpu'",
             field="kind",
         )
     return session
@@ -181,7 +181,7 @@ def _settings(options: Options) -> Any:
     made.intra_op_num_threads = options.threads
     made.inter_op_num_threads = 1
     made.log_severity_level = 4
-    # an arena would keep the most that any run ever took; without one, runs are as fast
+    # an arena would keep the peak memory of all runs; runs are as fast without it
     made.enable_cpu_mem_arena = False
     if options.threads == 1:
         made.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -189,7 +189,7 @@ def _settings(options: Options) -> Any:
 
 
 def _cached(manifest: Manifest, path: Path, options: Options, cache: GraphCache) -> Any:
-    """A session on the CPU of the graph as it was optimised before, or as it is optimised now, which is kept."""
+    """Return a CPU session of the cached optimised graph; optimise and cache it if there is none."""
     key = key_of(version_digest(manifest), onnxruntime.__version__, _CPU)
     content = cache.read(key)
     if content is not None:
@@ -197,7 +197,7 @@ def _cached(manifest: Manifest, path: Path, options: Options, cache: GraphCache)
         ready.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             return onnxruntime.InferenceSession(content, ready, providers=[_CPU])
-        except Exception as error:  # noqa: BLE001 - whatever it is, the version's own file counts
+        except Exception as error:  # noqa: BLE001 - the version's own file is loaded instead
             cache.drop(key, f"cannot be loaded ({type(error).__name__})")
     draft = cache.draft(manifest.size)
     if draft is not None:
@@ -210,18 +210,18 @@ def _cached(manifest: Manifest, path: Path, options: Options, cache: GraphCache)
 
 
 def _written(path: Path, options: Options, draft: Path) -> Any:
-    """A session whose optimised graph was written; None when that cannot be done with this graph or this disk."""
+    """Return a session whose optimised graph was written; None if graph or disk do not allow that."""
     writing = _settings(options)
     writing.optimized_model_filepath = str(draft)
     try:
         return onnxruntime.InferenceSession(str(path), writing, providers=[_CPU])
-    except Exception as error:  # noqa: BLE001 - tried again without, which tells why
-        log.info("no optimised graph: %s", type(error).__name__, extra={"action": "graph_not_kept"})
+    except Exception as error:  # noqa: BLE001 - retried without it, which reports the reason
+        log.info("could not write an optimised graph: %s", type(error).__name__, extra={"action": "graph_not_kept"})
         return None
 
 
 def _graph(manifest: Manifest) -> str:
-    """The file with the graph; weights may lie in others, which ONNX Runtime finds beside it."""
+    """Return the file with the graph; ONNX Runtime finds weights in other files beside it."""
     paths = [file.path for file in manifest.files]
     return MODEL_PATH if MODEL_PATH in paths else paths[0]
 
@@ -230,6 +230,4 @@ def _text(name: str, array: Array) -> Array:
     try:
         return to_text(array)
     except UnicodeDecodeError as error:
-        raise InferenceFailed(
-            f"input '{name}' holds bytes that are not UTF-8 text, which ONNX strings must be"
-        ) from error
+        raise InferenceFailed(f"input '{name}' has bytes that are not UTF-8 text, as ONNX strings must be") from error

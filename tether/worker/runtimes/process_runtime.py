@@ -1,10 +1,10 @@
-"""A model in a process of its own: what it crashes, hangs or eats is that process's, and unloading gives all of it back.
+"""Runs a model in its own process: a crash, a hang or a leak affects only that process.
 
-Parent and child speak over a pair of pipes. A frame is a big-endian u32 length and msgpack; tensors in it are rows
-``[name, datatype, shape, bytes]`` with bytes as in the Open Inference Protocol. The parent says what is to be loaded, and
-where its files are when they are there. Then it asks ``[outputs, tensors]``; the child answers ``[true, tensors]`` or
-``[false, message]``, the first answer being to the files, or ``[null, message]`` when there is not enough memory, after which
-it ends.
+Parent and child use a pair of pipes. A frame is a big-endian u32 length and msgpack; tensors are rows
+``[name, datatype, shape, bytes]`` with bytes as in the Open Inference Protocol. The parent sends
+:class:`Start`, and then the path of the files, which the child answers. Each request is ``[outputs,
+tensors]``. The child answers ``[true, tensors]`` or ``[false, message]``, or ``[null, message]`` if it lacks
+memory, after which it exits.
 """
 
 from __future__ import annotations
@@ -40,18 +40,22 @@ log = logging.getLogger(__name__)
 
 _OWN_DOING = ("memory", "signal", "exit")
 _BACKOFF_S = (0.0, 0.1, 0.5, 2.0, 5.0)
-"""Wait before the n-th start in a row without a run that ended."""
+"""Seconds to wait before the n-th start in a row without a completed run."""
 
 
 class Options(msgspec.Struct, frozen=True):
-    """How a model is run. ``memory_mb`` limits its process's address space (0: no limit), ``run_memory_mb`` the outputs of a run
-    (0: what can be sent from process to process); times are in seconds.
+    """How a model is run.
 
-    ``graph_cache`` is the folder, beside those of versions, where optimised graphs are kept, up to ``graph_cache_mb`` MiB;
-    empty: none is, nor of a version whose files lie elsewhere. ``compile``: for any number of rows, and for ``warmup``.
+    ``memory_mb`` limits its process's address space (0: unlimited), ``run_memory_mb`` the outputs of a run
+    (0: the largest frame); times are in seconds.
 
-    Its process is confined as ``confinement`` says (the setting ``model_confinement``). It reads its own files, libraries and
-    ``read_dirs``, and nothing below the data directory ``home``. It has ``scratch_mb`` MiB for files of its own.
+    ``graph_cache`` is the folder of optimised graphs beside the version folders, limited to
+    ``graph_cache_mb`` MiB. Empty: no cache; a version whose files lie elsewhere has none either. ``compile``:
+    for any number of rows, and for ``warmup``.
+
+    ``confinement`` is the setting ``model_confinement``. The process reads its own files, libraries and
+    ``read_dirs``, nothing below the data directory ``home``. It may write ``scratch_mb`` MiB of its own
+    files.
     """
 
     threads: int = 1
@@ -69,28 +73,28 @@ class Options(msgspec.Struct, frozen=True):
     read_dirs: tuple[str, ...] = ()
     scratch_mb: int = 64
     behind: bool = False
-    """Its process goes after others from its start on, and not only from its first long run on."""
+    """Whether its process has low priority from the start, and not only after its first long run."""
 
 
 class Start(msgspec.Struct, frozen=True):
-    """What a child is told first: enough to limit itself and to import its framework."""
+    """First message to a child: enough to limit itself and to import its framework."""
 
     manifest: Manifest
     options: Options
 
 
 class ProcessEnd(NamedTuple):
-    """How a child ended, for a person and for a metric."""
+    """How a child ended, as text and as a metric label."""
 
     words: str
     reason: str
 
 
 class ProcessRuntime:
-    """See :class:`tether.frameworks.runtime.Runtime`. Made, its process imports the framework and waits until :meth:`load` says that
-    the files are there. It is started again, with backoff, by the next run after its end.
+    """A runtime in another process; see :class:`tether.frameworks.runtime.Runtime`.
 
-    Whoever sets ``closed`` ends what it waits for, its making included.
+    The constructor starts the process, which imports the framework and waits for :meth:`load`. A run after a
+    crash restarts it, with backoff. Setting ``closed`` aborts every wait, the constructor's included.
     """
 
     def __init__(
@@ -101,14 +105,14 @@ class ProcessRuntime:
         self._start = Start(manifest, msgspec.structs.replace(options, graph_cache=self._graphs))
         self._options = options
         self.run_timeout_s = options.run_timeout_s
-        """Counts from the next run on."""
+        """Timeout of later runs in seconds."""
         self._outputs = tuple(spec.name for spec in manifest.outputs)
         self._child: subprocess.Popen[bytes] | None = None
         self._said: Said | None = None
         self._loading = ExitStack()
-        """What the process has until it has loaded."""
+        """Resources that the process needs until it has loaded."""
         self.crash = ""
-        """How the model last ended its process, if that was its own doing: killed or too slow does not count."""
+        """How the model last crashed its process; empty if it was killed or timed out."""
         self._failures = 0
         self._kills = 0
         self._behind = options.behind
@@ -121,11 +125,11 @@ class ProcessRuntime:
 
     @property
     def pid(self) -> int:
-        """The process that holds the model just now; 0 when there is none."""
+        """Return the id of the model's process; 0 if there is none."""
         return 0 if self._child is None else self._child.pid
 
     def load(self) -> ProcessRuntime:
-        """Load the files, which are whole and verified from here on.
+        """Load the files, which must be complete and verified.
 
         Raises:
             ModelRejected: the framework refuses them, or the process ended, now or while it waited.
@@ -137,18 +141,18 @@ class ProcessRuntime:
         return self
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """Run once; ``outputs`` names what is wanted, empty for all in the model's order.
+        """Run once and return ``outputs``; an empty list returns all in the model's order.
 
         Raises:
-            InferenceFailed: the model refused its input, crashed, or took longer than ``run_timeout_s``; or inputs or outputs
-                are larger than a frame.
+            InferenceFailed: the model refused its input, crashed, or took longer than ``run_timeout_s``;
+                or inputs or outputs are larger than a frame.
         """
         if self._child is None:
             self._again()
         rows = [_row(from_numpy(name, array)) for name, array in inputs.items()]
         question = codec.pack((list(outputs), rows))
         if len(question) > LARGEST_FRAME:
-            raise InferenceFailed(f"the inputs of one run have {len(question)} bytes; at most {LARGEST_FRAME} fit")
+            raise InferenceFailed(f"the inputs of one run have {len(question)} bytes; the limit is {LARGEST_FRAME}")
         before = processor_s(self.pid)
         answer = self._ask(question, self.run_timeout_s, partial(self._look, before))
         self._look(before)
@@ -157,10 +161,10 @@ class ProcessRuntime:
         try:
             return [to_numpy(Tensor(*found[name])) for name in outputs or self._outputs]
         except KeyError as error:
-            raise InferenceFailed(f"the model's process answered without the output {error}") from error
+            raise InferenceFailed(f"the model's process did not return output {error}") from error
 
     def end(self) -> None:
-        """A load and each run have a time of their own."""
+        """Do nothing: loads and runs have timeouts."""
 
     def close(self) -> None:
         self._closed.set()
@@ -168,7 +172,7 @@ class ProcessRuntime:
 
     @property
     def pause_s(self) -> float:
-        """How long the next start of the process waits; longer with each start in a row that no run survived."""
+        """Return seconds before the next start of the process; more with each start without a completed run."""
         return _BACKOFF_S[min(self._failures, len(_BACKOFF_S) - 1)]
 
     def _again(self) -> None:
@@ -179,7 +183,7 @@ class ProcessRuntime:
             self._spawn()
             self.load()
         except ModelRejected as error:
-            raise InferenceFailed(f"the model's process could not be started again: {error.message}") from error
+            raise InferenceFailed(f"could not restart the model's process: {error.message}") from error
 
     def _spawn(self) -> None:
         more: Mapping[str, str] = {}
@@ -194,7 +198,7 @@ class ProcessRuntime:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            cwd="/",  # away from files that nobody has verified yet
+            cwd="/",  # away from files that are not verified yet
             env={**_environment(self._options.threads, self._directory), **more},
             start_new_session=True,
             preexec_fn=die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - it imports and locks nothing
@@ -202,7 +206,7 @@ class ProcessRuntime:
         if self._behind:
             goes_after_others(self._child.pid)
         manifest = self._start.manifest
-        assert isinstance(self._child.stderr, BufferedReader)  # noqa: S101 - PIPE was asked for
+        assert isinstance(self._child.stderr, BufferedReader)  # noqa: S101 - PIPE was requested
         self._said = Said(self._child.stderr, manifest.name, manifest.version)
         with self._rejecting(), self._speaking(self._options.load_timeout_s) as (questions, _, end):
             write_frame(questions, codec.encode(self._start), end, self._closed)
@@ -230,10 +234,10 @@ class ProcessRuntime:
             yield
         except InferenceFailed as error:
             self._end()
-            raise ModelRejected(f"the model cannot be loaded: {error.message}") from error
+            raise ModelRejected(f"cannot load the model: {error.message}") from error
 
     def _look(self, before: float) -> None:
-        """Has a run taken long, the process goes after others for good."""
+        """Lower the process's priority for good after a long run."""
         if not self._behind and processor_s(self.pid) - before >= LONG_S:
             self._behind = True
             goes_after_others(self.pid)
@@ -250,7 +254,7 @@ class ProcessRuntime:
 
     @contextmanager
     def _speaking(self, timeout_s: float) -> Iterator[tuple[int, int, float]]:
-        """The two pipes and the monotonic time until which they may be used; what breaks meanwhile ends the process."""
+        """Yield the two pipes and the monotonic time limit; any failure in the block ends the process."""
         child = self._child
         if child is None or child.stdin is None or child.stdout is None:
             raise InferenceFailed("the model's process is gone")
@@ -268,7 +272,7 @@ class ProcessRuntime:
         try:
             status = child.wait(2)
         except subprocess.TimeoutExpired:
-            return ProcessEnd("answered with something else than an answer", "protocol")
+            return ProcessEnd("sent an invalid response", "protocol")
         if status == -signal.SIGKILL and out_of_memory_kills() > self._kills:
             return ProcessEnd("was ended by signal 9 (SIGKILL), and the machine was out of memory", "memory")
         if status == -signal.SIGKILL:
@@ -292,7 +296,7 @@ class ProcessRuntime:
         self._loading.close()
         if child is None:
             return
-        if child.returncode is None:  # nobody has waited for it, so the number is still its own
+        if child.returncode is None:  # not reaped yet, so the process id is not reused
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         for pipe in (child.stdin, child.stdout):
@@ -307,10 +311,12 @@ def _row(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _environment(threads: int, directory: str) -> dict[str, str]:
-    """Nothing of the worker's own: no settings, no keys. What an encrypted model's framework writes stays in memory too."""
+    """Return an environment without the worker's settings and keys; an encrypted model's temporary files stay
+    in memory.
+    """
     return {
         **plan.environment(),
-        "TMPDIR": directory,  # where there is no folder in memory for what it writes, which is a better place
+        "TMPDIR": directory,  # only without a folder in memory for temporary files, which is preferred
         "OMP_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": str(threads),
         "TF_CPP_MIN_LOG_LEVEL": "3",

@@ -1,4 +1,4 @@
-"""Python bundles with a class of their own; see :mod:`tether.frameworks.python_bundle`."""
+"""Loads Python bundles with their own class; see :mod:`tether.frameworks.python_bundle`."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from tether.worker.runtimes.process_runtime import Options
 
 
 def load(_manifest: Manifest, directory: Path, _options: Options) -> CustomModel:
-    """The runtime of a Python version. Runs its code: never in the worker's own process."""
+    """Return the runtime of a Python version. Runs its code: never in the worker's own process."""
     return CustomModel(directory, describe(directory))

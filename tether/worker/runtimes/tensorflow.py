@@ -1,4 +1,4 @@
-"""TensorFlow: SavedModels; see :mod:`tether.frameworks.tensorflow`."""
+"""Loads TensorFlow SavedModels; see :mod:`tether.frameworks.tensorflow`."""
 
 from __future__ import annotations
 

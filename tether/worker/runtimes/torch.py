@@ -1,4 +1,6 @@
-"""PyTorch: programs of ``torch.export``, TorchScript, and weights of installed architectures; see :mod:`tether.frameworks.pytorch`."""
+"""Loads ``torch.export`` programs, TorchScript and weights of installed architectures; see
+:mod:`tether.frameworks.pytorch`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from tether.worker.runtimes.process_runtime import Options
 
 def load(manifest: Manifest, directory: Path, options: Options) -> pytorch.TorchModel:
     if options.compile:
-        from tether.worker.runtimes import torch_compile  # noqa: PLC0415 - few compile, and all others would wait for its imports
+        from tether.worker.runtimes import torch_compile  # noqa: PLC0415 - its imports are slow and few models compile
 
         return torch_compile.load(manifest, directory, options)
     return pytorch.load(directory, threads=options.threads, device=options.device)

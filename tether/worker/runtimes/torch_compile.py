@@ -1,6 +1,6 @@
-"""PyTorch models that ``torch.compile`` has compiled, all of it while they load: no request waits for a compiler.
+"""Compiles PyTorch models with ``torch.compile`` while they load: no request waits for a compiler.
 
-What was not compiled then, because a request has a shape that nobody told of, runs as if nothing was compiled.
+A request with a shape that was not compiled runs uncompiled.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from tether.worker.runtimes.warmup import warmup_inputs
 
 _LOCKS = "locks"
 _SIZES = (lambda: itertools.count(3), lambda: itertools.repeat(3), lambda: itertools.repeat(1))
-"""What to try for axes that the signature leaves open: all different, because PyTorch takes equal ones for the same axis."""
+"""Lengths to try for open axes: all different first, because PyTorch treats equal ones as the same axis."""
 
 
 def load(manifest: Manifest, directory: Path, options: Options) -> pytorch.TorchModel:
-    """Load and compile; what was compiled is kept where optimised graphs are.
+    """Load and compile; store compiled code in the graph cache.
 
     Raises:
-        ModelRejected: PyTorch or the compiler refuses it, or no input is known that it runs with.
+        ModelRejected: PyTorch or the compiler refuses it, or no working input shape is known.
     """
     torch._dynamo.config.recompile_limit = 2 * len(options.warmup) + 8  # noqa: SLF001 - it has no public name
     wrap = partial(torch.compile, dynamic=True)
@@ -60,20 +60,22 @@ def load(manifest: Manifest, directory: Path, options: Options) -> pytorch.Torch
 
 
 def _start_no_more() -> None:
-    """No compiler is needed from here on."""
+    """Forbid new processes: no compiler is needed from now on."""
     if seccomp.available():
-        with suppress(OSError):  # where the process was not confined it may not confine itself so
+        with suppress(OSError):  # an unconfined process may not be able to confine itself
             seccomp.install(seccomp.no_more_processes())
 
 
 def _examples(model: pytorch.TorchModel, manifest: Manifest, warmups: tuple[Warmup, ...]) -> Iterator[dict[str, Array]]:
-    """Inputs that show all that is to be compiled: several rows and then one, which PyTorch compiles apart, and the warm-ups."""
+    """Yield inputs that cover all code to compile: several rows, one row (compiled separately), and the
+    warm-ups.
+    """
     rows = (2, 1) if manifest.batching.max_batch_size > 1 else (1,)
     tried = (_axes(manifest, sizes()) for sizes in _SIZES)
     shapes = next((axes for axes in tried if _runs(model, manifest, Warmup(rows[0], shapes=axes))), None)
     if shapes is None and not warmups:
         raise ModelRejected(
-            "no shapes are known that the model runs with, so nothing can be compiled; name some in 'warmup'",
+            "no input shapes are known that the model runs with, so it cannot be compiled; set some in 'warmup'",
             field="warmup",
         )
     if shapes is not None:
@@ -91,13 +93,13 @@ def _axes(manifest: Manifest, sizes: Iterator[int]) -> dict[str, tuple[int, ...]
 
 
 def _runs(model: pytorch.TorchModel, manifest: Manifest, warmup: Warmup) -> bool:
-    """Whether the model takes such inputs when it is not compiled."""
+    """Return True if the uncompiled model accepts such inputs."""
     try:
         with torch.compiler.set_stance("force_eager"):
             model.run(warmup_inputs(manifest, warmup), ())
     except MemoryError:
         raise
-    except Exception:  # noqa: BLE001 - a model raises what it likes
+    except Exception:  # noqa: BLE001 - a model may raise anything
         return False
     return True
 
@@ -108,11 +110,11 @@ def _compile(model: pytorch.TorchModel, inputs: dict[str, Array]) -> None:
     except (InferenceFailed, MemoryError):
         raise
     except Exception as error:
-        raise ModelRejected(f"the model cannot be compiled: {_words(error)}", field="compile") from error
+        raise ModelRejected(f"cannot compile the model: {_words(error)}", field="compile") from error
 
 
 def _words(error: Exception) -> str:
-    """What the compiler complained of first, or else what PyTorch did, without what could be a path."""
+    """Return the compiler's first complaint, or PyTorch's message, without words that could be paths."""
     inner = getattr(error, "inner_exception", error)
     lines = str(getattr(inner, "output", "")).splitlines() or str(inner).splitlines() or [""]
     line = next((line for line in lines if "error" in line or "exhausted" in line), lines[0])
@@ -125,7 +127,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _unpack(content: bytes, folder: Path) -> set[str]:
-    """Put what was kept where PyTorch looks for it; the names."""
+    """Unpack cached code to where PyTorch reads it; return the file names."""
     found = codec.unpack(content)
     for name, data in found:
         path = folder / name

@@ -1,4 +1,4 @@
-"""Runs made after a load, before a version counts as ready: what is slow or fails at the first run does so here."""
+"""Warm-up runs after a load: a slow or failing first run happens before the version is ready."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ MAX_ELEMENTS = 1 << 26
 
 
 def warm_up(runtime: Runtime, manifest: Manifest, warmups: tuple[Warmup, ...], directory: Path) -> None:
-    """Run the sample that the version in ``directory`` brings along, and make the runs that were asked for, in order. Where there
-    is a sample, they are made of its rows, unless they name shapes or want drawn numbers. Blocks.
+    """Run the version's sample from ``directory`` and then the configured warm-ups, in order. Blocks.
+
+    Warm-ups use rows of the sample if there is one, unless they set shapes or random data.
 
     Raises:
-        ModelRejected: one failed, or its inputs cannot be made.
+        ModelRejected: a run failed, or its inputs cannot be built.
     """
     there = any(file.path == samples.PATH for file in manifest.files)
     sample = samples.read(directory, manifest) if there else None
@@ -49,14 +50,14 @@ def _rows(sample: dict[str, Array], manifest: Manifest, warmup: Warmup) -> dict[
 
 
 def warmup_inputs(manifest: Manifest, warmup: Warmup, field: str = "warmup") -> dict[str, Array]:
-    """Arrays that fit the version's signature.
+    """Return arrays that fit the version's signature.
 
     Raises:
         ModelRejected: a shape does not fit it, or an input has more than ``MAX_ELEMENTS`` elements.
     """
     unknown = set(warmup.shapes) - {spec.name for spec in manifest.inputs}
     if unknown:
-        raise ModelRejected(f"{field}.shapes names '{min(unknown)[:64]}', which is no input", field="warmup")
+        raise ModelRejected(f"{field}.shapes has an unknown input '{min(unknown)[:64]}'", field="warmup")
     return {spec.name: _array(spec, manifest, warmup, field) for spec in manifest.inputs if not spec.optional}
 
 
@@ -70,7 +71,7 @@ def _array(spec: TensorSpec, manifest: Manifest, warmup: Warmup, field: str) -> 
     if not warmup.random:
         return np.zeros(shape, dtype)
     drawn = np.random.default_rng(len(spec.name))
-    # whole numbers may be indices, and those of any table begin at 0
+    # whole numbers may be indices, and every table has an index 0
     values = drawn.standard_normal(shape) if dtype.kind in "fV" else drawn.integers(0, 2, shape)
     return values.astype(dtype)
 
@@ -82,7 +83,7 @@ def _shape(spec: TensorSpec, manifest: Manifest, warmup: Warmup, field: str) -> 
     fits = len(wanted) == len(declared) and all(axis in (-1, own) for axis, own in zip(declared, wanted, strict=True))
     if not fits:
         raise ModelRejected(
-            f"{field}.shapes: input '{spec.name}' has {list(wanted)}; the model's is {list(declared)}"
+            f"{field}.shapes: input '{spec.name}' has shape {list(wanted)}; the model expects {list(declared)}"
             f"{' without the batch axis' if batched else ''}",
             field="warmup",
         )

@@ -1,1 +1,1 @@
-"""Which jobs run next, together, and how many to ask for. Pure."""
+"""Selects the jobs of the next run and the number of messages to pull. Pure."""

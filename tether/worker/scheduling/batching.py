@@ -1,9 +1,8 @@
-"""Jobs as runs: joined with others of equal shape, cut when one has more rows than a run takes, and put together again.
-Pure: no time, no I/O.
+"""Combines jobs into runs: joins jobs of equal shape, splits large ones, and reassembles the results. Pure.
 
-Rows of different jobs share a run only where a version is batched. Each run of such a version is looked at: an output
-whose first axis is not the run's rows shows that the version does not keep rows apart. Then no answer is taken from a
-joined run; its jobs are run whole, each by itself.
+Rows of different jobs share a run only if the version is batched. Each run of such a version is checked: an
+output whose first axis is not the run's rows shows that the model mixes rows. Then the results of a joined
+run are discarded, and its jobs run whole, one by one.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Result = tuple[Tensor, ...] | TetherError
 
 
 class Source:
-    """A job and its inputs as arrays, which are made once for all of its segments."""
+    """A job and its inputs as arrays, which all of its segments share."""
 
     __slots__ = ("_arrays", "job", "rows")
 
@@ -52,19 +51,19 @@ class Segment(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What goes through a model at once. Not ``batched``: one job as it came, whatever its first axes mean."""
+    """Input of one model call. Not ``batched``: one job as it is, whatever its first axes mean."""
 
     segments: tuple[Segment, ...]
     batched: bool
 
     @property
     def rows(self) -> int:
-        """1 for a job as it came."""
+        """Return the rows of the run; 1 for a job that is not batched."""
         return sum([segment.stop - segment.start for segment in self.segments]) if self.batched else 1
 
     @property
     def jobs(self) -> float:
-        """How many jobs' work it is; a segment counts as its part of one."""
+        """Return the number of jobs in the run; a segment counts as its fraction of a job."""
         parts = [
             (segment.stop - segment.start) / segment.source.rows if segment.source.rows else 1.0
             for segment in self.segments
@@ -73,45 +72,46 @@ class Run(NamedTuple):
 
     @property
     def own(self) -> bool:
-        """Whether it is all of one job and nothing else."""
+        """Return True if the run is exactly one whole job."""
         return len(self.segments) == 1 and (not self.batched or self.segments[0].whole)
 
 
 class Done(NamedTuple):
-    """One result for each segment of a run; None: run the job whole. ``mixed``: what shows that rows are not kept apart."""
+    """One result for each segment of a run; None: run the job whole. ``mixed``: evidence that rows were
+    mixed.
+    """
 
     results: list[Result | None]
     mixed: str = ""
 
 
 def rows_of(job: Job) -> int:
-    """Rows that a job takes of a run; 1 when its inputs share no first axis."""
+    """Return the rows of a job in a run; 1 if its inputs share no first axis."""
     rows = _shared_rows(job)
     return 1 if rows < 0 else rows
 
 
 def _shared_rows(job: Job) -> int:
-    """Length of the first axis that all inputs share; -1 when they share none."""
+    """Return the length of the first axis that all inputs share; -1 if they share none."""
     firsts = {tensor.shape[0] if tensor.shape else -1 for tensor in job.inputs}
     return firsts.pop() if len(firsts) == 1 else -1
 
 
 def should_wait_for_more(jobs: Sequence[Job], most: int, preferred: Sequence[int]) -> bool:
-    """Whether a run of these jobs is worth waiting for more: it is neither full nor has one of the ``preferred`` sizes
-    (ascending) of rows."""
+    """Return True if the run is neither full nor has one of the ``preferred`` sizes (ascending) in rows."""
     rows = sum(map(rows_of, jobs))
     return rows < (preferred[-1] if preferred else most) and rows not in preferred
 
 
 def key_of(job: Job) -> Key:
-    """Jobs of equal keys can share a run: shapes but for rows, and wanted outputs."""
+    """Return the key of a job; jobs of equal keys can share a run: equal shapes except rows, equal outputs."""
     return (job.outputs, *[(tensor.name, tensor.datatype, tensor.shape[1:]) for tensor in job.inputs])
 
 
 def run(runtime: Runtime, wanted: Run) -> Done:
-    """Run segments that belong together; one result each, in order.
+    """Run segments that belong together; return one result each, in order.
 
-    When a joined run fails, every segment runs by itself, so that only the guilty one fails.
+    If a joined run fails, every segment runs alone, so that only the faulty one fails.
     """
     try:
         return _run(runtime, wanted)
@@ -162,7 +162,7 @@ def _split(outputs: Sequence[tuple[str, Array]], segments: Sequence[Segment]) ->
 
 
 class Parts:
-    """Puts the results of one job's segments together, as their runs end in any order."""
+    """Reassembles the results of one job's segments, which finish in any order."""
 
     def __init__(self, source: Source) -> None:
         self._left = max(source.rows, 0)
@@ -170,7 +170,7 @@ class Parts:
         self._parts: list[tuple[int, tuple[Tensor, ...]]] = []
 
     def add(self, segment: Segment, outputs: tuple[Tensor, ...]) -> int:
-        """Bytes of the outputs so far."""
+        """Add a segment's outputs; return the bytes of all outputs so far."""
         self._parts.append((segment.start, outputs))
         self._left -= max(segment.stop - segment.start, 0)
         self._bytes += sum([len(tensor.data) for tensor in outputs])
@@ -178,11 +178,11 @@ class Parts:
 
     @property
     def complete(self) -> bool:
-        """Whether every segment is there."""
+        """Return True if all segments are present."""
         return self._left <= 0
 
     def together(self) -> tuple[tuple[Tensor, ...], str]:
-        """The outputs one after the other; or what shows that they are not the job's rows."""
+        """Return the concatenated outputs, or evidence that they are not the job's rows."""
         outputs = [outputs for _, outputs in sorted(self._parts, key=lambda part: part[0])]
         if len(outputs) == 1:
             return outputs[0], ""
@@ -192,7 +192,7 @@ class Parts:
 
 
 def _unlike(parts: Sequence[Tensor]) -> str:
-    """Why one output of all the parts of a job does not fit together; empty when it does."""
+    """Return why the parts of one output cannot be concatenated; empty if they can."""
     first = parts[0]
     for part in parts[1:]:
         if (part.datatype, part.shape[1:]) != (first.datatype, first.shape[1:]):

@@ -1,4 +1,4 @@
-"""A verified delivery that a worker has in hand, and how far its jobs have come."""
+"""A verified delivery that a worker processes, and the progress of its jobs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tether.streams.lane_consumer import Delivery
 
 
 class Bundle:
-    """The header of a delivery, its jobs, the right to settle it, and how far its jobs have come."""
+    """Header and jobs of a delivery, the right to settle it, and its progress."""
 
     __slots__ = ("begun", "delivery", "header", "jobs", "leaving", "left", "noted", "running", "suspect", "touched_at")
 
@@ -17,17 +17,17 @@ class Bundle:
         self.header = header
         self.jobs = jobs
         self.left = len(jobs)
-        """Jobs that have not ended."""
+        """Jobs that have not finished."""
         self.running = 0
         self.begun = False
         self.noted = False
-        """Whether a note says that it has begun."""
+        """Whether a note that it began is stored."""
         self.leaving = False
         """Whether it is handed back as soon as none of its jobs runs."""
         self.suspect = False
         """Whether one of its jobs may have killed the worker that had it before."""
         self.touched_at = 0.0
-        """When it arrived, or a job of it began or ended last; monotonic seconds."""
+        """When it arrived, or one of its jobs last began or finished; monotonic seconds."""
 
     @property
     def durable(self) -> bool:

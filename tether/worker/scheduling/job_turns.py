@@ -1,8 +1,8 @@
-"""The jobs that a worker has in hand of one version, and which of them run next. Pure: no I/O, no time but what is handed in.
+"""Queue of a version's pending jobs; selects which run next. Pure: no I/O, time is an argument.
 
-The unit is the run: each free copy of the model takes the next run from the most urgent level that has jobs. A level is a kind
-of lane: callers who wait, then durable jobs of high, normal and low priority. Within a level the oldest job comes first, and
-jobs of equal shape join it.
+The unit is the run: each free instance takes the next run from the most urgent level that has jobs. A level
+is a kind of lane: synchronous jobs, then durable jobs of high, normal and low priority. Within a level the
+oldest job goes first, and jobs of equal shape join it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from tether.worker.scheduling.batching import Key, Parts, Run, Segment, Source, 
 from tether.worker.scheduling.bundle import Bundle
 
 LEVELS = 4
-"""0: callers who wait; 1 to 3: high, normal and low."""
+"""0: synchronous jobs; 1 to 3: durable jobs of high, normal and low priority."""
 
 _LEVEL = {Priority.HIGH: 1, Priority.NORMAL: 2, Priority.LOW: 3}
 
 
 def level_of(lane: Lane) -> int:
-    """How urgent a lane's jobs are; 0 is the most urgent."""
+    """Return the level of a lane; 0 is the most urgent."""
     return 0 if lane.kind is LaneKind.INFER else _LEVEL[lane.priority]
 
 
 class JobTicket:
-    """A job in hand, until it has ended. ``alone``: it is joined with no other. ``whole``: it is not cut either, whatever its first
-    axes mean."""
+    """An unfinished job. ``alone``: it shares no run. ``whole``: it is not split either."""
 
     __slots__ = ("alone", "attempt", "began", "bundle", "ended", "job", "next", "parts", "source", "whole")
 
@@ -40,21 +39,21 @@ class JobTicket:
         self.whole = whole
         self.source = Source(job)
         self.next = 0
-        """The first of its rows that has not begun."""
+        """Index of its first row that has not begun."""
         self.parts = Parts(self.source)
         self.attempt = 0 if bundle.suspect else 1
-        """Which attempt this is; 0: not yet known."""
+        """Number of this attempt; 0: not known yet."""
         self.began = 0.0
         """When its first run began, UTC seconds."""
         self.ended = False
 
     @property
     def rows(self) -> int:
-        """Those that have not begun."""
+        """Return the rows that have not begun."""
         return self.source.rows - self.next
 
     def take(self, most: int) -> Segment:
-        """Its next rows, ``most`` of them; 0, and for a job whose inputs share no first axis: all of it."""
+        """Take the next ``most`` rows; all of them if ``most`` is 0 or the job's inputs share no first axis."""
         if self.whole or not most or self.source.rows < 0:
             self.again(whole=self.whole)
             most = self.rows
@@ -62,19 +61,19 @@ class JobTicket:
         return Segment(self.source, start, self.next)
 
     def again(self, *, whole: bool) -> None:
-        """From its first row on."""
+        """Restart the job from its first row."""
         self.whole, self.next, self.parts = whole, 0, Parts(self.source)
 
 
 class NextRun(NamedTuple):
-    """The next run: its rows, and for each of its segments the ticket and the parts that the result belongs to."""
+    """The next run: its rows, and for each segment the ticket and the parts that its result belongs to."""
 
     run: Run
     tickets: tuple[JobTicket, ...]
     parts: tuple[Parts, ...]
 
     def without(self, unwanted: Collection[JobTicket]) -> NextRun:
-        """The same run without the rows of some jobs."""
+        """Return the run without the rows of some jobs."""
         kept = [place for place, ticket in enumerate(self.tickets) if ticket not in unwanted]
         run = Run(tuple([self.run.segments[place] for place in kept]), self.run.batched)
         return NextRun(
@@ -83,7 +82,7 @@ class NextRun(NamedTuple):
 
 
 class _Level:
-    """Jobs of one level: groups that can be joined, the group with the oldest job first."""
+    """Jobs of one level in groups that can share a run, the group with the oldest job first."""
 
     def __init__(self) -> None:
         self._groups: dict[Key, deque[JobTicket]] = {}
@@ -100,7 +99,7 @@ class _Level:
         self._put(ticket, self._last)
 
     def add_first(self, ticket: JobTicket) -> None:
-        """Before all others, and joined with none."""
+        """Add a job before all others; it shares no run."""
         self._first -= 1
         ticket.alone = True
         self._put(ticket, self._first)
@@ -115,7 +114,7 @@ class _Level:
         group.append(ticket)
 
     def first(self) -> deque[JobTicket]:
-        """The group whose turn it is."""
+        """Return the group that runs next."""
         return self._groups[self._heads[0][1]]
 
     def take(self, most: int) -> NextRun:
@@ -153,17 +152,17 @@ class _Level:
 
 
 class RunQueue:
-    """Gives out runs in strict order of levels, but for one that has waited for ``patience_s`` without a run: that one is next.
+    """Selects runs in strict order of levels, except that a level without a run for ``patience_s`` goes next.
 
-    So the less urgent never starve: while others keep the worker busy, each level with jobs gets a run every ``patience_s``
-    seconds. 0: strict order always.
+    So no level starves: under load each level with jobs gets a run every ``patience_s`` seconds. 0: strict
+    order always.
     """
 
     def __init__(self, patience_s: float, now: float) -> None:
         self._patience_s = patience_s
         self._levels = [_Level() for _ in range(LEVELS)]
         self._served = [now] * LEVELS
-        """When each level had its last run, or was known to have no job."""
+        """When each level last had a run or no jobs."""
 
     def __len__(self) -> int:
         return sum(map(len, self._levels))
@@ -175,45 +174,48 @@ class RunQueue:
         return len(self._levels[level]) > 0
 
     def ahead(self, level: int) -> int:
-        """Jobs that come before the next one of this level, as far as they are in hand."""
+        """Return the number of queued jobs that run before the next one of this level."""
         return sum([len(one) for one in self._levels[: level + 1]])
 
     def order(self, now: float) -> list[int]:
-        """Levels in the order in which they are asked for a run: first those that have waited too long, the longest first."""
+        """Return the levels in the order to serve them: overdue ones first, longest wait first."""
         late = [level for level in range(LEVELS) if 0 < self._patience_s < now - self._served[level]]
         late.sort(key=lambda level: self._served[level])
         return late + [level for level in range(LEVELS) if level not in late]
 
     def served(self, level: int, now: float) -> None:
-        """A level has a run now, or no job that waits anywhere."""
+        """Record that a level has a run now, or that no job of it waits anywhere."""
         self._served[level] = now
 
     def candidates(self, level: int) -> Sequence[JobTicket]:
-        """The jobs that could share the next run of a level that has some, oldest first."""
+        """Return the jobs that could share the next run of a level with jobs, oldest first."""
         return self._levels[level].first()
 
     def take(self, level: int, most: int, now: float) -> NextRun:
-        """The next run of a level that has jobs: the oldest, and others of its shape while they fit in ``most`` rows; or ``most``
-        rows of the oldest, when it has more. 0: one job as it came."""
+        """Take the next run of a level with jobs: the oldest job, and others of its shape that fit in
+        ``most`` rows.
+
+        A job with more rows gives ``most`` of them. 0: one job as it is.
+        """
         self.served(level, now)
         return self._levels[level].take(most)
 
     def again(self, ticket: JobTicket) -> None:
-        """Run a job whole and by itself, before the others of its level: what it gave in segments does not count."""
+        """Run a job whole and alone, before the others of its level; results of its segments are discarded."""
         level = self._levels[level_of(ticket.bundle.delivery.lane)]
         level.remove(lambda other: other is ticket)
         ticket.again(whole=True)
         level.add_first(ticket)
 
     def remove(self, unwanted: Callable[[JobTicket], bool]) -> list[JobTicket]:
-        """Take jobs out, wherever they stand; those that were still there."""
+        """Remove jobs; return those that were still queued."""
         return [gone for level in self._levels for gone in level.remove(unwanted)]
 
     def drop(self, jobs: Collection[str]) -> list[JobTicket]:
-        """:meth:`remove` by ids."""
+        """Remove jobs by id, as :meth:`remove` does."""
         return self.remove(lambda ticket: ticket.job.id in jobs)
 
 
 def bundles_of(tickets: Iterable[JobTicket]) -> list[Bundle]:
-    """The bundles of tickets, each once, in order."""
+    """Return the bundles of tickets, each once, in order."""
     return list(dict.fromkeys([ticket.bundle for ticket in tickets]))

@@ -1,6 +1,6 @@
-"""A worker's part of the jobs of a version: in how many places it waits for the next one. Pure.
+"""Sets how many pulls a worker keeps open on a version's lanes, as its share of the jobs. Pure.
 
-A place is a request for one message; the broker serves waiting requests in turn. See docs/adr/0026-load-balancing.md.
+The broker serves open pulls in turn. See docs/adr/0026-load-balancing.md.
 """
 
 from __future__ import annotations
@@ -10,49 +10,54 @@ from typing import NamedTuple, assert_never
 from tether.model.config import LoadBalancing
 
 MOST = 8
-"""Turns of a worker by its capacity, for each of the least able one: nobody starves, and a burst does not go to one alone."""
+"""Maximum pulls by capacity, relative to the least able worker: none starves, and a burst is spread."""
 
 _LEARN_RUN = 0.1
-"""Weight of the newest run in the time for a job."""
+"""Weight of the newest run in the average time of a job."""
 _LEARN_BEAT = 0.3
-"""Weight of the newest heartbeat in the capacity."""
+"""Weight of the newest heartbeat in the average capacity."""
 _STEADY = 0.75
-"""How far the capacity must be from the number of turns before that is changed."""
+"""Difference between capacity and open pulls from which the pulls are changed."""
 _SCARCE_CPU = 0.5
 _SCARCE_MEMORY = 0.2
-"""With less than this part free a worker asks for less, in proportion."""
+"""Free fraction below which a worker pulls less, in proportion."""
 
 
 class Headroom(NamedTuple):
-    """Parts of a machine, 0 to 1: processors that are idle or work for this worker, free memory, free memory of a GPU."""
+    """Free fractions of a machine, 0 to 1: processors that are idle or work for this worker, memory, GPU
+    memory.
+    """
 
     cpu: float
     memory: float
     gpu: float
 
     def factor(self, *, on_gpu: bool) -> float:
-        """What part of its speed a worker should be given work for."""
+        """Return the fraction of its speed that a worker should get jobs for."""
         gpu = self.gpu / _SCARCE_MEMORY if on_gpu else 1.0
         return min(1.0, self.cpu / _SCARCE_CPU, self.memory / _SCARCE_MEMORY, gpu)
 
 
 class Capacity:
-    """What a worker can do of a version, smoothed; and the turns that follow from it."""
+    """Smoothed capacity of a worker for a version, and the open pulls that follow from it."""
 
     def __init__(self) -> None:
         self.level = 0.0
-        """Jobs a second, less where the machine is short of something; 0: there was no job yet."""
+        """Jobs per second, reduced if the machine is short of a resource; 0: no job has run yet."""
         self.turns = 1
         self._job_s = 0.0
 
     def ran(self, seconds: float, jobs: float) -> None:
-        """A run of so many jobs took so long."""
+        """Record the time of a run of so many jobs."""
         job_s = max(seconds / max(jobs, 1e-6), 1e-6)
         self._job_s += (job_s - self._job_s) * (_LEARN_RUN if self._job_s else 1.0)
 
     def look(self, factor: float, copies: int, least: float) -> None:
-        """At each heartbeat: ``factor`` of the machine is there for ``copies`` runs side by side; ``least`` is the level of the
-        least able worker, 0 when nobody knows."""
+        """Update at each heartbeat.
+
+        ``factor`` is the free fraction of the machine for ``copies`` concurrent runs; ``least`` is the level
+        of the least able worker, 0 if unknown.
+        """
         if not self._job_s:
             return
         level = max(copies * factor / self._job_s, 1e-6)
@@ -63,7 +68,7 @@ class Capacity:
 
 
 def turns(strategy: LoadBalancing, weight: int, capacity: Capacity) -> int:
-    """How many requests for one message are to wait at a time; 0: one for as many as there are free slots."""
+    """Return how many pulls to keep open; 0: one pull for all free slots."""
     match strategy:
         case LoadBalancing.LEAST_CONNECTIONS:
             return 0

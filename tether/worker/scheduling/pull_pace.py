@@ -1,7 +1,8 @@
-"""How much a worker may ask for while it is busy: learned times of runs against what is in hand. Pure.
+"""Sets how many messages a busy worker pulls, from learned run times and pending jobs. Pure.
 
-A message that a busy worker holds is one that another worker could begin now. So a worker asks ahead only for what it is
-expected to begin within :data:`AHEAD_S`, which keeps a copy of a quick model busy, and otherwise only with a free copy.
+Another idle worker could begin a message that a busy worker holds. So a worker prefetches only messages that
+it expects to begin within :data:`AHEAD_S`, which keeps an instance of a fast model busy; otherwise it pulls
+only for a free instance.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from collections import deque
 from statistics import median
 
 AHEAD_S = 0.025
-"""How long a message may be expected to wait in a worker's hands."""
+"""Expected wait in seconds up to which a worker prefetches a message."""
 
 _REMEMBERED = 15
-"""Runs from which the usual one is learned. The median: one request that takes a thousand times as long changes nothing."""
+"""Recent runs to take the median from, so that one run that is a thousand times slower changes nothing."""
 
 
 class PullPace:
-    """What runs of a version take, and what a message brings."""
+    """Learned run times of a version and jobs per message."""
 
     def __init__(self) -> None:
         self._runs: deque[float] = deque(maxlen=_REMEMBERED)
@@ -29,23 +30,25 @@ class PullPace:
 
     @property
     def job_s(self) -> float:
-        """Seconds that a job usually runs; 0: there was none yet."""
+        """Return the usual seconds of a job; 0: none has run yet."""
         return 0.0 if math.isinf(self._job_s) else self._job_s
 
     def ran(self, seconds: float, jobs: float) -> None:
-        """A run of so many jobs, or of such a part of one, took so long."""
+        """Record the time of a run of so many jobs, or such a fraction of one."""
         self._runs.append(seconds)
         self._shares.append(seconds / max(jobs, 1e-6))
         self._run_s, self._job_s = median(self._runs), median(self._shares)
 
     def came(self, jobs: int) -> None:
-        """A message brought so many jobs."""
+        """Record the jobs of a message."""
         self._sizes.append(jobs)
         self._jobs = max(1.0, median(self._sizes))
 
     def wanted(self, *, running: int, copies: int, waiting: int, most: int) -> int:
-        """Messages that a lane may have in hand and not begun, at most ``most``, while ``running`` of the ``copies`` run and
-        ``waiting`` jobs in hand come before its next one."""
+        """Return how many messages a lane may have pending, at most ``most``.
+
+        ``running`` of the ``copies`` instances are busy, and ``waiting`` jobs run before the lane's next one.
+        """
         free = copies - running
         if not waiting and free > 0:
             ahead_s, least = 0.0, free
