@@ -1,1 +1,1 @@
-"""The control plane: who is alive, who holds what, which lanes there are. Off the data path."""
+"""The control plane: tracks workers, assigns versions, creates lanes. Off the data path."""

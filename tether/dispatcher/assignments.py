@@ -1,4 +1,4 @@
-"""Which worker should hold which version, and which workers answer for it. Pure functions of what is known."""
+"""Computes which worker hosts which version, and the routes to those that do. Pure functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Place = tuple[str, ModelRef]
 """A pool and a version."""
 
 Models = Mapping[str, tuple[ModelRef, ...]]
-"""For each pool that is served the versions it may use."""
+"""The versions that each served pool may use."""
 
 
 class LaneGroup(NamedTuple):
@@ -32,14 +32,14 @@ class LaneGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class LastHeartbeat:
-    """A worker's last heartbeat and when it arrived, in this process's monotonic seconds."""
+    """A worker's last heartbeat and its arrival in this process's monotonic seconds."""
 
     heartbeat: Heartbeat
     at: float
 
 
 def alive(workers: Mapping[str, LastHeartbeat], now: float, timeout_s: float) -> dict[str, Heartbeat]:
-    """Workers heard of within ``timeout_s``, by the time of receipt: a worker's own clock does not count."""
+    """Return workers with a heartbeat received within ``timeout_s``; the worker's own clock does not matter."""
     return {name: seen.heartbeat for name, seen in workers.items() if now - seen.at <= timeout_s}
 
 
@@ -54,9 +54,12 @@ def assignments(
     findings: Mapping[Place, Finding] = MappingProxyType({}),
     streams: str = "",
 ) -> dict[str, Assignment]:
-    """What each worker of ``held`` is told, for the epoch it has; ``pools`` says which worker is whose, ``ended`` who works
-    off lanes of deleted versions, ``revisions`` which revision of a model's configuration counts, ``levels`` what the least
-    able worker can do, ``findings`` what workers found out about versions, ``streams`` when infer streams were made."""
+    """Return the assignment of each worker in ``held``, for its epoch.
+
+    ``pools``: the pool of each worker; ``ended``: lanes of deleted versions to drain; ``revisions``: current
+    configuration revisions; ``levels``: capacity of the least able worker; ``findings``: findings on
+    versions; ``streams``: creation times of infer streams.
+    """
     found: dict[str, Assignment] = {}
     for worker, refs in held.items():
         pool = pools.get(worker, SHARED)
@@ -74,8 +77,10 @@ def assignments(
 def working_off(
     groups: Mapping[LaneGroup, int], living: Mapping[str, Heartbeat], pools: Mapping[str, str]
 ) -> dict[str, tuple[EndedLanes, ...]]:
-    """For each group of ended lanes one living worker of its pool, of its region if there is one;
-    ``groups`` says whose turn it is."""
+    """Choose for each group of deleted lanes a live worker of its pool, in its region if there is one.
+
+    ``groups`` has the number of workers tried before.
+    """
     found: dict[str, list[EndedLanes]] = {}
     for (pool, ref, region), turn in groups.items():
         own = [name for name, beat in living.items() if pools.get(name, SHARED) == beat.pool == pool]
@@ -88,7 +93,8 @@ def working_off(
 
 @lru_cache(maxsize=1 << 17)
 def rendezvous(worker: str, what: str) -> bytes:
-    """Whoever has the highest of these for something gets it: when a worker comes or goes, only its share moves.
+    """Return the rank of a worker for ``what``; the highest wins, so a worker that joins or leaves moves only
+    its share.
 
     Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998.
     """
@@ -102,8 +108,10 @@ def routes(
     reasons: Mapping[Place, str] = MappingProxyType({}),
     findings: Mapping[Place, Finding] = MappingProxyType({}),
 ) -> dict[Place, Route]:
-    """For every version of every pool its workers that said they hold it; a version nobody holds has a route without
-    workers. A worker that serves other lanes than those it is entitled to is in none."""
+    """Return the route of every version in every pool: the workers whose heartbeats list it, possibly none.
+
+    A worker that serves other lanes than those of its own pool is in no route.
+    """
     found: dict[Place, Route] = {}
     for pool, refs in models.items():
         own = {name: beat for name, beat in living.items() if pools.get(name, SHARED) == beat.pool == pool}
@@ -121,7 +129,9 @@ def routes(
 
 
 def steady(route: Route, before: Route | None) -> Route:
-    """The route with the time of a job that it had, unless that has doubled or halved, so that it is not written all the time."""
+    """Return the route with its previous job time unless that has doubled or halved, to avoid constant
+    writes.
+    """
     old = 0.0 if before is None else before.job_s
     if old and (not route.job_s or old / 2 < route.job_s < old * 2):
         return msgspec.structs.replace(route, job_s=old)

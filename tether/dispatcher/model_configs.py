@@ -1,4 +1,4 @@
-"""What is decided about models apart from their versions, as the dispatcher last heard of it."""
+"""Mirror of model configurations and aliases in the dispatcher."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ModelConfigMirror:
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        """Know what there is, and follow it until the block ends."""
+        """Read both buckets, and follow them until the block ends."""
         configs = SignedBucket(self._bus, "configs", MessageType.CONFIG)
         aliases = SignedBucket(self._bus, "aliases", MessageType.ALIAS)
         async with (
@@ -58,11 +58,11 @@ class ModelConfigMirror:
         self._changed()
 
     def revisions(self) -> dict[str, int]:
-        """Of every model that has a configuration, which one counts."""
+        """Return the current configuration revision of each model that has one."""
         return {model: config.revision for model, config in self.configs.items()}
 
     def served(self, models: Models, routes: Mapping[Place, Route]) -> Models:
-        """Of every pool's versions those that its workers should hold just now."""
+        """Return the versions of every pool that its workers should host now."""
         aliases = {model: named.values() for model, named in self._aliases.items()}
         wanted = serving_policy.served(models, self.configs, aliases, routes)
         return self._wanted.lingering(wanted, models, self._bus.clock.monotonic())

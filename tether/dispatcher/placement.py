@@ -1,7 +1,8 @@
-"""Which workers are given which versions: by labels, memory and replicas. Pure, and the same for every dispatcher.
+"""Chooses workers for versions by labels, memory and replicas. Pure, and the same in every dispatcher.
 
-Each version ranks the workers by :func:`~tether.dispatcher.assignments.rendezvous`, so that a worker that comes or goes moves only its
-share. Memory is counted in bytes of files for each copy; a version that is loaded lazily needs to fit, and reserves nothing.
+Each version ranks the workers by :func:`~tether.dispatcher.assignments.rendezvous`, so that a worker that
+joins or leaves moves only its share. Memory is file bytes times instances; a lazily loaded version must fit,
+but reserves nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _MB = 1 << 20
 
 
 class WorkerOffer(NamedTuple):
-    """What a worker has: the pool it is bound to, labels, and bytes for models (0: as many as come)."""
+    """A worker's pool, labels and bytes for models (0: unlimited)."""
 
     pool: str
     labels: Mapping[str, str] = {}
@@ -28,17 +29,17 @@ class WorkerOffer(NamedTuple):
 
 @dataclass(frozen=True)
 class PlacementInput:
-    """What is known of versions: bytes of their files, configurations by model, and who is ready for them."""
+    """Versions' file bytes, configurations by model, and the workers that are ready for them."""
 
     sizes: Mapping[ModelRef, int] = field(default_factory=dict)
     configs: Mapping[str, ModelConfig] = field(default_factory=dict)
     ready: Mapping[Place, AbstractSet[str]] = field(default_factory=dict)
     most_copies: int = 64
     kept: Mapping[Place, AbstractSet[str]] = field(default_factory=dict)
-    """Holders of versions with a number of replicas, while not all workers have been heard: these stay."""
+    """Current workers of versions with replicas, which stay while not all workers have sent a heartbeat."""
 
     failing: Mapping[Place, AbstractSet[str]] = field(default_factory=dict)
-    """Who could not load a version lately: chosen only when others do not suffice."""
+    """Workers that recently failed to load a version: chosen only if others do not suffice."""
 
     def config(self, ref: ModelRef) -> ModelConfig:
         return self.configs.get(ref.model) or default_config(ref.model)
@@ -58,8 +59,8 @@ class Placement:
 def place(models: Models, offers: Mapping[str, WorkerOffer], known: PlacementInput) -> Placement:
     """Distribute the versions of every pool over its workers.
 
-    Those that must be somewhere (``replicas_min``, then pinned ones) choose first, then those that are held already, then
-    newer versions before older ones. A holder that is not chosen any more keeps a version until the chosen ones are ready.
+    Versions with ``replicas_min`` choose first, then pinned ones, then versions already hosted, then newer
+    before older ones. A worker that is no longer chosen keeps a version until the chosen ones are ready.
     """
     held: dict[str, set[ModelRef]] = {worker: set() for worker in offers}
     reasons: dict[Place, str] = {}
@@ -83,12 +84,12 @@ def place(models: Models, offers: Mapping[str, WorkerOffer], known: PlacementInp
 
 
 def _meanwhile(chosen: AbstractSet[str], ready: AbstractSet[str]) -> AbstractSet[str]:
-    """Who else answers until all that were chosen do."""
+    """Return the workers that also serve until all chosen ones do."""
     return frozenset(sorted(ready - chosen)[: len(chosen - ready)])
 
 
 class _Pool:
-    """The workers of one pool while versions are given to them."""
+    """The workers of one pool while versions are assigned to them."""
 
     def __init__(self, pool: str, offers: Mapping[str, WorkerOffer], known: PlacementInput) -> None:
         self._pool = pool
@@ -113,7 +114,7 @@ class _Pool:
         return (not config.replicas_min, not config.pinned, not held, ref.model, -ref.version)
 
     def _give(self, ref: ModelRef, count: int) -> None:
-        """Give a version to further workers until it has ``count``."""
+        """Assign a version to more workers until it has ``count``."""
         chosen = self._chosen.setdefault(ref, set())
         if self._stays(ref):
             chosen |= self._known.kept[self._pool, ref] & self._offers.keys()
@@ -150,7 +151,7 @@ class _Pool:
         return 0 if config.loading is Loading.LAZY and not config.pinned else self._known.bytes(ref)
 
     def _why(self, ref: ModelRef) -> str:
-        """Why a version has fewer workers than it should; empty when it has enough."""
+        """Return why a version has fewer workers than it should; empty if it has enough."""
         config, chosen = self._known.config(ref), self._chosen[ref]
         if self._stays(ref) or (chosen and len(chosen) >= config.replicas_min):
             return ""
@@ -159,8 +160,8 @@ class _Pool:
         if not labelled:
             return f"no worker has the labels {wanted}; start one with them in 'worker_labels'"
         if chosen:
-            return f"{len(chosen)} of the {config.replicas_min} workers that replicas_min asks for have room for it"
+            return f"{len(chosen)} of the {config.replicas_min} workers that replicas_min requires have memory for it"
         return (
-            f"it needs {-(-self._known.bytes(ref) // _MB)} MiB and no worker that may hold it has so much left of its "
+            f"need {-(-self._known.bytes(ref) // _MB)} MiB, and no worker that may host it has as much left of its "
             f"worker_memory_mb; raise that, set loading to 'lazy', or start another worker"
         )

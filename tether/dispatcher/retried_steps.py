@@ -1,4 +1,4 @@
-"""Steps that are tried again and again: one that fails is logged, and holds up no other one."""
+"""Runs steps that are retried: a failed one is logged, and delays no other one."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ log = logging.getLogger(__name__)
 
 
 class Steps:
-    """Says of each step what went wrong, once in ten seconds."""
+    """Logs each step's failure at most once in ten seconds."""
 
     def __init__(self, bus: Bus) -> None:
         self._told = LogRateLimiter(bus.clock.monotonic, lines=1, within_s=10.0)
 
     async def done(self, what: str, step: Coroutine[None, None, None]) -> bool:
-        """Whether a step was done."""
+        """Await a step; return True if it succeeded."""
         try:
             await step
         except TetherError as error:
             if self._told.passes(f"{what} {error.code}") is not None:
                 extra = {"action": "reconcile_failed", "code": error.code}
-                log.warning("%s: %s; will try again", what, error, extra=extra)
+                log.warning("could not update %s: %s; retrying", what, error, extra=extra)
             return False
         return True

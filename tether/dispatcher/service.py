@@ -1,7 +1,7 @@
 """The dispatcher service: registration, liveness, lanes, assignments, routes.
 
-It keeps no state of its own: epochs live in ``assign``, versions in ``models``, and what is known of workers comes
-back with their next heartbeats. With it dead, loaded models keep answering.
+It keeps no state of its own: epochs are in ``assign``, versions in ``models``, and workers' state returns
+with their next heartbeats. Without a dispatcher, loaded models are still served.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ _TICK_S = 0.5
 _AGAIN_S = 0.2
 _LOOK_S = 10.0
 _LATE_S = 30.0
-"""Without a reconciliation that came to its end for this long, a dispatcher is not ready."""
+"""Seconds without a completed reconciliation after which a dispatcher is not ready."""
 _SOON_S = 1.0
-"""Between two looks after versions were deleted."""
+"""Seconds between two checks after versions were deleted."""
 
 
 class Dispatcher:
@@ -71,7 +71,7 @@ class Dispatcher:
         self.lanes = VersionLanes(bus)
         self._steps = Steps(bus)
         self._bound: dict[str, str] = {}
-        """The pool each worker is entitled to, as the keyset says and not the worker."""
+        """The pool of each worker by the keyset, not by its own claim."""
         self._pools = Pools(bus)
         self.streams = Streams(bus, self._pools, self._steps)
         self._assigned: dict[str, Assignment] = {}
@@ -85,14 +85,14 @@ class Dispatcher:
         self._findings = Findings()
         self.crew = WorkerInventory(bus.settings.worker_timeout_s, bus.settings.max_instances)
         self._looked = float("-inf")
-        """When lanes were last looked at for those of deleted versions, in monotonic seconds."""
+        """When lanes of deleted versions were last searched, in monotonic seconds."""
         self._look_soon = False
         self._unsure = False
-        """The broker may have lost what was written to it."""
+        """Whether the broker may have lost acknowledged writes."""
         self._worked = bus.clock.monotonic()
-        """When assignments and routes were last in line with what is known."""
+        """When assignments and routes were last reconciled."""
         self._since = bus.clock.monotonic()
-        """Start of the listening: until every worker had time for a heartbeat, no route loses a worker."""
+        """Start of this dispatcher: until every worker had time for a heartbeat, no route loses a worker."""
         bus.on_reconnect(self._begin_anew)
 
     @property
@@ -100,7 +100,7 @@ class Dispatcher:
         return self._bus.closed
 
     def _begin_anew(self) -> None:
-        """The broker may have lost what it kept in memory: infer lanes and liveness."""
+        """Assume that the broker lost its in-memory data: infer lanes and liveness."""
         self.streams.begin_anew()
         self._unsure = True
         self._since = self._bus.clock.monotonic()
@@ -110,7 +110,7 @@ class Dispatcher:
         self._changed.set()
 
     async def prepare(self) -> None:
-        """Create streams and buckets, and remember what the last dispatcher wrote.
+        """Create streams and buckets, and read what the last dispatcher wrote.
 
         Raises:
             TetherError: the broker refuses a stream, or the buckets ``assign`` and ``routes`` cannot be read.
@@ -130,16 +130,20 @@ class Dispatcher:
             self._findings.remember(route)
 
     async def prepare_pools(self) -> None:
-        """Before a worker is told what to hold, it must be known what its tenant may use."""
+        """Read which versions each tenant may use, before workers get assignments."""
         await self._pools.look_again()
 
     async def register(self, envelope: Envelope) -> bytes:
-        """``registerWorker``: give a worker the epoch its heartbeats must carry, or confirm the one it has."""
+        """Handle ``registerWorker``: give a worker a new epoch for its heartbeats, or confirm its current
+        one.
+        """
         request = codec.decode(envelope.body, Registration)
         check_name(request.region, field="region")
         if request.worker != envelope.sender:
             self._note(envelope, Forbidden.code, f"as '{request.worker}'")
-            raise Forbidden(f"'{envelope.sender}' may not register as '{request.worker}'", field="worker")
+            raise Forbidden(
+                f"identity '{envelope.sender}' may not register as worker '{request.worker}'", field="worker"
+            )
         if request.epoch and request.epoch == self._epochs.get(request.worker):
             return codec.encode(Epoch(request.epoch))
         epoch = self._epochs.get(request.worker, 0) + 1
@@ -163,21 +167,21 @@ class Dispatcher:
         )
 
     def _bind(self, envelope: Envelope) -> None:
-        """A worker belongs to the pool that the keyset binds its key to."""
+        """Bind a worker to the pool of its key in the keyset."""
         worker, pool = envelope.sender, envelope.sender_tenant or SHARED
         if self._bound.get(worker, SHARED) != pool:
             self._changed.set()
         self._bound[worker] = pool
         if pool != SHARED and not self._pools.isolated(pool):
             log.warning(
-                "'%s' is bound to tenant '%s', which is not isolated: it only works off what is left in its lanes",
+                "'%s' is bound to tenant '%s', which is not isolated: it only drains the tenant's lanes",
                 worker,
                 pool,
                 extra={"action": "worker_without_pool", "worker": worker, "tenant": pool},
             )
 
     def on_heartbeat(self, key: str, frame: bytes | None) -> None:
-        """A heartbeat: believed when the worker itself signed it and it carries the worker's epoch."""
+        """Accept a heartbeat if the worker itself signed it and it carries the worker's epoch."""
         if frame is None:
             return
         envelope = self._bus.verify_frame(
@@ -188,9 +192,9 @@ class Dispatcher:
         try:
             beat = codec.decode(envelope.body, Heartbeat)
         except BadEncoding as error:
-            log.warning("unreadable heartbeat: %s", error, extra={"action": "heartbeat_refused", "sender": key})
+            log.warning("rejected a heartbeat: %s", error, extra={"action": "heartbeat_refused", "sender": key})
             return
-        # a worker whose record is gone, or older than its epoch as after a power cut, keeps the epoch that it was given
+        # a worker whose record is missing, or older than its epoch as after a power cut, keeps its epoch
         if beat.epoch < self._epochs.get(key, 0):
             return
         self._epochs[key] = beat.epoch
@@ -222,7 +226,7 @@ class Dispatcher:
         self._changed.set()
 
     async def run(self) -> None:
-        """Bring lanes, assignments and routes in line with what is known: on every change and every half second."""
+        """Reconcile lanes, assignments and routes on every change and every half second."""
         while True:
             try:
                 async with asyncio.timeout(_TICK_S):
@@ -237,10 +241,10 @@ class Dispatcher:
                 await asyncio.sleep(_AGAIN_S)
 
     async def reconcile(self) -> bool:
-        """Whether every step was done; one that fails holds up no other one."""
+        """Run all steps, also after one failed; return True if all succeeded."""
         steps = {
             "tenants": self._pools.ensure,
-            "what was written": self._write_again,
+            "rewritten entries": self._write_again,
             "deleted versions": self._end_versions,
             "assignments": self._write_assignments,
             "routes": self._write_routes,
@@ -258,7 +262,7 @@ class Dispatcher:
         await self.ended.step()
 
     async def _write_again(self) -> None:
-        """After a reconnection: a broker that lost power may have older assignments and routes than it acknowledged."""
+        """Rewrite assignments and routes after a reconnection: a broker that lost power may have older ones."""
         if not self._unsure:
             return
         self._unsure = False
@@ -280,11 +284,11 @@ class Dispatcher:
                 await bucket.put(key, body)
 
     def _usable(self) -> assignments.Models:
-        """For every pool the versions that it may use."""
+        """Return the versions that each pool may use."""
         return self._pools.models(self._models, self.decided.owners)
 
     async def keep_lanes(self) -> None:
-        """Keep the lanes of every version that is served, in every region where there is a worker."""
+        """Create the lanes of every served version in every region with a worker."""
         await self.lanes.keep(self._usable, lambda: tuple(self._regions))
 
     async def _write_assignments(self) -> None:
@@ -337,7 +341,9 @@ class Dispatcher:
                 self._routed[place] = route
 
     def _orphaned_routes(self, found: Mapping[assignments.Place, Route]) -> dict[assignments.Place, Route]:
-        """Routes that were written for deleted versions and for tenants that are not isolated any more: nobody answers there."""
+        """Return stored routes of deleted versions and of tenants that are no longer isolated: no worker
+        serves them.
+        """
         gone = [place for place in self._routed if place not in found]
         return {place: msgspec.structs.replace(self._routed[place], workers=()) for place in gone}
 
@@ -345,14 +351,14 @@ class Dispatcher:
         late_s = self._bus.clock.monotonic() - self._worked
         return {
             "broker": "ok" if self._bus.connected else "not connected",
-            "streams": "ok" if self.streams.ok else "not yet as they must be",
-            "work": "ok" if late_s < _LATE_S else f"routes were last brought up to date {late_s:.0f} s ago",
+            "streams": "ok" if self.streams.ok else "streams or buckets are not as configured yet",
+            "work": "ok" if late_s < _LATE_S else f"routes were last updated {late_s:.0f} s ago",
         }
 
 
 @asynccontextmanager
 async def running(settings: Settings, home: Home) -> AsyncIterator[Dispatcher]:
-    """A dispatcher that works until the block ends."""
+    """Run a dispatcher until the block ends."""
     async with AsyncExitStack() as stack:
         bus = await stack.enter_async_context(connect(settings, home, "dispatcher"))
         tasks = await stack.enter_async_context(lifecycle.tasks())

@@ -1,4 +1,4 @@
-"""Which versions workers are told to hold, of all that there are. Pure: time is passed in."""
+"""Selects the versions that workers should host. Pure: time is an argument."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from tether.model.config import ModelConfig, default_config
 from tether.model.version_policy import served_versions
 
 LINGER_S = 2.0
-"""How long a version that is not to be served any more stays: meanwhile gateways hear of it, and what they sent is run."""
+"""Seconds that a version is kept after it is no longer served: gateways learn of it, and their requests
+finish.
+"""
 
 
 class RecentlyServed:
-    """Remembers what was wanted lately."""
+    """Remembers recently wanted versions."""
 
     def __init__(self) -> None:
         self._last: dict[Place, float] = {}
 
     def lingering(self, wanted: Models, models: Models, now: float) -> Models:
-        """``wanted``, and of ``models`` what was wanted less than ``LINGER_S`` ago, in the order of ``models``."""
+        """Return ``wanted`` plus those of ``models`` wanted less than ``LINGER_S`` ago, in the order of
+        ``models``.
+        """
         self._last.update({(pool, ref): now for pool, refs in wanted.items() for ref in refs})
         self._last = {place: at for place, at in self._last.items() if now - at < LINGER_S}
         return {pool: tuple(ref for ref in refs if (pool, ref) in self._last) for pool, refs in models.items()}
@@ -32,7 +36,9 @@ def served(
     aliases: Mapping[str, Collection[Alias]],
     routes: Mapping[Place, Route],
 ) -> Models:
-    """Of every pool's versions those that its workers should hold; ``configs`` and ``aliases`` are by model."""
+    """Return the versions of every pool that its workers should host; ``configs`` and ``aliases`` are by
+    model.
+    """
     found: dict[str, tuple[ModelRef, ...]] = {}
     for pool, refs in models.items():
         kept = _served_of(pool, refs, configs, aliases, routes)

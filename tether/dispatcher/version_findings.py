@@ -1,4 +1,4 @@
-"""What workers found out about versions, which counts until a version is deleted: it is kept in the routes."""
+"""Findings of workers on versions, kept in the routes until a version is deleted."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ log = logging.getLogger(__name__)
 
 
 class Findings:
-    """By pool and version: a pool's workers are believed of what they run, and of nothing else."""
+    """Findings by pool and version: a worker's findings count for its own pool only."""
 
     def __init__(self) -> None:
         self.known: dict[Place, Finding] = {}
 
     def remember(self, route: Route) -> None:
-        """What an earlier dispatcher knew."""
+        """Adopt the findings in a stored route."""
         if route.finding != NO_FINDING:
             self.known[route.pool, ModelRef(route.model, route.version)] = route.finding
 
     def heard(self, beat: Heartbeat, models: Collection[ModelRef]) -> bool:
-        """Whether a heartbeat says something new about a version of ``models``."""
+        """Return True if a heartbeat has new findings on a version of ``models``."""
         news = False
         for ref, finding in beat.findings:
             before = self.known.get((beat.pool, ref), NO_FINDING)

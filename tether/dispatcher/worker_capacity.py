@@ -1,4 +1,4 @@
-"""What the least able worker can do of each version whose jobs are shared by capacity: the measure of all the others."""
+"""Lowest worker capacity per version; capacity load balancing is relative to it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from tether.domain.job import SHARED
 from tether.domain.manifest import Heartbeat
 
 _STEADY = 1.2
-"""By what factor a level must have changed before workers are told again."""
+"""Factor by which a level must change before workers are notified."""
 
 
 class CapacityBaseline:
-    """Remembers what was told, so that small changes are not."""
+    """Remembers the published levels, to suppress small changes."""
 
     def __init__(self) -> None:
         self._told: dict[Place, float] = {}
 
     def least(self, living: Mapping[str, Heartbeat], pools: Mapping[str, str]) -> Mapping[Place, float]:
-        """By version and pool, from the newest heartbeats; ``pools`` says which worker is whose."""
+        """Return the lowest level by version and pool from the newest heartbeats; ``pools`` has each worker's
+        pool.
+        """
         found: dict[Place, float] = {}
         for worker, beat in living.items():
             if pools.get(worker, SHARED) != beat.pool:

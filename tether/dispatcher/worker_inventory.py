@@ -1,4 +1,4 @@
-"""The workers there are to give versions to, and what they were given last."""
+"""Tracks the workers available for placement, and their last assignments."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tether.process import metrics
 log = logging.getLogger(__name__)
 
 FAILING_S = 60.0
-"""How long a worker that could not load a version goes after the others: what it lacks may be there by then."""
+"""Seconds that a worker ranks last for a version it could not load; the cause may be gone by then."""
 
 
 class WorkerInventory:
-    """Remembers what workers said they have. A worker counts until it was silent for ``timeout_s``."""
+    """Remembers workers' offers. A worker counts until it was silent for ``timeout_s``."""
 
     def __init__(self, timeout_s: float, most_copies: int) -> None:
         self._timeout_s = timeout_s
@@ -27,11 +27,11 @@ class WorkerInventory:
         self._said: dict[str, tuple[Registration | Heartbeat, float]] = {}
         self._sizes: dict[ModelRef, int] = {}
         self._failed_at: dict[tuple[str, ModelRef], float] = {}
-        """When a worker last said that it cannot load a version, nor has it loaded."""
+        """When a worker last reported that it cannot load a version."""
         self._last: tuple[object, Placement] | None = None
-        """What was last asked, and the answer: most of the time nothing has changed."""
+        """The last input and its placement: usually nothing has changed."""
         self.reasons: dict[Place, str] = {}
-        """Why versions are on fewer workers than they should be, as of the last placement."""
+        """Why versions are on fewer workers than they should be, by the last placement."""
 
     def record(self, worker: str, what: Registration | Heartbeat, now: float) -> None:
         self._said[worker] = (what, now)
@@ -48,7 +48,7 @@ class WorkerInventory:
                 self._failed_at.pop((worker, ref), None)
 
     def version(self, manifest: Manifest) -> None:
-        """A version that there is, for its size."""
+        """Record the size of a version."""
         self._sizes[ModelRef(manifest.name, manifest.version)] = manifest.size
 
     def place(
@@ -62,9 +62,9 @@ class WorkerInventory:
         now: float,
         listening: bool,
     ) -> dict[str, tuple[ModelRef, ...]]:
-        """What every worker that counts should hold; of others nothing is said, and they keep what they were told.
+        """Return what every counting worker should host; others keep their assignments.
 
-        ``listening``: this dispatcher has not yet had the time to hear of everybody, so what was given stays where it is.
+        ``listening``: not all workers had time for a heartbeat yet, so existing assignments stay.
         """
         offers = {
             worker: WorkerOffer(pools.get(worker, SHARED), what.labels, what.memory)

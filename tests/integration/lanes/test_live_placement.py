@@ -93,7 +93,7 @@ async def test_memory_is_not_overbooked_and_what_does_not_fit_says_why(broker: B
         first = await running.push("first", models.padded(size))
         second = await running.push("second", models.padded(size, seed=1), workers=0)
         catalog = running.gateway.catalog
-        await wait_until(lambda: catalog.reason(second).startswith("it needs 1 MiB and no worker"), "it says why")
+        await wait_until(lambda: catalog.reason(second).startswith("need 1 MiB, and no worker"), "it says why")
         assert holders(running, first) == {"worker-1"}
         assert holders(running, second) == set()
         await running.decide("first", loaded=False)

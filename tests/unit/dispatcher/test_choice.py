@@ -81,7 +81,7 @@ def test_memory_goes_first_to_what_must_be_there_then_to_what_is_held_and_a_vers
     found = placed((a, b, c), offers, ModelConfig("c", replicas_min=1), ModelConfig("b", instances=2))
     assert found.held["w0"] == (a, c)
     assert found.reasons == {
-        (SHARED, b): "it needs 200 MiB and no worker that may hold it has so much left of its worker_memory_mb; "
+        (SHARED, b): "need 200 MiB, and no worker that may host it has as much left of its worker_memory_mb; "
         "raise that, set loading to 'lazy', or start another worker"
     }
 
@@ -106,7 +106,7 @@ def test_fewer_workers_than_replicas_min_are_told_of() -> None:
     offers = {**crew(2, memory=100 * MB), "small": WorkerOffer(SHARED, {}, MB)}
     found = placed((a,), offers, ModelConfig("a", replicas_min=3))
     assert holders(found, a) == {"w0", "w1"}
-    assert found.reasons == {(SHARED, a): "2 of the 3 workers that replicas_min asks for have room for it"}
+    assert found.reasons == {(SHARED, a): "2 of the 3 workers that replicas_min requires have memory for it"}
 
 
 def test_who_is_not_chosen_any_more_answers_until_who_is_does() -> None:

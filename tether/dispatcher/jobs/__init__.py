@@ -1,1 +1,1 @@
-"""Durable jobs as the dispatcher looks after them: none is forgotten, ended ones are deleted."""
+"""Durable jobs in the dispatcher: lost jobs are failed, finished ones deleted."""

@@ -1,8 +1,9 @@
-"""Which durable jobs were accepted and have not ended, as far as the dispatcher knows: for the sweeper.
+"""Tracks accepted durable jobs that have not finished, for the sweeper.
 
-Records are read in the order in which they were stored, each once. That a job has ended is heard from the results stream, which
-publishes the headers of every stored result again (``republish``), without its outputs. What is not heard makes a job look open
-for longer, and nothing worse: before anything is done with it, its result is asked for.
+Records are read once each, in the order in which they were stored. Finished jobs are known from the results
+stream, which republishes the headers of every stored result (``republish``) without its outputs. A missed
+message makes a job look open for longer, and nothing worse: its result is read before anything is done with
+it.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from tether.streams.layout import pools_with_streams
 from tether.wire import codec
 
 MOST = 500_000
-"""Open jobs that are remembered, at about 300 bytes each; records beyond them are read when some of these have ended."""
+"""Maximum open jobs to remember, at about 300 bytes each; more records are read when some have finished."""
 
 _BATCH = 512
 
 
 class OpenJob(NamedTuple):
-    """A record: its key in the bucket, its job, and when it was first seen, in this process's monotonic seconds."""
+    """A job record: its key in the bucket, its job, and when it was first seen in this process's monotonic
+    seconds.
+    """
 
     key: str
     job: JobId
@@ -36,35 +39,35 @@ class OpenJob(NamedTuple):
 
 
 class OpenRecords:
-    """The records of open jobs, oldest first."""
+    """Records of open jobs, oldest first."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._records = KvBucket(bus, "jobs")
         self._open: dict[JobId, OpenJob] = {}
         self._jobs: dict[str, JobId] = {}
-        """By the keys of their records."""
+        """Jobs by the keys of their records."""
         self._read = 0
-        """The sequence of the last record that was read."""
+        """Sequence of the last record read."""
         self._early: tuple[set[str], set[str]] = (set(), set())
-        """Jobs that ended before their record was read: during this read and the one before."""
+        """Jobs that finished before their record was read, during this read and the one before."""
 
     def __len__(self) -> int:
         return len(self._open)
 
     def begin_anew(self) -> None:
-        """Forget everything: the broker may have lost records, and results that were heard of."""
+        """Forget everything: the broker may have lost records and results."""
         self._open.clear()
         self._jobs.clear()
         self._read = 0
 
     def ended(self, job: JobId) -> None:
-        """A result of this job was stored."""
+        """Record that a result of a job was stored."""
         if not self.take(job):
             self._early[1].add(job)
 
     def take(self, job: JobId) -> bool:
-        """Remember a job no more; False when it was not remembered: it has ended meanwhile."""
+        """Forget a job. Return False if it was not tracked: it has finished meanwhile."""
         entry = self._open.pop(job, None)
         if entry is None:
             return False
@@ -73,10 +76,10 @@ class OpenRecords:
         return True
 
     async def read(self) -> None:
-        """Take in the records that were stored since the last call; the first time all of them.
+        """Read the records stored since the last call; all of them on the first call.
 
         Raises:
-            JetStreamError, BrokerUnavailable
+            JetStreamError, BrokerUnavailable: the records could not be read.
         """
         over = _Ids() if self._read else await self._all_ended()
         now = self._bus.clock.monotonic()
@@ -86,7 +89,7 @@ class OpenRecords:
                 break
             self._read = item.sequence
             key = item.subject[root:]
-            # what is written again begins again
+            # a rewritten record counts as new
             self.take(self._jobs.get(key, JobId("")))
             record = decoded(item.data)
             if record is None or record.id in over or record.id in self._early[0] or record.id in self._early[1]:
@@ -96,7 +99,7 @@ class OpenRecords:
         self._early = (self._early[1], set())
 
     async def _all_ended(self) -> _Ids:
-        """Every job that has a result, without reading one."""
+        """Return the ids of all jobs that have a result, without reading results."""
         names = self._bus.names
         found: list[int] = []
         for pool in (SHARED, *sorted(await pools_with_streams(self._bus))):
@@ -105,7 +108,7 @@ class OpenRecords:
         return _Ids(array("Q", sorted(found)))
 
     def older_than(self, age_s: float) -> Iterator[OpenJob]:
-        """Jobs that were first seen at least so long ago."""
+        """Yield the jobs first seen at least ``age_s`` seconds ago."""
         limit = self._bus.clock.monotonic() - age_s
         for entry in self._open.values():
             if entry.since > limit:
@@ -114,7 +117,7 @@ class OpenRecords:
 
 
 def decoded(frame: bytes) -> JobRecord | None:
-    """A record to look for, unverified; None for what is none, and for the empty entry of one that was removed."""
+    """Decode a record without verification; None if it is invalid, or empty because it was removed."""
     try:
         return codec.decode_record(body_of(frame)) if frame else None
     except (BadEncoding, EnvelopeError):
@@ -122,7 +125,7 @@ def decoded(frame: bytes) -> JobRecord | None:
 
 
 class _Ids:
-    """Very many job ids in little memory: the last 64 bits of each, which no two jobs have in common."""
+    """A compact set of job ids: the last 64 bits of each, which are unique."""
 
     def __init__(self, numbers: array[int] | None = None) -> None:
         self._numbers = array("Q") if numbers is None else numbers
@@ -134,7 +137,7 @@ class _Ids:
 
 
 def _number(job: str) -> int:
-    """-1 for what is no job id."""
+    """Return the last 64 bits of a job id; -1 if it is not one."""
     try:
         return int(job[-16:], 16)
     except ValueError:

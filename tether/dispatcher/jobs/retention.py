@@ -1,8 +1,9 @@
-"""Forgets durable jobs that have ended: ``result_ttl_s`` after their end, and the oldest ends earlier when room is needed.
+"""Deletes finished durable jobs ``result_ttl_s`` after their end, or earlier, oldest first, when space is
+short.
 
-A job's record goes before its result, so that a job which has ended never looks open. The stream of results is in the order in
-which jobs ended, so its beginning is what has ended longest ago; records of open jobs are not touched. Where it stands is in the
-broker alone: two dispatchers beside each other do no harm, and one that dies leaves nothing half done.
+A job's record is deleted before its result, so that a finished job never looks open. The results stream is in
+the order in which jobs finished, so it is deleted from its start; records of open jobs are kept. All state is
+in the broker: several dispatchers may run this, and a crash leaves nothing half done.
 """
 
 from __future__ import annotations
@@ -29,18 +30,20 @@ log = logging.getLogger(__name__)
 
 ROUND_S = 1.0
 HIGH = 0.8
-"""Share of a store's bound at which the oldest ends begin to make room."""
+"""Fraction of a store's limit at which the oldest finished jobs are deleted."""
 
 LOW = 0.7
-"""Share of its bound that a store is brought down to."""
+"""Fraction of its limit to which a store is reduced."""
 
 KEPT = 0.125
-"""Share of the records' bound that ended jobs keep, however many jobs are open: whoever waits for one must find its end."""
+"""Fraction of the records' limit reserved for finished jobs, so that callers find their results however many
+are open.
+"""
 
 _PAGE = 512
 _PAGE_BYTES = 4 << 20
 _PAGES = 64
-"""Pages of one pool in one round."""
+"""Maximum pages of one pool in one round."""
 
 _AT_ONCE = 128
 _DELETE_FAILED = 10057
@@ -50,16 +53,16 @@ _TOLD_S = 600.0
 
 @dataclass
 class _Walk:
-    """How far a pool's results were gone through to make room; what was spared lies before it."""
+    """Progress through a pool's results when making space; results before it were spared."""
 
     at: int = 0
     spares: bool = True
-    """Whether modest tenants are spared: until the end was reached once, and it was not enough."""
+    """Whether modest tenants are spared: until one pass to the end has not freed enough."""
 
 
 @dataclass
 class _Wanted:
-    """Bytes that are still to be freed."""
+    """Bytes still to be freed."""
 
     records: float
     results: float
@@ -69,7 +72,7 @@ class _Wanted:
         return self.records <= 0 and self.results <= 0
 
     def enough(self, ends: Sequence[StoredMessage], records: dict[str, StoredMessage]) -> list[StoredMessage]:
-        """The first ends that free what is wanted, or all of them."""
+        """Return the first results that free enough, or all of them."""
         taken: list[StoredMessage] = []
         for item in ends:
             if self.met:
@@ -82,7 +85,7 @@ class _Wanted:
 
 
 class Retention:
-    """Runs in the dispatcher."""
+    """Deletes finished jobs; runs in the dispatcher."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -92,19 +95,23 @@ class Retention:
         self._told = LogRateLimiter(bus.clock.monotonic, lines=1, within_s=_TOLD_S)
 
     async def run(self) -> None:
-        """Look until cancelled."""
+        """Run a round periodically until cancelled."""
         while True:
             try:
                 await self.round()
             except TetherError as error:
-                log.info("no ended jobs forgotten: %s", error, extra={"action": "retention_failed", "code": error.code})
+                log.info(
+                    "could not delete finished jobs: %s",
+                    error,
+                    extra={"action": "retention_failed", "code": error.code},
+                )
             await asyncio.sleep(ROUND_S)
 
     async def round(self) -> None:
-        """Forget what is old enough, and what must make room.
+        """Delete jobs that are old enough, and more if space is short.
 
         Raises:
-            JetStreamError, BrokerUnavailable
+            JetStreamError, BrokerUnavailable: the round is incomplete.
         """
         uses: dict[str, StreamUse] = {}
         for pool in await self._pools():
@@ -118,7 +125,7 @@ class Retention:
             await self._make_room(records, uses)
 
     async def _pools(self) -> list[str]:
-        """Those whose results this dispatcher may read: not those of tenants that no worker is bound to any more."""
+        """Return the pools whose results this dispatcher may read: those with a worker bound to them."""
         bound = {record.tenant for record in self._bus.verifier.keyset.identities}
         return [SHARED, *sorted(await pools_with_streams(self._bus) & bound)]
 
@@ -132,10 +139,10 @@ class Retention:
             if not old or len(old) < len(page):
                 return
 
-    # for room
+    # for space
 
     async def _make_room(self, records: StreamUse, results: dict[str, StreamUse]) -> None:
-        """Records of all pools share one store: room in it is made by the pool that has most ends."""
+        """Free space in the records, which all pools share, from the pool with the most results."""
         for store, use in (("records", records), ("results", results.get(SHARED))):
             metrics.JOB_STORE_USED.labels(store).set(0.0 if use is None else use.share)
         share = LOW if self._making_room else HIGH
@@ -149,7 +156,7 @@ class Retention:
             del self._walks[pool]
 
     async def _shrink(self, pool: str) -> None:
-        """Go on where the last round ended, until both stores are low enough."""
+        """Continue where the last round ended, until both stores are small enough."""
         walk = self._walks.setdefault(pool, _Walk())
         stream = self._bus.names.pool_results_stream(pool)
         for _ in range(_PAGES):
@@ -174,7 +181,7 @@ class Retention:
         return await self._bus.direct_page(stream, subjects, start=start, batch=_PAGE, max_bytes=_PAGE_BYTES)
 
     async def _records_of(self, ends: Sequence[StoredMessage]) -> dict[str, StoredMessage]:
-        """The records of jobs that have ended, by the jobs' ids."""
+        """Return the records of finished jobs by job id."""
         jobs = [_job_of(item) for item in ends]
         found = _by_job(await self._read({record_key(job) for job in jobs}))
         if older := {job for job in jobs if job not in found}:
@@ -189,7 +196,7 @@ class Retention:
     async def _forget(
         self, pool: str, ends: Sequence[StoredMessage], records: dict[str, StoredMessage], reason: str
     ) -> None:
-        """Records first: a job whose end were forgotten first would look open."""
+        """Delete records first: a job without its result but with its record would look open."""
         if not ends:
             return
         jobs = [_job_of(item) for item in ends]
@@ -199,12 +206,12 @@ class Retention:
         metrics.JOBS_FORGOTTEN.labels(reason).inc(len(ends))
         if reason == "room" and self._told.passes(pool) is not None:
             log.warning(
-                "ended jobs are forgotten before result_ttl_s is over: raise max_file_mb, or lower result_ttl_s",
+                "deleting finished jobs before result_ttl_s: raise max_file_mb, or lower result_ttl_s",
                 extra={"action": "jobs_forgotten_early"},
             )
 
     async def _drop_record(self, record: StoredMessage) -> None:
-        """What another job has put in its place stays."""
+        """Delete a record unless another job has replaced it."""
         await self._records.remove(record.subject[len(self._records.subject("")) :], record.sequence)
 
     async def _drop_result(self, stream: str, sequence: int) -> None:
@@ -216,12 +223,12 @@ class Retention:
 
 
 def _above(use: StreamUse | None) -> float:
-    """Bytes in a stream that are too many."""
+    """Return the bytes of a stream above its target."""
     return 0.0 if use is None or use.most <= 0 else use.bytes - LOW * use.most
 
 
 def _records_above(records: StreamUse | None, ends: StreamUse | None) -> float:
-    """Bytes of records that are too many, as far as they are of jobs that have ended; these keep their share."""
+    """Return the bytes of records above their target, excluding the fraction reserved for finished jobs."""
     if records is None or ends is None or not records.messages:
         return 0.0
     ended = records.bytes * min(1.0, ends.messages / records.messages)
@@ -238,7 +245,7 @@ def _by_job(stored: Iterable[StoredMessage]) -> dict[str, StoredMessage]:
 
 
 def _without_modest(page: Sequence[StoredMessage], records: dict[str, StoredMessage]) -> list[StoredMessage]:
-    """The ends that make room first: tenants that have less than half of an equal share in them are spared."""
+    """Return the results to delete first, sparing tenants with less than half of an equal share."""
     opened = {job: decoded(item.data) for job, item in records.items()}
     tenants = {job: record.tenant for job, record in opened.items() if record is not None}
     counts = Counter(tenants.values())
@@ -247,7 +254,7 @@ def _without_modest(page: Sequence[StoredMessage], records: dict[str, StoredMess
 
 
 async def _some_at_a_time(steps: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Every one, and then the first error; what was not begun after it is not run."""
+    """Run all steps with limited concurrency; after the first error begin no more, then raise it."""
     for start in range(0, len(steps), _AT_ONCE):
         part = steps[start : start + _AT_ONCE]
         for result in await asyncio.gather(*part, return_exceptions=True):

@@ -1,12 +1,13 @@
-"""Sees to it that no accepted job is forgotten: each has a result, or its bundle lies in a lane that delivers it.
+"""Ensures that every accepted job has a result, or its bundle is in a lane that delivers it.
 
-A bundle's message stays in its lane until it is acknowledged, and a worker acknowledges it after the results of its jobs are
-stored. So a job whose bundle is in no lane, looked at first, and that has no result, looked at afterwards, will never run: its
-message was lost, in a power cut or by a worker that acknowledged too early. It ends here as failed with ``job_lost``, through the
-results stream like every other end, so that a result which comes after all is refused.
+A bundle stays in its lane until it is acknowledged, and a worker acknowledges it after the results of its
+jobs are stored. So a job whose bundle is in no lane, checked first, and that has no result, checked second,
+will never run: its message was lost, in a power cut or by a worker that acknowledged too early. The sweeper
+fails it with ``job_lost`` through the results stream, so that a later result is refused.
 
-The cost follows the jobs that are open for longer than :data:`GRACE_S`. Every other job costs a look at its record's name and one
-small message that it has ended. At the start and after a reconnection all records are read, in pages.
+The cost depends on the jobs open for longer than :data:`GRACE_S`. Every other job costs reading its record's
+name and one small message about its result. All records are read, in pages, at the start and after a
+reconnection.
 """
 
 from __future__ import annotations
@@ -35,33 +36,33 @@ log = logging.getLogger(__name__)
 
 ROUND_S = 5.0
 GRACE_S = 30.0
-"""A job is looked for when its record has been there for this long: a gateway tries for 15 s to queue its bundle."""
+"""Age of a record in seconds before its job is checked: a gateway tries for 15 s to queue the bundle."""
 
 UNQUEUED_S = 120.0
-"""A record of a job that was never queued is removed after this long."""
+"""Age in seconds after which the record of a job that was never queued is deleted."""
 
 MOST_LANES = 256
-"""Lanes with old jobs that one round looks at; the others have their turn in the next rounds."""
+"""Maximum lanes with old jobs to check in one round; the others follow in the next rounds."""
 
 _BATCH = 512
 
 
 @dataclass
 class _Place:
-    """A lane with old jobs: by bundle, the jobs of it that are open, with the keys of their records."""
+    """A lane with old jobs: their record keys by bundle and job."""
 
     messages: LaneMessages
     bundles: dict[str, dict[JobId, str]] = field(default_factory=dict)
     looked: int = 0
 
     def missing(self) -> dict[JobId, str]:
-        """The jobs whose bundle is not there, with the keys of their records."""
+        """Return the jobs whose bundle is not in the lane, with their record keys."""
         gone = [jobs for bundle, jobs in self.bundles.items() if bundle not in self.messages.there]
         return {job: key for jobs in gone for job, key in jobs.items()}
 
 
 class Sweeper:
-    """Runs in the dispatcher; two beside each other do no harm. Use :func:`sweeping`."""
+    """Finds lost jobs; runs in the dispatcher, in several at once too. Use :func:`sweeping`."""
 
     def __init__(self, bus: Bus, lanes: LaneCheck) -> None:
         self._bus = bus
@@ -78,11 +79,11 @@ class Sweeper:
         self._lost_sight = True
 
     def begin_anew(self) -> None:
-        """The broker was away: what is remembered of it may not be so any more."""
+        """Forget what is known of the broker: it may have restarted."""
         self._lost_sight = True
 
     async def heard(self, message: Message) -> None:
-        """A result was stored."""
+        """Handle the message that a result was stored."""
         job = JobId(message.subject.rpartition(".")[2])
         self.open.ended(job)
         self._forget(job)
@@ -101,19 +102,19 @@ class Sweeper:
             del self._places[lane]
 
     async def run(self) -> None:
-        """Look until cancelled."""
+        """Run a round periodically until cancelled."""
         while True:
             try:
                 await self.round()
             except TetherError as error:
-                log.info("jobs not swept: %s", error, extra={"action": "not_swept", "code": error.code})
+                log.info("could not sweep jobs: %s", error, extra={"action": "not_swept", "code": error.code})
             await asyncio.sleep(ROUND_S)
 
     async def round(self, *, grace_s: float = GRACE_S, unqueued_s: float = UNQUEUED_S) -> None:
-        """Look once, and end what is lost.
+        """Check all old jobs once, and fail those that are lost.
 
         Raises:
-            JetStreamError, BrokerUnavailable
+            JetStreamError, BrokerUnavailable: the round is incomplete.
         """
         self._number += 1
         if self._lost_sight:
@@ -128,7 +129,7 @@ class Sweeper:
         await self._look()
         metrics.JOBS_OPEN.set(len(self.open) + len(self._where))
 
-    # old jobs find their lane
+    # assign old jobs to their lanes
 
     async def _place(self, grace_s: float) -> None:
         while entries := list(islice(self.open.older_than(grace_s), _BATCH)):
@@ -156,13 +157,13 @@ class Sweeper:
         return found
 
     async def _ended_if_known(self, records: Iterable[JobRecord]) -> set[str]:
-        """Without those whose results do not answer, or may not be read: a job that has ended is then asked about once more."""
+        """Return ids of finished jobs; a pool whose results cannot be read is skipped and asked again later."""
         found: set[str] = set()
         for pool, jobs in _by_pool(records).items():
             try:
                 found.update(await self._results.find(jobs, pool=pool))
             except TetherError as error:
-                log.info("results not read: %s", error, extra={"action": "not_swept", "code": error.code})
+                log.info("could not read results: %s", error, extra={"action": "not_swept", "code": error.code})
         return found
 
     def _put(self, key: str, record: JobRecord) -> None:
@@ -173,7 +174,7 @@ class Sweeper:
         place.bundles.setdefault(record.bundle, {})[record.id] = key
         self._where[record.id] = lane, record.bundle
 
-    # lanes are compared with them
+    # compare lanes with them
 
     async def _look(self) -> None:
         places = sorted(self._places.items(), key=lambda item: item[1].looked)
@@ -182,14 +183,14 @@ class Sweeper:
             try:
                 await self._look_at(lane, place)
             except TetherError as error:
-                # one stream that does not answer keeps no other lane waiting
-                log.info("a lane was not swept: %s", error, extra={"action": "not_swept", "code": error.code})
+                # a stream that does not answer delays no other lane
+                log.info("could not sweep a lane: %s", error, extra={"action": "not_swept", "code": error.code})
 
     async def _look_at(self, lane: Lane, place: _Place) -> None:
         for skipped in await place.messages.look():
             await self._lanes.make_again(skipped, "stuck", "it had skipped messages of old jobs")
         if await self._without_result(place.missing()):
-            # before anything ends, the whole lane is read again: what was remembered of it may be wrong
+            # re-read the whole lane before failing any job: the remembered state may be wrong
             place.messages = LaneMessages(self._bus, lane)
             await place.messages.look()
             for record in await self._without_result(place.missing()):
@@ -197,7 +198,7 @@ class Sweeper:
                 self._forget(record.id)
 
     async def _without_result(self, jobs: Mapping[JobId, str]) -> list[JobRecord]:
-        """The verified records of those jobs that have not ended; the others are forgotten."""
+        """Return the verified records of jobs without a result; forget the others."""
         found: list[JobRecord] = []
         names = list(jobs)
         for start in range(0, len(names), _BATCH):
@@ -224,14 +225,16 @@ class Sweeper:
     async def _end(self, record: JobRecord) -> None:
         if not self._may_end():
             log.error(
-                "job %s is lost, and the keyset does not let '%s' end it: run 'tether init' with the root key",
+                "job %s is lost, and the keyset does not let '%s' fail it: run 'tether init' with the root key",
                 record.id,
                 self._bus.signer.name,
                 extra={"action": "job_lost", "job_id": record.id},
             )
             return
         job, now = record.id, self._bus.clock.utc()
-        error = JobLost("the broker lost the job before it ended, as in a power cut; send it again under another key")
+        error = JobLost(
+            "the broker lost the job before it finished, as in a power cut; submit it again with another key"
+        )
         failure = Failure(error.code, error.message)
         outcome = Outcome(job, JobState.FAILED, (), failure, 0, self._bus.signer.name, 0.0, now)
         subject = self._bus.names.result(job, record.pool)
@@ -242,17 +245,19 @@ class Sweeper:
             metrics.JOBS_SWEPT.labels("lost").inc()
             metrics.JOBS_FINISHED.labels(record.model, outcome.state.value).inc()
             extra = {"action": "job_lost", "job_id": job, "tenant": record.tenant, "model": record.model}
-            log.error("job %s is in no lane and has no result: it ends as failed", job, extra=extra)
+            log.error("failed job %s: it is in no lane and has no result", job, extra=extra)
 
     def _may_end(self) -> bool:
-        """A keyset that an earlier version signed does not: nobody would believe what is stored in the result's place."""
+        """Return True if the keyset lets this dispatcher store outcomes; one signed by an earlier version
+        does not.
+        """
         identities = self._bus.verifier.keyset.identities
         return any(item.kid == self._bus.signer.kid and MessageType.RESULT in item.types for item in identities)
 
-    # records of what was never queued
+    # records of jobs that were never queued
 
     async def _remove_unqueued(self, age_s: float) -> None:
-        """A client that got no answer sends its key again, and then the record is that of the new request."""
+        """Delete records of jobs that were never queued; a client that retries its key makes a new record."""
         limit = self._bus.clock.monotonic() - age_s
         for entry in [entry for entry in self._unqueued.values() if entry.since <= limit]:
             del self._unqueued[entry.job]
@@ -262,7 +267,7 @@ class Sweeper:
                 continue
             await self._records.remove(entry.key, item.sequence)
             metrics.JOBS_SWEPT.labels("unqueued").inc()
-            log.info("the record of a job that was never queued is removed", extra={"action": "record_removed"})
+            log.info("deleted the record of a job that was never queued", extra={"action": "record_removed"})
 
 
 def _by_pool(records: Iterable[JobRecord]) -> dict[str, list[JobId]]:
@@ -274,12 +279,12 @@ def _by_pool(records: Iterable[JobRecord]) -> dict[str, list[JobId]]:
 
 @asynccontextmanager
 async def sweeping(bus: Bus, lanes: LaneCheck, tasks: Tasks) -> AsyncIterator[Sweeper]:
-    """A sweeper that works until the block ends; none where the broker's configuration is older and does not let it."""
+    """Run a sweeper until the block ends; none if an older broker configuration does not permit it."""
     sweeper = Sweeper(bus, lanes)
     try:
         subscription = await bus.subscribe(bus.names.every_end(), sweeper.heard)
     except PermissionDenied as error:
-        log.error("lost jobs are not looked for: %s; write the broker's configuration again", error)  # noqa: TRY400 - it says it all
+        log.error("not looking for lost jobs: %s; write the broker's configuration again", error)  # noqa: TRY400 - the message is complete
         yield sweeper
         return
     forget = bus.on_reconnect(sweeper.begin_anew)

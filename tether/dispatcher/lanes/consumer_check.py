@@ -1,19 +1,21 @@
-"""Finds lanes whose consumer does not deliver what is in them, and makes that consumer again.
+"""Finds lanes whose consumer does not deliver their messages, and recreates that consumer.
 
-A consumer remembers the sequence that it delivered last and never goes back. After a power cut a stream may come back shorter
-than its consumer remembers, because the broker had not synced its last messages: the consumer then skips every new message
-until the stream has grown past that sequence. (nats-server 2.15 puts a consumer right that it recovers itself, and not one that
-is created over the files of one whose description was lost, which is what a cut soon after its creation leaves.) Three
-things are compared:
+A consumer remembers the last sequence it delivered and never goes back. After a power cut a stream may be
+shorter than its consumer remembers, because the broker had not synced its last messages: the consumer then
+skips new messages until the stream has grown past that sequence. (nats-server 2.15 corrects a consumer that
+it recovers itself, but not one that is created over the files of one whose description was lost, as after a
+cut soon after its creation.) Three cases are detected:
 
-- **Ahead**: a consumer that has delivered a sequence its stream does not have. All consumers are looked at when this process
-  starts, when it has reconnected, when a stream was made again or its last sequence went down, and when it has more consumers.
-- **Stuck**: a lane that keeps messages which its consumer counts neither as pending nor as unacknowledged. Looked at for lanes
-  that had messages at two looks in a row: new messages may have passed the remembered sequence before anybody looked.
-- **Missing**: such a lane without a consumer.
+- **Ahead**: a consumer has delivered a sequence that its stream does not have. All consumers are checked when
+  this process starts or reconnects, and when a stream was recreated, its last sequence went down, or it has
+  more consumers.
+- **Stuck**: a lane has messages that its consumer counts neither as pending nor as unacknowledged. Lanes with
+  messages at two checks in a row are checked: new messages may have passed the remembered sequence already.
+- **Missing**: such a lane has no consumer.
 
-Between these a look costs one STREAM.INFO for each stream, however many lanes it has. A consumer that is made again delivers what
-is still in the lane, also what workers hold: their results are fenced, so the first commit of a job wins.
+Otherwise a check costs one STREAM.INFO for each stream, however many lanes it has. A recreated consumer
+delivers everything in the lane, also messages that workers process: results are fenced, so the first commit
+of a job wins.
 """
 
 from __future__ import annotations
@@ -39,33 +41,33 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 3.0
 MOST_LANES = 64
-"""Lanes of a stream that one look asks about; the others have their turn at the next looks."""
+"""Maximum lanes of a stream in one check; the others follow in the next checks."""
 
 _SURE = 2
-"""Looks in a row that must find a lane stuck."""
+"""Checks in a row that must find a lane stuck."""
 
 
 class LaneCheck:
-    """Runs in the dispatcher. Two of them beside each other do no harm."""
+    """Checks the consumers of all lanes; runs in the dispatcher, in several at once too."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._seen: dict[str, StreamState] = {}
         self._stuck: dict[Lane, int] = {}
-        """Lanes in which messages were skipped, and at how many looks in a row."""
+        """Lanes with skipped messages, and the number of checks in a row that found them."""
         self._asked: dict[Lane, int] = {}
-        """Lanes that had messages, and the number of the look that last asked about them."""
+        """Lanes that had messages, and the number of the check that last read them."""
         self._number = 0
         self._wake = asyncio.Event()
         self._forget = bus.on_reconnect(self.begin_anew)
 
     def begin_anew(self) -> None:
-        """The broker may have restarted: everything it knows is looked at again, now."""
+        """Check everything again, now: the broker may have restarted."""
         self._seen.clear()
         self._wake.set()
 
     async def run(self) -> None:
-        """Look until cancelled."""
+        """Run a check periodically until cancelled."""
         try:
             while True:
                 self._wake.clear()
@@ -79,21 +81,23 @@ class LaneCheck:
             self._forget()
 
     async def look(self) -> None:
-        """Compare every stream with its consumers once, and mend what does not deliver."""
+        """Compare every stream with its consumers once, and recreate consumers that do not deliver."""
         self._number += 1
         waiting: set[Lane] = set()
         try:
             for stream in await lane_streams(self._bus):
                 waiting |= await self._look_at(stream)
         except TetherError as error:
-            log.info("lanes not compared: %s", error, extra={"action": "lanes_not_compared", "code": error.code})
+            log.info("could not compare lanes: %s", error, extra={"action": "lanes_not_compared", "code": error.code})
         for lane in self._asked.keys() - waiting:
             self._asked.pop(lane)
             self._stuck.pop(lane, None)
 
     async def _look_at(self, stream: str) -> set[Lane]:
-        """The lanes of a stream that had messages at this look and the one before. A stream that does not answer keeps no
-        other one from being looked at, and is looked at as a whole the next time."""
+        """Return the lanes of a stream with messages at this check and the one before.
+
+        A stream that does not answer delays no other one, and is checked completely the next time.
+        """
         before = self._seen.pop(stream, None)
         try:
             state = await stream_state(self._bus, stream)
@@ -106,13 +110,15 @@ class LaneCheck:
                 found = await self._compare_waiting(state.waiting.keys() & before.waiting.keys())
         except TetherError as error:
             extra = {"action": "lanes_not_compared", "code": error.code}
-            log.info("the lanes of %s are not compared: %s", stream, error, extra=extra)
+            log.info("could not compare the lanes of %s: %s", stream, error, extra=extra)
             return set()
         self._seen[stream] = state
         return found
 
     async def _compare_all(self, stream: str) -> None:
-        """Consumers first, then the stream: it only grows in between. Infer streams are in memory with their consumers."""
+        """Read consumers before the stream, which only grows meanwhile; infer streams and their consumers are
+        both in memory.
+        """
         if self._bus.names.is_infer_stream(stream):
             return
         consumers = await consumer_states(self._bus, stream)
@@ -138,9 +144,9 @@ class LaneCheck:
         if state is None:
             return
         if before is None and after is None:
-            await self.make_again(lane, "missing", "there was none")
+            await self.make_again(lane, "missing", "it was missing")
         elif before != after or after is None or state.waiting.get(subject, 0) <= after.pending + after.unacked:
-            # what moves while it is looked at is not stuck, or cannot be told to be
+            # a lane that changes during the check is not stuck, or its state is unclear
             self._stuck.pop(lane, None)
         else:
             self._stuck[lane] = self._stuck.get(lane, 0) + 1
@@ -155,7 +161,7 @@ class LaneCheck:
         await ensure_lane(self._bus, lane, self._bus.settings)
         metrics.LANES_MADE_AGAIN.labels(reason).inc()
         log.warning(
-            "made the consumer of lane %s again: %s",
+            "recreated the consumer of lane %s: %s",
             self._bus.names.lane(lane),
             why,
             extra={"action": "lane_made_again", "reason": reason, "model": lane.model},

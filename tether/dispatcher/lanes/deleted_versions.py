@@ -1,8 +1,8 @@
-"""Deleted versions: their lanes are worked off and then removed.
+"""Drains the lanes of deleted versions and then removes them.
 
-Nothing of it is remembered anywhere but at the broker: a version was deleted when its entry says so, and its lanes are there
-while they have a consumer or a message. So any dispatcher can go on where another one stopped, and two of them do no harm. What
-is published to a lane after its consumers are gone is found by the next look, and the lane is made anew for it.
+All state is in the broker: a version's entry says that it was deleted, and its lanes exist while they have a
+consumer or a message. So any dispatcher can continue where another one stopped, also at the same time. A
+message published to a lane after its consumers are gone is found by the next check, which recreates the lane.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from tether.streams.layout import ensure_lane, lanes_of
 log = logging.getLogger(__name__)
 
 KEEP_S = 10.0
-"""Lanes stay until they were empty for this long: a gateway that has not heard yet stores a job for as long at most."""
+"""Seconds that lanes must be empty before removal: a gateway may still store jobs for as long."""
 _STEP_S = 1.0
 _TURN_S = 15.0
-"""How long a worker may take to empty lanes before another one is asked: it may be of a version that cannot."""
+"""Seconds that a worker gets to empty lanes before another one is asked: it may be of a version that cannot."""
 
 
 @dataclass
 class _DeletedLanes:
-    """What is known of the lanes of a deleted version; times are this process's monotonic seconds."""
+    """State of the lanes of a deleted version; times are this process's monotonic seconds."""
 
     made: bool = False
-    """Their consumers were seen to by this process, on this broker."""
+    """Whether this process has created their consumers on this broker."""
     found_at: float = 0.0
     empty_since: float | None = None
     leaving: bool = False
-    """No worker is told to pull them any more; the next step removes them if they are still empty."""
+    """Whether no worker pulls them any longer; the next step removes them if they are still empty."""
 
 
 class DeletedVersionLanes:
-    """Follows the lanes of deleted versions until they are gone."""
+    """Tracks the lanes of deleted versions until they are removed."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -50,12 +50,12 @@ class DeletedVersionLanes:
         self._next = 0.0
 
     def begin_anew(self) -> None:
-        """The broker may have lost consumers that it kept in memory."""
+        """Assume that the broker lost its in-memory consumers."""
         for end in self._ends.values():
             end.made = False
 
     def groups(self) -> dict[LaneGroup, int]:
-        """The lanes that a worker should work off, and how many were asked to before it."""
+        """Return the lanes that a worker should drain, and how many workers were asked before."""
         groups = [group for group, end in self._ends.items() if not end.leaving]
         groups.sort(key=lambda group: (group.pool, group.ref.model, group.ref.version, group.region))
         return {group: self._turn(self._ends[group]) for group in groups}
@@ -65,22 +65,24 @@ class DeletedVersionLanes:
         return int((until - end.found_at) / _TURN_S)
 
     async def look(self, models: Container[ModelRef], places: Iterable[Place]) -> list[Place]:
-        """Find lanes of deleted versions; returns those of ``places`` that are deleted and have no lanes any more.
+        """Find lanes of deleted versions; return those of ``places`` that are deleted and have no lanes left.
 
         Raises:
-            JetStreamError, BrokerUnavailable
+            JetStreamError, BrokerUnavailable: the lanes could not be listed.
         """
         there = await lanes_there(self._bus)
         groups = {LaneGroup(lane.pool, ModelRef(lane.model, lane.version), lane.region) for lane in there}
         for group in groups:
             if group not in self._ends and await self._was_deleted(group.ref, models):
                 self._ends[group] = _DeletedLanes(found_at=self._bus.clock.monotonic())
-                log.info("lanes of a deleted version", extra={"action": "lanes_ended", "model": group.ref.model})
+                log.info("found lanes of a deleted version", extra={"action": "lanes_ended", "model": group.ref.model})
         lasting = {(group.pool, group.ref) for group in groups}
         return [place for place in places if place not in lasting and await self._was_deleted(place[1], models)]
 
     async def _was_deleted(self, ref: ModelRef, models: Container[ModelRef]) -> bool:
-        """Only what the entry itself says counts: that this process knows of no version proves nothing."""
+        """Return True only if the entry itself says so; that this process does not know a version proves
+        nothing.
+        """
         if ref in models:
             return False
         if ref not in self._deleted and await self._models.was_deleted(
@@ -90,10 +92,10 @@ class DeletedVersionLanes:
         return ref in self._deleted
 
     async def step(self) -> None:
-        """Once a second: make lanes that somebody can work off, and remove those that stayed empty.
+        """Create lanes to drain, and remove those that stayed empty; call it once a second.
 
         Raises:
-            JetStreamError, BrokerUnavailable
+            JetStreamError, BrokerUnavailable: a lane could not be changed.
         """
         now = self._bus.clock.monotonic()
         if not self._ends or now < self._next:

@@ -1,11 +1,11 @@
-"""Infer streams of a cluster whose server is away are made again on another one.
+"""Recreates infer streams of a cluster on another server when theirs is down.
 
-The streams of the shared infer lanes are in memory and have one copy, on one server of a cluster: with a copy on each, a request took
-two to ten times as long (ADR 33). When that server is away, nobody answers for its stream. Then the stream is deleted and created
-again, on a server that is there, and its lanes after it. What was in it is lost, so gateways send again what nobody has answered, and
-workers begin their pulls again. Both learn of it from the moment at which the stream was created: gateways from the
-bucket ``routes``, workers from their assignment. So it does not matter which dispatcher made the stream, or whether anybody was
-away when it did.
+The streams of the shared infer lanes are in memory with one replica, on one server of a cluster: with a
+replica on each, a request took two to ten times as long (ADR 33). When that server is down, the stream does
+not answer. Then it is deleted and created on another server, followed by its lanes. Its messages are lost, so
+gateways resend unanswered ones, and workers restart their pulls. Both learn the stream's creation time:
+gateways from the bucket ``routes``, workers from their assignment. So it does not matter which dispatcher
+recreated it, or which service was down then.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ from tether.wire import codec
 log = logging.getLogger(__name__)
 
 SILENT_S = 3.0
-"""A server may be busy for a moment; a stream that is made again loses what is in it."""
+"""Seconds without an answer before a stream is recreated, which loses its messages; a server may be busy for
+a moment.
+"""
 _LOOK_S = 1.0
 _ASK_S = 1.0
 _DELETE_S = 0.5
 
 
 class InferStreams:
-    """The streams of the shared infer lanes, as one dispatcher looks after them.
+    """Watches the streams of the shared infer lanes for one dispatcher.
 
-    ``on_made`` hears of a stream that was made again: it has no consumers. ``on_change`` hears that :attr:`made` changed.
+    ``on_made`` is called with a recreated stream, which has no consumers; ``on_change`` when :attr:`made`
+    changed.
     """
 
     def __init__(
@@ -55,19 +58,21 @@ class InferStreams:
 
     @property
     def made(self) -> str:
-        """Another text whenever one of the streams was made again; empty as long as that is not known, and without a cluster."""
+        """Return a text that changes when a stream is recreated; empty while unknown, and without a cluster."""
         if self._bus.settings.replicas == 1 or not self._created:
             return ""
         return ",".join(self._created.get(stream, "") for stream in self._streams)
 
     async def keep(self) -> None:
-        """Look after them until cancelled. A broker that is alone takes its streams along, and needs nobody to look."""
+        """Watch the streams until cancelled; return at once for a single broker, whose streams go down with
+        it.
+        """
         while self._bus.settings.replicas > 1:
             await asyncio.gather(*map(self._look, self._streams))
             try:
                 await self._tell()
             except TetherError as error:
-                self._complain("gateways are not told of infer streams", error)
+                self._complain("could not publish the creation times of infer streams", error)
             await asyncio.sleep(_LOOK_S)
 
     async def _look(self, stream: str) -> None:
@@ -79,7 +84,7 @@ class InferStreams:
             if error.err_code == STREAM_NOT_FOUND:
                 await self._make(stream)
         except TetherError as error:
-            self._complain(f"{stream} is not looked at", error)
+            self._complain(f"could not check {stream}", error)
         else:
             self._silent_since.pop(stream, None)
             self._note(stream, info["created"])
@@ -90,14 +95,14 @@ class InferStreams:
             self._on_change()
 
     async def _missed(self, stream: str) -> None:
-        """Nobody answered for it. It is made again when that lasts, and the rest of the cluster answers."""
+        """Handle a missing answer: recreate the stream if that lasts and the rest of the cluster answers."""
         now = self._bus.clock.monotonic()
         since = self._silent_since.setdefault(stream, now)
         if now - since >= SILENT_S and await self._others_answer():
             await self._make(stream)
 
     async def _others_answer(self) -> bool:
-        """Whether a stream with a copy on every server has a leader, so that the silence is not that of the whole cluster."""
+        """Return True if a stream with a replica on every server has a leader: then the cluster itself is up."""
         try:
             answer = await self._bus.api(f"STREAM.INFO.{self._routes.raw.stream}", timeout=_ASK_S)
         except TetherError:
@@ -106,7 +111,7 @@ class InferStreams:
 
     async def _make(self, stream: str) -> None:
         log.warning(
-            "the server that holds %s is away; making the stream again on another one",
+            "the server of %s is down; recreating the stream on another one",
             stream,
             extra={"action": "stream_renewed", "stream": stream},
         )
@@ -114,7 +119,7 @@ class InferStreams:
         try:
             await _renew(self._bus, config)
         except TetherError as error:
-            self._complain(f"{stream} is not made again", error)
+            self._complain(f"could not recreate {stream}", error)
             return
         metrics.STREAMS_RENEWED.inc()
         self._silent_since.pop(stream, None)
@@ -122,16 +127,16 @@ class InferStreams:
         await self._look(stream)
 
     def remember(self, body: bytes) -> None:
-        """What a dispatcher stored about them: nobody is told a second time."""
+        """Adopt the creation times that a dispatcher stored, so that they are not published twice."""
         try:
             self._stored = codec.decode(body, StreamsMade)
         except BadEncoding as error:
-            self._complain("the entry about infer streams is written again", error)
+            self._complain("rewriting an invalid entry about infer streams", error)
         else:
             self._created = dict(self._stored.made)
 
     async def _tell(self) -> None:
-        """Store when the streams were created, if what is stored says something else."""
+        """Store the streams' creation times if they differ from the stored ones."""
         wanted = StreamsMade(made=tuple(sorted(self._created.items())))
         if self._created and wanted != self._stored:
             await self._routes.put(StreamsMade.KEY, codec.encode(wanted))
@@ -139,20 +144,20 @@ class InferStreams:
 
     def _complain(self, what: str, error: TetherError) -> None:
         if self._told.passes(f"{what} {error.code}") is not None:
-            log.warning("%s: %s; trying again", what, error, extra={"action": "streams_failed", "code": error.code})
+            log.warning("%s: %s; retrying", what, error, extra={"action": "streams_failed", "code": error.code})
 
 
 async def _renew(bus: Bus, config: dict[str, Any]) -> None:
-    """Delete a stream that nobody answers for, and create it where somebody does.
+    """Delete a stream that does not answer, and create it on a server that does.
 
     Raises:
-        JetStreamError, PermissionDenied, BrokerUnavailable: try again; it may be away, or there.
+        JetStreamError, PermissionDenied, BrokerUnavailable: retry; the stream may exist or not.
     """
     name = config["name"]
     try:
         await bus.api(f"STREAM.DELETE.{name}", timeout=_DELETE_S)
     except BrokerUnavailable:
-        # the server that should answer is the one that is away; the cluster has noted it all the same
+        # the server that would answer is the one that is down; the cluster has recorded the deletion
         log.debug("deletion of %s not acknowledged", name, extra={"action": "stream_deleted"})
     except JetStreamError as error:
         if error.err_code != STREAM_NOT_FOUND:

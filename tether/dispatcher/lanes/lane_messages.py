@@ -1,7 +1,7 @@
-"""Which bundles lie in a lane, by the message id that their jobs' records name.
+"""Reads which bundles are in a lane, by the message id that their jobs' records name.
 
-Each message is read once, when it has lain there for some seconds, and looked at again only after it was delivered: a work-queue
-stream keeps a message until it is acknowledged.
+Each message is read once, some seconds after it was stored, and again only after it was delivered: a
+work-queue stream keeps a message until it is acknowledged.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ _SIDE_BY_SIDE = 16
 
 @dataclass
 class LaneMessages:
-    """The bundles of a model version's jobs lane, in every region: ``lane`` names it with the region ``*``."""
+    """The bundles in a version's jobs lane, in every region: ``lane`` has the region ``*``."""
 
     bus: Bus
     lane: Lane
     there: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Sequence and subject of each bundle that was found and not seen to be gone."""
+    """Sequence and subject of each bundle found and not seen removed."""
     _next: int = 1
 
     async def look(self) -> set[Lane]:
-        """Find what came and what is gone; the lanes whose consumer has skipped a message that lies there.
+        """Update from the stream; return the lanes whose consumer has skipped a stored message.
 
         Raises:
-            JetStreamError, BrokerUnavailable
+            JetStreamError, BrokerUnavailable: the stream could not be read.
         """
         stream, subject = self.bus.names.lane_stream(self.lane), self.bus.names.lane(self.lane)
         while (found := await next_message(self.bus, stream, subject, self._next)) is not None:
@@ -44,7 +44,7 @@ class LaneMessages:
         return skipped
 
     async def _settled(self, stream: str, lane: Lane, subject: str) -> bool:
-        """Drop what was acknowledged in one lane; whether its consumer has skipped something."""
+        """Drop the acknowledged bundles of one lane; return True if its consumer has skipped a message."""
         consumer = await consumer_state(self.bus, lane)
         if consumer is None:
             return False

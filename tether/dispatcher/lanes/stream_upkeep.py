@@ -1,4 +1,4 @@
-"""Streams and buckets, those of isolated tenants too: made at the start, and kept as they must be."""
+"""Creates streams and buckets at the start, and keeps their configuration, for isolated tenants too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ENSURE_S = 10.0
 
 
 class Streams:
-    """``ok``: all of them were as they must be at the last look."""
+    """Streams of the platform. ``ok``: all were correct at the last check."""
 
     def __init__(self, bus: Bus, pools: Pools, steps: Steps) -> None:
         self._bus = bus
@@ -26,12 +26,12 @@ class Streams:
         self.ok = False
 
     def begin_anew(self) -> None:
-        """The broker may have lost streams: look now."""
+        """Check now: the broker may have lost streams."""
         self.ok = False
         self._lost.set()
 
     async def prepare(self) -> None:
-        """Create what is missing. A server of a cluster that is down is not a reason to do nothing.
+        """Create missing streams; go on if a server of a cluster is down.
 
         Raises:
             TetherError: the broker refuses a stream.
@@ -50,7 +50,7 @@ class Streams:
             raise error
 
     async def keep(self) -> None:
-        """Keep them as they must be until cancelled: after every reconnect, every ten seconds, and until it succeeds."""
+        """Check until cancelled: after every reconnect, every ten seconds, and until it succeeds."""
         while True:
             self._lost.clear()
             made = await self._steps.done("streams", self._ensure())

@@ -1,7 +1,7 @@
-"""Isolated tenants: which pools there are beside the shared one, and their streams.
+"""Tracks the pools of isolated tenants and creates their streams.
 
-A tenant that ceases to be isolated keeps its streams. While jobs are in them its own workers go on serving its lanes;
-new jobs go to the shared ones. No stream is ever removed here: what is in one was accepted.
+A tenant that is no longer isolated keeps its streams. While jobs are in them its workers serve its lanes; new
+jobs go to the shared ones. No stream is removed here: its jobs were accepted.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _TOLD_S = 60.0
 
 
 class Pools:
-    """Follows the tenants' records and keeps the streams of the isolated ones as they must be."""
+    """Follows tenants' records and creates the streams of isolated ones."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._tenants: dict[str, Tenant] = {}
         self._leaving: set[str] = set()
-        """Not isolated any more, and not yet empty."""
+        """Pools no longer isolated that still have jobs."""
         self._made: set[str] = set()
         self._refused: set[str] = set()
-        """The broker had no room for their streams, when it was last asked, or did not let this dispatcher make them."""
+        """Pools whose streams the broker refused on the last try: no space, or no permission."""
         self._as_they_are: set[str] = set()
         self._told = LogRateLimiter(bus.clock.monotonic, lines=1, within_s=_TOLD_S)
 
@@ -50,7 +50,7 @@ class Pools:
             try:
                 record = codec.decode(body, Tenant)
             except BadEncoding as error:
-                log.warning("unreadable tenant: %s", error, extra={"action": "entry_refused"})
+                log.warning("rejected a tenant's record: %s", error, extra={"action": "entry_refused"})
                 return
             if token(record.name) == key:
                 self._tenants[name] = record
@@ -60,19 +60,21 @@ class Pools:
         return {name for name, tenant in self._tenants.items() if tenant.isolated}
 
     def isolated(self, pool: str) -> bool:
-        """Whether a pool is that of a tenant which is isolated now."""
+        """Return True if the pool belongs to a tenant that is isolated now."""
         return pool in self._tenants and self._tenants[pool].isolated
 
     def served(self) -> set[str]:
-        """Every pool whose lanes are served, without the shared one: its streams are there, and a worker is bound to it."""
+        """Return the served pools except the shared one: their streams exist, and a worker is bound to them."""
         return (self._isolated() | self._leaving) & self._made & self._bound()
 
     def _bound(self) -> set[str]:
-        """Tenants with workers of their own, by the keyset: the broker lets nobody make streams of others."""
+        """Return tenants with workers bound in the keyset; the broker permits creating streams only for
+        these.
+        """
         return {record.tenant for record in self._bus.verifier.keyset.identities}
 
     def models(self, refs: Iterable[ModelRef], owners: OwnerBook) -> Mapping[str, tuple[ModelRef, ...]]:
-        """For the shared and every served pool the versions that it may use."""
+        """Return the versions that each served pool may use, the shared one included."""
         every = tuple(sorted(refs, key=lambda ref: (ref.model, ref.version)))
         found = {SHARED: every}
         for pool in self.served():
@@ -83,18 +85,18 @@ class Pools:
         return found
 
     async def ensure(self) -> None:
-        """Make the streams of pools that have none yet. A tenant for whom there is no room keeps nobody else waiting.
+        """Create missing streams of pools. A tenant whose streams do not fit delays no other one.
 
         Raises:
-            BrokerUnavailable
+            BrokerUnavailable: the broker did not answer.
         """
         await self._make_each(sorted((self._isolated() | self._leaving) - self._made - self._refused))
 
     async def look_again(self) -> None:
-        """Bring every pool's streams in line, and find formerly isolated tenants whose lanes still hold jobs.
+        """Update every pool's streams, and find formerly isolated tenants whose lanes still have jobs.
 
         Raises:
-            JetStreamError, BrokerUnavailable
+            JetStreamError, BrokerUnavailable: a stream could not be read or updated.
         """
         left = await pools_with_streams(self._bus) - self._isolated()
         holding = {pool for pool in left if not await self._is_empty(pool)}
@@ -103,14 +105,14 @@ class Pools:
         await self._make_each(sorted(self._isolated() | self._leaving))
 
     async def _is_empty(self, pool: str) -> bool:
-        """A stream that does not answer may hold jobs."""
+        """Return True if no job is left; a stream that does not answer may have jobs."""
         try:
             return await is_empty(self._bus, pool)
         except BrokerUnavailable:
             return False
 
     async def _make_each(self, pools: Sequence[str]) -> None:
-        """All of them, also after one that failed.
+        """Create the streams of all pools, also after one that failed.
 
         Raises:
             BrokerUnavailable: of the first that failed.
@@ -121,12 +123,14 @@ class Pools:
 
     async def _make(self, pool: str) -> BrokerUnavailable | None:
         if pool not in self._bound():
-            self._refuse(pool, f"no worker is bound to it: 'tether identity add NAME --role worker --tenant {pool}'")
+            self._refuse(
+                pool, f"no worker is bound to it: run 'tether identity add NAME --role worker --tenant {pool}'"
+            )
             return None
         try:
             await ensure_pool(self._bus, pool, self._bus.settings, self._as_they_are)
         except PermissionDenied as error:
-            self._refuse(pool, f"{error}; let the broker read its new configuration")
+            self._refuse(pool, f"{error}; reload the broker with its new configuration")
         except (QueueFull, StorageFull, JetStreamError) as error:
             self._refuse(pool, f"{error}; raise max_memory_mb, max_file_mb or max_isolated_tenants")
         except BrokerUnavailable as error:
@@ -140,4 +144,4 @@ class Pools:
         self._refused.add(pool)
         if self._told.passes(pool) is not None:
             extra = {"action": "pool_refused", "tenant": pool}
-            log.warning("tenant '%s' is isolated and gets no streams: %s", pool, reason, extra=extra)
+            log.warning("could not create streams for isolated tenant '%s': %s", pool, reason, extra=extra)

@@ -1,9 +1,9 @@
-"""The lanes of every version: made where they are missing, those in which somebody waits before all others.
+"""Creates missing lanes of all versions, those with waiting messages first.
 
-A broker that was restarted has lost its infer lanes, and with a thousand versions there are thousands to make. So lanes are made
-side by side and in parts, and before each part the dispatcher looks in which lanes messages wait: a gateway stores its bundles
-also where no consumer is yet. Infer lanes come before jobs lanes. What is there already, by the broker's own list, is brought up to
-date last.
+A restarted broker has lost its infer lanes, and a thousand versions have thousands. So lanes are created
+concurrently and in parts, and before each part the dispatcher reads which lanes have messages: a gateway
+stores bundles even where no consumer exists yet. Infer lanes come before jobs lanes. Lanes that the broker
+lists already are updated last.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from tether.streams.layout import ensure_lane, lanes_of
 log = logging.getLogger(__name__)
 
 A_PART = 256
-"""Lanes of one stream that are made between two looks at who waits."""
+"""Lanes of one stream to create between two reads of waiting messages."""
 SIDE_BY_SIDE = 64
-"""Requests to the broker at a time; it keeps 10,000, and drops all of them when there are more."""
+"""Concurrent requests to the broker; it queues 10,000, and drops all of them if there are more."""
 _LOOK_S = 1.0
 _AGAIN_S = 0.2
 
 
 class VersionLanes:
-    """Keeps the consumers of all lanes on one broker."""
+    """Creates and updates the consumers of all lanes on one broker."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._told = LogRateLimiter(bus.clock.monotonic, lines=1, within_s=10.0)
         self.wake = asyncio.Event()
-        """Set when other lanes may be wanted."""
+        """Set when the wanted lanes may have changed."""
         self._wanted: set[LaneGroup] = set()
         self._done: set[LaneGroup] = set()
-        """Groups whose lanes are there and as this process wants them."""
+        """Groups whose lanes exist with the wanted configuration."""
         self._as_wanted: dict[str, set[Lane]] = {}
-        """By stream the lanes that this process made or brought up to date."""
+        """By stream, the lanes that this process created or updated."""
         self._listed: dict[str, set[Lane]] = {}
-        """By stream what the broker said that there is; a stream is not in here until it was asked."""
+        """By stream, the lanes that the broker listed; a stream that was not asked is missing."""
 
     def begin_anew(self, stream: str = "") -> None:
-        """The broker, or one of its streams, may have lost consumers."""
+        """Assume that the broker, or one of its streams, lost consumers."""
         self._done.clear()
         if stream:
             self._listed.pop(stream, None)
@@ -56,8 +56,10 @@ class VersionLanes:
             self._listed.clear()
 
     async def keep(self, models: Callable[[], Models], regions: Callable[[], Iterable[str]]) -> None:
-        """Make what is missing until cancelled. Apart from everything else that the dispatcher does: with a thousand versions, or
-        on a cluster that lost a server, it takes seconds."""
+        """Create missing lanes until cancelled.
+
+        A task of its own: with a thousand versions, or on a cluster that lost a server, it takes seconds.
+        """
         while True:
             self.wake.clear()
             pause = _LOOK_S
@@ -68,7 +70,7 @@ class VersionLanes:
                 pause = _AGAIN_S
                 if self._told.passes(error.code) is not None:
                     log.warning(
-                        "lanes are missing: %s; trying again",
+                        "lanes are missing: %s; retrying",
                         error,
                         extra={"action": "lanes_failed", "code": error.code},
                     )
@@ -79,12 +81,12 @@ class VersionLanes:
                 continue
 
     async def ensure(self, models: Models, regions: Iterable[str]) -> bool:
-        """Make a part of what is missing; whether that was all.
+        """Create a part of the missing lanes; return True if none is missing.
 
-        A stream that does not answer holds up no other one.
+        A stream that does not answer delays no other one.
 
         Raises:
-            JetStreamError, BrokerUnavailable: of the first stream that failed, when all others were seen to.
+            JetStreamError, BrokerUnavailable: of the first stream that failed, after all others.
         """
         wanted = {LaneGroup(pool, ref, region) for pool, refs in models.items() for ref in refs for region in regions}
         self._forget(self._wanted - wanted)
@@ -101,7 +103,7 @@ class VersionLanes:
             self._count()
 
     def _forget(self, groups: Iterable[LaneGroup]) -> None:
-        """Lanes of deleted versions are removed when they are empty; if they are wanted again, they are made."""
+        """Forget lanes of deleted versions, which are removed once empty; they are created again if wanted."""
         for group in groups:
             self._done.discard(group)
             for lane in _lanes(group):
@@ -154,7 +156,9 @@ class VersionLanes:
         return len(left) <= A_PART
 
     async def _configured(self, stream: str) -> set[Lane]:
-        """What needs nothing; in a cluster with a server away this is not always told, and each lane is asked for."""
+        """Return correctly configured lanes; a cluster with a server down may not list them, then each lane
+        is asked for.
+        """
         try:
             return await configured_lanes(self._bus, stream, self._bus.settings)
         except BrokerUnavailable:
