@@ -1,7 +1,8 @@
-"""Whether the broker can store: the disk it writes to, and the streams it has stopped writing.
+"""Detects that the broker cannot store: its disk is full, or it has stopped writing to streams.
 
-nats-server stops writing a stream for good after its first write error, and answers no publish to it from then on; other
-streams go on. It says so on its monitor, in ``/healthz``. Only a restart, once there is room, makes it write again.
+nats-server stops writing to a stream permanently after its first write error, and answers no publish to it;
+other streams go on. Its monitor reports that in ``/healthz``. Only a restart with free disk space makes it
+write again.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from tether.settings import Settings
 log = logging.getLogger(__name__)
 
 LOOK_S = 1.0
-"""Between two looks at the disk."""
+"""Seconds between two checks of the disk."""
 
 ASK_S = 2.0
-"""Between two questions to the broker's monitor."""
+"""Seconds between two requests to the broker's monitor."""
 
 _FRESH_S = 0.02
-"""How old a look at the disk may be when something large is about to be stored; a look takes some microseconds."""
+"""Maximum age in seconds of a disk check when something large is stored; a check takes some microseconds."""
 
 _ENOUGH = 1.25
-"""How many times the reserve must be free before work is taken in again."""
+"""Multiple of the reserve that must be free before work is accepted again."""
 
 _STREAM = re.compile(r"'[^']* > ([^']+)'")
 _CAUSES = (
@@ -44,9 +45,10 @@ _CAUSES = (
 
 
 async def frozen_streams(http: httpx.AsyncClient, monitor: str) -> str:
-    """Which streams a broker has stopped writing and why, as its monitor says; empty when there are none, or no answer.
+    """Return the streams that a broker has stopped writing to and why, by its monitor; empty if none, or no
+    answer.
 
-    The words name no paths, so that any caller may see them.
+    The text has no paths, so any caller may see it.
     """
     try:
         answer = (await http.get(f"{monitor}/healthz", params={"details": "true"}, timeout=2)).json()
@@ -63,10 +65,11 @@ async def frozen_streams(http: httpx.AsyncClient, monitor: str) -> str:
 
 
 class BrokerStorage:
-    """What one process sees of the broker's storage: its folder where ``nats_store_dir`` names it, its monitor where
-    ``nats_monitor_url`` does. Without either it sees nothing, and nothing is refused.
+    """State of the broker's storage, from its folder (``nats_store_dir``) and its monitor
+    (``nats_monitor_url``).
 
-    ``full`` is why nothing more is taken in, for callers to read; empty while there is room.
+    Without either, nothing is known and nothing refused. ``full`` is the reason why work is refused, for
+    callers to read; empty while there is space.
     """
 
     def __init__(self, settings: Settings, clock: SystemClock) -> None:
@@ -80,14 +83,14 @@ class BrokerStorage:
         self.full = ""
 
     async def keep(self) -> None:
-        """Look for ever."""
+        """Check until cancelled."""
         async with httpx.AsyncClient(trust_env=False) as http:
             while True:
                 await self.look(http)
                 await asyncio.sleep(LOOK_S)
 
     async def look(self, http: httpx.AsyncClient) -> None:
-        """Bring ``full`` up to date."""
+        """Update ``full``."""
         self._look_at_disk()
         now = self._looked
         if self._monitor and now - self._asked >= ASK_S:
@@ -108,16 +111,16 @@ class BrokerStorage:
         reason = self._short or self._frozen
         if bool(reason) != bool(self.full):
             if reason:
-                log.error("nothing more is stored: %s", reason, extra={"action": "storage_full"})
+                log.error("refusing to store more: %s", reason, extra={"action": "storage_full"})
             else:
-                log.info("there is room to store again", extra={"action": "storage_free"})
+                log.info("the broker can store again", extra={"action": "storage_free"})
         self.full = reason
 
     def require(self) -> None:
-        """Prove that there is room for something more, a moment ago: a disk can fill in less than a second.
+        """Check for space again if the last check is too old; a disk can fill in less than a second.
 
         Raises:
-            StorageFull: there is none.
+            StorageFull: there is no space.
         """
         if self._clock.monotonic() - self._looked > _FRESH_S:
             self._look_at_disk()
@@ -126,7 +129,9 @@ class BrokerStorage:
             raise self._error()
 
     def explained(self, error: TetherError) -> TetherError:
-        """``error``, or what it comes from: a broker that cannot store does not answer."""
+        """Return StorageFull if full storage explains ``error``, which is otherwise returned: a full broker
+        does not answer.
+        """
         if self.full and isinstance(error, BrokerUnavailable):
             return self._error()
         return error
@@ -134,5 +139,5 @@ class BrokerStorage:
     def _error(self) -> StorageFull:
         fix = "delete models, move other files away, or enlarge the disk"
         if self._frozen and not self._short:
-            fix = "see that its disk has room and can be written; an embedded broker is then restarted by itself, restart another"
+            fix = "free space on its disk and check that it is writable; then restart the broker (an embedded one restarts itself)"
         return StorageFull(f"{self.full}; nothing was stored: {fix}")

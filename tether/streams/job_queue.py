@@ -1,4 +1,4 @@
-"""Puts bundles into lanes, and commits and finds the results of durable jobs."""
+"""Publishes bundles to lanes, and stores and reads the results of durable jobs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tether.errors import ResultConflict, VersionConflict
 
 
 class BusQueue:
-    """Puts bundles into lanes."""
+    """Publishes bundles to lanes."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -26,11 +26,11 @@ class BusQueue:
         ttl_s: float | None,
         timeout: float = 2.0,
     ) -> None:
-        """Return when the broker holds the bundle; the same ``message_id`` twice adds nothing the second time.
+        """Publish a bundle; return when the broker has stored it. A repeated ``message_id`` is ignored.
 
         Raises:
             QueueFull: nothing was stored.
-            BrokerUnavailable: unknown whether it was stored; send it again with the same id.
+            BrokerUnavailable: unknown whether it was stored; retry with the same id.
         """
         headers = {"Nats-Msg-Id": message_id}
         if ttl_s is not None:
@@ -39,16 +39,16 @@ class BusQueue:
 
 
 class BusResults:
-    """One stored end a job; the first one wins."""
+    """Stored outcomes, one for each job; the first one wins."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
 
     async def commit(self, job: str, frame: bytes, *, pool: str = SHARED) -> bool:
-        """Store how a job ended; False when it had already ended.
+        """Store an outcome. Return False if the job already has one.
 
-        It outlives the job's record (the dispatcher removes that first, and the stream keeps its messages for longer): a job
-        whose end were forgotten first would end a second time.
+        The outcome outlives the job's record (the dispatcher deletes that first, and the stream keeps
+        messages for longer): a job whose outcome was deleted first could finish a second time.
         """
         try:
             await self._bus.publish_acked(self._bus.names.result(job, pool), frame)
@@ -57,10 +57,10 @@ class BusResults:
         return True
 
     async def ended(self, jobs: Sequence[str], *, pool: str = SHARED) -> set[str]:
-        """Those of the jobs that have ended: who may only store results learns that and nothing of the results.
+        """Return those of the jobs that have finished; needs permission to store results, not to read them.
 
         Raises:
-            BrokerUnavailable
+            BrokerUnavailable: the broker did not answer.
         """
         found = await asyncio.gather(*[self._has_ended(job, pool) for job in jobs])
         return {job for job, ended in zip(jobs, found, strict=True) if ended}
@@ -71,14 +71,14 @@ class BusResults:
         except ResultConflict:
             return True
         except VersionConflict:
-            return False  # its end is being stored, and may not be; a second one would be refused
+            return False  # its outcome is being stored, which may fail; a second one would be refused
 
     async def find(self, jobs: Sequence[str], *, pool: str = SHARED) -> dict[str, bytes]:
-        """The stored frames of those jobs of a pool that have ended."""
+        """Return the stored frames of those jobs of a pool that have finished."""
         return {job: stored.data for job, stored in (await self.stored(jobs, pool=pool)).items()}
 
     async def stored(self, jobs: Sequence[str], *, pool: str = SHARED) -> dict[str, StoredMessage]:
-        """:meth:`find` with what the broker says of each frame."""
+        """Return what :meth:`find` does, with the broker's metadata of each frame."""
         names, subjects = self._bus.names, {self._bus.names.result(job, pool): job for job in jobs}
         stream = names.pool_results_stream(pool)
         if len(subjects) == 1:

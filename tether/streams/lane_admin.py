@@ -1,5 +1,6 @@
-"""What is in the broker's lanes, whoever made them: for the dispatcher, which removes those that have no version any more
-and makes consumers again that do not deliver."""
+"""Lists and removes lanes in the broker, whoever created them; the dispatcher finds orphaned and broken ones
+with it.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +21,11 @@ MESSAGE_NOT_FOUND = 10037
 
 
 class StreamState(msgspec.Struct, frozen=True):
-    """A lane stream. ``created`` changes when the stream was made again; ``last`` is a sequence; ``waiting``: the number of
-    messages on each subject that has any."""
+    """State of a lane stream.
+
+    ``created`` changes when the stream is recreated; ``last`` is a sequence; ``waiting`` is the number of
+    messages on each subject that has any.
+    """
 
     created: str
     consumers: int
@@ -30,16 +34,18 @@ class StreamState(msgspec.Struct, frozen=True):
 
 
 class ConsumerState(msgspec.Struct, frozen=True):
-    """A lane's consumer, as the broker counts. ``delivered`` and ``acked`` are sequences of the stream: the last one that
-    was delivered, and the last one up to which every message is acknowledged."""
+    """State of a lane's consumer, as counted by the broker.
+
+    ``delivered`` is the last delivered sequence of the stream; every message up to ``acked`` is acknowledged.
+    """
 
     name: str
     delivered: int
     acked: int
     pending: int
-    """Messages that were not delivered yet."""
+    """Messages not delivered yet."""
     unacked: int
-    """Messages that were delivered and not acknowledged."""
+    """Messages delivered and not acknowledged."""
 
 
 class LaneMessage(msgspec.Struct, frozen=True):
@@ -51,40 +57,40 @@ class LaneMessage(msgspec.Struct, frozen=True):
 
 
 async def lanes_there(bus: Bus) -> set[Lane]:
-    """Every lane that has a consumer or a message.
+    """Return every lane that has a consumer or a message.
 
     Raises:
-        JetStreamError, BrokerUnavailable
+        JetStreamError, BrokerUnavailable: the broker could not be asked.
     """
     found = [await consumers_of(bus, stream) for stream in await lane_streams(bus)]
     return set[Lane]().union(*found) | await lanes_with_messages(bus)
 
 
 async def lanes_with_messages(bus: Bus) -> set[Lane]:
-    """Every lane in which a message waits or is in a worker's hands: it is gone when it is acknowledged.
+    """Return every lane with a message that is not acknowledged, delivered or not.
 
     Raises:
-        JetStreamError, BrokerUnavailable
+        JetStreamError, BrokerUnavailable: the broker could not be asked.
     """
     found = [await waiting_in(bus, stream) for stream in await lane_streams(bus)]
     return set[Lane]().union(*found)
 
 
 async def consumers_of(bus: Bus, stream: str) -> set[Lane]:
-    """The lanes that have a consumer on one stream; none when there is no such stream.
+    """Return the lanes that have a consumer on a stream; none if the stream does not exist.
 
     Raises:
-        JetStreamError, BrokerUnavailable
+        JetStreamError, BrokerUnavailable: the broker could not be asked.
     """
     found = [bus.names.parse_lane_consumer(name) async for name in _consumers(bus, stream)]
     return {lane for lane in found if lane is not None}
 
 
 async def waiting_in(bus: Bus, stream: str) -> set[Lane]:
-    """:func:`lanes_with_messages` of one stream.
+    """Return what :func:`lanes_with_messages` does for one stream.
 
     Raises:
-        JetStreamError, BrokerUnavailable
+        JetStreamError, BrokerUnavailable: the broker could not be asked.
     """
     state = await stream_state(bus, stream)
     found = [bus.names.parse_lane(subject) for subject in (state.waiting if state is not None else ())]
@@ -92,10 +98,10 @@ async def waiting_in(bus: Bus, stream: str) -> set[Lane]:
 
 
 async def lane_streams(bus: Bus) -> list[str]:
-    """Every stream that holds lanes, those of isolated tenants too, also of tenants that are not isolated any more.
+    """Return every stream with lanes, including those of tenants that are or were isolated.
 
     Raises:
-        JetStreamError, BrokerUnavailable
+        JetStreamError, BrokerUnavailable: the broker could not be asked.
     """
     names = bus.names
     streams = [names.infer_stream(shard) for shard in range(names.infer_shards)]
@@ -116,10 +122,10 @@ async def _consumers(bus: Bus, stream: str) -> AsyncIterator[str]:
 
 
 async def stream_state(bus: Bus, stream: str, subjects: str = ">") -> StreamState | None:
-    """The state of a stream, with the messages on ``subjects``; None when there is no such stream.
+    """Return the state of a stream with the messages on ``subjects``; None if it does not exist.
 
     Raises:
-        JetStreamError, BrokerUnavailable
+        JetStreamError, BrokerUnavailable: the broker could not be asked.
     """
     waiting: dict[str, int] = {}
     found: StreamState | None = None
@@ -130,10 +136,10 @@ async def stream_state(bus: Bus, stream: str, subjects: str = ">") -> StreamStat
 
 
 async def stream_pages(bus: Bus, stream: str, subjects: str) -> AsyncIterator[StreamState]:
-    """:func:`stream_state` in chunks of at most 100,000 subjects, for who must not hold them all.
+    """Yield :func:`stream_state` in pages of at most 100,000 subjects, to limit memory.
 
     Raises:
-        JetStreamError, BrokerUnavailable
+        JetStreamError, BrokerUnavailable: the broker could not be asked.
     """
     seen, total = 0, 1
     while seen < total:
@@ -147,19 +153,20 @@ async def stream_pages(bus: Bus, stream: str, subjects: str) -> AsyncIterator[St
 
 
 async def consumer_states(bus: Bus, stream: str) -> list[ConsumerState]:
-    """Every consumer of a stream, in pages of 256; costly for a stream with many.
+    """Return every consumer of a stream, in requests of 256; costly for a stream with many.
 
     Raises:
-        JetStreamError, BrokerUnavailable
+        JetStreamError, BrokerUnavailable: the broker could not be asked.
     """
     return [_consumer(item) async for item in _descriptions(bus, stream)]
 
 
 async def configured_lanes(bus: Bus, stream: str, settings: Settings) -> set[Lane]:
-    """The lanes that have a consumer just as ``settings`` want it; a list is 50 times as fast as asking for each.
+    """Return the lanes whose consumer matches ``settings``; one list is 50 times as fast as asking for each
+    lane.
 
     Raises:
-        JetStreamError, BrokerUnavailable
+        JetStreamError, BrokerUnavailable: the broker could not be asked.
     """
     found: set[Lane] = set()
     async for item in _descriptions(bus, stream):
@@ -182,28 +189,29 @@ async def _descriptions(bus: Bus, stream: str) -> AsyncIterator[dict[str, Any]]:
 
 
 async def consumer_state(bus: Bus, lane: Lane) -> ConsumerState | None:
-    """A lane's consumer; None when it has none.
+    """Return a lane's consumer; None if it has none.
 
     Raises:
-        JetStreamError, BrokerUnavailable
+        JetStreamError, BrokerUnavailable: the broker could not be asked.
     """
     answer = await _asked(bus, f"CONSUMER.INFO.{bus.names.lane_stream(lane)}.{bus.names.lane_consumer(lane)}", None)
     return _consumer(answer) if answer else None
 
 
 async def next_message(bus: Bus, stream: str, subject: str, start: int) -> LaneMessage | None:
-    """The first message on ``subject``, which may have wildcards, from the sequence ``start`` on; None when there is none.
+    """Return the first message on ``subject`` (wildcards allowed) from sequence ``start`` on; None if there
+    is none.
 
-    The stream's leader answers, so what it does not have is not there.
+    The stream's leader answers, so a missing message does not exist.
 
     Raises:
-        JetStreamError, BrokerUnavailable: also when there is no such stream.
+        JetStreamError, BrokerUnavailable: also if the stream does not exist.
     """
     return await _message(bus, stream, {"seq": start, "next_by_subj": subject})
 
 
 async def message_at(bus: Bus, stream: str, sequence: int) -> LaneMessage | None:
-    """The message with a sequence, as :func:`next_message`."""
+    """Return the message with a sequence, as :func:`next_message` does."""
     return await _message(bus, stream, {"seq": sequence})
 
 
@@ -230,9 +238,9 @@ def _consumer(item: dict[str, Any]) -> ConsumerState:
 
 
 async def _asked(bus: Bus, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-    """An answer about a stream or consumer; an empty one when there is no such thing."""
+    """Request the state of a stream or consumer; an empty response means it does not exist."""
     try:
-        # in a cluster a list waits for servers that are away
+        # in a cluster a list waits for servers that are down
         return await bus.api(path, body, timeout=5.0 if path.startswith("CONSUMER.LIST.") else 2.0)
     except JetStreamError as error:
         if error.err_code not in (STREAM_NOT_FOUND, CONSUMER_NOT_FOUND):
@@ -241,10 +249,10 @@ async def _asked(bus: Bus, path: str, body: dict[str, Any] | None) -> dict[str, 
 
 
 async def remove_lane(bus: Bus, lane: Lane) -> None:
-    """Remove a lane's consumer; safe to repeat. Messages stay.
+    """Remove a lane's consumer; idempotent. Messages stay.
 
     Raises:
-        JetStreamError, BrokerUnavailable
+        JetStreamError, BrokerUnavailable: the consumer may still exist.
     """
     try:
         await bus.api(f"CONSUMER.DELETE.{bus.names.lane_stream(lane)}.{bus.names.lane_consumer(lane)}")

@@ -1,15 +1,18 @@
-"""The raw long pull of one lane: credit in, deliveries out.
+"""Pulls one lane with long-lived pull requests, limited by credit.
 
-A pull request asks for as many messages as the worker wants and waits at the broker until they come or it
-expires; the longer a lane rests, the longer the next pull (2 s to 60 s), so a resting lane costs next to nothing.
-Heartbeats tell that the broker still knows the pull: when they stop, the inbox is changed and the pull begun anew.
+A pull request asks for as many messages as the worker wants and waits at the broker until they arrive or it
+expires. The longer a lane is idle, the longer the next pull (2 s to 60 s), so an idle lane costs almost
+nothing. Heartbeats show that the broker still knows the pull; if they stop, the pull is restarted with a new
+inbox.
 
-A worker that becomes busy takes its requests back (:meth:`LaneConsumer.share` with a credit of 0): it ends the subscription of
-the inbox, and the broker passes over requests that nobody listens to. What the broker sent before still arrives. Measured on
-nats-server 2.15: 2,513 withdrawals under a stream of 20,000 messages; each arrived once, with a delivery count of 1.
+A worker that becomes busy cancels its requests (:meth:`LaneConsumer.share` with a credit of 0): it
+unsubscribes the inbox, and the broker skips requests without a subscriber. Messages in flight still arrive.
+Measured on nats-server 2.15: 2,513 cancellations under a stream of 20,000 messages; each arrived once, with a
+delivery count of 1.
 
-The broker serves waiting requests in turn, and one for many messages takes the same turn as one for a single message. So a
-worker that is to have a certain part of a lane asks with that many requests for one message each: see :meth:`LaneConsumer.share`.
+The broker serves pending requests in turn, and one for many messages takes the same turn as one for a single
+message. So a worker that should get a certain share of a lane keeps that many requests of one message each:
+see :meth:`LaneConsumer.share`.
 """
 
 from __future__ import annotations
@@ -35,16 +38,16 @@ HOT_S = 2.0
 COLD_S = 60.0
 _DRAIN_S = 2.0
 _COMING_S = 0.01
-"""How long a look waits for a message that should be on its way; another worker may have taken it."""
+"""Seconds that a check waits for a message that should be in flight; another worker may have taken it."""
 _LOOK_S = 0.1
-"""How long a look waits for the broker's word."""
+"""Seconds that a check waits for the broker's response."""
 _RETRY_S = (0.1, 0.2, 0.5, 1.0)
 _RESTING_S = 8.0
-"""A lane whose pulls last longer has had nothing for a quarter of a minute."""
+"""Pull time in seconds from which a lane counts as idle: it had no message for a quarter of a minute."""
 _SPREAD_S = 1.0
-"""A worker may pull thousands of lanes: after a reconnect those that rest begin within this time, after the others."""
+"""Seconds over which idle lanes restart after a reconnect, behind the others; a worker may pull thousands."""
 _ABSENT_S = (0.2, 0.4, 0.8)
-"""Between two tries of a resting lane whose consumer the broker does not have; the others try at the shortest."""
+"""Seconds between tries of an idle lane without a consumer; other lanes use the shortest."""
 _serial = itertools.count()
 
 
@@ -65,19 +68,19 @@ class Delivery:
 
     @property
     def stored_at(self) -> float:
-        """When the broker stored the message, by its own clock; UTC seconds."""
+        """Return when the broker stored the message, by its own clock; UTC seconds."""
         return stored_at(self.ack_subject)
 
     async def ack(self) -> None:
-        """Done: the broker forgets the message."""
+        """Acknowledge: the broker deletes the message."""
         await self._settle(b"+ACK")
 
     async def give_back(self) -> None:
-        """Not done: the broker delivers it again at once."""
+        """Reject: the broker redelivers the message at once."""
         await self._settle(b"-NAK")
 
     def abandon(self) -> None:
-        """Neither done nor given back: the broker delivers it again when its ack wait is over."""
+        """Leave the message unsettled: the broker redelivers it after its ack wait."""
         if not self._settled:
             self._settled = True
             if self.on_settled is not None:
@@ -90,31 +93,34 @@ class Delivery:
         try:
             await self._bus.publish(self.ack_subject, verdict)
         except BrokerUnavailable:
-            log.info("not settled, the broker is away: it will be delivered again", extra={"action": "ack_lost"})
+            log.info(
+                "could not settle a message, the broker is unreachable: it will be redelivered",
+                extra={"action": "ack_lost"},
+            )
 
 
 def delivery_count(ack_subject: str) -> int:
-    """How often the message was delivered, from its ack subject (both forms: 9 tokens, or 11 and more)."""
+    """Return the delivery count in an ack subject (9 tokens, or 11 and more)."""
     tokens = ack_subject.split(".")
     position = 4 if len(tokens) == 9 else 6
     return int(tokens[position])
 
 
 def stored_at(ack_subject: str) -> float:
-    """When the message was stored, in UTC seconds, from its ack subject."""
+    """Return when the message was stored, in UTC seconds, from its ack subject."""
     tokens = ack_subject.split(".")
     return int(tokens[7 if len(tokens) == 9 else 9]) / 1e9
 
 
 def left_in_lane(ack_subject: str) -> int:
-    """Messages that waited behind this one when it was sent, from its ack subject."""
+    """Return how many messages were behind this one when it was sent, from its ack subject."""
     tokens = ack_subject.split(".")
     position = 8 if len(tokens) == 9 else 10
     return int(tokens[position])
 
 
 class _Inbox:
-    """Where the answers to requests arrive until it is closed."""
+    """Inbox for the responses to pull requests until it is closed."""
 
     __slots__ = ("closed", "subject", "subscription")
 
@@ -125,9 +131,9 @@ class _Inbox:
 
 
 class LaneConsumer:
-    """Pulls one lane. ``on_delivery`` is called for each message; :meth:`release` gives its slot back.
+    """Pulls one lane. ``on_delivery`` is called with each message; :meth:`release` returns its credit.
 
-    ``credit`` is the number of messages that this worker may have taken and not released.
+    ``credit`` is the number of messages that this worker may have received and not released.
     """
 
     def __init__(self, bus: Bus, lane: Lane, credit: int, on_delivery: Callable[[Delivery], None]) -> None:
@@ -141,18 +147,18 @@ class LaneConsumer:
         self._drains = Tasks()
         self._held = 0
         self._more = False
-        """Whether others waited behind the last message that came."""
+        """Whether other messages were behind the last one received."""
         self._news = asyncio.Event()
         self._outstanding = 0
         self._expiry_s = HOT_S
         self._colder_at = 0.0
         self._heard = 0.0
         self._slowest_s = 0.0
-        """Seconds between heartbeats of the slowest pull that may still be outstanding, until ``_slowest_until``."""
+        """Longest heartbeat interval in seconds of pulls that may be open, until ``_slowest_until``."""
         self._slowest_until = 0.0
         self._failures = 0
         self._absences = 0
-        """How often in a row a resting lane had no consumer."""
+        """How often in a row an idle lane had no consumer."""
         self._wake = asyncio.Event()
         self._lost = True
         self._forget: Callable[[], None] = _nothing
@@ -163,7 +169,7 @@ class LaneConsumer:
         self._task = asyncio.create_task(self._run(), name=f"pull-{self.lane.model}")
 
     async def stop(self) -> None:
-        """Ask for no more. What the broker had already sent still arrives and stays with its receiver."""
+        """Stop pulling. Messages in flight still arrive and stay with the receiver."""
         self._forget()
         task, self._task = self._task, None
         if task is not None:
@@ -177,11 +183,11 @@ class LaneConsumer:
             await self._drains.finish(_DRAIN_S)
 
     def share(self, credit: int, turns: int = 0) -> None:
-        """From now on ask while fewer than ``credit`` messages are in hand; those that are stay, and so does what was asked
-        unless ``credit`` is 0: then it is taken back, and what is on its way still arrives.
+        """Pull while fewer than ``credit`` messages are unreleased; a credit of 0 cancels open requests.
 
-        ``turns`` 0: for as many as are lacking. Otherwise ask for one message so many times: up to ``turns`` - 1 more than
-        ``credit`` may come to hand.
+        Received messages stay, and those in flight still arrive. ``turns`` 0: one request for the missing
+        messages. Otherwise ``turns`` requests of one message each: up to ``turns`` - 1 more than ``credit``
+        may arrive.
         """
         if (credit, turns) == (self._credit, self._turns):
             return
@@ -200,15 +206,15 @@ class LaneConsumer:
         try:
             await _drain(inbox)
         except TetherError as error:
-            log.info("not withdrawn in order: %s", error, extra={"action": "pull_not_drained"})
+            log.info("could not cancel a pull in order: %s", error, extra={"action": "pull_not_drained"})
 
     @property
     def empty(self) -> bool:
-        """Whether a request waits at the broker and, as far as is known, nothing for it."""
+        """Return True if a request is open and no message is known to be available."""
         return self._outstanding > 0 and not self._more
 
     async def look(self) -> None:
-        """Return when something came, or the broker said that there is nothing, or after a moment without either."""
+        """Wait until a message arrives, the broker reports none, or a short timeout."""
         if self._task is None or not self._bus.connected:
             return
         self._news.clear()
@@ -222,7 +228,7 @@ class LaneConsumer:
                 await self._news.wait()
 
     def release(self) -> None:
-        """A message of this lane began to run, or was settled: its slot is free."""
+        """Return the credit of a message that began to run or was settled."""
         self._held -= 1
         self._wake.set()
 
@@ -232,14 +238,14 @@ class LaneConsumer:
 
     def _reconnected(self) -> None:
         if self._rests:
-            # spread evenly whatever the number: multiples of the golden ratio
+            # even spacing for any number: multiples of the golden ratio
             delay = (next(_serial) * 0.618034) % 1.0 * _SPREAD_S
             asyncio.get_running_loop().call_later(delay, self._begin_anew)
         else:
             self._begin_anew()
 
     def _begin_anew(self) -> None:
-        """What the broker knew of this pull is gone."""
+        """Restart the pull: the broker has lost it."""
         self._lost = True
         self._wake.set()
 
@@ -251,7 +257,7 @@ class LaneConsumer:
                 self._failures = 0
             except TetherError as error:
                 if not isinstance(error, BrokerUnavailable):
-                    log.warning("cannot pull: %s", error, extra={"action": "pull_failed", "model": self.lane.model})
+                    log.warning("could not pull: %s", error, extra={"action": "pull_failed", "model": self.lane.model})
                 self._failures += 1
                 await self._woken(_RETRY_S[min(self._failures, len(_RETRY_S)) - 1])
                 continue
@@ -284,7 +290,7 @@ class LaneConsumer:
             await self._ask(want)
 
     def _silence_s(self) -> float:
-        """Without a message or heartbeat for this long the pull is lost; the slowest outstanding pull counts."""
+        """Return the seconds without message or heartbeat after which the slowest open pull is lost."""
         slowest = self._slowest_s if self._bus.clock.monotonic() < self._slowest_until else self._heartbeat_s()
         return 2 * slowest + 0.5
 
@@ -297,7 +303,7 @@ class LaneConsumer:
         return min(15.0, self._expiry_s / 2)
 
     async def _ask(self, count: int, *, wait: bool = True) -> None:
-        """Ask for ``count`` messages; without ``wait`` only for such as are there."""
+        """Request ``count`` messages; without ``wait`` only those that are available."""
         request: dict[str, object] = {"batch": count, "group": PRIORITY_GROUP, "priority": 0}
         if wait:
             request["expires"] = int(self._expiry_s * NANOSECONDS)
@@ -318,14 +324,14 @@ class LaneConsumer:
             if not inbox.closed:
                 self._arrived(message, current=inbox is self._inbox)
 
-        # its own inbox is not refused, and the request follows on the same connection
+        # subscribing its own inbox is not refused, and the request follows on the same connection
         inbox.subscription = await self._bus.subscribe(inbox.subject, arrived, confirmed=False)
-        if inbox.closed:  # taken back meanwhile
+        if inbox.closed:  # cancelled meanwhile
             await inbox.subscription.unsubscribe()
         return inbox
 
     async def _drop_inbox(self) -> None:
-        """What was asked for is not expected any more."""
+        """Forget the open requests."""
         inbox, self._inbox = self._inbox, None
         self._outstanding = 0
         self._slowest_s = 0.0
@@ -353,7 +359,7 @@ class LaneConsumer:
             self._absences = 0
         if status == "100":
             return
-        if status == "404":  # to a look, which asks for one
+        if status == "404":  # response to a check, which requests one message
             self._outstanding = max(0, self._outstanding - 1)
             self._news.set()
             self._wake.set()
@@ -364,14 +370,14 @@ class LaneConsumer:
             self._rested()
             self._wake.set()
             return
-        level = logging.DEBUG if status == "503" else logging.INFO  # no consumer yet, after a restart for every lane
+        level = logging.DEBUG if status == "503" else logging.INFO  # no consumer yet, as for every lane after a restart
         log.log(level, "pull ended with status %s", status, extra={"action": "pull_ended", "model": self.lane.model})
         self._absences = self._absences + 1 if self._rests else 0
         delay = _ABSENT_S[min(self._absences, len(_ABSENT_S) - 1)]
         asyncio.get_running_loop().call_later(delay, self._begin_anew)
 
     def _rested(self) -> None:
-        """The next request waits longer; requests that took turns, and ended together, count once."""
+        """Lengthen the next pull; requests that ended together count once."""
         now = self._bus.clock.monotonic()
         if not self._turns or now >= self._colder_at:
             self._colder_at = now + self._expiry_s
@@ -379,7 +385,7 @@ class LaneConsumer:
 
 
 async def _drain(inbox: _Inbox) -> None:
-    """End it once everything has arrived that was on its way."""
+    """Close the inbox after everything in flight has arrived."""
     try:
         if inbox.subscription is not None:
             await inbox.subscription.drain(_DRAIN_S)
@@ -388,4 +394,4 @@ async def _drain(inbox: _Inbox) -> None:
 
 
 def _nothing() -> None:
-    """Before a pull has begun there is nothing to forget."""
+    """Do nothing: the pull has not begun."""

@@ -1,5 +1,7 @@
-"""Streams, buckets and lane consumers, as the platform needs them. Only the dispatcher creates them, and only an
-administrator's login changes a stream that is there: see :mod:`tether.streams.updates`."""
+"""Configurations of streams, buckets and lane consumers. Only the dispatcher creates them.
+
+Only the administrator's login changes an existing stream, see :mod:`tether.streams.updates`.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +23,24 @@ log = logging.getLogger(__name__)
 
 NANOSECONDS = 1_000_000_000
 MAX_CONSUMERS = 20_000
-"""The server's default cap of 1,000 lanes a stream is too low."""
+"""Maximum lanes of a stream; the server's default of 1,000 is too low."""
 
 BOUNDED_BUCKETS = ("jobs", "attempts", "liveness", "puts")
-"""Buckets that grow with what clients do, and so have bounds of their own."""
+"""Buckets that grow with clients' requests, and so have limits of their own."""
 
 DUPLICATES_S = 30
-"""How long an infer stream knows a message by its id."""
+"""Seconds in which an infer stream deduplicates message ids."""
 JOBS, RESULTS, RECORDS, DEAD, NOTES = 8, 9, 6, 2, 1
-"""How many 64ths of the disk each of these stores may use. A small job takes about 570 bytes of records and 450 of results."""
+"""Share of each store in 64ths of the disk. A small job takes about 570 bytes of records and 450 of results."""
 
 ENDS = 1 / 16
-"""Part of the results that only ends without outputs may use: there is room for them when outputs have filled the rest."""
+"""Fraction of the results reserved for outcomes without outputs, when outputs have filled the rest."""
 
 PUTS = 256
-"""What part of the disk the notes of sent chunks may use, taken from the share of ``attempts``; the oldest give way."""
+"""Fraction of the disk for notes of sent chunks (1/256), taken from ``attempts``; oldest notes are evicted."""
 
 RESULT_MARGIN_S = 120
-"""A result may be kept this much longer than the record of its job."""
+"""Seconds that a result is kept beyond the record of its job."""
 
 STREAM_NOT_FOUND = 10059
 PRIORITY_GROUP = "lane"
@@ -48,7 +50,7 @@ _SIDE_BY_SIDE = 8
 
 
 def streams(names: Names, settings: Settings) -> list[dict[str, Any]]:
-    """The configuration of every stream and bucket, in JetStream API form."""
+    """Return the configuration of every stream and bucket, in JetStream API form."""
     memory = settings.max_memory_mb * _MB
     audit = _audit_mb(settings) * _MB
     disk = _rest(settings)
@@ -78,17 +80,19 @@ def _audit_mb(settings: Settings) -> int:
 
 
 def _rest(settings: Settings) -> int:
-    """Bytes that everything but the audit log shares: of a sixteenth more than there is, it leaves a sixteenth."""
+    """Return 16/15 of the disk bytes besides the audit log; the shares of all stores add up to 15/16 of it."""
     return (settings.max_file_mb - _audit_mb(settings)) * _MB * 16 // 15
 
 
 def pool_streams(names: Names, pool: str, settings: Settings) -> list[dict[str, Any]]:
-    """The streams of one isolated tenant: a quarter of the memory and an eighth of the disk are for all of them."""
+    """Return the streams of an isolated tenant; all such tenants share a quarter of the memory and an eighth
+    of the disk.
+    """
     memory = settings.max_memory_mb * _MB // 4 // settings.max_isolated_tenants
     disk = _rest(settings) // 16 // settings.max_isolated_tenants
     shard = pool_token(pool)
     return [
-        # few lanes, and a name that no permission can list: it is not made again, it has copies
+        # few lanes, and a name that no permission can list: it is not recreated but replicated
         _infer(names, shard, memory, replicas=settings.replicas),
         _jobs(names, shard, disk, settings),
         _results(names, pool, disk, settings),
@@ -119,7 +123,7 @@ def _jobs(names: Names, shard: int | str, max_bytes: int, settings: Settings) ->
         "discard": "new",
         "max_bytes": max_bytes,
         "max_consumers": MAX_CONSUMERS,
-        # jobs have none: a gateway's probes go by themselves
+        # jobs have no such limit: a gateway's probes are not affected
         "allow_msg_ttl": True,
         "duplicate_window": 120 * NANOSECONDS,
         "num_replicas": settings.replicas,
@@ -127,7 +131,9 @@ def _jobs(names: Names, shard: int | str, max_bytes: int, settings: Settings) ->
 
 
 def _longest_ns(settings: Settings) -> int:
-    """How long the record of a job is kept that ends as late as it may, where no dispatcher removes it."""
+    """Return how long the record of a job is kept without a dispatcher, if the job finishes as late as
+    possible.
+    """
     return int((LONGEST_DEADLINE_S + settings.result_ttl_s) * NANOSECONDS)
 
 
@@ -135,7 +141,7 @@ def _results(names: Names, pool: str, max_bytes: int, settings: Settings) -> dic
     return {
         "name": names.pool_results_stream(pool),
         "subjects": [names.results(pool)],
-        # the dispatcher counts open jobs by it
+        # the dispatcher counts open jobs with it
         "republish": {
             "src": names.results(pool),
             "dest": names.ended("{{wildcard(1)}}", pool),
@@ -146,7 +152,7 @@ def _results(names: Names, pool: str, max_bytes: int, settings: Settings) -> dic
         "discard": "new",
         "discard_new_per_subject": True,
         "max_msgs_per_subject": 1,
-        # the dispatcher removes them long before
+        # the dispatcher deletes them long before
         "max_age": _longest_ns(settings) + RESULT_MARGIN_S * NANOSECONDS,
         "max_bytes": max_bytes,
         "allow_direct": True,
@@ -161,7 +167,7 @@ def _dead(names: Names, max_bytes: int, settings: Settings) -> dict[str, Any]:
         "subjects": [names.dead_subjects()],
         "storage": "file",
         "retention": "limits",
-        # the newest are those that somebody still looks for
+        # the newest are those that callers still ask for
         "discard": "old",
         "max_age": 30 * 86400 * NANOSECONDS,
         "max_bytes": max_bytes,
@@ -230,12 +236,12 @@ def _objects(names: Names, bucket: str, settings: Settings) -> dict[str, Any]:
 
 
 async def ensure_platform(bus: Bus, settings: Settings) -> None:
-    """Create what is missing and bring the rest up to date; safe to repeat.
+    """Create missing streams and update the rest; idempotent.
 
     Raises:
-        JetStreamError: the server refuses a configuration (a limit that is too low, say).
+        JetStreamError: the server refuses a configuration (for example a limit that is too low).
         BrokerUnavailable: it does not answer.
-        TetherError: in any case of the first stream that failed, when all others were seen to.
+        TetherError: in any case of the first stream that failed, after all others.
     """
     for error in (await ensure_streams(bus, streams(bus.names, settings))).values():
         raise error
@@ -244,9 +250,11 @@ async def ensure_platform(bus: Bus, settings: Settings) -> None:
 async def ensure_streams(
     bus: Bus, configs: Sequence[dict[str, Any]], as_they_are: set[str] | None = None
 ) -> dict[str, TetherError]:
-    """Create what is missing and bring the rest up to date, each by itself: one that does not answer holds up no other one.
-    Returns what went wrong, by stream. ``as_they_are``: streams that this identity may not change, which is no failure; those
-    that it learns of are added."""
+    """Create missing streams and update the rest, one by one; return the errors by stream.
+
+    A stream that does not answer delays no other one. ``as_they_are``: streams that this identity may not
+    change, which is not an error; streams found to be so are added.
+    """
     failed: dict[str, TetherError] = {}
     gate = asyncio.Semaphore(_SIDE_BY_SIDE)
 
@@ -258,7 +266,7 @@ async def ensure_streams(
                 failed[config["name"]] = error
 
     await asyncio.gather(*map(ensure, configs))
-    # what grows may need the room that another one leaves
+    # a stream that grows may need the space that another one frees
     for config in [config for config in configs if isinstance(failed.get(config["name"]), QueueFull | StorageFull)]:
         del failed[config["name"]]
         await ensure(config)
@@ -266,19 +274,19 @@ async def ensure_streams(
 
 
 async def ensure_pool(bus: Bus, pool: str, settings: Settings, as_they_are: set[str] | None = None) -> None:
-    """:func:`ensure_streams` for those of one isolated tenant.
+    """Create and update the streams of one isolated tenant, as :func:`ensure_streams` does.
 
     Raises:
-        QueueFull, StorageFull: the broker has no room for them.
-        PermissionDenied: no worker is bound to the tenant, so this identity may not make them.
-        JetStreamError, BrokerUnavailable
+        QueueFull, StorageFull: the broker has no space for them.
+        PermissionDenied: no worker is bound to the tenant, so this identity may not create them.
+        JetStreamError, BrokerUnavailable: otherwise.
     """
     for error in (await ensure_streams(bus, pool_streams(bus.names, pool, settings), as_they_are)).values():
         raise error
 
 
 async def pools_with_streams(bus: Bus) -> set[str]:
-    """The tenants that have streams of their own, also those that are not isolated any more."""
+    """Return the tenants that have their own streams, also those that are no longer isolated."""
     found: set[str] = set()
     seen, total = 0, 1
     while seen < total:
@@ -290,7 +298,7 @@ async def pools_with_streams(bus: Bus) -> set[str]:
 
 
 async def is_empty(bus: Bus, pool: str) -> bool:
-    """Whether no job waits or runs in the lanes of an isolated tenant."""
+    """Return True if no job is pending or running in the lanes of an isolated tenant."""
     for stream in (bus.names.pool_infer_stream(pool), bus.names.pool_jobs_stream(pool)):
         try:
             info = await bus.api(f"STREAM.INFO.{stream}")
@@ -304,10 +312,11 @@ async def is_empty(bus: Bus, pool: str) -> bool:
 
 
 async def compared_stream(bus: Bus, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A stream's configuration as it is, empty when there is none, and the fields that ``config`` has otherwise.
+    """Return a stream's configuration, empty if it does not exist, and the fields that differ from
+    ``config``.
 
     Raises:
-        JetStreamError, BrokerUnavailable
+        JetStreamError, BrokerUnavailable: the broker could not be asked.
     """
     try:
         current: dict[str, Any] = (await bus.api(f"STREAM.INFO.{config['name']}"))["config"]
@@ -334,28 +343,28 @@ async def _ensure_stream(bus: Bus, config: dict[str, Any], as_they_are: set[str]
             raise
         as_they_are.add(name)
         log.warning(
-            "stream %s stays as it is: %s should change; run 'tether streams --apply' where the admin's keys are",
+            "stream %s was not changed, but %s should change; run 'tether streams --apply' with the admin's keys",
             name,
             fields,
             extra={"action": "stream_not_updated"},
         )
     else:
-        log.info("stream %s: brought %s up to date", name, fields, extra={"action": "stream_updated"})
+        log.info("stream %s: updated %s", name, fields, extra={"action": "stream_updated"})
 
 
 def _absent(value: object) -> object:
-    """What a field the server leaves out of its answer stands for."""
+    """Return the default of a field that the server leaves out."""
     return False if isinstance(value, bool) else 0 if isinstance(value, int) else None
 
 
 def lanes_of(model: str, version: int, region: str, pool: str = SHARED) -> list[Lane]:
-    """Every lane of a version in a region and pool: one for waiting callers, one for each priority of jobs."""
+    """Return every lane of a version in a region and pool: the infer lane, and a jobs lane for each priority."""
     infer = Lane(LaneKind.INFER, model, version, region, pool)
     return [infer, *(Lane(LaneKind.JOB, model, version, region, pool, level) for level in Priority)]
 
 
 def lane_config(names: Names, lane: Lane, settings: Settings) -> dict[str, Any]:
-    """The configuration of a lane's durable pull consumer, in JetStream API form."""
+    """Return the configuration of a lane's durable pull consumer, in JetStream API form."""
     name = names.lane_consumer(lane)
     wait = settings.infer_ack_wait_s if lane.kind is LaneKind.INFER else settings.jobs_ack_wait_s
     return {
@@ -375,7 +384,7 @@ def lane_config(names: Names, lane: Lane, settings: Settings) -> dict[str, Any]:
 
 
 async def ensure_lane(bus: Bus, lane: Lane, settings: Settings) -> None:
-    """Create the durable pull consumer of a lane, or bring it up to date."""
+    """Create the durable pull consumer of a lane, or update it."""
     config = lane_config(bus.names, lane, settings)
     stream, name, subject = bus.names.lane_stream(lane), config["name"], config["filter_subject"]
     create = f"CONSUMER.CREATE.{stream}.{name}.{subject}", {"stream_name": stream, "config": config}
@@ -384,12 +393,16 @@ async def ensure_lane(bus: Bus, lane: Lane, settings: Settings) -> None:
         await bus.api(f"CONSUMER.DELETE.{stream}.{name}")
         await bus.api(*create)
         metrics.LANES_MADE_AGAIN.labels("ahead").inc()
-        log.warning("lane %s: its consumer was ahead of its stream", subject, extra={"action": "lane_made_again"})
+        log.warning(
+            "lane %s: its consumer was ahead of its stream; recreated it", subject, extra={"action": "lane_made_again"}
+        )
 
 
 async def _is_ahead(bus: Bus, made: dict[str, Any]) -> bool:
-    """Whether a consumer was just made over the files of one that had delivered more than its stream has: a power cut
-    can empty the description of a consumer and keep what it had delivered."""
+    """Return True if a new consumer uses files of one that had delivered more than its stream has.
+
+    A power cut can empty the description of a consumer and keep its state.
+    """
     age = datetime.fromisoformat(made["ts"]) - datetime.fromisoformat(made["created"])
     if not made["delivered"]["stream_seq"] or age.total_seconds() > _JUST_MADE_S:
         return False

@@ -1,7 +1,8 @@
-"""Streams that are there and not as the settings want them: what differs, and how it is mended.
+"""Finds and updates existing streams that differ from the settings.
 
-A service's login changes no stream: a right to do so is one to empty it, or to have what is in it copied. So that is done with
-the administrator's login, by ``tether up`` before it starts services and by ``tether streams --apply`` elsewhere.
+A service's login may not change streams: that right would allow it to empty a stream or have it copied. So
+the administrator's login does it, in ``tether up`` before services start, and in ``tether streams --apply``
+elsewhere.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from tether.streams.layout import compared_stream, ensure_streams, pool_streams,
 
 
 async def differing_streams(bus: Bus, settings: Settings) -> dict[str, list[str]]:
-    """The streams that are there and are not as ``settings`` want them, those of isolated tenants too, each with the fields
-    that differ.
+    """Return existing streams that differ from ``settings``, isolated tenants' too, with the fields that
+    differ.
 
     Raises:
-        JetStreamError, BrokerUnavailable
+        JetStreamError, BrokerUnavailable: the broker could not be asked.
     """
     return {config["name"]: fields for config, fields in await _differing(bus, settings)}
 
 
 async def update_streams(bus: Bus, settings: Settings) -> dict[str, list[str]]:
-    """Bring the streams that are there up to date; returns those that were not, as :func:`differing_streams`.
+    """Update existing streams; return those that differed, as :func:`differing_streams` does.
 
     Raises:
-        PermissionDenied: this identity may not; that of the administrator may.
-        QueueFull, StorageFull, JetStreamError, BrokerUnavailable
+        PermissionDenied: this identity may not; the administrator's may.
+        QueueFull, StorageFull, JetStreamError, BrokerUnavailable: a stream was not updated.
     """
     found = await _differing(bus, settings)
     for error in (await ensure_streams(bus, [config for config, _ in found])).values():

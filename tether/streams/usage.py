@@ -1,4 +1,4 @@
-"""How full a stream is, and how much of it one tenant may have."""
+"""Measures how full a stream is, and limits each tenant's share of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from tether.streams.layout import STREAM_NOT_FOUND
 log = logging.getLogger(__name__)
 
 FACTOR = 4.0
-"""How many times what is free in a stream a tenant with the weight 1 may have there (dynamic thresholds: Choudhury and Hahne, 1998)."""
+"""Multiple of a stream's free space that a tenant of weight 1 may use (dynamic thresholds: Choudhury and
+Hahne, 1998).
+"""
 
 _LOOK_S = 1.0
 _AGAIN_S = 0.1
@@ -30,8 +32,11 @@ _NEVER: tuple[float, StreamUse | None] = (float("-inf"), None)
 
 
 class StreamUse(msgspec.Struct, frozen=True):
-    """What a stream holds. ``most``: the bytes it may hold (-1: any number); ``since``: when its first message was stored, UTC
-    seconds (infinite without one)."""
+    """Usage of a stream.
+
+    ``most``: its limit in bytes (-1: none); ``since``: when its first message was stored, UTC seconds
+    (infinite without one).
+    """
 
     bytes: int
     most: int
@@ -40,15 +45,15 @@ class StreamUse(msgspec.Struct, frozen=True):
 
     @property
     def share(self) -> float:
-        """0 to 1; 0 without a bound."""
+        """Return the used fraction, 0 to 1; 0 without a limit."""
         return self.bytes / self.most if self.most > 0 else 0.0
 
 
 async def stream_use(bus: Bus, stream: str, *, timeout: float = 5.0) -> StreamUse | None:
-    """How full a stream is; None when there is no such stream.
+    """Return the usage of a stream; None if it does not exist.
 
     Raises:
-        JetStreamError, BrokerUnavailable
+        JetStreamError, BrokerUnavailable: the broker could not be asked.
     """
     try:
         info = await bus.api(f"STREAM.INFO.{stream}", timeout=timeout)
@@ -62,8 +67,11 @@ async def stream_use(bus: Bus, stream: str, *, timeout: float = 5.0) -> StreamUs
 
 
 def tenant_limit(use: StreamUse, weight: float) -> int | None:
-    """Bytes that a tenant may have in a stream: :data:`FACTOR` times its weight times what is free. None when even all that is in
-    it are fewer."""
+    """Return the bytes that a tenant may have in a stream: :data:`FACTOR` times its weight times the free
+    space.
+
+    None if even the whole content is less.
+    """
     if use.most <= 0:
         return None
     limit = int(FACTOR * weight * max(0, use.most - use.bytes))
@@ -71,21 +79,25 @@ def tenant_limit(use: StreamUse, weight: float) -> int | None:
 
 
 class StreamUses:
-    """How full streams are, as one service knows: at most one look a second at each, ten where it fills up, and one whenever the
-    service itself has stored an eighth of what was free, so that up to eight of them are held back in time."""
+    """Cached usage of streams in one service.
+
+    Each stream is read at most once a second, ten times a second if it fills up, and whenever the service has
+    stored an eighth of the free space: so up to eight services notice in time.
+    """
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._uses: dict[str, tuple[float, StreamUse | None]] = {}
         self._taken: Counter[str] = Counter()
-        """Bytes that this service has stored since its last look."""
+        """Bytes that this service has stored since its last read."""
         self._turns: dict[str, asyncio.Lock] = {}
         self._may_look = True
 
     async def of(self, stream: str) -> StreamUse | None:
-        """How full a stream is by what was seen within the last second and what this service stored since; None when that is not
-        known."""
-        async with self._turns.setdefault(stream, asyncio.Lock()):  # who asked first goes on first
+        """Return the usage of a stream, at most a second old, plus what this service stored since; None if
+        unknown.
+        """
+        async with self._turns.setdefault(stream, asyncio.Lock()):  # the first to ask goes on first
             if self._may_look and not self._is_fresh(stream):
                 use = await self._look(stream, self._uses.get(stream, _NEVER)[1])
                 self._uses[stream] = self._bus.clock.monotonic(), use
@@ -94,11 +106,11 @@ class StreamUses:
         return None if use is None else msgspec.structs.replace(use, bytes=use.bytes + self._taken[stream])
 
     def took(self, stream: str, size: int) -> None:
-        """This service has stored ``size`` bytes, or is about to."""
+        """Count ``size`` bytes that this service has stored, or is about to store."""
         self._taken[stream] += size
 
     def _is_fresh(self, stream: str) -> bool:
-        """A store that fills up is looked at again sooner."""
+        """Return True if the cached usage is recent enough; a stream that fills up is read more often."""
         at, use = self._uses.get(stream, _NEVER)
         age = self._bus.clock.monotonic() - at
         if use is None or use.most <= 0:
@@ -108,13 +120,17 @@ class StreamUses:
         return age < (_AGAIN_S if use.share >= _FILLS else _LOOK_S)
 
     async def _look(self, stream: str, before: StreamUse | None) -> StreamUse | None:
-        """A store that does not answer is as full as it was: what needs it will wait for it."""
+        """Read the usage; a store that does not answer counts as full as before, and requests to it will
+        wait.
+        """
         try:
             return await stream_use(self._bus, stream, timeout=_ANSWER_S)
         except PermissionDenied as error:
             self._may_look = False
             self._uses.clear()
-            log.warning("full stores are seen only when they refuse: %s; write the broker's configuration again", error)
+            log.warning(
+                "full stores are noticed only when they refuse: %s; write the broker's configuration again", error
+            )
             return None
         except (BrokerUnavailable, JetStreamError):
             return before

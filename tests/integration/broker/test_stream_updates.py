@@ -38,7 +38,7 @@ async def test_a_dispatcher_leaves_a_stream_as_it_is_says_so_once_and_goes_on(
             await goes_on(running)
             stream = running.bus.names.jobs_stream(0)
             told = [
-                record.getMessage() for record in caplog.records if f"{stream} stays as it is" in record.getMessage()
+                record.getMessage() for record in caplog.records if f"{stream} was not changed" in record.getMessage()
             ]
             assert len(told) == 1
             assert "max_bytes" in told[0]
