@@ -1,5 +1,6 @@
-"""Confinement of processes that run models: what they may read, write, call and use up, by what the Linux kernel offers.
+"""Confines processes that run models with Linux kernel features: what they may read, write, call and use.
 
-A service describes it (:mod:`tether.sandbox.plan`). :mod:`tether.sandbox.enter` is the program that the process starts as: it
-confines itself, and only then runs the module that imports a framework or a model's code.
+A service describes the confinement (:mod:`tether.sandbox.plan`). The process starts as
+:mod:`tether.sandbox.enter`, which confines itself and only then runs the module that imports a framework or a
+model's code.
 """

@@ -1,6 +1,7 @@
 """Confine this process, then run a module: ``python -m tether.sandbox.enter PLAN MODULE ARGUMENT...``.
 
-Nothing that starts a thread may be imported before: Landlock binds the thread that asks for it, and those that it starts later.
+It must not import anything that starts a thread: Landlock binds only the calling thread and those that it
+starts later.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _FILES = 4096
 
 
 def main(arguments: list[str]) -> None:
-    """Raises OSError: the kernel refuses what it offers; nothing is run then."""
+    """Confine the process and run the module. Raises OSError if the kernel refuses; then nothing is run."""
     plan = msgspec.json.decode(arguments[0], type=ConfinementPlan)
     sys.argv = arguments[1:]
     confine(plan)
@@ -40,7 +41,7 @@ def confine(plan: ConfinementPlan) -> None:
         os.environ.update(TMPDIR=scratch, HOME=scratch)
     if plan.mode != OFF and kernel.machine():
         namespaces.give_up_privileges()
-    _die_with(plan.parent)  # asked for when it was started; with new privileges, as in a namespace, it is forgotten
+    _die_with(plan.parent)  # set again: it was set at the start, and new privileges, as in a namespace, reset it
     if plan.mode != OFF:
         _restrict(plan, scratch)
 

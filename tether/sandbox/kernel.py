@@ -1,4 +1,4 @@
-"""Calls of the Linux kernel that Python has no function for, by number, on the processors that we know."""
+"""Linux system calls without a Python function, by number, for x86-64 and ARM64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHARED = {
     "memfd_secret": 447, "process_mrelease": 448, "fchmodat2": 452, "setxattrat": 463, "removexattrat": 466,
     "open_tree_attr": 467, "file_setattr": 469,
 }  # fmt: skip
-"""Calls that came after 2018 have one number on every processor."""
+"""System calls added after 2018 have the same number on every processor."""
 
 _X86_64 = {
     **_SHARED,
@@ -61,7 +61,7 @@ _AARCH64 = {
 }  # fmt: skip
 
 NUMBERS = {"x86_64": _X86_64, "aarch64": _AARCH64}
-"""Names of calls and their numbers, by processor; Linux' ``unistd.h``."""
+"""System call numbers by processor and name; from Linux' ``unistd.h``."""
 
 
 @cache
@@ -70,20 +70,20 @@ def _libc() -> ctypes.CDLL:
 
 
 def machine() -> str:
-    """The processor whose calls this process makes; empty where it is not Linux, or has others than we know."""
+    """Return the processor of this process's system calls; empty if it is unknown or the system is not Linux."""
     known = sys.platform == "linux" and sys.maxsize > 1 << 32 and sys.byteorder == "little"
     return platform.machine() if known and platform.machine() in NUMBERS else ""
 
 
 def call(name: str, *arguments: ctypes.c_void_p | int | None) -> int:
-    """Make a call.
+    """Make a system call.
 
     Raises:
-        OSError: the kernel refuses it, or the processor is not known.
+        OSError: the kernel refuses it, or the processor is unknown.
     """
     numbers = NUMBERS.get(machine())
     if numbers is None:
-        raise OSError(38, "calls of this system are not known")
+        raise OSError(38, "system call numbers of this platform are unknown")
     words = [ctypes.c_long(word) if isinstance(word, int) else word for word in arguments]
     found = int(_libc().syscall(ctypes.c_long(numbers[name]), *words))
     if found < 0:
@@ -93,7 +93,7 @@ def call(name: str, *arguments: ctypes.c_void_p | int | None) -> int:
 
 
 def control(option: int, *arguments: int) -> int:
-    """``prctl``.
+    """Call ``prctl``.
 
     Raises:
         OSError: the kernel refuses it.

@@ -1,7 +1,7 @@
-"""Landlock: which files this process may use, and all that it starts. It needs no privilege and binds root too.
+"""Landlock: restricts the files of this process and its children. It needs no privilege and binds root too.
 
-``linux/landlock.h`` and ``landlock(7)``. Every release of the kernel knows more rights, by the number of its ABI; what a kernel
-does not know it does not restrict, and :mod:`tether.sandbox.seccomp` refuses what matters of that.
+See ``linux/landlock.h`` and ``landlock(7)``. Each ABI version adds rights; a kernel does not restrict rights
+it does not know, and :mod:`tether.sandbox.seccomp` refuses the important ones of these.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ _MAKE_SOCK, _MAKE_FIFO, _MAKE_SYM, _REFER, _TRUNCATE, _IOCTL_DEV = 1 << 9, 1 << 
 READ = READ_FILE | READ_DIR
 RUN = READ | EXECUTE
 WRITE = READ | WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _REFER | _TRUNCATE
-"""No links: who cleans up must not follow one."""
+"""No links: a cleanup must not follow one."""
 SCRATCH = WRITE | _MAKE_SYM | _MAKE_FIFO | _MAKE_SOCK
 DEVICE = READ_FILE | WRITE_FILE | _IOCTL_DEV
 _OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | _TRUNCATE | _IOCTL_DEV
 
 _KNOWN_RIGHTS = (0, (1 << 13) - 1, (1 << 14) - 1, (1 << 15) - 1, (1 << 15) - 1, (1 << 16) - 1)
-"""Rights on files by ABI; later ones have the last."""
+"""File rights by ABI version; later versions use the last entry."""
 _TCP = 3
 _SCOPED = 3
-"""Abstract Unix sockets, and signals."""
+"""Scopes: abstract Unix sockets and signals."""
 NET_ABI, SIGNALS_ABI, TRUNCATE_ABI = 4, 6, 3
 _VERSION = 1
 _PATH_BENEATH = 1
 
 Rule = tuple[str, int]
-"""A path, and what may be done with it and below it."""
+"""A path, and the rights on it and below it."""
 
 
 class _Ruleset(ctypes.Structure):
@@ -48,7 +48,7 @@ class _PathBeneath(ctypes.Structure):
 
 
 def abi() -> int:
-    """The version that the kernel offers; 0: none, or it was turned off at the boot."""
+    """Return the kernel's ABI version; 0 if it has none, or it was disabled at boot."""
     try:
         return kernel.call("landlock_create_ruleset", None, 0, _VERSION)
     except OSError:
@@ -56,11 +56,11 @@ def abi() -> int:
 
 
 def restrict(rules: Iterable[Rule], version: int) -> None:
-    """Take everything from this thread, and from all that it starts, but ``rules``; a path that is not there is left out.
+    """Restrict this thread, and all that it starts, to ``rules``; missing paths are skipped.
 
-    Threads that run already are not bound: call it while there is one. No TCP port may be used from ABI 4 on, and from 6 on no
-    process outside be signalled and no abstract socket of one be reached. What ``/proc`` says is looked up anew when memory is
-    scarce, and would be found without its rule: so its files stay open.
+    Call it before the process has other threads, which would not be bound. From ABI 4 on no TCP port may be
+    used; from 6 on no outside process can be signalled and no abstract socket of one reached. ``/proc``
+    entries are resolved again when memory is scarce and would lose their rules, so its files stay open.
 
     Raises:
         OSError: the kernel refuses it.

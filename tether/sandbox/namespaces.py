@@ -1,6 +1,6 @@
-"""Namespaces and privileges: an empty network, a folder in memory of the process's own, no capabilities.
+"""Namespaces and privileges: an empty network, a private folder in memory, no capabilities.
 
-Root may have namespaces; others where the kernel lets users have them. Containers often forbid both.
+Root may create namespaces; other users if the kernel permits it. Containers often forbid both.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ _PRIVATE = 0x4000 | 0x40000
 """MS_REC | MS_PRIVATE"""
 _NO_DEVICES = 2 | 4
 """MS_NOSUID | MS_NODEV"""
-_PLACES = ("/tmp", "/var/tmp", "/mnt", "/dev/shm")  # noqa: S108 - an own file system is mounted there
+_PLACES = ("/tmp", "/var/tmp", "/mnt", "/dev/shm")  # noqa: S108 - a private file system is mounted there
 _FILES = 4096
 THREADS = 1024
-"""Threads of a process that has a user namespace of its own; elsewhere the kernel counts those of all of a user's processes."""
+"""Threads of a process with its own user namespace; otherwise the kernel counts all processes of a user."""
 _SET_DUMPABLE, _SET_NO_NEW_PRIVILEGES = 4, 38
 _CAPABILITY_VERSION = 0x20080522
 _READ_EVERY_FILE = 1 << 2
-"""CAP_DAC_READ_SEARCH: root reads what its own mode bits would keep from it, as it did; Landlock says which files."""
+"""CAP_DAC_READ_SEARCH: root still reads files whose mode denies it; Landlock decides which files."""
 
 
 def leave(scratch_mb: int, used: Collection[str]) -> str:
-    """Leave network, mounts and shared memory of the machine; the folder in memory with ``scratch_mb`` MiB that is this process's own.
+    """Leave the machine's network, mounts and shared memory; return a private folder in memory of
+    ``scratch_mb`` MiB.
 
-    It hides a folder in which none of the paths ``used`` lies, and goes with the process. Empty where the kernel allows none.
+    It covers an existing folder that has none of the paths ``used``, and disappears with the process. Empty
+    if the kernel permits none.
     """
     wanted = _NEW_NETWORK | _NEW_IPC | _NEW_MOUNTS
     if not _unshared(wanted):
@@ -47,7 +49,7 @@ def leave(scratch_mb: int, used: Collection[str]) -> str:
 
 
 def give_up_privileges() -> None:
-    """Keep no capability that matters, and gain none by any program.
+    """Drop all important capabilities, and gain none through any program.
 
     Raises:
         OSError: the kernel refuses it.
@@ -71,9 +73,9 @@ def _count_threads() -> None:
 
 
 def _named(user: int, group: int) -> bool:
-    """Keep the same user and group in the new namespace: without a name there it may make no file."""
+    """Map the same user and group into the new namespace; without a mapping no file can be created there."""
     try:
-        kernel.control(_SET_DUMPABLE, 1)  # taken away by the new privileges, and without it the files below are root's
+        kernel.control(_SET_DUMPABLE, 1)  # new privileges reset it, and without it the files below would belong to root
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
         Path("/proc/self/gid_map").write_text(f"{group} {group} 1")

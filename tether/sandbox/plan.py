@@ -1,4 +1,4 @@
-"""What a process of a model may do, said by the service that starts it."""
+"""Describes what a model's process may do; the service that starts it builds the plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tether.sandbox import landlock, seccomp
 REQUIRED, AVAILABLE, OFF = "required", "available", "off"
 """Values of the setting ``model_confinement``."""
 WITHOUT_CODE = frozenset({"onnxruntime_onnx", "pytorch_safetensors"})
-"""Platforms whose models are data; those of every other one are programs, or may have some in them."""
+"""Platforms whose models are data; models of all others are or may contain programs."""
 PROGRAM = "tether.sandbox.enter"
 
 _SYSTEM = (
@@ -26,19 +26,20 @@ _SYSTEM = (
     "/sys/devices/system", "/sys/fs/cgroup", "/sys/kernel/mm/transparent_hugepage",
     "/dev/random", "/dev/urandom",
 )  # fmt: skip
-"""What frameworks and the C library read."""
+"""Paths that frameworks and the C library read."""
 _PROC = ("/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/version", "/proc/sys/vm")
-"""The same; ``/proc/self`` is the process's own."""
+"""Likewise; ``/proc/self`` is the process's own."""
 _PLAIN_DEVICES = ("/dev/null", "/dev/zero", "/dev/full")
 _GPU = ("/sys/devices", "/sys/bus/pci", "/sys/module/nvidia", "/proc/driver/nvidia", "/proc/devices", "/proc/modules")
 _COMPILER = ("/usr/libexec", "/usr/include", "/usr/local/include")
 
 
 class ConfinementPlan(msgspec.Struct, frozen=True):
-    """``rules`` are paths and what Landlock lets the process do there; ``parent`` is the process with which it ends.
+    """What one process may do. ``rules``: paths and their Landlock rights; ``parent``: the process it ends
+    with.
 
-    It has ``scratch_mb`` MiB of memory for files of its own, writes none larger than ``file_mb`` (0: no limit), and starts
-    no other process unless ``processes``.
+    It may write ``scratch_mb`` MiB of its own files in memory, none larger than ``file_mb`` (0: unlimited),
+    and starts other processes only with ``processes``.
     """
 
     mode: str
@@ -48,15 +49,15 @@ class ConfinementPlan(msgspec.Struct, frozen=True):
     file_mb: int = 0
     processes: bool = False
     dies_first: bool = False
-    """It is ended before others when the machine is out of memory."""
+    """Whether the kernel kills it before others when memory is short."""
     behind: bool = False
-    """Other processes have the processors before it."""
+    """Whether it has low priority."""
 
 
 class ConfinementRequest(msgspec.Struct, frozen=True):
-    """What one process is to have beside Python and its libraries: ``mode`` is the setting ``model_confinement``.
+    """What one process needs besides Python and its libraries; ``mode`` is the setting ``model_confinement``.
 
-    ``apart`` is the data directory, of which it gets nothing but what is named here.
+    ``apart`` is the data directory, of which it gets only what is listed here.
     """
 
     mode: str = REQUIRED
@@ -64,7 +65,7 @@ class ConfinementRequest(msgspec.Struct, frozen=True):
     read: tuple[str, ...] = ()
     write: tuple[str, ...] = ()
     compilers: tuple[str, ...] = ()
-    """Folders with programs that it may start; with none it starts nothing."""
+    """Folders with programs that it may start; none if empty."""
     gpu: bool = False
     scratch_mb: int = 0
     file_mb: int = 0
@@ -74,43 +75,45 @@ class ConfinementRequest(msgspec.Struct, frozen=True):
 
 @cache
 def offered() -> tuple[int, bool]:
-    """The ABI of Landlock that this kernel has (0: none), and whether it has seccomp."""
+    """Return the kernel's Landlock ABI (0: none), and whether it has seccomp."""
     return landlock.abi(), seccomp.available()
 
 
 def missing() -> str:
-    """What this kernel lacks to confine a process; empty when it has it."""
+    """Return what this kernel lacks to confine a process; empty if nothing."""
     abi, filters = offered()
     return " and ".join(name for name, there in (("Landlock", abi > 0), ("seccomp", filters)) if not there)
 
 
 def check(mode: str, platform: str) -> None:
-    """Refuse to run what is a program and would not be confined.
+    """Refuse a model that is a program and could not be confined.
 
     Raises:
-        ModelRejected: the kernel cannot do it, and the setting asks for it.
+        ModelRejected: the kernel cannot confine it, and the setting requires that.
     """
     if mode != REQUIRED or platform in WITHOUT_CODE:
         return
     if lacking := missing():
         raise ModelRejected(
             f"models for '{platform}' are programs, and this machine's kernel cannot confine them: it has no {lacking} "
-            "(Linux 5.13 or newer, not turned off at the boot); setting 'model_confinement' = 'available' runs them "
-            "with what there is",
+            "(Linux 5.13 or newer, not disabled at boot); set 'model_confinement' to 'available' to run them "
+            "with what it has",
             field="platform",
         )
 
 
 def mode_for(mode: str, platform: str) -> str:
-    """How a version is confined: what is data runs with what there is, also where programs would be refused."""
+    """Return the mode for a platform: models that are data run with what the kernel has, even with
+    'required'.
+    """
     return AVAILABLE if mode == REQUIRED and platform in WITHOUT_CODE else mode
 
 
 def plan(wish: ConfinementRequest) -> ConfinementPlan:
-    """The rules for one process.
+    """Return the plan of one process.
 
     Raises:
-        ModelRejected: Python's own files lie around the data directory, so that they cannot be told apart.
+        ModelRejected: Python's own folder contains the data directory, so that they cannot be separated.
     """
     try:
         shared = [*_libraries(wish.apart), *_SYSTEM]
@@ -122,7 +125,7 @@ def plan(wish: ConfinementRequest) -> ConfinementPlan:
         rules += [(path, landlock.READ) for path in _GPU]
         rules += [(str(path), landlock.DEVICE | landlock.READ_DIR) for path in Path("/dev").glob("nvidia*")]
     if wish.compilers:
-        # a compiler runs programs that lie beside libraries, and PyTorch runs Python to try what was compiled
+        # a compiler runs programs beside libraries, and PyTorch runs Python to check compiled code
         python = str(Path(sys.executable).resolve())
         rules += [(path, landlock.RUN) for path in (*wish.compilers, *_COMPILER, python, *shared)]
     rules += [(path, landlock.WRITE) for path in wish.write]
@@ -139,38 +142,38 @@ def plan(wish: ConfinementRequest) -> ConfinementPlan:
 
 
 def command(made: ConfinementPlan, module: str, *arguments: str) -> list[str]:
-    """What starts a Python module of ours in a process that confines itself first."""
+    """Return the command line that runs one of our modules in a process that confines itself first."""
     return [sys.executable, "-s", "-m", PROGRAM, msgspec.json.encode(made).decode(), module, *arguments]
 
 
 def environment() -> dict[str, str]:
-    """The variables of such a process: nothing of its parent's."""
+    """Return the environment of such a process: nothing of its parent's."""
     return {
         "PYTHONPATH": os.pathsep.join(import_paths()),
         "PYTHONSAFEPATH": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "USER": "model",
-        "HOME": "/nonexistent",  # not the one that the user database names: frameworks look there and it may not be read
-        "TORCHINDUCTOR_CACHE_DIR": "/",  # PyTorch makes this folder when it is imported, and could make no other
+        "HOME": "/nonexistent",  # not the user database's, which frameworks would search and may not read
+        "TORCHINDUCTOR_CACHE_DIR": "/",  # PyTorch creates this folder on import, and could create no other
         "LANG": "C.UTF-8",
         "ORT_DISABLE_TELEMETRY": os.environ.get("ORT_DISABLE_TELEMETRY", "1"),
     }
 
 
 def import_paths() -> list[str]:
-    """Where Python looks for modules here, but for the folder that a command was started in, which nobody named."""
+    """Return this process's module search path without the current folder, which no one configured."""
     here = str(Path.cwd())
     named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return [entry for entry in sys.path if entry and (entry != here or entry in named)]
 
 
 def hidden_paths(apart: str) -> list[str]:
-    """Folders with modules that no model's process gets, because the data directory lies in them."""
+    """Return module folders that models' processes do not get, because the data directory is inside."""
     return [entry for entry in import_paths() if _holds(entry, apart)]
 
 
 def read_dirs(setting: str) -> tuple[str, ...]:
-    """The setting ``model_read_dirs`` as paths."""
+    """Return the paths of the setting ``model_read_dirs``."""
     return tuple(entry.strip() for entry in setting.split(",") if entry.strip())
 
 
@@ -185,7 +188,7 @@ def _libraries(apart: str) -> Sequence[str]:
     for path in own:
         if _holds(path, apart):
             raise ConfigError(
-                f"the data directory {apart} lies inside of Python's own folder {path}, which models may read; move it"
+                f"the data directory {apart} is inside Python's folder {path}, which models may read; move it"
             )
     return [*own, *_outermost(own, (entry for entry in import_paths() if not _holds(entry, apart)))]
 
@@ -195,5 +198,5 @@ def _outermost(own: Sequence[str], entries: Iterable[str]) -> list[str]:
 
 
 def _holds(folder: str, apart: str) -> bool:
-    """Whether the data directory is in a folder, or is it."""
+    """Return True if the data directory is a folder or inside it."""
     return bool(apart) and Path(apart).resolve().is_relative_to(Path(folder).resolve())

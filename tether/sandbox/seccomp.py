@@ -1,8 +1,8 @@
-"""seccomp: which calls of the kernel this process may make, and all that it starts. A filter can only be made narrower.
+"""seccomp: restricts the system calls of this process and its children. A filter can only be made narrower.
 
-It refuses what Landlock does not look at: other processes (their memory, limits, priorities), sockets, new processes,
-namespaces, mounts, keys, modules, the modes and owners of files. Calls in another processor's form end the process.
-``linux/seccomp.h``, ``linux/filter.h`` and ``seccomp(2)``.
+It refuses what Landlock does not cover: other processes (memory, limits, priorities), sockets, new processes,
+namespaces, mounts, keys, kernel modules, modes and owners of files. Calls in another processor's ABI kill the
+process. See ``linux/seccomp.h``, ``linux/filter.h`` and ``seccomp(2)``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tether.sandbox import kernel, landlock
 
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _X32 = 0x40000000
-"""Set in the numbers of the calls that x86-64 has with short pointers."""
+"""Bit in the call numbers of x86-64's x32 ABI."""
 _KILL, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 _LOAD, _EQUAL, _ANY_BIT, _AND, _RETURN = 0x20, 0x15, 0x45, 0x54, 0x06
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
@@ -24,10 +24,10 @@ _ACTION_AVAILABLE = 2
 
 _CLONE_THREAD = 0x00010000
 _CLONE_NEW = 0x7E020080
-"""Every flag for a namespace."""
+"""All namespace flags."""
 _TRUNCATING, _WAY = 0x200, 3
 _TERMINAL_COMMANDS = (0x5412, 0x541C, 0x8901, 0x8902)
-"""Put a character into a terminal's input; commands of its console; whom a file's signals go to, twice."""
+"""ioctls that insert terminal input, control the console, or (two) set the receiver of a file's signals."""
 _SIGNALLING_COMMANDS = (8, 10, 15)
 """F_SETOWN, F_SETSIG, F_SETOWN_EX."""
 _PARENT_DEATH_SIGNAL = 1
@@ -45,17 +45,19 @@ _REFUSED = (
     # mounts and namespaces
     "mount", "umount2", "pivot_root", "chroot", "move_mount", "open_tree", "open_tree_attr", "fsopen", "fsconfig",
     "fsmount", "fspick", "mount_setattr", "unshare", "setns",
-    # files, where Landlock does not look
+    # files, where Landlock does not check
     "open_by_handle_at", "name_to_handle_at", "fanotify_init", "fanotify_mark", "inotify_init", "inotify_init1",
     "inotify_add_watch", "chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat",
     "setxattr", "lsetxattr", "fsetxattr", "setxattrat", "removexattr", "lremovexattr", "fremovexattr",
     "removexattrat", "file_setattr",
-    # memory and messages that all processes of a user share
+    # memory and messages shared by all processes of a user
     "shmget", "shmat", "shmctl", "msgget", "msgsnd", "msgrcv", "msgctl", "semget", "semop", "semtimedop", "semctl",
     "mq_open", "mq_unlink",
 )  # fmt: skip
 _ABSENT = ("io_uring_setup", "io_uring_enter", "io_uring_register", "memfd_create", "memfd_secret", "openat2", "clone3")
-"""Calls that programs do without where a kernel has none: they would get around the rules below, or around limits of memory."""
+"""Calls that are reported as not implemented, which programs cope with: they would bypass the rules or memory
+limits.
+"""
 _PROGRAMS = ("execve", "execveat")
 _PROCESSES = ("fork", "vfork")
 _OWN_PID_FIRST = ("prlimit64", "sched_setaffinity", "sched_setscheduler", "sched_setparam", "sched_setattr")
@@ -64,11 +66,11 @@ _SIGNALS = ("kill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo")
 _SIGNALS_REFUSED = ("tkill", "pidfd_send_signal")
 
 _Program = list[tuple[int, int, int, int]]
-"""Instructions: code, steps over when true, steps over when not, operand."""
+"""Instructions: code, jump if true, jump if false, operand."""
 
 
 def available() -> bool:
-    """Whether the kernel has it, and the processor is one that we know."""
+    """Return True if the kernel has seccomp and the processor is known."""
     action = ctypes.c_uint32(_KILL)
     try:
         pointer = ctypes.cast(ctypes.byref(action), ctypes.c_void_p)
@@ -78,7 +80,7 @@ def available() -> bool:
 
 
 def install(program: _Program) -> None:
-    """Bind every thread of this process to a filter. ``no_new_privs`` must be set.
+    """Apply a filter to every thread of this process. ``no_new_privs`` must be set.
 
     Raises:
         OSError: the kernel refuses it.
@@ -89,9 +91,10 @@ def install(program: _Program) -> None:
 
 
 def models(pid: int, *, processes: bool, abi: int) -> _Program:
-    """The filter of a model's process ``pid``: with ``processes`` it may start others, as a compiler does.
+    """Return the filter of a model's process ``pid``; with ``processes`` it may start others, as a compiler
+    does.
 
-    What Landlock of this ``abi`` leaves to others to keep is refused here too.
+    It refuses what Landlock of this ``abi`` does not restrict.
     """
     own = [_own_pid(0, pid)] if pid else []
     made = _head()
@@ -115,18 +118,18 @@ def models(pid: int, *, processes: bool, abi: int) -> _Program:
 
 
 def no_more_processes() -> _Program:
-    """The filter that a process gets when it has started all that it needs."""
+    """Return the filter of a process that has started all that it needs."""
     threads = _when("clone", _needs_bit(0, _CLONE_THREAD))
     return [*_head(), *_refused((*_PROCESSES, *_PROGRAMS), errno.EPERM), *threads, (_RETURN, 0, 0, _ALLOW)]
 
 
 def without(names: tuple[str, ...]) -> _Program:
-    """A filter for which the kernel has no such calls."""
+    """Return a filter that reports these calls as not implemented."""
     return [*_head(), *_refused(names, errno.ENOSYS), (_RETURN, 0, 0, _ALLOW)]
 
 
 def _head() -> _Program:
-    """Leaves the call's number to look at."""
+    """Return instructions that load the call's number."""
     made: _Program = [(_LOAD, 0, 0, _ARCHITECTURE), (_EQUAL, 1, 0, _ARCHITECTURES[kernel.machine()]), _END]
     made.append((_LOAD, 0, 0, _NUMBER))
     if kernel.machine() == "x86_64":
@@ -152,14 +155,14 @@ def _refused(names: tuple[str, ...], number: int) -> _Program:
 
 
 def _when(name: str, *blocks: _Program) -> _Program:
-    """What decides about one call; each of its ends is a verdict."""
+    """Return instructions that decide about one call; each branch ends in a verdict."""
     number = kernel.NUMBERS[kernel.machine()].get(name)
     block = [step for steps in blocks for step in steps]
     return [(_EQUAL, 0, len(block), number), *block] if number is not None and block else []
 
 
 def _load_argument(index: int) -> _Program:
-    """The lower half of an argument: all that an ``int`` has."""
+    """Return an instruction that loads the lower half of an argument, which is all of an ``int``."""
     return [(_LOAD, 0, 0, _ARGUMENTS + 8 * index)]
 
 
@@ -186,7 +189,9 @@ def _no_bits(index: int, bits: int) -> _Program:
 
 
 def _truncates_only_what_it_writes(index: int) -> _Program:
-    """To open for reading and to truncate is to write, and some kernels' Landlock does not know it."""
+    """Refuse to open for reading with truncation: that is a write, which some kernels' Landlock does not
+    check.
+    """
     return [
         *_load_argument(index),
         (_ANY_BIT, 1, 0, _TRUNCATING),

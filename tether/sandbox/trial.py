@@ -1,7 +1,7 @@
-"""Whether confinement holds on this machine: tried in a process that is confined as a model's is.
+"""Tests that confinement works on this machine, in a process confined like a model's.
 
-Called as ``tether.sandbox.trial FILE PARENT`` in such a process, with a file that it may not read and the process that it may not
-touch, it prints one JSON object: what it tried and whether it was refused.
+``tether.sandbox.trial FILE PARENT`` runs in such a process, with a file that it may not read and a process
+that it may not touch. It prints one JSON object: what it tried and what was refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TIMEOUT_S = 30.0
 
 
 class Result(msgspec.Struct, frozen=True):
-    """``allowed`` names what should have been refused and was not; ``scratch``: there is a folder of its own."""
+    """``allowed`` lists what should have been refused and was not; ``scratch``: it has a private folder."""
 
     allowed: tuple[str, ...]
     scratch: bool
@@ -47,9 +47,9 @@ def tried(mode: str, scratch_mb: int) -> Result:
             return msgspec.json.decode(done.stdout, type=Result)
         except subprocess.CalledProcessError as error:
             last = (error.stderr.decode(errors="replace").strip().splitlines() or [f"status {error.returncode}"])[-1]
-            raise OSError(f"a confined process does not run: {last}") from error
+            raise OSError(f"the confined process failed: {last}") from error
         except (subprocess.TimeoutExpired, msgspec.DecodeError) as error:
-            raise OSError("a confined process does not answer") from error
+            raise OSError("the confined process did not answer") from error
 
 
 def main(secret: str, parent: str) -> None:
@@ -71,7 +71,7 @@ def main(secret: str, parent: str) -> None:
 def _refused(attempt: Callable[[], object]) -> bool:
     try:
         attempt()
-    except OSError:  # a file that it may not even see is refused too
+    except OSError:  # a file that is not even visible counts as refused
         return True
     return False
 
