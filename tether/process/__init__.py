@@ -1,1 +1,1 @@
-"""What every process of the platform has: logs, metrics, clock, data directory, shutdown."""
+"""Shared by every process of the platform: logs, metrics, clock, data directory, shutdown."""

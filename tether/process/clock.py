@@ -1,4 +1,4 @@
-"""The system's clocks, and the one place that reads them."""
+"""Clocks; the only place that reads the system's clocks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Time, passed in. ``monotonic`` is for durations inside a process, ``utc`` for what crosses processes (seconds)."""
+    """Source of time. ``monotonic`` is for durations inside a process, ``utc`` for values that cross
+    processes (seconds).
+    """
 
     def monotonic(self) -> float: ...
 
@@ -28,16 +30,19 @@ class SystemClock:
 
 
 class AnchoredClock(SystemClock):
-    """This machine's clock until :meth:`anchor` says what time another machine has; from then on that machine's, carried on by
-    the monotonic clock, so that no correction of this machine's own clock moves it."""
+    """This machine's clock until :meth:`anchor` sets another machine's time.
+
+    From then on it advances with the monotonic clock, so corrections of this machine's clock do not affect
+    it.
+    """
 
     def __init__(self, own: SystemClock) -> None:
         self._own = own
         self._ahead: float | None = None
-        """UTC less monotonic seconds, on the other machine's clock."""
+        """UTC minus monotonic seconds, by the other machine's clock."""
 
     def anchor(self, utc: float) -> None:
-        """The other machine has ``utc`` (seconds) just now."""
+        """Set the time: the other machine's clock shows ``utc`` (seconds) now."""
         self._ahead = utc - self.monotonic()
 
     def monotonic(self) -> float:

@@ -1,4 +1,4 @@
-"""A service as a process: logs, signals, operations port, and the file that says where it listens."""
+"""Runs a service as a process: logs, signals, operations port, and its endpoint file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tether.settings import Settings
 
 
 class Daemon(lifecycle.Service, Protocol):
-    """A running service that can say how it is."""
+    """A running service with health checks."""
 
     def checks(self) -> dict[str, str]: ...
 
@@ -29,12 +29,13 @@ async def run(
     *,
     keep_mb: int = 0,
 ) -> None:
-    """Keep ``running`` alive until SIGTERM or SIGINT, or until its connection is closed for good.
+    """Run a service until SIGTERM or SIGINT, or until its connection is closed permanently.
 
-    ``keep_mb``: see :func:`tether.process.os_process.limit_malloc_arenas`. Its health is answered from the start, also while it waits for a broker.
+    ``keep_mb``: see :func:`tether.process.os_process.limit_malloc_arenas`. Health is served from the start,
+    also while the service waits for a broker.
 
     Raises:
-        ConfigError, BrokerUnavailable: what kept it from starting or going on.
+        ConfigError, BrokerUnavailable: the service could not start or go on.
     """
     limit_malloc_arenas(keep_mb)
     keep_memory_private()

@@ -1,6 +1,6 @@
-"""The data directory of one machine: where keys, broker store, cache, logs and pid files lie.
+"""The data directory of one machine: keys, broker store, cache, logs and pid files.
 
-Key files are created with mode 0600 and refused when others may read them.
+Key files are created with mode 0600, and refused if others may read them.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from tether.errors import ConfigError
 
 @dataclass(frozen=True)
 class Home:
-    """Paths below one data directory; nothing is created until it is written."""
+    """Paths below one data directory; nothing is created before the first write."""
 
     root: Path
 
     @classmethod
     def at(cls, path: str) -> Home:
-        """The data directory of the settings; ``./.tether`` when none is set.
+        """Return the data directory of the settings; ``./.tether`` if none is set.
 
         Raises:
-            ConfigError: its name is no UTF-8, so it could be written into no configuration, log or message.
+            ConfigError: its name is not UTF-8, so no configuration, log or message could contain it.
         """
         root = Path(path or ".tether").absolute()
         try:
             str(root).encode()
         except UnicodeEncodeError as error:
             raise ConfigError(
-                f"the data directory {os.fsencode(root)!r} has bytes that are no UTF-8", field="home"
+                f"the data directory {os.fsencode(root)!r} is not valid UTF-8; choose another", field="home"
             ) from error
         return cls(root)
 
@@ -59,23 +59,23 @@ class Home:
 
     @property
     def keyset_seen(self) -> Path:
-        """A newer keyset than ``keys`` holds, where ``keys`` cannot be written."""
+        """Return the path of a keyset newer than the one in ``keys``, if ``keys`` is not writable."""
         return self.run / "keyset"
 
     def identity(self, name: str) -> Path:
         return self.keys / f"{name}.identity"
 
     def nats_seed(self, name: str) -> Path:
-        """Seed of the nkey that one identity logs in to the broker with."""
+        """Return the path of an identity's nkey seed for its broker login."""
         return self.keys / f"nats-{name!s}.seed"
 
     @property
     def authority_key(self) -> Path:
-        """Key of the authority that signs the certificates in ``tls``."""
+        """Return the path of the key of the authority that signs the certificates in ``tls``."""
         return self.keys / "ca.key"
 
     def tls_file(self, name: str) -> Path:
-        """A certificate or its key: ``ca.crt``, ``server.crt``, ``server.key``, ``client.crt``, ``client.key``."""
+        """Return the path of ``ca.crt``, ``server.crt``, ``server.key``, ``client.crt`` or ``client.key``."""
         return self.root / "tls" / name
 
     @property
@@ -100,7 +100,7 @@ class Home:
 
     @property
     def audit(self) -> Path:
-        """Audit blocks on their way, a folder for each identity."""
+        """Return the folder of audit blocks that are not sent yet, with a folder for each identity."""
         return self.root / "audit"
 
     def cache(self, worker: str) -> Path:
@@ -108,29 +108,29 @@ class Home:
 
     @property
     def endpoints(self) -> Path:
-        """JSON of what runs: written by ``tether up``, read by every other command."""
+        """Return the path of the JSON list of running services: ``tether up`` writes it, other commands read
+        it.
+        """
         return self.run / "endpoints.json"
 
 
 def private_folder(path: Path) -> None:
-    """Make a folder that only its owner may enter, and what is missing above it; one that exists stays as it is.
+    """Create a folder that only its owner may enter, with missing parents; an existing one is not changed.
 
     Raises:
-        ConfigError: there is something else than a folder at this place.
-        OSError: it cannot be made.
+        ConfigError: the path exists and is not a folder.
+        OSError: it cannot be created.
     """
     if path.is_dir():
         return
     if path.is_symlink() or path.exists():
-        raise ConfigError(
-            f"{path} is no folder, and one is needed there; choose another with --data-dir or TETHER_HOME"
-        )
+        raise ConfigError(f"{path} is not a folder; choose another with --data-dir or TETHER_HOME")
     private_folder(path.parent)
     path.mkdir(mode=0o700, exist_ok=True)
 
 
 def check_folder(path: Path) -> None:
-    """Insist that nobody else can put files where keys or models lie. A folder that is not there is nobody's.
+    """Check that no other user can write into a folder of keys or models; a missing folder passes.
 
     Raises:
         ConfigError: it belongs to another user, or group or others may write into it.
@@ -150,10 +150,10 @@ def check_folder(path: Path) -> None:
 
 @contextmanager
 def keys_locked(home: Home) -> Iterator[None]:
-    """Hold a home's keys while reading, changing and writing them; others wait.
+    """Lock a home's keys while reading, changing and writing them; other processes wait.
 
     Raises:
-        OSError: the folder of keys cannot be written.
+        OSError: the folder of keys is not writable.
     """
     descriptor = os.open(home.keys / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     with os.fdopen(descriptor, "rb") as file:
@@ -162,7 +162,7 @@ def keys_locked(home: Home) -> Iterator[None]:
 
 
 def write_secret(path: Path, content: bytes) -> None:
-    """Write a file that only its owner may read, in one step: it is never there half written."""
+    """Write a file atomically with mode 0600."""
     private_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -178,25 +178,27 @@ def read_secret(path: Path) -> bytes:
 
     Raises:
         ConfigError: it is missing or another user's, group or others may read it, or they may write into its folder;
-            the message has the command that mends it.
+            the message has the command that fixes it.
     """
     try:
         found = path.stat()
     except OSError as error:
         raise ConfigError(f"key file {path} cannot be read; {_where(path)}") from error
     if found.st_uid != os.geteuid():
-        raise ConfigError(f"key file {path} is another user's (uid {found.st_uid}); run: chown {os.geteuid()} {path}")
+        raise ConfigError(
+            f"key file {path} belongs to another user (uid {found.st_uid}); run: chown {os.geteuid()} {path}"
+        )
     check_folder(path.parent)
     mode = stat.S_IMODE(found.st_mode)
     if mode & 0o077:
-        raise ConfigError(f"key file {path} is open to others (mode {mode:04o}); run: chmod 600 {path}")
+        raise ConfigError(f"key file {path} is readable by others (mode {mode:04o}); run: chmod 600 {path}")
     return path.read_bytes()
 
 
 def _where(path: Path) -> str:
     if path.name == "root.key":
-        return "name the place of the root key with --root-key, or make a new platform's with 'tether init'"
-    return "make it with 'tether init'"
+        return "give the path of the root key with --root-key, or create a new platform's with 'tether init'"
+    return "create it with 'tether init'"
 
 
 def save_identity(path: Path, identity: Identity) -> None:
@@ -210,10 +212,10 @@ def save_identity(path: Path, identity: Identity) -> None:
 
 
 def load_identity(path: Path) -> Identity:
-    """Read what :func:`save_identity` wrote.
+    """Read an identity file written by :func:`save_identity`.
 
     Raises:
-        ConfigError: missing, too open, or not an identity file.
+        ConfigError: it is missing, readable by others, or not an identity file.
     """
     raw = read_secret(path)
     try:
@@ -225,4 +227,4 @@ def load_identity(path: Path) -> Identity:
             base64.b64decode(content["box_seed"], validate=True),
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"key file {path} is not an identity; make it anew with 'tether init'") from error
+        raise ConfigError(f"key file {path} is not an identity; recreate it with 'tether init'") from error

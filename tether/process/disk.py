@@ -1,4 +1,4 @@
-"""How much room a file system has, and whether it takes files at all."""
+"""Checks a file system for free space and whether it accepts files."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import NamedTuple
 
 MB = 1 << 20
 SMALLEST_RESERVE_MB = 16
-"""Two of nats-server's message blocks: it needs room for one to clear another."""
+"""Two of nats-server's message blocks: it needs the space of one to clear another."""
 
 SHARE = 16
-"""A reserve is at most this part of its file system, so that a small one is not all reserve."""
+"""A reserve is at most 1/16 of its file system, so that a small one stays usable."""
 
 FEWEST_INODES = 64
 _PROBE_BYTES = 4096
 
 
 class Room(NamedTuple):
-    """What a file system says of itself, in bytes. ``inodes`` is None where it has no fixed number of them."""
+    """Size and free space of a file system in bytes. ``inodes`` is None if their number is not fixed."""
 
     free: int
     total: int
@@ -27,7 +27,7 @@ class Room(NamedTuple):
 
 
 def look(folder: Path) -> Room | None:
-    """The room of the file system that holds ``folder``; None when it cannot be looked at."""
+    """Return the space of the file system of ``folder``; None if it cannot be read."""
     try:
         found = os.statvfs(folder)
     except OSError:
@@ -38,15 +38,15 @@ def look(folder: Path) -> Room | None:
 
 
 def reserve(room: Room, reserve_mb: int) -> int:
-    """Bytes to leave free when a setting asks for ``reserve_mb`` megabytes."""
+    """Return the bytes to leave free for a setting of ``reserve_mb`` megabytes."""
     return min(reserve_mb * MB, max(room.total // SHARE, SMALLEST_RESERVE_MB * MB))
 
 
 def shortage(room: Room, reserve_mb: int, *, more: float = 1.0) -> str:
-    """Why nothing large should be written any more, in words for an operator; empty when there is room.
+    """Return why nothing large should be written, as text for an operator; empty if there is space.
 
-    ``more``: how many times the reserve must be free. Ask for more than once the reserve before a refusal ends, or it
-    begins again with the next write.
+    ``more``: multiple of the reserve that must be free. Use more than 1 to end a refusal, or the next write
+    starts it again.
     """
     if room.read_only:
         return "is mounted read-only"
@@ -59,9 +59,9 @@ def shortage(room: Room, reserve_mb: int, *, more: float = 1.0) -> str:
 
 
 def refusal(folder: Path) -> str:
-    """Why ``folder`` takes no file, as the system says; empty when one could be written. Blocks.
+    """Return why the system refuses a file in ``folder``; empty if one could be written. Blocks.
 
-    A quota or a missing permission shows only here.
+    It detects quotas and missing permissions too.
     """
     path = folder / f".room-{os.getpid()}"
     try:
@@ -80,4 +80,4 @@ def _forget(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError:
-        return  # a file system that is read-only by now keeps nothing of it either
+        return  # a file system that has become read-only stores nothing of it either

@@ -1,4 +1,4 @@
-"""How every service starts and stops: signals, connection, readiness, and the file that says where it listens."""
+"""Starts and stops services: signals, connection, readiness, endpoint file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _waits: dict[str, str] = {}
 
 
 def wait_for(what: str, why: str) -> None:
-    """Say what keeps this process's service from starting, for its health; an empty ``why``: nothing any more."""
+    """Set why this process's service waits to start, for its health; an empty ``why`` clears it."""
     if why:
         _waits[what] = why
     else:
@@ -30,21 +30,23 @@ def wait_for(what: str, why: str) -> None:
 
 
 def waits() -> dict[str, str]:
-    """The health of a service that has not started yet."""
+    """Return the health checks of a service that has not started yet."""
     return dict(_waits) or {"start": "not connected yet"}
 
 
 def write_endpoint(home: Home, name: str, port: int) -> None:
-    """Say in ``run/<name>.json`` that this process is ``name`` and listens on ``port``. On a full disk it goes unsaid: who
-    restarts a service has given it its port."""
+    """Write the endpoint file ``run/<name>.json``: ``name`` listens on ``port`` in this process.
+
+    Errors are logged only: on a full disk the supervisor that restarts a service has given it its port.
+    """
     try:
         write_secret(home.run / f"{name}.json", json.dumps({"pid": os.getpid(), "port": port}).encode())
     except OSError as error:
-        log.warning("cannot say where %s listens: %s", name, error, extra={"action": "endpoint_unwritten"})
+        log.warning("could not write the endpoint of %s: %s", name, error, extra={"action": "endpoint_unwritten"})
 
 
 def stop_on_signals() -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set."""
+    """Return an event that SIGTERM and SIGINT set."""
     event = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -53,19 +55,19 @@ def stop_on_signals() -> asyncio.Event:
 
 
 class Termination(asyncio.Event):
-    """Set when a service cannot go on. ``reason`` is None when the broker closed the connection."""
+    """Event for a service that cannot go on. ``reason`` is None if the broker closed the connection."""
 
     reason: TetherError | None = None
 
     def end(self, reason: TetherError) -> None:
-        """Set it, unless it is set already."""
+        """Set the event and its reason, unless it is set already."""
         if not self.is_set():
             self.reason = reason
             self.set()
 
 
 class Tasks:
-    """Owns background tasks: their errors are logged, and all of them have ended when the block ends."""
+    """Owns background tasks: logs their errors, and waits for all of them when the block ends."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -85,11 +87,11 @@ class Tasks:
         return len(self._tasks)
 
     def named(self, prefix: str) -> list[asyncio.Task[Any]]:
-        """The running tasks whose name begins with ``prefix``."""
+        """Return the running tasks whose name begins with ``prefix``."""
         return [task for task in self._tasks if task.get_name().startswith(prefix)]
 
     async def finish(self, within_s: float) -> bool:
-        """Wait for the tasks to end by themselves; False when some did not in time."""
+        """Wait for the tasks to finish; return False if some did not in time."""
         if self._tasks:
             await asyncio.wait(list(self._tasks), timeout=within_s)
         return not self._tasks
@@ -102,7 +104,7 @@ class Tasks:
 
 @asynccontextmanager
 async def tasks() -> AsyncIterator[Tasks]:
-    """A :class:`Tasks` that is cancelled and awaited at the end of the block."""
+    """Yield a :class:`Tasks` that is cancelled and awaited at the end of the block."""
     owner = Tasks()
     try:
         yield owner
@@ -111,7 +113,7 @@ async def tasks() -> AsyncIterator[Tasks]:
 
 
 async def first_of(*events: asyncio.Event) -> None:
-    """Return as soon as one of ``events`` is set."""
+    """Wait until one of ``events`` is set."""
     waits = [asyncio.ensure_future(event.wait()) for event in events]
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -122,14 +124,16 @@ async def first_of(*events: asyncio.Event) -> None:
 
 
 def freeze_gc() -> None:
-    """What was made while starting stays: the garbage collector need not walk it again in the middle of a request."""
+    """Exclude objects created at startup from garbage collection, so that collections during requests are
+    short.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 50)
 
 
 class Service(Protocol):
-    """What :func:`serve` needs of a running service."""
+    """Interface of a running service for :func:`serve`."""
 
     @property
     def closed(self) -> Termination: ...
@@ -139,11 +143,11 @@ S = TypeVar("S", bound=Service)
 
 
 async def serve(stop: asyncio.Event, service: AbstractAsyncContextManager[S], on_ready: Callable[[S], None]) -> None:
-    """Run ``service`` until ``stop`` is set, also while it is still starting; ``on_ready`` is called in between.
+    """Run ``service`` until ``stop`` is set, also during its start; call ``on_ready`` when it has started.
 
     Raises:
-        BrokerUnavailable: the connection was closed for good; the supervisor starts the process anew.
-        KeyRevoked, KeyExpired, UnknownKey: nobody believes this identity any more.
+        BrokerUnavailable: the connection was closed permanently; the supervisor restarts the process.
+        KeyRevoked, KeyExpired, UnknownKey: this identity is no longer valid.
     """
     started = asyncio.Event()
 
@@ -154,7 +158,7 @@ async def serve(stop: asyncio.Event, service: AbstractAsyncContextManager[S], on
             freeze_gc()
             await first_of(stop, running.closed)
             if running.closed.is_set():
-                raise running.closed.reason or BrokerUnavailable("the broker closed the connection for good")
+                raise running.closed.reason or BrokerUnavailable("the broker closed the connection permanently")
 
     task = asyncio.ensure_future(live())
     stopping = asyncio.ensure_future(stop.wait())

@@ -1,25 +1,25 @@
-"""Says so many things of a kind in a time and counts the rest: for what others can cause, and for what is tried again and again."""
+"""Rate-limits log lines per kind and counts the rest: for events that peers can cause, and for retries."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 LINES = 10
-"""Of one kind, in a second."""
+"""Lines of one kind in a second."""
 
 
 class LogRateLimiter:
-    """``now`` is monotonic seconds; kinds are few."""
+    """Limits lines per kind; use few kinds. ``now`` returns monotonic seconds."""
 
     def __init__(self, now: Callable[[], float], *, lines: int = LINES, within_s: float = 1.0) -> None:
         self._now = now
         self._lines = lines
         self._within_s = within_s
         self._kinds: dict[str, tuple[float, int, int]] = {}
-        """By kind: when its time began, how many were said in it, how many were held back since one was said."""
+        """By kind: start of its interval, lines passed in it, lines suppressed since the last one passed."""
 
     def passes(self, kind: str) -> int | None:
-        """How many of this kind were held back since the last one that passed; None: hold this one back too."""
+        """Return the lines of this kind suppressed since the last one passed; None: suppress this one too."""
         now = self._now()
         began, said, held = self._kinds.get(kind, (now, 0, 0))
         if now - began >= self._within_s:

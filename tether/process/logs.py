@@ -1,4 +1,4 @@
-"""Logs: one JSON object a line, with a fixed ``action`` and ids as fields, never in prose."""
+"""Logs: one JSON object a line, with a fixed ``action`` and ids as fields, never in the message."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ FIELDS = (
     "attempt",
     "state",
 )
-"""The fields a record may carry through ``extra``."""
+"""Fields that a record may carry in ``extra``."""
 
 
 _SECRETS = re.compile(r"(tk_[a-z2-7]{8})_[A-Za-z0-9_-]{20,}|(ts_[A-Za-z0-9]{1,12})[A-Za-z0-9_.-]{20,}")
 
 
 def without_secrets(text: str) -> str:
-    """``text`` with API keys and session tokens cut to what names them, wherever somebody put one."""
+    """Return ``text`` with API keys and session tokens cut to their identifying prefix."""
     return _SECRETS.sub(lambda found: f"{found[1] or found[2]}_<secret>", text)
 
 
@@ -44,7 +44,9 @@ def _fields(record: logging.LogRecord) -> Iterator[tuple[str, Any]]:
 
 
 class TextFormatter(logging.Formatter):
-    """For eyes: one line a record with its fields behind, control characters escaped; an exception follows on lines of its own."""
+    """Formats records for people: one line with the fields at its end, control characters escaped, exceptions
+    indented below.
+    """
 
     def __init__(self, service: str) -> None:
         super().__init__()
@@ -60,7 +62,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """Control characters are escaped by JSON itself, so no value can forge a line."""
+    """Formats records as JSON, which escapes control characters, so that no value can forge a line."""
 
     def __init__(self, service: str) -> None:
         super().__init__()
@@ -80,7 +82,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def setup(settings: Settings, service: str) -> None:
-    """Send this process's log records to stderr in the configured form; the first ones say which variables were ignored."""
+    """Send log records to stderr in the configured form; the first ones list ignored variables."""
     handler = logging.StreamHandler(sys.stderr)
     form = settings.log_format
     if form == "json" or (form == "auto" and not sys.stderr.isatty()):

@@ -1,4 +1,4 @@
-"""HTTP on every service: Granian inside the service's own event loop, and the three operations routes."""
+"""HTTP server of every service: Granian in the service's own event loop, and the three operations routes."""
 
 from __future__ import annotations
 
@@ -23,17 +23,19 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 Checks = Callable[[], dict[str, str]]
-"""Every dependency by name and ``ok`` or what is wrong with it."""
+"""Health by dependency: ``ok`` or what is wrong."""
 
 
 HEADER_BYTES = 64 << 10
-"""A request line and headers of more than about this, or more than a hundred headers, are answered with 431 or 414."""
+"""Size of request line and headers from about which, or with more than a hundred headers, 431 or 414 is
+returned.
+"""
 
 BACKLOG = 1024
 
 
 def bind(host: str, port: int) -> int:
-    """Prove that a port can be listened on, and choose one when it is 0.
+    """Check that a port can be listened on; choose a free one if it is 0.
 
     Raises:
         ConfigError: the port is taken or not allowed.
@@ -52,7 +54,9 @@ def bind(host: str, port: int) -> int:
 
 @dataclass(frozen=True)
 class HttpLimits:
-    """What connections may cost. ``header_s``: seconds to send a request's headers, and to rest between requests."""
+    """Limits of connections. ``header_s``: seconds to send a request's headers, and to be idle between
+    requests.
+    """
 
     connections: int = 256
     header_s: float = 30.0
@@ -62,9 +66,9 @@ class HttpLimits:
 async def listening(
     app: Any, host: str, port: int, *, interface: Interfaces = Interfaces.ASGINL, limits: HttpLimits = HttpLimits()
 ) -> AsyncIterator[int]:
-    """Serve ``app``, an application of ``interface``, until the block ends; yields the port.
+    """Serve ``app``, an application of ``interface``, until the block ends; yield the port.
 
-    HTTP/1.1 alone: nothing here needs HTTP/2, and its streams would be a second way around the limits.
+    HTTP/1.1 only: HTTP/2 is not needed, and its streams would bypass the limits.
     """
     port = bind(host, port)
     server = Server(
@@ -104,7 +108,9 @@ async def _accepting(host: str, port: int, task: asyncio.Task[None]) -> None:
 
 
 def operations(checks: Checks) -> App:
-    """``/healthz`` (the process runs), ``/readyz`` (it can do its work, and if not, why), ``/metrics``."""
+    """Return the app of ``/healthz`` (process runs), ``/readyz`` (dependencies, and what is wrong) and
+    ``/metrics``.
+    """
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         del receive
@@ -115,7 +121,7 @@ def operations(checks: Checks) -> App:
 
 
 def answer(path: str, checks: Checks) -> tuple[int, str, bytes]:
-    """The answer of an operations route: status, content type, body."""
+    """Return status, content type and body of an operations route."""
     if path == "/metrics":
         metrics.dependencies(checks())
         body, content_type = metrics.exposition()

@@ -1,4 +1,4 @@
-"""Small truths about operating-system processes that several parts need."""
+"""Helpers for OS processes: signals, OOM score, priorities, file locks, ports."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 
 
 def die_with_parent(number: signal.Signals) -> Callable[[], None] | None:
-    """What a child runs between fork and exec so that it gets ``number`` when its parent is gone; None off Linux.
+    """Return a function for a child to call between fork and exec; None off Linux.
 
-    The library is loaded before the fork, because a forked child of a threaded process must not import.
+    It makes the kernel send ``number`` to the child when its parent ends. The library is loaded before the
+    fork, because a forked child of a threaded process must not import.
     """
     if sys.platform != "linux":
         return None
@@ -29,16 +30,17 @@ def die_with_parent(number: signal.Signals) -> Callable[[], None] | None:
 
     def bind() -> None:
         prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-        if os.getppid() != parent:  # it died before the bond was made
+        if os.getppid() != parent:  # the parent ended before prctl took effect
             os._exit(1)
 
     return bind
 
 
 def keep_memory_private() -> bool:
-    """Let no other process of the same user read this one's memory and environment, or trace it; root still can.
+    """Forbid other processes of the same user, except root, to trace this one or read its memory and
+    environment.
 
-    Programs that this process starts are as open as ever. False where the system has no such thing.
+    Programs that this process starts are not protected. Return False if the system has no such protection.
     """
     if sys.platform != "linux":
         return False
@@ -47,18 +49,18 @@ def keep_memory_private() -> bool:
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 HEAPS = 2
-"""Heaps of a service's process. One for each thread, as glibc has it, keeps what each of them once used."""
+"""Malloc arenas of a service's process; glibc's one for each thread keeps every thread's peak memory."""
 KEEP_MB = 64
-"""What is worth keeping of them where chunks of models pass through."""
+"""Megabytes that arenas keep in processes that handle model chunks."""
 _BLOCK = 32 << 20
-"""Smaller blocks come from a heap. That is what glibc itself comes to once blocks of that size were given back."""
+"""Smaller blocks come from an arena. glibc adapts to the same once blocks of that size were freed."""
 
 
 def limit_malloc_arenas(keep_mb: int = 0) -> None:
-    """Let the threads of this process share its heaps; without effect where the C library is not glibc.
+    """Share malloc arenas between the threads of this process; no effect without glibc.
 
-    ``keep_mb``: what is given back to a heap's end stays up to this size. Who moves large blocks all the time would otherwise take
-    and give back the same pages for each of them.
+    ``keep_mb``: free memory that an arena keeps at its end. Otherwise a process that moves large blocks
+    allocates and returns the same pages for each block.
     """
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -69,16 +71,16 @@ def limit_malloc_arenas(keep_mb: int = 0) -> None:
 
 
 NICE = 10
-"""How far work goes after others, as the kernel measures it from 1 to 19: it gets a ninth of a processor that others want too."""
+"""Nice value of low-priority work, 1 to 19: it gets a ninth of a processor that others want too."""
 LONG_S = 0.05
-"""Seconds of a processor from which on a run of a model is long, and goes after others."""
+"""CPU seconds after which a model's run counts as long and gets low priority."""
 
 
 def goes_after_others(pid: int) -> None:
-    """Let other processes have the processors before this one or one of its children.
+    """Lower the priority of this process or of one of its children.
 
-    Where the kernel groups the processes of a session, it divides the processors between sessions, whatever priorities the processes
-    have. So if the process began a session, that goes after others too.
+    If the kernel groups processes by session, it shares processors between sessions regardless of priorities;
+    so a session that the process leads is lowered too.
     """
     with suppress(OSError):
         for thread in Path(f"/proc/{pid}/task").iterdir():
@@ -89,7 +91,7 @@ def goes_after_others(pid: int) -> None:
 
 
 def processor_s(pid: int) -> float:
-    """Seconds of a processor that a process has taken so far, all of its threads together; 0 when it is gone, and off Linux."""
+    """Return the CPU seconds of a process, all threads included; 0 if it does not exist, and off Linux."""
     if sys.platform != "linux":
         return 0.0
     try:
@@ -99,15 +101,18 @@ def processor_s(pid: int) -> float:
 
 
 def thread_goes_after_others(thread: int) -> None:
-    """Let other threads have the processors before one, by its native id. Only Linux has priorities of threads. Without privileges
-    a thread never comes back from it."""
+    """Lower the priority of a thread by its native id. Linux only. Without privileges it cannot be raised
+    again.
+    """
     if sys.platform == "linux":
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, thread, NICE)
 
 
 def prefer_oom_kill() -> None:
-    """When the machine is out of memory, this process is ended before others: raising one's own score needs no right."""
+    """Let the kernel kill this process before others when memory is short; raising one's own score needs no
+    privilege.
+    """
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 
@@ -123,9 +128,9 @@ _own = threading.local()
 
 
 def signal_stack() -> None:
-    """Give this thread a stack for signal handlers, so that one can say so when its own stack is full.
+    """Give this thread a stack for signal handlers, so that a stack overflow can be reported.
 
-    Python gives one to the thread that turns ``faulthandler`` on, and to no other.
+    Python gives one only to the thread that enables ``faulthandler``.
     """
     with suppress(AttributeError, OSError):
         sigaltstack = ctypes.CDLL(None, use_errno=True).sigaltstack
@@ -134,7 +139,7 @@ def signal_stack() -> None:
 
 
 def out_of_memory_kills() -> int:
-    """How many processes of this machine the kernel has ended for want of memory; 0 where it does not say."""
+    """Return the kernel's count of out-of-memory kills on this machine; 0 if unknown."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:
@@ -143,7 +148,9 @@ def out_of_memory_kills() -> int:
 
 
 def locked(descriptor: int) -> int | None:
-    """The descriptor, with the lock on its file until it is closed; None, and it is closed, when another process has the lock."""
+    """Lock a file until its descriptor is closed and return the descriptor; close it and return None if it is
+    locked.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -153,7 +160,7 @@ def locked(descriptor: int) -> int | None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process exists and is more than an exit status nobody has read; 0 is nobody's number."""
+    """Return True if a process exists and is not a zombie; 0 is never alive."""
     if pid <= 0:
         return False
     try:
@@ -173,7 +180,7 @@ def _zombie(pid: int) -> bool:
 
 
 def send(pid: int, number: signal.Signals) -> None:
-    """Signal a process that may be gone already; never a group of them."""
+    """Signal a process, never a group; ignore one that does not exist."""
     if pid <= 0:
         return
     with suppress(ProcessLookupError):
@@ -181,12 +188,12 @@ def send(pid: int, number: signal.Signals) -> None:
 
 
 def can_listen(host: str, port: int) -> bool:
-    """Whether this process could listen on a TCP port just now; port 0 is always free."""
+    """Return True if this process could listen on a TCP port now; port 0 is always free."""
     return not why_not_listen(host, port)
 
 
 def why_not_listen(host: str, port: int) -> str:
-    """Why this process could not listen on a TCP port just now, as the system says it; empty when it could."""
+    """Return the system's reason why this process cannot listen on a TCP port; empty if it can."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,7 +1,8 @@
-"""Seats that tenants share: whose turn it is when more want one than there are.
+"""Shares seats fairly between tenants if more work waits than there are seats.
 
-Each tenant has a few seats at most, and tenants take turns. A tenant whose work took long is slow for a while: slow tenants
-together leave one seat to the others, so that what is made to use up its time keeps no other tenant waiting for it.
+A tenant has a limited number of seats, and tenants take turns. A tenant whose work took long counts as slow
+for a while: slow tenants together leave one seat to the others, so that work made to run long delays no other
+tenant.
 """
 
 from __future__ import annotations
@@ -15,36 +16,38 @@ from itertools import chain
 from tether.errors import Unavailable
 
 SLOW_S = 15.0
-"""A tenant whose work takes this long is slow."""
+"""Seconds of work after which a tenant is slow."""
 
 SLOW_FOR_S = 600.0
-"""For how long after it."""
+"""Seconds that a tenant stays slow."""
 
 
 class TenantTurns:
-    """``seats`` at a time, of which one tenant has at most ``each``; ``now`` is monotonic seconds. ``most_waiting``: pushes of one
-    tenant that wait; one more is told to come again (0: any number waits)."""
+    """Assigns ``seats`` seats, at most ``each`` to one tenant; ``now`` is monotonic seconds.
+
+    ``most_waiting``: pushes of one tenant that may wait; more are refused (0: unlimited).
+    """
 
     def __init__(self, seats: int, now: Callable[[], float], *, each: int = 1, most_waiting: int = 0) -> None:
         self._seats, self._each, self._most_waiting = seats, each, most_waiting
         self._now = now
         self._waiting: dict[str, deque[asyncio.Future[float]]] = {}
-        """By tenant; the first tenant that may have a seat is next."""
+        """Waiting work by tenant; the first tenant that may have a seat is next."""
         self._began: dict[str, deque[float]] = {}
-        """When the work of each tenant in a seat began, the oldest first."""
+        """When the work of each seated tenant began, oldest first."""
         self._slow_until: dict[str, float] = {}
 
     @asynccontextmanager
     async def turn(self, tenant: str) -> AsyncIterator[None]:
-        """Hold a seat while the block runs.
+        """Wait for a seat and occupy it while the block runs.
 
         Raises:
-            Unavailable: too many of the tenant wait.
+            Unavailable: too many pushes of the tenant wait.
         """
         waiting = self._waiting.setdefault(tenant, deque())
         if self._most_waiting and len(waiting) >= self._most_waiting:
             raise Unavailable(
-                f"{len(waiting)} pushes of tenant '{tenant}' wait for their turn, one after another; push again later",
+                f"{len(waiting)} pushes of tenant '{tenant}' wait already; push again later",
                 retry_after=5,
             )
         given: asyncio.Future[float] = asyncio.get_running_loop().create_future()
@@ -81,7 +84,7 @@ class TenantTurns:
                 now = self._now()
                 self._began.setdefault(tenant, deque()).append(now)
                 waiting.popleft().set_result(now)
-                self._waiting[tenant] = self._waiting.pop(tenant)  # the others come first the next time
+                self._waiting[tenant] = self._waiting.pop(tenant)  # other tenants go first the next time
             if not waiting:
                 del self._waiting[tenant]
 

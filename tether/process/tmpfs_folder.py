@@ -1,8 +1,8 @@
-"""A folder whose files are in memory and on no disk: where an encrypted model is in the clear.
+"""A folder in memory, never on disk, for the plain text of encrypted models.
 
-It lies on tmpfs (or ramfs), belongs to one process and goes with it: whoever makes the next one removes what killed
-processes left. Who owns a folder holds the lock on a file in it, so that processes that do not see one another, as in two
-containers that share ``/dev/shm``, take nothing from each other.
+It is on tmpfs (or ramfs) and belongs to one process; the next process deletes what killed ones left. The
+owner holds the lock on a file in it, so that processes that cannot see one another, as in two containers that
+share ``/dev/shm``, do not delete each other's files.
 """
 
 from __future__ import annotations
@@ -28,10 +28,7 @@ _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
 class MemoryFolder:
-    """The folder of one identity of one home below ``base``, made at its first use.
-
-    Every method blocks.
-    """
+    """The folder of one identity of one home below ``base``, created on first use. All methods block."""
 
     def __init__(self, base: str, home: Path, identity: str) -> None:
         whose = hashlib.sha256(f"{home}\0{identity}".encode()).hexdigest()[:16]
@@ -41,10 +38,10 @@ class MemoryFolder:
         self._path: Path | None = None
 
     def path(self) -> Path:
-        """The folder.
+        """Return the folder, creating it if needed.
 
         Raises:
-            TmpfsUnavailable: nothing below the base is in memory, or others could get at it.
+            TmpfsUnavailable: the base is not in memory, or other users could read it.
         """
         if self._path is None:
             if not in_memory(self._base):
@@ -56,7 +53,7 @@ class MemoryFolder:
         return self._path
 
     def room(self, size: int) -> None:
-        """Prove that ``size`` more bytes fit.
+        """Check that ``size`` more bytes fit.
 
         Raises:
             TmpfsUnavailable: they do not.
@@ -66,14 +63,14 @@ class MemoryFolder:
             raise _refused(f"has {free} bytes free and the model needs {size}; make it larger")
 
     def sweep(self) -> None:
-        """Remove what killed processes left; where there is no such place, nothing."""
+        """Delete what killed processes left, if there is such a place."""
         with suppress(OSError, TmpfsUnavailable):
             if self._own.is_dir() and in_memory(self._base):
                 with self._alone():
                     self._remove_dead()
 
     def close(self) -> None:
-        """Remove the folder and everything in it; what holds it too, when no other process has one there."""
+        """Delete the folder with its content, and its parent if no other process has one there."""
         path, self._path = self._path, None
         if path is not None:
             shutil.rmtree(path, ignore_errors=True)
@@ -93,7 +90,7 @@ class MemoryFolder:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Hold the right to make and remove folders of this identity, and then leave nothing that holds none."""
+        """Lock creation and deletion of this identity's folders; delete an empty parent at the end."""
         descriptor = self._enter()
         try:
             yield
@@ -105,7 +102,7 @@ class MemoryFolder:
             os.close(descriptor)
 
     def _enter(self) -> int:
-        """The descriptor of the lock, which may be gone by the time it is ours: then of the next one."""
+        """Return the descriptor of the lock; retry if its file was deleted meanwhile."""
         while True:
             with suppress(FileNotFoundError):
                 self._have_own()
@@ -121,12 +118,12 @@ class MemoryFolder:
             self._own.mkdir(mode=0o700)
         found = self._own.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
-            raise _refused("has a folder of ours that others may enter; remove it")
+            raise _refused("has a folder of this user that others may enter; delete it")
 
     def _remove_dead(self) -> None:
         for path in self._own.iterdir():
             if path.is_dir() and path != self._path:
-                with suppress(FileNotFoundError):  # its owner removed it just now
+                with suppress(FileNotFoundError):  # its owner has just deleted it
                     self._remove(path)
 
     def _remove(self, path: Path) -> None:
@@ -137,21 +134,21 @@ class MemoryFolder:
 
 
 def _refused(what: str) -> TmpfsUnavailable:
-    """Without the path: it may be told to whoever pushes."""
+    """Return the error without the path: it may be shown to the client that pushes."""
     return TmpfsUnavailable(
-        f"an encrypted model is put together in memory only, and the folder that setting 'decrypted_model_dir' names {what}",
+        f"an encrypted model needs a folder in memory, and setting 'decrypted_model_dir' names one that {what}",
         field="decrypted_model_dir",
         retry_after=30,
     )
 
 
 def _locked(path: Path) -> int | None:
-    """The descriptor of a file that nobody else has locked; None when somebody has."""
+    """Lock a file and return its descriptor; None if another process has locked it."""
     return locked(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
 
 
 def in_memory(path: Path) -> bool:
-    """Whether a folder lies on a file system that has no disk. False where the kernel does not tell."""
+    """Return True if a folder is on a file system without a disk; False if the kernel does not tell."""
     try:
         rows = _MOUNTS.read_text().splitlines()
         place = path.resolve(strict=True)
@@ -159,7 +156,7 @@ def in_memory(path: Path) -> bool:
         return False
     found, kind = Path(), ""
     for row in rows:
-        # the last one that is mounted on a place counts
+        # the last mount on a path is the visible one
         where, what = _mount(row)
         if place.is_relative_to(where) and len(where.parts) >= len(found.parts):
             found, kind = where, what
@@ -167,7 +164,7 @@ def in_memory(path: Path) -> bool:
 
 
 def _mount(row: str) -> tuple[Path, str]:
-    """Where a row of mountinfo mounts something, and what kind of file system."""
+    """Return mount point and file system type of a row of mountinfo."""
     left, _, right = row.partition(" - ")
     where = _ESCAPED.sub(lambda code: chr(int(code[1], 8)), left.split()[4])
     return Path(where), right.split()[0]

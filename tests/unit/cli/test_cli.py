@@ -56,7 +56,7 @@ def test_a_file_where_the_data_directory_should_be_is_told_in_one_line(
     if words[0] in ("up", "init"):
         assert done.returncode == 1
         assert done.stderr.splitlines() == [
-            f"error: {place} is no folder, and one is needed there; choose another with --data-dir or TETHER_HOME"
+            f"error: {place} is not a folder; choose another with --data-dir or TETHER_HOME"
             " (config_invalid)".encode()
         ]
 
@@ -96,7 +96,7 @@ def test_a_data_directory_whose_name_is_no_text_is_refused(monkeypatch: pytest.M
     monkeypatch.setenv("TETHER_HOME", os.fsdecode(b"/tmp/\xff"))
     done = run("up")
     assert done.returncode == 1
-    assert b"bytes that are no UTF-8" in done.stderr
+    assert b"is not valid UTF-8" in done.stderr
 
 
 # starting
