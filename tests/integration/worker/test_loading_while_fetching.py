@@ -171,9 +171,7 @@ async def test_a_process_that_is_killed_while_it_waits_is_told_and_the_next_try_
         await wait_until(lambda: not alive(process.pid), "it is dead")
         gate.opened.set()
         await ready(running, served)
-        assert seen == [
-            "model_rejected: cannot load the model: the model's process was ended by signal 9 (SIGKILL)"
-        ]
+        assert seen == ["model_rejected: cannot load the model: the model's process was ended by signal 9 (SIGKILL)"]
         assert (await running.infer(served, row(1.0)))[0, 0] == 1.5
 
 

@@ -144,7 +144,10 @@ def test_messages_that_are_too_large_are_refused_and_end_no_process(
     monkeypatch.setattr(child_process, "LARGEST_FRAME", 1000)
     assert child_process._packed((True, ["x" * 900]), OPTIONS)[0] is True
     good, content = child_process._packed((True, ["x" * 1000]), OPTIONS)
-    assert (good, codec.unpack(content)) == (False, (False, "the outputs of one run have 1006 bytes; the limit is 1000"))
+    assert (good, codec.unpack(content)) == (
+        False,
+        (False, "the outputs of one run have 1006 bytes; the limit is 1000"),
+    )
 
 
 def test_an_onnx_model_that_runs_out_of_memory_costs_its_process_only(tmp_path: Path) -> None:

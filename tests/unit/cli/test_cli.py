@@ -56,8 +56,7 @@ def test_a_file_where_the_data_directory_should_be_is_told_in_one_line(
     if words[0] in ("up", "init"):
         assert done.returncode == 1
         assert done.stderr.splitlines() == [
-            f"error: {place} is not a folder; choose another with --data-dir or TETHER_HOME"
-            " (config_invalid)".encode()
+            f"error: {place} is not a folder; choose another with --data-dir or TETHER_HOME (config_invalid)".encode()
         ]
 
 

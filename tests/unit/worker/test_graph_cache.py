@@ -178,7 +178,9 @@ def test_drafts_that_killed_processes_left_are_deleted(tmp_path: Path) -> None:
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="it has CUDA")
 def test_cuda_is_taken_where_it_is_there_and_missed_where_it_is_asked_for(tmp_path: Path) -> None:
     assert providers("auto") == providers("cpu") == ["CPUExecutionProvider"]
-    with pytest.raises(ModelRejected, match=r"'cuda' is not available: this ONNX Runtime has no CUDAExecutionProvider; install"):
+    with pytest.raises(
+        ModelRejected, match=r"'cuda' is not available: this ONNX Runtime has no CUDAExecutionProvider; install"
+    ):
         load(version(tmp_path / "m"), tmp_path / "m", Options(device="cuda"))
 
 
