@@ -60,7 +60,7 @@ async def ends(running: Services, ids: list[str]) -> list[dict[str, object]]:
 
 
 def waits(worker: WorkerService) -> bool:
-    return "wait for their results" in worker.checks()["results"]
+    return "are not stored yet" in worker.checks()["results"]
 
 
 async def test_a_caller_is_answered_while_results_have_no_room(short: Services) -> None:

@@ -126,7 +126,7 @@ def test_without_a_compiler_a_load_says_so(tmp_path: Path, torch_models: Path, m
     manifest, directory = version(tmp_path, torch_models / "digits.pt2")
     monkeypatch.setattr(compiler_env, "PATH", str(tmp_path))
     with pytest.raises(
-        ModelRejected, match=r"'compile' needs a C\+\+ compiler, and there is no g\+\+ or clang"
+        ModelRejected, match=r"'compile' needs a C\+\+ compiler, and this worker has no g\+\+ or clang"
     ) as caught:
         runtimes.load(manifest, directory, Options(compile=True))
     assert caught.value.field == "compile"
