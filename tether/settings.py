@@ -309,8 +309,7 @@ def load(
     environ: Mapping[str, str] | None = None,
     config_dir: Path | None = None,
 ) -> Settings:
-    """Read the settings of ``service`` in the order above; ``overrides`` are the command line's (None: not
-    given).
+    """Read the settings of ``service`` in the order above; ``overrides`` are the command line's.
 
     Raises:
         ConfigError: an unknown key in a file (with the nearest known one), a wrong type, a value out of range, an

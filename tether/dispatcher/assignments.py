@@ -93,8 +93,7 @@ def working_off(
 
 @lru_cache(maxsize=1 << 17)
 def rendezvous(worker: str, what: str) -> bytes:
-    """Return the rank of a worker for ``what``; the highest wins, so a worker that joins or leaves moves only
-    its share.
+    """Return the rank of a worker for ``what``; the highest wins. One worker's change moves its share only.
 
     Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998.
     """
@@ -129,9 +128,7 @@ def routes(
 
 
 def steady(route: Route, before: Route | None) -> Route:
-    """Return the route with its previous job time unless that has doubled or halved, to avoid constant
-    writes.
-    """
+    """Return the route; keep its previous job time unless that doubled or halved, to save writes."""
     old = 0.0 if before is None else before.job_s
     if old and (not route.job_s or old / 2 < route.job_s < old * 2):
         return msgspec.structs.replace(route, job_s=old)

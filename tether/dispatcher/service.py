@@ -134,9 +134,7 @@ class Dispatcher:
         await self._pools.look_again()
 
     async def register(self, envelope: Envelope) -> bytes:
-        """Handle ``registerWorker``: give a worker a new epoch for its heartbeats, or confirm its current
-        one.
-        """
+        """Handle ``registerWorker``: assign a new epoch for heartbeats, or confirm the current one."""
         request = codec.decode(envelope.body, Registration)
         check_name(request.region, field="region")
         if request.worker != envelope.sender:
@@ -341,9 +339,7 @@ class Dispatcher:
                 self._routed[place] = route
 
     def _orphaned_routes(self, found: Mapping[assignments.Place, Route]) -> dict[assignments.Place, Route]:
-        """Return stored routes of deleted versions and of tenants that are no longer isolated: no worker
-        serves them.
-        """
+        """Return stored routes that no worker serves: of deleted versions and formerly isolated tenants."""
         gone = [place for place in self._routed if place not in found]
         return {place: msgspec.structs.replace(self._routed[place], workers=()) for place in gone}
 

@@ -10,9 +10,7 @@ from tether.model.config import ModelConfig, default_config
 from tether.model.version_policy import served_versions
 
 LINGER_S = 2.0
-"""Seconds that a version is kept after it is no longer served: gateways learn of it, and their requests
-finish.
-"""
+"""Seconds that an unserved version is kept, so that gateways learn of it and requests finish."""
 
 
 class RecentlyServed:
@@ -22,9 +20,7 @@ class RecentlyServed:
         self._last: dict[Place, float] = {}
 
     def lingering(self, wanted: Models, models: Models, now: float) -> Models:
-        """Return ``wanted`` plus those of ``models`` wanted less than ``LINGER_S`` ago, in the order of
-        ``models``.
-        """
+        """Return ``wanted`` plus what was wanted less than ``LINGER_S`` ago, in the order of ``models``."""
         self._last.update({(pool, ref): now for pool, refs in wanted.items() for ref in refs})
         self._last = {place: at for place, at in self._last.items() if now - at < LINGER_S}
         return {pool: tuple(ref for ref in refs if (pool, ref) in self._last) for pool, refs in models.items()}
@@ -36,9 +32,7 @@ def served(
     aliases: Mapping[str, Collection[Alias]],
     routes: Mapping[Place, Route],
 ) -> Models:
-    """Return the versions of every pool that its workers should host; ``configs`` and ``aliases`` are by
-    model.
-    """
+    """Return the versions to host by pool; ``configs`` and ``aliases`` are by model."""
     found: dict[str, tuple[ModelRef, ...]] = {}
     for pool, refs in models.items():
         kept = _served_of(pool, refs, configs, aliases, routes)

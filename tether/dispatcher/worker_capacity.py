@@ -20,9 +20,7 @@ class CapacityBaseline:
         self._told: dict[Place, float] = {}
 
     def least(self, living: Mapping[str, Heartbeat], pools: Mapping[str, str]) -> Mapping[Place, float]:
-        """Return the lowest level by version and pool from the newest heartbeats; ``pools`` has each worker's
-        pool.
-        """
+        """Return the lowest level by version and pool; ``pools`` has each worker's pool."""
         found: dict[Place, float] = {}
         for worker, beat in living.items():
             if pools.get(worker, SHARED) != beat.pool:

@@ -7,9 +7,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Source of time. ``monotonic`` is for durations inside a process, ``utc`` for values that cross
-    processes (seconds).
-    """
+    """Source of time in seconds: ``monotonic`` inside a process, ``utc`` across processes."""
 
     def monotonic(self) -> float: ...
 

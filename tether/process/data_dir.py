@@ -108,9 +108,7 @@ class Home:
 
     @property
     def endpoints(self) -> Path:
-        """Return the path of the JSON list of running services: ``tether up`` writes it, other commands read
-        it.
-        """
+        """Return the path of the JSON list of running services, written by ``tether up``."""
         return self.run / "endpoints.json"
 
 

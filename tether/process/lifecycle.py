@@ -124,9 +124,7 @@ async def first_of(*events: asyncio.Event) -> None:
 
 
 def freeze_gc() -> None:
-    """Exclude objects created at startup from garbage collection, so that collections during requests are
-    short.
-    """
+    """Exempt objects created at startup from garbage collection, for shorter pauses in requests."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 50)

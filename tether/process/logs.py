@@ -44,9 +44,7 @@ def _fields(record: logging.LogRecord) -> Iterator[tuple[str, Any]]:
 
 
 class TextFormatter(logging.Formatter):
-    """Formats records for people: one line with the fields at its end, control characters escaped, exceptions
-    indented below.
-    """
+    """Formats records for people: one line with fields at its end, exceptions indented below."""
 
     def __init__(self, service: str) -> None:
         super().__init__()

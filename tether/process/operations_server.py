@@ -27,9 +27,7 @@ Checks = Callable[[], dict[str, str]]
 
 
 HEADER_BYTES = 64 << 10
-"""Size of request line and headers from about which, or with more than a hundred headers, 431 or 414 is
-returned.
-"""
+"""Approximate limit of request line and headers (431 or 414 above); at most a hundred headers."""
 
 BACKLOG = 1024
 
@@ -54,9 +52,7 @@ def bind(host: str, port: int) -> int:
 
 @dataclass(frozen=True)
 class HttpLimits:
-    """Limits of connections. ``header_s``: seconds to send a request's headers, and to be idle between
-    requests.
-    """
+    """Limits of connections. ``header_s``: header timeout, and idle timeout between requests."""
 
     connections: int = 256
     header_s: float = 30.0
@@ -108,9 +104,7 @@ async def _accepting(host: str, port: int, task: asyncio.Task[None]) -> None:
 
 
 def operations(checks: Checks) -> App:
-    """Return the app of ``/healthz`` (process runs), ``/readyz`` (dependencies, and what is wrong) and
-    ``/metrics``.
-    """
+    """Return the app of ``/healthz`` (process runs), ``/readyz`` (dependencies) and ``/metrics``."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         del receive

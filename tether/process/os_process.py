@@ -37,8 +37,7 @@ def die_with_parent(number: signal.Signals) -> Callable[[], None] | None:
 
 
 def keep_memory_private() -> bool:
-    """Forbid other processes of the same user, except root, to trace this one or read its memory and
-    environment.
+    """Forbid the same user's other processes to trace this one or read its memory and environment.
 
     Programs that this process starts are not protected. Return False if the system has no such protection.
     """
@@ -101,18 +100,14 @@ def processor_s(pid: int) -> float:
 
 
 def thread_goes_after_others(thread: int) -> None:
-    """Lower the priority of a thread by its native id. Linux only. Without privileges it cannot be raised
-    again.
-    """
+    """Lower a thread's priority by its native id (Linux), for good without privileges."""
     if sys.platform == "linux":
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, thread, NICE)
 
 
 def prefer_oom_kill() -> None:
-    """Let the kernel kill this process before others when memory is short; raising one's own score needs no
-    privilege.
-    """
+    """Let the kernel kill this process first when memory is short; needs no privilege."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 
@@ -148,9 +143,7 @@ def out_of_memory_kills() -> int:
 
 
 def locked(descriptor: int) -> int | None:
-    """Lock a file until its descriptor is closed and return the descriptor; close it and return None if it is
-    locked.
-    """
+    """Lock a file until its descriptor is closed; return None and close it if it is locked already."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

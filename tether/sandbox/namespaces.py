@@ -30,8 +30,7 @@ _READ_EVERY_FILE = 1 << 2
 
 
 def leave(scratch_mb: int, used: Collection[str]) -> str:
-    """Leave the machine's network, mounts and shared memory; return a private folder in memory of
-    ``scratch_mb`` MiB.
+    """Leave the machine's network, mounts and shared memory; return a private folder in memory.
 
     It covers an existing folder that has none of the paths ``used``, and disappears with the process. Empty
     if the kernel permits none.

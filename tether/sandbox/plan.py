@@ -35,8 +35,7 @@ _COMPILER = ("/usr/libexec", "/usr/include", "/usr/local/include")
 
 
 class ConfinementPlan(msgspec.Struct, frozen=True):
-    """What one process may do. ``rules``: paths and their Landlock rights; ``parent``: the process it ends
-    with.
+    """What one process may do. ``rules``: paths and Landlock rights; ``parent``: it ends with that.
 
     It may write ``scratch_mb`` MiB of its own files in memory, none larger than ``file_mb`` (0: unlimited),
     and starts other processes only with ``processes``.
@@ -103,9 +102,7 @@ def check(mode: str, platform: str) -> None:
 
 
 def mode_for(mode: str, platform: str) -> str:
-    """Return the mode for a platform: models that are data run with what the kernel has, even with
-    'required'.
-    """
+    """Return a platform's mode: models that are data run with what the kernel has, always."""
     return AVAILABLE if mode == REQUIRED and platform in WITHOUT_CODE else mode
 
 

@@ -55,9 +55,7 @@ _REFUSED = (
     "mq_open", "mq_unlink",
 )  # fmt: skip
 _ABSENT = ("io_uring_setup", "io_uring_enter", "io_uring_register", "memfd_create", "memfd_secret", "openat2", "clone3")
-"""Calls that are reported as not implemented, which programs cope with: they would bypass the rules or memory
-limits.
-"""
+"""Calls reported as not implemented, which programs cope with: they bypass rules or memory limits."""
 _PROGRAMS = ("execve", "execveat")
 _PROCESSES = ("fork", "vfork")
 _OWN_PID_FIRST = ("prlimit64", "sched_setaffinity", "sched_setscheduler", "sched_setparam", "sched_setattr")
@@ -91,8 +89,7 @@ def install(program: _Program) -> None:
 
 
 def models(pid: int, *, processes: bool, abi: int) -> _Program:
-    """Return the filter of a model's process ``pid``; with ``processes`` it may start others, as a compiler
-    does.
+    """Return the filter of a model's process ``pid``; ``processes``: it may start others to compile.
 
     It refuses what Landlock of this ``abi`` does not restrict.
     """
@@ -189,9 +186,7 @@ def _no_bits(index: int, bits: int) -> _Program:
 
 
 def _truncates_only_what_it_writes(index: int) -> _Program:
-    """Refuse to open for reading with truncation: that is a write, which some kernels' Landlock does not
-    check.
-    """
+    """Refuse to truncate a file opened for reading, a write that some kernels' Landlock permits."""
     return [
         *_load_argument(index),
         (_ANY_BIT, 1, 0, _TRUNCATING),

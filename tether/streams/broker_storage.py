@@ -45,8 +45,7 @@ _CAUSES = (
 
 
 async def frozen_streams(http: httpx.AsyncClient, monitor: str) -> str:
-    """Return the streams that a broker has stopped writing to and why, by its monitor; empty if none, or no
-    answer.
+    """Return the streams that the broker stopped writing to and why; empty if none, or no answer.
 
     The text has no paths, so any caller may see it.
     """
@@ -65,8 +64,7 @@ async def frozen_streams(http: httpx.AsyncClient, monitor: str) -> str:
 
 
 class BrokerStorage:
-    """State of the broker's storage, from its folder (``nats_store_dir``) and its monitor
-    (``nats_monitor_url``).
+    """State of the broker's storage, from ``nats_store_dir`` and ``nats_monitor_url``.
 
     Without either, nothing is known and nothing refused. ``full`` is the reason why work is refused, for
     callers to read; empty while there is space.
@@ -129,8 +127,8 @@ class BrokerStorage:
             raise self._error()
 
     def explained(self, error: TetherError) -> TetherError:
-        """Return StorageFull if full storage explains ``error``, which is otherwise returned: a full broker
-        does not answer.
+        """Return StorageFull if full storage explains ``error`` (a full broker does not answer), or
+        ``error``.
         """
         if self.full and isinstance(error, BrokerUnavailable):
             return self._error()

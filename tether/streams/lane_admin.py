@@ -1,6 +1,4 @@
-"""Lists and removes lanes in the broker, whoever created them; the dispatcher finds orphaned and broken ones
-with it.
-"""
+"""Lists and removes lanes in the broker, for the dispatcher to find orphaned and broken ones."""
 
 from __future__ import annotations
 
@@ -162,8 +160,7 @@ async def consumer_states(bus: Bus, stream: str) -> list[ConsumerState]:
 
 
 async def configured_lanes(bus: Bus, stream: str, settings: Settings) -> set[Lane]:
-    """Return the lanes whose consumer matches ``settings``; one list is 50 times as fast as asking for each
-    lane.
+    """Return the lanes configured as ``settings``; one list is 50 times as fast as a request each.
 
     Raises:
         JetStreamError, BrokerUnavailable: the broker could not be asked.
@@ -199,8 +196,7 @@ async def consumer_state(bus: Bus, lane: Lane) -> ConsumerState | None:
 
 
 async def next_message(bus: Bus, stream: str, subject: str, start: int) -> LaneMessage | None:
-    """Return the first message on ``subject`` (wildcards allowed) from sequence ``start`` on; None if there
-    is none.
+    """Return the first message on ``subject`` (wildcards allowed) from sequence ``start`` on, or None.
 
     The stream's leader answers, so a missing message does not exist.
 

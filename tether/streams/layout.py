@@ -85,9 +85,7 @@ def _rest(settings: Settings) -> int:
 
 
 def pool_streams(names: Names, pool: str, settings: Settings) -> list[dict[str, Any]]:
-    """Return the streams of an isolated tenant; all such tenants share a quarter of the memory and an eighth
-    of the disk.
-    """
+    """Return the streams of an isolated tenant; all of these share 1/4 of the memory and 1/8 of the disk."""
     memory = settings.max_memory_mb * _MB // 4 // settings.max_isolated_tenants
     disk = _rest(settings) // 16 // settings.max_isolated_tenants
     shard = pool_token(pool)
@@ -131,9 +129,7 @@ def _jobs(names: Names, shard: int | str, max_bytes: int, settings: Settings) ->
 
 
 def _longest_ns(settings: Settings) -> int:
-    """Return how long the record of a job is kept without a dispatcher, if the job finishes as late as
-    possible.
-    """
+    """Return how long a job's record is kept without a dispatcher, if the job finishes last-minute."""
     return int((LONGEST_DEADLINE_S + settings.result_ttl_s) * NANOSECONDS)
 
 
@@ -253,7 +249,7 @@ async def ensure_streams(
     """Create missing streams and update the rest, one by one; return the errors by stream.
 
     A stream that does not answer delays no other one. ``as_they_are``: streams that this identity may not
-    change, which is not an error; streams found to be so are added.
+    change, which is no error; it is extended.
     """
     failed: dict[str, TetherError] = {}
     gate = asyncio.Semaphore(_SIDE_BY_SIDE)
@@ -312,8 +308,7 @@ async def is_empty(bus: Bus, pool: str) -> bool:
 
 
 async def compared_stream(bus: Bus, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return a stream's configuration, empty if it does not exist, and the fields that differ from
-    ``config``.
+    """Return a stream's configuration (empty if missing) and the fields that differ from ``config``.
 
     Raises:
         JetStreamError, BrokerUnavailable: the broker could not be asked.
@@ -393,16 +388,11 @@ async def ensure_lane(bus: Bus, lane: Lane, settings: Settings) -> None:
         await bus.api(f"CONSUMER.DELETE.{stream}.{name}")
         await bus.api(*create)
         metrics.LANES_MADE_AGAIN.labels("ahead").inc()
-        log.warning(
-            "lane %s: its consumer was ahead of its stream; recreated it", subject, extra={"action": "lane_made_again"}
-        )
+        log.warning("lane %s: recreated a consumer ahead of its stream", subject, extra={"action": "lane_made_again"})
 
 
 async def _is_ahead(bus: Bus, made: dict[str, Any]) -> bool:
-    """Return True if a new consumer uses files of one that had delivered more than its stream has.
-
-    A power cut can empty the description of a consumer and keep its state.
-    """
+    """Return True if a new consumer took over a state ahead of its stream, as after a power cut."""
     age = datetime.fromisoformat(made["ts"]) - datetime.fromisoformat(made["created"])
     if not made["delivered"]["stream_seq"] or age.total_seconds() > _JUST_MADE_S:
         return False

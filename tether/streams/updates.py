@@ -15,8 +15,7 @@ from tether.streams.layout import compared_stream, ensure_streams, pool_streams,
 
 
 async def differing_streams(bus: Bus, settings: Settings) -> dict[str, list[str]]:
-    """Return existing streams that differ from ``settings``, isolated tenants' too, with the fields that
-    differ.
+    """Return existing streams that differ from ``settings``, isolated tenants' too, with the fields.
 
     Raises:
         JetStreamError, BrokerUnavailable: the broker could not be asked.

@@ -18,9 +18,7 @@ from tether.streams.layout import STREAM_NOT_FOUND
 log = logging.getLogger(__name__)
 
 FACTOR = 4.0
-"""Multiple of a stream's free space that a tenant of weight 1 may use (dynamic thresholds: Choudhury and
-Hahne, 1998).
-"""
+"""Free-space multiple of a tenant of weight 1 (dynamic thresholds: Choudhury and Hahne, 1998)."""
 
 _LOOK_S = 1.0
 _AGAIN_S = 0.1
@@ -67,8 +65,7 @@ async def stream_use(bus: Bus, stream: str, *, timeout: float = 5.0) -> StreamUs
 
 
 def tenant_limit(use: StreamUse, weight: float) -> int | None:
-    """Return the bytes that a tenant may have in a stream: :data:`FACTOR` times its weight times the free
-    space.
+    """Return a tenant's limit in a stream in bytes: :data:`FACTOR` times weight times free space.
 
     None if even the whole content is less.
     """
@@ -94,9 +91,7 @@ class StreamUses:
         self._may_look = True
 
     async def of(self, stream: str) -> StreamUse | None:
-        """Return the usage of a stream, at most a second old, plus what this service stored since; None if
-        unknown.
-        """
+        """Return the usage of a stream, at most a second old, plus own writes since; None if unknown."""
         async with self._turns.setdefault(stream, asyncio.Lock()):  # the first to ask goes on first
             if self._may_look and not self._is_fresh(stream):
                 use = await self._look(stream, self._uses.get(stream, _NEVER)[1])
@@ -120,9 +115,7 @@ class StreamUses:
         return age < (_AGAIN_S if use.share >= _FILLS else _LOOK_S)
 
     async def _look(self, stream: str, before: StreamUse | None) -> StreamUse | None:
-        """Read the usage; a store that does not answer counts as full as before, and requests to it will
-        wait.
-        """
+        """Read the usage; a store that does not answer counts as full as before."""
         try:
             return await stream_use(self._bus, stream, timeout=_ANSWER_S)
         except PermissionDenied as error:

@@ -1,5 +1,4 @@
-"""Records which versions run in the worker's own process, so that the next process knows which one crashed
-it.
+"""Records the versions that run in the worker's own process, so that a crash is attributed to one.
 
 A worker has two files. ``NAME.running`` has a line for each active run and load, in memory that outlives the
 process. Python's ``faulthandler`` writes ``NAME.crash`` if a signal such as SIGSEGV, SIGFPE or SIGABRT ends
@@ -131,9 +130,7 @@ class CrashNotes:
         return found
 
     def _begun(self) -> mmap.mmap | None:
-        """Create a file of empty lines with all disk blocks allocated, so that writing to the mapping cannot
-        fail.
-        """
+        """Create a file of empty lines with all blocks allocated, so that writes to the mapping cannot fail."""
         try:
             with self._running.open("wb+") as file:
                 file.write(bytes(_LINE * _LINES))
@@ -150,9 +147,7 @@ class CrashNotes:
 
 
 def _read_lines(path: Path) -> tuple[list[tuple[str, str]], int]:
-    """Return the threads and versions that ran when the process ended, and its count of out-of-memory kills;
-    -1: none.
-    """
+    """Return threads and versions at the process's end, and its out-of-memory kill count (-1: none)."""
     try:
         content = path.read_bytes()
     except OSError:

@@ -47,8 +47,7 @@ class ModelConfigReader:
         return self._known.get(model) or default_config(model)
 
     async def read(self, model: str) -> ModelConfig:
-        """Read the configuration from the broker for a model that is about to be loaded; follow it from then
-        on.
+        """Read the configuration from the broker before a load, and follow it from then on.
 
         Raises:
             BrokerUnavailable: the entry could not be read.

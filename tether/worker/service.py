@@ -60,9 +60,7 @@ class WorkerService:
         self.registrar = Registrar(bus, self._describe)
         self._assignment: Assignment | None = None
         self._streams = ""
-        """Creation times of the infer streams that this worker pulls from, as last reported by the
-        dispatcher.
-        """
+        """Creation times of the infer streams, as last reported by the dispatcher."""
         self._acknowledged_at = float("-inf")
 
     @property
@@ -172,9 +170,7 @@ class WorkerService:
 
 @asynccontextmanager
 async def running(settings: Settings, home: Home, *, alone: bool = False) -> AsyncIterator[WorkerService]:
-    """Run a worker until the block ends, then finish pending jobs. ``alone``: the process has no other
-    service.
-    """
+    """Run a worker until the block ends, then finish its jobs. ``alone``: it is the only service here."""
     private_folder(home.cache(settings.worker_name))
     check_folder(home.cache(settings.worker_name))
     async with AsyncExitStack() as stuck, AsyncExitStack() as stack:

@@ -43,9 +43,7 @@ _REST_S = 0.5
 """Seconds between two searches for idle versions."""
 _RETRY_S = (0.5, 1.0, 2.0, 5.0, 15.0)
 _AHEAD = 4
-"""Processes that wait for their files at a time: a worker with hundreds of assignments must not start them
-all.
-"""
+"""Concurrent processes that wait for files, so that hundreds of assignments do not start as many."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +143,7 @@ class VersionManager:
         return any(held.loader.config.load_balancing is LoadBalancing.CAPACITY for held in self._held.values())
 
     def update_capacity(self, headroom: Headroom) -> tuple[tuple[ModelRef, float], ...]:
-        """Update pulls by the free part of the machine; return the level of each version balanced by
-        capacity.
-        """
+        """Update pulls by the machine's free capacity; return the levels of versions balanced by it."""
         found = []
         for ref in self.ready():
             held = self._held[ref]
@@ -207,9 +203,7 @@ class VersionManager:
         await self.files.close()
 
     async def _load(self, ref: ModelRef, *, lazily: bool = True) -> None:
-        """Retry until the version is hosted or no longer assigned; ``lazily``: loading may wait for its first
-        job.
-        """
+        """Retry until the version is hosted or not assigned. ``lazily``: it may load on its first job."""
         tries = 0
         while ref in self._wanted:
             try:
@@ -278,9 +272,7 @@ class VersionManager:
         return HostedVersion(instance, loader)
 
     async def _judge(self, ref: ModelRef, manifest: Manifest, directory: Path) -> None:
-        """Prove whether the version's rows are independent, if unknown; one version at a time. Until then
-        nothing is batched.
-        """
+        """Prove whether rows are independent, if unknown, one version at a time; batch only after that."""
         async with self._judging:
             known = self.findings.get(ref)
             if known.proven or known.unproven:
@@ -357,9 +349,7 @@ class VersionManager:
         self._changed.set()
 
     async def _renew(self, ref: ModelRef) -> None:
-        """Reload beside the old instances until the load matches; these serve meanwhile, and if the load
-        fails.
-        """
+        """Reload until the load matches; the old instances serve meanwhile, and if the load fails."""
         held, tries = self._held[ref], 0
         while held.outdated and ref in self._wanted:
             try:
@@ -374,9 +364,7 @@ class VersionManager:
             self._apply_config(ref.model)
 
     def _last_run_s(self, loader: Loader) -> float:
-        """Return seconds that active runs have to finish on unload: the full run timeout, because the worker
-        goes on.
-        """
+        """Return the seconds for active runs to finish on unload: their full timeout."""
         return max(self._bus.settings.shutdown_timeout_s, loader.serving.run_timeout_s)
 
     async def _manifest(self, ref: ModelRef) -> Manifest:

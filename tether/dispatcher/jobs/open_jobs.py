@@ -29,9 +29,7 @@ _BATCH = 512
 
 
 class OpenJob(NamedTuple):
-    """A job record: its key in the bucket, its job, and when it was first seen in this process's monotonic
-    seconds.
-    """
+    """A job record: its key, its job, and when it was first seen, in monotonic seconds."""
 
     key: str
     job: JobId

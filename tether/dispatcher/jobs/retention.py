@@ -1,5 +1,4 @@
-"""Deletes finished durable jobs ``result_ttl_s`` after their end, or earlier, oldest first, when space is
-short.
+"""Deletes finished durable jobs ``result_ttl_s`` after their end, earlier when space is short.
 
 A job's record is deleted before its result, so that a finished job never looks open. The results stream is in
 the order in which jobs finished, so it is deleted from its start; records of open jobs are kept. All state is
@@ -36,9 +35,7 @@ LOW = 0.7
 """Fraction of its limit to which a store is reduced."""
 
 KEPT = 0.125
-"""Fraction of the records' limit reserved for finished jobs, so that callers find their results however many
-are open.
-"""
+"""Fraction of the records' limit reserved for finished jobs, however many jobs are open."""
 
 _PAGE = 512
 _PAGE_BYTES = 4 << 20

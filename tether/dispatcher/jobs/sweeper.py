@@ -248,9 +248,7 @@ class Sweeper:
             log.error("failed job %s: it is in no lane and has no result", job, extra=extra)
 
     def _may_end(self) -> bool:
-        """Return True if the keyset lets this dispatcher store outcomes; one signed by an earlier version
-        does not.
-        """
+        """Return True if the keyset lets this dispatcher store outcomes; an old one does not."""
         identities = self._bus.verifier.keyset.identities
         return any(item.kid == self._bus.signer.kid and MessageType.RESULT in item.types for item in identities)
 

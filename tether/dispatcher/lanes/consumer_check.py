@@ -116,9 +116,7 @@ class LaneCheck:
         return found
 
     async def _compare_all(self, stream: str) -> None:
-        """Read consumers before the stream, which only grows meanwhile; infer streams and their consumers are
-        both in memory.
-        """
+        """Read consumers before the stream, which only grows meanwhile; skip in-memory infer streams."""
         if self._bus.names.is_infer_stream(stream):
             return
         consumers = await consumer_states(self._bus, stream)

@@ -80,9 +80,7 @@ class DeletedVersionLanes:
         return [place for place in places if place not in lasting and await self._was_deleted(place[1], models)]
 
     async def _was_deleted(self, ref: ModelRef, models: Container[ModelRef]) -> bool:
-        """Return True only if the entry itself says so; that this process does not know a version proves
-        nothing.
-        """
+        """Return True if the entry itself says deleted; an unknown version is not proof."""
         if ref in models:
             return False
         if ref not in self._deleted and await self._models.was_deleted(

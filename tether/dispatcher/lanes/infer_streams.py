@@ -28,9 +28,7 @@ from tether.wire import codec
 log = logging.getLogger(__name__)
 
 SILENT_S = 3.0
-"""Seconds without an answer before a stream is recreated, which loses its messages; a server may be busy for
-a moment.
-"""
+"""Seconds without an answer before a stream is recreated, which loses its messages."""
 _LOOK_S = 1.0
 _ASK_S = 1.0
 _DELETE_S = 0.5
@@ -64,9 +62,7 @@ class InferStreams:
         return ",".join(self._created.get(stream, "") for stream in self._streams)
 
     async def keep(self) -> None:
-        """Watch the streams until cancelled; return at once for a single broker, whose streams go down with
-        it.
-        """
+        """Watch the streams until cancelled; a single broker's streams need no watch."""
         while self._bus.settings.replicas > 1:
             await asyncio.gather(*map(self._look, self._streams))
             try:

@@ -68,9 +68,7 @@ class Pools:
         return (self._isolated() | self._leaving) & self._made & self._bound()
 
     def _bound(self) -> set[str]:
-        """Return tenants with workers bound in the keyset; the broker permits creating streams only for
-        these.
-        """
+        """Return tenants with workers in the keyset; the broker permits streams only for these."""
         return {record.tenant for record in self._bus.verifier.keyset.identities}
 
     def models(self, refs: Iterable[ModelRef], owners: OwnerBook) -> Mapping[str, tuple[ModelRef, ...]]:

@@ -156,9 +156,7 @@ class VersionLanes:
         return len(left) <= A_PART
 
     async def _configured(self, stream: str) -> set[Lane]:
-        """Return correctly configured lanes; a cluster with a server down may not list them, then each lane
-        is asked for.
-        """
+        """Return correctly configured lanes; with a cluster server down the list may be incomplete."""
         try:
             return await configured_lanes(self._bus, stream, self._bus.settings)
         except BrokerUnavailable:

@@ -206,9 +206,7 @@ class ChunkCache:
         return self._db is not None
 
     def _rows(self, batch: dict[str, bytes]) -> list[tuple[str, int, int]]:
-        """Return sizes and last uses to write: of chunks read since the last write, in order of use, and of a
-        batch.
-        """
+        """Return sizes and last uses to write: of chunks read since the last write, and of a batch."""
         read = {digest: size for digest, size in self._sizes.items() if digest in self._touched}
         self._touched.clear()
         read.update({digest: len(chunk) for digest, chunk in batch.items()})
@@ -383,7 +381,5 @@ class ChunkCache:
 
     @property
     def _state(self) -> Path:
-        """Return the path of the state file: ``closed`` and the file's stat, or ``open`` and the unclean
-        shutdowns.
-        """
+        """Return the path of the state file: ``closed`` and the file's stat, or ``open`` and a count."""
         return self._folder / "state"

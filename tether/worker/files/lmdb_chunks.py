@@ -35,8 +35,7 @@ class Full(Exception):
 
 
 class LmdbChunks:
-    """One open file: chunks by digest, with size and last use (an increasing number) of each in a second
-    table.
+    """One open file: chunks by digest; size and last use (an increasing number) in a second table.
 
     Reading a chunk's size from LMDB would read the chunk, so sizes are read from the second table.
 
@@ -73,9 +72,7 @@ class LmdbChunks:
 
     @property
     def is_short(self) -> bool:
-        """Return True if the file ends before pages that may be in use; reading such a page kills the
-        process.
-        """
+        """Return True if the file is shorter than the pages in use; reading them would kill the process."""
         with _errors():
             pages = self._env.info()["last_pgno"] + 1
             return self._file.stat().st_size < pages * int(self._env.stat()["psize"])

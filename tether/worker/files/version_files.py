@@ -220,9 +220,7 @@ class WorkerFiles:
         return await fetch_model(self._bus, chunks, held.manifest, folder, partial(self._keep, held.form))
 
     def release(self, ref: ModelRef) -> None:
-        """Release a version that is no longer assigned: its files may be evicted, those in memory are deleted
-        at once.
-        """
+        """Release a version that is not assigned: files in memory are deleted, others may be evicted."""
         held = self._held.pop(ref, None)
         if held is None:
             return
@@ -298,9 +296,7 @@ class WorkerFiles:
                 path.rmdir()  # only if it is empty
 
     def _make_room(self, pinned: frozenset[str], coming: int, budget: int) -> None:
-        """Delete versions until ``coming`` more bytes fit the budget and the disk; if needed, the chunk cache
-        too.
-        """
+        """Delete versions, and the chunk cache if needed, until ``coming`` bytes fit budget and disk."""
         sizes = {path: _size(path) for path in self._versions()}
         total = sum(sizes.values()) + coming
         for path in sorted(sizes, key=lambda path: path.stat().st_mtime_ns):

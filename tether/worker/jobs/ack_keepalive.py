@@ -1,5 +1,4 @@
-"""Extends the ack wait of unsettled messages from a thread that neither inference nor the event loop can
-block.
+"""Extends the ack wait of unsettled messages from a thread that inference cannot block.
 
 The thread has its own event loop and connection. It sends ``+WPI`` every third of a lane's ack wait, so that
 the broker does not redeliver a message that this worker still processes.
@@ -30,9 +29,7 @@ class _Entry:
 
 
 class KeepAlive:
-    """Keeps messages from being redelivered. Thread-safe: the worker's loop calls ``hold`` and ``drop``, the
-    thread reads.
-    """
+    """Keeps messages from being redelivered; its thread reads what the worker's loop adds and drops."""
 
     def __init__(self, settings: Settings, home: Home, identity: str) -> None:
         self._settings = settings

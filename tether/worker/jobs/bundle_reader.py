@@ -78,9 +78,7 @@ class BundleReader:
         return bundle
 
     def _check_expiry(self, header: Header, subject: str) -> None:
-        """Raise EnvelopeExpired by the dispatcher's clock; verification allowed for the skew of this
-        machine's own clock.
-        """
+        """Raise EnvelopeExpired by the dispatcher's clock; verification only allowed for clock skew."""
         late_ms = self._bus.clock.utc_ms() - header.expires_at
         if header.expires_at and late_ms >= 0:
             error = EnvelopeExpired(f"the bundle expired {late_ms} ms ago")
@@ -103,9 +101,7 @@ class BundleReader:
             await delivery.ack()
 
     def _in_pool(self, lane: Lane, header: Header, jobs: Sequence[Job]) -> bool:
-        """Return True if the bundle belongs to the lane's tenant; shared lanes carry no isolated tenant's
-        bundles.
-        """
+        """Return True if the bundle is the lane's tenant's; shared lanes have no isolated tenant's jobs."""
         if header.tenant != lane.tenant:
             return False
         return not lane.tenant or all(job.tenant == lane.tenant for job in jobs)

@@ -1,5 +1,4 @@
-"""Limits the runs whose outcomes are not delivered yet, so that a slow broker delays new runs and nothing
-else.
+"""Limits the runs whose outcomes are not delivered yet, so that a slow broker delays new runs only.
 
 The outcomes of a run are delivered after the run has released its instance. A few runs may be delivering at a
 time; beyond that no run begins. Durable runs that deliver for longer than :data:`QUICK_S` (results are full,

@@ -25,9 +25,7 @@ _AGAIN_S = 1.0
 
 
 class DeletedVersionDrain:
-    """Drains the lanes that the dispatcher lists, until it no longer lists them; starts and stops each in
-    order.
-    """
+    """Drains the lanes that the dispatcher lists; changes of one version are made in order."""
 
     def __init__(self, bus: Bus, keepalive: KeepAlive, keyring: Keyring) -> None:
         self._bus = bus
@@ -65,9 +63,7 @@ class DeletedVersionDrain:
                 self.want(tuple(self._wanted))
 
     async def _confirmed(self, ended: EndedLanes, enough: asyncio.Event) -> bool:
-        """Return True once the version's own entry says that it was deleted; the dispatcher's list may be
-        wrong.
-        """
+        """Return True if the version's own entry says deleted; the dispatcher's list may be wrong."""
         key = self._bus.names.version_key(ended.model, ended.version)
         while not enough.is_set():
             try:

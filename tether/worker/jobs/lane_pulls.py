@@ -114,9 +114,7 @@ class LanePulls:
         self.running -= 1
 
     async def next_level(self) -> int:
-        """Wait for jobs and return the level of the next run; a more urgent message that is being decoded
-        goes first.
-        """
+        """Wait for jobs and return the next run's level; more urgent messages being decoded go first."""
         looked = False
         while True:
             now = self._clock.monotonic()
@@ -135,9 +133,7 @@ class LanePulls:
             await asyncio.gather(*[self._look(level) for level in unknown])
 
     async def gathered(self, level: int, serving: RunSpec) -> bool:
-        """Wait for more jobs to fill the next run of a level, at most for the configured delay. Return True
-        if any came.
-        """
+        """Wait up to the configured delay for more jobs in the next run. Return True if any came."""
         if not serving.delay_s:
             return False
         group = list(self._queue.candidates(level))
@@ -201,9 +197,7 @@ class LanePulls:
 
 
 def _rests(bundle: Bundle, now: float) -> bool:
-    """Return True if no work is lost by handing the bundle back: no job of an infer bundle ran, and the
-    results of a durable one are stored.
-    """
+    """Return True if nothing is lost: no infer job ran, or all results of durable jobs are stored."""
     if bundle.running or bundle.leaving or now - bundle.touched_at <= HOLD_S:
         return False
     return not bundle.begun or bundle.durable

@@ -22,9 +22,7 @@ from tether.worker.jobs.results_room import ResultsRoom
 log = logging.getLogger(__name__)
 
 ROOM_S = 10.0
-"""Seconds that outputs wait for space in the results stream; then their job fails, which needs a few hundred
-bytes.
-"""
+"""Seconds that outputs wait for space in the results stream before their job fails."""
 
 _RETRY_S = 0.25
 _WAITS_S = 1.0

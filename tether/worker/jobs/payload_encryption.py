@@ -48,9 +48,7 @@ async def opened(keyring: Keyring, jobs: Sequence[Job]) -> tuple[list[Job], list
 
 
 def refusals(refused: Sequence[tuple[Job, EnvelopeError]], *, attempt: int, worker: str, now: float) -> list[Outcome]:
-    """Return failed outcomes for jobs that cannot be decrypted; redelivery would not help. ``now`` is UTC
-    seconds.
-    """
+    """Return failed outcomes for jobs that cannot be decrypted. ``now`` is UTC seconds."""
     return [
         Outcome(job.id, JobState.FAILED, (), Failure(error.code, error.message), attempt, worker, 0.0, now)
         for job, error in refused
@@ -68,9 +66,7 @@ def closed(keyring: Keyring, jobs: Sequence[Job], outcomes: Sequence[Outcome]) -
 
 
 def _closed(keyring: Keyring, job: Job, outcome: Outcome) -> Outcome:
-    """Encrypt with the job's own key if the newest is not for this worker; with neither, drop outputs and
-    message.
-    """
+    """Encrypt with the job's own key if the newest is not available; without any drop the content."""
     key = keyring.newest(job.tenant)
     if key is None and job.sealed is not None:
         key = keyring.known(job.tenant, job.sealed.key_id)

@@ -51,9 +51,7 @@ class Redelivery:
         return not harmless
 
     async def began(self, bundle: Bundle) -> None:
-        """Store a note that a bundle began on its first delivery, for job status; skip bundles that finish at
-        once.
-        """
+        """Record that a new bundle began, for job status; skip bundles that finish at once."""
         await asyncio.sleep(NOTED_S)
         if not bundle.left or (bundle.leaving and not bundle.running):
             return  # the bundle finished, or was handed back with its own note
@@ -68,9 +66,7 @@ class Redelivery:
             )
 
     async def hand_back(self, bundle: Bundle) -> None:
-        """Hand the bundle to another worker at once, with a note; without it its jobs would run one by one
-        there.
-        """
+        """Hand the bundle to another worker, with a note so that its jobs do not run one by one there."""
         if not bundle.suspect:
             try:
                 await self._put(bundle.header.message_id, 0, bundle.delivery.attempt)

@@ -1,5 +1,4 @@
-"""Checks for space before outputs of durable jobs are stored; a part is reserved for outcomes without
-outputs.
+"""Checks for space before outputs of durable jobs are stored; some is reserved for other outcomes.
 
 The broker has one limit for a stream, so the worker reads the stream's size before it stores outputs.
 """

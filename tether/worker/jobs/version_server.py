@@ -125,9 +125,7 @@ class VersionServer:
             await pull.start()
 
     async def stop(self, shutdown_timeout_s: float) -> None:
-        """Stop pulling, hand back bundles that have not begun and durable ones, finish synchronous jobs, free
-        the model.
-        """
+        """Stop pulling, hand back durable and pending bundles, finish synchronous jobs, free the model."""
         for ended in await asyncio.gather(*[pull.stop() for pull in self._pulls], return_exceptions=True):
             if isinstance(ended, Exception):
                 log.info("stopped a pull with an error: %s", ended, extra={"action": "pull_not_drained"})
@@ -144,7 +142,7 @@ class VersionServer:
                     await self._changed.wait()
         except TimeoutError:
             log.warning(
-                "runs did not finish in shutdown_timeout_s; their jobs are redelivered",
+                "runs did not finish in time; jobs are redelivered",
                 extra={"action": "drain_timeout"},
             )
         self._under_way.end()
@@ -186,9 +184,7 @@ class VersionServer:
             bundle = await self.intake.read(delivery)
             queued = bundle is not None and await self._queued(bundle)
         except TetherError as error:
-            log.warning(
-                "left a bundle for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code}
-            )
+            log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
         finally:
             if not queued:
                 delivery.abandon()
@@ -310,9 +306,7 @@ class VersionServer:
                 if await self._loaded():
                     ends = await self._ends(turn)
         except TetherError as error:
-            log.warning(
-                "left a bundle for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code}
-            )
+            log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
         finally:
             self._asking.ended()
             self._changed.set()
@@ -342,9 +336,7 @@ class VersionServer:
         return ends
 
     async def _end(self, tickets: Sequence[JobTicket], ends: Sequence[End] | None) -> None:
-        """Deliver the outcomes of a run of ``tickets``; None or a failed delivery leaves their bundles for
-        redelivery.
-        """
+        """Deliver the outcomes of a run; None or a failed delivery leaves the bundles for redelivery."""
         delivered = False
         with self._ending.sending(durable=tickets[0].bundle.durable):
             try:
@@ -352,9 +344,7 @@ class VersionServer:
                     await self._deliver(ends)
                     delivered = True
             except TetherError as error:
-                log.warning(
-                    "left a bundle for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code}
-                )
+                log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
             finally:
                 moment = self._bus.clock.monotonic()
                 for ticket in tickets:

@@ -19,9 +19,7 @@ _MOST = 65536
 
 
 class WithdrawnJobs:
-    """Withdrawn jobs of one lane, each kept until its deadline: the message may arrive before the job's
-    bundle.
-    """
+    """Withdrawn jobs of one lane until their deadlines; a job's bundle may arrive later."""
 
     def __init__(self, bus: Bus, lane: Lane) -> None:
         self._bus = bus
@@ -44,9 +42,7 @@ class WithdrawnJobs:
         self._since = self._bus.clock.utc()
 
     def would_know(self, stored_at: float) -> bool:
-        """Return True if a cancelled job in a message stored at ``stored_at`` (UTC seconds) would be known
-        here by now.
-        """
+        """Return True if cancelled jobs of a message stored then (UTC seconds) would be known here."""
         return self._since + _SKEW_S < stored_at and self._bus.clock.utc() - stored_at < CANCELLATION_TOLD_S - _SKEW_S
 
     async def stop(self) -> None:

@@ -29,9 +29,7 @@ class RunResult(NamedTuple):
 
 
 class _Instance:
-    """A loaded model and its one thread; a run that was given up blocks the next one until the thread is
-    free.
-    """
+    """A loaded model and its one thread; a run that was given up keeps the thread until it returns."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -39,9 +37,7 @@ class _Instance:
         self.thread = WorkThread("run")
 
     def ran(self) -> None:
-        """Update the thread's priority after a run: low from the start after a long run, until a run is
-        short.
-        """
+        """Lower the thread's priority for the run after a long one; restore it with a short one."""
         if self.endable is None:
             return
         if self.thread.used_s >= LONG_S:
@@ -91,9 +87,7 @@ class InstanceSet:
                 self._unused.set()
 
     def _run(self, copy: _Instance, wanted: batching.Run, going: ActiveRun) -> asyncio.Future[batching.Done]:
-        """Start the run. The instance is free when its thread is, which may be after the returned future is
-        done.
-        """
+        """Start the run. Its thread, and so the instance, may become free after the returned future."""
         loop = asyncio.get_running_loop()
         told: asyncio.Future[batching.Done] = loop.create_future()
 

@@ -149,9 +149,7 @@ class Loader:
         return InstanceSet(runtimes, self._bus.clock, self.watch, self._ref.model)
 
     async def _all(self, wanted: LoadSpec, begun: _LoadingInstance | None) -> list[Runtime]:
-        """Load the first instance alone, so that a broken model fails once; then load the others
-        concurrently.
-        """
+        """Load the first instance alone, so that a broken model fails once; then the others in parallel."""
         made: list[Runtime] = []
         try:
             made.append(await self._one(wanted, begun))
@@ -201,9 +199,7 @@ class _LoadingInstance:
         )
 
     async def load(self, thread: WorkThread) -> Runtime:
-        """Load from the fetched files and warm up in a thread; close the instance if it was cancelled
-        meanwhile.
-        """
+        """Load the fetched files and warm up in a thread; close the instance if cancelled meanwhile."""
         begun = await self._wanted(self._beginning)
         loading = thread.run(partial(_warm, begun, self.wanted, self._directory, thread))
         loop = asyncio.get_running_loop()
@@ -240,9 +236,7 @@ async def _close(coming: asyncio.Future[T]) -> None:
 
 
 def _warm(begun: PreparedRuntime, wanted: LoadSpec, directory: Path, thread: WorkThread) -> Runtime:
-    """Load and warm up. The model's own threads inherit priority, so they are created before this thread
-    lowers its own.
-    """
+    """Load and warm up; the model's own threads are created before this thread lowers its priority."""
     if wanted.options.threads == 1:
         thread.go_after_others()
     try:

@@ -16,9 +16,7 @@ _IDLE, _TOTAL = slice(3, 5), slice(0, 8)
 
 
 class Machine:
-    """Measures processors, memory and GPUs. Values the kernel does not report count as free. Blocks for about
-    1 ms.
-    """
+    """Measures processors, memory and GPUs; unknown values count as free. Blocks for about 1 ms."""
 
     def __init__(self, root: Path = Path("/"), gpus: Gpus | None = None) -> None:
         self._proc = root / "proc"
@@ -68,9 +66,7 @@ class Machine:
                 yield from self._children(child)
 
     def _memory(self) -> float:
-        """Return the free fraction of memory of the machine or of this process's control group, the smaller
-        one.
-        """
+        """Return the free fraction of the machine's or this control group's memory, the smaller one."""
         return min(self._whole(), self._group())
 
     def _whole(self) -> float:

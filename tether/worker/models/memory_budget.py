@@ -49,9 +49,7 @@ class Memory:
         return self._taken.get(ref, 0)
 
     async def reserve(self, ref: ModelRef, size: int) -> None:
-        """Reserve ``size`` bytes for a version in place of its last reservation; wait for memory if
-        necessary.
-        """
+        """Reserve ``size`` bytes for a version instead of its last reservation; wait if necessary."""
         if self._budget and size > self._budget:
             raise Unavailable(
                 f"not enough memory: need {_mib(size)} MiB, worker_memory_mb is {_mib(self._budget)}; raise worker_memory_mb"
@@ -61,9 +59,7 @@ class Memory:
         await self._closing.finish(WAIT_S)
 
     def take(self, ref: ModelRef, size: int) -> bool:
-        """Reserve memory only if no load waits for some and nothing has to be unloaded. Return True on
-        success.
-        """
+        """Reserve memory if no load waits and nothing must be unloaded. Return True on success."""
         if self._waiting or self._closing or self._victims(ref, size) != []:
             return False
         return self._make_room(ref, size)
@@ -93,9 +89,7 @@ class Memory:
         self.wake_waiters()
 
     def wake_waiters(self) -> None:
-        """Grant memory to waiting loads in order of arrival; call it when a version became idle or was
-        unloaded.
-        """
+        """Grant memory to waiting loads in order of arrival, after a version became idle or unloaded."""
         while self._waiting and self._make_room(self._waiting[0].ref, self._waiting[0].size):
             waiting = self._waiting.pop(0)
             if not waiting.done.done():

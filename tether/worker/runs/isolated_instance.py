@@ -22,9 +22,7 @@ log = logging.getLogger(__name__)
 IDLE_S = 5.0
 """Seconds that the process stays after its last run: a bundle's jobs follow one another."""
 SEATS = 2
-"""Isolated instances in one worker at a time. If a worker with many versions is killed, each of them has
-redelivered jobs.
-"""
+"""Isolated instances in a worker; after a crash each of its versions may have redelivered jobs."""
 
 
 class Seats:

@@ -58,9 +58,7 @@ class RunListeners(NamedTuple):
 
 
 class Runs:
-    """Executes the runs of one version and learns from their times. ``room``: largest outputs of one job in
-    bytes.
-    """
+    """Executes one version's runs and learns their times. ``room``: maximum bytes of a job's outputs."""
 
     def __init__(
         self, worker: str, clock: Clock, model: str, apart: IsolatedInstance, hearing: RunListeners, *, room: int
@@ -125,9 +123,7 @@ class Runs:
     def ends(
         self, turn: NextRun, done: batching.Done, started: float, finished: float
     ) -> tuple[list[End], list[JobTicket]]:
-        """Return the jobs that finished with this run, and those to repeat whole because the model mixed
-        rows.
-        """
+        """Return the jobs finished with this run, and those to repeat whole because rows were mixed."""
         ends: list[End] = []
         again: list[JobTicket] = []
         mixed = done.mixed

@@ -29,9 +29,7 @@ FILES = {
     "tensorflow_lite": "litert",
     "tensorflow_savedmodel": "tensorflow",
 }
-"""Platform (the OIP string) -> module of this package that loads it with ``load(manifest, directory,
-options)``.
-"""
+"""Platform (OIP string) -> module of this package with ``load(manifest, directory, options)``."""
 
 _LATE = {
     "pytorch_export": ("torch.export.pt2_archive._package", "torch.export._unlift"),

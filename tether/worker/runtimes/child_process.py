@@ -126,9 +126,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _packed(answer: Answer, options: Options) -> tuple[bool | None, bytes]:
-    """Return the status and bytes of a response; a failure if the outputs are too large for a frame or
-    memory.
-    """
+    """Return status and bytes of a response; a failure if outputs exceed a frame or memory."""
     try:
         content = codec.pack(answer)
     except MemoryError as error:

@@ -1,5 +1,4 @@
-"""Environment of a model's process that compiles: a PATH with a compiler, and a temporary folder for the
-load.
+"""Environment of a model's process that compiles: a PATH with a compiler, and a temporary folder.
 
 Other model processes have no PATH. Its limits apply to the compilers too.
 """

@@ -23,9 +23,7 @@ from tether.model.config import COMPILED
 log = logging.getLogger(__name__)
 
 LARGEST = 16 << 20
-"""Size of a version's files in bytes above which nothing is cached: verifying an entry would take longer than
-optimising again (measured, ADR 23).
-"""
+"""Maximum bytes of a version's files to cache; above it verification is slower (measured, ADR 23)."""
 
 _MARK = b"tethergraph1"
 _END = len(_MARK) + hashlib.sha256().digest_size
@@ -121,8 +119,7 @@ def cache_beside(directory: Path, folder: str, megabytes: int) -> GraphCache | N
 
 
 def of_process(platform: str, directory: Path, folder: str) -> str:
-    """Create and return the cache folder that processes of one version may write to; empty if they cache
-    nothing.
+    """Create and return the cache folder of one version's processes; empty if they cache nothing.
 
     ``directory`` has the version's files, and their digest as its name. Only processes of the same version
     read this folder.
@@ -165,9 +162,7 @@ def _remove(path: Path) -> None:
 
 
 def key_of(version: str, release: str, *what: str) -> str:
-    """Return the cache key of a version's files (by digest), a framework ``release``, this machine, and
-    ``what``.
-    """
+    """Return the cache key of version files (by digest), framework ``release``, machine and ``what``."""
     return hashlib.sha256("\0".join((version, release, _processor(), *what)).encode()).hexdigest()
 
 

@@ -311,9 +311,7 @@ def _row(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _environment(threads: int, directory: str) -> dict[str, str]:
-    """Return an environment without the worker's settings and keys; an encrypted model's temporary files stay
-    in memory.
-    """
+    """Return an environment without settings and keys; temporary files of encrypted models are in memory."""
     return {
         **plan.environment(),
         "TMPDIR": directory,  # only without a folder in memory for temporary files, which is preferred

@@ -1,6 +1,4 @@
-"""Loads ``torch.export`` programs, TorchScript and weights of installed architectures; see
-:mod:`tether.frameworks.pytorch`.
-"""
+"""Loads ``torch.export`` programs, TorchScript and known weights, see :mod:`tether.frameworks.pytorch`."""
 
 from __future__ import annotations
 

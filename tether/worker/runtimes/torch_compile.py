@@ -67,9 +67,7 @@ def _start_no_more() -> None:
 
 
 def _examples(model: pytorch.TorchModel, manifest: Manifest, warmups: tuple[Warmup, ...]) -> Iterator[dict[str, Array]]:
-    """Yield inputs that cover all code to compile: several rows, one row (compiled separately), and the
-    warm-ups.
-    """
+    """Yield inputs that cover all code to compile: several rows, one row, and the warm-ups."""
     rows = (2, 1) if manifest.batching.max_batch_size > 1 else (1,)
     tried = (_axes(manifest, sizes()) for sizes in _SIZES)
     shapes = next((axes for axes in tried if _runs(model, manifest, Warmup(rows[0], shapes=axes))), None)

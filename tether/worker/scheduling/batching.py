@@ -77,9 +77,7 @@ class Run(NamedTuple):
 
 
 class Done(NamedTuple):
-    """One result for each segment of a run; None: run the job whole. ``mixed``: evidence that rows were
-    mixed.
-    """
+    """One result for each segment; None: run the job whole. ``mixed``: evidence of mixed rows."""
 
     results: list[Result | None]
     mixed: str = ""

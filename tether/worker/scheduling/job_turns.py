@@ -192,8 +192,7 @@ class RunQueue:
         return self._levels[level].first()
 
     def take(self, level: int, most: int, now: float) -> NextRun:
-        """Take the next run of a level with jobs: the oldest job, and others of its shape that fit in
-        ``most`` rows.
+        """Take the next run of a level: the oldest job, and others of its shape within ``most`` rows.
 
         A job with more rows gives ``most`` of them. 0: one job as it is.
         """

@@ -24,9 +24,7 @@ _SCARCE_MEMORY = 0.2
 
 
 class Headroom(NamedTuple):
-    """Free fractions of a machine, 0 to 1: processors that are idle or work for this worker, memory, GPU
-    memory.
-    """
+    """Free fractions of a machine, 0 to 1: processors (including this worker's use), memory, GPU memory."""
 
     cpu: float
     memory: float
