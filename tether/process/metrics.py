@@ -45,7 +45,7 @@ KEYSETS_REFUSED = Counter(
 HTTP_REQUESTS = Counter("tether_http_requests_total", "Answered requests.", ["route", "status"])
 LIMITED = Counter(
     "tether_requests_limited_total",
-    "Requests refused by a limit: rate or concurrency of a key, requests a minute of a tenant, queue of a model, full gateway.",
+    "Requests refused by a limit: a key's rate or concurrency, a tenant's requests a minute, a model's queue, full gateway.",
     ["reason"],
 )
 INFER_SECONDS = Histogram(
@@ -58,7 +58,7 @@ JOBS_ACCEPTED = Counter("tether_jobs_accepted_total", "Durable jobs accepted.", 
 JOBS_FINISHED = Counter("tether_jobs_finished_total", "Jobs that finished, by final state.", ["model", "state"])
 INFER_WITHDRAWN = Counter(
     "tether_infer_withdrawn_total",
-    "Requests whose client disconnected before the response, by where their job was: gateway (not sent), lane (sent to workers).",
+    "Requests whose client disconnected early, by where their job was: gateway (not sent), lane (sent to workers).",
     ["where"],
 )
 ANSWERS_LATE = Counter("tether_replies_unclaimed_total", "Replies received after their request timed out.")
@@ -155,7 +155,7 @@ LANES_MADE_AGAIN = Counter(
 JOBS_OPEN = Gauge("tether_jobs_open", "Accepted durable jobs that have not finished, by the dispatcher's count.")
 JOBS_FORGOTTEN = Counter(
     "tether_jobs_forgotten_total",
-    "Finished durable jobs that the dispatcher deleted, by reason: age (result_ttl_s), room (earlier, because a store was full).",
+    "Finished durable jobs that the dispatcher deleted, by reason: age (result_ttl_s), room (earlier, in a full store).",
     ["reason"],
 )
 JOB_STORE_USED = Gauge(

@@ -127,9 +127,7 @@ class BrokerStorage:
             raise self._error()
 
     def explained(self, error: TetherError) -> TetherError:
-        """Return StorageFull if full storage explains ``error`` (a full broker does not answer), or
-        ``error``.
-        """
+        """Return StorageFull instead if full storage explains ``error``: a full broker does not answer."""
         if self.full and isinstance(error, BrokerUnavailable):
             return self._error()
         return error
@@ -137,5 +135,5 @@ class BrokerStorage:
     def _error(self) -> StorageFull:
         fix = "delete models, move other files away, or enlarge the disk"
         if self._frozen and not self._short:
-            fix = "free space on its disk and check that it is writable; then restart the broker (an embedded one restarts itself)"
+            fix = "make room on its disk or make it writable, then restart the broker (an embedded one restarts itself)"
         return StorageFull(f"{self.full}; nothing was stored: {fix}")

@@ -128,7 +128,7 @@ async def test_nothing_is_unloaded_for_who_would_not_fit_all_the_same(monkeypatc
     house.add(D, size=3 * MB)
     house.pinned.add(A)
     await house.use(A, B)
-    with pytest.raises(Unavailable, match="need 3 MiB, and all loaded models are pinned or in use"):
+    with pytest.raises(Unavailable, match="need 3 MiB, all loaded models are pinned or in use"):
         await house.use(D)
     assert house.loaded() == "ab"
     house.pinned.clear()

@@ -282,7 +282,7 @@ async def sweeping(bus: Bus, lanes: LaneCheck, tasks: Tasks) -> AsyncIterator[Sw
     try:
         subscription = await bus.subscribe(bus.names.every_end(), sweeper.heard)
     except PermissionDenied as error:
-        log.error("not looking for lost jobs: %s; write the broker's configuration again", error)  # noqa: TRY400 - the message is complete
+        log.error("not looking for lost jobs: %s; write the broker's configuration again", error)  # noqa: TRY400 - it says it all
         yield sweeper
         return
     forget = bus.on_reconnect(sweeper.begin_anew)

@@ -101,11 +101,7 @@ class VersionServer:
         self._changed.set()
 
     def update_capacity(self, factor: float, least: float) -> float:
-        """Update the open pulls by this worker's share of capacity and return its level.
-
-        0 if the level is unknown or the strategy is not capacity. Arguments as for
-        :meth:`tether.worker.scheduling.pull_balance.Capacity.look`.
-        """
+        """Update open pulls by capacity (:meth:`.Capacity.look`); return the level, 0 if unknown or not used."""
         if self._serving.strategy is not LoadBalancing.CAPACITY:
             return 0.0
         capacity = self.runs.capacity
@@ -215,10 +211,7 @@ class VersionServer:
         return True
 
     async def _ended(self, bundle: Bundle, ids: Sequence[str]) -> set[str]:
-        """Return the jobs of a durable bundle that have finished already.
-
-        The results are read for a redelivered bundle, or if this worker may have missed a cancellation.
-        """
+        """Return finished jobs of a durable bundle that was redelivered, or that may have missed a cancellation."""
         told = bundle.delivery.attempt == 1 and self._withdrawn.would_know(bundle.delivery.stored_at)
         return set() if told or not bundle.durable else await self._results.ended(ids, pool=self._bus.pool)
 

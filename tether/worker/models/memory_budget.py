@@ -52,7 +52,7 @@ class Memory:
         """Reserve ``size`` bytes for a version instead of its last reservation; wait if necessary."""
         if self._budget and size > self._budget:
             raise Unavailable(
-                f"not enough memory: need {_mib(size)} MiB, worker_memory_mb is {_mib(self._budget)}; raise worker_memory_mb"
+                f"not enough memory: need {_mib(size)} MiB, worker_memory_mb is {_mib(self._budget)}; raise it"
             )
         if self._waiting or not self._make_room(ref, size):
             await self._wait(_MemoryWaiter(ref, size))
@@ -72,7 +72,7 @@ class Memory:
                 await waiting.done
         except TimeoutError as error:
             raise Unavailable(
-                f"not enough memory: need {_mib(waiting.size)} MiB, and all loaded models are pinned or in use; raise worker_memory_mb"
+                f"not enough memory: need {_mib(waiting.size)} MiB, all loaded models are pinned or in use; raise worker_memory_mb"
             ) from error
         finally:
             if waiting in self._waiting:

@@ -164,7 +164,7 @@ def prepare_here(manifest: Manifest) -> Load:
         module: Any = importlib.import_module(f"tether.worker.runtimes.{name}")
     except ImportError as error:
         raise ModelRejected(
-            f"this worker cannot serve platform '{manifest.platform}': {error.name} is not installed; install the extra for it"
+            f"this worker cannot serve platform '{manifest.platform}': {error.name} is missing; install the extra for it"
         ) from error
     for late in _LATE.get(manifest.platform, ()):
         with suppress(ImportError):  # a release without this module imports its replacement on load
