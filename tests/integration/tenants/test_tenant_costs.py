@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -125,3 +126,30 @@ async def test_a_dense_window_is_read_in_parts(
         if not cursor:
             break
     assert found == ids[::-1]
+
+
+async def test_others_have_turns_while_a_tenants_records_are_read(
+    one: Services, crowd: JobRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An administrator asks what a tenant with thousands of kept jobs uses: each record is verified."""
+    counter, opened, turns = one.gateway.jobs.room.open, 0, [0]
+    read = counter._records.opened
+
+    def noted(*args: Any) -> Any:
+        nonlocal opened
+        opened += 1
+        return read(*args)
+
+    async def others() -> None:
+        while True:
+            turns.append(opened)
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(counter._records, "opened", noted)
+    task = asyncio.create_task(others())
+    try:
+        await counter.count("crowd")
+    finally:
+        task.cancel()
+    assert opened >= CROWD
+    assert max(after - before for before, after in itertools.pairwise(turns)) <= 32

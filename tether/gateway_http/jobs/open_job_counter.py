@@ -18,6 +18,8 @@ from tether.gateway_http.jobs.records import JobRecordStore
 from tether.streams.job_queue import BusResults
 
 _BATCH = 512
+_PAUSE_AFTER = 16
+"""Records that are verified, some milliseconds of work, before other requests have a turn."""
 _AFTER_DEADLINE_S = 2.0
 """Seconds after a job's deadline in which its result may still arrive."""
 
@@ -129,8 +131,11 @@ class OpenJobCounter:
 
     async def _read_from(self, count: _Count, tenant: str, subjects: str, seen: int) -> int:
         """Read records after ``seen``; return the sequence of the last one."""
+        number = 0
         async for item in self._bus.direct_scan(self._records.raw.stream, subjects, start=seen + 1, batch=_BATCH):
-            seen = item.sequence
+            seen, number = item.sequence, number + 1
+            if number % _PAUSE_AFTER == 0:
+                await asyncio.sleep(0)
             record = self._records.opened(item.subject, item.data)
             if record is not None and record.id not in count.ends:
                 self._take(count, tenant, record)
