@@ -1,1 +1,1 @@
-"""The NATS form of the ports, and the only importer of nats."""
+"""Connects to NATS and JetStream; the only importer of nats."""

@@ -1,4 +1,4 @@
-"""One identity's view of the broker: the link, and on it JetStream's answers and signed envelopes."""
+"""One identity's use of the broker: JetStream requests and signed envelopes on a NATS connection."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REFUSED = {"Nats-Expected-Last-Subject-Sequence": str(1 << 62)}
 _LAST_SEQUENCE = re.compile(rb"wrong last sequence: (\d+)")
 
 MULTI_LAST = 512
-"""Subjects asked for in one batch; the server refuses more than 1024."""
+"""Subjects per batch request; the server refuses more than 1024."""
 
 
 class StoredMessage(msgspec.Struct, frozen=True):
@@ -39,7 +39,7 @@ class StoredMessage(msgspec.Struct, frozen=True):
 
     @property
     def stored_at(self) -> float:
-        """When the broker stored it, by its own clock; UTC seconds."""
+        """Time at which the broker stored it, by its own clock; UTC seconds."""
         return datetime.fromisoformat(self.headers["Nats-Time-Stamp"]).timestamp()
 
 
@@ -47,14 +47,14 @@ class Bus(NatsConnection):
     """Made by :func:`tether.bus.session.connect`."""
 
     pool: str = SHARED
-    """Of a worker: whose lanes it serves; what the keyset says of its key, when it held nothing yet."""
+    """Of a worker: the pool whose lanes it serves, from its key's keyset entry at its start."""
 
     @cached_property
     def _told(self) -> LogRateLimiter:
         return LogRateLimiter(self.clock.monotonic)
 
     def bound_pool(self) -> str:
-        """The pool that the newest keyset binds this identity's key to."""
+        """The pool to which the newest keyset binds this identity's key."""
         kid = self.signer.kid
         return next((record.tenant for record in self.verifier.keyset.identities if record.kid == kid), "") or SHARED
 
@@ -68,7 +68,7 @@ class Bus(NatsConnection):
         headers: dict[str, str] | None = None,
         timeout: float = 5.0,
     ) -> PubAck:
-        """Publish into a stream and return when it is stored.
+        """Publish into a stream and return once it is stored.
 
         Raises:
             BrokerUnavailable: not within ``timeout`` seconds; it may be stored all the same.
@@ -83,8 +83,9 @@ class Bus(NatsConnection):
         return parse_ack(answer.data, answer.headers, subject)
 
     async def last_sequence(self, subject: str, *, timeout: float = 5.0) -> int:
-        """The sequence that the last message of ``subject`` has in its stream; 0 when there is none. It takes the right to
-        write there and none to read: asked is by a message that the stream must refuse, for its sequence is never the expected one.
+        """Return the sequence of the last message of ``subject`` in its stream; 0 if there is none. It needs
+        the right to write there and none to read: it sends a message with an impossible expected sequence,
+        which the stream refuses.
 
         Raises:
             ResultConflict: there is one, in a stream that is full for this subject.
@@ -95,45 +96,48 @@ class Bus(NatsConnection):
         said = _LAST_SEQUENCE.search(answer.data)
         if said is None:
             parse_ack(answer.data, answer.headers, subject)
-            raise JetStreamError(f"the stream of '{subject}' took a message that it must refuse")
+            raise JetStreamError(f"the stream of '{subject}' accepted a message that it must refuse")
         return int(said[1])
 
     async def api(self, path: str, body: object | None = None, *, timeout: float = 5.0) -> dict[str, Any]:
         """Call ``$JS.API.<path>`` and return its JSON answer.
 
         Raises:
-            JetStreamError or one of the classes of :func:`tether.bus.errors.translate`: it answered with an error.
+            JetStreamError or one of the classes of :func:`tether.bus.errors.translate`: the answer is an
+        error.
         """
         payload = b"" if body is None else msgspec.json.encode(body)
         answer = await self.request(f"$JS.API.{path}", payload, timeout=timeout)
         try:
             content: dict[str, Any] = msgspec.json.decode(answer.data, type=dict[str, Any])
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
-            raise JetStreamError(f"'{path}' was answered with something else than JSON") from error
+            raise JetStreamError(f"'{path}' was not answered with JSON") from error
         if "error" in content:
             raise translate(msgspec.convert(content["error"], ApiError))
         return content
 
     async def direct_get(self, stream: str, subject: str, *, timeout: float = 5.0) -> StoredMessage | None:
-        """The last message of ``subject`` in ``stream`` (NATS ADR-31), or None."""
+        """Return the last message of ``subject`` in ``stream`` (NATS ADR-31), or None."""
         answer = await self.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", b"", timeout=timeout)
         return _found(answer)
 
     async def direct_last(self, stream: str, subjects: str, *, timeout: float = 5.0) -> int:
-        """The sequence of the last message of ``stream`` that matches ``subjects``; 0 when there is none."""
+        """Return the sequence of the last message of ``stream`` that matches ``subjects``; 0 if there is none."""
         body = msgspec.json.encode({"last_by_subj": subjects})
         found = _found(await self.request(f"$JS.API.DIRECT.GET.{stream}", body, timeout=timeout))
         return 0 if found is None else found.sequence
 
     async def direct_at(self, stream: str, sequence: int, *, timeout: float = 5.0) -> StoredMessage | None:
-        """The message of ``stream`` with a sequence, or None."""
+        """Return the message of ``stream`` with a sequence, or None."""
         body = msgspec.json.encode({"seq": sequence})
         return _stored(await self.request(f"$JS.API.DIRECT.GET.{stream}", body, timeout=timeout))
 
     async def direct_batch(
         self, stream: str, subjects: Sequence[str], *, timeout: float = 5.0
     ) -> dict[str, StoredMessage]:
-        """The last message of each of ``subjects`` that has one, in as few round trips as the server allows."""
+        """Return the last message of each of ``subjects``, where there is one, in as few round trips as the
+        server allows.
+        """
         found: dict[str, StoredMessage] = {}
         for start in range(0, len(subjects), MULTI_LAST):
             wanted = list(subjects[start : start + MULTI_LAST])
@@ -152,7 +156,9 @@ class Bus(NatsConnection):
         batch: int = 256,
         timeout: float = 5.0,
     ) -> AsyncIterator[StoredMessage]:
-        """Every message of ``stream`` that matches ``subjects``, by sequence from ``start``, without a consumer."""
+        """Return every message of ``stream`` that matches ``subjects``, by sequence from ``start``, without a
+        consumer.
+        """
         while True:
             request = {"batch": batch, "seq": start, "next_by_subj": subjects}
             got, complete = await self._batch(stream, request, timeout)
@@ -165,13 +171,16 @@ class Bus(NatsConnection):
     async def direct_page(
         self, stream: str, subjects: str, *, start: int, batch: int, max_bytes: int, timeout: float = 5.0
     ) -> list[StoredMessage]:
-        """The next messages of ``stream`` from the sequence ``start`` on: at most ``batch`` of them, and about ``max_bytes``."""
+        """Return the next messages of ``stream`` from sequence ``start``: at most ``batch``, and about
+        ``max_bytes``.
+        """
         request = {"batch": batch, "seq": start, "next_by_subj": subjects, "max_bytes": max_bytes}
         return (await self._batch(stream, request, timeout))[0]
 
     async def direct_since(self, stream: str, subjects: str, time: str, *, timeout: float = 5.0) -> int:
-        """The sequence of the first message of ``stream`` that matches ``subjects`` and was stored at ``time`` (as in
-        ``Nats-Time-Stamp``) or later; 0 when there is none."""
+        """Return the sequence of the first message of ``stream`` that matches ``subjects`` and was stored at
+        ``time`` (as in ``Nats-Time-Stamp``) or later; 0 if there is none.
+        """
         request = {"batch": 1, "start_time": time, "next_by_subj": subjects}
         got, _ = await self._batch(stream, request, timeout)
         return got[0].sequence if got else 0
@@ -201,7 +210,7 @@ class Bus(NatsConnection):
     def verify_message(
         self, message: Message, *types: MessageType, once: bool = False, max_age_ms: int = 0
     ) -> Envelope | None:
-        """Verify what arrived on a subscription; None (logged and counted) when it must not be acted on."""
+        """Verify a received message; return None (logged and counted) if it is refused."""
         try:
             return self.verify_or_raise(
                 message.data, message.subject, *types, once=once, max_age_ms=max_age_ms, stored=False
@@ -212,7 +221,7 @@ class Bus(NatsConnection):
     def verify_frame(
         self, frame: bytes, subject: str, *types: MessageType, once: bool = False, max_age_ms: int = 0
     ) -> Envelope | None:
-        """Verify a frame that belongs to ``subject``; None (logged and counted) when it must not be acted on."""
+        """Verify a frame that belongs to ``subject``; return None (logged and counted) if it is refused."""
         try:
             return self.verify_or_raise(frame, subject, *types, once=once, max_age_ms=max_age_ms)
         except EnvelopeError:
@@ -228,7 +237,7 @@ class Bus(NatsConnection):
         stored: bool = True,
         grace_ms: int = 0,
     ) -> Envelope:
-        """:meth:`verify_frame` for who acts on the reason. What must be young or comes once is not ``stored``.
+        """Verify as :meth:`verify_frame`, but raise. Messages that must be young or unique are not ``stored``.
 
         Raises:
             EnvelopeError: logged and counted.
@@ -249,7 +258,7 @@ class Bus(NatsConnection):
             raise
 
     def count_refused(self, error: TetherError, subject: str) -> None:
-        """A message is not acted on: it is counted and logged."""
+        """Count and log a refused message."""
         metrics.ENVELOPES_REJECTED.labels(error.code).inc()
         if self.on_refused is not None:
             self.on_refused(error.code, subject)
@@ -257,11 +266,11 @@ class Bus(NatsConnection):
         if passed is not None:
             more = f" ({passed} more like this were not logged)" if passed else ""
             extra = {"action": "envelope_refused", "code": error.code}
-            log.warning("refused a message: %s%s", error, more, extra=extra)
+            log.warning("message refused: %s%s", error, more, extra=extra)
 
 
 def _not_said(answer: Message) -> bool:
-    """Whether :meth:`Bus.last_sequence` may be answered later."""
+    """Return whether :meth:`Bus.last_sequence` may succeed later."""
     return _LAST_SEQUENCE.search(answer.data) is None and undone(answer.data, answer.headers)
 
 
@@ -273,10 +282,10 @@ def _stored(message: Message) -> StoredMessage | None:
 
 
 def _found(message: Message) -> StoredMessage | None:
-    """The message that was asked for, or None when there is none.
+    """Return the requested message, or None if there is none.
 
     Raises:
-        BrokerUnavailable, JetStreamError: whether there is one was not said.
+        BrokerUnavailable, JetStreamError: the broker did not answer the question.
     """
     status = status_of(message)
     if status not in ("", "404"):

@@ -1,7 +1,8 @@
 """One identity's connection to the broker: publish, subscribe, request.
 
-Every answer comes back on one wildcard inbox below the identity's own prefix; a token in its subject says which
-call it belongs to. Every call has a deadline of its own, because nats-py's reconnect buffering has none.
+Every answer arrives on one wildcard inbox below the identity's own prefix; a token in its subject identifies
+the call.
+Every call has its own deadline, because nats-py's reconnect buffering has none.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ log = logging.getLogger(__name__)
 
 _FRAME_ROOM = 64 * 1024
 _REFUSALS = 3
-"""Logins in a row that each server may refuse before a connection that once stood is given up."""
+"""Consecutive refused logins per server before an established connection is given up."""
 
 
 Handler = Callable[[Message], Awaitable[None]]
 
 
 class Subscription:
-    """Interest in a subject, until it is ended; ending it is safe at any time, also while the broker is away."""
+    """A subscription to a subject; ending it is always safe, also while the broker is away."""
 
     def __init__(
         self,
@@ -55,12 +56,12 @@ class Subscription:
         self._round_trip = round_trip
 
     async def unsubscribe(self) -> None:
-        """End it at once. Nothing of it comes back with the next reconnect."""
+        """End it immediately; a reconnect does not restore it."""
         with contextlib.suppress(nats.errors.Error, OSError):
             await self._inner.unsubscribe()
 
     async def drain(self, within_s: float) -> None:
-        """:meth:`unsubscribe` once everything that was already on its way has been handled.
+        """Unsubscribe after all messages in flight have been handled.
 
         Raises:
             BrokerUnavailable: not within ``within_s``; ended all the same.
@@ -71,19 +72,20 @@ class Subscription:
         try:
             with translated(f"draining {self._inner.subject}"):
                 async with asyncio.timeout(within_s):
-                    # nats-py's own drain lets its ping overtake the end of the subscription, and then drops what comes
+                    # nats-py's own drain lets its ping overtake the end of the subscription, and then drops
+                    # later messages
                     await self._client._send_unsubscribe(self._inner._id)  # noqa: SLF001
                     await self._round_trip(within_s)
                     await self._inner._pending_queue.join()  # noqa: SLF001
         finally:
-            # what is not removed would come back with the next reconnect
+            # else the next reconnect would restore it
             self._inner._closed = True  # noqa: SLF001
             self._inner._stop_processing()  # noqa: SLF001 - nats-py has no public way
             self._client._remove_sub(self._inner._id)  # noqa: SLF001
 
 
 class NatsConnection:
-    """Publish, subscribe, ask. Not thread-safe: it belongs to the event loop it was made on."""
+    """Publishes, subscribes and sends requests. Not thread-safe: it belongs to the event loop that created it."""
 
     def __init__(self, settings: Settings, names: Names, signer: Signer, verifier: Verifier) -> None:
         self.settings = settings
@@ -93,15 +95,15 @@ class NatsConnection:
         self.clock = SystemClock()
         self.closed = Termination()
         self.losses = 0
-        """Times the connection was lost."""
+        """Number of lost connections."""
         self.on_refused: Callable[[str, str], None] | None = None
-        """Told the error code and subject of every message that is not acted on."""
+        """Called with error code and subject of every refused message."""
         self.on_keyset: Callable[[int, str], None] | None = None
-        """Told the version of a new keyset that is believed, and what changed with it."""
+        """Called with the version of a newly trusted keyset, and its changes."""
         self._client = TlsNatsClient()
         self._calls: dict[str, PendingReply] = {}
         self._unheard: set[str] = set()
-        """Subjects, in lower case, that the broker refused a subscription to since the last one was asked for."""
+        """Subjects, in lower case, whose last subscription the broker refused."""
         self._refusals = 0
         self._numbers = itertools.count()
         self._reconnected: list[Callable[[], None]] = []
@@ -125,7 +127,7 @@ class NatsConnection:
                     raise nats.errors.AuthorizationError from error
                 raise
             finally:
-                # after a failed TLS handshake nats-py waits here for ever
+                # after a failed TLS handshake nats-py waits here forever
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(1):
                         await probe.close()
@@ -179,22 +181,22 @@ class NatsConnection:
 
     @property
     def room(self) -> int:
-        """Bytes of tensors that one message may carry: what the broker takes, less the envelope and the fields."""
+        """Bytes of tensors that fit into one message: the broker's limit, less envelope and fields."""
         largest: int = min(self.settings.max_payload_bytes, self._client.max_payload)
         return largest - min(_FRAME_ROOM, largest // 4)
 
     def on_reconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call ``callback`` after every reconnect; it must not block. Returns what ends that."""
+        """Call ``callback`` after every reconnect; it must not block. Return a function that stops that."""
         self._reconnected.append(callback)
         return lambda: self._reconnected.remove(callback)
 
     def begin_again(self) -> None:
-        """Do what follows a reconnect: a server of the cluster has forgotten what it knew of this connection's pulls."""
+        """Act as after a reconnect: a server of the cluster has lost the state of this connection's pulls."""
         for callback in list(self._reconnected):
             callback()
 
     async def wait_connected(self, timeout: float) -> bool:
-        """True as soon as the broker is there, False after ``timeout`` seconds without it."""
+        """Return True once the broker is connected, False after ``timeout`` seconds without it."""
         end = self.clock.monotonic() + timeout
         while not self.connected and self.clock.monotonic() < end:
             await asyncio.sleep(0.05)
@@ -217,7 +219,7 @@ class NatsConnection:
                 call.future.set_exception(permission_denied(verb, call.subject))
 
     def _note_refusal(self, error: Exception) -> None:
-        """A login that every server refuses time and again was revoked: it will not be accepted by waiting."""
+        """Give up on a login that every server refuses repeatedly: it was revoked, and waiting does not help."""
         if "authorization violation" not in str(error).lower():
             return
         self._refusals += 1
@@ -236,20 +238,20 @@ class NatsConnection:
         metrics.BROKER_CONNECTED.set(0)
         if self._closing:
             return
-        log.warning("lost the broker", extra={"action": "broker_lost"})
+        log.warning("broker connection lost", extra={"action": "broker_lost"})
 
     async def _on_reconnect(self) -> None:
         self._refusals = 0
         metrics.BROKER_CONNECTED.set(1)
         metrics.BROKER_RECONNECTS.inc()
-        log.info("the broker is back", extra={"action": "broker_back"})
+        log.info("broker connection restored", extra={"action": "broker_back"})
         self.begin_again()
 
     async def _on_closed(self) -> None:
         self.closed.set()
 
     async def _watch(self) -> None:
-        """nats-py can be connected and deaf; a round trip every five seconds notices."""
+        """Check with a round trip every five seconds: nats-py can be connected and receive nothing."""
         while True:
             await asyncio.sleep(5)
             if not self.connected:
@@ -257,20 +259,21 @@ class NatsConnection:
             try:
                 await self._round_trip(4)
             except (BrokerUnavailable, nats.errors.Error, TimeoutError, OSError):
-                log.warning("the broker does not answer; reconnecting", extra={"action": "broker_deaf"})
+                log.warning("broker did not answer; reconnecting", extra={"action": "broker_deaf"})
                 await self._client.force_reconnect()
 
     # publish and subscribe
 
     async def flush(self) -> None:
-        """Return when the broker has seen everything sent so far, subscriptions too."""
+        """Return once the broker has processed everything sent so far, including subscriptions."""
         with translated("waiting for the broker"):
             await self._round_trip(5)
 
     async def _round_trip(self, timeout: float) -> None:
-        """nats-py's flush alone lets its ping overtake what still waits to be written.
+        """Send a ping and wait for its pong; nats-py's flush alone lets its ping overtake unsent data.
 
-        Both would swallow that this task is cancelled (asyncio.wait_for of Python 3.11), so we wait ourselves.
+        Both nats-py and asyncio.wait_for of Python 3.11 would swallow a cancellation of this task, so we wait
+        ourselves.
         """
         loop = asyncio.get_running_loop()
         written: asyncio.Future[None] = loop.create_future()
@@ -284,9 +287,10 @@ class NatsConnection:
             await answered
 
     async def subscribe(self, subject: str, handler: Handler, *, confirmed: bool = True) -> Subscription:
-        """Hand every message on ``subject`` to ``handler``, one at a time; its errors are logged, never lost.
+        """Pass every message on ``subject`` to ``handler``, one at a time; its errors are logged.
 
-        Returns when the broker knows of it; with ``confirmed=False`` at once, and a refusal is only logged.
+        Returns once the broker has confirmed it; with ``confirmed=False`` at once, and a refusal is only
+        logged.
 
         Raises:
             PermissionDenied: this identity may not subscribe there.
@@ -306,11 +310,11 @@ class NatsConnection:
         return subscription
 
     async def _confirm(self, subject: str, subscription: Subscription) -> None:
-        """A refusal comes before the answer to a ping that was sent after what was refused."""
+        """Wait for a ping sent after the subscription: a refusal arrives before its answer."""
         self._unheard.discard(subject.lower())
         with contextlib.suppress(
             BrokerUnavailable, nats.errors.Error, TimeoutError, OSError
-        ):  # asked for again when reconnected
+        ):  # a reconnect subscribes again
             await self._round_trip(5)
         if subject.lower() in self._unheard:
             await subscription.unsubscribe()
@@ -319,10 +323,10 @@ class NatsConnection:
     async def publish(
         self, subject: str, payload: bytes | memoryview, *, reply: str = "", headers: dict[str, str] | None = None
     ) -> None:
-        """Send without asking whether anyone took it.
+        """Send without waiting for a confirmation.
 
         Raises:
-            BrokerUnavailable: not connected just now; nothing was sent.
+            BrokerUnavailable: not connected; nothing was sent.
         """
         if not self._client.is_connected:
             raise BrokerUnavailable("the broker is not connected")
@@ -333,15 +337,15 @@ class NatsConnection:
         """Publish and return the one answer.
 
         Raises:
-            BrokerUnavailable: nobody serves ``subject``, or no answer, within ``timeout`` seconds.
+            BrokerUnavailable: no service on ``subject``, or no answer, within ``timeout`` seconds.
         """
         answer = await patiently(lambda left: self._ask(subject, payload, None, left), timeout)
         if status_of(answer) == "503":
-            raise BrokerUnavailable(f"nobody answers on '{subject}' at the moment")
+            raise BrokerUnavailable(f"no service answers on '{subject}' at the moment")
         return answer
 
     def reply_inbox(self) -> str:
-        """A fresh inbox subject for one answer."""
+        """Return a new inbox subject for one answer."""
         return self._answers + format(next(self._numbers), "x")
 
     async def _ask(
@@ -372,11 +376,12 @@ class NatsConnection:
             self._calls.pop(token, None)
 
     async def ask_signed(self, subject: str, frame: bytes, reply: str, *, timeout: float) -> Message:
-        """:meth:`request` with an inbox from :meth:`reply_inbox`, which the frame's signature covers. The ``field`` of a
-        ``BrokerUnavailable`` is ``subject`` when nobody serves it."""
+        """Send a request with an inbox from :meth:`reply_inbox`, which the frame's signature covers. The
+        ``field`` of a ``BrokerUnavailable`` is ``subject`` if no service listens there.
+        """
         answer = await self._ask(subject, frame, None, timeout, reply=reply)
         if status_of(answer) == "503":
-            raise BrokerUnavailable(f"nobody answers on '{subject}' at the moment", field=subject)
+            raise BrokerUnavailable(f"no service answers on '{subject}' at the moment", field=subject)
         return answer
 
     async def _on_answer(self, message: Message) -> None:
@@ -390,4 +395,4 @@ class NatsConnection:
 
 
 async def _ignore(_: Exception) -> None:
-    """The preflight connection's errors are raised, not reported twice."""
+    """Ignore errors of the preflight connection: they are raised, so need no second report."""

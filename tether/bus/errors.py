@@ -1,4 +1,4 @@
-"""NATS' errors as ours: the one place where foreign errors stop."""
+"""Translates NATS errors into ours, at the only place where they enter."""
 
 from __future__ import annotations
 
@@ -29,16 +29,18 @@ _PERMISSION = re.compile(r'permissions violation for (publish|subscription) to "
 
 _STREAM_FULL = 10077
 _SERVER_FULL = (10023, 10047)
-"""Insufficient resources; insufficient storage."""
+"""Error codes: insufficient resources; insufficient storage."""
 
 _AWAY = frozenset({10004, 10005, 10007, 10008, 10009, 10118, 10119, 10158, 10163, 10194, 10195})
-"""What a cluster answers while servers are away or leaders are elected: results are incomplete; no peer for a stream; not assigned
-to this server; temporarily unavailable; not the leader; a stream or consumer is offline (with a reason: 10194, 10195); the same
-message is being stored just now; the last sequence of a subject is not known yet. The same request succeeds later."""
+"""Error codes of a cluster while servers are away or leaders are elected: results are incomplete; no peer for a
+stream; not assigned to this server; temporarily unavailable; not the leader; a stream or consumer is offline
+(with a reason: 10194, 10195); the same message is being stored; the last sequence of a subject is not yet
+known. The same request succeeds later.
+"""
 
 
 class JetStreamError(TetherError):
-    """The broker refused a JetStream request for a reason that has no class of its own."""
+    """The broker refused a JetStream request for a reason without its own class."""
 
     code: ClassVar[str] = "jetstream_error"
 
@@ -57,7 +59,7 @@ class ApiError(msgspec.Struct, frozen=True):
 
 
 class PubAck(msgspec.Struct, frozen=True, rename={"sequence": "seq"}):
-    """The broker's word that it stored a message; ``duplicate``: it already had one with this message id."""
+    """The broker's acknowledgement of a stored message; ``duplicate``: it already had one with this message id."""
 
     sequence: int = 0
     duplicate: bool = False
@@ -68,10 +70,11 @@ _ACK = msgspec.json.Decoder(PubAck)
 
 
 def parse_ack(data: bytes, headers: Mapping[str, str] | None, subject: str) -> PubAck:
-    """Read the answer to a JetStream publish.
+    """Decode the answer to a JetStream publish.
 
     Raises:
-        QueueFull, StorageFull, ResultConflict, VersionConflict, PayloadTooLarge, BrokerUnavailable, JetStreamError
+        QueueFull, StorageFull, ResultConflict, VersionConflict, PayloadTooLarge, BrokerUnavailable,
+    JetStreamError
     """
     status = (headers or {}).get("Status", "")
     if status == "503":
@@ -81,14 +84,14 @@ def parse_ack(data: bytes, headers: Mapping[str, str] | None, subject: str) -> P
     try:
         ack = _ACK.decode(data)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise JetStreamError(f"the broker answered a publish on '{subject}' with something else") from error
+        raise JetStreamError(f"the broker's answer to a publish on '{subject}' cannot be decoded") from error
     if ack.error is not None:
         raise translate(ack.error)
     return ack
 
 
 def translate(error: ApiError) -> TetherError:
-    """The most specific own class for an answer of the JetStream API."""
+    """Return the most specific error class for an answer of the JetStream API."""
     text = error.description or f"JetStream error {error.err_code}"
     if (full := _full(error, text)) is not None:
         return full
@@ -102,7 +105,7 @@ def translate(error: ApiError) -> TetherError:
 
 
 def undone(data: bytes, headers: Mapping[str, str] | None) -> bool:
-    """Whether the answer to a publish says that nothing was stored because nobody could just then."""
+    """Return whether the answer to a publish means that nothing was stored, for a temporary reason."""
     if (headers or {}).get("Status", "") == "503":
         return True
     if b'"error"' not in data:
@@ -115,7 +118,7 @@ def undone(data: bytes, headers: Mapping[str, str] | None) -> bool:
 
 
 def _full(error: ApiError, text: str) -> TetherError | None:
-    """What has no room, if that is the reason."""
+    """Return the store that is full, if that is the reason."""
     if error.err_code == _STREAM_FULL and "per subject" in text:
         return ResultConflict("there is already an entry on this subject")
     if error.err_code in _SERVER_FULL:
@@ -126,33 +129,33 @@ def _full(error: ApiError, text: str) -> TetherError | None:
 
 
 def denied_subject(message: str) -> tuple[str, str] | None:
-    """What an asynchronous ``permissions violation`` refused, 'publish' or 'subscription', and the subject.
+    """Parse an asynchronous ``permissions violation``: 'publish' or 'subscription', and the subject.
 
-    nats-py hands the server's words on in lower case.
+    nats-py passes the server's text on in lower case.
     """
     match = _PERMISSION.search(message)
     return None if match is None else (match[1].lower(), match[2].lower())
 
 
 def permission_denied(verb: str, subject: str) -> PermissionDenied:
-    """``verb`` is 'publish' or 'subscription'; ``field`` is the subject."""
+    """Build the error. ``verb`` is 'publish' or 'subscription'; ``field`` is the subject."""
     return PermissionDenied(f"this identity has no {verb} permission for '{subject}'", field=subject)
 
 
 def _tls_failure(error: ssl.SSLError) -> str:
-    """Whose certificate was not accepted, why, and which setting mends it."""
+    """Describe a TLS failure: whose certificate was refused, why, and the setting that fixes it."""
     if isinstance(error, ssl.SSLCertVerificationError):
         reason = error.verify_message.rstrip(".")
         return f"the broker's certificate is not accepted ({reason}); set nats_ca to the file of the CA that signed it"
     reason = (error.reason or "handshake failed").replace("_", " ").lower()
     if "certificate" in reason or "unknown ca" in reason:
-        return f"the broker wants a certificate that it accepts ({reason}); set nats_cert and nats_key"
+        return f"the broker requires a certificate that it accepts ({reason}); set nats_cert and nats_key"
     return f"TLS with the broker failed ({reason})"
 
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Turn what nats-py raises into errors of the tree; ``what`` says what was being tried."""
+    """Translate exceptions of nats-py into errors of the tree; ``what`` names the attempted action."""
     try:
         yield
     except nats.errors.MaxPayloadError as error:

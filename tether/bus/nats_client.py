@@ -1,4 +1,4 @@
-"""nats-py's client, without a fault that leaves a connection deaf, and with fewer copies of large messages."""
+"""nats-py's client without a bug that stops its reading, and with fewer copies of large messages."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import nats.aio.client
 from nats.protocol import parser
 
 LARGE = 64 << 10
-"""From this size on the bytes of a message are handed on without being copied more often than they have to be."""
+"""Size in bytes from which a message is passed on with as few copies as possible."""
 
 READ = 512 << 10
-"""Bytes that one read takes at most; nats-py's 32 KiB make thirty reads of one chunk of a model."""
+"""Maximum bytes per read; nats-py's 32 KiB need thirty reads for one chunk of a model."""
 
 
 class Parser(parser.Parser):  # type: ignore[misc]
-    """Gathers the parts of a large message and joins them once, where nats-py goes through its buffer for each part."""
+    """Collects the parts of a large message and joins them once; nats-py copies its buffer for each part."""
 
     def reset(self) -> None:
         super().reset()
@@ -24,7 +24,7 @@ class Parser(parser.Parser):  # type: ignore[misc]
         self._gathered = 0
 
     async def parse(self, data: bytes = b"") -> None:
-        """Take what the server sent next."""
+        """Parse the next bytes from the server."""
         if self.state == parser.AWAITING_MSG_PAYLOAD and self.needed >= LARGE:
             self._parts.append(data)
             self._gathered += len(data)
@@ -36,7 +36,9 @@ class Parser(parser.Parser):  # type: ignore[misc]
 
 
 class NatsClient(nats.aio.client.Client):  # type: ignore[misc]
-    """A pong whose waiter gave up, or was cancelled, ends nats-py's reading for good: it sets a future that is done."""
+    """Ignores pongs whose waiter timed out or was cancelled: they end nats-py's reading, because it sets a
+    finished future.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +60,7 @@ class NatsClient(nats.aio.client.Client):  # type: ignore[misc]
     async def _send_publish(
         self, subject: str, reply: str, payload: bytes | memoryview, payload_size: int, headers: dict[str, Any] | None
     ) -> None:
-        """A large message follows its command line as it is; nats-py copies it twice to make one string of both."""
+        """Send a large message after its command line without copying; nats-py copies it twice to build one string."""
         if payload_size < LARGE:
             await super()._send_publish(subject, reply, payload, payload_size, headers)
             return

@@ -1,4 +1,4 @@
-"""What a connection has asked and got no answer to yet."""
+"""Requests of a connection without an answer yet."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LOSSY = ContextVar("lossy", default=False)
 
 
 class Message(Protocol):
-    """What arrives on a subscription."""
+    """A message received on a subscription."""
 
     subject: str
     data: bytes
@@ -36,7 +36,7 @@ class PendingReply:
         self.lossy = _LOSSY.get()
 
     def fail(self, why: str) -> None:
-        """Without effect on one that has its answer."""
+        """Fail the request, unless it has its answer."""
         if not self.future.done():
             self.future.set_exception(BrokerUnavailable(why))
 
@@ -44,15 +44,14 @@ class PendingReply:
         self.fail(f"no answer on '{self.subject}' in time")
 
     def lose(self) -> None:
-        """The connection was lost."""
+        """Fail the request because the connection was lost."""
         if self.lossy:
-            self.fail("the connection to the broker was lost on the way")
+            self.fail("the connection to the broker was lost during the request")
 
 
 @contextlib.contextmanager
 def fail_on_disconnect() -> Iterator[None]:
-    """What this task asks in the block fails when the connection is lost, not when its time is up: an answer may never come, and
-    asking again does no harm."""
+    """Fail pending requests of this task on disconnect instead of on timeout. Use only for idempotent requests."""
     token = _LOSSY.set(True)
     try:
         yield
@@ -61,20 +60,22 @@ def fail_on_disconnect() -> Iterator[None]:
 
 
 def status_of(message: Message) -> str:
-    """The status that the server, or a stream, answered with; empty when it is an answer without one."""
+    """Return the status in an answer of the server or a stream; empty for an answer without one."""
     return (message.headers or {}).get("Status", "")
 
 
 def untaken(answer: Message) -> bool:
-    """Whether nobody was there who takes such requests."""
+    """Return whether no service received the request."""
     return status_of(answer) == "503"
 
 
 async def patiently(
     ask: Callable[[float], Awaitable[Message]], timeout: float, undone: Callable[[Message], bool] = untaken
 ) -> Message:
-    """Ask again while nobody takes it, for ``timeout`` seconds in all: while the servers of a cluster elect the leader of a
-    stream, nobody does. ``undone`` says of an answer that nothing was done; what got no answer at all may have been."""
+    """Retry an unreceived request for ``timeout`` seconds in all: a cluster that elects a stream's leader has
+    no receiver.
+    ``undone`` tells from an answer that nothing was done; a request without an answer may have been executed.
+    """
     now = asyncio.get_running_loop().time
     end, pause = now() + timeout, _AGAIN_S
     while True:

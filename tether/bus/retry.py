@@ -1,4 +1,4 @@
-"""One patience with a broker that is away: what fails for want of it is tried again until the time is over."""
+"""Retries operations while the broker is away, until one shared deadline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tether.bus.connection import NatsConnection
 
 PATIENCE_S = 10.0
-"""How long a request about durable jobs waits for a broker that is away, before it is answered with 503."""
+"""Seconds that a request about durable jobs waits for an absent broker before it is answered with 503."""
 
 _PAUSE_S = 0.05
 
@@ -20,17 +20,17 @@ T = TypeVar("T")
 
 
 class RetryDeadline:
-    """The time that one request has for all that it asks of the broker."""
+    """The time that one request has for all its broker operations."""
 
     def __init__(self, bus: NatsConnection, limit_s: float = PATIENCE_S) -> None:
         self._bus = bus
         self._end = bus.clock.monotonic() + limit_s
 
     async def until_done(self, action: Callable[[], Awaitable[T]]) -> T:
-        """What ``action`` returns; it must be safe to repeat.
+        """Return the result of ``action``, which must be safe to repeat.
 
         Raises:
-            BrokerUnavailable: the broker was away, or did not answer, until the time was over.
+            BrokerUnavailable: the broker was away, or did not answer, until the deadline.
         """
         while True:
             try:

@@ -1,8 +1,8 @@
-"""Signed requests to service endpoints (nats.micro, so that ``nats micro ls`` sees them).
+"""Signed requests to service endpoints (nats.micro, so that ``nats micro ls`` lists them).
 
-The request's signature covers the inbox its answer goes to, the answer's signature covers that inbox, so an answer
-can neither be redirected nor taken from another request. A caller whose inbox is not its own gets none: we have the
-right to answer wherever a request points to, and would store it there on behalf of who has not.
+The request's signature covers the inbox for its answer, the answer's signature covers that inbox, so an
+answer can neither be redirected nor taken from another request. A request with a foreign inbox gets no
+answer: we may answer on any subject, and would store the answer there on behalf of a caller who may not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tether.wire import codec
 log = logging.getLogger(__name__)
 
 MAX_AGE_MS = MAX_SKEW_MS + MAX_DELAY_MS
-"""A request older than this is refused; younger ones are refused when they come twice."""
+"""Older requests are refused; younger ones are refused if they arrive twice."""
 
 _OK = b"\x01"
 _FAILED = b"\x00"
@@ -57,12 +57,15 @@ async def serve(
     subject: str = "",
     grace_ms: int = 0,
 ) -> AsyncIterator[None]:
-    """Answer requests on ``endpoint`` (or on ``subject``) until the block ends; those in hand may then end, for ``shutdown_timeout_s`` at most.
+    """Answer requests on ``endpoint`` (or on ``subject``) until the block ends, then finish pending ones for
+    ``shutdown_timeout_s`` at most.
 
-    A :class:`TetherError` that ``handler`` raises reaches the caller as the same class; what is not signed by a key
-    that may send ``accepts`` is counted and gets no answer. One that comes too late or from the future is told so, since its
-    sender's clock may be wrong; ``grace_ms``: for how much longer than its sender waits a request counts. With ``side_by_side`` above 1 that many requests are
-    handled at a time, and one too many is told to come again; otherwise they are handled one after another.
+    A :class:`TetherError` of ``handler`` reaches the caller as the same class; a request that is not signed
+    by a key that may send ``accepts`` is counted and gets no answer. A request too old or from the future
+    gets an error, because its sender's clock may be wrong; ``grace_ms``: how much longer than its sender
+    waits a request is valid.
+    ``side_by_side`` above 1 handles that many requests concurrently, and refuses further ones with a
+    retryable error; otherwise they are handled one after another.
     """
 
     async def answer(request: Request) -> None:
@@ -92,20 +95,20 @@ async def serve(
 
 
 def _is_own_inbox(bus: Bus, role: str, sender: str, signed: str, reply: str) -> bool:
-    """Whether the answer goes where the request's sender signed that it hears answers, and may hear them."""
+    """Return whether the answer goes to the inbox that the sender signed, below its own prefix."""
     own = bus.names.inbox(role, sender) + "."
     if signed == reply and reply.startswith(own):
         return True
     metrics.ENVELOPES_REJECTED.labels(SubjectMismatch.code).inc()
-    log.warning("refused a request: its answer is not for its sender", extra={"action": "envelope_refused"})
+    log.warning("request refused: its answer is not for its sender", extra={"action": "envelope_refused"})
     return False
 
 
 def _untimely(error: EnvelopeError) -> ClockSkew:
-    """What the sender of a request is told that is too old, or from the future."""
+    """Return the error for the sender of a request that is too old, or from the future."""
     where = f"{-error.age_s:.0f} s ahead of" if error.age_s < 0 else f"{error.age_s:.0f} s behind"
     return ClockSkew(
-        f"your clock is {where} that of this service, unless the request was held up on its way; "
+        f"your clock is {where} that of this service, unless the request was delayed in transit; "
         f"at most {MAX_SKEW_MS // 1000} s are allowed: set the clocks"
     )
 
@@ -141,7 +144,7 @@ async def _send(bus: Bus, kind: MessageType, reply: str, body: bytes, message_id
     try:
         await bus.publish(reply, frame)
     except BrokerUnavailable:
-        log.warning("the broker went away before an answer", extra={"action": "rpc_unanswered"})
+        log.warning("broker lost before the answer", extra={"action": "rpc_unanswered"})
 
 
 def _failed(error: TetherError) -> bytes:
@@ -149,7 +152,7 @@ def _failed(error: TetherError) -> bytes:
 
 
 async def _busy(_: Envelope) -> bytes:
-    raise Unavailable("the service has too many requests in hand; try again", retry_after=2)
+    raise Unavailable("the service has too many pending requests; try again", retry_after=2)
 
 
 async def _handled(handler: RpcHandler, envelope: Envelope) -> bytes:
@@ -158,12 +161,12 @@ async def _handled(handler: RpcHandler, envelope: Envelope) -> bytes:
     except TetherError as error:
         return _failed(error)
     except Exception:
-        log.exception("a request failed", extra={"action": "rpc_failed", "sender": envelope.sender})
+        log.exception("request failed", extra={"action": "rpc_failed", "sender": envelope.sender})
         return _FAILED + codec.encode(Failure("internal", "the service failed; its log has the reason"))
 
 
 class Answer(NamedTuple):
-    """The body of a verified answer, and when the answer was signed, in UTC seconds on the clock of who did."""
+    """The body of a verified answer, and its signing time in UTC seconds on the signer's clock."""
 
     body: bytes
     issued_at: float
@@ -179,7 +182,7 @@ async def call(
     timeout: float = 5.0,
     subject: str = "",
 ) -> bytes:
-    """:func:`ask` for who needs the body alone."""
+    """Return the body of :func:`ask`."""
     return (await ask(bus, endpoint, kind, body, answers=answers, timeout=timeout, subject=subject)).body
 
 

@@ -18,13 +18,13 @@ from tether.wire.subjects import Names
 
 @asynccontextmanager
 async def connect(settings: Settings, home: Home, identity: str, *, follow: bool = True) -> AsyncIterator[Bus]:
-    """Connect as ``identity``, whose key files are in ``home``. The connection reconnects without end.
+    """Connect as ``identity``, whose key files are in ``home``. The connection reconnects forever.
 
     It follows the newest keyset, unless ``follow`` is off: for a connection that verifies nothing.
 
     Raises:
         KeyRevoked: the key of ``identity`` is revoked.
-        ConfigError: key files are missing or open to others, or the broker refuses this identity.
+        ConfigError: key files are missing or readable by others, or the broker refuses this identity.
         BrokerUnavailable: no broker answers at ``settings.nats_url``.
     """
     bus, newest = prepare(settings, home, identity)
@@ -38,7 +38,7 @@ async def connect(settings: Settings, home: Home, identity: str, *, follow: bool
 
 
 def prepare(settings: Settings, home: Home, identity: str) -> tuple[Bus, TrustedKeyset]:
-    """Read keys and keyset; no network."""
+    """Read keys and keyset, without network access."""
     clock = SystemClock()
     newest = TrustedKeyset.load(home)
     if not home.identity(identity).exists() and (gone := newest.revoked(identity)) is not None:

@@ -1,4 +1,4 @@
-"""TLS to the broker: which certificates a connection uses, and that none is made in plain where TLS is expected."""
+"""TLS to the broker: selects certificates, and refuses plain connections where TLS is expected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tether.settings import Settings
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
-    """asyncio remarks on each closed TLS connection of nats-py that it was closed on both sides."""
+    """Filter asyncio's remark that both sides closed a TLS connection of nats-py."""
     return "eof_received() has no effect" not in str(record.msg)
 
 
@@ -25,47 +25,52 @@ logging.getLogger("asyncio").addFilter(_worth_saying)
 
 
 class TlsMismatchError(nats.errors.Error):  # type: ignore[misc] # nats-py has no types
-    """Broker and connection do not want the same of TLS; the text says what to change."""
+    """Broker and connection require different TLS; the text says what to change."""
 
 
 @dataclass(frozen=True)
 class ClientTls:
-    """TLS of a connection; ``certificate``: it has one to show."""
+    """TLS of a connection; ``certificate``: it has a client certificate."""
 
     context: ssl.SSLContext
     certificate: bool
 
 
 class TlsNatsClient(tether.bus.nats_client.NatsClient):
-    """nats-py's client, where that goes on in plain text or leaves its sockets open."""
+    """nats-py's client without its fallback to plain text and its unclosed sockets."""
 
     certificate = False
 
     async def _process_info(self, info: dict[str, Any], *, initial_connection: bool = False) -> None:
-        """Its own goes on in plain text when the server says that it needs no TLS."""
+        """Refuse a server without TLS; nats-py's own method continues in plain text."""
         if initial_connection and "tls" in self.options and not info.get("tls_required"):
             raise TlsMismatchError(
                 "the broker offers no TLS, but nats_ca or a tls:// address asks for it; "
                 "configure the broker's TLS or remove ours"
             )
         if initial_connection and info.get("tls_verify") and not self.certificate:
-            raise TlsMismatchError("the broker wants a certificate; set nats_ca, nats_cert and nats_key")
+            raise TlsMismatchError("the broker requires a certificate; set nats_ca, nats_cert and nats_key")
         await super()._process_info(info, initial_connection=initial_connection)
 
     async def _process_connect_init(self) -> None:
-        """With TLS 1.3 a server refuses our certificate after the handshake, and its reason is often lost."""
+        """Explain a closed connection: with TLS 1.3 a server refuses our certificate after the handshake,
+        often without a reason.
+        """
         try:
             await super()._process_connect_init()
         except ConnectionError as error:
             if "tls" not in self.options:
                 raise
             raise TlsMismatchError(
-                f"the broker ended the TLS connection ({type(error).__name__}), as it does when it refuses a certificate; "
+                f"the broker ended the TLS connection ({type(error).__name__}), as it does when it "
+                "refuses a certificate; "
                 "check nats_cert and nats_key"
             ) from error
 
     async def _connect_to_server(self, s: Any) -> None:
-        """Its own leaves the socket of an attempt that failed, and the one below TLS, to the garbage collector."""
+        """Close the sockets of a failed attempt, including the one below TLS; nats-py leaves them to the
+        garbage collector.
+        """
         self._abort()
         await super()._connect_to_server(s)
 
@@ -76,20 +81,20 @@ class TlsNatsClient(tether.bus.nats_client.NatsClient):
             self._abort()
 
     def _abort(self) -> None:
-        """Close the sockets now; whoever should be told goodbye was."""
+        """Close the sockets immediately, without a TLS goodbye."""
         for writer in (getattr(self._transport, name, None) for name in ("_io_writer", "_bare_io_writer")):
             if writer is not None:
                 writer.transport.abort()
 
 
 def client_context(settings: Settings, home: Home) -> ClientTls | None:
-    """The TLS of a connection to ``settings.nats_url``; None when neither settings nor address ask for any.
+    """Return the TLS context for ``settings.nats_url``; None if neither settings nor address require TLS.
 
-    For a ``tls://`` address the files that ``tether init --tls`` made in ``home`` are the default. Then a server that
-    wants TLS all the same is checked against the authorities of the machine.
+    For a ``tls://`` address the files that ``tether init --tls`` made in ``home`` are the default. Without
+    them a server that requires TLS is verified against the machine's authorities.
 
     Raises:
-        ConfigError: a file is missing, open to others, or not what it should be.
+        ConfigError: a file is missing, readable by others, or invalid.
     """
     if not (settings.nats_ca or settings.nats_cert or "tls://" in settings.nats_url):
         return None
@@ -116,7 +121,7 @@ def client_context(settings: Settings, home: Home) -> ClientTls | None:
 
 
 def with_file(name: str, path: str) -> None:
-    """Insist that the file a setting names is there.
+    """Check that the file of a setting exists.
 
     Raises:
         ConfigError: with the setting's name.

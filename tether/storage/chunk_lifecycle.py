@@ -1,8 +1,8 @@
-"""Looking after stored chunks: which there are, what state they are in, and the end of those that nobody names.
+"""Reads the state of stored chunks, claims them for new versions, and removes unreferenced ones.
 
-Every step of a chunk's life is a conditional write of its meta message, so any number of keepers may work at once and
-beside pushes: one wins, the others see the conflict and leave the chunk alone. Data is deleted by its sequence: a chunk
-that was stored anew meanwhile has another one.
+Every step of a chunk's life is a conditional write of its meta message, so any number of collectors may work
+at once and beside pushes: one wins, the others see the conflict and leave the chunk alone. Data is deleted by
+its sequence: a chunk stored again meanwhile has another one.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _TRIES = 8
 
 
 class StoredChunk(NamedTuple):
-    """A chunk as it was when somebody looked."""
+    """A chunk as of a snapshot."""
 
     digest: str
     state: ChunkState
     sequence: int
-    """Of the meta message; 0 when there is none."""
+    """Sequence of the meta message; 0 if there is none."""
     since: float
-    """When the broker took the meta message, UTC seconds."""
+    """Time at which the broker stored the meta message, UTC seconds."""
     size: int
-    """Bytes; 0 when nobody knows."""
+    """Size in bytes; 0 if unknown."""
     has_data: bool
     stored_digest: str = ""
-    """Hex SHA-256 of the stored bytes, where somebody noted one."""
+    """Hex SHA-256 of the stored bytes, if recorded."""
 
 
 class Snapshot(NamedTuple):
@@ -52,10 +52,10 @@ class Snapshot(NamedTuple):
 
 
 class ChunkLifecycle(ObjectChunkStore):
-    """A bucket's chunks, for who looks after them."""
+    """The chunks of a bucket, for collectors and pushes."""
 
     async def snapshot(self) -> Snapshot:
-        """Look at every chunk; no data is read.
+        """Read the state of every chunk; no data is read.
 
         Raises:
             JetStreamError, BrokerUnavailable
@@ -66,7 +66,7 @@ class ChunkLifecycle(ObjectChunkStore):
             digest = _digest_of(item.subject[len(every) - 1 :])
             if digest:
                 metas[digest] = item
-        # data is looked at after the metas: an upload writes them the other way round, so none looks as if it had none
+        # data is listed after the metas, because an upload writes data first: none appears to lack data
         data, info = await self._data_subjects()
         chunks = {digest: _chunk(digest, item, digest in data) for digest, item in metas.items()}
         for digest in data - chunks.keys():
@@ -74,7 +74,7 @@ class ChunkLifecycle(ObjectChunkStore):
         return Snapshot(_seconds(info["ts"]), chunks, int(info["state"]["bytes"]))
 
     async def now(self) -> float:
-        """The broker's time, UTC seconds."""
+        """Return the broker's time, UTC seconds."""
         return _seconds((await self._bus.api(f"STREAM.INFO.{self._stream}"))["ts"])
 
     async def _data_subjects(self) -> tuple[set[str], dict[str, Any]]:
@@ -90,8 +90,10 @@ class ChunkLifecycle(ObjectChunkStore):
         return found, info
 
     async def write_state(self, chunk: StoredChunk, state: ChunkState, *, size: int = 0, stored: str = "") -> int:
-        """Let the chunk be in ``state``, unless its meta message is not the one in ``chunk`` any more: then 0, else the
-        sequence of the new one. ``size`` and ``stored``: bytes and hash of what lies there, where ``chunk`` may not know."""
+        """Set a chunk's state and return the sequence of its new meta message; 0 if its meta message is no
+        longer the one in ``chunk``. ``size`` and ``stored``: bytes and hash of its data, if ``chunk`` may not
+        have them.
+        """
         now, stored = self._bus.clock.utc(), stored or chunk.stored_digest
         payload = describe(self.bucket, chunk.digest, size or chunk.size, state, now, digest=stored)
         headers = {"Nats-Rollup": "sub", "Nats-Expected-Last-Subject-Sequence": str(chunk.sequence)}
@@ -103,15 +105,16 @@ class ChunkLifecycle(ObjectChunkStore):
         return ack.sequence
 
     async def read(self, digest: str) -> StoredMessage | None:
-        """A chunk's data message; None when there is none."""
+        """Return a chunk's data message; None if there is none."""
         subject = self._bus.names.object_chunk(self.bucket, digest)
         return await self._patiently(lambda: self._bus.direct_get(self._stream, subject))
 
     async def restore(self, chunk: StoredChunk, content: bytes, before: StoredMessage | None) -> bool:
-        """Store a chunk's content as it is, in place of the data ``before``; False when somebody else stores it just now.
+        """Store a chunk's content unchanged, in place of the data ``before``; return False if another writer
+        stores it now.
 
-        Closed twice, a chunk is not the same bytes twice. Neither message is written after another writer's, so whichever data
-        is left, its meta message describes it.
+        Encrypting a chunk twice gives different bytes. Neither message replaces another writer's, so the meta
+        message always describes the data that is left.
         """
         headers = {"Nats-Rollup": "sub", "Nats-Expected-Last-Subject-Sequence": str(before.sequence if before else 0)}
         subject = self._bus.names.object_chunk(self.bucket, chunk.digest)
@@ -126,9 +129,9 @@ class ChunkLifecycle(ObjectChunkStore):
         return bool(await self.write_state(chunk, ChunkState.ALIVE, size=len(content), stored=stored))
 
     async def remove(self, chunk: StoredChunk) -> int:
-        """Remove the data and then the meta message of a chunk that is not alive; returns the bytes of data removed.
+        """Remove the data and then the meta message of a chunk that is not alive; return the bytes of data removed.
 
-        Data that is younger than the meta message in ``chunk`` stays: somebody is storing the chunk anew.
+        Data younger than the meta message in ``chunk`` stays: the chunk is being stored again.
         """
         found = await self.read(chunk.digest)
         if found is not None and found.sequence > chunk.sequence:
@@ -144,7 +147,7 @@ class ChunkLifecycle(ObjectChunkStore):
         return len(found.data) if removed and found is not None else 0
 
     async def _delete(self, sequence: int) -> bool:
-        """Delete one message; False when it is gone already."""
+        """Delete one message; return False if it is already gone."""
         try:
             await self._patiently(
                 lambda: self._bus.api(f"STREAM.MSG.DELETE.{self._stream}", {"seq": sequence, "no_erase": True})
@@ -156,11 +159,11 @@ class ChunkLifecycle(ObjectChunkStore):
         return True
 
     async def claim(self, chunks: Iterable[tuple[str, int]], *, fresh_s: float) -> None:
-        """Make sure of chunks (digest and bytes) that a version is about to name: none of them is removed in the
-        ``fresh_s`` seconds that follow, whatever keepers are about.
+        """Claim chunks (digest and bytes) for a new version: no collector removes them in the next
+        ``fresh_s`` seconds.
 
         Raises:
-            CorruptChunk: a chunk is not stored, or known to be damaged, or about to be removed; ``field`` is its digest.
+            CorruptChunk: a chunk is not stored, or damaged, or about to be removed; ``field`` is its digest.
             BrokerUnavailable
         """
         wanted = list(dict(chunks).items())
@@ -187,7 +190,7 @@ class ChunkLifecycle(ObjectChunkStore):
                 return
             subject = self._meta_subject(digest)
             item = (await self._metas([subject])).get(subject)
-        raise Unavailable(f"chunk {digest} is written by others all the time; try again", retry_after=2)
+        raise Unavailable(f"chunk {digest} is being changed by others; try again", retry_after=2)
 
 
 def _chunk(digest: str, item: StoredMessage | None, has_data: bool) -> StoredChunk:

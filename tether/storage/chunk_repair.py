@@ -1,8 +1,10 @@
-"""Chunks that the store has lost, from the cache of a worker that holds a version they belong to.
+"""Restores chunks that the store has lost from the cache of a worker that hosts a version with them.
 
-Only workers whose route says that they hold such a version are asked, each on a subject of its own, so that nobody hears of a chunk
-that it has no business with. A chunk travels in the form that the worker keeps it in: one of an encrypted model closed. Whoever asked
-proves that it is the one that was wanted. A worker answers on a subject of its own too, since it may not publish to anybody's inbox.
+Only workers whose route lists such a version are asked, each on its own subject, so that others do not learn
+of the chunk. A chunk travels in the form in which the worker stores it; one of an encrypted model stays
+encrypted.
+The
+requester verifies it. A worker also answers on its own subject, because it may not publish to inboxes.
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ from tether.wire import codec
 log = logging.getLogger(__name__)
 
 WAIT_S = 10.0
-"""How long a worker may take to answer."""
+"""Timeout of a worker's answer, in seconds."""
 
 _MAX_AGE_MS = 30_000
 
 Proof = Callable[[bytes], bool]
-"""Whether a chunk's content, closed where the store has it closed, is what its name says. Blocks."""
+"""Returns whether a chunk's content, encrypted if the store encrypts it, matches its name. Blocks."""
 
 
 class ChunkLenders:
-    """The workers, as a model store asks them."""
+    """Requests chunks from workers, for a model store."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -41,7 +43,7 @@ class ChunkLenders:
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
-        """Hear answers until the block ends."""
+        """Receive answers until the block ends."""
         subscription = await self._bus.subscribe(self._bus.names.chunk("*"), self._heard)
         try:
             yield
@@ -49,7 +51,7 @@ class ChunkLenders:
             await subscription.unsubscribe()
 
     async def _heard(self, message: Message) -> None:
-        # what nobody waits for is not worth a look at its signature
+        # an answer to no request does not need its signature verified
         if not self._asked:
             return
         envelope = self._bus.verify_message(message, MessageType.CHUNK, once=True, max_age_ms=_MAX_AGE_MS)
@@ -60,7 +62,7 @@ class ChunkLenders:
             waiting.set_result(envelope.body)
 
     async def borrow(self, name: str, versions: Iterable[str], right: Proof) -> tuple[bytes, str] | None:
-        """A chunk that is ``right``, and the worker that had it; None when no worker that holds one of
+        """Return a chunk that is ``right``, and the worker that had it; None if no worker that hosts one of
         ``versions`` (``model:version``) has it.
 
         Raises:
@@ -72,7 +74,7 @@ class ChunkLenders:
                 continue
             if await asyncio.to_thread(right, chunk):
                 return chunk, worker
-            log.error("%s sent something else than chunk %s", worker, name, extra={"action": "chunk_refused"})
+            log.error("%s sent other content than chunk %s", worker, name, extra={"action": "chunk_refused"})
         return None
 
     async def _holders(self, versions: Iterable[str]) -> list[str]:
@@ -105,8 +107,9 @@ class ChunkLenders:
 
 @asynccontextmanager
 async def lending(bus: Bus, read: Callable[[str], bytes | None]) -> AsyncIterator[None]:
-    """Answer model stores that want a chunk, until the block ends. ``read`` gives a chunk that it proved to be right, or
-    None; it blocks and runs in a thread."""
+    """Answer chunk requests of model stores until the block ends. ``read`` returns a verified chunk or None;
+    it blocks and runs in a thread.
+    """
 
     async def wanted(message: Message) -> None:
         envelope = bus.verify_message(message, MessageType.WANTED, once=True, max_age_ms=_MAX_AGE_MS)
@@ -118,7 +121,7 @@ async def lending(bus: Bus, read: Callable[[str], bytes | None]) -> AsyncIterato
             subject = bus.names.chunk(bus.signer.name)
             await bus.publish(subject, bus.signer.sign_envelope(MessageType.CHUNK, subject, chunk, message_id=digest))
         except TetherError as error:
-            log.warning("a chunk was not sent: %s", error, extra={"action": "chunk_not_lent", "code": error.code})
+            log.warning("chunk not sent: %s", error, extra={"action": "chunk_not_lent", "code": error.code})
 
     subscription = await bus.subscribe(bus.names.wanted(bus.signer.name), wanted)
     try:

@@ -1,8 +1,9 @@
-"""Chunks of model files as objects of a JetStream object store (NATS ADR-20), so that ``nats object`` reads them too.
+"""Stores chunks of model files as objects of a JetStream object store (NATS ADR-20); ``nats object`` reads them too.
 
 One chunk is one object: its name and its nuid are the hex SHA-256 of its bytes, its data is one message on
-``$O.<bucket>.C.<nuid>``, its meta message follows when the data is stored. Both carry ``Nats-Rollup: sub``: storing a
-chunk twice leaves one copy, and storing it again mends a damaged one. Data that is compressed says so in a header.
+``$O.<bucket>.C.<nuid>``, its meta message follows once the data is stored. Both carry ``Nats-Rollup: sub``:
+storing a
+chunk twice leaves one, and storing it again repairs a damaged one. Compressed data says so in a header.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from tether.storage.object_meta import ChunkState, describe, state_of
 WRITE_WINDOW = 24
 READ_WINDOW = 16
 LOOKUP = 256
-"""Chunks asked for in one look-up."""
+"""Chunks per look-up."""
 GROUP = 8
-"""Chunks of an upload that are looked up together, before any of them is sent."""
+"""Chunks of an upload that are looked up together before they are sent."""
 LOOKUPS_AHEAD = 2
 
 _ROLLUP = {"Nats-Rollup": "sub"}
 ENCODING = "Tether-Encoding"
-"""Header of a data message whose content is not the chunk itself: :data:`tether.domain.chunking.ZSTD`."""
+"""Header of a data message whose content is compressed: :data:`tether.domain.chunking.ZSTD`."""
 
 NO_MORE: Mapping[str, str] = MappingProxyType({})
 
@@ -42,8 +43,8 @@ T = TypeVar("T")
 class ObjectChunkStore:
     """See :class:`tether.storage.upload.ChunkStore`.
 
-    A broker that goes away is waited for: no single chunk may take longer than ``patience_s``, and nothing longer
-    than ``deadline_s`` as a whole. At most a window of chunks is in memory.
+    Requests are retried while the broker is away: at most ``patience_s`` per chunk, and ``deadline_s`` for a
+    whole transfer. At most a window of chunks is in memory.
     """
 
     def __init__(self, bus: Bus, bucket: str, *, deadline_s: float = 3600.0, patience_s: float = 30.0) -> None:
@@ -54,7 +55,7 @@ class ObjectChunkStore:
         self._patience_s = patience_s
 
     async def missing(self, digests: Sequence[str]) -> list[str]:
-        """Those of ``digests`` that are not stored, in their order, each once.
+        """Return those of ``digests`` that are not stored, in order, each once.
 
         Raises:
             BrokerUnavailable: no answer within ``patience_s``.
@@ -66,7 +67,7 @@ class ObjectChunkStore:
         return [digest for digest in wanted if digest not in present]
 
     async def _lacking(self, digests: list[str], known: AbstractSet[str] | None) -> list[str]:
-        """What of an upload is to be stored; as long to find out for what is there as for what is not."""
+        """Return the chunks of an upload to store; takes the same time for stored and missing ones."""
         missing = set(await self.missing(digests))
         return [digest for digest in digests if digest in missing or (known is not None and digest not in known)]
 
@@ -76,17 +77,18 @@ class ObjectChunkStore:
         return {subjects[subject] for subject, item in found.items() if state_of(item.data) is ChunkState.ALIVE}
 
     def name_of(self, digest: str) -> str:
-        """What a chunk is called here."""
+        """Return a chunk's name in this store."""
         return digest
 
     async def put(self, chunks: AsyncIterator[tuple[str, Bytes]], known: AbstractSet[str] | None = None) -> int:
-        """Store chunks that are not there yet; returns their bytes. With ``known``, all others are stored over what may be there.
+        """Store missing chunks; return their bytes. With ``known``, store all others even if they exist.
 
-        Groups of chunks are looked up ahead of those that are being sent: a question waits behind what is sent already.
+        Groups of chunks are looked up ahead of those being sent, because a request waits behind data already
+        sent.
 
         Raises:
             QueueFull: the bucket is at its limit.
-            DeadlineExceeded, BrokerUnavailable: it took too long, as a whole or for one chunk.
+            DeadlineExceeded, BrokerUnavailable: a timeout, of the whole or of one chunk.
         """
         stored = 0
         seen: set[str] = set()
@@ -117,13 +119,13 @@ class ObjectChunkStore:
         return stored
 
     async def get(self, digests: Sequence[str]) -> AsyncGenerator[bytes, None]:
-        """The chunks in order, unpacked: whoever uses them compares. Several are read ahead.
+        """Return the chunks in order, decompressed; the caller verifies them. Several are read ahead.
 
-        Close the iterator when you stop early.
+        Close the iterator to stop early.
 
         Raises:
             CorruptChunk: a chunk is missing; ``field`` is its digest.
-            DeadlineExceeded, BrokerUnavailable: it took too long, as a whole or for one chunk.
+            DeadlineExceeded, BrokerUnavailable: a timeout, of the whole or of one chunk.
         """
         clock = self._bus.clock
         end = clock.monotonic() + self._deadline_s
@@ -143,7 +145,7 @@ class ObjectChunkStore:
             await asyncio.gather(*ahead, return_exceptions=True)
 
     async def discard(self, digest: str) -> None:
-        """Mark a chunk as gone, so that the next upload stores it anew."""
+        """Mark a chunk as deleted, so that the next upload stores it again."""
         await self._publish_meta(digest, 0, deleted=True)
 
     async def _store(self, digest: str, chunk: Bytes) -> None:
@@ -154,7 +156,7 @@ class ObjectChunkStore:
             await self._send(digest, stored, await asyncio.to_thread(digest_of, stored), {ENCODING: ZSTD})
 
     async def _send(self, name: str, stored: Bytes, digest: str, headers: Mapping[str, str] = NO_MORE) -> None:
-        """Store a chunk in the form that it has now; ``digest`` is that form's SHA-256."""
+        """Store a chunk in its current form; ``digest`` is that form's SHA-256."""
         await self._publish(self._bus.names.object_chunk(self.bucket, name), stored, headers)
         await self._publish_meta(name, len(stored), stored=digest)
 
@@ -179,7 +181,7 @@ class ObjectChunkStore:
         return self._bus.names.object_meta(self.bucket, encoded_name(digest))
 
     async def _patiently(self, attempt: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Try again while the broker is away; what is tried must be harmless to repeat."""
+        """Retry while the broker is away; the action must be safe to repeat."""
         clock = self._bus.clock
         end = clock.monotonic() + self._patience_s
         while True:
@@ -193,10 +195,10 @@ class ObjectChunkStore:
 
 
 async def plain_form(name: str, found: StoredMessage) -> bytes:
-    """The content of a chunk's data message, unpacked when it is compressed.
+    """Return the content of a chunk's data message, decompressed if needed.
 
     Raises:
-        CorruptChunk: it cannot be unpacked; ``field`` is the chunk's name.
+        CorruptChunk: it cannot be decompressed; ``field`` is the chunk's name.
     """
     encoding = found.headers.get(ENCODING, "")
     if not encoding:
@@ -207,12 +209,12 @@ async def plain_form(name: str, found: StoredMessage) -> bytes:
     except CorruptChunk as error:
         raise CorruptChunk(f"chunk {name} is altered in the store; push the model again", field=name) from error
     raise CorruptChunk(
-        f"chunk {name} is stored in a form '{encoding[:16]}' that this version does not know", field=name
+        f"chunk {name} has the encoding '{encoding[:16]}', which this release does not support", field=name
     )
 
 
 def encoded_name(digest: str) -> str:
-    """A chunk's name as the last token of its meta subject."""
+    """Return a chunk's name as the last token of its meta subject."""
     return base64.urlsafe_b64encode(digest.encode()).decode()
 
 
@@ -229,7 +231,7 @@ async def _groups(chunks: AsyncIterator[tuple[str, Bytes]]) -> AsyncIterator[lis
 
 @asynccontextmanager
 async def _deadline(seconds: float) -> AsyncIterator[None]:
-    """``asyncio.timeout`` whose end is an error of the tree."""
+    """``asyncio.timeout`` that raises an error of the tree."""
     try:
         async with asyncio.timeout(seconds) as limit:
             yield
@@ -241,19 +243,21 @@ async def _deadline(seconds: float) -> AsyncIterator[None]:
 
 def _too_late(seconds: float) -> TetherError:
     return DeadlineExceeded(
-        f"moving the model's chunks took longer than {seconds:g} s; what is stored is kept: try again"
+        f"transferring the model's chunks took longer than {seconds:g} s; stored chunks are kept: try again"
     )
 
 
 class BoundedTaskGroup:
-    """Runs at most ``size`` coroutines at a time; all have ended when the block ends. The first error ends the rest."""
+    """Runs at most ``size`` coroutines at a time; all have ended when the block ends. The first error cancels
+    the rest.
+    """
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._running: set[asyncio.Task[None]] = set()
 
     async def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Start ``work`` as soon as there is room."""
+        """Start ``work`` as soon as a slot is free."""
         try:
             while len(self._running) >= self._size:
                 await self._settle(asyncio.FIRST_COMPLETED)

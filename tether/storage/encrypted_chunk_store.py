@@ -1,4 +1,4 @@
-"""Chunks of an encrypted model in the chunk store: asked for by their plain digests, stored closed and under other names."""
+"""Stores chunks of an encrypted model: requested by plain digests, stored encrypted under other names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SealedChunkStore:
         self._seal = seal
 
     async def missing(self, digests: Sequence[str]) -> list[str]:
-        """Those of ``digests`` that are not stored under this key, in their order, each once.
+        """Return those of ``digests`` that are not stored under this key, in order, each once.
 
         Raises:
             BrokerUnavailable
@@ -32,11 +32,11 @@ class SealedChunkStore:
         return [digest_of[name] for name in await self._store.missing(list(digest_of))]
 
     def name_of(self, digest: str) -> str:
-        """What a chunk is called in the store."""
+        """Return a chunk's name in the store."""
         return self._seal.name(digest)
 
     async def put(self, chunks: AsyncIterator[tuple[str, Bytes]], known: AbstractSet[str] | None = None) -> int:
-        """Close and store chunks that are not there yet; returns the bytes that they have in the clear. ``known``: as for
+        """Encrypt and store missing chunks; return their plain bytes. ``known``: as for
         :meth:`ObjectChunkStore.put`.
 
         Raises:
@@ -51,7 +51,7 @@ class SealedChunkStore:
         return await self._store.put(named(), names)
 
     async def get(self, digests: Sequence[str]) -> AsyncGenerator[bytes, None]:
-        """The plain chunks in order. Close the iterator when you stop early.
+        """Return the plain chunks in order. Close the iterator to stop early.
 
         Raises:
             CorruptChunk: one is missing or altered; ``field`` is its name in the store.
@@ -71,7 +71,7 @@ class SealedChunkStore:
 
 
 class _Closing(ObjectChunkStore):
-    """Takes plain chunks by their stored names, and closes those that are not there yet on their way out."""
+    """Receives plain chunks by their stored names, and encrypts missing ones while sending."""
 
     def __init__(self, bus: Bus, bucket: str, seal: ChunkSeal) -> None:
         super().__init__(bus, bucket)

@@ -1,4 +1,4 @@
-"""A version's files on a local disk: fetched, proven, and proven again whenever they are used."""
+"""Fetches a version's files to a local disk and verifies them, then again at every use."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def open_manifest(verifier: Verifier, names: Names, key: str, frame: bytes) -> Manifest:
-    """Verify an entry of the ``models`` bucket and hand out the manifest it holds.
+    """Verify an entry of the ``models`` bucket and return its manifest.
 
     Raises:
         EnvelopeError: not signed by a model store, moved from another key, or not a well-formed manifest.
@@ -39,10 +39,10 @@ def open_manifest(verifier: Verifier, names: Names, key: str, frame: bytes) -> M
     subject = names.bucket_key("models", key)
     envelope = verifier.verify_envelope(frame, subject=subject, types=(MessageType.MANIFEST,), stored=True)
     if envelope.header.role is not Role.MODELSTORE:
-        raise RoleNotAllowed(f"'{envelope.sender}' is no model store and may not sign manifests")
+        raise RoleNotAllowed(f"'{envelope.sender}' is not a model store and may not sign manifests")
     manifest = codec.decode(envelope.body, Manifest)
     if names.version_key(manifest.name, manifest.version) != key:
-        raise SubjectMismatch("the manifest is for another version than its key says")
+        raise SubjectMismatch("the manifest is for another version than its key")
     if not manifest.files:
         raise BadEncoding("the manifest names no file", field="files")
     for file in manifest.files:
@@ -53,11 +53,11 @@ def open_manifest(verifier: Verifier, names: Names, key: str, frame: bytes) -> M
 
 
 def check_file(file: ModelFile, *, whole: bool = True) -> None:
-    """Prove that a file's description can be acted on: a plain name, real digests, as many chunks as its size needs.
-    Unless ``whole`` it may lack the digest of the file itself.
+    """Check a file's description: a plain name, valid digests, as many chunks as its size needs. Unless
+    ``whole`` it may lack the digest of the file itself.
 
     Raises:
-        BadEncoding: with the field that does not fit.
+        BadEncoding: naming the invalid field.
     """
     if fault := fault_of(file.path):
         raise BadEncoding(f"the file {shown(file.path)} cannot be stored: {fault}", field="path")
@@ -78,31 +78,31 @@ def _adds_up(file: ModelFile) -> bool:
 
 
 def version_digest(manifest: Manifest) -> str:
-    """One digest over all files of a version: two versions with the same files share it."""
+    """Return one digest over all files of a version: two versions with the same files share it."""
     rows = sorted((file.path, file.size, file.digest) for file in manifest.files)
     return hashlib.sha256(codec.pack(rows)).hexdigest()
 
 
 class Chunks(Protocol):
-    """Where chunks come from."""
+    """Source of chunks."""
 
     def get(self, digests: Sequence[str]) -> AsyncGenerator[bytes, None]: ...
 
 
 Salvage = Callable[[ModelFile, Path], object]
-"""Told of a file that is not whole, before it is deleted; runs in a thread."""
+"""Receives a damaged file before it is deleted; runs in a thread."""
 
 
 async def fetch_model(
     bus: Bus, store: Chunks, manifest: Manifest, cache_dir: Path, salvage: Salvage | None = None
 ) -> Path:
-    """The directory below ``cache_dir`` that holds the version's files, whole and verified just now.
+    """Return the directory below ``cache_dir`` that has the version's files, complete and just verified.
 
-    What is cached is hashed again; what is damaged or missing is fetched. Safe to run at the same time for the same
-    version: files appear in one step.
+    Cached files are hashed again; damaged or missing ones are fetched. Safe to run concurrently for the same
+    version: files appear atomically.
 
     Raises:
-        CorruptChunk: the store's chunks are missing, altered, or do not make up the file that was signed.
+        CorruptChunk: the store's chunks are missing, altered, or do not make up the signed file.
         Unavailable: the disk has no room, or the broker does not answer.
     """
     check_platform_name(manifest.name, field="name")
@@ -123,13 +123,13 @@ async def fetch_model(
 
 
 def _prepare(directory: Path) -> None:
-    """Make the folder, without the unfinished files of processes that were killed."""
+    """Create the folder, and remove unfinished files of killed processes."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     clear_leftovers(directory)
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Delete the unfinished files of processes that were killed."""
+    """Remove unfinished files of killed processes."""
     for path in directory.rglob(".*"):
         owner = path.name.split(".")[-2]
         if not owner.isdecimal() or not alive(int(owner)):
@@ -137,7 +137,7 @@ def clear_leftovers(directory: Path) -> None:
 
 
 def intact(path: Path, file: ModelFile) -> bool:
-    """True when ``path`` is a plain file with exactly the bytes that were signed. Blocks: it reads all of them."""
+    """Return whether ``path`` is a plain file with exactly the signed bytes. Blocks: it reads all of them."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with open(descriptor, "rb") as content:  # noqa: PTH123 - an open descriptor has no path
@@ -150,11 +150,11 @@ def intact(path: Path, file: ModelFile) -> bool:
 
 
 async def download(store: Chunks, file: ModelFile, target: Path, salvage: Salvage | None = None) -> str:
-    """Write one file: into a temporary one first, renamed when every chunk and the whole of it are proven. Returns its SHA-256,
-    which is not compared when ``file`` has none.
+    """Write one file: into a temporary one, renamed once every chunk and the whole are verified. Return its
+    SHA-256, which is not compared if ``file`` has none.
 
     Raises:
-        CorruptChunk: a chunk, or the file as a whole, is not what was signed.
+        CorruptChunk: a chunk, or the file as a whole, differs from the signed one.
         Unavailable: the disk has no room, or the broker does not answer.
     """
     check_file(file, whole=False)
@@ -177,7 +177,9 @@ async def download(store: Chunks, file: ModelFile, target: Path, salvage: Salvag
 
 
 async def _write(store: Chunks, file: ModelFile, target: Path) -> str:
-    """Receive some chunks while those before them are compared in one thread, hashed as a whole in another and written in a third."""
+    """Receive chunks while earlier ones are verified in one thread, hashed as a whole in another and written
+    in a third.
+    """
     whole, digests, came = hashlib.sha256(), iter(file.chunks), 0
     out = await asyncio.to_thread(_create, target)
 
@@ -201,7 +203,7 @@ async def _write(store: Chunks, file: ModelFile, target: Path) -> str:
                     writing = asyncio.create_task(add(group), name="write-chunks")
                     came += sum(map(len, group))
                     if came > file.size:
-                        break  # whatever swells so is not what was signed
+                        break  # a chunk that decompresses to more than its size is not the signed one
         finally:
             if writing is not None:
                 await asyncio.wait({writing})

@@ -1,7 +1,7 @@
-"""The meta message of a stored chunk (NATS ADR-20), and what it says of the chunk's life.
+"""Encodes and reads a stored chunk's meta message (NATS ADR-20), which includes the chunk's state.
 
-Alive, then unreferenced (no version names it), then leaving (its data is about to be removed), then nothing. Only an
-alive chunk counts as stored; a deleted one without a note was found damaged.
+Alive, then unreferenced (no version references it), then leaving (its data is about to be removed), then
+gone. Only an alive chunk counts as stored; a deleted one without a note was found damaged.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _DIGITS = 16
 
 
 class ChunkState(StrEnum):
-    """What a chunk's newest meta message says."""
+    """State of a chunk in its newest meta message."""
 
     ALIVE = "alive"
     UNREFERENCED = "unreferenced"
     LEAVING = "leaving"
     DAMAGED = "damaged"
     BARE = "bare"
-    """There is none: the upload of the chunk broke off, or is under way."""
+    """No meta message: the upload of the chunk was interrupted, or is in progress."""
 
 
 class Meta(msgspec.Struct, frozen=True, omit_defaults=True):
-    """As ADR-20 has it; times are RFC 3339."""
+    """Meta message as in ADR-20; times are RFC 3339."""
 
     name: str
     bucket: str
@@ -53,14 +53,15 @@ class Meta(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def chunk_size(self) -> int:
-        """Bytes of the chunk, also of one that is deleted; 0 when nobody knows."""
+        """Size of the chunk in bytes, also if it is deleted; 0 if unknown."""
         kept = self.metadata.get(_SIZE, "0") if self.deleted else str(self.size)
         return int(kept) if kept.isdecimal() and len(kept) < _DIGITS else 0
 
     @property
     def stored_digest(self) -> str:
-        """Hex SHA-256 of the stored bytes, which a chunk that is not stored as it is has not as its name; empty when
-        nobody knows."""
+        """Hex SHA-256 of the stored bytes, if the chunk is stored compressed or encrypted and so its name
+        differs; empty if unknown.
+        """
         text = self.metadata.get(_DIGEST, "") if self.deleted else self.digest
         try:
             found = base64.urlsafe_b64decode(text.removeprefix(_HASH)) if text.startswith(_HASH) else b""
@@ -70,8 +71,10 @@ class Meta(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def describe(bucket: str, name: str, size: int, state: ChunkState, now: float, *, digest: str = "") -> bytes:
-    """The meta message of a chunk whose stored form has ``size`` bytes; ``now`` is UTC seconds. ``digest`` is the hex
-    SHA-256 of that form, where it is not the chunk's name."""
+    """Return the meta message of a chunk whose stored form has ``size`` bytes; ``now`` is UTC seconds.
+    ``digest`` is the hex
+    SHA-256 of that form, if it differs from the chunk's name.
+    """
     alive = state is ChunkState.ALIVE
     noted = state in (ChunkState.UNREFERENCED, ChunkState.LEAVING)
     hashed = _HASH + base64.urlsafe_b64encode(bytes.fromhex(digest or name)).decode()
@@ -90,7 +93,7 @@ def describe(bucket: str, name: str, size: int, state: ChunkState, now: float, *
 
 
 def read_meta(data: bytes) -> Meta | None:
-    """What a meta message says; None when it is none."""
+    """Decode a meta message; None if it is not one."""
     try:
         return msgspec.json.decode(data, type=Meta)
     except (msgspec.DecodeError, ValueError, RecursionError):
@@ -98,6 +101,6 @@ def read_meta(data: bytes) -> Meta | None:
 
 
 def state_of(data: bytes) -> ChunkState:
-    """What a meta message says of its chunk; one that cannot be read vouches for nothing."""
+    """Return the chunk state in a meta message; an unreadable one proves nothing."""
     meta = read_meta(data)
     return ChunkState.DAMAGED if meta is None else meta.state

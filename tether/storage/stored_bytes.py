@@ -1,7 +1,7 @@
-"""What each tenant's versions take of its quota ``stored_bytes``, by tenant: an index of the bucket ``models``.
+"""Index of the bucket ``models``: the bytes of each tenant's versions, for its quota ``stored_bytes``.
 
-A gateway is told of every change by its watch (:class:`Stored`). A model store reads what changed when it is asked
-(:class:`StoredVersions`), so that its answer holds what was stored a moment ago.
+A gateway feeds it from its watch (:class:`Stored`). A model store reads changes on each query
+(:class:`StoredVersions`), so that its answer includes the newest versions.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from tether.model.stored_bytes import chunks_of, stored_bytes
 from tether.storage.model_files import open_manifest
 
 CHUNK_OVERHEAD = 600
-"""About what a chunk takes beside its bytes: its description, subjects and headers of two messages."""
+"""Approximate bytes per chunk beside its content: description, subjects and headers of two messages."""
 
 
 class _Own:
-    """One tenant's versions by key, and what is kept of those that were deleted and not collected yet."""
+    """One tenant's versions by key, and its deleted versions that are not yet collected."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Manifest] = {}
         self.deleted: dict[str, Manifest] = {}
         self.bytes: int | None = 0
         self.room: Counter[int] | None = None
-        """None: to be worked out."""
+        """None: must be recomputed."""
 
 
 class Stored:
-    """Is told of every version; :meth:`of` costs what the tenant itself has."""
+    """Index fed with every version; :meth:`of` costs time in proportion to the tenant's own versions."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -40,7 +40,7 @@ class Stored:
         self._owners: dict[str, str] = {}
 
     def of(self, tenant: str) -> int:
-        """Bytes of a tenant's versions, and of its deleted ones until they are collected."""
+        """Return bytes of a tenant's versions, and of its deleted ones until they are collected."""
         own = self._tenants.get(tenant)
         if own is None:
             return 0
@@ -49,7 +49,7 @@ class Stored:
         return own.bytes
 
     def room(self, tenant: str, partition: int) -> int:
-        """About what a tenant's chunks take of a partition's store, each counted once."""
+        """Return the approximate bytes of a tenant's chunks in a partition's store, each counted once."""
         own = self._tenants.get(tenant)
         if own is None:
             return 0
@@ -62,11 +62,11 @@ class Stored:
         return own.room[partition]
 
     def keep(self, key: str, manifest: Manifest) -> None:
-        """There is a version."""
+        """Add a version."""
         self._changed(key, manifest.tenant).kept[key] = manifest
 
     def drop(self, key: str) -> None:
-        """There is none any more."""
+        """Remove a version."""
         if key in self._owners:
             own = self._changed(key, self._owners[key])
             own.kept.pop(key, None)
@@ -74,7 +74,7 @@ class Stored:
                 del self._owners[key]
 
     def deleted(self, key: str, frame: bytes) -> None:
-        """What is kept of a deleted version; nothing when it was collected."""
+        """Record a deleted version; nothing if it was collected."""
         try:
             manifest = open_manifest(self._bus.verifier, self._bus.names, key, frame) if frame else None
         except EnvelopeError:
@@ -92,14 +92,16 @@ class Stored:
 
 
 class StoredVersions:
-    """Every manifest is read once, and again when it changes; what a tenant asks costs what was pushed since the last question."""
+    """Index that reads every manifest once, and again when it changes; a query costs what was pushed since
+    the last one.
+    """
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._bucket = KvBucket(bus, "models")
         self._stored = Stored(bus)
         self._seen = 0
-        """The last entry that was read, by its sequence."""
+        """Sequence of the last entry read."""
         self._turn = asyncio.Lock()
         bus.on_reconnect(self._begin_anew)
 

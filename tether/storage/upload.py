@@ -1,4 +1,4 @@
-"""A model file on its way from an HTTP body into the chunk store."""
+"""Moves a model file from an HTTP body into the chunk store."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 Chunks = AsyncIterator[tuple[str, Bytes]]
 
 MODEL_PATH = "model.onnx"
-"""What the one file of an ONNX version is called."""
+"""Path of the one file of an ONNX version."""
 
 LARGEST_ONNX = (2 << 30) - 1
-"""Protobuf ends here, so no larger file can be one self-contained ONNX model."""
+"""Maximum size of a protobuf message, so of a self-contained ONNX model."""
 
 
 class ChunkStore(Protocol):
@@ -29,13 +29,13 @@ class ChunkStore(Protocol):
     async def missing(self, digests: Sequence[str]) -> list[str]: ...
 
     async def put(self, chunks: AsyncIterator[tuple[str, Bytes]], known: AbstractSet[str] | None = None) -> int:
-        """Store chunks, several in flight; returns the bytes that were not there before, or are not ``known``."""
+        """Store chunks, several in flight; return the bytes that were missing, or are not ``known``."""
 
     def get(self, digests: Sequence[str]) -> AsyncIterator[bytes]:
-        """The chunks in order, as they are stored: whoever uses them compares.
+        """Return the chunks in order, as stored; the caller verifies them.
 
         Raises:
-            CorruptChunk: one is missing.
+            CorruptChunk: a chunk is missing.
         """
 
 
@@ -50,14 +50,14 @@ async def upload(
     whole: bool = False,
     known: AbstractSet[str] | None = None,
 ) -> tuple[ModelFile, int]:
-    """Cut ``body`` into chunks and store those that are new; the file's description and the bytes that were new.
+    """Split ``body`` into chunks and store new ones; return the file's description and the bytes that were new.
 
-    Only a window of chunks is in memory; ``counted`` sees each before it is stored. ``known``: as for
-    :meth:`ChunkStore.put`. Until a manifest names them, stored chunks mean nothing to anybody.
-    Without ``whole`` the description has no digest of the file: whoever makes the version reads all of it anyway.
+    Only a window of chunks is in memory; ``counted`` receives each before it is stored. ``known``: as for
+    :meth:`ChunkStore.put`. Stored chunks have no effect until a manifest references them.
+    Without ``whole`` the description has no digest of the file: the model store reads the whole file anyway.
 
     Raises:
-        PayloadTooLarge: ``body`` has more than ``limit`` bytes, or than ONNX allows; nothing more of it was read.
+        PayloadTooLarge: ``body`` has more than ``limit`` bytes, or than ONNX allows; reading stopped there.
         InvalidRequest: ``body`` is empty.
         QueueFull, DeadlineExceeded, BrokerUnavailable: from the store.
     """

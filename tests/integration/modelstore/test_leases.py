@@ -175,7 +175,7 @@ async def test_a_request_waits_for_an_owner_and_says_when_there_is_none(
         await ensure_platform(dispatcher, broker.settings)
     async with connect(broker.settings, broker.home, "gateway") as bus:
         body = codec.encode(ChangeRequest(Change.SHOW_STORE, ""))
-        with pytest.raises(Unavailable, match="no model store looks after partition 0"):
+        with pytest.raises(Unavailable, match="no model store owns partition 0"):
             await ask_owner(bus, "changeModel", 0, MessageType.CHANGE, body, answers=MessageType.CHANGED)
 
 

@@ -246,7 +246,7 @@ async def test_what_may_be_asked_again_fails_with_the_connection_and_all_else_wa
         asked, patient = asyncio.create_task(again()), asyncio.create_task(bus.api(subject, {"seq": 1}, timeout=60))
         await wait_until(lambda: len(bus._calls) == 2, "both are asked")
         send(server.pid, signal.SIGKILL)
-        with pytest.raises(BrokerUnavailable, match="lost on the way"):
+        with pytest.raises(BrokerUnavailable, match="lost during the request"):
             async with asyncio.timeout(20):
                 await asked
         assert not patient.done()

@@ -1,8 +1,9 @@
-"""Key-value buckets without consumers: direct gets to read, a core subscription to hear of changes.
+"""Key-value buckets without consumers: direct gets to read, a core subscription to learn of changes.
 
-A bucket's stream takes what is published on ``$KV.<bucket>.<key>``; the same message reaches everyone subscribed to
-that subject. A watcher therefore subscribes, takes a snapshot by direct get, and fetches a key again when it hears of
-it: what it hears may have been refused by the stream. After a reconnect, and now and then, it takes a new snapshot.
+A bucket's stream stores messages published on ``$KV.<bucket>.<key>``; every subscriber of that subject
+receives the same message. A watcher therefore subscribes, takes a snapshot by direct get, and fetches a key
+again on a message: the stream may have refused that message. It takes a new snapshot after a reconnect, and
+periodically.
 """
 
 from __future__ import annotations
@@ -37,19 +38,20 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 GONE = {"KV-Operation": "PURGE", "Nats-TTL": "1"}
-"""Headers of an empty entry that replaces one which is needed no more, and goes itself after a second."""
+"""Headers of an empty entry that replaces an obsolete one, and expires after a second."""
 
 _TRIES = 16
 
 ORDERED = frozenset(
     {"models", "aliases", "configs", "notes", "routes", "assign", "apikeys", "tenants", "tenantkeys", "modelkeys"}
 )
-"""Buckets whose entries never go back: a reader that has seen an entry refuses one that was issued before it. Jobs,
-their attempts and heartbeats are too many to be remembered, and what they say is checked against the results."""
+"""Buckets whose entries never go back: a reader refuses an entry issued before one it has seen. Jobs, attempts and
+heartbeats are too many to remember, and are checked against the results.
+"""
 
 
 class KvBucket:
-    """One bucket. Values are what the writer signed, not verified."""
+    """One bucket. Values are the writer's signed bytes, unverified."""
 
     def __init__(self, bus: Bus, name: str) -> None:
         self._bus = bus
@@ -65,12 +67,12 @@ class KvBucket:
         return None if found is None else _value(found)
 
     async def put(self, key: str, value: bytes, *, ttl_s: int | None = None) -> None:
-        """Store; gone again after ``ttl_s`` whole seconds, when given."""
+        """Store a value; it expires after ``ttl_s`` whole seconds, if given."""
         headers = None if ttl_s is None else {"Nats-TTL": str(max(1, ttl_s))}
         await self._bus.publish_acked(self.subject(key), value, headers=headers)
 
     async def create(self, key: str, value: bytes, *, ttl_s: int | None = None) -> bool:
-        """Store only if there is none; False when there is."""
+        """Store only if the key has no value; return False if it has."""
         headers = {} if ttl_s is None else {"Nats-TTL": str(max(1, ttl_s))}
         for _ in range(3):
             last = await self._bus.direct_get(self.stream, self.subject(key))
@@ -87,29 +89,31 @@ class KvBucket:
         return False
 
     async def delete(self, key: str, last: bytes = b"") -> None:
-        """Take the value away. ``last`` stays beside the note that it was deleted, for who asks what it was."""
+        """Delete the value. ``last`` is stored with the deletion marker, for readers of deleted entries."""
         await self._bus.publish_acked(self.subject(key), last, headers={"KV-Operation": "DEL"})
 
     async def forget(self, key: str, sequence: int) -> None:
-        """Take away what the key had at ``sequence``; a second later nothing of the key is left in the stream. A broker that is
-        killed may bring it back: see :meth:`remove`, to which not every role has a right.
+        """Delete the key's entry at ``sequence``; after a second nothing of the key is left in the stream. A
+        killed broker may bring it back: see :meth:`remove`, to which not every role has a right.
 
         Raises:
-            VersionConflict: it has something else by now.
-            BrokerUnavailable: it may be gone all the same.
+            VersionConflict: the key has another entry by now.
+            BrokerUnavailable: it may be deleted all the same.
         """
         expected = {"Nats-Expected-Last-Subject-Sequence": str(sequence)}
         await self._bus.publish_acked(self.subject(key), b"", headers={**GONE, **expected})
 
     async def remove(self, key: str, sequence: int) -> None:
-        """Take away what the key had at ``sequence``, for good; what was written after it stays.
+        """Delete the key's entry at ``sequence`` for good; later entries stay.
 
-        nats-server 2.15 brings entries back that were taken away by :meth:`forget`, when it is killed and reads its files again:
-        it has noted there that the empty entry is gone, and of the one before only that it was replaced. This notes it of the
-        entry itself, and tells no watcher. Where the broker's configuration is older and does not allow it, it is :meth:`forget`.
+        A killed nats-server 2.15 brings back entries deleted by :meth:`forget` when it reads its files again:
+        it recorded
+        there that the empty entry is gone, but of the previous one only that it was replaced. This records it
+        of the entry itself, and notifies no watcher. If an older broker configuration denies it, it acts as
+        :meth:`forget`.
 
         Raises:
-            BrokerUnavailable: it may be gone all the same.
+            BrokerUnavailable: it may be deleted all the same.
         """
         try:
             await self._bus.api(f"STREAM.PURGE.{self.stream}", {"filter": self.subject(key), "seq": sequence + 1})
@@ -118,16 +122,16 @@ class KvBucket:
                 await self.forget(key, sequence)
 
     async def was_deleted(self, key: str) -> bool:
-        """Whether the key had a value and was deleted; False for one that never had any."""
+        """Return whether the key had a value and was deleted; False if it never had one."""
         found = await self._bus.direct_get(self.stream, self.subject(key))
         return found is not None and found.headers.get("KV-Operation") is not None
 
     async def entries(self) -> dict[str, bytes]:
-        """Every key that has a value."""
+        """Return every key with a value."""
         return (await self.entries_and_deleted())[0]
 
     async def entries_and_deleted(self) -> tuple[dict[str, bytes], dict[str, bytes]]:
-        """Every key that has a value; and what deleted ones had, where :meth:`delete` was given it."""
+        """Return every key with a value; and the ``last`` values of deleted ones, if :meth:`delete` got one."""
         found: dict[str, bytes] = {}
         deleted: dict[str, bytes] = {}
         async for item in self._bus.direct_scan(self.stream, self._root + ">"):
@@ -142,10 +146,11 @@ class KvBucket:
     async def watch(
         self, on_change: OnChange, *, key: str = "", refetch: bool = True, on_deleted: OnDeleted | None = None
     ) -> AsyncIterator[None]:
-        """Call ``on_change`` for every entry there is, then for every change, until the block ends.
+        """Call ``on_change`` for every existing entry, then for every change, until the block ends.
 
-        With ``key`` only for that one, which needs no right to read the others. ``refetch=False`` believes what it
-        hears without asking the stream: for heartbeats. ``on_deleted`` hears what deleted entries had.
+        With ``key`` only for that one, which needs no right to read the others. ``refetch=False`` uses the
+        published value without re-reading the stream (heartbeats only). ``on_deleted`` receives the ``last``
+        values of deleted entries.
         """
         watcher = Watcher(self._bus, self, on_change, key=key, refetch=refetch, on_deleted=on_deleted)
         subscription = await self._bus.subscribe(self._root + (key or ">"), watcher.heard)
@@ -162,7 +167,7 @@ class KvBucket:
 
 
 class EntryRevision(msgspec.Struct, frozen=True):
-    """What a key has just now: its verified body (None: there is none that counts), sequence, and time of issue."""
+    """The current entry of a key: its verified body (None: no valid one), sequence, and time of issue."""
 
     body: bytes | None = None
     sequence: int = 0
@@ -170,11 +175,11 @@ class EntryRevision(msgspec.Struct, frozen=True):
 
 
 class SignedBucket:
-    """A bucket whose values are signed by whoever may write them: seals on the way in, verifies on the way out.
+    """A bucket whose values are signed: signs on writing, verifies on reading.
 
-    An entry whose signature, subject or type is wrong is counted and treated as if it were not there, and in
-    :data:`ORDERED` buckets also one that was issued before another that this object has seen at its key. A writer
-    therefore issues an entry after the one that it replaces, whatever its own clock says.
+    An entry with a wrong signature, subject or type is counted and treated as absent, and in :data:`ORDERED`
+    buckets also one issued before another that this object has seen at its key. A writer therefore issues an
+    entry later than the one it replaces, whatever its own clock says.
     """
 
     def __init__(self, bus: Bus, name: str, kind: MessageType) -> None:
@@ -189,19 +194,19 @@ class SignedBucket:
         return None if frame is None else self._open(key, frame)
 
     async def require(self, key: str) -> bytes | None:
-        """:meth:`get` for who must not take an entry that does not count for none at all.
+        """Return :meth:`get`, but raise instead of treating an invalid entry as absent.
 
         Raises:
-            Unavailable: there is an entry, and it cannot be believed.
+            Unavailable: there is an entry, and it cannot be verified.
         """
         frame = await self.raw.get(key)
         body = None if frame is None else self._open(key, frame)
         if frame is not None and body is None:
-            raise Unavailable(f"an entry of bucket '{self.raw.name}' cannot be believed; see 'tether identity resign'")
+            raise Unavailable(f"an entry of bucket '{self.raw.name}' cannot be verified; see 'tether identity resign'")
         return body
 
     async def put(self, key: str, body: bytes, *, ttl_s: int | None = None) -> None:
-        """Store, whatever was there.
+        """Store, replacing any value.
 
         Raises:
             VersionConflict: in an ordered bucket, others wrote the key every time.
@@ -219,7 +224,7 @@ class SignedBucket:
                     raise
 
     async def latest(self, key: str) -> EntryRevision:
-        """The entry to hand to :meth:`replace`."""
+        """Return the entry to pass to :meth:`replace`."""
         found = await self._bus.direct_get(self.raw.stream, self.raw.subject(key))
         if found is None:
             return EntryRevision()
@@ -233,7 +238,7 @@ class SignedBucket:
         """Store if the key still has ``latest``.
 
         Raises:
-            VersionConflict: it has something else by now.
+            VersionConflict: it has another entry by now.
             BrokerUnavailable: it may be stored all the same.
         """
         headers = {"Nats-Expected-Last-Subject-Sequence": str(latest.sequence)}
@@ -267,10 +272,11 @@ class SignedBucket:
         withdraw: bool = False,
         on_deleted: OnDeleted | None = None,
     ) -> AsyncIterator[None]:
-        """:meth:`KvBucket.watch` with verified bodies; an entry that fails verification changes nothing.
+        """Watch as :meth:`KvBucket.watch` with verified bodies; an entry that fails verification changes nothing.
 
-        ``on_refused`` hears of it; with ``withdraw`` an entry goes when the key that signed it is revoked.
-        ``on_deleted`` hears what deleted entries had, which it has to verify itself.
+        ``on_refused`` receives such entries; with ``withdraw`` an entry is removed when its signing key is
+        revoked.
+        ``on_deleted`` receives the ``last`` values of deleted entries, which it must verify itself.
         """
         verifier = self._bus.verifier
         believed = VerifiedEntries(verifier, self._open, on_change, on_refused=on_refused, withdraw=withdraw)
@@ -289,7 +295,7 @@ class SignedBucket:
         return None if envelope is None else envelope.body
 
     def _envelope(self, key: str, frame: bytes) -> Envelope | None:
-        """The verified entry of a key; None (logged and counted) when it must not be acted on."""
+        """Return the verified entry of a key; None (logged and counted) if it is refused."""
         try:
             try:
                 envelope = self._bus.verifier.verify_envelope(
@@ -316,11 +322,11 @@ class SignedBucket:
 
 
 def read_entry(body: bytes, kind: type[T]) -> T | None:
-    """What a verified entry says; None (logged) when it cannot be read."""
+    """Decode a verified entry; None (logged) if it cannot be decoded."""
     try:
         return codec.decode(body, kind)
     except BadEncoding as error:
-        log.warning("unreadable entry: %s", error, extra={"action": "entry_refused"})
+        log.warning("ignored an unreadable entry: %s", error, extra={"action": "entry_refused"})
         return None
 
 

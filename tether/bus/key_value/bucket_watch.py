@@ -1,4 +1,4 @@
-"""Following a bucket: what is in it, what changes, and what was missed while the broker was away."""
+"""Follows a bucket: its entries, their changes, and changes missed while the broker was away."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OnChange = Callable[[str, bytes | None], None]
-"""Called with a key and its new value; None when it is gone."""
+"""Called with a key and its new value; None if it was deleted."""
 
 OnDeleted = Callable[[str, bytes], None]
-"""Called with a deleted key and what it had; with nothing when that is gone too."""
+"""Called with a deleted key and its ``last`` value; without it once that is gone too."""
 
 _RESYNC_S = 20.0
 _QUIET_S = 5.0
@@ -28,7 +28,7 @@ _SETTLE_S = (0.0, 0.01, 0.05, 0.25)
 
 
 class Watched(Protocol):
-    """A bucket, as far as a watcher reads it."""
+    """The parts of a bucket that a watcher reads."""
 
     name: str
 
@@ -95,7 +95,7 @@ class Watcher:
             self._left(key, message.data)
 
     async def _settled(self, key: str, heard: bytes | None) -> bytes | None:
-        """What the stream holds; asked again for a moment while it is not yet what was heard."""
+        """Read the stream; retry for a moment while it lags behind the received message."""
         current: bytes | None = None
         for pause in _SETTLE_S:
             await asyncio.sleep(pause)
@@ -114,7 +114,7 @@ class Watcher:
         self._act(lambda: self._on_change(key, value))
 
     def _left(self, key: str, data: bytes) -> None:
-        """A deleted key has this, or nothing."""
+        """Report the ``last`` value of a deleted key, or nothing."""
         if self._on_deleted is None or self._deleted.get(key, b"") == data:
             return
         if data:
@@ -128,7 +128,7 @@ class Watcher:
         try:
             act()
         except Exception:
-            log.exception("bucket %s: an entry was not acted on", self._bucket.name, extra={"action": "watch_failed"})
+            log.exception("bucket %s: entry refused", self._bucket.name, extra={"action": "watch_failed"})
 
     async def run(self) -> None:
         while True:
@@ -143,7 +143,7 @@ class Watcher:
                 pause = 0.25
             except TetherError as error:
                 if isinstance(error, PermissionDenied) and not self._first.is_set():
-                    raise  # who waits for the first snapshot would wait for ever
+                    raise  # else the task that waits for the first snapshot would wait forever
                 log.warning("bucket %s: %s", self._bucket.name, error, extra={"action": "watch_failed"})
                 pause = 1.0
             try:
@@ -153,7 +153,7 @@ class Watcher:
                 continue
 
     def _waits(self, why: str) -> None:
-        """A service does not start before it has seen its buckets: its health, and after a moment its log, say so."""
+        """Report in health, and after a moment in the log, that the service waits for this bucket to start."""
         if why and self._first.is_set():
             return
         lifecycle.wait_for(f"bucket {self._bucket.name}", why)

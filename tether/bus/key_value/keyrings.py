@@ -1,6 +1,8 @@
-"""Data keys of sealed tenants, and of encrypted models: who can open them follows them.
+"""Data keys of sealed tenants and of encrypted models, followed by the identities that can decrypt them.
 
-Those of tenants are made and wrapped by gateways, those of models in :mod:`tether.modelstore.upkeep.key_rotation`. Bucket ``tenantkeys`` has one entry for each tenant that is or was sealed, signed by the gateway that wrote it last.
+Gateways create and wrap those of tenants, :mod:`tether.modelstore.upkeep.key_rotation` those of models.
+Bucket
+``tenantkeys`` has one entry for each tenant that is or was sealed, signed by the gateway that wrote it last.
 """
 
 from __future__ import annotations
@@ -43,35 +45,35 @@ K = TypeVar("K", TenantKeys, ModelKeys)
 
 
 class KeyBucket(NamedTuple, Generic[K]):
-    """Where the data keys of some kind of owner lie."""
+    """The bucket with the data keys of one kind of owner."""
 
     name: str
     message: MessageType
     entry: type[K]
     what: str
-    """What they open, for a person."""
+    """What the keys decrypt, in words for a person."""
 
 
 _PATIENCE_S = 2.0
-"""How long a key that is not there yet is waited for: a gateway may be wrapping it just now."""
+"""Seconds to wait for a missing key, which a gateway may be wrapping."""
 
 _GIVEN_UP_S = 10.0
-"""How long nobody waits again for a key that did not come."""
+"""Seconds without another wait for a key that did not arrive."""
 
 _LOOK_S = 1.0
 _EXPIRY_LOOK_S = 60.0
-"""How often, in seconds, it is looked whether an identity has expired."""
+"""Seconds between checks for expired identities."""
 
 _TRIES = 8
 _KEEP_MS = 3 * LONGEST_DEADLINE_S * 1000
-"""A key is kept this long after it was replaced: a job's longest deadline, its result, its dead letter."""
+"""Milliseconds to keep a replaced key: a job's longest deadline, its result, its dead letter."""
 
 
 class DataKeyring(Generic[K]):
-    """The data keys that this identity can open, of tenants or of models.
+    """The data keys of tenants or models that this identity can decrypt.
 
-    A gateway follows those of ``every`` owner; a worker those of tenants that it was sent a sealed job of, and of models
-    that it holds, since it may not read who else there is.
+    A gateway follows the keys of ``every`` owner; a worker those of tenants whose encrypted jobs it received,
+    and of models that it hosts, because it may not list the others.
     """
 
     def __init__(self, bus: Bus, home: Home, of: KeyBucket[K], *, every: bool) -> None:
@@ -98,7 +100,7 @@ class DataKeyring(Generic[K]):
             yield
 
     async def _follow(self, tenant: str) -> None:
-        """Know the tenant's keys from now on.
+        """Follow the tenant's keys from now on.
 
         Raises:
             BrokerUnavailable, PermissionDenied
@@ -117,11 +119,11 @@ class DataKeyring(Generic[K]):
             raise
 
     def refresh(self) -> None:
-        """Take the key that the identity's file holds now; the ones before it still open what is theirs."""
+        """Adopt the key in the identity's file; earlier keys still decrypt their payloads."""
         try:
             found = load_identity(self._file)
         except ConfigError as error:
-            log.warning("the identity file is not followed: %s", error, extra={"action": "identity_unread"})
+            log.warning("identity file not reloaded: %s", error, extra={"action": "identity_unread"})
             return
         if found.kid not in self.opener:
             self.opener.add(found)
@@ -129,7 +131,7 @@ class DataKeyring(Generic[K]):
                 self.changed(token(tenant), codec.encode(stored))
 
     def changed(self, key: str, body: bytes | None) -> None:
-        """A tenant's keys as its entry has them now."""
+        """Adopt a tenant's keys from its entry."""
         tenant = name_of(key)
         known = self._opened.pop(tenant, {})
         self._stored.pop(tenant, None)
@@ -149,27 +151,27 @@ class DataKeyring(Generic[K]):
         self._heard = asyncio.Event()
 
     def stored(self, tenant: str) -> K | None:
-        """An owner's entry as this process last saw it."""
+        """Return an owner's entry as this process last saw it."""
         return self._stored.get(tenant)
 
     def owners(self) -> list[str]:
-        """Everyone whose keys are followed and there."""
+        """Owners that are followed and have keys."""
         return list(self._stored)
 
     def newest(self, tenant: str) -> DataKey | None:
-        """The key for what is sealed from now on; None when this identity cannot open it."""
+        """Return the newest key, for encryption; None if this identity cannot decrypt it."""
         return self._newest.get(tenant)
 
     def known(self, tenant: str, key_id: bytes) -> DataKey | None:
-        """A key by its id; None when this identity cannot open it."""
+        """Return a key by its id; None if this identity cannot decrypt it."""
         return self._keys.get((tenant, key_id))
 
     async def find(self, tenant: str, key_id: bytes) -> DataKey:
-        """The key that a payload names, waiting a moment for one that has not arrived yet.
+        """Return the key that a payload names; wait a moment for one that has not arrived yet.
 
         Raises:
-            NoDecryptionKey: this identity cannot open it.
-            BrokerUnavailable: nobody can be asked.
+            NoDecryptionKey: this identity cannot decrypt it.
+            BrokerUnavailable: no broker to ask.
         """
         wanted = (tenant, key_id)
         if wanted not in self._keys:
@@ -196,7 +198,7 @@ class DataKeyring(Generic[K]):
         self._given_up.setdefault(wanted, now)
 
     async def open_job(self, job: Job) -> Job:
-        """The job with its inputs, whether it is sealed or not.
+        """Return the job with its inputs, decrypted if needed.
 
         Raises:
             NoDecryptionKey, DecryptionFailed, BadEncoding
@@ -204,13 +206,13 @@ class DataKeyring(Generic[K]):
         return job if job.sealed is None else open_job(await self.find(job.tenant, job.sealed.key_id), job)
 
     async def open_outcome(self, tenant: str, outcome: Outcome) -> Outcome:
-        """The outcome with what was sealed in it; one that does not open is a failure that says why."""
+        """Return the outcome, decrypted if needed; one that fails to decrypt becomes a failure with the reason."""
         if outcome.sealed is None:
             return outcome
         try:
             return open_outcome(await self.find(tenant, outcome.sealed.key_id), tenant, outcome)
         except TetherError as error:
-            log.warning("an outcome does not open: %s", error, extra={"action": "seal_refused", "code": error.code})
+            log.warning("outcome not decrypted: %s", error, extra={"action": "seal_refused", "code": error.code})
             failure = Failure(error.code, error.message)
             return msgspec.structs.replace(outcome, state=JobState.FAILED, outputs=(), error=failure, sealed=None)
 
@@ -231,12 +233,12 @@ class ModelKeyring(DataKeyring[ModelKeys]):
         super().__init__(bus, home, of, every=every)
 
     async def opened(self, manifest: Manifest) -> Manifest:
-        """A manifest with the plain digests of its files, whether it is encrypted or not.
+        """Return a manifest with the plain digests of its files, decrypted if needed.
 
         Raises:
-            NoDecryptionKey: this identity cannot open it.
+            NoDecryptionKey: this identity cannot decrypt it.
             DecryptionFailed: it was changed.
-            BrokerUnavailable: nobody can be asked.
+            BrokerUnavailable: no broker to ask.
         """
         if manifest.sealed is None:
             return manifest
@@ -244,7 +246,7 @@ class ModelKeyring(DataKeyring[ModelKeys]):
 
 
 class Directory(Protocol):
-    """Who knows the tenants' records."""
+    """Source of the tenants' records."""
 
     def find(self, name: str) -> Tenant | None: ...
 
@@ -252,9 +254,9 @@ class Directory(Protocol):
 
 
 class TenantSeals:
-    """What a gateway does for sealed tenants: seals their jobs, and keeps their keys with who is entitled.
+    """Encrypts jobs of sealed tenants at a gateway, and distributes their keys to entitled identities.
 
-    Every gateway keeps the keys of all of them; the first conditional write wins.
+    Every gateway maintains the keys of all tenants; the first conditional write wins.
     """
 
     def __init__(self, bus: Bus, keyring: Keyring, tenants: Directory) -> None:
@@ -262,7 +264,7 @@ class TenantSeals:
         self.keyring = keyring
         self._tenants = tenants
         self.keyset: Callable[[], Keyset] = lambda: bus.verifier.keyset
-        """Who there is just now."""
+        """The current keyset."""
         self._kept: dict[str, tuple[object, ...]] = {}
         self._look = asyncio.Event()
 
@@ -271,15 +273,16 @@ class TenantSeals:
         return found is not None and found.sealed
 
     def seal(self, job: Job) -> Job:
-        """The job as it may leave: sealed, when its tenant is.
+        """Return the job as it may be sent: encrypted if its tenant is sealed.
 
         Raises:
-            Unavailable: the tenant's key is not there yet; nothing leaves in the open.
+            Unavailable: the tenant's key is not there yet; nothing is sent in plain.
         """
         return seal_job(self._newest(job.tenant), job) if self.sealed(job.tenant) else job
 
     def digest(self, tenant: str, digest: str) -> str:
-        """A digest of inputs as it may be stored: that of a sealed tenant's only holders of its key can compute.
+        """Return a digest of inputs for storage; for a sealed tenant a keyed one that only its key holders
+        can compute.
 
         Raises:
             Unavailable: as :meth:`seal`.
@@ -287,7 +290,7 @@ class TenantSeals:
         return self._newest(tenant).digest(digest) if digest and self.sealed(tenant) else digest
 
     async def same_digest(self, tenant: str, stored: str, digest: str) -> bool:
-        """Whether a stored digest is of the inputs with ``digest``, whichever key it was stored under."""
+        """Return whether a stored digest is of the inputs with ``digest``, under any key of the tenant."""
         key_id, keyed, _ = stored.partition(":")
         if not keyed:
             return stored == digest
@@ -304,7 +307,7 @@ class TenantSeals:
         return key
 
     async def keep(self) -> None:
-        """Bring the keys of every sealed tenant up to date whenever tenants or the keyset change."""
+        """Keep the keys of every sealed tenant up to date with tenants and keyset."""
         while True:
             self._look.clear()
             for tenant in self._tenants.known():
@@ -337,7 +340,7 @@ class TenantSeals:
         for _ in range(_TRIES):
             latest = await bucket.latest(key)
             stored = None if latest.body is None else _decoded(latest.body, TenantKeys)
-            # an entry whose writer was revoked counts no more, but what it said is still known here
+            # an entry of a revoked writer is invalid, but its last verified content is still known here
             current = stored or self.keyring.stored(tenant.name) or TenantKeys(tenant.name, 0, ())
             wanted = self._wanted(tenant, current)
             if stored is not None and wanted is stored:
@@ -351,7 +354,7 @@ class TenantSeals:
             log.info("wrote the keys of a sealed tenant", extra={"action": "tenant_key_written", "tenant": tenant.name})
             self.keyring.changed(key, body)
             return
-        raise Unavailable(f"the keys of tenant '{tenant.name}' are written by others all the time")
+        raise Unavailable(f"the keys of tenant '{tenant.name}' are being changed by others")
 
     def _wanted(self, tenant: Tenant, current: TenantKeys) -> TenantKeys:
         keyset, now_ms = self.keyset(), self._bus.clock.utc_ms()
@@ -371,5 +374,5 @@ def _decoded(body: bytes, kind: type[T]) -> T | None:
     try:
         return codec.decode(body, kind)
     except BadEncoding as error:
-        log.warning("unreadable entry: %s", error, extra={"action": "entry_refused"})
+        log.warning("ignored an unreadable entry: %s", error, extra={"action": "entry_refused"})
         return None

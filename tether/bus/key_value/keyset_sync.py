@@ -1,8 +1,9 @@
-"""The keyset while services run: they follow the bucket ``keyset``, and their own files, and believe the newest.
+"""Keeps a service's keyset up to date from the bucket ``keyset`` and its own files; the newest trusted one wins.
 
-The bucket's entry ``current`` is the keyset as the root key signed it; each stays under ``v<version>`` too, for the audit log. What is not signed by the pinned root key,
-is older than the one that was seen, or is not in force is refused: the one in use stays. A keyset that is believed is
-written to disk before it counts, so that a restart does not bring an older one back.
+The bucket's entry ``current`` is the keyset as the root key signed it; each also stays under ``v<version>``,
+for the audit log. A keyset that the pinned root key did not sign, that is older than the newest one seen, or
+that is not in force is refused: the current one stays. A trusted keyset is written to disk before use, so
+that a restart does not bring an older one back.
 """
 
 from __future__ import annotations
@@ -39,21 +40,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CURRENT = "current"
-"""The key of the one entry of the bucket."""
+"""Key of the newest keyset in the bucket."""
 
 SETTLE_S = 1.0
-"""What was withdrawn counts this much longer, so that what its owner sent just before still arrives; a new key signs
-only after as long, so that everybody knows it by then."""
+"""Seconds that a revoked key stays accepted, so that messages in flight still arrive; a new key signs only after as
+long, so that all services know it by then.
+"""
 
 _RETIRE_S = 0.5
-"""How long a revoked identity may still hand over what it had in hand: less than SETTLE_S."""
+"""Seconds for which a revoked identity may hand over pending work: less than SETTLE_S."""
 
 _TICK_S = 0.5
 
 
 @dataclass(frozen=True)
 class TrustedKeyset:
-    """A keyset that was believed, and the bytes that the root key signed."""
+    """A trusted keyset, and the bytes that the root key signed."""
 
     keyset: Keyset
     data: bytes
@@ -61,10 +63,10 @@ class TrustedKeyset:
 
     @classmethod
     def load(cls, home: Home, *, expired: bool = False) -> TrustedKeyset:
-        """The newest keyset that the files of a home hold; an ``expired`` one only for who renews it.
+        """Return the newest keyset in the files of a home; an ``expired`` one only for its renewal.
 
         Raises:
-            ConfigError: there is none, or no root.pub beside it, or others may write where they lie.
+            ConfigError: there is none, or no root.pub beside it, or others may write in their folder.
             KeysetError: it is not in force, or the pinned root key did not sign it.
         """
         check_folder(home.root)
@@ -81,23 +83,23 @@ class TrustedKeyset:
         return own if seen is None or seen.keyset.version <= own.keyset.version else seen
 
     def revoked(self, name: str) -> KeyRevoked | None:
-        """Why the identity has no key, if it has none because it was revoked."""
+        """Return why the identity has no key, if it was revoked."""
         was = any(item.name == name for item in self.keyset.revoked)
         return _revoked(name) if was and all(record.name != name for record in self.keyset.identities) else None
 
     def newer(self, data: bytes, now_ms: int) -> TrustedKeyset:
-        """``data`` as a keyset that may take the place of this one.
+        """Return ``data`` as a keyset that may replace this one.
 
         Raises:
             KeysetError: it may not.
         """
         keyset = open_keyset(data, self.root_public, now_ms=now_ms, newer_than=self.keyset.version)
         if keyset.version == self.keyset.version and data != self.data:
-            raise KeysetError(f"there is another keyset of version {keyset.version}", reason="conflict")
+            raise KeysetError(f"a different keyset also has version {keyset.version}", reason="conflict")
         return TrustedKeyset(keyset, data, self.root_public)
 
     def save(self, home: Home) -> None:
-        """Write it to the home unless what is there is newer; beside the keys where those cannot be written."""
+        """Write it to the home unless a newer one is there; beside the keys if those are not writable."""
         try:
             with keys_locked(home):
                 if _version(home.keyset, self.root_public) < self.keyset.version:
@@ -124,7 +126,7 @@ def _revoked(name: str) -> KeyRevoked:
 
 
 def standing(keyset: Keyset, kid: bytes, name: str, now_ms: int) -> EnvelopeError | None:
-    """Why nobody believes what the key ``kid`` of identity ``name`` signs now; None when it counts."""
+    """Return why signatures of key ``kid`` of identity ``name`` are invalid now; None if they are valid."""
     if any(item.kid == kid for item in keyset.revoked):
         return _revoked(name)
     record = next((record for record in keyset.identities if record.kid == kid), None)
@@ -138,12 +140,12 @@ def standing(keyset: Keyset, kid: bytes, name: str, now_ms: int) -> EnvelopeErro
 
 
 async def offer(bus: Bus, newest: TrustedKeyset) -> None:
-    """Put a keyset into the bucket unless that holds it or a newer one.
+    """Put a keyset into the bucket unless that has it or a newer one.
 
     Raises:
-        BrokerUnavailable: no broker, or nobody has made the bucket yet.
+        BrokerUnavailable: no broker, or the bucket does not exist yet.
         PermissionDenied: this identity may not.
-        VersionConflict: others write it all the time.
+        VersionConflict: others write it every time.
     """
     bucket = KvBucket(bus, "keyset")
     for _ in range(5):
@@ -161,12 +163,12 @@ async def offer(bus: Bus, newest: TrustedKeyset) -> None:
 
 
 async def _remember(bucket: KvBucket, newest: TrustedKeyset) -> None:
-    """Keep a keyset under its version for good: what it vouched for can be verified after the next one too."""
+    """Store a keyset under its version for good, to verify old signatures after later keysets."""
     await bucket.create(f"v{newest.keyset.version}", newest.data)
 
 
 def _counts(data: bytes, newest: TrustedKeyset) -> bool:
-    """Whether ``data`` needs no replacing by ``newest``."""
+    """Return whether ``data`` needs no replacement by ``newest``."""
     try:
         found = open_keyset(data, newest.root_public, now_ms=SystemClock().utc_ms())
     except KeysetError:
@@ -176,7 +178,7 @@ def _counts(data: bytes, newest: TrustedKeyset) -> bool:
 
 @asynccontextmanager
 async def following(bus: Bus, home: Home, identity: Path, newest: TrustedKeyset) -> AsyncIterator[None]:
-    """Keep the verifier and the signer of ``bus`` up to date until the block ends; ``identity`` is the signer's file."""
+    """Keep verifier and signer of ``bus`` up to date until the block ends; ``identity`` is the signer's file."""
     follower = _Follower(bus, home, identity, newest)
     async with lifecycle.tasks() as running:
         running.spawn(follower.listen(), "keyset-listen")
@@ -194,12 +196,12 @@ class _Follower:
         self._identity = identity
         self._newest = newest
         self._believed = [newest]
-        """What the bucket does not keep yet."""
+        """The trusted keyset to store in the bucket."""
         self._bucket = KvBucket(bus, "keyset")
         self._was_known = standing(newest.keyset, bus.signer.kid, bus.signer.name, bus.clock.utc_ms()) is None
         self._publishes = bus.signer.role is Role.DISPATCHER
         self._stale = True
-        """The bucket has none, an older one, or one that nobody may believe."""
+        """The bucket's keyset is missing, older or not trusted."""
         self._stamps = {path: _stamp(path) for path in (home.keyset, identity)}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         metrics.KEYSET_VERSION.set(newest.keyset.version)
@@ -209,7 +211,7 @@ class _Follower:
             timer.cancel()
 
     def _later(self, what: str, seconds: float, act: object, *args: object) -> None:
-        """Do it in a while, and not what was to be done under the same name."""
+        """Run an action after a delay, replacing the pending one of the same name."""
         if (before := self._timers.pop(what, None)) is not None:
             before.cancel()
         self._timers[what] = asyncio.get_running_loop().call_later(seconds, act, *args)  # type: ignore[arg-type]
@@ -221,11 +223,11 @@ class _Follower:
                     await self._bus.closed.wait()
                     return
             except TetherError as error:
-                log.debug("the keyset is not watched: %s", error, extra={"action": "keyset_unwatched"})
+                log.debug("keyset not watched: %s", error, extra={"action": "keyset_unwatched"})
                 await asyncio.sleep(_TICK_S)
 
     async def tend(self) -> None:
-        """Look after what no message tells: changed files, keys whose time is over, a bucket to be filled."""
+        """Handle changes that no message announces: files, expired keys, a bucket to fill."""
         while not self._bus.closed.is_set():
             self._look_at_files()
             self._look_at_own_key()
@@ -261,7 +263,7 @@ class _Follower:
             self._stale = True
             metrics.KEYSETS_REFUSED.labels(error.reason).inc()
             log.warning(
-                "refused a keyset from %s, version %d stays in use: %s",
+                "keyset from %s refused, version %d stays in use: %s",
                 source,
                 self._newest.keyset.version,
                 error,
@@ -277,7 +279,7 @@ class _Follower:
         try:
             found.save(self._home)
         except OSError as error:
-            log.warning("the keyset could not be stored: %s", error.strerror, extra={"action": "keyset_not_stored"})
+            log.warning("keyset not stored: %s", error.strerror, extra={"action": "keyset_not_stored"})
         self._bus.verifier.replace(_eased(before, found.keyset))
         self._later("settle", SETTLE_S, self._bus.verifier.replace, found.keyset)
         metrics.KEYSET_VERSION.set(found.keyset.version)
@@ -293,14 +295,14 @@ class _Follower:
         self._look_at_own_key()
 
     def _take_identity(self) -> None:
-        """Sign with the key that the identity file holds now, once everybody may know it."""
+        """Sign with the key in the identity file, once other services may know it."""
         signer = self._bus.signer
         if not self._identity.exists():
             return
         try:
             found = load_identity(self._identity)
         except ConfigError as error:
-            log.warning("the identity file is not followed: %s", error, extra={"action": "identity_unread"})
+            log.warning("identity file not reloaded: %s", error, extra={"action": "identity_unread"})
             return
         if found.kid == signer.kid or (found.name, found.role) != (signer.name, signer.role):
             return
@@ -313,13 +315,13 @@ class _Follower:
         self._timers.pop("switch", None)
         self._bus.signer.replace(identity)
         self._was_known = True
-        log.info("signing with a new key", extra={"action": "key_rotated"})
+        log.info("signing key replaced", extra={"action": "key_rotated"})
 
     def _problem(self, kid: bytes) -> EnvelopeError | None:
         return standing(self._newest.keyset, kid, self._bus.signer.name, self._bus.clock.utc_ms())
 
     def _look_at_own_key(self) -> None:
-        """An identity that nobody believes stops, unless a key that counts lies ready for it."""
+        """Stop if this identity's key is invalid, unless a valid key is in its file."""
         problem = self._problem(self._bus.signer.kid)
         if problem is None:
             self._was_known = True
@@ -329,7 +331,7 @@ class _Follower:
     def _end(self, problem: EnvelopeError) -> None:
         if self._bus.closed.is_set():
             return
-        log.error("this service stops: %s", problem, extra={"action": "identity_ended", "code": problem.code})
+        log.error("service stopping: %s", problem, extra={"action": "identity_ended", "code": problem.code})
         self._later("retire", _RETIRE_S, self._bus.signer.retire)
         self._bus.closed.end(problem)
 
@@ -340,13 +342,13 @@ class _Follower:
                 await _remember(self._bucket, self._believed[0])
                 del self._believed[0]
         except TetherError as error:
-            log.debug("the keyset was not published: %s", error, extra={"action": "keyset_not_published"})
+            log.debug("keyset not published: %s", error, extra={"action": "keyset_not_published"})
         else:
             self._stale = False
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Changes whenever the file does; None when it is not there."""
+    """Return a value that changes whenever the file does; None if it is missing."""
     try:
         found = path.stat()
     except OSError:
@@ -355,7 +357,7 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 def _eased(before: Keyset, after: Keyset) -> Keyset:
-    """``after``, with what ``before`` still had, and as long as that is so with the version of ``before``."""
+    """Return ``after`` plus withdrawn keys of ``before``, with the version of ``before`` as long as there are some."""
     kept = {record.kid for record in after.identities}
     withdrawn = tuple(record for record in before.identities if record.kid not in kept)
     if not withdrawn:

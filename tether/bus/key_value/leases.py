@@ -1,8 +1,10 @@
-"""The bucket ``leases``: which model store looks after which partition; and requests to whoever it is.
+"""The bucket ``leases``: which model store owns which partition; and requests to the current owner.
 
-The key of a lease is ``partition.<number>``, that of a sign of life ``store.<instance>``. A lease changes hands by a conditional
-write. Its epoch is the time in milliseconds, or the sequence that it replaces and one where that is more: sequences begin again
-after a power cut, and who had an epoch that was lost must not share it with the next one.
+The key of a lease is ``partition.<number>``, of a heartbeat ``store.<instance>``. A lease changes owner by a
+conditional write. Its epoch is the time in milliseconds, or the replaced sequence plus one if that is more:
+sequences
+restart after
+a power cut, and an owner whose epoch was lost must not share it with the next one.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from tether.errors import BadEncoding, BrokerUnavailable, Unavailable, VersionCo
 from tether.wire import codec
 
 FORGOTTEN_S = 60
-"""A sign of life is deleted by the broker after this long."""
+"""Seconds after which the broker deletes a heartbeat."""
 
 PATIENCE_S = 20.0
-"""How long a request waits for a partition to be taken over."""
+"""Seconds that a request waits for a partition to be taken over."""
 
 _LOOK_S = 1.0
 _AGAIN_S = 0.25
@@ -33,7 +35,7 @@ _LIFE = "store."
 
 
 class LeaseState(NamedTuple):
-    """The bucket as it is: sequence and lease of each partition (None: it cannot be read), sequence of each sign of life."""
+    """The bucket's state: sequence and lease of each partition (None: unreadable), sequence of each heartbeat."""
 
     leases: dict[int, tuple[int, Lease | None]]
     signs: dict[str, int]
@@ -47,7 +49,7 @@ class LeaseBucket:
         self._raw = KvBucket(bus, "leases")
 
     async def look(self) -> LeaseState:
-        """Everything there is.
+        """Read all leases and heartbeats.
 
         Raises:
             BrokerUnavailable: no answer.
@@ -66,7 +68,7 @@ class LeaseBucket:
         return seen
 
     async def get(self, partition: int) -> Lease | None:
-        """The lease of one partition; None when there is none that counts.
+        """Return the lease of one partition; None if there is no valid one.
 
         Raises:
             BrokerUnavailable: no answer.
@@ -83,7 +85,7 @@ class LeaseBucket:
         return None
 
     async def sign(self, sign: StoreHeartbeat) -> None:
-        """Give a sign of life.
+        """Send a heartbeat.
 
         Raises:
             BrokerUnavailable: it may not be stored.
@@ -93,7 +95,7 @@ class LeaseBucket:
         await self._raw.put(key, frame, ttl_s=FORGOTTEN_S)
 
     async def forget(self, instance: str) -> None:
-        """Take back the last sign of life of an instance that ends.
+        """Delete the last heartbeat of an instance that stops.
 
         Raises:
             BrokerUnavailable: no answer.
@@ -101,7 +103,8 @@ class LeaseBucket:
         await self._raw.delete(f"{_LIFE}{instance}")
 
     async def transfer(self, partition: int, owner: str, sequence: int) -> Lease | None:
-        """Let ``owner`` (empty: nobody) have a partition whose lease has ``sequence``; None: somebody else was first.
+        """Give ``owner`` (empty: no owner) a partition whose lease has ``sequence``; return None if another
+        writer was first.
 
         Raises:
             BrokerUnavailable: it may be stored all the same.
@@ -128,15 +131,15 @@ async def ask_owner(
     timeout: float = 5.0,
     again: bool = True,
 ) -> bytes:
-    """:func:`tether.bus.rpc.call` to the model store that looks after a partition, whoever that is by then.
+    """Call the current owner of a partition with :func:`tether.bus.rpc.call`.
 
-    A partition that nobody has is waited for. When it changes hands while a request is answered, the next owner is asked, unless
-    ``again`` is off: for what must not be done twice.
+    Waits for a partition without an owner. If the owner changes during the request, the next owner is called,
+    unless ``again`` is off: for requests that must not run twice.
 
     Raises:
-        Unavailable: nobody has the partition, or it changed hands on the way.
+        Unavailable: the partition has no owner, or its owner changed during the request.
         BrokerUnavailable: the owner gave no answer within ``timeout`` seconds.
-        TetherError: what the owner raised.
+        TetherError: the error that the owner raised.
     """
     leases, now = LeaseBucket(bus), bus.clock.monotonic
     until = now() + PATIENCE_S
@@ -154,15 +157,18 @@ async def ask_owner(
                 if answer is not None:
                     return answer
                 if not again:
-                    raise Unavailable("the model store was lost on the way; look whether it was done", retry_after=2)
+                    raise Unavailable(
+                        "the model store changed while handling the request; check whether it was applied, then retry",
+                        retry_after=2,
+                    )
                 until = now() + PATIENCE_S
         if now() > until:
-            raise Unavailable(f"no model store looks after partition {partition} at the moment", retry_after=2)
+            raise Unavailable(f"no model store owns partition {partition} at the moment", retry_after=2)
         await asyncio.sleep(_AGAIN_S)
 
 
 async def _while_owned(leases: LeaseBucket, lease: Lease, call: Coroutine[Any, Any, bytes]) -> bytes | None:
-    """The answer; None as soon as somebody else has the lease and none has come."""
+    """Return the answer; None once another store has the lease and no answer has arrived."""
     asking = asyncio.ensure_future(call)
     try:
         while not (await asyncio.wait({asking}, timeout=_LOOK_S))[0]:

@@ -1,4 +1,4 @@
-"""Who owns which model, as a service last heard of it in the buckets ``configs`` and ``models``."""
+"""Owners and grants of models, from the newest entries of the buckets ``configs`` and ``models``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ log = logging.getLogger(__name__)
 
 
 class OwnerBook:
-    """Told of every entry of both buckets; says what a tenant may do with a model.
+    """Receives every entry of both buckets; answers which rights a tenant has on a model.
 
-    Of a model whose record has not come (yet), its versions tell the owner.
+    For a model without an ownership record, its versions determine the owner.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class OwnerBook:
         self._doubtful: set[str] = set()
 
     def config_changed(self, key: str, body: bytes | None) -> bool:
-        """Whether an entry of ``configs`` is about an owner, and not how a model is served; then it counts from now on."""
+        """Apply an entry of ``configs`` if it is an ownership record; return whether it is one."""
         model = owned_model(key)
         if model is None:
             return False
@@ -35,7 +35,9 @@ class OwnerBook:
         try:
             record = codec.decode(body, Ownership)
         except BadEncoding as error:
-            log.warning("unreadable owner of a model: %s", error, extra={"action": "entry_refused", "model": model})
+            log.warning(
+                "ignored an unreadable model owner: %s", error, extra={"action": "entry_refused", "model": model}
+            )
             self.refused(key)
             return True
         if owner_key(record.owned) == key:
@@ -43,25 +45,26 @@ class OwnerBook:
         return True
 
     def refused(self, key: str) -> None:
-        """An entry of ``configs`` cannot be believed. The record before it stays in force; without one, only
-        administrators may do anything with the model."""
+        """Handle an entry of ``configs`` that failed verification. The previous record stays in force;
+        without one, only administrators may act on the model.
+        """
         model = owned_model(key)
         if model is not None and model not in self._records:
             self._doubtful.add(model)
 
     def manifest(self, manifest: Manifest) -> None:
-        """There is a version."""
+        """Add a version."""
         self._manifests.setdefault(manifest.name, {})[manifest.version] = manifest
 
     def gone(self, model: str, version: int) -> None:
-        """A version was deleted."""
+        """Remove a version."""
         versions = self._manifests.get(model, {})
         versions.pop(version, None)
         if not versions:
             self._manifests.pop(model, None)
 
     def of(self, model: str) -> Ownership | None:
-        """A model's ownership; None: nobody has a model of this name."""
+        """Return a model's ownership; None if no model has this name."""
         record = self._records.get(model)
         if record is not None:
             return record
@@ -71,10 +74,10 @@ class OwnerBook:
         return None if versions is None else implied_ownership(versions.values())
 
     def known(self, model: str) -> bool:
-        """Whether somebody has a model of this name, or had one."""
+        """Return whether a tenant owns or owned a model of this name."""
         return model in self._records or model in self._manifests or model in self._doubtful
 
     def right(self, model: str, tenant: str) -> Right:
-        """What a tenant may do with a model; everything, when nobody has a model of this name."""
+        """Return a tenant's right on a model; every right if no model has this name."""
         found = self.of(model)
         return Right.OWN if found is None else found.right(tenant)

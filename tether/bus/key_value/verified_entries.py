@@ -1,4 +1,4 @@
-"""What a watcher of a signed bucket was told to act on, and what not: a newer keyset can change either."""
+"""Accepted and refused entries of a watched signed bucket; a newer keyset can change either."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ log = logging.getLogger(__name__)
 
 
 class VerifiedEntries:
-    """Opens the entries of one bucket. One that was refused is opened again under the next keyset: an entry and the
-    keyset that names its signer travel separately. With ``withdraw`` one that was acted on is taken back, as if it had
-    been removed, when the key that signed it is revoked."""
+    """Verifies the entries of one bucket. Refused entries are verified again under the next keyset: an entry
+    and the keyset with its signer travel separately. With ``withdraw`` an accepted entry is removed when its
+    signing key is revoked.
+    """
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class VerifiedEntries:
         self._signers: dict[str, bytes] = {}
 
     def heard(self, key: str, frame: bytes | None) -> None:
-        """An entry came, changed or went. One that fails verification changes nothing."""
+        """Handle an entry that arrived, changed or was deleted. One that fails verification changes nothing."""
         self._refused.pop(key, None)
         body = None if frame is None else self._opened(key, frame)
         if frame is None:
@@ -48,7 +49,7 @@ class VerifiedEntries:
             self._on_change(key, body)
 
     def look_again(self) -> None:
-        """Go by another keyset."""
+        """Verify all entries again under another keyset."""
         for key, frame in list(self._refused.items()):
             self._tried(key, lambda key=key, frame=frame: self.heard(key, frame))  # type: ignore[misc]
         if not self._withdraw:
@@ -63,4 +64,4 @@ class VerifiedEntries:
         try:
             act()
         except Exception:
-            log.exception("the entry '%s' was not acted on", key, extra={"action": "watch_failed"})
+            log.exception("entry '%s' refused", key, extra={"action": "watch_failed"})
