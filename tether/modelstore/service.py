@@ -78,8 +78,7 @@ class PartitionContext(NamedTuple):
 
 class ModelStoreService:
     """Handles pushes of models in the partitions it owns. ``memory`` is a private folder of this process,
-    cleared at the
-    next start.
+    cleared at the next start.
     """
 
     def __init__(

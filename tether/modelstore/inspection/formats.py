@@ -27,8 +27,7 @@ class Format:
     ``signatures``: a file may have several, of which one is served.
 
     ``code``: loading it runs its code, so only a trusted publisher may push it. ``inspector`` is the
-    inspecting module
-    of this package; ``memory_mb`` is address space added to the need of the model's size.
+    inspecting module of this package; ``memory_mb`` is address space added to the need of the model's size.
     """
 
     platform: str

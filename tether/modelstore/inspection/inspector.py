@@ -45,8 +45,7 @@ class Inspection(msgspec.Struct, frozen=True):
     """Description of a model. ``max_batch_size``: maximum rows per run, 0 if its first axis is not a batch axis.
 
     ``note``: in one line, why a model is not batched or was not tried; often empty if it is batched, and if
-    nothing is
-    known of its rows.
+    nothing is known of its rows.
     ``refuted``: a trial run showed that rows depend on one another, so a declaration of independence is
     refused.
     ``untried``: in one line, why no trial run succeeded; empty if one did. ``crashed``: a trial run killed
@@ -90,8 +89,7 @@ class InspectionLimits(msgspec.Struct, frozen=True):
 
 class InspectionReport(msgspec.Struct, frozen=True):
     """One line of the child. With ``doing`` it announces the next step and what is known of the model so far;
-    without, it
-    is the last line: an inspection, or the reason for a refusal.
+    without, it is the last line: an inspection, or the reason for a refusal.
     """
 
     inspection: Inspection | None = None
@@ -115,8 +113,7 @@ async def inspect(
     """Inspect the files of ``directory`` with a module of this package. ``wanted``: the platform and the signature.
 
     The child is ``confined``, inherits no environment, writes files only to its folder in memory, if any, and
-    reads
-    only these files and libraries.
+    reads only these files and libraries.
 
     Raises:
         ModelRejected: the model cannot be served, or its inspection crashed, timed out or needed too much
@@ -179,8 +176,7 @@ def _judge(last: InspectionReport, status: int, limits: InspectionLimits, late_s
     """Return the child's result, or judge its end: after ``late_s`` seconds (0: not late), or with a ``status``.
 
     A model that ran once is accepted whatever happened to further trial runs; one whose first run crashed
-    counts as
-    not tried.
+    counts as not tried.
     """
     if not last.doing and last.inspection is not None:
         return last.inspection

@@ -62,8 +62,7 @@ def trial(
     """Run the model with rows of many kinds; with ``rows`` compare each run of several with runs of one.
 
     ``names`` are the output names. A ``sample`` of real inputs runs before generated ones. ``ran`` receives
-    the outputs
-    of the first successful run.
+    the outputs of the first successful run.
 
     Raises:
         ModelRejected: an input is too large to try, or the model fails on the sample.

@@ -1,9 +1,8 @@
 """Main program of every inspecting child: limit itself, inspect, print reports, one per line.
 
 Called as ``tether.modelstore.inspect_X DIR MEMORY_MB CPU_SECONDS PLATFORM SIGNATURE`` in a process that is
-already
-confined (:mod:`tether.sandbox.enter`). It limits its memory and processor time, and writes files only to the
-folder in memory that it may have been given.
+already confined (:mod:`tether.sandbox.enter`). It limits its memory and processor time, and writes files only
+to the folder in memory that it may have been given.
 """
 
 from __future__ import annotations

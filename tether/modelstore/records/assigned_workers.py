@@ -29,8 +29,7 @@ class Assigned:
     @asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
         """Watch assignments until the block ends. If an older broker configuration denies this identity
-        reading them,
-        every worker counts as assigned to every model.
+        reading them, every worker counts as assigned to every model.
         """
         async with AsyncExitStack() as stack:
             try:

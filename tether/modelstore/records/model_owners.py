@@ -208,8 +208,7 @@ class Owners:
 
     async def _implied(self, model: str) -> Ownership | None:
         """Derive the owner from the versions. If no version is readable the model has no owner: only
-        administrators may
-        act on it.
+        administrators may act on it.
         """
         found = implied_ownership(await self._registry.of_model(model))
         if found is None and await self._registry.any_recorded(model):

@@ -1,8 +1,7 @@
 """Allocates version numbers and updates aliases with compare-and-set.
 
 A version exists once its manifest does. Two model stores may work on one model at the same time: a version
-number
-and an alias update each go to the first conditional write.
+number and an alias update each go to the first conditional write.
 """
 
 from __future__ import annotations
@@ -250,8 +249,7 @@ class Registry:
 
     async def delete(self, model: str, version: int) -> None:
         """Delete a version; its number is never reused. Its chunks count for its tenant until they are
-        collected, so its
-        manifest is kept until then, as that of a deleted version.
+        collected, so its manifest is kept until then, as that of a deleted version.
 
         Raises:
             Unavailable: another model store owns the partition by now.

@@ -193,8 +193,7 @@ class ChunkCollector:
         """Read and verify every referenced chunk at ``scrub_mb_s`` at most; return the number of damaged ones.
 
         A damaged chunk is marked, and restored from a worker's cache, else by the next push that has it; one
-        that proves
-        to be intact is marked as such.
+        that proves to be intact is marked as such.
 
         Raises:
             Unavailable, JetStreamError, BrokerUnavailable: the scrub was not completed.

@@ -1,10 +1,8 @@
 """Creates, distributes and replaces the data keys of encrypted models.
 
 Bucket ``modelkeys`` has one entry for each model that was ever encrypted. Every model store maintains all of
-them;
-the first conditional write wins. A model with a new key is re-encrypted version by version in the background;
-this
-resumes after a restart, because it depends on stored state only.
+them; the first conditional write wins. A model with a new key is re-encrypted version by version in the
+background; this resumes after a restart, because it depends on stored state only.
 """
 
 from __future__ import annotations

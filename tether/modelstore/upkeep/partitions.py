@@ -28,8 +28,7 @@ log = logging.getLogger(__name__)
 
 BEATS = 6
 """Heartbeats per ``partition_lease_s``, at least one per second. A store that did not read for half of that
-time cannot
-tell which stores are silent, so there must be several.
+time cannot tell which stores are silent, so there must be several.
 """
 _MARGIN = 0.9
 """Share of ``partition_lease_s`` that an owner relies on: clocks may run at different speeds."""
@@ -41,8 +40,7 @@ class StoreInstance:
     """One run of one model store, and a private folder below ``scratch``.
 
     The folder is locked while the process lives, so folders of dead processes are found and deleted: ``dead``
-    has their
-    names.
+    has their names.
     """
 
     def __init__(self, scratch: Path) -> None:
