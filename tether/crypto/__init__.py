@@ -1,4 +1,4 @@
-"""Signed envelopes and the keyset that says whose signature counts. The only importer of nacl."""
+"""Signed envelopes, the keyset of trusted identities, and encryption. The only importer of nacl."""
 
 from tether.crypto.envelope import (
     DOMAIN,

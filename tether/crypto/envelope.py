@@ -1,4 +1,4 @@
-"""Signed frames: what crosses between services.
+"""Signs and verifies frames, the form of every message between services.
 
 Frame, all integers big-endian::
 
@@ -44,18 +44,18 @@ VERSION = 1
 DOMAIN = b"tether/envelope/v1\0"
 MAX_HEADER = 16 * 1024
 REPLAY_WINDOW_MS = 60_000 + MAX_SKEW_MS
-"""How long nonces are remembered: a minute, and as long again as a sender's clock may run ahead."""
+"""How long nonces are remembered: a minute, plus as much for a sender's clock that runs ahead."""
 
 _PREFIX = struct.Struct(">4sBH64s")
 
 
 class Header(msgspec.Struct, frozen=True, array_like=True):
-    """What the signature vouches for. Times are UTC milliseconds since the epoch."""
+    """The signed header. Times are UTC milliseconds since the epoch."""
 
     role: Role
     type: MessageType
     subject: str
-    """The NATS subject the frame was published on; a receiver compares it with the one it arrived on."""
+    """NATS subject the frame was published on; a receiver compares it with the subject it arrived on."""
     reply: str
     message_id: str
     jobs: tuple[str, ...]
@@ -72,8 +72,9 @@ class Header(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Envelope(msgspec.Struct, frozen=True):
-    """A verified frame. ``sender`` is the identity's name from the keyset, ``sender_tenant`` the isolated tenant that
-    it is bound to, or empty."""
+    """A verified frame. ``sender`` is the identity's name from the keyset, ``sender_tenant`` its isolated
+    tenant, or empty.
+    """
 
     header: Header
     body: bytes
@@ -82,8 +83,9 @@ class Envelope(msgspec.Struct, frozen=True):
 
 
 class Signer:
-    """Signs frames for one identity. ``now_ms`` is the UTC clock in milliseconds; ``nonces`` makes 16 bytes that no
-    other frame has (anything but random ones is for test vectors)."""
+    """Signs frames for one identity. ``now_ms`` is the UTC clock in milliseconds; ``nonces`` returns 16
+    unique bytes per frame (non-random ones are for test vectors only).
+    """
 
     def __init__(
         self,
@@ -100,7 +102,7 @@ class Signer:
 
     @property
     def kid(self) -> bytes:
-        """The key that signs now."""
+        """Id of the current signing key."""
         return self._kid
 
     def replace(self, identity: Identity) -> None:
@@ -110,7 +112,7 @@ class Signer:
         self._kid, self._key = identity.kid, nacl.signing.SigningKey(identity.seed)
 
     def retire(self) -> None:
-        """Sign nothing any more: the key was revoked."""
+        """Stop signing: the key was revoked."""
         self._key = None
 
     def _signing(self) -> nacl.signing.SigningKey:
@@ -136,7 +138,7 @@ class Signer:
     ) -> bytes:
         """Build the signed frame to publish on ``subject``.
 
-        ``after`` is when the value that this one replaces was issued: this one is issued later, whatever the clock says.
+        ``after`` is the issue time of the replaced value: this one is issued later, whatever the clock says.
 
         Raises:
             BadEncoding: the header would be larger than a receiver accepts (too many jobs in one bundle).
@@ -167,12 +169,14 @@ class Signer:
         return b"".join((_PREFIX.pack(MAGIC, VERSION, len(header), signature), header, body))
 
     def sign_statement(self, domain: bytes, statement: bytes) -> bytes:
-        """The signature (64 bytes) of a statement that travels by itself: key id, ``domain`` and ``statement``."""
+        """Sign a statement that travels by itself: key id, ``domain`` and ``statement``; return the signature
+        (64 bytes).
+        """
         return self._signing().sign(domain + self._kid + statement).signature
 
 
 class _Trusted:
-    """A keyset by key id, with the verify keys that were made before where they are the same."""
+    """A keyset by key id; verify keys are reused from the previous keyset where unchanged."""
 
     __slots__ = ("keys", "keyset", "revoked")
 
@@ -197,7 +201,8 @@ class _Trusted:
         if record.not_before - MAX_SKEW_MS > now:
             early_s = (record.not_before - now) // 1000
             raise KeyExpired(
-                f"the key of '{record.name}' is expired or not yet valid: it begins in {early_s} s; if it is in use, this "
+                f"the key of '{record.name}' is expired or not yet valid: it begins in {early_s} s; if it "
+                "is in use, this "
                 f"machine's clock is that much behind, and at most {MAX_SKEW_MS // 1000} s are allowed: set the clocks"
             )
         if now >= record.expires_at and not stored:
@@ -215,7 +220,7 @@ def _verify_key(
 
 
 class Verifier:
-    """Opens frames against a keyset, which may change. One per connection; a verify key is built once."""
+    """Verifies frames against a replaceable keyset. One per connection; a verify key is built once."""
 
     def __init__(self, keyset: Keyset, now_ms: Callable[[], int], *, replay_capacity: int = 65536) -> None:
         self._now_ms = now_ms
@@ -226,17 +231,17 @@ class Verifier:
 
     @property
     def keyset(self) -> Keyset:
-        """Whose messages count at the moment."""
+        """The keyset currently trusted."""
         return self._trusted.keyset
 
     def replace(self, keyset: Keyset) -> None:
-        """Go by another keyset from the next frame on; what was seen stays remembered."""
+        """Verify against another keyset from the next frame on; seen nonces stay remembered."""
         self._trusted = _Trusted(keyset, self._trusted.keys)
         for callback in list(self._replaced):
             callback()
 
     def on_replace(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call ``callback`` whenever another keyset counts. Returns what ends that."""
+        """Call ``callback`` whenever the keyset is replaced. Return a function that stops that."""
         self._replaced.append(callback)
         return lambda: self._replaced.remove(callback)
 
@@ -251,17 +256,19 @@ class Verifier:
         stored: bool = False,
         grace_ms: int = 0,
     ) -> Envelope:
-        """Verify ``frame``, which arrived on ``subject``, and hand out header and body.
+        """Verify ``frame``, which arrived on ``subject``, and return header and body.
 
-        ``types`` are the message types this receiver acts on there. ``once`` refuses a nonce seen within
-        ``REPLAY_WINDOW_MS``, for requests that act on arrival; ``max_age_ms`` refuses older messages (0: any age,
-        or a minute with ``once``, so that no nonce is forgotten before its message is too old). What was ``stored``
-        counts for as long as it is kept if its key was in force when it was signed; a revoked key never counts. What
-        expired is accepted for ``grace_ms`` longer: its sender's clock may be behind.
+        ``types`` are the message types that this receiver accepts there. ``once`` refuses a nonce seen within
+        ``REPLAY_WINDOW_MS``, for requests that act on arrival; ``max_age_ms`` refuses older messages (0: any
+        age, or a minute with ``once``, so that no nonce is forgotten before its message is too old). A
+        ``stored`` message stays valid if its key was in force when it was signed; a revoked key is never
+        valid. Expired messages are accepted for ``grace_ms`` longer,
+        because the sender's clock may be behind.
 
         Raises:
-            Unsigned, BadEncoding, UnknownKey, KeyRevoked, KeyExpired, BadSignature, RoleNotAllowed, SubjectMismatch,
-            EnvelopeExpired, ClockSkew, Replayed: before anything of the body was looked at.
+            Unsigned, BadEncoding, UnknownKey, KeyRevoked, KeyExpired, BadSignature, RoleNotAllowed,
+        SubjectMismatch,
+            EnvelopeExpired, ClockSkew, Replayed: before the body is decoded.
         """
         record, header, body = self._authenticate(frame, stored=stored)
         if header.role != record.role or header.type not in record.types:
@@ -283,10 +290,10 @@ class Verifier:
         return Envelope(header, body, record.name, record.tenant)
 
     def verify_statement(self, domain: bytes, kid: bytes, statement: bytes, signature: bytes) -> IdentityRecord:
-        """Who signed a statement with :meth:`Signer.sign_statement`.
+        """Return the signer of a statement from :meth:`Signer.sign_statement`.
 
         Raises:
-            UnknownKey, KeyRevoked, KeyExpired, BadSignature: nobody whose word counts.
+            UnknownKey, KeyRevoked, KeyExpired, BadSignature: the signature is not valid.
         """
         record, key = self._trusted.lookup(kid, self._now_ms(), stored=False)
         try:
@@ -323,7 +330,8 @@ class Verifier:
             )
         if max_age_ms and age > max_age_ms:
             raise EnvelopeExpired(
-                f"the message of '{sender}' is {age} ms old, and at most {max_age_ms} ms are allowed: it was held up, or its "
+                f"the message of '{sender}' is {age} ms old, and at most {max_age_ms} ms are allowed: it "
+                "was delayed, or its "
                 "sender's clock is behind"
             )
         if header.expires_at and now >= header.expires_at + grace_ms:

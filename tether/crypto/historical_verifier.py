@@ -1,7 +1,7 @@
-"""Frames that are kept for years: verified against what the keysets said when they were signed.
+"""Verifies frames stored for years against the keysets at their time of signing.
 
-A key that expired, was rotated or was revoked since still vouches for what it signed before. Nothing that arrives is
-acted on through this: :class:`~tether.crypto.Verifier` is for that.
+A key that has since expired, rotated or been revoked still vouches for its earlier signatures. Use
+:class:`~tether.crypto.Verifier` for messages that are acted on.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from tether.errors import (
 from tether.wire import codec
 
 _HEARD_MS = 10_000
-"""What a service signed within this time after its revocation, it may not have heard of it."""
+"""Grace after a revocation, in which the service may not yet have received it."""
 
 
 class Historical:
-    """Opens frames against every keyset that ever was; none of them need be in force any more."""
+    """Verifies frames against every past and current keyset; none needs to be in force."""
 
     def __init__(self, keysets: Iterable[Keyset]) -> None:
         self._records: dict[bytes, list[IdentityRecord]] = {}
         self._keys: dict[bytes, nacl.signing.VerifyKey] = {}
         self.revoked: dict[bytes, int] = {}
-        """When each key was revoked first, UTC milliseconds, by key id."""
+        """First revocation of each key, UTC milliseconds, by key id."""
         for keyset in keysets:
             for record in keyset.identities:
                 self._records.setdefault(record.kid, []).append(record)
@@ -49,11 +49,11 @@ class Historical:
                 self.revoked[gone.kid] = min(gone.revoked_at, self.revoked.get(gone.kid, gone.revoked_at))
 
     def header(self, frame: bytes) -> tuple[Header, IdentityRecord]:
-        """The header that the signature vouches for, whatever became of the body, and who signed it.
+        """Return the signed header and its signer, without checking the body.
 
         Raises:
-            Unsigned, BadEncoding, UnknownKey, BadSignature: it vouches for nothing.
-            KeyExpired, KeyRevoked: it was signed outside the time of its key.
+            Unsigned, BadEncoding, UnknownKey, BadSignature: the signature is not valid.
+            KeyExpired, KeyRevoked: it was signed outside the validity of its key.
         """
         kid, signed, signature = _parts(frame)
         if kid not in self._keys:
@@ -66,7 +66,7 @@ class Historical:
         return header, self._in_force(kid, header.issued_at)
 
     def open(self, frame: bytes, *, subject: str, types: tuple[MessageType, ...]) -> Envelope:
-        """Verify a stored frame as of the moment it was signed.
+        """Verify a stored frame as of the time of its signing.
 
         Raises:
             Unsigned, BadEncoding, UnknownKey, BadSignature, KeyExpired, KeyRevoked, RoleNotAllowed, SubjectMismatch
@@ -91,7 +91,7 @@ class Historical:
 
 
 def open_old_keyset(data: bytes, root_public: bytes) -> Keyset:
-    """A keyset that the pinned root key signed, in force or not: good for :class:`Historical` and nothing else.
+    """Return a keyset that the pinned root key signed, in force or not: for :class:`Historical` only.
 
     Raises:
         KeysetError: unsigned, signed by another root, or unreadable.
@@ -104,7 +104,7 @@ def open_old_keyset(data: bytes, root_public: bytes) -> Keyset:
 
 
 def body_of(frame: bytes) -> bytes:
-    """What follows the header, verified or not.
+    """Return the bytes after the header, verified or not.
 
     Raises:
         Unsigned, BadEncoding: there is no header.
@@ -114,7 +114,7 @@ def body_of(frame: bytes) -> bytes:
 
 
 def kid_of(frame: bytes) -> bytes:
-    """The id of the key that a frame names, verified or not.
+    """Return the key id in a frame, verified or not.
 
     Raises:
         Unsigned, BadEncoding: there is no header.
@@ -123,7 +123,7 @@ def kid_of(frame: bytes) -> bytes:
 
 
 def _parts(frame: bytes) -> tuple[bytes, bytes, bytes]:
-    """Key id, the rest of the header, signature."""
+    """Split a frame into key id, rest of the header, signature."""
     prefix = wire._PREFIX  # noqa: SLF001 - one format, one struct
     if len(frame) < prefix.size or frame[:4] != wire.MAGIC:
         raise Unsigned("the message is not a signed envelope")

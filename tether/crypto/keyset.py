@@ -1,6 +1,7 @@
-"""Identities, and the keyset: the list of them that the root key signed.
+"""The keyset: the list of identities that the root key signed.
 
-As bytes: Ed25519 signature (64) of the root key over ``KEYSET_DOMAIN | map``, then the msgpack map of :class:`Keyset`.
+As bytes: Ed25519 signature (64) of the root key over ``KEYSET_DOMAIN | map``, then the msgpack map of
+:class:`Keyset`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from tether.wire import codec
 
 KEYSET_DOMAIN = b"tether/keyset/v1\0"
 MAX_SKEW_MS = 30_000
-"""How far the clocks of two machines may be apart: what claims to come from further in the future is refused."""
+"""Maximum difference between the clocks of two machines: messages from further in the future are refused."""
 MAX_DELAY_MS = 5_000
-"""How long what must be young may have been on its way, beside the skew."""
+"""Maximum transit time of messages that must be young, beside the skew."""
 
 KID_BYTES = 16
 
@@ -38,13 +39,13 @@ class IdentityRecord(msgspec.Struct, frozen=True):
     not_before: int
     expires_at: int
     tenant: str = ""
-    """Of a worker: the one isolated tenant it serves; empty for those that all other tenants share."""
+    """Of a worker: the one isolated tenant it serves; empty for shared workers."""
     nats: str = ""
-    """The public nkey that this identity logs in to the broker with."""
+    """Public nkey of this identity's broker login."""
 
 
 class Revocation(msgspec.Struct, frozen=True):
-    """A key that counts no more, although its time is not over. ``revoked_at`` is UTC milliseconds."""
+    """A key that was revoked before its expiry. ``revoked_at`` is UTC milliseconds."""
 
     kid: bytes
     name: str
@@ -52,7 +53,7 @@ class Revocation(msgspec.Struct, frozen=True):
 
 
 class Keyset(msgspec.Struct, frozen=True):
-    """Every identity whose messages count, as the root key signed it. Two keys of one name overlap while one rotates."""
+    """Every trusted identity, signed by the root key. Two keys of one name overlap during a rotation."""
 
     version: int
     not_before: int
@@ -62,7 +63,7 @@ class Keyset(msgspec.Struct, frozen=True):
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """A service's own secret. ``seed`` makes its Ed25519 key, ``box_seed`` its X25519 key; 32 bytes each."""
+    """A service's own secrets. ``seed`` gives its Ed25519 key, ``box_seed`` its X25519 key; 32 bytes each."""
 
     name: str
     role: Role
@@ -77,7 +78,7 @@ class Identity(msgspec.Struct, frozen=True):
         return key_id(bytes(nacl.signing.SigningKey(self.seed).verify_key))
 
     def record(self, *, not_before: int, expires_at: int, tenant: str = "", nats: str = "") -> IdentityRecord:
-        """The public half, with the message types of its role; ``tenant`` and ``nats`` as in the record."""
+        """Return the public half, with the message types of its role; ``tenant`` and ``nats`` as in the record."""
         return IdentityRecord(
             kid=self.kid,
             name=self.name,
@@ -93,7 +94,7 @@ class Identity(msgspec.Struct, frozen=True):
 
 
 def key_id(public_key: bytes) -> bytes:
-    """16 bytes that name an Ed25519 public key: the start of its SHA-256."""
+    """Return the 16-byte id of an Ed25519 public key: the start of its SHA-256."""
     return hashlib.sha256(public_key).digest()[:KID_BYTES]
 
 
@@ -106,7 +107,7 @@ def root_public_key(seed: bytes) -> bytes:
 
 
 def sign_keyset(root_seed: bytes, keyset: Keyset) -> bytes:
-    """The keyset as bytes for a file or a bucket: signature (64 bytes), then msgpack."""
+    """Return the keyset as bytes for a file or a bucket: signature (64 bytes), then msgpack."""
     body = codec.encode(keyset)
     return nacl.signing.SigningKey(root_seed).sign(KEYSET_DOMAIN + body).signature + body
 
@@ -114,7 +115,7 @@ def sign_keyset(root_seed: bytes, keyset: Keyset) -> bytes:
 def open_keyset(data: bytes, root_public: bytes, *, now_ms: int | None, newer_than: int = 0) -> Keyset:
     """Decode a keyset after checking that the pinned root key signed it and that it is in force at ``now_ms``.
 
-    Without a time it may be expired, for who renews it.
+    Without a time it may be expired, for its renewal.
 
     Raises:
         KeysetError: unsigned, signed by another root, older than ``newer_than``, not yet valid or expired.

@@ -1,9 +1,9 @@
-"""Encrypted models: who has a model's data key, how its chunks are closed, and what their names hide.
+"""Encrypts models: holders of a model's data keys, encrypted chunks, and names that hide their content.
 
-A model has **data keys** like a sealed tenant's (:mod:`tether.crypto.payload_encryption`), one for each time it was re-keyed. A
-chunk is named by a keyed hash of its SHA-256, so that equal chunks of one model still meet and nobody else can tell what
-they are. It is closed with XChaCha20-Poly1305 and a random nonce, bound to the model, the key and that name. What a
-version's plain digests are is closed too, bound to the files that its manifest describes.
+A model has **data keys** like a sealed tenant's (:mod:`tether.crypto.payload_encryption`), one for each
+re-keying. A chunk's name is a keyed hash of its SHA-256, so that equal chunks of one model are stored once
+and others cannot tell their content. It is encrypted with XChaCha20-Poly1305 and a random nonce, bound to the
+model, the key and that name. A version's plain digests are encrypted too, bound to the files in its manifest.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ FILE_PERSON = b"tether-file"
 
 _DIGEST_BYTES = 32
 _AS_IT_IS, _ZSTD = b"\0", b"\1"
-"""First byte inside a closed chunk: what follows is the chunk, or a Zstandard frame of it."""
+"""First byte inside an encrypted chunk: the chunk follows, or a Zstandard frame of it."""
 
 HOLDERS = frozenset({Role.MODELSTORE, Role.GATEWAY})
-"""The model store looks at a pushed model, gateways take it in and hand it out. Of the workers those may open it that are told
-to run it."""
+"""Roles that may decrypt: the model store inspects a pushed model, gateways receive and return it. Of the
+workers, only those assigned to it.
+"""
 
 
 class ModelKeys(msgspec.Struct, frozen=True):
-    """A model's data keys, oldest first. ``keyset_version`` is that of the keyset that said who is entitled."""
+    """A model's data keys, oldest first. ``keyset_version`` is that of the keyset that determined the holders."""
 
     model: str
     keyset_version: int
@@ -50,8 +51,9 @@ class ModelKeys(msgspec.Struct, frozen=True):
 def model_holders(
     identities: Iterable[IdentityRecord], now_ms: int, workers: Collection[str] | None = ()
 ) -> dict[bytes, bytes]:
-    """Key id and X25519 key of everyone who may open an encrypted model. ``workers``: names of those that are told to hold it;
-    None: all."""
+    """Return key id and X25519 key of every identity that may decrypt a model. ``workers``: names of assigned ones;
+    None: all.
+    """
     return {
         record.kid: record.x25519
         for record in identities
@@ -66,10 +68,10 @@ def _is_told(record: IdentityRecord, workers: Collection[str] | None) -> bool:
 def passed_on(
     current: ModelKeys, holders: Mapping[bytes, bytes], opener: KeyOpener, *, keyset_version: int
 ) -> ModelKeys:
-    """The same keys, each with a box for everyone who is entitled now and for nobody else.
+    """Return the same keys, each with a box for every current holder and no others.
 
-    Whoever knows an older keyset than the last writer, or is not entitled itself, changes nothing: an expired keyset
-    takes nobody's keys away.
+    A writer with an older keyset than the last one, or that is not a holder, changes nothing: an expired
+    keyset removes no keys.
     """
     if current.keyset_version > keyset_version or not any(kid in opener for kid in holders):
         return current
@@ -78,36 +80,39 @@ def passed_on(
 
 
 def with_new_key(current: ModelKeys, holders: Mapping[bytes, bytes], *, keyset_version: int, now_ms: int) -> ModelKeys:
-    """The keys and one more, which is for everything that is stored from now on."""
+    """Return the keys and a new one, which encrypts everything stored from now on."""
     made = new_data_key(current.keys[-1].generation + 1 if current.keys else 1)
     wrapped = WrappedKey(made.id, made.generation, now_ms, boxes_for(made, holders))
     return ModelKeys(current.model, max(keyset_version, current.keyset_version), (*current.keys, wrapped))
 
 
 class ChunkSeal:
-    """One data key of one model at work on its chunks. ``digest`` is the hex SHA-256 of a plain chunk, ``name`` what it is
-    stored as."""
+    """Encrypts chunks with one data key of one model. ``digest`` is the hex SHA-256 of a plain chunk,
+    ``name`` its stored name.
+    """
 
     def __init__(self, key: DataKey, model: str) -> None:
         self._key = key
         self._model = model
 
     def name(self, digest: str) -> str:
-        """What the chunk is called wherever it is stored: 64 hex digits."""
+        """Return the stored name of a chunk: 64 hex digits."""
         return self._key.keyed(bytes.fromhex(digest), CHUNK_PERSON).hex()
 
     def encrypt(self, name: str, chunk: Bytes) -> bytes:
-        """The chunk as it may be stored under its name, compressed where that pays. Blocks: about 2 ms for each MiB."""
+        """Return the chunk encrypted for storage under its name, compressed if that helps. Blocks: about 2 ms
+        per MiB.
+        """
         packed = compressed(chunk)
         return self._key.close(self._bound(name), _AS_IT_IS + chunk if packed is None else _ZSTD + packed)
 
     def decrypt(self, name: str, stored: bytes) -> bytes:
-        """What :meth:`encrypt` closed; blocks likewise.
+        """Decrypt the result of :meth:`encrypt`; blocks likewise.
 
         Raises:
-            DecryptionFailed: it was changed, or is another chunk, or of another key.
+            DecryptionFailed: it was changed, or is another chunk, or has another key.
         """
-        wrong = f"chunk {name} does not open: it was changed"
+        wrong = f"chunk {name} cannot be decrypted: it was changed"
         inner = self._key.reveal(self._bound(name), stored, wrong)
         form, content = inner[:1], inner[1:]
         if form == _AS_IT_IS:
@@ -117,18 +122,18 @@ class ChunkSeal:
                 return decompressed(content)
         except CorruptChunk as error:
             raise DecryptionFailed(wrong) from error
-        raise DecryptionFailed(f"chunk {name} is closed in a form that this version does not know")
+        raise DecryptionFailed(f"chunk {name} has an encrypted form that this release does not support")
 
     def _bound(self, name: str) -> bytes:
         return CHUNK_DOMAIN + codec.pack((self._model, self._key.id, name))
 
     def whole(self, digest: str) -> str:
-        """What stands for the SHA-256 of a whole file in a manifest."""
+        """Return the value in a manifest in place of a whole file's SHA-256."""
         return self._key.keyed(bytes.fromhex(digest), FILE_PERSON).hex()
 
 
 def seal_files(key: DataKey, model: str, files: Sequence[ModelFile]) -> tuple[tuple[ModelFile, ...], SealedDigests]:
-    """Files as a manifest may describe them to everybody, and their digests as holders of the key can read them."""
+    """Return files for a public manifest, and their digests encrypted for key holders."""
     seal = ChunkSeal(key, model)
     hidden = tuple(
         msgspec.structs.replace(
@@ -141,15 +146,15 @@ def seal_files(key: DataKey, model: str, files: Sequence[ModelFile]) -> tuple[tu
 
 
 def open_files(key: DataKey, model: str, files: Sequence[ModelFile], sealed: SealedDigests) -> tuple[ModelFile, ...]:
-    """The files with their plain digests.
+    """Return the files with their plain digests.
 
     Raises:
-        DecryptionFailed: they are not what was sealed, or their names do not follow from their digests.
+        DecryptionFailed: the digests were changed, or the stored names do not follow from them.
     """
     plain = key.reveal(
         _bound_files(key, model, files),
         sealed.box,
-        "the digests of an encrypted version do not open: they were changed",
+        "the digests of an encrypted version cannot be decrypted: they were changed",
     )
     try:
         opened = tuple(_opened(file, *row) for file, row in zip(files, codec.unpack(plain), strict=True))
@@ -174,7 +179,7 @@ def _bound_files(key: DataKey, model: str, files: Sequence[ModelFile]) -> bytes:
 
 
 def opened_manifest(key: DataKey, manifest: Manifest) -> Manifest:
-    """An encrypted version's manifest with its plain digests; any other as it is.
+    """Return an encrypted version's manifest with its plain digests; any other unchanged.
 
     Raises:
         DecryptionFailed

@@ -1,8 +1,8 @@
-"""Sealed payloads: what a sealed tenant's jobs carry, readable by gateway and worker and not by what lies between.
+"""Encrypts the payloads of sealed tenants' jobs for gateways and workers; the broker cannot read them.
 
-A tenant has **data keys**, one for each generation. Each is wrapped (libsodium's sealed box, X25519) for every identity
-that is entitled to it. A payload is closed with the newest one (XChaCha20-Poly1305, a random nonce of 24 bytes), bound
-to its purpose, job, tenant and key, so that it opens nowhere else.
+A tenant has **data keys**, one for each generation. Each is wrapped (libsodium's sealed box, X25519) for
+every entitled identity. A payload is encrypted with the newest one (XChaCha20-Poly1305, a random nonce of 24
+bytes), bound to its purpose, job, tenant and key, so that it decrypts nowhere else.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ NONCE_BYTES = 24
 
 
 class Purpose(StrEnum):
-    """What a sealed payload is, so that one cannot be passed off as the other."""
+    """Purpose of an encrypted payload, so that one kind cannot pass for another."""
 
     INPUTS = "inputs"
     OUTCOME = "outcome"
 
 
 class DataKey:
-    """One generation of a tenant's key. ``nonces`` makes 24 bytes that no payload of this key had before."""
+    """One generation of a tenant's key. ``nonces`` returns 24 bytes that are unique per payload of this key."""
 
     __slots__ = ("_nonces", "_secret", "generation", "id")
 
@@ -53,32 +53,32 @@ class DataKey:
         return f"DataKey(id={self.id.hex()}, generation={self.generation}, secret=<secret>)"
 
     def encrypt(self, purpose: Purpose, job: str, tenant: str, plain: bytes) -> bytes:
-        """Nonce (24 bytes), then the ciphertext with its tag."""
+        """Encrypt: nonce (24 bytes), then the ciphertext with its tag."""
         return self.close(self._bound(purpose, job, tenant), plain)
 
     def decrypt(self, purpose: Purpose, job: str, tenant: str, sealed: bytes) -> bytes:
-        """What :meth:`encrypt` closed.
+        """Decrypt the result of :meth:`encrypt`.
 
         Raises:
-            DecryptionFailed: it was changed, or sealed for another purpose, job, tenant or key.
+            DecryptionFailed: it was changed, or encrypted for another purpose, job, tenant or key.
         """
         return self.reveal(
             self._bound(purpose, job, tenant),
             sealed,
-            "a sealed payload does not open: it was changed, or belongs to another job",
+            "a sealed payload cannot be decrypted: it was changed, or belongs to another job",
         )
 
     def close(self, bound: bytes, plain: bytes) -> bytes:
-        """Nonce (24 bytes), then the ciphertext with its tag; it opens with the same ``bound`` alone."""
+        """Encrypt: nonce (24 bytes), then the ciphertext with its tag; it decrypts with the same ``bound`` only."""
         nonce = self._nonces()
         closed = nacl.bindings.crypto_aead_xchacha20poly1305_ietf_encrypt(plain, bound, nonce, self._secret)
         return nonce + bytes(closed)
 
     def reveal(self, bound: bytes, sealed: bytes, otherwise: str) -> bytes:
-        """What :meth:`close` closed.
+        """Decrypt the result of :meth:`close`.
 
         Raises:
-            DecryptionFailed: with the words ``otherwise``.
+            DecryptionFailed: with the text ``otherwise``.
         """
         nonce, closed = sealed[:NONCE_BYTES], sealed[NONCE_BYTES:]
         try:
@@ -87,23 +87,25 @@ class DataKey:
             raise DecryptionFailed(otherwise) from error
 
     def keyed(self, content: bytes, person: bytes) -> bytes:
-        """32 bytes that name ``content`` and that only holders of this key can compute; ``person`` says what for."""
+        """Return a 32-byte keyed hash of ``content`` that only key holders can compute; ``person`` separates
+        purposes.
+        """
         return hashlib.blake2b(content, digest_size=32, key=self._secret, person=person).digest()
 
     def _bound(self, purpose: Purpose, job: str, tenant: str) -> bytes:
         return SEAL_DOMAIN + codec.pack((purpose.value, job, tenant, self.id))
 
     def digest(self, digest: str) -> str:
-        """``digest`` as only holders of this key can compute it: a stored one gives no input away to a guess."""
+        """Return a keyed form of ``digest`` for storage: without the key, no input can be guessed from it."""
         return f"{self.id.hex()}:{self.keyed(digest.encode(), b'tether-digest').hex()}"
 
     def wrapped(self, box_public: bytes) -> bytes:
-        """The key for the owner of an X25519 key."""
+        """Return the key, encrypted for the owner of an X25519 key."""
         return bytes(nacl.public.SealedBox(nacl.public.PublicKey(box_public)).encrypt(self._secret))
 
 
 def data_key_id(secret: bytes) -> bytes:
-    """16 bytes that name a data key: the start of the SHA-256 of it."""
+    """Return the 16-byte id of a data key: the start of its SHA-256."""
     return hashlib.sha256(DATA_KEY_DOMAIN + secret).digest()[:16]
 
 
@@ -112,7 +114,7 @@ def new_data_key(generation: int) -> DataKey:
 
 
 class Box(msgspec.Struct, frozen=True):
-    """A data key, wrapped for the identity whose key id is ``kid``."""
+    """A data key, encrypted for the identity with key id ``kid``."""
 
     kid: bytes
     sealed: bytes
@@ -131,7 +133,7 @@ class WrappedKey(msgspec.Struct, frozen=True):
 
 
 class TenantKeys(msgspec.Struct, frozen=True):
-    """A tenant's data keys, oldest first. ``keyset_version`` is that of the keyset that said who is entitled."""
+    """A tenant's data keys, oldest first. ``keyset_version`` is that of the keyset that determined the holders."""
 
     tenant: str
     keyset_version: int
@@ -143,23 +145,23 @@ class TenantKeys(msgspec.Struct, frozen=True):
 
 
 class KeyOpener:
-    """Opens what is wrapped for one identity, under each of the keys that it has had in this process."""
+    """Decrypts wrapped keys for one identity, with each key that it has had in this process."""
 
     def __init__(self, identity: Identity) -> None:
         self._boxes: dict[bytes, nacl.public.SealedBox[nacl.public.PrivateKey]] = {}
         self.add(identity)
 
     def add(self, identity: Identity) -> None:
-        """The identity has another key from now on."""
+        """Add another key of the identity."""
         self._boxes[identity.kid] = nacl.public.SealedBox(nacl.public.PrivateKey(identity.box_seed))
 
     def __contains__(self, kid: bytes) -> bool:
         return kid in self._boxes
 
     def open(self, wrapped: WrappedKey) -> DataKey | None:
-        """The data key; None when this identity is not entitled to it, or the box holds another key."""
+        """Return the data key; None if this identity is not entitled to it, or the box holds another key."""
         own = [box for box in wrapped.boxes if box.kid in self._boxes]
-        # a new signing key has the box key of the one before: what was wrapped for that one still opens
+        # a new signing key keeps the box key: earlier wrapped keys still decrypt
         for box in own or wrapped.boxes:
             openers = [self._boxes[box.kid]] if box.kid in self._boxes else list(self._boxes.values())
             for opener in openers:
@@ -173,9 +175,10 @@ class KeyOpener:
 
 
 def entitled(identities: Iterable[IdentityRecord], pool_tenant: str, now_ms: int) -> dict[bytes, bytes]:
-    """Key id and X25519 key of everyone who may open a tenant's payloads: gateways, and the workers that serve it.
+    """Return key id and X25519 key of every identity that may decrypt a tenant's payloads: gateways, and its
+    workers.
 
-    ``pool_tenant`` is the isolated tenant's name, or empty for one that shares its workers with others.
+    ``pool_tenant`` is the isolated tenant's name, or empty for one that shares its workers.
     """
     return {
         record.kid: record.x25519
@@ -195,12 +198,13 @@ def brought_up_to_date(
     keep_ms: int,
     believed: Collection[bytes] = (),
 ) -> TenantKeys:
-    """The tenant's keys as they should be for those who are entitled now (see :func:`entitled`).
+    """Return the tenant's keys as they should be for the current holders (see :func:`entitled`).
 
-    A new generation is made when there is none, when ``opener`` cannot open the newest, or when somebody who holds the
-    newest is entitled no longer. Older ones get boxes for new holders and lose those of old ones, except of who is still
-    ``believed``: it serves the tenant no more, but has yet to run what was accepted while it did. A generation that
-    was replaced more than ``keep_ms`` ago is dropped. Whoever knows an older keyset than the last writer, or is not entitled, changes nothing.
+    A new generation is made if there is none, if ``opener`` cannot decrypt the newest, or if a holder of the
+    newest is no longer entitled. Older ones get boxes for new holders and lose those of former ones, except
+    of identities that are still ``believed``: they must still run jobs accepted before. A generation that was
+    replaced more than ``keep_ms`` ago is dropped. A writer with an older keyset than the last one, or that is
+    not entitled, changes nothing.
     """
     if current.keyset_version > keyset_version or not any(kid in opener for kid in holders):
         return current
@@ -220,8 +224,9 @@ def brought_up_to_date(
 def rewrapped(
     wrapped: WrappedKey, holders: Mapping[bytes, bytes], opener: KeyOpener, believed: Collection[bytes] = ()
 ) -> WrappedKey:
-    """The same key with a box for every holder and none for others but who is still ``believed``; boxes that ``opener``
-    would be needed for and cannot make are missing."""
+    """Return the same key with a box for every holder, and for others only if still ``believed``; boxes that
+    ``opener`` cannot make are missing.
+    """
     boxes = tuple(box for box in wrapped.boxes if box.kid in holders or box.kid in believed)
     missing = {kid: public for kid, public in holders.items() if kid not in wrapped.holders()}
     key = opener.open(wrapped) if missing else None
@@ -231,18 +236,18 @@ def rewrapped(
 
 
 def boxes_for(key: DataKey, holders: Mapping[bytes, bytes]) -> tuple[Box, ...]:
-    """The key, wrapped for each of ``holders`` (key id and X25519 key)."""
+    """Return the key, wrapped for each of ``holders`` (key id and X25519 key)."""
     return tuple(Box(kid, key.wrapped(public)) for kid, public in sorted(holders.items()))
 
 
 def seal_job(key: DataKey, job: Job) -> Job:
-    """The job as it may leave: inputs and the names of wanted outputs are inside the seal only."""
+    """Return the job for sending: inputs and names of requested outputs are only inside the ciphertext."""
     closed = key.encrypt(Purpose.INPUTS, job.id, job.tenant, codec.encode_inputs(job))
     return msgspec.structs.replace(job, inputs=(), outputs=(), sealed=Sealed(key.id, closed))
 
 
 def open_job(key: DataKey, job: Job) -> Job:
-    """A sealed job with its inputs. It stays sealed wherever it is written.
+    """Return a sealed job with its decrypted inputs. It stays encrypted wherever it is written.
 
     Raises:
         DecryptionFailed, BadEncoding
@@ -254,13 +259,13 @@ def open_job(key: DataKey, job: Job) -> Job:
 
 
 def seal_outcome(key: DataKey, tenant: str, outcome: Outcome) -> Outcome:
-    """The outcome as it may leave: outputs and the reason of a failure are inside the seal only."""
+    """Return the outcome for sending: outputs and failure reason are only inside the ciphertext."""
     closed = key.encrypt(Purpose.OUTCOME, outcome.job, tenant, codec.encode_end(outcome))
     return msgspec.structs.replace(outcome, outputs=(), error=None, sealed=Sealed(key.id, closed))
 
 
 def open_outcome(key: DataKey, tenant: str, outcome: Outcome) -> Outcome:
-    """A sealed outcome with its outputs or its reason.
+    """Return a sealed outcome with its decrypted outputs or reason.
 
     Raises:
         DecryptionFailed, BadEncoding

@@ -1,4 +1,4 @@
-"""Who may say what: the roles of identities, the types of messages, and which role may send which type."""
+"""Roles of identities, types of messages, and the types that each role may send."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Role(StrEnum):
 
 
 class MessageType(StrEnum):
-    """What a message asks its receiver to do. A key may send only the types of its role."""
+    """Type of a message, which selects the receiver's action. A key may send only the types of its role."""
 
     INFER = "infer"  # bundle on an infer lane
     JOB = "job"  # bundle on a jobs lane
     ANSWER = "answer"  # reply bundle to a gateway
-    RESULT = "result"  # how a durable job ended
+    RESULT = "result"  # outcome of a durable job
     RECORD = "record"  # state record of an accepted job
-    ATTEMPT = "attempt"  # note that a worker began
+    ATTEMPT = "attempt"  # note that a worker started
     DEAD = "dead"  # dead letter with the original frame inside
     HEARTBEAT = "heartbeat"
     REGISTER = "register"  # worker to dispatcher, RPC
@@ -31,20 +31,20 @@ class MessageType(StrEnum):
     ROUTE = "route"
     MANIFEST = "manifest"
     ALIAS = "alias"
-    CONFIG = "config"  # how a model is served
-    LEASE = "lease"  # which model store looks after a partition, and that it lives
+    CONFIG = "config"  # serving configuration of a model
+    LEASE = "lease"  # lease of a partition, or heartbeat of a model store
     API_KEY = "api_key"
-    PUSH = "push"  # gateway to model store, RPC: make these chunks a version
+    PUSH = "push"  # gateway to model store, RPC: make a version of these chunks
     PUSHED = "pushed"  # its answer
     CHANGE = "change"  # gateway to model store, RPC: move an alias, delete a version
     CHANGED = "changed"  # its answer
-    WANTED = "wanted"  # model store to worker: a chunk that the store has lost
+    WANTED = "wanted"  # model store to worker: request for a chunk that the store has lost
     CHUNK = "piece"  # its answer
-    TENANT = "tenant"  # a tenant's limits and what it may see
-    TENANT_KEY = "tenant_key"  # a tenant's data key, sealed to the identities that are entitled to it
+    TENANT = "tenant"  # a tenant's limits and rights
+    TENANT_KEY = "tenant_key"  # a tenant's data key, encrypted for the entitled identities
     MODEL_KEY = "model_key"  # an encrypted model's data key, likewise
-    KEY_USE = "key_use"  # when an API key was last used
-    DEMAND = "demand"  # gateway to gateways: what each key asked of it, so that limits hold for all of them together
+    KEY_USE = "key_use"  # last use of an API key
+    DEMAND = "demand"  # gateway to gateways: usage per key, for limits over all gateways together
     AUDIT = "audit"  # entries of the audit log
 
 
@@ -94,5 +94,6 @@ ROLE_TYPES: Mapping[Role, frozenset[MessageType]] = {
     ),
     Role.ADMIN: frozenset({MessageType.API_KEY, MessageType.TENANT, MessageType.AUDIT}),
 }
-"""The types each role may send. RESULT from a gateway is how a cancelled or expired job ends, and how it tells workers that
-nobody waits for a job of an infer lane any more; from the dispatcher how a lost job ends."""
+"""Types each role may send. RESULT from a gateway ends a cancelled or expired job, and tells workers that the
+caller of an infer lane's job is gone; from the dispatcher it ends a lost job.
+"""

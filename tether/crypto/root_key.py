@@ -1,8 +1,8 @@
-"""The root key on disk: 32 bytes as they are, or locked with a passphrase.
+"""The root key on disk: 32 plain bytes, or encrypted with a passphrase.
 
-A locked file is ``"tether/root-key/v1\\0" | operations u32 | KiB of memory u32 | salt 16 | secretbox``: Argon2id
-(version 1.3, those two costs) makes the 32-byte key of the XSalsa20-Poly1305 box, which begins with its nonce (24)
-and holds the seed.
+An encrypted file is ``"tether/root-key/v1\\0" | operations u32 | KiB of memory u32 | salt 16 | secretbox``:
+Argon2id (version 1.3, those two costs) derives the 32-byte key of the XSalsa20-Poly1305 box, which begins with
+its nonce (24) and contains the seed.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _MOST_MEMORY_KIB = nacl.pwhash.argon2id.MEMLIMIT_SENSITIVE // 1024
 
 
 def is_locked(data: bytes) -> bool:
-    """Whether a root key file needs a passphrase."""
+    """Return whether a root key file needs a passphrase."""
     return data.startswith(_MAGIC)
 
 
 def lock_root_key(seed: bytes, passphrase: str) -> bytes:
-    """The file of a root key that only the passphrase opens; takes most of a second."""
+    """Encrypt a root key with a passphrase; takes most of a second."""
     costs = _COSTS.pack(_OPERATIONS, _MEMORY_KIB, os.urandom(16))
     return _MAGIC + costs + bytes(_box(passphrase, costs).encrypt(seed))
 
 
 def unlock_root_key(data: bytes, passphrase: str) -> bytes:
-    """The seed of a file that :func:`lock_root_key` made.
+    """Decrypt the result of :func:`lock_root_key`; return the seed.
 
     Raises:
         ConfigError: another passphrase, or the file is damaged.
@@ -51,7 +51,7 @@ def unlock_root_key(data: bytes, passphrase: str) -> bytes:
     try:
         return bytes(_box(passphrase, costs).decrypt(box))
     except nacl.exceptions.CryptoError as error:
-        raise ConfigError("the passphrase does not open the root key", field="passphrase") from error
+        raise ConfigError("the passphrase does not decrypt the root key", field="passphrase") from error
 
 
 def _box(passphrase: str, costs: bytes) -> nacl.secret.SecretBox:

@@ -1,8 +1,8 @@
-"""Session tokens: what a gateway vouches for to every gateway, carried by a client.
+"""Session tokens: signed by a gateway, valid at every gateway, carried by a client.
 
-As text: ``ts_`` + base64url(payload) + ``.`` + base64url(signature), without padding. The payload is the key id of the
-gateway that signed (16 bytes), then the msgpack array of :class:`Session`. The Ed25519 signature covers
-``SESSION_DOMAIN | payload``, so it can never be taken for an envelope's.
+As text: ``ts_`` + base64url(payload) + ``.`` + base64url(signature), without padding. The payload is the key
+id of the signing gateway (16 bytes), then the msgpack array of :class:`Session`. The Ed25519 signature covers
+``SESSION_DOMAIN | payload``, so it cannot pass for an envelope's.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from tether.wire import codec
 SESSION_DOMAIN = b"tether/session/v1\0"
 SESSION_PREFIX = "ts_"
 MAX_SESSION_TEXT = 6144
-"""A token goes into one header."""
+"""Maximum length of a token, which must fit into one header."""
 
 
 class Session(msgspec.Struct, frozen=True, array_like=True):
-    """A short-lived right that an API key gave. Times are UTC seconds."""
+    """A short-lived grant derived from an API key. Times are UTC seconds."""
 
     id: str
     key: str
-    """The id of the API key that it was made with, and ends with."""
+    """Id of the API key that it was created with, and is revoked with."""
     tenant: str
     scopes: tuple[str, ...]
     models: tuple[str, ...]
@@ -38,7 +38,7 @@ class Session(msgspec.Struct, frozen=True, array_like=True):
 
 
 def issue_session(signer: Signer, session: Session) -> str:
-    """The token of a session.
+    """Return the token of a session.
 
     Raises:
         BadEncoding: it would not fit into a header.
@@ -54,10 +54,11 @@ def issue_session(signer: Signer, session: Session) -> str:
 
 
 def open_session(verifier: Verifier, text: str) -> Session:
-    """What a gateway vouched for; whether it is over is for the caller to see.
+    """Verify a token and return its session; the caller checks the expiry.
 
     Raises:
-        Unsigned, BadEncoding, UnknownKey, KeyRevoked, KeyExpired, BadSignature, RoleNotAllowed: nothing of it counts.
+        Unsigned, BadEncoding, UnknownKey, KeyRevoked, KeyExpired, BadSignature, RoleNotAllowed: the token is
+    not valid.
     """
     if not text.startswith(SESSION_PREFIX) or len(text) > MAX_SESSION_TEXT:
         raise Unsigned("the text is not a session token")

@@ -1,1 +1,1 @@
-"""Identities: keys, certificates, and the keyset that an administrator edits."""
+"""Identities: keys, certificates, and edits of the keyset by an administrator."""

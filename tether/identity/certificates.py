@@ -1,4 +1,4 @@
-"""Makes a certificate authority of our own, and the certificates of the broker and of those who connect to it."""
+"""Creates a private certificate authority, and the certificates of the broker and its clients."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-"""Names that every server certificate has."""
+"""Names in every server certificate."""
 
 AUTHORITY_DAYS = 3650
 DAYS = 397
-"""How long the certificates of broker and services are valid."""
+"""Validity of broker and service certificates, in days."""
 
 _EARLIER = timedelta(minutes=5)
-"""Clocks differ."""
+"""Start of validity before now, because clocks differ."""
 
 
 @dataclass(frozen=True)
 class Issuer:
-    """An authority at work: what it signs is valid from ``now`` for ``days``."""
+    """An unlocked authority: its certificates are valid from ``now`` for ``days``."""
 
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey
@@ -39,13 +39,14 @@ class Issuer:
 def make_certificates(
     home: Home, hosts: Sequence[str], *, passphrase: str = "", days: int = DAYS, now: datetime | None = None
 ) -> None:
-    """Make the authority unless there is one, then new certificates for the broker under ``hosts`` and for services.
+    """Create the authority unless it exists, then new certificates for the broker under ``hosts`` and for services.
 
-    The authority's key lies beside the root key, locked with ``passphrase`` when one is given. Called again it renews
-    the other two, which may be done while everything runs.
+    The authority's key lies beside the root key, encrypted with ``passphrase`` if one is given. A second call
+    renews the other two, which is safe while everything runs.
 
     Raises:
-        ConfigError: 'cryptography' is not installed, a host is no name, or the authority's key cannot be opened.
+        ConfigError: 'cryptography' is not installed, a host is not a name, or the authority's key cannot be
+    decrypted.
     """
     _require_library()
     now = datetime.now(UTC) if now is None else now
@@ -53,16 +54,17 @@ def make_certificates(
         _make_authority(home, passphrase, now)
     issuer = Issuer(*_open_authority(home, passphrase), now, days)
     names = [_host(name) for name in dict.fromkeys((*hosts, *LOOPBACK))]
-    # the servers of a cluster show theirs to one another as clients too
+    # servers of a cluster also act as clients of one another
     _issue(home, "server", issuer, names)
     _issue(home, "client", issuer, [])
 
 
 def issue_client(home: Home, target: Home, name: str, *, passphrase: str = "") -> None:
-    """Give ``target``, another data directory, the authority of ``home`` and a certificate for the identity ``name``.
+    """Issue a certificate for the identity ``name`` to ``target``, another data directory, with the authority
+    of ``home``.
 
     Raises:
-        ConfigError: 'cryptography' is not installed, or the authority's key cannot be opened.
+        ConfigError: 'cryptography' is not installed, or the authority's key cannot be decrypted.
     """
     _require_library()
     issuer = Issuer(*_open_authority(home, passphrase), datetime.now(UTC), DAYS)
@@ -71,12 +73,12 @@ def issue_client(home: Home, target: Home, name: str, *, passphrase: str = "") -
 
 
 def authority_locked(home: Home) -> bool:
-    """Whether the authority's key needs a passphrase."""
+    """Return whether the authority's key needs a passphrase."""
     return b"ENCRYPTED" in read_secret(home.authority_key)
 
 
 def expires_at(home: Home) -> datetime:
-    """When the first of the home's certificates ends.
+    """Return when the first of the home's certificates expires.
 
     Raises:
         ConfigError: one is missing or unreadable, or 'cryptography' is not installed.
@@ -150,7 +152,7 @@ def _open_authority(home: Home, passphrase: str) -> tuple[x509.Certificate, ec.E
 
 
 def _issue(home: Home, name: str, issuer: Issuer, hosts: list[x509.GeneralName], *, common: str = "") -> None:
-    """Write a key and a certificate, issued to ``common``; with ``hosts`` it is one for a server."""
+    """Write a key and a certificate, issued to ``common``; with ``hosts`` it is a server certificate."""
     from cryptography import x509  # noqa: PLC0415
     from cryptography.hazmat.primitives import hashes  # noqa: PLC0415
     from cryptography.x509.oid import ExtendedKeyUsageOID  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""Makes the keys of a home: root key, identities, signed keyset, and the nkeys that log in to the broker."""
+"""Creates the keys of a home: root key, identities, signed keyset, and nkeys for broker logins."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from tether.process.data_dir import (
 )
 
 SYSTEM_USER = "system"
-"""The NATS user of the system account; no service logs in with it."""
+"""NATS user of the system account; no service logs in with it."""
 
 DAY_MS = 86_400_000
 VALIDITY_DAYS = 3650
-"""How long a new keyset and its identities are valid."""
+"""Validity of a new keyset and its identities, in days."""
 
 _SHARED_WORKER_SEED = "worker"
-"""Until 0.1 all workers of a home had one login."""
+"""Shared broker login of all workers of a home, until 0.1."""
 
 
 def _given_passphrase() -> str:
@@ -56,21 +56,22 @@ def _given_passphrase() -> str:
 
 @dataclass(frozen=True)
 class RootKey:
-    """Where the root key lies, and who is asked for its passphrase when it is locked."""
+    """Location of the root key, and the source of its passphrase if it is encrypted."""
 
     path: Path
     passphrase: Callable[[], str] = _given_passphrase
 
     @property
     def locked(self) -> bool:
-        """Whether its file needs the passphrase; not when it is kept elsewhere."""
+        """Return whether its file needs the passphrase; False if the key is on another machine."""
         return self.path.exists() and is_locked(read_secret(self.path))
 
     def open(self, home: Home) -> bytes:
-        """The seed, when it is the one that ``home`` trusts.
+        """Return the seed, if it is the root key that ``home`` trusts.
 
         Raises:
-            ConfigError: it is missing, open to others, locked with another passphrase, or not the key of this home.
+            ConfigError: it is missing, readable by others, has another passphrase, or is not the key of this
+        home.
         """
         data = read_secret(self.path)
         seed = unlock_root_key(data, self.passphrase()) if is_locked(data) else data
@@ -81,7 +82,7 @@ class RootKey:
         return seed
 
     def create(self, home: Home, *, lock: bool) -> bytes:
-        """Make the root key of a new home, locked with the passphrase if ``lock``."""
+        """Create the root key of a new home, encrypted with the passphrase if ``lock``."""
         seed = os.urandom(32)
         write_secret(self.path, lock_root_key(seed, self.passphrase()) if lock else seed)
         write_secret(home.root_public, root_public_key(seed))
@@ -91,15 +92,16 @@ class RootKey:
 def create_home(
     home: Home, *, workers: int, model_stores: int = 1, root: RootKey | None = None, lock: bool = False
 ) -> None:
-    """Make every key that is missing and sign the keyset anew when what it says of an identity is no longer so.
+    """Create every missing key, and re-sign the keyset if an identity's record is out of date.
 
-    What exists is kept, so a second call changes nothing, and needs no root key. ``workers`` and ``model_stores`` are how many
-    identities of either there must be; ``root`` is keys/root.key unless it is kept elsewhere; a new one is locked if ``lock``
-    or if TETHER_ROOT_PASSPHRASE is set.
+    Existing keys are kept, so a second call changes nothing, and needs no root key. ``workers`` and
+    ``model_stores`` are the required numbers of identities; ``root`` is keys/root.key unless it is stored
+    elsewhere; a new one is encrypted if ``lock`` or if TETHER_ROOT_PASSPHRASE is set.
 
     Raises:
-        ConfigError: a key file is unreadable, open to others or not what it should be; an identity was revoked; or
-            the root key is needed and not there.
+        ConfigError: a key file is unreadable, readable by others or invalid; an identity was revoked; or the
+    root key
+            is required and missing.
         KeysetError: the existing keyset is not signed by the root key of this home.
     """
     private_folder(home.keys)
@@ -112,7 +114,7 @@ def create_home(
     elif root.path.exists():
         seed = root.open(home)
     else:
-        raise ConfigError(f"{lacking} and {root.path} is not there to sign it; put the root key back")
+        raise ConfigError(f"{lacking} and {root.path}, which must sign it, is missing; restore the root key")
     if not home.root_public.exists():
         write_secret(home.root_public, root_public_key(seed))
     with keys_locked(home):
@@ -129,10 +131,10 @@ def create_home(
 
 
 def nats_public_key(home: Home, name: str) -> str:
-    """The public nkey of an identity or of the system user, as server configurations name it.
+    """Return the public nkey of an identity or of the system user, as in server configurations.
 
     Raises:
-        ConfigError: the seed is missing, open to others or no nkey seed.
+        ConfigError: the seed is missing, readable by others or not an nkey seed.
     """
     path = home.nats_seed(name)
     seed = read_secret(path).strip()
@@ -144,13 +146,13 @@ def nats_public_key(home: Home, name: str) -> str:
 
 
 def make_nats_seed(home: Home, name: str) -> None:
-    """Make the broker login of an identity unless it has one."""
+    """Create the broker login of an identity unless it has one."""
     if not home.nats_seed(name).exists():
         write_secret(home.nats_seed(name), nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER))
 
 
 def read_keyset(home: Home) -> Keyset:
-    """The keyset of a home.
+    """Return the keyset of a home.
 
     Raises:
         ConfigError: there is none, or no root.pub beside it.
@@ -160,7 +162,7 @@ def read_keyset(home: Home) -> Keyset:
 
 
 def broker_logins(home: Home) -> list[IdentityRecord]:
-    """The identities that may log in to the broker, one for each nkey, by name.
+    """Return the identities that may log in to the broker, one for each nkey, by name.
 
     Raises:
         ConfigError: the keyset names no logins: an earlier version signed it.
@@ -175,12 +177,12 @@ def broker_logins(home: Home) -> list[IdentityRecord]:
 
 
 def own_identities(home: Home) -> list[Identity]:
-    """Every identity whose file is in a home, by name."""
+    """Return every identity whose file is in a home, by name."""
     return [load_identity(path) for path in sorted(home.keys.glob("*.identity"))]
 
 
 def store_names(count: int) -> list[str]:
-    """The identities of so many model stores on one home."""
+    """Return the identity names for a number of model stores on one home."""
     return [Role.MODELSTORE.value, *(f"{Role.MODELSTORE.value}-{number}" for number in range(2, count + 1))]
 
 
@@ -191,14 +193,16 @@ def _services(workers: int, model_stores: int) -> list[tuple[str, Role]]:
 
 
 def _lacking(home: Home, needed: list[tuple[str, Role]]) -> str:
-    """What a home with a keyset lacks for its services to start; empty when nothing."""
+    """Return what a home with a keyset lacks for its services to start; empty if nothing."""
     keyset = read_keyset(home)
     records = {record.kid: record for record in keyset.identities}
     revoked = {item.kid for item in keyset.revoked}
     gone = {item.name for item in keyset.revoked} - {record.name for record in keyset.identities}
     for name, role in needed:
         if name in gone:
-            raise ConfigError(f"identity '{name}' was revoked; make it anew: tether identity add {name} --role {role}")
+            raise ConfigError(
+                f"identity '{name}' was revoked; create it again: tether identity add {name} --role {role}"
+            )
         if not home.identity(name).exists():
             return f"identity '{name}' has no keys in {home.keys}"
     for identity in own_identities(home):
@@ -206,18 +210,18 @@ def _lacking(home: Home, needed: list[tuple[str, Role]]) -> str:
             continue
         record = records.get(identity.kid)
         if record is None or not home.nats_seed(identity.name).exists() or record != _current(home, record):
-            return f"identity '{identity.name}' is not in the keyset as this version needs it"
+            return f"identity '{identity.name}' has an outdated record in the keyset"
     return "" if home.nats_seed(SYSTEM_USER).exists() else "the broker's system user has no key"
 
 
 def _current(home: Home, record: IdentityRecord) -> IdentityRecord:
-    """A record with the message types that its role has in this version, and its login."""
+    """Return a record with its role's message types in this release, and its login."""
     nats = nats_public_key(home, record.name) if home.nats_seed(record.name).exists() else record.nats
     return msgspec.structs.replace(record, types=tuple(sorted(ROLE_TYPES[record.role])), nats=nats)
 
 
 def _sign(home: Home, seed: bytes, identities: list[Identity]) -> None:
-    """Sign a newer keyset with these identities; what else is in it stays in it."""
+    """Sign a newer keyset with these identities; its other content stays."""
     now = SystemClock().utc_ms()
     end = now + VALIDITY_DAYS * DAY_MS
     old = TrustedKeyset.load(home).keyset if home.keyset.exists() else Keyset(0, now, end, ())

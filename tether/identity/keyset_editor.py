@@ -1,4 +1,4 @@
-"""Changes to who belongs to a platform: each signs a newer keyset and writes it, with the keys it needs, to a home."""
+"""Edits the set of identities: each edit signs a newer keyset and writes it, with its keys, to a home."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _KID = re.compile(r"[0-9a-f]{8,32}")
 
 Edit = Callable[[Keyset, int], Keyset]
-"""Makes the next keyset of the one before and the time, UTC milliseconds."""
+"""Returns the next keyset from the previous one and the time, UTC milliseconds."""
 
 
 @dataclass(frozen=True)
 class KeyStatus:
-    """One key of a keyset, for people. Times are UTC milliseconds; ``state`` is current, outgoing, expired or revoked."""
+    """One key of a keyset, for display. Times are UTC milliseconds; ``state`` is current, outgoing, expired
+    or revoked.
+    """
 
     name: str
     role: str
@@ -43,24 +45,24 @@ class KeyStatus:
     state: str
     not_before: int = 0
     expires_at: int = 0
-    """Of a revoked key: when it was revoked."""
+    """Of a revoked key: the time of revocation."""
 
 
 def add(
     home: Home, root: RootKey, name: str, role: Role, *, tenant: str = "", valid_days: int = VALIDITY_DAYS
 ) -> IdentityRecord:
-    """Make an identity, its login at the broker and its place in the keyset.
+    """Add an identity, its broker login and its keyset record.
 
     Raises:
-        InvalidRequest: the name or the tenant cannot be one.
-        Conflict: the name has a key that counts.
+        InvalidRequest: the name or the tenant is invalid.
+        Conflict: the name has a valid key.
         ConfigError, KeysetError: the root key or the keyset cannot be used.
     """
     _check_name(name)
     if tenant:
         check_tenant_name(tenant)
         if role is not Role.WORKER:
-            raise InvalidRequest("only a worker serves one tenant alone; leave --tenant out", field="tenant")
+            raise InvalidRequest("only a worker can serve a single tenant; leave --tenant out", field="tenant")
     identity = new_identity(name, role)
 
     def edit(keyset: Keyset, now: int) -> Keyset:
@@ -83,12 +85,12 @@ def add(
 def rotate(
     home: Home, root: RootKey, name: str, *, grace_s: int = 3600, valid_days: int = VALIDITY_DAYS
 ) -> IdentityRecord:
-    """Give an identity a new signing key; the old one counts ``grace_s`` seconds longer.
+    """Give an identity a new signing key; the old one stays valid for ``grace_s`` seconds.
 
-    Login and box key stay: what was sealed to the identity must still open.
+    Login and box key stay, so that data encrypted for the identity can still be decrypted.
 
     Raises:
-        NotFound: no identity of this name has a key that counts.
+        NotFound: no identity of this name has a valid key.
         ConfigError, KeysetError: the root key, the keyset or the identity's file cannot be used.
     """
     made_of = home.identity(name)
@@ -97,9 +99,7 @@ def rotate(
     def edit(keyset: Keyset, now: int) -> Keyset:
         live = _live(keyset, name, now)
         if not live:
-            raise NotFound(
-                f"no identity '{name}' has a key that counts; 'tether identity list' shows all", field="name"
-            )
+            raise NotFound(f"no identity '{name}' has a valid key; 'tether identity list' shows all", field="name")
         before, made = live[-1], new_identity(name, live[-1].role)
         if made_of.exists():
             made = msgspec.structs.replace(made, box_seed=load_identity(made_of).box_seed)
@@ -120,7 +120,7 @@ def rotate(
 
 
 def revoke(home: Home, root: RootKey, who: str) -> tuple[Revocation, ...]:
-    """Let every key of a name, or the one key whose id ``who`` begins, count no more; returns what was revoked.
+    """Revoke every key of a name, or the one key whose id begins with ``who``; return the revoked ones.
 
     Raises:
         NotFound: there is no such key.
@@ -131,7 +131,7 @@ def revoke(home: Home, root: RootKey, who: str) -> tuple[Revocation, ...]:
     def edit(keyset: Keyset, now: int) -> Keyset:
         found = _named(keyset, who)
         if not found:
-            raise NotFound(f"no key and no identity is called '{who[:64]}'; 'tether identity list' shows all")
+            raise NotFound(f"no identity or key '{who[:64]}'; 'tether identity list' shows all")
         gone.extend(Revocation(record.kid, record.name, now) for record in found)
         kids = {record.kid for record in found}
         kept = tuple(record for record in keyset.identities if record.kid not in kids)
@@ -143,7 +143,7 @@ def revoke(home: Home, root: RootKey, who: str) -> tuple[Revocation, ...]:
 
 
 def renew(home: Home, root: RootKey, *, valid_days: int = VALIDITY_DAYS) -> Keyset:
-    """Sign the keyset anew: it and every identity's current key are valid for ``valid_days`` from now.
+    """Re-sign the keyset: it and every identity's current key are valid for ``valid_days`` from now.
 
     Raises:
         ConfigError, KeysetError: the root key or the keyset cannot be used.
@@ -162,7 +162,7 @@ def renew(home: Home, root: RootKey, *, valid_days: int = VALIDITY_DAYS) -> Keys
 
 
 def listing(home: Home) -> list[KeyStatus]:
-    """Every key that the keyset names, by name; the key that signs now comes last of its name.
+    """Return every key in the keyset, by name; the key that signs now is the last of its name.
 
     Raises:
         ConfigError, KeysetError: the keyset cannot be used.
@@ -183,12 +183,12 @@ def listing(home: Home) -> list[KeyStatus]:
 
 
 def export(home: Home, name: str, folder: Path) -> Path:
-    """Write a data directory with what one identity needs on another machine, and nothing else.
+    """Write a data directory with the files that one identity needs on another machine, and no others.
 
-    A worker finds its keys under its own name, every other service under that of its role.
+    A worker finds its keys under its own name, every other service under its role.
 
     Raises:
-        ConfigError: the folder is open to others, or a key of the identity is not in this home.
+        ConfigError: the folder is readable by others, or a key of the identity is not in this home.
     """
     identity = load_identity(home.identity(name))
     target = Home(folder.absolute())
@@ -208,7 +208,7 @@ def export(home: Home, name: str, folder: Path) -> Path:
 
 
 def _change(home: Home, root: RootKey, edit: Edit) -> Keyset:
-    """Sign and write what ``edit`` makes of the keyset; nobody else changes it in the meantime."""
+    """Sign and write the keyset that ``edit`` returns, under a lock against other editors."""
     seed = root.open(home)
     with keys_locked(home):
         before = TrustedKeyset.load(home, expired=True).keyset
@@ -236,7 +236,7 @@ def _named(keyset: Keyset, who: str) -> list[IdentityRecord]:
     if not found and _KID.fullmatch(who):
         found = [record for record in keyset.identities if record.kid.hex().startswith(who)]
         if len(found) > 1:
-            raise InvalidRequest(f"several keys begin with '{who}'; give more of it")
+            raise InvalidRequest(f"several keys begin with '{who}'; give a longer prefix")
     return found
 
 
@@ -245,13 +245,13 @@ def _record(keyset: Keyset, kid: bytes) -> IdentityRecord:
 
 
 def _forget(home: Home, keyset: Keyset, gone: list[Revocation]) -> None:
-    """Remove the files of keys that count no more."""
+    """Remove the files of invalid keys."""
     kids, left = {item.kid for item in gone}, {record.name for record in keyset.identities}
     for name in {item.name for item in gone}:
         try:
             if load_identity(home.identity(name)).kid in kids:
                 home.identity(name).unlink()
         except ConfigError:
-            continue  # it lies on another machine
+            continue  # it is stored on another machine
         if name not in left:
             home.nats_seed(name).unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""Stored entries outlive the key that signed them: another identity vouches for them from now on.
+"""Re-signs stored entries of a key with another identity, because entries outlive the key that signed them.
 
-A revoked key counts no more, and with it go the API keys, tenants, manifests and aliases that it signed. Those that were
-stored before the key fell into other hands are signed anew by an identity whose key is in this home. When that was, only
-a person can say: the broker's own time of each entry is what it is compared with, since a thief can sign any time.
+Revoking a key invalidates the API keys, tenants, manifests and aliases that it signed. Those stored before
+the key leaked are re-signed by an identity whose key is in this home. The time of the leak comes from a
+person, and is compared with the broker's own time of each entry, because a thief can sign any time.
 """
 
 from __future__ import annotations
@@ -34,22 +34,23 @@ SIGNED_BY: Mapping[Role, tuple[tuple[str, MessageType], ...]] = {
     ),
     Role.GATEWAY: (("tenantkeys", MessageType.TENANT_KEY),),
 }
-"""The buckets whose entries nobody can make again, and which role signs them anew."""
+"""Buckets whose entries cannot be created again, and the role that re-signs them."""
 
 
 @dataclass
 class Resigned:
-    """What became of the entries that the keys in question had signed, as ``bucket/key``."""
+    """Outcome for the entries that the given keys had signed, as ``bucket/key``."""
 
     signed: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
-    """Stored too late, or not what the key could have signed: they do not count once it is revoked."""
+    """Stored too late, or not allowed for the key: they become invalid once it is revoked."""
     nobody: list[str] = field(default_factory=list)
     """Buckets that no other identity of this home may sign."""
 
 
 def keys_of(home: Home, who: str) -> set[bytes]:
-    """The ids of the keys, in force or revoked, of an identity, or of the one key whose id ``who`` begins.
+    """Return the ids of the keys, in force or revoked, of an identity, or of the one key whose id begins with
+    ``who``.
 
     Raises:
         NotFound: there is none.
@@ -62,12 +63,12 @@ def keys_of(home: Home, who: str) -> set[bytes]:
     if not found and len(who) >= 8:
         found = {kid for kid, _ in every if kid.hex().startswith(who)}
     if not found:
-        raise NotFound(f"no key and no identity is called '{who[:64]}'; 'tether identity list' shows all")
+        raise NotFound(f"no identity or key '{who[:64]}'; 'tether identity list' shows all")
     return found
 
 
 async def resign(settings: Settings, home: Home, kids: set[bytes], before_ms: int) -> Resigned:
-    """Sign anew what ``kids`` signed and the broker stored before ``before_ms`` (UTC milliseconds).
+    """Re-sign entries that ``kids`` signed and the broker stored before ``before_ms`` (UTC milliseconds).
 
     Raises:
         BrokerUnavailable, VersionConflict: some are signed; a second run does the rest.
@@ -88,7 +89,7 @@ async def resign(settings: Settings, home: Home, kids: set[bytes], before_ms: in
 
 
 def _signer(home: Home, role: Role, kids: set[bytes]) -> str:
-    """An identity of this home whose key counts and is none of ``kids``; empty when there is none."""
+    """Return an identity of this home with a valid key that is not in ``kids``; empty if there is none."""
     keyset, now = TrustedKeyset.load(home).keyset, SystemClock().utc_ms()
     for identity in own_identities(home):
         fits = identity.role is role and identity.kid not in kids and home.nats_seed(identity.name).exists()
@@ -120,7 +121,7 @@ class _Work:
             done.signed.append(f"{raw.name}/{key}")
 
     def _safe(self, item: StoredMessage, kind: MessageType) -> Envelope | None:
-        """The entry, if the key could sign it and did so in time."""
+        """Return the entry, if the key could sign it and did so in time."""
         try:
             envelope = self.past.open(item.data, subject=item.subject, types=(kind,))
         except EnvelopeError:

@@ -105,7 +105,7 @@ def test_a_lost_root_key_is_not_silently_replaced(tmp_path: Path) -> None:
     create_home(home, workers=1)
     home.root_key.unlink()
     create_home(home, workers=1)  # nothing is missing, so nothing needs it
-    with pytest.raises(ConfigError, match=r"'worker-2' .* put the root key back"):
+    with pytest.raises(ConfigError, match=r"'worker-2' .* restore the root key"):
         create_home(home, workers=2)
 
 

@@ -155,7 +155,7 @@ def test_a_root_key_elsewhere_is_needed_for_changes_only(tmp_path: Path) -> None
     create_home(home, workers=1, root=stick)
     assert not home.root_key.exists()
     create_home(home, workers=1)
-    with pytest.raises(ConfigError, match="put the root key back"):
+    with pytest.raises(ConfigError, match="restore the root key"):
         create_home(home, workers=2)
     create_home(home, workers=2, root=stick)
     assert read_keyset(home).version == 2
@@ -187,7 +187,7 @@ def test_a_damaged_root_key_is_said_to_be_damaged() -> None:
     for damaged in (locked[:-1], locked[:25], locked + b"x", locked[:19] + b"\xff" * 8 + locked[27:]):
         with pytest.raises(ConfigError, match="damaged"):
             unlock_root_key(damaged, "p")
-    with pytest.raises(ConfigError, match="does not open"):
+    with pytest.raises(ConfigError, match="does not decrypt"):
         unlock_root_key(locked[:-1] + bytes([locked[-1] ^ 1]), "p")
 
 

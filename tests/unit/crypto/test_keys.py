@@ -60,7 +60,7 @@ def test_a_home_of_0_1_gets_the_logins_it_lacks_and_keeps_its_identities(home: H
 def test_a_home_of_0_1_without_its_root_key_is_told_what_to_do(home: Home) -> None:
     as_0_1(home)
     home.root_key.unlink()
-    with pytest.raises(ConfigError, match="put the root key back"):
+    with pytest.raises(ConfigError, match="restore the root key"):
         create_home(home, workers=2)
 
 
