@@ -1,1 +1,1 @@
-"""The values that every service speaks of: jobs, tensors, models, tenants. Pure."""
+"""Values shared by all services: jobs, tensors, models, tenants. Pure."""

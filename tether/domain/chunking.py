@@ -1,8 +1,9 @@
-"""Content-defined cutting: where a file is cut depends on the bytes around the cut, not on how far in they are.
+"""Content-defined chunking: boundaries depend on the bytes around them, not on their offset in the file.
 
-So bytes that are put in or taken out change the chunks they fall into, and no others. The algorithm is FastCDC (Xia et
-al., "The Design of Fast Content-Defined Chunking for Data Deduplication Based Storage Systems", IEEE TPDS 2020), as the
-library pyfastcdc has it, with its published gear table and normalisation level 1. Client and gateway cut alike.
+So an insertion or deletion changes only the chunks that it falls into. The algorithm is FastCDC (Xia et al.,
+"The Design of Fast Content-Defined Chunking for Data Deduplication Based Storage Systems", IEEE TPDS 2020),
+as in the library pyfastcdc, with its published gear table and normalisation level 1. Client and gateway cut
+identically.
 """
 
 from __future__ import annotations
@@ -20,29 +21,29 @@ from tether.errors import CorruptChunk, PayloadTooLarge
 SMALLEST = 256 << 10
 MEAN = 1 << 20
 LARGEST = 4 << 20
-"""Bytes of a chunk. Only the last one of a file may have less than ``SMALLEST``. The broker's ``max_payload`` must
-allow the largest."""
+"""Sizes of a chunk in bytes. Only a file's last chunk may be smaller than ``SMALLEST``. The broker's
+``max_payload`` must allow the largest."""
 
 _ENOUGH = 2 * LARGEST
-"""Bytes to gather before they are cut: what lies behind the last cut is looked at twice."""
+"""Bytes to collect before cutting: the bytes after the last boundary are processed twice."""
 
 
 ZSTD = "zstd"
-"""What the stored form of a compressed chunk is called: one Zstandard frame (RFC 8878) that tells its content's size."""
+"""Name of the compressed form: one Zstandard frame (RFC 8878) with its content's size."""
 
 WORTH = 0.1
-"""The share of its bytes that compression must save of a chunk. Less is not worth the time that reading then takes."""
+"""Fraction of a chunk that compression must save to be worth the time of decompression."""
 
 _LEVEL = 1
 _SAMPLE = 8 << 10
-"""Bytes at the start, in the middle and at the end of a chunk that are tried before the whole."""
+"""Bytes at the start, middle and end of a chunk that are compressed as a trial."""
 
 Bytes: TypeAlias = bytes | memoryview
-"""A chunk that is only read may be a view of the buffer that it was cut in."""
+"""A read-only chunk may be a view of the buffer that it was cut from."""
 
 
 def compressed(chunk: Bytes) -> bytes | None:
-    """The chunk as a Zstandard frame; None when that does not save enough of it. Blocks."""
+    """Return the chunk as a Zstandard frame; None if that does not save enough. Blocks."""
     middle = len(chunk) // 2
     sample = b"".join((chunk[:_SAMPLE], chunk[middle : middle + _SAMPLE], chunk[-_SAMPLE:]))
     if len(chunk) > 2 * len(sample) and not _worth(sample):
@@ -56,25 +57,25 @@ def _worth(content: Bytes) -> bytes | None:
 
 
 def decompressed(stored: bytes) -> bytes:
-    """What :func:`compressed` made a frame of. Blocks.
+    """Return the content of a frame of :func:`compressed`. Blocks.
 
     Raises:
-        CorruptChunk: it is no frame, or one that says it holds more than a chunk may have; nothing of it was unpacked.
+        CorruptChunk: it is not a frame, or declares more than a chunk's size; nothing was decompressed.
     """
     try:
         size = zstandard.get_frame_parameters(stored).content_size
         if not 0 < size <= LARGEST:
-            raise CorruptChunk("a compressed chunk is larger than a chunk may be, or does not say how large it is")
+            raise CorruptChunk("a compressed chunk exceeds the maximum chunk size, or does not declare its size")
         return zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise CorruptChunk("a compressed chunk cannot be unpacked") from error
+        raise CorruptChunk("a compressed chunk cannot be decompressed") from error
 
 
 class Cutter:
-    """Cuts one file that arrives in parts, and knows what it cut: each chunk's digest and size, and the file's SHA-256.
+    """Cuts one file that arrives in parts; collects digest and size of each chunk, and the file's SHA-256.
 
-    Where it cuts does not depend on the parts. Without ``whole`` the file's is not taken, which spares the second hash of
-    every byte.
+    Boundaries do not depend on the parts. Without ``whole`` the file's digest is omitted, which saves hashing
+    every byte twice.
     """
 
     def __init__(self, *, whole: bool = True) -> None:
@@ -86,46 +87,47 @@ class Cutter:
 
     @property
     def digest(self) -> str:
-        """Hex SHA-256 of the file so far; empty when it is not taken."""
+        """Hex SHA-256 of the file so far; empty if omitted."""
         return "" if self._whole is None else self._whole.hexdigest()
 
     def cut(self, parts: Iterable[bytes], *, last: bool = False) -> list[tuple[str, Bytes]]:
-        """Digest and bytes of the chunks that ``parts`` complete; with ``last`` of all that are left. Blocks."""
+        """Return digest and bytes of the chunks that ``parts`` complete; with ``last``, of all remaining
+        ones. Blocks."""
         chunks = self.split(parts, last=last)
         self.add_whole(chunks)
         return self.named(chunks, digests_of(chunks))
 
-    # the same in steps, each of which may run in another thread while the others do their part
+    # the same in steps, which may run in separate threads
 
     def split(self, parts: Iterable[bytes], *, last: bool = False) -> list[Bytes]:
-        """The chunks that ``parts`` complete: views of one buffer that holds all of them. Blocks."""
+        """Return the chunks that ``parts`` complete, as views of one buffer. Blocks."""
         content = b"".join((self._pending, *parts))
         found = [(chunk.offset, chunk.length) for chunk in self._cdc.cut_buf(content)] if content else []
         if found and not last:
-            found.pop()  # it ends where the buffer does; more bytes may belong to it
+            found.pop()  # it ends with the buffer; more bytes may belong to it
         end = sum(length for _, length in found)
         self._pending = content[end:]
         view = memoryview(content)
         return [view[start : start + length] for start, length in found]
 
     def add_whole(self, chunks: Sequence[Bytes]) -> None:
-        """Go on with the hash of the whole. Blocks."""
+        """Add chunks to the file's digest. Blocks."""
         if self._whole is not None:
             for chunk in chunks:
                 self._whole.update(chunk)
 
     def named(self, chunks: Sequence[Bytes], digests: Sequence[str]) -> list[tuple[str, Bytes]]:
-        """Note the chunks that come next."""
+        """Record the next chunks with their digests."""
         self.digests += digests
         self.sizes += map(len, chunks)
         return list(zip(digests, chunks, strict=True))
 
 
 async def cut(body: AsyncIterator[bytes], limit: int, cutter: Cutter) -> AsyncIterator[tuple[str, Bytes]]:
-    """Digest and bytes of a body's chunks, while it arrives: parts of it are hashed in threads while the next are split.
+    """Yield digest and bytes of a body's chunks as it arrives; hash parts in threads while cutting the next.
 
     Raises:
-        PayloadTooLarge: more than ``limit`` bytes came.
+        PayloadTooLarge: the body has more than ``limit`` bytes.
     """
     naming: asyncio.Task[list[tuple[str, Bytes]]] | None = None
     try:
@@ -153,7 +155,7 @@ async def _named(cutter: Cutter, chunks: list[Bytes]) -> list[tuple[str, Bytes]]
 
 
 async def _with_last(parts: AsyncIterator[list[bytes]]) -> AsyncIterator[list[bytes] | None]:
-    """What comes, and None at the end."""
+    """Yield all parts, then None."""
     async for part in parts:
         yield part
     yield None
@@ -165,9 +167,7 @@ async def _gathered(body: AsyncIterator[bytes], limit: int) -> AsyncIterator[lis
     async for part in body:
         total += len(part)
         if total > limit:
-            raise PayloadTooLarge(
-                f"the model file has more than {limit} bytes, the most this platform takes", field="body"
-            )
+            raise PayloadTooLarge(f"the model file is larger than {limit} bytes, this platform's maximum", field="body")
         parts.append(part)
         size += len(part)
         if size >= _ENOUGH:
@@ -178,7 +178,7 @@ async def _gathered(body: AsyncIterator[bytes], limit: int) -> AsyncIterator[lis
 
 
 def cut_file(file: BinaryIO) -> Cutter:
-    """Cut a file without keeping its chunks: what is known afterwards is the cutter's. Blocks."""
+    """Cut a file; return the cutter with digests and sizes, without the chunks. Blocks."""
     cutter = Cutter()
     while part := file.read(_ENOUGH):
         cutter.cut((part,))
@@ -187,10 +187,10 @@ def cut_file(file: BinaryIO) -> Cutter:
 
 
 def digest_of(chunk: Bytes) -> str:
-    """The name of a chunk: the hex SHA-256 of its bytes."""
+    """Return the name of a chunk: the hex SHA-256 of its bytes."""
     return hashlib.sha256(chunk).hexdigest()
 
 
 def digests_of(chunks: Iterable[Bytes]) -> list[str]:
-    """:func:`digest_of` of each. Blocks."""
+    """Return :func:`digest_of` of each chunk. Blocks."""
     return [digest_of(chunk) for chunk in chunks]

@@ -1,4 +1,4 @@
-"""Jobs, lanes, outcomes: the values that cross between services. Frozen, closed, without I/O."""
+"""Jobs, lanes, outcomes: values that services exchange. Frozen, closed, without I/O."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ JobId = NewType("JobId", str)
 """32 lower-case hex characters, unguessable."""
 
 LONGEST_DEADLINE_S = 30 * 86400
-"""The latest deadline a durable job may have, from its submission."""
+"""Maximum deadline of a durable job, from its submission."""
 
 Parameter = str | int | float | bool
 
 
 class JobState(StrEnum):
-    """Closed. Exactly one of the last five ends a job."""
+    """Closed. Exactly one of the last five is a job's final state."""
 
-    SCHEDULED = "scheduled"  # waits for its time
-    QUEUED = "queued"  # in a lane, no worker has begun
-    RUNNING = "running"  # a worker holds it
+    SCHEDULED = "scheduled"  # waits for its start time
+    QUEUED = "queued"  # in a lane, not started by a worker
+    RUNNING = "running"  # a worker is processing it
     SUCCEEDED = "succeeded"  # has outputs
-    FAILED = "failed"  # the model refused it; running it again would not help
-    CANCELLED = "cancelled"  # its owner took it back
-    EXPIRED = "expired"  # its deadline passed before it ended
-    DEAD = "dead"  # every attempt ended without an answer
+    FAILED = "failed"  # the model rejected it; a retry would not help
+    CANCELLED = "cancelled"  # its owner cancelled it
+    EXPIRED = "expired"  # its deadline passed before it finished
+    DEAD = "dead"  # every attempt ended without a reply
 
 
 TERMINAL = frozenset(
@@ -46,7 +46,7 @@ class LaneKind(StrEnum):
 
 
 class Priority(StrEnum):
-    """Order in which a worker takes durable jobs; infer lanes come before all of them."""
+    """Order in which workers take durable jobs; infer lanes come before all of them."""
 
     HIGH = "high"
     NORMAL = "normal"
@@ -54,11 +54,11 @@ class Priority(StrEnum):
 
 
 SHARED = "shared"
-"""The pool of every tenant that is not isolated; no tenant may have this name."""
+"""The pool of all tenants that are not isolated; reserved as a tenant name."""
 
 
 class Lane(msgspec.Struct, frozen=True):
-    """One queue: the jobs of a kind for one model version, in one region, of one pool: shared, or an isolated tenant's."""
+    """One queue: jobs of a kind for one model version, in one region and pool."""
 
     kind: LaneKind
     model: str
@@ -69,12 +69,12 @@ class Lane(msgspec.Struct, frozen=True):
 
     @property
     def tenant(self) -> str:
-        """The isolated tenant whose lane it is; empty for a shared one."""
+        """The isolated tenant that owns the lane; empty if shared."""
         return "" if self.pool == SHARED else self.pool
 
 
 class Sealed(msgspec.Struct, frozen=True):
-    """A payload that only holders of the data key ``key_id`` can open."""
+    """A payload encrypted with the data key ``key_id``."""
 
     key_id: bytes
     box: bytes
@@ -88,27 +88,27 @@ class Job(msgspec.Struct, frozen=True):
     inputs: tuple[Tensor, ...]
     deadline: float
     outputs: tuple[str, ...] = ()
-    """Names of the wanted outputs in the wanted order; empty means all, in the model's order."""
+    """Requested outputs in order; empty means all, in the model's order."""
     request_id: str = ""
     traceparent: str = ""
     sealed: Sealed | None = None
-    """A sealed tenant's inputs and outputs; where they are opened, ``inputs`` and ``outputs`` have them too."""
+    """An encrypted tenant's inputs and outputs; after decryption, ``inputs`` and ``outputs`` have them too."""
 
     @property
     def size(self) -> int:
-        """About how many bytes its payload takes in a message."""
+        """Approximate bytes of its payload in a message."""
         return sum([len(tensor.data) for tensor in self.inputs]) if self.sealed is None else len(self.sealed.box)
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """Why a job did not succeed: an error code of the tree and one line for a person."""
+    """Why a job failed: an error code and a one-line message."""
 
     code: str
     message: str
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """How one job ended. Times are UTC, seconds since the epoch; 0.0 means it never started."""
+    """The outcome of one job. Times are UTC seconds since the epoch; 0.0: never started."""
 
     job: JobId
     state: JobState
@@ -119,30 +119,31 @@ class Outcome(msgspec.Struct, frozen=True):
     started_at: float = 0.0
     finished_at: float = 0.0
     sealed: Sealed | None = None
-    """``outputs`` and ``error`` of a sealed tenant's job, which are then empty."""
+    """``outputs`` and ``error`` of an encrypted tenant's job, which are then empty."""
 
 
 _BY_WORK = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.DEAD})
 
 
 def as_it_counts(outcome: Outcome, deadline: float, stored_at: float = 0.0) -> Outcome:
-    """How a durable job ended: what its work came to after its deadline does not count, whoever looked meanwhile.
+    """Return the effective outcome of a durable job: a result after its deadline counts as expired, whoever
+    reads it.
 
-    ``deadline`` is the latest time (UTC seconds) at which it may have finished by its worker's clock; ``stored_at`` is when
-    the broker stored its end, and may be :data:`STORED_S` later.
+    ``deadline`` is the latest finish (UTC seconds) on its worker's clock; ``stored_at`` is when the broker
+    stored its outcome, which may be :data:`STORED_S` later.
     """
     if outcome.state not in _BY_WORK or (outcome.finished_at <= deadline and stored_at <= deadline + STORED_S):
         return outcome
-    late = Failure(DeadlineExceeded.code, "the job ended after its deadline")
+    late = Failure(DeadlineExceeded.code, "the job finished after its deadline")
     return msgspec.structs.replace(outcome, state=JobState.EXPIRED, outputs=(), error=late, sealed=None)
 
 
 STORED_S = 2.0
-"""An end that was in time may take this long to be stored; after that anyone may call the job expired."""
+"""Maximum delay until an outcome that was in time is stored; after that anyone may expire the job."""
 
 
 class JobRecord(msgspec.Struct, frozen=True):
-    """What is known of a durable job from the moment it was accepted."""
+    """The record of a durable job, from its acceptance on."""
 
     id: JobId
     tenant: str
@@ -152,47 +153,51 @@ class JobRecord(msgspec.Struct, frozen=True):
     submitted_at: float
     deadline: float
     digest: str
-    """Digest of the request, so that an Idempotency-Key cannot be used for two different requests."""
+    """Digest of the request, so that an Idempotency-Key cannot be reused for a different request."""
     bundle: str
-    """Message id of the bundle that carries the job: where its attempts are noted. Empty: the job is not accepted yet."""
+    """Message id of the job's bundle, which its attempts are recorded under. Empty: not accepted yet."""
     request_id: str = ""
     pool: str = SHARED
-    """Whose lanes and results hold it; it stays when the tenant ceases to be isolated, or begins to be."""
+    """Pool of its lane and result; unchanged if the tenant's isolation changes later."""
     storing: str = ""
-    """Of a job with an Idempotency-Key that is not accepted yet: message id of the bundle that is being stored."""
+    """For a job with an Idempotency-Key that is not accepted yet: message id of the bundle being stored."""
     size: int = 0
-    """About how many bytes the job takes in its lane."""
+    """Approximate bytes of the job in its lane."""
 
     @property
     def key(self) -> str:
-        """The key of the record in its bucket. Ids of homes of before do not begin with their tenant's mark."""
+        """The key of the record in its bucket. In older data directories ids do not start with their tenant's
+        mark."""
         return record_key(self.id) if self.id.startswith(tenant_mark(self.tenant)) else self.id[:RECORD_KEY_LENGTH]
 
 
 class AttemptNote(msgspec.Struct, frozen=True):
-    """A worker began a bundle, or one job of a redelivered bundle; or, with attempt 0, it handed a bundle back of which no job
-    ran any more. ``started_at`` is UTC seconds."""
+    """A worker started a bundle, or one job of a redelivered bundle; with attempt 0, it returned an unstarted
+    bundle.
+
+    ``started_at`` is UTC seconds.
+    """
 
     attempt: int
     worker: str
     started_at: float
     deliveries: int = 0
-    """Of a bundle that was handed back: how often it had been delivered, each time without harm."""
+    """For a returned bundle: how often it had been delivered, each time without harm."""
 
 
 CANCELLATION_TOLD_S = 60.0
-"""Workers are told of a cancelled job, and remember it for this long."""
+"""Workers are notified of a cancelled job, and remember it, for this many seconds."""
 
 
 class Withdrawal(msgspec.Struct, frozen=True):
-    """Jobs of an infer lane that nobody waits for any more. After ``until``, UTC seconds, none of them could run anyhow."""
+    """Withdrawn jobs of an infer lane. After ``until`` (UTC seconds) none of them can run anyway."""
 
     jobs: tuple[str, ...]
     until: float
 
 
 class _Random(threading.local):
-    """Random bytes from the system, fetched for many ids at once; each thread, and a forked child, has its own."""
+    """Random bytes from the system, fetched for many ids at once, per thread and process."""
 
     def __init__(self) -> None:
         self._pool = b""
@@ -216,49 +221,55 @@ def new_job_id() -> JobId:
 
 
 def new_request_id() -> str:
-    """16 lower-case hex characters."""
+    """Return 16 lower-case hex characters."""
     return _random.take(8).hex()
 
 
 RECORD_KEY_LENGTH = 24
-"""Characters of a job's id that name its record; the others make the id a new one each time a key is used again."""
+"""Characters of a job's id that identify its record; the rest makes the id unique each time a key is reused."""
 
 _MARK_LENGTH = 8
 
 
 def tenant_mark(tenant: str) -> str:
-    """The first characters of the ids of a tenant's durable jobs: its records are found by them, without a look at others'."""
+    """Return the prefix of the ids of a tenant's durable jobs, by which its records are found."""
     return hashlib.blake2b(tenant.encode(), digest_size=_MARK_LENGTH // 2, person=b"tether-mark").hexdigest()
 
 
 def record_key(job_id: str) -> str:
-    """The key of a job's record in the bucket ``jobs``, from the job's id: the mark of its tenant, and the rest."""
+    """Return the key of a job's record in the bucket ``jobs``: its tenant's mark and the rest of its id."""
     return f"{job_id[:_MARK_LENGTH]}.{job_id[_MARK_LENGTH:RECORD_KEY_LENGTH]}"
 
 
 def older_record_keys(job_id: str) -> tuple[str, str]:
-    """The keys that records have in homes of before."""
+    """Return the keys of the record in older data directories."""
     return job_id[:RECORD_KEY_LENGTH], job_id
 
 
 def idempotency_digest(tenant: str, key: str) -> str:
-    """What an Idempotency-Key stands for: the same for the same tenant and key, on every gateway and after every
-    restart. The id of its job begins with its first :data:`RECORD_KEY_LENGTH` characters."""
+    """Return the identity of an Idempotency-Key, which depends on tenant and key alone.
+
+    The id of its job starts with its first :data:`RECORD_KEY_LENGTH` characters.
+    """
     digest = hashlib.blake2b(f"{tenant}\0{key}".encode(), digest_size=16, person=b"tether-idem")
     return tenant_mark(tenant) + digest.hexdigest()
 
 
 def digest_of_before(digest: str) -> str:
-    """:func:`idempotency_digest` as homes of before have it: ids of jobs there begin with it, or are it."""
+    """Return :func:`idempotency_digest` as in older data directories: ids of jobs there start with it or
+    equal it."""
     return digest[_MARK_LENGTH:]
 
 
 def new_durable_job_id(tenant: str) -> JobId:
-    """An id for a durable job without an Idempotency-Key."""
+    """Return an id for a durable job without an Idempotency-Key."""
     return JobId(tenant_mark(tenant) + _random.take(12).hex())
 
 
 def new_keyed_job_id(digest: str) -> JobId:
-    """An id for a job under an Idempotency-Key. No two jobs have the same one, also when the key is used again after
-    its first job was forgotten: what is still stored of that one cannot be taken for the new one's."""
+    """Return a unique id for a job with an Idempotency-Key.
+
+    It is unique even if the key is reused after its first job was deleted: remains of that job cannot be
+    mistaken for the new one's.
+    """
     return JobId(digest[:RECORD_KEY_LENGTH] + _random.take(4).hex())

@@ -25,17 +25,18 @@ from tether.errors import BadName
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_NAME_RULE = "a name has 1 to 64 of a-z, 0-9, '.', '_' and '-', and begins with a letter or digit"
+_NAME_RULE = "a name has 1 to 64 of a-z, 0-9, '.', '_' and '-', and starts with a letter or digit"
 
 
 FIXED_CHUNK = 1 << 20
-"""Bytes of every chunk but the last in files that were not cut by their content."""
+"""Chunk size in bytes, except the last, of files that were not cut by content."""
 
 
 class ModelFile(msgspec.Struct, frozen=True):
-    """One file of a version. ``chunks`` are the SHA-256 digests (hex) of its chunks, in order, ``sizes`` their bytes.
+    """One file of a version. ``chunks`` are the SHA-256 digests (hex) of its chunks in order, ``sizes`` their
+    bytes.
 
-    Versions from before there were ``sizes`` have none, and chunks of ``FIXED_CHUNK`` bytes.
+    Older versions have no ``sizes``, and chunks of ``FIXED_CHUNK`` bytes.
     """
 
     path: str
@@ -45,7 +46,7 @@ class ModelFile(msgspec.Struct, frozen=True):
     sizes: tuple[int, ...] = ()
 
     def sized_chunks(self) -> list[tuple[str, int]]:
-        """Digest and bytes of every chunk, in order."""
+        """Return digest and bytes of every chunk, in order."""
         if self.sizes:
             return list(zip(self.chunks, self.sizes, strict=True))
         left = range(self.size, 0, -FIXED_CHUNK)
@@ -53,7 +54,7 @@ class ModelFile(msgspec.Struct, frozen=True):
 
 
 class SealedDigests(msgspec.Struct, frozen=True):
-    """What an encrypted version's files and chunks really are: the plain digests, closed with the data key ``key_id``."""
+    """The plain digests of an encrypted version's files and chunks, encrypted with the data key ``key_id``."""
 
     key_id: bytes
     box: bytes
@@ -64,27 +65,27 @@ DECLARED = "declared"
 
 
 class Batching(msgspec.Struct, frozen=True):
-    """How jobs of a version are joined: rows per run, and how long a bundle may wait for company."""
+    """Batching of a version: rows per run, and the maximum wait for more requests."""
 
     max_batch_size: int = 0
-    """0: not batched, every job runs by itself."""
+    """0: not batched, every job runs alone."""
     max_delay_ms: float = 2.0
     basis: str = ""
-    """Why rows of different callers may share a run: ``proven`` from the graph, or ``declared`` by the publisher. Empty
-    when it is not batched, and in manifests from before there was a basis."""
+    """Why rows of different callers may share a run: ``proven`` from the graph or ``declared`` by the
+    publisher. Empty if not batched, and in older manifests."""
     reason: str = ""
-    """Why it is not batched, in one line; of a declared version, what its trial run said against it."""
+    """Why it is not batched, in one line; for a declared version, the objection of its trial run."""
 
 
 class Isolation(StrEnum):
-    """Where a model runs: in a thread of the worker, or in a process of its own."""
+    """Where a model runs: in a thread of the worker, or in its own process."""
 
     THREAD = "thread"
     PROCESS = "process"
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """The description of an immutable version; a version exists when its signed manifest does.
+    """The description of an immutable version, which exists once its signed manifest does.
 
     ``created_at`` is UTC seconds. ``platform`` is the OIP platform string.
     """
@@ -99,24 +100,24 @@ class Manifest(msgspec.Struct, frozen=True):
     created_at: float
     publisher: str
     tenant: str = ""
-    """Whose key pushed it, so whose quota its bytes count against; empty when no tenant did."""
+    """Tenant whose key pushed it and whose quota its bytes count towards; empty if none."""
     isolation: str = ""
-    """Empty: as is usual for the platform, see :func:`isolation_of`."""
+    """Empty: the platform's default, see :func:`isolation_of`."""
     run_timeout_s: float = 0.0
-    """0: as long as the worker's setting allows."""
+    """0: the worker's setting."""
     sealed: SealedDigests | None = None
-    """Of an encrypted version. The digests in ``files`` are then names that only holders of its key can compute."""
+    """Set for an encrypted version, whose digests in ``files`` are keyed with its data key."""
     partition: int = 0
-    """Where its chunks are; versions from before there were several are in the first."""
+    """Partition of its chunks; older versions are in the first."""
     owner: str = ""
-    """The tenant that owned the model when the version was made; empty in versions from before models had owners. Who
-    owns it now, its :class:`~tether.model.ownership.Ownership` says."""
+    """The owner of the model when the version was made; empty in older versions. The current owner is in its
+    :class:`~tether.model.ownership.Ownership`."""
     untried: str = ""
-    """Why no trial run succeeded at the push, in one line; empty when one did."""
+    """Why no trial run succeeded at the push, in one line; empty if one did."""
     signature: str = ""
-    """The signature of its file that is served, for formats that have several."""
+    """The served signature of its file, for formats that have several."""
     signatures: tuple[str, ...] = ()
-    """All that its file has."""
+    """All signatures of its file."""
 
     @property
     def size(self) -> int:
@@ -124,18 +125,18 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 def isolation_of(manifest: Manifest) -> Isolation:
-    """Where a version runs: ONNX in the worker's own process and everything else in one of its own, unless it says so."""
+    """Return where a version runs; default: ONNX in the worker's process, all others in their own."""
     if manifest.isolation:
         return Isolation(manifest.isolation)
     return Isolation.THREAD if manifest.platform == "onnxruntime_onnx" else Isolation.PROCESS
 
 
 AUTOMATIC = -1
-"""As ``max_batch_size`` of a push: decide from the model itself."""
+"""As ``max_batch_size`` of a push: derive it from the model."""
 
 
 class PushRequest(msgspec.Struct, frozen=True):
-    """Gateway to model store: make these stored files a version of ``name``. ``publisher`` is who pushed it."""
+    """Gateway to model store: make a version of ``name`` from stored files. ``publisher`` is the pusher."""
 
     name: str
     files: tuple[ModelFile, ...]
@@ -147,40 +148,40 @@ class PushRequest(msgspec.Struct, frozen=True):
     run_timeout_s: float = 0.0
     platform: str = "onnxruntime_onnx"
     trusted: bool = False
-    """The pusher may push programs."""
+    """The pusher may push models that contain code."""
     config: dict[str, Any] = {}
-    """A merge patch of the model's configuration, made when the version is."""
+    """A merge patch of the model's configuration, applied with the version."""
     version: int = 0
-    """The number it is to have, which must be the next one; 0: whatever that is."""
+    """The expected number, which must be the next one; 0: any."""
     about: dict[str, Any] = {}
     """A merge patch of the version's labels and note."""
     sealed: SealedDigests | None = None
     open: bool = False
-    """To be stored in the clear although the model is encrypted."""
+    """Store in plaintext although the model is encrypted."""
     admin: bool = False
     """The pusher may push to every tenant's models."""
     signature: str = ""
-    """Which signature of its file is to be served; empty: the usual one."""
+    """The signature of its file to serve; empty: the default one."""
 
 
 class PushAnswer(msgspec.Struct, frozen=True):
-    """The version a push made; ``created`` is False when the newest version already was exactly this."""
+    """The version that a push made; ``created`` is False if the newest version is identical."""
 
     manifest: Manifest
     created: bool
     aliases: dict[str, int]
-    """Every alias of the model and the version it names."""
+    """Every alias of the model with its version."""
 
 
 class Share(msgspec.Struct, frozen=True):
-    """One version's part of an alias's traffic; weights count relative to one another."""
+    """One version's share of an alias's traffic; weights are relative to one another."""
 
     version: int
     weight: float
 
 
 class Move(msgspec.Struct, frozen=True):
-    """What an alias stood for until ``moved_at`` (UTC seconds)."""
+    """An earlier target of an alias, until ``moved_at`` (UTC seconds)."""
 
     version: int
     moved_at: float
@@ -191,9 +192,10 @@ class Move(msgspec.Struct, frozen=True):
 class Alias(msgspec.Struct, frozen=True):
     """A movable name for a version, or for several that share its traffic.
 
-    ``previous`` is its history, newest first; ``revision`` counts its moves. With a ``split`` each request gets one of
-    its versions by weight; the same ``x-tether-sticky`` header always gets the same one, and with ``sticky`` so does the
-    same API key. ``version`` is then the one with the most weight.
+    ``previous`` is its history, newest first; ``revision`` counts its moves. With a ``split`` each request
+    gets one of its versions by weight; requests with the same ``x-tether-sticky`` header get the same one,
+    and with ``sticky`` so do those with the same API key. ``version`` is then the one with the largest
+    weight.
     """
 
     model: str
@@ -204,16 +206,16 @@ class Alias(msgspec.Struct, frozen=True):
     split: tuple[Share, ...] = ()
     sticky: bool = False
     undone: tuple[Move, ...] = ()
-    """What was rolled back since it was last set, newest first."""
+    """Targets that were rolled back since it was last set, newest first."""
 
     @property
     def versions(self) -> frozenset[int]:
-        """Every version that it can stand for."""
+        """All versions that it can point at."""
         return frozenset({self.version, *(share.version for share in self.split)})
 
 
 class Change(StrEnum):
-    """What a model store is asked to do with a model's versions and aliases."""
+    """Commands to a model store about a model's versions, aliases, keys and owner, or about its chunks."""
 
     SET_ALIAS = "set_alias"
     DELETE_ALIAS = "delete_alias"
@@ -230,17 +232,17 @@ class Change(StrEnum):
 
 
 STORE_CHANGES = frozenset({Change.SHOW_STORE, Change.COLLECT, Change.SCRUB})
-"""Those that are about the store of chunks, and no model."""
+"""Commands about the chunk store rather than a model."""
 
 OWNER_CHANGES = frozenset({Change.SHOW_OWNER, Change.GRANT, Change.HAND_OVER})
-"""Those that are about who may do what with a model; they are answered with its ownership."""
+"""Commands about ownership and grants; the reply is the ownership."""
 
 
 class ChangeRequest(msgspec.Struct, frozen=True):
-    """Gateway to model store: change a model. Which fields count follows from ``change``.
+    """Gateway to model store: change a model. The used fields depend on ``change``.
 
-    ``by`` is the API key that asked, ``tenant`` its tenant, ``admin`` whether it may change every tenant's models.
-    ``grantee`` gets the right whose number is ``right`` (0: none), or becomes the owner.
+    ``by`` is the requesting API key, ``tenant`` its tenant, ``admin`` whether it may change every tenant's
+    models. ``grantee`` gets the right with the number ``right`` (0: none), or becomes the owner.
     """
 
     change: Change
@@ -257,17 +259,16 @@ class ChangeRequest(msgspec.Struct, frozen=True):
 
 
 class DamagedChunk(msgspec.Struct, frozen=True):
-    """A chunk that is missing or altered, and the versions (``model:version``) that name it."""
+    """A missing or altered chunk, and the versions (``model:version``) that reference it."""
 
     digest: str
     versions: tuple[str, ...]
 
 
 class StoreState(msgspec.Struct, frozen=True):
-    """The store of chunks: what is in it, what no version names, and what is damaged.
+    """State of the chunk store: its contents, unreferenced and damaged chunks.
 
-    ``stored_bytes`` is what the broker keeps on its disk, ``named_bytes`` the bytes of the chunks that versions name,
-    before they were compressed.
+    ``stored_bytes`` is the broker's disk use, ``named_bytes`` the uncompressed bytes of referenced chunks.
     """
 
     chunks: int
@@ -279,7 +280,7 @@ class StoreState(msgspec.Struct, frozen=True):
 
 
 class ChangeAnswer(msgspec.Struct, frozen=True):
-    """The alias as it is now; None when it, or a version, is gone. What else there is, when it was asked for."""
+    """The resulting alias, or None if it, or a version, was deleted; other fields if requested."""
 
     alias: Alias | None = None
     store: StoreState | None = None
@@ -291,10 +292,10 @@ LATEST = "latest"
 
 
 def check_name(name: str, *, field: str) -> str:
-    """Return ``name`` when a client may choose it.
+    """Return ``name`` if a client may choose it.
 
     Raises:
-        BadName: with the rule that it breaks.
+        BadName: with the violated rule.
     """
     if _NAME.fullmatch(name) is None:
         shown = name[:64].encode("ascii", "backslashreplace").decode()

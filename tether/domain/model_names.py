@@ -1,9 +1,10 @@
-"""Names of models: each tenant has a namespace of its own. Pure.
+"""Names of models; each tenant has its own namespace. Pure.
 
-A model has one platform's name, which subjects, keys, manifests, logs and metrics use. It is plain (``resnet``) in the namespace of tenant
-``default``, where models from before there were namespaces are too, and begins with the tenant in every other (``acme/resnet``).
-Callers write a plain name, which is looked up in their own tenant's namespace first, or ``tenant/model``, which is exactly that one.
-No plain name has a slash, so none is taken for another tenant's.
+Subjects, keys, manifests, logs and metrics use a model's platform name. In the namespace of tenant
+``default``, which also has all models from before namespaces, it is plain (``resnet``); in every other it
+starts with the tenant (``acme/resnet``). Callers write a plain name, which is looked up in their own tenant's
+namespace first, or the exact ``tenant/model``. A plain name has no slash, so it cannot be mistaken for
+another tenant's.
 """
 
 from __future__ import annotations
@@ -16,41 +17,42 @@ from tether.domain.manifest import NAME_PATTERN, check_name
 from tether.errors import BadName
 
 DEFAULT_TENANT = "default"
-"""The tenant of the first administrator's key. Its models are shared with every tenant unless it takes that back."""
+"""The tenant of the first administrator's key. Its models are shared with every tenant, unless it revokes
+that."""
 
 LONGEST = 100
-"""Characters of tenant, slash and model together: consumers of lanes are called by it, and a broker takes 255 characters."""
+"""Maximum length of ``tenant/model``: lane consumers are named after it, and a broker allows 255 characters."""
 
 WRITTEN = r"^(?:[^/]{0,64}|[^/]{1,64}/[^/]{1,64})$"
-"""What is no longer than a name that a caller may write, or empty."""
+"""Matches text that is no longer than a name that a caller may write, or empty."""
 
 RESERVED = frozenset(
     {"aliases", "chunks", "config", "files", "generate", "generate_stream", "grants", "infer", "load", "logging"}
     | {"owner", "ready", "rekey", "rollback", "shadows", "stats", "trace", "unload", "versions"}
 )
-"""What may follow a model in a path of the HTTP interface. In a namespace of its own no model has such a name, so that
-``/v2/models/acme/ready`` is read in one way, however a proxy writes the slash."""
+"""Words that may follow a model in a path of the HTTP interface. No model outside namespace ``default`` may
+have such a name, so that ``/v2/models/acme/ready`` is unambiguous, however a proxy encodes the slash."""
 
 Known = Callable[[str], bool]
-"""Whether there is, or was, a model of a platform's name."""
+"""Returns True if a model of a platform name exists or existed."""
 
 
 def platform_name(tenant: str, model: str) -> str:
-    """The platform's name of a model in a tenant's namespace."""
+    """Return the platform name of a model in a tenant's namespace."""
     return model if tenant == DEFAULT_TENANT else f"{tenant}/{model}"
 
 
 def namespace(name: str) -> str:
-    """The tenant whose namespace a platform's name is in; who owns the model may be another."""
+    """Return the tenant whose namespace a platform name is in; the model's owner may be another."""
     tenant, found, _ = name.partition("/")
     return tenant if found else DEFAULT_TENANT
 
 
 def check_platform_name(name: str, *, field: str) -> str:
-    """Return ``name`` when a model may be called so.
+    """Return ``name`` if it is a valid platform name.
 
     Raises:
-        BadName: with the rule that it breaks.
+        BadName: with the violated rule.
     """
     tenant, found, model = name.partition("/")
     if not found:
@@ -73,7 +75,7 @@ def check_platform_name(name: str, *, field: str) -> str:
 
 
 def check_new_name(name: str, *, field: str) -> None:
-    """Prove that a model which is not there yet may get a platform's name.
+    """Check that a new model may get a platform name.
 
     Raises:
         BadName
@@ -91,11 +93,11 @@ def _printable(name: str) -> str:
 
 
 def resolved(written: str, tenant: str, known: Known) -> str:
-    """The platform's name of the model that a caller of ``tenant`` means: of a plain name its tenant's own, if there is one, and
-    otherwise the plain one.
+    """Return the platform name of the model that a caller of ``tenant`` writes: its own tenant's, else the
+    plain one.
 
     Raises:
-        BadName: it has a slash and is not tenant/model. A plain name is not looked at.
+        BadName: it has a slash and is not tenant/model. Plain names are not checked.
     """
     if "/" in written:
         return _exact(written)
@@ -111,8 +113,10 @@ def _exact(written: str) -> str:
 
 
 def resolved_push(written: str, tenant: str, known: Known, writable: Known) -> str:
-    """The platform's name that a push makes a version of: of a plain name the tenant's own, unless there is a plain model
-    that it may write to, and not one of its own.
+    """Return the platform name that a push adds a version to.
+
+    A plain name is in the tenant's own namespace, unless that has no such model and there is a plain one that
+    the tenant may write.
 
     Raises:
         BadName: as :func:`resolved`.
@@ -124,7 +128,7 @@ def resolved_push(written: str, tenant: str, known: Known, writable: Known) -> s
 
 
 def shown(name: str, tenant: str, known: Known) -> str:
-    """How a caller of ``tenant`` writes a platform's name; :func:`resolved` gives the name back."""
+    """Return a platform name as a caller of ``tenant`` writes it; the inverse of :func:`resolved`."""
     if tenant == DEFAULT_TENANT:
         return name
     space, found, model = name.partition("/")
@@ -134,12 +138,13 @@ def shown(name: str, tenant: str, known: Known) -> str:
 
 
 def shown_text(text: str, tenant: str) -> str:
-    """A message of the platform with the models of a tenant's own namespace as the tenant writes them."""
+    """Return a message with models of the tenant's namespace as the tenant writes them."""
     return text if tenant == DEFAULT_TENANT else text.replace(f"model '{tenant}/", "model '")
 
 
 def spelled_out(patterns: Iterable[str], tenant: str) -> list[str]:
-    """Patterns of models of a tenant's key, each with its namespace: one without means the tenant's own and the plain ones."""
+    """Return model patterns with explicit namespaces; one without means the tenant's own and the plain
+    models."""
     found: list[str] = []
     for pattern in patterns:
         if pattern == "*" or "/" in pattern:

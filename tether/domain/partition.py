@@ -1,7 +1,7 @@
-"""Partitions of the store of chunks: which model store looks after each, and who may take it over.
+"""Partitions of the chunk store: ownership by leases, and takeover by other model stores.
 
-A model store gives signs of life, and takes a partition whose owner gave none for a while. Whoever looks measures that with its own clock,
-from when it saw the last change, so no two clocks are compared.
+A model store sends heartbeats, and takes over a partition whose owner has sent none for a while, measured on
+its own clock.
 """
 
 from __future__ import annotations
@@ -13,34 +13,35 @@ import msgspec
 
 
 class Lease(msgspec.Struct, frozen=True):
-    """Who looks after a partition. ``epoch`` is another one after every change of hands; requests carry it in their subject."""
+    """The owner of a partition. ``epoch`` changes with the owner and is part of the subject of requests."""
 
     partition: int
     epoch: int
     owner: str = ""
-    """One run of one model store; empty: nobody."""
+    """Id of one run of one model store; empty: none."""
 
 
 class StoreHeartbeat(msgspec.Struct, frozen=True):
-    """One run of one model store was there."""
+    """Heartbeat of one run of one model store."""
 
     instance: str
     beat: int
 
 
 class ChunkRequest(msgspec.Struct, frozen=True):
-    """Model store to worker: send this chunk as it is kept, if it is in the cache and intact."""
+    """Model store to worker: send this chunk as stored, if it is cached and intact."""
 
     digest: str
-    """Its name in the store, which is a keyed digest where the model is encrypted."""
+    """Its name in the store: a keyed digest if the model is encrypted."""
 
 
 def plan(own: str, partitions: int, owners: Mapping[int, str], living: Collection[str]) -> tuple[list[int], list[int]]:
-    """The partitions that ``own`` takes, and those it gives up, so that all have an equal share.
+    """Return the partitions that ``own`` takes over, and those it gives up, so that all have an equal share.
 
-    ``owners``: whom each partition's lease names. ``living`` names those whose leases count; ``own`` is one of them.
+    ``owners`` are the owners by partition; ``living`` are the model stores with valid leases, ``own``
+    included.
     """
     share = math.ceil(partitions / max(len({*living, own}), 1))
-    held = [partition for partition in range(partitions) if owners.get(partition) == own]
+    owned = [partition for partition in range(partitions) if owners.get(partition) == own]
     free = [partition for partition in range(partitions) if owners.get(partition, "") not in {*living, own}]
-    return free[: max(share - len(held), 0)], held[share:]
+    return free[: max(share - len(owned), 0)], owned[share:]

@@ -1,4 +1,4 @@
-"""What a model declares of its inputs and outputs, and whether a request fits that."""
+"""Signatures of models, and checks of requests against them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tether.errors import BadTensor, ModelRejected
 
 
 class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a model declares of one input or output; -1 in ``shape`` is an axis of any length.
+    """Declaration of one input or output; -1 in ``shape`` is an axis of any length.
 
-    ``axes`` are the names that the model gives to such axes, one for each axis, empty where there is none; () when it names
-    none. Axes of two inputs with one name have one length, unless the name has no letter or digit, as the '?' of some exporters. An
-    ``optional`` input has a value of its own when a request gives none.
+    ``axes`` are the model's names of such axes, empty for unnamed ones; () if it names none. Axes of two
+    inputs with the same name have the same length, unless the name has no letter or digit, as the '?' of some
+    exporters. An ``optional`` input has a default if a request omits it.
     """
 
     name: str
@@ -43,10 +43,10 @@ SERVING_DEFAULT = "serving_default"
 
 
 def chosen(known: Sequence[str], wanted: str) -> str:
-    """Which of a file's signatures is served: the one that is ``wanted``, else ``serving_default``, else the only one.
+    """Return the served signature of a file: ``wanted``, else ``serving_default``, else the only one.
 
     Raises:
-        ModelRejected: there is none such; it names those that there are.
+        ModelRejected: there is no such signature; the message lists the existing ones.
     """
     listed = ", ".join(f"'{name[:64]}'" for name in sorted(known)[:16]) or "none"
     if wanted:
@@ -58,22 +58,24 @@ def chosen(known: Sequence[str], wanted: str) -> str:
     if len(known) == 1:
         return known[0]
     raise ModelRejected(
-        f"the model has no signature '{SERVING_DEFAULT}', and not one alone; it has: {listed}"
-        + ("; name one with --signature NAME" if known else "; save it with signatures"),
+        f"the model has no signature '{SERVING_DEFAULT}', and not exactly one other; it has: {listed}"
+        + ("; choose one with --signature NAME" if known else "; save it with signatures"),
         field="signature",
     )
 
 
 MOST_RUNS = 4096
-"""Runs that one request may be cut into."""
+"""Maximum number of runs that one request is split into."""
 
 
 def check_inputs(model: Signature, inputs: tuple[Tensor, ...], *, run_rows: int) -> None:
-    """Compare a request's tensors with a version's signature. ``run_rows``: rows of one run; they must have as many rows as one
-    another then, and not more than fit into ``MOST_RUNS``. 0: it is not batched.
+    """Check a request's tensors against a version's signature.
+
+    With ``run_rows`` (rows of one run; 0: not batched) all inputs must have the same number of rows, at most
+    ``MOST_RUNS`` runs.
 
     Raises:
-        BadTensor: naming the tensor, what was sent and what is expected.
+        BadTensor: naming the tensor, the given and the expected value.
     """
     specs = {spec.name: spec for spec in model.inputs}
     named: dict[str, tuple[str, int]] = {}
@@ -89,17 +91,18 @@ def check_inputs(model: Signature, inputs: tuple[Tensor, ...], *, run_rows: int)
             _check_axes(spec, tensor, named)
     missing = next((name for name, spec in specs.items() if not spec.optional), None)
     if missing is not None:
-        raise BadTensor(f"input '{missing}' is required by model '{model.name}' and missing", field=missing)
+        raise BadTensor(f"input '{missing}' is required by model '{model.name}', but missing", field=missing)
     if rows > run_rows * MOST_RUNS:
         raise BadTensor(
-            f"the inputs have {rows} rows; model '{model.name}' takes at most {run_rows * MOST_RUNS} in one request, "
+            f"the inputs have {rows} rows; model '{model.name}' accepts at most {run_rows * MOST_RUNS} in one request, "
             f"which are {MOST_RUNS} runs of {run_rows}: send several requests",
             field="inputs",
         )
 
 
 def gives_optional(model: Signature, inputs: tuple[Tensor, ...]) -> bool:
-    """Whether a request gives an optional input, whose first axis is no row's: it is to run whole and by itself."""
+    """Return True if a request gives an optional input. Its first axis is not rows, so the request must run
+    alone."""
     optional = {spec.name for spec in model.inputs if spec.optional}
     return bool(optional) and any(tensor.name in optional for tensor in inputs)
 
@@ -108,28 +111,30 @@ def _same_rows(tensor: Tensor, rows: int) -> int:
     own = tensor.shape[0]
     if rows not in (-1, own):
         raise BadTensor(
-            f"input '{tensor.name}' has {own} rows and another input has {rows}; all inputs need the same first axis",
+            f"input '{tensor.name}' has {own} rows, but another input has {rows}; all inputs need the same first axis",
             field=f"{tensor.name}.shape",
         )
     return own
 
 
 def _check_axes(spec: TensorSpec, tensor: Tensor, named: dict[str, tuple[str, int]]) -> None:
-    """Axes of one name have one length; ``named`` has those seen so far, with the input that they were seen in. Exporters give one
-    name to height and width too, so axes of one input are not compared."""
+    """Check that axes with the same name have the same length; ``named`` has those of earlier inputs.
+
+    Axes within one input are not compared, because exporters give height and width the same name.
+    """
     for place, (axis, length) in enumerate(zip(spec.axes, tensor.shape, strict=True)):
         other, expected = named.setdefault(axis, (tensor.name, length))
         if length != expected and other != tensor.name and any(map(str.isalnum, axis)):
             raise BadTensor(
-                f"input '{tensor.name}' has {length} on axis {place} ('{axis[:64]}'), and input '{other}' has {expected} "
-                "on the axis of that name; they must agree",
+                f"input '{tensor.name}' has {length} on axis {place} ('{axis[:64]}'), "
+                f"but input '{other}' has {expected} on the axis of the same name; they must be equal",
                 field=f"{tensor.name}.shape",
             )
 
 
 def _unexpected(model: Signature, inputs: tuple[Tensor, ...], tensor: Tensor) -> BadTensor:
     if sum(other.name == tensor.name for other in inputs) > 1:
-        return BadTensor(f"input '{tensor.name}' is given twice", field=tensor.name)
+        return BadTensor(f"input '{tensor.name}' is given more than once", field=tensor.name)
     known = ", ".join(f"'{spec.name}'" for spec in model.inputs)
     has = f"its inputs are {known}" if known else "it has none"
     shown = tensor.name[:64]
@@ -154,14 +159,14 @@ def _check_against(spec: TensorSpec, tensor: Tensor) -> None:
 
 
 def check_outputs(model: Signature, names: tuple[str, ...]) -> None:
-    """Prove that every requested output is one of the model's, and asked for once.
+    """Check that every requested output exists and is requested once.
 
     Raises:
-        BadTensor: naming the first that is not.
+        BadTensor: naming the first invalid one.
     """
     known = {spec.name for spec in model.outputs}
     if len(set(names)) != len(names):
-        raise BadTensor("an output is asked for twice", field="outputs")
+        raise BadTensor("an output is requested more than once", field="outputs")
     for name in names:
         if name not in known:
             listed = ", ".join(f"'{output}'" for output in sorted(known))
@@ -171,7 +176,7 @@ def check_outputs(model: Signature, names: tuple[str, ...]) -> None:
 
 
 def metadata(model: Signature, versions: tuple[int, ...]) -> dict[str, Any]:
-    """The OIP model metadata object."""
+    """Return the OIP model metadata object."""
     return {
         "name": model.name,
         "versions": [str(version) for version in versions],

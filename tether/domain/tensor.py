@@ -1,4 +1,4 @@
-"""Tensors as they travel: a name, an OIP datatype, a shape, and row-major little-endian bytes.
+"""Tensors in messages: a name, an OIP datatype, a shape, and row-major little-endian bytes.
 
 The byte form is the Open Inference Protocol's binary tensor extension: fixed-size elements without padding,
 BYTES elements as a little-endian ``uint32`` length followed by that many bytes.
@@ -19,11 +19,11 @@ import numpy.typing as npt
 from tether.errors import BadTensor
 
 MAX_RANK = 32
-"""More axes than this are refused; numpy itself stops at 64."""
+"""Maximum number of axes; numpy's own limit is 64."""
 
 MAX_ELEMENTS = 2**40
 MAX_BESIDE_ZERO = 2**56
-"""Product of the other axes of an empty tensor."""
+"""Maximum product of the other axes of an empty tensor."""
 
 Array = npt.NDArray[Any]
 
@@ -69,7 +69,7 @@ _LENGTH = struct.Struct("<I")
 
 
 class Tensor(msgspec.Struct, frozen=True, gc=False):
-    """One named tensor. ``data`` holds the elements as described above and is never copied on the way."""
+    """One named tensor. ``data`` has the elements as described above and is never copied."""
 
     name: str
     datatype: str
@@ -78,11 +78,11 @@ class Tensor(msgspec.Struct, frozen=True, gc=False):
 
 
 LONGEST_NAME = 1024
-"""Characters of a tensor's name."""
+"""Maximum length of a tensor's name."""
 
 
 def fault_of_name(name: str) -> str:
-    """Why no tensor may be called so; empty when one may. One rule for models and requests."""
+    """Return why a tensor's name is invalid; empty if it is valid. Used for models and requests."""
     if not name:
         return "is empty"
     if len(name) > LONGEST_NAME:
@@ -91,17 +91,17 @@ def fault_of_name(name: str) -> str:
 
 
 def element_count(shape: tuple[int, ...], *, name: str) -> int:
-    """Product of ``shape``, checked.
+    """Return the product of ``shape``, checked.
 
     Raises:
-        BadTensor: a negative axis, too many axes, or a product no machine holds.
+        BadTensor: a negative axis, too many axes, or too many elements.
     """
     if len(shape) > MAX_RANK:
         raise BadTensor(f"tensor '{name}' has {len(shape)} axes; at most {MAX_RANK} are allowed", field=f"{name}.shape")
     if any(axis < 0 for axis in shape):
         raise BadTensor(f"tensor '{name}' has a negative axis in its shape {list(shape)}", field=f"{name}.shape")
     count = math.prod(shape)
-    # Libraries multiply the axes of an empty tensor too, with numbers that overflow.
+    # libraries multiply the axes of an empty tensor too, and may overflow
     if count > MAX_ELEMENTS or (not count and math.prod(axis or 1 for axis in shape) > MAX_BESIDE_ZERO):
         raise BadTensor(
             f"tensor '{name}' has a shape of more than {MAX_ELEMENTS} elements: {str(list(shape))[:200]}",
@@ -111,10 +111,10 @@ def element_count(shape: tuple[int, ...], *, name: str) -> int:
 
 
 def check(tensor: Tensor) -> None:
-    """Prove that datatype, shape and bytes agree, before anything trusts them.
+    """Check that datatype, shape and bytes agree.
 
     Raises:
-        BadTensor: naming the tensor and what does not fit.
+        BadTensor: naming the tensor and the mismatch.
     """
     count = element_count(tensor.shape, name=tensor.name)
     dtype = NUMPY_DTYPES.get(tensor.datatype)
@@ -145,10 +145,10 @@ def unknown_datatype(name: str, datatype: str) -> BadTensor:
 
 
 def to_numpy(tensor: Tensor) -> Array:
-    """The tensor as an array of its shape: a read-only view of its bytes, or ``object`` elements for BYTES.
+    """Return the tensor as an array: a read-only view of its bytes, or ``object`` elements for BYTES.
 
     Raises:
-        BadTensor: when datatype, shape and bytes do not agree.
+        BadTensor: datatype, shape and bytes do not agree.
     """
     check(tensor)
     if tensor.datatype == Datatype.BYTES:
@@ -159,10 +159,10 @@ def to_numpy(tensor: Tensor) -> Array:
 
 
 def from_numpy(name: str, array: Array) -> Tensor:
-    """Make a tensor of any array whose dtype OIP knows; strings and objects become BYTES (text as UTF-8).
+    """Convert an array to a tensor; strings and objects become BYTES (text as UTF-8).
 
     Raises:
-        BadTensor: for a dtype that has no OIP name.
+        BadTensor: OIP has no datatype for the dtype.
     """
     if array.dtype.kind in "OSUT":
         return Tensor(name, "BYTES", tuple(array.shape), pack_bytes([_element(name, item) for item in array.ravel()]))
@@ -174,15 +174,15 @@ def from_numpy(name: str, array: Array) -> Tensor:
 
 
 def pack_bytes(elements: list[bytes]) -> bytes:
-    """Elements of a BYTES tensor in their wire form."""
+    """Encode the elements of a BYTES tensor."""
     return b"".join(part for element in elements for part in (_LENGTH.pack(len(element)), element))
 
 
 def unpack_bytes(tensor: Tensor) -> list[bytes]:
-    """The flat elements of a BYTES tensor.
+    """Return the flat elements of a BYTES tensor.
 
     Raises:
-        BadTensor: when the bytes are cut short, run over, or the count is not the shape's.
+        BadTensor: the bytes are truncated or too long, or the count differs from the shape's.
     """
     check(tensor)
     return _split_bytes(tensor)
@@ -192,17 +192,17 @@ def _split_bytes(tensor: Tensor) -> list[bytes]:
     data, position, elements = tensor.data, 0, []
     while position < len(data):
         if position + 4 > len(data):
-            raise _cut_short(tensor)
+            raise _truncated(tensor)
         (length,) = _LENGTH.unpack_from(data, position)
         position += 4
         if position + length > len(data):
-            raise _cut_short(tensor)
+            raise _truncated(tensor)
         elements.append(bytes(data[position : position + length]))
         position += length
     return elements
 
 
-def _cut_short(tensor: Tensor) -> BadTensor:
+def _truncated(tensor: Tensor) -> BadTensor:
     return BadTensor(
         f"tensor '{tensor.name}' has a BYTES element that runs past the end of its data", field=f"{tensor.name}.data"
     )
@@ -215,5 +215,5 @@ def _element(name: str, item: object) -> bytes:
         try:
             return item.encode()
         except UnicodeEncodeError as error:
-            raise BadTensor(f"tensor '{name}' holds text that is not Unicode (a lone surrogate)", field=name) from error
-    raise BadTensor(f"tensor '{name}' holds a {type(item).__name__}; only text and bytes become BYTES", field=name)
+            raise BadTensor(f"tensor '{name}' has text that is not Unicode (a lone surrogate)", field=name) from error
+    raise BadTensor(f"tensor '{name}' has a {type(item).__name__}; only text and bytes can be BYTES", field=name)

@@ -1,4 +1,4 @@
-"""What dispatcher and workers tell one another, and the gateways: who serves which version. Frozen values without I/O."""
+"""Messages between dispatcher, workers and gateways: which worker hosts which version. Frozen, without I/O."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ import msgspec
 from tether.domain.job import SHARED
 
 BUNDLE_S = 0.1
-"""About how long the jobs of one durable bundle should run together: one worker has all of them, and they are in its order."""
+"""Target run time of one durable bundle: a single worker processes all of its jobs, in its order."""
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """What workers found out about a version that its manifest does not say. It counts until the version is deleted."""
+    """Findings of workers about a version beyond its manifest, valid until the version is deleted."""
 
     mixed: str = ""
-    """What a run showed that does not keep rows apart: its jobs are not joined any more."""
+    """How a run mixed up rows: since then the version's jobs are not batched."""
     proven: bool = False
-    """Of a version whose manifest names no basis for batching: its rows do not depend on one another."""
+    """For a manifest without a basis for batching: its rows are independent."""
     unproven: str = ""
-    """Of such a version: why that is not proven."""
+    """For such a manifest: why independence is not proven."""
     crashed: str = ""
-    """How a run of it ended a worker, or took more than it may in a worker's own process: since then it runs in one of its own."""
+    """How a run crashed a worker or exceeded its memory there: since then the version runs in its own
+    process."""
 
     def __or__(self, other: Finding) -> Finding:
-        """Both together; where they say different things, what this one says."""
+        """Combine findings; this one takes precedence."""
         return Finding(
             self.mixed or other.mixed,
             self.proven or other.proven,
@@ -39,8 +40,8 @@ NO_FINDING = Finding()
 
 
 class Route(msgspec.Struct, frozen=True):
-    """Which workers answer for a version in a pool just now, as the dispatcher saw it. A route means that the lanes are
-    there, even when it names no worker."""
+    """The workers that host a version in a pool now, as seen by the dispatcher. A route implies that the
+    lanes exist, even without a worker."""
 
     model: str
     version: int
@@ -48,22 +49,22 @@ class Route(msgspec.Struct, frozen=True):
     regions: tuple[str, ...] = ("local",)
     pool: str = SHARED
     reason: str = ""
-    """Why it is on fewer workers than it should be; empty when it is not."""
+    """Why fewer workers than desired host it; empty if none is missing."""
     finding: Finding = NO_FINDING
-    """What workers of the pool found out about it."""
+    """Findings of the pool's workers."""
     job_s: float = 0.0
-    """About how long its slowest worker runs for one job, as far as that matters to the size of bundles; 0: not known."""
+    """Approximate run time of one job on its slowest worker, if relevant to the size of bundles; 0: unknown."""
 
 
 class ModelRef(msgspec.Struct, frozen=True):
-    """A version by name: what a worker is told to hold, and what it says it holds."""
+    """A version by name, in assignments and reports."""
 
     model: str
     version: int
 
 
 class EndedLanes(msgspec.Struct, frozen=True):
-    """The lanes in one region of a version that was deleted: whoever is assigned them tells the jobs that wait there."""
+    """The lanes of a deleted version in one region; the assigned worker fails the jobs that wait there."""
 
     model: str
     version: int
@@ -71,35 +72,36 @@ class EndedLanes(msgspec.Struct, frozen=True):
 
 
 class Assignment(msgspec.Struct, frozen=True):
-    """What one worker should hold, and whose lanes it serves. ``epoch`` is the registration it is meant for."""
+    """The versions that a worker should host, and the pool it serves. ``epoch`` is the registration it is
+    for."""
 
     worker: str
     epoch: int
     models: tuple[ModelRef, ...]
     pool: str = SHARED
     ended: tuple[EndedLanes, ...] = ()
-    """Lanes to work off by ending every job in them."""
+    """Lanes to drain by ending every job in them."""
     revisions: tuple[tuple[str, int], ...] = ()
-    """Which revision of its configuration counts for each model that has one."""
+    """Current revision of each model's configuration."""
     levels: tuple[tuple[ModelRef, float], ...] = ()
-    """What the least able worker says of each version, as in its heartbeat."""
+    """Lowest capacity of each version, as in heartbeats."""
     findings: tuple[tuple[ModelRef, Finding], ...] = ()
-    """What workers of the pool found out about versions."""
+    """Findings of the pool's workers about versions."""
     streams: str = ""
-    """Another text whenever an infer stream of the cluster was made again: pulls are to begin again."""
+    """Changes whenever an infer stream of the cluster was recreated: pulls must restart."""
 
 
 class StreamsMade(msgspec.Struct, frozen=True):
-    """When the streams of a cluster's infer lanes were created: a stream with another time than before lost what was in it.
+    """Creation times of a cluster's infer streams: a stream with a new time has lost its messages.
 
-    It is in the bucket ``routes`` under :attr:`KEY`, which no version has. Its first fields are those of a route without workers,
-    for dispatchers of before, which read every entry there as a route.
+    Stored in the bucket ``routes`` under :attr:`KEY`, which no version has. Its first fields are those of a
+    route without workers, for older dispatchers, which decode every entry there as a route.
     """
 
     KEY: ClassVar[str] = "=streams"
 
     made: tuple[tuple[str, str], ...]
-    """Names of streams, and the broker's word when they were created."""
+    """Names of streams, with their creation times as reported by the broker."""
     model: str = KEY
     version: int = 0
     workers: tuple[str, ...] = ()
@@ -107,7 +109,7 @@ class StreamsMade(msgspec.Struct, frozen=True):
 
 
 class Registration(msgspec.Struct, frozen=True):
-    """What a worker says of itself when it asks for an epoch."""
+    """A worker's request for an epoch."""
 
     worker: str
     region: str
@@ -115,19 +117,19 @@ class Registration(msgspec.Struct, frozen=True):
     platforms: tuple[str, ...]
     labels: Mapping[str, str] = {}
     memory: int = 0
-    """Bytes for models; 0: as many as come."""
+    """Bytes for models; 0: no limit."""
     epoch: int = 0
-    """The one that the worker has, when it only asks whether that still counts; 0: it asks for another one."""
+    """The worker's current epoch, if it only asks whether that is valid; 0: it asks for a new one."""
 
 
 class Epoch(msgspec.Struct, frozen=True):
-    """The dispatcher's answer: heartbeats that carry this number count, older ones do not."""
+    """The dispatcher's reply: heartbeats with this epoch are valid, those with older ones are not."""
 
     epoch: int
 
 
 class Heartbeat(msgspec.Struct, frozen=True):
-    """A worker's sign of life. ``failed`` maps ``model:version`` to why it could not be loaded."""
+    """A worker's heartbeat. ``failed`` maps ``model:version`` to the reason of a failed load."""
 
     worker: str
     epoch: int
@@ -135,17 +137,17 @@ class Heartbeat(msgspec.Struct, frozen=True):
     ready: tuple[ModelRef, ...]
     failed: tuple[tuple[str, str], ...]
     running: int
-    """Jobs in the worker's hands."""
+    """Jobs the worker is processing."""
     slots: int
     sent_at: float
     pool: str = SHARED
-    """Whose lanes the worker serves."""
+    """Pool that the worker serves."""
     labels: Mapping[str, str] = {}
     memory: int = 0
     """Bytes for models, as in the registration."""
     levels: tuple[tuple[ModelRef, float], ...] = ()
-    """Jobs a second that it could do of each version whose jobs are shared by capacity, as far as it has measured that."""
+    """Measured capacity, in jobs per second, of each version whose jobs are shared by capacity."""
     findings: tuple[tuple[ModelRef, Finding], ...] = ()
-    """What this worker found out about versions, or was told that others did."""
+    """Findings of this worker about versions, and those received from others."""
     paces: tuple[tuple[ModelRef, float], ...] = ()
-    """Seconds that a job of a version usually runs; of those whose full bundles run for long."""
+    """Usual run time of a job in seconds, for versions whose full bundles run long."""

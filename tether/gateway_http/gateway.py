@@ -138,7 +138,7 @@ class Gateway:
         alias: str = "",
         notes: Headers | None = None,
     ) -> tuple[Tensor, ...]:
-        """Run a request for the version written as ``alias``; ``notes`` collects response headers.
+        """Return the requested outputs, in order. ``alias`` is the version as written, ``notes`` collects headers.
 
         Raises:
             BadTensor: inputs or outputs do not match the model's signature; nothing was queued.

@@ -1,1 +1,1 @@
-"""What is decided about a model: configuration, version policy, ownership, metadata. Pure."""
+"""Decisions about a model: configuration, version policy, ownership, metadata. Pure."""

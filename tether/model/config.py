@@ -1,8 +1,8 @@
-"""How a model is served: set at a push or changed later, for all of its versions, without making a new one.
+"""Model configuration: set at a push or changed later, for all versions, without creating a new one.
 
-What a version *is* stands in its manifest and never changes; what is decided about a model stands here. An entry counts as
-a whole, the newest ``revision`` wins. The ideas are those of Triton's model configuration; names that mean the same are
-the same.
+A version's manifest is immutable; everything changeable about a model is here. An entry counts as a whole,
+and the newest ``revision`` wins. The concepts are those of Triton's model configuration, under the same names
+where possible.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ MAX_BATCH = 65_536
 MAX_DELAY_MS = 10_000.0
 MAX_RUN_S = 86_400.0
 COMPILED = ("pytorch_export", "pytorch_safetensors")
-"""Platforms that ``compile`` is for: TorchScript is a compiled form itself, and PyTorch refuses to compile it again."""
+"""Platforms that support ``compile``: TorchScript is already compiled, and PyTorch refuses to compile it
+again."""
 MOST = 16
-"""Entries of any list of a configuration."""
+"""Maximum number of entries in any list of a configuration."""
 
 
 class InstanceKind(StrEnum):
-    """What an instance runs on; ``auto`` takes CUDA where the runtime and the machine have it."""
+    """Device of an instance; ``auto`` uses CUDA if runtime and machine support it."""
 
     AUTO = "auto"
     CPU = "cpu"
@@ -33,47 +34,47 @@ class InstanceKind(StrEnum):
 
 
 class Loading(StrEnum):
-    """When a worker that was given a version loads it: at once, or when its first job comes."""
+    """When an assigned worker loads a version: at once, or with its first job."""
 
     EAGER = "eager"
     LAZY = "lazy"
 
 
 class TimeoutAction(StrEnum):
-    """What happens to a request that waited for ``QueuePolicy.timeout_ms``: refused, or served after those that did not."""
+    """Handling of a request that waited for ``QueuePolicy.timeout_ms``: reject it, or serve it after others."""
 
     REJECT = "reject"
     DELAY = "delay"
 
 
 class LoadBalancing(StrEnum):
-    """How workers that hold a version share its jobs; each takes jobs only while it has a free slot."""
+    """How workers that host a version share its jobs; each takes jobs only while it has a free slot."""
 
     LEAST_CONNECTIONS = "least_connections"
-    """Who has more free slots asks for more."""
+    """Workers with more free slots request more."""
     ROUND_ROBIN = "round_robin"
     """In turn."""
     WEIGHTED_ROUND_ROBIN = "weighted_round_robin"
-    """As many turns as the worker's setting ``worker_weight`` says."""
+    """Turns in proportion to the worker's setting ``worker_weight``."""
     CAPACITY = "capacity"
-    """As many turns as follow from what the worker is measured to be able to do."""
+    """Turns in proportion to the worker's measured capacity."""
 
 
 class QueuePolicy(msgspec.Struct, frozen=True):
-    """How long requests of a model may wait, and how many. 0: no limit of its own."""
+    """Limits of waiting time and queue length of a model's requests. 0: no limit of its own."""
 
     max_size: int = 0
     timeout_ms: float = 0.0
     timeout_action: TimeoutAction = TimeoutAction.REJECT
     allow_timeout_override: bool = True
-    """Whether a request's own ``timeout`` may shorten it; none can make it longer."""
+    """Whether a request's own ``timeout`` may shorten it; it can never extend it."""
 
 
 class Warmup(msgspec.Struct, frozen=True):
-    """Runs made after a load, before the version counts as ready: ``count`` runs of ``rows`` rows.
+    """Warm-up runs after a load, before the version is ready: ``count`` runs of ``rows`` rows.
 
-    ``shapes`` gives axes that the signature leaves open, by input and without the batch axis. ``random``: values drawn
-    instead of zeros.
+    ``shapes`` gives the variable axes of inputs, without the batch axis. ``random``: random values instead of
+    zeros.
     """
 
     rows: int = 1
@@ -83,15 +84,16 @@ class Warmup(msgspec.Struct, frozen=True):
 
 
 class VersionPolicy(msgspec.Struct, frozen=True):
-    """Which versions are served: the ``latest`` so many, or the ``specific`` ones; neither: all. What an alias stands for
-    is served in any case."""
+    """Served versions: the ``latest`` so many, or ``specific`` ones; neither: all. Targets of aliases are
+    always served."""
 
     latest: int = 0
     specific: tuple[int, ...] = ()
 
 
 class Shadow(msgspec.Struct, frozen=True):
-    """A version that gets a copy of ``percent`` of the requests of ``alias`` (empty: of the model) and never answers them."""
+    """A version that receives ``percent`` of the requests of ``alias`` (empty: of the model), without
+    answering them."""
 
     version: int
     percent: float = 100.0
@@ -99,9 +101,10 @@ class Shadow(msgspec.Struct, frozen=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True):
-    """Everything decided about a model. The defaults are what a model without an entry has.
+    """The configuration of a model. The defaults are those of a model without an entry.
 
-    ``changed_at`` is UTC seconds. ``None``, and 0 where it says so: as the version's manifest or the worker's settings have it.
+    ``changed_at`` is UTC seconds. ``None``, and 0 where noted, mean the manifest's value or the worker's
+    setting.
     """
 
     model: str
@@ -110,57 +113,58 @@ class ModelConfig(msgspec.Struct, frozen=True):
     changed_by: str = ""
 
     max_batch_size: int | None = None
-    """May only lower what the version itself allows."""
+    """Can only lower the version's own limit."""
     max_delay_ms: float | None = None
     preferred_batch_sizes: tuple[int, ...] = ()
 
     queue: QueuePolicy = QueuePolicy()
     default_priority: str = ""
-    """Of durable jobs that name none: ``high``, ``normal`` or ``low``; empty: ``normal``."""
+    """Default priority of durable jobs: ``high``, ``normal`` or ``low``; empty: ``normal``."""
 
     instances: int = 1
-    """Runs that one worker makes side by side, each with its own copy of the model."""
+    """Instances in one worker, which run concurrently."""
     kind: InstanceKind = InstanceKind.AUTO
     threads: int = 0
-    """Of one instance; 0: the worker's setting."""
+    """Threads of one instance; 0: the worker's setting."""
     compile: bool = False
-    """``torch.compile`` at load, where a version's platform is one of ``COMPILED``."""
+    """Use ``torch.compile`` at load, for platforms in ``COMPILED``."""
     isolation: str = ""
     run_timeout_s: float = 0.0
     warmup: tuple[Warmup, ...] = ()
 
     loading: Loading = Loading.EAGER
     loaded: bool = True
-    """False: taken out of all workers until it is loaded again; its jobs wait or are refused."""
+    """False: unloaded from all workers until it is loaded again; its jobs wait or are rejected."""
     pinned: bool = False
-    """Never unloaded to make room, nor for idleness."""
+    """Never unloaded to free memory or when idle."""
     idle_unload_s: float = 0.0
-    """0: not for idleness."""
+    """0: never unloaded when idle."""
 
     versions: VersionPolicy = VersionPolicy()
     replicas_min: int = 0
-    """Workers that should hold it whatever else they hold; 0 and ``replicas_max`` 0: every worker that fits."""
+    """Workers that should host it whatever else they host; if this and ``replicas_max`` are 0: every worker
+    with room."""
     replicas_max: int = 0
     labels: Mapping[str, str] = {}
-    """What a worker must have to be given it."""
+    """Labels that a worker must have to host it."""
 
     load_balancing: LoadBalancing = LoadBalancing.LEAST_CONNECTIONS
 
     cache_ttl_s: float = 0.0
-    """How long an answer is given again to a request with the same inputs; 0: never."""
+    """Seconds for which outputs are cached; 0: never."""
     shadows: tuple[Shadow, ...] = ()
 
 
 def default_config(model: str) -> ModelConfig:
-    """What a model without an entry has."""
+    """Return the configuration of a model without an entry."""
     return ModelConfig(model)
 
 
 def check_config(config: ModelConfig) -> ModelConfig:
-    """Return a configuration that can be acted on, by itself: what versions there are is looked at elsewhere.
+    """Check and return a configuration, without regard to the existing versions.
 
     Raises:
-        InvalidRequest: naming the field and what it may be.
+        InvalidRequest: naming the field and its allowed values.
     """
     _check_batching(config)
     _check_queue(config.queue)
@@ -215,22 +219,22 @@ def _check_placement(config: ModelConfig) -> None:
     _between("replicas_min", config.replicas_min, 0, 1024)
     _between("replicas_max", config.replicas_max, 0, 1024)
     if config.replicas_max and config.replicas_min > config.replicas_max:
-        raise InvalidRequest("replicas_min is above replicas_max", field="replicas_min")
+        raise InvalidRequest("replicas_min must be at most replicas_max", field="replicas_min")
     _between("versions.latest", config.versions.latest, 0, 1024)
     _at_most("versions.specific", config.versions.specific)
     for number in config.versions.specific:
         _between("versions.specific", number, 1, 1 << 31)
     if config.versions.latest and config.versions.specific:
-        raise InvalidRequest("versions has 'latest' and 'specific'; give one of them", field="versions")
+        raise InvalidRequest("versions has both 'latest' and 'specific'; give only one", field="versions")
     _at_most("labels", config.labels)
     for name, value in config.labels.items():
         if not 0 < len(name) <= 64 or len(value) > 64 or not (name + value).isprintable():
-            raise InvalidRequest("a label is up to 64 printable characters, and so is its value", field="labels")
+            raise InvalidRequest("a label and its value must each have at most 64 printable characters", field="labels")
 
 
 def _between(field: str, value: float, low: float, high: float) -> None:
     if not (math.isfinite(value) and low <= value <= high):
-        raise InvalidRequest(f"{field} must be {low:g} to {high:g}", field=field)
+        raise InvalidRequest(f"{field} must be {low:g} to {high:g}, got {value:g}", field=field)
 
 
 def _one_of(field: str, value: str, choices: tuple[str, ...]) -> None:

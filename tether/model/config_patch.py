@@ -1,4 +1,4 @@
-"""How a model's configuration is changed: what is asked of the model store, and what a change may say. Pure."""
+"""Changes of a model's configuration: requests to the model store, and checks of patches. Pure."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ ENDPOINT = "configureModel"
 ANY_REVISION = -1
 
 STAMPS = ("model", "revision", "changed_at", "changed_by")
-"""Fields that the model store writes and nobody else."""
+"""Fields that only the model store writes."""
 
 KEPT = ("loaded",)
-"""Fields that a reset leaves alone: they have commands of their own."""
+"""Fields that a reset keeps: they have their own commands."""
 
 
 class ConfigAction(StrEnum):
-    """What to do with a configuration."""
+    """Actions on a configuration."""
 
     SHOW = "show"
     CHANGE = "change"
     RESET = "reset"
     NOTE = "note"
-    """About one version: its labels and note."""
+    """Change the labels and note of one version."""
 
 
 class ConfigRequest(msgspec.Struct, frozen=True):
-    """Gateway to model store: show, change by a merge patch (RFC 7396), or reset a configuration, or change labels and note
-    of a ``version``. ``by`` is the API key that asked, ``tenant`` its tenant, ``admin`` whether it may change every tenant's
-    models.
+    """Gateway to model store: show, patch (RFC 7396) or reset a configuration, or change labels and note of a
+    ``version``.
 
-    Unless ``revision`` is ``ANY_REVISION`` the change is made to that revision only.
+    ``by`` is the requesting API key, ``tenant`` its tenant, ``admin`` whether it may change every tenant's
+    models. Unless ``revision`` is ``ANY_REVISION``, only that revision is changed.
     """
 
     action: ConfigAction
@@ -58,14 +58,15 @@ WORDS: Mapping[str, type[StrEnum]] = {
     "loading": Loading,
     "queue.timeout_action": TimeoutAction,
 }
-"""Fields that are one of a few words."""
+"""Fields with a closed set of values."""
 
 
 def patched(config: ModelConfig, patch: Mapping[str, Any]) -> ModelConfig:
-    """``config`` with what a merge patch says: objects are merged, everything else replaced, and null means the default.
+    """Apply a merge patch to ``config``: objects are merged, other values replaced, null resets to the
+    default.
 
     Raises:
-        InvalidRequest: naming the field that there is not, that nobody may set, or whose value does not fit.
+        InvalidRequest: naming a field that is unknown, read-only or invalid.
     """
     for name in STAMPS:
         if name in patch:
@@ -77,14 +78,14 @@ def patched(config: ModelConfig, patch: Mapping[str, Any]) -> ModelConfig:
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at ")
         field = path.strip("`").removeprefix("$.")[:64] or "config"
-        known = f"; it may be {' or '.join(WORDS[field])}" if field in WORDS else ""
-        raise InvalidRequest(f"{field} does not fit: {reason[:300]}{known}", field=field) from error
+        known = f"; expected {' or '.join(WORDS[field])}" if field in WORDS else ""
+        raise InvalidRequest(f"{field} is invalid: {reason[:300]}{known}", field=field) from error
     except (OverflowError, RecursionError) as error:
         raise InvalidRequest("a number of the configuration is too large", field="config") from error
 
 
 def reset(config: ModelConfig) -> ModelConfig:
-    """The defaults, but for what has commands of its own."""
+    """Return the default configuration, except for fields that have their own commands."""
     kept = {name: getattr(config, name) for name in KEPT}
     return ModelConfig(config.model, revision=config.revision, **kept)
 
@@ -103,16 +104,16 @@ def _merged(value: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any
 
 
 def _check_names(patch: Any, kind: type[msgspec.Struct], where: str) -> None:
-    """Refuse what is no field, here and in the structs inside; types are looked at when the values are converted."""
+    """Reject unknown fields, here and in nested structs; types are checked by the conversion."""
     if not isinstance(patch, Mapping):
         return
     hints = get_type_hints(kind)
     for name, value in patch.items():
         if name not in hints:
             near = difflib.get_close_matches(str(name), hints, 1)
-            known = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(hints)}"
+            known = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(hints)}"
             shown = f"{where}{str(name)[:64]}"
-            raise InvalidRequest(f"there is no field {shown!r}; {known}", field=shown)
+            raise InvalidRequest(f"unknown field {shown!r}; {known}", field=shown)
         inner = _struct_in(hints[name])
         for index, part in enumerate(value if isinstance(value, list | tuple) else [value]):
             if inner is not None:
@@ -121,7 +122,7 @@ def _check_names(patch: Any, kind: type[msgspec.Struct], where: str) -> None:
 
 
 def _struct_in(hint: Any) -> type[msgspec.Struct] | None:
-    """The struct that a field is, or is a list of."""
+    """Return the struct type of a field, or of the items of its list."""
     for kind in (hint, *get_args(hint)):
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
             return kind
@@ -131,11 +132,11 @@ def _struct_in(hint: Any) -> type[msgspec.Struct] | None:
 def check_against(
     config: ModelConfig, before: ModelConfig, manifests: Sequence[Manifest], aliases: Iterable[Alias]
 ) -> None:
-    """Prove that what a change newly says fits the versions that there are. What was decided before stays as it is, though
-    a version that it names may be gone.
+    """Check new settings against the existing versions; settings from before are kept, even of deleted
+    versions.
 
     Raises:
-        InvalidRequest: naming the field, and what there is.
+        InvalidRequest: naming the field, and the existing values.
     """
     numbers = [manifest.version for manifest in manifests]
     _check_known("versions.specific", set(config.versions.specific) - set(before.versions.specific), numbers, config)
@@ -176,7 +177,7 @@ def _check_sizes(config: ModelConfig, most: int) -> None:
     for field, size in sizes.items():
         if size > most:
             raise InvalidRequest(
-                f"{field} says {size}, and no version of model '{config.model}' takes more than {most} rows; "
+                f"{field} is {size}, but no version of model '{config.model}' accepts more than {most} rows; "
                 "a configuration may only lower that: push a version with --max-batch-size to declare more",
                 field=field,
             )
@@ -186,8 +187,8 @@ def _check_compiled(config: ModelConfig, manifests: Sequence[Manifest]) -> None:
     there = {manifest.platform for manifest in manifests}
     if there and not there & set(COMPILED):
         raise InvalidRequest(
-            f"compile is for {' and '.join(COMPILED)}, and model '{config.model}' has versions for "
-            f"{', '.join(sorted(there))} only; push one that torch.export made",
+            f"compile supports {' and '.join(COMPILED)}, but model '{config.model}' has versions for "
+            f"{', '.join(sorted(there))} only; push one made with torch.export",
             field="compile",
         )
 

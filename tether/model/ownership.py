@@ -1,4 +1,4 @@
-"""Who owns a model, and what another tenant may do with it. Pure."""
+"""Ownership of models, and the rights of other tenants. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tether.errors import Conflict, Forbidden, InvalidRequest, ModelNotFound, Te
 from tether.wire.subjects import name_of, token
 
 EVERYBODY = "*"
-"""As the tenant of a grant: every tenant there is and will be."""
+"""The tenant of a grant to every tenant, present and future."""
 
 MOST_GRANTS = 1000
 
@@ -24,20 +24,20 @@ _SUFFIX = ".owner"
 
 
 class Right(IntEnum):
-    """What a tenant may do with a model; each includes those before it."""
+    """Right of a tenant to a model; each includes those before it."""
 
     NONE = 0
-    """Not even know of it."""
+    """The model is hidden."""
     USE = 1
-    """Run it, look at its signature, aliases and configuration."""
+    """Run it; read its signature, aliases and configuration."""
     WRITE = 2
-    """Push versions, change, load, unload and delete what there is, read its files."""
+    """Push versions; change, load, unload and delete; read its files."""
     OWN = 3
-    """Grant all of this to others."""
+    """Grant these rights to others."""
 
 
 class Asker(NamedTuple):
-    """For whom a gateway asks the model store; ``by`` is the API key, as ``key:<id>``."""
+    """On whose behalf a gateway calls the model store; ``by`` is the API key, as ``key:<id>``."""
 
     tenant: str
     admin: bool = False
@@ -45,9 +45,10 @@ class Asker(NamedTuple):
 
 
 class Ownership(msgspec.Struct, frozen=True):
-    """A model's owner and grants, as the model store signed them. Tenants in ``writes`` have WRITE, those in ``uses`` USE.
+    """A model's owner and grants, signed by the model store. ``writes`` are tenants with WRITE, ``uses``
+    those with USE.
 
-    It is kept beside the configuration. No field is called ``model``, so nothing takes it for one.
+    Stored beside the configuration. No field is called ``model``, so it cannot be decoded as one.
     """
 
     owned: str
@@ -69,25 +70,27 @@ class Ownership(msgspec.Struct, frozen=True):
 
 
 def owner_key(model: str) -> str:
-    """The key of a model's ownership in the bucket ``configs``, where the model's configuration has ``token(model)``."""
+    """Return the key of a model's ownership in the bucket ``configs``; its configuration has
+    ``token(model)``."""
     return token(model) + _SUFFIX
 
 
 def owned_model(key: str) -> str | None:
-    """The model whose ownership a key of the bucket ``configs`` is for; None: it is a configuration's key."""
+    """Return the model whose ownership has this key of the bucket ``configs``; None for a configuration's
+    key."""
     return name_of(key.removesuffix(_SUFFIX)) if key.endswith(_SUFFIX) else None
 
 
 def first_ownership(model: str, tenant: str) -> Ownership:
-    """What the first push of a model makes."""
+    """Return the ownership that a model's first push creates."""
     return Ownership(model, tenant, uses=(EVERYBODY,) if tenant == DEFAULT_TENANT else ())
 
 
 def implied_ownership(manifests: Iterable[Manifest]) -> Ownership | None:
-    """Who owns a model that has versions and no record (yet); None: it has no version.
+    """Return the ownership of a model that has versions but no record (yet); None if it has no version.
 
-    Versions that were pushed since models have owners name theirs. Of a model with older versions only, the tenant of the
-    oldest is the owner, and every tenant may use it, as before.
+    Versions from after the introduction of owners name theirs. Of a model with older versions only, the
+    tenant of the oldest is the owner, and every tenant may use it, as before.
     """
     ordered = sorted(manifests, key=lambda manifest: manifest.version)
     for manifest in ordered:
@@ -99,18 +102,19 @@ def implied_ownership(manifests: Iterable[Manifest]) -> Ownership | None:
 
 
 def granted(ownership: Ownership, tenant: str, right: Right) -> Ownership:
-    """The ownership after ``tenant`` got ``right`` (USE or WRITE) in place of what it had; NONE takes all away.
+    """Return the ownership with ``right`` (USE or WRITE) of ``tenant`` in place of its earlier one; NONE
+    revokes it.
 
     Raises:
-        InvalidRequest: everybody cannot write; the owner needs no grant; there are too many grants.
-        BadName: it is no tenant's name.
+        InvalidRequest: WRITE for every tenant, a grant to the owner, or too many grants.
+        BadName: it is not a tenant's name.
     """
     if tenant != EVERYBODY:
         check_tenant_name(tenant)
     elif right > Right.USE:
-        raise InvalidRequest("every tenant together ('*') can be granted use only", field="right")
+        raise InvalidRequest("only the right 'use' can be granted to every tenant ('*')", field="right")
     if tenant == ownership.tenant:
-        raise InvalidRequest(f"tenant '{tenant}' owns model '{ownership.owned}' and needs no grant", field="tenant")
+        raise InvalidRequest(f"tenant '{tenant}' owns model '{ownership.owned}', so it needs no grant", field="tenant")
     uses = tuple(name for name in ownership.uses if name != tenant)
     writes = tuple(name for name in ownership.writes if name != tenant)
     if right == Right.USE:
@@ -123,10 +127,10 @@ def granted(ownership: Ownership, tenant: str, right: Right) -> Ownership:
 
 
 def handed_over(ownership: Ownership, tenant: str) -> Ownership:
-    """The ownership after another tenant became the owner; the one before keeps no right but those granted to all.
+    """Return the ownership with another owner; the previous one keeps only the rights granted to all.
 
     Raises:
-        BadName: it is no tenant's name.
+        BadName: it is not a tenant's name.
     """
     check_tenant_name(tenant)
     uses = tuple(name for name in ownership.uses if name != tenant)
@@ -134,21 +138,21 @@ def handed_over(ownership: Ownership, tenant: str) -> Ownership:
     return msgspec.structs.replace(ownership, tenant=tenant, uses=uses, writes=writes)
 
 
-# refusals, the same words in the gateway and in the model store
+# refusals, with the same messages in gateway and model store
 
 
 def no_such_model(model: str) -> ModelNotFound:
-    """The refusal of a model that is not there, and of one that the asker may not know of.
+    """Return the error for a model that does not exist, or that the caller may not see.
 
     Raises:
-        BadName: no model could have this name.
+        BadName: no model can have this name.
     """
     check_platform_name(model, field="model")
     return ModelNotFound(f"there is no model '{model}'", field="model")
 
 
 def refusal(model: str, found: Right, wanted: Right) -> TetherError | None:
-    """Why who has the right ``found`` may not do what takes ``wanted``; None: it may."""
+    """Return why the right ``found`` does not suffice for ``wanted``; None if it does."""
     if found >= wanted:
         return None
     if found == Right.NONE:
@@ -165,11 +169,13 @@ def refusal(model: str, found: Right, wanted: Right) -> TetherError | None:
 
 
 def push_refusal(model: str, found: Right | None, asker: Asker) -> TetherError | None:
-    """:func:`refusal` of a push; ``found`` is None where there is no model of the name yet. Where only its namespace's tenant may
-    make one, it does not say whether there is one, and otherwise that the name cannot be had, and not whose it is.
+    """Return why a push is refused, or None; ``found`` is None if no model has the name.
+
+    In another tenant's namespace the error does not reveal whether the model exists; elsewhere it says that
+    the name is taken, but not by whom.
 
     Raises:
-        BadName: no new model could have this name.
+        BadName: no new model can have this name.
     """
     if found is None:
         check_new_name(model, field="name")
@@ -180,7 +186,7 @@ def push_refusal(model: str, found: Right | None, asker: Asker) -> TetherError |
     if not asker.admin and space != asker.tenant:
         own = model.rpartition("/")[2]
         error = Forbidden(
-            f"only tenant '{space}' and administrators make the models of its namespace; push this one as '{own}'",
+            f"only tenant '{space}' and administrators may push models to its namespace; push this one as '{own}'",
             field="name",
         )
     elif found is None:

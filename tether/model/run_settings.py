@@ -1,4 +1,5 @@
-"""How a version is run just now: its manifest, its model's configuration and what workers found out, together. Pure."""
+"""Effective run settings of a version, from its manifest, its model's configuration and workers' findings.
+Pure."""
 
 from __future__ import annotations
 
@@ -8,26 +9,26 @@ from tether.domain.manifest import DECLARED, PROVEN, Batching, Isolation, Manife
 from tether.domain.worker_protocol import NO_FINDING, Finding
 from tether.model.config import ModelConfig
 
-NOT_JUDGED = "it was pushed before batching had to be proven, and no worker has judged it yet"
+NOT_JUDGED = "it was pushed before batching had to be proven, and no worker has checked it yet"
 
 
 def effective_batching(manifest: Manifest, config: ModelConfig, finding: Finding = NO_FINDING) -> Batching:
-    """``reason`` says why a version is not batched, whoever decided that.
+    """Return the effective batching; ``reason`` says why a version is not batched.
 
-    A configuration may only lower what the version allows. A version whose manifest names no basis is batched only when a
-    worker has proven it.
+    A configuration can only lower the version's limits. A version whose manifest has no basis is batched only
+    after a worker has proven it.
     """
     own = manifest.batching
     if not own.max_batch_size:
         return own
     if finding.mixed:
-        return _alone(own, finding.mixed)
+        return _unbatched(own, finding.mixed)
     if not own.basis and manifest.platform == "python":
-        own = msgspec.structs.replace(own, basis=DECLARED)  # by its description, which said so before a manifest did
+        own = msgspec.structs.replace(own, basis=DECLARED)  # declared in its description, before manifests had a basis
     if not own.basis and not finding.proven:
-        return _alone(own, finding.unproven or NOT_JUDGED)
+        return _unbatched(own, finding.unproven or NOT_JUDGED)
     if config.max_batch_size == 0:
-        return _alone(own, "the model's configuration says max_batch_size 0")
+        return _unbatched(own, "the model's configuration has max_batch_size 0")
     rows = own.max_batch_size if config.max_batch_size is None else min(own.max_batch_size, config.max_batch_size)
     return msgspec.structs.replace(own, max_batch_size=rows, basis=own.basis or PROVEN)
 
@@ -35,8 +36,11 @@ def effective_batching(manifest: Manifest, config: ModelConfig, finding: Finding
 def effective_isolation(
     manifest: Manifest, config: ModelConfig, finding: Finding = NO_FINDING, *, rule: str = Isolation.THREAD
 ) -> Isolation:
-    """A program never runs in a worker's own process, nor does a version that has ended one, nor any by the ``rule``
-    ``process``, which is the setting ``onnx_isolation``."""
+    """Return where a version runs.
+
+    Models that contain code and versions that have crashed a worker always run in their own process; so does
+    every version if ``rule`` (the setting ``onnx_isolation``) is ``process``.
+    """
     if (
         finding.crashed
         or rule == Isolation.PROCESS
@@ -46,5 +50,5 @@ def effective_isolation(
     return Isolation(config.isolation) if config.isolation else isolation_of(manifest)
 
 
-def _alone(own: Batching, reason: str) -> Batching:
+def _unbatched(own: Batching, reason: str) -> Batching:
     return Batching(0, own.max_delay_ms, "", reason)

@@ -1,4 +1,4 @@
-"""Real inputs that a version brings along, for runs that nobody asked for: trial runs at its push, warm-up runs after a load.
+"""Real inputs stored with a version, for trial runs at its push and warm-up runs after a load.
 
 They are a file of the version: JSON, ``{"inputs": [tensors]}`` as in an OIP request, or values by name.
 """
@@ -19,29 +19,29 @@ from tether.wire.oip_json import tensors_from_json
 
 PATH = "tether-sample.json"
 LARGEST = 64 << 20
-"""Bytes of the file."""
+"""Maximum size of the file in bytes."""
 
 
 def read(directory: Path, model: Signature) -> dict[str, Array] | None:
-    """The inputs that a version in ``directory`` brings along; None when there are none.
+    """Return the sample inputs of a version in ``directory``; None if it has none.
 
     Raises:
-        ModelRejected: they cannot be read, or do not fit the model's signature.
+        ModelRejected: they cannot be read, or do not match the model's signature.
     """
     try:
         content = (directory / PATH).read_bytes()
     except FileNotFoundError:
         return None
     if len(content) > LARGEST:
-        raise ModelRejected(f"the sample has {len(content)} bytes; at most {LARGEST} are taken", field="sample")
+        raise ModelRejected(f"the sample has {len(content)} bytes; at most {LARGEST} are allowed", field="sample")
     try:
         arrays = _arrays(msgspec.json.decode(content, type=dict[str, Any]), model)
         tensors = tuple(from_numpy(name, array) for name, array in arrays.items())
         check_inputs(model, tensors, run_rows=0)
     except InvalidRequest as error:
-        raise ModelRejected(f"the sample does not fit the model: {error.message}", field="sample") from error
+        raise ModelRejected(f"the sample does not match the model: {error.message}", field="sample") from error
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise ModelRejected(f"the sample is no JSON object: {str(error)[:200]}", field="sample") from error
+        raise ModelRejected(f"the sample is not a JSON object: {str(error)[:200]}", field="sample") from error
     return {tensor.name: to_numpy(tensor) for tensor in tensors}
 
 
@@ -59,7 +59,7 @@ def _arrays(found: dict[str, Any], model: Signature) -> dict[str, Array]:
 
 
 def _fitted(value: Any, spec: TensorSpec) -> Array:
-    """A value with the datatype of its input, where it has a value of that datatype."""
+    """Return a value as an array of its input's datatype, if that can hold it."""
     if spec.datatype == "BYTES":
         return np.asarray(value, np.object_)
     dtype = NUMPY_DTYPES[spec.datatype]
@@ -76,15 +76,15 @@ def _fitted(value: Any, spec: TensorSpec) -> Array:
             )
         )
     except (ValueError, TypeError, OverflowError) as error:
-        raise BadTensor(f"'{spec.name}' is no array of {spec.datatype}: {error}", field=spec.name) from error
+        raise BadTensor(f"'{spec.name}' is not an array of {spec.datatype}: {error}", field=spec.name) from error
     if not same:
         raise BadTensor(f"'{spec.name}' has values that are not of {spec.datatype}", field=spec.name)
     return cast
 
 
 def rows_of(sample: dict[str, Array], names: Sequence[str], rows: int) -> dict[str, Any] | None:
-    """``rows`` rows of a sample, from its first on and again where it has fewer; None when the inputs ``names`` share no
-    first axis or have no row."""
+    """Return ``rows`` rows of a sample, repeated if it has fewer; None if the inputs ``names`` share no first
+    axis or have no row."""
     lengths = {array.shape[0] if array.ndim else 0 for name, array in sample.items() if name in names}
     if len(lengths) != 1 or not (length := lengths.pop()):
         return None

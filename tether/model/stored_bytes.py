@@ -1,4 +1,4 @@
-"""What a tenant's model versions take of its quota ``stored_bytes``: the same number wherever it is asked for."""
+"""Usage of the quota ``stored_bytes`` by a tenant's model versions, computed the same everywhere."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from tether.domain.manifest import Manifest
 
 
 def stored_bytes(kept: Iterable[Manifest], deleted: Iterable[Manifest]) -> int:
-    """Bytes of one tenant's versions, and of the chunks that its deleted ones left and none of its versions names.
+    """Return the bytes of one tenant's versions, and of chunks that only its deleted versions reference.
 
-    What other tenants' versions name makes no difference, so that nobody learns from it what others have.
+    References of other tenants' versions make no difference, so that the number reveals nothing about them.
     """
     own = list(kept)
     left = {chunk: size for one in deleted for chunk, size in chunks_of(one).items()}
@@ -22,5 +22,5 @@ def stored_bytes(kept: Iterable[Manifest], deleted: Iterable[Manifest]) -> int:
 
 
 def chunks_of(manifest: Manifest) -> dict[tuple[int, str], int]:
-    """Bytes of the chunks of a version, each once, by partition and digest."""
+    """Return the bytes of a version's distinct chunks, by partition and digest."""
     return {(manifest.partition, digest): size for file in manifest.files for digest, size in file.sized_chunks()}

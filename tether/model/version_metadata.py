@@ -1,5 +1,5 @@
-"""What people say of a version: labels and a note, which change while the version does not. Frozen values, and the rules
-of their changes."""
+"""Labels and note of a version, which may change while the version does not: frozen values and rules of
+changes."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ class VersionNote(msgspec.Struct, frozen=True):
 
 
 class NotePatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A merge patch of it: labels are merged, and one that is null goes; ``note`` replaces what there is."""
+    """A merge patch of labels and note: labels are merged, null removes one; ``note`` replaces the current
+    note."""
 
     labels: Mapping[str, str | None] = {}
     note: str | None = None
 
 
 def noted(before: VersionNote, patch: NotePatch) -> VersionNote:
-    """``before`` with what a patch says.
+    """Apply a patch to ``before``.
 
     Raises:
-        InvalidRequest: naming the field and what it may be.
+        InvalidRequest: naming the field and its allowed values.
     """
     labels = {**before.labels, **patch.labels}
     kept = {name: value for name, value in labels.items() if value is not None}
@@ -46,18 +47,21 @@ def noted(before: VersionNote, patch: NotePatch) -> VersionNote:
         text = f"{name}{value}"
         if not 0 < len(name) <= LONGEST_LABEL or len(value) > LONGEST_LABEL or not text.isprintable():
             raise InvalidRequest(
-                f"a label is 1 to {LONGEST_LABEL} printable characters, and its value at most as many", field="labels"
+                f"a label must have 1 to {LONGEST_LABEL} printable characters, and its value at most {LONGEST_LABEL}",
+                field="labels",
             )
     if len(kept) > MOST_LABELS:
-        raise InvalidRequest(f"a version has at most {MOST_LABELS} labels, not {len(kept)}", field="labels")
+        raise InvalidRequest(f"a version has at most {MOST_LABELS} labels, got {len(kept)}", field="labels")
     note = before.note if patch.note is None else patch.note
     if len(note) > LONGEST_NOTE or not note.replace("\n", "").replace("\t", "").isprintable():
-        raise InvalidRequest(f"note is at most {LONGEST_NOTE} printable characters and line breaks", field="note")
+        raise InvalidRequest(
+            f"note must have at most {LONGEST_NOTE} printable characters, tabs and line breaks", field="note"
+        )
     return msgspec.structs.replace(before, labels=dict(sorted(kept.items())), note=note)
 
 
 def patch_of(values: Mapping[str, Any]) -> NotePatch:
-    """A patch as it came over a wire.
+    """Convert a patch from plain values.
 
     Raises:
         InvalidRequest
@@ -65,4 +69,4 @@ def patch_of(values: Mapping[str, Any]) -> NotePatch:
     try:
         return msgspec.convert(values, NotePatch)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(f"labels and note do not fit: {str(error)[:300]}", field="labels") from error
+        raise InvalidRequest(f"labels or note are invalid: {str(error)[:300]}", field="labels") from error

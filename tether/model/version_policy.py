@@ -1,4 +1,4 @@
-"""Which versions of a model are served just now: pure, and the same for the dispatcher and every gateway."""
+"""Selects the served versions of a model. Pure, and the same for the dispatcher and every gateway."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def served_versions(
     *,
     loaded: bool | None = None,
 ) -> frozenset[int]:
-    """Those of ``versions`` that should be served: none of a model that is unloaded; otherwise those of its version
-    policy, and whatever an alias stands for or a shadow names.
+    """Return the subset of ``versions`` to serve.
 
-    ``held`` are those that a worker holds. Under a policy of the latest so many, as many older ones as fill it stay
-    until the newer ones are held: a push takes nothing away, and one that cannot be loaded least of all. The alias
-    ``latest`` keeps no version: what it means follows from the policy. ``loaded`` counts instead of the configuration's.
+    None if the model is unloaded; otherwise those of its version policy, targets of aliases, and shadows.
+    ``held`` are those that a worker hosts. Under a policy of the latest so many, older versions stay until
+    newer ones are hosted, so that a push, even one that cannot be loaded, takes nothing away. The alias
+    ``latest`` keeps no version: its target follows from the policy. ``loaded`` overrides the configuration's.
     """
     if not (config.loaded if loaded is None else loaded):
         return frozenset()

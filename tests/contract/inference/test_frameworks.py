@@ -155,7 +155,7 @@ def test_a_signature_that_is_not_the_models_is_refused(sdk: Client, torch_models
 def test_a_saved_model_without_a_signature_is_refused(tensorflow_models: Path) -> None:
     refusal = (tensorflow_models / "refusal").read_text()
     assert refusal == (
-        "the model has no signature 'serving_default', and not one alone; it has: none; save it with signatures"
+        "the model has no signature 'serving_default', and not exactly one other; it has: none; save it with signatures"
     )
 
 

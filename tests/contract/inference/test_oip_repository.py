@@ -82,7 +82,7 @@ def test_loading_what_is_loaded_and_what_is_not_there(
     refused(lambda: client.load_model("nowhere", headers=headers), "no model 'nowhere'", status="404")
     refused(lambda: client.unload_model("nowhere", headers=headers), "no model 'nowhere'", status="404")
     answer = http.post("/v2/repository/models/awake/load", json={"parameters": {"file:1/model.onnx": "AAAA"}})
-    assert (answer.status_code, "pushed" in answer.json()["error"]) == (400, True)
+    assert (answer.status_code, "push them" in answer.json()["error"]) == (400, True)
     answer = http.post("/v2/repository/models/awake/load", json={"parameters": {"config": "{"}})
     assert answer.status_code == 400, answer.text
 

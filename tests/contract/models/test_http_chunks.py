@@ -92,7 +92,7 @@ def test_what_is_no_chunk_is_refused(
     [
         ({"path": "../../etc/passwd"}, "cannot be stored"),
         ({"path": "other.onnx"}, "model.onnx"),
-        ({"sizes": [1]}, "add up"),
+        ({"sizes": [1]}, "one size each"),
         ({"size": 0}, "add up"),
         ({"chunks": ["zz"]}, "SHA-256"),
     ],

@@ -69,11 +69,11 @@ def test_a_push_brings_labels_and_a_note(served: Served, sdk: Client, tmp_path: 
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"labels": {"": "x"}}, "a label is"),
-        ({"labels": {"zone": "a\nb"}}, "a label is"),
+        ({"labels": {"": "x"}}, "a label must have"),
+        ({"labels": {"zone": "a\nb"}}, "a label must have"),
         ({"labels": {f"l{number}": "x" for number in range(17)}}, "at most 16 labels"),
-        ({"note": "x" * 2001}, "note is at most"),
-        ({"note": "a\x1b[31m"}, "note is at most"),
+        ({"note": "x" * 2001}, "note must have at most"),
+        ({"note": "a\x1b[31m"}, "note must have at most"),
         ({"labels": {"zone": 5}}, "labels"),
         ({"notes": "x"}, "notes"),
         ({"l" * 5000: "x"}, "lll"),

@@ -112,7 +112,7 @@ def test_without_a_worker_that_may_hold_it_a_push_says_so(
     monkeypatch.setitem(client_rollout.SETTLED_S, "no_workers", 0.3)
     told = pushed(bare, "early", written(tmp_path))
     assert told.exit_code == 0, told.output
-    assert "stored, not loaded yet: no worker has it: none is running" in told.stderr
+    assert "stored, not loaded yet: no worker hosts it: none is running" in told.stderr
     with Client(bare.url, bare.key) as client, pytest.raises(ModelNotReady, match="tether worker"):
         client.wait_ready("early", 1)
     bare.run(bare.services.start_worker("worker-1"))

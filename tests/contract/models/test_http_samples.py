@@ -143,8 +143,8 @@ def test_one_body_brings_a_sample_before_the_model_file(http: httpx.Client, tmp_
         ("9" * 5000, b"", 413, "a sample must have at most"),
         ("1000", b'{"x": [1]}', 400, "the body ends within the sample"),
         ("10", b'{"x": [1]}', 400, "send the bytes of the model file"),
-        ("10", b'{"x": 5]}}MODEL', 422, "the sample is no JSON object"),
-        ("12", b'{"z": [1.5]}MODEL', 422, "the sample does not fit the model"),
+        ("10", b'{"x": 5]}}MODEL', 422, "the sample is not a JSON object"),
+        ("12", b'{"z": [1.5]}MODEL', 422, "the sample does not match the model"),
     ],
 )
 def test_a_sample_before_the_model_file_that_is_wrong_is_told(

@@ -106,7 +106,7 @@ async def test_the_first_push_makes_the_owner_and_the_name_is_taken(platform: Pl
 async def test_the_model_store_makes_no_model_in_another_namespace(platform: Platform) -> None:
     """Whatever name a gateway made of what its caller wrote."""
     for tenant, model in ((ACME, PLAIN), (ACME, "other/m"), (ACME, "acme.x/m"), (DEFAULT_TENANT, MODEL)):
-        with pytest.raises(Forbidden, match="the models of its namespace"):
+        with pytest.raises(Forbidden, match="push models to its namespace"):
             await push(platform, tenant, model=model)
         assert await outcome(platform, ChangeRequest(Change.ENCRYPT, model, tenant=tenant)) is Forbidden
     for model in (

@@ -111,7 +111,7 @@ async def test_a_version_from_before_that_mixes_rows_is_never_batched(
 
     monkeypatch.setattr(row_judgement, "judge", held_back)
     await as_before(one, served)
-    assert "no worker has judged it" in told(one).reason
+    assert "no worker has checked it" in told(one).reason
     for _ in range(2):
         arrays = [np.random.default_rng(n).standard_normal((1 + n % 3, 4)).astype(np.float32) for n in range(40)]
         for array, answer in zip(arrays, await ask(one, served, arrays), strict=True):

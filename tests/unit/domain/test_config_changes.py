@@ -46,15 +46,15 @@ def test_a_reset_leaves_a_model_loaded_or_not_as_it_is() -> None:
         ("instance", {"instance": 2}, "did you mean 'instances'"),
         ("queue.max_sise", {"queue": {"max_sise": 2}}, "did you mean 'max_size'"),
         ("warmup[1].row", {"warmup": [{}, {"row": 1}]}, "did you mean 'rows'"),
-        ("zzz", {"zzz": 2}, "known: "),
+        ("zzz", {"zzz": 2}, "expected one of "),
         ("revision", {"revision": 9}, "the model store writes it"),
         ("instances", {"instances": "two"}, "Expected `int`"),
-        ("queue.timeout_action", {"queue": {"timeout_action": "explode"}}, "it may be reject or delay"),
-        ("kind", {"kind": "tpu"}, "it may be auto or cpu or cuda"),
+        ("queue.timeout_action", {"queue": {"timeout_action": "explode"}}, "expected reject or delay"),
+        ("kind", {"kind": "tpu"}, "expected auto or cpu or cuda"),
         (
             "load_balancing",
             {"load_balancing": "random"},
-            "it may be least_connections or round_robin or weighted_round_robin or capacity",
+            "expected least_connections or round_robin or weighted_round_robin or capacity",
         ),
         ("queue", {"queue": 5}, "Expected `object`"),
         ("instances", {"instances": 10**40}, "1 to 64"),
@@ -108,6 +108,6 @@ def test_compile_is_for_models_that_have_a_version_that_can_be_compiled() -> Non
     check_against(ModelConfig("m", compile=True, threads=2), ModelConfig("m", compile=True), [manifest(1)], [])
     script = msgspec.structs.replace(manifest(1), platform="pytorch_libtorch")
     with pytest.raises(
-        InvalidRequest, match=r"pytorch_export and pytorch_safetensors, and .* for pytorch_libtorch only"
+        InvalidRequest, match=r"pytorch_export and pytorch_safetensors, but .* for pytorch_libtorch only"
     ):
         check_against(ModelConfig("m", compile=True), ModelConfig("m"), [script], [])

@@ -62,13 +62,13 @@ def test_first_axes_of_a_model_without_batches_are_its_own() -> None:
     [
         ((), "'x' is required"),
         ((x(1, 4),), "'mask' is required"),
-        ((x(1, 4), mask(1), x(1, 4)), "'x' is given twice"),
+        ((x(1, 4), mask(1), x(1, 4)), "'x' is given more than once"),
         ((x(1, 4), mask(1), x(1, name="w")), "no input 'w'"),
         ((x(1, 4, datatype="FP64"), mask(1)), "datatype FP64; the model expects FP32"),
         ((x(1, 5), mask(1)), "shape [1, 5]; the model expects [-1, 4] (-1: any length)"),
         ((x(4), mask(1)), "shape [4]"),
         ((x(), mask(1)), "shape []"),
-        ((x(2, 4), mask(3)), "3 rows and another input has 2"),
+        ((x(2, 4), mask(3)), "3 rows, but another input has 2"),
         ((x(32_769, 4), mask(32_769)), "at most 32768 in one request, which are 4096 runs of 8"),
     ],
 )
@@ -96,7 +96,7 @@ def test_axes_of_one_name_have_one_length_and_optional_inputs_may_be_left_out() 
         msgspec.structs.replace(BATCHED, inputs=NAMED.inputs), (x(3, 3), mask(3), x(3, name="w")), run_rows=8
     )
     for inputs in ((x(2, 3), mask(2)), (mask(2), x(2, 3)), (x(2, 3), mask(3), x(1, name="w"))):
-        with pytest.raises(BadTensor, match=r"on axis \d \('seq'\).*they must agree") as caught:
+        with pytest.raises(BadTensor, match=r"on axis \d \('seq'\).*they must be equal") as caught:
             manifest.check_inputs(NAMED, inputs, run_rows=0)
         assert caught.value.field == f"{inputs[-1].name}.shape"
     described = manifest.metadata(NAMED, (1,))["inputs"]
@@ -147,7 +147,7 @@ def test_the_signature_that_is_served(known: tuple[str, ...], wanted: str, serve
         (
             ("b", "a"),
             "",
-            "no signature 'serving_default', and not one alone; it has: 'a', 'b'; name one with --signature",
+            "no signature 'serving_default', and not exactly one other; it has: 'a', 'b'; choose one with --signature",
         ),
         (("b", "a"), "c", "no signature 'c'; it has: 'a', 'b'"),
         ((), "", "it has: none; save it with signatures"),

@@ -103,7 +103,7 @@ def test_a_file_may_be_empty() -> None:
 
 
 def test_a_refusal_names_the_file() -> None:
-    with pytest.raises(BadEncoding, match=r"the file '\.gitattributes' cannot be stored: .*begins with a dot"):
+    with pytest.raises(BadEncoding, match=r"the file '\.gitattributes' cannot be stored: .*starts with a dot"):
         check_file(ModelFile(".gitattributes", 3, DIGEST, (DIGEST,)))
 
 

@@ -207,7 +207,7 @@ OLD = Batching(8, 1.5)
         (PROVEN, None, Finding(crashed="signal"), (8, "proven", "")),
         (Batching(8, 1.5, "declared", "a trial"), None, Finding(), (8, "declared", "a trial")),
         (Batching(0, 1.5, "", "NonZero"), 4, Finding(proven=True), (0, "", "NonZero")),
-        (OLD, None, Finding(), (0, "", "no worker has judged it")),
+        (OLD, None, Finding(), (0, "", "no worker has checked it")),
         (OLD, None, Finding(unproven="it has NonZero"), (0, "", "it has NonZero")),
         (OLD, None, Finding(proven=True), (8, "proven", "")),
         (OLD, 4, Finding(proven=True), (4, "proven", "")),
