@@ -1,4 +1,4 @@
-"""The audit log as bytes: entries, the chain they hang in, and the check that nothing of it was touched. No I/O."""
+"""The audit log's format: entries, hash chains, and their verification. No I/O."""
 
 from tether.audit.chain import (
     BLOCK_ENTRIES,

@@ -1,7 +1,8 @@
-"""What gets an entry of its own, so that nobody can fill the audit log: the rest is counted, by tenant and key.
+"""Decides which events get their own entry, so that no tenant can fill the audit log: others are counted by
+tenant and key.
 
-Two bounds. Acts that a tenant may repeat as it likes have so many entries in ten minutes. Inference and jobs may fill a part of the
-stream, and of the entries in memory; what is left is for all else.
+Two bounds. Actions that a tenant may repeat at will have a number of entries per ten minutes. Inference and
+jobs may fill a part of the stream and of the entries in memory; the rest is for all other entries.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ BULK = frozenset({Kind.INFERENCE, Kind.JOB})
 ACTS_OF_TENANTS = frozenset({Kind.MODEL, Kind.AUTH})
 
 ACTS, WITHIN_S = 1200, 600.0
-"""So many acts of one tenant have entries of their own in that time."""
+"""Maximum own entries for one tenant's actions within that time."""
 
 BULK_SHARE = 7 / 8
 """Part of the stream, and of the entries in memory, that inference and jobs may fill."""
@@ -27,7 +28,7 @@ LOOK_S = 5.0
 
 
 class Budget:
-    """Of one writer."""
+    """The budget of one writer."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -36,13 +37,13 @@ class Budget:
         """Inference and jobs have filled their part of the stream."""
 
     def allows(self, kind: Kind, tenant: str, in_memory: float) -> bool:
-        """Whether something gets an entry of its own. ``in_memory``: how full the memory for entries is, 0 to 1."""
+        """Return whether an event gets its own entry. ``in_memory``: fill level of the memory for entries, 0 to 1."""
         if kind in BULK:
             return not self.bulk_full and in_memory < BULK_SHARE
         return kind not in ACTS_OF_TENANTS or self._acts.passes(tenant) is not None
 
     async def keep(self) -> None:
-        """Look for ever how full the stream is; a service that may not look writes neither inference nor jobs."""
+        """Check forever how full the stream is; a service that may not read that writes neither inference nor jobs."""
         while True:
             await self.look()
             await asyncio.sleep(LOOK_S)

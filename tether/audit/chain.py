@@ -1,12 +1,13 @@
-"""How entries hang together: each in its block's chain, each block in the chain of its writer's run and subject.
+"""Chains entries by hash: each in its block's chain, each block in the chain of its writer's run and subject.
 
 ::
 
     body  = [run, number, previous head 32, entry number, [entry ...], marks, head 32]
-    head  = SHA-256(previous head | entry), for every entry; the first previous head is SHA-256(DOMAIN | run | subject)
+    head  = SHA-256(previous head | entry), for every entry; the first previous head is SHA-256(DOMAIN | run |
+subject)
     marks = the first 8 bytes of the head after each entry
 
-The head is what counts; the marks say which entry of a damaged block is the damaged one.
+The head proves the block; the marks locate the damaged entry of a damaged block.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tether.wire import codec
 
 DOMAIN = b"tether/audit/v1\0"
 BLOCK_ENTRIES = 256
-"""Most entries in one block: encoding it keeps an event loop for less than a millisecond."""
+"""Maximum entries per block: encoding takes less than a millisecond of the event loop."""
 
 MARK_BYTES = 8
 
@@ -42,12 +43,12 @@ class Block(msgspec.Struct, frozen=True, array_like=True):
 
 
 def genesis(run: str, subject: str) -> bytes:
-    """The head before the first entry of a chain."""
+    """Return the head before the first entry of a chain."""
     return hashlib.sha256(DOMAIN + f"{run}\0{subject}".encode()).digest()
 
 
 class Chain:
-    """The writer's end of one chain."""
+    """One chain as its writer extends it."""
 
     __slots__ = ("entries", "head", "listed", "number", "run", "subject")
 
@@ -58,10 +59,10 @@ class Chain:
         self.entries = 0
         self.head = genesis(run, subject)
         self.listed = 0
-        """The last block that a checkpoint named."""
+        """The last block listed in a checkpoint."""
 
     def block(self, entries: Sequence[bytes]) -> bytes:
-        """The body of the next block, which the chain from now on ends in."""
+        """Return the body of the next block, which becomes the end of the chain."""
         previous = head = self.head
         marks = bytearray()
         for entry in entries:
@@ -75,23 +76,23 @@ class Chain:
 
 
 def message_id(run: str, number: int, subject: str) -> str:
-    """The signed name of a chain's block; no two blocks have the same."""
+    """Return the signed name of a chain's block; it is unique."""
     tenant, kind = subject.split(".")[-2:]
     return f"{run}.{number}.{tenant}.{kind}"
 
 
 def parse_message_id(text: str) -> tuple[str, int] | None:
-    """Run and number from :func:`message_id`, or None."""
+    """Return run and number from :func:`message_id`, or None."""
     run, _, rest = text.partition(".")
     number = rest.partition(".")[0]
     return (run, int(number)) if run and number.isascii() and number.isdigit() else None
 
 
 def decode_block(body: bytes) -> Block:
-    """The block that :meth:`Chain.block` wrote.
+    """Decode a block of :meth:`Chain.block`.
 
     Raises:
-        BadEncoding: it has not the form of one.
+        BadEncoding: it does not have that form.
     """
     block: Block = _converted(body, Block)
     if len(block.marks) != MARK_BYTES * len(block.entries) or not block.entries or block.number < 1:
@@ -100,16 +101,16 @@ def decode_block(body: bytes) -> Block:
 
 
 def entries_of(block: Block, kind: type[T]) -> list[T]:
-    """The block's entries as values.
+    """Return the block's entries as values.
 
     Raises:
-        BadEncoding: one has not the form of ``kind``.
+        BadEncoding: one does not have the form of ``kind``.
     """
     return [_converted(entry, kind) for entry in block.entries]
 
 
 def marks_of(block: Block) -> tuple[bytes, bytes]:
-    """What marks and head must be, from the previous head and the entries."""
+    """Compute marks and head from the previous head and the entries."""
     head, marks = block.previous, bytearray()
     for entry in block.entries:
         head = hashlib.sha256(head + entry).digest()
@@ -118,7 +119,7 @@ def marks_of(block: Block) -> tuple[bytes, bytes]:
 
 
 def first_unfit(block: Block) -> int | None:
-    """The number, within its chain, of the first entry that is not what its mark says; None when all are."""
+    """Return the number, within its chain, of the first entry that does not match its mark; None if all do."""
     marks, _ = marks_of(block)
     for index in range(len(block.entries)):
         part = slice(index * MARK_BYTES, (index + 1) * MARK_BYTES)

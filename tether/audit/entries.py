@@ -1,4 +1,4 @@
-"""What one entry says: who did what, to what, with which outcome. Never what was in a request or an answer."""
+"""Audit entries: actor, action, object and outcome. Never the content of a request or an answer."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ import msgspec
 from tether.wire import codec
 
 NOBODY = "-"
-"""Stands for an actor that is not known, and on subjects for no tenant."""
+"""Placeholder for an unknown actor, and on subjects for no tenant."""
 
 _SECRETS = re.compile(r"(tk_[A-Za-z0-9]{1,16})_[A-Za-z0-9_-]+|\b(ts)_[A-Za-z0-9_-]{20,}[A-Za-z0-9_.-]*")
 _LONGEST = 200
 
 
 class Kind(StrEnum):
-    """The kinds of entries; each has subjects of its own."""
+    """Kinds of entries; each has its own subjects."""
 
-    AUTH = "auth"  # attempts to authenticate that failed, sessions made
-    ACCESS = "access"  # a valid key that was refused: scope, model, another tenant's job, limits
-    INFERENCE = "inference"  # synchronous requests that were put on their way
+    AUTH = "auth"  # failed authentication attempts, created sessions
+    ACCESS = "access"  # refusals of a valid key: scope, model, another tenant's job, limits
+    INFERENCE = "inference"  # synchronous requests that were sent to a lane
     JOB = "job"  # durable jobs: submitted, cancelled, expired
     MODEL = "model"
     KEY = "key"
     TENANT = "tenant"
-    IDENTITY = "identity"  # identities and keysets that a service saw come and go
-    ADMIN = "admin"  # every other act of administration
-    ENVELOPE = "envelope"  # messages between services that were not acted on
-    CHECKPOINT = "checkpoint"  # what each writer wrote so far
+    IDENTITY = "identity"  # identities and keysets added or removed at a service
+    ADMIN = "admin"  # every other administrative action
+    ENVELOPE = "envelope"  # refused messages between services
+    CHECKPOINT = "checkpoint"  # checkpoints of each writer
 
 
 class AuditEntry(msgspec.Struct, frozen=True, array_like=True):
-    """One entry; positions are the format, and trailing defaults are left out. ``at`` is UTC milliseconds."""
+    """One entry; field positions are the format, and trailing defaults are left out. ``at`` is UTC milliseconds."""
 
     at: int
     actor: str
@@ -51,28 +51,26 @@ class AuditEntry(msgspec.Struct, frozen=True, array_like=True):
     bytes_out: int = 0
     micros: int = 0
     count: int = 1
-    """How many alike this entry stands for; they came within ``micros`` from ``at`` on."""
+    """Number of identical events in this entry; they occurred within ``micros`` from ``at`` on."""
     address: str = ""
-    """Where an attempt came from, as the gateway's socket says."""
+    """Source address of an attempt, from the gateway's socket."""
     detail: str = ""
 
 
 class What(StrEnum):
-    """What a row of a checkpoint says."""
+    """Types of checkpoint rows."""
 
-    BEGIN = "begin"  # a run of a writer begins
-    PREVIOUS = "previous"  # how far a chain of an earlier run of the same writer went
-    HEAD = "head"  # blocks ``since`` to ``number`` of a chain of this run were written since the last checkpoint
-    ALIVE = "alive"  # nothing to add
-    LOST = "lost"  # ``number`` entries were lost: there was no room for them
-    CUT = (
-        "cut"  # the last blocks of an earlier run, up to the stream's message ``number``, were gone when this one began
-    )
-    END = "end"  # the run ends as it should
+    BEGIN = "begin"  # a run of a writer starts
+    PREVIOUS = "previous"  # end of a chain of an earlier run of the same writer
+    HEAD = "head"  # blocks ``since`` to ``number`` of a chain of this run, written since the last checkpoint
+    ALIVE = "alive"  # nothing to list
+    LOST = "lost"  # ``number`` entries were lost for lack of room
+    CUT = "cut"  # an earlier run's last blocks, up to the stream's message ``number``, were missing at this run's start
+    END = "end"  # the run ends regularly
 
 
 class Mark(msgspec.Struct, frozen=True, array_like=True):
-    """One row of a checkpoint. ``at`` is when ``number`` and ``head`` were so, UTC milliseconds."""
+    """One row of a checkpoint. ``at`` is the time of ``number`` and ``head``, UTC milliseconds."""
 
     at: int
     what: What
@@ -88,7 +86,7 @@ _FIRST_DEFAULT = 4
 
 
 def encode(row: Sequence[Any]) -> bytes:
-    """The bytes of an entry from its fields in order; texts of clients must have gone through :func:`clean`."""
+    """Encode an entry from its fields in order; texts of clients must be cleaned with :func:`clean` first."""
     end = len(row)
     while end > _FIRST_DEFAULT and row[end - 1] == _DEFAULTS[end - 1 - _FIRST_DEFAULT]:
         end -= 1
@@ -96,7 +94,7 @@ def encode(row: Sequence[Any]) -> bytes:
 
 
 def clean(text: str) -> str:
-    """A text that a client chose, fit to be kept: short, printable, and without the secret of a key or session."""
+    """Clean a text from a client for storage: short, printable, and without the secret of a key or session."""
     shown = text[:_LONGEST]
     if not (shown.isascii() and shown.isprintable()):
         shown = shown.encode("unicode_escape").decode()[:_LONGEST]

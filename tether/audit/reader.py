@@ -1,4 +1,4 @@
-"""Reading the audit log back: entries that fit a filter, and the whole of it for a check or a file."""
+"""Reads the audit log: entries that match a filter, or the whole log for verification or export."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tether.process.data_dir import Home
 from tether.wire.subjects import name_of
 
 _WINDOW = 256
-"""Messages looked at together on the way back."""
+"""Messages per read when reading backwards."""
 
 _MOST_WINDOWS = 40
 _KINDS = frozenset(kind.value for kind in Kind) - {Kind.CHECKPOINT.value}
 
 
 class Found(msgspec.Struct, frozen=True):
-    """An entry with what its block says of it. ``position`` orders all entries: the stream's sequence and a number."""
+    """An entry with data of its block. ``position`` orders all entries: the stream's sequence and a number."""
 
     position: tuple[int, int]
     kind: Kind
@@ -34,7 +34,7 @@ class Found(msgspec.Struct, frozen=True):
 
 
 class Filter(msgspec.Struct, frozen=True):
-    """What to look for; empty fields let everything through. Times are UTC milliseconds."""
+    """Search filter; empty fields match everything. Times are UTC milliseconds."""
 
     tenant: str = ""
     kind: Kind | None = None
@@ -57,7 +57,7 @@ class Filter(msgspec.Struct, frozen=True):
 
 
 class AuditReader:
-    """Reads with the keysets given; what does not verify is passed over here and named by the check."""
+    """Reads with the given keysets; skips entries that fail verification, which ``verify`` reports."""
 
     def __init__(self, bus: Bus, historical: Historical) -> None:
         self._bus = bus
@@ -73,11 +73,11 @@ class AuditReader:
         return self._bus.names.audit_subjects().removesuffix(".>")
 
     async def last(self) -> int:
-        """The sequence of the newest block."""
+        """Return the sequence of the newest block."""
         return await self._bus.direct_last(self._stream, self._bus.names.audit_subjects())
 
     async def forward(self, wanted: Filter, start: int) -> AsyncIterator[Found]:
-        """Entries from the block with sequence ``start`` on, oldest first, as far as there are any now."""
+        """Return existing entries from the block with sequence ``start`` on, oldest first."""
         async for item in self._bus.direct_scan(self._stream, self._subjects(wanted), start=start):
             for found in self._opened(item):
                 if wanted.lets(found.entry):
@@ -86,8 +86,10 @@ class AuditReader:
     async def page(
         self, wanted: Filter, limit: int, before: tuple[int, int] | None = None
     ) -> tuple[list[Found], tuple[int, int] | None]:
-        """At most ``limit`` entries, newest first, that lie before a position, and the position that the next page
-        lies before; None: that was all. A page may hold fewer when nothing fits for a long way back."""
+        """Return at most ``limit`` entries before a position, newest first, and the position of the next page
+        (None: no more).
+        A page may have fewer entries if few match over a long stretch.
+        """
         upper = before if before is not None else (await self.last() + 1, 0)
         found: list[Found] = []
         for _ in range(_MOST_WINDOWS):
@@ -105,7 +107,7 @@ class AuditReader:
         return found, upper
 
     async def _window(self, wanted: Filter, lower: int, upper: tuple[int, int]) -> tuple[list[Found], int]:
-        """The entries of a stretch, and when its last block was stored: none of them is younger."""
+        """Return the entries of a stretch, and the storage time of its last block: no entry in it is younger."""
         rows: list[Found] = []
         stored_at = 0
         async for item in self._bus.direct_scan(self._stream, self._subjects(wanted), start=lower, batch=_WINDOW):
@@ -129,7 +131,7 @@ class AuditReader:
             yield Found((item.sequence, number), Kind(kind), shown, envelope.sender, entry)
 
     async def records(self) -> AsyncIterator[Record]:
-        """Every block, in the order of the stream."""
+        """Return every block in stream order."""
         async for item in self._bus.direct_scan(self._stream, self._bus.names.audit_subjects()):
             yield _record(item)
 
@@ -141,7 +143,7 @@ def _record(item: StoredMessage) -> Record:
 
 
 async def reader(bus: Bus, home: Home) -> AuditReader:
-    """A reader with every keyset that is known here.
+    """Return a reader with every keyset known here.
 
     Raises:
         BrokerUnavailable, KeysetError
@@ -150,13 +152,13 @@ async def reader(bus: Bus, home: Home) -> AuditReader:
 
 
 async def keysets(bus: Bus, home: Home) -> list[bytes]:
-    """Every keyset this machine and the bucket ``keyset`` know, as the root key signed them."""
+    """Return every keyset of this machine and of the bucket ``keyset``, as signed by the root key."""
     found = [home.keyset.read_bytes()] if home.keyset.is_file() else []
     return list(dict.fromkeys([*found, *(await KvBucket(bus, "keyset").entries()).values()]))
 
 
 def historical(signed: Iterable[bytes], root_public: bytes) -> Historical:
-    """Verification against those of ``signed`` that the root key signed, in force or not.
+    """Return a verifier for those of ``signed`` that the root key signed, in force or not.
 
     Raises:
         KeysetError: there is none.
@@ -173,12 +175,12 @@ def historical(signed: Iterable[bytes], root_public: bytes) -> Historical:
 
 
 def left_behind(home: Home) -> list[Leftover]:
-    """What the writers of this machine have not sent yet, and how far they know their chains to have come."""
+    """Return unsent blocks of this machine's writers, and their recorded chain heads."""
     return [look(path) for path in sorted(home.audit.glob("*/*/"))]
 
 
 def check_local(checker: Checker, left: Iterable[Leftover]) -> list[Mark]:
-    """Let a check know of blocks that are still on this machine; the heads that it must then find."""
+    """Feed a check with blocks still on this machine; return the heads that it must find."""
     known: list[Mark] = []
     for item in left:
         for record in item.records:

@@ -1,4 +1,4 @@
-"""Blocks in a file: a writer's spool and an export have the same form.
+"""Reads and writes blocks in a file, the common form of a writer's spool and an export.
 
 A record is its length (4 bytes, big-endian) and a msgpack array of the fields of :class:`Record`.
 """
@@ -16,11 +16,13 @@ from tether.wire import codec
 
 _LENGTH = struct.Struct(">I")
 LONGEST = 64 << 20
-"""No message is larger, so a length that is larger is damage."""
+"""Maximum message size: a greater length means damage."""
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True):
-    """A block as it is stored. ``sequence`` and ``stored_at`` (UTC milliseconds) are the stream's; 0: not yet in it."""
+    """A block as stored. ``sequence`` and ``stored_at`` (UTC milliseconds) are the stream's; 0: not yet
+    stored there.
+    """
 
     sequence: int
     subject: str
@@ -35,7 +37,7 @@ def write_record(record: Record) -> bytes:
 
 
 def read_records(file: BinaryIO) -> Iterator[tuple[Record, int]]:
-    """Every record from where the file stands, each with the position after it; a torn last one ends it.
+    """Return every record from the file's position on, each with the position after it; a torn last one ends it.
 
     Raises:
         BadEncoding: what is there is no record; the message says at which byte.

@@ -1,4 +1,4 @@
-"""Attempts that whoever makes them can repeat as fast as he likes, until they become audit entries: alike ones are one."""
+"""Groups attempts that a client can repeat at will: identical ones become one audit entry."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import NamedTuple
 from tether.audit import NOBODY, Kind
 
 MOST_GROUPS = 256
-"""Different attempts that are told apart until they are taken; the others share an entry."""
+"""Maximum distinct groups between two flushes; further ones share an entry."""
 
 MOST_OF_ONE = 32
-"""Of these, by one key, or together by all who showed none that is known: what they vary hides nothing that others do."""
+"""Maximum groups by one key, or by all requests without a known key: variations of one do not hide others."""
 
 OTHERS = "(others)"
 
 
 class Attempt(NamedTuple):
-    """What makes attempts alike."""
+    """Fields in which identical attempts are equal."""
 
     kind: Kind
     tenant: str
@@ -30,7 +30,7 @@ class Attempt(NamedTuple):
 
 
 class RepeatedAttempt:
-    """When an attempt came first and last (UTC milliseconds), how often, and the first one's request."""
+    """Times of the first and last attempt (UTC milliseconds), their number, and the first one's request."""
 
     __slots__ = ("count", "first", "last", "request")
 
@@ -41,7 +41,7 @@ class RepeatedAttempt:
 
 
 class Attempts:
-    """Those since they were last taken."""
+    """Attempts since the last flush."""
 
     def __init__(self) -> None:
         self._seen: dict[Attempt, RepeatedAttempt] = {}
@@ -51,7 +51,7 @@ class Attempts:
         return len(self._seen)
 
     def add(self, attempt: Attempt, now: int, request: str, by: str) -> None:
-        """Count one. ``by``: who it counts for, which is not the actor where the caller chose that name."""
+        """Count an attempt. ``by``: its owner for the limit, if the caller chose the actor's name."""
         if attempt not in self._seen:
             if self._by[attempt.kind, by] >= MOST_OF_ONE:
                 attempt = Attempt(attempt.kind, attempt.tenant, by, OTHERS, attempt.outcome)
@@ -65,7 +65,7 @@ class Attempts:
         seen.count += 1
 
     def take(self) -> dict[Attempt, RepeatedAttempt]:
-        """All of them; the next begin anew."""
+        """Return all groups and start over."""
         taken, self._seen = self._seen, {}
         self._by.clear()
         return taken

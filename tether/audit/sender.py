@@ -1,4 +1,4 @@
-"""Moves blocks of the audit log from the spool to the stream: each once, each chain in its order, however long it takes.
+"""Sends audit blocks from the spool to the stream: each once, each chain in order, with retries without end.
 
 A broker that loses power may lose what it acknowledged last. A sender remembers its last blocks for some seconds and stores
 them again when the broker is back without them; and a run that begins looks whether what an earlier run was told to be
@@ -21,24 +21,25 @@ from tether.process import metrics
 log = logging.getLogger(__name__)
 
 _SIDE_BY_SIDE = 64
-"""Blocks on their way at once, each of another chain."""
+"""Blocks in flight at once, each of another chain."""
 
 _AGAIN_S = 0.5
 _REFUSED_S = 5.0
 _KEEP_S = 5.0
-"""How long a stored block is remembered: with ``sync_interval`` 1 s, a power cut takes no older one."""
+"""Seconds to remember a stored block: with ``sync_interval`` 1 s a power cut loses no older one."""
 
 _LAST_MS = 2_000
 _FAR_BACK = 4096
-"""Where the last blocks of an earlier run are looked for: those of its last two seconds, so many messages back."""
+"""Messages to search back for the last blocks of an earlier run: those of its last two seconds."""
 
 _BACK = 256
-"""Blocks that are on their way side by side may be stored in another order; looking back begins so much earlier."""
+"""Concurrent blocks may be stored in another order; the search back starts so much earlier."""
 
 
 class Sender:
-    """``before``: sequences that earlier runs know the stream has everything up to; None when they left nothing.
-    ``earlier`` are the states of those runs, ``left`` the message ids of what they left in the spool."""
+    """``before``: sequences up to which earlier runs know the stream to be complete; None without earlier runs.
+    ``earlier`` are the states of those runs, ``left`` the message ids of their blocks in the spool.
+    """
 
     def __init__(
         self,
@@ -53,15 +54,15 @@ class Sender:
         self.wake = asyncio.Event()
         self._empty = asyncio.Event()
         self.sequence = min(before, default=0) if before else 0
-        """The stream has every block that was made before this message."""
+        """The stream has every block made before this message."""
         self.last = ""
-        """The message id of this run's block at ``sequence``."""
+        """Message id of this run's block at ``sequence``."""
         self.cuts: list[SpoolState] = []
-        """Earlier runs whose last blocks are lost; whoever takes them empties the list."""
+        """Earlier runs whose last blocks are lost; the reader empties the list."""
         self._earlier = list(earlier)
         self._left = frozenset(left)
         self._kept: deque[tuple[float, int, Record]] = deque()
-        """Blocks that were stored a moment ago: when, in monotonic seconds, and their sequence."""
+        """Recently stored blocks: time of storing in monotonic seconds, and sequence."""
         self._based = before is not None
         self._doubt = before is not None
         self._refused = ""
@@ -86,11 +87,11 @@ class Sender:
         self.wake.set()
 
     async def _tried(self) -> float | None:
-        """Send what there is; how long to wait before another try, None: until there is more."""
+        """Send pending blocks; return the delay before a retry, None: until new blocks arrive."""
         try:
             await self._send_all()
         except BrokerUnavailable as error:
-            log.debug("audit blocks wait: %s", error, extra={"action": "audit_waits"})
+            log.debug("audit blocks not sent yet: %s", error, extra={"action": "audit_waits"})
             self._doubt = True
             return _AGAIN_S
         except TetherError as error:
@@ -107,7 +108,7 @@ class Sender:
         metrics.AUDIT_FULL.set(1 if isinstance(error, QueueFull | StorageFull) else 0)
         if self._refused != error.code:
             log.error(
-                "the stream does not take audit blocks: %s",
+                "the stream refused audit blocks: %s",
                 error,
                 extra={"action": "audit_refused", "code": error.code},
             )
@@ -148,8 +149,9 @@ class Sender:
             self._kept.popleft()
 
     async def _find_cuts(self) -> None:
-        """Look whether the last blocks of earlier runs are in the stream or were left in the spool. The stream refuses
-        deletion, so what it acknowledged it can only have lost; and a spool that is not synced may lose what was on its way."""
+        """Find earlier runs whose last blocks are neither in the stream nor in the spool. The stream refuses
+        deletion, so it can only have lost acknowledged blocks; and an unsynced spool may lose unsent ones.
+        """
         end = await self._end()
         for state in self._earlier:
             if await self._lost_some(state, end):
@@ -174,7 +176,7 @@ class Sender:
         return await self._bus.direct_last(self._bus.names.audit_stream, self._bus.names.audit_subjects())
 
     async def _look_back(self) -> None:
-        """The broker was away and may have come back without what it acknowledged last: store that again, in its order."""
+        """Store acknowledged blocks again, in order, if the broker came back without them."""
         end = await self._end()
         known = [self.sequence if self._based else end, end, *(sequence for _, sequence, _ in self._kept)]
         self.sequence, self._based = max(0, min(known) - _BACK), True
@@ -187,10 +189,10 @@ class Sender:
         self._acknowledged({record.message_id: record for record in records}, stored)
 
     async def _publish(self, records: Sequence[Record]) -> dict[str, int]:
-        """Store blocks; their sequences by message id.
+        """Store blocks; return their sequences by message id.
 
         Raises:
-            TetherError: of the first that was not; the others may have been.
+            TetherError: of the first failure; others may have been stored.
         """
         results = await asyncio.gather(*[self._put(record) for record in records], return_exceptions=True)
         for result in results:
@@ -204,7 +206,7 @@ class Sender:
         return (await self._bus.publish_acked(record.subject, record.frame, headers=headers)).sequence
 
     async def _stored(self, records: Sequence[Record]) -> dict[str, int]:
-        """Those of ``records`` that the stream has, by message id: an acknowledgement may have been lost long ago."""
+        """Return those of ``records`` that the stream has, by message id: their acknowledgement may have been lost."""
         found: dict[str, int] = {}
         stream = self._bus.names.audit_stream
         for subject in {record.subject for record in records}:
@@ -216,7 +218,7 @@ class Sender:
         return found
 
     async def drained(self, within_s: float) -> bool:
-        """Wait until the spool is empty; False when it is not in time."""
+        """Wait until the spool is empty; return False on timeout."""
         self.wake.set()
         try:
             async with asyncio.timeout(within_s):

@@ -1,4 +1,4 @@
-"""What a writer of the audit log has on its own disk: blocks on their way, and how far each of its chains has come.
+"""A writer's spool on disk: unsent blocks, and the state of each of its chains.
 
 ``<folder>/<run>/`` belongs to one run of one process, which holds the lock in it as long as it lives::
 
@@ -29,21 +29,21 @@ from tether.wire import codec
 
 
 class SpoolState(msgspec.Struct, frozen=True, array_like=True):
-    """How far a run has come. ``heads`` rows: subject, number of the last block, head, UTC milliseconds."""
+    """Progress of a run. ``heads`` rows: subject, number of the last block, head, UTC milliseconds."""
 
     run: str
     sequence: int
     heads: tuple[tuple[str, int, bytes, int], ...]
     last: str = ""
-    """The message id of the block that the stream acknowledged with ``sequence``, when it was this run's."""
+    """Message id of the block that the stream acknowledged with ``sequence``, if it was of this run."""
 
     def marks(self) -> list[Mark]:
-        """The same as rows of the next run's first checkpoint."""
+        """Return the state as rows of the next run's first checkpoint."""
         return [Mark(at, What.PREVIOUS, self.run, name, 1, number, head) for name, number, head, at in self.heads]
 
 
 class Leftover(msgspec.Struct, frozen=True):
-    """A run that is over: its state, and what it did not get rid of."""
+    """A finished run: its state, and its unsent blocks."""
 
     folder: Path
     state: SpoolState | None
@@ -51,10 +51,10 @@ class Leftover(msgspec.Struct, frozen=True):
 
 
 class Spool:
-    """The files of one run. Blocking; one thread may append while another takes away.
+    """The files of one run. Blocking; one thread may append while another removes.
 
     Raises:
-        OSError: the disk refuses; what was there before is still there.
+        OSError: the disk refuses; earlier content is still there.
     """
 
     def __init__(self, folder: Path, run: str, *, sync: bool) -> None:
@@ -70,7 +70,7 @@ class Spool:
 
     @property
     def size(self) -> int:
-        """Bytes of the spool file."""
+        """Size of the spool file in bytes."""
         return self._size
 
     @property
@@ -78,7 +78,7 @@ class Spool:
         return self._sent == self._size
 
     def append(self, records: Iterable[Record], state: SpoolState) -> None:
-        """Keep records and, after them, the state that they led to; all or nothing of the records."""
+        """Append records, then the resulting state; all or none of the records."""
         content = b"".join([write_record(record) for record in records])
         with self._guard:
             try:
@@ -92,7 +92,7 @@ class Spool:
             self._keep(state)
 
     def _keep(self, state: SpoolState) -> None:
-        """An older state than this says less, and nothing that is wrong, so a disk that refuses is no matter."""
+        """Write the state; a failure is harmless, because an older state is incomplete but not wrong."""
         self._state = state
         with contextlib.suppress(OSError):
             self._write_state(state)
@@ -107,7 +107,7 @@ class Spool:
         temporary.replace(self._folder / "state")
 
     def waiting(self, most: int) -> list[tuple[Record, int]]:
-        """The oldest records on their way, no two of one chain, each with the position after it."""
+        """Return the oldest unsent records, one per chain, each with the position after it."""
         found: list[tuple[Record, int]] = []
         chains: set[tuple[str, str]] = set()
         with self._guard, os.fdopen(os.dup(self._file), "rb") as file:
@@ -121,7 +121,7 @@ class Spool:
         return found
 
     def done(self, position: int, sequence: int, last: str) -> None:
-        """Everything before ``position`` is in the stream; ``sequence`` and ``last`` as in the state."""
+        """Record that everything before ``position`` is in the stream; ``sequence`` and ``last`` as in the state."""
         with self._guard:
             if self._file < 0:
                 return
@@ -147,10 +147,10 @@ def _write(file: int, content: bytes, at: int) -> None:
 
 
 def _locked(folder: Path) -> BinaryIO:
-    """The run's lock, held as long as the file is open.
+    """Return the run's lock, locked while the file is open.
 
     Raises:
-        OSError: another process holds it.
+        OSError: another process has locked it.
     """
     file = (folder / "lock").open("ab")
     try:
@@ -163,7 +163,9 @@ def _locked(folder: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def leftovers(folder: Path) -> Iterator[Sequence[Leftover]]:
-    """The runs in ``folder`` whose processes are gone; until the block ends no other process starts there."""
+    """Return the runs in ``folder`` whose processes are dead; other processes cannot start there until the
+    block ends.
+    """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with contextlib.ExitStack() as stack:
         door = stack.enter_context((folder / "door").open("ab"))
@@ -179,7 +181,7 @@ def leftovers(folder: Path) -> Iterator[Sequence[Leftover]]:
 
 
 def look(folder: Path) -> Leftover:
-    """What the files of a run say, also while it writes them."""
+    """Read the files of a run, also while it writes them."""
     state = read_state(folder)
     records: list[Record] = []
     with contextlib.suppress(OSError, BadEncoding), (folder / "spool").open("rb") as file:

@@ -1,13 +1,14 @@
-"""Whether a log is whole: every block signed by its writer, in its place, and none of them missing.
+"""Verifies that a log is complete: every block signed by its writer, in its place, and none missing.
 
-A chain shows what was altered, moved, repeated or taken from its middle. What was taken from its end, and chains that
-are gone altogether, show in the checkpoints: each lists the blocks that its writer's run wrote since the one before,
-and a run begins by listing how far the run before it had come. Only what is older than the retention may be missing,
-and the checkpoints say what that is.
+A chain shows altered, moved, repeated and removed blocks in its middle. Blocks removed from its end, and
+whole missing chains, show in the checkpoints: each lists the blocks that its writer's run wrote since the
+previous one, and a run begins with a list of the previous run's chain ends. Only blocks older than the
+retention may be missing, and the checkpoints say which those are.
 
-A broker that does not sync before it acknowledges loses its last blocks with the machine's power. The next run of their writer
-says so (``CUT``), and then the missing ends of the run before it are no problem but a note, as long as they can be such an
-end: nothing that the run wrote later is there, and what is missing spans no more than a minute.
+A broker that does not sync before it acknowledges loses its last blocks in a power cut. The next run of their
+writer records that (``CUT``), and the missing ends of the previous run are then a note and not a problem, as
+long as they can be such an end: nothing later of that run is there, and the missing part spans no more than a
+minute.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from tether.crypto import Header, Historical, MessageType, body_of, kid_of
 from tether.errors import BadEncoding, EnvelopeError
 
 ALIVE_MS = 60_000
-"""A writer that has nothing to list says at least this often that it is there."""
+"""A writer with nothing to list writes a checkpoint at least this often."""
 
 _SLACK_MS = 2 * ALIVE_MS
 _SILENT_MS = 3 * ALIVE_MS
 _CUT_MS = 2_000
-"""Blocks of one run are stored in another order than they were written, by no more than this."""
+"""Maximum reordering of one run's blocks between writing and storing."""
 
 ChainKey = tuple[str, str]
 """Run and subject."""
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """One thing that is wrong. ``sequence`` is the stream's; 0 and empty fields are not known or do not apply."""
+    """One problem. ``sequence`` is the stream's; 0 and empty fields are unknown or do not apply."""
 
     what: str
     sequence: int = 0
@@ -60,7 +61,7 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class VerificationReport(msgspec.Struct, frozen=True):
-    """What a check found. ``notes`` are worth a look and no proof that anything is missing."""
+    """Result of a verification. ``notes`` deserve attention but prove no loss."""
 
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
@@ -73,7 +74,7 @@ class VerificationReport(msgspec.Struct, frozen=True):
 
 @dataclass
 class _ChainState:
-    """One chain so far. ``head`` is empty after a block that could not be read."""
+    """State of one chain. ``head`` is empty after an unreadable block."""
 
     writer: str
     first: int
@@ -81,7 +82,7 @@ class _ChainState:
     number: int = 0
     head: bytes = b""
     since: int = 0
-    """The lowest block that a checkpoint which is still there lists."""
+    """Lowest block listed in an existing checkpoint."""
 
 
 @dataclass
@@ -92,7 +93,7 @@ class _Run:
 
 
 class _Place(NamedTuple):
-    """A message and what its header says: who signed it, the block of which run, and when."""
+    """A message and its header: signer, block of which run, and time."""
 
     record: Record
     writer: str = ""
@@ -103,7 +104,7 @@ class _Place(NamedTuple):
 
 @dataclass
 class Checker:
-    """Takes blocks in the order of the stream. ``whole``: the stream's sequence has no holes of its own."""
+    """Verifies blocks in stream order. ``whole``: the stream's sequence has no gaps of its own."""
 
     historical: Historical
     retention_ms: int
@@ -114,7 +115,7 @@ class Checker:
     _runs: dict[str, _Run] = field(default_factory=dict)
     _open: list[tuple[str, Mark]] = field(default_factory=list)
     _cuts: dict[str, tuple[str, Mark]] = field(default_factory=dict)
-    """By run: the writer that says that its end was lost, and the row that does."""
+    """By run: the writer that reports the loss of its end, and the row that does."""
     _blocks: int = 0
     _entries: int = 0
     _sequence: int = 0
@@ -122,7 +123,7 @@ class Checker:
     _last_at: int = 0
 
     def add(self, record: Record) -> Block | None:
-        """Check the next block; the block when it may be believed."""
+        """Verify the next block; return it if it is valid."""
         self._in_sequence(record)
         try:
             header, identity = self.historical.header(record.frame)
@@ -131,7 +132,7 @@ class Checker:
             return None
         named = parse_message_id(header.message_id)
         if header.type is not MessageType.AUDIT or header.type not in identity.types or named is None:
-            self._say("it is signed, but no block of an audit log", _Place(record, identity.name))
+            self._say("it is signed, but is not a block of an audit log", _Place(record, identity.name))
             return None
         place = _Place(record, identity.name, *named, header.issued_at)
         if header.subject != record.subject:
@@ -160,7 +161,9 @@ class Checker:
         self._sequence = max(before, here)
 
     def _opened(self, place: _Place, header: Header) -> Block | None:
-        """The block of a frame whose header is genuine; None, and said which entry it is, when the body is not."""
+        """Return the block of a frame with a valid header; None, with a problem that locates the entry, if
+        the body is invalid.
+        """
         body = body_of(place.record.frame)
         genuine = len(body) == header.body_length and hashlib.sha256(body).digest() == header.body_digest
         try:
@@ -178,7 +181,7 @@ class Checker:
         return block
 
     def _placed(self, place: _Place, block: Block | None) -> bool:
-        """Whether the block follows the one before it in its chain; a hole before it is said and passed over."""
+        """Return whether the block follows its predecessor in the chain; a gap is reported and skipped."""
         record, writer, name, number, at = place
         seen = self._chains.get((name, record.subject))
         run = self._runs.setdefault(name, _Run(writer, at))
@@ -203,7 +206,7 @@ class Checker:
         return True
 
     def _late(self, place: _Place) -> None:
-        """A thief of a key could write into the past; the stream knows when a message really came."""
+        """Check the storage time: a thief of a key can backdate messages, but not their storage in the stream."""
         gone = self.historical.revoked.get(kid_of(place.record.frame), 0)
         if gone and place.record.stored_at > gone + _SLACK_MS:
             what = f"stored after the key of '{place.writer}' was revoked"
@@ -242,7 +245,9 @@ class Checker:
             self._open.append((writer, mark))
 
     def finish(self, *, now_ms: int = 0, known: Iterable[Mark] = ()) -> VerificationReport:
-        """The report. ``known`` are heads from elsewhere, such as the writers' own files; ``now_ms`` 0: the newest block."""
+        """Return the report. ``known`` are heads from elsewhere, such as the writers' own files; ``now_ms``
+        0: the newest block.
+        """
         now = now_ms or self._last_at
         limit = now - self.retention_ms + _SLACK_MS
         fresh = [(writer, mark) for writer, mark in self._open if mark.at > limit]
@@ -259,7 +264,7 @@ class Checker:
         return VerificationReport(problems, notes, self._blocks, self._entries, writers, self._first_at, self._last_at)
 
     def _untold(self, writer: str, mark: Mark) -> ChainKey:
-        """Say what of a listed chain is not there."""
+        """Report missing blocks of a listed chain."""
         key = (mark.run, mark.subject)
         seen = self._chains.get(key)
         for what, block in _missing(seen, mark):
@@ -271,7 +276,7 @@ class Checker:
         return key
 
     def _was_cut(self, writer: str, mark: Mark) -> bool:
-        """Whether the missing end of a chain can be what a broker lost with its power, and its writer says that it is."""
+        """Return whether the missing end of a chain can be a power cut's loss, reported by its writer."""
         said_by, _ = self._cuts.get(mark.run, ("", mark))
         run = self._runs.get(mark.run)
         if not said_by or said_by != writer or run is None or run.writer != writer:
@@ -279,7 +284,7 @@ class Checker:
         return -_CUT_MS <= mark.at - run.last_at <= ALIVE_MS + _CUT_MS
 
     def _expired(self, run: str, subject: str, seen: _ChainState, limit: int) -> bool:
-        """Whether the missing beginning of a chain is older than the retention."""
+        """Return whether the missing beginning of a chain is older than the retention."""
         if seen.first_at <= limit:
             return True
         if any((mark.run, mark.subject) == (run, subject) and mark.number >= seen.first - 1 for _, mark in self._open):
@@ -299,9 +304,7 @@ class Checker:
                 self.problems.append(Problem("every checkpoint of this run is missing", 0, "", run.writer, name))
             elif not run.closed and now - run.last_at > _SILENT_MS:
                 silent = (now - run.last_at) // 1000
-                self.notes.append(
-                    f"{run.writer} run {name} was last heard of {silent} s ago and did not say that it ended"
-                )
+                self.notes.append(f"{run.writer} run {name} last wrote {silent} s ago and did not record its end")
 
 
 def _is_checkpoint(subject: str) -> bool:
@@ -316,8 +319,9 @@ def _lost_end(writer: str, mark: Mark, seen: _ChainState | None, run: _Run | Non
     first = seen.number + 1 if seen else 1
     since = run.last_at if run else 0
     return (
-        f"{mark.subject}, {writer} run {mark.run}: {_span(first, mark.number)} lost at its end, of {since} to {mark.at}: {writer} had "
-        "written it, and found it gone when it began again, as after a power cut. If there was none, somebody took it"
+        f"{mark.subject}, {writer} run {mark.run}: {_span(first, mark.number)} lost at its end, of "
+        f"{since} to {mark.at}: {writer} had "
+        "written it, and found it missing at its restart, as after a power cut. Without a power cut it was removed"
     )
 
 
@@ -326,7 +330,7 @@ def _satisfied(seen: _ChainState | None, mark: Mark) -> bool:
 
 
 def _missing(seen: _ChainState | None, mark: Mark) -> Iterator[tuple[str, int]]:
-    """What of a mark does not hold, and the block it is about."""
+    """Return the problem with a mark, and the block concerned."""
     if seen is None:
         yield f"the whole chain is missing: a checkpoint lists {mark.number} blocks", 0
         return

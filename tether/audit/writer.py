@@ -1,8 +1,8 @@
-"""The writer of the audit log: what a service records becomes signed blocks, on its own disk first, then in the stream.
+"""Writes a service's audit log: recorded events become signed blocks, first on its own disk, then in the stream.
 
-Recording is a few appends in memory and never waits. Several times a second a task makes blocks of what was recorded
-(see :mod:`tether.audit`), keeps them in the spool and wakes another task, which moves them from there to the stream,
-however long that takes. What a block holds outlives the process as soon as it is in the spool.
+Recording appends in memory and never waits. Several times a second a task makes blocks of the recorded events
+(see :mod:`tether.audit`), stores them in the spool and wakes another task, which sends them to the stream
+with retries. A block outlives the process once it is in the spool.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ log = logging.getLogger(__name__)
 
 FLUSH_S = 0.2
 GATHER_S = 1.0
-"""Alike attempts within this time are one entry with a count."""
+"""Identical attempts within this time are one entry with a count."""
 
 CHECKPOINT_S = 10.0
 MOST_PENDING = 65_536
-"""Entries in memory that no block holds yet: six seconds of ten thousand requests a second."""
+"""Maximum entries in memory without a block: six seconds at ten thousand requests a second."""
 
 _SECURITY = frozenset(Kind) - BULK
 
@@ -52,7 +52,7 @@ Pending = tuple[Kind, str, tuple[Any, ...]]
 
 
 class AuditLog:
-    """One writer; use :func:`writing`. Not thread-safe: it belongs to the event loop of its service."""
+    """One audit writer; use :func:`writing`. Not thread-safe: it belongs to the event loop of its service."""
 
     def __init__(self, bus: Bus, home: Home) -> None:
         self._bus = bus
@@ -74,10 +74,10 @@ class AuditLog:
         self._spool: Spool | None = None
         self._sender: Sender | None = None
 
-    # what services call
+    # called by services
 
     def inference(self, tenant: str, *fields: Any) -> None:
-        """One synchronous request: the fields of :class:`tether.audit.AuditEntry` in order, without the time."""
+        """Record one synchronous request: the fields of :class:`tether.audit.AuditEntry` in order, without the time."""
         if not self._all:
             return
         if self.budget.allows(Kind.INFERENCE, tenant, len(self._pending) / MOST_PENDING):
@@ -101,7 +101,9 @@ class AuditLog:
         address: str = "",
         detail: str = "",
     ) -> None:
-        """One act, one entry. Texts may be a client's: they are shortened, and no secret of a key is kept."""
+        """Record one action as one entry. Texts may be a client's: they are shortened, and secrets of keys
+        are removed.
+        """
         if kind not in self._kinds:
             return
         if not self.budget.allows(kind, tenant, len(self._pending) / MOST_PENDING):
@@ -128,29 +130,31 @@ class AuditLog:
         request_id: str = "",
         by: str = "",
     ) -> None:
-        """An attempt that whoever makes it can repeat as fast as he likes: alike ones of a second are one entry. ``by``: who it
-        counts for, when that is not ``actor``, a name that the caller chose."""
+        """Record an event that a client can repeat at will; identical events within a second are merged.
+        ``by``: owner for the
+        limit, if it is not ``actor``, a name that the caller chose.
+        """
         if kind not in self._kinds:
             return
         attempt = Attempt(kind, tenant, actor, clean(action), outcome, clean(model), address, clean(detail))
         self._attempts.add(attempt, self._bus.clock.utc_ms(), clean(request_id), by or actor)
 
     def refused_envelope(self, code: str, subject: str) -> None:
-        """A message that was not acted on; of its subject only what does not name a single call."""
+        """Record a refused message; of its subject only the parts that do not identify a single call."""
         shown = ".".join(subject.split(".")[:3])
         self.count(Kind.ENVELOPE, "", actor=NOBODY, action="refuse", outcome=code, detail=shown)
 
     def believed_keyset(self, version: int, changes: str) -> None:
-        """A new keyset counts from now on."""
+        """Record a newly trusted keyset."""
         told = f"version {version}: {changes}"
         self.record(Kind.IDENTITY, "", actor=self._bus.signer.name, action="keyset", detail=told)
 
     async def settled(self) -> None:
-        """Return when everything recorded so far is in the spool, or cannot be put there."""
+        """Wait until everything recorded so far is in the spool, or cannot be written there."""
         await self._flush(everything=True)
 
     async def reader(self) -> AuditReader:
-        """What reads the whole log back.
+        """Return a reader of the whole log.
 
         Raises:
             BrokerUnavailable
@@ -159,14 +163,14 @@ class AuditLog:
 
     def _lose(self, count: int) -> None:
         if not self._lost:
-            log.error("the audit log has no room: entries are lost", extra={"action": "audit_lost"})
+            log.error("audit log full: entries lost", extra={"action": "audit_lost"})
         self._lost += count
         metrics.AUDIT_LOST.inc(count)
 
     # from memory to the spool
 
     async def run_flush(self) -> None:
-        """Write blocks until :meth:`end`; a write is never broken off, or it might be made twice."""
+        """Write blocks until :meth:`end`; a write is never interrupted, or it might be repeated."""
         while not self._ending.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FLUSH_S):
@@ -174,7 +178,7 @@ class AuditLog:
             try:
                 await self._flush()
             except Exception:
-                log.exception("the audit log could not be written", extra={"action": "audit_failed"})
+                log.exception("audit log not written", extra={"action": "audit_failed"})
 
     async def _flush(self, *, everything: bool = False, last: bool = False) -> None:
         if self._spool is None:
@@ -204,7 +208,7 @@ class AuditLog:
             try:
                 self._make_some(pending[start : start + audit.BLOCK_ENTRIES])
             except Exception:
-                # a signer that was revoked signs no more
+                # a revoked signer cannot sign
                 self._lose(len(pending) - start)
                 raise
             await asyncio.sleep(0)
@@ -229,7 +233,7 @@ class AuditLog:
         metrics.AUDIT_ENTRIES.labels(kind.value).inc(len(rows))
 
     def _make_checkpoint(self, *, everything: bool) -> None:
-        """List what was written since the last one: soon when there is something, now and then when there is not."""
+        """Write a checkpoint of the blocks since the last one: soon if there are some, occasionally if not."""
         now = self._bus.clock.monotonic()
         marks = self._heads()
         quiet = audit.ALIVE_MS / 1000 - FLUSH_S
@@ -250,8 +254,9 @@ class AuditLog:
         self._mark(marks or [Mark(at, What.ALIVE, self.run)])
 
     def _cuts(self, at: int) -> list[Mark]:
-        """What the stream has lost of earlier runs. A broker that syncs before it acknowledges loses nothing to a power
-        cut, so with ``durability`` ``durable`` nothing is said that would explain it."""
+        """Return the stream's losses of earlier runs. A broker that syncs before it acknowledges loses
+        nothing in a power cut, so with ``durability`` ``durable`` no explanation of a loss is recorded.
+        """
         cuts = [] if self._sender is None else self._sender.cuts
         found = [Mark(at, What.CUT, state.run, number=state.sequence) for state in cuts if not self._synced]
         cuts.clear()
@@ -278,7 +283,7 @@ class AuditLog:
         try:
             await asyncio.to_thread(spool.append, self._unwritten, self._state())
         except OSError as error:
-            log.error("the audit spool cannot be written: %s", error.strerror, extra={"action": "audit_spool_failed"})  # noqa: TRY400 - the disk says it all
+            log.error("audit spool not written: %s", error.strerror, extra={"action": "audit_spool_failed"})  # noqa: TRY400 - the reason is in it
             return
         self._unwritten.clear()
         metrics.AUDIT_SPOOL_BYTES.set(spool.size)
@@ -294,7 +299,7 @@ class AuditLog:
     # from one run to the next
 
     async def begin(self) -> Sender:
-        """Take over what earlier runs left and say so; from now on there is a spool."""
+        """Take over and record what earlier runs left; from now on there is a spool."""
         folder = self._home.audit / self._bus.signer.name
         with _usable(folder), leftovers(folder) as found:
             self._spool = await asyncio.to_thread(Spool, folder, self.run, sync=self._synced)
@@ -320,15 +325,15 @@ class AuditLog:
     def _note_leftovers(self, found: Sequence[Leftover]) -> None:
         count = sum(len(item.records) for item in found)
         if count:
-            log.info("%d audit blocks of an earlier run are on their way", count, extra={"action": "audit_resumed"})
+            log.info("sending %d audit blocks of an earlier run", count, extra={"action": "audit_resumed"})
 
     async def end(self, within_s: float) -> None:
-        """Write what there is and the end of the run; what does not reach the stream stays for the next one."""
+        """Write pending entries and the end of the run; unsent blocks stay for the next run."""
         self._ending.set()
         try:
             await self._flush(everything=True, last=True)
         except EnvelopeError as error:
-            log.warning("the end of the audit log is not written: %s", error, extra={"action": "audit_failed"})
+            log.warning("end of the audit log not written: %s", error, extra={"action": "audit_failed"})
         if self._sender is not None and self._bus.connected:
             await self._sender.drained(within_s)
 
@@ -349,8 +354,7 @@ def _usable(folder: Path) -> Iterator[None]:
 
 @asynccontextmanager
 async def writing(bus: Bus, home: Home, tasks: Tasks) -> AsyncIterator[AuditLog]:
-    """The audit log of this process until the block ends; with the setting ``audit`` off it takes everything and
-    keeps nothing."""
+    """Run the audit log of this process until the block ends; with the setting ``audit`` off it discards everything."""
     written = AuditLog(bus, home)
     if bus.settings.audit == "off":
         yield written

@@ -240,7 +240,7 @@ async def test_entries_that_were_forged_moved_or_sent_again_are_named(broker: Br
         ("this entry was altered", 1, 1),
         ("it stands after block 3", 1, 0),
         ("it stands after block 3", 1, 0),
-        ("it is signed, but no block of an audit log", 0, 0),
+        ("it is signed, but is not a block of an audit log", 0, 0),
         (f"it was signed for {genuine.subject} and moved here", 1, 0),
         ("the message is not a signed envelope", 0, 0),
     ]

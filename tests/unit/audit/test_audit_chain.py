@@ -110,7 +110,7 @@ def test_a_removed_block_is_found_also_where_the_stream_shows_no_hole(where: int
     if where < len(LOG) - 1:
         assert any((problem.run, problem.subject) == (run, LOG[where].subject) for problem in found.problems), number
     else:
-        assert "did not say that it ended" in check(kept, now_ms=NOW + DAY).notes[0]
+        assert "did not record its end" in check(kept, now_ms=NOW + DAY).notes[0]
 
 
 @given(st.integers(0, len(LOG) - 2))
@@ -255,7 +255,7 @@ def test_a_worker_cannot_write_the_log_and_nobody_another_ones_run() -> None:
     )
     by_sequence = {problem.sequence: problem.what for problem in check(records, keys=Historical([known])).problems}
     assert by_sequence == {
-        len(LOG) + 1: "it is signed, but no block of an audit log",
+        len(LOG) + 1: "it is signed, but is not a block of an audit log",
         len(LOG) + 2: "the run belongs to 'gateway'",
     }
 
