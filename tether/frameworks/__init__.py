@@ -1,1 +1,1 @@
-"""What is known of models from their files alone, without loading a framework; for the model store and the workers."""
+"""Model frameworks, for the model store and the workers: runtimes, and facts read from model files alone."""

@@ -1,6 +1,7 @@
-"""TensorFlow Lite models, run by LiteRT: one file that says its own signature.
+"""Runs TensorFlow Lite models with LiteRT: one file that includes its signature.
 
-LiteRT trusts offsets in a file that it is given, so a model is a program: it is opened in processes that may end by it.
+LiteRT trusts offsets in a file, so a model counts as a program: it is opened only in processes that may
+crash.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from tether.errors import ModelRejected
 
 FILE = "model.tflite"
 _LACKING = ("unresolved custom op", "Select TensorFlow op")
-"""What LiteRT says of an operator that it lacks."""
+"""LiteRT's messages about a missing operator."""
 _NODE = re.compile(r"Node number \d+ \((.*?)\) failed to prepare", re.DOTALL)
 _IDENTIFIER = b"TFL3"
 _MOST_OPERATORS = 4096
-"""Kinds of operators of one model; there are some 200."""
+"""Maximum kinds of operators in one model; about 200 exist."""
 _DATATYPES = {np.dtype(dtype): datatype for datatype, dtype in NUMPY_DTYPES.items()}
 
 
@@ -53,12 +54,12 @@ class LiteModel:
         return tuple(spec.name for spec in self.outputs)
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """Run once; ``outputs`` names what is wanted, empty for all in the model's order."""
+        """Run once; ``outputs`` names the requested outputs, empty for all in the model's order."""
         given = {spec.name: np.ascontiguousarray(inputs[spec.name]) for spec in self.inputs}
         try:
-            found = self._run(**given)  # makes tensors of the inputs' shapes first
+            found = self._run(**given)  # first allocates tensors for the inputs' shapes
         finally:
-            self._interpreter.reset_all_variables()  # what recurrent layers keep is no other caller's
+            self._interpreter.reset_all_variables()  # recurrent layers: their state belongs to this caller only
         return [found[name] for name in outputs or self.output_names]
 
     def close(self) -> None:
@@ -66,8 +67,10 @@ class LiteModel:
 
 
 class _Unsigned:
-    """A file without signatures: the inputs and outputs of its first graph, called as their tensors are. Where two are called the
-    same, the place of each is put behind."""
+    """A file without signatures: the inputs and outputs of its first graph, named after their tensors.
+    Duplicate names get
+    their position appended.
+    """
 
     def __init__(self, interpreter: Any) -> None:
         self._interpreter = interpreter
@@ -101,11 +104,11 @@ def _named(details: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]
 
 
 def load(directory: Path, *, threads: int = 1, device: str = "auto", signature: str = "") -> LiteModel:
-    """Load the ``model.tflite`` of a folder, on the processor. Serves ``signature``, see :func:`tether.domain.signature.chosen`; a file
-    that has none is served as it is.
+    """Load the ``model.tflite`` of a folder on the processor. Serves ``signature``, see
+    :func:`tether.domain.signature.chosen`; a file without signatures is served by its tensors.
 
     Raises:
-        ModelRejected: it is none, has operators that are not LiteRT's own, or no signature that can be served.
+        ModelRejected: not a model, operators that LiteRT lacks, or no signature that can be served.
     """
     if device == "cuda":
         raise ModelRejected("TensorFlow Lite models run on the processor; let it run on 'auto' or 'cpu'", field="kind")
@@ -119,10 +122,10 @@ def load(directory: Path, *, threads: int = 1, device: str = "auto", signature: 
 
 
 def _prepared(interpreter: Any) -> RuntimeError | None:
-    """What LiteRT says against the model with inputs of the shapes that the file has.
+    """Allocate tensors for the file's input shapes, and translate LiteRT's error.
 
     Raises:
-        ModelRejected: naming one that it has not.
+        ModelRejected: naming a missing operator.
     """
     try:
         interpreter.allocate_tensors()
@@ -132,7 +135,8 @@ def _prepared(interpreter: Any) -> RuntimeError | None:
             return error
         node = _NODE.search(text)
         raise ModelRejected(
-            f"the model needs the operator '{_plain(node[1] if node else '')}', which LiteRT does not have; convert it with "
+            f"the model needs the operator '{_plain(node[1] if node else '')}', which LiteRT does not "
+            "have; convert it with "
             "TFLITE_BUILTINS only, without Select TensorFlow and custom operators",
             field="file",
         ) from error
@@ -144,14 +148,15 @@ def _plain(name: str) -> str:
 
 
 def check(content: bytes | mmap.mmap) -> None:
-    """Look at a file before LiteRT does.
+    """Check a file before LiteRT opens it.
 
     Raises:
-        ModelRejected: it is no model, or one that needs more than its own bytes and LiteRT.
+        ModelRejected: not a model, or one that needs more than its own bytes and LiteRT.
     """
     if content[4:8] != _IDENTIFIER:
         raise ModelRejected(
-            "the file is no TensorFlow Lite model: it has no 'TFL3' at its 5th byte; push what tf.lite.TFLiteConverter wrote",
+            "the file is not a TensorFlow Lite model: it lacks 'TFL3' at its 5th byte; push a file of "
+            "tf.lite.TFLiteConverter",
             field="file",
         )
     try:
@@ -166,12 +171,12 @@ def check(content: bytes | mmap.mmap) -> None:
             )
     except (struct.error, IndexError, ValueError, TypeError, OverflowError) as error:
         raise ModelRejected(
-            "the file is damaged: it points to where it has no bytes; convert the model again", field="file"
+            "the file is damaged: an offset exceeds its size; convert the model again", field="file"
         ) from error
 
 
 def _specs(details: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
-    """Sorted by name: LiteRT's own order is none that the file says."""
+    """Return specs sorted by name: LiteRT's own order is not from the file."""
     return tuple(_spec(name, found) for name, found in sorted(details.items()))
 
 

@@ -1,7 +1,7 @@
-"""What other installed packages bring, by entry point: architectures of PyTorch, and whole runtimes.
+"""Loads plugins of other installed packages by entry point: PyTorch architectures, and whole runtimes.
 
-Such a package is installed by whoever runs the platform, so its code is trusted as the platform's own is. It is only ever
-imported in the process of a model, never in a service's.
+The operator of the platform installs such a package, so its code is trusted like the platform's own. It is
+imported only in the process of a model, never in a service's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tether.domain.tensor import NUMPY_DTYPES, Array
 from tether.errors import ModelRejected, OutputMisfit
 
 ARCHITECTURES = "tether.architectures"
-"""Names of architectures -> ``build(config)``, which returns a ``torch.nn.Module`` without weights that matter."""
+"""Names of architectures -> ``build(config)``, which returns a ``torch.nn.Module`` with any weights."""
 
 RUNTIMES = "tether.runtimes"
 """Platforms -> an object with ``load(directory, *, threads, device)``, which returns a :class:`tether.frameworks.runtime.Runtime` that
@@ -27,23 +27,23 @@ also has the model's ``inputs`` and ``outputs``, each a tuple of :class:`tether.
 
 @functools.cache
 def installed(group: str) -> Mapping[str, EntryPoint]:
-    """What there is, by name; packages that come later are seen by the next process. Of two of one name neither counts."""
+    """Return installed plugins by name; later packages are seen by the next process. A name used twice is left out."""
     found = list(entry_points(group=group))
     names = [point.name for point in found]
     return {point.name: point for point in found if names.count(point.name) == 1}
 
 
 def load(group: str, name: str, what: str, field: str) -> Any:
-    """The object behind a name; imports the package that brings it.
+    """Load the object of a name; imports its package.
 
     Raises:
-        ModelRejected: no package here brings it, or two do, or it cannot be imported.
+        ModelRejected: no package here has it, or two do, or it cannot be imported.
     """
     point = installed(group).get(name)
     if point is None:
         known = ", ".join(f"'{other}'" for other in sorted(installed(group))) or "none"
         raise ModelRejected(
-            f"there is no {what} '{name[:64]}' here (known: {known}); install one package that has it as an entry point "
+            f"unknown {what} '{name[:64]}' (known: {known}); install one package that has it as an entry point "
             f"of '{group}', where the model store runs and where the workers do",
             field=field,
         )
@@ -57,7 +57,9 @@ def load(group: str, name: str, what: str, field: str) -> Any:
 
 
 class Checked:
-    """A model of a package's runtime; what it answers is compared with its signature (see :class:`tether.frameworks.runtime.Runtime`)."""
+    """A model of a plugin's runtime; its outputs are checked against its signature (see
+    :class:`tether.frameworks.runtime.Runtime`).
+    """
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -72,15 +74,15 @@ class Checked:
         return tuple(self._specs)
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """Run once; ``outputs`` names what is wanted, empty for all in the model's order.
+        """Run once; ``outputs`` names the requested outputs, empty for all in the model's order.
 
         Raises:
-            OutputMisfit: the answer is not what the model's signature says.
+            OutputMisfit: the outputs do not match the model's signature.
         """
         wanted = tuple(outputs or self._specs)
         found = list(self._model.run(dict(inputs), wanted))
         if len(found) != len(wanted):
-            raise OutputMisfit(f"the runtime returned {len(found)} arrays, {len(wanted)} were asked for")
+            raise OutputMisfit(f"the runtime returned {len(found)} arrays, {len(wanted)} were requested")
         return [_fitting(self._specs[name], array) for name, array in zip(wanted, found, strict=True)]
 
     def close(self) -> None:

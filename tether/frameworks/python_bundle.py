@@ -1,8 +1,9 @@
-"""Models that are Python: what a bundle says of itself, and how its class is found.
+"""Runs models written in Python: reads a bundle's description and finds its class.
 
-A bundle is a folder with ``model.json`` (:class:`Description`) and the modules that it needs, ``model.py`` among them. The
-class is made without arguments; ``load(directory)`` is called once when it has one, then ``predict(inputs)`` for each run
-with arrays by name, which returns arrays by name, or yields them: each time a part of the rows, in order.
+A bundle is a folder with ``model.json`` (:class:`Description`) and its modules, ``model.py`` among them. The
+class is created without arguments; ``load(directory)`` is called once if it has one, then ``predict(inputs)``
+for each run with arrays by name, which returns arrays by name, or yields them: each time a part of the rows,
+in order.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel"):
-    """``model.json``: the class in ``model.py``, its tensors, and the rows of one run (0: it is not batched)."""
+    """``model.json``: the class in ``model.py``, its tensors, and the maximum rows of a run (0: not batched)."""
 
     class_name: str
     inputs: tuple[TensorSpec, ...]
@@ -38,14 +39,14 @@ def describe(directory: Path) -> Description:
     """Read a bundle's description.
 
     Raises:
-        ModelRejected: there is none, or it is not as it should be.
+        ModelRejected: it is missing or invalid.
     """
     try:
         found = msgspec.json.decode((directory / DESCRIPTION).read_bytes(), type=Description)
     except OSError as error:
         raise ModelRejected(f"the bundle has no {DESCRIPTION}", field=DESCRIPTION) from error
     except msgspec.MsgspecError as error:
-        raise ModelRejected(f"{DESCRIPTION} is not as it should be: {error}", field=DESCRIPTION) from error
+        raise ModelRejected(f"{DESCRIPTION} is invalid: {error}", field=DESCRIPTION) from error
     _check(found)
     return found
 
@@ -65,7 +66,7 @@ def _check(found: Description) -> None:
 
 
 def found_class(directory: Path, description: Description) -> Any:
-    """Import the bundle's ``model.py``, which runs its code; the class that it is about.
+    """Import the bundle's ``model.py``, which runs its code; return the described class.
 
     Raises:
         ModelRejected: the module has no such class.
@@ -98,7 +99,7 @@ class CustomModel:
         """Call ``predict``.
 
         Raises:
-            OutputMisfit: it did not return, or yield, what the bundle's description says.
+            OutputMisfit: its result does not match the bundle's description.
         """
         wanted = [self._specs[name] for name in outputs or self._specs]
         found = self._model.predict(dict(inputs))
@@ -111,7 +112,9 @@ class CustomModel:
 
 
 def _joined(parts: Iterator[Any], wanted: Sequence[TensorSpec]) -> list[Array]:
-    """All parts, each output on its first axis. Parts are copied: a model may use their memory for the next one."""
+    """Join all parts, each output on its first axis. Parts are copied: a model may reuse their memory for the
+    next one.
+    """
     found: list[list[Array]] = [[] for _ in wanted]
     for number, part in enumerate(parts, 1):
         for spec, before in zip(wanted, found, strict=True):
@@ -130,14 +133,14 @@ def _joined(parts: Iterator[Any], wanted: Sequence[TensorSpec]) -> list[Array]:
 
 
 def _open(spec: TensorSpec) -> TensorSpec:
-    """Of a part."""
+    """Return the spec of one part, with an open first axis."""
     if not spec.shape:
         raise OutputMisfit(f"predict() yields parts, and output '{spec.name}' has no axis to join them on: return it")
     return TensorSpec(spec.name, spec.datatype, (-1, *spec.shape[1:]))
 
 
 def _output(found: Any, spec: TensorSpec, part: str = "") -> Array:
-    """One output of an answer, or of the ``part`` that the words about it begin with."""
+    """Return one output of a result, or of a ``part``, with which error messages begin."""
     what = f"{part}predict() {'yielded' if part else 'returned'}"
     if not isinstance(found, Mapping):
         raise OutputMisfit(f"{what} {type(found).__name__}, not arrays by name")

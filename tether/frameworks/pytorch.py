@@ -1,7 +1,8 @@
-"""PyTorch models that need no Python of their own: programs of ``torch.export``, TorchScript, and weights of architectures that
-are installed.
+"""Runs PyTorch models without their own Python: programs of ``torch.export``, TorchScript, and weights of installed
+architectures.
 
-Before PyTorch sees a file :mod:`tether.frameworks.pytorch_archive` looks at it; whatever PyTorch unpickles after that is limited to tensors.
+:mod:`tether.frameworks.pytorch_archive` checks a file before PyTorch opens it; all later unpickling is
+limited to tensors.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class _Loaded(NamedTuple):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     call: Callable[[list[Any]], list[Any]]
-    """From the inputs' tensors to the outputs', both in order."""
+    """Maps the inputs' tensors to the outputs', both in order."""
 
 
 class TorchModel:
@@ -59,10 +60,10 @@ class TorchModel:
         return tuple(self._index)
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """Run once; ``outputs`` names what is wanted, empty for all in the model's order.
+        """Run once; ``outputs`` names the requested outputs, empty for all in the model's order.
 
         Raises:
-            OutputMisfit: the model's answer is not what its signature says.
+            OutputMisfit: the outputs do not match the model's signature.
         """
         with torch.inference_mode():
             tensors = [_tensor(inputs[spec.name]).to(self._device) for spec in self.inputs]
@@ -77,19 +78,20 @@ class TorchModel:
 
 
 Wrap = Callable[[Any], Any]
-"""What is called in a module's place."""
+"""Replaces the call of a module."""
 
 
 def load(directory: Path, *, threads: int = 1, device: str = "auto", wrap: Wrap = lambda module: module) -> TorchModel:
-    """Load the ``model.pt2``, ``model.pt`` or ``model.safetensors`` of a folder; ``device`` is ``auto``, ``cpu`` or ``cuda``.
+    """Load the ``model.pt2``, ``model.pt`` or ``model.safetensors`` of a folder; ``device`` is ``auto``,
+    ``cpu`` or ``cuda``.
 
-    ``wrap`` gets the module, unless that is TorchScript, which is compiled already.
+    ``wrap`` receives the module, unless that is TorchScript, which is already compiled.
 
     Raises:
-        FormatNotAllowed: the file holds pickled Python or libraries.
+        FormatNotAllowed: the file has pickled Python or libraries.
         ModelRejected: PyTorch, the signature or the architecture refuses it.
     """
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch.export.load asks for less than this
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch.export.load does not request this itself
     torch.set_num_threads(threads)
     chosen = _device(device)
     pytorch_archive.check(directory)
@@ -110,7 +112,7 @@ def _loaded(directory: Path, device: Any, wrap: Wrap) -> _Loaded:
 def _device(wanted: str) -> Any:
     there = torch.cuda.is_available()
     if wanted == "cuda" and not there:
-        raise ModelRejected("model_device is 'cuda', and PyTorch finds no such device here")
+        raise ModelRejected("model_device is 'cuda', but PyTorch finds no such device here")
     return torch.device("cuda" if there and wanted != "cpu" else "cpu")
 
 
@@ -135,7 +137,7 @@ def _exported(path: Path, device: Any, wrap: Wrap) -> _Loaded:
 
 
 def _output_names(spec: Any, count: int) -> list[str]:
-    """The keys of a dictionary that the model returns; ``OUTPUT__0`` and so on otherwise, as Triton names them."""
+    """Return the keys of a dictionary that the model returns; else ``OUTPUT__0`` and so on, as in Triton."""
     if spec is not None and spec.type is dict and len(spec.context) == count:
         return [str(key) for key in spec.context]
     return [f"OUTPUT__{index}" for index in range(count)]
@@ -157,7 +159,7 @@ def _datatype(name: str, dtype: Any) -> str:
 
 
 def _registered(directory: Path, device: Any, wrap: Wrap) -> _Loaded:
-    """Weights of safetensors, which is data and no program, in the module that an installed architecture makes."""
+    """Load safetensors weights, which are data and no program, into the module of an installed architecture."""
     from safetensors import SafetensorError  # noqa: PLC0415 - only where such a model is
     from safetensors.torch import load_model  # noqa: PLC0415 - likewise
 
@@ -184,12 +186,12 @@ _DRAWN = (
     "uniform_", "normal_", "trunc_normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_",
     "orthogonal_", "sparse_",
 )  # fmt: skip
-"""Of ``torch.nn.init``: what fills a tensor with drawn numbers."""
+"""Functions of ``torch.nn.init`` that fill a tensor with random numbers."""
 
 
 @contextmanager
 def _weights_left_empty() -> Iterator[None]:
-    """Draw no numbers for parameters meanwhile: all of them are in the file, and drawing takes longer than reading it."""
+    """Skip random initialisation meanwhile: the file has all parameters, and drawing takes longer than reading it."""
     originals = {name: getattr(torch.nn.init, name) for name in _DRAWN}
     for name, original in originals.items():
         setattr(torch.nn.init, name, _sparing(original))
@@ -208,7 +210,7 @@ def _sparing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _described(module: Any, signature: pytorch_archive.Signature) -> _Loaded:
-    """A module that does not know its own signature."""
+    """Wrap a module that does not include its signature."""
 
     def call(tensors: list[Any]) -> list[Any]:
         answer = module(*tensors)
@@ -223,7 +225,7 @@ def _described(module: Any, signature: pytorch_archive.Signature) -> _Loaded:
 
 
 def _tensor(array: Array) -> Any:
-    """A copy: the array's bytes are not to be written, and a model may write into its inputs."""
+    """Return a copy: the array is read-only, and a model may write into its inputs."""
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(np.array(array.view(np.uint16))).view(torch.bfloat16)
     return torch.from_numpy(np.array(array))

@@ -1,6 +1,6 @@
-"""What a PyTorch file must be before PyTorch may see it: an archive of ``torch.export.save`` or of ``torch.jit.save``.
+"""Checks a PyTorch file before PyTorch opens it: an archive of ``torch.export.save`` or ``torch.jit.save``.
 
-One that ``torch.save`` wrote is a pickle, and is refused, as are libraries and pickled objects in an exported program.
+A pickle of ``torch.save`` is refused, as are libraries and pickled objects in an exported program.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ _EXPORTED_MEMBER = re.compile(
 )
 _SCRIPT_MEMBERS = (re.compile(r"[^/]+/constants\.pkl"), re.compile(r"[^/]+/code/.+\.py"))
 _SWELLING = 64 << 20
-"""Bytes that an archive may unpack to beside 20 times its own."""
+"""Bytes that an archive may unpack to, beyond 20 times its own size."""
 
 
 WEIGHTS = "model.safetensors"
 
 
 class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``model.json`` of a TorchScript, which does not know its own: its arguments, and what it returns, in order."""
+    """``model.json`` of a TorchScript file, which lacks a signature: its arguments and outputs, in order."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
 
 class Registered(Signature, frozen=True, forbid_unknown_fields=True):
-    """``model.json`` of weights alone: a :class:`Signature`, what they are the weights of, and how that is to be made."""
+    """``model.json`` of weights alone: a :class:`Signature`, the architecture, and its configuration."""
 
     architecture: str
     config: Mapping[str, Any] = {}
@@ -53,12 +53,13 @@ _Described = TypeVar("_Described", bound=Signature)
 
 
 def check(directory: Path) -> None:
-    """Look at the ``model.pt2`` or ``model.pt`` of a folder; ``model.safetensors``, which is data by its format, must be whole.
+    """Check the ``model.pt2`` or ``model.pt`` of a folder; ``model.safetensors``, whose format is data, must
+    be complete.
 
     Raises:
         ModelRejected: the file is cut off.
-        FormatNotAllowed: the file holds pickled Python or libraries, or is no archive.
-        InspectionLimitExceeded: it would unpack to very much more than it is.
+        FormatNotAllowed: the file has pickled Python or libraries, or is not an archive.
+        InspectionLimitExceeded: it would unpack to far more than its size.
     """
     exported = directory / EXPORTED
     if (directory / WEIGHTS).is_file():
@@ -80,22 +81,23 @@ def _check_scripted(path: Path) -> None:
     members = _members(path)
     if not all(any(needed.fullmatch(member) for member in members) for needed in _SCRIPT_MEMBERS):
         raise FormatNotAllowed(
-            f"{path.name} is no TorchScript: torch.save writes pickled Python; use torch.jit.save or torch.export.save",
+            f"{path.name} is not TorchScript: torch.save writes pickled Python; use torch.jit.save or "
+            "torch.export.save",
             field="file",
         )
 
 
 def signature(directory: Path, kind: type[_Described]) -> _Described:
-    """Read the signature of a model that does not know its own.
+    """Read the signature of a model whose file has none.
 
     Raises:
-        ModelRejected: it is not as it should be.
+        ModelRejected: it is invalid.
     """
     path = directory / SIGNATURE
     try:
         found = msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.MsgspecError) as error:
-        raise ModelRejected(f"{SIGNATURE} is not as it should be: {error}", field=SIGNATURE) from error
+        raise ModelRejected(f"{SIGNATURE} is invalid: {error}", field=SIGNATURE) from error
     for spec in (*found.inputs, *found.outputs):
         if spec.datatype not in NUMPY_DTYPES or any(axis < -1 for axis in spec.shape):
             raise ModelRejected(f"tensor '{spec.name[:64]}' has no datatype or shape that PyTorch has", field=SIGNATURE)
@@ -107,7 +109,7 @@ def signature(directory: Path, kind: type[_Described]) -> _Described:
 
 
 def _what(path: Path) -> str:
-    """Of a file that is no archive."""
+    """Describe a file that is not an archive."""
     size = path.stat().st_size
     if not size:
         return "empty: it has 0 bytes; export or download it again"
@@ -119,11 +121,11 @@ def _what(path: Path) -> str:
 
 
 def _members(path: Path) -> list[str]:
-    """The names in an archive.
+    """Return the names in an archive.
 
     Raises:
-        FormatNotAllowed: it is none.
-        InspectionLimitExceeded: it would unpack to very much more than it is.
+        FormatNotAllowed: it is not an archive.
+        InspectionLimitExceeded: it would unpack to far more than its size.
     """
     try:
         with zipfile.ZipFile(path) as archive:

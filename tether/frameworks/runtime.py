@@ -1,4 +1,4 @@
-"""What a model is to a worker, whatever framework it comes from."""
+"""The interface of a model in a worker, for every framework."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from tether.domain.tensor import Array
 
 
 class Runtime(Protocol):
-    """A model in memory. Called from a thread, one call at a time; nothing here may touch the event loop."""
+    """A model in memory. Called from a thread, one call at a time; it must not touch the event loop."""
 
     @property
     def output_names(self) -> Sequence[str]: ...
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """Run once; ``outputs`` names what is wanted, empty for all in the model's order.
+        """Run once; ``outputs`` names the requested outputs, empty for all in the model's order.
 
         Raises:
             InferenceFailed: the model refused its input.
@@ -26,10 +26,10 @@ class Runtime(Protocol):
 
 @runtime_checkable
 class Endable(Runtime, Protocol):
-    """A runtime whose run can be ended from another thread."""
+    """A runtime whose run can be terminated from another thread."""
 
     def allow_runs(self) -> None:
-        """Runs begin again. Only while none goes on."""
+        """Allow runs again. Only while none is in progress."""
 
     def end_run(self) -> None:
-        """End the run that goes on, and fail each that begins, until :meth:`allow_runs`. Does not wait."""
+        """Terminate the current run, and fail later ones until :meth:`allow_runs`. Does not wait."""

@@ -1,4 +1,4 @@
-"""TensorFlow SavedModels: one of their signatures, with the names that TensorFlow and Triton give it."""
+"""Runs TensorFlow SavedModels: one of their signatures, with TensorFlow's and Triton's names."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ _loading = tf.__internal__.saved_model.load
 
 
 class _Optimizer(tf.Module):  # type: ignore[misc, unused-ignore]
-    """Stands for the optimizer that Keras 2 saved with a model, because TensorFlow itself cannot load one. Serving needs none, so
-    its variables (its slots) are left out."""
+    """Replaces the optimizer that Keras 2 saved with a model, because TensorFlow cannot load one. Serving
+    needs none, so its variables (its slots) are left out.
+    """
 
     def add_slot(self, **_: Any) -> Any:
         return tf.Module()
@@ -47,7 +48,7 @@ class _Optimizer(tf.Module):  # type: ignore[misc, unused-ignore]
 
 
 def _allow_optimizers() -> None:
-    """Models of this process may have one from now on."""
+    """Let models of this process have an optimizer."""
     if "optimizer" not in _loading.registered_identifiers():
         version = _loading.VersionedTypeRegistration(
             object_factory=lambda _proto: _Optimizer(), version=1, min_producer_version=1, min_consumer_version=1
@@ -65,7 +66,8 @@ class SavedModel:
             self._model: Any = tf.saved_model.load(str(directory))
         except IndexError as error:
             raise ModelRejected(
-                "a file of the folder 'variables' is cut off: it has fewer bytes than 'variables/variables.index' says; "
+                "a file of the folder 'variables' is cut off: it has fewer bytes than "
+                "'variables/variables.index' says; "
                 "download or export the folder again",
                 field="file",
             ) from error
@@ -73,7 +75,7 @@ class SavedModel:
         self.signature = chosen(self.signatures, signature)
         function = self._model.signatures[self.signature]
         self._function: Any = function
-        # sorted, because TensorFlow's own order is another one in every process
+        # sorted, because TensorFlow's own order differs in every process
         self._inputs = dict(sorted(function.structured_input_signature[1].items()))
         self.inputs = tuple(_spec(name, found) for name, found in self._inputs.items())
         self.outputs = tuple(_spec(name, found) for name, found in sorted(function.structured_outputs.items()))
@@ -83,7 +85,7 @@ class SavedModel:
         return tuple(spec.name for spec in self.outputs)
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """Run once; ``outputs`` names what is wanted, empty for all in the model's order."""
+        """Run once; ``outputs`` names the requested outputs, empty for all in the model's order."""
         given = {name: tf.constant(inputs[name], dtype=spec.dtype) for name, spec in self._inputs.items()}
         found = self._function(**given)
         return [found[name].numpy() for name in outputs or self.output_names]
@@ -101,7 +103,7 @@ def load(directory: Path, *, threads: int = 1, device: str = "auto", signature: 
     """
     devices = tf.config.list_physical_devices("GPU")
     if device == "cuda" and not devices:
-        raise ModelRejected("model_device is 'cuda', and TensorFlow finds no such device here")
+        raise ModelRejected("model_device is 'cuda', but TensorFlow finds no such device here")
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     if device == "cpu":

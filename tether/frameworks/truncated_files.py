@@ -1,4 +1,4 @@
-"""Files of models that a broken download or export left too short, told before a framework fails on them in its own words."""
+"""Detects model files cut off by a broken download or export, before a framework fails on them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from tether.frameworks.onnx.protobuf import CutOff, NotProtobuf, Reader
 SAVED_MODEL = "saved_model.pb"
 INDEX = "variables/variables.index"
 _INDEX_ENDS = bytes.fromhex("57fb808b247547db")
-"""The last bytes of a table of TensorFlow (the magic number of LevelDB's format)."""
+"""Last bytes of a TensorFlow table (the magic number of LevelDB's format)."""
 _FIELDS = 1000
-"""Of a SavedModel: its version, and one field for each graph."""
+"""Fields of a SavedModel: its version, and one for each graph."""
 _HEADER_BYTES = 100_000_000
-"""The longest header that the safetensors library reads."""
+"""Longest header that the safetensors library reads."""
 
 
 def cut_off(path: str, size: int, reason: str) -> ModelRejected:
-    """The error of a file that is too short; ``path`` is its path in the version."""
+    """Return the error for a file that is too short; ``path`` is its path in the version."""
     return ModelRejected(
         f"the file '{path}' is cut off: it ends after {size} bytes, {reason}; download or export it again", field="file"
     )
 
 
 def check_saved_model(directory: Path) -> None:
-    """Look at the graph and the index of a SavedModel.
+    """Check graph and index of a SavedModel.
 
     Raises:
-        ModelRejected: one of them is cut off, or is something else.
+        ModelRejected: one of them is cut off, or has another format.
     """
     with (directory / SAVED_MODEL).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         size = len(data)
@@ -50,7 +50,7 @@ def check_saved_model(directory: Path) -> None:
 
 
 def check_safetensors(path: Path) -> None:
-    """Compare a file of safetensors with what its header says.
+    """Compare the size of a safetensors file with its header.
 
     Raises:
         ModelRejected: it is shorter.
@@ -64,13 +64,13 @@ def check_safetensors(path: Path) -> None:
     try:
         tensors = msgspec.json.decode(header, type=dict[str, _Tensor])
     except (msgspec.MsgspecError, RecursionError):
-        return  # something else is wrong with it, which the library says
+        return  # another error, which the library reports
     whole = 8 + length + max((one.data_offsets[1] for one in tensors.values()), default=0)
     if size < whole:
         raise cut_off(path.name, size, f"and its header tells of {whole}")
 
 
 class _Tensor(msgspec.Struct):
-    """A tensor of the header, or what else is said in it, which has no place in the file."""
+    """A tensor of the header, or its metadata, which has no range in the file."""
 
     data_offsets: tuple[int, int] = (0, 0)

@@ -123,10 +123,10 @@ def test_no_numbers_are_drawn_for_weights_that_are_read_and_all_are_for_the_rest
 
 
 CHANGES: list[tuple[dict[str, Any], str]] = [
-    ({"architecture": "resnet-9000"}, r"no architecture 'resnet-9000' here \(known: 'digits-mlp'\); install"),
+    ({"architecture": "resnet-9000"}, r"unknown architecture 'resnet-9000' \(known: 'digits-mlp'\); install"),
     ({"config": {"hidden": 1 << 40}}, r"config\.hidden must be 1 to 4096"),
     ({"config": {"hidden": 3}}, "weights are not those of 'digits-mlp': .*size mismatch"),
-    ({"other": 1}, r"model\.json is not as it should be: .*unknown field `other`"),
+    ({"other": 1}, r"model\.json is invalid: .*unknown field `other`"),
     ({"outputs": [{"name": "gone", "datatype": "FP32", "shape": [-1]}]}, "returned no output 'gone'"),
 ]
 

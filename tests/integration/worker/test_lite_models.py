@@ -68,8 +68,8 @@ async def looked_at(folder: Path, content: bytes) -> Inspection:
 
 
 HOSTILE = {
-    "empty": (b"", "no TensorFlow Lite model"),
-    "another format": (b"PK\x03\x04" + bytes(64), "no TensorFlow Lite model"),
+    "empty": (b"", "not a TensorFlow Lite model"),
+    "another format": (b"PK\x03\x04" + bytes(64), "not a TensorFlow Lite model"),
     "only a header": (GOOD[:8], "damaged"),
     "cut": (GOOD[: len(GOOD) // 2], "damaged|killed its process|refused"),
     "root beyond the end": (b"\xff\xff\xff\x7f" + GOOD[4:], "damaged"),

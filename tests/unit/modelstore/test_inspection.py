@@ -78,7 +78,7 @@ async def test_sizes_that_nobody_knows_end_no_proof(tmp_path: Path) -> None:
     content = graphs.build(nodes, [("x", "FP32", ("n", "w"))], weights={"w": np.ones((11, 2), np.float32)})
     found = await look(tmp_path, content)
     assert found.max_batch_size == 32
-    assert "no generated inputs" in found.note
+    assert "no made-up inputs" in found.note
 
 
 async def test_an_output_that_is_declared_as_one_row_has_them_all(tmp_path: Path) -> None:

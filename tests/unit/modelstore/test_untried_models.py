@@ -364,10 +364,10 @@ async def test_optional_inputs_and_names_of_axes_are_in_the_signature(tmp_path: 
     [
         (
             {"opset": 99},
-            r"it uses opset 99 of 'ai\.onnx', and up to \d+ are supported here; export it with opset_version=\d+ or less",
+            r"it uses opset 99 of 'ai\.onnx', but at most \d+ is supported here; export it with opset_version=\d+ or less",
         ),
-        ({"ir": 99}, r"it is of ONNX IR version 99, and up to \d+ are supported here; .*model\.ir_version = \d+"),
-        ({"opset": 1}, r"ONNX Runtime has operator 'Neg' \(of opset 1\) not for these types on the processor"),
+        ({"ir": 99}, r"it has ONNX IR version 99, but at most \d+ is supported here; .*model\.ir_version = \d+"),
+        ({"opset": 1}, r"ONNX Runtime lacks operator 'Neg' \(of opset 1\) for these types on the processor"),
     ],
     ids=["opset", "IR", "old operator"],
 )

@@ -46,7 +46,7 @@ def test_an_answer_that_fits_is_given_on() -> None:
 
 @pytest.mark.parametrize("answer", [[A], [A.astype(np.float64), B], [A[:, :1], B], [A[0], B], [A, np.array(["text"])]])
 def test_an_answer_that_does_not_fit_is_refused(answer: list[Any]) -> None:
-    with pytest.raises(InferenceFailed, match=r"were asked for|the signature says"):
+    with pytest.raises(InferenceFailed, match=r"were requested|the signature says"):
         plugins.Checked(Model(answer)).run({"x": A}, ())
 
 

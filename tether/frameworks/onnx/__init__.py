@@ -1,1 +1,1 @@
-"""Reading ONNX files, and ONNX Runtime itself."""
+"""Reads ONNX files, and imports ONNX Runtime."""

@@ -1,4 +1,4 @@
-"""An ONNX graph read from its file without the ``onnx`` package.
+"""Reads an ONNX graph from its file without the ``onnx`` package.
 
 Field numbers are those of ``onnx.proto3``. What a protobuf parser would accept but no exporter writes (a field of
 another wire type, a single message that is there twice) is refused, because parsers differ in what they make of it.
@@ -28,19 +28,19 @@ from tether.frameworks.onnx.protobuf import BYTES, FIXED32, VARINT, Buffer, Fiel
 
 MAX_FIELDS = 4_000_000
 MAX_NODES = 100_000
-"""Nodes of all graphs and functions together."""
+"""Maximum nodes of all graphs and functions together."""
 MAX_DEPTH = 16
-"""Graphs inside graphs."""
+"""Maximum nesting of graphs."""
 MAX_NAME = 4096
 MAX_AXES = 32
 
 
 class Unreadable(ValueError):
-    """The file is not written as exporters write ONNX, or it is larger than the bounds of this module."""
+    """The file is not ONNX as exporters write it, or exceeds the bounds of this module."""
 
 
 def read(data: Buffer) -> Model:
-    """The model in the bytes of a file.
+    """Read the model from the bytes of a file.
 
     Raises:
         Unreadable: it is not ONNX as exporters write it, or too large.
@@ -183,12 +183,12 @@ class _Reading:
                 values[part.number] = self._value(part, depth)
         if len(values) > 1:
             raise Unreadable("an attribute has values of several types")
-        # Protobuf leaves out a single value that is its type's default, and lists without elements.
+        # Protobuf omits a single value that is its type's default, and empty lists.
         value = next(iter(values.values())) if values else {1: 0.0, 2: 0, 3: b""}.get(kind, [])
         return name, reference, value
 
     def _longer(self, known: object, part: Field) -> object:
-        """A list with one more occurrence of its field, each of which holds any number of elements."""
+        """Extend a list by one more occurrence of its field, which may have any number of elements."""
         if isinstance(known, Many):
             return Many(known.length + sum(1 for _ in self._elements(part)))
         if not isinstance(known, list):
@@ -219,7 +219,7 @@ class _Reading:
         return self._graph(part, depth + 1) if part.number == 6 else None
 
     def _string(self, part: Field) -> bytes:
-        """Of an attribute: names of modes are short, and what is longer (a string constant) decides nothing."""
+        """Read a string attribute: names of modes are short, and longer ones (string constants) are irrelevant."""
         self._message(part)
         return self._reader.bytes_of(part, MAX_NAME)
 
@@ -286,7 +286,7 @@ class _Reading:
         return Constant(sizes, self._values(stored, sizes, kind, count), kind)
 
     def _values(self, stored: list[Field], shape: tuple[int, ...], kind: int, count: int) -> np.ndarray | None:
-        """The elements, where they are in the one field that is usual for their type, and as many as the shape says."""
+        """Read the elements, if they are in the usual field for their type, and as many as the shape requires."""
         dtype = np.dtype(DTYPES[kind])
         if count == 0:
             return np.zeros(shape, dtype)
@@ -363,7 +363,7 @@ class _Reading:
 
 
 def plain_domain(domain: str) -> str:
-    """``ai.onnx`` is the same set as the one without a name."""
+    """Normalise ``ai.onnx``, which is the set without a name."""
     return "" if domain == "ai.onnx" else domain
 
 
@@ -374,7 +374,7 @@ def _sizes(shape: list[int]) -> tuple[int, ...]:
 
 
 def _captured(graph: Graph) -> frozenset[str]:
-    """Every name that a graph uses and does not make itself."""
+    """Return every name that a graph uses and does not define."""
     made = {*graph.constants, *(one.name for one in graph.inputs)}
     used = {one.name for one in graph.outputs}
     for node in graph.nodes:

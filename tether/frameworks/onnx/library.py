@@ -1,7 +1,8 @@
-"""The import of ONNX Runtime, with its telemetry off.
+"""Imports ONNX Runtime with its telemetry off.
 
-Since 1.32 its Linux wheels write a device id into the home folder and send usage to their maker, unless this variable is set
-before they are loaded (https://github.com/microsoft/onnxruntime/pull/27379). Somebody who wants that sets it to 0.
+Since 1.32 its Linux wheels write a device id into the home folder and send usage to their maker, unless this
+variable is set before they are loaded (https://github.com/microsoft/onnxruntime/pull/27379). Set it to 0 to
+allow that.
 """
 
 from __future__ import annotations

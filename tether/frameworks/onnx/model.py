@@ -1,4 +1,4 @@
-"""An ONNX model as far as it decides what becomes of rows: nodes, names, shapes and small constants, never weights."""
+"""The parts of an ONNX model that determine its rows: nodes, names, shapes and small constants, never weights."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import NamedTuple
 import numpy as np
 
 MAX_VALUES = 128
-"""Elements of a constant or an attribute whose values are kept: more than any shape has."""
+"""Maximum elements of a constant or an attribute to store: more than any shape has."""
 DTYPES: dict[int, str] = {
     1: "<f4", 2: "u1", 3: "i1", 4: "<u2", 5: "<i2", 6: "<i4", 7: "<i8", 9: "?", 10: "<f2", 11: "<f8", 12: "<u4", 13: "<u8",
 }  # fmt: skip
-"""``TensorProto.DataType`` -> numpy, for constants whose values are kept."""
+"""``TensorProto.DataType`` -> numpy, for stored constants."""
 
 Axis = int | str | None
-"""A fixed size, the name of a free one, or a free one without a name."""
+"""A fixed size, the name of an open axis, or an open axis without a name."""
 
 
 class Constant(NamedTuple):
-    """A tensor of the file; ``values`` only where they are few numbers that lie in the file itself."""
+    """A tensor of the file; ``values`` only if they are few numbers inside the file itself."""
 
     shape: tuple[int, ...]
     values: np.ndarray | None
@@ -27,13 +27,13 @@ class Constant(NamedTuple):
 
 
 class Many(NamedTuple):
-    """A list of an attribute with more than ``MAX_VALUES`` elements, as trees have them: only their number is kept."""
+    """An attribute's list of more than ``MAX_VALUES`` elements, as in trees: only its length is stored."""
 
     length: int
 
 
 class Declared(NamedTuple):
-    """A named value and what the file says of its shape: None where it says nothing. ``kind`` 0: not a tensor."""
+    """A named value and its declared shape: None if undeclared. ``kind`` 0: not a tensor."""
 
     name: str
     kind: int
@@ -42,9 +42,9 @@ class Declared(NamedTuple):
 
 @dataclass(slots=True)
 class Node:
-    """An operator's use. ``attributes`` has numbers, bytes, constants, graphs and lists of numbers by name.
+    """One use of an operator. ``attributes`` has numbers, bytes, constants, graphs and lists of numbers by name.
 
-    None is a value of a type that no rule asks for.
+    None is a value of a type that no rule uses.
     """
 
     kind: str = ""
@@ -55,9 +55,9 @@ class Node:
     outputs: list[str] = field(default_factory=list)
     attributes: dict[str, object] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
-    """In a function: attributes whose values are those of the function's own."""
+    """In a function: attributes that take the values of the function's own."""
     captures: frozenset[str] = frozenset()
-    """Names of values from outside that its graphs may use."""
+    """Names of outer values that its graphs may use."""
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class Graph:
 
 @dataclass(slots=True)
 class Function:
-    """Operators of the model's own, which stand for a graph."""
+    """An operator defined by the model as a graph."""
 
     name: str = ""
     domain: str = ""
@@ -79,7 +79,7 @@ class Function:
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     attributes: dict[str, object] = field(default_factory=dict)
-    """Those that have a default, and those that have none as None."""
+    """Attributes with a default, and those without as None."""
     nodes: list[Node] = field(default_factory=list)
     opsets: dict[str, int] = field(default_factory=dict)
 

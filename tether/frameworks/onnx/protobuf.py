@@ -1,4 +1,4 @@
-"""Protobuf read by its wire format: fields by number and place in the buffer, without generated code and without copies."""
+"""Reads protobuf's wire format: fields by number and place in the buffer, without generated code or copies."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Buffer = bytes | mmap.mmap
 
 
 class NotProtobuf(ValueError):
-    """The bytes are no protobuf message, or one with more fields than it may have."""
+    """The bytes are not a protobuf message, or one with too many fields."""
 
 
 class TooManyFields(NotProtobuf):
-    """The message has more fields than it may have."""
+    """The message has too many fields."""
 
 
 class CutOff(NotProtobuf):
@@ -45,21 +45,21 @@ class Reader:
         self._fields = 0
 
     def fields(self, position: int, end: int) -> Iterator[Field]:
-        """The fields of the message between two places."""
+        """Return the fields of the message between two places."""
         while position < end:
             self._fields += 1
             if self._fields > self._most:
                 raise TooManyFields(f"more than {self._most} fields")
             tag, position = self.varint(position, end)
             number, kind = tag >> 3, tag & 7
-            # A parser that cuts a longer tag to 32 bits would see another field than this one.
+            # A parser that truncates a longer tag to 32 bits would see another field.
             if number == 0 or tag >= 1 << 32:
                 raise NotProtobuf("a tag that is none")
             value, start, position = self._payload(kind, position, end)
             yield Field(number, kind, value, start, position)
 
     def varint(self, position: int, end: int) -> tuple[int, int]:
-        """An unsigned number and the place after it."""
+        """Return an unsigned number and the place after it."""
         value = shift = 0
         while True:
             if position >= end:
@@ -74,11 +74,11 @@ class Reader:
             shift += 7
 
     def bytes_of(self, field: Field, most: int) -> bytes:
-        """A copy of the first ``most`` bytes of a length-delimited field."""
+        """Copy the first ``most`` bytes of a length-delimited field."""
         return bytes(self.data[field.start : min(field.end, field.start + most)])
 
     def varints(self, field: Field) -> Iterator[int]:
-        """The numbers of one occurrence of a repeated field, packed or not."""
+        """Return the numbers of one occurrence of a repeated field, packed or not."""
         if field.kind == VARINT:
             yield field.value
         elif field.kind == BYTES:
@@ -103,6 +103,6 @@ class Reader:
 
 
 def signed(value: int) -> int:
-    """A varint as the 64-bit two's complement that it is for ``int64`` and ``int32``."""
+    """Interpret a varint as 64-bit two's complement, as for ``int64`` and ``int32``."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value

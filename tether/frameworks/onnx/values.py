@@ -1,4 +1,4 @@
-"""Tensors as ONNX Runtime takes and gives them, where numpy has no type of its own for them."""
+"""Converts tensors to and from ONNX Runtime where numpy lacks their type."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from tether.frameworks.onnx.library import onnxruntime
 Array = np.ndarray[Any, np.dtype[Any]]
 
 BF16_CODE = 16
-"""``TensorProto.BFLOAT16``: numpy has no such type, so its bits travel as uint16."""
+"""``TensorProto.BFLOAT16``: numpy lacks this type, so its bits travel as uint16."""
 
 
 def to_text(array: Array) -> Array:
-    """Elements of a BYTES tensor as the text that ONNX strings are.
+    """Decode elements of a BYTES tensor to text, as ONNX strings are.
 
     Raises:
-        UnicodeDecodeError: one is not UTF-8.
+        UnicodeDecodeError: an element is not UTF-8.
     """
     return np.array([item.decode() for item in array.ravel()], dtype=np.object_).reshape(array.shape)
 
 
 def to_value(array: Array) -> Any:
-    """An array as a value of ONNX Runtime."""
+    """Convert an array to a value of ONNX Runtime."""
     if array.dtype == ml_dtypes.bfloat16:
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), BF16_CODE)
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
 def from_value(value: Any) -> Array:
-    """A value of ONNX Runtime as an array."""
+    """Convert a value of ONNX Runtime to an array."""
     if value.data_type() != "tensor(bfloat16)":
         return np.asarray(value.numpy())
     shape = tuple(value.shape())

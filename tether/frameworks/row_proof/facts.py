@@ -1,4 +1,4 @@
-"""What is known of a value of a graph: its shape, and which axis has one row for each row of the request.
+"""Facts about a graph's values: the shape, and the axis with one row for each row of the request.
 
 A value is of one of these kinds:
 
@@ -24,15 +24,15 @@ from tether.frameworks.row_proof.sizes import BATCH, ONE, ROWS, Algebra, Size, d
 MAX_AXES = 32
 INT32 = 6
 FOLLOWED = (1, INT32, 7, 9, 10, 11)
-"""Types whose elements are followed: in shorter ones, and in unsigned ones, numbers wrap."""
+"""Types whose elements are computed: shorter and unsigned numbers wrap around."""
 
 
 class Mixes(Exception):
-    """The rows of a value cannot be shown to be independent; the text goes on after the operator's name."""
+    """The rows of a value cannot be proven independent; the text continues after the operator's name."""
 
 
 class Rows(NamedTuple):
-    """The axis that has the rows: ``outer * B * inner`` elements."""
+    """The axis of the rows: ``outer * B * inner`` elements."""
 
     axis: int
     outer: Size = ONE
@@ -62,18 +62,18 @@ class Fact:
 
     @property
     def rank(self) -> int:
-        """Raises :class:`Mixes` when it is not known."""
+        """The rank; raises :class:`Mixes` if unknown."""
         return len(self.dims)
 
     @property
     def dims(self) -> Shape:
-        """The shape; raises :class:`Mixes` when it is not known."""
+        """The shape; raises :class:`Mixes` if unknown."""
         if self.shape is None:
             raise Mixes("gets a value whose shape is not known")
         return self.shape
 
     def scalar(self) -> bool:
-        """Whether it has one element for certain."""
+        """Return whether it certainly has one element."""
         return self.shape is not None and all(size == ONE for size in self.shape)
 
 
@@ -82,7 +82,7 @@ UNKNOWN = Fact(None)
 
 
 def fact(shape: Sequence[Size | None], rows: Rows | None = None) -> Fact:
-    """A value with ``rows`` on one of its axes, whose size is set.
+    """Return a value with ``rows`` on one of its axes, whose size is set.
 
     Raises:
         Mixes: a size depends on the number of rows where it must not.
@@ -113,7 +113,7 @@ def constant(value: Constant) -> Fact:
 
 
 def elements(values: np.ndarray) -> np.ndarray:
-    """An array of numbers as one of elements."""
+    """Return an array of numbers as one of elements."""
     whole = values.dtype.kind in "iub"
     found = np.empty(values.shape, object)
     for index, value in np.ndenumerate(values):
@@ -123,28 +123,28 @@ def elements(values: np.ndarray) -> np.ndarray:
 
 @dataclass(slots=True)
 class Context:
-    """What a rule may ask for beside the facts of its inputs."""
+    """Context that a rule may use beside the facts of its inputs."""
 
     algebra: Algebra
     opset: int
     serial: int
-    """Of this use of the node: a function's or a loop's is used several times, with other sizes."""
+    """Number of this use of the node: nodes of a function or a loop are used several times, with different sizes."""
     run_graph: Callable[[Graph, Sequence[Fact]], list[Fact]]
-    """The facts of a graph's outputs inside the node that is looked at, from those of its inputs."""
+    """Returns the facts of a graph's outputs inside the current node, from those of its inputs."""
 
     def size(self, *key: str | int) -> Size:
-        """The symbol of a size of which only its place in this node's outputs is known."""
+        """Return the symbol of a size known only by its place in this node's outputs."""
         return self.algebra.symbol("node", self.serial, *key)
 
 
 Inputs = Sequence[Fact | None]
-"""None for an input that is left out."""
+"""None for an omitted input."""
 
 Rule = Callable[[Node, Inputs, Context], list[Fact]]
 
 
 class Entry(NamedTuple):
-    """``sizes``: inputs that may be counts. ``since``: the first operator set whose meaning the rule knows."""
+    """``sizes``: inputs that may be counts. ``since``: the first operator set with the meaning that the rule knows."""
 
     rule: Rule
     sizes: frozenset[int]
@@ -156,11 +156,11 @@ ML, MICROSOFT = "ai.onnx.ml", "com.microsoft"
 
 
 OLDEST = {"": 7, ML: 1, MICROSOFT: 1}
-"""The oldest version of each operator set whose meaning the rules know."""
+"""Oldest version of each operator set known to the rules."""
 
 
 def rule(*kinds: str, domain: str = "", sizes: Iterable[int] = (), since: int = 0) -> Callable[[Rule], Rule]:
-    """Put a rule on the list of what is allowed; ``since`` 0 stands for the oldest operator set."""
+    """Register a rule as allowed; ``since`` 0 stands for the oldest operator set."""
 
     def add(function: Rule) -> Rule:
         for kind in kinds:
@@ -172,7 +172,7 @@ def rule(*kinds: str, domain: str = "", sizes: Iterable[int] = (), since: int = 
     return add
 
 
-# What rules have in common.
+# shared by rules
 
 
 def given(inputs: Inputs, index: int) -> Fact | None:
@@ -187,7 +187,7 @@ def needed(inputs: Inputs, index: int) -> Fact:
 
 
 def uniform(inputs: Inputs, *indices: int) -> None:
-    """Raise unless these inputs are left out or the same for all rows."""
+    """Raise unless these inputs are omitted or the same for all rows."""
     for index in indices:
         found = given(inputs, index)
         if found is not None and found.rows is not None:
@@ -206,7 +206,7 @@ def whole(node: Node, name: str, default: int) -> int:
 
 
 def flag(node: Node, name: str, *, default: bool = False) -> bool:
-    """An attribute that is 0 or 1; of others ONNX Runtime takes some for 0 and some for 1."""
+    """Return a 0-or-1 attribute; ONNX Runtime takes some other values for 0 and some for 1."""
     found = whole(node, name, int(default))
     if found not in (0, 1):
         raise Mixes(f"has an attribute '{name}' that is neither 0 nor 1")
@@ -236,7 +236,7 @@ def axis_of(axis: int, rank: int) -> int:
 
 
 def numbers(value: Fact) -> list[int] | None:
-    """The elements when all are constant whole numbers, else None."""
+    """Return the elements if all are constant whole numbers, else None."""
     if value.content is None:
         return None
     found = [one.factor for one in value.content.flat if isinstance(one, Size) and one.constant]
@@ -244,10 +244,11 @@ def numbers(value: Fact) -> list[int] | None:
 
 
 def axes_given(node: Node, inputs: Inputs, index: int, *, as_input: bool) -> list[int] | None:
-    """Axes of an attribute or, ``as_input``, of an input; None when there are none: ONNX Runtime takes an empty list for none given.
+    """Return axes of an attribute or, ``as_input``, of an input; None if omitted: ONNX Runtime treats an
+    empty list as omitted.
 
     Raises:
-        Mixes: they are computed, so nobody knows which they are.
+        Mixes: they are computed, so unknown.
     """
     if not as_input:
         return wholes(node, "axes") or None
@@ -261,22 +262,22 @@ def axes_given(node: Node, inputs: Inputs, index: int, *, as_input: bool) -> lis
 
 
 def away_from_rows(value: Fact, axes: Iterable[int], what: str) -> None:
-    """Raise when one of the axes is that of the rows."""
+    """Raise if one of the axes is that of the rows."""
     if value.rows is not None and value.rows.axis in set(axes):
         raise Mixes(what)
 
 
 def batch_first(value: Fact, axes: Iterable[int] = (0,), what: str = "has the rows on an axis that it mixes") -> None:
-    """Raise when the rows are on another axis than those that the operator keeps apart."""
+    """Raise if the rows are on an axis that the operator does not treat separately."""
     if value.rows is not None and value.rows.axis not in set(axes):
         raise Mixes(what)
 
 
 def broadcast(values: Iterable[Fact], algebra: Algebra) -> Fact:
-    """The value that elementwise operators make: axes line up from the last one.
+    """Return the result of an elementwise operator: axes align from the last one.
 
     Raises:
-        Mixes: a value could line up with the axis of the rows for one number of rows and not for another.
+        Mixes: a value could align with the row axis for one number of rows and not for another.
     """
     facts = list(values)
     if any(one.shape is None for one in facts):
@@ -297,7 +298,7 @@ def broadcast(values: Iterable[Fact], algebra: Algebra) -> Fact:
 
 
 def onto(value: Fact, other: Fact, algebra: Algebra) -> Fact:
-    """:func:`broadcast` of operators that give the value's own shape, so that the other cannot bring the rows."""
+    """Broadcast for operators that keep the value's own shape, so that the other operand cannot add the rows."""
     if value.rows is None and other.rows is not None:
         raise Mixes("joins the rows to a value that has none")
     return broadcast([value, other], algebra)
@@ -328,10 +329,10 @@ def _broadcast_size(a: Size, b: Size, algebra: Algebra) -> Size:
 
 
 def same_rows(values: Iterable[Fact]) -> Rows | None:
-    """The one place of the rows in values of the same rank, all of which have them, or None when none has.
+    """Return the place of the rows in values of equal rank if all have them, or None if none has.
 
     Raises:
-        Mixes: the rows lie on different axes, or only some values have them.
+        Mixes: the rows are on different axes, or only some values have them.
     """
     found = {one.rows for one in values}
     if len(found) > 1:

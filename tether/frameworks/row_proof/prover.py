@@ -1,10 +1,10 @@
-"""Whether the rows of an ONNX model are independent: proven from its graph, operator by operator, or not at all.
+"""Proves that the rows of an ONNX model are independent, operator by operator from its graph, or gives up.
 
-Rows of different requests may share a run only when each row's answer is a function of that row, whatever the other rows
-are and however many. For each value of the graph this module finds which axis has the rows and that what is at one row
-depends on that row of the inputs alone (:mod:`tether.frameworks.row_proof.facts`); rules for single operators are in the ``rules_``
-modules. An operator without a rule, or one used in a way that its rule does not know, ends the proof. Numbers are taken
-as exact: a run of other size may round differently.
+Rows of different requests may share a run only if each row's output is a function of that row, regardless of
+number and content of the other rows. For each value of the graph this module determines the row axis, and
+that each row depends on the same row of the inputs alone (:mod:`tether.frameworks.row_proof.facts`); rules
+for single operators are in the ``rules_`` modules. An operator without a rule, or used in a way unknown to
+its rule, ends the proof. Numbers count as exact: a run of another size may round differently.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ from tether.frameworks.row_proof.rules import (
 from tether.frameworks.row_proof.sizes import ROWS, Algebra, Size
 
 FAMILIES = (attention, control, elementwise, linear, lookup, ml, norm, places, quantized, recurrent, shape)
-"""What puts the rules on the list when it is imported."""
+"""Modules that register the rules when imported."""
 
 NEWEST = {"": 26, ML: 5, MICROSOFT: 1}
-"""The newest version of each operator set whose meaning the rules know."""
+"""Newest version of each operator set known to the rules."""
 MAX_STEPS = 200_000
-"""Nodes and constants that are looked at, those of loops and functions each time."""
+"""Maximum nodes and constants to process, counting those of loops and functions each time."""
 MAX_FUNCTIONS = 16
-"""Functions that call functions."""
+"""Maximum depth of calls between functions."""
 
 _RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 _WHY = {
@@ -71,17 +71,18 @@ _WHY = {
 
 
 class RowProof(NamedTuple):
-    """``reason``: in one line why the rows are not known to be independent; empty when they are proven to be."""
+    """``reason``: in one line, why row independence is not proven; empty if it is."""
 
     independent: bool
     reason: str = ""
 
 
 def prove(path: Path) -> RowProof:
-    """Whether each row of the outputs depends on that row of the inputs alone.
+    """Prove that each row of the outputs depends on the same row of the inputs alone.
 
-    Independent means: all inputs and outputs have the rows on their first axis, and a run of several requests of equal
-    shapes, joined on that axis, gives each the rows that it gets alone. Never raises for what a file holds.
+    Independent means: all inputs and outputs have the rows on their first axis, and a run of several requests
+    of equal shapes, joined on that axis, gives each the rows that it gets alone. Never raises for the content
+    of a file.
     """
     try:
         with path.open("rb") as file:
@@ -130,7 +131,8 @@ def _check_opsets(opsets: dict[str, int]) -> None:
     for domain, version in opsets.items():
         if domain in NEWEST and not OLDEST[domain] <= version <= NEWEST[domain]:
             raise Mixes(
-                f"operator set {domain or 'ai.onnx'} {version} is not known here, only {OLDEST[domain]} to {NEWEST[domain]}"
+                f"operator set {domain or 'ai.onnx'} {version} is not known here, only {OLDEST[domain]} "
+                f"to {NEWEST[domain]}"
             )
 
 
@@ -164,17 +166,17 @@ def _first_axis(declared: Declared) -> Axis:
 
 
 def _axis(size: Axis, algebra: Algebra, name: str, axis: int) -> Size:
-    """Free axes of one name are kept apart, because nothing makes a request give them one size."""
+    """Give open axes of one name different symbols, because requests need not give them one size."""
     return Size(size) if isinstance(size, int) and size > 0 else algebra.symbol("input", name, axis)
 
 
 Value = Fact | Mixes
 Scope = ChainMap[str, Value]
-"""Values by name: those of a graph before those of the graphs around it."""
+"""Values by name: those of a graph before those of the outer graphs."""
 
 
 class _Run:
-    """Looks at the nodes of a model, each after those that it needs."""
+    """Processes the nodes of a model, each after its inputs."""
 
     def __init__(self, model: Model, algebra: Algebra) -> None:
         self._model = model
@@ -186,7 +188,7 @@ class _Run:
     def graph(
         self, graph: Graph, inputs: dict[str, Fact], outer: Scope | None = None, opsets: dict[str, int] | None = None
     ) -> Scope:
-        """What is known of all values that the outputs of a graph need."""
+        """Return facts of all values that the outputs of a graph need."""
         self._count(len(graph.nodes) + len(graph.constants) + len(graph.declared))
         scope: Scope = outer.new_child() if outer is not None else ChainMap()
         scope.update(inputs)
@@ -278,7 +280,7 @@ class _Run:
         return _by_rule(node, inputs, context)
 
     def _inner(self, graph: Graph, values: Sequence[Fact], scope: Scope, opsets: dict[str, int]) -> list[Fact]:
-        """The outputs of a branch or a body."""
+        """Return the outputs of a branch or a body."""
         named = {declared.name: value for declared, value in zip(graph.inputs, values, strict=True)}
         found = self.graph(graph, named, scope, opsets)
         return _facts(found, [one.name for one in graph.outputs])
@@ -322,7 +324,7 @@ def _by_rule(node: Node, inputs: list[Fact | None], context: Context) -> list[Fa
 
 
 class _Inside(Mixes):
-    """A reason that names an operator already: one inside of a function, a branch or a body."""
+    """A reason that already names an operator: one inside a function, a branch or a body."""
 
 
 def _facts(scope: Scope, names: Iterable[str]) -> list[Fact]:
@@ -336,7 +338,7 @@ def _facts(scope: Scope, names: Iterable[str]) -> list[Fact]:
 
 
 def _bound(node: Node, attributes: dict[str, object]) -> Node:
-    """A function's node with the attributes that the call gives it."""
+    """Return a function's node with the attributes of the call."""
     if any(isinstance(value, Graph) for value in node.attributes.values()) or node.captures:
         raise Mixes(f"operator {_title(node)} has a graph inside of a function")
     if not node.references:
@@ -356,7 +358,7 @@ def _is_uniform(value: Fact) -> bool:
 
 
 def _fixed_axes(graph: Graph) -> dict[str, tuple[Axis, ...]]:
-    """Shapes that the file says values have inside of the graph, where a runtime may believe them."""
+    """Apply shapes that the file declares for inner values, where a runtime may rely on them."""
     used = {name for node in graph.nodes for name in _needs(node)}
     declared = [*graph.declared, *(one for one in graph.outputs if one.name in used)]
     return {one.name: one.shape for one in declared if one.shape is not None}
@@ -374,5 +376,5 @@ def _title(node: Node) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text of a file in one line, without what a terminal would obey."""
+    """Return text of a file in one line, without terminal control characters."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)[:200]

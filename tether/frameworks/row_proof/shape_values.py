@@ -1,4 +1,5 @@
-"""Shapes that a graph computes: what exporters write as Shape, Gather, Concat, Mul, Where and so on, element by element.
+"""Computes shapes inside a graph element by element: exporters write them as Shape, Gather, Concat, Mul,
+Where and so on.
 
 An array of elements is worked on by numpy as an array of objects, so moving elements about is numpy's own business.
 """
@@ -38,17 +39,17 @@ MAX_FACTOR = 1 << 20
 MAX_NARROW = 1 << 11
 """Of sizes that are computed, the latter with 32 bits: a product that wraps is no product. See ``MAX_ROWS``."""
 MAX_COMPUTED = 4
-"""Symbols in such a size; half as many with 32 bits."""
+"""Maximum symbols in such a size; half as many with 32 bits."""
 
 
 def compute(node: Node, inputs: Inputs, context: Context) -> list[Fact] | None:
-    """The outputs of a node whose elements can be told from those of its inputs, or None."""
+    """Compute the outputs of a node from the elements of its inputs, if possible, else None."""
     known = None if node.domain else _COMPUTE.get(node.kind)
     if known is None or (node.kind not in _OF_SHAPES and not _all_known(inputs)):
         return None
     try:
         found = known(node, inputs, context)
-    except (ValueError, IndexError):  # numpy's, of shapes that do not fit; such a run fails too
+    except (ValueError, IndexError):  # numpy's error for shapes that do not fit; such a run fails too
         return None
     if not found or any(one is None for one in found):
         return None
@@ -73,7 +74,7 @@ def _fact(content: np.ndarray, node: Node, algebra: Algebra, *, narrow: bool) ->
 
 
 def _fitting(element: Element, algebra: Algebra, *, narrow: bool) -> Element:
-    """The element, where it surely fits its type, else what little is known of it."""
+    """Return the element if it certainly fits its type, else an unknown."""
     if not isinstance(element, Size) or element.constant:
         return element
     factor, symbols = (MAX_NARROW, MAX_COMPUTED // 2) if narrow else (MAX_FACTOR, MAX_COMPUTED)
@@ -143,7 +144,7 @@ def _cast_constant(value: float, to: int) -> Element:
         return Size(int(bool(value)))
     if to not in _FLOATS or to not in DTYPES or not abs(value) < 1 << 20:
         return None
-    # Where it is rounded, a runtime may or may not leave the cast out.
+    # Where it is rounded, a runtime may omit the cast.
     return float(value) if float(np.dtype(DTYPES[to]).type(value)) == value else None
 
 
@@ -258,7 +259,7 @@ def _range(_node: Node, inputs: Inputs, _context: Context) -> list[Content]:
 
 
 def _filled(node: Node, inputs: Inputs, _context: Context) -> list[Content]:
-    """ConstantOfShape and Expand to a shape that is known and small."""
+    """ConstantOfShape and Expand to a known, small shape."""
     target = numbers(needed(inputs, 0 if node.kind == "ConstantOfShape" else 1))
     if target is None or any(size < 0 for size in target) or int(np.prod(target, dtype=object)) > MAX_VALUES:
         return []

@@ -1,4 +1,4 @@
-"""Arithmetic on sizes of which some are not known, and one is the number of rows of a run.
+"""Arithmetic on sizes, some of them unknown, and one of them the number of rows of a run.
 
 A size is a whole number times symbols. The symbol ``BATCH`` is the number of rows, at least 1. Every other symbol is a
 number that is the same for all requests that share a run: the size of an open axis, or what was computed from such.
@@ -13,16 +13,16 @@ from typing import NamedTuple
 
 BATCH = 0
 MAX_ROWS = 1 << 16
-"""Of a run that is joined."""
+"""Maximum rows of a run."""
 MAX_SYMBOLS = 16
-"""In one product."""
+"""Maximum symbols in one product."""
 MAX_APPLIED = 1_000_000
-"""Operators on single elements, for one graph."""
+"""Maximum operators on single elements, for one graph."""
 _LARGEST = (1 << 63) - 1
 
 
 class TooMuch(ValueError):
-    """A graph computes more than is followed."""
+    """A graph computes more than this module follows."""
 
 
 class Size(NamedTuple):
@@ -37,7 +37,7 @@ class Size(NamedTuple):
 
     @property
     def batches(self) -> int:
-        """How many times the number of rows is in it."""
+        """Number of factors that are the number of rows."""
         return self.symbols.count(BATCH)
 
 
@@ -49,7 +49,7 @@ ROWS = Size(1, (BATCH,))
 
 
 def times(*sizes: Size) -> Size | None:
-    """The product; None when it has too many symbols."""
+    """Return the product; None if it has too many symbols."""
     symbols = tuple(sorted(symbol for size in sizes for symbol in size.symbols))
     factor = math.prod(size.factor for size in sizes)
     if not factor:
@@ -58,7 +58,7 @@ def times(*sizes: Size) -> Size | None:
 
 
 def over(size: Size, divisor: Size) -> Size | None:
-    """The quotient where it is a whole number of which that is known, else None."""
+    """Return the quotient if it is certainly a whole number, else None."""
     if not divisor.factor or size.factor % divisor.factor:
         return None
     left = list(size.symbols)
@@ -70,19 +70,19 @@ def over(size: Size, divisor: Size) -> Size | None:
 
 
 def depends(element: Element) -> bool:
-    """Whether the number of rows is in it."""
+    """Return whether it includes the number of rows."""
     return element is None or (isinstance(element, Size) and BATCH in element.symbols)
 
 
 def sliced(start: int, end: int, step: int, size: int) -> slice:
-    """A slice of ONNX as one of Python, which cuts off backward slices that begin or end before the first element elsewhere."""
+    """Return ONNX's slice as Python's, which differ for backward slices that begin or end before the first element."""
     if step > 0:
         return slice(start, end, step)
     return slice(max(start, -size), None if end < -size else end, step)
 
 
 class Algebra:
-    """The symbols of one graph, and the operators on elements."""
+    """The symbols of one graph, and operators on elements."""
 
     def __init__(self) -> None:
         self._known: dict[Hashable, int] = {}
@@ -91,7 +91,7 @@ class Algebra:
         self._applied = 0
 
     def symbol(self, *key: Hashable, signed: bool = False, floating: bool = False) -> Size:
-        """The symbol for a key; a new one may be negative, or no whole number, only where that is said."""
+        """Return the symbol for a key; a new one may be negative, or not whole, only if declared so."""
         number = self._known.setdefault(key, len(self._known) + 1)
         if signed or floating:
             self._signed.add(number)
@@ -100,19 +100,19 @@ class Algebra:
         return Size(1, (number,))
 
     def positive(self, size: Size) -> bool:
-        """Whether it is at least 1 for any number of rows."""
+        """Return whether it is at least 1 for any number of rows."""
         return size.factor > 0 and all(symbol == BATCH for symbol in size.symbols)
 
     def natural(self, size: Size) -> bool:
-        """Whether it is a whole number that is not negative."""
+        """Return whether it is a whole number that is not negative."""
         return size.factor >= 0 and not self._signed.intersection(size.symbols)
 
     def is_floating(self, size: Size) -> bool:
-        """Whether it may be no whole number."""
+        """Return whether it may be a fraction."""
         return bool(self._floating.intersection(size.symbols))
 
     def apply(self, operator: str, operands: tuple[Element, ...], *, floating: bool = False) -> Element:
-        """One operator on elements; ``floating``: its result is no whole number where that matters."""
+        """Apply one operator to elements; ``floating``: its result is treated as floating-point."""
         self._applied += 1
         if self._applied > MAX_APPLIED:
             raise TooMuch(f"the graph computes more than {MAX_APPLIED} sizes")
@@ -148,7 +148,7 @@ class Algebra:
         return self.symbol("Where", operands, signed=True, floating=floating)
 
     def _whole(self, operator: str, sizes: list[Size]) -> Size | None:
-        """What is known of an operator on whole numbers of which at least one has symbols."""
+        """Return the result of an operator on whole numbers of which at least one has symbols."""
         if operator == "Mul":
             return times(*sizes)
         if operator == "Abs":
@@ -209,7 +209,7 @@ def _quotient(operator: str, a: Size, b: Size) -> Size | None:
 
 _COMPARISONS = ("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual")
 _KEEP_KIND = ("Add", "Sub", "Mul", "Div", "Mod", "Min", "Max", "Neg", "Abs", "Floor", "Ceil", "Sqrt", "Pow")
-"""Operators whose result is floating-point when an operand is."""
+"""Operators whose result is floating-point if an operand is."""
 
 
 def _divided(a: float, b: float) -> float:
@@ -251,7 +251,7 @@ def _constant(operator: str, values: list[int | float]) -> Element:
     except (ArithmeticError, TypeError, ValueError):
         return None
     if isinstance(found, float):
-        # Exact in every floating-point type that is followed, of which the shortest has 11 bits.
+        # Exact in every supported floating-point type, of which the shortest has 11 bits.
         return found if found.is_integer() and abs(found) <= 1 << 11 else None
-    # Fits every whole type that is followed.
+    # Fits every supported whole type.
     return Size(int(found)) if abs(int(found)) < 1 << 31 or found in values else None

@@ -30,7 +30,7 @@ LARGEST_GUESS = 32
 
 NO_PROOF = RowProof(independent=False)
 """Note on a model without a graph: nothing is known of its rows."""
-UNTRIED = "its rows are proven to be independent; no generated inputs were found that it accepts"
+UNTRIED = "its rows are proven to be independent; no made-up inputs were found that it accepts"
 NO_FREE_AXIS = "not every input and output has a free first axis"
 
 

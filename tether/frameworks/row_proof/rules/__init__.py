@@ -1,1 +1,1 @@
-"""Rules for families of operators: importing a module puts its own on the list of what is allowed."""
+"""Rules for families of operators: importing a module registers its rules."""

@@ -1,4 +1,4 @@
-"""Rules for attention in one operator, and for sums that are written as an equation (Einsum)."""
+"""Rules for attention operators, and for sums in equation form (Einsum)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIRST = Rows(0)
 
 
 def _rows_first(inputs: Inputs, *indices: int) -> None:
-    """Raise unless these inputs are left out or have one entry for each row on their first axis."""
+    """Raise unless these inputs are omitted or have one entry per row on their first axis."""
     for index in indices:
         found = given(inputs, index)
         if found is not None and (found.rows != FIRST or found.rank < 2):
@@ -32,7 +32,7 @@ def _rows_first(inputs: Inputs, *indices: int) -> None:
 
 
 def _mask(inputs: Inputs, index: int, rank: int) -> None:
-    """A mask that is added: of each row, or one for all."""
+    """Check an added mask: one per row, or one for all."""
     found = given(inputs, index)
     if found is None or found.rows == FIRST:
         if found is not None and found.rank != rank:
@@ -75,7 +75,7 @@ def multi_head_attention(node: Node, inputs: Inputs, context: Context) -> list[F
 
 @rule("Attention", domain=MICROSOFT)
 def fused_attention(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
-    """Input, weights, bias and a mask for each row; without a cache."""
+    """Input, weights, bias and a mask per row; without a cache."""
     value = needed(inputs, 0)
     _rows_first(inputs, 0, 3)
     uniform(inputs, 1, 2)
@@ -142,7 +142,7 @@ def einsum(node: Node, inputs: Inputs, _context: Context) -> list[Fact]:
 
 
 def _equation(equation: str) -> tuple[list[str], str]:
-    """The letters of each operand and of the result."""
+    """Return the letters of each operand and of the result."""
     plain = equation.replace(" ", "")
     left, arrow, right = plain.partition("->")
     terms = left.split(",")

@@ -1,4 +1,4 @@
-"""Rules for operators that have graphs inside: branches and loops."""
+"""Rules for operators with inner graphs: branches and loops."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tether.frameworks.row_proof.facts import (
 from tether.frameworks.row_proof.sizes import Size
 
 MAX_ROUNDS = 4
-"""Times that the body of a loop is looked at until what it changes is known no worse."""
+"""Maximum passes over the body of a loop until the facts of its values stay the same."""
 
 
 def _graph(node: Node, name: str) -> Graph:
@@ -32,7 +32,7 @@ def _graph(node: Node, name: str) -> Graph:
 
 @rule("If")
 def branch(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
-    """The branch that is taken, where that is known; else what both have in common."""
+    """Return the facts of the taken branch, if known; else those common to both."""
     condition = needed(inputs, 0)
     uniform(inputs, 0)
     known = numbers(condition)
@@ -42,7 +42,7 @@ def branch(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
 
 
 def joined(values: Sequence[Fact], context: Context, index: int) -> Fact:
-    """What holds for each of several values.
+    """Return the facts common to several values.
 
     Raises:
         Mixes: they have the rows on different axes.
@@ -66,7 +66,7 @@ def joined(values: Sequence[Fact], context: Context, index: int) -> Fact:
 
 @rule("Loop")
 def loop(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
-    """A number of rounds that is the same for all rows; what it changes stays rows on the same axis."""
+    """Require the same number of rounds for all rows; changed values must keep the rows on the same axis."""
     uniform(inputs, 0, 1)
     body = _graph(node, "body")
     state = [needed(inputs, index) for index in range(2, len(inputs))]
@@ -77,7 +77,7 @@ def loop(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
         raise Mixes("computes with the number of rows")
     state = [Fact(one.shape, one.rows) for one in state]
     for _ in range(MAX_ROUNDS):
-        # The number of the round and whether to go on are the same for all rows, and not known.
+        # The round number and the condition are the same for all rows, and unknown.
         found = context.run_graph(body, [Fact(()), UNKNOWN, *state])
         if found[0].rows is not None or found[0].counts:
             raise Mixes("goes on for as long as the rows say")
@@ -94,7 +94,7 @@ def _same(old: Fact, new: Fact) -> bool:
 
 
 def _afterwards(value: Fact, context: Context, index: int) -> Fact:
-    """What a value is after the last round: sizes that a round knows by a symbol may have become others."""
+    """Return a value's facts after the last round, whose symbolic sizes may have changed."""
     if value.shape is None:
         return UNKNOWN
     if value.rows is not None and not (value.rows.outer.constant and value.rows.inner.constant):
@@ -104,7 +104,7 @@ def _afterwards(value: Fact, context: Context, index: int) -> Fact:
 
 
 def _stacked(value: Fact, context: Context, index: int) -> Fact:
-    """One value of each round, along a new first axis."""
+    """Return the facts of one value per round, stacked on a new first axis."""
     if value.counts:
         raise Mixes("computes with the number of rows")
     if value.shape is None:

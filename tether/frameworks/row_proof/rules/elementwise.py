@@ -1,4 +1,4 @@
-"""Rules for operators that work on each element, or on elements that line up."""
+"""Rules for operators on single elements, or on aligned elements."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def one_hot(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
 
 
 def with_new_axis(value: Fact, axis: int, size: Size = ONE) -> Fact:
-    """A value with one axis more, at a place that is counted in the result."""
+    """Return a value with one more axis, at a position counted in the result."""
     rank = value.rank + 1
     if not -rank <= axis < rank:
         raise Mixes(f"makes an axis {axis} of {rank}")

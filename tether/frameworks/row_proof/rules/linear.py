@@ -1,4 +1,4 @@
-"""Rules for products of matrices, convolutions and pooling."""
+"""Rules for matrix products, convolutions and pooling."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tether.frameworks.row_proof.sizes import ONE, Algebra, Size
 
 
 def multiplied(a: Fact, b: Fact, algebra: Algebra) -> Fact:
-    """The product of matrices as ``numpy.matmul`` makes it.
+    """Return the matrix product, as ``numpy.matmul``.
 
     Raises:
         Mixes: it sums over the rows, or pairs each row with every other.
@@ -64,7 +64,7 @@ def multiplied(a: Fact, b: Fact, algebra: Algebra) -> Fact:
 
 
 def _kept(value: Fact, kept: int, summed: int, place: int) -> list[Rows]:
-    """Where the result has the rows of an operand that has them on the axis of its own that is kept."""
+    """Return the row axis of the result for an operand with the rows on its own kept axis."""
     if value.rows is None:
         return []
     if value.rows.axis == summed:
@@ -73,13 +73,13 @@ def _kept(value: Fact, kept: int, summed: int, place: int) -> list[Rows]:
 
 
 def _stack(value: Fact) -> Fact:
-    """The axes before the matrices."""
+    """Return the axes before the matrices."""
     rows = value.rows if value.rows is not None and value.rows.axis < value.rank - 2 else None
     return Fact(value.dims[:-2], rows)
 
 
 def swapped(value: Fact) -> Fact:
-    """With its last two axes exchanged."""
+    """Return the value with its last two axes exchanged."""
     if value.shape is None:
         return value
     if value.rank < 2:
@@ -167,7 +167,7 @@ def global_pool(_node: Node, inputs: Inputs, _context: Context) -> list[Fact]:
 
 
 def windows(node: Node, value: Fact, kernel: Sequence[Size], context: Context) -> list[Size]:
-    """Sizes of the axes from the third on after a window has gone over them; symbols where they are not known."""
+    """Return sizes of the axes from the third on after a sliding window; symbols if unknown."""
     found = []
     count = value.rank - 2
     for index, size in enumerate(value.dims[2:]):

@@ -1,4 +1,4 @@
-"""Rules for operators that look elements up by their indices."""
+"""Rules for operators that look elements up by index."""
 
 from __future__ import annotations
 

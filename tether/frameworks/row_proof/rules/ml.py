@@ -1,4 +1,4 @@
-"""Rules for the operators of ai.onnx.ml: trees, linear models, and what prepares tables and text for them."""
+"""Rules for the operators of ai.onnx.ml: trees, linear models, and preprocessing of tables and text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tether.frameworks.row_proof.sizes import ONE, Size
 
 
 def _table(inputs: Inputs) -> Fact:
-    """Of rows and columns: a list is taken for one row by these operators, and for rows of one column by others."""
+    """Require rows and columns: these operators take a list for one row, and others for rows of one column."""
     value = needed(inputs, 0)
     rest_uniform(inputs)
     if value.rows is not None and (value.rank != 2 or value.rows.axis != 0):
@@ -74,10 +74,10 @@ def one_hot_encoder(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
 
 @rule("ArrayFeatureExtractor", domain=ML)
 def array_feature_extractor(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
-    """Takes columns, the last axis; from a list it makes one row."""
+    """Select columns, the last axis; a list becomes one row."""
     value, columns = needed(inputs, 0), needed(inputs, 1)
     if columns.rows is not None:
-        # Each row's own column of a table, as a classifier's labels are looked up.
+        # Each row's own column of a table, like the look-up of a classifier's labels.
         if value.rows is not None:
             raise Mixes("looks up columns of other rows")
         flat = reshaped(columns, [product(*columns.dims)], context)
@@ -101,7 +101,7 @@ def string_normalizer(node: Node, inputs: Inputs, _context: Context) -> list[Fac
 
 @rule("FeatureVectorizer", domain=ML)
 def feature_vectorizer(_node: Node, inputs: Inputs, context: Context) -> list[Fact]:
-    """Puts tables side by side."""
+    """Join tables side by side."""
     values = [one for one in inputs if one is not None]
     if any(one.rows is None or one.rank != 2 or one.rows != values[0].rows or one.rows.axis for one in values):
         raise Mixes("joins values that are not all rows with columns")

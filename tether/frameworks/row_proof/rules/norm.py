@@ -1,4 +1,4 @@
-"""Rules for operators that look at an axis as a whole: normalisations, reductions, softmax, sorting, running sums."""
+"""Rules for operators on whole axes: normalisation, reduction, softmax, sorting, cumulative sums."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OVER_ROWS = "works across the rows"
 
 @rule("Softmax", "LogSoftmax", "Hardmax")
 def softmax(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
-    """Before operator set 13 all axes from ``axis`` on are one."""
+    """Softmax; before operator set 13 all axes from ``axis`` on are one."""
     value = needed(inputs, 0)
     if value.rows is not None:
         new = context.opset >= 13
@@ -160,7 +160,7 @@ def layer_normalization(node: Node, inputs: Inputs, context: Context) -> list[Fa
 
 @rule("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", domain=MICROSOFT)
 def skip_layer_normalization(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
-    """Normalises the sum of its first two inputs over the last axis; weights are lists, the fourth output is the sum."""
+    """Normalise the sum of the first two inputs over the last axis; weights are lists, the fourth output is the sum."""
     rest_uniform(inputs, 2)
     total = onto(needed(inputs, 0), needed(inputs, 1), context.algebra)
     if total.rows is None:

@@ -1,4 +1,4 @@
-"""Rules for operators that cut parts out, add edges, or change the size of axes."""
+"""Rules for operators that slice, pad, or resize axes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tether.frameworks.row_proof.facts import (
 from tether.frameworks.row_proof.sizes import MAX_ROWS, ONE, ROWS, Element, Size, depends, over, sliced
 
 FAR = (1 << 31) - 1
-"""As the end of a slice: more than any axis has."""
+"""End of a slice: more than any axis has."""
 
 
 @rule("Slice", sizes=(1, 2, 3, 4))
@@ -59,7 +59,7 @@ Part = tuple[Element, ...]
 def _slice_lists(
     node: Node, inputs: Inputs, context: Context
 ) -> tuple[list[Element], list[Element], list[int] | None, list[Element]]:
-    """Starts, ends, axes and steps; what is not known has no elements, or ones that are None."""
+    """Return starts, ends, axes and steps; unknown ones have no elements, or None elements."""
     if context.opset < 10:
         starts, ends = ([Size(one) for one in wholes(node, name) or []] for name in ("starts", "ends"))
         return list(starts), list(ends), axes_given(node, inputs, 3, as_input=False), []
@@ -88,12 +88,12 @@ def _is_whole(part: Part, size: Size) -> bool:
 
 
 def _most(size: Size) -> int:
-    """The end that is surely not before the last element: TensorFlow's exporter writes 10**9."""
+    """Return the end that certainly covers the last element: TensorFlow's exporter writes 10**9."""
     return size.factor * MAX_ROWS if size.symbols == ROWS.symbols else FAR
 
 
 def _cut(part: Part, size: Size) -> Size | None:
-    """How many elements are left, when all numbers are known."""
+    """Return the number of remaining elements, if all numbers are known."""
     found = [one.factor for one in part if isinstance(one, Size) and one.constant]
     if len(found) != 3 or not size.constant or not found[2] or abs(size.factor) > 1 << 40:
         return None
@@ -217,7 +217,7 @@ def resize(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
 
 
 def _check_resize(node: Node, value: Fact) -> None:
-    """Only modes that leave an axis of scale 1 alone, to the bit, and whose sizes are what the factors or sizes say."""
+    """Require modes that keep an axis of scale 1 bit-exact, and sizes that equal the given factors or sizes."""
     mode = text(node, "mode", "nearest")
     coordinates = text(node, "coordinate_transformation_mode", "half_pixel")
     if coordinates not in ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric"):

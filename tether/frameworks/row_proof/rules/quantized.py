@@ -1,4 +1,4 @@
-"""Rules for quantised numbers whose scales are constants. A scale that is taken from the values mixes rows."""
+"""Rules for quantised numbers with constant scales. A scale computed from the values mixes rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tether.frameworks.row_proof.rules.norm import OVER_ROWS
 
 
 def one_number(inputs: Inputs, *indices: int) -> None:
-    """Raise unless these inputs are left out or one constant for all elements."""
+    """Raise unless these inputs are omitted or one constant for all elements."""
     uniform(inputs, *indices)
     for index in indices:
         found = given(inputs, index)

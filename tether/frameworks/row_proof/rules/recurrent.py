@@ -1,4 +1,4 @@
-"""Rules for recurrent layers, whose batch is the second axis of what they are given."""
+"""Rules for recurrent layers, whose batch is the second axis of their input."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def recurrent(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
 
 
 def _states(inputs: Inputs, index: int, wanted: Rows) -> None:
-    """Lengths and first states are left out or each row's own: one for all would fit one number of rows only."""
+    """Require lengths and first states to be omitted or per row: shared ones would fit a single number of rows only."""
     found = given(inputs, index)
     if found is not None and found.rows != wanted:
         raise Mixes("starts from states that are not those of the rows")

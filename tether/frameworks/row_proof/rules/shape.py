@@ -1,4 +1,4 @@
-"""Rules for operators that give elements other axes, and that repeat them."""
+"""Rules for operators that reshape or repeat elements."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def reshape(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
 
 
 def reshaped(value: Fact, wanted: Sequence[Element], context: Context) -> Fact:
-    """The value with other axes, of which one may be -1: what is left.
+    """Return the value with other axes, of which one may be -1: the remainder.
 
-    Rows stay rows where their elements lie together: the elements before those of a row's block, and of the block
-    itself, must be the same ones in both shapes, for any number of rows.
+    Rows stay rows if their elements lie together: the elements before those of a row's block, and of the
+    block itself, must be the same in both shapes, for any number of rows.
     """
     sizes = [size if isinstance(size, Size) else None for size in wanted]
     if any(depends(size) for size in wanted) and any(size is None for size in wanted):
@@ -77,13 +77,14 @@ def reshaped(value: Fact, wanted: Sequence[Element], context: Context) -> Fact:
 
 
 def _placed(dims: Sequence[Size], rows: Rows, wanted: Sequence[Size], place: int, unknown: int) -> Rows:
-    """Where the rows are in the new shape; ``unknown`` is the axis whose size is not known, or -1."""
+    """Return the row axis in the new shape; ``unknown`` is the axis of unknown size, or -1."""
     if not 0 <= unknown < place:
         outer = over(product(*dims[: rows.axis], rows.outer), product(*wanted[:place]))
         inner = None if outer is None else over(wanted[place], product(outer, ROWS))
         if outer is not None and inner is not None:
             return Rows(place, outer, inner)
-    # Both shapes have as many elements, or the run fails: so if a row's block has the same ones, those before it are too.
+    # Both shapes have equally many elements, or the run fails: if a row's block is the same, so are those
+    # before it.
     if unknown <= place:
         inner = over(product(rows.inner, *dims[rows.axis + 1 :]), product(*wanted[place + 1 :]))
         outer = None if inner is None else over(wanted[place], product(ROWS, inner))
@@ -129,7 +130,7 @@ def squeeze(node: Node, inputs: Inputs, context: Context) -> list[Fact]:
 
 
 def without_axes(value: Fact, gone: set[int]) -> Fact:
-    """The value without some axes, which must not be that of the rows."""
+    """Return the value without some axes, which must not include the row axis."""
     rows = value.rows
     if rows is not None:
         if rows.axis in gone:
