@@ -11,6 +11,7 @@ import asyncio
 
 from tether.audit.entries import Kind
 from tether.bus.bus import Bus
+from tether.crypto import Role
 from tether.errors import TetherError
 from tether.process.log_rate_limiter import LogRateLimiter
 
@@ -43,8 +44,8 @@ class Budget:
         return kind not in ACTS_OF_TENANTS or self._acts.passes(tenant) is not None
 
     async def keep(self) -> None:
-        """Check forever how full the stream is; a service that may not read that writes neither inference nor jobs."""
-        while True:
+        """Read without end how full the stream is. Gateways alone write inference and jobs, and may ask for it."""
+        while self._bus.signer.role is Role.GATEWAY:
             await self.look()
             await asyncio.sleep(LOOK_S)
 

@@ -3,47 +3,16 @@
 from __future__ import annotations
 
 import http.client
-import itertools
 import json
-from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from support.http.served import Served
-from support.http.tenant_http import INPUT, Tenant, pushed, tenants
+from support.http.tenant_http import INPUT, Tenant, pushed
 from support.models import models
 from support.platform.platforms import tether
-
-_numbers = itertools.count()
-
-
-@pytest.fixture
-def name() -> str:
-    return f"wall-{next(_numbers)}"
-
-
-@pytest.fixture
-def tenant(served: Served) -> Iterator[Callable[[str], Tenant]]:
-    with tenants(served) as made:
-        yield made
-
-
-@pytest.fixture
-def one(tenant: Callable[[str], Tenant]) -> Tenant:
-    return tenant(f"inside-{next(_numbers)}")
-
-
-@pytest.fixture
-def two(tenant: Callable[[str], Tenant]) -> Tenant:
-    return tenant(f"outside-{next(_numbers)}")
-
-
-@pytest.fixture
-def default(tenant: Callable[[str], Tenant]) -> Tenant:
-    return tenant("default")
-
 
 SPELLINGS = [
     "{tenant}/{model}", "{tenant}%2F{model}", "{tenant}%2f{model}", "{tenant}%252F{model}", "{tenant}%252f{model}",
@@ -174,14 +143,14 @@ def test_no_pattern_of_a_key_gains_anything(
         f"{one.name}/{name}",
         "*/*",
         name,
-        "wall-*",
+        "same-*",
         f"{two.name}/*",
         "default/*",
     )
     for pattern in every:
         assert statuses(pattern)[2:] == [404, 404], pattern
     own = [200, 200, 404, 404]
-    for pattern in ("*", f"*/{name}", "*/*", name, "wall-*", f"{two.name}/*", f"{two.name}/{name}"):
+    for pattern in ("*", f"*/{name}", "*/*", name, "same-*", f"{two.name}/*", f"{two.name}/{name}"):
         assert statuses(pattern) == own, pattern
     for pattern in (f"{one.name}/*", "default/*", f"{two.name}*", f"{two.name}-*/*", "x*"):
         assert statuses(pattern) == [404] * 4, pattern

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,40 +11,12 @@ import httpx
 import pytest
 from prometheus_client import REGISTRY
 from support.http.served import Served, until
-from support.http.tenant_http import INPUT, Tenant, pushed, tenants
+from support.http.tenant_http import INPUT, Tenant, pushed
 from support.models import models
 from support.platform.platforms import tether
 
 from tether import Client
 from tether.errors import ModelNotFound
-
-_numbers = itertools.count()
-
-
-@pytest.fixture
-def name() -> str:
-    return f"same-{next(_numbers)}"
-
-
-@pytest.fixture
-def tenant(served: Served) -> Iterator[Callable[[str], Tenant]]:
-    with tenants(served) as made:
-        yield made
-
-
-@pytest.fixture
-def one(tenant: Callable[[str], Tenant]) -> Tenant:
-    return tenant(f"one-{next(_numbers)}")
-
-
-@pytest.fixture
-def two(tenant: Callable[[str], Tenant]) -> Tenant:
-    return tenant(f"two-{next(_numbers)}")
-
-
-@pytest.fixture
-def default(tenant: Callable[[str], Tenant]) -> Tenant:
-    return tenant("default")
 
 
 @pytest.fixture

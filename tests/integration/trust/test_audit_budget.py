@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -12,6 +13,7 @@ from support.platform.services import TENANT
 from tether.audit import Kind, budget, repeated_attempts
 from tether.bus.bus import Bus
 from tether.bus.session import connect
+from tether.process import metrics
 from tether.streams.layout import ensure_platform
 
 
@@ -38,6 +40,19 @@ async def test_a_tenant_that_repeats_an_act_hides_no_act_of_others(broker: Broke
     assert {(entry.actor, entry.outcome) for entry in others} == {(WHO, "ok")}
     calm = await entries(dispatcher, broker.home, kind=Kind.MODEL, tenant=TENANT)
     assert [item.entry.detail for item in calm] == [str(number) for number in range(0, budget.ACTS + more, 100)]
+
+
+@pytest.mark.parametrize("service", ["modelstore", "dispatcher"])
+async def test_a_service_without_inference_asks_for_nothing_that_it_may_not_see(
+    broker: Broker, dispatcher: Bus, service: str
+) -> None:
+    """Each refused question is an error in the log of the service and in the broker's."""
+    denied = metrics.PERMISSION_DENIED._value.get()
+    async with writer(broker, service) as (bus, log):
+        async with asyncio.timeout(10):
+            await log.budget.keep()
+        await bus.flush()
+    assert metrics.PERMISSION_DENIED._value.get() == denied
 
 
 async def test_inference_and_jobs_leave_room_for_everything_else(broker: Broker, dispatcher: Bus) -> None:
