@@ -48,7 +48,7 @@ def _numpy(source: str, data: bytes) -> Array:
     try:
         return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
     except (ValueError, OSError, EOFError) as error:
-        raise InvalidRequest(f"{source} is not a readable .npy file: {_told(error)}", field="inputs") from error
+        raise InvalidRequest(f"{source} is not a readable .npy file: {_reason(error)}", field="inputs") from error
 
 
 def _archive(source: str, data: bytes) -> dict[str, Any]:
@@ -56,10 +56,10 @@ def _archive(source: str, data: bytes) -> dict[str, Any]:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise InvalidRequest(f"{source} is not a readable .npz file: {_told(error)}", field="inputs") from error
+        raise InvalidRequest(f"{source} is not a readable .npz file: {_reason(error)}", field="inputs") from error
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if "Object arrays" in str(error):
         return "it has an array of Python objects; save text as array.astype('U') and bytes as array.astype('S')"
     return str(error)
@@ -90,7 +90,7 @@ def rows(inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
     """
     lengths = {name: array.shape[0] if array.ndim else None for name, array in inputs.items()}
     if None in lengths.values() or len(set(lengths.values())) != 1:
-        told = ", ".join(f"'{name}' has {length}" for name, length in lengths.items())
-        raise InvalidRequest(f"--rows needs inputs of the same first axis: {told}", field="inputs")
+        listed = ", ".join(f"'{name}' has {length}" for name, length in lengths.items())
+        raise InvalidRequest(f"--rows needs inputs of the same first axis: {listed}", field="inputs")
     count = next(iter(lengths.values())) or 0
     return ({name: array[index : index + 1] for name, array in inputs.items()} for index in range(count))

@@ -65,13 +65,13 @@ def main() -> None:
     except TetherError as error:
         _fail(f"{error.message} ({error.code})")
     except OSError as error:
-        _fail(_told(error))
+        _fail(_os_error_text(error))
 
 
 _UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.EBADF)
 
 
-def _told(error: OSError) -> str:
+def _os_error_text(error: OSError) -> str:
     reason = error.strerror or str(error) or type(error).__name__
     if error.filename is None:
         # a failed write to an open file, usually standard output; timeouts and lost connections are OSErrors

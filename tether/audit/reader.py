@@ -8,7 +8,7 @@ from datetime import datetime
 import msgspec
 
 from tether.audit import AuditEntry, Block, Checker, Kind, Mark, Record, decode_block, entries_of
-from tether.audit.spool import Leftover, look
+from tether.audit.spool import Leftover, read_run
 from tether.bus.bus import Bus, StoredMessage
 from tether.bus.key_value.bucket import KvBucket
 from tether.crypto import Historical, Keyset, MessageType, open_old_keyset
@@ -176,7 +176,7 @@ def historical(signed: Iterable[bytes], root_public: bytes) -> Historical:
 
 def left_behind(home: Home) -> list[Leftover]:
     """Return unsent blocks of this machine's writers, and their recorded chain heads."""
-    return [look(path) for path in sorted(home.audit.glob("*/*/"))]
+    return [read_run(path) for path in sorted(home.audit.glob("*/*/"))]
 
 
 def check_local(checker: Checker, left: Iterable[Leftover]) -> list[Mark]:

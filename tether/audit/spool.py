@@ -176,11 +176,11 @@ def leftovers(folder: Path) -> Iterator[Sequence[Leftover]]:
                 stack.enter_context(_locked(path))
             except OSError:
                 continue
-            found.append(look(path))
+            found.append(read_run(path))
         yield found
 
 
-def look(folder: Path) -> Leftover:
+def read_run(folder: Path) -> Leftover:
     """Read the files of a run, also while it writes them."""
     state = read_state(folder)
     records: list[Record] = []

@@ -30,22 +30,22 @@ def grant(
 ) -> None:
     """Grant another tenant the right to use your model, or to write to it."""
     with connect(url) as client:
-        told = client.grants.grant(name, tenant, "write" if write else "use")
-    _told(told, json_output=json_output)
+        answer = client.grants.grant(name, tenant, "write" if write else "use")
+    _print_owner(answer, json_output=json_output)
 
 
 def revoke(name: ModelName, *, tenant: Grantee, url: Url = None, json_output: JsonFlag = False) -> None:
     """Revoke a tenant's grant. Its queued jobs still run."""
     with connect(url) as client:
-        told = client.grants.revoke(name, tenant)
-    _told(told, json_output=json_output)
+        answer = client.grants.revoke(name, tenant)
+    _print_owner(answer, json_output=json_output)
 
 
 def grants(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) -> None:
     """Show which tenant owns a model, and the grants to other tenants."""
     with connect(url) as client:
-        told = client.grants.show(name)
-    _told(told, json_output=json_output)
+        answer = client.grants.show(name)
+    _print_owner(answer, json_output=json_output)
 
 
 def hand_over(
@@ -57,14 +57,14 @@ def hand_over(
 ) -> None:
     """Transfer a model to another tenant. For administrators."""
     with connect(url) as client:
-        told = client.grants.hand_over(name, tenant)
-    _told(told, json_output=json_output)
+        answer = client.grants.hand_over(name, tenant)
+    _print_owner(answer, json_output=json_output)
 
 
-def _told(told: dict[str, Any], *, json_output: bool) -> None:
+def _print_owner(answer: dict[str, Any], *, json_output: bool) -> None:
     if json_output:
-        print_json(told)
+        print_json(answer)
         return
-    rows = [(told["owner"], "own"), *((entry["tenant"], entry["right"]) for entry in told["grants"])]
+    rows = [(answer["owner"], "own"), *((entry["tenant"], entry["right"]) for entry in answer["grants"])]
     print_table(("TENANT", "RIGHT"), rows)
-    say(f"model {told['model']}, revision {told['revision']}")
+    say(f"model {answer['model']}, revision {answer['revision']}")

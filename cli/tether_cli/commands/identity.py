@@ -114,10 +114,10 @@ def revoke(
 
     settings, home = _open(data_dir, nats)
     gone = keyset_editor.revoke(home, root_key(home, root), who)
-    told = _tell(settings, home, lock_out=True)
+    published = _publish_keyset(settings, home, lock_out=True)
     rows = [{"name": item.name, "kid": item.kid.hex()} for item in gone]
     if json_output:
-        print_json({"revoked": rows, "published": told})
+        print_json({"revoked": rows, "published": published})
     else:
         for row in rows:
             print_fields(row)
@@ -169,9 +169,9 @@ def renew(
     settings, home = _open(data_dir, nats)
     made = keyset_editor.renew(home, root_key(home, root), valid_days=valid_days)
     fields = {"version": made.version, "expires_at": _date(made.expires_at)}
-    told = _tell(settings, home)
+    published = _publish_keyset(settings, home)
     if json_output:
-        print_json({**fields, "published": told})
+        print_json({**fields, "published": published})
     else:
         print_fields(fields)
 
@@ -227,9 +227,9 @@ def _done(settings: Settings, home: Home, made: IdentityRecord, out: Path | None
     }
     if out is not None:
         fields["out"] = str(out)
-    told = _tell(settings, home)
+    published = _publish_keyset(settings, home)
     if json_output:
-        print_json({**fields, "published": told})
+        print_json({**fields, "published": published})
     else:
         print_fields(fields)
 
@@ -254,7 +254,7 @@ def _exported(home: Home, made: IdentityRecord, out: Path | None, root: Path | N
     return target.root
 
 
-def _tell(settings: Settings, home: Home, *, lock_out: bool = False) -> bool:
+def _publish_keyset(settings: Settings, home: Home, *, lock_out: bool = False) -> bool:
     """Publish the keyset to running services and apply it to the broker; return True if a broker took it.
 
     A new login is admitted before its keyset is published. For ``lock_out`` the keyset is published first, so

@@ -215,8 +215,8 @@ def _print_ends(ended: Sequence[JobInfo]) -> None:
         print_outputs(ended[0].outputs(), json_output=False)
         return
     for info in ended:
-        told = json.dumps(_plain(info.outputs()), ensure_ascii=False) if info.state == "succeeded" else "-"
-        typer.echo(f"{info.id}  {info.state.value}  {told}")
+        shown = json.dumps(_plain(info.outputs()), ensure_ascii=False) if info.state == "succeeded" else "-"
+        typer.echo(f"{info.id}  {info.state.value}  {shown}")
 
 
 def _print_jobs_json(infos: Sequence[JobInfo]) -> None:

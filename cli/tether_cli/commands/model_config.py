@@ -59,17 +59,17 @@ def config(
     patch = _patch(assignments or [], file)
     with connect(url) as client:
         if reset:
-            told = client.reset_config(name, revision=revision)
-            revision = None if revision is None else told["revision"]
+            answer = client.reset_config(name, revision=revision)
+            revision = None if revision is None else answer["revision"]
         if patch:
-            told = client.configure(name, patch, revision=revision)
+            answer = client.configure(name, patch, revision=revision)
         elif not reset:
-            told = client.config(name)
+            answer = client.config(name)
     if json_output:
-        print_json(told)
+        print_json(answer)
         return
-    print_table(("FIELD", "VALUE"), _rows(told))
-    say(f"revision {told['revision']}" + (f", by {told['changed_by']}" if told["changed_by"] else ""))
+    print_table(("FIELD", "VALUE"), _rows(answer))
+    say(f"revision {answer['revision']}" + (f", by {answer['changed_by']}" if answer["changed_by"] else ""))
 
 
 def load(
@@ -81,22 +81,22 @@ def load(
 ) -> None:
     """Load an unloaded model, and wait until a worker hosts its newest version."""
     with connect(url, timeout) as client:
-        told = client.load(name)
-    _loaded(told, json_output=json_output)
+        answer = client.load(name)
+    _loaded(answer, json_output=json_output)
 
 
 def unload(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) -> None:
     """Unload a model from all workers until it is loaded again. Its durable jobs wait."""
     with connect(url) as client:
-        told = client.unload(name)
-    _loaded(told, json_output=json_output)
+        answer = client.unload(name)
+    _loaded(answer, json_output=json_output)
 
 
-def _loaded(told: dict[str, Any], *, json_output: bool) -> None:
+def _loaded(answer: dict[str, Any], *, json_output: bool) -> None:
     if json_output:
-        print_json(told)
+        print_json(answer)
     else:
-        typer.echo(f"{told['name']} {told['version']} {told['state']}")
+        typer.echo(f"{answer['name']} {answer['version']} {answer['state']}")
 
 
 Labels = Annotated[
@@ -125,14 +125,14 @@ def note(
 ) -> None:
     """Set or change labels and description of a version; its files stay unchanged."""
     with connect(url) as client:
-        told = client.annotate(name, version, labels=labels_of(label), note=text)
+        answer = client.annotate(name, version, labels=labels_of(label), note=text)
     if json_output:
-        print_json(told)
+        print_json(answer)
         return
-    labels = [f"{key}={value}" for key, value in told["labels"].items()]
-    typer.echo(f"{told['model']} {told['version']} {' '.join(labels)}".rstrip())
-    if told["note"]:
-        typer.echo(told["note"])
+    labels = [f"{key}={value}" for key, value in answer["labels"].items()]
+    typer.echo(f"{answer['model']} {answer['version']} {' '.join(labels)}".rstrip())
+    if answer["note"]:
+        typer.echo(answer["note"])
 
 
 def _patch(assignments: list[str], file: str | None) -> dict[str, Any]:
@@ -162,12 +162,12 @@ def _value(text: str) -> Any:
         return text
 
 
-def _rows(told: dict[str, Any], where: str = "") -> list[tuple[str, str]]:
+def _rows(answer: dict[str, Any], where: str = "") -> list[tuple[str, str]]:
     """Return a row per field except the stamps; fields of objects as ``outer.inner``."""
     import json
 
     rows: list[tuple[str, str]] = []
-    for name, value in told.items():
+    for name, value in answer.items():
         if isinstance(value, dict) and value:
             rows += _rows(value, f"{where}{name}.")
         elif where or name not in ("model", "revision", "changed_at", "changed_by"):

@@ -31,8 +31,8 @@ def promote(
 ) -> None:
     """Point an alias at a version. Takes effect immediately."""
     with connect(url) as client:
-        told = client.promote(name, version, alias=alias, canary=canary, sticky=sticky, force=force)
-    _told(told, json_output=json_output)
+        answer = client.promote(name, version, alias=alias, canary=canary, sticky=sticky, force=force)
+    _print_alias(answer, json_output=json_output)
 
 
 def rollback(
@@ -40,16 +40,16 @@ def rollback(
 ) -> None:
     """Point an alias back at its previous version."""
     with connect(url) as client:
-        told = client.rollback(name, alias=alias)
-    _told(told, json_output=json_output)
+        answer = client.rollback(name, alias=alias)
+    _print_alias(answer, json_output=json_output)
 
 
-def _told(told: dict[str, Any], *, json_output: bool) -> None:
+def _print_alias(answer: dict[str, Any], *, json_output: bool) -> None:
     if json_output:
-        print_json(told)
+        print_json(answer)
         return
-    shares = [f"{share['version']} ({share['weight']:g})" for share in told["split"]] or [str(told["version"])]
-    typer.echo(f"{told['model']} {told['alias']} = {', '.join(shares)}")
+    shares = [f"{share['version']} ({share['weight']:g})" for share in answer["split"]] or [str(answer["version"])]
+    typer.echo(f"{answer['model']} {answer['alias']} = {', '.join(shares)}")
 
 
 def alias(
@@ -76,7 +76,7 @@ def alias(
     if remove:
         say(f"alias {alias} of model {name} is deleted")
     for one in found:
-        _told(one, json_output=False)
+        _print_alias(one, json_output=False)
 
 
 def delete(
@@ -101,13 +101,13 @@ def delete(
 def rekey(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) -> None:
     """Re-encrypt a model's stored files under a new key, in the background. No push is needed."""
     with connect(url) as client:
-        told = client.rekey(name)
+        answer = client.rekey(name)
     if json_output:
-        print_json(told)
+        print_json(answer)
         return
-    typer.echo(f"{told['model']} {told['generation']}")
+    typer.echo(f"{answer['model']} {answer['generation']}")
     say(
-        f"{len(told['versions_left'])} versions are being re-encrypted under key {told['generation']}; "
+        f"{len(answer['versions_left'])} versions are being re-encrypted under key {answer['generation']}; "
         "see 'tether model show'"
     )
 
@@ -123,13 +123,13 @@ def pull(
 ) -> None:
     """Download the files of a version to a folder."""
     with connect(url, timeout) as client, progress("pulling", None, unit="bytes") as done:
-        told = client.pull(name, folder, version=version, progress=done, timeout=timeout)
+        answer = client.pull(name, folder, version=version, progress=done, timeout=timeout)
     if json_output:
-        print_json(told)
+        print_json(answer)
         return
-    for path in told["files"]:
+    for path in answer["files"]:
         typer.echo(path)
-    say(f"version {told['version']}, {told['size']} bytes")
+    say(f"version {answer['version']}, {answer['size']} bytes")
 
 
 def listing(*, url: Url = None, json_output: JsonFlag = False) -> None:
@@ -169,12 +169,12 @@ _OUTCOMES = ("equal", "close", "different", "error", "unavailable", "dropped")
 def shadows(name: ModelName, *, url: Url = None, json_output: JsonFlag = False) -> None:
     """Compare shadow outputs with the outputs that callers received, as counted by the gateway asked."""
     with connect(url) as client:
-        told = client.shadows(name)
+        answer = client.shadows(name)
     if json_output:
-        print_json(told)
+        print_json(answer)
         return
     head = ("SHADOW", "COPY OF", *(outcome.upper() for outcome in _OUTCOMES), "LARGEST DIFFERENCE", "LAST ERROR")
-    print_table(head, [_shadow_row(one) for one in told])
+    print_table(head, [_shadow_row(one) for one in answer])
 
 
 def _shadow_row(one: dict[str, Any]) -> tuple[Any, ...]:
@@ -186,29 +186,31 @@ def _shadow_row(one: dict[str, Any]) -> tuple[Any, ...]:
 def store(*, url: Url = None, json_output: JsonFlag = False) -> None:
     """Show the size of the chunk store, and its damaged chunks."""
     with connect(url) as client:
-        told = client.store()
-    _store_told(told, json_output=json_output)
+        answer = client.store()
+    _print_store(answer, json_output=json_output)
 
 
 def collect(*, url: Url = None, json_output: JsonFlag = False) -> None:
     """Start a garbage collection. Unreferenced chunks are marked first and removed by a later collection."""
     with connect(url) as client:
-        told = client.collect()
-    _store_told(told, json_output=json_output)
+        answer = client.collect()
+    _print_store(answer, json_output=json_output)
 
 
 def scrub(*, url: Url = None, json_output: JsonFlag = False) -> None:
     """Start to verify every stored chunk; 'tether model store' shows the findings."""
     with connect(url) as client:
-        told = client.scrub()
-    _store_told(told, json_output=json_output)
+        answer = client.scrub()
+    _print_store(answer, json_output=json_output)
 
 
-def _store_told(told: dict[str, Any], *, json_output: bool) -> None:
+def _print_store(answer: dict[str, Any], *, json_output: bool) -> None:
     if json_output:
-        print_json(told)
+        print_json(answer)
         return
-    say(f"{told['stored_bytes']} bytes on disk, {told['named_bytes']} of chunks that versions name")
-    say(f"{told['chunks']} chunks, {told['unreferenced_chunks']} of them unreferenced, {len(told['damaged'])} damaged")
-    if told["damaged"]:
-        print_table(("DAMAGED", "PUSH AGAIN"), [(chunk["digest"], chunk["versions"]) for chunk in told["damaged"]])
+    say(f"{answer['stored_bytes']} bytes on disk, {answer['named_bytes']} of chunks that versions name")
+    say(
+        f"{answer['chunks']} chunks, {answer['unreferenced_chunks']} of them unreferenced, {len(answer['damaged'])} damaged"
+    )
+    if answer["damaged"]:
+        print_table(("DAMAGED", "PUSH AGAIN"), [(chunk["digest"], chunk["versions"]) for chunk in answer["damaged"]])

@@ -97,7 +97,7 @@ def push(
     """
     begun = time.monotonic()
     with connect(url, timeout) as client, progress("pushing", _size(path), unit="bytes") as done:
-        told = client.push(
+        answer = client.push(
             name,
             path,
             max_batch_size=max_batch_size,
@@ -116,27 +116,27 @@ def push(
             timeout=timeout,
         )
     if not json_output:
-        _tell_pushed(told)
-    rollout = _rollout(told, url, max(1.0, timeout - (time.monotonic() - begun))) if wait else None
+        _print_pushed(answer)
+    rollout = _rollout(answer, url, max(1.0, timeout - (time.monotonic() - begun))) if wait else None
     if json_output:
-        print_json(told if rollout is None else {**told, "rollout": rollout})
+        print_json(answer if rollout is None else {**answer, "rollout": rollout})
     if rollout is not None:
-        _tell_rollout(rollout, timeout)
+        _print_rollout(rollout, timeout)
 
 
 _MAY_WAIT = ("ready", "no_workers", "unloaded", "not_served")
 """Successful outcomes: the version is loaded, or will be once it may be."""
 
 
-def _rollout(told: dict[str, Any], url: str | None, left_s: float) -> dict[str, Any]:
+def _rollout(answer: dict[str, Any], url: str | None, left_s: float) -> dict[str, Any]:
     """Wait until a worker serves the version, or the gateway reports that none will."""
     from tether.client.rollout import settled
 
-    with connect(url) as client, progress(f"version {told['version']} is stored:", None) as bar:
-        return client.run(lambda policy: settled(policy, told["name"], told["version"], bar.waiting), left_s)
+    with connect(url) as client, progress(f"version {answer['version']} is stored:", None) as bar:
+        return client.run(lambda policy: settled(policy, answer["name"], answer["version"], bar.waiting), left_s)
 
 
-def _tell_rollout(rollout: dict[str, Any], timeout: float) -> None:
+def _print_rollout(rollout: dict[str, Any], timeout: float) -> None:
     """Print the outcome of the wait.
 
     Raises:
@@ -160,26 +160,26 @@ def _size(path: str) -> int | None:
         return None
 
 
-def _tell_pushed(told: dict[str, Any]) -> None:
-    typer.echo(f"{told['name']} {told['version']}")
-    how = "encrypted, " if told.get("encrypted") else ""
-    size, sent = told.get("size"), told.get("stored_bytes")
+def _print_pushed(answer: dict[str, Any]) -> None:
+    typer.echo(f"{answer['name']} {answer['version']}")
+    how = "encrypted, " if answer.get("encrypted") else ""
+    size, sent = answer.get("size"), answer.get("stored_bytes")
     say(
         f"{how}{size} bytes sent"
         if sent == size
         else f"{how}{size} bytes, {sent} of them sent; the rest was already stored"
     )
     for side in ("inputs", "outputs"):
-        listed = ", ".join(f"{spec['name']} {spec['datatype']} {spec['shape']}" for spec in told.get(side, ()))
+        listed = ", ".join(f"{spec['name']} {spec['datatype']} {spec['shape']}" for spec in answer.get(side, ()))
         say(f"{side}: {listed or 'none'}")
-    if told.get("skipped"):
-        say(f"not sent, because not part of the model: {', '.join(told['skipped'])}")
-    others = [name for name in told.get("signatures", ()) if name != told.get("signature")]
+    if answer.get("skipped"):
+        say(f"not sent, because not part of the model: {', '.join(answer['skipped'])}")
+    others = [name for name in answer.get("signatures", ()) if name != answer.get("signature")]
     if others:
-        say(f"serves signature '{told['signature']}'; the file also has {', '.join(others)} (--signature NAME)")
-    if told.get("untried"):
-        say(f"not tried: {told['untried']}; push it with --sample FILE to try it with real inputs")
-    say(_joined(told.get("batching") or {}))
+        say(f"serves signature '{answer['signature']}'; the file also has {', '.join(others)} (--signature NAME)")
+    if answer.get("untried"):
+        say(f"not tried: {answer['untried']}; push it with --sample FILE to try it with real inputs")
+    say(_joined(answer.get("batching") or {}))
 
 
 def _joined(batching: dict[str, Any]) -> str:

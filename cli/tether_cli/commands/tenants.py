@@ -65,7 +65,7 @@ def create(
     """Create a tenant."""
     quotas = {"queued_jobs": queued_jobs, "stored_bytes": stored_bytes, "requests_per_minute": requests_per_minute}
     body = _body(models, isolated, sealed, weight, quotas)
-    _told(
+    _print_tenant(
         ask(url, "POST", "/v1/tenants", {"name": name, **body, **({"restore": True} if restore else {})}),
         json_output,
         "made",
@@ -88,10 +88,10 @@ def change(
     """Change a tenant; fields that are not given stay."""
     quotas = {"queued_jobs": queued_jobs, "stored_bytes": stored_bytes, "requests_per_minute": requests_per_minute}
     body = _body(models, isolated, sealed, weight, quotas)
-    _told(ask(url, "PATCH", "/v1/tenants", body, last=name), json_output, "changed")
+    _print_tenant(ask(url, "PATCH", "/v1/tenants", body, last=name), json_output, "changed")
 
 
-def _told(tenant: dict[str, Any], json_output: bool, done: str) -> None:
+def _print_tenant(tenant: dict[str, Any], json_output: bool, done: str) -> None:
     if json_output:
         print_json(tenant)
     else:
@@ -128,4 +128,4 @@ def show(name: Name, *, url: Url = None, json_output: JsonFlag = False) -> None:
 
 def delete(name: Name, *, url: Url = None, json_output: JsonFlag = False) -> None:
     """Delete a tenant that has no keys. Its models stay, and its name is never reused."""
-    _told(ask(url, "DELETE", "/v1/tenants", last=name), json_output, "removed")
+    _print_tenant(ask(url, "DELETE", "/v1/tenants", last=name), json_output, "removed")

@@ -81,14 +81,14 @@ async def test_no_two_owners_of_a_partition_have_had_the_same_epoch(restartable:
     stream = running.bus.names.bucket_stream("leases")
     earlier = await cuts.keep(broker, stream)
     assert await running.modelstore._bus.wait_connected(10)
-    before = await bucket.look()
+    before = await bucket.read_all()
     first = await bucket.transfer(9, "one", 0)
     await cuts.cut(broker, earlier)
     assert await running.modelstore._bus.wait_connected(10)
 
     async def gone() -> bool:
         with suppress(BrokerUnavailable):
-            return 9 not in (await bucket.look()).leases and 9 not in before.leases
+            return 9 not in (await bucket.read_all()).leases and 9 not in before.leases
         return False
 
     await wait_until(gone, "the lease was lost")

@@ -158,7 +158,7 @@ async def test_a_store_that_is_not_the_owner_writes_nothing(broker: Broker) -> N
 async def test_a_lease_changes_hands_once(broker: Broker) -> None:
     async with platform_on(broker) as platform, connect(broker.settings, broker.home, "modelstore") as bus:
         leases = LeaseBucket(bus)
-        sequence, lease = (await leases.look()).leases[0]
+        sequence, lease = (await leases.read_all()).leases[0]
         assert lease is not None
         taken = [await leases.transfer(0, owner, sequence) for owner in ("a", "b")]
         assert [taken[0] and taken[0].owner, taken[1]] == ["a", None]

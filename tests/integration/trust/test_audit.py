@@ -18,7 +18,7 @@ from tether.audit import Checker, Kind, Record, What, repeated_attempts
 from tether.audit import reader as audit_read
 from tether.audit import writer as audit_log
 from tether.audit.reader import Filter
-from tether.audit.spool import look
+from tether.audit.spool import read_run
 from tether.audit.writer import AuditLog
 from tether.bus.bus import Bus
 from tether.bus.session import connect
@@ -97,7 +97,7 @@ async def test_a_process_that_died_leaves_its_blocks_to_the_next(broker: Broker,
         # sent, and dead before it could note the acknowledgement
         await sender._publish([record for record, _ in log._spool.waiting(64)])
         log.close()
-    unsent = look(next((broker.home.audit / "gateway").glob("*/")))
+    unsent = read_run(next((broker.home.audit / "gateway").glob("*/")))
     assert len(unsent.records) == 3
     async with writer(broker) as (_, log):
         act(log, 300)

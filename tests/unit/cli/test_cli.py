@@ -88,7 +88,7 @@ def test_standard_output_that_is_full_closed_or_left_ends_without_a_traceback(wo
     ],
 )
 def test_a_fault_of_the_system_is_told_as_what_it_is(error: OSError, words: str) -> None:
-    assert main._told(error).startswith(words)
+    assert main._os_error_text(error).startswith(words)
 
 
 def test_a_data_directory_whose_name_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

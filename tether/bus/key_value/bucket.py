@@ -153,7 +153,7 @@ class KvBucket:
         values of deleted entries.
         """
         watcher = Watcher(self._bus, self, on_change, key=key, refetch=refetch, on_deleted=on_deleted)
-        subscription = await self._bus.subscribe(self._root + (key or ">"), watcher.heard)
+        subscription = await self._bus.subscribe(self._root + (key or ">"), watcher.received)
         forget = self._bus.on_reconnect(watcher.resync.set)
         task = asyncio.create_task(watcher.run(), name=f"watch-{self.name}")
         try:
@@ -280,9 +280,9 @@ class SignedBucket:
         """
         verifier = self._bus.verifier
         believed = VerifiedEntries(verifier, self._open, on_change, on_refused=on_refused, withdraw=withdraw)
-        forget = verifier.on_replace(believed.look_again)
+        forget = verifier.on_replace(believed.verify_again)
         try:
-            async with self.raw.watch(believed.heard, key=key, refetch=refetch, on_deleted=on_deleted):
+            async with self.raw.watch(believed.received, key=key, refetch=refetch, on_deleted=on_deleted):
                 yield
         finally:
             forget()

@@ -80,13 +80,13 @@ class Watcher:
         finally:
             first.cancel()
 
-    async def heard(self, message: Message) -> None:
+    async def received(self, message: Message) -> None:
         key = message.subject[self._root :]
         gone = bool((message.headers or {}).get("KV-Operation"))
         value = None if gone else message.data
         if self._refetch:
             try:
-                value = await self._settled(key, value)
+                value = await self._read_until_consistent(key, value)
             except BrokerUnavailable:
                 self.resync.set()
                 return
@@ -94,13 +94,13 @@ class Watcher:
         if value is None and gone:
             self._left(key, message.data)
 
-    async def _settled(self, key: str, heard: bytes | None) -> bytes | None:
+    async def _read_until_consistent(self, key: str, received: bytes | None) -> bytes | None:
         """Read the stream; retry for a moment while it lags behind the received message."""
         current: bytes | None = None
         for pause in _SETTLE_S:
             await asyncio.sleep(pause)
             current = await self._bucket.get(key)
-            if current == heard:
+            if current == received:
                 break
         return current
 

@@ -150,7 +150,7 @@ async def offer(bus: Bus, newest: TrustedKeyset) -> None:
     bucket = KvBucket(bus, "keyset")
     for _ in range(5):
         last = await bus.direct_get(bucket.stream, bucket.subject(CURRENT))
-        if last is not None and _counts(last.data, newest):
+        if last is not None and _is_current(last.data, newest):
             return
         expected = {"Nats-Expected-Last-Subject-Sequence": "0" if last is None else str(last.sequence)}
         try:
@@ -167,7 +167,7 @@ async def _remember(bucket: KvBucket, newest: TrustedKeyset) -> None:
     await bucket.create(f"v{newest.keyset.version}", newest.data)
 
 
-def _counts(data: bytes, newest: TrustedKeyset) -> bool:
+def _is_current(data: bytes, newest: TrustedKeyset) -> bool:
     """Return whether ``data`` needs no replacement by ``newest``."""
     try:
         found = open_keyset(data, newest.root_public, now_ms=SystemClock().utc_ms())
@@ -230,7 +230,7 @@ class _Follower:
         """Handle changes that no message announces: files, expired keys, a bucket to fill."""
         while not self._bus.closed.is_set():
             self._look_at_files()
-            self._look_at_own_key()
+            self._check_own_key()
             if self._publishes and self._stale:
                 await self._publish()
             await asyncio.sleep(_TICK_S)
@@ -280,7 +280,7 @@ class _Follower:
             found.save(self._home)
         except OSError as error:
             log.warning("keyset not stored: %s", error.strerror, extra={"action": "keyset_not_stored"})
-        self._bus.verifier.replace(_eased(before, found.keyset))
+        self._bus.verifier.replace(_with_grace(before, found.keyset))
         self._later("settle", SETTLE_S, self._bus.verifier.replace, found.keyset)
         metrics.KEYSET_VERSION.set(found.keyset.version)
         if self._bus.on_keyset is not None:
@@ -292,7 +292,7 @@ class _Follower:
             extra={"action": "keyset_changed"},
         )
         self._take_identity()
-        self._look_at_own_key()
+        self._check_own_key()
 
     def _take_identity(self) -> None:
         """Sign with the key in the identity file, once other services may know it."""
@@ -320,7 +320,7 @@ class _Follower:
     def _problem(self, kid: bytes) -> EnvelopeError | None:
         return standing(self._newest.keyset, kid, self._bus.signer.name, self._bus.clock.utc_ms())
 
-    def _look_at_own_key(self) -> None:
+    def _check_own_key(self) -> None:
         """Stop if this identity's key is invalid, unless a valid key is in its file."""
         problem = self._problem(self._bus.signer.kid)
         if problem is None:
@@ -356,7 +356,7 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _eased(before: Keyset, after: Keyset) -> Keyset:
+def _with_grace(before: Keyset, after: Keyset) -> Keyset:
     """Return ``after`` plus withdrawn keys of ``before``, with the version of ``before`` as long as there are some."""
     kept = {record.kid for record in after.identities}
     withdrawn = tuple(record for record in before.identities if record.kid not in kept)

@@ -48,7 +48,7 @@ class LeaseBucket:
         self._bus = bus
         self._raw = KvBucket(bus, "leases")
 
-    async def look(self) -> LeaseState:
+    async def read_all(self) -> LeaseState:
         """Read all leases and heartbeats.
 
         Raises:

@@ -33,7 +33,7 @@ class VerifiedEntries:
         self._refused: dict[str, bytes] = {}
         self._signers: dict[str, bytes] = {}
 
-    def heard(self, key: str, frame: bytes | None) -> None:
+    def received(self, key: str, frame: bytes | None) -> None:
         """Handle an entry that arrived, changed or was deleted. One that fails verification changes nothing."""
         self._refused.pop(key, None)
         body = None if frame is None else self._opened(key, frame)
@@ -48,10 +48,10 @@ class VerifiedEntries:
             self._signers[key] = kid_of(frame)
             self._on_change(key, body)
 
-    def look_again(self) -> None:
+    def verify_again(self) -> None:
         """Verify all entries again under another keyset."""
         for key, frame in list(self._refused.items()):
-            self._tried(key, lambda key=key, frame=frame: self.heard(key, frame))  # type: ignore[misc]
+            self._tried(key, lambda key=key, frame=frame: self.received(key, frame))  # type: ignore[misc]
         if not self._withdraw:
             return
         revoked = {item.kid for item in self._verifier.keyset.revoked}

@@ -151,7 +151,7 @@ class Partitions:
         try:
             async with asyncio.timeout(self._lease_s):
                 await self._sign()
-                await self._share(await self._bucket.look())
+                await self._share(await self._bucket.read_all())
         except (TetherError, TimeoutError) as error:
             log.warning("partitions: %s", error or "no answer in time", extra={"action": "lease_failed"})
         metrics.PARTITIONS.set(len(self.owned()))
@@ -231,7 +231,7 @@ class Partitions:
     async def _give_back(self, lease: Lease) -> None:
         """Release the lease; without a broker it expires."""
         with suppress(TetherError):
-            seen = await self._bucket.look()
+            seen = await self._bucket.read_all()
             sequence, current = seen.leases.get(lease.partition, (0, None))
             if current == lease:
                 await self._bucket.transfer(lease.partition, "", sequence)

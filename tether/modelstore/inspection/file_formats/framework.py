@@ -18,7 +18,7 @@ FILES = 1024
 """Open files allowed: the framework's own libraries and the model's files."""
 
 
-def look(directory: Path, tell: Tell, module: str, extra: str, **how: Any) -> Inspection:
+def load_and_try(directory: Path, tell: Tell, module: str, extra: str, **how: Any) -> Inspection:
     """Load with a module of ``tether`` that needs an extra of the package, and run a few times. ``how`` is passed to
     its ``load``.
 

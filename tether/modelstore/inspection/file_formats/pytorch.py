@@ -13,10 +13,10 @@ from tether.modelstore.inspection.inspector import Inspection, Tell
 
 def inspect(directory: Path, tell: Tell) -> Inspection:
     """Describe the model after a few runs; raises as :func:`tether.frameworks.pytorch_archive.check` and
-    :func:`~.inspect_framework.look`.
+    :func:`~.inspect_framework.load_and_try`.
     """
     pytorch_archive.check(directory)
-    return framework.look(directory, tell, "pytorch", "torch")
+    return framework.load_and_try(directory, tell, "pytorch", "torch")
 
 
 if __name__ == "__main__":

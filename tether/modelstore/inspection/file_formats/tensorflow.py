@@ -13,9 +13,9 @@ from tether.modelstore.inspection.inspector import Inspection, Tell
 
 def inspect(wanted: str, directory: Path, tell: Tell) -> Inspection:
     """Describe the model after a few runs; raises as
-    :func:`tether.modelstore.inspection.file_formats.framework.look`.
+    :func:`tether.modelstore.inspection.file_formats.framework.load_and_try`.
     """
-    return framework.look(directory, tell, "tensorflow", "tensorflow", signature=wanted)
+    return framework.load_and_try(directory, tell, "tensorflow", "tensorflow", signature=wanted)
 
 
 if __name__ == "__main__":
