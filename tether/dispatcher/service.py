@@ -77,35 +77,35 @@ class Dispatcher:
         self._assigned: dict[str, Assignment] = {}
         self._routed: dict[assignments.Place, Route] = {}
         self._changed = asyncio.Event()
-        self.infer = InferStreams(bus, self._routes, on_made=self.lanes.begin_anew, on_change=self._changed.set)
+        self.infer = InferStreams(bus, self._routes, on_made=self.lanes.reset, on_change=self._changed.set)
         self.decided = ModelConfigMirror(bus, self._changed.set)
         self.ended = DeletedVersionLanes(bus)
         self.retention = Retention(bus)
         self._levels = CapacityBaseline()
         self._findings = Findings()
         self.crew = WorkerInventory(bus.settings.worker_timeout_s, bus.settings.max_instances)
-        self._looked = float("-inf")
+        self._lanes_searched_at = float("-inf")
         """When lanes of deleted versions were last searched, in monotonic seconds."""
         self._look_soon = False
-        self._unsure = False
+        self._rewrite_needed = False
         """Whether the broker may have lost acknowledged writes."""
-        self._worked = bus.clock.monotonic()
+        self._reconciled_at = bus.clock.monotonic()
         """When assignments and routes were last reconciled."""
-        self._since = bus.clock.monotonic()
+        self._started_at = bus.clock.monotonic()
         """Start of this dispatcher: until every worker had time for a heartbeat, no route loses a worker."""
-        bus.on_reconnect(self._begin_anew)
+        bus.on_reconnect(self._on_reconnect)
 
     @property
     def closed(self) -> lifecycle.Termination:
         return self._bus.closed
 
-    def _begin_anew(self) -> None:
+    def _on_reconnect(self) -> None:
         """Assume that the broker lost its in-memory data: infer lanes and liveness."""
-        self.streams.begin_anew()
-        self._unsure = True
-        self._since = self._bus.clock.monotonic()
-        self.lanes.begin_anew()
-        self.ended.begin_anew()
+        self.streams.reset()
+        self._rewrite_needed = True
+        self._started_at = self._bus.clock.monotonic()
+        self.lanes.reset()
+        self.ended.reset()
         self._look_soon = True
         self._changed.set()
 
@@ -123,7 +123,7 @@ class Dispatcher:
             self._bound[key] = known.pool
         for key, body in (await self._routes.entries()).items():
             if key == StreamsMade.KEY:
-                self.infer.remember(body)
+                self.infer.adopt(body)
                 continue
             route = codec.decode(body, Route)
             self._routed[route.pool, ModelRef(route.model, route.version)] = route
@@ -131,7 +131,7 @@ class Dispatcher:
 
     async def prepare_pools(self) -> None:
         """Read which versions each tenant may use, before workers get assignments."""
-        await self._pools.look_again()
+        await self._pools.update()
 
     async def register(self, envelope: Envelope) -> bytes:
         """Handle ``registerWorker``: assign a new epoch for heartbeats, or confirm the current one."""
@@ -202,7 +202,7 @@ class Dispatcher:
         last = self._workers.get(key)
         self._workers[key] = assignments.LastHeartbeat(beat, now := self._bus.clock.monotonic())
         self.crew.record(key, beat, now)
-        news = self._bound.get(key, SHARED) == beat.pool and self._findings.heard(beat, self._models)
+        news = self._bound.get(key, SHARED) == beat.pool and self._findings.record(beat, self._models)
         if news or last is None or last.heartbeat.ready != beat.ready:
             self._changed.set()
 
@@ -234,7 +234,7 @@ class Dispatcher:
             self._changed.clear()
             self.lanes.wake.set()
             if await self.reconcile():
-                self._worked = self._bus.clock.monotonic()
+                self._reconciled_at = self._bus.clock.monotonic()
             else:
                 await asyncio.sleep(_AGAIN_S)
 
@@ -251,9 +251,9 @@ class Dispatcher:
 
     async def _end_versions(self) -> None:
         now = self._bus.clock.monotonic()
-        if now - self._looked >= (_SOON_S if self._look_soon else _LOOK_S):
-            self._looked, self._look_soon = now, False
-            for place in await self.ended.look(self._models, list(self._routed)):
+        if now - self._lanes_searched_at >= (_SOON_S if self._look_soon else _LOOK_S):
+            self._lanes_searched_at, self._look_soon = now, False
+            for place in await self.ended.find(self._models, list(self._routed)):
                 route = self._routed.pop(place)
                 self._findings.forget(place)
                 await self._routes.delete(self._bus.names.version_key(route.model, route.version, route.pool))
@@ -261,9 +261,9 @@ class Dispatcher:
 
     async def _write_again(self) -> None:
         """Rewrite assignments and routes after a reconnection: a broker that lost power may have older ones."""
-        if not self._unsure:
+        if not self._rewrite_needed:
             return
-        self._unsure = False
+        self._rewrite_needed = False
         try:
             await self._write_lost(self._assign, {worker: codec.encode(one) for worker, one in self._assigned.items()})
             routes = {
@@ -272,7 +272,7 @@ class Dispatcher:
             }
             await self._write_lost(self._routes, routes)
         except TetherError:
-            self._unsure = True
+            self._rewrite_needed = True
             raise
 
     async def _write_lost(self, bucket: SignedBucket, written: Mapping[str, bytes]) -> None:
@@ -299,7 +299,7 @@ class Dispatcher:
             living=living,
             configs=self.decided.configs,
             now=now,
-            listening=now - self._since < self._settings.worker_timeout_s,
+            listening=now - self._started_at < self._settings.worker_timeout_s,
         )
         ended = assignments.working_off(self.ended.groups(), living, self._bound)
         levels = self._levels.least(living, self._bound)
@@ -326,7 +326,7 @@ class Dispatcher:
         now = self._bus.clock.monotonic()
         living = self._living()
         metrics.WORKERS_READY.set(len(living))
-        waiting = now - self._since < self._settings.worker_timeout_s
+        waiting = now - self._started_at < self._settings.worker_timeout_s
         found = assignments.routes(living, self._bound, self._usable(), self.crew.reasons, self._findings.known)
         for place, new in {**self._orphaned_routes(found), **found}.items():
             before = self._routed.get(place)
@@ -344,7 +344,7 @@ class Dispatcher:
         return {place: msgspec.structs.replace(self._routed[place], workers=()) for place in gone}
 
     def checks(self) -> dict[str, str]:
-        late_s = self._bus.clock.monotonic() - self._worked
+        late_s = self._bus.clock.monotonic() - self._reconciled_at
         return {
             "broker": "ok" if self._bus.connected else "not connected",
             "streams": "ok" if self.streams.ok else "streams or buckets are not as configured yet",

@@ -22,7 +22,7 @@ class Findings:
         if route.finding != NO_FINDING:
             self.known[route.pool, ModelRef(route.model, route.version)] = route.finding
 
-    def heard(self, beat: Heartbeat, models: Collection[ModelRef]) -> bool:
+    def record(self, beat: Heartbeat, models: Collection[ModelRef]) -> bool:
         """Return True if a heartbeat has new findings on a version of ``models``."""
         news = False
         for ref, finding in beat.findings:

@@ -84,10 +84,10 @@ class BrokerStorage:
         """Check until cancelled."""
         async with httpx.AsyncClient(trust_env=False) as http:
             while True:
-                await self.look(http)
+                await self.check(http)
                 await asyncio.sleep(LOOK_S)
 
-    async def look(self, http: httpx.AsyncClient) -> None:
+    async def check(self, http: httpx.AsyncClient) -> None:
         """Update ``full``."""
         self._look_at_disk()
         now = self._looked

@@ -213,7 +213,7 @@ class LaneConsumer:
         """Return True if a request is open and no message is known to be available."""
         return self._outstanding > 0 and not self._more
 
-    async def look(self) -> None:
+    async def check(self) -> None:
         """Wait until a message arrives, the broker reports none, or a short timeout."""
         if self._task is None or not self._bus.connected:
             return
@@ -240,11 +240,11 @@ class LaneConsumer:
         if self._rests:
             # even spacing for any number: multiples of the golden ratio
             delay = (next(_serial) * 0.618034) % 1.0 * _SPREAD_S
-            asyncio.get_running_loop().call_later(delay, self._begin_anew)
+            asyncio.get_running_loop().call_later(delay, self._restart)
         else:
-            self._begin_anew()
+            self._restart()
 
-    def _begin_anew(self) -> None:
+    def _restart(self) -> None:
         """Restart the pull: the broker has lost it."""
         self._lost = True
         self._wake.set()
@@ -374,7 +374,7 @@ class LaneConsumer:
         log.log(level, "pull ended with status %s", status, extra={"action": "pull_ended", "model": self.lane.model})
         self._absences = self._absences + 1 if self._rests else 0
         delay = _ABSENT_S[min(self._absences, len(_ABSENT_S) - 1)]
-        asyncio.get_running_loop().call_later(delay, self._begin_anew)
+        asyncio.get_running_loop().call_later(delay, self._restart)
 
     def _rested(self) -> None:
         """Lengthen the next pull; requests that ended together count once."""

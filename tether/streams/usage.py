@@ -94,7 +94,7 @@ class StreamUses:
         """Return the usage of a stream, at most a second old, plus own writes since; None if unknown."""
         async with self._turns.setdefault(stream, asyncio.Lock()):  # the first to ask goes on first
             if self._may_look and not self._is_fresh(stream):
-                use = await self._look(stream, self._uses.get(stream, _NEVER)[1])
+                use = await self._read(stream, self._uses.get(stream, _NEVER)[1])
                 self._uses[stream] = self._bus.clock.monotonic(), use
                 self._taken[stream] = 0
         use = self._uses.get(stream, _NEVER)[1]
@@ -114,7 +114,7 @@ class StreamUses:
             return age < _AT_ONCE_S
         return age < (_AGAIN_S if use.share >= _FILLS else _LOOK_S)
 
-    async def _look(self, stream: str, before: StreamUse | None) -> StreamUse | None:
+    async def _read(self, stream: str, before: StreamUse | None) -> StreamUse | None:
         """Read the usage; a store that does not answer counts as full as before."""
         try:
             return await stream_use(self._bus, stream, timeout=_ANSWER_S)

@@ -36,7 +36,7 @@ class ModelConfigReader:
         self._reading: set[str] = set()
         self._tasks = Tasks()
 
-    def told(self, revisions: Iterable[tuple[str, int]]) -> None:
+    def set_revisions(self, revisions: Iterable[tuple[str, int]]) -> None:
         """Set the current revisions; models that are not listed have no entry."""
         self._told = dict(revisions)
         for model in list(self._known):

@@ -127,7 +127,7 @@ class WorkerService:
         metrics.MODELS_LOADED.set(len(ready))
         metrics.MODELS_IN_MEMORY.set(len(self.holder.in_memory()))
         levels = (
-            self.holder.update_capacity(await asyncio.to_thread(self._machine.look))
+            self.holder.update_capacity(await asyncio.to_thread(self._machine.measure))
             if self.holder.shares_by_capacity
             else ()
         )
@@ -145,7 +145,7 @@ class WorkerService:
                 labels=self._labels,
                 memory=self._memory,
                 levels=levels,
-                findings=self.holder.findings.news(),
+                findings=self.holder.findings.unreported(),
                 paces=self.holder.paces(),
             )
         )

@@ -108,10 +108,10 @@ class VersionManager:
         findings: Sequence[tuple[ModelRef, Finding]] = (),
     ) -> None:
         self.has_orders = True
-        self.findings.told(findings)
+        self.findings.set_known(findings)
         self._wanted = frozenset(models)
         self._baseline_capacity = dict(levels)
-        self.configs.told(revisions)
+        self.configs.set_revisions(revisions)
         self._changed.set()
 
     @property
@@ -131,7 +131,7 @@ class VersionManager:
 
     def waiting_results(self) -> str:
         """Return why outcomes of durable jobs are not stored; empty while they are."""
-        found = [held.instance.intake.answers.waiting for held in self._held.values()]
+        found = [held.instance.reader.answers.waiting for held in self._held.values()]
         return next(filter(None, found), "")
 
     def running(self) -> int:
@@ -251,9 +251,9 @@ class VersionManager:
             copies = InstancePool(partial(self._load_now, loader), self._bus.clock, self.memory.wake_waiters)
             if at_once:
                 await copies.ensure()
-            over = partial(self.findings.over, ref)
-            hearing = RunListeners(partial(self._mark_unloadable, ref), partial(self.findings.mixed, ref), over)
-            alone = ApartHearing(partial(self.findings.crashed, ref), over)
+            over = partial(self.findings.record_over_limit, ref)
+            hearing = RunListeners(partial(self._mark_unloadable, ref), partial(self.findings.record_mixed, ref), over)
+            alone = ApartHearing(partial(self.findings.record_crash, ref), over)
             apart = IsolatedInstance(copies, loader.load_apart, alone, self._seats, self.watch.limit_mb)
             instance = VersionServer(self._bus, manifest, apart, self._keepalive, self._keyring, hearing=hearing)
             instance.configure(loader.serving, loader.wanted.copies)

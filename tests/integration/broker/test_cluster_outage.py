@@ -124,7 +124,7 @@ async def test_jobs_of_a_resting_lane_run_soon_after_the_leader_of_its_consumer_
             pull for pull in platform.workers[0].holder._held[served_ref(served)].instance._pulls if pull.lane == lane
         ]
         pull._expiry_s = COLD_S
-        pull._begin_anew()
+        pull._restart()
         await wait_until(lambda: pull._outstanding > 0 and pull._slowest_s == 15.0, "the lane rests")
         made[CLUSTER.index(await leader())].kill()
         jobs: list[str] = []

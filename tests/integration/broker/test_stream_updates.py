@@ -52,7 +52,7 @@ async def goes_on(running: Services) -> None:
     dispatcher = running.dispatcher
     served = await running.push("bump", models.add())
     for _ in range(2):  # also after it has looked at them again
-        dispatcher.streams.begin_anew()
+        dispatcher.streams.reset()
         await wait_until(lambda: dispatcher.checks()["streams"] == "ok", "the streams are looked at")
     (job,) = await running.gateway.jobs.submit("acme", [new_job(served, row(1))])
     assert (await running.gateway.jobs.get("acme", job["id"], 20))["state"] == "succeeded"

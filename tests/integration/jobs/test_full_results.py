@@ -71,7 +71,7 @@ async def test_a_caller_is_answered_while_results_have_no_room(short: Services) 
     worker = await short.start_worker("worker-2")
     await wait_until(lambda: waits(worker), "the worker says that results are not stored")
     held = next(iter(worker.holder._held.values())).instance
-    await wait_until(lambda: held._ending.durable_full, "no durable job begins any more")
+    await wait_until(lambda: held._commit_slots.durable_full, "no durable job begins any more")
     for number in range(20):
         assert np.array_equal(await short.infer(served, row(number), timeout_s=10), row(number + 1))
     assert metrics.RESULTS_WAITING._value.get() >= SLOW_RUNS
@@ -80,7 +80,7 @@ async def test_a_caller_is_answered_while_results_have_no_room(short: Services) 
     assert {job["state"] for job in await ends(short, ids)} == {"succeeded"}
     await wait_until(lambda: worker.checks()["results"] == "ok", "nothing waits")
     assert metrics.RESULTS_WAITING._value.get() == 0
-    assert not held._ending.full(0)
+    assert not held._commit_slots.full(0)
 
 
 async def test_outputs_without_room_end_their_job_as_failed_with_the_reason(

@@ -197,7 +197,7 @@ async def test_a_message_that_its_consumer_skips_is_delivered_after_a_look(
     async def never(*_: object) -> bool:
         return False
 
-    monkeypatch.setattr(LaneCheck, "look", nothing)
+    monkeypatch.setattr(LaneCheck, "check", nothing)
     monkeypatch.setattr("tether.streams.layout._is_ahead", never)
     earlier = await cuts.keep(broker, bus.names.jobs_stream(0))
     for job in await submit(running, served, 12):  # gateways' probes have sequences too

@@ -63,7 +63,7 @@ async def test_a_consumer_that_is_made_over_the_files_of_one_that_is_ahead_deliv
 
     broker, running = restartable
     served = await running.push("bump", models.add())
-    monkeypatch.setattr(LaneCheck, "look", nothing)
+    monkeypatch.setattr(LaneCheck, "check", nothing)
     before = made_again("ahead")
     await shortened(broker, running, served.job_lane(Priority.NORMAL), served)
     await done(running, served, 2)
@@ -81,7 +81,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         return False
 
     with monkeypatch.context() as patch:
-        patch.setattr(LaneCheck, "look", nothing)
+        patch.setattr(LaneCheck, "check", nothing)
         patch.setattr("tether.streams.layout._is_ahead", never)
         yield patch
 
@@ -135,7 +135,7 @@ async def test_messages_that_were_skipped_before_anybody_looked_are_run(
     check, before = LaneCheck(bus_of(running)), made_again("stuck")
     blind.undo()
     for _ in range(3):
-        await check.look()
+        await check.check()
     assert made_again("stuck") == before + 1
     assert await states(running, jobs) == {"succeeded"}
 
@@ -148,7 +148,7 @@ async def test_a_lane_with_jobs_whose_consumer_is_gone_gets_one(one: Services, b
     check = LaneCheck(bus_of(one))
     blind.undo()
     for _ in range(2):
-        await check.look()
+        await check.check()
     assert await states(one, jobs) == {"succeeded"}
 
 
@@ -165,7 +165,7 @@ async def test_consumers_of_jobs_that_wait_or_are_held_are_left_alone(one: Servi
         await submitted(one, served, 8)
         await wait_until(lambda: len(thief.got) == 8, "as many are held as it takes, and others wait")
         for _ in range(4):
-            await check.look()
+            await check.check()
     assert await created(one, lane) == made
 
 

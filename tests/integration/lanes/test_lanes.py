@@ -95,7 +95,7 @@ async def test_after_a_restart_only_what_the_broker_lost_is_made(embedded_broker
         await server.kill()
         await server.start()
         assert await bus.wait_connected(10)
-        lanes.begin_anew()
+        lanes.reset()
         await ensure_platform(bus, embedded_broker.settings)
         await put(embedded_broker, LAST_INFER)
         asked = bus.note()

@@ -97,7 +97,7 @@ async def test_a_worker_that_waits_for_company_and_is_stopped_answers_what_it_ha
     await wait_until(lambda: held(one, "rows").loader.config == config, "it is heard")
     instance = held(one, "rows").instance
     (shown,) = await one.gateway.jobs.submit(TENANT, [new_job(served, row(1))])
-    await wait_until(lambda: len(instance._asking.gathering) == 1, "it waits for more")
+    await wait_until(lambda: len(instance._lane_pulls.filling_batch) == 1, "it waits for more")
     await one.workers[0].holder.stop(20)
     (ended,) = await one.gateway.jobs.get_many(TENANT, [shown["id"]], 0)
     assert (ended["state"], ended["attempts"]) == ("succeeded", 1)

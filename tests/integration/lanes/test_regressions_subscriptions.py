@@ -37,7 +37,7 @@ async def test_an_outage_leaves_no_subscription_behind(restartable: tuple[Broker
     await wait_until(lambda: subscriptions(running.workers[0]._bus) == worker + 1, "the lane is pulled")
     await broker.server.kill()
     await wait_until(lambda: not running.bus.connected, "the broker is gone")
-    pull._begin_anew()
+    pull._restart()
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)

@@ -345,7 +345,7 @@ async def test_a_tenant_that_is_no_longer_isolated_keeps_its_streams_until_they_
     (shared,) = await submit(one, ACME, new_job(bump, row(1)))
     assert (await one.gateway.jobs.get(ACME, shared, 20))["state"] == "succeeded"
     assert one.dispatcher is not None
-    await one.dispatcher._pools.look_again()
+    await one.dispatcher._pools.update()
     assert {job["state"] for job in await one.gateway.jobs.get_many(ACME, queued, 0)} == {"queued"}
     await one.start_worker(OWN)
     own = one.workers[-1]
@@ -353,7 +353,7 @@ async def test_a_tenant_that_is_no_longer_isolated_keeps_its_streams_until_they_
     assert {job["state"] for job in shown} == {"succeeded"}
     assert await ended_by(one, queued, ACME) == {OWN}
     await wait_until(lambda: pool_is_empty(one), "its lanes are empty")
-    await one.dispatcher._pools.look_again()
+    await one.dispatcher._pools.update()
     await wait_until(lambda: own.holder.ready() == (), "its worker has nothing left to hold")
     assert {job["state"] for job in await one.gateway.jobs.get_many(ACME, queued, 0)} == {"succeeded"}
 

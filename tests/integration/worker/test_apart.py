@@ -40,8 +40,8 @@ async def test_it_is_the_process_that_ends_and_its_version_has_one_from_then_on(
     good = await run(one, 7)
     assert isinstance(good, tuple)
     assert to_numpy(good[0]).tolist() == [-7]
-    assert instance._apart._made is not None
-    assert isinstance(instance._apart._made.runtimes[0], ProcessRuntime)
+    assert instance._isolated._isolated_set is not None
+    assert isinstance(instance._isolated._isolated_set.runtimes[0], ProcessRuntime)
     assert not isinstance(instance.copies.runtimes[0], ProcessRuntime)
     assert seats.left == SEATS - 1
     assert not one.gateway.catalog.finding(served).crashed
@@ -54,25 +54,25 @@ async def test_it_is_the_process_that_ends_and_its_version_has_one_from_then_on(
     await wait_until(lambda: isinstance(instance.copies.runtimes[0], ProcessRuntime), "it is loaded anew in a process")
     again = await run(one, 9)
     assert isinstance(again, tuple)
-    assert instance._apart._made is None, "what runs in a process needs no other"
+    assert instance._isolated._isolated_set is None, "what runs in a process needs no other"
 
 
 async def test_without_a_seat_it_runs_with_the_others(one: Services) -> None:
     await one.push("dividing", models.dividing())
     one.workers[0].holder._seats.left = 0
     assert isinstance(await run(one, 7), tuple)
-    assert held(one).instance._apart._made is None
+    assert held(one).instance._isolated._isolated_set is None
     one.workers[0].holder._seats.left = SEATS
     assert isinstance(await run(one, 8), tuple)
-    assert held(one).instance._apart._made is not None
+    assert held(one).instance._isolated._isolated_set is not None
 
 
 async def test_a_version_that_is_let_go_takes_its_process_along(one: Services) -> None:
     await one.push("dividing", models.dividing())
     instance = held(one).instance
     await run(one, 7)
-    assert instance._apart._made is not None
-    (process,) = instance._apart._made.runtimes
+    assert instance._isolated._isolated_set is not None
+    (process,) = instance._isolated._isolated_set.runtimes
     assert isinstance(process, ProcessRuntime)
     assert process.pid
     await one.decide("dividing", loaded=False)

@@ -202,10 +202,10 @@ async def test_a_caller_is_answered_once_although_a_neighbour_keeps_killing_the_
         delivered.extend((outcome.job, outcome.state) for outcome in outcomes)
 
     monkeypatch.setattr(instance.runs, "run", dying)
-    monkeypatch.setattr(instance.intake, "deliver", deliver)
+    monkeypatch.setattr(instance.reader, "deliver", deliver)
     for _ in range(one.settings.max_attempts):
         again = redelivered(one, served, [good, poison])
-        instance._take(again.delivery)
+        instance._on_delivery(again.delivery)
         await wait_until(lambda: again.delivery._settled, "the worker is done with it")  # noqa: B023
     assert delivered == [(good.id, JobState.SUCCEEDED), (poison.id, JobState.DEAD)]
 

@@ -162,7 +162,7 @@ async def test_what_one_worker_found_out_counts_for_all_and_for_as_long_as_the_v
         other = await running.start_worker("worker-2")
         await wait_until(lambda: bool(other.holder.ready()), "another worker holds it")
         assert other.holder.findings.get(other.holder.ready()[0]).mixed
-        assert not other.holder.findings.news()
+        assert not other.holder.findings.unreported()
         (held,) = other.holder._held.values()
         assert held.loader.serving.batching.max_batch_size == 0
         again = await running.push("detector", models.detections(), max_batch_size=4)

@@ -69,5 +69,5 @@ def work_off(queue: RunQueue, model: Runtime, limit: int) -> tuple[list[Outcome]
         for end in ends:
             queue.remove(lambda ticket: ticket is end.ticket)  # noqa: B023
         for ticket in again:
-            queue.again(ticket)
+            queue.requeue_whole(ticket)
     return outcomes, found[0] if found else ""

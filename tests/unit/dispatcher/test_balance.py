@@ -23,13 +23,13 @@ ENOUGH = Headroom(1.0, 1.0, 1.0)
 
 def settled(capacity: Capacity, *, factor: float = 1.0, copies: int = 1, least: float = 0.0) -> Capacity:
     for _ in range(60):
-        capacity.look(factor, copies, least)
+        capacity.update(factor, copies, least)
     return capacity
 
 
 def measured(seconds: float) -> Capacity:
     capacity = Capacity()
-    capacity.ran(seconds, 1)
+    capacity.record_run(seconds, 1)
     return capacity
 
 
@@ -51,7 +51,7 @@ def test_a_worker_that_has_measured_nothing_waits_in_one_place() -> None:
 )
 def test_the_level_is_jobs_a_second(ran_s: float, jobs: int, copies: int, factor: float, level: float) -> None:
     capacity = Capacity()
-    capacity.ran(ran_s, jobs)
+    capacity.record_run(ran_s, jobs)
     assert settled(capacity, factor=factor, copies=copies).level == pytest.approx(level)
 
 
@@ -67,10 +67,10 @@ def test_a_number_of_places_does_not_flap() -> None:
     assert capacity.turns == 2
     seen = set()
     for beat in range(100):
-        capacity.look(1.0 if beat % 2 else 0.66, 1, 10.0)
+        capacity.update(1.0 if beat % 2 else 0.66, 1, 10.0)
         seen.add(capacity.turns)
     assert seen == {2}
-    capacity.look(1.0, 3, 10.0)
+    capacity.update(1.0, 3, 10.0)
     assert capacity.turns < 6
     assert settled(capacity, copies=3, least=10.0).turns == 6
 
@@ -79,10 +79,10 @@ def test_one_slow_run_is_no_slow_worker() -> None:
     capacity = measured(0.01)
     settled(capacity, least=25.0)
     assert capacity.turns == 4
-    capacity.ran(0.02, 1)
+    capacity.record_run(0.02, 1)
     assert settled(capacity, least=25.0).turns == 4
     for _ in range(60):
-        capacity.ran(0.04, 1)
+        capacity.record_run(0.04, 1)
     assert settled(capacity, least=25.0).turns == 1
 
 
@@ -139,13 +139,13 @@ def test_workers_are_told_of_real_changes_only() -> None:
 def test_this_machine_is_measured() -> None:
     """While this process keeps a processor busy, that processor counts as its own."""
     machine = Machine()
-    first = machine.look()
+    first = machine.measure()
     assert all(0 <= part <= 1 for part in first)
     began, worked, ticks = time.monotonic(), time.process_time(), os.sysconf("SC_CLK_TCK")
     while time.process_time() - worked < 40 / ticks:
         pass
     ours = (time.process_time() - worked) / (time.monotonic() - began) / (os.cpu_count() or 1)
-    assert machine.look().cpu >= 0.8 * ours
+    assert machine.measure().cpu >= 0.8 * ours
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < first.memory * total <= total
 
@@ -182,20 +182,20 @@ def kernel(root: Path, *, cpu: str, own: int, child: int, available: int, limit:
 
 def test_a_workers_own_time_and_that_of_its_models_is_not_taken_from_it(tmp_path: Path) -> None:
     machine = kernel(tmp_path, cpu="100 0 0 900 0 0 0 0 0 0", own=50, child=20, available=600)
-    assert machine.look() == Headroom(1.0, 0.6, 1.0)
+    assert machine.measure() == Headroom(1.0, 0.6, 1.0)
     # of 100 ticks 30 were idle, 10 this process', 20 its model's, and 40 others'
     kernel(tmp_path, cpu="170 0 0 925 5 0 0 0 0 0", own=60, child=40, available=600)
-    assert machine.look() == Headroom(0.6, 0.6, 1.0)
-    assert machine.look().cpu == 0.6, "no time has passed"
+    assert machine.measure() == Headroom(0.6, 0.6, 1.0)
+    assert machine.measure().cpu == 0.6, "no time has passed"
 
 
 def test_the_limit_of_a_container_counts_where_it_is_the_smaller(tmp_path: Path) -> None:
     looks = [
-        kernel(tmp_path, cpu="1 0 0 9", own=0, child=0, available=600, limit=limit).look().memory
+        kernel(tmp_path, cpu="1 0 0 9", own=0, child=0, available=600, limit=limit).measure().memory
         for limit in ("max", "1000", "100000")
     ]
     assert looks == [0.6, 0.5, 0.6]
 
 
 def test_where_the_kernel_does_not_tell_there_is_enough(tmp_path: Path) -> None:
-    assert Machine(tmp_path, Gpus("no such library")).look() == ENOUGH
+    assert Machine(tmp_path, Gpus("no such library")).measure() == ENOUGH

@@ -50,10 +50,10 @@ def test_a_level_without_a_run_for_too_long_gets_one_and_no_more() -> None:
 def test_of_two_that_waited_too_long_the_one_that_waited_longer_is_first() -> None:
     queue = RunQueue(10.0, 0.0)
     put(queue, LOW, job())
-    queue.served(NORMAL, 3.0)
+    queue.mark_served(NORMAL, 3.0)
     assert queue.order(12.0)[:2] != [NORMAL, LOW]
-    queue.served(CALLER, 20.0)
-    queue.served(HIGH, 20.0)
+    queue.mark_served(CALLER, 20.0)
+    queue.mark_served(HIGH, 20.0)
     assert queue.order(21.0) == [LOW, NORMAL, CALLER, HIGH]
 
 
@@ -108,7 +108,7 @@ def test_a_job_that_must_run_whole_comes_before_the_others_of_its_level() -> Non
     queue, large, other = RunQueue(0.0, 0.0), job(20), job()
     put(queue, NORMAL, large, other)
     turn = queue.take(NORMAL, 8, 0.0)
-    queue.again(turn.tickets[0])
+    queue.requeue_whole(turn.tickets[0])
     whole = queue.take(NORMAL, 8, 0.0)
     assert (whole.run.batched, whole.tickets, whole.run.segments[0].whole) == (False, turn.tickets, True)
     assert whole.parts != turn.parts, "the result of what ran before does not count"
@@ -139,46 +139,46 @@ def test_a_run_goes_on_without_the_jobs_that_are_late() -> None:
 def learned(run_s: float, jobs: int = 1) -> PullPace:
     pace = PullPace()
     for _ in range(20):
-        pace.ran(run_s, jobs)
-        pace.came(jobs)
+        pace.record_run(run_s, jobs)
+        pace.record_message(jobs)
     return pace
 
 
 def test_before_anything_is_known_a_lane_is_asked_for_what_can_begin_at_once() -> None:
     pace = PullPace()
-    assert pace.wanted(running=0, copies=3, waiting=0, most=8) == 3
-    assert pace.wanted(running=3, copies=3, waiting=0, most=8) == 0
-    assert pace.wanted(running=0, copies=3, waiting=1, most=8) == 0
+    assert pace.pull_target(running=0, copies=3, waiting=0, most=8) == 3
+    assert pace.pull_target(running=3, copies=3, waiting=0, most=8) == 0
+    assert pace.pull_target(running=0, copies=3, waiting=1, most=8) == 0
 
 
 def test_a_quick_model_is_asked_ahead() -> None:
     pace = learned(0.0001)
-    assert pace.wanted(running=1, copies=1, waiting=0, most=4) == 4
-    assert pace.wanted(running=1, copies=1, waiting=int(0.9 * AHEAD_S / 0.0001), most=64) < 64
+    assert pace.pull_target(running=1, copies=1, waiting=0, most=4) == 4
+    assert pace.pull_target(running=1, copies=1, waiting=int(0.9 * AHEAD_S / 0.0001), most=64) < 64
 
 
 @pytest.mark.parametrize("run_s", [2 * AHEAD_S, 1.0, math.inf])
 def test_a_slow_model_is_asked_with_a_free_copy_only(run_s: float) -> None:
     pace = learned(run_s)
-    assert pace.wanted(running=1, copies=1, waiting=0, most=4) == 0
-    assert pace.wanted(running=0, copies=1, waiting=1, most=4) == 0
-    assert pace.wanted(running=0, copies=2, waiting=0, most=4) == 2
+    assert pace.pull_target(running=1, copies=1, waiting=0, most=4) == 0
+    assert pace.pull_target(running=0, copies=1, waiting=1, most=4) == 0
+    assert pace.pull_target(running=0, copies=2, waiting=0, most=4) == 2
 
 
 def test_what_waits_before_a_lane_counts() -> None:
     pace = learned(0.001)
-    assert pace.wanted(running=1, copies=1, waiting=3, most=4) == 4
-    assert pace.wanted(running=1, copies=1, waiting=40, most=4) == 0
+    assert pace.pull_target(running=1, copies=1, waiting=3, most=4) == 4
+    assert pace.pull_target(running=1, copies=1, waiting=40, most=4) == 0
 
 
 def test_large_messages_are_asked_for_one_by_one() -> None:
     pace = learned(0.02, jobs=100)
     for _ in range(20):
-        pace.came(300)
-    assert pace.wanted(running=0, copies=1, waiting=0, most=4) == 1
+        pace.record_message(300)
+    assert pace.pull_target(running=0, copies=1, waiting=0, most=4) == 1
 
 
 def test_one_run_out_of_many_that_takes_very_long_changes_nothing() -> None:
     pace = learned(0.001)
-    pace.ran(5.0, 1)
-    assert pace.wanted(running=1, copies=1, waiting=0, most=4) == 4
+    pace.record_run(5.0, 1)
+    assert pace.pull_target(running=1, copies=1, waiting=0, most=4) == 4

@@ -53,7 +53,7 @@ class OpenRecords:
     def __len__(self) -> int:
         return len(self._open)
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """Forget everything: the broker may have lost records and results."""
         self._open.clear()
         self._jobs.clear()

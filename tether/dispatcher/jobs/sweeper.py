@@ -78,11 +78,11 @@ class Sweeper:
         self._number = 0
         self._lost_sight = True
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """Forget what is known of the broker: it may have restarted."""
         self._lost_sight = True
 
-    async def heard(self, message: Message) -> None:
+    async def on_result(self, message: Message) -> None:
         """Handle the message that a result was stored."""
         job = JobId(message.subject.rpartition(".")[2])
         self.open.ended(job)
@@ -119,7 +119,7 @@ class Sweeper:
         self._number += 1
         if self._lost_sight:
             self._lost_sight = False
-            self.open.begin_anew()
+            self.open.reset()
             self._unqueued.clear()
             self._places.clear()
             self._where.clear()
@@ -187,12 +187,12 @@ class Sweeper:
                 log.info("could not sweep a lane: %s", error, extra={"action": "not_swept", "code": error.code})
 
     async def _look_at(self, lane: Lane, place: _Place) -> None:
-        for skipped in await place.messages.look():
-            await self._lanes.make_again(skipped, "stuck", "it had skipped messages of old jobs")
+        for skipped in await place.messages.update():
+            await self._lanes.recreate(skipped, "stuck", "it had skipped messages of old jobs")
         if await self._without_result(place.missing()):
             # re-read the whole lane before failing any job: the remembered state may be wrong
             place.messages = LaneMessages(self._bus, lane)
-            await place.messages.look()
+            await place.messages.update()
             for record in await self._without_result(place.missing()):
                 await self._end(record)
                 self._forget(record.id)
@@ -280,12 +280,12 @@ async def sweeping(bus: Bus, lanes: LaneCheck, tasks: Tasks) -> AsyncIterator[Sw
     """Run a sweeper until the block ends; none if an older broker configuration does not permit it."""
     sweeper = Sweeper(bus, lanes)
     try:
-        subscription = await bus.subscribe(bus.names.every_end(), sweeper.heard)
+        subscription = await bus.subscribe(bus.names.every_end(), sweeper.on_result)
     except PermissionDenied as error:
         log.error("not looking for lost jobs: %s; write the broker's configuration again", error)  # noqa: TRY400 - it says it all
         yield sweeper
         return
-    forget = bus.on_reconnect(sweeper.begin_anew)
+    forget = bus.on_reconnect(sweeper.reset)
     tasks.spawn(sweeper.run(), "sweep")
     try:
         yield sweeper

@@ -59,9 +59,9 @@ class LaneCheck:
         """Lanes that had messages, and the number of the check that last read them."""
         self._number = 0
         self._wake = asyncio.Event()
-        self._forget = bus.on_reconnect(self.begin_anew)
+        self._forget = bus.on_reconnect(self.reset)
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """Check everything again, now: the broker may have restarted."""
         self._seen.clear()
         self._wake.set()
@@ -71,7 +71,7 @@ class LaneCheck:
         try:
             while True:
                 self._wake.clear()
-                await self.look()
+                await self.check()
                 try:
                     async with asyncio.timeout(LOOK_S):
                         await self._wake.wait()
@@ -80,20 +80,20 @@ class LaneCheck:
         finally:
             self._forget()
 
-    async def look(self) -> None:
+    async def check(self) -> None:
         """Compare every stream with its consumers once, and recreate consumers that do not deliver."""
         self._number += 1
         waiting: set[Lane] = set()
         try:
             for stream in await lane_streams(self._bus):
-                waiting |= await self._look_at(stream)
+                waiting |= await self._check_stream(stream)
         except TetherError as error:
             log.info("could not compare lanes: %s", error, extra={"action": "lanes_not_compared", "code": error.code})
         for lane in self._asked.keys() - waiting:
             self._asked.pop(lane)
             self._stuck.pop(lane, None)
 
-    async def _look_at(self, stream: str) -> set[Lane]:
+    async def _check_stream(self, stream: str) -> set[Lane]:
         """Return the lanes of a stream with messages at this check and the one before.
 
         A stream that does not answer delays no other one, and is checked completely the next time.
@@ -124,7 +124,7 @@ class LaneCheck:
         for consumer in consumers:
             lane = self._bus.names.parse_lane_consumer(consumer.name)
             if state is not None and lane is not None and consumer.delivered > state.last:
-                await self.make_again(lane, "ahead", f"it had delivered {consumer.delivered} of {state.last} messages")
+                await self.recreate(lane, "ahead", f"it had delivered {consumer.delivered} of {state.last} messages")
 
     async def _compare_waiting(self, subjects: set[str]) -> set[Lane]:
         found = [lane for subject in subjects if (lane := self._bus.names.parse_lane(subject)) is not None]
@@ -142,7 +142,7 @@ class LaneCheck:
         if state is None:
             return
         if before is None and after is None:
-            await self.make_again(lane, "missing", "it was missing")
+            await self.recreate(lane, "missing", "it was missing")
         elif before != after or after is None or state.waiting.get(subject, 0) <= after.pending + after.unacked:
             # a lane that changes during the check is not stuck, or its state is unclear
             self._stuck.pop(lane, None)
@@ -150,9 +150,9 @@ class LaneCheck:
             self._stuck[lane] = self._stuck.get(lane, 0) + 1
             if self._stuck[lane] >= _SURE:
                 skipped = state.waiting[subject] - after.pending - after.unacked
-                await self.make_again(lane, "stuck", f"it had skipped {skipped} messages")
+                await self.recreate(lane, "stuck", f"it had skipped {skipped} messages")
 
-    async def make_again(self, lane: Lane, reason: str, why: str) -> None:
+    async def recreate(self, lane: Lane, reason: str, why: str) -> None:
         self._stuck.pop(lane, None)
         if reason != "missing":
             await remove_lane(self._bus, lane)

@@ -49,7 +49,7 @@ class DeletedVersionLanes:
         self._ends: dict[LaneGroup, _DeletedLanes] = {}
         self._next = 0.0
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """Assume that the broker lost its in-memory consumers."""
         for end in self._ends.values():
             end.made = False
@@ -64,7 +64,7 @@ class DeletedVersionLanes:
         until = self._bus.clock.monotonic() if end.empty_since is None else end.empty_since
         return int((until - end.found_at) / _TURN_S)
 
-    async def look(self, models: Container[ModelRef], places: Iterable[Place]) -> list[Place]:
+    async def find(self, models: Container[ModelRef], places: Iterable[Place]) -> list[Place]:
         """Find lanes of deleted versions; return those of ``places`` that are deleted and have no lanes left.
 
         Raises:

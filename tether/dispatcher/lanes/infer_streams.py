@@ -66,7 +66,7 @@ class InferStreams:
         while self._bus.settings.replicas > 1:
             await asyncio.gather(*map(self._look, self._streams))
             try:
-                await self._tell()
+                await self._publish_created()
             except TetherError as error:
                 self._complain("could not publish the creation times of infer streams", error)
             await asyncio.sleep(_LOOK_S)
@@ -75,7 +75,7 @@ class InferStreams:
         try:
             info = await self._bus.api(f"STREAM.INFO.{stream}", timeout=_ASK_S)
         except BrokerUnavailable:
-            await self._missed(stream)
+            await self._on_no_answer(stream)
         except JetStreamError as error:
             if error.err_code == STREAM_NOT_FOUND:
                 await self._make(stream)
@@ -90,7 +90,7 @@ class InferStreams:
             self._created[stream] = created
             self._on_change()
 
-    async def _missed(self, stream: str) -> None:
+    async def _on_no_answer(self, stream: str) -> None:
         """Handle a missing answer: recreate the stream if that lasts and the rest of the cluster answers."""
         now = self._bus.clock.monotonic()
         since = self._silent_since.setdefault(stream, now)
@@ -122,7 +122,7 @@ class InferStreams:
         self._on_made(stream)
         await self._look(stream)
 
-    def remember(self, body: bytes) -> None:
+    def adopt(self, body: bytes) -> None:
         """Adopt the creation times that a dispatcher stored, so that they are not published twice."""
         try:
             self._stored = codec.decode(body, StreamsMade)
@@ -131,7 +131,7 @@ class InferStreams:
         else:
             self._created = dict(self._stored.made)
 
-    async def _tell(self) -> None:
+    async def _publish_created(self) -> None:
         """Store the streams' creation times if they differ from the stored ones."""
         wanted = StreamsMade(made=tuple(sorted(self._created.items())))
         if self._created and wanted != self._stored:

@@ -26,7 +26,7 @@ class LaneMessages:
     """Sequence and subject of each bundle found and not seen removed."""
     _next: int = 1
 
-    async def look(self) -> set[Lane]:
+    async def update(self) -> set[Lane]:
         """Update from the stream; return the lanes whose consumer has skipped a stored message.
 
         Raises:

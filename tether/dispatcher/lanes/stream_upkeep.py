@@ -25,7 +25,7 @@ class Streams:
         self._as_they_are: set[str] = set()
         self.ok = False
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """Check now: the broker may have lost streams."""
         self.ok = False
         self._lost.set()
@@ -54,7 +54,7 @@ class Streams:
         while True:
             self._lost.clear()
             made = await self._steps.done("streams", self._ensure())
-            self.ok = await self._steps.done("tenants' streams", self._pools.look_again()) and made
+            self.ok = await self._steps.done("tenants' streams", self._pools.update()) and made
             try:
                 async with asyncio.timeout(_ENSURE_S if self.ok else _AGAIN_S):
                     await self._lost.wait()

@@ -90,7 +90,7 @@ class Pools:
         """
         await self._make_each(sorted((self._isolated() | self._leaving) - self._made - self._refused))
 
-    async def look_again(self) -> None:
+    async def update(self) -> None:
         """Update every pool's streams, and find formerly isolated tenants whose lanes still have jobs.
 
         Raises:

@@ -42,12 +42,12 @@ class VersionLanes:
         self._wanted: set[LaneGroup] = set()
         self._done: set[LaneGroup] = set()
         """Groups whose lanes exist with the wanted configuration."""
-        self._as_wanted: dict[str, set[Lane]] = {}
+        self._configured_lanes: dict[str, set[Lane]] = {}
         """By stream, the lanes that this process created or updated."""
         self._listed: dict[str, set[Lane]] = {}
         """By stream, the lanes that the broker listed; a stream that was not asked is missing."""
 
-    def begin_anew(self, stream: str = "") -> None:
+    def reset(self, stream: str = "") -> None:
         """Assume that the broker, or one of its streams, lost consumers."""
         self._done.clear()
         if stream:
@@ -107,14 +107,14 @@ class VersionLanes:
         for group in groups:
             self._done.discard(group)
             for lane in _lanes(group):
-                self._as_wanted.get(self._bus.names.lane_stream(lane), set()).discard(lane)
+                self._configured_lanes.get(self._bus.names.lane_stream(lane), set()).discard(lane)
 
     def _count(self) -> None:
         metrics.LANES.set(len(self._done))
 
     def _is_as_wanted(self, lane: Lane) -> bool:
         stream = self._bus.names.lane_stream(lane)
-        return stream in self._listed and lane in self._as_wanted[stream]
+        return stream in self._listed and lane in self._configured_lanes[stream]
 
     async def _make(self, lanes: Mapping[LaneGroup, Sequence[Lane]]) -> bool:
         infer: dict[str, list[Lane]] = {}
@@ -140,11 +140,11 @@ class VersionLanes:
     async def _in_stream(self, stream: str, lanes: Sequence[Lane], gate: asyncio.Semaphore) -> bool:
         if stream not in self._listed:
             there = await consumers_of(self._bus, stream)
-            if stream not in self._as_wanted:
-                self._as_wanted[stream] = await self._configured(stream) if there else set()
+            if stream not in self._configured_lanes:
+                self._configured_lanes[stream] = await self._configured(stream) if there else set()
             self._listed[stream] = there
-            self._as_wanted[stream] &= there
-        as_wanted, there = self._as_wanted[stream], self._listed[stream]
+            self._configured_lanes[stream] &= there
+        as_wanted, there = self._configured_lanes[stream], self._listed[stream]
         left = [lane for lane in lanes if lane not in as_wanted]
         if len(left) > A_PART:
             waiting = await waiting_in(self._bus, stream)

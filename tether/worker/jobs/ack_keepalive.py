@@ -35,7 +35,7 @@ class KeepAlive:
         self._settings = settings
         self._home = home
         self._identity = identity
-        self._held: dict[str, _Entry] = {}
+        self._entries: dict[str, _Entry] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keepalive", daemon=True)
 
@@ -50,10 +50,10 @@ class KeepAlive:
     def hold(self, ack_subject: str, ack_wait_s: float, now: float) -> None:
         """Keep a message from being redelivered until ``drop``. ``now`` is monotonic seconds."""
         interval = ack_wait_s / 3
-        self._held[ack_subject] = _Entry(now + interval, interval)
+        self._entries[ack_subject] = _Entry(now + interval, interval)
 
     def drop(self, ack_subject: str) -> None:
-        self._held.pop(ack_subject, None)
+        self._entries.pop(ack_subject, None)
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -73,7 +73,7 @@ class KeepAlive:
 
     async def _send_due(self, bus: Bus) -> None:
         now = bus.clock.monotonic()
-        for subject, entry in list(self._held.items()):
+        for subject, entry in list(self._entries.items()):
             if entry.due <= now and bus.connected:
                 entry.due = now + entry.interval
                 await bus.publish(subject, b"+WPI")

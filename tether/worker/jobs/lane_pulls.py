@@ -37,7 +37,7 @@ class LanePulls:
         self.pulls = {level_of(pull.lane): pull for pull in pulls}
         self.arrived = asyncio.Event()
         """Set when the queue may hold new jobs."""
-        self.gathering: list[JobTicket] = []
+        self.filling_batch: list[JobTicket] = []
         """Jobs that wait for more jobs to fill a batch."""
         self.copies = 1
         self.running = 0
@@ -49,10 +49,10 @@ class LanePulls:
         self._weight = weight
         self._opening = [0] * LEVELS
         self._opened = asyncio.Event()
-        self._shut = [False] * LEVELS
+        self._handed_back = [False] * LEVELS
         """Levels that are not pulled: a message was handed back, and none could begin since."""
         self._begun_at = clock.monotonic()
-        self._resting = False
+        self._durable_paused = False
         """Whether durable jobs are paused, because their outcomes cannot be stored."""
 
     def configure(self, strategy: LoadBalancing, copies: int) -> None:
@@ -71,18 +71,18 @@ class LanePulls:
         if not self._by_need:
             turns = pull_balance.turns(self._strategy, self._weight, self._runs.capacity)
             for level, pull in self.pulls.items():
-                pull.share(0 if level and self._resting else most - self.copies, turns)
+                pull.share(0 if level and self._durable_paused else most - self.copies, turns)
             return
         stalled = self._stalled(self._clock.monotonic())
         for level, pull in self.pulls.items():
-            waiting = self._queue.ahead(level)
-            credit = self._runs.pace.wanted(running=self.running, copies=self.copies, waiting=waiting, most=most)
-            pull.share(0 if stalled or self._shut[level] or (level and self._resting) else credit)
+            waiting = self._queue.jobs_ahead(level)
+            credit = self._runs.pace.pull_target(running=self.running, copies=self.copies, waiting=waiting, most=most)
+            pull.share(0 if stalled or self._handed_back[level] or (level and self._durable_paused) else credit)
 
-    def rest(self, *, durable: bool) -> None:
+    def pause_durable(self, *, durable: bool) -> None:
         """Pause or resume durable jobs; synchronous jobs go on."""
-        if durable != self._resting:
-            self._resting = durable
+        if durable != self._durable_paused:
+            self._durable_paused = durable
             self.arrived.set()
             self.share()
 
@@ -92,11 +92,11 @@ class LanePulls:
 
     # messages
 
-    def came(self, level: int) -> None:
+    def on_message(self, level: int) -> None:
         """Count a message that arrived and is being decoded."""
         self._opening[level] += 1
 
-    def opened(self, level: int) -> None:
+    def on_decoded(self, level: int) -> None:
         """Count a message as decoded: its jobs are queued, or it had none."""
         self._opening[level] -= 1
         self._opened.set()
@@ -118,7 +118,7 @@ class LanePulls:
         looked = False
         while True:
             now = self._clock.monotonic()
-            order = self._look_round(now)
+            order = self._rank_levels(now)
             best = next((level for level in order if self._queue.has(level)), None)
             if best is None:
                 self.share()
@@ -130,19 +130,19 @@ class LanePulls:
             if looked or not unknown:
                 return best
             looked = True
-            await asyncio.gather(*[self._look(level) for level in unknown])
+            await asyncio.gather(*[self._check_lane(level) for level in unknown])
 
-    async def gathered(self, level: int, serving: RunSpec) -> bool:
+    async def wait_for_more(self, level: int, serving: RunSpec) -> bool:
         """Wait up to the configured delay for more jobs in the next run. Return True if any came."""
         if not serving.delay_s:
             return False
         group = list(self._queue.candidates(level))
-        left = group[0].bundle.touched_at + serving.delay_s - self._clock.monotonic()
+        left = group[0].bundle.last_active_at + serving.delay_s - self._clock.monotonic()
         jobs = [ticket.job for ticket in group]
         full = not batching.should_wait_for_more(jobs, serving.batching.max_batch_size, serving.preferred)
         if group[0].alone or full or left <= 0:
             return False
-        self.gathering = group
+        self.filling_batch = group
         self.arrived.clear()
         try:
             async with asyncio.timeout(left):
@@ -150,26 +150,26 @@ class LanePulls:
         except TimeoutError:
             return False
         finally:
-            self.gathering = []
+            self.filling_batch = []
         return True
 
-    def _look_round(self, now: float) -> list[int]:
+    def _rank_levels(self, now: float) -> list[int]:
         """Return the order of levels, after recording which have no jobs and which could begin now."""
         urgent = False
         for level in range(LEVELS):
-            self._shut[level] = self._shut[level] and urgent
+            self._handed_back[level] = self._handed_back[level] and urgent
             if self._queue.has(level):
                 urgent = True
             elif self._known_empty(level):
-                self._queue.served(level, now)
-        return [0] if self._resting else self._queue.order(now)
+                self._queue.mark_served(level, now)
+        return [0] if self._durable_paused else self._queue.order(now)
 
     def _known_empty(self, level: int) -> bool:
         return not self._opening[level] and self.pulls[level].empty
 
-    async def _look(self, level: int) -> None:
+    async def _check_lane(self, level: int) -> None:
         if not self._opening[level]:
-            await self.pulls[level].look()
+            await self.pulls[level].check()
         try:
             async with asyncio.timeout(_OPENING_S):
                 while self._opening[level]:
@@ -178,7 +178,7 @@ class LanePulls:
         except TimeoutError:
             return
         if not self._queue.has(level):
-            self._queue.served(level, self._clock.monotonic())
+            self._queue.mark_served(level, self._clock.monotonic())
 
     def to_hand_back(self, bundles: Iterable[Bundle]) -> list[Bundle]:
         """Return the bundles to hand back: every instance is busy, and none of their jobs ran for a while.
@@ -192,12 +192,12 @@ class LanePulls:
             self.share()
         found = [bundle for bundle in bundles if _rests(bundle, now)]
         for bundle in found:
-            self._shut[level_of(bundle.delivery.lane)] = True
+            self._handed_back[level_of(bundle.delivery.lane)] = True
         return found
 
 
 def _rests(bundle: Bundle, now: float) -> bool:
     """Return True if nothing is lost: no infer job ran, or all results of durable jobs are stored."""
-    if bundle.running or bundle.leaving or now - bundle.touched_at <= HOLD_S:
+    if bundle.running or bundle.leaving or now - bundle.last_active_at <= HOLD_S:
         return False
     return not bundle.begun or bundle.durable

@@ -53,7 +53,7 @@ class Redelivery:
     async def began(self, bundle: Bundle) -> None:
         """Record that a new bundle began, for job status; skip bundles that finish at once."""
         await asyncio.sleep(NOTED_S)
-        if not bundle.left or (bundle.leaving and not bundle.running):
+        if not bundle.unfinished or (bundle.leaving and not bundle.running):
             return  # the bundle finished, or was handed back with its own note
         bundle.noted = True
         try:

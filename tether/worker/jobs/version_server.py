@@ -59,33 +59,33 @@ class VersionServer:
         self._bus = bus
         self._settings = bus.settings
         self.manifest = manifest
-        self._apart, self.copies = apart, apart.copies
-        self._hearing = hearing
+        self._isolated, self.copies = apart, apart.copies
+        self._listeners = hearing
         self._keepalive = keepalive
-        self.intake = BundleReader(bus, keyring, manifest.name)
+        self.reader = BundleReader(bus, keyring, manifest.name)
         self._results = BusResults(bus)
         self.runs = Runs(bus.signer.name, bus.clock, manifest.name, apart, hearing, room=bus.room)
         self.redelivery = Redelivery(bus, manifest.name)
         self._tasks = Tasks()
         self._serving = RunSpec(manifest.batching, (), 0.0, 0.0, LoadBalancing.LEAST_CONNECTIONS)
         self._pulls = [
-            LaneConsumer(bus, lane, 1, self._take)
+            LaneConsumer(bus, lane, 1, self._on_delivery)
             for lane in lanes_of(manifest.name, manifest.version, self._settings.region, bus.pool)
         ]
         self._withdrawn = WithdrawnJobs(bus, self._pulls[0].lane)
-        self._under_way = ActiveRuns(bus.clock, self._withdrawn)
-        self._withdrawn.changed = self._under_way.look
+        self._active_runs = ActiveRuns(bus.clock, self._withdrawn)
+        self._withdrawn.changed = self._active_runs.end_withdrawn
         self._by_lane = {pull.lane: pull for pull in self._pulls}
         self.queue = RunQueue(self._settings.priority_patience_s, bus.clock.monotonic())
         slots, weight = self._settings.worker_prefetch, self._settings.worker_weight
-        self._asking = LanePulls(self._pulls, self.queue, self.runs, bus.clock, slots=slots, weight=weight)
+        self._lane_pulls = LanePulls(self._pulls, self.queue, self.runs, bus.clock, slots=slots, weight=weight)
         self._bundles: dict[Bundle, None] = {}
         """Pending bundles in order of arrival, until they are settled or handed back."""
         self._waiting: set[str] = set()
         """Ack subjects of deliveries that take one of their lane's pulls: none of their jobs has begun."""
         self._changed = asyncio.Event()
-        self._ending = CommitSlots(self._ends_changed)
-        self._holding = asyncio.Event()
+        self._commit_slots = CommitSlots(self._on_slots_changed)
+        self._has_bundles = asyncio.Event()
         self._stopping = False
 
     @property
@@ -97,25 +97,25 @@ class VersionServer:
         """Set the run limits and the number of concurrent runs, ``copies``, from the next run on."""
         self._serving = serving
         self.copies.limit(serving.run_timeout_s)
-        self._asking.configure(serving.strategy, copies)
+        self._lane_pulls.configure(serving.strategy, copies)
         self._changed.set()
 
     def update_capacity(self, factor: float, least: float) -> float:
-        """Update open pulls by capacity (:meth:`.Capacity.look`); return the level, 0 if unknown or not used."""
+        """Update open pulls by capacity (:meth:`.Capacity.update`); return the level, 0 if unknown or not used."""
         if self._serving.strategy is not LoadBalancing.CAPACITY:
             return 0.0
         capacity = self.runs.capacity
         before = capacity.turns
-        capacity.look(factor, self._asking.copies, least)
+        capacity.update(factor, self._lane_pulls.copies, least)
         if capacity.turns != before:
             fields = {"action": "turns_changed", "model": self.manifest.name, "version": self.manifest.version}
             log.info("changed open pulls by capacity to %d from %d", capacity.turns, before, extra=fields)
-            self._asking.share()
+            self._lane_pulls.share()
         return capacity.level
 
     async def start(self) -> None:
         self._tasks.spawn(self._serve(), f"serve-{self.manifest.name}")
-        self._tasks.spawn(self._watch(), f"serve-watch-{self.manifest.name}")
+        self._tasks.spawn(self._hand_back_loop(), f"serve-watch-{self.manifest.name}")
         await self._withdrawn.start()
         for pull in self._pulls:
             await pull.start()
@@ -126,11 +126,11 @@ class VersionServer:
             if isinstance(ended, Exception):
                 log.info("stopped a pull with an error: %s", ended, extra={"action": "pull_not_drained"})
         self._stopping = True
-        gathered = bundles_of(self._asking.gathering)
+        gathered = bundles_of(self._lane_pulls.filling_batch)
         for bundle in list(self._bundles):
             if bundle not in gathered and (bundle.durable or not bundle.begun):
-                self._leave(bundle)
-        self._asking.arrived.set()
+                self._hand_back_when_idle(bundle)
+        self._lane_pulls.arrived.set()
         try:
             async with asyncio.timeout(shutdown_timeout_s):
                 while self._bundles or self._tasks.named("open"):
@@ -141,14 +141,14 @@ class VersionServer:
                 "runs did not finish in time; jobs are redelivered",
                 extra={"action": "drain_timeout"},
             )
-        self._under_way.end()
+        self._active_runs.end_all()
         serving = self._tasks.named("serve-")
         for task in serving:
             task.cancel()
         await asyncio.gather(*serving, return_exceptions=True)
         await self._tasks.finish(_LAST_S)
         await self._tasks.cancel()
-        self._apart.close()
+        self._isolated.close()
         await self._withdrawn.stop()
         generation = self.copies.detach()
         if generation is not None:
@@ -156,16 +156,16 @@ class VersionServer:
 
     # messages
 
-    def _take(self, delivery: Delivery) -> None:
+    def _on_delivery(self, delivery: Delivery) -> None:
         infer = delivery.lane.kind is LaneKind.INFER
         wait = self._settings.infer_ack_wait_s if infer else self._settings.jobs_ack_wait_s
         self._keepalive.hold(delivery.ack_subject, wait, self._bus.clock.monotonic())
         self._waiting.add(delivery.ack_subject)
-        delivery.on_settled = self._settled
-        self._asking.came(level_of(delivery.lane))
-        self._tasks.spawn(self._open(delivery), "open")
+        delivery.on_settled = self._on_settled
+        self._lane_pulls.on_message(level_of(delivery.lane))
+        self._tasks.spawn(self._read_bundle(delivery), "open")
 
-    def _settled(self, delivery: Delivery) -> None:
+    def _on_settled(self, delivery: Delivery) -> None:
         self._keepalive.drop(delivery.ack_subject)
         self._release(delivery)
 
@@ -174,59 +174,59 @@ class VersionServer:
             self._waiting.discard(delivery.ack_subject)
             self._by_lane[delivery.lane].release()
 
-    async def _open(self, delivery: Delivery) -> None:
+    async def _read_bundle(self, delivery: Delivery) -> None:
         queued = False
         try:
-            bundle = await self.intake.read(delivery)
-            queued = bundle is not None and await self._queued(bundle)
+            bundle = await self.reader.read(delivery)
+            queued = bundle is not None and await self._queue_jobs(bundle)
         except TetherError as error:
             log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
         finally:
             if not queued:
                 delivery.abandon()
-            self._asking.opened(level_of(delivery.lane))
+            self._lane_pulls.on_decoded(level_of(delivery.lane))
             self._changed.set()
 
-    async def _queued(self, bundle: Bundle) -> bool:
+    async def _queue_jobs(self, bundle: Bundle) -> bool:
         """Queue the unfinished jobs of a bundle. Return False if the bundle is settled already."""
         bundle.suspect = await self.redelivery.is_suspect(bundle)
         ids = [job.id for job in bundle.jobs]
-        ended = await self._ended(bundle, ids)
+        ended = await self._already_finished(bundle, ids)
         jobs = [job for job in bundle.jobs if job.id not in ended]
-        bundle.left = len(jobs)
+        bundle.unfinished = len(jobs)
         if not jobs:
             await bundle.delivery.ack()
             return False
         if self._stopping:
             await self.redelivery.hand_back(bundle)
             return False
-        bundle.touched_at = self._bus.clock.monotonic()
-        self.runs.pace.came(len(jobs))
+        bundle.last_active_at = self._bus.clock.monotonic()
+        self.runs.pace.record_message(len(jobs))
         self._bundles[bundle] = None
-        self._holding.set()
+        self._has_bundles.set()
         for job in jobs:
             self.queue.add(
                 JobTicket(job, bundle, alone=bundle.suspect, whole=gives_optional(self.manifest, job.inputs))
             )
         return True
 
-    async def _ended(self, bundle: Bundle, ids: Sequence[str]) -> set[str]:
+    async def _already_finished(self, bundle: Bundle, ids: Sequence[str]) -> set[str]:
         """Return finished jobs of a durable bundle that was redelivered, or that may have missed a cancellation."""
         told = bundle.delivery.attempt == 1 and self._withdrawn.would_know(bundle.delivery.stored_at)
         return set() if told or not bundle.durable else await self._results.ended(ids, pool=self._bus.pool)
 
-    async def _watch(self) -> None:
+    async def _hand_back_loop(self) -> None:
         """Hand back bundles that will not run here soon."""
         while True:
-            await self._holding.wait()
+            await self._has_bundles.wait()
             await asyncio.sleep(AHEAD_S)
-            for bundle in self._asking.to_hand_back(self._bundles):
+            for bundle in self._lane_pulls.to_hand_back(self._bundles):
                 metrics.HANDED_BACK.labels(self.manifest.name).inc()
-                self._leave(bundle)
+                self._hand_back_when_idle(bundle)
             if not self._bundles:
-                self._holding.clear()
+                self._has_bundles.clear()
 
-    def _leave(self, bundle: Bundle) -> None:
+    def _hand_back_when_idle(self, bundle: Bundle) -> None:
         """Hand a bundle back as soon as none of its jobs runs."""
         self.queue.remove(lambda ticket: ticket.bundle is bundle)
         bundle.leaving = True
@@ -246,7 +246,7 @@ class VersionServer:
         dropped = self.queue.drop(jobs)
         for ticket in dropped:
             ticket.ended = True
-            self._tasks.spawn(self._one_less(ticket.bundle), "drop")
+            self._tasks.spawn(self._count_finished(ticket.bundle), "drop")
         return dropped
 
     # runs
@@ -254,39 +254,41 @@ class VersionServer:
     async def _serve(self) -> None:
         """Begin the next run whenever an instance is free."""
         while True:
-            while self._asking.running >= self._asking.copies or self._ending.full(self._asking.copies):
+            while self._lane_pulls.running >= self._lane_pulls.copies or self._commit_slots.full(
+                self._lane_pulls.copies
+            ):
                 self._changed.clear()
                 await self._changed.wait()
-            level = await self._asking.next_level()
-            if not self._stopping and await self._asking.gathered(level, self._serving):
+            level = await self._lane_pulls.next_level()
+            if not self._stopping and await self._lane_pulls.wait_for_more(level, self._serving):
                 continue
             turn = self.queue.take(level, self._serving.batching.max_batch_size, self._bus.clock.monotonic())
-            self._begin(turn)
+            self._begin_run(turn)
 
-    def _begin(self, turn: NextRun) -> None:
+    def _begin_run(self, turn: NextRun) -> None:
         now, moment = self._bus.clock.utc(), self._bus.clock.monotonic()
         for ticket in turn.tickets:
             bundle = ticket.bundle
             bundle.running += 1
-            bundle.touched_at = moment
+            bundle.last_active_at = moment
             if not bundle.begun:
                 bundle.begun = True
                 self._release(bundle.delivery)
                 if bundle.durable and not bundle.suspect:
                     self._tasks.spawn(self.redelivery.began(bundle), "note")
-        over = [end for ticket in turn.tickets if (end := self._over(ticket, now)) is not None]
+        over = [end for ticket in turn.tickets if (end := self._end_without_run(ticket, now)) is not None]
         if over:
             late = [end.ticket for end in over]
             self.queue.remove(lambda ticket: ticket in late)
             turn = turn.without(late)
-            self._ending.expect()
-            self._tasks.spawn(self._end(late, over), "work")
+            self._commit_slots.expect()
+            self._tasks.spawn(self._deliver_and_settle(late, over), "work")
         if turn.tickets:
-            self._ending.expect()
-            self._asking.began()
+            self._commit_slots.expect()
+            self._lane_pulls.began()
             self._tasks.spawn(self._run(turn), "work")
 
-    def _over(self, ticket: JobTicket, now: float) -> End | None:
+    def _end_without_run(self, ticket: JobTicket, now: float) -> End | None:
         """Return the outcome of a job that must not run any more: withdrawn or expired."""
         if ticket.job.id in self._withdrawn:
             return self.runs.withdrawn(ticket)
@@ -296,16 +298,16 @@ class VersionServer:
         ends: list[End] | None = None
         try:
             async with self.copies.pinned():
-                if await self._loaded():
-                    ends = await self._ends(turn)
+                if await self._ensure_loaded():
+                    ends = await self._run_jobs(turn)
         except TetherError as error:
             log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
         finally:
-            self._asking.ended()
+            self._lane_pulls.ended()
             self._changed.set()
-            await self._end(turn.tickets, ends)
+            await self._deliver_and_settle(turn.tickets, ends)
 
-    async def _ends(self, turn: NextRun) -> list[End]:
+    async def _run_jobs(self, turn: NextRun) -> list[End]:
         """Run the jobs and return those that finished."""
         ticket = turn.tickets[0]
         if ticket.bundle.suspect and not ticket.attempt:
@@ -316,7 +318,7 @@ class VersionServer:
                 self.queue.remove(lambda other: other is ticket)
                 return [End(ticket, begun)]
             ticket.attempt = begun
-        with self._under_way.limited(turn, self._serving.run_timeout_s) as going:
+        with self._active_runs.limited(turn, self._serving.run_timeout_s) as going:
             done = await self.runs.run(turn.run, going, suspect=ticket.bundle.suspect)
         ends, again = self.runs.ends(turn, *done)
         for end in ends:
@@ -324,14 +326,14 @@ class VersionServer:
                 self.queue.remove(lambda other: other is end.ticket)  # noqa: B023
         for ticket in again:
             if not ticket.bundle.leaving:
-                self.queue.again(ticket)
-        self._asking.arrived.set()
+                self.queue.requeue_whole(ticket)
+        self._lane_pulls.arrived.set()
         return ends
 
-    async def _end(self, tickets: Sequence[JobTicket], ends: Sequence[End] | None) -> None:
+    async def _deliver_and_settle(self, tickets: Sequence[JobTicket], ends: Sequence[End] | None) -> None:
         """Deliver the outcomes of a run; None or a failed delivery leaves the bundles for redelivery."""
         delivered = False
-        with self._ending.sending(durable=tickets[0].bundle.durable):
+        with self._commit_slots.sending(durable=tickets[0].bundle.durable):
             try:
                 if ends is not None:
                     await self._deliver(ends)
@@ -342,34 +344,34 @@ class VersionServer:
                 moment = self._bus.clock.monotonic()
                 for ticket in tickets:
                     ticket.bundle.running -= 1
-                    ticket.bundle.touched_at = moment
+                    ticket.bundle.last_active_at = moment
                     if not delivered:
                         self._abandon(ticket.bundle)
         for end in (ends or ()) if delivered else ():
-            await self._one_less(end.ticket.bundle)
+            await self._count_finished(end.ticket.bundle)
         for bundle in bundles_of(tickets):
             if bundle.leaving and bundle in self._bundles:
-                self._leave(bundle)
+                self._hand_back_when_idle(bundle)
 
-    def _ends_changed(self) -> None:
-        self._asking.rest(durable=self._ending.durable_full)
+    def _on_slots_changed(self) -> None:
+        self._lane_pulls.pause_durable(durable=self._commit_slots.durable_full)
         self._changed.set()
 
     async def _deliver(self, ends: Sequence[End]) -> None:
         told = [end for end in ends if end.outcome is not None]
         if not told:
             return
-        await self.intake.deliver(
+        await self.reader.deliver(
             bundles_of([end.ticket for end in told]), [end.outcome for end in told if end.outcome]
         )
         for ticket, _ in told:
             if ticket.bundle.suspect and not ticket.bundle.durable:
                 await self.redelivery.answered(ticket.job)
 
-    async def _one_less(self, bundle: Bundle) -> None:
+    async def _count_finished(self, bundle: Bundle) -> None:
         """Count one finished job; acknowledge the bundle after its last one."""
-        bundle.left -= 1
-        if not bundle.left:
+        bundle.unfinished -= 1
+        if not bundle.unfinished:
             self._bundles.pop(bundle, None)
             await bundle.delivery.ack()
             await self.redelivery.over(bundle)
@@ -384,13 +386,13 @@ class VersionServer:
     async def wake(self) -> None:
         """Load the model before a job arrives."""
         async with self.copies.pinned():
-            await self._loaded()
+            await self._ensure_loaded()
 
-    async def _loaded(self) -> bool:
+    async def _ensure_loaded(self) -> bool:
         """Load the model if needed. Return False if that fails: its jobs are then left for redelivery."""
         try:
             await self.copies.ensure()
         except Exception as error:  # noqa: BLE001 - reported by the listener
-            self._hearing.lost(error)
+            self._listeners.lost(error)
             return False
         return True

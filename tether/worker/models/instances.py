@@ -41,8 +41,8 @@ class _Instance:
         if self.endable is None:
             return
         if self.thread.used_s >= LONG_S:
-            self.thread.go_after_others()
-        elif self.thread.behind:
+            self.thread.lower_priority()
+        elif self.thread.low_priority:
             self.thread.end()
             self.thread = WorkThread("run")
 
@@ -114,7 +114,7 @@ class InstanceSet:
         if copy.endable is not None:
             copy.endable.allow_runs()
             self._watch.begin(going)
-            going.begin(copy.endable, give_up, copy.thread.look)
+            going.begin(copy.endable, give_up, copy.thread.check_priority)
         copy.thread.run(partial(batching.run, copy.runtime, wanted)).add_done_callback(ended)
         return told
 

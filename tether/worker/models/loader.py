@@ -203,7 +203,7 @@ class _LoadingInstance:
         begun = await self._wanted(self._beginning)
         loading = thread.run(partial(_warm, begun, self.wanted, self._directory, thread))
         loop = asyncio.get_running_loop()
-        timers = (loop.call_later(self._limit_s, begun.end), loop.call_later(_STARTED_S, thread.go_after_others))
+        timers = (loop.call_later(self._limit_s, begun.end), loop.call_later(_STARTED_S, thread.lower_priority))
         try:
             return await self._wanted(loading, begun.end)
         finally:
@@ -238,10 +238,10 @@ async def _close(coming: asyncio.Future[T]) -> None:
 def _warm(begun: PreparedRuntime, wanted: LoadSpec, directory: Path, thread: WorkThread) -> Runtime:
     """Load and warm up; the model's own threads are created before this thread lowers its priority."""
     if wanted.options.threads == 1:
-        thread.go_after_others()
+        thread.lower_priority()
     try:
         runtime = begun.load()
-        thread.go_after_others()
+        thread.lower_priority()
         warm_up(runtime, wanted.manifest, wanted.warmup, directory)
     except BaseException:
         begun.close()

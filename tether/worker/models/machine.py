@@ -25,7 +25,7 @@ class Machine:
         self._before = (0, 0, 0)
         self._cpu = 1.0
 
-    def look(self) -> Headroom:
+    def measure(self) -> Headroom:
         """Return what is free now; for processors, since the last call."""
         if self._gpus is None:
             self._gpus = Gpus()

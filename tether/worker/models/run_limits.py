@@ -48,7 +48,18 @@ class ActiveRun:
     It ends itself after ``run_timeout_s``, and after ``left_s``, when no caller needs it any longer.
     """
 
-    __slots__ = ("_give_up", "_runtime", "_timer", "_until", "alone", "base", "began", "cause", "look", "run_timeout_s")
+    __slots__ = (
+        "_give_up",
+        "_runtime",
+        "_timer",
+        "_until",
+        "alone",
+        "base",
+        "began",
+        "cause",
+        "on_check",
+        "run_timeout_s",
+    )
 
     def __init__(self, run_timeout_s: float = math.inf, left_s: float = math.inf) -> None:
         self.run_timeout_s = run_timeout_s
@@ -62,12 +73,12 @@ class ActiveRun:
         self.began = 0.0
         self._runtime: Endable | None = None
         self._give_up: Callable[[], None] | None = None
-        self.look: Callable[[], None] = _nothing
+        self.on_check: Callable[[], None] = _nothing
         """Called periodically while the run is active."""
 
     def begin(self, runtime: Endable, give_up: Callable[[], None], look: Callable[[], None]) -> None:
         """Start the run's timers; call ``give_up`` if it is still active ``GRACE_S`` after it was ended."""
-        self._runtime, self._give_up, self.look = runtime, give_up, look
+        self._runtime, self._give_up, self.on_check = runtime, give_up, look
         if self.cause is not None:
             self._end()
             return
@@ -80,7 +91,7 @@ class ActiveRun:
     def ended(self) -> None:
         """Mark the run as finished: its thread is free."""
         self._runtime = self._give_up = None
-        self.look = _nothing
+        self.on_check = _nothing
         if self._timer is not None:
             self._timer.cancel()
 
@@ -108,7 +119,7 @@ class RunWatch:
 
     def __init__(self, limit_mb: int) -> None:
         self._limit = limit_mb << 20
-        self._going: set[ActiveRun] = set()
+        self._active: set[ActiveRun] = set()
         self._memory = 0
         self._looked_at = float("-inf")
         self._next: asyncio.TimerHandle | None = None
@@ -120,39 +131,39 @@ class RunWatch:
     @property
     def busy(self) -> int:
         """Return the number of threads in use by runs, including runs that were given up."""
-        return len(self._going)
+        return len(self._active)
 
     def begin(self, going: ActiveRun) -> None:
         now = time.monotonic()
         if self._limit and now - self._looked_at > _FRESH_S:
-            self._look()
+            self._measure()
         if self._next is None:
-            self._next = asyncio.get_running_loop().call_later(LOOK_S, self._compare)
+            self._next = asyncio.get_running_loop().call_later(LOOK_S, self._check)
         going.base, going.began = self._memory, now
-        self._going.add(going)
+        self._active.add(going)
 
     def end(self, model: str, going: ActiveRun) -> None:
         """Stop watching a run: its thread is free."""
-        self._going.discard(going)
+        self._active.discard(going)
         if going.cause is not None:
             metrics.RUNS_ENDED.labels(model, going.cause.value).inc()
 
-    def _look(self) -> None:
+    def _measure(self) -> None:
         self._memory, self._looked_at = memory_of(os.getpid()), time.monotonic()
 
-    def _compare(self) -> None:
+    def _check(self) -> None:
         self._next = None
-        if not self._going:
+        if not self._active:
             return
-        for going in self._going:
-            going.look()
-        self._next = asyncio.get_running_loop().call_later(LOOK_S, self._compare)
+        for going in self._active:
+            going.on_check()
+        self._next = asyncio.get_running_loop().call_later(LOOK_S, self._check)
         if self._limit:
             self._end_large()
 
     def _end_large(self) -> None:
-        self._look()
-        long = [going for going in self._going if self._looked_at - going.began >= LOOK_S / 2]
+        self._measure()
+        long = [going for going in self._active if self._looked_at - going.began >= LOOK_S / 2]
         over = [going for going in long if self._memory - going.base > self._limit]
         for going in over:
             going.alone = len(long) == 1

@@ -17,17 +17,17 @@ class Findings:
     def __init__(self, changed: Callable[[ModelRef], None]) -> None:
         self._changed = changed
         self._own: dict[ModelRef, Finding] = {}
-        self._told: dict[ModelRef, Finding] = {}
+        self._from_dispatcher: dict[ModelRef, Finding] = {}
 
     def get(self, ref: ModelRef) -> Finding:
-        own, told = self._own.get(ref), self._told.get(ref)
+        own, told = self._own.get(ref), self._from_dispatcher.get(ref)
         return told | own if told and own else told or own or NO_FINDING
 
-    def told(self, findings: Sequence[tuple[ModelRef, Finding]]) -> None:
+    def set_known(self, findings: Sequence[tuple[ModelRef, Finding]]) -> None:
         """Replace the findings received from the dispatcher."""
-        before, self._told = self._told, dict(findings)
-        for ref in before.keys() | self._told.keys():
-            if before.get(ref) != self._told.get(ref):
+        before, self._from_dispatcher = self._from_dispatcher, dict(findings)
+        for ref in before.keys() | self._from_dispatcher.keys():
+            if before.get(ref) != self._from_dispatcher.get(ref):
                 self._changed(ref)
 
     def found(self, ref: ModelRef, finding: Finding) -> None:
@@ -36,7 +36,7 @@ class Findings:
         if self.get(ref) != before:
             self._changed(ref)
 
-    def mixed(self, ref: ModelRef, reason: str) -> None:
+    def record_mixed(self, ref: ModelRef, reason: str) -> None:
         """Record and log once that the model mixes rows of different jobs."""
         if self.get(ref).mixed:
             return
@@ -45,7 +45,7 @@ class Findings:
         log.error("stopped batching: %s", reason, extra=fields)
         self.found(ref, Finding(mixed=f"a run mixed rows of different jobs: {reason}"))
 
-    def crashed(self, ref: ModelRef, how: str) -> None:
+    def record_crash(self, ref: ModelRef, how: str) -> None:
         """Record and log once that a redelivered job killed its process."""
         if self.get(ref).crashed:
             return
@@ -54,7 +54,7 @@ class Findings:
         log.error("moved the model to its own process: a run %s", how, extra=fields)
         self.found(ref, Finding(crashed=f"a redelivered job ended its process: it {how}"))
 
-    def over(self, ref: ModelRef, how: str) -> None:
+    def record_over_limit(self, ref: ModelRef, how: str) -> None:
         """Record and log once that a run exceeded its limits in the worker's own process."""
         if self.get(ref).crashed:
             return
@@ -62,10 +62,10 @@ class Findings:
         log.error("moved the model to its own process: a run %s", how, extra=fields)
         self.found(ref, Finding(crashed=f"a run in the worker's own process {how}"))
 
-    def news(self) -> tuple[tuple[ModelRef, Finding], ...]:
+    def unreported(self) -> tuple[tuple[ModelRef, Finding], ...]:
         """Return findings that the dispatcher does not have yet, for the next heartbeat."""
         return tuple(
             (ref, finding)
             for ref, finding in self._own.items()
-            if (told := self._told.get(ref, NO_FINDING)) | finding != told
+            if (told := self._from_dispatcher.get(ref, NO_FINDING)) | finding != told
         )

@@ -26,13 +26,13 @@ class WorkThread:
         """CPU seconds of the thread when its current work began."""
         self.used_s = 0.0
         """CPU seconds that its last work took."""
-        self.behind = False
+        self.low_priority = False
         """Whether the thread has low priority; it keeps it until it ends."""
 
     def _started(self) -> None:
         signal_stack()
         self._ident, self._number = threading.get_ident(), threading.get_native_id()
-        if self.behind:
+        if self.low_priority:
             thread_goes_after_others(self._number)
 
     def run(self, work: Callable[[], T]) -> asyncio.Future[T]:
@@ -46,16 +46,16 @@ class WorkThread:
         finally:
             self.used_s = time.thread_time() - self._since
 
-    def look(self) -> None:
+    def check_priority(self) -> None:
         """Lower the thread's priority if its current work has used CPU for long."""
-        if not self.behind and self._ident and sys.platform == "linux":
+        if not self.low_priority and self._ident and sys.platform == "linux":
             now = time.clock_gettime(time.pthread_getcpuclockid(self._ident))
             if now - self._since >= LONG_S:
-                self.go_after_others()
+                self.lower_priority()
 
-    def go_after_others(self) -> None:
+    def lower_priority(self) -> None:
         """Give other threads of this process priority from now on."""
-        self.behind = True
+        self.low_priority = True
         if self._number:
             thread_goes_after_others(self._number)
 

@@ -29,13 +29,13 @@ class ActiveRuns:
         finally:
             del self._turns[going]
 
-    def look(self) -> None:
+    def end_withdrawn(self) -> None:
         """End the runs whose jobs are all withdrawn; call it when ``withdrawn`` has grown."""
         for going, turn in self._turns.items():
             if all(ticket.job.id in self._withdrawn for ticket in turn.tickets):
                 going.end(Cause.UNWANTED)
 
-    def end(self) -> None:
+    def end_all(self) -> None:
         """End all runs because the version is unloaded."""
         for going in self._turns:
             going.end(Cause.UNLOAD)

@@ -58,20 +58,20 @@ class IsolatedInstance:
     ) -> None:
         self.copies = copies
         self._load = load
-        self._hearing = hearing
+        self._listeners = hearing
         self._seats = seats
         self._limit_mb = limit_mb
-        self._made: InstanceSet | None = None
-        self._one = asyncio.Lock()
+        self._isolated_set: InstanceSet | None = None
+        self._run_lock = asyncio.Lock()
         self._closing: asyncio.TimerHandle | None = None
 
     async def run(self, wanted: batching.Run, going: ActiveRun) -> RunResult:
         """Run in the isolated process, one run at a time; use the other instances if it cannot be started."""
-        async with self._one:
+        async with self._run_lock:
             # check the current instances: those that will move into processes have not moved yet
             now = self.copies.runtimes
             moved = bool(now) and all(isinstance(runtime, ProcessRuntime) for runtime in now)
-            made = None if moved else await self._ensured()
+            made = None if moved else await self._ensure_started()
             if made is None:
                 return await self.copies.run(wanted, going)
             before = self._memory(made)
@@ -79,44 +79,44 @@ class IsolatedInstance:
                 ran = await made.run(wanted, going)
             finally:
                 self._closing = asyncio.get_running_loop().call_later(IDLE_S, self.close)
-            self._look(made, before)
+            self._report(made, before)
             return ran
 
     def close(self) -> None:
         """Stop the process; an active run in it fails."""
         if self._closing is not None:
             self._closing.cancel()
-        made, self._made, self._closing = self._made, None, None
+        made, self._isolated_set, self._closing = self._isolated_set, None, None
         if made is not None:
             self._seats.left += 1
             made.close()
 
-    async def _ensured(self) -> InstanceSet | None:
+    async def _ensure_started(self) -> InstanceSet | None:
         if self._closing is not None:
             self._closing.cancel()
             self._closing = None
-        if self._made is None and self._seats.left:
+        if self._isolated_set is None and self._seats.left:
             self._seats.left -= 1
             try:
-                self._made = await self._load()
+                self._isolated_set = await self._load()
             except ModelRejected as error:
                 log.warning(
                     "could not start a process for a redelivered job: %s", error, extra={"action": "apart_failed"}
                 )
             finally:
-                self._seats.left += self._made is None
-        return self._made
+                self._seats.left += self._isolated_set is None
+        return self._isolated_set
 
     def _memory(self, made: InstanceSet) -> int:
         return sum(memory_of(runtime.pid) for runtime in made.runtimes if isinstance(runtime, ProcessRuntime))
 
-    def _look(self, made: InstanceSet, before: int) -> None:
+    def _report(self, made: InstanceSet, before: int) -> None:
         """Report a run that ended its process, or used more memory than one in the worker's own process may."""
         for runtime in made.runtimes:
             if not isinstance(runtime, ProcessRuntime):
                 continue
             if runtime.crash:
-                self._hearing.crashed(runtime.crash)
+                self._listeners.crashed(runtime.crash)
                 self.close()
             elif self._limit_mb and peak_of(runtime.pid) - before > self._limit_mb << 20:
-                self._hearing.over(f"took more than {self._limit_mb} MiB of memory")
+                self._listeners.over(f"took more than {self._limit_mb} MiB of memory")

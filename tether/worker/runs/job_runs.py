@@ -66,9 +66,9 @@ class Runs:
         self._worker = worker
         self._clock = clock
         self._model = model
-        self._apart = apart
-        self._hearing = hearing
-        self._room = room
+        self._isolated = apart
+        self._listeners = hearing
+        self._max_output_bytes = room
         self.pace = PullPace()
         self.capacity = Capacity()
         self.running = 0
@@ -87,34 +87,36 @@ class Runs:
         """
         self.running += len(wanted.segments)
         try:
-            ran = await (self._apart if suspect else self._apart.copies).run(wanted, going)
+            ran = await (self._isolated if suspect else self._isolated.copies).run(wanted, going)
             if going.cause is Cause.MEMORY:
-                ran = await self._elsewhere(wanted, going, ran)
+                ran = await self._rerun_isolated(wanted, going, ran)
         finally:
             self.running -= len(wanted.segments)
-        self.pace.ran(ran.seconds, wanted.jobs)
-        self.capacity.ran(ran.seconds, wanted.jobs)
+        self.pace.record_run(ran.seconds, wanted.jobs)
+        self.capacity.record_run(ran.seconds, wanted.jobs)
         metrics.BATCH_ROWS.labels(self._model).observe(wanted.rows)
         metrics.RUN_SECONDS.labels(self._model).observe(ran.seconds)
         finished = self._clock.utc()
-        return self._by_cause(going, wanted, ran.done, finished), finished - ran.seconds, finished
+        return self._fill_missing_results(going, wanted, ran.done, finished), finished - ran.seconds, finished
 
-    async def _elsewhere(self, wanted: batching.Run, going: ActiveRun, ran: RunResult) -> RunResult:
+    async def _rerun_isolated(self, wanted: batching.Run, going: ActiveRun, ran: RunResult) -> RunResult:
         """Repeat a run in an isolated process after it exceeded its memory, unless it has all results."""
         guilty = going.alone
         if any(not isinstance(result, tuple) for result in ran.done.results):
             going.again()
-            ran = await self._apart.run(wanted, going)
+            ran = await self._isolated.run(wanted, going)
         if guilty:
-            self._hearing.over("took more than 'run_memory_mb' of memory")
+            self._listeners.over("took more than 'run_memory_mb' of memory")
         return ran
 
-    def _by_cause(self, going: ActiveRun, wanted: batching.Run, done: batching.Done, now: float) -> batching.Done:
+    def _fill_missing_results(
+        self, going: ActiveRun, wanted: batching.Run, done: batching.Done, now: float
+    ) -> batching.Done:
         """Fill the missing results of a run that was ended with the reason."""
         if going.cause is None:
             return done
         if going.cause is Cause.TIME:
-            self._hearing.over(f"took longer than {going.run_timeout_s:g} s")
+            self._listeners.over(f"took longer than {going.run_timeout_s:g} s")
         pairs = zip(done.results, wanted.segments, strict=True)
         return done._replace(
             results=[result if isinstance(result, tuple) else _why(going, segment, now) for result, segment in pairs]
@@ -137,9 +139,9 @@ class Runs:
                 again.append(ticket)
             elif isinstance(result, TetherError):
                 ends.append(self._end(ticket, result, finished))
-            elif parts.add(segment, result) > self._room:
+            elif parts.add(segment, result) > self._max_output_bytes:
                 too_large = ResultTooLarge(
-                    f"the outputs take more than the {self._room} bytes that a response may have"
+                    f"the outputs take more than the {self._max_output_bytes} bytes that a response may have"
                 )
                 ends.append(self._end(ticket, too_large, finished))
             elif parts.complete:
@@ -150,7 +152,7 @@ class Runs:
                 else:
                     ends.append(self._end(ticket, outputs, finished))
         if mixed:
-            self._hearing.mixed(mixed)
+            self._listeners.mixed(mixed)
         return ends, again
 
     def _end(self, ticket: JobTicket, result: batching.Result, finished: float) -> End:

@@ -10,13 +10,24 @@ from tether.streams.lane_consumer import Delivery
 class Bundle:
     """Header and jobs of a delivery, the right to settle it, and its progress."""
 
-    __slots__ = ("begun", "delivery", "header", "jobs", "leaving", "left", "noted", "running", "suspect", "touched_at")
+    __slots__ = (
+        "begun",
+        "delivery",
+        "header",
+        "jobs",
+        "leaving",
+        "unfinished",
+        "noted",
+        "running",
+        "suspect",
+        "last_active_at",
+    )
 
     def __init__(self, delivery: Delivery, header: Header, jobs: list[Job]) -> None:
         self.delivery = delivery
         self.header = header
         self.jobs = jobs
-        self.left = len(jobs)
+        self.unfinished = len(jobs)
         """Jobs that have not finished."""
         self.running = 0
         self.begun = False
@@ -26,7 +37,7 @@ class Bundle:
         """Whether it is handed back as soon as none of its jobs runs."""
         self.suspect = False
         """Whether one of its jobs may have killed the worker that had it before."""
-        self.touched_at = 0.0
+        self.last_active_at = 0.0
         """When it arrived, or one of its jobs last began or finished; monotonic seconds."""
 
     @property

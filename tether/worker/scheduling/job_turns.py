@@ -55,12 +55,12 @@ class JobTicket:
     def take(self, most: int) -> Segment:
         """Take the next ``most`` rows; all of them if ``most`` is 0 or the job's inputs share no first axis."""
         if self.whole or not most or self.source.rows < 0:
-            self.again(whole=self.whole)
+            self.restart(whole=self.whole)
             most = self.rows
         start, self.next = self.next, self.next + min(most, self.rows)
         return Segment(self.source, start, self.next)
 
-    def again(self, *, whole: bool) -> None:
+    def restart(self, *, whole: bool) -> None:
         """Restart the job from its first row."""
         self.whole, self.next, self.parts = whole, 0, Parts(self.source)
 
@@ -173,7 +173,7 @@ class RunQueue:
     def has(self, level: int) -> bool:
         return len(self._levels[level]) > 0
 
-    def ahead(self, level: int) -> int:
+    def jobs_ahead(self, level: int) -> int:
         """Return the number of queued jobs that run before the next one of this level."""
         return sum([len(one) for one in self._levels[: level + 1]])
 
@@ -183,7 +183,7 @@ class RunQueue:
         late.sort(key=lambda level: self._served[level])
         return late + [level for level in range(LEVELS) if level not in late]
 
-    def served(self, level: int, now: float) -> None:
+    def mark_served(self, level: int, now: float) -> None:
         """Record that a level has a run now, or that no job of it waits anywhere."""
         self._served[level] = now
 
@@ -196,14 +196,14 @@ class RunQueue:
 
         A job with more rows gives ``most`` of them. 0: one job as it is.
         """
-        self.served(level, now)
+        self.mark_served(level, now)
         return self._levels[level].take(most)
 
-    def again(self, ticket: JobTicket) -> None:
+    def requeue_whole(self, ticket: JobTicket) -> None:
         """Run a job whole and alone, before the others of its level; results of its segments are discarded."""
         level = self._levels[level_of(ticket.bundle.delivery.lane)]
         level.remove(lambda other: other is ticket)
-        ticket.again(whole=True)
+        ticket.restart(whole=True)
         level.add_first(ticket)
 
     def remove(self, unwanted: Callable[[JobTicket], bool]) -> list[JobTicket]:

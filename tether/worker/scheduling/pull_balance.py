@@ -45,12 +45,12 @@ class Capacity:
         self.turns = 1
         self._job_s = 0.0
 
-    def ran(self, seconds: float, jobs: float) -> None:
+    def record_run(self, seconds: float, jobs: float) -> None:
         """Record the time of a run of so many jobs."""
         job_s = max(seconds / max(jobs, 1e-6), 1e-6)
         self._job_s += (job_s - self._job_s) * (_LEARN_RUN if self._job_s else 1.0)
 
-    def look(self, factor: float, copies: int, least: float) -> None:
+    def update(self, factor: float, copies: int, least: float) -> None:
         """Update at each heartbeat.
 
         ``factor`` is the free fraction of the machine for ``copies`` concurrent runs; ``least`` is the level

@@ -33,18 +33,18 @@ class PullPace:
         """Return the usual seconds of a job; 0: none has run yet."""
         return 0.0 if math.isinf(self._job_s) else self._job_s
 
-    def ran(self, seconds: float, jobs: float) -> None:
+    def record_run(self, seconds: float, jobs: float) -> None:
         """Record the time of a run of so many jobs, or such a fraction of one."""
         self._runs.append(seconds)
         self._shares.append(seconds / max(jobs, 1e-6))
         self._run_s, self._job_s = median(self._runs), median(self._shares)
 
-    def came(self, jobs: int) -> None:
+    def record_message(self, jobs: int) -> None:
         """Record the jobs of a message."""
         self._sizes.append(jobs)
         self._jobs = max(1.0, median(self._sizes))
 
-    def wanted(self, *, running: int, copies: int, waiting: int, most: int) -> int:
+    def pull_target(self, *, running: int, copies: int, waiting: int, most: int) -> int:
         """Return how many messages a lane may have pending, at most ``most``.
 
         ``running`` of the ``copies`` instances are busy, and ``waiting`` jobs run before the lane's next one.
