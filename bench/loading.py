@@ -134,13 +134,13 @@ async def load(bus: Bus, place: Path, manifest: Manifest, *, ahead: bool) -> Too
     directory = await files.place(ref, manifest)
     loader = Loader(bus, manifest, directory, ModelConfig(NAME), Memory(0, list))
     if ahead:
-        loader.begin()
+        loader.prepare()
     try:
         await files.fetch(ref, manifest)
         fetched = time.perf_counter() - began
         generation = await loader.load()
     finally:
-        await loader.give_up()
+        await loader.abort()
     loaded = time.perf_counter() - began
     (found,) = generation.runtimes[0].run({"x": np.zeros((1, WIDTH), np.float32)}, ())
     answered = time.perf_counter() - began

@@ -18,7 +18,7 @@ class Steps:
     def __init__(self, bus: Bus) -> None:
         self._told = LogRateLimiter(bus.clock.monotonic, lines=1, within_s=10.0)
 
-    async def done(self, what: str, step: Coroutine[None, None, None]) -> bool:
+    async def succeeded(self, what: str, step: Coroutine[None, None, None]) -> bool:
         """Await a step; return True if it succeeded."""
         try:
             await step

@@ -247,7 +247,7 @@ class Dispatcher:
             "assignments": self._write_assignments,
             "routes": self._write_routes,
         }
-        return all([await self._steps.done(what, step()) for what, step in steps.items()])
+        return all([await self._steps.succeeded(what, step()) for what, step in steps.items()])
 
     async def _end_versions(self) -> None:
         now = self._bus.clock.monotonic()

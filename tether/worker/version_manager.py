@@ -56,13 +56,13 @@ class HostedVersion:
     @property
     def copies(self) -> int:
         """Return the number of instances, now or after the next load."""
-        current = self.loader.current if self.instance.copies.loaded else None
+        current = self.loader.current if self.instance.instances.loaded else None
         return (current or self.loader.wanted).copies
 
     @property
     def outdated(self) -> bool:
         """Return True if the loaded instances differ from the wanted load specification."""
-        return self.instance.copies.loaded and self.loader.current != self.loader.wanted
+        return self.instance.instances.loaded and self.loader.current != self.loader.wanted
 
 
 class VersionManager:
@@ -98,7 +98,7 @@ class VersionManager:
         self.has_orders = False
         self.findings = Findings(lambda ref: self._apply_config(ref.model))
         for ref, how in notes.crashed.items():
-            self.findings.found(ref, Finding(crashed=how))
+            self.findings.record(ref, Finding(crashed=how))
 
     def want(
         self,
@@ -127,7 +127,7 @@ class VersionManager:
 
     def in_memory(self) -> tuple[ModelRef, ...]:
         """Return the hosted versions that are loaded."""
-        return tuple(ref for ref in self.ready() if self._held[ref].instance.copies.loaded)
+        return tuple(ref for ref in self.ready() if self._held[ref].instance.instances.loaded)
 
     def waiting_results(self) -> str:
         """Return why outcomes of durable jobs are not stored; empty while they are."""
@@ -263,7 +263,7 @@ class VersionManager:
                 await instance.stop(0)
                 raise
         except BaseException:
-            await loader.give_up()
+            await loader.abort()
             self._release_files_and_memory(ref)
             raise
         self._tasks.spawn(self.files.remember(manifest, directory), "remember-chunks")
@@ -279,7 +279,7 @@ class VersionManager:
                 return
             finding = await row_judgement.judge(manifest, directory)
         if ref in self._held:  # otherwise the files may be gone
-            self.findings.found(ref, finding)
+            self.findings.record(ref, finding)
             words = finding.unproven or "proved that its rows are independent"
             fields = {"action": "batching_judged", "model": ref.model, "version": ref.version}
             log.info("%s:%d: %s", ref.model, ref.version, words, extra=fields)
@@ -290,7 +290,7 @@ class VersionManager:
             await self.files.fetch(ref, loader.manifest)
             return
         async with self._ahead:
-            loader.begin()
+            loader.prepare()
             await self.files.fetch(ref, loader.manifest)
 
     async def _load_now(self, loader: Loader) -> InstanceSet:
@@ -318,7 +318,7 @@ class VersionManager:
 
     def _evictable(self) -> list[tuple[ModelRef, InstancePool]]:
         """Return the versions that may be unloaded; their next job loads them again."""
-        found = [(ref, held.instance.copies, held.loader.config) for ref, held in self._held.items()]
+        found = [(ref, held.instance.instances, held.loader.config) for ref, held in self._held.items()]
         return [(ref, copies) for ref, copies, config in found if copies.loaded and copies.idle and not config.pinned]
 
     async def _unload_idle_loop(self) -> None:
@@ -353,7 +353,7 @@ class VersionManager:
         held, tries = self._held[ref], 0
         while held.outdated and ref in self._wanted:
             try:
-                await held.instance.copies.renew(self._last_run_s(held.loader))
+                await held.instance.instances.renew(self._last_run_s(held.loader))
             except Exception as error:  # noqa: BLE001 - reported and retried
                 self._report_failure(ref, error)
                 await self._wait_before_retry(ref, tries)

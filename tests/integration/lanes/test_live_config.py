@@ -68,12 +68,12 @@ async def test_the_largest_batch_changes_from_one_run_to_the_next_and_cannot_be_
 ) -> None:
     served = await one.push_bundle("rows", bundles.write(tmp_path / "rows", code=ROWS))
     assert await answers(one, served, 8) == {8}
-    loaded = held(one, "rows").instance.copies.runtimes
+    loaded = held(one, "rows").instance.instances.runtimes
     for wanted, found in ((2, 2), (100, 8), (0, 1), (None, 8)):
         config = await one.decide("rows", max_batch_size=wanted)
         await wait_until(lambda: held(one, "rows").loader.config == config, "it is heard")  # noqa: B023
         assert await answers(one, served, 8) == {found}
-    assert held(one, "rows").instance.copies.runtimes == loaded
+    assert held(one, "rows").instance.instances.runtimes == loaded
 
 
 async def test_a_worker_waits_for_company_as_long_as_it_is_told_and_no_longer_than_the_preferred_size(
@@ -112,7 +112,7 @@ async def test_several_copies_run_side_by_side_and_no_more_than_the_worker_allow
     await one.decide("pairs", instances=64)
     code = SIDE_BY_SIDE.replace("FOLDER", repr(str(begun)))
     served = await one.push_bundle("pairs", bundles.write(tmp_path / "pairs", code=code, maxBatchSize=0))
-    copies = held(one, "pairs").instance.copies
+    copies = held(one, "pairs").instance.instances
     assert len(copies.runtimes) == one.settings.max_instances == 8
     await one.decide("pairs", instances=2)
     await wait_until(lambda: len(copies.runtimes) == 2, "two are left", 60)
@@ -144,7 +144,7 @@ async def test_what_needs_a_new_load_changes_under_load_and_no_request_fails(one
                 "it is as decided",
                 60,
             )
-            runtimes = here.instance.copies.runtimes
+            runtimes = here.instance.instances.runtimes
             assert [isinstance(runtime, ProcessRuntime) for runtime in runtimes] == [apart] * count
             before = done
             await wait_until(lambda: done > before + 20, "it answers", 60)  # noqa: B023
@@ -174,10 +174,10 @@ async def test_a_version_whose_warm_up_fails_is_not_ready_and_says_why_until_it_
 
 async def test_how_long_a_run_may_take_changes_without_a_new_load(one: Services, tmp_path: Path) -> None:
     served = await one.push_bundle("slow", bundles.write(tmp_path / "slow"))
-    (before,) = held(one, "slow").instance.copies.runtimes
+    (before,) = held(one, "slow").instance.instances.runtimes
     config = await one.decide("slow", run_timeout_s=0.5)
     await wait_until(lambda: held(one, "slow").loader.config == config, "it is heard")
-    assert held(one, "slow").instance.copies.runtimes == [before]
+    assert held(one, "slow").instance.instances.runtimes == [before]
     with pytest.raises(InferenceFailed, match=r"took longer than 0\.5 s"):
         await one.infer(served, row(-3.0))
     np.testing.assert_array_equal(await one.infer(served, row(1.0)), row(1.5))
@@ -190,4 +190,4 @@ async def test_an_entry_that_is_gone_means_the_defaults(one: Services) -> None:
     await wait_until(lambda: here.loader.config == config and not here.outdated, "it is as decided", 60)
     await (await one.configs()).delete(token("bump"))
     await wait_until(lambda: here.loader.config.revision == 0 and not here.outdated, "it is as by default", 60)
-    assert len(here.instance.copies.runtimes) == 1
+    assert len(here.instance.instances.runtimes) == 1

@@ -28,7 +28,7 @@ async def run(running: Services, number: int) -> Result:
     job = Job(new_job_id(), TENANT, (from_numpy("x", np.array([number], np.int32)),), deadline)
     instance = held(running).instance
     wanted = Run((Segment(Source(job), 0, 1),), batched=False)
-    async with instance.copies.pinned():
+    async with instance.instances.pinned():
         (result,) = (await instance.runs.run(wanted, ActiveRun(), suspect=True))[0].results
     assert result is not None
     return result
@@ -42,7 +42,7 @@ async def test_it_is_the_process_that_ends_and_its_version_has_one_from_then_on(
     assert to_numpy(good[0]).tolist() == [-7]
     assert instance._isolated._isolated_set is not None
     assert isinstance(instance._isolated._isolated_set.runtimes[0], ProcessRuntime)
-    assert not isinstance(instance.copies.runtimes[0], ProcessRuntime)
+    assert not isinstance(instance.instances.runtimes[0], ProcessRuntime)
     assert seats.left == SEATS - 1
     assert not one.gateway.catalog.finding(served).crashed
 
@@ -51,7 +51,7 @@ async def test_it_is_the_process_that_ends_and_its_version_has_one_from_then_on(
     assert "SIGFPE" in failed.message
     assert seats.left == SEATS
     await wait_until(lambda: "SIGFPE" in one.gateway.catalog.finding(served).crashed, "everybody knows")
-    await wait_until(lambda: isinstance(instance.copies.runtimes[0], ProcessRuntime), "it is loaded anew in a process")
+    await wait_until(lambda: isinstance(instance.instances.runtimes[0], ProcessRuntime), "it is loaded anew in a process")
     again = await run(one, 9)
     assert isinstance(again, tuple)
     assert instance._isolated._isolated_set is None, "what runs in a process needs no other"

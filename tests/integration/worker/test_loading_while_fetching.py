@@ -199,13 +199,13 @@ async def test_no_process_waits_where_others_would_be_unloaded_for_it(one: Servi
     memory = Memory(version.size, list)
     loader = Loader(one.bus, version, bundles.write(tmp_path / "m"), ModelConfig("m"), memory)
     memory.change(other, version.size)
-    loader.begin()
+    loader.prepare()
     assert not processes()
     memory.change(other, 0)
-    loader.begin()
+    loader.prepare()
     assert memory.taken(ModelRef("m", 1)) == version.size
     await wait_until(lambda: bool(processes()), "the process is there")
-    await loader.give_up()
+    await loader.abort()
     assert not processes()
     assert not memory.taken(ModelRef("m", 1))
 

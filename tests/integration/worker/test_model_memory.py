@@ -164,7 +164,7 @@ async def test_unloading_gives_the_memory_back(one: Services, isolation: str) ->
     await one.decide("large", isolation=isolation, loading=Loading.LAZY)
     before = anonymous(own)
     await one.infer(served, ONE)
-    (runtime,) = held(one, "large").instance.copies.runtimes
+    (runtime,) = held(one, "large").instance.instances.runtimes
     process = psutil.Process(runtime.pid) if isinstance(runtime, ProcessRuntime) else own
     del runtime
     loaded = anonymous(process)

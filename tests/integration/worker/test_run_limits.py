@@ -72,7 +72,7 @@ async def moved(running: Services, served: ResolvedVersion) -> None:
     await wait_until(lambda: bool(running.gateway.catalog.finding(served).crashed), "everybody knows")
     name = served.manifest.name
     await wait_until(
-        lambda: all(isinstance(one, ProcessRuntime) for one in held(running, name).instance.copies.runtimes),
+        lambda: all(isinstance(one, ProcessRuntime) for one in held(running, name).instance.instances.runtimes),
         "it is loaded anew in a process",
     )
 
@@ -211,6 +211,6 @@ async def test_a_setting_gives_every_model_a_process(start_broker: StartBroker) 
         served = await running.push("add", models.add())
         await running.decide("add", isolation=Isolation.THREAD.value)
         assert (await running.infer(served, row(1.0))).tolist() == [[2.0] * 4]
-        (copy,) = held(running, "add").instance.copies.runtimes
+        (copy,) = held(running, "add").instance.instances.runtimes
         assert isinstance(copy, ProcessRuntime)
         assert not isinstance(copy, Endable)

@@ -64,7 +64,7 @@ def work_off(queue: RunQueue, model: Runtime, limit: int) -> tuple[list[Outcome]
     while queue:
         level = next(level for level in queue.order(0.0) if queue.has(level))
         turn = queue.take(level, 0 if found else limit, 0.0)
-        ends, again = runs.ends(turn, batching.run(model, turn.run), 1.0, 2.0)
+        ends, again = runs.finished_jobs(turn, batching.run(model, turn.run), 1.0, 2.0)
         outcomes += [end.outcome for end in ends if end.outcome is not None]
         for end in ends:
             queue.remove(lambda ticket: ticket is end.ticket)  # noqa: B023

@@ -53,8 +53,8 @@ class Streams:
         """Check until cancelled: after every reconnect, every ten seconds, and until it succeeds."""
         while True:
             self._lost.clear()
-            made = await self._steps.done("streams", self._ensure())
-            self.ok = await self._steps.done("tenants' streams", self._pools.update()) and made
+            made = await self._steps.succeeded("streams", self._ensure())
+            self.ok = await self._steps.succeeded("tenants' streams", self._pools.update()) and made
             try:
                 async with asyncio.timeout(_ENSURE_S if self.ok else _AGAIN_S):
                     await self._lost.wait()

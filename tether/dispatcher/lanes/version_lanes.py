@@ -40,7 +40,7 @@ class VersionLanes:
         self.wake = asyncio.Event()
         """Set when the wanted lanes may have changed."""
         self._wanted: set[LaneGroup] = set()
-        self._done: set[LaneGroup] = set()
+        self._configured_groups: set[LaneGroup] = set()
         """Groups whose lanes exist with the wanted configuration."""
         self._configured_lanes: dict[str, set[Lane]] = {}
         """By stream, the lanes that this process created or updated."""
@@ -49,7 +49,7 @@ class VersionLanes:
 
     def reset(self, stream: str = "") -> None:
         """Assume that the broker, or one of its streams, lost consumers."""
-        self._done.clear()
+        self._configured_groups.clear()
         if stream:
             self._listed.pop(stream, None)
         else:
@@ -91,7 +91,7 @@ class VersionLanes:
         wanted = {LaneGroup(pool, ref, region) for pool, refs in models.items() for ref in refs for region in regions}
         self._forget(self._wanted - wanted)
         self._wanted = wanted
-        missing = wanted - self._done
+        missing = wanted - self._configured_groups
         if not missing:
             self._count()
             return True
@@ -99,18 +99,18 @@ class VersionLanes:
         try:
             return await self._make(lanes)
         finally:
-            self._done |= {group for group, found in lanes.items() if all(map(self._is_as_wanted, found))}
+            self._configured_groups |= {group for group, found in lanes.items() if all(map(self._is_as_wanted, found))}
             self._count()
 
     def _forget(self, groups: Iterable[LaneGroup]) -> None:
         """Forget lanes of deleted versions, which are removed once empty; they are created again if wanted."""
         for group in groups:
-            self._done.discard(group)
+            self._configured_groups.discard(group)
             for lane in _lanes(group):
                 self._configured_lanes.get(self._bus.names.lane_stream(lane), set()).discard(lane)
 
     def _count(self) -> None:
-        metrics.LANES.set(len(self._done))
+        metrics.LANES.set(len(self._configured_groups))
 
     def _is_as_wanted(self, lane: Lane) -> bool:
         stream = self._bus.names.lane_stream(lane)

@@ -39,7 +39,7 @@ class LanePulls:
         """Set when the queue may hold new jobs."""
         self.filling_batch: list[JobTicket] = []
         """Jobs that wait for more jobs to fill a batch."""
-        self.copies = 1
+        self.instances = 1
         self.running = 0
         self._strategy = LoadBalancing.LEAST_CONNECTIONS
         self._queue = queue
@@ -47,8 +47,8 @@ class LanePulls:
         self._clock = clock
         self._slots = slots
         self._weight = weight
-        self._opening = [0] * LEVELS
-        self._opened = asyncio.Event()
+        self._decoding = [0] * LEVELS
+        self._decoded = asyncio.Event()
         self._handed_back = [False] * LEVELS
         """Levels that are not pulled: a message was handed back, and none could begin since."""
         self._begun_at = clock.monotonic()
@@ -58,25 +58,27 @@ class LanePulls:
     def configure(self, strategy: LoadBalancing, copies: int) -> None:
         """Set the strategy and the number of concurrent runs, ``copies``, from now on."""
         self._strategy = strategy
-        self.copies = copies
+        self.instances = copies
         self.share()
 
     @property
-    def _by_need(self) -> bool:
+    def _pulls_on_demand(self) -> bool:
         return self._strategy is LoadBalancing.LEAST_CONNECTIONS
 
     def share(self) -> None:
         """Update the pulls of every lane by the strategy and the pending jobs."""
-        most = max(self._slots, self.copies + 1)
-        if not self._by_need:
+        most = max(self._slots, self.instances + 1)
+        if not self._pulls_on_demand:
             turns = pull_balance.turns(self._strategy, self._weight, self._runs.capacity)
             for level, pull in self.pulls.items():
-                pull.share(0 if level and self._durable_paused else most - self.copies, turns)
+                pull.share(0 if level and self._durable_paused else most - self.instances, turns)
             return
         stalled = self._stalled(self._clock.monotonic())
         for level, pull in self.pulls.items():
             waiting = self._queue.jobs_ahead(level)
-            credit = self._runs.pace.pull_target(running=self.running, copies=self.copies, waiting=waiting, most=most)
+            credit = self._runs.pace.pull_target(
+                running=self.running, copies=self.instances, waiting=waiting, most=most
+            )
             pull.share(0 if stalled or self._handed_back[level] or (level and self._durable_paused) else credit)
 
     def pause_durable(self, *, durable: bool) -> None:
@@ -88,18 +90,18 @@ class LanePulls:
 
     def _stalled(self, now: float) -> bool:
         """Return True if the current runs take longer than expected."""
-        return self.running >= self.copies and now - self._begun_at > AHEAD_S
+        return self.running >= self.instances and now - self._begun_at > AHEAD_S
 
     # messages
 
     def on_message(self, level: int) -> None:
         """Count a message that arrived and is being decoded."""
-        self._opening[level] += 1
+        self._decoding[level] += 1
 
     def on_decoded(self, level: int) -> None:
         """Count a message as decoded: its jobs are queued, or it had none."""
-        self._opening[level] -= 1
-        self._opened.set()
+        self._decoding[level] -= 1
+        self._decoded.set()
         self.arrived.set()
         self.share()
 
@@ -165,16 +167,16 @@ class LanePulls:
         return [0] if self._durable_paused else self._queue.order(now)
 
     def _known_empty(self, level: int) -> bool:
-        return not self._opening[level] and self.pulls[level].empty
+        return not self._decoding[level] and self.pulls[level].empty
 
     async def _check_lane(self, level: int) -> None:
-        if not self._opening[level]:
+        if not self._decoding[level]:
             await self.pulls[level].check()
         try:
             async with asyncio.timeout(_OPENING_S):
-                while self._opening[level]:
-                    self._opened.clear()
-                    await self._opened.wait()
+                while self._decoding[level]:
+                    self._decoded.clear()
+                    await self._decoded.wait()
         except TimeoutError:
             return
         if not self._queue.has(level):
@@ -186,7 +188,7 @@ class LanePulls:
         Call it every :data:`AHEAD_S`; it cancels open pulls too.
         """
         now = self._clock.monotonic()
-        if not self._by_need or self.running < self.copies:
+        if not self._pulls_on_demand or self.running < self.instances:
             return []
         if self._stalled(now):
             self.share()

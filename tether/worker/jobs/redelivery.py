@@ -50,7 +50,7 @@ class Redelivery:
             metrics.REDELIVERED.labels(self._model).inc()
         return not harmless
 
-    async def began(self, bundle: Bundle) -> None:
+    async def record_begin(self, bundle: Bundle) -> None:
         """Record that a new bundle began, for job status; skip bundles that finish at once."""
         await asyncio.sleep(NOTED_S)
         if not bundle.unfinished or (bundle.leaving and not bundle.running):
@@ -76,7 +76,7 @@ class Redelivery:
                 )
         await bundle.delivery.give_back()
 
-    async def begin(self, bundle: Bundle, job: Job) -> int | Outcome | None:
+    async def record_attempt(self, bundle: Bundle, job: Job) -> int | Outcome | None:
         """Record the next attempt of a job of a suspect bundle before it runs.
 
         Return the attempt number; an outcome if no attempt is left; None if its caller has its response.
@@ -89,11 +89,11 @@ class Redelivery:
         await self._put(job.id, last + 1)
         return last + 1
 
-    async def answered(self, job: Job) -> None:
+    async def record_answered(self, job: Job) -> None:
         """Record that a job of a suspect infer bundle is answered, so that no other worker runs it."""
         await self._put(job.id, _ANSWERED)
 
-    async def over(self, bundle: Bundle) -> None:
+    async def delete_notes(self, bundle: Bundle) -> None:
         """Delete the notes of an acknowledged bundle. A note that cannot be deleted expires."""
         again = bundle.delivery.attempt > 1
         keys = [bundle.header.message_id] if again or bundle.noted else []

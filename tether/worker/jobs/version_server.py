@@ -32,7 +32,7 @@ from tether.worker.jobs.withdrawn_jobs import WithdrawnJobs
 from tether.worker.models.load_spec import RunSpec
 from tether.worker.runs.active_runs import ActiveRuns
 from tether.worker.runs.isolated_instance import IsolatedInstance
-from tether.worker.runs.job_runs import End, RunListeners, Runs
+from tether.worker.runs.job_runs import FinishedJob, RunListeners, Runs
 from tether.worker.scheduling.bundle import Bundle
 from tether.worker.scheduling.job_turns import JobTicket, NextRun, RunQueue, bundles_of, level_of
 from tether.worker.scheduling.pull_pace import AHEAD_S
@@ -59,7 +59,7 @@ class VersionServer:
         self._bus = bus
         self._settings = bus.settings
         self.manifest = manifest
-        self._isolated, self.copies = apart, apart.copies
+        self._isolated, self.instances = apart, apart.instances
         self._listeners = hearing
         self._keepalive = keepalive
         self.reader = BundleReader(bus, keyring, manifest.name)
@@ -96,7 +96,7 @@ class VersionServer:
     def configure(self, serving: RunSpec, copies: int) -> None:
         """Set the run limits and the number of concurrent runs, ``copies``, from the next run on."""
         self._serving = serving
-        self.copies.limit(serving.run_timeout_s)
+        self.instances.limit(serving.run_timeout_s)
         self._lane_pulls.configure(serving.strategy, copies)
         self._changed.set()
 
@@ -106,7 +106,7 @@ class VersionServer:
             return 0.0
         capacity = self.runs.capacity
         before = capacity.turns
-        capacity.update(factor, self._lane_pulls.copies, least)
+        capacity.update(factor, self._lane_pulls.instances, least)
         if capacity.turns != before:
             fields = {"action": "turns_changed", "model": self.manifest.name, "version": self.manifest.version}
             log.info("changed open pulls by capacity to %d from %d", capacity.turns, before, extra=fields)
@@ -150,7 +150,7 @@ class VersionServer:
         await self._tasks.cancel()
         self._isolated.close()
         await self._withdrawn.stop()
-        generation = self.copies.detach()
+        generation = self.instances.detach()
         if generation is not None:
             generation.close()
 
@@ -254,8 +254,8 @@ class VersionServer:
     async def _serve(self) -> None:
         """Begin the next run whenever an instance is free."""
         while True:
-            while self._lane_pulls.running >= self._lane_pulls.copies or self._commit_slots.full(
-                self._lane_pulls.copies
+            while self._lane_pulls.running >= self._lane_pulls.instances or self._commit_slots.full(
+                self._lane_pulls.instances
             ):
                 self._changed.clear()
                 await self._changed.wait()
@@ -275,68 +275,68 @@ class VersionServer:
                 bundle.begun = True
                 self._release(bundle.delivery)
                 if bundle.durable and not bundle.suspect:
-                    self._tasks.spawn(self.redelivery.began(bundle), "note")
-        over = [end for ticket in turn.tickets if (end := self._end_without_run(ticket, now)) is not None]
-        if over:
-            late = [end.ticket for end in over]
+                    self._tasks.spawn(self.redelivery.record_begin(bundle), "note")
+        ended = [job for ticket in turn.tickets if (job := self._end_without_run(ticket, now)) is not None]
+        if ended:
+            late = [job.ticket for job in ended]
             self.queue.remove(lambda ticket: ticket in late)
             turn = turn.without(late)
             self._commit_slots.expect()
-            self._tasks.spawn(self._deliver_and_settle(late, over), "work")
+            self._tasks.spawn(self._deliver_and_settle(late, ended), "work")
         if turn.tickets:
             self._commit_slots.expect()
             self._lane_pulls.began()
             self._tasks.spawn(self._run(turn), "work")
 
-    def _end_without_run(self, ticket: JobTicket, now: float) -> End | None:
+    def _end_without_run(self, ticket: JobTicket, now: float) -> FinishedJob | None:
         """Return the outcome of a job that must not run any more: withdrawn or expired."""
         if ticket.job.id in self._withdrawn:
             return self.runs.withdrawn(ticket)
         return self.runs.expired(ticket) if ticket.job.deadline <= now else None
 
     async def _run(self, turn: NextRun) -> None:
-        ends: list[End] | None = None
+        finished: list[FinishedJob] | None = None
         try:
-            async with self.copies.pinned():
+            async with self.instances.pinned():
                 if await self._ensure_loaded():
-                    ends = await self._run_jobs(turn)
+                    finished = await self._run_jobs(turn)
         except TetherError as error:
             log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
         finally:
             self._lane_pulls.ended()
             self._changed.set()
-            await self._deliver_and_settle(turn.tickets, ends)
+            await self._deliver_and_settle(turn.tickets, finished)
 
-    async def _run_jobs(self, turn: NextRun) -> list[End]:
+    async def _run_jobs(self, turn: NextRun) -> list[FinishedJob]:
         """Run the jobs and return those that finished."""
         ticket = turn.tickets[0]
         if ticket.bundle.suspect and not ticket.attempt:
             ticket.attempt = -1  # recorded once, also if its rows take several runs
-            begun = await self.redelivery.begin(ticket.bundle, ticket.job)
+            begun = await self.redelivery.record_attempt(ticket.bundle, ticket.job)
             if not isinstance(begun, int):
                 ticket.ended = True
                 self.queue.remove(lambda other: other is ticket)
-                return [End(ticket, begun)]
+                return [FinishedJob(ticket, begun)]
             ticket.attempt = begun
         with self._active_runs.limited(turn, self._serving.run_timeout_s) as going:
-            done = await self.runs.run(turn.run, going, suspect=ticket.bundle.suspect)
-        ends, again = self.runs.ends(turn, *done)
-        for end in ends:
-            if end.ticket.rows > 0:
-                self.queue.remove(lambda other: other is end.ticket)  # noqa: B023
-        for ticket in again:
+            results = await self.runs.run(turn.run, going, suspect=ticket.bundle.suspect)
+        finished, repeated = self.runs.finished_jobs(turn, *results)
+        for job in finished:
+            if job.ticket.rows > 0:
+                self.queue.remove(lambda other: other is job.ticket)  # noqa: B023
+        for ticket in repeated:
             if not ticket.bundle.leaving:
                 self.queue.requeue_whole(ticket)
         self._lane_pulls.arrived.set()
-        return ends
+        return finished
 
-    async def _deliver_and_settle(self, tickets: Sequence[JobTicket], ends: Sequence[End] | None) -> None:
+    async def _deliver_and_settle(self, tickets: Sequence[JobTicket], finished: Sequence[FinishedJob] | None) -> None:
         """Deliver the outcomes of a run; None or a failed delivery leaves the bundles for redelivery."""
         delivered = False
         with self._commit_slots.sending(durable=tickets[0].bundle.durable):
             try:
-                if ends is not None:
-                    await self._deliver(ends)
+                if finished is not None:
+                    await self._deliver(finished)
                     delivered = True
             except TetherError as error:
                 log.warning("left for redelivery: %s", error, extra={"action": "work_interrupted", "code": error.code})
@@ -347,8 +347,8 @@ class VersionServer:
                     ticket.bundle.last_active_at = moment
                     if not delivered:
                         self._abandon(ticket.bundle)
-        for end in (ends or ()) if delivered else ():
-            await self._count_finished(end.ticket.bundle)
+        for job in (finished or ()) if delivered else ():
+            await self._count_finished(job.ticket.bundle)
         for bundle in bundles_of(tickets):
             if bundle.leaving and bundle in self._bundles:
                 self._hand_back_when_idle(bundle)
@@ -357,16 +357,16 @@ class VersionServer:
         self._lane_pulls.pause_durable(durable=self._commit_slots.durable_full)
         self._changed.set()
 
-    async def _deliver(self, ends: Sequence[End]) -> None:
-        told = [end for end in ends if end.outcome is not None]
-        if not told:
+    async def _deliver(self, finished: Sequence[FinishedJob]) -> None:
+        undelivered = [job for job in finished if job.outcome is not None]
+        if not undelivered:
             return
         await self.reader.deliver(
-            bundles_of([end.ticket for end in told]), [end.outcome for end in told if end.outcome]
+            bundles_of([job.ticket for job in undelivered]), [job.outcome for job in undelivered if job.outcome]
         )
-        for ticket, _ in told:
+        for ticket, _ in undelivered:
             if ticket.bundle.suspect and not ticket.bundle.durable:
-                await self.redelivery.answered(ticket.job)
+                await self.redelivery.record_answered(ticket.job)
 
     async def _count_finished(self, bundle: Bundle) -> None:
         """Count one finished job; acknowledge the bundle after its last one."""
@@ -374,7 +374,7 @@ class VersionServer:
         if not bundle.unfinished:
             self._bundles.pop(bundle, None)
             await bundle.delivery.ack()
-            await self.redelivery.over(bundle)
+            await self.redelivery.delete_notes(bundle)
             self._changed.set()
 
     def _abandon(self, bundle: Bundle) -> None:
@@ -385,13 +385,13 @@ class VersionServer:
 
     async def wake(self) -> None:
         """Load the model before a job arrives."""
-        async with self.copies.pinned():
+        async with self.instances.pinned():
             await self._ensure_loaded()
 
     async def _ensure_loaded(self) -> bool:
         """Load the model if needed. Return False if that fails: its jobs are then left for redelivery."""
         try:
-            await self.copies.ensure()
+            await self.instances.ensure()
         except Exception as error:  # noqa: BLE001 - reported by the listener
             self._listeners.lost(error)
             return False

@@ -102,13 +102,13 @@ class Loader:
     def serving(self) -> RunSpec:
         return run_spec(self.manifest, self.config, self._bus.settings, self.finding)
 
-    def begin(self) -> None:
+    def prepare(self) -> None:
         """Prepare the first instance while files are fetched, if memory allows it without evicting others."""
         wanted = self.wanted
         if self._memory.take(self._ref, self.manifest.size * wanted.copies):
             self._begun = self._begin(wanted)
 
-    async def give_up(self) -> None:
+    async def abort(self) -> None:
         """Abort a prepared instance that was never loaded."""
         begun, self._begun = self._begun, None
         if begun is not None:

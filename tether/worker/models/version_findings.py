@@ -30,7 +30,7 @@ class Findings:
             if before.get(ref) != self._from_dispatcher.get(ref):
                 self._changed(ref)
 
-    def found(self, ref: ModelRef, finding: Finding) -> None:
+    def record(self, ref: ModelRef, finding: Finding) -> None:
         before = self.get(ref)
         self._own[ref] = self._own.get(ref, NO_FINDING) | finding
         if self.get(ref) != before:
@@ -43,7 +43,7 @@ class Findings:
         metrics.BATCHING_STOPPED.labels(ref.model).inc()
         fields = {"action": "batching_stopped", "model": ref.model, "version": ref.version}
         log.error("stopped batching: %s", reason, extra=fields)
-        self.found(ref, Finding(mixed=f"a run mixed rows of different jobs: {reason}"))
+        self.record(ref, Finding(mixed=f"a run mixed rows of different jobs: {reason}"))
 
     def record_crash(self, ref: ModelRef, how: str) -> None:
         """Record and log once that a redelivered job killed its process."""
@@ -52,7 +52,7 @@ class Findings:
         metrics.WORKER_CRASHES.labels(ref.model).inc()
         fields = {"action": "worker_crashed", "model": ref.model, "version": ref.version}
         log.error("moved the model to its own process: a run %s", how, extra=fields)
-        self.found(ref, Finding(crashed=f"a redelivered job ended its process: it {how}"))
+        self.record(ref, Finding(crashed=f"a redelivered job ended its process: it {how}"))
 
     def record_over_limit(self, ref: ModelRef, how: str) -> None:
         """Record and log once that a run exceeded its limits in the worker's own process."""
@@ -60,7 +60,7 @@ class Findings:
             return
         fields = {"action": "run_over_limit", "model": ref.model, "version": ref.version}
         log.error("moved the model to its own process: a run %s", how, extra=fields)
-        self.found(ref, Finding(crashed=f"a run in the worker's own process {how}"))
+        self.record(ref, Finding(crashed=f"a run in the worker's own process {how}"))
 
     def unreported(self) -> tuple[tuple[ModelRef, Finding], ...]:
         """Return findings that the dispatcher does not have yet, for the next heartbeat."""

@@ -16,26 +16,26 @@ class ActiveRuns:
     def __init__(self, clock: Clock, withdrawn: Container[str]) -> None:
         self._clock = clock
         self._withdrawn = withdrawn
-        self._turns: dict[ActiveRun, NextRun] = {}
+        self._jobs_of: dict[ActiveRun, NextRun] = {}
 
     @contextmanager
     def limited(self, turn: NextRun, run_timeout_s: float) -> Iterator[ActiveRun]:
         """Track one run while the block runs."""
         left = max(ticket.job.deadline for ticket in turn.tickets) - self._clock.utc()
         going = ActiveRun(run_timeout_s, left)
-        self._turns[going] = turn
+        self._jobs_of[going] = turn
         try:
             yield going
         finally:
-            del self._turns[going]
+            del self._jobs_of[going]
 
     def end_withdrawn(self) -> None:
         """End the runs whose jobs are all withdrawn; call it when ``withdrawn`` has grown."""
-        for going, turn in self._turns.items():
+        for going, turn in self._jobs_of.items():
             if all(ticket.job.id in self._withdrawn for ticket in turn.tickets):
                 going.end(Cause.UNWANTED)
 
     def end_all(self) -> None:
         """End all runs because the version is unloaded."""
-        for going in self._turns:
+        for going in self._jobs_of:
             going.end(Cause.UNLOAD)

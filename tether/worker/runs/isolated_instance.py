@@ -56,7 +56,7 @@ class IsolatedInstance:
         seats: Seats,
         limit_mb: int = 0,
     ) -> None:
-        self.copies = copies
+        self.instances = copies
         self._load = load
         self._listeners = hearing
         self._seats = seats
@@ -69,11 +69,11 @@ class IsolatedInstance:
         """Run in the isolated process, one run at a time; use the other instances if it cannot be started."""
         async with self._run_lock:
             # check the current instances: those that will move into processes have not moved yet
-            now = self.copies.runtimes
+            now = self.instances.runtimes
             moved = bool(now) and all(isinstance(runtime, ProcessRuntime) for runtime in now)
             made = None if moved else await self._ensure_started()
             if made is None:
-                return await self.copies.run(wanted, going)
+                return await self.instances.run(wanted, going)
             before = self._memory(made)
             try:
                 ran = await made.run(wanted, going)

@@ -21,7 +21,7 @@ from tether.worker.scheduling.pull_pace import PullPace
 log = logging.getLogger(__name__)
 
 
-class End(NamedTuple):
+class FinishedJob(NamedTuple):
     """Outcome of a finished job; None if its caller already has a response."""
 
     ticket: JobTicket
@@ -87,7 +87,7 @@ class Runs:
         """
         self.running += len(wanted.segments)
         try:
-            ran = await (self._isolated if suspect else self._isolated.copies).run(wanted, going)
+            ran = await (self._isolated if suspect else self._isolated.instances).run(wanted, going)
             if going.cause is Cause.MEMORY:
                 ran = await self._rerun_isolated(wanted, going, ran)
         finally:
@@ -122,12 +122,12 @@ class Runs:
             results=[result if isinstance(result, tuple) else _why(going, segment, now) for result, segment in pairs]
         )
 
-    def ends(
+    def finished_jobs(
         self, turn: NextRun, done: batching.Done, started: float, finished: float
-    ) -> tuple[list[End], list[JobTicket]]:
+    ) -> tuple[list[FinishedJob], list[JobTicket]]:
         """Return the jobs finished with this run, and those to repeat whole because rows were mixed."""
-        ends: list[End] = []
-        again: list[JobTicket] = []
+        finished_jobs: list[FinishedJob] = []
+        repeated: list[JobTicket] = []
         mixed = done.mixed
         for segment, result, ticket, parts in zip(
             turn.run.segments, done.results, turn.tickets, turn.parts, strict=True
@@ -136,26 +136,26 @@ class Runs:
                 continue  # it was dropped, or is repeated whole from its first row
             ticket.began = ticket.began or started
             if result is None or (done.mixed and not turn.run.own):
-                again.append(ticket)
+                repeated.append(ticket)
             elif isinstance(result, TetherError):
-                ends.append(self._end(ticket, result, finished))
+                finished_jobs.append(self._finish(ticket, result, finished))
             elif parts.add(segment, result) > self._max_output_bytes:
                 too_large = ResultTooLarge(
                     f"the outputs take more than the {self._max_output_bytes} bytes that a response may have"
                 )
-                ends.append(self._end(ticket, too_large, finished))
+                finished_jobs.append(self._finish(ticket, too_large, finished))
             elif parts.complete:
                 outputs, unlike = parts.together()
                 mixed = mixed or unlike
                 if unlike:
-                    again.append(ticket)
+                    repeated.append(ticket)
                 else:
-                    ends.append(self._end(ticket, outputs, finished))
+                    finished_jobs.append(self._finish(ticket, outputs, finished))
         if mixed:
             self._listeners.mixed(mixed)
-        return ends, again
+        return finished_jobs, repeated
 
-    def _end(self, ticket: JobTicket, result: batching.Result, finished: float) -> End:
+    def _finish(self, ticket: JobTicket, result: batching.Result, finished: float) -> FinishedJob:
         ticket.ended = True
         job, attempt, worker = ticket.job, ticket.attempt, self._worker
         if isinstance(result, TetherError):
@@ -164,22 +164,24 @@ class Runs:
             words = result.message if job.sealed is None else "the message is encrypted"
             log.info("job failed: %s", words, extra={"action": "job_failed", "code": result.code, **ids})
             failure, state = Failure(result.code, result.message), _STATES.get(type(result), JobState.FAILED)
-            return End(ticket, Outcome(job.id, state, (), failure, attempt, worker, ticket.began, finished))
-        return End(ticket, Outcome(job.id, JobState.SUCCEEDED, result, None, attempt, worker, ticket.began, finished))
+            return FinishedJob(ticket, Outcome(job.id, state, (), failure, attempt, worker, ticket.began, finished))
+        return FinishedJob(
+            ticket, Outcome(job.id, JobState.SUCCEEDED, result, None, attempt, worker, ticket.began, finished)
+        )
 
-    def expired(self, ticket: JobTicket) -> End:
+    def expired(self, ticket: JobTicket) -> FinishedJob:
         """Return the outcome of a job whose deadline passed before all of it could run."""
         failure = Failure(DeadlineExceeded.code, "the deadline passed before the job could run")
-        return self._not_run(ticket, JobState.EXPIRED, failure)
+        return self._finish_without_run(ticket, JobState.EXPIRED, failure)
 
-    def withdrawn(self, ticket: JobTicket) -> End:
+    def withdrawn(self, ticket: JobTicket) -> FinishedJob:
         """Return the outcome of a job whose caller left."""
-        return self._not_run(
+        return self._finish_without_run(
             ticket, JobState.CANCELLED, Failure(JobCancelled.code, "the caller left before the job began")
         )
 
-    def _not_run(self, ticket: JobTicket, state: JobState, failure: Failure) -> End:
+    def _finish_without_run(self, ticket: JobTicket, state: JobState, failure: Failure) -> FinishedJob:
         ticket.ended = True
         job, attempt = ticket.job, ticket.attempt or ticket.bundle.delivery.attempt
         now, worker = self._clock.utc(), self._worker
-        return End(ticket, Outcome(job.id, state, (), failure, attempt - 1, worker, ticket.began, now))
+        return FinishedJob(ticket, Outcome(job.id, state, (), failure, attempt - 1, worker, ticket.began, now))

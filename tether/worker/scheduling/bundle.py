@@ -15,12 +15,12 @@ class Bundle:
         "delivery",
         "header",
         "jobs",
+        "last_active_at",
         "leaving",
-        "unfinished",
         "noted",
         "running",
         "suspect",
-        "last_active_at",
+        "unfinished",
     )
 
     def __init__(self, delivery: Delivery, header: Header, jobs: list[Job]) -> None:
