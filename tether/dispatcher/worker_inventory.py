@@ -79,7 +79,7 @@ class WorkerInventory:
             ready = _ready(beats, offers)
             found = place(models, offers, PlacementInput(self._sizes, configs, ready, self._most_copies, kept, failing))
             self._last = (question, found)
-            self._tell(found)
+            self._log_changes(found)
         return self._last[1].held
 
     def _failing(self, pools: Mapping[str, str], now: float) -> dict[Place, set[str]]:
@@ -89,7 +89,7 @@ class WorkerInventory:
             found.setdefault((pools.get(worker, SHARED), ref), set()).add(worker)
         return found
 
-    def _tell(self, found: Placement) -> None:
+    def _log_changes(self, found: Placement) -> None:
         for (pool, ref), reason in found.reasons.items():
             if self.reasons.get((pool, ref)) != reason:
                 fields = {"action": "not_placed", "model": ref.model, "version": ref.version, "tenant": pool}

@@ -75,7 +75,7 @@ LONG_S = 0.05
 """CPU seconds after which a model's run counts as long and gets low priority."""
 
 
-def goes_after_others(pid: int) -> None:
+def lower_process_priority(pid: int) -> None:
     """Lower the priority of this process or of one of its children.
 
     If the kernel groups processes by session, it shares processors between sessions regardless of priorities;
@@ -83,7 +83,7 @@ def goes_after_others(pid: int) -> None:
     """
     with suppress(OSError):
         for thread in Path(f"/proc/{pid}/task").iterdir():
-            thread_goes_after_others(int(thread.name))
+            lower_thread_priority(int(thread.name))
     with suppress(OSError):
         if os.getsid(pid) == pid:
             Path(f"/proc/{pid}/autogroup").write_text(str(NICE))
@@ -99,7 +99,7 @@ def processor_s(pid: int) -> float:
         return 0.0
 
 
-def thread_goes_after_others(thread: int) -> None:
+def lower_thread_priority(thread: int) -> None:
     """Lower a thread's priority by its native id (Linux), for good without privileges."""
     if sys.platform == "linux":
         with suppress(OSError):

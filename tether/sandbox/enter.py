@@ -14,7 +14,7 @@ import sys
 
 import msgspec
 
-from tether.process.os_process import prefer_oom_kill, thread_goes_after_others
+from tether.process.os_process import lower_thread_priority, prefer_oom_kill
 from tether.sandbox import kernel, landlock, namespaces, seccomp
 from tether.sandbox.plan import OFF, REQUIRED, ConfinementPlan
 
@@ -34,7 +34,7 @@ def confine(plan: ConfinementPlan) -> None:
     if plan.dies_first:
         prefer_oom_kill()
     if plan.behind:
-        thread_goes_after_others(os.getpid())
+        lower_thread_priority(os.getpid())
     _limit(plan)
     scratch = namespaces.leave(plan.scratch_mb, [path for path, _ in plan.rules])
     if scratch:

@@ -21,10 +21,10 @@ from tether.settings import Settings
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 1.0
+CHECK_S = 1.0
 """Seconds between two checks of the disk."""
 
-ASK_S = 2.0
+MONITOR_S = 2.0
 """Seconds between two requests to the broker's monitor."""
 
 _FRESH_S = 0.02
@@ -85,18 +85,18 @@ class BrokerStorage:
         async with httpx.AsyncClient(trust_env=False) as http:
             while True:
                 await self.check(http)
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(CHECK_S)
 
     async def check(self, http: httpx.AsyncClient) -> None:
         """Update ``full``."""
-        self._look_at_disk()
+        self._check_disk()
         now = self._looked
-        if self._monitor and now - self._asked >= ASK_S:
+        if self._monitor and now - self._asked >= MONITOR_S:
             self._asked = now
             self._frozen = await frozen_streams(http, self._monitor)
-        self._tell()
+        self._log_change()
 
-    def _look_at_disk(self) -> None:
+    def _check_disk(self) -> None:
         self._looked = self._clock.monotonic()
         room = None if self._folder is None else disk.look(self._folder)
         if room is None:
@@ -105,7 +105,7 @@ class BrokerStorage:
         missing = disk.shortage(room, self._reserve_mb, more=_ENOUGH if self._short else 1.0)
         self._short = f"the broker's disk {missing}" if missing else ""
 
-    def _tell(self) -> None:
+    def _log_change(self) -> None:
         reason = self._short or self._frozen
         if bool(reason) != bool(self.full):
             if reason:
@@ -121,8 +121,8 @@ class BrokerStorage:
             StorageFull: there is no space.
         """
         if self._clock.monotonic() - self._looked > _FRESH_S:
-            self._look_at_disk()
-            self._tell()
+            self._check_disk()
+            self._log_change()
         if self.full:
             raise self._error()
 

@@ -53,11 +53,11 @@ class Registrar:
             except Unavailable as error:
                 self._note("waiting for a dispatcher")
                 if self._bus.clock.monotonic() - began > _QUIET_S:
-                    self._tell(error)
+                    self._log_failure(error)
                 await asyncio.sleep(_AGAIN_S)
             except TetherError as error:
                 self._note(error.message)
-                self._tell(error)
+                self._log_failure(error)
                 await asyncio.sleep(_REFUSED_S)
             else:
                 log.info("registered with epoch %d", self.epoch, extra={"action": "registered"})
@@ -73,7 +73,7 @@ class Registrar:
                 continue  # without a dispatcher, loaded models are still served
             except TetherError as error:
                 self._note(error.message)
-                self._tell(error)
+                self._log_failure(error)
                 continue
             if epoch != self.epoch:
                 self.epoch = epoch
@@ -92,7 +92,7 @@ class Registrar:
         self.refused = why
         lifecycle.wait_for("registration", why)
 
-    def _tell(self, error: TetherError) -> None:
+    def _log_failure(self, error: TetherError) -> None:
         """Log the error at once, and then every minute."""
         if self._told.passes(error.code) is not None:
             log.warning("could not register: %s", error, extra={"action": "register_failed", "code": error.code})

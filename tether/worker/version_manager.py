@@ -166,15 +166,15 @@ class VersionManager:
             if self._stopping:
                 return
             for ref in self._wanted - self._held.keys() - self._busy:
-                self._begin(ref, self._load, "load")
+                self._start_change(ref, self._load, "load")
             for ref in self._held.keys() - self._wanted - self._busy:
-                self._begin(ref, self._unload, "unload")
+                self._start_change(ref, self._unload, "unload")
             for ref in (self._unloadable & self._held.keys()) - self._busy:
-                self._begin(ref, self._reload_after_failure, "load")
+                self._start_change(ref, self._reload_after_failure, "load")
             for ref in [ref for ref, held in self._held.items() if held.outdated and ref not in self._busy]:
-                self._begin(ref, self._renew, "renew")
+                self._start_change(ref, self._renew, "renew")
 
-    def _begin(self, ref: ModelRef, change: Change, what: str) -> None:
+    def _start_change(self, ref: ModelRef, change: Change, what: str) -> None:
         self._busy.add(ref)
         self._tasks.spawn(self._to_its_end(ref, change), f"{what}-{ref.model}")
 
@@ -214,7 +214,9 @@ class VersionManager:
                 self._failed.pop(ref, None)
                 self._unloadable.discard(ref)
                 self._apply_config(ref.model)
-                log.info("loaded", extra={"action": "model_loaded", "model": ref.model, "version": ref.version})
+                log.info(
+                    "loaded a version", extra={"action": "model_loaded", "model": ref.model, "version": ref.version}
+                )
                 return
             await self._wait_before_retry(ref, tries)
             tries += 1
@@ -227,7 +229,7 @@ class VersionManager:
             log.warning("could not load a version: %s", error, extra=fields)
         else:
             self._failed[ref] = f"{TetherError.code}: {type(error).__name__}; see the worker's log"
-            log.error("not loaded", exc_info=error, extra=fields)
+            log.error("could not load a version", exc_info=error, extra=fields)
 
     async def _wait_before_retry(self, ref: ModelRef, tries: int) -> None:
         """Wait before the next try, unless the model's configuration changes."""
@@ -252,10 +254,12 @@ class VersionManager:
             if at_once:
                 await copies.ensure()
             over = partial(self.findings.record_over_limit, ref)
-            hearing = RunListeners(partial(self._mark_unloadable, ref), partial(self.findings.record_mixed, ref), over)
+            listeners = RunListeners(
+                partial(self._mark_unloadable, ref), partial(self.findings.record_mixed, ref), over
+            )
             alone = ApartHearing(partial(self.findings.record_crash, ref), over)
             apart = IsolatedInstance(copies, loader.load_apart, alone, self._seats, self.watch.limit_mb)
-            instance = VersionServer(self._bus, manifest, apart, self._keepalive, self._keyring, hearing=hearing)
+            instance = VersionServer(self._bus, manifest, apart, self._keepalive, self._keyring, listeners=listeners)
             instance.configure(loader.serving, loader.wanted.copies)
             try:
                 await instance.start()
@@ -360,7 +364,9 @@ class VersionManager:
                 tries += 1
             else:
                 self._failed.pop(ref, None)
-                log.info("loaded anew", extra={"action": "model_renewed", "model": ref.model, "version": ref.version})
+                log.info(
+                    "reloaded a version", extra={"action": "model_renewed", "model": ref.model, "version": ref.version}
+                )
             self._apply_config(ref.model)
 
     def _last_run_s(self, loader: Loader) -> float:
@@ -378,4 +384,4 @@ class VersionManager:
         held = self._held.pop(ref)
         await held.instance.stop(self._last_run_s(held.loader))
         self._release_files_and_memory(ref)
-        log.info("unloaded", extra={"action": "model_unloaded", "model": ref.model, "version": ref.version})
+        log.info("unloaded a version", extra={"action": "model_unloaded", "model": ref.model, "version": ref.version})

@@ -45,7 +45,9 @@ def test_a_bundle_is_served(served: Served, sdk: Client, bundle: str) -> None:
     assert [file["path"] for file in version["files"]] == ["data/bias.txt", "model.json", "model.py"]
     own = sdk.infer(bundle, x(-9.0))["y"][0, 0]
     held = [
-        runtime for one in served.services.workers[0].holder._held.values() for runtime in one.instance.instances.runtimes
+        runtime
+        for one in served.services.workers[0].holder._held.values()
+        for runtime in one.instance.instances.runtimes
     ]
     assert own in [runtime.pid % 65536 for runtime in held if isinstance(runtime, ProcessRuntime)]
 

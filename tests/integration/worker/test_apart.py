@@ -51,7 +51,9 @@ async def test_it_is_the_process_that_ends_and_its_version_has_one_from_then_on(
     assert "SIGFPE" in failed.message
     assert seats.left == SEATS
     await wait_until(lambda: "SIGFPE" in one.gateway.catalog.finding(served).crashed, "everybody knows")
-    await wait_until(lambda: isinstance(instance.instances.runtimes[0], ProcessRuntime), "it is loaded anew in a process")
+    await wait_until(
+        lambda: isinstance(instance.instances.runtimes[0], ProcessRuntime), "it is loaded anew in a process"
+    )
     again = await run(one, 9)
     assert isinstance(again, tuple)
     assert instance._isolated._isolated_set is None, "what runs in a process needs no other"

@@ -58,13 +58,13 @@ def compiler(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "bin" / "g++").write_text(code.format(log=log, real=real))
     (folder / "bin" / "g++").chmod(0o755)
     monkeypatch.setattr(compiler_env, "PATH", f"{folder / 'bin'}:{compiler_env.PATH}")
-    wish = ProcessRuntime._wish
+    wish = ProcessRuntime._confinement_request
 
     def with_log(runtime: ProcessRuntime, more: Mapping[str, str]) -> plan.ConfinementRequest:
         found = wish(runtime, more)
         return msgspec.structs.replace(found, write=(*found.write, str(log.parent)))
 
-    monkeypatch.setattr(ProcessRuntime, "_wish", with_log)
+    monkeypatch.setattr(ProcessRuntime, "_confinement_request", with_log)
     return log
 
 

@@ -15,7 +15,7 @@ from tether.process.data_dir import Home
 from tether.sandbox import kernel, landlock, plan, seccomp, trial
 from tether.settings import Settings
 from tether.worker.runtimes import graph_cache
-from tether.worker.runtimes.child_output import AT_ONCE, LONGEST, Said
+from tether.worker.runtimes.child_output import AT_ONCE, LONGEST, ModelOutputLog
 from tether_cli.platform.doctor_confinement import confinement
 
 FILTERED = """
@@ -141,7 +141,7 @@ def test_the_doctor_says_what_there_is(tmp_path: Path) -> None:
 def test_what_a_model_writes_is_a_few_short_lines_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
     reading, writing = os.pipe()
     with caplog.at_level(logging.INFO), os.fdopen(reading, "rb") as pipe:
-        said = Said(pipe, "m", 1)
+        said = ModelOutputLog(pipe, "m", 1)
         os.write(writing, b"one\r\x1b[31m\n")
         for _ in range(2000):
             os.write(writing, b"y" * 1000 + b"\n")

@@ -132,7 +132,7 @@ class Retention:
         for _ in range(_PAGES):
             page = await self._page(pool, 1)
             old = [item for item in page if item.stored_at <= limit]
-            await self._forget(pool, old, await self._records_of(old), "age")
+            await self._delete_jobs(pool, old, await self._records_of(old), "age")
             if not old or len(old) < len(page):
                 return
 
@@ -167,7 +167,7 @@ class Retention:
                 return
             found = await self._records_of(page)
             going = wanted.enough(_without_modest(page, found) if walk.spares else page, found)
-            await self._forget(pool, going, found, "room")
+            await self._delete_jobs(pool, going, found, "room")
             walk.at = going[-1].sequence if wanted.met else page[-1].sequence
 
     # both
@@ -190,7 +190,7 @@ class Retention:
             await self._bus.direct_batch(self._records.stream, [self._records.subject(key) for key in keys])
         ).values()
 
-    async def _forget(
+    async def _delete_jobs(
         self, pool: str, ends: Sequence[StoredMessage], records: dict[str, StoredMessage], reason: str
     ) -> None:
         """Delete records first: a job without its result but with its record would look open."""

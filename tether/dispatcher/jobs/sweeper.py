@@ -126,7 +126,7 @@ class Sweeper:
         await self.open.read()
         await self._place(grace_s)
         await self._remove_unqueued(unqueued_s)
-        await self._look()
+        await self._check()
         metrics.JOBS_OPEN.set(len(self.open) + len(self._where))
 
     # assign old jobs to their lanes
@@ -176,17 +176,17 @@ class Sweeper:
 
     # compare lanes with them
 
-    async def _look(self) -> None:
+    async def _check(self) -> None:
         places = sorted(self._places.items(), key=lambda item: item[1].looked)
         for lane, place in places[:MOST_LANES]:
             place.looked = self._number
             try:
-                await self._look_at(lane, place)
+                await self._check_lane(lane, place)
             except TetherError as error:
                 # a stream that does not answer delays no other lane
                 log.info("could not sweep a lane: %s", error, extra={"action": "not_swept", "code": error.code})
 
-    async def _look_at(self, lane: Lane, place: _Place) -> None:
+    async def _check_lane(self, lane: Lane, place: _Place) -> None:
         for skipped in await place.messages.update():
             await self._lanes.recreate(skipped, "stuck", "it had skipped messages of old jobs")
         if await self._without_result(place.missing()):

@@ -39,11 +39,11 @@ from tether.streams.layout import ensure_lane
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 3.0
+CHECK_S = 3.0
 MOST_LANES = 64
 """Maximum lanes of a stream in one check; the others follow in the next checks."""
 
-_SURE = 2
+_CONFIRMATIONS = 2
 """Checks in a row that must find a lane stuck."""
 
 
@@ -73,7 +73,7 @@ class LaneCheck:
                 self._wake.clear()
                 await self.check()
                 try:
-                    async with asyncio.timeout(LOOK_S):
+                    async with asyncio.timeout(CHECK_S):
                         await self._wake.wait()
                 except TimeoutError:
                     continue
@@ -148,7 +148,7 @@ class LaneCheck:
             self._stuck.pop(lane, None)
         else:
             self._stuck[lane] = self._stuck.get(lane, 0) + 1
-            if self._stuck[lane] >= _SURE:
+            if self._stuck[lane] >= _CONFIRMATIONS:
                 skipped = state.waiting[subject] - after.pending - after.unacked
                 await self.recreate(lane, "stuck", f"it had skipped {skipped} messages")
 

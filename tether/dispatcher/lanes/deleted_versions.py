@@ -122,4 +122,4 @@ class DeletedVersionLanes:
         for lane in lanes_of(group.ref.model, group.ref.version, group.region, group.pool):
             await remove_lane(self._bus, lane)
         del self._ends[group]
-        log.info("lanes removed", extra={"action": "lanes_removed", "model": group.ref.model})
+        log.info("removed the lanes of a deleted version", extra={"action": "lanes_removed", "model": group.ref.model})

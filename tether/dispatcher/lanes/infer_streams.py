@@ -64,14 +64,14 @@ class InferStreams:
     async def keep(self) -> None:
         """Watch the streams until cancelled; a single broker's streams need no watch."""
         while self._bus.settings.replicas > 1:
-            await asyncio.gather(*map(self._look, self._streams))
+            await asyncio.gather(*map(self._check, self._streams))
             try:
                 await self._publish_created()
             except TetherError as error:
                 self._complain("could not publish the creation times of infer streams", error)
             await asyncio.sleep(_LOOK_S)
 
-    async def _look(self, stream: str) -> None:
+    async def _check(self, stream: str) -> None:
         try:
             info = await self._bus.api(f"STREAM.INFO.{stream}", timeout=_ASK_S)
         except BrokerUnavailable:
@@ -120,7 +120,7 @@ class InferStreams:
         metrics.STREAMS_RENEWED.inc()
         self._silent_since.pop(stream, None)
         self._on_made(stream)
-        await self._look(stream)
+        await self._check(stream)
 
     def adopt(self, body: bytes) -> None:
         """Adopt the creation times that a dispatcher stored, so that they are not published twice."""

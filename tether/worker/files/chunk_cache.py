@@ -156,7 +156,7 @@ class ChunkCache:
             if self._db is not None:
                 self._close_db()
                 with suppress(OSError):  # the disk is full, or the file was deleted
-                    self._left = self._looks()
+                    self._left = self._fingerprint()
                     self._state.write_text(f"closed {self._left}")
 
     def close(self) -> None:
@@ -304,7 +304,7 @@ class ChunkCache:
                 self._db = None
                 self._lost("damaged", error)
 
-    def _looks(self) -> tuple[int, ...]:
+    def _fingerprint(self) -> tuple[int, ...]:
         found = self._data.stat()
         return found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -333,7 +333,7 @@ class ChunkCache:
         A child process checks the file, unless it is unchanged since this process closed it. After a clean
         shutdown only its structure is checked.
         """
-        looks = self._looks()
+        looks = self._fingerprint()
         if looks[1] > size:
             return "too_large"
         if unclean >= _UNCLEAN:
@@ -353,7 +353,7 @@ class ChunkCache:
         try:
             how, _, rest = self._state.read_text().partition(" ")
             if how == "closed":
-                return int(rest != str(self._looks()))
+                return int(rest != str(self._fingerprint()))
             return int(rest)
         except (OSError, ValueError):
             return int(self._data.exists())

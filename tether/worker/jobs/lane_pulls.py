@@ -192,14 +192,14 @@ class LanePulls:
             return []
         if self._stalled(now):
             self.share()
-        found = [bundle for bundle in bundles if _rests(bundle, now)]
+        found = [bundle for bundle in bundles if _can_hand_back(bundle, now)]
         for bundle in found:
             self._handed_back[level_of(bundle.delivery.lane)] = True
         return found
 
 
-def _rests(bundle: Bundle, now: float) -> bool:
-    """Return True if nothing is lost: no infer job ran, or all results of durable jobs are stored."""
+def _can_hand_back(bundle: Bundle, now: float) -> bool:
+    """Return True if an idle bundle may be redelivered: results of durable jobs are stored, infer jobs have not run."""
     if bundle.running or bundle.leaving or now - bundle.last_active_at <= HOLD_S:
         return False
     return not bundle.begun or bundle.durable

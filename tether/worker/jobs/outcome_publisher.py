@@ -93,7 +93,7 @@ class OutcomePublisher:
         clock, pool = self._bus.clock, self._bus.pool
         subject = self._bus.names.result(outcome.job, pool)
         began, full_since = clock.monotonic(), 0.0
-        with self._told_of(outcome.job):
+        with self._reported_if_slow(outcome.job):
             frame = self._sealed(subject, outcome)
             while True:
                 try:
@@ -115,7 +115,7 @@ class OutcomePublisher:
                     frame = self._sealed(subject, outcome)
                     continue
                 if clock.monotonic() - began >= _WAITS_S:
-                    self._tell(outcome.job, reason)
+                    self._report_waiting(outcome.job, reason)
                 await asyncio.sleep(_RETRY_S)
         if first:
             metrics.JOBS_FINISHED.labels(model, outcome.state.value).inc()
@@ -144,14 +144,14 @@ class OutcomePublisher:
         return _failed(outcome, error)
 
     @contextmanager
-    def _told_of(self, job: str) -> Iterator[None]:
+    def _reported_if_slow(self, job: str) -> Iterator[None]:
         try:
             yield
         finally:
             if self._waiting.pop(job, None) is not None:
                 metrics.RESULTS_WAITING.dec()
 
-    def _tell(self, job: str, reason: TetherError) -> None:
+    def _report_waiting(self, job: str, reason: TetherError) -> None:
         if job not in self._waiting:
             metrics.RESULTS_WAITING.inc()
         self._waiting[job] = reason.message

@@ -27,7 +27,7 @@ _OURS = frozenset(
     error.code
     for error in (NoDecryptionKey, DecryptionFailed, DeadlineExceeded, JobCancelled, ModelNotFound, AttemptsExhausted)
 )
-"""States whose failure message is our own and holds no part of the request."""
+"""Error codes whose messages are our own and hold no part of the request."""
 
 
 async def opened(keyring: Keyring, jobs: Sequence[Job]) -> tuple[list[Job], list[tuple[Job, EnvelopeError]]]:

@@ -54,17 +54,17 @@ class VersionServer:
         keepalive: KeepAlive,
         keyring: Keyring,
         *,
-        hearing: RunListeners,
+        listeners: RunListeners,
     ) -> None:
         self._bus = bus
         self._settings = bus.settings
         self.manifest = manifest
         self._isolated, self.instances = apart, apart.instances
-        self._listeners = hearing
+        self._listeners = listeners
         self._keepalive = keepalive
         self.reader = BundleReader(bus, keyring, manifest.name)
         self._results = BusResults(bus)
-        self.runs = Runs(bus.signer.name, bus.clock, manifest.name, apart, hearing, room=bus.room)
+        self.runs = Runs(bus.signer.name, bus.clock, manifest.name, apart, listeners, room=bus.room)
         self.redelivery = Redelivery(bus, manifest.name)
         self._tasks = Tasks()
         self._serving = RunSpec(manifest.batching, (), 0.0, 0.0, LoadBalancing.LEAST_CONNECTIONS)

@@ -106,7 +106,7 @@ class Loader:
         """Prepare the first instance while files are fetched, if memory allows it without evicting others."""
         wanted = self.wanted
         if self._memory.take(self._ref, self.manifest.size * wanted.copies):
-            self._begun = self._begin(wanted)
+            self._begun = self._prepare_instance(wanted)
 
     async def abort(self) -> None:
         """Abort a prepared instance that was never loaded."""
@@ -169,13 +169,13 @@ class Loader:
         """Load an instance in the tenant's turn, from ``begun`` if it was prepared."""
         try:
             async with self._loads.turn(self.manifest.tenant) as thread:
-                copy, begun = begun or self._begin(wanted), None
+                copy, begun = begun or self._prepare_instance(wanted), None
                 return await copy.load(thread)
         finally:
             if begun is not None:
                 await begun.give_up()
 
-    def _begin(self, wanted: LoadSpec) -> _LoadingInstance:
+    def _prepare_instance(self, wanted: LoadSpec) -> _LoadingInstance:
         kept_mb = self._bus.settings.cache_graphs_mb
         options = msgspec.structs.replace(
             wanted.options,

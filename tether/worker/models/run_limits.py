@@ -21,7 +21,7 @@ from tether.process import metrics
 
 GRACE_S = 2.0
 """Seconds to wait for a run that was asked to end."""
-LOOK_S = 0.05
+CHECK_S = 0.05
 """Seconds between two checks of active runs and of this process's memory."""
 _FRESH_S = 0.25
 """Maximum age in seconds of the memory measurement when a run begins."""
@@ -95,7 +95,7 @@ class ActiveRun:
         if self._timer is not None:
             self._timer.cancel()
 
-    def again(self) -> None:
+    def reset(self) -> None:
         """Reset the cause before the run is repeated."""
         self.cause, self.alone = None, False
 
@@ -121,7 +121,7 @@ class RunWatch:
         self._limit = limit_mb << 20
         self._active: set[ActiveRun] = set()
         self._memory = 0
-        self._looked_at = float("-inf")
+        self._measured_at = float("-inf")
         self._next: asyncio.TimerHandle | None = None
 
     @property
@@ -135,10 +135,10 @@ class RunWatch:
 
     def begin(self, going: ActiveRun) -> None:
         now = time.monotonic()
-        if self._limit and now - self._looked_at > _FRESH_S:
+        if self._limit and now - self._measured_at > _FRESH_S:
             self._measure()
         if self._next is None:
-            self._next = asyncio.get_running_loop().call_later(LOOK_S, self._check)
+            self._next = asyncio.get_running_loop().call_later(CHECK_S, self._check)
         going.base, going.began = self._memory, now
         self._active.add(going)
 
@@ -149,7 +149,7 @@ class RunWatch:
             metrics.RUNS_ENDED.labels(model, going.cause.value).inc()
 
     def _measure(self) -> None:
-        self._memory, self._looked_at = memory_of(os.getpid()), time.monotonic()
+        self._memory, self._measured_at = memory_of(os.getpid()), time.monotonic()
 
     def _check(self) -> None:
         self._next = None
@@ -157,13 +157,13 @@ class RunWatch:
             return
         for going in self._active:
             going.on_check()
-        self._next = asyncio.get_running_loop().call_later(LOOK_S, self._check)
+        self._next = asyncio.get_running_loop().call_later(CHECK_S, self._check)
         if self._limit:
             self._end_large()
 
     def _end_large(self) -> None:
         self._measure()
-        long = [going for going in self._active if self._looked_at - going.began >= LOOK_S / 2]
+        long = [going for going in self._active if self._measured_at - going.began >= CHECK_S / 2]
         over = [going for going in long if self._memory - going.base > self._limit]
         for going in over:
             going.alone = len(long) == 1

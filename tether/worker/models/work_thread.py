@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
-from tether.process.os_process import LONG_S, signal_stack, thread_goes_after_others
+from tether.process.os_process import LONG_S, lower_thread_priority, signal_stack
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class WorkThread:
         signal_stack()
         self._ident, self._number = threading.get_ident(), threading.get_native_id()
         if self.low_priority:
-            thread_goes_after_others(self._number)
+            lower_thread_priority(self._number)
 
     def run(self, work: Callable[[], T]) -> asyncio.Future[T]:
         """Do work in the thread; call it from the event loop."""
@@ -57,7 +57,7 @@ class WorkThread:
         """Give other threads of this process priority from now on."""
         self.low_priority = True
         if self._number:
-            thread_goes_after_others(self._number)
+            lower_thread_priority(self._number)
 
     def end(self) -> None:
         """End the thread after its current work; drop queued work."""

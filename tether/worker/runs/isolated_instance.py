@@ -52,13 +52,13 @@ class IsolatedInstance:
         self,
         copies: InstancePool,
         load: Callable[[], Awaitable[InstanceSet]],
-        hearing: CrashListeners,
+        listeners: CrashListeners,
         seats: Seats,
         limit_mb: int = 0,
     ) -> None:
         self.instances = copies
         self._load = load
-        self._listeners = hearing
+        self._listeners = listeners
         self._seats = seats
         self._limit_mb = limit_mb
         self._isolated_set: InstanceSet | None = None

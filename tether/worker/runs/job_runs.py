@@ -61,13 +61,13 @@ class Runs:
     """Executes one version's runs and learns their times. ``room``: maximum bytes of a job's outputs."""
 
     def __init__(
-        self, worker: str, clock: Clock, model: str, apart: IsolatedInstance, hearing: RunListeners, *, room: int
+        self, worker: str, clock: Clock, model: str, apart: IsolatedInstance, listeners: RunListeners, *, room: int
     ) -> None:
         self._worker = worker
         self._clock = clock
         self._model = model
         self._isolated = apart
-        self._listeners = hearing
+        self._listeners = listeners
         self._max_output_bytes = room
         self.pace = PullPace()
         self.capacity = Capacity()
@@ -103,7 +103,7 @@ class Runs:
         """Repeat a run in an isolated process after it exceeded its memory, unless it has all results."""
         guilty = going.alone
         if any(not isinstance(result, tuple) for result in ran.done.results):
-            going.again()
+            going.reset()
             ran = await self._isolated.run(wanted, going)
         if guilty:
             self._listeners.over("took more than 'run_memory_mb' of memory")

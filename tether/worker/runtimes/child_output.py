@@ -17,7 +17,7 @@ PER_SECOND = 2.0
 _READ = 1 << 16
 
 
-class Said:
+class ModelOutputLog:
     """Reads ``pipe`` until all writers have closed it, however much they write."""
 
     def __init__(self, pipe: BufferedReader, model: str, version: int) -> None:
@@ -44,7 +44,7 @@ class Said:
                     self._say(line)
                     line = b""
             self._say(line)
-        self._tell_dropped()
+        self._log_dropped()
 
     def _say(self, line: bytes) -> None:
         text = line.decode(errors="replace").strip()
@@ -57,10 +57,10 @@ class Said:
             self._dropped += 1
             return
         self._left -= 1
-        self._tell_dropped()
+        self._log_dropped()
         log.info("model output: %s", text[:LONGEST], extra=self._fields)
 
-    def _tell_dropped(self) -> None:
+    def _log_dropped(self) -> None:
         dropped, self._dropped = self._dropped, 0
         if dropped:
             log.warning("dropped %d more lines of model output", dropped, extra=self._fields)

@@ -29,11 +29,11 @@ from tether.domain.tensor import Array, Tensor, from_numpy, to_numpy
 from tether.errors import BadEncoding, InferenceFailed, ModelRejected
 from tether.model.config import Warmup
 from tether.process import metrics
-from tether.process.os_process import LONG_S, die_with_parent, goes_after_others, out_of_memory_kills, processor_s
+from tether.process.os_process import LONG_S, die_with_parent, lower_process_priority, out_of_memory_kills, processor_s
 from tether.sandbox import plan
 from tether.wire import codec
 from tether.worker.runtimes import compiler_env, graph_cache
-from tether.worker.runtimes.child_output import Said
+from tether.worker.runtimes.child_output import ModelOutputLog
 from tether.worker.runtimes.frames import LARGEST_FRAME, read_frame, write_frame
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class ProcessRuntime:
         """Timeout of later runs in seconds."""
         self._outputs = tuple(spec.name for spec in manifest.outputs)
         self._child: subprocess.Popen[bytes] | None = None
-        self._said: Said | None = None
+        self._output_log: ModelOutputLog | None = None
         self._loading = ExitStack()
         """Resources that the process needs until it has loaded."""
         self.crash = ""
@@ -148,14 +148,14 @@ class ProcessRuntime:
                 or inputs or outputs are larger than a frame.
         """
         if self._child is None:
-            self._again()
+            self._restart()
         rows = [_row(from_numpy(name, array)) for name, array in inputs.items()]
         question = codec.pack((list(outputs), rows))
         if len(question) > LARGEST_FRAME:
             raise InferenceFailed(f"the inputs of one run have {len(question)} bytes; the limit is {LARGEST_FRAME}")
         before = processor_s(self.pid)
-        answer = self._ask(question, self.run_timeout_s, partial(self._look, before))
-        self._look(before)
+        answer = self._ask(question, self.run_timeout_s, partial(self._check_priority, before))
+        self._check_priority(before)
         self._failures = 0
         found = {row[0]: row for row in answer}
         try:
@@ -175,7 +175,7 @@ class ProcessRuntime:
         """Return seconds before the next start of the process; more with each start without a completed run."""
         return _BACKOFF_S[min(self._failures, len(_BACKOFF_S) - 1)]
 
-    def _again(self) -> None:
+    def _restart(self) -> None:
         if self._closed.wait(self.pause_s):
             raise InferenceFailed("the model is being unloaded")
         metrics.MODEL_RESTARTS.labels(self._start.manifest.name).inc()
@@ -194,7 +194,7 @@ class ProcessRuntime:
         self._failures += 1
         self._kills = out_of_memory_kills()
         self._child = subprocess.Popen(
-            plan.command(plan.plan(self._wish(more)), "tether.worker.runtimes.child_process"),
+            plan.command(plan.plan(self._confinement_request(more)), "tether.worker.runtimes.child_process"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -204,14 +204,14 @@ class ProcessRuntime:
             preexec_fn=die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - it imports and locks nothing
         )
         if self._behind:
-            goes_after_others(self._child.pid)
+            lower_process_priority(self._child.pid)
         manifest = self._start.manifest
         assert isinstance(self._child.stderr, BufferedReader)  # noqa: S101 - PIPE was requested
-        self._said = Said(self._child.stderr, manifest.name, manifest.version)
+        self._output_log = ModelOutputLog(self._child.stderr, manifest.name, manifest.version)
         with self._rejecting(), self._speaking(self._options.load_timeout_s) as (questions, _, end):
             write_frame(questions, codec.encode(self._start), end, self._closed)
 
-    def _wish(self, more: Mapping[str, str]) -> plan.ConfinementRequest:
+    def _confinement_request(self, more: Mapping[str, str]) -> plan.ConfinementRequest:
         options = self._options
         write = [more[compiler_env.FOLDER]] if more else []
         if self._graphs:
@@ -236,11 +236,11 @@ class ProcessRuntime:
             self._end()
             raise ModelRejected(f"cannot load the model: {error.message}") from error
 
-    def _look(self, before: float) -> None:
+    def _check_priority(self, before: float) -> None:
         """Lower the process's priority for good after a long run."""
         if not self._behind and processor_s(self.pid) - before >= LONG_S:
             self._behind = True
-            goes_after_others(self.pid)
+            lower_process_priority(self.pid)
 
     def _ask(self, question: bytes, timeout_s: float, look: Callable[[], None] | None = None) -> list[Any]:
         with self._speaking(timeout_s) as (questions, answers, end):
@@ -302,8 +302,8 @@ class ProcessRuntime:
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:
                 pipe.close()
-        if self._said is not None:
-            self._said.close()
+        if self._output_log is not None:
+            self._output_log.close()
 
 
 def _row(tensor: Tensor) -> tuple[Any, ...]:
