@@ -304,7 +304,7 @@ class Dispatcher:
         ended = assignments.working_off(self.ended.groups(), living, self._bound)
         levels = self._levels.least(living, self._bound)
         revisions, known = self.decided.revisions(), self._findings.known
-        told = assignments.assignments(
+        wanted = assignments.assignments(
             self._epochs,
             self._bound,
             held,
@@ -314,7 +314,7 @@ class Dispatcher:
             findings=known,
             streams=self.infer.made,
         )
-        for worker, assignment in told.items():
+        for worker, assignment in wanted.items():
             if self._assigned.get(worker) != assignment:
                 await self._assign.put(worker, codec.encode(assignment))
                 self._assigned[worker] = assignment

@@ -17,7 +17,7 @@ class CapacityBaseline:
     """Remembers the published levels, to suppress small changes."""
 
     def __init__(self) -> None:
-        self._told: dict[Place, float] = {}
+        self._published: dict[Place, float] = {}
 
     def least(self, living: Mapping[str, Heartbeat], pools: Mapping[str, str]) -> Mapping[Place, float]:
         """Return the lowest level by version and pool; ``pools`` has each worker's pool."""
@@ -29,9 +29,9 @@ class CapacityBaseline:
                 if math.isfinite(level) and level > 0 and ref in beat.ready:
                     place = beat.pool, ref
                     found[place] = min(level, found.get(place, math.inf))
-        self._told = {place: self._kept(place, level) for place, level in found.items()}
-        return self._told
+        self._published = {place: self._kept(place, level) for place, level in found.items()}
+        return self._published
 
     def _kept(self, place: Place, level: float) -> float:
-        told = self._told.get(place)
-        return told if told is not None and told / _STEADY < level < told * _STEADY else level
+        published = self._published.get(place)
+        return published if published is not None and published / _STEADY < level < published * _STEADY else level

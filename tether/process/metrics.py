@@ -216,11 +216,11 @@ class _Shown(CollectorRegistry):
 
     def collect(self) -> Iterator[Metric]:
         for family in REGISTRY.collect():
-            told = [sample for sample in family.samples if self._tells(sample.labels)]
-            if told or not family.samples:
+            visible = [sample for sample in family.samples if self._is_visible(sample.labels)]
+            if visible or not family.samples:
                 shown = Metric(family.name, family.documentation, family.type, family.unit)
-                shown.samples = told
+                shown.samples = visible
                 yield shown
 
-    def _tells(self, labels: Mapping[str, str]) -> bool:
+    def _is_visible(self, labels: Mapping[str, str]) -> bool:
         return "model" not in labels or self._shows(labels["model"])

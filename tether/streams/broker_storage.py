@@ -53,8 +53,8 @@ async def frozen_streams(http: httpx.AsyncClient, monitor: str) -> str:
         answer = (await http.get(f"{monitor}/healthz", params={"details": "true"}, timeout=2)).json()
     except (httpx.HTTPError, ValueError):
         return ""
-    told = [str(item.get("error", "")) for item in answer.get("errors") or [] if isinstance(item, dict)]
-    broken = [text for text in told if "write error" in text]
+    errors = [str(item.get("error", "")) for item in answer.get("errors") or [] if isinstance(item, dict)]
+    broken = [text for text in errors if "write error" in text]
     if not broken:
         return ""
     names = sorted({found[1] for text in broken if (found := _STREAM.search(text))})

@@ -258,8 +258,8 @@ class VersionManager:
                 partial(self._mark_unloadable, ref), partial(self.findings.record_mixed, ref), over
             )
             alone = ApartHearing(partial(self.findings.record_crash, ref), over)
-            apart = IsolatedInstance(copies, loader.load_apart, alone, self._seats, self.watch.limit_mb)
-            instance = VersionServer(self._bus, manifest, apart, self._keepalive, self._keyring, listeners=listeners)
+            isolated = IsolatedInstance(copies, loader.load_apart, alone, self._seats, self.watch.limit_mb)
+            instance = VersionServer(self._bus, manifest, isolated, self._keepalive, self._keyring, listeners=listeners)
             instance.configure(loader.serving, loader.wanted.copies)
             try:
                 await instance.start()

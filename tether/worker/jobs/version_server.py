@@ -50,7 +50,7 @@ class VersionServer:
         self,
         bus: Bus,
         manifest: Manifest,
-        apart: IsolatedInstance,
+        isolated: IsolatedInstance,
         keepalive: KeepAlive,
         keyring: Keyring,
         *,
@@ -59,12 +59,12 @@ class VersionServer:
         self._bus = bus
         self._settings = bus.settings
         self.manifest = manifest
-        self._isolated, self.instances = apart, apart.instances
+        self._isolated, self.instances = isolated, isolated.instances
         self._listeners = listeners
         self._keepalive = keepalive
         self.reader = BundleReader(bus, keyring, manifest.name)
         self._results = BusResults(bus)
-        self.runs = Runs(bus.signer.name, bus.clock, manifest.name, apart, listeners, room=bus.room)
+        self.runs = Runs(bus.signer.name, bus.clock, manifest.name, isolated, listeners, room=bus.room)
         self.redelivery = Redelivery(bus, manifest.name)
         self._tasks = Tasks()
         self._serving = RunSpec(manifest.batching, (), 0.0, 0.0, LoadBalancing.LEAST_CONNECTIONS)
@@ -212,8 +212,10 @@ class VersionServer:
 
     async def _already_finished(self, bundle: Bundle, ids: Sequence[str]) -> set[str]:
         """Return finished jobs of a durable bundle that was redelivered, or that may have missed a cancellation."""
-        told = bundle.delivery.attempt == 1 and self._withdrawn.would_know(bundle.delivery.stored_at)
-        return set() if told or not bundle.durable else await self._results.ended(ids, pool=self._bus.pool)
+        cancellations_known = bundle.delivery.attempt == 1 and self._withdrawn.would_know(bundle.delivery.stored_at)
+        return (
+            set() if cancellations_known or not bundle.durable else await self._results.ended(ids, pool=self._bus.pool)
+        )
 
     async def _hand_back_loop(self) -> None:
         """Hand back bundles that will not run here soon."""
@@ -318,8 +320,8 @@ class VersionServer:
                 self.queue.remove(lambda other: other is ticket)
                 return [FinishedJob(ticket, begun)]
             ticket.attempt = begun
-        with self._active_runs.limited(turn, self._serving.run_timeout_s) as going:
-            results = await self.runs.run(turn.run, going, suspect=ticket.bundle.suspect)
+        with self._active_runs.limited(turn, self._serving.run_timeout_s) as active_run:
+            results = await self.runs.run(turn.run, active_run, suspect=ticket.bundle.suspect)
         finished, repeated = self.runs.finished_jobs(turn, *results)
         for job in finished:
             if job.ticket.rows > 0:

@@ -66,7 +66,7 @@ class InstanceSet:
     def runtimes(self) -> list[Runtime]:
         return [copy.runtime for copy in self._copies]
 
-    async def run(self, wanted: batching.Run, going: ActiveRun) -> RunResult:
+    async def run(self, wanted: batching.Run, active_run: ActiveRun) -> RunResult:
         """Run on the next free instance.
 
         Raises:
@@ -79,44 +79,44 @@ class InstanceSet:
             if copy is None:
                 raise Unavailable("the model is being unloaded")
             began = self._clock.monotonic()
-            done = await self._run(copy, wanted, going)
+            done = await self._run(copy, wanted, active_run)
             return RunResult(done, self._clock.monotonic() - began)
         finally:
             self._users -= 1
             if not self._users:
                 self._unused.set()
 
-    def _run(self, copy: _Instance, wanted: batching.Run, going: ActiveRun) -> asyncio.Future[batching.Done]:
+    def _run(self, copy: _Instance, wanted: batching.Run, active_run: ActiveRun) -> asyncio.Future[batching.Done]:
         """Start the run. Its thread, and so the instance, may become free after the returned future."""
         loop = asyncio.get_running_loop()
-        told: asyncio.Future[batching.Done] = loop.create_future()
+        result: asyncio.Future[batching.Done] = loop.create_future()
 
         def ended(thread: asyncio.Future[batching.Done]) -> None:
             copy.ran()
             self._free.put_nowait(copy)
             if copy.endable is not None:
-                going.ended()
-                self._watch.end(self._model, going)
+                active_run.ended()
+                self._watch.end(self._model, active_run)
             error = None if thread.cancelled() else thread.exception()
-            if told.done():
+            if result.done():
                 return
             if thread.cancelled():
-                told.set_exception(Unavailable("the model is being unloaded"))
+                result.set_exception(Unavailable("the model is being unloaded"))
             elif error is not None:
-                told.set_exception(error)
+                result.set_exception(error)
             else:
-                told.set_result(thread.result())
+                result.set_result(thread.result())
 
         def give_up() -> None:
-            if not told.done():
-                told.set_result(batching.Done([None] * len(wanted.segments)))
+            if not result.done():
+                result.set_result(batching.Done([None] * len(wanted.segments)))
 
         if copy.endable is not None:
             copy.endable.allow_runs()
-            self._watch.begin(going)
-            going.begin(copy.endable, give_up, copy.thread.check_priority)
+            self._watch.begin(active_run)
+            active_run.begin(copy.endable, give_up, copy.thread.check_priority)
         copy.thread.run(partial(batching.run, copy.runtime, wanted)).add_done_callback(ended)
-        return told
+        return result
 
     def limit(self, run_timeout_s: float) -> None:
         """Set the timeout of later runs in models that have their own processes."""
@@ -210,10 +210,10 @@ class InstancePool:
             old, self._now = self._now, new
         await old.end(shutdown_timeout_s)
 
-    async def run(self, wanted: batching.Run, going: ActiveRun) -> RunResult:
+    async def run(self, wanted: batching.Run, active_run: ActiveRun) -> RunResult:
         """Run as :meth:`InstanceSet.run` does; only while pinned and loaded."""
         assert self._now is not None  # noqa: S101 - the caller has pinned and loaded them
-        return await self._now.run(wanted, going)
+        return await self._now.run(wanted, active_run)
 
     def limit(self, run_timeout_s: float) -> None:
         if self._now is not None:

@@ -133,20 +133,20 @@ class RunWatch:
         """Return the number of threads in use by runs, including runs that were given up."""
         return len(self._active)
 
-    def begin(self, going: ActiveRun) -> None:
+    def begin(self, active_run: ActiveRun) -> None:
         now = time.monotonic()
         if self._limit and now - self._measured_at > _FRESH_S:
             self._measure()
         if self._next is None:
             self._next = asyncio.get_running_loop().call_later(CHECK_S, self._check)
-        going.base, going.began = self._memory, now
-        self._active.add(going)
+        active_run.base, active_run.began = self._memory, now
+        self._active.add(active_run)
 
-    def end(self, model: str, going: ActiveRun) -> None:
+    def end(self, model: str, active_run: ActiveRun) -> None:
         """Stop watching a run: its thread is free."""
-        self._active.discard(going)
-        if going.cause is not None:
-            metrics.RUNS_ENDED.labels(model, going.cause.value).inc()
+        self._active.discard(active_run)
+        if active_run.cause is not None:
+            metrics.RUNS_ENDED.labels(model, active_run.cause.value).inc()
 
     def _measure(self) -> None:
         self._memory, self._measured_at = memory_of(os.getpid()), time.monotonic()
@@ -155,19 +155,19 @@ class RunWatch:
         self._next = None
         if not self._active:
             return
-        for going in self._active:
-            going.on_check()
+        for active_run in self._active:
+            active_run.on_check()
         self._next = asyncio.get_running_loop().call_later(CHECK_S, self._check)
         if self._limit:
             self._end_large()
 
     def _end_large(self) -> None:
         self._measure()
-        long = [going for going in self._active if self._measured_at - going.began >= CHECK_S / 2]
-        over = [going for going in long if self._memory - going.base > self._limit]
-        for going in over:
-            going.alone = len(long) == 1
-            going.end(Cause.MEMORY)
+        long = [active_run for active_run in self._active if self._measured_at - active_run.began >= CHECK_S / 2]
+        over = [active_run for active_run in long if self._memory - active_run.base > self._limit]
+        for active_run in over:
+            active_run.alone = len(long) == 1
+            active_run.end(Cause.MEMORY)
 
 
 def memory_of(pid: int) -> int:

@@ -20,8 +20,8 @@ class Findings:
         self._from_dispatcher: dict[ModelRef, Finding] = {}
 
     def get(self, ref: ModelRef) -> Finding:
-        own, told = self._own.get(ref), self._from_dispatcher.get(ref)
-        return told | own if told and own else told or own or NO_FINDING
+        own, known = self._own.get(ref), self._from_dispatcher.get(ref)
+        return known | own if known and own else known or own or NO_FINDING
 
     def set_known(self, findings: Sequence[tuple[ModelRef, Finding]]) -> None:
         """Replace the findings received from the dispatcher."""
@@ -67,5 +67,5 @@ class Findings:
         return tuple(
             (ref, finding)
             for ref, finding in self._own.items()
-            if (told := self._from_dispatcher.get(ref, NO_FINDING)) | finding != told
+            if (known := self._from_dispatcher.get(ref, NO_FINDING)) | finding != known
         )

@@ -22,20 +22,20 @@ class ActiveRuns:
     def limited(self, turn: NextRun, run_timeout_s: float) -> Iterator[ActiveRun]:
         """Track one run while the block runs."""
         left = max(ticket.job.deadline for ticket in turn.tickets) - self._clock.utc()
-        going = ActiveRun(run_timeout_s, left)
-        self._jobs_of[going] = turn
+        active_run = ActiveRun(run_timeout_s, left)
+        self._jobs_of[active_run] = turn
         try:
-            yield going
+            yield active_run
         finally:
-            del self._jobs_of[going]
+            del self._jobs_of[active_run]
 
     def end_withdrawn(self) -> None:
         """End the runs whose jobs are all withdrawn; call it when ``withdrawn`` has grown."""
-        for going, turn in self._jobs_of.items():
+        for active_run, turn in self._jobs_of.items():
             if all(ticket.job.id in self._withdrawn for ticket in turn.tickets):
-                going.end(Cause.UNWANTED)
+                active_run.end(Cause.UNWANTED)
 
     def end_all(self) -> None:
         """End all runs because the version is unloaded."""
-        for going in self._jobs_of:
-            going.end(Cause.UNLOAD)
+        for active_run in self._jobs_of:
+            active_run.end(Cause.UNLOAD)

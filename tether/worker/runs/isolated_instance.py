@@ -65,7 +65,7 @@ class IsolatedInstance:
         self._run_lock = asyncio.Lock()
         self._closing: asyncio.TimerHandle | None = None
 
-    async def run(self, wanted: batching.Run, going: ActiveRun) -> RunResult:
+    async def run(self, wanted: batching.Run, active_run: ActiveRun) -> RunResult:
         """Run in the isolated process, one run at a time; use the other instances if it cannot be started."""
         async with self._run_lock:
             # check the current instances: those that will move into processes have not moved yet
@@ -73,10 +73,10 @@ class IsolatedInstance:
             moved = bool(now) and all(isinstance(runtime, ProcessRuntime) for runtime in now)
             made = None if moved else await self._ensure_started()
             if made is None:
-                return await self.instances.run(wanted, going)
+                return await self.instances.run(wanted, active_run)
             before = self._memory(made)
             try:
-                ran = await made.run(wanted, going)
+                ran = await made.run(wanted, active_run)
             finally:
                 self._closing = asyncio.get_running_loop().call_later(IDLE_S, self.close)
             self._report(made, before)

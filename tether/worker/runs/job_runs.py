@@ -28,10 +28,10 @@ class FinishedJob(NamedTuple):
     outcome: Outcome | None
 
 
-def _why(going: ActiveRun, segment: batching.Segment, now: float) -> TetherError:
-    match going.cause:
+def _why(active_run: ActiveRun, segment: batching.Segment, now: float) -> TetherError:
+    match active_run.cause:
         case Cause.TIME:
-            return InferenceFailed(f"the run exceeded its timeout of {going.run_timeout_s:g} s and was ended")
+            return InferenceFailed(f"the run exceeded its timeout of {active_run.run_timeout_s:g} s and was ended")
         case Cause.MEMORY:
             return InferenceFailed("the run exceeded run_memory_mb of the worker's memory and was ended")
         case Cause.UNWANTED if segment.source.job.deadline <= now + _ABOUT_S:
@@ -61,12 +61,12 @@ class Runs:
     """Executes one version's runs and learns their times. ``room``: maximum bytes of a job's outputs."""
 
     def __init__(
-        self, worker: str, clock: Clock, model: str, apart: IsolatedInstance, listeners: RunListeners, *, room: int
+        self, worker: str, clock: Clock, model: str, isolated: IsolatedInstance, listeners: RunListeners, *, room: int
     ) -> None:
         self._worker = worker
         self._clock = clock
         self._model = model
-        self._isolated = apart
+        self._isolated = isolated
         self._listeners = listeners
         self._max_output_bytes = room
         self.pace = PullPace()
@@ -75,7 +75,7 @@ class Runs:
         """Jobs that run now."""
 
     async def run(
-        self, wanted: batching.Run, going: ActiveRun, *, suspect: bool = False
+        self, wanted: batching.Run, active_run: ActiveRun, *, suspect: bool = False
     ) -> tuple[batching.Done, float, float]:
         """Execute a run; return its results and the times (UTC seconds) when it began and ended.
 
@@ -87,9 +87,9 @@ class Runs:
         """
         self.running += len(wanted.segments)
         try:
-            ran = await (self._isolated if suspect else self._isolated.instances).run(wanted, going)
-            if going.cause is Cause.MEMORY:
-                ran = await self._rerun_isolated(wanted, going, ran)
+            ran = await (self._isolated if suspect else self._isolated.instances).run(wanted, active_run)
+            if active_run.cause is Cause.MEMORY:
+                ran = await self._rerun_isolated(wanted, active_run, ran)
         finally:
             self.running -= len(wanted.segments)
         self.pace.record_run(ran.seconds, wanted.jobs)
@@ -97,29 +97,31 @@ class Runs:
         metrics.BATCH_ROWS.labels(self._model).observe(wanted.rows)
         metrics.RUN_SECONDS.labels(self._model).observe(ran.seconds)
         finished = self._clock.utc()
-        return self._fill_missing_results(going, wanted, ran.done, finished), finished - ran.seconds, finished
+        return self._fill_missing_results(active_run, wanted, ran.done, finished), finished - ran.seconds, finished
 
-    async def _rerun_isolated(self, wanted: batching.Run, going: ActiveRun, ran: RunResult) -> RunResult:
+    async def _rerun_isolated(self, wanted: batching.Run, active_run: ActiveRun, ran: RunResult) -> RunResult:
         """Repeat a run in an isolated process after it exceeded its memory, unless it has all results."""
-        guilty = going.alone
+        guilty = active_run.alone
         if any(not isinstance(result, tuple) for result in ran.done.results):
-            going.reset()
-            ran = await self._isolated.run(wanted, going)
+            active_run.reset()
+            ran = await self._isolated.run(wanted, active_run)
         if guilty:
             self._listeners.over("took more than 'run_memory_mb' of memory")
         return ran
 
     def _fill_missing_results(
-        self, going: ActiveRun, wanted: batching.Run, done: batching.Done, now: float
+        self, active_run: ActiveRun, wanted: batching.Run, done: batching.Done, now: float
     ) -> batching.Done:
         """Fill the missing results of a run that was ended with the reason."""
-        if going.cause is None:
+        if active_run.cause is None:
             return done
-        if going.cause is Cause.TIME:
-            self._listeners.over(f"took longer than {going.run_timeout_s:g} s")
+        if active_run.cause is Cause.TIME:
+            self._listeners.over(f"took longer than {active_run.run_timeout_s:g} s")
         pairs = zip(done.results, wanted.segments, strict=True)
         return done._replace(
-            results=[result if isinstance(result, tuple) else _why(going, segment, now) for result, segment in pairs]
+            results=[
+                result if isinstance(result, tuple) else _why(active_run, segment, now) for result, segment in pairs
+            ]
         )
 
     def finished_jobs(
