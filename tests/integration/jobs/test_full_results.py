@@ -75,7 +75,7 @@ async def test_a_caller_is_answered_while_results_have_no_room(short: Services) 
     for number in range(20):
         assert np.array_equal(await short.infer(served, row(number), timeout_s=10), row(number + 1))
     assert metrics.RESULTS_WAITING._value.get() >= SLOW_RUNS
-    await wait_until(lambda: "no room" in short.gateway.readiness.checks()["results"], "the gateway says so")
+    await wait_until(lambda: "are full" in short.gateway.readiness.checks()["results"], "the gateway says so")
     await bound(short, 1 << 20)
     assert {job["state"] for job in await ends(short, ids)} == {"succeeded"}
     await wait_until(lambda: worker.checks()["results"] == "ok", "nothing waits")
@@ -140,5 +140,5 @@ async def test_outputs_leave_room_for_ends_without(short: Services, monkeypatch:
     assert use.share > 1 - ENDS, "what was kept for ends is used by them"
     with pytest.raises(QueueFull, match="results of durable jobs fill"):
         await short.gateway.jobs.submit(TENANT, [new_job(served, wide[0])])
-    await wait_until(lambda: "kept for ends" in short.gateway.readiness.checks()["results"], "the gateway says so")
+    await wait_until(lambda: "are full" in short.gateway.readiness.checks()["results"], "the gateway says so")
     assert np.array_equal(await short.infer(served, wide[1], timeout_s=10), wide[1] + 1), "callers are answered"
