@@ -1,1 +1,1 @@
-"""Bytes between processes: msgpack, JSON tensors, NATS subjects."""
+"""Formats between processes: msgpack, JSON tensors, NATS subjects."""

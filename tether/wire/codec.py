@@ -1,8 +1,8 @@
-"""msgpack bytes to values and back. The only importer of msgpack.
+"""Encodes and decodes msgpack. The only importer of msgpack.
 
-Values travel as positional arrays, so a message costs no field names; the order below is the format. Every decoder
-proves types and counts before it builds a value, and any failure is one :class:`~tether.errors.BadEncoding` that
-keeps the raw bytes.
+Values are positional arrays, so messages carry no field names; the order below is the format. Every decoder
+checks types and counts before it builds a value, and raises only :class:`~tether.errors.BadEncoding`, with
+the raw bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tether.domain.tensor import Tensor
 from tether.errors import BadEncoding
 
 MAX_ITEMS = 65536
-"""Longest array or map any message may hold."""
+"""Maximum number of entries in an array or map."""
 
 T = TypeVar("T")
 
@@ -26,19 +26,19 @@ _packer = msgpack.Packer(use_bin_type=True, autoreset=True)
 
 
 def pack(value: Any) -> bytes:
-    """Plain msgpack of a plain value."""
+    """Encode a plain value as msgpack."""
     try:
         return bytes(_packer.pack(value))
     except MemoryError:
-        _packer.reset()  # it keeps what it could not hand out, and would put it before the next value
+        _packer.reset()  # it keeps what it could not return, and would prepend it to the next value
         raise
 
 
 def unpack(data: bytes) -> Any:
-    """Plain values from bytes that nobody has checked yet: arrays become tuples, no extension types.
+    """Decode untrusted bytes to a plain value: arrays become tuples, no extension types.
 
     Raises:
-        BadEncoding: for anything that is not exactly one well-formed value within the limits.
+        BadEncoding: the bytes are not exactly one well-formed value within the limits.
     """
     try:
         return msgpack.unpackb(
@@ -70,21 +70,21 @@ def _no_duplicates(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
 
 
 def encode(value: msgspec.Struct) -> bytes:
-    """A control value (manifest, heartbeat, route ...) as a msgpack map of its fields."""
+    """Encode a control value (manifest, heartbeat, route ...) as a msgpack map of its fields."""
     return pack(msgspec.to_builtins(value))
 
 
 def decode(data: bytes, kind: type[T]) -> T:
-    """The control value of type ``kind`` that :func:`encode` wrote.
+    """Decode a control value of type ``kind`` from :func:`encode`.
 
     Raises:
-        BadEncoding: when bytes or fields do not fit ``kind``.
+        BadEncoding: bytes or fields do not match ``kind``.
     """
     return _guard(data, lambda: msgspec.convert(unpack(data), kind, strict=True))
 
 
 def encode_jobs(jobs: Sequence[Job]) -> bytes:
-    """The body of a bundle. Job ids are not in it: they travel in the signed header, in the same order."""
+    """Encode the body of a bundle. Job ids are in the signed header instead, in the same order."""
     return pack([_job_row(job) for job in jobs])
 
 
@@ -106,12 +106,12 @@ def _tensor_rows(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
 
 
 def encode_inputs(job: Job) -> bytes:
-    """What is inside the seal of a sealed job."""
+    """Encode the plaintext of an encrypted job."""
     return pack((job.outputs, _tensor_rows(job.inputs)))
 
 
 def decode_inputs(data: bytes) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
-    """Inputs and names of the wanted outputs, as :func:`encode_inputs` wrote them.
+    """Decode inputs and requested outputs from :func:`encode_inputs`.
 
     Raises:
         BadEncoding
@@ -126,10 +126,10 @@ def decode_inputs(data: bytes) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
 
 
 def decode_jobs(data: bytes, ids: Sequence[str]) -> list[Job]:
-    """The jobs of a bundle whose header named ``ids``.
+    """Decode the jobs of a bundle whose header has ``ids``.
 
     Raises:
-        BadEncoding: when the bytes are no bundle or their count is not that of ``ids``.
+        BadEncoding: the bytes are not a bundle, or the number of jobs differs from that of ``ids``.
     """
     return _guard(data, lambda: [_job(row, job_id) for row, job_id in zip(unpack(data), ids, strict=True)])
 
@@ -177,17 +177,17 @@ def _texts(*values: Any) -> None:
 
 
 def encode_outcomes(outcomes: Sequence[Outcome]) -> bytes:
-    """The body of a reply bundle, or of one stored result."""
+    """Encode the body of a reply bundle, or of one stored result."""
     return pack([_outcome_row(outcome) for outcome in outcomes])
 
 
 def encode_end(outcome: Outcome) -> bytes:
-    """What is inside the seal of a sealed outcome."""
+    """Encode the plaintext of an encrypted outcome."""
     return pack((_tensor_rows(outcome.outputs), _failure_row(outcome.error)))
 
 
 def decode_end(data: bytes) -> tuple[tuple[Tensor, ...], Failure | None]:
-    """Outputs and failure, as :func:`encode_end` wrote them.
+    """Decode outputs and failure from :func:`encode_end`.
 
     Raises:
         BadEncoding
@@ -227,10 +227,10 @@ def _outcome_row(outcome: Outcome) -> tuple[Any, ...]:
 
 
 def decode_outcomes(data: bytes) -> list[Outcome]:
-    """The outcomes :func:`encode_outcomes` wrote.
+    """Decode the outcomes from :func:`encode_outcomes`.
 
     Raises:
-        BadEncoding: when the bytes are no reply bundle.
+        BadEncoding: the bytes are not a reply bundle.
     """
     return _guard(data, lambda: [_outcome(row) for row in unpack(data)])
 

@@ -1,6 +1,7 @@
-"""Two readers of one JSON text must agree on it: an object that says a key twice means two things, and is refused.
+"""Rejects duplicate keys in JSON objects, so that all readers of a body agree on it.
 
-Parsers differ in which of the two they take, so a proxy that checks the first would let the second through.
+Parsers differ in which of two values they take, so a proxy that checks the first would let the second
+through.
 """
 
 from __future__ import annotations
@@ -15,23 +16,24 @@ _TOKEN = re.compile(rb'"((?:[^"\\]++|\\.)*+)"(\s*+:)?|[{}]', re.DOTALL)
 
 
 def refuse_duplicates(data: bytes) -> None:
-    """Prove that no object in ``data``, which a parser has found well-formed, says a key twice.
+    """Check that no object in ``data``, which a parser has accepted, has a duplicate key.
 
-    Where no key occurs twice in the whole text, as in a request with one tensor, this costs about a microsecond.
+    If no key occurs twice in the whole text, as in a request with one tensor, this takes about a microsecond.
 
     Raises:
-        BadJson: with the key; or a key cannot be read.
+        BadJson: with the key, or if a key cannot be decoded.
     """
     if b"\\" not in data:
-        # A string's end and the next one's beginning can look like a key here. That only sends us the longer way: a
-        # match ends at a quote with a colon behind it, so none can hide a key that does not begin with a colon itself.
+        # The text between two strings can look like a key here. That only selects the slower way: a match
+        # ends at a quote with a colon behind it, so none can hide a key that does not start with a colon
+        # itself.
         keys = _PLAIN_KEY.findall(data)
         if len(keys) == len(set(keys)):
             return
     try:
         _walk(data)
     except (ValueError, IndexError) as error:
-        # A parser may pass over what it does not want without looking at it.
+        # a parser may skip values that it does not need without checking them
         raise BadJson("the body has text that is not UTF-8, or is not JSON") from error
 
 
@@ -43,7 +45,7 @@ def _walk(data: bytes) -> None:
             key = _key(text)
             if key in objects[-1]:
                 shown = key[:64].encode("ascii", "backslashreplace").decode()
-                raise BadJson(f"the body says '{shown}' twice in one object", field=shown)
+                raise BadJson(f"duplicate key '{shown}' in an object of the body", field=shown)
             objects[-1].add(key)
         elif token[0] == b"{":
             objects.append(set())

@@ -1,8 +1,8 @@
-"""Bodies of the Open Inference Protocol v2 with the binary tensor extension: pure functions of bytes and values.
+"""Encodes and decodes bodies of the Open Inference Protocol v2 with the binary tensor extension. Pure.
 
-The gateway and the client both speak through this module. A body is JSON, or JSON followed by raw tensors; the length
-of the JSON part travels in the ``Inference-Header-Content-Length`` header and is passed in here as ``json_length``.
-What JSON ``data`` may hold is told in :mod:`tether.wire.oip_json`.
+Used by the gateway and the client. A body is JSON, or JSON followed by raw tensors; the length of the JSON
+part is in the header ``Inference-Header-Content-Length`` and is passed here as ``json_length``. For JSON
+``data`` see :mod:`tether.wire.oip_json`.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ __all__ = [
 ]
 
 HEADER_LENGTH = "inference-header-content-length"
-"""Name of the HTTP header that holds the length of the JSON part, in lower case."""
+"""Name of the HTTP header with the length of the JSON part, in lower case."""
 
 
 class RequestedOutput(msgspec.Struct, frozen=True, gc=False):
-    """One output the caller asked for. ``classification``: how many of the best classes, 0 for the tensor itself."""
+    """One requested output. ``classification``: number of best classes, 0 for the tensor itself."""
 
     name: str
     binary: bool = False
@@ -60,7 +60,7 @@ class RequestedOutput(msgspec.Struct, frozen=True, gc=False):
 
 
 class InferRequest(msgspec.Struct, frozen=True):
-    """A request as its body told it. No ``outputs`` means all of them, in the model's order."""
+    """A decoded request. No ``outputs`` means all of them, in the model's order."""
 
     id: str
     inputs: tuple[Tensor, ...]
@@ -70,7 +70,7 @@ class InferRequest(msgspec.Struct, frozen=True):
 
 
 class InferResponse(msgspec.Struct, frozen=True):
-    """An answer as a client sees it; arrays are views of the body where it was binary."""
+    """A decoded response; arrays of binary tensors are views of the body."""
 
     model: str
     version: str
@@ -127,13 +127,13 @@ _encode = msgspec.json.Encoder().encode
 def parse_infer_request(
     body: bytes, json_length: int | None, *, specs: Mapping[str, TensorSpec] | None = None
 ) -> InferRequest:
-    """Read the body of an infer request. ``json_length`` is None when the header was not sent: all of it is JSON.
+    """Decode the body of an infer request. ``json_length`` None (no header) means that all of it is JSON.
 
     ``specs`` are the model's inputs by name; only a raw request (``json_length`` 0) needs them.
 
     Raises:
-        BadJson: the JSON part is not the object it should be.
-        BadTensor: a tensor's data, shape, size or datatype do not fit; naming it.
+        BadJson: the JSON part is malformed.
+        BadTensor: a tensor's data, shape, size or datatype is invalid; naming it.
         InvalidRequest: ``json_length`` is outside the body, or bytes are left over.
     """
     if json_length == 0:
@@ -159,7 +159,7 @@ def _split(body: bytes, json_length: int | None) -> tuple[bytes, bytes | None]:
 
 
 def _tensors(wires: list[WireTensor], rest: bytes | None, section: str) -> tuple[Tensor, ...]:
-    """Tensors of a body: those with ``binary_data_size`` take their bytes from ``rest``, in order."""
+    """Return the tensors of a body; those with ``binary_data_size`` take their bytes from ``rest``, in order."""
     check_count(wires, section)
     found, position = [], 0
     for index, wire in enumerate(wires):
@@ -175,7 +175,7 @@ def _tensors(wires: list[WireTensor], rest: bytes | None, section: str) -> tuple
         found.append(tensor)
         position = end
     if rest and position != len(rest):
-        raise InvalidRequest(f"{len(rest) - position} bytes follow the last tensor; no binary_data_size counts them")
+        raise InvalidRequest(f"{len(rest) - position} unexpected bytes after the last tensor; check binary_data_size")
     return tuple(found)
 
 
@@ -188,7 +188,7 @@ def _binary_size(wire: WireTensor, rest: bytes | None, where: str, position: int
         raise BadTensor(f"{where} ('{wire.name}') has both data and binary_data_size; send one", field=f"{where}.data")
     if rest is None:
         raise BadTensor(
-            f"{where} ('{wire.name}') has binary_data_size, and the header {HEADER_LENGTH} is missing", field=field
+            f"{where} ('{wire.name}') has binary_data_size, but the header {HEADER_LENGTH} is missing", field=field
         )
     if position + size > len(rest):
         raise BadTensor(
@@ -214,7 +214,7 @@ def _requested(wire: _WireOutput, default: bool, place: int) -> RequestedOutput:
     if type(count) is not int or count < 0:
         raise InvalidRequest(f"{where}.classification must be a whole number", field=f"{where}.classification")
     if "shared_memory_region" in wire.parameters:
-        raise InvalidRequest(f"{where}.shared_memory_region: shared memory is not served", field=where)
+        raise InvalidRequest(f"{where}.shared_memory_region: shared memory is not supported", field=where)
     return RequestedOutput(wire.name, _flag(wire.parameters, "binary_data", where, default), count)
 
 
@@ -232,7 +232,7 @@ def _raw_request(body: bytes, specs: Mapping[str, TensorSpec] | None) -> InferRe
 
 
 def _raw_shape(spec: TensorSpec, size: int) -> tuple[int, ...]:
-    """The declared shape with its one variable axis solved for; a batch axis counts as 1 when another is variable."""
+    """Return the shape with its variable axis computed; a batch axis is 1 if another one is variable."""
     shape = list(spec.shape)
     if shape.count(-1) == 2 and shape[0] == -1:
         shape[0] = 1
@@ -254,14 +254,15 @@ def _raw_shape(spec: TensorSpec, size: int) -> tuple[int, ...]:
 def build_infer_response(
     *, model: str, version: str | int, request: InferRequest, outputs: Sequence[Tensor]
 ) -> tuple[bytes, int | None]:
-    """The body of an answer, and the length of its JSON part when binary tensors follow it.
+    """Encode a response; also return the length of its JSON part if binary tensors follow it.
 
-    Outputs come in the requested order and form; the request's id is repeated when it had one.
+    Outputs have the requested order and form; the request's id is repeated if it had one.
 
     Raises:
-        InvalidRequest: an output has no JSON form (FP16, BF16, NaN, infinity, BYTES that are not UTF-8), or cannot be
-            classified; the message says to ask for binary data.
-        InferenceFailed: the model did not answer an output that was asked for.
+        InvalidRequest: an output has no JSON form (FP16, BF16, NaN, infinity, BYTES that are not UTF-8),
+            or cannot be
+            classified; the message says to request binary data.
+        InferenceFailed: the model did not return a requested output.
     """
     objects: list[_OutTensor] = []
     parts: list[bytes] = [b""]
@@ -284,7 +285,7 @@ def _answered(request: InferRequest, outputs: Sequence[Tensor]) -> list[tuple[Te
     for wanted in request.outputs:
         tensor = by_name.get(wanted.name)
         if tensor is None:
-            raise InferenceFailed(f"the model did not answer the output '{wanted.name[:64]}'", field="outputs")
+            raise InferenceFailed(f"the model did not return the output '{wanted.name[:64]}'", field="outputs")
         found.append((classify(tensor, wanted.classification) if wanted.classification else tensor, wanted.binary))
     return found
 
@@ -298,14 +299,14 @@ def _joined(head: msgspec.Struct, parts: list[bytes]) -> tuple[bytes, int | None
 
 
 def classify(tensor: Tensor, count: int) -> Tensor:
-    """The ``count`` best classes along the last axis, best first, as BYTES ``value:index``.
+    """Return the ``count`` best classes along the last axis, best first, as BYTES ``value:index``.
 
     Raises:
-        InvalidRequest: the tensor holds no numbers, or has no axis.
+        InvalidRequest: the tensor is not numeric, or has no axis.
     """
     if tensor.datatype in (Datatype.BYTES, Datatype.BOOL) or not tensor.shape:
         raise InvalidRequest(
-            f"output '{tensor.name}' cannot be classified: it must hold numbers along an axis", field="outputs"
+            f"output '{tensor.name}' cannot be classified: it must be numeric and have an axis", field="outputs"
         )
     array = to_numpy(tensor)
     count = min(count, array.shape[-1])
@@ -330,7 +331,7 @@ def build_infer_request(
     binary: bool = True,
     parameters: Mapping[str, Parameter] | None = None,
 ) -> tuple[bytes, int | None]:
-    """The body of a request, and the length of its JSON part when binary tensors follow it.
+    """Encode a request; also return the length of its JSON part if binary tensors follow it.
 
     Raises:
         BadTensor: an array's dtype has no OIP datatype.
@@ -349,10 +350,10 @@ def build_infer_request(
 
 
 def parse_infer_response(body: bytes, json_length: int | None) -> InferResponse:
-    """Read an answer's body; BYTES become ``object`` arrays of ``bytes``.
+    """Decode the body of a response; BYTES become ``object`` arrays of ``bytes``.
 
     Raises:
-        BadJson, BadTensor, InvalidRequest: the server did not speak the protocol.
+        BadJson, BadTensor, InvalidRequest: the server violated the protocol.
     """
     head, rest = _split(body, json_length)
     wire: _WireResponse = parse(_response_decoder, head)

@@ -1,13 +1,15 @@
-"""The ``data`` of a tensor as JSON, and back to the little-endian bytes a :class:`~tether.domain.tensor.Tensor` holds.
+"""Converts a tensor's ``data`` between JSON and the little-endian bytes of a
+:class:`~tether.domain.tensor.Tensor`.
 
-What JSON may say, and what it may not:
+Rules:
 
-- ``data`` is flat, or nested exactly as ``shape``; a ragged nest, another nest or another count is refused.
-- Integers must fit the datatype and have neither fraction nor exponent; numbers that overflow FP32 or FP64 are refused;
-  text is no number; BOOL is ``true``/``false`` or ``1``/``0``; BYTES are strings, sent as UTF-8.
-- FP16 and BF16 have no JSON form (nor in Triton), nor have NaN, infinities, or BYTES that are not UTF-8.
-- The parameter ``"base64": true`` makes ``data`` one string: the tensor's binary form, for whatever has no JSON form.
-- A key that is given twice in an object, and nests deeper than the parser's stack, are refused.
+- ``data`` is flat, or nested exactly as ``shape``; ragged or other nesting and other counts are rejected.
+- Integers must fit the datatype, without fraction or exponent; numbers that overflow FP32 or FP64 are rejected;
+  text is not a number; BOOL is ``true``/``false`` or ``1``/``0``; BYTES are strings, sent as UTF-8.
+- FP16 and BF16 have no JSON form (as in Triton), nor have NaN, infinities, or BYTES that are not UTF-8.
+- The parameter ``"base64": true`` makes ``data`` one string: the tensor's binary form, for data without a JSON
+  form.
+- Duplicate keys in an object, and nesting deeper than the parser's stack, are rejected.
 """
 
 from __future__ import annotations
@@ -39,10 +41,10 @@ from tether.errors import BadJson, BadTensor, InvalidRequest
 from tether.wire.json_duplicates import refuse_duplicates
 
 MAX_TENSORS = 1024
-"""Most inputs or outputs of a request; a model has at most as many."""
+"""Maximum number of inputs or outputs of a request, and of a model."""
 
 MAX_PARAMETERS = 256
-"""Most parameters of a request, or of one tensor in it."""
+"""Maximum number of parameters of a request, or of one tensor in it."""
 
 _STRUCT_CODES: dict[str, str] = {
     "BOOL": "?",
@@ -69,7 +71,7 @@ _DECODING_ERRORS = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
 class WireTensor(msgspec.Struct, gc=False):
-    """A tensor object as it stands in a JSON body, its ``data`` not looked at yet."""
+    """A tensor object of a JSON body, with undecoded ``data``."""
 
     name: str
     shape: tuple[int, ...] = ()
@@ -82,7 +84,7 @@ _wire_decoder = msgspec.json.Decoder(WireTensor)
 
 
 def bad_json(error: Exception, *, where: str = "the body") -> BadJson:
-    """One line and the path of the fault for any failure of the JSON parser."""
+    """Return a one-line error with the path of the fault, for any failure of the JSON parser."""
     if isinstance(error, RecursionError):
         return BadJson(f"{where} is nested too deeply")
     if isinstance(error, UnicodeError):
@@ -90,11 +92,11 @@ def bad_json(error: Exception, *, where: str = "the body") -> BadJson:
     text = str(error)[:300]
     path = _PATH.search(text)
     field = (path.group(1).lstrip(".") or None) if path else None
-    return BadJson(f"{where} is not as it should be: {text}", field=field)
+    return BadJson(f"{where} is invalid: {text}", field=field)
 
 
 def parse(decoder: msgspec.json.Decoder[Any], data: bytes | msgspec.Raw, *, where: str = "the body") -> Any:
-    """Decode ``data``, turning every failure of the parser into one error.
+    """Decode ``data``; translate every failure of the parser.
 
     Raises:
         BadJson: with the path of the fault.
@@ -106,25 +108,27 @@ def parse(decoder: msgspec.json.Decoder[Any], data: bytes | msgspec.Raw, *, wher
 
 
 def _common_fault(error: Exception, data: bytes | msgspec.Raw, where: str) -> BadJson | None:
-    """The error for nothing at all, and for NaN and infinities, which JSON has not although many encoders write them."""
+    """Return the error for an empty text, and for NaN and infinities: not JSON, although many encoders write
+    them."""
     found = _PLACE.search(str(error))
     text = bytes(data)
     if not text.strip():
-        return BadJson(f"{where} is empty; JSON is wanted")
+        return BadJson(f"{where} is empty; expected JSON")
     word = _NO_NUMBER.match(text, max(0, int(found[1]) - 1)) if found else None
     if word is None:
         return None
     name = _name_around(text)
     tensor = f" of tensor '{name}'" if name else ""
     return BadJson(
-        f"{where} has {word['word'].decode()} at byte {word.start('word')}{tensor}, and JSON has no such number; send the tensor "
+        f"{where} has {word['word'].decode()} at byte {word.start('word')}{tensor}, which is not JSON; send the tensor "
         'as binary data, or in base64 (parameter "base64": true)',
         field=name or None,
     )
 
 
 def _name_around(text: bytes) -> str:
-    """The name in the innermost object that has such a word; empty in a text too long to look for it, or not JSON otherwise."""
+    """Return the name in the innermost object with such a word; empty if the text is too long or otherwise
+    invalid."""
     if len(text) > _SHORT:
         return ""
     marked = _WORDS.sub(lambda found: found[0] if found[0].startswith(b'"') else b'"\\u0000"', text)
@@ -145,10 +149,10 @@ def _name_around(text: bytes) -> str:
 
 
 def parse_body(decoder: msgspec.json.Decoder[Any], data: bytes, *, where: str = "the body") -> Any:
-    """:func:`parse` of a whole document that a client sent.
+    """Decode a whole document of a client, as :func:`parse` does.
 
     Raises:
-        BadJson: also when an object says a key twice.
+        BadJson: also for a duplicate key.
     """
     found = parse(decoder, data, where=where)
     refuse_duplicates(data)
@@ -156,7 +160,7 @@ def parse_body(decoder: msgspec.json.Decoder[Any], data: bytes, *, where: str = 
 
 
 def wire_tensor(item: WireTensor | msgspec.Raw | Mapping[str, Any], where: str) -> WireTensor:
-    """One tensor object, whatever stage of decoding it is in.
+    """Return one tensor object, whatever its stage of decoding.
 
     Raises:
         BadJson: it is not a tensor object.
@@ -173,7 +177,7 @@ def wire_tensor(item: WireTensor | msgspec.Raw | Mapping[str, Any], where: str) 
 
 
 def check_count(items: Sized, where: str) -> None:
-    """Refuse more tensors than any model has, before each of them is looked at.
+    """Reject more tensors than any model has, before checking each.
 
     Raises:
         BadTensor: naming the list.
@@ -183,7 +187,7 @@ def check_count(items: Sized, where: str) -> None:
 
 
 def check_parameters(parameters: Mapping[str, Parameter] | None, where: str) -> None:
-    """Refuse more parameters than anybody needs.
+    """Reject too many parameters.
 
     Raises:
         InvalidRequest: naming the object.
@@ -195,7 +199,7 @@ def check_parameters(parameters: Mapping[str, Parameter] | None, where: str) -> 
 
 
 def check_heading(wire: WireTensor, where: str) -> None:
-    """Refuse names nobody could read in an error, datatypes that do not exist, and very many parameters.
+    """Reject unprintable names, unknown datatypes, and too many parameters.
 
     Raises:
         BadTensor: naming the field.
@@ -208,15 +212,15 @@ def check_heading(wire: WireTensor, where: str) -> None:
 
 
 def from_wire(wire: WireTensor, where: str) -> Tensor:
-    """The tensor of a JSON tensor object that carries its own ``data``.
+    """Return the tensor of a JSON tensor object with ``data``.
 
     Raises:
-        BadTensor: naming the tensor, the place in the body and what does not fit.
+        BadTensor: naming the tensor, the place in the body and the mismatch.
     """
     check_heading(wire, where)
     for elsewhere in ("binary_data_size", "shared_memory_region"):
         if wire.parameters and elsewhere in wire.parameters:
-            raise BadTensor(f"{where} ('{wire.name}') has {elsewhere}, which is not served here", field=where)
+            raise BadTensor(f"{where} ('{wire.name}') has {elsewhere}, which is not supported here", field=where)
     if not memoryview(wire.data):
         raise BadTensor(f"{where} ('{wire.name}') has no data", field=f"{where}.data")
     if wire.parameters and wire.parameters.get("base64") is True:
@@ -303,11 +307,12 @@ def _pack(datatype: str, flat: list[Any], name: str, where: str) -> bytes:
 
 
 def json_values(tensor: Tensor) -> Sequence[Any]:
-    """The elements of a tensor, flat, in row-major order, for a JSON encoder.
+    """Return the elements of a tensor, flat and in row-major order, for a JSON encoder.
 
     Raises:
-        InvalidRequest: the tensor has no JSON form (FP16, BF16, NaN, infinity, BYTES that are not UTF-8); the
-            message says to ask for binary data.
+        InvalidRequest: the tensor has no JSON form (FP16, BF16, NaN, infinity, BYTES that are not UTF-8);
+            the message
+            says to request binary data.
         BadTensor: datatype, shape and bytes do not agree.
     """
     if tensor.datatype == Datatype.BYTES:
@@ -327,14 +332,15 @@ def json_values(tensor: Tensor) -> Sequence[Any]:
 
 def _binary_only(tensor: Tensor, what: str) -> InvalidRequest:
     return InvalidRequest(
-        f"tensor '{tensor.name}' holds {what}, which JSON cannot carry; ask for binary data "
+        f"tensor '{tensor.name}' has {what}, which JSON cannot represent; request binary data "
         '(output parameter "binary_data": true)',
         field=tensor.name,
     )
 
 
 def tensor_to_json(tensor: Tensor, *, compact: bool = False) -> dict[str, Any]:
-    """A tensor as a plain JSON object: flat ``data``, or base64 where JSON has no form for it or with ``compact``.
+    """Return a tensor as a plain JSON object: flat ``data``, or base64 with ``compact`` or without a JSON
+    form.
 
     Raises:
         BadTensor: datatype, shape and bytes do not agree.
@@ -357,10 +363,11 @@ def tensor_to_json(tensor: Tensor, *, compact: bool = False) -> dict[str, Any]:
 def tensors_from_json(
     items: Sequence[WireTensor | msgspec.Raw | Mapping[str, Any]], *, where: str = "inputs"
 ) -> tuple[Tensor, ...]:
-    """The tensors of a JSON body that carries everything itself, such as a job's; ``where`` names the list in errors.
+    """Return the tensors of a JSON body without a binary part, such as a job's; ``where`` names the list in
+    errors.
 
     Raises:
-        BadJson, BadTensor: naming the place in the body and what does not fit.
+        BadJson, BadTensor: naming the place in the body and the mismatch.
     """
     check_count(items, where)
     found = []

@@ -1,8 +1,9 @@
-"""Every stream, subject, bucket and consumer name: built and parsed here alone.
+"""Names of all streams, subjects, buckets and consumers: built and parsed only here.
 
-Names that clients choose match ``[a-z0-9][a-z0-9._-]*`` (see :func:`tether.domain.manifest.check_name`); a dot would split a
-subject, so it is written ``=``, which no name can hold. A model of another tenant than ``default`` is called ``tenant/model``
-(see :mod:`tether.domain.model_names`); the slash stays, but in names of consumers, which cannot have one.
+Names that clients choose match ``[a-z0-9][a-z0-9._-]*`` (see :func:`tether.domain.manifest.check_name`); a
+dot would split a subject, so it is encoded as ``=``, which no name contains. A model of another tenant than
+``default`` is called ``tenant/model`` (see :mod:`tether.domain.model_names`); the slash is kept, except in
+consumer names, which cannot have one.
 """
 
 from __future__ import annotations
@@ -34,22 +35,22 @@ BUCKETS = (
 
 
 def token(name: str) -> str:
-    """A client-chosen name as one subject token."""
+    """Encode a client-chosen name as one subject token."""
     return name.replace(".", "=")
 
 
 def name_of(subject_token: str) -> str:
-    """The client-chosen name that :func:`token` wrote."""
+    """Decode a name encoded by :func:`token`."""
     return subject_token.replace("=", ".")
 
 
 def pool_token(pool: str) -> str:
-    """The token of an isolated tenant's own streams and keys; no shard number and no job id looks like it."""
+    """Return the token of an isolated tenant's streams and keys; unlike any shard number or job id."""
     return f"={token(pool)}"
 
 
 class Names:
-    """All names of one platform. Two platforms with different prefixes can share a server."""
+    """All names of one platform. Platforms with different prefixes can share a server."""
 
     def __init__(
         self, prefix: str = "tether", *, infer_shards: int = 1, job_shards: int = 1, partitions: int = 1
@@ -75,7 +76,7 @@ class Names:
         return f"{self._upper}_JOBS_{shard}"
 
     def lane_stream(self, lane: Lane) -> str:
-        """The stream that holds a lane: its model's shard, or its isolated tenant's own."""
+        """Return the stream of a lane: its model's shard, or its isolated tenant's own."""
         if lane.kind is LaneKind.INFER:
             return self.infer_stream(self._infer_shard(lane))
         return self.jobs_stream(self._jobs_shard(lane))
@@ -87,7 +88,7 @@ class Names:
         return f"{self.prefix}.job.{shard}.>"
 
     def every_job(self) -> str:
-        """The jobs lanes of all pools."""
+        """Return the subject filter of the jobs lanes of all pools."""
         return f"{self.prefix}.job.>"
 
     def _infer_shard(self, lane: Lane) -> int | str:
@@ -97,37 +98,37 @@ class Names:
         return _shard(lane.model, self.job_shards) if lane.pool == SHARED else pool_token(lane.pool)
 
     def pool_infer_stream(self, pool: str) -> str:
-        """The infer stream of an isolated tenant."""
+        """Return the infer stream of an isolated tenant."""
         return self.infer_stream(pool_token(pool))
 
     def pool_jobs_stream(self, pool: str) -> str:
         return self.jobs_stream(pool_token(pool))
 
     def pool_streams(self, pool: str) -> list[str]:
-        """The streams of an isolated tenant."""
+        """Return the streams of an isolated tenant."""
         return [self.pool_infer_stream(pool), self.pool_jobs_stream(pool), self.pool_results_stream(pool)]
 
     def stream_pool(self, stream: str) -> str | None:
-        """The isolated tenant whose jobs stream this is; None for every other stream."""
+        """Return the isolated tenant of a jobs stream; None for any other stream."""
         start = self.jobs_stream("=")
         return name_of(stream[len(start) :]) if stream.startswith(start) else None
 
     # lanes
 
     def lane(self, lane: Lane) -> str:
-        """The subject bundles of a lane are published on."""
+        """Return the subject that bundles of a lane are published on."""
         tail = f"{lane.region}.{token(lane.pool)}.{token(lane.model)}.{lane.version}"
         if lane.kind is LaneKind.INFER:
             return f"{self.prefix}.infer.{self._infer_shard(lane)}.{tail}"
         return f"{self.prefix}.job.{self._jobs_shard(lane)}.{lane.priority.value}.{tail}"
 
     def lane_consumer(self, lane: Lane) -> str:
-        """The durable pull consumer of a lane; unique within its stream, since no name can hold a ``+``."""
+        """Return the durable pull consumer of a lane; unique in its stream, because no name contains a ``+``."""
         level = "" if lane.kind is LaneKind.INFER else f"{lane.priority.value}+"
         return f"{level}{lane.region}+{token(lane.pool)}+{token(lane.model).replace('/', '~')}+{lane.version}"
 
     def parse_lane_consumer(self, consumer: str) -> Lane | None:
-        """The lane that a consumer of a lane's stream is for, or None when it is no lane's."""
+        """Return the lane of a consumer of a lane's stream, or None."""
         parts = consumer.split("+")
         kind, priority = LaneKind.INFER, Priority.NORMAL
         try:
@@ -139,7 +140,7 @@ class Names:
             return None
 
     def parse_lane(self, subject: str) -> Lane | None:
-        """The lane of a subject, or None when it is no lane of this platform."""
+        """Return the lane of a subject, or None if it is not a lane of this platform."""
         parts = subject.split(".")
         try:
             if parts[0] != self.prefix:
@@ -154,7 +155,7 @@ class Names:
             return None
         return None
 
-    # what gateways write to see that streams take messages; no lane, job or result has such a name
+    # probes by which gateways test that streams accept messages; no lane, job or result has such a name
 
     def infer_probe(self, shard: int | str) -> str:
         return f"{self.prefix}.infer.{shard}.probe"
@@ -163,17 +164,18 @@ class Names:
         return f"{self.prefix}.job.{shard}.probe"
 
     def result_probe(self, gateway: str) -> str:
-        """``gateway`` is one run of one gateway."""
+        """Return the probe's subject; ``gateway`` identifies one run of one gateway."""
         return self.result(f"probe-{gateway}")
 
-    # what nobody waits for any more
+    # withdrawals
 
     def withdrawn(self, lane: Lane) -> str:
-        """Where the workers of an infer lane hear of jobs that nobody waits for any more; plain NATS, nothing is stored."""
+        """Return the subject on which workers of an infer lane receive withdrawals; core NATS, nothing is
+        stored."""
         return f"{self.prefix}.withdrawn.{lane.region}.{token(lane.pool)}.{token(lane.model)}.{lane.version}"
 
     def all_withdrawn(self, pool: str = "*") -> str:
-        """:meth:`withdrawn` of every lane, or of those of one pool."""
+        """Return the filter of :meth:`withdrawn` for every lane, or for those of one pool."""
         return f"{self.prefix}.withdrawn.*.{pool if pool == '*' else token(pool)}.*.*"
 
     # results, replies, dead letters
@@ -182,70 +184,74 @@ class Names:
         return f"{self.prefix}.result.{job}" if pool == SHARED else f"{self.prefix}.result.{pool_token(pool)}.{job}"
 
     def results(self, pool: str = SHARED) -> str:
-        """Every result of a pool; an isolated tenant's are a level deeper."""
+        """Return the filter of all results of a pool; an isolated tenant's are one level deeper."""
         return self.result("*", pool)
 
     def ended(self, job: str, pool: str = SHARED) -> str:
-        """Where the results stream publishes again, without its body, that a job has ended."""
+        """Return the subject on which the results stream republishes, without body, that a job has finished."""
         return f"{self.prefix}.ended.{job}" if pool == SHARED else f"{self.prefix}.ended.{pool_token(pool)}.{job}"
 
     def every_end(self) -> str:
-        """:meth:`ended` for all jobs of all pools."""
+        """Return the filter of :meth:`ended` for all jobs of all pools."""
         return f"{self.prefix}.ended.>"
 
     def pool_results_stream(self, pool: str) -> str:
-        """The stream of a pool's results."""
+        """Return the stream of a pool's results."""
         return self.results_stream if pool == SHARED else f"{self.results_stream}_{pool_token(pool)}"
 
     def attempt_key(self, id: str, pool: str = SHARED) -> str:
-        """The key of an attempt note in its bucket. The pool comes last: a worker's right to read, which leaves the
-        id open, then ends in the pool, and no wildcard that it might put in the id's place reaches another pool's."""
+        """Return the key of an attempt note in its bucket.
+
+        The pool is last: a worker's read permission has a wildcard for the id and ends with the pool, so no
+        wildcard in place of the id reaches another pool's notes.
+        """
         return f"{id}.{SHARED if pool == SHARED else pool_token(pool)}"
 
     def reply(self, gateway: str) -> str:
-        """Where a gateway takes reply bundles; ``gateway`` is one run of one gateway."""
+        """Return the subject of a gateway's reply bundles; ``gateway`` identifies one run of one gateway."""
         return f"{self.prefix}.reply.{gateway}"
 
     def dead(self, lane: Lane) -> str:
         return f"{self.prefix}.dead.{token(lane.pool)}.{token(lane.model)}.{lane.version}"
 
     def dead_subjects(self, pool: str = "") -> str:
-        """Every dead letter, or those of one pool."""
+        """Return the filter of all dead letters, or of one pool's."""
         return f"{self.prefix}.dead.{token(pool)}.>" if pool else f"{self.prefix}.dead.>"
 
     # audit and limits
 
     def audit(self, tenant: str, kind: str) -> str:
-        """Entries of one tenant and kind; ``-`` stands for no tenant."""
+        """Return the subject of entries of one tenant and kind; ``-`` means no tenant."""
         return f"{self.prefix}.audit.{token(tenant) or '-'}.{kind}"
 
     def audit_subjects(self) -> str:
         return f"{self.prefix}.audit.>"
 
     def demand(self) -> str:
-        """Where gateways tell one another what each key asked of them; plain NATS, nothing is stored."""
+        """Return the subject on which gateways exchange demand per limit; core NATS, nothing is stored."""
         return f"{self.prefix}.demand"
 
     # services
 
     def service(self, name: str) -> str:
-        """The request subject of a service endpoint such as ``registerWorker``."""
+        """Return the request subject of a service endpoint such as ``registerWorker``."""
         return f"{self.prefix}.svc.{name}"
 
     def store_service(self, name: str, partition: int, epoch: int) -> str:
-        """The request subject of a model store that looks after a partition; whoever did so before hears nothing of it."""
+        """Return the request subject of a partition's owner; earlier owners, with other epochs, do not
+        receive it."""
         return f"{self.service(name)}.{partition}.{epoch}"
 
     def wanted(self, worker: str) -> str:
-        """Where one worker is asked for chunks that the store has lost."""
+        """Return the subject on which a worker is asked for chunks that the store has lost."""
         return f"{self.prefix}.wanted.{worker if worker == '*' else token(worker)}"
 
     def chunk(self, worker: str) -> str:
-        """Where one worker sends them."""
+        """Return the subject on which a worker sends such chunks."""
         return f"{self.prefix}.piece.{worker if worker == '*' else token(worker)}"
 
     def store_services(self, name: str) -> str:
-        """:meth:`store_service` for all of them."""
+        """Return the filter of :meth:`store_service` for all partitions."""
         return f"{self.service(name)}.*.*"
 
     # key-value buckets: see BUCKETS
@@ -257,18 +263,18 @@ class Names:
         return f"KV_{self.bucket(name)}"
 
     def bucket_key(self, name: str, key: str) -> str:
-        """The subject of one entry."""
+        """Return the subject of one entry."""
         return f"$KV.{self.bucket(name)}.{key}"
 
     def version_key(self, model: str, version: int, pool: str = SHARED) -> str:
-        """The key of a version, or of its route in a pool."""
+        """Return the key of a version, or of its route in a pool."""
         key = f"{token(model)}.{version}"
         return key if pool == SHARED else f"{key}.{pool_token(pool)}"
 
     # model chunks, in JetStream object-store form (NATS ADR-20)
 
     def partition(self, model: str) -> int:
-        """Where the chunks of new versions of a model go; a version says in its manifest where its own are."""
+        """Return the partition of new versions of a model; existing ones have theirs in the manifest."""
         return _shard(model, self.partitions)
 
     def chunk_bucket(self, model: str) -> str:
@@ -292,10 +298,10 @@ class Names:
     # inboxes
 
     def inbox(self, role: str, identity: str) -> str:
-        """The inbox prefix of one identity: it may subscribe below it and nowhere else."""
+        """Return the inbox prefix of one identity, the only one that it may subscribe to."""
         return f"_INBOX.{self.prefix}.{role}.{token(identity)}"
 
 
 def _shard(name: str, shards: int) -> int:
-    """Stable over processes and versions, unlike ``hash``."""
+    """Return a shard number that is stable over processes and versions, unlike ``hash``."""
     return zlib.crc32(name.encode()) % shards

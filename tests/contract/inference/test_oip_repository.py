@@ -149,7 +149,7 @@ def test_a_configuration_that_was_shown_can_be_given_with_a_load(
         ({"version_policy": {"specific": {"versions": [9]}}}, "no version 9"),
         ({"max_batch_size": 65000}, "only lower"),
         ({"name": "another"}, "the model is 'refusing'"),
-        ("{", "parameters.config is not as it should be"),
+        ("{", "parameters.config is invalid"),
         ({"dynamic_batching": {"default_queue_policy": {"timeout_action": "EXPLODE"}}}, "timeout_action"),
     ],
 )

@@ -190,7 +190,7 @@ def test_what_is_no_request_object_is_bad_json(raw: bytes, field: str | None) ->
 
 
 def test_a_key_that_is_given_twice_is_refused() -> None:
-    with pytest.raises(BadJson, match="'id' twice"):
+    with pytest.raises(BadJson, match="duplicate key 'id'"):
         oip.parse_infer_request(b'{"id":"a","inputs":[],"id":"b"}', None)
 
 

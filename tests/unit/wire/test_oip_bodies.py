@@ -34,5 +34,5 @@ def test_numbers_that_json_does_not_have_are_refused(literal: str, datatype: str
 
 @pytest.mark.parametrize("body", [b"", b" \n"])
 def test_an_empty_body_is_told_as_that(body: bytes) -> None:
-    with pytest.raises(BadJson, match="the body is empty; JSON is wanted"):
+    with pytest.raises(BadJson, match="the body is empty; expected JSON"):
         oip.parse_infer_request(body, None)
