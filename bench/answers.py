@@ -19,8 +19,8 @@ import msgspec
 import uvloop
 
 from bench.load import drive, post
-from bench.run import request_body, say
-from bench.servers import READY_S, ROOT, Server, push, tether_platform
+from bench.run import say
+from bench.servers import READY_S, ROOT, Server, push, request_body, tether_platform
 from tether.bus.key_value.bucket import SignedBucket
 from tether.bus.session import connect
 from tether.crypto import MessageType

@@ -24,8 +24,8 @@ import uvloop
 
 from bench.load import HEAD_END, Meter, Target, drive, post
 from bench.rollout import wait
-from bench.run import request_body, say
-from bench.servers import Server, environment, tether, tether_platform
+from bench.run import say
+from bench.servers import Server, environment, request_body, tether, tether_platform
 from tether import Client
 from tether.model.config import LoadBalancing
 

@@ -22,11 +22,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 
 from bench import durable, signing, transfer
-from bench.servers import ROOT, Server, bare_fastapi, environment, tether_platform
+from bench.servers import ROOT, Server, bare_fastapi, environment, request_body, tether_platform
 
 CONNECTIONS = (1, 16, 64)
 RESULTS = ROOT / "bench" / "results.md"
@@ -79,13 +78,6 @@ def run_json(*words: str) -> dict[str, Any]:
     )
     content: dict[str, Any] = json.loads(done.stdout)
     return content
-
-
-def request_body() -> bytes:
-    """One image as JSON, as a client would write it."""
-    image = np.load(ROOT / "examples" / "digits" / "digits_holdout.npz", allow_pickle=False)["images"][0]
-    tensor = {"name": "image", "datatype": "FP32", "shape": [1, 64], "data": image.tolist()}
-    return json.dumps({"inputs": [tensor]}).encode()
 
 
 def load(samples: Samples, name: str, server: Server, body: Path, *, connections: int, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -18,6 +19,7 @@ from typing import Literal
 
 import httpx
 import msgspec
+import numpy as np
 
 from tether.process.data_dir import Home
 
@@ -132,3 +134,10 @@ def push(server: Server, name: str, path: Path) -> None:
     with httpx.Client(trust_env=False, headers=server.headers, timeout=120) as http, path.open("rb") as file:
         http.post(f"{server.url}/v1/models/{name}/versions", content=file).raise_for_status()
     wait_for(f"{server.url}/v2/models/{name}/ready", server.headers)
+
+
+def request_body() -> bytes:
+    """One image as JSON, as a client would write it."""
+    image = np.load(ROOT / "examples" / "digits" / "digits_holdout.npz", allow_pickle=False)["images"][0]
+    tensor = {"name": "image", "datatype": "FP32", "shape": [1, 64], "data": image.tolist()}
+    return json.dumps({"inputs": [tensor]}).encode()

@@ -25,7 +25,7 @@ import msgspec
 import uvloop
 
 from bench.load import Report, drive, post
-from bench.servers import ROOT, Server, environment, tether_platform
+from bench.servers import ROOT, Server, environment, request_body, tether_platform
 from tether.crypto import Signer, Verifier
 from tether.gateway_http import service
 from tether.process import metrics
@@ -187,8 +187,6 @@ def main() -> int:
     if given.probe:
         uvloop.run(probe(*given.probe))
         return 0
-    from bench.run import request_body
-
     with tether_platform() as server:
         print(measure(server, request_body(), connections=given.connections, seconds=given.seconds).table())
     return 0
