@@ -241,7 +241,7 @@ def test_a_body_over_the_limit_is_413_with_or_without_its_length(http: httpx.Cli
     def parts() -> Iterator[bytes]:
         yield from (body[:1000], body[1000:])
 
-    word = f"65536 bytes, the most that POST {path} reads" if path in SMALL_BODIES else "max_body_bytes"
+    word = f"65536 bytes, the limit of POST {path}" if path in SMALL_BODIES else "max_body_bytes"
     assert_error(http.post(path, content=body), 413, "payload_too_large", word)
     assert_error(http.post(path, content=parts()), 413, "payload_too_large", word)
 

@@ -235,7 +235,7 @@ def test_lengths_that_do_not_agree_are_400_and_values_that_the_model_cannot_take
         [("y", "FP32", ("n", "seq"))],
     )
     served.push("shared-axis", shared)
-    with pytest.raises(BadTensor, match=r"input 'mask' has 2 on axis 1 \('seq'\), and input 'x' has 3"):
+    with pytest.raises(BadTensor, match=r"input 'mask' has 2 on axis 1 \('seq'\), but input 'x' has 3"):
         sdk.infer("shared-axis", {"x": np.ones((1, 3), np.float32), "mask": np.ones((1, 2), np.float32)})
     served.push(
         "values",
