@@ -15,8 +15,8 @@ from support.models import models
 from support.platform.services import TENANT, Services, new_job, row, services
 
 from tether.broker.embedded_server import Binary
-from tether.bus import bus
 from tether.bus import connection as link
+from tether.bus import session
 from tether.domain.job import JobState
 from tether.identity import keys
 from tether.process import lifecycle
@@ -47,7 +47,7 @@ def clock_off(by_s: float) -> Iterator[type[Shifted]]:
 
     Here.by_s = by_s
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bus, "SystemClock", Here)
+        patch.setattr(session, "SystemClock", Here)
         patch.setattr(link, "SystemClock", Here)
         yield Here
 

@@ -76,7 +76,7 @@ async def test_a_job_that_cannot_be_stored_for_a_reason_of_ours_is_refused_at_on
     def broken(_: object) -> bytes:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("tether.codec.encode_jobs", broken)
+    monkeypatch.setattr("tether.wire.codec.encode_jobs", broken)
     async with asyncio.timeout(5):
         with pytest.raises(TetherError):
             await one.gateway.jobs.submit(TENANT, [new_job(served, row(1))])
