@@ -189,7 +189,7 @@ def test_a_platform_that_nobody_brings_is_refused_by_name(plugin: Path) -> None:
     assert format_of("numpy_npz").code
     with pytest.raises(InvalidRequest, match=r"unknown platform 'caffe'; expected one of .*'python'.*'numpy_npz'"):
         format_of("caffe")
-    with pytest.raises(ModelRejected, match="no runtime 'caffe' here"):
+    with pytest.raises(ModelRejected, match="unknown runtime 'caffe'"):
         plugins.load(plugins.RUNTIMES, "caffe", "runtime", "platform")
 
 
