@@ -205,6 +205,6 @@ def test_a_package_that_cannot_be_imported_says_so_and_of_two_of_a_name_none_cou
         plugins.installed.cache_clear()
         with pytest.raises(ModelRejected, match=r"'once' cannot be imported from 'json:absent'"):
             plugins.load(plugins.RUNTIMES, "once", "runtime", "platform")
-        with pytest.raises(ModelRejected, match="no runtime 'twice' here"):
+        with pytest.raises(ModelRejected, match="unknown runtime 'twice'"):
             plugins.load(plugins.RUNTIMES, "twice", "runtime", "platform")
     plugins.installed.cache_clear()
