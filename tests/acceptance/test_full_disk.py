@@ -119,7 +119,7 @@ async def test_a_broker_that_stopped_storing_is_restarted_when_there_is_room(sma
     before = small.platform.endpoints["restarts"]
     fill(small.ballast)
     await stop_storing(small.platform)
-    await wait_until(lambda: "not tried" in small.http.get("/readyz").json()["checks"]["jobs"], "it is known")
+    await wait_until(lambda: "not probed" in small.http.get("/readyz").json()["checks"]["jobs"], "it is known")
     refused(small.submit())
     assert small.infer() == 200
     assert small.platform.endpoints["restarts"] == before
