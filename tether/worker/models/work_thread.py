@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class WorkThread:
-    """One thread that does one piece of work at a time."""
+    """One thread that does one unit of work at a time."""
 
     def __init__(self, name: str) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=self._started)
