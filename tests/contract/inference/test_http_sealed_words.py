@@ -56,7 +56,7 @@ def test_a_models_words_about_an_input_are_for_the_caller_alone(
         answer = ask(http, path)
     assert str(SECRET) in answer.text
     assert any(str(SECRET) in line for line in lines(caplog)) == (tenant == OPEN)
-    assert any("words are" in line for line in lines(caplog)) == (tenant == SEALED)
+    assert any("message is" in line for line in lines(caplog)) == (tenant == SEALED)
     with served.client() as http:
         entries = http.get("/v1/audit", params={"tenant": tenant, "limit": 1000})
         assert entries.status_code == 200, entries.text

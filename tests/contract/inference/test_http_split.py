@@ -73,7 +73,7 @@ def test_more_rows_than_a_request_may_have_are_sent_as_several(served: Served, s
     whole = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [4200, 4], "data": rows.tolist()}]}
     with served.client() as http:
         refused = http.post("/v2/models/row-by-row/infer", json=whole)
-    assert (refused.status_code, "takes at most 4096 in one request" in refused.text) == (400, True)
+    assert (refused.status_code, "accepts at most 4096 in one request" in refused.text) == (400, True)
     np.testing.assert_array_equal(sdk.infer("row-by-row", rows, timeout=60)["y"], rows + np.float32(1.0))
     with pytest.raises(BadTensor, match=r"'x'"):
         sdk.infer("row-by-row", {"x": np.ones((5000, 3), np.float32)})

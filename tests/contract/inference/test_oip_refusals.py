@@ -42,7 +42,7 @@ def test_a_name_no_model_can_have_is_refused(
         ([given("x", np.zeros((2, 4), np.float64), "FP64")], ("'x'", "FP64", "FP32")),
         ([given("wrong", np.zeros((2, 4), np.float32))], ("'wrong'", "'x'")),
         ([given("x", VALUES["FP32"]), given("more", VALUES["FP32"])], ("'more'",)),
-        ([given("x", VALUES["FP32"]), given("x", VALUES["FP32"])], ("'x'", "twice")),
+        ([given("x", VALUES["FP32"]), given("x", VALUES["FP32"])], ("'x'", "more than once")),
         ([], ("'x'", "missing")),
     ],
 )
@@ -72,7 +72,7 @@ def body_of(shape: Sequence[int], datatype: str, size: int, content: bytes) -> t
     [
         ([1, 4], "FP32", 16, b"\0" * 15, ("binary_data_size", "'x'")),
         ([1, 4], "FP32", 12, b"\0" * 12, ("'x'", "12 bytes", "16")),
-        ([1, 4], "FP32", 16, b"\0" * 20, ("4 bytes",)),
+        ([1, 4], "FP32", 16, b"\0" * 20, ("4 unexpected bytes",)),
         ([1, 4], "FP33", 16, b"\0" * 16, ("FP33", "FP32")),
         ([1, -4], "FP32", 16, b"\0" * 16, ("'x'", "negative")),
         ([2**40, 2**40], "FP32", 16, b"\0" * 16, ("'x'",)),
