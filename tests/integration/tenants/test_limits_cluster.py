@@ -139,6 +139,24 @@ async def test_the_share_of_a_gateway_that_vanished_flows_back(three: list[Gatew
     assert len(late) == pytest.approx(allowed, rel=0.1)
 
 
+async def test_a_gateway_that_has_left_sends_no_report_that_makes_it_count_again(
+    three: list[Gateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report may be due when a gateway stops; an ended one kept a share of every limit."""
+    stays, leaves, _ = three
+    own = leaves.limits.gossip.own
+    await leaves.limits.gossip._send(gone=True)
+    await wait_until(lambda: own not in _members(stays), "it is known to have left")
+    sent: list[str] = []
+
+    async def noted(subject: str, *_: object, **__: object) -> None:
+        sent.append(subject)
+
+    monkeypatch.setattr(leaves.bus, "publish", noted)
+    await leaves.limits.gossip._send_reports()
+    assert not sent
+
+
 async def test_three_gateways_hold_one_concurrency(three: list[Gateway]) -> None:
     """Each request stays for 50 ms; offered are 60 at a time, 20 may be open."""
     key = await _key(three, concurrency=20)

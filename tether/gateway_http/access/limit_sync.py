@@ -59,6 +59,8 @@ class LimitSync:
         self.meters: dict[str, Meter] = {}
         """Limits that are in use at any gateway."""
         self._sequences = itertools.count(1)
+        self._left = False
+        """Its last message is sent: a report after it would make others count this gateway again."""
         self._heard: dict[str, int] = {}
         self._owed: set[str] = set()
         self._asked_at = 0.0
@@ -179,6 +181,9 @@ class LimitSync:
         hello: bool = False,
         gone: bool = False,
     ) -> None:
+        if self._left:
+            return
+        self._left = gone
         subject = self._bus.names.demand()
         message = LimitMessage(self.own, next(self._sequences), reports or [], ask or [], hello, gone)
         frame = self._bus.signer.sign_envelope(
